@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a virtual environment in the checkout, pinned packages, the
+# package itself. Nothing is installed outside .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: help venv quickstart test lint format schemas bench-memory clean
+
+help:
+	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
+	@echo "make test         run the tests (under 10 minutes on two cores)"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       let ruff format the code"
+	@echo "make schemas      write schemas/ from the code"
+	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
+	@echo "make venv         set up .venv and nothing else"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make venv PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,report]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python pipelines/quickstart/quickstart.py
+
+# One thread a worker: two workers with two threads each would fight over two cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schemas: $(STAMP)
+	$(BIN)/python -m gvpo_offline.contract schemas
+
+bench-memory: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,61 @@
+"""GVPO on logged, scored responses: import them, score the reference, train from static shards.
+
+Everything is loaded on first use, so that `import gvpo_offline` costs nothing and what needs no
+torch loads none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gvpo_offline.version import __version__
+
+if TYPE_CHECKING:
+    from gvpo_offline.config import EvaluateConfig, ImportConfig, ReferenceConfig, ValidateConfig
+    from gvpo_offline.losses import GVPOLoss, gvpo_loss
+    from gvpo_offline.schema import Group
+    from gvpo_offline.store.dataset import GroupDataset, open_dataset
+    from gvpo_offline.trainer import GVPOTrainer
+    from gvpo_offline.trainer_config import GVPOConfig
+
+_HOMES = {
+    "EvaluateConfig": "config",
+    "GVPOConfig": "trainer_config",
+    "GVPOLoss": "losses",
+    "GVPOTrainer": "trainer",
+    "Group": "schema",
+    "GroupDataset": "store.dataset",
+    "ImportConfig": "config",
+    "ReferenceConfig": "config",
+    "ValidateConfig": "config",
+    "gvpo_loss": "losses",
+    "open_dataset": "store.dataset",
+}
+
+__all__ = [
+    "EvaluateConfig",
+    "GVPOConfig",
+    "GVPOLoss",
+    "GVPOTrainer",
+    "Group",
+    "GroupDataset",
+    "ImportConfig",
+    "ReferenceConfig",
+    "ValidateConfig",
+    "__version__",
+    "gvpo_loss",
+    "open_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,238 @@
+"""`gvpo-offline`: one command per stage, each filled from a YAML file and flags.
+
+Only the parser of the command at hand is built, and torch is imported when work begins.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gvpo_offline.config import (
+    CommonTrainingSettings,
+    DataSettings,
+    EvaluateConfig,
+    GVPOSettings,
+    ImportConfig,
+    LoraSettings,
+    ModelSettings,
+    ReferenceConfig,
+    RunSettings,
+    ValidateConfig,
+)
+from gvpo_offline.errors import GVPOError
+from gvpo_offline.version import __version__
+
+Record = TypeVar("Record")
+_HELP_FLAGS = {"-h", "--help"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its one line, its run, and the dataclasses that its settings fill."""
+
+    says: str
+    run: Callable[[Any], None]
+    settings: tuple[type, ...]
+    epilog: str = ""
+
+
+def _parser(name: str, command: Command, settings: Sequence[type], skip: set[str]) -> Any:
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"gvpo-offline {name}", description=command.says, epilog=command.epilog
+    )
+    parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
+    taken: set[str] = set()
+    for kind in settings:
+        parser.add_class_arguments(kind, None, skip=(skip | taken) & _names(kind))
+        taken |= _names(kind)
+    return parser
+
+
+def _names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def _filled(kind: type[Record], values: dict[str, Any]) -> Record:
+    init = {field.name for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in init})
+
+
+def _plain(namespace: Any) -> dict[str, Any]:
+    values: dict[str, Any] = namespace.as_dict()
+    values.pop("config", None)
+    return values
+
+
+def _run_import(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.importer import run_import
+    from gvpo_offline.config import Columns
+
+    values["columns"] = Columns(**values["columns"])
+    run_import(_filled(ImportConfig, values))
+    print(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
+
+
+def _run_reference(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.reference import run_reference
+
+    config = _filled(ReferenceConfig, values)
+    manifest = run_reference(config)
+    held = ", ".join(f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references)
+    print(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
+    print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
+
+
+def _run_validate(values: dict[str, Any]) -> None:
+    from tqdm import tqdm
+
+    from gvpo_offline.store.validate import validate
+
+    config = _filled(ValidateConfig, values)
+
+    def progress(numbers: Iterable[int], label: str) -> Iterable[int]:
+        shown: Iterable[int] = tqdm(numbers, desc=label, disable=not config.show_progress)
+        return shown
+
+    found = validate(Path(config.dataset), progress)
+    counts = found.survey
+    print(
+        f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "
+        f"{counts.n_responses:,} responses, {counts.n_tokens:,} tokens, "
+        f"{counts.equal_reward_groups:,} groups of equal rewards, "
+        f"{counts.truncated_responses:,} truncated responses"
+    )
+    if found.manifest is not None:
+        rewards = ", ".join(f"{r.name}@{r.version}" for r in found.manifest.rewards) or "none"
+        references = ", ".join(r.fingerprint[:12] for r in found.manifest.references) or "none"
+        print(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
+
+
+def _run_train(values: dict[str, Any]) -> None:
+    from gvpo_offline.command_train import run_train
+    from gvpo_offline.trainer_config import GVPOConfig
+
+    run_train(
+        model=_filled(ModelSettings, values),
+        data=_filled(DataSettings, values),
+        lora=_filled(LoraSettings, values),
+        run=_filled(RunSettings, values),
+        args=_filled(GVPOConfig, values),
+    )
+
+
+def _run_evaluate(values: dict[str, Any]) -> None:
+    from gvpo_offline.command_evaluate import run_evaluate
+
+    config = _filled(EvaluateConfig, values)
+    report = run_evaluate(config)
+    print(report.table())
+    text = json.dumps({"config": asdict(config), **report.as_dict()})
+    if config.output_file:
+        Path(config.output_file).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(report.metrics))
+
+
+_OTHER_FLAGS = (
+    "Every field of transformers.TrainingArguments is a flag and a YAML key as well, but for those "
+    "that groups_per_step and max_tokens_per_micro_batch replace."
+)
+COMMANDS: dict[str, Command] = {
+    "import": Command(
+        "Bring logged, scored responses into a dataset of Parquet shards.",
+        _run_import,
+        (ImportConfig,),
+        "Example: gvpo-offline import --inputs 'logs/*.jsonl' --tokenizer_name_or_path model "
+        "--output_dir data --columns.reward score",
+    ),
+    "reference": Command(
+        "Score every response under the reference policy; the result is kept with the dataset.",
+        _run_reference,
+        (ReferenceConfig,),
+        "Example: gvpo-offline reference --dataset data --model_name_or_path model",
+    ),
+    "validate": Command(
+        "Check a dataset whole: hashes, pages, groups, sidecars.",
+        _run_validate,
+        (ValidateConfig,),
+        "Example: gvpo-offline validate --dataset data",
+    ),
+    "train": Command(
+        "Train a policy with GVPO from the shards alone.",
+        _run_train,
+        (
+            ModelSettings,
+            DataSettings,
+            GVPOSettings,
+            CommonTrainingSettings,
+            LoraSettings,
+            RunSettings,
+        ),
+        _OTHER_FLAGS + " Example: gvpo-offline train --dataset data --model_name_or_path model "
+        "--output_dir run --beta 0.1 --learning_rate 1e-6",
+    ),
+    "evaluate": Command(
+        "Measure how well a policy fits held-out groups: explained variance, log-ratios, ranking.",
+        _run_evaluate,
+        (EvaluateConfig,),
+        "Example: gvpo-offline evaluate --dataset data --model_name_or_path run",
+    ),
+}
+
+
+def _overview() -> str:
+    lines = [
+        "usage: gvpo-offline COMMAND [--config FILE.yaml] [--setting value ...]",
+        "",
+        "Trains language models with GVPO on responses that you already have.",
+        "",
+        *(f"  {name:<10} {command.says}" for name, command in COMMANDS.items()),
+        "",
+        "gvpo-offline COMMAND --help explains a command's settings.",
+    ]
+    return "\n".join(lines)
+
+
+def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
+    settings, skip = command.settings, {"resume_from_checkpoint"} - _names(RunSettings)
+    if name == "train" and not _HELP_FLAGS & set(argv):
+        from gvpo_offline.trainer_config import GVPOConfig
+
+        # RunSettings first: its resume_from_checkpoint also takes true and auto.
+        settings = (RunSettings, ModelSettings, DataSettings, LoraSettings, GVPOConfig)
+    return _plain(_parser(name, command, settings, skip).parse_args(list(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 after an error of the user's."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in _HELP_FLAGS:
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"{_overview()}\n\nerror: no command {name!r}", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("gvpo_offline").setLevel(logging.INFO)
+    try:
+        COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
+    except GVPOError as error:
+        print(f"gvpo-offline {name}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

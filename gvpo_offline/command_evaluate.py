@@ -1,0 +1,91 @@
+"""`gvpo-offline evaluate`: a policy's fit to logged groups, in all and by sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from gvpo_offline.command_train import open_for_training
+from gvpo_offline.compute.model import autocast_dtype, default_device, load_model
+from gvpo_offline.config import EvaluateConfig
+from gvpo_offline.evaluation import evaluate_policy, in_order, shares_of
+from gvpo_offline.preflight import check_tokenizers, policy_facts
+from gvpo_offline.stream.select import select
+from gvpo_offline.tokenizer import load_tokenizer
+
+_GROUPS_PER_STEP = 64
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Metrics over all evaluated groups, and means by sampler."""
+
+    n_groups: int
+    metrics: dict[str, float]
+    samplers: dict[str, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"n_groups": self.n_groups, "metrics": self.metrics, "samplers": self.samplers}
+
+    def table(self) -> str:
+        """The report as text."""
+        lines = [f"{self.n_groups:,} groups"]
+        lines += [f"  {name:<22} {value:>12.5g}" for name, value in self.metrics.items()]
+        width = max(len(name) for name in self.samplers)
+        lines.append(f"{'sampler':<{width}}  responses  reward  log-ratio (nats)")
+        by_reward = sorted(self.samplers.items(), key=lambda item: -item[1]["reward_mean"])
+        lines += [
+            f"{name:<{width}}  {row['responses']:>9,.0f}  {row['reward_mean']:>6.3f}  "
+            f"{row['log_ratio_mean']:>16.4g}"
+            for name, row in by_reward
+        ]
+        return "\n".join(lines)
+
+
+def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
+    """Evaluate a policy on a dataset, or on the share of it that training held out.
+
+    Raises:
+        ConfigError: model, reward or reference cannot be found, or nothing is held out.
+        IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
+    """
+    dataset = open_for_training(config.dataset, config)
+    dataset.verify()
+    tokenizer = load_tokenizer(
+        config.tokenizer_name_or_path or config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    device = default_device(use_cpu=config.use_cpu)
+    model = load_model(config).to(device)
+    autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
+    facts = policy_facts(model, hash_weights=False, autocast=autocasting, tokenizer=tokenizer)
+    check_tokenizers([dataset], facts)
+    selection = select(
+        dataset, eval_fraction=config.eval_fraction, held_out=config.eval_fraction > 0
+    )
+    steps = in_order(
+        dataset,
+        selection,
+        groups_per_step=_GROUPS_PER_STEP,
+        max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+    )
+    with tqdm(
+        total=steps.n_draws, unit="group", desc="evaluate", disable=not config.show_progress
+    ) as bar:
+        evaluation = evaluate_policy(
+            model,
+            shares_of(steps),
+            beta=config.beta,
+            device=device,
+            autocast_dtype=autocasting,
+            progress=bar.update,
+        )
+    return EvaluationReport(
+        n_groups=steps.n_draws,
+        metrics=evaluation.statistics.metrics(),
+        samplers={name: totals.means() for name, totals in sorted(evaluation.samplers.items())},
+    )

@@ -1,0 +1,89 @@
+"""`gvpo-offline train`, from settings to a saved policy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gvpo_offline.checkpoint import checkpoint_folders, is_sealed
+from gvpo_offline.compute.model import load_model
+from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings
+from gvpo_offline.store.adopt import adopt_parquet
+from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.tokenizer import load_tokenizer
+from gvpo_offline.trainer import GVPOTrainer
+from gvpo_offline.trainer_config import GVPOConfig
+from gvpo_offline.version import __version__
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+RUN_FILE = "gvpo_run.json"
+
+
+def open_for_training(path: str, data: DataSettings) -> GroupDataset:
+    """A dataset's folder, or a Parquet file in the group shape, with reward and reference."""
+    if Path(path).is_file():
+        return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
+    return open_dataset(path, reward=data.reward, reference=data.reference)
+
+
+def run_train(
+    *,
+    model: ModelSettings,
+    data: DataSettings,
+    lora: LoraSettings,
+    run: RunSettings,
+    args: GVPOConfig,
+) -> GVPOTrainer:
+    """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
+    trainer = GVPOTrainer(
+        load_model(model),
+        args,
+        train_dataset=open_for_training(data.dataset, data),
+        eval_dataset=open_for_training(data.eval_dataset, data) if data.eval_dataset else None,
+        processing_class=load_tokenizer(
+            model.tokenizer_name_or_path or model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=model.trust_remote_code,
+        ),
+        peft_config=_peft_config(lora),
+    )
+    resume = _resume(run.resume_from_checkpoint, Path(args.output_dir))
+    settings: dict[str, Any] = {
+        "package_version": __version__,
+        "model": asdict(model),
+        "data": asdict(data),
+        "lora": asdict(lora),
+        "training": args.to_sanitized_dict(),
+        "identity": trainer.identity(),
+    }
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        text = json.dumps(settings, indent=1, default=str)
+        (Path(args.output_dir) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+    return trainer
+
+
+def _resume(wanted: bool | str, output_dir: Path) -> bool | str:
+    if wanted == "auto":
+        return any(is_sealed(folder) for folder in checkpoint_folders(output_dir))
+    return wanted
+
+
+def _peft_config(lora: LoraSettings) -> PeftConfig | None:
+    if not lora.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.lora_target_modules,
+    )

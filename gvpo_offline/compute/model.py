@@ -1,0 +1,107 @@
+"""The model: loading it, freeing it of dropout, and saying exactly which one it is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gvpo_offline.config import ModelSettings
+from gvpo_offline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PIECE_ELEMENTS = 1 << 24
+_DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "dropout", "activation_dropout")
+
+
+def load_model(settings: ModelSettings) -> PreTrainedModel:
+    """Load a causal language model from a folder or a hub name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": settings.dtype}
+    if settings.attn_implementation:
+        options["attn_implementation"] = settings.attn_implementation
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            settings.model_name_or_path,
+            revision=settings.model_revision,
+            trust_remote_code=settings.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            "the model is a folder that transformers can load as a causal language model, or a hub name",
+            received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
+            remedy="correct model_name_or_path",
+        ) from error
+    return model
+
+
+def default_device(*, use_cpu: bool = False) -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+
+
+def autocast_dtype(*, bf16: bool, fp16: bool) -> torch.dtype | None:
+    """The data type that the flags ask matrix products to be in, or None."""
+    if bf16 and fp16:
+        raise ConfigError("bf16 and fp16 exclude each other", received="both")
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else None
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Matrix products in `dtype`, as the trainer's mixed precision does; None: leave as they are."""
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtype):
+        yield
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: a log-ratio must not depend on chance.
+
+    Modules are switched off as they are; attention layers keep their rate as a plain number.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _DROPOUT_NAMES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all weights, each value as float32.
+
+    As float32, so that one checkpoint has one hash in whatever (wider) data type it is loaded.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        for start in range(0, flat.numel(), _PIECE_ELEMENTS):
+            piece = flat[start : start + _PIECE_ELEMENTS].to("cpu", torch.float32)
+            digest.update(piece.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention implementation that a transformers model runs."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown")
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """`float32` for torch.float32, and so on."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,0 +1,349 @@
+"""Every setting of every command, one documented field each.
+
+The dataclasses are plain: they load no torch, so that `--help` is instant. YAML files and flags
+fill them (`cli.py`), and each run saves its own. `GVPOConfig`, which adds these training settings
+to those of `transformers.TrainingArguments`, stands in `trainer_config.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gvpo_offline.errors import ConfigError
+
+OnLong = Literal["error", "drop", "truncate"]
+OnFew = Literal["error", "drop"]
+OnEmpty = Literal["error", "drop", "keep"]
+
+
+@dataclass
+class Columns:
+    """Which column of the log holds what. Null: the log does not have it.
+
+    A column that is named here is in every row; what a row does not know may be null where the
+    column's description says so.
+    """
+
+    prompt: str | None = "prompt"
+    """Prompt: text, or a list of chat messages ({"role", "content"})."""
+    response: str | None = "response"
+    """Response: text, or a list with one assistant message; in a row-per-group log a list of such."""
+    reward: str | None = "reward"
+    """Reward: a finite number; in a row-per-group log a list of them."""
+    sampler: str | None = None
+    """Who wrote the response; in a row-per-group log a list of names, or one name for all."""
+    group_id: str | None = None
+    """Id of the group. Without it, responses to one and the same prompt are a group."""
+    response_id: str | None = None
+    """Id of the response, unique within its group."""
+    prompt_token_ids: str | None = None
+    """Token ids of the prompt, template included; used as they are. Null: tokenise the prompt."""
+    response_token_ids: str | None = None
+    """Token ids of the response, end token included; used as they are. Null: tokenise the text."""
+    loss_mask: str | None = None
+    """One 0/1 flag per response token: 0 where the policy did not write the token. Needs token ids.
+    Null: every token counts."""
+    truncated: str | None = None
+    """Whether the response was cut: a flag, or a finish reason of which "length" means cut.
+    Null: no."""
+    keep: list[str] = field(default_factory=list)
+    """Further columns to keep, as JSON, in the group's metadata (from the group's first row)."""
+
+    def __post_init__(self) -> None:
+        for text, ids in (("prompt", "prompt_token_ids"), ("response", "response_token_ids")):
+            if not (getattr(self, text) or getattr(self, ids)):
+                raise ConfigError(
+                    f"columns.{text} or columns.{ids} names a column", received="neither"
+                )
+        if self.loss_mask and not self.response_token_ids:
+            raise ConfigError(
+                "a loss mask has one flag per token, so the log must hold the tokens",
+                received="columns.loss_mask without columns.response_token_ids",
+                remedy="set columns.response_token_ids, or leave columns.loss_mask out",
+            )
+
+
+@dataclass
+class ImportConfig:
+    """Logged, scored responses to a dataset of Parquet shards."""
+
+    inputs: list[str] | str
+    """Files or globs (.jsonl, .json, .parquet, .jsonl.gz …), folders saved by `datasets`, or
+    `hf:name` and `hf:name:split` for a data set of the hub."""
+    output_dir: str
+    """The dataset's folder: empty, or one that an interrupted run of the same import left."""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer of the policy to train: a folder or a hub name. Needed unless the log holds ids."""
+    format: str = "flat"
+    """flat: a table with a row per response or per group; groups: rows in the shape of schemas/."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of the columns."""
+    sampler: str | None = None
+    """Name of the sampler where the log does not say. Default: each input file's name."""
+    samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of the samplers, by name; recorded in the manifest as they are."""
+    source: str | None = None
+    """What to call this log in the dataset. Default: the file with a group's first response."""
+    reward_name: str = "reward"
+    """What to call the reward; training chooses among rewards by this name."""
+    max_length: int | None = None
+    """Longest prompt plus response, in tokens. Default: no limit."""
+    overlong: OnLong = "error"
+    """A response over max_length: stop, drop the response, or cut its tokens (its text is kept as
+    logged) and mark it truncated. A prompt is never cut: where it leaves no room for a response, its
+    group stops the import or is dropped."""
+    singletons: OnFew = "error"
+    """A prompt with a single response: stop, or drop it and say how many."""
+    empty_responses: OnEmpty = "error"
+    """A response without text or tokens: stop, drop it and say how many, or keep it as a bare end
+    token (text only, with append_eos): right where the sampler did end at once."""
+    append_eos: bool = True
+    """End each response given as text with the tokenizer's end token, unless it was cut."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template to use instead of the tokenizer's own."""
+    shard_bytes: int = 128 * 2**20
+    """Input bytes that go into one shard, about; it also bounds the memory that import needs."""
+    rows_per_row_group: int = 256
+    """Groups in one Parquet row group, the unit of reading."""
+    show_progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        _positive("shard_bytes", self.shard_bytes)
+        _positive("rows_per_row_group", self.rows_per_row_group)
+        if self.max_length is not None:
+            _positive("max_length", self.max_length)
+        if not self.inputs:
+            raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.reward_name):
+            raise ConfigError(
+                "reward_name, which also names a folder, has letters, digits, '_', '-' and '.' only",
+                received=self.reward_name,
+            )
+        if self.empty_responses == "keep" and not self.append_eos:
+            raise ConfigError(
+                "an empty response is kept as its end token",
+                received="empty_responses: keep with append_eos: false",
+                remedy="set append_eos: true, or empty_responses: drop",
+            )
+
+
+@dataclass
+class ModelSettings:
+    """Which model, and how it is loaded."""
+
+    model_name_or_path: str
+    """The model: a folder or a hub name."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    tokenizer_name_or_path: str | None = None
+    """The tokenizer; default: the model's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Data type of the weights; auto: as they were saved."""
+    attn_implementation: str | None = None
+    """Attention implementation as transformers names them (sdpa, eager, flash_attention_2 …)."""
+    trust_remote_code: bool = False
+    """Allow a hub model to bring its own code."""
+
+
+@dataclass
+class ReferenceConfig(ModelSettings):
+    """Log-probs of every response under the reference, into a sidecar of the dataset."""
+
+    dataset: str = ""
+    """The dataset's folder."""
+    bf16: bool = False
+    """Autocast matrix products to bfloat16, as `train` does with the same flag. Keep them equal."""
+    fp16: bool = False
+    """Autocast matrix products to float16, as `train` does with the same flag."""
+    max_tokens_per_micro_batch: int = 16_384
+    """Padded tokens of one forward pass."""
+    use_cpu: bool = False
+    """Stay on the CPU where there is a GPU."""
+    show_progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        _required("dataset", self.dataset)
+        _positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
+
+
+@dataclass
+class ValidateConfig:
+    """Check a dataset, whole: every file's hash, every page, every group, every sidecar."""
+
+    dataset: str
+    """The dataset's folder, or a Parquet file in the group shape."""
+    show_progress: bool = True
+    """Show progress bars."""
+
+
+@dataclass
+class DataSettings:
+    """What to train on."""
+
+    dataset: str = ""
+    """The dataset's folder, or a Parquet file in the group shape."""
+    reward: str | None = None
+    """Which reward, as `name` or `name@version`; may be left out if the dataset holds one."""
+    reference: str | None = None
+    """Which reference, by the first digits of its fingerprint; may be left out if there is one."""
+    eval_dataset: str | None = None
+    """A dataset of held-out groups. Default: `eval_fraction` of the training dataset."""
+
+
+@dataclass
+class GVPOSettings:
+    """The settings that GVPO training adds to those of `transformers.TrainingArguments`."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference. Only with the reward's scale does it mean something:
+    (max reward - min reward) / beta is the log-ratio gap, in nats, that the optimum asks for."""
+    anchor: float = 0.0
+    """In [0, 1]: also pull the mean log-ratio of each group to zero. Steadies a small beta, and
+    biases the optimum; 1 is the PMD-mean loss."""
+    groups_per_step: int = 32
+    """Groups of one optimizer step, over all ranks. A batch is counted in groups."""
+    max_tokens_per_micro_batch: int = 16_384
+    """Padded tokens of one forward and backward pass on one rank; bounds memory, never the result.
+    A group is not cut: one that is larger alone passes whole, and is announced before training."""
+    eval_fraction: float = 0.0
+    """Share of the groups held out for evaluation, chosen by a hash of the group id."""
+    drop_equal_rewards: bool = False
+    """Leave out groups whose responses all have one reward. They carry signal (their target is the
+    reference), so this changes the objective."""
+    shuffle_window: int = 4
+    """Row groups whose groups are shuffled together; larger mixes better and holds more in memory."""
+    disable_dropout: bool = True
+    """Set every dropout to 0, as the objective requires."""
+    reference_check: Literal["auto", "error", "off"] = "auto"
+    """Before the first step: compare the policy's log-probs with the reference's. auto: when the
+    policy's weights are the reference's; error: always; off: never."""
+    verify: Literal["full", "size"] = "full"
+    """Before the first step: check every file by SHA-256 (about a second per GB), or by its length
+    only. Pages are verified by checksum on every read either way."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ConfigError("beta is a positive number", received=self.beta)
+        if not 0.0 <= self.anchor <= 1.0:
+            raise ConfigError("anchor lies in [0, 1]", received=self.anchor)
+        if not 0.0 <= self.eval_fraction < 1.0:
+            raise ConfigError("eval_fraction lies in [0, 1)", received=self.eval_fraction)
+        for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):
+            _positive(name, getattr(self, name))
+
+
+@dataclass
+class LoraSettings:
+    """LoRA through PEFT; off unless `use_peft`."""
+
+    use_peft: bool = False
+    """Train a LoRA adapter instead of the whole model."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """Scale of the adapter, times its rank."""
+    lora_dropout: float = 0.0
+    """Dropout within the adapter; the objective requires 0."""
+    lora_target_modules: list[str] | None = None
+    """Modules that get an adapter; default: PEFT's choice for the model."""
+
+
+@dataclass
+class RunSettings:
+    """How a training run begins."""
+
+    resume_from_checkpoint: bool | str = False
+    """true: continue from the newest whole checkpoint in output_dir; auto: likewise if there is one,
+    else begin; or the folder of a checkpoint."""
+
+
+@dataclass
+class CommonTrainingSettings:
+    """The settings of `transformers.TrainingArguments` that most runs touch.
+
+    Shown by `train --help`; every other field of TrainingArguments is a flag and a YAML key as well.
+    """
+
+    output_dir: str = "trainer_output"
+    """Folder of the run: checkpoints, the trained model, the configuration."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    lr_scheduler_type: str = "linear"
+    """Schedule of the learning rate: linear, cosine, constant_with_warmup …"""
+    warmup_steps: float = 0
+    """Steps, or (below 1) the share of the run, in which the learning rate rises to its peak."""
+    num_train_epochs: float = 3.0
+    """Times that each group is seen."""
+    max_steps: int = -1
+    """Optimizer steps; overrides num_train_epochs when positive."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this; 0: do not clip."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    bf16: bool = False
+    """Autocast matrix products to bfloat16. Score the reference with the same flag."""
+    activation_checkpointing: bool | None = None
+    """Trade compute for memory (before transformers 5.20: gradient_checkpointing)."""
+    logging_steps: float = 10
+    """Steps between two lines of metrics."""
+    eval_strategy: str = "no"
+    """When to evaluate on held-out groups: no, steps, epoch."""
+    eval_steps: float | None = None
+    """Steps between two evaluations."""
+    save_strategy: str = "steps"
+    """When to save a checkpoint: no, steps, epoch, best."""
+    save_steps: float = 500
+    """Steps between two checkpoints."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep; the oldest go first."""
+    report_to: str | list[str] = "none"
+    """Loggers: tensorboard, wandb, mlflow …"""
+    seed: int = 42
+    """Decides the order of the groups, and whatever chance there is besides."""
+    use_cpu: bool = False
+    """Stay on the CPU where there is a GPU."""
+
+
+@dataclass
+class EvaluateConfig(DataSettings, ModelSettings):
+    """How well a policy fits held-out groups: explained variance, log-ratios, order of rewards."""
+
+    model_name_or_path: str = ""
+    """The policy: a folder or a hub name."""
+    beta: float = 0.1
+    """The beta that the policy was trained with."""
+    eval_fraction: float = 0.0
+    """Evaluate on this held-out share only, as `train` chose it; 0: on every group."""
+    max_tokens_per_micro_batch: int = 16_384
+    """Padded tokens of one forward pass."""
+    bf16: bool = False
+    """Autocast matrix products to bfloat16."""
+    fp16: bool = False
+    """Autocast matrix products to float16."""
+    use_cpu: bool = False
+    """Stay on the CPU where there is a GPU."""
+    output_file: str | None = None
+    """Write the metrics to this JSON file as well."""
+    show_progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        _required("dataset", self.dataset)
+        _required("model_name_or_path", self.model_name_or_path)
+        _positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name} is positive", received=value)
+
+
+def _required(name: str, value: str | Sequence[Any]) -> None:
+    if not value:
+        raise ConfigError(f"{name} must be set", received="nothing", remedy=f"pass --{name}")

@@ -1,0 +1,103 @@
+"""The on-disk contract for other languages and jobs: `schemas/`, written from the code.
+
+`python -m gvpo_offline.contract schemas` writes it; a test holds the folder against the code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from gvpo_offline.rules import MIN_GROUP_SIZE
+from gvpo_offline.schema import (
+    GROUPS_COLUMNS,
+    REFERENCE_COLUMNS,
+    REWARDS_COLUMNS,
+    SCHEMA_VERSION,
+    Column,
+)
+from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.store.manifest import SealedManifest
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_PER_RESPONSE = {
+    "response_lengths",
+    "samplers",
+    "truncated",
+    "response_token_ids",
+    "loss_mask",
+    "responses",
+    "response_ids",
+    "rewards",
+    "ref_seq_logprobs",
+    "ref_token_logprobs",
+}
+
+
+def _json_type(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_list(kind):
+        return {"type": "array", "items": _json_type(kind.value_type)}
+    if pa.types.is_integer(kind):
+        return {"type": "integer"}
+    if pa.types.is_floating(kind):
+        return {"type": "number"}
+    if pa.types.is_boolean(kind):
+        return {"type": "boolean"}
+    return {"type": "string"}
+
+
+def _column(column: Column) -> dict[str, Any]:
+    described = _json_type(column.type)
+    if column.name in _PER_RESPONSE:
+        described["minItems"] = MIN_GROUP_SIZE
+    if column.name == "prompt_token_ids":
+        described["minItems"] = 1
+    if column.name == "response_token_ids":
+        described["items"]["minItems"] = 1
+    if not column.required:
+        described["type"] = [described["type"], "null"]
+    return {**described, "description": column.doc, "x-arrow-type": str(column.type)}
+
+
+def row_schema(title: str, columns: Sequence[Column]) -> dict[str, Any]:
+    """The JSON Schema of one row of a Parquet file with `columns`."""
+    return {
+        "$schema": _DIALECT,
+        "title": title,
+        "type": "object",
+        "x-schema-version": SCHEMA_VERSION,
+        "properties": {column.name: _column(column) for column in columns},
+        "required": [column.name for column in columns if column.required],
+    }
+
+
+def contract() -> dict[str, str]:
+    """Every file of `schemas/` that is generated: name and text."""
+    inline = (*GROUPS_COLUMNS, *REWARDS_COLUMNS[1:], *REFERENCE_COLUMNS[1:])
+    schemas: dict[str, dict[str, Any]] = {
+        "groups.schema.json": row_schema("One group: a row of a groups file", GROUPS_COLUMNS),
+        "rewards.schema.json": row_schema("A row of a rewards sidecar", REWARDS_COLUMNS),
+        "reference.schema.json": row_schema("A row of a reference sidecar", REFERENCE_COLUMNS),
+        "training_file.schema.json": row_schema(
+            "A row of a self-contained Parquet file that trains as it is", inline
+        ),
+        "manifest.schema.json": {"$schema": _DIALECT, **SealedManifest.model_json_schema()},
+        "commit.schema.json": {"$schema": _DIALECT, **TaskRecord.model_json_schema()},
+    }
+    return {name: json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
+
+
+def main(folder: Path) -> None:
+    """Write the contract into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in contract().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

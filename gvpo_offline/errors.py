@@ -1,0 +1,104 @@
+"""What can go wrong on the user's side, in one place.
+
+Every error states the rule that was broken, the value that was received and the remedy, and names
+the file, row and group wherever there is one. Nothing here is raised for a fault of this package's
+own: those stay ordinary exceptions with a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "GVPOError",
+    "IntegrityError",
+    "ResumeError",
+    "StorageError",
+]
+
+_SHOWN_CHARACTERS = 200
+
+
+def _shown(value: Any) -> str:
+    """`value` as it is quoted in a message: its repr, cut where it would bury the rest."""
+    text = repr(value) if not isinstance(value, str) else value
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+class GVPOError(Exception):
+    """A rule that input, settings or files broke.
+
+    Args:
+        rule: what must hold, as a full clause ("a group needs at least 2 responses").
+        received: the value that broke it; quoted, shortened when long.
+        remedy: what the user can do about it.
+        file: path of the file in question.
+        row: zero-based row (or line) within `file`.
+        group: id of the group in question.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        *,
+        received: Any = None,
+        remedy: str | None = None,
+        file: Any = None,
+        row: int | None = None,
+        group: str | None = None,
+    ) -> None:
+        self.rule = rule
+        self.received = received
+        self.remedy = remedy
+        self.file = None if file is None else str(file)
+        self.row = row
+        self.group = group
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        place = [
+            text
+            for text in (
+                self.file,
+                None if self.row is None else f"row {self.row}",
+                None if self.group is None else f"group {self.group!r}",
+            )
+            if text is not None
+        ]
+        message = (", ".join(place) + ": " if place else "") + self.rule
+        if self.received is not None:
+            message += f"; received {_shown(self.received)}"
+        message += "."
+        if self.remedy:
+            message += f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}."
+        return message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders (data loader workers); the default would lose the keywords.
+        return (_rebuild, (type(self), self.__dict__.copy()))
+
+
+def _rebuild(kind: type[GVPOError], state: dict[str, Any]) -> GVPOError:
+    return kind(**state)
+
+
+class DataError(GVPOError, ValueError):
+    """Logged data that does not have the shape or the values that a group needs."""
+
+
+class ConfigError(GVPOError, ValueError):
+    """A setting, or a combination of settings, that has no meaning here."""
+
+
+class IntegrityError(GVPOError):
+    """A file that is missing, shortened, altered, or belongs to something else."""
+
+
+class StorageError(GVPOError, OSError):
+    """The file system refused to take what had to be written."""
+
+
+class ResumeError(GVPOError):
+    """A checkpoint that this run cannot continue from exactly."""

@@ -1,0 +1,160 @@
+"""How well a policy fits groups it may never have seen, from logged data alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gvpo_offline.compute.batch import make_micro_batch
+from gvpo_offline.compute.logprobs import seq_logprobs
+from gvpo_offline.compute.model import autocast
+from gvpo_offline.errors import DataError
+from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
+from gvpo_offline.schema import Group
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.stream.order import GroupOrder, Selection
+from gvpo_offline.stream.steps import StepDataset, StepShare
+
+
+@dataclass
+class SamplerTotals:
+    """Sums over the responses of one sampler."""
+
+    responses: int = 0
+    reward: float = 0.0
+    log_ratio: float = 0.0
+    weight: float = 0.0
+
+    def means(self) -> dict[str, float]:
+        """Means per response: reward, log-ratio in nats, weight."""
+        n = self.responses
+        return {
+            "responses": n,
+            "reward_mean": self.reward / n,
+            "log_ratio_mean": self.log_ratio / n,
+            "weight_mean": self.weight / n,
+        }
+
+
+@dataclass
+class Evaluation:
+    """Sums over the evaluated groups, in all and by sampler (of this rank)."""
+
+    statistics: GroupStatistics = field(default_factory=GroupStatistics.zeros)
+    samplers: dict[str, SamplerTotals] = field(default_factory=lambda: defaultdict(SamplerTotals))
+
+    def add(self, groups: Sequence[Group], result: GVPOLoss) -> None:
+        """Count one micro-batch."""
+        self.statistics = self.statistics + result.statistics
+        names = [name for group in groups for name in group.samplers]
+        rows = torch.stack(
+            [result.terms.rewards_N, result.terms.log_ratios_N.detach(), result.weights]
+        )
+        for name, (reward, log_ratio, weight) in zip(names, rows.T.tolist(), strict=True):
+            totals = self.samplers[name]
+            totals.responses += 1
+            totals.reward += reward
+            totals.log_ratio += log_ratio
+            totals.weight += weight
+
+
+def group_loss(
+    seq_logprobs_N: Tensor,
+    rewards_N: Tensor,
+    ref_N: Tensor,
+    group_index_N: Tensor,
+    groups: Sequence[Group],
+    *,
+    beta: float,
+    anchor: float,
+) -> GVPOLoss:
+    """`gvpo_loss` of a micro-batch, with errors that name the group by its id."""
+    try:
+        return gvpo_loss(seq_logprobs_N, ref_N, rewards_N, group_index_N, beta=beta, anchor=anchor)
+    except DataError as error:
+        if error.group is None or not error.group.isdigit():
+            raise
+        group = groups[int(error.group)].group_id
+        raise DataError(
+            error.rule, received=error.received, remedy=error.remedy, group=group
+        ) from error
+
+
+def in_order(
+    dataset: GroupDataset,
+    selection: Selection | None,
+    *,
+    groups_per_step: int,
+    max_tokens_per_micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> StepDataset:
+    """The selected groups once each, in the dataset's own order."""
+    order = GroupOrder(
+        dataset.row_group_sizes, seed=0, window=1, selection=selection, shuffle=False
+    )
+    return StepDataset(
+        dataset,
+        order,
+        groups_per_step=groups_per_step,
+        n_draws=order.n_groups,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def shares_of(steps: StepDataset) -> Iterator[StepShare]:
+    """Every step of a step dataset, in order."""
+    return (steps[step] for step in range(len(steps)))
+
+
+def evaluate_policy(
+    model: nn.Module,
+    shares: Iterable[StepShare],
+    *,
+    beta: float,
+    anchor: float = 0.0,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Sums over all groups of `shares` under `model`, without gradient.
+
+    Args:
+        model: a causal language model on `device`.
+        shares: the groups; a rank of several passes its own share.
+        beta: as in training; the anchor likewise.
+        device: where micro-batches are sent.
+        autocast_dtype: data type of matrix products, if another than the weights'.
+        progress: called with the number of groups done since the last call.
+    """
+    training = model.training
+    model.eval()
+    evaluation = Evaluation()
+    try:
+        with torch.no_grad(), autocast(device, autocast_dtype):
+            for share in shares:
+                for groups in share.micro_batches:
+                    batch = make_micro_batch(groups).to(device)
+                    logprobs = seq_logprobs(model, batch)
+                    if groups:  # the empty one is computed too: sharded models run in lockstep
+                        result = group_loss(
+                            logprobs,
+                            batch.rewards,
+                            batch.ref_seq_logprobs,
+                            batch.group_index,
+                            groups,
+                            beta=beta,
+                            anchor=anchor,
+                        )
+                        evaluation.add(groups, result)
+                    if progress:
+                        progress(len(groups))
+    finally:
+        model.train(training)
+    return evaluation

@@ -1,0 +1,184 @@
+"""Before the first step: is this the data, and is this the reference, that the run believes it has?"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
+from gvpo_offline.errors import IntegrityError
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.store.survey import Survey
+from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Largest |log-ratio| of a response, in nats, that rounding alone explains where policy and reference
+# are one. bfloat16 products move a sequence by up to half a nat on any path.
+TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0}
+# A log-ratio gap beyond this asks for probabilities a billion billion times the reference's.
+WIDE_GAP_NATS = 40.0
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """The policy as far as it can be compared with a reference.
+
+    Attributes:
+        weights_sha256: hash of its weights, or None where it was not taken.
+        dtype, autocast_dtype, attn_implementation: how its log-probs are computed.
+        tokenizer_fingerprint: or None where no tokenizer was given.
+    """
+
+    weights_sha256: str | None
+    dtype: str
+    autocast_dtype: str | None
+    attn_implementation: str
+    tokenizer_fingerprint: str | None
+
+    @property
+    def coarsest_dtype(self) -> str:
+        """The data type that limits the precision of log-probs."""
+        order = ("bfloat16", "float16", "float32")
+        return next((d for d in order if d in (self.dtype, self.autocast_dtype)), "float32")
+
+
+def policy_facts(
+    model: torch.nn.Module,
+    *,
+    hash_weights: bool,
+    autocast: torch.dtype | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PolicyFacts:
+    """The facts of a model that is about to compute log-probs."""
+    return PolicyFacts(
+        weights_sha256=weights_sha256(model) if hash_weights else None,
+        dtype=dtype_name(next(model.parameters()).dtype) or "",
+        autocast_dtype=dtype_name(autocast),
+        attn_implementation=attention_of(model),
+        tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    )
+
+
+def check_tokenizers(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> None:
+    """Raise IntegrityError unless token ids, reference and policy are of one tokenizer."""
+    for dataset in datasets:
+        made_by = dataset.manifest.tokenizer
+        base = made_by.fingerprint if made_by else None
+        if dataset.reference is not None:
+            check_same_tokenizer(
+                base,
+                "the dataset",
+                dataset.reference.tokenizer_fingerprint,
+                f"reference {dataset.reference.fingerprint[:12]}",
+                file=dataset.root,
+            )
+        check_same_tokenizer(
+            base, "the dataset", policy.tokenizer_fingerprint, "the policy", file=dataset.root
+        )
+        if base is None or policy.tokenizer_fingerprint is None:
+            why = "the dataset names none" if base is None else "no processing_class was given"
+            logger.warning(
+                "the tokenizers of %s and the policy are not compared: %s", dataset.root, why
+            )
+
+
+def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:
+    """What the run trains on, in lines for people."""
+    equal = 100.0 * survey.equal_reward_groups / max(survey.n_groups, 1)
+    gap = survey.median_reward_gap / beta
+    size = (
+        f"{survey.n_groups:,} groups, {survey.n_responses:,} responses, {survey.n_tokens:,} tokens"
+    )
+    lines = [
+        f"{size} in {n_files:,} files",
+        "samplers: " + _sampler_line(survey),
+        f"{survey.equal_reward_groups:,} groups ({equal:.1f}%) have equal rewards; they pull back",
+        f"{survey.truncated_responses:,} responses were truncated",
+        f"implied log-ratio gap (max R - min R) / beta: median {gap:.3g} nats at beta {beta:g}",
+    ]
+    if survey.max_group_tokens > budget:
+        lines.append(
+            f"the largest group has {survey.max_group_tokens:,} padded tokens, over "
+            f"max_tokens_per_micro_batch ({budget:,}): it passes whole and needs the memory"
+        )
+    return lines
+
+
+def _sampler_line(survey: Survey) -> str:
+    parts = []
+    for name, count in survey.samplers.most_common(12):
+        mean = survey.sampler_rewards[name] / count
+        parts.append(f"{name} ({count:,}, mean reward {mean:.3g})")
+    more = len(survey.samplers) - len(parts)
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+
+
+def data_warnings(survey: Survey, beta: float) -> list[str]:
+    """What about the data is likely to disappoint."""
+    warnings = []
+    gap = survey.median_reward_gap / beta
+    if gap > WIDE_GAP_NATS:
+        warnings.append(
+            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats within a group, further "
+            "than a policy can move: raise beta, or scale the rewards down"
+        )
+    if survey.equal_reward_groups == survey.n_groups:
+        warnings.append(
+            "every group has equal rewards: the optimum is the reference itself, nothing can be learned"
+        )
+    if math.isfinite(gap) and gap < 1e-3:
+        warnings.append(
+            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats only: lower beta, or the "
+            "policy will stay the reference"
+        )
+    return warnings
+
+
+def reference_warnings(policy: PolicyFacts, reference: ReferenceFamily) -> list[str]:
+    """In what the policy's log-probs are computed otherwise than the reference's were."""
+    pairs = (
+        ("dtype", reference.dtype, policy.dtype),
+        ("autocast dtype", reference.autocast_dtype, policy.autocast_dtype),
+        ("attention implementation", reference.attn_implementation, policy.attn_implementation),
+    )
+    return [
+        f"the reference was scored with {name} {theirs}, the policy runs with {ours}: log-ratios "
+        "carry the difference as noise; score the reference again with the same setting"
+        for name, theirs, ours in pairs
+        if theirs != "unknown" and theirs != ours
+    ]
+
+
+def check_log_ratios(
+    largest: float, mean_abs: float, policy: PolicyFacts, reference: ReferenceFamily
+) -> None:
+    """Stop if a policy that starts as the reference does not have the reference's log-probs.
+
+    Args:
+        largest: the largest |log-ratio| of a response in the first step, nats.
+        mean_abs: their mean, nats.
+
+    Raises:
+        IntegrityError: `largest` is more than rounding explains.
+    """
+    dtype = policy.coarsest_dtype
+    tolerance = TOLERANCE_NATS[dtype]
+    if largest <= tolerance:
+        return
+    raise IntegrityError(
+        "a policy that starts as the reference has log-ratios of 0 before the first update, within "
+        f"{tolerance} nats in {dtype}",
+        received=f"up to {largest:.3g} nats (mean {mean_abs:.3g}) against reference "
+        f"{reference.fingerprint[:12]} ({reference.model_name_or_path})",
+        remedy="score the reference again with this model, dtype, attention implementation and "
+        "tokenizer; or set reference_check to off if the policy is meant to differ",
+    )

@@ -1,0 +1,118 @@
+"""The rules that every group on disk keeps, checked at the one gate where groups are written.
+
+Foreign files, which passed no gate of ours, are held to the same rules when they are opened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.schema import Group
+
+MIN_GROUP_SIZE = 2
+
+
+def check_group(
+    group: Group, *, file: Any = None, row: int | None = None, vocab_size: int | None = None
+) -> None:
+    """Raise DataError, naming `file`, `row` and the group, if `group` breaks a rule."""
+    place: dict[str, Any] = {"file": file, "row": row, "group": group.group_id}
+    k = group.group_size
+    if not group.group_id:
+        raise DataError("a group needs a non-empty group_id", received=group.group_id, **place)
+    if k < MIN_GROUP_SIZE:
+        raise DataError(
+            f"a group needs at least {MIN_GROUP_SIZE} responses",
+            received=f"{k}",
+            remedy="add responses for this prompt, or drop such groups knowingly (singletons: drop)",
+            **place,
+        )
+    _check_tokens(group, place, vocab_size)
+    _check_loss_mask(group, place)
+    _check_values(group, place)
+    if group.response_ids is not None and len(set(group.response_ids)) != len(group.response_ids):
+        doubled = sorted({i for i in group.response_ids if group.response_ids.count(i) > 1})
+        raise DataError(
+            "response ids are unique within a group",
+            received=", ".join(doubled),
+            remedy="remove the duplicate rows, or leave the response id column out",
+            **place,
+        )
+
+
+def _check_tokens(group: Group, place: dict[str, Any], vocab_size: int | None) -> None:
+    if len(group.prompt_token_ids) == 0:
+        raise DataError(
+            "a prompt needs at least 1 token",
+            received="0 tokens",
+            remedy="start the prompt with the tokenizer's beginning-of-sequence token",
+            **place,
+        )
+    for index, ids in enumerate(group.response_token_ids):
+        if len(ids) == 0:
+            raise DataError(
+                "a response needs at least 1 token",
+                received=f"response {index} with 0 tokens",
+                remedy="drop it (empty_responses: drop) or log the token that ended it",
+                **place,
+            )
+    tokens = np.concatenate([group.prompt_token_ids, *group.response_token_ids])
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise DataError(
+            f"token ids lie in [0, {vocab_size or 'the vocabulary size'})",
+            received=f"{low if low < 0 else high}",
+            remedy="use the tokenizer that made the ids",
+            **place,
+        )
+    for name in ("samplers", "truncated", "responses", "response_ids"):
+        values = getattr(group, name)
+        if values is not None and len(values) != group.group_size:
+            raise DataError(
+                f"{name} has one entry per response",
+                received=f"{len(values)} for {group.group_size} responses",
+                **place,
+            )
+
+
+def _check_loss_mask(group: Group, place: dict[str, Any]) -> None:
+    if group.loss_mask is None:
+        return
+    if [len(mask) for mask in group.loss_mask] != group.response_lengths:
+        raise DataError(
+            "loss_mask has one flag per response token",
+            received=f"{[len(m) for m in group.loss_mask]} for {group.response_lengths} tokens",
+            **place,
+        )
+    for index, mask in enumerate(group.loss_mask):
+        if not mask.any():
+            raise DataError(
+                "a response needs at least 1 token that counts",
+                received=f"response {index} whose loss_mask is all false",
+                remedy="drop the response, or correct its mask",
+                **place,
+            )
+
+
+def _check_values(group: Group, place: dict[str, Any]) -> None:
+    for name, unit in (("rewards", "reward"), ("ref_seq_logprobs", "reference log-prob")):
+        values = getattr(group, name)
+        if values is None:
+            continue
+        if len(values) != group.group_size:
+            raise DataError(
+                f"there is one {unit} per response",
+                received=f"{len(values)} for {group.group_size} responses",
+                **place,
+            )
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise DataError(
+                f"a {unit} is a finite number",
+                received=f"{values[bad[0]]} for response {bad[0]}",
+                remedy="score the response again, or leave it out of the log",
+                **place,
+            )

@@ -1,0 +1,182 @@
+"""Files that are whole or absent, and tasks that are done once.
+
+A file is written under a temporary name, flushed to disk, hashed, and renamed to a name that holds
+its hash. A task then creates its commit record, create-only: of two attempts at one task the first
+wins, and the other takes over the winner's files. Nothing that a reader can reach is ever
+half-written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from gvpo_offline.errors import IntegrityError, StorageError
+from gvpo_offline.hashing import sha256_file
+from gvpo_offline.store.manifest import BaseFile, FileEntry, Sidecar
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_HASH_DIGITS = 12
+
+
+class TaskRecord(BaseModel, frozen=True):
+    """What one committed task added to a dataset."""
+
+    stage: str
+    task: str
+    groups: list[BaseFile] = []
+    sidecars: list[Sidecar] = []
+    counts: dict[str, int] = {}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk (or quota, or file-size limit) into a StorageError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno not in _NO_ROOM:
+            raise
+        raise StorageError(
+            "there must be room on the disk for what is written",
+            received=os.strerror(error.errno),
+            remedy="free some space and run the same command again: committed tasks are kept",
+            file=path,
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the folder's entries durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def temporary_name(folder: Path, stem: str) -> Path:
+    """A name in `folder` that no other attempt uses."""
+    return folder / f".{stem}.{uuid.uuid4().hex}.tmp"
+
+
+def write_hashed(
+    folder: Path, stem: str, suffix: str, write: Callable[[Path], None]
+) -> tuple[Path, str]:
+    """Let `write` fill a temporary file, then give it the durable name `stem-<hash><suffix>`.
+
+    Returns:
+        The path, and the SHA-256 of the content.
+
+    Raises:
+        StorageError: no room; the temporary file is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder, stem)
+    try:
+        with storage_errors(folder / f"{stem}{suffix}"):
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            digest = sha256_file(temporary)
+            final = folder / f"{stem}-{digest[:_HASH_DIGITS]}{suffix}"
+            os.rename(temporary, final)
+            fsync_folder(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return final, digest
+
+
+def create_only(path: Path, content: str) -> bool:
+    """Create `path` with `content` unless it exists. True if this call created it.
+
+    A hard link to a finished temporary file: the name appears with its whole content, or not at
+    all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path.parent, path.name)
+    try:
+        with storage_errors(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            fsync_folder(path.parent)
+            return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def verify_file(root: Path, entry: FileEntry, *, content: bool = True) -> None:
+    """Check a file's presence, size and (with `content`) SHA-256 against its entry.
+
+    Raises:
+        IntegrityError: the file is missing, shortened or altered. A mismatch is read once more
+            before it is reported, so that a passing read fault does not end a run.
+    """
+    path = root / entry.path
+    remedy = "restore the file from a copy; the manifest is not to be edited to fit it"
+    if not path.is_file():
+        raise IntegrityError("every file that the manifest names exists", file=path, remedy=remedy)
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise IntegrityError(
+            f"the file is {entry.bytes} bytes long",
+            received=f"{size} bytes",
+            file=path,
+            remedy=remedy,
+        )
+    if not content:
+        return
+    found = ""
+    for _ in range(2):
+        found = sha256_file(path)
+        if found == entry.sha256:
+            return
+    raise IntegrityError(
+        f"the file's SHA-256 is {entry.sha256[:16]}…",
+        received=f"{found[:16]}…",
+        file=path,
+        remedy=remedy,
+    )
+
+
+class TaskLog:
+    """The commit records of one stage: `commits/<stage>/<task>.json` under a dataset's root."""
+
+    def __init__(self, root: Path, stage: str) -> None:
+        self.root = root
+        self.stage = stage
+        self.folder = root / "commits" / stage
+
+    def committed(self, task: str) -> TaskRecord | None:
+        """The record of a finished task whose files are all still good, or None.
+
+        Raises:
+            IntegrityError: it was committed, but a file of its has been damaged since.
+        """
+        path = self.folder / f"{task}.json"
+        if not path.exists():
+            return None
+        record = TaskRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        for entry in [*record.groups, *(sidecar.file for sidecar in record.sidecars)]:
+            verify_file(self.root, entry)
+        return record
+
+    def commit(self, record: TaskRecord) -> TaskRecord:
+        """Commit `record`; returns the record that holds, the winner's where two attempts raced."""
+        path = self.folder / f"{record.task}.json"
+        if create_only(path, record.model_dump_json(indent=1)):
+            return record
+        winner = self.committed(record.task)
+        assert winner is not None  # the record exists: creating it just failed
+        return winner

@@ -1,0 +1,279 @@
+"""Reading a dataset: a manifest, one of its rewards and one of its references, row group by row
+group.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.schema import (
+    GROUPS_COLUMNS,
+    REFERENCE_COLUMNS,
+    REWARDS_COLUMNS,
+    TRAINING_COLUMNS,
+    Column,
+    Group,
+    arrow_schema,
+    groups_from_table,
+)
+from gvpo_offline.store.commit import verify_file
+from gvpo_offline.store.manifest import (
+    FileEntry,
+    Manifest,
+    ReferenceFamily,
+    RewardFamily,
+    Sidecar,
+    load_manifest,
+)
+from gvpo_offline.store.parquet import open_parquet, read_row_group
+
+_OPEN_FILES = 32
+Progress = Callable[[Sequence[FileEntry]], Iterator[FileEntry]]
+
+
+class GroupDataset:
+    """A dataset as training sees it: groups joined with one reward and one reference.
+
+    A *row group* is the unit of reading; they are numbered through all files in manifest order.
+    Opening reads the manifest only. The object is cheap to pickle: open files are left behind.
+
+    Args:
+        root: the dataset's folder.
+        manifest: one version of it.
+        rewards: the reward family to join, or None.
+        reference: the reference family to join, or None.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        rewards: RewardFamily | None = None,
+        reference: ReferenceFamily | None = None,
+    ) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.rewards = rewards
+        self.reference = reference
+        self._sidecars = [
+            (columns, _aligned(root, manifest, family.files, label))
+            for columns, family, label in (
+                (REWARDS_COLUMNS, rewards, "reward"),
+                (REFERENCE_COLUMNS, reference, "reference"),
+            )
+            if family is not None
+        ]
+        self._handles: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+
+    @functools.cached_property
+    def row_group_sizes(self) -> npt.NDArray[np.int64]:
+        """Groups in each row group: (n_row_groups,) int64."""
+        return np.array([n for file in self.manifest.groups for n in file.row_groups], np.int64)
+
+    @functools.cached_property
+    def _first_row_group(self) -> npt.NDArray[np.int64]:
+        counts = [len(file.row_groups) for file in self.manifest.groups]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of the dataset."""
+        return int(self.row_group_sizes.sum())
+
+    @property
+    def n_row_groups(self) -> int:
+        """Row groups of the dataset."""
+        return len(self.row_group_sizes)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of all files in use: what a run's data *is*."""
+        files = [file.sha256 for file in self.manifest.groups]
+        for _, sidecars in self._sidecars:
+            files += [sidecar.file.sha256 for sidecar in sidecars]
+        return sha256_json(files)
+
+    def files(self) -> list[FileEntry]:
+        """Every file in use, once each."""
+        entries: list[FileEntry] = list(self.manifest.groups)
+        for _, sidecars in self._sidecars:
+            entries += [sidecar.file for sidecar in sidecars]
+        return list({entry.path: entry for entry in entries}.values())
+
+    def verify(self, *, content: bool = True, progress: Progress | None = None) -> None:
+        """Check size and (with `content`) SHA-256 of every file in use.
+
+        Raises:
+            IntegrityError: naming the first file that is missing, shortened or altered.
+        """
+        files = self.files()
+        for entry in progress(files) if progress else files:
+            verify_file(self.root, entry, content=content)
+
+    def locate(self, row_group: int) -> tuple[int, int]:
+        """File number, and number of the row group within that file."""
+        file = int(np.searchsorted(self._first_row_group, row_group, side="right")) - 1
+        return file, row_group - int(self._first_row_group[file])
+
+    def table(self, row_group: int, columns: Sequence[str]) -> pa.Table:
+        """Some columns of one row group, sidecars joined; `group_id` is always among them.
+
+        Columns of the schema that a file does not have are left out of the result.
+
+        Raises:
+            IntegrityError: a page fails its checksum, or a sidecar's group ids are not the base's.
+        """
+        file, local = self.locate(row_group)
+        base = self.manifest.groups[file]
+        table = self._read(base, local, columns, GROUPS_COLUMNS)
+        for sidecar_columns, sidecars in self._sidecars:
+            entry = sidecars[file].file
+            wanted = [c.name for c in sidecar_columns if c.name in columns and c.name != "group_id"]
+            if not wanted:
+                continue
+            joined = self._read(entry, local, wanted, sidecar_columns)
+            if not joined.column("group_id").equals(table.column("group_id")):
+                raise IntegrityError(
+                    "a sidecar's rows bear the group ids of its groups file",
+                    received=f"other ids in row group {local}",
+                    remedy="write the sidecar again for this dataset",
+                    file=self.root / entry.path,
+                )
+            for name in wanted:
+                if name in joined.column_names:
+                    table = table.append_column(name, joined.column(name))
+        return table
+
+    def groups(self, row_group: int, columns: Sequence[str] = TRAINING_COLUMNS) -> list[Group]:
+        """The groups of one row group with rewards and reference log-probs where joined."""
+        extra = [name for name in ("rewards", "ref_seq_logprobs") if name not in columns]
+        return groups_from_table(self.table(row_group, [*columns, *extra]))
+
+    def _read(
+        self, entry: FileEntry, local: int, columns: Sequence[str], known: Sequence[Column]
+    ) -> pa.Table:
+        path = self.root / entry.path
+        handle = self._handle(entry)
+        present = set(handle.schema_arrow.names)
+        schema = arrow_schema(known)
+        wanted = [
+            c.name
+            for c in known
+            if c.name in present and (c.name in columns or c.name == "group_id")
+        ]
+        table = read_row_group(handle, path, local, wanted)
+        try:
+            return table.cast(pa.schema([schema.field(n).with_nullable(True) for n in wanted]))
+        except pa.ArrowException as error:
+            raise DataError(
+                "columns have the types of schemas/", received=str(error), file=path
+            ) from error
+
+    def _handle(self, entry: FileEntry) -> pq.ParquetFile:
+        handle = self._handles.pop(entry.path, None)
+        if handle is None:
+            handle = open_parquet(self.root / entry.path)
+        self._handles[entry.path] = handle
+        while len(self._handles) > _OPEN_FILES:
+            self._handles.popitem(last=False)[1].close()
+        return handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": OrderedDict()}
+
+
+def _aligned(root: Path, manifest: Manifest, files: Sequence[Sidecar], label: str) -> list[Sidecar]:
+    """The sidecars in the order of the groups files, or IntegrityError if one is missing or
+    foreign.
+    """
+    by_base = {sidecar.base_sha256: sidecar for sidecar in files}
+    aligned = []
+    for base in manifest.groups:
+        sidecar = by_base.get(base.sha256)
+        if sidecar is None or sidecar.file.row_groups != base.row_groups:
+            raise IntegrityError(
+                f"every groups file has a {label} sidecar with the same rows",
+                received="none" if sidecar is None else f"{sidecar.file.rows} rows",
+                remedy=f"compute the {label} for the whole dataset again",
+                file=root / base.path,
+            )
+        aligned.append(sidecar)
+    return aligned
+
+
+def choose_rewards(manifest: Manifest, name: str | None, *, file: Any = None) -> RewardFamily:
+    """The reward family called `name` (or `name@version`), its newest version; by default the only
+    one.
+    """
+    named = {f"{family.name}@{family.version}": family for family in manifest.rewards}
+    matching = [f for key, f in named.items() if name in (None, f.name, key)]
+    if not matching or (name is None and len({f.name for f in matching}) > 1):
+        raise ConfigError(
+            "training needs one reward of the dataset",
+            received=f"reward={name!r}, and the dataset holds {sorted(named) or 'none'}",
+            remedy="set `reward` to one of them, or import a log that has a reward column",
+            file=file,
+        )
+    return max(matching, key=lambda family: family.version)
+
+
+def choose_reference(
+    manifest: Manifest, fingerprint: str | None, *, file: Any = None
+) -> ReferenceFamily:
+    """The reference whose fingerprint starts with `fingerprint`; by default the only one."""
+    prefix = fingerprint or ""
+    matching = [f for f in manifest.references if f.fingerprint.startswith(prefix)]
+    if len(matching) != 1:
+        held = [f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references]
+        raise ConfigError(
+            "training needs the log-probs of one reference",
+            received=f"reference={fingerprint!r}, and the dataset holds {held or 'none'}",
+            remedy="run `gvpo-offline reference` on the dataset"
+            if not held
+            else "set `reference` to the first digits of one fingerprint",
+            file=file,
+        )
+    return matching[0]
+
+
+def open_dataset(
+    path: str | Path,
+    *,
+    reward: str | None = None,
+    reference: str | None = None,
+    version: int | None = None,
+    join: Sequence[str] = ("reward", "reference"),
+) -> GroupDataset:
+    """Open a dataset's folder for reading.
+
+    Args:
+        path: a folder with a manifest, as `gvpo-offline import` writes.
+        reward: which reward to join (`name` or `name@version`); may be left out if there is one.
+        reference: which reference to join, by the first digits of its fingerprint; likewise.
+        version: an older manifest version; by default the newest.
+        join: what must be joined; leave one out to read a dataset that does not have it yet.
+
+    Raises:
+        DataError: there is no dataset at `path`.
+        ConfigError: the reward or reference does not exist, or several do and none was named.
+        IntegrityError: the manifest was altered, or a sidecar does not fit its groups file.
+    """
+    root = Path(path)
+    manifest = load_manifest(root, version)
+    return GroupDataset(
+        root,
+        manifest,
+        choose_rewards(manifest, reward, file=root) if "reward" in join else None,
+        choose_reference(manifest, reference, file=root) if "reference" in join else None,
+    )

@@ -1,0 +1,182 @@
+"""The manifest: which files are a dataset, what made them, and what they may be used with.
+
+Manifests are numbered and immutable (`manifest-000001.json` …); a stage that adds to a dataset
+writes the next one, create-only. The highest number is the dataset; every older one still opens.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.schema import SCHEMA_VERSION
+
+_NAME = re.compile(r"^manifest-(\d{6,})\.json$")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Record):
+    """One Parquet file of the dataset."""
+
+    path: str = Field(description="Path relative to the dataset's folder.")
+    sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal.")
+    bytes: int = Field(description="Length of the file, in bytes.")
+    row_groups: list[int] = Field(description="Rows of each Parquet row group, in order.")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the file: one per group."""
+        return sum(self.row_groups)
+
+
+class BaseFile(FileEntry):
+    """A groups file."""
+
+    n_responses: int = Field(description="Responses in the file.")
+    n_tokens: int = Field(description="Prompt and response tokens in the file.")
+
+
+class Sidecar(_Record):
+    """A sidecar file, bound to its groups file by that file's hash. Rows correspond one to one."""
+
+    base_sha256: str = Field(description="SHA-256 of the groups file.")
+    file: FileEntry
+
+
+class TokenizerInfo(_Record):
+    """The tokenizer that made every token id of the dataset."""
+
+    name_or_path: str
+    fingerprint: str = Field(
+        description="SHA-256 over vocabulary, merges, added tokens and chat template."
+    )
+    vocab_size: int = Field(description="Number of token ids, added tokens included.")
+
+
+class RewardFamily(_Record):
+    """One named, versioned reward for every response of the dataset."""
+
+    name: str
+    version: int = 1
+    config: dict[str, Any] = {}
+    files: list[Sidecar]
+
+
+class ReferenceFamily(_Record):
+    """The log-probs of every response under one reference policy."""
+
+    fingerprint: str = Field(description="SHA-256 over the fields below but `files`.")
+    model_name_or_path: str
+    weights_sha256: str
+    model_class: str
+    dtype: str = Field(description="Data type of the weights.")
+    autocast_dtype: str | None = Field(description="Data type of the matrix products, if another.")
+    attn_implementation: str
+    tokenizer_fingerprint: str | None
+    files: list[Sidecar]
+
+
+class LineageStep(_Record):
+    """One command that added to the dataset."""
+
+    stage: str
+    package_version: str
+    config: dict[str, Any]
+    inputs: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+
+
+class Manifest(_Record):
+    """One version of a dataset."""
+
+    schema_version: int = SCHEMA_VERSION
+    version: int = 1
+    tokenizer: TokenizerInfo | None = Field(
+        default=None, description="Null where a foreign file does not say."
+    )
+    samplers: dict[str, dict[str, Any]] = Field(
+        default={}, description="Settings of each sampler, by name, as far as the log has them."
+    )
+    groups: list[BaseFile]
+    rewards: list[RewardFamily] = []
+    references: list[ReferenceFamily] = []
+    lineage: list[LineageStep] = []
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of the dataset."""
+        return sum(file.rows for file in self.groups)
+
+    def content_hash(self) -> str:
+        """SHA-256 of the manifest's content."""
+        return sha256_json(self.model_dump(mode="json"))
+
+
+class SealedManifest(_Record):
+    """What a manifest file holds: the manifest and the hash of its content."""
+
+    sha256: str
+    manifest: Manifest
+
+
+def manifest_path(root: Path, version: int) -> Path:
+    """The file of one manifest version."""
+    return root / f"manifest-{version:06d}.json"
+
+
+def manifest_versions(root: Path) -> list[int]:
+    """The versions that exist under `root`, ascending."""
+    if not root.is_dir():
+        return []
+    return sorted(int(m.group(1)) for entry in root.iterdir() if (m := _NAME.match(entry.name)))
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """The text of a manifest file."""
+    return SealedManifest(sha256=manifest.content_hash(), manifest=manifest).model_dump_json(
+        indent=1
+    )
+
+
+def load_manifest(root: Path, version: int | None = None) -> Manifest:
+    """Read one version, by default the newest.
+
+    Raises:
+        DataError: there is no manifest under `root`.
+        IntegrityError: the file cannot be parsed, was altered, or is of a newer schema.
+    """
+    versions = manifest_versions(root)
+    if not versions or (version is not None and version not in versions):
+        raise DataError(
+            "a dataset is a folder that holds a manifest"
+            + ("" if version is None else f" of version {version}"),
+            received=f"versions {versions}" if versions else "none",
+            remedy="make one with `gvpo-offline import`, or correct the path",
+            file=root,
+        )
+    path = manifest_path(root, versions[-1] if version is None else version)
+    try:
+        sealed = SealedManifest.model_validate_json(path.read_bytes())
+    except (ValidationError, ValueError) as error:
+        raise IntegrityError(
+            f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)",
+            received=str(error).splitlines()[0],
+            remedy="restore the file from a copy, or upgrade gvpo-offline",
+            file=path,
+        ) from error
+    if sealed.manifest.content_hash() != sealed.sha256:
+        raise IntegrityError(
+            f"the manifest's content hash is {sealed.sha256[:16]}…",
+            received=f"{sealed.manifest.content_hash()[:16]}…",
+            remedy="restore the file from a copy",
+            file=path,
+        )
+    return sealed.manifest

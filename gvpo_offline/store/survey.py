@@ -1,0 +1,134 @@
+"""What a dataset holds, counted from its light columns in one pass and constant memory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gvpo_offline.schema import LIGHT_COLUMNS, split_list
+from gvpo_offline.store.dataset import GroupDataset
+
+# Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
+_BINS_PER_DECADE = 100
+_LOWEST_DECADE = -9
+_N_BINS = 24 * _BINS_PER_DECADE
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass
+class Survey:
+    """Counts over some groups of a dataset.
+
+    Attributes:
+        n_groups, n_responses, n_tokens: how many; tokens count each prompt once.
+        equal_reward_groups: groups whose responses all have one reward. They count: their target is
+            the reference, spread evenly.
+        truncated_responses: responses that were cut.
+        samplers: responses per sampler.
+        sampler_rewards: sum of rewards per sampler.
+        max_group_size, max_group_tokens: the largest group, in responses and in padded tokens
+            (responses times the longest prompt-and-response row).
+        gap_bins: histogram of max reward - min reward of the unequal groups.
+    """
+
+    n_groups: int = 0
+    n_responses: int = 0
+    n_tokens: int = 0
+    equal_reward_groups: int = 0
+    truncated_responses: int = 0
+    samplers: Counter[str] = field(default_factory=Counter)
+    sampler_rewards: Counter[str] = field(default_factory=Counter)
+    max_group_size: int = 0
+    max_group_tokens: int = 0
+    gap_bins: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(_N_BINS, dtype=np.int64)
+    )
+
+    @property
+    def median_reward_gap(self) -> float:
+        """Median of max reward - min reward over groups with unequal rewards, within 1.2%; or nan."""
+        total = int(self.gap_bins.sum())
+        if total == 0:
+            return math.nan
+        index = int(np.searchsorted(np.cumsum(self.gap_bins), (total + 1) / 2))
+        return float(10.0 ** (_LOWEST_DECADE + (index + 0.5) / _BINS_PER_DECADE))
+
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of a table with the light columns and, if there, rewards."""
+        lengths = _lists(table, "response_lengths")
+        sizes = np.array([len(row) for row in lengths])
+        prompts = table.column("prompt_length").to_numpy()
+        self.n_groups += table.num_rows
+        self.n_responses += int(sizes.sum())
+        self.n_tokens += int(prompts.sum() + sum(int(row.sum()) for row in lengths))
+        self.max_group_size = max(self.max_group_size, int(sizes.max(initial=0)))
+        padded = [k * (p + row.max()) for k, p, row in zip(sizes, prompts, lengths, strict=True)]
+        self.max_group_tokens = max(self.max_group_tokens, int(max(padded, default=0)))
+        names = pc.list_flatten(table.column("samplers")).to_pylist()
+        self.samplers.update(names)
+        self.truncated_responses += int(
+            pc.sum(pc.list_flatten(table.column("truncated"))).as_py() or 0
+        )
+        if "rewards" in table.column_names:
+            self._add_rewards(_lists(table, "rewards"), names)
+
+    def _add_rewards(self, rewards: list[npt.NDArray[np.float64]], names: list[str]) -> None:
+        gaps = np.array([row.max() - row.min() for row in rewards])
+        unequal = gaps[gaps > 0]
+        self.equal_reward_groups += len(gaps) - len(unequal)
+        bins = np.floor((np.log10(unequal) - _LOWEST_DECADE) * _BINS_PER_DECADE).astype(int)
+        np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1), 1)
+        for name, reward in zip(names, np.concatenate(rewards), strict=True):
+            self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
+
+
+def _lists(table: pa.Table, name: str) -> list[npt.NDArray[np.float64]]:
+    column = table.column(name).combine_chunks()
+    return split_list(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)
+
+
+def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
+    """The light columns of a row group, with rewards where joined.
+
+    A foreign file may lack the stored lengths; they are then counted from its tokens, which is
+    right and slow.
+    """
+    table = dataset.table(row_group, [*LIGHT_COLUMNS, "rewards"])
+    missing = [name for name in LIGHT_COLUMNS if name not in table.column_names]
+    if not missing:
+        return table
+    groups = dataset.groups(row_group)
+    derived = {
+        "prompt_length": [len(g.prompt_token_ids) for g in groups],
+        "response_lengths": [g.response_lengths for g in groups],
+        "samplers": [g.samplers for g in groups],
+        "truncated": [g.truncated for g in groups],
+    }
+    for name in missing:
+        table = table.append_column(name, pa.array(derived[name]))
+    return table
+
+
+def survey(
+    dataset: GroupDataset,
+    rows_of: Callable[[int], npt.NDArray[np.int64] | None] | None = None,
+    progress: Progress | None = None,
+) -> Survey:
+    """Count a dataset, or the rows of it that `rows_of(row_group)` gives (None: all of them)."""
+    result = Survey()
+    numbers: Iterable[int] = range(dataset.n_row_groups)
+    for row_group in progress(numbers) if progress else numbers:
+        table = light_table(dataset, row_group)
+        rows = rows_of(row_group) if rows_of else None
+        if rows is not None:
+            table = table.take(pa.array(rows))
+        if table.num_rows:
+            result.add(table)
+    return result

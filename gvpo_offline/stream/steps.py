@@ -1,0 +1,119 @@
+"""Steps as items of a map-style dataset: item s is one rank's share of optimizer step s.
+
+A loader over it that skips to step s skips integers, not data; so the step number is all there is
+to the position of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from gvpo_offline.schema import Group
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.stream.order import GroupOrder
+from gvpo_offline.stream.plan import plan_step, shape_of
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """What one rank computes in one optimizer step.
+
+    Attributes:
+        step: the step's number.
+        micro_batches: whole groups; the same number on every rank, some perhaps empty.
+        n_groups: groups of the step over all ranks: what the loss is a mean over.
+        read_seconds: time spent reading.
+    """
+
+    step: int
+    micro_batches: tuple[tuple[Group, ...], ...]
+    n_groups: int
+    read_seconds: float
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the share, each prompt counted once."""
+        return sum(group.n_tokens for groups in self.micro_batches for group in groups)
+
+
+class StepDataset(Dataset[StepShare]):
+    """Steps 0 to n - 1 of a run, as seen by one rank.
+
+    Args:
+        dataset: where the groups lie.
+        order: which group comes when.
+        groups_per_step: groups of a step, over all ranks.
+        n_draws: groups of the whole run; the last step takes what is left.
+        max_tokens_per_micro_batch: padded tokens of a micro-batch.
+        rank, world_size: whose share.
+    """
+
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        order: GroupOrder,
+        *,
+        groups_per_step: int,
+        n_draws: int,
+        max_tokens_per_micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.order = order
+        self.groups_per_step = groups_per_step
+        self.n_draws = n_draws
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.rank = rank
+        self.world_size = world_size
+        self._row_groups: OrderedDict[int, list[Group]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return math.ceil(self.n_draws / self.groups_per_step)
+
+    def __getitem__(self, step: int) -> StepShare:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        started = time.perf_counter()
+        groups = self.global_batch(step)
+        plan = plan_step(
+            [shape_of(group) for group in groups],
+            world_size=self.world_size,
+            rank=self.rank,
+            budget=self.max_tokens_per_micro_batch,
+        )
+        return StepShare(
+            step=step,
+            micro_batches=tuple(tuple(groups[i] for i in members) for members in plan),
+            n_groups=len(groups),
+            read_seconds=time.perf_counter() - started,
+        )
+
+    def global_batch(self, step: int) -> list[Group]:
+        """All groups of a step, whatever the rank."""
+        start = step * self.groups_per_step
+        stop = min(start + self.groups_per_step, self.n_draws)
+        row_groups, rows = self.order.take(start, stop)
+        return [
+            self._read(int(row_group))[int(row)]
+            for row_group, row in zip(row_groups, rows, strict=True)
+        ]
+
+    def _read(self, row_group: int) -> list[Group]:
+        # Two windows' worth: a step may end one window and begin the next.
+        groups = self._row_groups.pop(row_group, None)
+        if groups is None:
+            groups = self.dataset.groups(row_group)
+        self._row_groups[row_group] = groups
+        while len(self._row_groups) > 2 * self.order.window:
+            self._row_groups.popitem(last=False)
+        return groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_row_groups": OrderedDict()}

@@ -1,0 +1,84 @@
+"""Tokenizers: loading one, and telling whether two make the same token ids from the same text."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from gvpo_offline.errors import ConfigError, IntegrityError
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.store.manifest import TokenizerInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Padding and truncation are per-call settings that the fast tokenizer stores in its own JSON.
+_PER_CALL_KEYS = ("padding", "truncation")
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or a hub name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            "the tokenizer is a folder with tokenizer files, or a hub name",
+            received=f"{name_or_path!r} ({str(error).splitlines()[0]})",
+            remedy="correct tokenizer_name_or_path",
+        ) from error
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over all that decides token ids: the model, its added and special tokens, the
+    template.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for key in _PER_CALL_KEYS:
+            content.pop(key, None)
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return sha256_json(
+        {
+            "tokenizer": content,
+            "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+            "chat_template": tokenizer.chat_template,
+        }
+    )
+
+
+def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
+    """What the manifest records about a tokenizer."""
+    return TokenizerInfo(
+        name_or_path=str(tokenizer.name_or_path),
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=len(tokenizer),
+    )
+
+
+def check_same_tokenizer(
+    expected: str | None, expected_by: str, found: str | None, found_in: str, *, file: Any = None
+) -> None:
+    """Raise IntegrityError if two fingerprints are both known and differ."""
+    if expected is None or found is None or expected == found:
+        return
+    raise IntegrityError(
+        f"{found_in} uses the tokenizer and chat template of {expected_by} "
+        f"(fingerprint {expected[:12]}…)",
+        received=f"{found[:12]}…",
+        remedy="use that tokenizer, or import the log again with this one",
+        file=file,
+    )

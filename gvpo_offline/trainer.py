@@ -1,0 +1,419 @@
+"""`GVPOTrainer`: transformers' Trainer on groups.
+
+Ours are the step dataset, the loop over a step's micro-batches, the loss, what is checked before
+the first update, and the seal on a checkpoint. Optimizers, schedulers, loggers, callbacks, PEFT,
+mixed precision and distribution are transformers' and accelerate's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from gvpo_offline.checkpoint import (
+    check_identity,
+    discard_unsealed,
+    find_checkpoint,
+    refuse_leftovers,
+    save_errors,
+    seal,
+)
+from gvpo_offline.compute.batch import make_micro_batch
+from gvpo_offline.compute.logprobs import seq_logprobs
+from gvpo_offline.compute.model import (
+    autocast_dtype,
+    disable_dropout,
+    load_model,
+)
+from gvpo_offline.config import ModelSettings
+from gvpo_offline.epochs import EpochCallback
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.evaluation import evaluate_policy, group_loss, in_order, shares_of
+from gvpo_offline.losses import GroupStatistics
+from gvpo_offline.meters import ReferenceMeter, StepMeter, reduced_sum
+from gvpo_offline.preflight import (
+    check_log_ratios,
+    check_tokenizers,
+    data_warnings,
+    describe_data,
+    policy_facts,
+    reference_warnings,
+)
+from gvpo_offline.schema import Group
+from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.stream.select import rows_of
+from gvpo_offline.stream.steps import StepShare
+from gvpo_offline.trainer_config import GVPOConfig
+from gvpo_offline.training_data import HeldOut, TrainingData, resolve_held_out
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+
+class GVPOTrainer(Trainer):
+    """Trains a causal language model on static groups with GVPO.
+
+    Args:
+        model: the policy: a transformers model, a PEFT model, or a folder or hub name (loaded in
+            float32).
+        args: the configuration.
+        train_dataset: a dataset's folder, a Parquet file or `datasets.Dataset` in the group shape,
+            or what `open_dataset` returns.
+        eval_dataset: likewise, or a dictionary of such; default: `args.eval_fraction` of the
+            training dataset.
+        processing_class: the policy's tokenizer, compared with the one that made the token ids and
+            saved with the model.
+        callbacks: transformers callbacks.
+        optimizers: an optimizer and a scheduler instead of those that `args` describe.
+        peft_config: train this PEFT adapter instead of the whole model.
+
+    Raises:
+        DataError, ConfigError, IntegrityError: something about data, settings or files; before any
+            training.
+    """
+
+    args: GVPOConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: GVPOConfig | None = None,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = args or GVPOConfig()
+        self._scratch = tempfile.TemporaryDirectory(prefix="gvpo-offline-")
+        self.data = TrainingData.prepare(
+            train_dataset, eval_dataset, args, Path(self._scratch.name)
+        )
+        if isinstance(model, str):
+            model = load_model(ModelSettings(model_name_or_path=model))
+        self.policy = policy_facts(
+            model,
+            # An adapter that is already there has names of its own among the weights.
+            hash_weights=args.reference_check == "auto" and not hasattr(model, "peft_config"),
+            autocast=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
+            tokenizer=processing_class,
+        )
+        check_tokenizers(self.data.datasets(), self.policy)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        steps = self.data.steps(args)
+        args.max_steps = len(steps)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_only_item,
+            train_dataset=steps,
+            eval_dataset=self.data.held_out or None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.add_callback(
+            EpochCallback(args.groups_per_step, self.data.order.n_groups, self.data.n_draws)
+        )
+        self._meter = StepMeter(args.device)
+
+    # ---- before the first step ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Check data and reference, then train.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the
+                folder of one. The run continues bit for bit, on any number of ranks, or not at all.
+            kwargs: as transformers' Trainer.
+
+        Raises:
+            ResumeError: the checkpoint was cut off, or is of other data or settings.
+            IntegrityError: a file was altered, or the reference is not the policy's.
+            StorageError: no room for a checkpoint; the earlier ones stay.
+        """
+        output_dir = Path(self.args.output_dir)
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+            check_identity(checkpoint, self.identity())
+        else:
+            refuse_leftovers(output_dir)
+        self.preflight()
+        self._reference_meter = None if checkpoint else self._start_reference_check()
+        self._meter = StepMeter(self.args.device)
+        return super().train(
+            resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
+        )
+
+    def preflight(self) -> Survey:
+        """Verify the files and say what the run trains on; the main process logs it."""
+        dataset = self.data.dataset
+        dataset.verify(content=self.args.verify == "full")
+        counts = survey(dataset, rows_of(self.data.selection))
+        if self.is_world_process_zero():
+            budget = self.args.max_tokens_per_micro_batch
+            n_files = len(dataset.manifest.groups)
+            for line in describe_data(counts, self.args.beta, budget, n_files):
+                logger.info(line)
+            warnings = data_warnings(counts, self.args.beta)
+            for line in warnings + reference_warnings(self.policy, self._reference):
+                logger.warning(line)
+        return counts
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint of this run continues: data, objective, optimization. No world size."""
+        args = self.args
+        optimization = (
+            "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+            "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 seed"
+        )
+        return {
+            "data": self.data.identity(args),
+            "objective": {"beta": args.beta, "anchor": args.anchor},
+            "optimization": {name: str(getattr(args, name, None)) for name in optimization.split()},
+        }
+
+    @property
+    def _reference(self) -> ReferenceFamily:
+        reference = self.data.dataset.reference
+        assert reference is not None  # resolve_dataset saw to it
+        return reference
+
+    def _start_reference_check(self) -> ReferenceMeter | None:
+        same = self.policy.weights_sha256 == self._reference.weights_sha256
+        if self.args.reference_check == "error" or (self.args.reference_check == "auto" and same):
+            return ReferenceMeter(self.args.device)
+        if self.args.reference_check == "auto":
+            logger.info(
+                "the policy's weights are not the reference's (%s): log-ratios do not start at 0",
+                self._reference.model_name_or_path,
+            )
+        return None
+
+    # ---- steps ----
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A loader whose batch s is this rank's share of step s; not sharded any further."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,
+            batch_size=1,
+            shuffle=False,
+            collate_fn=_only_item,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The next step's share, timed."""
+        started = time.perf_counter()
+        samples = [item for _, item in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._meter.add_wait(time.perf_counter() - started)
+        return samples, None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Accumulate the gradient of one optimizer step, micro-batch by micro-batch.
+
+        Returns:
+            Scalar: this rank's part of the step's loss times the number of ranks, so that the mean
+            over ranks, of losses as of gradients, is the mean over the step's groups.
+        """
+        share: StepShare = inputs["share"]
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        scale = self.args.world_size / share.n_groups
+        total = torch.zeros((), device=self.args.device)
+        last = len(share.micro_batches) - 1
+        for number, groups in enumerate(share.micro_batches):
+            # Ranks exchange gradients once a step, with the last micro-batch.
+            sync = number == last
+            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+                loss = self._micro_batch_loss(model, groups) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self._meter.add_tokens(share.n_tokens)
+        if self.state.global_step == 0 and self._reference_meter is not None:
+            check_log_ratios(
+                *self._reference_meter.result(self.accelerator), self.policy, self._reference
+            )
+            self._reference_meter = None
+        return total
+
+    def _micro_batch_loss(self, model: nn.Module, groups: Sequence[Group]) -> Tensor:
+        """Sum of the groups' losses; 0, with a graph through every weight, where there are none."""
+        batch = make_micro_batch(groups).to(self.args.device)
+        logprobs = seq_logprobs(model, batch)
+        if not groups:
+            return logprobs.sum() * 0.0
+        if self._reference_meter is not None:
+            self._reference_meter.add(logprobs - batch.ref_seq_logprobs)
+        result = group_loss(
+            logprobs,
+            batch.rewards,
+            batch.ref_seq_logprobs,
+            batch.group_index,
+            groups,
+            beta=self.args.beta,
+            anchor=self.args.anchor,
+        )
+        self._meter.add(result.statistics)
+        return result.group_losses.sum()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 x parameters x padded tokens, as transformers estimates it."""
+        share: StepShare = inputs["share"]
+        tokens = sum(
+            group.group_size * (len(group.prompt_token_ids) + max(group.response_lengths))
+            for groups in share.micro_batches
+            for group in groups
+        )
+        return 6 * tokens * int(sum(p.numel() for p in self.model.parameters()))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        own = torch.tensor(inputs["share"].n_tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(reduced_sum(self.accelerator, own))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the steps since the last line to transformers' own."""
+        if "loss" in logs:
+            logs = {**logs, **self._meter.drain(self.accelerator)}
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Metrics of held-out groups; several datasets are told apart by their name in the key.
+
+        Args:
+            eval_dataset: a name among those given, or a dataset; default: all held-out groups.
+            ignore_keys: no meaning here.
+            metric_key_prefix: first part of each key.
+        """
+        chosen = self._chosen_held_out(eval_dataset)
+        metrics: dict[str, float] = {}
+        for name, held_out in chosen.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            for key, value in self._evaluate_groups(held_out).items():
+                metrics[f"{prefix}_{key}"] = value
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, HeldOut]:
+        if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
+            # transformers passes the name and has put it into the prefix already
+            return {"": self.data.held_out[eval_dataset]}
+        if eval_dataset is not None:
+            return resolve_held_out(eval_dataset, Path(self._scratch.name))
+        if not self.data.held_out:
+            raise ConfigError(
+                "evaluation needs held-out groups",
+                received="none",
+                remedy="set eval_fraction, or pass an eval_dataset",
+            )
+        return self.data.held_out
+
+    def _evaluate_groups(self, held_out: HeldOut) -> dict[str, float]:
+        started = time.perf_counter()
+        dataset, selection = held_out
+        steps = in_order(
+            dataset,
+            selection,
+            groups_per_step=self.args.groups_per_step,
+            max_tokens_per_micro_batch=self.args.max_tokens_per_micro_batch,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        evaluation = evaluate_policy(
+            self.model,
+            shares_of(steps),
+            beta=self.args.beta,
+            anchor=self.args.anchor,
+            device=self.args.device,
+            autocast_dtype=autocast_dtype(bf16=self.args.bf16, fp16=self.args.fp16),
+        )
+        total = reduced_sum(
+            self.accelerator, evaluation.statistics.to_tensor().to(self.args.device)
+        )
+        metrics = GroupStatistics.from_tensor(total).metrics()
+        metrics["runtime"] = time.perf_counter() - started
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers, then sealed; older checkpoints go only once the new one is whole."""
+        output_dir = Path(self._get_output_dir(trial=trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            discard_unsealed(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with save_errors(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(folder, self.state.global_step, self.identity())
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def _only_item(items: list[StepShare]) -> dict[str, StepShare]:
+    (share,) = items
+    return {"share": share}
+
+
+def _with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
+    from peft import get_peft_model
+
+    adapted: nn.Module = get_peft_model(model, peft_config)
+    return adapted

@@ -1,0 +1,58 @@
+"""The trainer's configuration: GVPO's settings beside those of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from transformers import TrainingArguments
+
+from gvpo_offline.config import GVPOSettings
+from gvpo_offline.errors import ConfigError
+
+# Settings of transformers that have no meaning here, and what says it instead.
+_REFUSED = {
+    "per_device_train_batch_size": "set groups_per_step and max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "set groups_per_step; micro-batches follow from "
+    "max_tokens_per_micro_batch",
+    "auto_find_batch_size": "lower max_tokens_per_micro_batch",
+    "label_smoothing_factor": "leave it at 0",
+    "neftune_noise_alpha": "leave it out: log-probs must not depend on chance",
+    "train_sampling_strategy": "leave it out: the order is a function of the seed",
+    "dataloader_drop_last": "leave it out: the last step takes what is left",
+}
+
+
+@dataclass
+class GVPOConfig(GVPOSettings, TrainingArguments):
+    """`TrainingArguments` with GVPO's settings; a batch is counted in groups.
+
+    See `GVPOSettings` for the fields added here, and transformers for all others. Two defaults
+    differ: `learning_rate` and `logging_steps`, below.
+
+    Raises:
+        ConfigError: a setting is out of range, or belongs to transformers' batching, which
+            `groups_per_step` and `max_tokens_per_micro_batch` replace.
+    """
+
+    learning_rate: float = 1e-6
+    """Peak learning rate; the published default."""
+    logging_steps: float = 10
+    """Optimizer steps between two lines of metrics."""
+
+    def __post_init__(self) -> None:
+        GVPOSettings.__post_init__(self)
+        defaults = {field.name: field.default for field in fields(TrainingArguments)}
+        for name, remedy in _REFUSED.items():
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} has no meaning here", received=getattr(self, name), remedy=remedy
+                )
+        TrainingArguments.__post_init__(self)
+        # One process, one device: with several GPUs visible transformers would otherwise split
+        # batches with DataParallel, which knows nothing of groups. Launch with torchrun instead.
+        if self.n_gpu > 1:
+            self._n_gpu = 1
+
+    def settings(self) -> dict[str, object]:
+        """GVPO's own settings as a plain dictionary."""
+        return {field.name: getattr(self, field.name) for field in fields(GVPOSettings)}

@@ -1,0 +1,146 @@
+"""A world small enough that the optimum is known exactly, to train losses in.
+
+Prompts and responses are numbers, the policy a table of logits, so pi*(y|x), proportional to
+pi_ref(y|x) exp(R(x,y) / beta), and KL(pi_theta || pi*) are exact sums. A log is drawn as logs are:
+per group a prompt, a k and k responses from some sampler, with replacement, so a group can hold a
+response twice. Whatever takes a log's rows and returns a scalar can be trained and compared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+N_PROMPTS = 8
+N_RESPONSES = 24
+GROUPS_PER_PROMPT = 200
+SMALLEST_GROUP, LARGEST_GROUP = 2, 8
+BETA = 0.5
+
+COVERING_SAMPLERS = ("reference", "uniform", "older", "mixed")
+NARROW_SAMPLERS = ("skewed to bad", "human-like, narrow")
+
+
+@dataclass(frozen=True)
+class World:
+    """The reference and the rewards of every response to every prompt, both (P, Y) float64.
+
+    `ref_logprobs` are normalised, in nats; `rewards` lie between 0 and 1; `seed` also seeds what
+    else belongs to this world: its samplers, log and lengths.
+    """
+
+    seed: int
+    ref_logprobs: Tensor
+    rewards: Tensor
+    beta: float = BETA
+
+    @property
+    def optimum(self) -> Tensor:
+        """log pi*, (P, Y)."""
+        return torch.log_softmax(self.ref_logprobs + self.rewards / self.beta, dim=-1)
+
+    def kl_to_optimum(self, logits: Tensor) -> float:
+        """KL(softmax(logits) || pi*) in nats, mean over prompts; `logits` (P, Y)."""
+        logprobs = torch.log_softmax(logits, dim=-1)
+        kl = float((logprobs.exp() * (logprobs - self.optimum)).sum(-1).mean())
+        return max(kl, 0.0)  # rounding alone makes it -1e-17 at the optimum
+
+
+@dataclass(frozen=True)
+class Log:
+    """Logged rows: prompt, response and group of each, all (N,) int64. Who sampled is not kept."""
+
+    prompt: Tensor
+    response: Tensor
+    group: Tensor
+
+    def take(self, table: Tensor) -> Tensor:
+        """The entry of a (P, Y) table for each row, (N,)."""
+        return table[self.prompt, self.response]
+
+
+Objective = Callable[[Tensor, Tensor, Tensor, Log], Tensor]
+"""(seq_logprobs, ref_logprobs, rewards, log), the first three (N,), to the scalar to minimise."""
+
+
+def make_world(seed: int) -> World:
+    """Standard normal reference logits and uniform rewards."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N_PROMPTS, N_RESPONSES, generator=generator, dtype=torch.float64)
+    rewards = torch.rand(N_PROMPTS, N_RESPONSES, generator=generator, dtype=torch.float64)
+    return World(seed, torch.log_softmax(logits, dim=-1), rewards)
+
+
+def sampler_probs(world: World, name: str) -> Tensor:
+    """The sampling distribution called `name`, (P, Y), rows summing to 1.
+
+    older is a flatter policy with preferences of its own. The narrow ones leave much of the
+    reference's support out of a log of this size: skewed to bad has the reference's odds times
+    exp(-8 R), human-like picks among three responses.
+    """
+    generator = torch.Generator().manual_seed(1_000_003 + world.seed)
+    noise = torch.randn(world.rewards.shape, generator=generator, dtype=torch.float64)
+    few = torch.zeros_like(noise).scatter(1, noise.topk(3, dim=1).indices, 1.0)
+    probs = {
+        "reference": world.ref_logprobs.exp(),
+        "uniform": torch.full_like(noise, 1 / noise.shape[1]),
+        "older": torch.softmax(0.5 * world.ref_logprobs + 0.5 * noise, dim=-1),
+        "skewed to bad": torch.softmax(world.ref_logprobs - 8 * world.rewards, dim=-1),
+        "human-like, narrow": few / few.sum(-1, keepdim=True),
+    }
+    # Every response of a mixed log has a sampler of its own: drawing from the mean is the same.
+    probs["mixed"] = torch.stack(list(probs.values())).mean(0)
+    return probs[name]
+
+
+def draw_log(world: World, sampler: str) -> Log:
+    """`GROUPS_PER_PROMPT` groups of every prompt, k uniform in its range, from `sampler`."""
+    generator = torch.Generator().manual_seed(2_000_003 + world.seed)
+    n_groups = N_PROMPTS * GROUPS_PER_PROMPT
+    sizes = torch.randint(SMALLEST_GROUP, LARGEST_GROUP + 1, (n_groups,), generator=generator)
+    group = torch.repeat_interleave(torch.arange(n_groups), sizes)
+    prompt = group // GROUPS_PER_PROMPT
+    probs = sampler_probs(world, sampler)
+    response = torch.multinomial(probs[prompt], 1, replacement=True, generator=generator)
+    return Log(prompt, response.squeeze(1), group)
+
+
+def train(world: World, log: Log, objective: Objective, *, steps: int = 400) -> Tensor:
+    """Minimise `objective` over the whole log, from the reference on; returns log-probs, (P, Y).
+
+    Adam on a table of logits, learning rate 0.05 falling to zero along a cosine.
+    """
+    logits = world.ref_logprobs.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    ref_logprobs, rewards = log.take(world.ref_logprobs), log.take(world.rewards)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        seq_logprobs = log.take(torch.log_softmax(logits, dim=-1))
+        torch.autograd.backward(objective(seq_logprobs, ref_logprobs, rewards, log))
+        optimizer.step()
+        schedule.step()
+    return torch.log_softmax(logits.detach(), dim=-1)
+
+
+def per_group_deviation(rewards: Tensor, log: Log) -> Tensor:
+    """Each row's group's reward deviation (k - 1), (N,); 1 where a group has none."""
+    sizes = torch.bincount(log.group).to(rewards.dtype)
+    mean = torch.zeros_like(sizes).index_add(0, log.group, rewards) / sizes
+    squares = (rewards - mean[log.group]).square()
+    variance = torch.zeros_like(sizes).index_add(0, log.group, squares) / (sizes - 1)
+    deviation = variance.sqrt()[log.group]
+    return torch.where(deviation > 1e-9, deviation, torch.ones_like(deviation))
+
+
+def relative_lengths(world: World, log: Log) -> Tensor:
+    """Lengths of 10 to 200 tokens drawn once per response, over their mean, (N,).
+
+    Relative, so that dividing by them keeps beta's scale and only their differences act.
+    """
+    generator = torch.Generator().manual_seed(3_000_003 + world.seed)
+    tokens = torch.randint(10, 201, world.rewards.shape, generator=generator)
+    return log.take(tokens / tokens.double().mean())
