@@ -21,6 +21,7 @@ from gvpo_offline.store.commit import create_only, fsync_folder, storage_errors
 
 SEAL_NAME = "gvpo_checkpoint.json"
 _FULL_BYTES = 16 * 2**20
+_LOGGERS_FOLDERS = {"runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 
 Identity = Mapping[str, Mapping[str, Any]]
@@ -108,15 +109,17 @@ def _check_files(folder: Path) -> None:
 
 
 def check_identity(folder: Path, identity: Identity) -> None:
-    """Raise ResumeError, listing what differs, unless the checkpoint is of a run with `identity`."""
+    """Raise ResumeError, listing what differs, unless the checkpoint is of this very run."""
     saved = _read_seal(folder)["identity"]
     now = json.loads(json.dumps(identity))
-    differences = [
-        f"{part}.{name}: {saved.get(part, {}).get(name)!r} then, {now.get(part, {}).get(name)!r} now"
-        for part in sorted({*saved, *now})
-        for name in sorted({*saved.get(part, {}), *now.get(part, {})})
-        if saved.get(part, {}).get(name) != now.get(part, {}).get(name)
-    ]
+    differences = []
+    for part in sorted({*saved, *now}):
+        then, today = saved.get(part, {}), now.get(part, {})
+        differences += [
+            f"{part}.{name}: {then.get(name)!r} then, {today.get(name)!r} now"
+            for name in sorted({*then, *today})
+            if then.get(name) != today.get(name)
+        ]
     if differences:
         raise ResumeError(
             "a run resumes with the data and settings it began with",
@@ -128,13 +131,22 @@ def check_identity(folder: Path, identity: Identity) -> None:
 
 
 def refuse_leftovers(output_dir: Path) -> None:
-    """Raise ConfigError if a new run would write its checkpoints among those of another."""
-    folders = checkpoint_folders(output_dir)
-    if folders:
+    """Raise ConfigError if a new run would write among what something else left.
+
+    A checkpoint that was cut off is no hindrance (it does not exist), nor are loggers' folders.
+    """
+    entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
+    leftovers = [
+        entry.name
+        for entry in entries
+        if entry.name not in _LOGGERS_FOLDERS
+        and not (_FOLDER.match(entry.name) and not is_sealed(entry))
+    ]
+    if leftovers:
         raise ConfigError(
-            "a new run's output_dir holds no checkpoints",
-            received=", ".join(folder.name for folder in folders[-3:]),
-            remedy="pass resume_from_checkpoint=True to continue that run, or choose another output_dir",
+            "a new run's output_dir is empty",
+            received=", ".join(leftovers[:5]),
+            remedy="pass resume_from_checkpoint=True to continue that run, or another folder",
             file=output_dir,
         )
 
@@ -143,8 +155,8 @@ def refuse_leftovers(output_dir: Path) -> None:
 def save_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk during a save into a StorageError and remove what was begun.
 
-    The libraries that write weights and optimizer state report a full disk each in a way of its own,
-    so the disk itself is asked.
+    The libraries that write weights and optimizer state report a full disk each in its own way, so
+    the disk itself is asked.
     """
     try:
         with storage_errors(folder):

@@ -73,11 +73,11 @@ def _plain(namespace: Any) -> dict[str, Any]:
 
 
 def _run_import(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.importer import run_import
+    from gvpo_offline.collect.importer import import_log
     from gvpo_offline.config import Columns
 
     values["columns"] = Columns(**values["columns"])
-    run_import(_filled(ImportConfig, values))
+    print("\n".join(import_log(_filled(ImportConfig, values)).lines()))
     print(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
 
 

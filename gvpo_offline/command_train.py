@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from gvpo_offline.checkpoint import checkpoint_folders, is_sealed
 from gvpo_offline.compute.model import load_model
 from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings
@@ -60,13 +62,25 @@ def run_train(
         "training": args.to_sanitized_dict(),
         "identity": trainer.identity(),
     }
+    trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        text = json.dumps(settings, indent=1, default=str)
-        (Path(args.output_dir) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
     return trainer
+
+
+class _RunFile(TrainerCallback):
+    """Writes the run's configuration into its folder when training begins."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            text = json.dumps(self._settings, indent=1, default=str)
+            (Path(args.output_dir) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _resume(wanted: bool | str, output_dir: Path) -> bool | str:

@@ -31,7 +31,7 @@ class Columns:
     prompt: str | None = "prompt"
     """Prompt: text, or a list of chat messages ({"role", "content"})."""
     response: str | None = "response"
-    """Response: text, or a list with one assistant message; in a row-per-group log a list of such."""
+    """Response: text, or a list with one assistant message; in a row-per-group log a list."""
     reward: str | None = "reward"
     """Reward: a finite number; in a row-per-group log a list of them."""
     sampler: str | None = None
@@ -93,9 +93,9 @@ class ImportConfig:
     max_length: int | None = None
     """Longest prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
-    """A response over max_length: stop, drop the response, or cut its tokens (its text is kept as
-    logged) and mark it truncated. A prompt is never cut: where it leaves no room for a response, its
-    group stops the import or is dropped."""
+    """A response over max_length: stop, drop the response, or cut its tokens (its text stays as
+    logged) and mark it truncated. A prompt is never cut: where it leaves no room for a response,
+    its group stops the import or is dropped."""
     singletons: OnFew = "error"
     """A prompt with a single response: stop, or drop it and say how many."""
     empty_responses: OnEmpty = "error"
@@ -121,7 +121,7 @@ class ImportConfig:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.reward_name):
             raise ConfigError(
-                "reward_name, which also names a folder, has letters, digits, '_', '-' and '.' only",
+                "reward_name, which also names a folder, has letters, digits, '_', '-', '.' only",
                 received=self.reward_name,
             )
         if self.empty_responses == "keep" and not self.append_eos:
@@ -217,7 +217,7 @@ class GVPOSettings:
     """Leave out groups whose responses all have one reward. They carry signal (their target is the
     reference), so this changes the objective."""
     shuffle_window: int = 4
-    """Row groups whose groups are shuffled together; larger mixes better and holds more in memory."""
+    """Row groups whose groups are shuffled together; more mixes better and takes more memory."""
     disable_dropout: bool = True
     """Set every dropout to 0, as the objective requires."""
     reference_check: Literal["auto", "error", "off"] = "auto"
@@ -259,15 +259,15 @@ class RunSettings:
     """How a training run begins."""
 
     resume_from_checkpoint: bool | str = False
-    """true: continue from the newest whole checkpoint in output_dir; auto: likewise if there is one,
-    else begin; or the folder of a checkpoint."""
+    """true: continue from the newest whole checkpoint in output_dir; auto: likewise if there is
+    one, else begin; or the folder of a checkpoint."""
 
 
 @dataclass
 class CommonTrainingSettings:
     """The settings of `transformers.TrainingArguments` that most runs touch.
 
-    Shown by `train --help`; every other field of TrainingArguments is a flag and a YAML key as well.
+    Shown by `train --help`; every other field of TrainingArguments is a flag and a YAML key too.
     """
 
     output_dir: str = "trainer_output"

@@ -43,7 +43,7 @@ def sha256_file(path: Path) -> str:
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:
-    """One round of Steele, Lea and Flood's splitmix64 on each element: (n,) uint64 to (n,) uint64."""
+    """One round of Steele, Lea and Flood's splitmix64 on each element, (n,) uint64."""
     with np.errstate(over="ignore"):
         z = values + _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * _MIX_1

@@ -1,4 +1,4 @@
-"""Before the first step: is this the data, and is this the reference, that the run believes it has?"""
+"""Before the first step: are these the data and the reference that the run believes it has?"""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Largest |log-ratio| of a response, in nats, that rounding alone explains where policy and reference
-# are one. bfloat16 products move a sequence by up to half a nat on any path.
+# Largest |log-ratio| of a response, in nats, that rounding alone explains where policy and
+# reference are one. bfloat16 products move a sequence by up to half a nat on any path.
 TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0}
 # A log-ratio gap beyond this asks for probabilities a billion billion times the reference's.
 WIDE_GAP_NATS = 40.0
@@ -128,17 +128,17 @@ def data_warnings(survey: Survey, beta: float) -> list[str]:
     gap = survey.median_reward_gap / beta
     if gap > WIDE_GAP_NATS:
         warnings.append(
-            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats within a group, further "
-            "than a policy can move: raise beta, or scale the rewards down"
+            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats within a group, "
+            "further than a policy can move: raise beta, or scale the rewards down"
         )
     if survey.equal_reward_groups == survey.n_groups:
         warnings.append(
-            "every group has equal rewards: the optimum is the reference itself, nothing can be learned"
+            "every group has equal rewards: the optimum is the reference, nothing can be learned"
         )
     if math.isfinite(gap) and gap < 1e-3:
         warnings.append(
-            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats only: lower beta, or the "
-            "policy will stay the reference"
+            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats only: lower beta, or "
+            "the policy will stay the reference"
         )
     return warnings
 

@@ -27,7 +27,7 @@ def check_group(
         raise DataError(
             f"a group needs at least {MIN_GROUP_SIZE} responses",
             received=f"{k}",
-            remedy="add responses for this prompt, or drop such groups knowingly (singletons: drop)",
+            remedy="add responses for this prompt, or drop such groups (singletons: drop)",
             **place,
         )
     _check_tokens(group, place, vocab_size)

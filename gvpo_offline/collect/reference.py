@@ -182,7 +182,7 @@ class _Scorer:
                     raise DataError(
                         "a reference log-prob is a finite number",
                         received=sums[index].tolist(),
-                        remedy="check the model: its logits overflow or are not numbers in this dtype",
+                        remedy="check the model: its logits overflow or are no numbers",
                         file=file,
                         group=group.group_id,
                     )

@@ -40,7 +40,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            "the model is a folder that transformers can load as a causal language model, or a hub name",
+            "the model is a folder or hub name that transformers loads as a causal language model",
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct model_name_or_path",
         ) from error
@@ -61,7 +61,7 @@ def autocast_dtype(*, bf16: bool, fp16: bool) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Matrix products in `dtype`, as the trainer's mixed precision does; None: leave as they are."""
+    """Matrix products in `dtype`, as the trainer's mixed precision does; None: as they are."""
     if dtype is None:
         yield
         return

@@ -53,7 +53,7 @@ class Survey:
 
     @property
     def median_reward_gap(self) -> float:
-        """Median of max reward - min reward over groups with unequal rewards, within 1.2%; or nan."""
+        """Median of max - min reward over groups of unequal rewards, within 1.2%; or nan."""
         total = int(self.gap_bins.sum())
         if total == 0:
             return math.nan

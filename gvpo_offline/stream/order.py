@@ -1,4 +1,4 @@
-"""The order of training: a pure function of the dataset's shape, the selection, the seed and the draw.
+"""The order of training: a pure function of dataset shape, selection, seed and draw.
 
 Draw n of a run is group n of an endless sequence: epoch after epoch, each a permutation of all
 selected groups. Row groups are permuted; then the groups of every few consecutive ones (a *window*)

@@ -1,0 +1,158 @@
+"""The output folder of an import: whose it is, what an earlier run left there, and cleaning up."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.store.commit import TaskLog, verify_file
+from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
+from gvpo_offline.store.writer import claim_folder
+
+# Only files whose names this stage gives are ever removed.
+_SHARD = re.compile(r"^(\d{5}-[0-9a-f]{12}\.parquet|\.\d{5}\.[0-9a-f]{32}\.tmp)$")
+
+
+class OutputFolder:
+    """A folder that one import at a time works in.
+
+    Entering claims and locks it (the lock goes with the process, however that ends); leaving
+    removes it again if it was made here and is empty.
+
+    Raises:
+        DataError: it holds something else, or another import is at work there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._made = False
+        self._handle: int | None = None
+
+    def __enter__(self) -> OutputFolder:
+        self._made = not self.root.exists()
+        claim_folder(self.root)
+        self._handle = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._handle)
+            raise DataError(
+                "one import at a time writes into a folder",
+                received="another process that is importing into it",
+                remedy="wait until it is done, or choose another output_dir",
+                file=self.root,
+            ) from error
+        except OSError:
+            pass  # a file system without locks: commits still keep two runs apart
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._made and not any(self.root.iterdir()):
+            self.root.rmdir()
+        if self._handle is not None:
+            os.close(self._handle)
+
+    def finished(self, identity: str) -> Manifest | None:
+        """The manifest if the folder holds the import `identity`, None if it holds no dataset.
+
+        Raises:
+            DataError: it holds another dataset.
+            IntegrityError: a file of the dataset is missing or of another length.
+        """
+        if not manifest_versions(self.root):
+            return None
+        manifest = load_manifest(self.root)
+        if not any(step.config.get("identity") == identity for step in manifest.lineage):
+            raise DataError(
+                "the output folder is empty, or holds this very import",
+                received=f"a dataset of {manifest.n_groups} groups, made from other inputs, "
+                "settings or another tokenizer",
+                remedy="choose another output_dir, or remove the dataset first",
+                file=self.root,
+            )
+        for entry in manifest.groups:
+            verify_file(self.root, entry, content=False)
+        for family in manifest.rewards:
+            for sidecar in family.files:
+                verify_file(self.root, sidecar.file, content=False)
+        self._remove_spill()
+        return manifest
+
+    def prepare(self, stage: str) -> None:
+        """Remove what a killed run of `stage` left uncommitted.
+
+        Raises:
+            DataError: another import was interrupted here; its work is not thrown away unasked.
+        """
+        commits = self.root / "commits"
+        stages = [path.name for path in commits.iterdir()] if commits.exists() else []
+        others = sorted(name for name in stages if name != stage)
+        if others:
+            raise DataError(
+                "the output folder is empty, or holds what an interrupted run of this import left",
+                received=f"committed work of {', '.join(others)}: other inputs, settings or "
+                "another tokenizer",
+                remedy="repeat that import, choose another output_dir, or remove the folder",
+                file=self.root,
+            )
+        self._sweep(self._committed(stage))
+
+    @contextmanager
+    def discarding(self, stage: str) -> Iterator[None]:
+        """Remove all that `stage` wrote if the data or settings turn out bad.
+
+        After any other failure (no room, an interrupt) committed work stays: the same command goes
+        on.
+        """
+        try:
+            yield
+        except (DataError, ConfigError):
+            shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
+            self._sweep(set())
+            for name in ("commits", "groups", "rewards"):
+                _remove_empty(self.root / name)
+            raise
+
+    def _committed(self, stage: str) -> set[str]:
+        log = TaskLog(self.root, stage)
+        paths: set[str] = set()
+        tasks = sorted(log.folder.glob("*.json")) if log.folder.exists() else []
+        for task in tasks:
+            record = log.committed(task.stem)
+            if record is not None:
+                paths.update(entry.path for entry in record.groups)
+                paths.update(sidecar.file.path for sidecar in record.sidecars)
+        return paths
+
+    def _sweep(self, keep: set[str]) -> None:
+        self._remove_spill()
+        for name in ("groups", "rewards"):
+            for path in sorted((self.root / name).rglob("*")):
+                ours = _SHARD.match(path.name) and path.is_file()
+                if ours and str(path.relative_to(self.root)) not in keep:
+                    path.unlink()
+
+    def _remove_spill(self) -> None:
+        shutil.rmtree(self.root / ".spill", ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()

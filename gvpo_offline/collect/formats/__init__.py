@@ -1,0 +1,91 @@
+"""Formats of logs, one small module each.
+
+A module `gvpo_offline.collect.formats.<name>` offers one function,
+
+    def open_format(config: ImportConfig) -> LogFormat
+
+and `format: <name>` finds it: there is no list to extend. A format says which columns it reads and
+turns the rows of one input into fragments. Everything after that (checking, regrouping, tokenising,
+writing) is common to all. Where each row stands for itself, `per_row` is all the loop that it
+takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.config import ImportConfig
+from gvpo_offline.errors import ConfigError, DataError
+
+Record = Mapping[str, Any]
+Row = tuple[int, Record]
+
+__all__ = ["InputInfo", "LogFormat", "Record", "Row", "find_format", "format_names", "per_row"]
+
+
+class InputInfo(Protocol):
+    """What a format may know about the input that it reads."""
+
+    @property
+    def label(self) -> str:
+        """The input as the user knows it, for messages."""
+
+    @property
+    def columns(self) -> Sequence[str] | None:
+        """All columns of the input, or None where each row names its own (JSON lines)."""
+
+
+class LogFormat(Protocol):
+    """How the rows of one kind of log become fragments."""
+
+    @property
+    def columns(self) -> Sequence[str] | None:
+        """The columns that are read, or None for all."""
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """Fragments of one input, in the order of its rows; `Fragment.row` is filled in.
+
+        Lists of numbers come as NumPy arrays from columnar files and as lists from JSON.
+
+        Raises:
+            DataError: a row is not of this format; names file and row.
+        """
+
+
+def per_row(
+    rows: Iterable[Row], source: InputInfo, parse: Callable[[Record, InputInfo], Fragment]
+) -> Iterator[Fragment]:
+    """`parse` on every row; its DataErrors are given their place."""
+    for row, record in rows:
+        try:
+            fragment = parse(record, source)
+        except DataError as error:
+            raise located(error, file=source.label, row=row) from error.__cause__
+        fragment.row = row
+        yield fragment
+
+
+def format_names() -> list[str]:
+    """The formats that there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find_format(config: ImportConfig) -> LogFormat:
+    """The format that `config.format` names.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if config.format not in format_names():
+        raise ConfigError(
+            "format names a format of logs",
+            received=config.format,
+            remedy=f"choose one of {', '.join(format_names())}",
+        )
+    module = importlib.import_module(f"{__name__}.{config.format}")
+    log_format: LogFormat = module.open_format(config)
+    return log_format

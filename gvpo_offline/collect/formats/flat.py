@@ -1,0 +1,283 @@
+"""A flat table: one row a response or one row a group, columns named by the user.
+
+A row is a group's when its response column holds a list (of texts, of one-message lists, of lists
+of ids); its reward, id, mask and truncation columns then hold lists of the same length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gvpo_offline.collect.formats import InputInfo, Record, Row, per_row
+from gvpo_offline.collect.fragment import Fragment, flags, token_ids
+from gvpo_offline.config import ImportConfig
+from gvpo_offline.errors import DataError
+
+_CUT = ("length",)
+
+
+def open_format(config: ImportConfig) -> FlatFormat:
+    """The format for `config.columns`."""
+    return FlatFormat(config)
+
+
+class FlatFormat:
+    """Rows of a table whose columns `config.columns` names."""
+
+    def __init__(self, config: ImportConfig) -> None:
+        self._names = config.columns
+        roles = (
+            "prompt",
+            "response",
+            "reward",
+            "sampler",
+            "group_id",
+            "response_id",
+            "prompt_token_ids",
+            "response_token_ids",
+            "loss_mask",
+            "truncated",
+        )
+        named = [getattr(self._names, role) for role in roles]
+        self._columns = list(dict.fromkeys([*(n for n in named if n), *self._names.keep]))
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that are read."""
+        return self._columns
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """One fragment per row; see `LogFormat.read`."""
+        return per_row(rows, source, self._parse)
+
+    def _parse(self, record: Record, source: InputInfo) -> Fragment:
+        names = self._names
+
+        def value(role: str, *, optional: bool = False) -> Any:
+            name = getattr(names, role)
+            if name is None:
+                return None
+            if name not in record:
+                if optional:
+                    return None
+                raise _missing(f"columns.{role}", name, record, source)
+            return record[name]
+
+        prompt_ids = value("prompt_token_ids")
+        prompt, messages = _prompt(value("prompt", optional=prompt_ids is not None))
+        ids = value("response_token_ids")
+        texts, all_ids, many = _responses(value("response", optional=ids is not None), ids)
+        n = len(texts)
+
+        def each(role: str, parse: Callable[[Any], Any], *, shared: bool = False) -> list[Any]:
+            return _spread(value(role), getattr(names, role), n, many, parse, shared=shared)
+
+        return Fragment(
+            prompt=prompt,
+            messages=messages,
+            prompt_token_ids=None if prompt_ids is None else token_ids(prompt_ids, "a prompt"),
+            responses=texts,
+            response_token_ids=all_ids,
+            rewards=each("reward", _reward) if names.reward else None,
+            samplers=each("sampler", _sampler, shared=True) if names.sampler else [None] * n,
+            truncated=each("truncated", _truncated) if names.truncated else [False] * n,
+            loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
+            response_ids=each("response_id", _identifier) if names.response_id else None,
+            group_id=_identifier(value("group_id")) if names.group_id else None,
+            metadata=self._metadata(record, source),
+        )
+
+    def _metadata(self, record: Record, source: InputInfo) -> str | None:
+        if not self._names.keep:
+            return None
+        for name in self._names.keep:
+            if name not in record:
+                raise _missing("columns.keep", name, record, source)
+        kept = {name: record[name] for name in self._names.keep}
+        return json.dumps(kept, default=_plain, allow_nan=True)
+
+
+def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:
+    present = ", ".join(source.columns if source.columns is not None else record) or "none"
+    return DataError(
+        f"the log has the column {name!r} that {setting} names",
+        received=f"the columns {present}",
+        remedy=f"set {setting} to one of them, or to null if the log does not have it"
+        if setting != "columns.keep"
+        else "take the name out of columns.keep",
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+
+
+def _text(value: str) -> str:
+    # JSON can spell half of a surrogate pair, which no file and no tokenizer takes.
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "text is valid Unicode",
+                received=f"{value!a} ({error.reason})",
+                remedy="write the log again with a UTF-8 writer, or remove the row",
+            ) from error
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value
+
+
+def _prompt(value: Any) -> tuple[str | None, str | None]:
+    """A prompt as (text, messages in JSON), one of them None."""
+    if value is None:
+        return None, None
+    if isinstance(value, str):
+        return _text(value), None
+    if isinstance(value, dict) and isinstance(value.get("role"), list):
+        # A list of structs that `datasets` stored as a struct of lists.
+        value = [
+            dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)
+        ]
+    if not (isinstance(value, list) and all(map(_is_message, value))):
+        raise DataError(
+            'a prompt is text or a list of chat messages, {"role": ..., "content": ...}',
+            received=value,
+            remedy="set columns.prompt to the column that holds the prompt",
+        )
+    if not value:
+        raise DataError("a prompt is not empty", received="no messages", remedy="remove the row")
+    # Columnar files fill keys that only other messages have with null.
+    messages = [
+        {key: part for key, part in message.items() if part is not None or key == "content"}
+        for message in value
+    ]
+    return None, _text(json.dumps(messages, ensure_ascii=False, default=_plain))
+
+
+def _response(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list) and len(value) == 1 and _is_message(value[0]):
+        content = value[0].get("content")
+        if value[0]["role"] == "assistant" and isinstance(content, str):
+            return _text(content)
+    raise DataError(
+        "a response is text, or a list with one assistant message whose content is text",
+        received=value,
+        remedy="for responses with tool turns log token ids and a loss mask "
+        "(columns.response_token_ids, columns.loss_mask)",
+    )
+
+
+def _is_many(value: Any) -> bool:
+    """Whether a response column holds a group's responses and not one."""
+    return isinstance(value, list) and not (value and all(map(_is_message, value)))
+
+
+def _is_many_ids(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(v, list | np.ndarray) for v in value)
+
+
+def _responses(text: Any, ids: Any) -> tuple[list[str | None], list[Any] | None, bool]:
+    """Texts, token ids, and whether the row is a group's."""
+    many = _is_many(text) if text is not None else _is_many_ids(ids)
+    if text is not None and ids is not None and len(ids) and many != _is_many_ids(ids):
+        raise DataError(
+            "text and token ids of a row are both one response's or both a group's",
+            received=f"text {text!r}, token ids {ids!r}",
+        )
+    all_ids: list[Any] | None = None
+    if ids is not None:
+        all_ids = [
+            None if row is None else token_ids(row, "a response")
+            for row in (ids if many else [ids])
+        ]
+    if text is None:
+        return [None] * (1 if all_ids is None else len(all_ids)), all_ids, many
+    return [_response(part) for part in (text if many else [text])], all_ids, many
+
+
+def _spread(
+    value: Any, name: str, n: int, many: bool, parse: Callable[[Any], Any], *, shared: bool
+) -> list[Any]:
+    """`parse` of the value of each of n responses; a `shared` scalar stands for all of them."""
+    if not many:
+        return [parse(value)]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list):
+        if shared:
+            return [parse(value)] * n
+        raise DataError(
+            f"in a row that holds a group, column {name!r} holds a list, one entry per response",
+            received=value,
+        )
+    if len(value) != n:
+        raise DataError(
+            f"column {name!r} has one entry per response of its row",
+            received=f"{len(value)} for {n} responses",
+        )
+    return [parse(part) for part in value]
+
+
+def _masks(value: Any, name: str | None, n: int, many: bool) -> list[Any] | None:
+    if name is None or value is None:
+        return None
+    rows = value if many else [value]
+    if many and not _is_many_ids(rows) and n:
+        raise DataError(
+            f"in a row that holds a group, column {name!r} holds a list of lists", received=value
+        )
+    return [None if row is None else flags(row, "a loss mask") for row in rows]
+
+
+def _reward(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise DataError(
+            "a reward is a number",
+            received=repr(value),
+            remedy="log the number itself; score or remove a response that has none",
+        )
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise DataError("a reward is a finite number", received=value) from error
+
+
+def _sampler(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise DataError("a sampler is named by text", received=repr(value))
+
+
+def _truncated(value: Any) -> bool:
+    if value is None:
+        return False
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, str) and value.lower() not in ("true", "false"):
+        return value in _CUT
+    raise DataError(
+        "truncated is a flag or a finish reason (such as stop, length)", received=repr(value)
+    )
+
+
+def _identifier(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value:
+        return _text(value)
+    raise DataError(
+        "an id is text or an integer",
+        received=repr(value),
+        remedy="give every row an id, or leave the column out",
+    )

@@ -1,0 +1,362 @@
+"""The import stage: logged, scored responses to a dataset of Parquet shards.
+
+    inputs -> fragments -> spilled by bucket -> groups -> one committed shard a bucket -> manifest
+
+The first pass reads every row once and holds it to every rule that a row can break alone, before
+anything is written that could become part of a dataset. The second takes one bucket at a time.
+Neither holds more than a bucket, so memory depends on `shard_bytes` and not on the log. Bytes of
+the result depend on the inputs and settings alone; a killed run leaves its committed shards, and
+the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gvpo_offline.collect.assemble import Assembler, InputNames
+from gvpo_offline.collect.encode import Encoder, Needs, load_encoder
+from gvpo_offline.collect.folder import OutputFolder
+from gvpo_offline.collect.formats import LogFormat, find_format
+from gvpo_offline.collect.fragment import (
+    GROUP_ID_DIGITS,
+    Fragment,
+    check_fragment,
+    located,
+    prompt_key,
+)
+from gvpo_offline.collect.regroup import Spill, bucket_count
+from gvpo_offline.collect.sources import Source, find_sources
+from gvpo_offline.config import ImportConfig
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.schema import SCHEMA_VERSION, Group
+from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
+from gvpo_offline.store.writer import publish, write_groups
+from gvpo_offline.tokenizer import tokenizer_info
+from gvpo_offline.version import __version__
+
+__all__ = ["ImportResult", "import_log", "run_import"]
+
+# Raise it whenever the same inputs and settings would give other bytes than before.
+_IMPORT_VERSION = 1
+_RESPONSES_AT_ONCE = 2048
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What an import made.
+
+    Attributes:
+        manifest: the dataset's.
+        counts: rows, responses, groups, tokens; and what was dropped or cut, by reason.
+        already_imported: the folder held this very import, and nothing was done.
+    """
+
+    manifest: Manifest
+    counts: dict[str, int]
+    already_imported: bool
+
+    def lines(self) -> list[str]:
+        """The result for people, one fact a line."""
+        counts = {name: f"{n:,}" for name, n in self.counts.items()}
+        head = "nothing to do, the folder holds this very import"
+        lines = [f"import: {head if self.already_imported else 'done'}"]
+        lines.append(
+            f"  {counts['rows']} rows: {counts['groups']} groups, {counts['responses']} responses, "
+            f"{counts['tokens']} tokens"
+        )
+        lines.append(f"  samplers: {', '.join(sorted(self.manifest.samplers))}")
+        for name, text in _SAID.items():
+            if self.counts.get(name):
+                lines.append(f"  {counts[name]} {text}")
+        return lines
+
+
+_SAID = {
+    "truncated_responses": "responses are marked as truncated",
+    "cut_overlong_responses": "responses were cut to max_length (overlong: truncate)",
+    "dropped_overlong_responses": "responses over max_length were dropped",
+    "dropped_overlong_prompts": "groups were dropped: their prompt leaves no room in max_length",
+    "dropped_empty_responses": "empty responses were dropped (empty_responses: drop)",
+    "dropped_singletons": "groups with a single response were dropped (singletons: drop)",
+    "dropped_groups_without_responses": "groups were dropped: none of their responses was left",
+}
+
+
+def run_import(config: ImportConfig) -> Manifest:
+    """`import_log` for callers who want the dataset only."""
+    return import_log(config).manifest
+
+
+def import_log(config: ImportConfig) -> ImportResult:
+    """Import logs as `config` says, or find that this was done before.
+
+    A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
+    is an empty response all the same, and not a bare end token, unless `empty_responses: keep` says
+    so: in most logs it stands for a request that failed.
+
+    Returns:
+        The dataset's manifest and counts.
+
+    Raises:
+        DataError: an input, row or group breaks a rule, or the output folder holds something else.
+            Nothing is published then, and nothing is left behind.
+        ConfigError: the settings do not suit the inputs.
+        IntegrityError: an input is damaged.
+        StorageError: no room; committed shards are kept, and the same command goes on from there.
+    """
+    return _Import(config).run()
+
+
+@dataclass
+class _FirstPass:
+    """What the rows told while they were read."""
+
+    rows: list[int]
+    samplers: set[str] = field(default_factory=set)
+    rewarded: str | None = None
+    unrewarded: str | None = None
+
+
+class _Import:
+    """One run of the stage."""
+
+    def __init__(self, config: ImportConfig) -> None:
+        self.config = config
+        self.format: LogFormat = find_format(config)
+        self.encoder: Encoder | None = load_encoder(config)
+        self.sources: list[Source] = find_sources(config.inputs)
+        self.n_buckets = bucket_count(sum(s.text_bytes for s in self.sources), config.shard_bytes)
+        self.digests: list[str] = []
+
+    def run(self) -> ImportResult:
+        """See `import_log`."""
+        with OutputFolder(Path(self.config.output_dir)) as folder:
+            self._hash_inputs()
+            identity = self._identity()
+            finished = folder.finished(identity)
+            if finished is not None:
+                step = next(s for s in finished.lineage if s.config.get("identity") == identity)
+                return ImportResult(finished, step.counts, already_imported=True)
+            log = TaskLog(folder.root, f"import-{identity[:12]}")
+            folder.prepare(log.stage)
+            with folder.discarding(log.stage):
+                return self._import(folder.root, log, identity)
+
+    def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
+        bar: AbstractContextManager[Any] = tqdm(
+            desc=what,
+            total=total,
+            unit=unit,
+            unit_scale=True,
+            disable=not self.config.show_progress,
+        )
+        return bar
+
+    def _hash_inputs(self) -> None:
+        with self._bar("checking inputs", sum(s.size for s in self.sources), "B") as bar:
+            self.digests = [source.sha256(bar.update) for source in self.sources]
+
+    def _identity(self) -> str:
+        """SHA-256 over everything that the dataset's bytes depend on."""
+        settings = self._settings()
+        for name in ("inputs", "tokenizer_name_or_path", "chat_template"):
+            del settings[name]
+        tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
+        return sha256_json(
+            {
+                "versions": [_IMPORT_VERSION, SCHEMA_VERSION],
+                "settings": settings,
+                "inputs": [
+                    [source.file_name, digest]
+                    for source, digest in zip(self.sources, self.digests, strict=True)
+                ],
+                "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+            }
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.config)
+        for name in ("output_dir", "show_progress"):
+            del settings[name]
+        return settings
+
+    def _import(self, root: Path, log: TaskLog, identity: str) -> ImportResult:
+        records = {
+            bucket: record
+            for bucket in range(self.n_buckets)
+            if (record := log.committed(_task(bucket))) is not None
+        }
+        spill = Spill(root / ".spill", self.n_buckets, skip=records)
+        try:
+            spill.open()
+            first = self._read(spill)
+            self._check_first_pass(first)
+            with self._bar("writing groups", sum(spill.rows_in), "row") as bar:
+                for bucket in range(self.n_buckets):
+                    if bucket not in records:
+                        record = self._write(root, log, spill, bucket, first, bar.update)
+                        records[bucket] = log.commit(record)
+                        spill.remove(bucket)
+        finally:
+            spill.close()
+        return self._publish(root, [records[b] for b in range(self.n_buckets)], first, identity)
+
+    def _read(self, spill: Spill) -> _FirstPass:
+        first = _FirstPass(rows=[0] * len(self.sources))
+        with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
+            for number, source in enumerate(self.sources):
+                self._read_source(number, source, spill, first, bar.update)
+                source.check_unchanged()
+            spill.flush()
+        return first
+
+    def _read_source(
+        self,
+        number: int,
+        source: Source,
+        spill: Spill,
+        first: _FirstPass,
+        advance: Callable[[int], Any],
+    ) -> None:
+        vocab_size = None if self.encoder is None else self.encoder.vocab_size
+        allow_empty = self.config.empty_responses != "error"
+        needs = Needs(self.encoder)
+        default = self.config.sampler or source.name
+        for fragment in self.format.read(source.rows(self.format.columns, advance), source):
+            fragment.file = number
+            try:
+                check_fragment(fragment, vocab_size=vocab_size, allow_empty=allow_empty)
+            except DataError as error:
+                place = {"file": source.label, "row": fragment.row}
+                raise located(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]
+            needs.check(fragment, source.label)
+            key = prompt_key(fragment)
+            if fragment.group_id is None:
+                fragment.group_id = key[:GROUP_ID_DIGITS]
+            self._note(fragment, source, default, first)
+            spill.add(fragment, key)
+
+    def _note(self, fragment: Fragment, source: Source, default: str, first: _FirstPass) -> None:
+        first.rows[fragment.file] += 1
+        first.samplers.update(name or default for name in fragment.samplers)
+        if fragment.rewards is None:
+            first.unrewarded = first.unrewarded or f"{source.label}, row {fragment.row}"
+        else:
+            first.rewarded = first.rewarded or f"{source.label}, row {fragment.row}"
+
+    def _check_first_pass(self, first: _FirstPass) -> None:
+        if not sum(first.rows):
+            raise DataError(
+                "an import yields at least 1 group",
+                received="inputs without a row",
+                remedy="check the inputs",
+                file=self.sources[0].label,
+            )
+        if first.rewarded and first.unrewarded:
+            raise DataError(
+                "every row has a reward, or none has",
+                received=f"rewards at {first.rewarded} and none at {first.unrewarded}",
+                remedy="score the rest, or import the two logs as two datasets",
+            )
+        unknown = sorted(set(self.config.samplers) - first.samplers)
+        if unknown:
+            raise ConfigError(
+                "samplers describes samplers that the log has",
+                received=f"{', '.join(unknown)}; the log has {', '.join(sorted(first.samplers))}",
+                remedy="correct the names, or set `sampler` or columns.sampler",
+            )
+
+    def _write(
+        self,
+        root: Path,
+        log: TaskLog,
+        spill: Spill,
+        bucket: int,
+        first: _FirstPass,
+        advance: Callable[[int], Any],
+    ) -> TaskRecord:
+        names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
+        assembler = Assembler(self.config, self.encoder, names)
+        groups: list[Group] = []
+        for piece in spill.groups(bucket, _RESPONSES_AT_ONCE):
+            groups += assembler.groups(piece)
+            advance(sum(len(fragments) for fragments in piece))
+        record = TaskRecord(stage=log.stage, task=_task(bucket))
+        if groups:
+            record = write_groups(
+                root,
+                log.stage,
+                _task(bucket),
+                groups,
+                reward=self.config.reward_name if first.rewarded else None,
+                vocab_size=None if self.encoder is None else self.encoder.vocab_size,
+                rows_per_row_group=self.config.rows_per_row_group,
+            )
+        return record.model_copy(update={"counts": dict(sorted(assembler.counts.items()))})
+
+    def _publish(
+        self, root: Path, records: list[TaskRecord], first: _FirstPass, identity: str
+    ) -> ImportResult:
+        counts = _counts(records, first)
+        if not counts["groups"]:
+            raise DataError(
+                "an import yields at least 1 group",
+                received=", ".join(f"{name} {n}" for name, n in counts.items()),
+                remedy="the settings (singletons, empty_responses, overlong) dropped everything",
+                file=self.sources[0].label,
+            )
+        sidecars = [sidecar for record in records for sidecar in record.sidecars]
+        step = LineageStep(
+            stage="import",
+            package_version=__version__,
+            config={**self._settings(), "identity": identity},
+            inputs=[
+                {"path": source.file_name, "sha256": digest, "rows": rows}
+                for source, digest, rows in zip(self.sources, self.digests, first.rows, strict=True)
+            ],
+            counts=counts,
+        )
+
+        def build(newest: Manifest | None) -> Manifest:
+            assert newest is None  # the folder is locked, and held no manifest
+            return Manifest(
+                tokenizer=None if self.encoder is None else tokenizer_info(self.encoder.tokenizer),
+                samplers={s: self.config.samplers.get(s, {}) for s in sorted(first.samplers)},
+                groups=[entry for record in records for entry in record.groups],
+                rewards=[RewardFamily(name=self.config.reward_name, files=sidecars)]
+                if first.rewarded
+                else [],
+                lineage=[step],
+            )
+
+        return ImportResult(publish(root, build), counts, already_imported=False)
+
+
+def _task(bucket: int) -> str:
+    return f"{bucket:05d}"
+
+
+def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
+    files = [entry for record in records for entry in record.groups]
+    counts = {
+        "rows": sum(first.rows),
+        "groups": sum(entry.rows for entry in files),
+        "responses": sum(entry.n_responses for entry in files),
+        "tokens": sum(entry.n_tokens for entry in files),
+    }
+    dropped: Counter[str] = Counter()
+    for record in records:
+        dropped.update(record.counts)
+    return {**counts, **{name: dropped[name] for name in _SAID}}
