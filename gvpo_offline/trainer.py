@@ -40,6 +40,7 @@ from gvpo_offline.compute.logprobs import seq_logprobs
 from gvpo_offline.compute.model import (
     autocast_dtype,
     disable_dropout,
+    float64_device,
     load_model,
 )
 from gvpo_offline.config import ModelSettings
@@ -140,7 +141,7 @@ class GVPOTrainer(Trainer):
         self.add_callback(
             EpochCallback(args.groups_per_step, self.data.order.n_groups, self.data.n_draws)
         )
-        self._meter = StepMeter(args.device)
+        self._meter = StepMeter(float64_device(args.device))
 
     # ---- before the first step ----
 
@@ -166,7 +167,7 @@ class GVPOTrainer(Trainer):
             refuse_leftovers(output_dir)
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
-        self._meter = StepMeter(self.args.device)
+        self._meter = StepMeter(float64_device(self.args.device))
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
@@ -208,7 +209,7 @@ class GVPOTrainer(Trainer):
     def _start_reference_check(self) -> ReferenceMeter | None:
         same = self.policy.weights_sha256 == self._reference.weights_sha256
         if self.args.reference_check == "error" or (self.args.reference_check == "auto" and same):
-            return ReferenceMeter(self.args.device)
+            return ReferenceMeter(float64_device(self.args.device))
         if self.args.reference_check == "auto":
             logger.info(
                 "the policy's weights are not the reference's (%s): log-ratios do not start at 0",
@@ -262,7 +263,7 @@ class GVPOTrainer(Trainer):
             with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
                 loss = self._micro_batch_loss(model, groups) * scale
                 self.accelerator.backward(loss)
-            total += loss.detach()
+            total += loss.detach().to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
             check_log_ratios(
@@ -278,7 +279,9 @@ class GVPOTrainer(Trainer):
         if not groups:
             return logprobs.sum() * 0.0
         if self._reference_meter is not None:
-            self._reference_meter.add(logprobs - batch.ref_seq_logprobs)
+            self._reference_meter.add(
+                logprobs.detach() - batch.ref_seq_logprobs.to(logprobs.device)
+            )
         result = group_loss(
             logprobs,
             batch.rewards,
@@ -374,7 +377,8 @@ class GVPOTrainer(Trainer):
             autocast_dtype=autocast_dtype(bf16=self.args.bf16, fp16=self.args.fp16),
         )
         total = reduced_sum(
-            self.accelerator, evaluation.statistics.to_tensor().to(self.args.device)
+            self.accelerator,
+            evaluation.statistics.to_tensor().to(float64_device(self.args.device)),
         )
         metrics = GroupStatistics.from_tensor(total).metrics()
         metrics["runtime"] = time.perf_counter() - started

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_offline.compute.batch import MicroBatch
+from gvpo_offline.compute.model import float64_device
 
 
 def keeps_logits(model: nn.Module) -> bool:
@@ -46,9 +47,11 @@ def token_logprobs(model: nn.Module, batch: MicroBatch) -> Tensor:
 def sum_logprobs(tokens: Tensor, batch: MicroBatch) -> Tensor:
     """Sum of `token_logprobs` over the tokens of each response that count: (R,) float64, nats.
 
-    In float64: over a few thousand tokens float32 errs by thousandths of a nat.
+    In float64: over a few thousand tokens float32 errs by thousandths of a nat. Where the device
+    has none, the numbers are summed on the CPU.
     """
-    counts = batch.loss_mask[:, batch.first_target :]
+    device = float64_device(tokens.device)
+    tokens, counts = tokens.to(device), batch.loss_mask[:, batch.first_target :].to(device)
     return torch.where(counts, tokens, 0.0).sum(dim=-1, dtype=torch.float64)
 
 

@@ -52,6 +52,11 @@ def default_device(*, use_cpu: bool = False) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU where `device` has no float64 (Apple's MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def autocast_dtype(*, bf16: bool, fp16: bool) -> torch.dtype | None:
     """The data type that the flags ask matrix products to be in, or None."""
     if bf16 and fp16:

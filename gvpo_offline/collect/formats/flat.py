@@ -30,6 +30,7 @@ class FlatFormat:
 
     def __init__(self, config: ImportConfig) -> None:
         self._names = config.columns
+        self._default_sampler = config.sampler
         roles = (
             "prompt",
             "response",
@@ -83,12 +84,23 @@ class FlatFormat:
             responses=texts,
             response_token_ids=all_ids,
             rewards=each("reward", _reward) if names.reward else None,
-            samplers=each("sampler", _sampler, shared=True) if names.sampler else [None] * n,
+            samplers=each("sampler", self._sampler, shared=True) if names.sampler else [None] * n,
             truncated=each("truncated", _truncated) if names.truncated else [False] * n,
             loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
             response_ids=each("response_id", _identifier) if names.response_id else None,
             group_id=_identifier(value("group_id")) if names.group_id else None,
             metadata=self._metadata(record, source),
+        )
+
+    def _sampler(self, value: Any) -> str | None:
+        if isinstance(value, str) and value:
+            return _text(value)
+        if value is None and self._default_sampler:
+            return None
+        raise DataError(
+            "a sampler is named by text",
+            received=repr(value),
+            remedy="name it in the log; where the log has null, set `sampler` to what null means",
         )
 
     def _metadata(self, record: Record, source: InputInfo) -> str | None:
@@ -251,12 +263,6 @@ def _reward(value: Any) -> float:
         return float(value)
     except OverflowError as error:
         raise DataError("a reward is a finite number", received=value) from error
-
-
-def _sampler(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise DataError("a sampler is named by text", received=repr(value))
 
 
 def _truncated(value: Any) -> bool:
