@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from gvpo_offline.config import (
     RunSettings,
     ValidateConfig,
 )
-from gvpo_offline.errors import GVPOError
+from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.version import __version__
 
 Record = TypeVar("Record")
@@ -47,7 +48,10 @@ def _parser(name: str, command: Command, settings: Sequence[type], skip: set[str
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog=f"gvpo-offline {name}", description=command.says, epilog=command.epilog
+        prog=f"gvpo-offline {name}",
+        description=command.says,
+        epilog=command.epilog,
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
     taken: set[str] = set()
@@ -208,7 +212,15 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
 
         # RunSettings first: its resume_from_checkpoint also takes true and auto.
         settings = (RunSettings, ModelSettings, DataSettings, LoraSettings, GVPOConfig)
-    return _plain(_parser(name, command, settings, skip).parse_args(list(argv)))
+    parser = _parser(name, command, settings, skip)
+    try:
+        return _plain(parser.parse_args(list(argv)))
+    except ArgumentError as error:
+        raise ConfigError(
+            "flags and YAML keys are the command's settings, with values of their types",
+            received=" ".join(str(error).split()),
+            remedy=f"see gvpo-offline {name} --help",
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

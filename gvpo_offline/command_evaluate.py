@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,16 @@ from gvpo_offline.command_train import open_for_training
 from gvpo_offline.compute.model import autocast_dtype, default_device, load_model
 from gvpo_offline.config import EvaluateConfig
 from gvpo_offline.evaluation import evaluate_policy, in_order, shares_of
-from gvpo_offline.preflight import check_tokenizers, policy_facts
+from gvpo_offline.preflight import (
+    check_token_ids,
+    check_tokenizers,
+    policy_facts,
+    reference_warnings,
+)
 from gvpo_offline.stream.select import select
 from gvpo_offline.tokenizer import load_tokenizer
 
+logger = logging.getLogger(__name__)
 _GROUPS_PER_STEP = 64
 
 
@@ -64,6 +71,10 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     facts = policy_facts(model, hash_weights=False, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
+    check_token_ids([dataset], facts)
+    assert dataset.reference is not None  # open_for_training saw to it
+    for line in reference_warnings(facts, dataset.reference):
+        logger.warning(line)
     selection = select(
         dataset, eval_fraction=config.eval_fraction, held_out=config.eval_fraction > 0
     )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.checkpoint import checkpoint_folders, is_sealed
+from gvpo_offline.checkpoint import RUN_FILE
 from gvpo_offline.compute.model import load_model
-from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings
+from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings, required
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.tokenizer import load_tokenizer
@@ -21,8 +21,6 @@ from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-RUN_FILE = "gvpo_run.json"
 
 
 def open_for_training(path: str, data: DataSettings) -> GroupDataset:
@@ -41,11 +39,14 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
+    required("dataset", data.dataset)
+    train_dataset = open_for_training(data.dataset, data)
+    eval_dataset = open_for_training(data.eval_dataset, data) if data.eval_dataset else None
     trainer = GVPOTrainer(
         load_model(model),
         args,
-        train_dataset=open_for_training(data.dataset, data),
-        eval_dataset=open_for_training(data.eval_dataset, data) if data.eval_dataset else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=load_tokenizer(
             model.tokenizer_name_or_path or model.model_name_or_path,
             revision=model.model_revision,
@@ -53,7 +54,6 @@ def run_train(
         ),
         peft_config=_peft_config(lora),
     )
-    resume = _resume(run.resume_from_checkpoint, Path(args.output_dir))
     settings: dict[str, Any] = {
         "package_version": __version__,
         "model": asdict(model),
@@ -63,7 +63,7 @@ def run_train(
         "identity": trainer.identity(),
     }
     trainer.add_callback(_RunFile(settings))
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
     return trainer
@@ -81,12 +81,6 @@ class _RunFile(TrainerCallback):
         if state.is_world_process_zero:
             text = json.dumps(self._settings, indent=1, default=str)
             (Path(args.output_dir) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _resume(wanted: bool | str, output_dir: Path) -> bool | str:
-    if wanted == "auto":
-        return any(is_sealed(folder) for folder in checkpoint_folders(output_dir))
-    return wanted
 
 
 def _peft_config(lora: LoraSettings) -> PeftConfig | None:

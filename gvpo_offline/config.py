@@ -106,7 +106,7 @@ class ImportConfig:
     chat_template: str | None = None
     """Path of a Jinja chat template to use instead of the tokenizer's own."""
     shard_bytes: int = 128 * 2**20
-    """Input bytes that go into one shard, about; it also bounds the memory that import needs."""
+    """Input bytes that go into one shard, at most and about."""
     rows_per_row_group: int = 256
     """Groups in one Parquet row group, the unit of reading."""
     show_progress: bool = True
@@ -168,7 +168,7 @@ class ReferenceConfig(ModelSettings):
     """Show progress bars."""
 
     def __post_init__(self) -> None:
-        _required("dataset", self.dataset)
+        required("dataset", self.dataset)
         _positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
 
 
@@ -334,8 +334,8 @@ class EvaluateConfig(DataSettings, ModelSettings):
     """Show progress bars."""
 
     def __post_init__(self) -> None:
-        _required("dataset", self.dataset)
-        _required("model_name_or_path", self.model_name_or_path)
+        required("dataset", self.dataset)
+        required("model_name_or_path", self.model_name_or_path)
         _positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
 
 
@@ -344,6 +344,7 @@ def _positive(name: str, value: float) -> None:
         raise ConfigError(f"{name} is positive", received=value)
 
 
-def _required(name: str, value: str | Sequence[Any]) -> None:
+def required(name: str, value: str | Sequence[Any]) -> None:
+    """Raise ConfigError if a setting that has no default was not set."""
     if not value:
         raise ConfigError(f"{name} must be set", received="nothing", remedy=f"pass --{name}")

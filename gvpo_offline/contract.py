@@ -21,7 +21,7 @@ from gvpo_offline.schema import (
     SCHEMA_VERSION,
     Column,
 )
-from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.store.commit import SealedRecord
 from gvpo_offline.store.manifest import SealedManifest
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -87,7 +87,7 @@ def contract() -> dict[str, str]:
             "A row of a self-contained Parquet file that trains as it is", inline
         ),
         "manifest.schema.json": {"$schema": _DIALECT, **SealedManifest.model_json_schema()},
-        "commit.schema.json": {"$schema": _DIALECT, **TaskRecord.model_json_schema()},
+        "commit.schema.json": {"$schema": _DIALECT, **SealedRecord.model_json_schema()},
     }
     return {name: json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
 

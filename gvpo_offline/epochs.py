@@ -7,6 +7,7 @@ first step that completes one.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import (
@@ -36,6 +37,15 @@ class EpochCallback(TrainerCallback):
         """Epochs completed, in whole and in part, after `step` steps."""
         return min(step * self._groups_per_step, self._n_draws) / self._n_groups
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        state.num_train_epochs = math.ceil(self._n_draws / self._n_groups)
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -49,7 +59,7 @@ class EpochCallback(TrainerCallback):
             return
         if args.logging_strategy == IntervalStrategy.EPOCH:
             control.should_log = True
-        if args.eval_strategy == IntervalStrategy.EPOCH:
+        if args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch:
             control.should_evaluate = True
         if args.save_strategy == SaveStrategy.EPOCH:
             control.should_save = True

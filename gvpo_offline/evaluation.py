@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from gvpo_offline.compute.batch import make_micro_batch
 from gvpo_offline.compute.logprobs import seq_logprobs
-from gvpo_offline.compute.model import autocast
+from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
 from gvpo_offline.errors import DataError
 from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
+from gvpo_offline.meters import reduced_sum
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder, Selection
 from gvpo_offline.stream.steps import StepDataset, StepShare
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gvpo_offline.trainer_config import GVPOConfig
 
 
 @dataclass
@@ -158,3 +166,37 @@ def evaluate_policy(
     finally:
         model.train(training)
     return evaluation
+
+
+def held_out_metrics(
+    model: nn.Module,
+    dataset: GroupDataset,
+    selection: Selection | None,
+    args: GVPOConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Metrics of a policy in training on the selected groups; every rank has to call.
+
+    Those of `GroupStatistics.metrics`, and `runtime` in seconds.
+    """
+    started = time.perf_counter()
+    steps = in_order(
+        dataset,
+        selection,
+        groups_per_step=args.groups_per_step,
+        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
+    evaluation = evaluate_policy(
+        model,
+        shares_of(steps),
+        beta=args.beta,
+        anchor=args.anchor,
+        device=args.device,
+        autocast_dtype=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
+    )
+    own = evaluation.statistics.to_tensor().to(float64_device(args.device))
+    metrics = GroupStatistics.from_tensor(reduced_sum(accelerator, own)).metrics()
+    metrics["runtime"] = time.perf_counter() - started
+    return metrics

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
 from gvpo_offline.errors import IntegrityError
+from gvpo_offline.rules import check_group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.store.survey import Survey
@@ -36,6 +37,7 @@ class PolicyFacts:
         weights_sha256: hash of its weights, or None where it was not taken.
         dtype, autocast_dtype, attn_implementation: how its log-probs are computed.
         tokenizer_fingerprint: or None where no tokenizer was given.
+        n_embeddings: token ids that it has an embedding for, or None where it does not say.
     """
 
     weights_sha256: str | None
@@ -43,6 +45,7 @@ class PolicyFacts:
     autocast_dtype: str | None
     attn_implementation: str
     tokenizer_fingerprint: str | None
+    n_embeddings: int | None = None
 
     @property
     def coarsest_dtype(self) -> str:
@@ -65,7 +68,16 @@ def policy_facts(
         autocast_dtype=dtype_name(autocast),
         attn_implementation=attention_of(model),
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        n_embeddings=_n_embeddings(model),
     )
+
+
+def _n_embeddings(model: torch.nn.Module) -> int | None:
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return getattr(embeddings, "num_embeddings", None)
 
 
 def check_tokenizers(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> None:
@@ -89,6 +101,24 @@ def check_tokenizers(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> N
             logger.warning(
                 "the tokenizers of %s and the policy are not compared: %s", dataset.root, why
             )
+
+
+def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> None:
+    """Raise DataError, naming file, row and group, if the policy has no embedding for a token id.
+
+    Ids of a dataset with a tokenizer were held to its size when they were written; those of other
+    files are read for this, once.
+    """
+    if policy.n_embeddings is None:
+        return
+    for dataset in datasets:
+        made_by = dataset.manifest.tokenizer
+        if made_by is not None and made_by.vocab_size <= policy.n_embeddings:
+            continue
+        for row_group in range(dataset.n_row_groups):
+            place = dataset.place(row_group)
+            for row, group in enumerate(dataset.groups(row_group), place.first_row):
+                check_group(group, file=place.file, row=row, vocab_size=policy.n_embeddings)
 
 
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:
@@ -154,7 +184,7 @@ def reference_warnings(policy: PolicyFacts, reference: ReferenceFamily) -> list[
         f"the reference was scored with {name} {theirs}, the policy runs with {ours}: log-ratios "
         "carry the difference as noise; score the reference again with the same setting"
         for name, theirs, ours in pairs
-        if theirs != "unknown" and theirs != ours
+        if reference.dtype != "unknown" and theirs not in ("unknown", ours)
     ]
 
 

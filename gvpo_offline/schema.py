@@ -174,7 +174,8 @@ class Group:
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32))
+    # Arrow checks the range here; a cast of NumPy's would wrap around past 2**31 tokens.
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
 
 
 def _flat(arrays: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.Array:
@@ -254,7 +255,8 @@ def _numpy(array: pa.Array) -> npt.NDArray[Any]:
     return np.asarray(array.to_numpy(zero_copy_only=False))
 
 
-def _single(table: pa.Table, name: str) -> pa.Array:
+def column_array(table: pa.Table, name: str) -> pa.Array:
+    """A column of a table in one piece."""
     column = table.column(name).combine_chunks()
     return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
@@ -283,23 +285,23 @@ def groups_from_table(table: pa.Table) -> list[Group]:
     counts, become "unknown" and False.
     """
     names = set(table.column_names)
-    responses = split_nested_list(_single(table, "response_token_ids"))
+    responses = split_nested_list(column_array(table, "response_token_ids"))
     sizes = [len(row or ()) for row in responses]
 
     def strings(name: str) -> list[Any]:
         return table.column(name).to_pylist() if name in names else [None] * table.num_rows
 
     def floats(name: str) -> list[Any]:
-        return split_list(_single(table, name)) if name in names else [None] * table.num_rows
+        return split_list(column_array(table, name)) if name in names else [None] * table.num_rows
 
     masks = (
-        split_nested_list(_single(table, "loss_mask"))
+        split_nested_list(column_array(table, "loss_mask"))
         if "loss_mask" in names
         else [None] * table.num_rows
     )
     rows = zip(
         strings("group_id"),
-        split_list(_single(table, "prompt_token_ids")),
+        split_list(column_array(table, "prompt_token_ids")),
         responses,
         sizes,
         strings("samplers"),
@@ -318,8 +320,8 @@ def groups_from_table(table: pa.Table) -> list[Group]:
             group_id=group_id,
             prompt_token_ids=prompt_ids,
             response_token_ids=tuple(response_ids or ()),
-            samplers=tuple(samplers) if samplers else ("unknown",) * k,
-            truncated=tuple(truncated) if truncated else (False,) * k,
+            samplers=("unknown",) * k if samplers is None else tuple(samplers),
+            truncated=(False,) * k if truncated is None else tuple(truncated),
             loss_mask=None if mask is None else tuple(mask),
             rewards=rewards,
             ref_seq_logprobs=ref,

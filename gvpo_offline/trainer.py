@@ -8,6 +8,7 @@ mixed precision and distribution are transformers' and accelerate's.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import tempfile
 import time
@@ -28,8 +29,8 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from gvpo_offline.checkpoint import (
+    begin,
     check_identity,
-    discard_unsealed,
     find_checkpoint,
     refuse_leftovers,
     save_errors,
@@ -42,15 +43,17 @@ from gvpo_offline.compute.model import (
     disable_dropout,
     float64_device,
     load_model,
+    with_adapter,
 )
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.epochs import EpochCallback
-from gvpo_offline.errors import ConfigError
-from gvpo_offline.evaluation import evaluate_policy, group_loss, in_order, shares_of
-from gvpo_offline.losses import GroupStatistics
+from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.evaluation import group_loss, held_out_metrics
+from gvpo_offline.identity import model_identity, run_identity
 from gvpo_offline.meters import ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.preflight import (
     check_log_ratios,
+    check_token_ids,
     check_tokenizers,
     data_warnings,
     describe_data,
@@ -62,7 +65,7 @@ from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.store.survey import Survey, survey
 from gvpo_offline.stream.select import rows_of
 from gvpo_offline.stream.steps import StepShare
-from gvpo_offline.trainer_config import GVPOConfig
+from gvpo_offline.trainer_config import GVPOConfig, settings_errors
 from gvpo_offline.training_data import HeldOut, TrainingData, resolve_held_out
 
 if TYPE_CHECKING:
@@ -107,7 +110,7 @@ class GVPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = args or GVPOConfig()
+        args = copy.copy(args or GVPOConfig())  # max_steps is set below; the caller's stay
         self._scratch = tempfile.TemporaryDirectory(prefix="gvpo-offline-")
         self.data = TrainingData.prepare(
             train_dataset, eval_dataset, args, Path(self._scratch.name)
@@ -122,26 +125,28 @@ class GVPOTrainer(Trainer):
             tokenizer=processing_class,
         )
         check_tokenizers(self.data.datasets(), self.policy)
+        check_token_ids(self.data.datasets(), self.policy)
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            model = with_adapter(model, peft_config, args.seed)
         if args.disable_dropout:
             disable_dropout(model)
+        self._model_identity = model_identity(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=_only_item,
-            train_dataset=steps,
-            eval_dataset=self.data.held_out or None,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.add_callback(
-            EpochCallback(args.groups_per_step, self.data.order.n_groups, self.data.n_draws)
-        )
+        epochs = EpochCallback(args.groups_per_step, self.data.order.n_groups, self.data.n_draws)
+        with settings_errors():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=_only_item,
+                train_dataset=steps,
+                eval_dataset=self.data.held_out or None,
+                processing_class=processing_class,
+                callbacks=[epochs, *(callbacks or [])],
+                optimizers=optimizers,
+            )
         self._meter = StepMeter(float64_device(args.device))
+        self._reference_meter: ReferenceMeter | None = None
 
     # ---- before the first step ----
 
@@ -149,8 +154,9 @@ class GVPOTrainer(Trainer):
         """Check data and reference, then train.
 
         Args:
-            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, or the
-                folder of one. The run continues bit for bit, on any number of ranks, or not at all.
+            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, "auto" for
+                the same if there is one, or the folder of one. The run continues exactly or not at
+                all: bit for bit on like devices, up to rounding on another number of ranks.
             kwargs: as transformers' Trainer.
 
         Raises:
@@ -162,6 +168,7 @@ class GVPOTrainer(Trainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+        if checkpoint is not None:
             check_identity(checkpoint, self.identity())
         else:
             refuse_leftovers(output_dir)
@@ -188,17 +195,8 @@ class GVPOTrainer(Trainer):
         return counts
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint of this run continues: data, objective, optimization. No world size."""
-        args = self.args
-        optimization = (
-            "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
-            "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 seed"
-        )
-        return {
-            "data": self.data.identity(args),
-            "objective": {"beta": args.beta, "anchor": args.anchor},
-            "optimization": {name: str(getattr(args, name, None)) for name in optimization.split()},
-        }
+        """What a checkpoint of this run continues: data, objective, model, optimization."""
+        return run_identity(self.data, self.args, self._model_identity)
 
     @property
     def _reference(self) -> ReferenceFamily:
@@ -239,6 +237,9 @@ class GVPOTrainer(Trainer):
         started = time.perf_counter()
         samples = [item for _, item in zip(range(num_batches), epoch_iterator, strict=False)]
         self._meter.add_wait(time.perf_counter() - started)
+        for sample in samples:
+            if isinstance(sample["share"], GVPOError):
+                raise sample["share"]
         return samples, None
 
     def training_step(
@@ -294,6 +295,10 @@ class GVPOTrainer(Trainer):
         self._meter.add(result.statistics)
         return result.group_losses.sum()
 
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """What transformers counts a step as, in its summary: groups."""
+        return self.args.groups_per_step
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 x parameters x padded tokens, as transformers estimates it."""
         share: StepShare = inputs["share"]
@@ -327,7 +332,8 @@ class GVPOTrainer(Trainer):
         """Metrics of held-out groups; several datasets are told apart by their name in the key.
 
         Args:
-            eval_dataset: a name among those given, or a dataset; default: all held-out groups.
+            eval_dataset: a name among those given (its keys then go without the name), or a
+                dataset; default: all held-out groups.
             ignore_keys: no meaning here.
             metric_key_prefix: first part of each key.
         """
@@ -335,7 +341,8 @@ class GVPOTrainer(Trainer):
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            for key, value in self._evaluate_groups(held_out).items():
+            found = held_out_metrics(self.model, *held_out, self.args, self.accelerator)
+            for key, value in found.items():
                 metrics[f"{prefix}_{key}"] = value
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
@@ -345,7 +352,6 @@ class GVPOTrainer(Trainer):
 
     def _chosen_held_out(self, eval_dataset: Any) -> dict[str, HeldOut]:
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
-            # transformers passes the name and has put it into the prefix already
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
             return resolve_held_out(eval_dataset, Path(self._scratch.name))
@@ -357,49 +363,23 @@ class GVPOTrainer(Trainer):
             )
         return self.data.held_out
 
-    def _evaluate_groups(self, held_out: HeldOut) -> dict[str, float]:
-        started = time.perf_counter()
-        dataset, selection = held_out
-        steps = in_order(
-            dataset,
-            selection,
-            groups_per_step=self.args.groups_per_step,
-            max_tokens_per_micro_batch=self.args.max_tokens_per_micro_batch,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-        )
-        evaluation = evaluate_policy(
-            self.model,
-            shares_of(steps),
-            beta=self.args.beta,
-            anchor=self.args.anchor,
-            device=self.args.device,
-            autocast_dtype=autocast_dtype(bf16=self.args.bf16, fp16=self.args.fp16),
-        )
-        total = reduced_sum(
-            self.accelerator,
-            evaluation.statistics.to_tensor().to(float64_device(self.args.device)),
-        )
-        metrics = GroupStatistics.from_tensor(total).metrics()
-        metrics["runtime"] = time.perf_counter() - started
-        return metrics
-
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers, then sealed; older checkpoints go only once the new one is whole."""
         output_dir = Path(self._get_output_dir(trial=trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            discard_unsealed(folder)
-        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with save_errors(folder):
+                if self.args.should_save:
+                    begin(folder)
+                self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    seal(folder, self.state.global_step, self.identity())
+                    whole = not self.args.save_only_model
+                    seal(folder, self.state.global_step, self.identity(), resumable=whole)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -411,13 +391,6 @@ class GVPOTrainer(Trainer):
             )
 
 
-def _only_item(items: list[StepShare]) -> dict[str, StepShare]:
+def _only_item(items: list[StepShare | GVPOError]) -> dict[str, StepShare | GVPOError]:
     (share,) = items
     return {"share": share}
-
-
-def _with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
-    from peft import get_peft_model
-
-    adapted: nn.Module = get_peft_model(model, peft_config)
-    return adapted

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
 
 from gvpo_offline.config import GVPOSettings
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, GVPOError
 
 # Settings of transformers that have no meaning here, and what says it instead.
 _REFUSED = {
@@ -19,7 +21,25 @@ _REFUSED = {
     "neftune_noise_alpha": "leave it out: log-probs must not depend on chance",
     "train_sampling_strategy": "leave it out: the order is a function of the seed",
     "dataloader_drop_last": "leave it out: the last step takes what is left",
+    "ignore_data_skip": "leave it out: skipping to a step reads nothing",
 }
+
+
+@contextlib.contextmanager
+def settings_errors() -> Iterator[None]:
+    """Turn transformers' complaints about a setting, or a logger's package, into ConfigError."""
+    try:
+        yield
+    except GVPOError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "install" not in str(error):
+            raise
+        raise ConfigError(
+            "transformers accepts the training settings",
+            received=" ".join(str(error).split()),
+            remedy="correct the setting",
+        ) from error
 
 
 @dataclass
@@ -47,7 +67,8 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
                 raise ConfigError(
                     f"{name} has no meaning here", received=getattr(self, name), remedy=remedy
                 )
-        TrainingArguments.__post_init__(self)
+        with settings_errors():
+            TrainingArguments.__post_init__(self)
         # One process, one device: with several GPUs visible transformers would otherwise split
         # batches with DataParallel, which knows nothing of groups. Launch with torchrun instead.
         if self.n_gpu > 1:

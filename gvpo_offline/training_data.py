@@ -62,8 +62,14 @@ class TrainingData:
         n_draws = (
             args.max_steps * args.groups_per_step
             if args.max_steps > 0
-            else math.ceil(args.num_train_epochs * order.n_groups)
+            else math.ceil(round(args.num_train_epochs * order.n_groups, 6))
         )
+        if n_draws < 1:
+            raise ConfigError(
+                "a run has at least one step",
+                received=f"num_train_epochs={args.num_train_epochs}, max_steps={args.max_steps}",
+                remedy="raise num_train_epochs, or set max_steps",
+            )
         held_out = _held_out(dataset, eval_dataset, args, scratch)
         if str(args.eval_strategy.value) != "no" and not held_out:
             raise ConfigError(

@@ -64,9 +64,7 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
-) -> Path:
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
     """A folder with a two-layer Qwen3 of seeded random weights, and the tokenizer beside it."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM

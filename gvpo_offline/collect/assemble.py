@@ -141,7 +141,7 @@ class Assembler:
                 mask=fragment.mask_of(i),
                 reward=None if fragment.rewards is None else fragment.rewards[i],
                 sampler=fragment.samplers[i] or default,
-                truncated=fragment.truncated[i],
+                truncated=bool(fragment.truncated[i]),
                 response_id=None if fragment.response_ids is None else fragment.response_ids[i],
             )
             for i, text in enumerate(fragment.responses)

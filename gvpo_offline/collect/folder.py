@@ -12,12 +12,13 @@ from pathlib import Path
 from types import TracebackType
 
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.store.commit import TaskLog, verify_file
+from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder
 
 # Only files whose names this stage gives are ever removed.
-_SHARD = re.compile(r"^(\d{5}-[0-9a-f]{12}\.parquet|\.\d{5}\.[0-9a-f]{32}\.tmp)$")
+_SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
+_TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
 
 
 class OutputFolder:
@@ -90,15 +91,19 @@ class OutputFolder:
         self._remove_spill()
         return manifest
 
-    def prepare(self, stage: str) -> None:
-        """Remove what a killed run of `stage` left uncommitted.
+    def prepare(self, log: TaskLog) -> dict[str, TaskRecord]:
+        """Remove what a killed run of the same import left uncommitted.
+
+        Returns:
+            The records of its committed tasks, by name.
 
         Raises:
             DataError: another import was interrupted here; its work is not thrown away unasked.
+            IntegrityError: a committed shard was damaged since.
         """
         commits = self.root / "commits"
         stages = [path.name for path in commits.iterdir()] if commits.exists() else []
-        others = sorted(name for name in stages if name != stage)
+        others = sorted(name for name in stages if name != log.stage)
         if others:
             raise DataError(
                 "the output folder is empty, or holds what an interrupted run of this import left",
@@ -107,7 +112,13 @@ class OutputFolder:
                 remedy="repeat that import, choose another output_dir, or remove the folder",
                 file=self.root,
             )
-        self._sweep(self._committed(stage))
+        tasks = sorted(log.folder.glob("*.json")) if log.folder.exists() else []
+        found = {task.stem: log.committed(task.stem) for task in tasks}
+        records = {task: record for task, record in found.items() if record is not None}
+        keep = [entry.path for record in records.values() for entry in record.groups]
+        keep += [s.file.path for record in records.values() for s in record.sidecars]
+        self._sweep(set(keep))
+        return records
 
     @contextmanager
     def discarding(self, stage: str) -> Iterator[None]:
@@ -125,24 +136,16 @@ class OutputFolder:
                 _remove_empty(self.root / name)
             raise
 
-    def _committed(self, stage: str) -> set[str]:
-        log = TaskLog(self.root, stage)
-        paths: set[str] = set()
-        tasks = sorted(log.folder.glob("*.json")) if log.folder.exists() else []
-        for task in tasks:
-            record = log.committed(task.stem)
-            if record is not None:
-                paths.update(entry.path for entry in record.groups)
-                paths.update(sidecar.file.path for sidecar in record.sidecars)
-        return paths
-
     def _sweep(self, keep: set[str]) -> None:
         self._remove_spill()
-        for name in ("groups", "rewards"):
-            for path in sorted((self.root / name).rglob("*")):
-                ours = _SHARD.match(path.name) and path.is_file()
-                if ours and str(path.relative_to(self.root)) not in keep:
-                    path.unlink()
+        written = {p for name in ("groups", "rewards") for p in (self.root / name).rglob("*")}
+        records = (self.root / "commits").rglob("*")
+        for path in sorted([*self.root.iterdir(), *records, *written]):
+            shard = path in written and _SHARD.match(path.name)
+            if shard and str(path.relative_to(self.root)) in keep:
+                continue
+            if path.is_file() and (shard or _TEMPORARY.match(path.name)):
+                path.unlink()
 
     def _remove_spill(self) -> None:
         shutil.rmtree(self.root / ".spill", ignore_errors=True)

@@ -1,20 +1,21 @@
 """The import stage: logged, scored responses to a dataset of Parquet shards.
 
-    inputs -> fragments -> spilled by bucket -> groups -> one committed shard a bucket -> manifest
+    inputs -> fragments -> spilled in buckets of hash(group_id) -> groups -> shards -> manifest
 
 The first pass reads every row once and holds it to every rule that a row can break alone, before
-anything is written that could become part of a dataset. The second takes one bucket at a time.
-Neither holds more than a bucket, so memory depends on `shard_bytes` and not on the log. Bytes of
-the result depend on the inputs and settings alone; a killed run leaves its committed shards, and
-the same command goes on from there.
+anything is written that could become part of a dataset. The second makes groups of one bucket at a
+time and commits shard by shard. Neither holds more than a bucket, so memory does not depend on the
+log's length. The result's bytes depend on the inputs and settings alone; a killed run leaves its
+committed shards, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from gvpo_offline.collect.fragment import (
     located,
     prompt_key,
 )
-from gvpo_offline.collect.regroup import Spill, bucket_count
+from gvpo_offline.collect.regroup import Spill, power_of_two
 from gvpo_offline.collect.sources import Source, find_sources
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
@@ -49,6 +50,7 @@ __all__ = ["ImportResult", "import_log", "run_import"]
 
 # Raise it whenever the same inputs and settings would give other bytes than before.
 _IMPORT_VERSION = 1
+_BUCKET_BYTES = 16 << 20
 _RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
 
@@ -137,7 +139,10 @@ class _Import:
         self.format: LogFormat = find_format(config)
         self.encoder: Encoder | None = load_encoder(config)
         self.sources: list[Source] = find_sources(config.inputs)
-        self.n_buckets = bucket_count(sum(s.text_bytes for s in self.sources), config.shard_bytes)
+        total = sum(source.text_bytes for source in self.sources)
+        self.n_shards = power_of_two(total, config.shard_bytes)
+        # Buckets bound the memory; how many there are changes nothing in the result.
+        self.buckets_per_shard = max(1, power_of_two(total, _BUCKET_BYTES) // self.n_shards)
         self.digests: list[str] = []
 
     def run(self) -> ImportResult:
@@ -150,9 +155,9 @@ class _Import:
                 step = next(s for s in finished.lineage if s.config.get("identity") == identity)
                 return ImportResult(finished, step.counts, already_imported=True)
             log = TaskLog(folder.root, f"import-{identity[:12]}")
-            folder.prepare(log.stage)
+            records = folder.prepare(log)
             with folder.discarding(log.stage):
-                return self._import(folder.root, log, identity)
+                return self._import(folder.root, log, records, identity)
 
     def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
         bar: AbstractContextManager[Any] = tqdm(
@@ -192,26 +197,26 @@ class _Import:
             del settings[name]
         return settings
 
-    def _import(self, root: Path, log: TaskLog, identity: str) -> ImportResult:
-        records = {
-            bucket: record
-            for bucket in range(self.n_buckets)
-            if (record := log.committed(_task(bucket))) is not None
+    def _import(
+        self, root: Path, log: TaskLog, records: dict[str, TaskRecord], identity: str
+    ) -> ImportResult:
+        tasks = [_task(shard) for shard in range(self.n_shards)]
+        done = {
+            b for shard, task in enumerate(tasks) if task in records for b in self._buckets(shard)
         }
-        spill = Spill(root / ".spill", self.n_buckets, skip=records)
+        spill = Spill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
         try:
             spill.open()
             first = self._read(spill)
             self._check_first_pass(first)
             with self._bar("writing groups", sum(spill.rows_in), "row") as bar:
-                for bucket in range(self.n_buckets):
-                    if bucket not in records:
-                        record = self._write(root, log, spill, bucket, first, bar.update)
-                        records[bucket] = log.commit(record)
-                        spill.remove(bucket)
+                for shard, task in enumerate(tasks):
+                    if task not in records:
+                        record = self._write(root, log, spill, shard, first, bar.update)
+                        records[task] = log.commit(record)
         finally:
             spill.close()
-        return self._publish(root, [records[b] for b in range(self.n_buckets)], first, identity)
+        return self._publish(root, [records[task] for task in tasks], first, identity)
 
     def _read(self, spill: Spill) -> _FirstPass:
         first = _FirstPass(rows=[0] * len(self.sources))
@@ -278,28 +283,38 @@ class _Import:
                 remedy="correct the names, or set `sampler` or columns.sampler",
             )
 
+    def _buckets(self, shard: int) -> range:
+        return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
+
+    def _groups(
+        self, spill: Spill, shard: int, assembler: Assembler, advance: Callable[[int], Any]
+    ) -> Iterator[Group]:
+        for bucket in self._buckets(shard):
+            for piece in spill.groups(bucket, _RESPONSES_AT_ONCE):
+                yield from assembler.groups(piece)
+                advance(sum(len(fragments) for fragments in piece))
+            spill.remove(bucket)
+
     def _write(
         self,
         root: Path,
         log: TaskLog,
         spill: Spill,
-        bucket: int,
+        shard: int,
         first: _FirstPass,
         advance: Callable[[int], Any],
     ) -> TaskRecord:
         names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
         assembler = Assembler(self.config, self.encoder, names)
-        groups: list[Group] = []
-        for piece in spill.groups(bucket, _RESPONSES_AT_ONCE):
-            groups += assembler.groups(piece)
-            advance(sum(len(fragments) for fragments in piece))
-        record = TaskRecord(stage=log.stage, task=_task(bucket))
-        if groups:
+        groups = self._groups(spill, shard, assembler, advance)
+        record = TaskRecord(stage=log.stage, task=_task(shard))
+        head = next(groups, None)
+        if head is not None:
             record = write_groups(
                 root,
                 log.stage,
-                _task(bucket),
-                groups,
+                _task(shard),
+                itertools.chain([head], groups),
                 reward=self.config.reward_name if first.rewarded else None,
                 vocab_size=None if self.encoder is None else self.encoder.vocab_size,
                 rows_per_row_group=self.config.rows_per_row_group,
@@ -344,8 +359,8 @@ class _Import:
         return ImportResult(publish(root, build), counts, already_imported=False)
 
 
-def _task(bucket: int) -> str:
-    return f"{bucket:05d}"
+def _task(shard: int) -> str:
+    return f"{shard:05d}"
 
 
 def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:

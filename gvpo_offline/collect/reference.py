@@ -30,7 +30,7 @@ from gvpo_offline.compute.model import (
 from gvpo_offline.config import ReferenceConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.preflight import check_tokenizers, policy_facts
+from gvpo_offline.preflight import check_token_ids, check_tokenizers, policy_facts
 from gvpo_offline.schema import (
     REFERENCE_COLUMNS,
     TRAINING_COLUMNS,
@@ -78,9 +78,10 @@ def run_reference(config: ReferenceConfig) -> Manifest:
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     facts = policy_facts(model, hash_weights=True, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
+    check_token_ids([dataset], facts)
     dataset.verify()
     described = {
-        **asdict(facts),
+        **{name: value for name, value in asdict(facts).items() if name != "n_embeddings"},
         "model_name_or_path": config.model_name_or_path,
         "model_class": type(model).__name__,
     }

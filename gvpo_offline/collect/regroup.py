@@ -1,9 +1,9 @@
 """Bringing the fragments of a group together without holding the log in memory.
 
 A group's place is decided by a hash of its id alone. Fragments are spilled to one file per bucket
-of hashes (its leading bits); a bucket then fits in memory, holds whole groups only, and becomes one
-shard. Buckets in order, sorted by hash inside, are the whole dataset ordered by hash(group_id),
-wherever and in which pieces the fragments came in.
+of hashes (its leading bits); a bucket then fits in memory and holds whole groups only. Buckets in
+order, sorted by hash inside, are the whole dataset ordered by hash(group_id), wherever and in which
+pieces the fragments came in; a shard is a run of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gvpo_offline.collect.fragment import Fragment
 from gvpo_offline.hashing import text_key
 from gvpo_offline.store.commit import storage_errors
 
-__all__ = ["Spill", "Spilled", "bucket_count"]
+__all__ = ["Spill", "Spilled", "power_of_two"]
 
 _BUFFER_BYTES = 32 << 20
-_MAX_BUCKET_BITS = 16
+_MAX_BITS = 16
 _ROW_OVERHEAD = 1500  # bytes of Python objects per buffered fragment, about
 _TOKENS, _FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
 _SCHEMA = pa.schema(
@@ -59,10 +59,10 @@ Spilled = tuple[Fragment, str]
 """A fragment and the key of its prompt."""
 
 
-def bucket_count(text_bytes: int, shard_bytes: int) -> int:
-    """Buckets, a power of two, of about `shard_bytes` each (at most 65,536)."""
+def power_of_two(total_bytes: int, part_bytes: int) -> int:
+    """Into how many parts, a power of two up to 65,536, to cut for parts of up to `part_bytes`."""
     bits = 0
-    while bits < _MAX_BUCKET_BITS and (text_bytes >> bits) > shard_bytes:
+    while bits < _MAX_BITS and (total_bytes >> bits) > part_bytes:
         bits += 1
     return 1 << bits
 

@@ -15,8 +15,8 @@ from gvpo_offline.compute.model import float64_device
 def keeps_logits(model: nn.Module) -> bool:
     """Whether the model's forward can leave out the logits of the leading positions."""
     inner: Any = model
-    while hasattr(inner, "module"):  # DDP and the like
-        inner = inner.module
+    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):  # DDP, FSDP; torch.compile
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
     if hasattr(inner, "get_base_model"):  # PEFT
         inner = inner.get_base_model()
     # Of the class: mixed precision replaces the method of the instance.

@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 _PIECE_ELEMENTS = 1 << 24
-_DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "dropout", "activation_dropout")
+# In names of rates that modules and configurations keep as plain numbers: attention_dropout,
+# attn_pdrop, hidden_dropout, layerdrop, router_jitter_noise …
+_CHANCE_NAMES = ("drop", "jitter")
 
 
 def load_model(settings: ModelSettings) -> PreTrainedModel:
@@ -38,13 +42,22 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
             trust_remote_code=settings.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(
             "the model is a folder or hub name that transformers loads as a causal language model",
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct model_name_or_path",
         ) from error
     return model
+
+
+def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module:
+    """`model` with a new PEFT adapter, whose first weights depend on `seed` alone."""
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    adapted: nn.Module = get_peft_model(model, settings)
+    return adapted
 
 
 def default_device(*, use_cpu: bool = False) -> torch.device:
@@ -77,23 +90,32 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0: a log-ratio must not depend on chance.
 
-    Modules are switched off as they are; attention layers keep their rate as a plain number.
+    Rates live in dropout modules, in other modules as plain numbers, and in the configuration,
+    which some models ask in their forward.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in _DROPOUT_NAMES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if isinstance(value, float) and any(part in name for part in _CHANCE_NAMES):
+                    setattr(holder, name, 0.0)
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all weights, each value as float32.
+def weights_sha256(model: nn.Module, *, frozen_only: bool = False) -> str:
+    """SHA-256 over names, shapes and values of all weights (or the frozen ones), each as float32.
 
     As float32, so that one checkpoint has one hash in whatever (wider) data type it is loaded.
     """
     digest = hashlib.sha256()
+    trained = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if frozen_only and parameter.requires_grad
+    }
     for name, tensor in sorted(model.state_dict().items()):
+        if name in trained:
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         for start in range(0, flat.numel(), _PIECE_ELEMENTS):

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
-from gvpo_offline.rules import check_group
 from gvpo_offline.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
+from gvpo_offline.store.check import check_groups
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -25,7 +23,10 @@ from gvpo_offline.store.manifest import (
     RewardFamily,
     Sidecar,
 )
-from gvpo_offline.store.parquet import open_parquet
+from gvpo_offline.store.parquet import footer_sha256, open_parquet
+
+# Columns that a self-contained file has beside those of a groups file.
+_INLINE = ("rewards", "ref_seq_logprobs")
 
 
 def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> GroupDataset:
@@ -40,35 +41,43 @@ def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> G
         IntegrityError: a file cannot be read.
     """
     files = [Path(path).resolve() for path in paths]
+    if not files:
+        raise ConfigError("a dataset is at least one file", received="none")
     required = [column.name for column in GROUPS_COLUMNS if column.required] + list(need)
-    bases, names = [], set(open_parquet(files[0]).schema_arrow.names)
+    bases, names = [], set(_INLINE)
     for path in files:
-        present = set(open_parquet(path).schema_arrow.names)
+        present, base = _base_file(path)
         missing = [name for name in required if name not in present]
         if missing:
             raise DataError(
-                "a file in the group shape has the columns of schemas/groups.schema.json",
+                "a file in the group shape has the columns of schemas/training_file.schema.json"
+                if need
+                else "a file in the group shape has the columns of schemas/groups.schema.json",
                 received=f"no column {', '.join(missing)}",
                 remedy="write the missing columns, or bring the file in with `gvpo-offline import`",
                 file=path,
             )
         names &= present
-        bases.append(_base_file(path))
+        bases.append(base)
     dataset = _in_memory(files, bases, names)
-    _check_foreign(dataset, files)
+    check_groups(dataset, [*TRAINING_COLUMNS, "response_ids", *_INLINE])
     return dataset
 
 
-def _base_file(path: Path) -> BaseFile:
-    metadata = pq.read_metadata(path)
-    return BaseFile(
-        path=str(path),
-        sha256=sha256_file(path),
-        bytes=path.stat().st_size,
-        row_groups=[metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)],
-        n_responses=0,
-        n_tokens=0,
-    )
+def _base_file(path: Path) -> tuple[set[str], BaseFile]:
+    """Names of the columns of a file, and its entry in a manifest."""
+    with open_parquet(path) as file:
+        metadata = file.metadata
+        entry = BaseFile(
+            path=str(path),
+            sha256=sha256_file(path),
+            bytes=path.stat().st_size,
+            row_groups=[metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)],
+            footer_sha256=footer_sha256(path),
+            n_responses=0,
+            n_tokens=0,
+        )
+        return set(file.schema_arrow.names), entry
 
 
 def _in_memory(files: list[Path], bases: list[BaseFile], names: set[str]) -> GroupDataset:
@@ -94,29 +103,6 @@ def _in_memory(files: list[Path], bases: list[BaseFile], names: set[str]) -> Gro
         references=[reference] if reference else [],
     )
     return GroupDataset(files[0].parent, manifest, rewards, reference)
-
-
-def _check_foreign(dataset: GroupDataset, files: list[Path]) -> None:
-    first_seen: dict[str, tuple[Path, int]] = {}
-    row_in_file, current = 0, -1
-    for row_group in range(dataset.n_row_groups):
-        file, _ = dataset.locate(row_group)
-        if file != current:
-            row_in_file, current = 0, file
-        for group in dataset.groups(row_group, [*TRAINING_COLUMNS, "response_ids"]):
-            place: dict[str, Any] = {"file": files[file], "row": row_in_file}
-            check_group(group, **place)
-            if group.group_id in first_seen:
-                other, other_row = first_seen[group.group_id]
-                raise DataError(
-                    "a group id occurs once in a dataset",
-                    received=f"an id that {other}, row {other_row} has too",
-                    remedy="merge the rows into one group, or give them different ids",
-                    group=group.group_id,
-                    **place,
-                )
-            first_seen[group.group_id] = (files[file], row_in_file)
-            row_in_file += 1
 
 
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:

@@ -15,24 +15,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from gvpo_offline.errors import IntegrityError, StorageError
-from gvpo_offline.hashing import sha256_file
+from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.store.manifest import BaseFile, FileEntry, Sidecar
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _HASH_DIGITS = 12
 
 
-class TaskRecord(BaseModel, frozen=True):
+class TaskRecord(BaseModel):
     """What one committed task added to a dataset."""
 
-    stage: str
-    task: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str = Field(description="The folder of the record under `commits/`.")
+    task: str = Field(description="The record's file name, without its ending.")
     groups: list[BaseFile] = []
     sidecars: list[Sidecar] = []
-    counts: dict[str, int] = {}
+    counts: dict[str, int] = Field(default={}, description="What else the task counted.")
+
+    def content_hash(self) -> str:
+        """SHA-256 of the record's content."""
+        return sha256_json(self.model_dump(mode="json"))
+
+
+class SealedRecord(BaseModel):
+    """What a commit record's file holds: the record and the hash of its content."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(description="SHA-256 of `record` as canonical JSON.")
+    record: TaskRecord
 
 
 @contextmanager
@@ -49,6 +65,14 @@ def storage_errors(path: Path) -> Iterator[None]:
             remedy="free some space and run the same command again: committed tasks are kept",
             file=path,
         ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it, and make the new entries durable."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -76,10 +100,10 @@ def write_hashed(
     Raises:
         StorageError: no room; the temporary file is removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder, stem)
     try:
         with storage_errors(folder / f"{stem}{suffix}"):
+            make_folder(folder)
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -97,11 +121,14 @@ def create_only(path: Path, content: str) -> bool:
 
     A hard link to a finished temporary file: the name appears with its whole content, or not at
     all.
+
+    Raises:
+        StorageError: no room, or a file system without hard links.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path.parent, path.name)
     try:
         with storage_errors(path):
+            make_folder(path.parent)
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(content)
                 file.flush()
@@ -110,6 +137,15 @@ def create_only(path: Path, content: str) -> bool:
                 os.link(temporary, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StorageError(
+                    "a commit needs a file system with hard links",
+                    received=os.strerror(error.errno or 0),
+                    remedy="put the folder on another file system",
+                    file=path,
+                ) from error
             fsync_folder(path.parent)
             return True
     finally:
@@ -139,12 +175,15 @@ def verify_file(root: Path, entry: FileEntry, *, content: bool = True) -> None:
         return
     found = ""
     for _ in range(2):
-        found = sha256_file(path)
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            found = str(error)
         if found == entry.sha256:
             return
     raise IntegrityError(
         f"the file's SHA-256 is {entry.sha256[:16]}…",
-        received=f"{found[:16]}…",
+        received=found if " " in found else f"{found[:16]}…",
         file=path,
         remedy=remedy,
     )
@@ -162,12 +201,13 @@ class TaskLog:
         """The record of a finished task whose files are all still good, or None.
 
         Raises:
-            IntegrityError: it was committed, but a file of its has been damaged since.
+            IntegrityError: it was committed, but the record or a file of its has been damaged
+                since.
         """
         path = self.folder / f"{task}.json"
         if not path.exists():
             return None
-        record = TaskRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        record = _read_record(path)
         for entry in [*record.groups, *(sidecar.file for sidecar in record.sidecars)]:
             verify_file(self.root, entry)
         return record
@@ -175,8 +215,29 @@ class TaskLog:
     def commit(self, record: TaskRecord) -> TaskRecord:
         """Commit `record`; returns the record that holds, the winner's where two attempts raced."""
         path = self.folder / f"{record.task}.json"
-        if create_only(path, record.model_dump_json(indent=1)):
+        sealed = SealedRecord(sha256=record.content_hash(), record=record)
+        if create_only(path, sealed.model_dump_json(indent=1)):
             return record
         winner = self.committed(record.task)
         assert winner is not None  # the record exists: creating it just failed
         return winner
+
+
+def _read_record(path: Path) -> TaskRecord:
+    try:
+        sealed = SealedRecord.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise IntegrityError(
+            "a commit record follows schemas/commit.schema.json",
+            received=str(error).splitlines()[0],
+            remedy="remove it: its task is then done again",
+            file=path,
+        ) from error
+    if sealed.record.content_hash() != sealed.sha256:
+        raise IntegrityError(
+            f"the commit record's content hash is {sealed.sha256[:16]}…",
+            received=f"{sealed.record.content_hash()[:16]}…",
+            remedy="remove it: its task is then done again",
+            file=path,
+        )
+    return sealed.record

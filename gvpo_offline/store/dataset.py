@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import (
     GROUPS_COLUMNS,
@@ -24,9 +24,9 @@ from gvpo_offline.schema import (
     TRAINING_COLUMNS,
     Column,
     Group,
-    arrow_schema,
     groups_from_table,
 )
+from gvpo_offline.store.columns import Place, check_present, check_scalars, conformed, sizes_of
 from gvpo_offline.store.commit import verify_file
 from gvpo_offline.store.manifest import (
     FileEntry,
@@ -38,6 +38,7 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.parquet import open_parquet, read_row_group
 
+BASE_SHA256_KEY = b"gvpo_offline.base_sha256"
 _OPEN_FILES = 32
 Progress = Callable[[Sequence[FileEntry]], Iterator[FileEntry]]
 
@@ -132,27 +133,31 @@ class GroupDataset:
         Columns of the schema that a file does not have are left out of the result.
 
         Raises:
-            IntegrityError: a page fails its checksum, or a sidecar's group ids are not the base's.
+            IntegrityError: a page fails its checksum, or a sidecar is not this groups file's.
+            DataError: a column is missing or of another type, a reward or reference log-prob is
+                not finite, or there is not one per response.
         """
         file, local = self.locate(row_group)
         base = self.manifest.groups[file]
         table = self._read(base, local, columns, GROUPS_COLUMNS)
+        sizes = sizes_of(table)
         for sidecar_columns, sidecars in self._sidecars:
-            entry = sidecars[file].file
             wanted = [c.name for c in sidecar_columns if c.name in columns and c.name != "group_id"]
             if not wanted:
                 continue
-            joined = self._read(entry, local, wanted, sidecar_columns)
+            joined = self._read_sidecar(sidecars[file], local, wanted, sidecar_columns)
+            place = self.place(row_group, wanted[0])
             if not joined.column("group_id").equals(table.column("group_id")):
                 raise IntegrityError(
                     "a sidecar's rows bear the group ids of its groups file",
                     received=f"other ids in row group {local}",
                     remedy="write the sidecar again for this dataset",
-                    file=self.root / entry.path,
+                    file=place.file,
                 )
-            for name in wanted:
-                if name in joined.column_names:
-                    table = table.append_column(name, joined.column(name))
+            for name in joined.column_names[1:]:
+                if sizes is not None and name != "ref_token_logprobs":
+                    check_scalars(joined, name, sizes, place)
+                table = table.append_column(name, joined.column(name))
         return table
 
     def groups(self, row_group: int, columns: Sequence[str] = TRAINING_COLUMNS) -> list[Group]:
@@ -160,30 +165,55 @@ class GroupDataset:
         extra = [name for name in ("rewards", "ref_seq_logprobs") if name not in columns]
         return groups_from_table(self.table(row_group, [*columns, *extra]))
 
+    def place(self, row_group: int, column: str = "group_id") -> Place:
+        """The file that holds a column of a row group, and the row that it begins with there."""
+        number, local = self.locate(row_group)
+        entry: FileEntry = self.manifest.groups[number]
+        for columns, sidecars in self._sidecars:
+            if column in {c.name for c in columns[1:]}:
+                entry = sidecars[number].file
+        return Place(self.root / entry.path, sum(entry.row_groups[:local]))
+
     def _read(
         self, entry: FileEntry, local: int, columns: Sequence[str], known: Sequence[Column]
     ) -> pa.Table:
         path = self.root / entry.path
         handle = self._handle(entry)
-        present = set(handle.schema_arrow.names)
-        schema = arrow_schema(known)
-        wanted = [
-            c.name
-            for c in known
-            if c.name in present and (c.name in columns or c.name == "group_id")
-        ]
-        table = read_row_group(handle, path, local, wanted)
-        try:
-            return table.cast(pa.schema([schema.field(n).with_nullable(True) for n in wanted]))
-        except pa.ArrowException as error:
-            raise DataError(
-                "columns have the types of schemas/", received=str(error), file=path
-            ) from error
+        present = handle.schema_arrow.names
+        check_present(present, known, path)
+        wanted = [c.name for c in known if c.name in {*columns, "group_id"} & set(present)]
+        table = read_row_group(handle, path, local, wanted).select(wanted)
+        place = Place(path, sum(entry.row_groups[:local]))
+        return conformed(table, known, place)
+
+    def _read_sidecar(
+        self, sidecar: Sidecar, local: int, columns: Sequence[str], known: Sequence[Column]
+    ) -> pa.Table:
+        metadata = self._handle(sidecar.file).schema_arrow.metadata or {}
+        bound_to = metadata.get(BASE_SHA256_KEY)
+        if bound_to is not None and bound_to.decode("ascii", "replace") != sidecar.base_sha256:
+            raise IntegrityError(
+                f"the sidecar is bound to the groups file {sidecar.base_sha256[:16]}…",
+                received=f"one of {bound_to.decode('ascii', 'replace')[:16]}…",
+                remedy="restore the file from a copy, or write the sidecar again for this dataset",
+                file=self.root / sidecar.file.path,
+            )
+        return self._read(sidecar.file, local, columns, known)
 
     def _handle(self, entry: FileEntry) -> pq.ParquetFile:
         handle = self._handles.pop(entry.path, None)
         if handle is None:
-            handle = open_parquet(self.root / entry.path)
+            path = self.root / entry.path
+            handle = open_parquet(path, entry.footer_sha256)
+            sizes = [handle.metadata.row_group(i).num_rows for i in range(handle.num_row_groups)]
+            if sizes != entry.row_groups:
+                raise IntegrityError(
+                    "the file's row groups are those that the manifest names",
+                    received=f"{len(sizes)} with {sum(sizes)} rows instead of "
+                    f"{len(entry.row_groups)} with {entry.rows}",
+                    remedy="restore the file from a copy",
+                    file=path,
+                )
         self._handles[entry.path] = handle
         while len(self._handles) > _OPEN_FILES:
             self._handles.popitem(last=False)[1].close()

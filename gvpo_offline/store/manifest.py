@@ -6,6 +6,7 @@ writes the next one, create-only. The highest number is the dataset; every older
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ class FileEntry(_Record):
     sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal.")
     bytes: int = Field(description="Length of the file, in bytes.")
     row_groups: list[int] = Field(description="Rows of each Parquet row group, in order.")
+    footer_sha256: str | None = Field(
+        default=None,
+        description="SHA-256 of the Parquet footer: the file's last 8 + n bytes, n being the "
+        "little-endian number in the first 4 of the last 8. No page checksum covers the footer, so "
+        "it is compared whenever the file is opened; null: not compared.",
+    )
 
     @property
     def rows(self) -> int:
@@ -117,7 +124,9 @@ class Manifest(_Record):
 
     def content_hash(self) -> str:
         """SHA-256 of the manifest's content."""
-        return sha256_json(self.model_dump(mode="json"))
+        # Through its text: what JSON cannot say (a setting that is not a number) comes back as
+        # null, and must hash as that.
+        return sha256_json(json.loads(self.model_dump_json()))
 
 
 class SealedManifest(_Record):
@@ -163,15 +172,18 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
             file=root,
         )
     path = manifest_path(root, versions[-1] if version is None else version)
+    content = path.read_bytes()
     try:
-        sealed = SealedManifest.model_validate_json(path.read_bytes())
-    except (ValidationError, ValueError) as error:
+        sealed = SealedManifest.model_validate_json(content)
+    except ValueError as error:
+        _refuse_newer(content, path)
         raise IntegrityError(
             f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)",
-            received=str(error).splitlines()[0],
-            remedy="restore the file from a copy, or upgrade gvpo-offline",
+            received=_first_problem(error),
+            remedy="restore the file from a copy",
             file=path,
         ) from error
+    _refuse_newer(content, path)
     if sealed.manifest.content_hash() != sealed.sha256:
         raise IntegrityError(
             f"the manifest's content hash is {sealed.sha256[:16]}…",
@@ -180,3 +192,26 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
             file=path,
         )
     return sealed.manifest
+
+
+def _refuse_newer(content: bytes, path: Path) -> None:
+    """Raise IntegrityError if a manifest says that it follows a schema that is yet to come."""
+    try:
+        found = json.loads(content)["manifest"]["schema_version"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if isinstance(found, int) and found > SCHEMA_VERSION:
+        raise IntegrityError(
+            f"this version of gvpo-offline reads datasets up to schema version {SCHEMA_VERSION}",
+            received=f"{found}",
+            remedy="upgrade gvpo-offline",
+            file=path,
+        )
+
+
+def _first_problem(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        return f"{problem['msg']} at {place}" if place else problem["msg"]
+    return str(error).splitlines()[0]

@@ -2,15 +2,18 @@
 
 Token lists take no dictionary: PLAIN with zstd needs 1.2 bytes a token where the writer's default
 needs 2. Every page carries a checksum and every read verifies it: without, a flipped bit in a token
-list comes back as a different token and nobody is told.
+list comes back as a different token and nobody is told. Checksums cover neither the footer, whose
+hash is in the manifest, nor the headers of pages, whose counts are held against the footer's.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gvpo_offline.errors import IntegrityError
@@ -20,6 +23,8 @@ from gvpo_offline.store.manifest import FileEntry
 ROWS_PER_ROW_GROUP = 256
 _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
 _ZSTD_LEVEL = 3
+_TAIL_BYTES = 8  # length of the footer, and "PAR1"
+_RESTORE = "restore the file from a copy"
 
 
 def write_parquet(
@@ -57,22 +62,51 @@ def write_parquet(
         sha256=digest,
         bytes=path.stat().st_size,
         row_groups=sizes,
+        footer_sha256=footer_sha256(path),
     )
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def footer_sha256(path: Path) -> str:
+    """SHA-256 of a Parquet file's footer, its length and the closing magic number included.
+
+    What is not a Parquet file gets the hash of some of its last bytes.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - _TAIL_BYTES, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(size - _TAIL_BYTES - length, 0))
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
     """Open a file with page checksums verified on every read.
 
+    Args:
+        path: the file.
+        footer: what `footer_sha256` gave when the file was written, if known.
+
     Raises:
-        IntegrityError: the file is missing or its footer cannot be read.
+        IntegrityError: the file is missing, its footer is another, or cannot be read.
     """
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        if footer is not None and footer_sha256(path) != footer:
+            raise IntegrityError(
+                f"the SHA-256 of the file's footer is {footer[:16]}…",
+                received="another",
+                remedy=_RESTORE,
+                file=path,
+            )
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file.schema_arrow  # noqa: B018 - names of columns are decoded here
+        return file
     except FileNotFoundError as error:
-        raise IntegrityError("every file that the manifest names exists", file=path) from error
-    except (OSError, pa.ArrowException) as error:
         raise IntegrityError(
-            "a shard is a readable Parquet file", received=str(error), file=path
+            "the file exists", received="no such file", remedy=_RESTORE, file=path
+        ) from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise IntegrityError(
+            "a shard is a readable Parquet file", received=str(error), remedy=_RESTORE, file=path
         ) from error
 
 
@@ -82,17 +116,50 @@ def read_row_group(
     """Read some columns of one row group; a failed read is tried once more.
 
     Raises:
-        IntegrityError: a page fails its checksum, or does not decode.
+        IntegrityError: a page fails its checksum, does not decode, or holds fewer values than the
+            footer says.
     """
     failure: Exception | None = None
     for _ in range(2):
         try:
-            return file.read_row_group(index, columns=list(columns), use_threads=False)
+            table = file.read_row_group(index, columns=list(columns), use_threads=False)
+            _check_counts(table, file.metadata.row_group(index))
+            return table
         except (OSError, pa.ArrowException) as error:
             failure = error
     raise IntegrityError(
         f"row group {index} decodes and its pages match their checksums",
         received=str(failure),
-        remedy="restore the file from a copy",
+        remedy=_RESTORE,
         file=path,
     ) from failure
+
+
+def _check_counts(table: pa.Table, metadata: pq.RowGroupMetaData) -> None:
+    """Raise ArrowInvalid unless every column has as many values as the footer says."""
+    chunks = (metadata.column(i) for i in range(metadata.num_columns))
+    said = {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        innermost = column.type
+        while _is_list(innermost):
+            innermost = innermost.value_type
+        if pa.types.is_nested(innermost):
+            continue  # no column of ours: its type is refused elsewhere
+        found = sum(_n_values(chunk) for chunk in column.chunks)
+        if found != said[name]:
+            raise pa.ArrowInvalid(f"column {name} has {said[name]} values, but {found} were read")
+
+
+def _n_values(array: pa.Array) -> int:
+    """Values as Parquet counts them: those of the innermost lists, an empty or null list as one."""
+    if not _is_list(array.type):
+        return len(array)
+    lengths = pc.fill_null(pc.list_value_length(array), 0)
+    empty = pc.sum(pc.equal(lengths, 0)).as_py() or 0
+    return int(empty) + _n_values(array.flatten())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )

@@ -57,8 +57,9 @@ class Survey:
         total = int(self.gap_bins.sum())
         if total == 0:
             return math.nan
-        index = int(np.searchsorted(np.cumsum(self.gap_bins), (total + 1) / 2))
-        return float(10.0 ** (_LOWEST_DECADE + (index + 0.5) / _BINS_PER_DECADE))
+        middle = [(total + 1) // 2, total // 2 + 1]  # one and the same where the number is odd
+        bins = np.searchsorted(np.cumsum(self.gap_bins), middle)
+        return float(np.mean(10.0 ** (_LOWEST_DECADE + (bins + 0.5) / _BINS_PER_DECADE)))
 
     def add(self, table: pa.Table) -> None:
         """Count the rows of a table with the light columns and, if there, rewards."""
@@ -80,11 +81,12 @@ class Survey:
             self._add_rewards(_lists(table, "rewards"), names)
 
     def _add_rewards(self, rewards: list[npt.NDArray[np.float64]], names: list[str]) -> None:
-        gaps = np.array([row.max() - row.min() for row in rewards])
+        with np.errstate(over="ignore"):  # an infinite gap counts in the last bin
+            gaps = np.array([row.max() - row.min() for row in rewards])
         unequal = gaps[gaps > 0]
         self.equal_reward_groups += len(gaps) - len(unequal)
-        bins = np.floor((np.log10(unequal) - _LOWEST_DECADE) * _BINS_PER_DECADE).astype(int)
-        np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1), 1)
+        bins = np.floor((np.log10(unequal) - _LOWEST_DECADE) * _BINS_PER_DECADE)
+        np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1).astype(int), 1)
         for name, reward in zip(names, np.concatenate(rewards), strict=True):
             self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
 
@@ -95,15 +97,20 @@ def _lists(table: pa.Table, name: str) -> list[npt.NDArray[np.float64]]:
 
 
 def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
-    """The light columns of a row group, with rewards where joined.
+    """The light columns of a row group, with rewards and reference log-probs where joined.
 
-    A foreign file may lack the stored lengths; they are then counted from its tokens, which is
-    right and slow.
+    A foreign file may lack the stored lengths, in some rows or in all; they are then counted from
+    its tokens, which is right and slow.
     """
-    table = dataset.table(row_group, [*LIGHT_COLUMNS, "rewards"])
-    missing = [name for name in LIGHT_COLUMNS if name not in table.column_names]
+    table = dataset.table(row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
+    missing = [
+        name
+        for name in LIGHT_COLUMNS
+        if name not in table.column_names or table.column(name).null_count
+    ]
     if not missing:
         return table
+    table = table.drop_columns([name for name in missing if name in table.column_names])
     groups = dataset.groups(row_group)
     derived = {
         "prompt_length": [len(g.prompt_token_ids) for g in groups],
@@ -121,7 +128,12 @@ def survey(
     rows_of: Callable[[int], npt.NDArray[np.int64] | None] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Count a dataset, or the rows of it that `rows_of(row_group)` gives (None: all of them)."""
+    """Count a dataset, or the rows of it that `rows_of(row_group)` gives (None: all of them).
+
+    Raises:
+        IntegrityError, DataError: as `GroupDataset.table`; every reward and reference log-prob is
+            looked at, so that what is wrong with one is said before the first step.
+    """
     result = Survey()
     numbers: Iterable[int] = range(dataset.n_row_groups)
     for row_group in progress(numbers) if progress else numbers:

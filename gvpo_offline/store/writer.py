@@ -38,7 +38,7 @@ def write_groups(
     root: Path,
     stage: str,
     task: str,
-    groups: Sequence[Group],
+    groups: Iterable[Group],
     *,
     reward: str | None,
     vocab_size: int | None = None,
@@ -49,7 +49,8 @@ def write_groups(
     Args:
         root: the dataset's folder.
         stage, task: what the shard's files are named after in the commit log.
-        groups: the shard's rows, in order; each is held to `rules.check_group`.
+        groups: the shard's rows, in order; each is held to `rules.check_group`. Only one row group
+            of them is held at a time.
         reward: name of the reward family, whose values are `Group.rewards`.
         vocab_size: upper bound of the token ids, where known.
         rows_per_row_group: groups in a Parquet row group.
@@ -61,37 +62,54 @@ def write_groups(
         DataError: a group breaks a rule, or its id occurs twice.
         StorageError: no room.
     """
-    seen: set[str] = set()
-    for row, group in enumerate(groups):
-        check_group(group, file=group.source or None, row=None, vocab_size=vocab_size)
-        if group.group_id in seen:
-            raise DataError(
-                "a group id occurs once in a dataset",
-                received=f"{group.group_id} again at row {row}",
-                remedy="give different prompts different ids",
-                group=group.group_id,
-            )
-        seen.add(group.group_id)
-    pieces = [groups[i : i + rows_per_row_group] for i in range(0, len(groups), rows_per_row_group)]
+    gate = _Gate(vocab_size, rewarded=reward is not None)
+    rows = iter(groups)
+    pieces = iter(lambda: list(itertools.islice(rows, rows_per_row_group)), [])
     entry = write_parquet(
-        root, "groups", task, arrow_schema(GROUPS_COLUMNS), map(groups_to_table, pieces)
+        root, "groups", task, arrow_schema(GROUPS_COLUMNS), map(gate.admit, pieces)
     )
-    base = BaseFile(
-        **entry.model_dump(),
-        n_responses=sum(group.group_size for group in groups),
-        n_tokens=sum(group.n_tokens for group in groups),
-    )
+    base = BaseFile(**entry.model_dump(), n_responses=gate.n_responses, n_tokens=gate.n_tokens)
     sidecars = []
     if reward is not None:
         sidecars.append(
             write_sidecar(
-                root, f"rewards/{reward}", task, base, REWARDS_COLUMNS_SCHEMA, map(_rewards, pieces)
+                root, f"rewards/{reward}", task, base, REWARDS_COLUMNS_SCHEMA, gate.rewards
             )
         )
     return TaskRecord(stage=stage, task=task, groups=[base], sidecars=sidecars)
 
 
 REWARDS_COLUMNS_SCHEMA = arrow_schema(REWARDS_COLUMNS)
+
+
+class _Gate:
+    """Checks the groups of one shard as they pass, and keeps what its sidecar and record need."""
+
+    def __init__(self, vocab_size: int | None, *, rewarded: bool) -> None:
+        self.n_responses = 0
+        self.n_tokens = 0
+        self.rewards: list[pa.Table] = []
+        self._vocab_size = vocab_size
+        self._rewarded = rewarded
+        self._seen: set[str] = set()
+
+    def admit(self, groups: Sequence[Group]) -> pa.Table:
+        """The rows of one row group, or DataError if a group breaks a rule."""
+        for group in groups:
+            check_group(group, file=group.source or None, row=None, vocab_size=self._vocab_size)
+            if group.group_id in self._seen:
+                raise DataError(
+                    "a group id occurs once in a dataset",
+                    received=f"{group.group_id} again at row {len(self._seen)}",
+                    remedy="give different prompts different ids",
+                    group=group.group_id,
+                )
+            self._seen.add(group.group_id)
+            self.n_responses += group.group_size
+            self.n_tokens += group.n_tokens
+        if self._rewarded:
+            self.rewards.append(_rewards(groups))
+        return groups_to_table(groups)
 
 
 def _rewards(groups: Sequence[Group]) -> pa.Table:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from gvpo_offline.errors import GVPOError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder
@@ -94,6 +95,13 @@ class StepDataset(Dataset[StepShare]):
             n_groups=len(groups),
             read_seconds=time.perf_counter() - started,
         )
+
+    def __getitems__(self, steps: list[int]) -> list[StepShare | GVPOError]:
+        """As a loader asks; an error of the user's is a value, to leave a worker process whole."""
+        try:
+            return [self[step] for step in steps]
+        except GVPOError as error:
+            return [error]
 
     def global_batch(self, step: int) -> list[Group]:
         """All groups of a step, whatever the rank."""

@@ -1,0 +1,69 @@
+"""What must be the same for a run to be continued: data, objective, model, optimization.
+
+Not the number of ranks, nor the budget of a micro-batch: they move sums by their rounding only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.trainer_config import GVPOConfig
+from gvpo_offline.training_data import TrainingData
+
+_OPTIMIZATION = (
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 "
+    "seed disable_dropout"
+)
+
+
+def run_identity(
+    data: TrainingData, args: GVPOConfig, model_part: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The identity of a run, as plain data.
+
+    Args:
+        data: what it trains on.
+        args: its settings.
+        model_part: `model_identity` of its model before training.
+    """
+    return {
+        "data": data.identity(args),
+        "objective": {"beta": args.beta, "anchor": args.anchor},
+        "model": model_part,
+        "optimization": {name: str(getattr(args, name, None)) for name in _OPTIMIZATION.split()},
+    }
+
+
+def model_identity(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint takes for granted of the model that it is loaded into.
+
+    Trained weights come from the checkpoint, so their shapes must fit; weights that are not trained
+    (the base of an adapter) do not, so their values must be the same.
+    """
+    shapes = sorted((name, list(tensor.shape)) for name, tensor in model.state_dict().items())
+    trained = sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    adapters = getattr(model, "peft_config", {})
+    return {
+        "class": type(model).__name__,
+        "dtype": dtype_name(next(model.parameters()).dtype),
+        "attn_implementation": attention_of(model),
+        "weights": sha256_json(shapes),
+        "trained": sha256_json(trained),
+        "frozen_weights": weights_sha256(model, frozen_only=True) if frozen else None,
+        "adapters": {name: _plain(adapter.to_dict()) for name, adapter in adapters.items()},
+    }
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, str]:
+    # Sets have no order of their own, and a folder may have moved.
+    return {
+        name: str(sorted(value) if isinstance(value, set) else value)
+        for name, value in settings.items()
+        if name != "base_model_name_or_path"
+    }

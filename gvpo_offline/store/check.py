@@ -1,0 +1,85 @@
+"""Every group of a dataset held to the rules, row group by row group, in constant memory but for
+eight bytes a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.hashing import text_keys
+from gvpo_offline.rules import check_group
+from gvpo_offline.schema import Group, groups_from_table
+from gvpo_offline.store.dataset import GroupDataset
+
+_LENGTHS = ("n_tokens", "prompt_length", "response_lengths")
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+def check_groups(
+    dataset: GroupDataset,
+    columns: Sequence[str],
+    *,
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Check `columns` of every group, the stored lengths, and that ids occur once.
+
+    Raises:
+        DataError: naming file, row and group.
+        IntegrityError: a file is damaged.
+    """
+    numbers: Iterable[int] = range(dataset.n_row_groups)
+    keys = [np.zeros(0, np.uint64)]
+    for row_group in progress(numbers) if progress else numbers:
+        table = dataset.table(row_group, [*columns, *_LENGTHS])
+        place = dataset.place(row_group)
+        groups = groups_from_table(table)
+        for row, group in enumerate(groups):
+            check_group(group, file=place.file, row=place.first_row + row, vocab_size=vocab_size)
+        for name in _LENGTHS:
+            if name in table.column_names:
+                _check_lengths(table, name, groups, place.of)
+        keys.append(text_keys(group.group_id for group in groups))
+    # Hashes instead of the ids themselves: two ids with one 64-bit hash do not happen.
+    values, counts = np.unique(np.concatenate(keys), return_counts=True)
+    if (counts > 1).any():
+        _raise_doubled(dataset, int(values[counts > 1][0]))
+
+
+def _check_lengths(
+    table: pa.Table,
+    name: str,
+    groups: Sequence[Group],
+    place_of: Callable[[pa.Table, int], dict[str, Any]],
+) -> None:
+    stored = table.column(name).to_pylist()
+    for row, (group, value) in enumerate(zip(groups, stored, strict=True)):
+        actual = len(group.prompt_token_ids) if name == "prompt_length" else getattr(group, name)
+        if value is not None and value != actual:
+            raise DataError(
+                f"{name} counts the tokens of the group",
+                received=f"{value} where the tokens give {actual}",
+                remedy=f"correct the column {name}, or leave it out",
+                **place_of(table, row),
+            )
+
+
+def _raise_doubled(dataset: GroupDataset, doubled: int) -> None:
+    first: dict[str, Any] | None = None
+    for row_group in range(dataset.n_row_groups):
+        table = dataset.table(row_group, ["group_id"])
+        for row in np.flatnonzero(text_keys(table.column("group_id").to_pylist()) == doubled):
+            place = dataset.place(row_group).of(table, int(row))
+            if first is not None:
+                raise DataError(
+                    "a group id occurs once in a dataset",
+                    received=f"an id that {first['file']}, row {first['row']} has too",
+                    remedy="merge the rows into one group, or give them different ids",
+                    **place,
+                )
+            first = place

@@ -1,0 +1,135 @@
+"""Columns as they come off a file, held to the rules that concern a column and not a group.
+
+Checked at every read, at the cost of a glance per column: sidecars and shards may come from other
+programs, and pass no gate of ours before they are trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.schema import Column, arrow_schema
+
+_SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where rows come from: a file, and the number of the first of them within it."""
+
+    file: Path
+    first_row: int
+
+    def of(self, table: pa.Table, row: int) -> dict[str, Any]:
+        """The keywords of an error about one row of a table with group ids."""
+        group = table.column("group_id")[row].as_py()
+        return {"file": self.file, "row": self.first_row + row, "group": group}
+
+
+def check_present(present: Sequence[str], known: Sequence[Column], file: Path) -> None:
+    """Raise DataError if a file lacks a column that a file of its kind must have."""
+    missing = [c.name for c in known if c.required and c.name not in present]
+    if missing:
+        raise DataError(
+            "a file has the required columns of schemas/",
+            received=f"no column {', '.join(missing)}",
+            remedy="write the missing columns, or bring the log in with `gvpo-offline import`",
+            file=file,
+        )
+
+
+def conformed(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Table:
+    """The table with the types of `known`.
+
+    Raises:
+        DataError: a column has a type that does not fit, or a list holds a null.
+    """
+    schema = arrow_schema(known)
+    columns = []
+    for name in table.column_names:
+        kind = schema.field(name).type
+        try:
+            columns.append(table.column(name).cast(kind))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"column {name} has the type {kind} of schemas/, or one that converts to it",
+                received=f"{table.column(name).type}: {error}",
+                remedy="write the column with that type",
+                file=place.file,
+            ) from error
+    result = pa.Table.from_arrays(columns, names=table.column_names)
+    for name in result.column_names:
+        _check_no_nulls(result, name, place)
+    return result
+
+
+def _check_no_nulls(table: pa.Table, name: str, place: Place) -> None:
+    for chunk in table.column(name).chunks:
+        while pa.types.is_list(chunk.type):
+            chunk = chunk.flatten()
+            if chunk.null_count:
+                rows = table.column(name).to_pylist()
+                row = next(number for number, value in enumerate(rows) if _holds_null(value))
+                raise DataError(
+                    f"a list in column {name} holds no nulls",
+                    received="null",
+                    remedy="write a value, or null instead of the whole list where schemas/ allow",
+                    **place.of(table, row),
+                )
+
+
+def _holds_null(value: Any) -> bool:
+    return isinstance(value, list) and any(item is None or _holds_null(item) for item in value)
+
+
+def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Place) -> None:
+    """Hold the lists of a joined column (rewards, ref_seq_logprobs) against the groups' sizes.
+
+    Args:
+        table: with `group_id` and `name`.
+        name: the column.
+        sizes: responses of each row.
+        place: of the file that holds the column.
+
+    Raises:
+        DataError: a list has another length than its group, or holds a number that is not finite.
+    """
+    lengths = pc.fill_null(pc.list_value_length(table.column(name)), 0)
+    wrong = pc.not_equal(lengths, sizes)
+    if pc.any(wrong).as_py():
+        row = int(np.flatnonzero(wrong.to_numpy())[0])
+        raise DataError(
+            f"there is one {_SCALARS[name]} per response",
+            received=f"{lengths[row].as_py()} for {sizes[row].as_py()} responses",
+            remedy="write the column again for these groups",
+            **place.of(table, row),
+        )
+    finite = pc.is_finite(pc.list_flatten(table.column(name)))
+    if not pc.all(finite).as_py() and len(finite):
+        index = int(np.flatnonzero(~finite.to_numpy())[0])
+        ends = np.cumsum(lengths.to_numpy())
+        row = int(np.searchsorted(ends, index, side="right"))
+        response = index - int(ends[row] - lengths[row].as_py())
+        value = table.column(name)[row][response].as_py()
+        raise DataError(
+            f"a {_SCALARS[name]} is a finite number",
+            received=f"{value} for response {response}",
+            remedy="score the response again, or leave it out of the log",
+            **place.of(table, row),
+        )
+
+
+def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
+    """Responses of each row, from the tokens or their stored lengths, whichever is there."""
+    for name in ("response_token_ids", "response_lengths"):
+        if name in table.column_names and not table.column(name).null_count:
+            return pc.list_value_length(table.column(name))
+    return None

@@ -1,0 +1,47 @@
+"""The three files of grade-school-math, as worked problems and as a log of scored responses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+SOLUTIONS = "example_model_solutions.jsonl"
+PERSON = "person"
+MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+
+
+def prompt_of(question: str) -> str:
+    """The prompt that policy and log share; what follows it is the response."""
+    return f"{question.strip()}\n"
+
+
+def read_problems(path: Path) -> list[tuple[str, str]]:
+    """(prompt, answer) of each line of train.jsonl or test.jsonl.
+
+    The answers end in `A: 18`, as the logged ones do, and not in `#### 18`.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(prompt_of(r["question"]), r["answer"].replace("\n#### ", "\nA: ")) for r in rows]
+
+
+def write_log(data: Path, log: Path, *, with_person: bool) -> None:
+    """One row per response, the reward 1 or 0: four models that were checked, and a person.
+
+    The person's answers are what the models were checked against, so their reward is always 1.
+    """
+    lines = []
+    text = (data / SOLUTIONS).read_text(encoding="utf-8")
+    for number, row in enumerate(map(json.loads, text.splitlines())):
+        said = [(name, row[name]["solution"], float(row[name]["is_correct"])) for name in MODELS]
+        if with_person:
+            said.append((PERSON, row["ground_truth"], 1.0))
+        group = {"group_id": f"test-{number:04d}", "prompt": prompt_of(row["question"])}
+        lines += [
+            json.dumps({**group, "response": response, "reward": reward, "sampler": sampler})
+            for sampler, response, reward in said
+        ]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    partial = log.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, log)

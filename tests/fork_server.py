@@ -1,0 +1,182 @@
+"""Command lines in processes of their own, without the seconds that importing torch takes each.
+
+Run as a script, this is a server: it imports everything once and forks a child for each request, in
+which `gvpo_offline.cli.main` runs as it would from a shell. `ForkServer` is the tests' side. A
+child can be killed from outside at any moment, or told to kill itself in the middle of a save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A child that let an exception through, which a shell would show as a traceback.
+CRASHED = 70
+
+
+@dataclass
+class Child:
+    """A command in its own process.
+
+    Attributes:
+        pid: its process.
+        log: the file that its output goes to.
+    """
+
+    server: ForkServer
+    pid: int
+    log: Path
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit status; minus the signal's number if it was killed."""
+        return int(self.server.ask({"wait": self.pid})["status"])
+
+    @property
+    def output(self) -> str:
+        """What it printed so far, without progress bars."""
+        lines = re.split(r"[\r\n]+", self.log.read_text(encoding="utf-8", errors="replace"))
+        return "\n".join(line for line in lines if line and "it/s]" not in line)
+
+
+class ForkServer:
+    """Starts children; a context manager."""
+
+    def __init__(self) -> None:
+        self._logs = tempfile.TemporaryDirectory()
+        self._n_started = 0
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and read the answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def start(self, argv: Sequence[Any], **options: Any) -> Child:
+        """Start a command.
+
+        Args:
+            argv: as after `gvpo-offline`.
+            options: `env` (variables to set), `file_bytes` (largest file that it may write),
+                `kill_in_save` (the call of torch.save at which it kills itself, half-way).
+        """
+        log = Path(self._logs.name) / f"{self._n_started:03d}.log"
+        self._n_started += 1
+        request = {"argv": [str(word) for word in argv], "log": str(log), **options}
+        return Child(self, self.ask(request)["pid"], log)
+
+    def run(self, argv: Sequence[Any], **options: Any) -> tuple[int, str]:
+        """Run a command to its end: exit status and output."""
+        child = self.start(argv, **options)
+        return child.wait(), child.output
+
+    def run_ranks(self, argv: Sequence[Any], world_size: int) -> list[tuple[int, str]]:
+        """Run a command as torchrun would, on `world_size` processes of this machine."""
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"LOCAL_WORLD_SIZE": world_size}
+        children = [
+            self.start(argv, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in range(world_size)
+        ]
+        return [(child.wait(), child.output) for child in children]
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._logs.cleanup()
+
+
+def _kill_in_save(call: int) -> None:
+    import torch
+
+    save, calls = torch.save, 0
+
+    def counting(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        save(content, file, *args, **kwargs)
+        if calls == call:
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = counting
+
+
+def _child(request: dict[str, Any]) -> int:
+    from gvpo_offline import cli
+
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update({name: str(value) for name, value in request.get("env", {}).items()})
+    if "file_bytes" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
+    if "kill_in_save" in request:
+        _kill_in_save(request["kill_in_save"])
+    try:
+        return cli.main(request["argv"])
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return CRASHED
+
+
+def _serve() -> None:
+    import gvpo_offline.collect.reference
+    import gvpo_offline.command_evaluate
+    import gvpo_offline.command_train  # noqa: F401
+
+    answers = os.dup(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = {"status": os.waitstatus_to_exitcode(status)}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                code = _child(request)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            answer = {"pid": pid}
+        os.write(answers, (json.dumps(answer) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.path = [path for path in sys.path if path != str(Path(__file__).parent)]
+    _serve()

@@ -1,0 +1,95 @@
+"""Models of a few thousand random weights, one of each kind that treats logits its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB_SIZE = 100
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LAYERS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **_SPECIAL,
+}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_GEMMA = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+_GEMMA |= {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
+_GRANITE = {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
+
+
+def _plain(config: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in left_out}
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LAYERS, head_dim=8)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LAYERS, attention_dropout=0.5)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **_GPT2, **_SPECIAL)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_LAYERS, **_GEMMA)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_LAYERS, **_GEMMA, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**_LAYERS, **_GRANITE)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**_plain(_LAYERS, "num_key_value_heads"), attention_dropout=0.5)
+    ),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(
+            **_plain(_LAYERS, "num_key_value_heads", "intermediate_size"),
+            attention_dropout=0.5,
+            hidden_dropout=0.5,
+        )
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            **_plain(_LAYERS, "num_key_value_heads", "intermediate_size"),
+            ffn_dim=64,
+            word_embed_proj_dim=32,
+            dropout=0.5,
+            layerdrop=0.5,
+        )
+    ),
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of a family with weights large enough that every part of it shows in the logits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = FAMILIES[family]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(5.0)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model.eval()
