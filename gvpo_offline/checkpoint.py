@@ -27,6 +27,7 @@ _PROBE_BYTES = 16 * 2**20
 # What a run may leave before its first checkpoint.
 _HARMLESS = {RUN_FILE, "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
+_HASH = re.compile(r"^'[0-9a-f]{64}'$")
 
 Identity = Mapping[str, Mapping[str, Any]]
 
@@ -189,7 +190,7 @@ def check_identity(folder: Path, identity: Identity) -> None:
     for part in sorted({*saved, *now}):
         then, today = saved.get(part, {}), now.get(part, {})
         differences += [
-            f"{part}.{name}: {then.get(name)!r} then, {today.get(name)!r} now"
+            f"{part}.{name}: {_shown(then.get(name))} then, {_shown(today.get(name))} now"
             for name in sorted({*then, *today})
             if then.get(name) != today.get(name)
         ]
@@ -201,6 +202,11 @@ def check_identity(folder: Path, identity: Identity) -> None:
             "model_name_or_path set to its folder and another output_dir",
             file=folder,
         )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:12]}…'" if _HASH.match(text) else text
 
 
 def refuse_leftovers(output_dir: Path) -> None:

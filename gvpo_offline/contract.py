@@ -55,10 +55,14 @@ def _column(column: Column) -> dict[str, Any]:
     described = _json_type(column.type)
     if column.name in _PER_RESPONSE:
         described["minItems"] = MIN_GROUP_SIZE
+    if column.name == "group_id":
+        described["minLength"] = 1
     if column.name == "prompt_token_ids":
         described["minItems"] = 1
+        described["items"]["minimum"] = 0
     if column.name == "response_token_ids":
         described["items"]["minItems"] = 1
+        described["items"]["items"]["minimum"] = 0
     if not column.required:
         described["type"] = [described["type"], "null"]
     return {**described, "description": column.doc, "x-arrow-type": str(column.type)}

@@ -56,7 +56,11 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
         "weights": sha256_json(shapes),
         "trained": sha256_json(trained),
         "frozen_weights": weights_sha256(model, frozen_only=True) if frozen else None,
-        "adapters": {name: _plain(adapter.to_dict()) for name, adapter in adapters.items()},
+        **{
+            f"adapter.{adapter}.{name}": value
+            for adapter, settings in adapters.items()
+            for name, value in _plain(settings.to_dict()).items()
+        },
     }
 
 

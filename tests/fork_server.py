@@ -7,6 +7,7 @@ child can be killed from outside at any moment, or told to kill itself in the mi
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -54,7 +55,7 @@ class Child:
 
 
 class ForkServer:
-    """Starts children; a context manager."""
+    """Starts children, until it is closed."""
 
     def __init__(self) -> None:
         self._logs = tempfile.TemporaryDirectory()
@@ -82,7 +83,8 @@ class ForkServer:
         Args:
             argv: as after `gvpo-offline`.
             options: `env` (variables to set), `file_bytes` (largest file that it may write),
-                `kill_in_save` (the call of torch.save at which it kills itself, half-way).
+                `kill_in_save` (the call of torch.save that it kills itself in, half-way), `kill_at`
+                ("module:name" of a function, and the call that it kills itself before).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
@@ -109,10 +111,8 @@ class ForkServer:
         ]
         return [(child.wait(), child.output) for child in children]
 
-    def __enter__(self) -> ForkServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the server; children must have been waited for."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -135,6 +135,24 @@ def _kill_in_save(call: int) -> None:
     torch.save = counting
 
 
+def _kill_at(place: str, call: int) -> None:
+    module, _, name = place.partition(":")
+    *parents, name = name.split(".")
+    holder = importlib.import_module(module)
+    for parent in parents:
+        holder = getattr(holder, parent)
+    function, calls = getattr(holder, name), 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(holder, name, counting)
+
+
 def _child(request: dict[str, Any]) -> int:
     from gvpo_offline import cli
 
@@ -146,6 +164,8 @@ def _child(request: dict[str, Any]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     if "kill_in_save" in request:
         _kill_in_save(request["kill_in_save"])
+    if "kill_at" in request:
+        _kill_at(*request["kill_at"])
     try:
         return cli.main(request["argv"])
     except SystemExit as end:

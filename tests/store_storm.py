@@ -69,7 +69,7 @@ def extended(newest: Manifest | None, record: TaskRecord) -> Manifest:
 
 
 def look(root: Path) -> str | None:
-    """What is wrong with the newest version under `root`; None if nothing is, or none is there."""
+    """What is wrong with the newest version under `root`, "" if nothing is; None: none is there."""
     if not manifest_versions(root):
         return None
     try:
@@ -83,7 +83,7 @@ def look(root: Path) -> str | None:
         return f"{len(groups)} groups"
     if any(group.rewards is None for group in groups):
         return "a group without rewards"
-    return None
+    return ""
 
 
 def write_naively(root: Path) -> None:
@@ -98,13 +98,14 @@ def write_naively(root: Path) -> None:
 
 def look_naively(root: Path) -> str | None:
     """A reader that takes what it finds."""
-    for path in sorted((root / "groups").glob("part-*.parquet")):
+    found = sorted((root / "groups").glob("part-*.parquet"))
+    for path in found:
         try:
             if pq.ParquetFile(path).read(use_threads=False).num_rows != GROUPS_PER_TASK:
                 return f"{path.name} is short"
         except Exception as error:
             return repr(error)
-    return None
+    return "" if found else None
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -140,8 +141,8 @@ def watch(folder: Path, look_at: Callable[[Path], str | None], stop: Path) -> No
     views, bad, said = 0, 0, ""
     while not stop.exists():
         problem = look_at(roots(folder)[-1])
-        views += 1
-        if problem is not None:
+        views += problem is not None
+        if problem:
             bad, said = bad + 1, problem
     stop.write_text(json.dumps({"views": views, "bad": bad, "said": said}))
 

@@ -469,11 +469,13 @@ def test_any_split_of_the_rows_gives_the_same_dataset(
 
 
 def test_small_buffers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bucket that was spilled in hundreds of pieces is the bucket that was spilled at once."""
+    """Spilled in hundreds of pieces and in more buckets, four shards are the same four shards."""
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(100))
     settings = {"columns": Columns(**ID_COLUMNS), "shard_bytes": log.stat().st_size // 3}
     at_once = run_import(config(log, tmp_path / "one", **settings))
+    assert len(at_once.groups) == 4
     monkeypatch.setattr(regroup, "_BUFFER_BYTES", 5000)
+    monkeypatch.setattr(importer, "_BUCKET_BYTES", 500)
     in_pieces = run_import(config(log, tmp_path / "two", **settings))
     assert content(in_pieces) == content(at_once)
     assert not (tmp_path / "two" / ".spill").exists()

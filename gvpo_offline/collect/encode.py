@@ -102,7 +102,8 @@ class Encoder:
         """`ids` with the end token behind them, unless it is already there: (T,) int32."""
         if not self.append_eos or (len(ids) and ids[-1] == self._eos):
             return ids
-        return np.append(ids, np.int32(self._eos))  # Needs has seen to it that there is one
+        assert self._eos is not None  # Needs has seen to it
+        return np.append(ids, np.int32(self._eos))
 
 
 def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:

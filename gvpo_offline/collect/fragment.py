@@ -6,6 +6,7 @@ only. All fragments of a group are brought together later, whichever files they 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -142,7 +143,7 @@ def prompt_key(fragment: Fragment) -> str:
     if fragment.prompt is not None:
         return sha256_text("text\0" + fragment.prompt)
     assert fragment.prompt_token_ids is not None  # check_fragment has seen to it
-    return sha256_json(fragment.prompt_token_ids.tolist())
+    return hashlib.sha256(fragment.prompt_token_ids.astype("<i4").tobytes()).hexdigest()
 
 
 def check_fragment(fragment: Fragment, *, vocab_size: int | None, allow_empty: bool) -> None:

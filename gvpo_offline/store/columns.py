@@ -128,8 +128,10 @@ def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Pla
 
 
 def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
-    """Responses of each row, from the tokens or their stored lengths, whichever is there."""
-    for name in ("response_token_ids", "response_lengths"):
-        if name in table.column_names and not table.column(name).null_count:
-            return pc.list_value_length(table.column(name))
+    """Responses of each row, from the tokens or, where all rows store them, their lengths."""
+    if "response_token_ids" in table.column_names:
+        return pc.fill_null(pc.list_value_length(table.column("response_token_ids")), 0)
+    stored = "response_lengths" in table.column_names
+    if stored and not table.column("response_lengths").null_count:
+        return pc.list_value_length(table.column("response_lengths"))
     return None

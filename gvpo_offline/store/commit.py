@@ -18,8 +18,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from gvpo_offline.errors import IntegrityError, StorageError
-from gvpo_offline.hashing import sha256_file, sha256_json
+from gvpo_offline.hashing import sha256_file
 from gvpo_offline.store.manifest import BaseFile, FileEntry, Sidecar
+from gvpo_offline.store.sealed import read_json, sealed_text, unsealed
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -36,10 +37,6 @@ class TaskRecord(BaseModel):
     groups: list[BaseFile] = []
     sidecars: list[Sidecar] = []
     counts: dict[str, int] = Field(default={}, description="What else the task counted.")
-
-    def content_hash(self) -> str:
-        """SHA-256 of the record's content."""
-        return sha256_json(self.model_dump(mode="json"))
 
 
 class SealedRecord(BaseModel):
@@ -215,8 +212,7 @@ class TaskLog:
     def commit(self, record: TaskRecord) -> TaskRecord:
         """Commit `record`; returns the record that holds, the winner's where two attempts raced."""
         path = self.folder / f"{record.task}.json"
-        sealed = SealedRecord(sha256=record.content_hash(), record=record)
-        if create_only(path, sealed.model_dump_json(indent=1)):
+        if create_only(path, sealed_text("record", record)):
             return record
         winner = self.committed(record.task)
         assert winner is not None  # the record exists: creating it just failed
@@ -224,20 +220,7 @@ class TaskLog:
 
 
 def _read_record(path: Path) -> TaskRecord:
-    try:
-        sealed = SealedRecord.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise IntegrityError(
-            "a commit record follows schemas/commit.schema.json",
-            received=str(error).splitlines()[0],
-            remedy="remove it: its task is then done again",
-            file=path,
-        ) from error
-    if sealed.record.content_hash() != sealed.sha256:
-        raise IntegrityError(
-            f"the commit record's content hash is {sealed.sha256[:16]}…",
-            received=f"{sealed.record.content_hash()[:16]}…",
-            remedy="remove it: its task is then done again",
-            file=path,
-        )
-    return sealed.record
+    rule = "a commit record follows schemas/commit.schema.json"
+    remedy = "remove it: its task is then done again"
+    sealed = read_json(path, rule, remedy)
+    return unsealed(TaskRecord, "record", sealed, path, rule, remedy)

@@ -6,18 +6,18 @@ writes the next one, create-only. The highest number is the dataset; every older
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from gvpo_offline.errors import DataError, IntegrityError
-from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import SCHEMA_VERSION
+from gvpo_offline.store.sealed import read_json, sealed_text, unsealed
 
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
+_RESTORE = "restore the file from a copy"
 
 
 class _Record(BaseModel):
@@ -122,17 +122,13 @@ class Manifest(_Record):
         """Groups of the dataset."""
         return sum(file.rows for file in self.groups)
 
-    def content_hash(self) -> str:
-        """SHA-256 of the manifest's content."""
-        # Through its text: what JSON cannot say (a setting that is not a number) comes back as
-        # null, and must hash as that.
-        return sha256_json(json.loads(self.model_dump_json()))
-
 
 class SealedManifest(_Record):
     """What a manifest file holds: the manifest and the hash of its content."""
 
-    sha256: str
+    sha256: str = Field(
+        description="SHA-256 of `manifest` as canonical JSON: sorted keys, no spaces, ASCII."
+    )
     manifest: Manifest
 
 
@@ -150,9 +146,7 @@ def manifest_versions(root: Path) -> list[int]:
 
 def dump_manifest(manifest: Manifest) -> str:
     """The text of a manifest file."""
-    return SealedManifest(sha256=manifest.content_hash(), manifest=manifest).model_dump_json(
-        indent=1
-    )
+    return sealed_text("manifest", manifest)
 
 
 def load_manifest(root: Path, version: int | None = None) -> Manifest:
@@ -172,34 +166,16 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
             file=root,
         )
     path = manifest_path(root, versions[-1] if version is None else version)
-    content = path.read_bytes()
-    try:
-        sealed = SealedManifest.model_validate_json(content)
-    except ValueError as error:
-        _refuse_newer(content, path)
-        raise IntegrityError(
-            f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)",
-            received=_first_problem(error),
-            remedy="restore the file from a copy",
-            file=path,
-        ) from error
-    _refuse_newer(content, path)
-    if sealed.manifest.content_hash() != sealed.sha256:
-        raise IntegrityError(
-            f"the manifest's content hash is {sealed.sha256[:16]}…",
-            received=f"{sealed.manifest.content_hash()[:16]}…",
-            remedy="restore the file from a copy",
-            file=path,
-        )
-    return sealed.manifest
+    rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
+    sealed = read_json(path, rule, _RESTORE)
+    _refuse_newer(sealed, path)
+    return unsealed(Manifest, "manifest", sealed, path, rule, _RESTORE)
 
 
-def _refuse_newer(content: bytes, path: Path) -> None:
+def _refuse_newer(sealed: Any, path: Path) -> None:
     """Raise IntegrityError if a manifest says that it follows a schema that is yet to come."""
-    try:
-        found = json.loads(content)["manifest"]["schema_version"]
-    except (ValueError, KeyError, TypeError):
-        return
+    manifest = sealed.get("manifest") if isinstance(sealed, dict) else None
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if isinstance(found, int) and found > SCHEMA_VERSION:
         raise IntegrityError(
             f"this version of gvpo-offline reads datasets up to schema version {SCHEMA_VERSION}",
@@ -207,11 +183,3 @@ def _refuse_newer(content: bytes, path: Path) -> None:
             remedy="upgrade gvpo-offline",
             file=path,
         )
-
-
-def _first_problem(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        problem = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, problem["loc"]))
-        return f"{problem['msg']} at {place}" if place else problem["msg"]
-    return str(error).splitlines()[0]

@@ -21,6 +21,7 @@ from gvpo_offline.hashing import permutation, sha256_json
 IndexArray = npt.NDArray[np.int64]
 _ROW_GROUPS_KEY = 1
 _ROWS_KEY = 2
+_NONE: IndexArray = np.zeros(0, np.int64)
 
 
 class Selection:
@@ -108,7 +109,7 @@ class GroupOrder:
         Returns:
             (stop - start,) row-group numbers, and (stop - start,) rows within them, both int64.
         """
-        row_groups, rows = [], []
+        row_groups, rows = [_NONE], [_NONE]
         while start < stop:
             epoch, offset = divmod(start, self.n_groups)
             layout = self._epoch(epoch)

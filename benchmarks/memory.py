@@ -1,0 +1,226 @@
+"""Peak memory of `import`, `reference` and `train` at 1x and 10x the data.
+
+    make bench-memory
+
+Each stage runs as the command that a user would give, in a process of its own, and reports the most
+memory that the process ever held (ru_maxrss). Shards and row groups are of one size at both scales,
+and small, so that ten times the data is ten times the files and not larger ones. What a stage holds
+that grows with the data would show: at 10x the log is far larger than the room that a stage takes
+beyond its libraries.
+
+Prints a table, and as its last line one JSON object: for each stage `mb_1x`, `mb_10x` and `growth`,
+the ratio of the two; `mb_base` is what the libraries and the model take alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+GROUPS_1X = 2_000
+SCALES = {"1x": 1, "10x": 10}
+STAGES = ("import", "reference", "train")
+SAMPLERS = ("older", "other", "hot", "person")
+RESPONSE_CHARACTERS = 2_000  # of which 160 become tokens: reading is tested here, not computing
+MAX_LENGTH = 200
+SHARD_BYTES = 4 * 2**20
+ROWS_PER_ROW_GROUP = 64
+_MB = 2**20
+
+
+# ---- the parent: data in, table out; loads neither torch nor pyarrow ----
+
+
+def rows(n_groups: int) -> Iterator[dict[str, Any]]:
+    """The rows of a log, group by group, 2 to 6 responses each."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randrange(2, 9))) for _ in range(999)]
+    for number in range(n_groups):
+        prompt = f"{number} " + " ".join(rng.choices(words, k=4))
+        for _ in range(rng.randrange(2, 7)):
+            text = " ".join(rng.choices(words, k=RESPONSE_CHARACTERS // 6))
+            yield {
+                "prompt": prompt,
+                "response": text,
+                "reward": rng.random(),
+                "sampler": rng.choice(SAMPLERS),
+            }
+
+
+def write_log(path: Path, n_groups: int) -> None:
+    """Write a JSONL log whose rows are not in the order of their groups."""
+    buffer: list[str] = []
+    rng = random.Random(1)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows(n_groups):
+            buffer.append(json.dumps(row) + "\n")
+            if len(buffer) > 2_000:  # responses to one prompt lie far apart
+                index = rng.randrange(len(buffer))
+                buffer[index], buffer[-1] = buffer[-1], buffer[index]
+                file.write(buffer.pop())
+        file.writelines(buffer)
+
+
+def command_of(stage: str, folder: Path, scale: str) -> list[str]:
+    """The arguments of `gvpo-offline` for one stage."""
+    model, data = str(folder / "model"), str(folder / f"data-{scale}")
+    if stage == "import":
+        options = {
+            "inputs": str(folder / f"log-{scale}.jsonl"),
+            "output_dir": data,
+            "tokenizer_name_or_path": model,
+            "columns.sampler": "sampler",
+            "max_length": MAX_LENGTH,
+            "overlong": "truncate",
+            "shard_bytes": SHARD_BYTES,
+            "rows_per_row_group": ROWS_PER_ROW_GROUP,
+            "show_progress": False,
+        }
+    elif stage == "reference":
+        options = {
+            "dataset": data,
+            "model_name_or_path": model,
+            "use_cpu": True,
+            "show_progress": False,
+        }
+    else:
+        options = {
+            "dataset": data,
+            "model_name_or_path": model,
+            "output_dir": str(folder / f"run-{scale}"),
+            "num_train_epochs": 1,
+            "groups_per_step": 64,
+            "eval_fraction": 0.02,
+            "logging_steps": 50,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+    return [stage, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
+
+
+def run_stage(stage: str, folder: Path, scale: str) -> dict[str, float]:
+    """One stage in its own process: {"mb", "mb_base", "seconds"}."""
+    started = time.perf_counter()
+    arguments = [sys.executable, __file__, "--child", str(folder), "--"]
+    done = subprocess.run(
+        [*arguments, *command_of(stage, folder, scale)], capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{stage} at {scale} failed:\n{done.stdout}{done.stderr}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "seconds": time.perf_counter() - started}
+
+
+def measure(folder: Path, n_groups: int) -> dict[str, dict[str, float]]:
+    """Run everything at both scales, and print the table as it fills."""
+    subprocess.run([sys.executable, __file__, "--make-model", str(folder / "model")], check=True)
+    results: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
+    print(f"{'stage':<10} {'data':>5} {'groups':>8} {'log MB':>8} {'peak MB':>8} {'libraries MB':>13}")
+    for scale, factor in SCALES.items():
+        log = folder / f"log-{scale}.jsonl"
+        write_log(log, n_groups * factor)
+        for stage in STAGES:
+            found = run_stage(stage, folder, scale)
+            results[stage][f"mb_{scale}"] = round(found["mb"], 1)
+            results[stage]["mb_base"] = round(found["mb_base"], 1)
+            print(
+                f"{stage:<10} {scale:>5} {n_groups * factor:>8,} {log.stat().st_size / _MB:>8.0f} "
+                f"{found['mb']:>8.0f} {found['mb_base']:>13.0f}   {found['seconds']:.0f} s",
+                flush=True,
+            )
+    for result in results.values():
+        result["growth"] = round(result["mb_10x"] / result["mb_1x"], 3)
+    return results
+
+
+# ---- the children ----
+
+
+def make_model(folder: Path) -> None:
+    """A one-layer policy and a tokenizer with a token per character."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    characters = ["<pad>", "<eos>", "<unk>", *string.ascii_lowercase, *string.digits, " "]
+    vocabulary = {text: number for number, text in enumerate(characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(characters),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def peak_mb() -> float:
+    """The most memory that this process has held, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MB
+
+
+def run_child(folder: Path, arguments: list[str]) -> None:
+    """Load what the stage loads, note the memory, run the stage, and print both as JSON."""
+    from transformers import AutoTokenizer
+
+    from gvpo_offline.cli import main
+
+    AutoTokenizer.from_pretrained(folder / "model")
+    if arguments[0] == "import":
+        import gvpo_offline.collect.importer
+    else:
+        import gvpo_offline.collect.reference
+        import gvpo_offline.command_train
+        from gvpo_offline.compute.model import load_model
+        from gvpo_offline.config import ModelSettings
+
+        load_model(ModelSettings(str(folder / "model")))
+    base = peak_mb()
+    status = main(arguments)
+    print(json.dumps({"mb": peak_mb(), "mb_base": base}))
+    sys.exit(status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--groups", type=int, default=GROUPS_1X, help="groups at 1x")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make-model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.make_model:
+        make_model(given.make_model)
+    elif given.child:
+        run_child(given.child, given.arguments)
+    else:
+        with tempfile.TemporaryDirectory(prefix="gvpo-offline-memory-") as folder:
+            print(json.dumps(measure(Path(folder), given.groups)))
+
+
+if __name__ == "__main__":
+    main()

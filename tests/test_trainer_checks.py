@@ -1,0 +1,374 @@
+"""Before the first step: settings that have no meaning here, data that will disappoint, and a
+reference that is not the policy's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import build_dataset, make_group
+from conftest import train_tokenizer
+from training import (
+    VOCAB_SIZE,
+    config_of,
+    lines_of,
+    same_weights,
+    score,
+    scored_dataset,
+    trainer_of,
+    unscored_dataset,
+    weights_of,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.preflight import TOLERANCE_NATS, PolicyFacts, reference_warnings
+from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.manifest import ReferenceFamily
+
+N_GROUPS = 24
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
+    return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, N_GROUPS)
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("per_device_train_batch_size", 4),
+        ("gradient_accumulation_steps", 2),
+        ("auto_find_batch_size", True),
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("dataloader_drop_last", True),
+        ("ignore_data_skip", True),
+        ("train_sampling_strategy", "sequential"),
+    ],
+)
+def test_settings_of_another_kind_of_batch_are_refused(
+    tmp_path: Path, setting: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} has no meaning here; received {value}"):
+        config_of(tmp_path, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("beta", 0.0, "beta is a positive number; received 0.0"),
+        ("beta", float("nan"), "beta is a positive number; received nan"),
+        ("beta", float("inf"), "beta is a positive number; received inf"),
+        ("anchor", 1.5, r"anchor lies in \[0, 1\]; received 1.5"),
+        ("eval_fraction", 1.0, r"eval_fraction lies in \[0, 1\); received 1.0"),
+        ("groups_per_step", 0, "groups_per_step is positive; received 0"),
+        ("max_tokens_per_micro_batch", -5, "max_tokens_per_micro_batch is positive; received -5"),
+        ("shuffle_window", 0, "shuffle_window is positive; received 0"),
+        ("eval_strategy", "sometimes", "sometimes is not a valid IntervalStrategy"),
+        ("lr_scheduler_type", "wavy", "wavy.* is not a valid SchedulerType"),
+        ("optim", "imaginary", "imaginary is not a valid OptimizerNames"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    tmp_path: Path, setting: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path, **{setting: value})
+
+
+@pytest.mark.parametrize("logger", ["nothing_known", "dvclive"])
+def test_loggers_that_are_not_there_are_named(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, logger: str
+) -> None:
+    """One does not exist, the other is not installed."""
+    if importlib.util.find_spec(logger):
+        pytest.skip(f"{logger} is installed")
+    with pytest.raises(ConfigError, match=logger):
+        trainer_of(tiny_model_dir, dataset, tmp_path, report_to=logger)
+
+
+@pytest.mark.parametrize("steps", [{"num_train_epochs": 0}, {"num_train_epochs": -1.0}])
+def test_a_run_has_at_least_one_step(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, steps: dict[str, float]
+) -> None:
+    with pytest.raises(ConfigError, match="a run has at least one step"):
+        trainer_of(tiny_model_dir, dataset, tmp_path, **steps)
+
+
+def test_a_folder_with_anything_in_it_is_refused(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The model's own folder, a dataset's, one with notes; loggers' folders are no hindrance."""
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "todo.txt").write_text("x")
+    foreign = tmp_path / "foreign"
+    (foreign / "checkpoint-3").mkdir(parents=True)
+    (foreign / "checkpoint-3" / "model.safetensors").write_bytes(b"somebody's work")
+    for folder in (model, dataset.root, notes, foreign):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(ConfigError, match="a new run's output_dir is empty"):
+            trainer_of(tiny_model_dir, dataset, folder).train()
+        assert sorted(folder.rglob("*")) == before
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    trainer_of(tiny_model_dir, dataset, tmp_path / "out").train()
+
+
+# ---- data ----
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
+    ours = [r for r in caplog.records if r.name.startswith("gvpo_offline")]
+    return "\n".join(r.getMessage() for r in ours if r.levelno == logging.WARNING)
+
+
+def test_the_data_are_described(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = [g for i in range(dataset.n_row_groups) for g in dataset.groups(i)]
+    caplog.set_level(logging.INFO, "gvpo_offline")
+    trainer_of(tiny_model_dir, dataset, tmp_path, max_tokens_per_micro_batch=40).preflight()
+    responses = sum(group.group_size for group in groups)
+    tokens = sum(group.n_tokens for group in groups)
+    assert f"24 groups, {responses} responses, {tokens:,} tokens in 3 files" in caplog.text
+    rewards = [
+        r
+        for g in groups
+        for s, r in zip(g.samplers, g.rewards, strict=True)  # type: ignore[arg-type]
+        if s == "hot"
+    ]
+    assert f"hot ({len(rewards)}, mean reward {np.mean(rewards):.3g})" in caplog.text
+    equal = sum(len(set(group.rewards.tolist())) == 1 for group in groups)  # type: ignore[union-attr]
+    assert f"{equal} groups ({100 * equal / 24:.1f}%) have equal rewards" in caplog.text
+    truncated = sum(sum(group.truncated) for group in groups)
+    assert f"{truncated} responses were truncated" in caplog.text
+    largest = max(
+        g.group_size * (len(g.prompt_token_ids) + max(g.response_lengths)) for g in groups
+    )
+    assert f"the largest group has {largest} padded tokens, over" in caplog.text
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize(
+    ("beta", "warning"),
+    [
+        (1e-3, "further than a policy can move: raise beta"),
+        (1e4, "the policy will stay the reference"),
+        (0.5, ""),
+    ],
+)
+def test_a_log_ratio_gap_out_of_reach_is_warned_of(
+    dataset: GroupDataset,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    beta: float,
+    warning: str,
+) -> None:
+    """Rewards lie 0.25 to 1 apart: over 40 nats at beta 0.001, under a thousandth at 10,000."""
+    trainer_of(tiny_model_dir, dataset, tmp_path, beta=beta).preflight()
+    found = warnings_of(caplog)
+    assert (warning in found) if warning else not found
+
+
+def test_nothing_but_equal_rewards_is_warned_of(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = [
+        make_group(i, k=2, vocab_size=VOCAB_SIZE, scored=False, rewards=np.ones(2))
+        for i in range(4)
+    ]
+    data = scored_dataset(tmp_path / "data", tiny_model_dir, groups=groups)
+    trainer_of(tiny_model_dir, data, tmp_path / "out").preflight()
+    assert "every group has equal rewards" in warnings_of(caplog)
+
+
+def test_an_altered_file_stops_the_run_before_it_starts(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    data = scored_dataset(tmp_path / "data", tiny_model_dir, 8)
+    path = data.root / data.manifest.groups[0].path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    trainer = trainer_of(tiny_model_dir, open_dataset(data.root), tmp_path / "out")
+    before = weights_of(trainer)
+    with pytest.raises(IntegrityError, match=path.name):
+        trainer.train()
+    assert same_weights(before, weights_of(trainer))
+
+
+# ---- tokenizer and reference ----
+
+
+def test_a_policy_with_another_tokenizer_is_refused(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = AutoTokenizer.from_pretrained(train_tokenizer(tmp_path / "other", eos=False))
+    with pytest.raises(IntegrityError, match="the policy uses the tokenizer and chat template"):
+        trainer_of(tiny_model_dir, dataset, tmp_path / "out", tokenizer=other)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    trainer_of(model, dataset, tmp_path / "out")  # without one there is nothing to compare
+    assert "no processing_class was given" in warnings_of(caplog)
+
+
+def test_a_reference_with_another_tokenizer_is_refused(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    assert dataset.reference is not None
+    foreign = dataset.reference.model_copy(update={"tokenizer_fingerprint": "f" * 64})
+    opened = GroupDataset(dataset.root, dataset.manifest, dataset.rewards, foreign)
+    with pytest.raises(IntegrityError, match=r"reference .* uses the tokenizer and chat template"):
+        trainer_of(tiny_model_dir, opened, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def perturbed(
+    tmp_path_factory: pytest.TempPathFactory, dataset: GroupDataset, tiny_model_dir: Path
+) -> GroupDataset:
+    """A reference that claims the policy's weights, with numbers of another engine: half a nat off
+    here and there.
+    """
+    rng = np.random.default_rng(0)
+    groups = [
+        replace(g, ref_seq_logprobs=g.ref_seq_logprobs + rng.normal(0, 0.5, g.group_size))
+        for i in range(dataset.n_row_groups)
+        for g in dataset.groups(i)
+    ]
+    root = tmp_path_factory.mktemp("perturbed")
+    written = build_dataset(root, groups=groups, tokenizer=dataset.manifest.tokenizer)
+    assert dataset.reference is not None
+    assert written.reference is not None
+    claimed = dataset.reference.model_copy(update={"files": written.reference.files})
+    return GroupDataset(root, written.manifest, written.rewards, claimed)
+
+
+def test_a_reference_that_is_not_the_policys_stops_the_run(
+    perturbed: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Before any update: no weight has moved, no checkpoint was written."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tiny_model_dir, perturbed, tmp_path, **options)
+    before = weights_of(trainer)
+    with pytest.raises(IntegrityError, match=r"log-ratios of 0.*up to \d.*Score the reference"):
+        trainer.train()
+    assert same_weights(before, weights_of(trainer))
+    assert trainer.state.global_step == 0
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+def test_the_check_can_be_turned_off_or_demanded(
+    dataset: GroupDataset,
+    perturbed: GroupDataset,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer_of(tiny_model_dir, perturbed, tmp_path / "off", reference_check="off").train()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.2)
+    start = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(IntegrityError, match="log-ratios of 0"):
+        trainer_of(other, dataset, tmp_path / "error", reference_check="error").train()
+    assert same_weights(start, other.state_dict())
+    caplog.set_level(logging.INFO, "gvpo_offline")
+    trainer = trainer_of(other, dataset, tmp_path / "auto")
+    trainer.train()
+    assert "the policy's weights are not the reference's" in caplog.text
+    assert lines_of(trainer, "log_ratio_std")[0] > 0.01
+    trainer_of(tiny_model_dir, dataset, tmp_path / "strict", reference_check="error").train()
+
+
+def test_the_tolerance_is_that_of_the_coarsest_data_type() -> None:
+    def coarsest(dtype: str, autocast: str | None) -> str:
+        return PolicyFacts(None, dtype, autocast, "sdpa", None).coarsest_dtype
+
+    assert coarsest("float32", None) == "float32"
+    assert coarsest("float32", "bfloat16") == "bfloat16"
+    assert coarsest("float16", "float32") == "float16"
+    assert coarsest("bfloat16", None) == "bfloat16"
+    assert coarsest("float64", None) == "float32"
+    assert TOLERANCE_NATS["float32"] < TOLERANCE_NATS["float16"] < TOLERANCE_NATS["bfloat16"]
+
+
+def test_bfloat16_policy_and_reference_agree_within_its_noise(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same data type on both sides: the check passes and nothing is warned of."""
+    root = unscored_dataset(tmp_path / "data", tiny_model_dir)
+    data = score(root, tiny_model_dir, bf16=True)
+    trainer = trainer_of(tiny_model_dir, data, tmp_path / "out", bf16=True, groups_per_step=24)
+    trainer.train()
+    assert lines_of(trainer, "log_ratio_std")[0] < 0.05
+    assert not warnings_of(caplog)
+
+
+def test_data_types_that_differ_are_warned_of(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_of(tiny_model_dir, dataset, tmp_path / "a", bf16=True).train()
+    assert "autocast dtype None, the policy runs with bfloat16" in warnings_of(caplog)
+    caplog.clear()
+    low = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    trainer_of(low, dataset, tmp_path / "b").preflight()
+    found = warnings_of(caplog)
+    assert "scored with dtype float32, the policy runs with bfloat16" in found
+    assert "attention implementation sdpa, the policy runs with eager" in found
+
+
+def test_a_file_that_does_not_say_how_it_was_scored_is_not_warned_of() -> None:
+    unknown = ReferenceFamily(
+        fingerprint="0",
+        model_name_or_path="unknown",
+        weights_sha256="",
+        model_class="",
+        dtype="unknown",
+        autocast_dtype=None,
+        attn_implementation="unknown",
+        tokenizer_fingerprint=None,
+        files=[],
+    )
+    assert reference_warnings(PolicyFacts(None, "float32", "bfloat16", "sdpa", None), unknown) == []
+
+
+def test_dropout_of_the_policy_is_off(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A model whose configuration has attention dropout starts at the reference all the same; with
+    dropout on it does not, and the check says so.
+    """
+    careless = shutil.copytree(tiny_model_dir, tmp_path / "careless")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(careless)
+    data = scored_dataset(tmp_path / "data", careless, 8)
+    trainer = trainer_of(careless, data, tmp_path / "off")
+    trainer.train()
+    assert lines_of(trainer, "log_ratio_std")[0] < 1e-5
+    with pytest.raises(IntegrityError, match="log-ratios of 0"):
+        trainer_of(careless, data, tmp_path / "on", disable_dropout=False).train()
+
+
+def test_a_policy_that_leaves_the_numbers_is_stopped_with_the_group(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """After a step far too large, log-probs are not finite: an error, not a run of nans."""
+    trainer = trainer_of(
+        tiny_model_dir, dataset, tmp_path, learning_rate=1e30, max_grad_norm=0.0, optim="sgd"
+    )
+    with pytest.raises(DataError, match=r"group 'group-\d+': seq_logprobs must be finite"):
+        trainer.train()

@@ -1,0 +1,130 @@
+"""Datasets that a tiny model has scored, and trainers on them."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import build_dataset
+from fork_server import ForkServer
+from transformers import AutoTokenizer
+
+from gvpo_offline import GVPOConfig, GVPOTrainer
+from gvpo_offline.collect.reference import run_reference
+from gvpo_offline.config import ReferenceConfig
+from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.tokenizer import tokenizer_info
+
+VOCAB_SIZE = 300
+State = dict[str, torch.Tensor]
+
+
+@functools.cache
+def _shared_server() -> ForkServer:
+    started = ForkServer()
+    atexit.register(started.close)
+    return started
+
+
+@pytest.fixture(scope="session")
+def server() -> ForkServer:
+    """Where command lines run; one for all test modules of a process."""
+    return _shared_server()
+
+
+def unscored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options: Any) -> Path:
+    """Groups with rewards, in the model's tokens, without a reference."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    build_dataset(
+        root,
+        n_groups,
+        **{
+            "reference": False,
+            "vocab_size": VOCAB_SIZE,
+            "tokenizer": tokenizer_info(tokenizer),
+            **options,
+        },
+    )
+    return root
+
+
+def score(root: Path, model_dir: Path, **changes: Any) -> GroupDataset:
+    """Score a dataset under the model, and open it."""
+    settings: dict[str, Any] = {"use_cpu": True, "show_progress": False, **changes}
+    run_reference(ReferenceConfig(str(model_dir), dataset=str(root), **settings))
+    return open_dataset(root)
+
+
+def scored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options: Any) -> GroupDataset:
+    """`unscored_dataset`, scored."""
+    return score(unscored_dataset(root, model_dir, n_groups, **options), model_dir)
+
+
+def config_of(output_dir: Path, **changes: Any) -> GVPOConfig:
+    """Settings of a short run: 8 groups a step, several micro-batches each, every step logged."""
+    settings: dict[str, Any] = {
+        "beta": 0.5,
+        "groups_per_step": 8,
+        "max_tokens_per_micro_batch": 200,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+        **changes,
+    }
+    return GVPOConfig(output_dir=str(output_dir), **settings)
+
+
+def trainer_of(
+    model: Any,
+    train_dataset: Any,
+    output_dir: Path,
+    *,
+    eval_dataset: Any = None,
+    callbacks: Any = None,
+    peft_config: Any = None,
+    tokenizer: Any = None,
+    **changes: Any,
+) -> GVPOTrainer:
+    """A trainer with `config_of`'s settings; a model's folder brings its tokenizer."""
+    if isinstance(model, Path):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = str(model)
+    return GVPOTrainer(
+        model,
+        config_of(output_dir, **changes),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+def weights_of(trainer: GVPOTrainer) -> State:
+    """A copy of the policy's weights."""
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same_weights(one: State, other: State) -> bool:
+    """Whether all weights are bit for bit equal."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def largest_difference(one: State, other: State) -> float:
+    """The largest difference of any weight."""
+    assert one.keys() == other.keys()
+    return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
+
+
+def lines_of(trainer: GVPOTrainer, key: str = "loss") -> list[float]:
+    """A logged figure, line by line."""
+    return [line[key] for line in trainer.state.log_history if key in line]
