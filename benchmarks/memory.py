@@ -5,11 +5,12 @@
 Each stage runs as the command that a user would give, in a process of its own, and reports the most
 memory that the process ever held (ru_maxrss). Shards and row groups are of one size at both scales,
 and small, so that ten times the data is ten times the files and not larger ones. What a stage holds
-that grows with the data would show: at 10x the log is far larger than the room that a stage takes
-beyond its libraries.
+that grows with the data would show: at 10x the log is several times larger than the room that a
+stage takes beyond its libraries.
 
 Prints a table, and as its last line one JSON object: for each stage `mb_1x`, `mb_10x` and `growth`,
-the ratio of the two; `mb_base` is what the libraries and the model take alone.
+the ratio of the two; `mb_base` is what the stage takes for a handful of groups, which is what its
+libraries take.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 GROUPS_1X = 2_000
-SCALES = {"1x": 1, "10x": 10}
+BASE_GROUPS = 100
+SCALES = ("base", "1x", "10x")
 STAGES = ("import", "reference", "train")
 SAMPLERS = ("older", "other", "hot", "person")
-RESPONSE_CHARACTERS = 2_000  # of which 160 become tokens: reading is tested here, not computing
-MAX_LENGTH = 200
-SHARD_BYTES = 4 * 2**20
+RESPONSE_WORDS = 1_000
+MAX_LENGTH = 160  # tokens, a word each: what is cut is read, stored as text, and not computed on
+SHARD_BYTES = 8 * 2**20
 ROWS_PER_ROW_GROUP = 64
 _MB = 2**20
 
@@ -41,17 +43,24 @@ _MB = 2**20
 # ---- the parent: data in, table out; loads neither torch nor pyarrow ----
 
 
+def words() -> list[str]:
+    """The vocabulary: 90 words of 4 letters, and the digits."""
+    rng = random.Random(0)
+    made = {"".join(rng.choices(string.ascii_lowercase, k=4)) for _ in range(90)}
+    return [*sorted(made), *string.digits]
+
+
 def rows(n_groups: int) -> Iterator[dict[str, Any]]:
     """The rows of a log, group by group, 2 to 6 responses each."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randrange(2, 9))) for _ in range(999)]
+    rng = random.Random(1)
+    vocabulary = words()
+    sentences = [" ".join(rng.choices(vocabulary, k=20)) for _ in range(5_000)]
     for number in range(n_groups):
-        prompt = f"{number} " + " ".join(rng.choices(words, k=4))
+        prompt = " ".join([*str(number), *rng.choices(vocabulary, k=10)])
         for _ in range(rng.randrange(2, 7)):
-            text = " ".join(rng.choices(words, k=RESPONSE_CHARACTERS // 6))
             yield {
                 "prompt": prompt,
-                "response": text,
+                "response": " ".join(rng.choices(sentences, k=RESPONSE_WORDS // 20)),
                 "reward": rng.random(),
                 "sampler": rng.choice(SAMPLERS),
             }
@@ -100,7 +109,7 @@ def command_of(stage: str, folder: Path, scale: str) -> list[str]:
             "output_dir": str(folder / f"run-{scale}"),
             "num_train_epochs": 1,
             "groups_per_step": 64,
-            "eval_fraction": 0.02,
+            "eval_fraction": 0.05,
             "logging_steps": 50,
             "save_strategy": "no",
             "use_cpu": True,
@@ -109,36 +118,34 @@ def command_of(stage: str, folder: Path, scale: str) -> list[str]:
     return [stage, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
 
 
-def run_stage(stage: str, folder: Path, scale: str) -> dict[str, float]:
-    """One stage in its own process: {"mb", "mb_base", "seconds"}."""
+def run_stage(stage: str, folder: Path, scale: str) -> tuple[float, float]:
+    """One stage in its own process: its peak memory in MB and its seconds."""
     started = time.perf_counter()
-    arguments = [sys.executable, __file__, "--child", str(folder), "--"]
-    done = subprocess.run(
-        [*arguments, *command_of(stage, folder, scale)], capture_output=True, text=True
-    )
+    arguments = [sys.executable, __file__, "--child", *command_of(stage, folder, scale)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{stage} at {scale} failed:\n{done.stdout}{done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "seconds": time.perf_counter() - started}
+    return float(done.stdout.splitlines()[-1]), time.perf_counter() - started
 
 
 def measure(folder: Path, n_groups: int) -> dict[str, dict[str, float]]:
     """Run everything at both scales, and print the table as it fills."""
     subprocess.run([sys.executable, __file__, "--make-model", str(folder / "model")], check=True)
     results: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
-    print(f"{'stage':<10} {'data':>5} {'groups':>8} {'log MB':>8} {'peak MB':>8} {'libraries MB':>13}")
-    for scale, factor in SCALES.items():
+    print(f"{'stage':<10} {'data':>5} {'groups':>8} {'log MB':>8} {'peak MB':>8} {'seconds':>8}")
+    for scale in SCALES:
+        count = {"base": BASE_GROUPS, "1x": n_groups, "10x": 10 * n_groups}[scale]
         log = folder / f"log-{scale}.jsonl"
-        write_log(log, n_groups * factor)
+        write_log(log, count)
+        log_mb = log.stat().st_size / _MB
         for stage in STAGES:
-            found = run_stage(stage, folder, scale)
-            results[stage][f"mb_{scale}"] = round(found["mb"], 1)
-            results[stage]["mb_base"] = round(found["mb_base"], 1)
+            mb, seconds = run_stage(stage, folder, scale)
+            results[stage][f"mb_{scale}"] = round(mb, 1)
             print(
-                f"{stage:<10} {scale:>5} {n_groups * factor:>8,} {log.stat().st_size / _MB:>8.0f} "
-                f"{found['mb']:>8.0f} {found['mb_base']:>13.0f}   {found['seconds']:.0f} s",
+                f"{stage:<10} {scale:>5} {count:>8,} {log_mb:>8.1f} {mb:>8.0f} {seconds:>8.0f}",
                 flush=True,
             )
+        log.unlink()
     for result in results.values():
         result["growth"] = round(result["mb_10x"] / result["mb_1x"], 3)
     return results
@@ -148,21 +155,20 @@ def measure(folder: Path, n_groups: int) -> dict[str, dict[str, float]]:
 
 
 def make_model(folder: Path) -> None:
-    """A one-layer policy and a tokenizer with a token per character."""
+    """A one-layer policy and a tokenizer with a token per word."""
     import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    characters = ["<pad>", "<eos>", "<unk>", *string.ascii_lowercase, *string.digits, " "]
-    vocabulary = {text: number for number, text in enumerate(characters)}
+    vocabulary = {text: number for number, text in enumerate(["<pad>", "<eos>", "<unk>", *words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=len(characters),
+        vocab_size=len(vocabulary),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
@@ -184,42 +190,27 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MB
 
 
-def run_child(folder: Path, arguments: list[str]) -> None:
-    """Load what the stage loads, note the memory, run the stage, and print both as JSON."""
-    from transformers import AutoTokenizer
-
+def run_child(arguments: list[str]) -> int:
+    """Run one command of `gvpo-offline`, and print the peak memory of this process."""
     from gvpo_offline.cli import main
 
-    AutoTokenizer.from_pretrained(folder / "model")
-    if arguments[0] == "import":
-        import gvpo_offline.collect.importer
-    else:
-        import gvpo_offline.collect.reference
-        import gvpo_offline.command_train
-        from gvpo_offline.compute.model import load_model
-        from gvpo_offline.config import ModelSettings
-
-        load_model(ModelSettings(str(folder / "model")))
-    base = peak_mb()
     status = main(arguments)
-    print(json.dumps({"mb": peak_mb(), "mb_base": base}))
-    sys.exit(status)
+    print(peak_mb())
+    return status
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    if sys.argv[1:2] == ["--child"]:
+        sys.exit(run_child(sys.argv[2:]))
+    parser = argparse.ArgumentParser(description="Peak memory of each stage at 1x and 10x.")
     parser.add_argument("--groups", type=int, default=GROUPS_1X, help="groups at 1x")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--make-model", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make_model:
         make_model(given.make_model)
-    elif given.child:
-        run_child(given.child, given.arguments)
-    else:
-        with tempfile.TemporaryDirectory(prefix="gvpo-offline-memory-") as folder:
-            print(json.dumps(measure(Path(folder), given.groups)))
+        return
+    with tempfile.TemporaryDirectory(prefix="gvpo-offline-memory-") as folder:
+        print(json.dumps(measure(Path(folder), given.groups)))
 
 
 if __name__ == "__main__":

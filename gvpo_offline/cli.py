@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +32,8 @@ from gvpo_offline.version import __version__
 
 Record = TypeVar("Record")
 _HELP_FLAGS = {"-h", "--help"}
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_VALUE = re.compile(r"(?:Got value|Given value)[^:]*: (.*)")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,12 @@ class Command:
 
 def _parser(name: str, command: Command, settings: Sequence[type], skip: set[str]) -> Any:
     import jsonargparse
+    from yaml import YAMLError
+
+    from gvpo_offline.yaml_settings import load_yaml
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_loader("yaml", load_yaml, exceptions=(YAMLError,))
     parser = jsonargparse.ArgumentParser(
         prog=f"gvpo-offline {name}",
         description=command.says,
@@ -218,9 +225,17 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     except ArgumentError as error:
         raise ConfigError(
             "flags and YAML keys are the command's settings, with values of their types",
-            received=" ".join(str(error).split()),
+            received=_complaint(str(error)),
             remedy=f"see gvpo-offline {name} --help",
         ) from error
+
+
+def _complaint(text: str) -> str:
+    """A parser's complaint in short: of a value, its setting and itself."""
+    key, value = _KEY.search(text), _VALUE.search(text)
+    if key and value:
+        return f"{key.group(1)}: {value.group(1)}"
+    return " ".join(text.split())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
     except GVPOError as error:
-        print(f"gvpo-offline {name}: error: {error}", file=sys.stderr)
+        # One line, whatever was quoted.
+        print(f"gvpo-offline {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.checkpoint import RUN_FILE
+from gvpo_offline.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.compute.model import load_model
 from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings, required
 from gvpo_offline.store.adopt import adopt_parquet
@@ -64,8 +64,9 @@ def run_train(
     }
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    with save_errors(Path(args.output_dir)):
+        trainer.save_model()
+        trainer.save_state()
     return trainer
 
 

@@ -250,8 +250,8 @@ class LoraSettings:
     """Scale of the adapter, times its rank."""
     lora_dropout: float = 0.0
     """Dropout within the adapter; the objective requires 0."""
-    lora_target_modules: list[str] | None = None
-    """Modules that get an adapter; default: PEFT's choice for the model."""
+    lora_target_modules: list[str] | str | None = None
+    """Modules that get an adapter, or all-linear; default: PEFT's choice for the model."""
 
 
 @dataclass

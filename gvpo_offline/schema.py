@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -278,75 +278,41 @@ def split_nested_list(array: pa.ListArray) -> list[list[npt.NDArray[Any]] | None
     ]
 
 
+_FIELDS = tuple(field.name for field in fields(Group))
+_NUMBER_LISTS = ("prompt_token_ids", "rewards", "ref_seq_logprobs")
+_NESTED_LISTS = ("response_token_ids", "loss_mask")
+
+
+def _column_rows(table: pa.Table, name: str) -> list[Any]:
+    """A column's value in each row; None where the table has no such column."""
+    if name not in table.column_names:
+        return [None] * table.num_rows
+    if name in _NESTED_LISTS:
+        return split_nested_list(column_array(table, name))
+    if name in _NUMBER_LISTS:
+        return split_list(column_array(table, name))
+    rows: list[Any] = table.column(name).to_pylist()
+    return rows
+
+
 def groups_from_table(table: pa.Table) -> list[Group]:
     """The groups of a table with at least the required columns, in its order.
 
     Optional columns that the table lacks stay None; samplers and truncation, which training only
     counts, become "unknown" and False.
     """
-    names = set(table.column_names)
-    responses = split_nested_list(column_array(table, "response_token_ids"))
-    sizes = [len(row or ()) for row in responses]
+    columns = [_column_rows(table, name) for name in _FIELDS]
+    return [_group(dict(zip(_FIELDS, row, strict=True))) for row in zip(*columns, strict=True)]
 
-    def strings(name: str) -> list[Any]:
-        return table.column(name).to_pylist() if name in names else [None] * table.num_rows
 
-    def floats(name: str) -> list[Any]:
-        return split_list(column_array(table, name)) if name in names else [None] * table.num_rows
-
-    masks = (
-        split_nested_list(column_array(table, "loss_mask"))
-        if "loss_mask" in names
-        else [None] * table.num_rows
-    )
-    rows = zip(
-        strings("group_id"),
-        split_list(column_array(table, "prompt_token_ids")),
-        responses,
-        sizes,
-        strings("samplers"),
-        strings("truncated"),
-        masks,
-        floats("rewards"),
-        floats("ref_seq_logprobs"),
-        *(
-            strings(n)
-            for n in ("source", "prompt", "messages", "responses", "response_ids", "metadata")
-        ),
-        strict=True,
-    )
-    return [
-        Group(
-            group_id=group_id,
-            prompt_token_ids=prompt_ids,
-            response_token_ids=tuple(response_ids or ()),
-            samplers=("unknown",) * k if samplers is None else tuple(samplers),
-            truncated=(False,) * k if truncated is None else tuple(truncated),
-            loss_mask=None if mask is None else tuple(mask),
-            rewards=rewards,
-            ref_seq_logprobs=ref,
-            source=source or "",
-            prompt=prompt,
-            messages=messages,
-            responses=None if texts is None else tuple(texts),
-            response_ids=None if ids is None else tuple(ids),
-            metadata=metadata,
-        )
-        for (
-            group_id,
-            prompt_ids,
-            response_ids,
-            k,
-            samplers,
-            truncated,
-            mask,
-            rewards,
-            ref,
-            source,
-            prompt,
-            messages,
-            texts,
-            ids,
-            metadata,
-        ) in rows
-    ]
+def _group(row: dict[str, Any]) -> Group:
+    responses = tuple(row["response_token_ids"] or ())
+    row["response_token_ids"] = responses
+    for name in ("samplers", "truncated", "loss_mask", "responses", "response_ids"):
+        row[name] = None if row[name] is None else tuple(row[name])
+    if row["samplers"] is None:
+        row["samplers"] = ("unknown",) * len(responses)
+    if row["truncated"] is None:
+        row["truncated"] = (False,) * len(responses)
+    row["source"] = row["source"] or ""
+    return Group(**row)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class ForkServer:
             argv: as after `gvpo-offline`.
             options: `env` (variables to set), `file_bytes` (largest file that it may write),
                 `kill_in_save` (the call of torch.save that it kills itself in, half-way), `kill_at`
-                ("module:name" of a function, and the call that it kills itself before).
+                ("module:name" of a function, the call of it, and the seconds after that call began
+                at which the child is killed, wherever it is by then).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
@@ -135,7 +137,7 @@ def _kill_in_save(call: int) -> None:
     torch.save = counting
 
 
-def _kill_at(place: str, call: int) -> None:
+def _kill_at(place: str, call: int, seconds: float) -> None:
     module, _, name = place.partition(":")
     *parents, name = name.split(".")
     holder = importlib.import_module(module)
@@ -147,10 +149,21 @@ def _kill_at(place: str, call: int) -> None:
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _kill_in(seconds)
         return function(*args, **kwargs)
 
     setattr(holder, name, counting)
+
+
+def _kill_in(seconds: float) -> None:
+    if not seconds:
+        os.kill(os.getpid(), signal.SIGKILL)
+    victim = os.getpid()
+    if os.fork() == 0:
+        time.sleep(seconds)
+        if os.getppid() == victim:
+            os.kill(victim, signal.SIGKILL)
+        os._exit(0)
 
 
 def _child(request: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from gvpo_offline.contract import contract, main
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS
 from gvpo_offline.store.adopt import adopt_parquet
+from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.validate import validate
 
@@ -155,9 +157,7 @@ def made_up(described: dict[str, Any], rng: random.Random, k: int) -> Any:
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["required", "all"])
-def test_a_file_written_from_the_schema_alone_opens_and_trains(
-    tmp_path: Path, everything: bool
-) -> None:
+def test_a_file_written_from_the_schema_alone_opens(tmp_path: Path, everything: bool) -> None:
     """Required columns only, and then the optional ones too whose meaning one must know."""
     described = schema("training_file.schema.json")
     columns = list(described["required"])
@@ -180,6 +180,27 @@ def test_a_file_written_from_the_schema_alone_opens_and_trains(
         assert group.rewards.tolist() == row["rewards"]
         assert [ids.tolist() for ids in group.response_token_ids] == row["response_token_ids"]
     assert validate(path, lambda numbers, label: numbers).survey.n_groups == 7
+
+
+def sealed(name: str, content: dict[str, Any]) -> str:
+    """A sealed file as another program writes it: any layout, canonical JSON under the hash."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return json.dumps({name: content, "sha256": digest}, indent=3)
+
+
+def test_what_has_a_default_may_be_left_out_of_a_manifest_and_a_record(tmp_path: Path) -> None:
+    """Seals are over what stands in the file, not over what this code makes of it."""
+    build_dataset(tmp_path, 4, reward=None, reference=False)
+    log = TaskLog(tmp_path, "import")
+    record = log.committed("00000")
+    entry = record.model_dump()["groups"][0]
+    del entry["footer_sha256"]
+    (tmp_path / "manifest-000001.json").write_text(sealed("manifest", {"groups": [entry]}))
+    assert open_dataset(tmp_path, join=()).n_groups == 4
+    brief = {"stage": "import", "task": "00000", "groups": [entry]}
+    (log.folder / "00000.json").write_text(sealed("record", brief))
+    assert log.committed("00000").groups[0].rows == 4
 
 
 # ---- the README's examples ----

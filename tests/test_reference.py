@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_where_it_was(
     kept: dict[str, tuple[int, int]] = {}
     for n_committed in (1, 2):
         # The second run finds one shard done, so its second commit is the third of all.
-        assert server.start(command, kill_at=[commit, 2]).wait() == -9
+        assert server.start(command, kill_at=[commit, 2, 0]).wait() == -9
         records = sorted((root / "commits").glob("reference-*/*.json"))
         assert len(records) == n_committed
         assert open_dataset(root, join=()).manifest.references == []

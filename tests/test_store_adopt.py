@@ -206,7 +206,10 @@ BROKEN: dict[str, tuple[Callable[[Rows], None], str]] = {
         change(6, "response_lengths", first_is(99)),
         "response_lengths counts the tokens",
     ),
-    "wrong number of tokens": (put(6, n_tokens=1), "n_tokens counts the tokens.*; received 1 where"),
+    "wrong number of tokens": (
+        put(6, n_tokens=1),
+        "n_tokens counts the tokens.*; received 1 where",
+    ),
 }
 
 
@@ -250,7 +253,6 @@ def test_a_missing_column_is_named(tmp_path: Path, name: str) -> None:
     assert caught.value.file == str(tmp_path / "log.parquet")
     if name in NEED:  # a log that is not scored yet opens for what needs no score
         adopt_parquet([tmp_path / "log.parquet"])
-
 
 
 WRONG_TYPES: dict[str, tuple[str, Callable[[Rows], list[Any]]]] = {
@@ -324,7 +326,13 @@ def test_a_dataset_is_found_in_whatever_shape_it_is_passed(tmp_path: Path) -> No
     built = build_dataset(tmp_path / "data", 10)
     write_pyarrow(plain_rows(), tmp_path / "log.parquet")
     memory = datasets.Dataset.from_list(plain_rows())
-    for data in (tmp_path / "data", str(tmp_path / "data"), tmp_path / "log.parquet", memory, built):
+    for data in (
+        tmp_path / "data",
+        str(tmp_path / "data"),
+        tmp_path / "log.parquet",
+        memory,
+        built,
+    ):
         found = resolve_dataset(data, tmp_path)
         assert found.n_groups == 10
         group = found.groups(0, TRAINING_COLUMNS)[0]

@@ -178,6 +178,9 @@ def test_new_folders_are_made_durable_too(tmp_path: Path, monkeypatch: pytest.Mo
     flushed.clear()
     write_hashed(tmp_path / "a" / "b", "shard", ".bin", lambda p: p.write_bytes(b"y"))
     assert flushed == [tmp_path / "a" / "b"]
+    flushed.clear()
+    create_only(tmp_path / "c" / "d" / "record.json", "content")
+    assert set(flushed) == {tmp_path, tmp_path / "c", tmp_path / "c" / "d"}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -107,11 +107,11 @@ def test_room_for_the_shard_but_not_for_what_follows(tmp_path: Path, what: str) 
     log = TaskLog(tmp_path, "import")
     if what == "manifest":
         log.commit(record)
+    attempt = (
+        (lambda: log.commit(record)) if what == "commits" else (lambda: add_shard(tmp_path, 1))
+    )
     with files_of_at_most(10), pytest.raises(StorageError) as caught:
-        if what == "commits":
-            log.commit(record)
-        else:
-            add_shard(tmp_path, 1)
+        attempt()
     assert assert_intact(tmp_path, before, caught.value).startswith(what)
     assert (log.committed("00001") is None) == (what == "commits")
     assert_complete(tmp_path)

@@ -368,7 +368,7 @@ def test_what_a_dataset_does_not_have_is_said(tmp_path: Path) -> None:
     build_dataset(tmp_path / "bare", 4, reward=None, reference=False)
     bare = open_dataset(tmp_path / "bare", join=())
     assert bare.groups(0)[0].rewards is None
-    with pytest.raises(ConfigError, match="one reward of the dataset.*none"):
+    with pytest.raises(ConfigError, match=r"one reward of the dataset.*none"):
         open_dataset(tmp_path / "bare")
     with pytest.raises(ConfigError, match="Run `gvpo-offline reference`"):
         open_dataset(tmp_path / "bare", join=["reference"])

@@ -267,7 +267,9 @@ def write_reference(
     tokens: list[list[Any]] = [ref_token_logprobs(group) for group in groups]
     change(seqs, tokens)
     ids = [group.group_id for group in groups]
-    tables = [reference_to_table(ids[a : a + 4], seqs[a : a + 4], tokens[a : a + 4]) for a in (0, 4)]
+    tables = [
+        reference_to_table(ids[a : a + 4], seqs[a : a + 4], tokens[a : a + 4]) for a in (0, 4)
+    ]
     sidecar = write_sidecar(
         root,
         "reference/x",

@@ -1,144 +1,83 @@
-"""The task: pay an amount exactly with strange coins; the fewer coins, the better.
+"""The task: buy what is on a list, each thing in a shop that sells it; the cheaper, the better.
 
-    prompt      pay 47 with 1 4 9 20 :
-    response    -20 27 -20 7 -4 3 -1 2 -1 1 -1 0       six coins
-                -20 27 -9 18 -9 9 -9 0                 four coins, the fewest that can do it
+    prompt      buy bread fish stamps :
+    response    market harbour post
 
-A response takes one coin at a time and writes what is left. Every coin must come from the till,
-every subtraction must be right, and nothing may be left at the end. Many responses are right, and
-they differ in worth: the reward is (fewest possible coins) / (coins used), so 1 at best, and 0 for
-a payment that is wrong. Taking the largest coin that fits is a fair habit and often not the best.
+Every thing is sold by four of eight shops, at four prices. A response names one shop per thing, in
+order. Many responses are right and they differ in worth: the reward is the share of the possible
+saving, averaged over the list, so 1 is the cheapest way to buy everything, 0.5 is what chance
+gives, and 0 also goes to a response that names a shop without the thing, or too few or too many.
 
-This file is pure Python: prompts, shoppers, a scripted person, and the program that checks.
+Nobody in the log shops well. The best response to a prompt has a few lucky choices among poor ones,
+so imitating it copies both; comparing responses to one prompt tells them apart.
+
+This file is pure Python: the world, the lists, the shoppers, and the program that checks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import random
-from dataclasses import dataclass
-from functools import cache
 
-STRANGE_COINS = (3, 4, 6, 7, 9, 10, 13, 15, 18, 20)
-AMOUNTS = range(8, 41)
-MAX_COINS = 14
-"""Shoppers give up and start again beyond this many coins; nothing forbids a model to go on."""
+SHOPS = ("market", "harbour", "corner", "mill", "station", "arcade", "depot", "post")
+GOODS = (
+    "apples bread candles coffee eggs fish flour honey jam milk nails onions paper rice roses salt "
+    "soap stamps tea wool"
+).split()
+SELLERS_PER_GOOD = 4
+LENGTHS = range(4, 8)
+END_OF_LIST = ":"
 
-
-@dataclass(frozen=True)
-class Problem:
-    """An amount to pay (in coins' units) and the kinds of coin at hand, ascending, 1 among them."""
-
-    amount: int
-    till: tuple[int, ...]
-
-    @property
-    def prompt(self) -> str:
-        return f"pay {self.amount} with {' '.join(map(str, self.till))} :"
-
-    @property
-    def name(self) -> str:
-        """Stable id, used as the prompt's id in the logs."""
-        return f"{self.amount}-from-{'-'.join(map(str, self.till))}"
+_WORLD = random.Random("the prices of this town")
+# Cheapest first: a seller's place in the list is its price.
+SELLERS = {good: tuple(_WORLD.sample(SHOPS, SELLERS_PER_GOOD)) for good in GOODS}
 
 
 def vocabulary() -> list[str]:
     """Every word that a prompt or a response may hold, in a fixed order."""
-    numbers = [str(n) for n in range(max(AMOUNTS) + 1)]
-    coins = [f"-{coin}" for coin in (1, *STRANGE_COINS)]
-    return ["pay", "with", ":", *numbers, *coins]
+    return ["buy", END_OF_LIST, *GOODS, *SHOPS]
 
 
-def split_problems() -> tuple[list[Problem], list[Problem]]:
-    """All problems as (train, held-out); one in ten is held out, chosen by a hash of its name.
-
-    Held-out problems are in no pretraining text, no log and no shard.
-    """
-    train, held_out = [], []
-    for coins in itertools.combinations(STRANGE_COINS, 3):
-        for amount in AMOUNTS:
-            problem = Problem(amount, (1, *coins))
-            if fewest_coins(problem.amount, problem.till) > MAX_COINS // 2:
-                continue
-            digest = hashlib.sha256(problem.name.encode()).digest()
-            (held_out if digest[0] % 10 == 0 else train).append(problem)
-    return train, held_out
+def make_prompt(rng: random.Random) -> str:
+    """A shopping list of 4 to 7 different things."""
+    return " ".join(["buy", *rng.sample(GOODS, rng.choice(LENGTHS)), END_OF_LIST])
 
 
-# ---------------------------------------------------------------- the program that checks
+def split_prompts(seed: int, n_train: int, n_held_out: int) -> tuple[list[str], list[str]]:
+    """Different lists for the log and for evaluation; no list is in both."""
+    rng = random.Random(seed)
+    prompts: dict[str, None] = {}
+    while len(prompts) < n_train + n_held_out:
+        prompts[make_prompt(rng)] = None
+    chosen = list(prompts)
+    return chosen[:n_train], chosen[n_train:]
 
 
-@cache
-def fewest_coins(amount: int, till: tuple[int, ...]) -> int:
-    """The fewest coins from ``till`` that add up to ``amount``, by dynamic programming."""
-    if amount == 0:
-        return 0
-    return 1 + min(fewest_coins(amount - coin, till) for coin in till if coin <= amount)
+def goods_of(prompt: str) -> list[str]:
+    """The things on the list."""
+    return prompt.split()[1:-1]
 
 
-def coins_used(problem: Problem, response: str) -> int | None:
-    """How many coins a right response takes; None for a response that is wrong."""
-    words = response.split()
-    if len(words) % 2 or not words:
-        return None
-    left = problem.amount
-    for coin_word, left_word in zip(words[::2], words[1::2], strict=True):
-        if coin_word not in {f"-{coin}" for coin in problem.till}:
-            return None
-        left += int(coin_word)
-        if left < 0 or left_word != str(left):
-            return None
-    return len(words) // 2 if left == 0 else None
+def reward(prompt: str, response: str) -> float:
+    """Share of the possible saving, in [0, 1]; 0 for a response that does not do the errand."""
+    goods, shops = goods_of(prompt), response.split()
+    if len(shops) != len(goods):
+        return 0.0
+    total = 0.0
+    for good, shop in zip(goods, shops, strict=True):
+        if shop not in SELLERS[good]:
+            return 0.0
+        total += 1.0 - SELLERS[good].index(shop) / (SELLERS_PER_GOOD - 1)
+    return total / len(goods)
 
 
-def reward(problem: Problem, response: str) -> float:
-    """(fewest possible coins) / (coins used) for a right response, 0 for a wrong one."""
-    used = coins_used(problem, response)
-    return 0.0 if used is None else fewest_coins(problem.amount, problem.till) / used
+def careless_shopper(prompt: str, rng: random.Random) -> str:
+    """Knows who sells what and takes no notice of prices: what the models are pretrained on."""
+    return " ".join(rng.choice(SELLERS[good]) for good in goods_of(prompt))
 
 
-# ---------------------------------------------------------------- those who pay
-
-
-def written(amount: int, coins: list[int]) -> str:
-    """The response that takes ``coins`` in this order: ``-20 27 -9 18 ...``."""
-    left = [amount - paid for paid in itertools.accumulate(coins)]
-    return " ".join(f"-{coin} {rest}" for coin, rest in zip(coins, left, strict=True))
-
-
-def shopper(problem: Problem, rng: random.Random) -> str:
-    """A right but thoughtless payment: what the policy is pretrained on.
-
-    Each shopper draws coins at random among those that fit, and each has its own liking for small
-    change: coin c is drawn with weight c^(-liking), liking uniform between 0 and 0.6.
-    """
-    liking = rng.uniform(0.0, 0.6)
-    while True:
-        coins: list[int] = []
-        left = problem.amount
-        while left and len(coins) < MAX_COINS:
-            fitting = [coin for coin in problem.till if coin <= left]
-            coin = rng.choices(fitting, [c**-liking for c in fitting])[0]
-            coins.append(coin)
-            left -= coin
-        if not left:
-            return written(problem.amount, coins)
-
-
-def scripted_person(problem: Problem, rng: random.Random) -> str:
-    """A person with habits of their own: hoards the largest coin and always starts small.
-
-    They get rid of one or two ones first, then pay with the second largest coin while it fits, the
-    smaller ones after it. One time in twelve they miscount by one and never notice.
-    """
-    coins = [1] * min(rng.choice((1, 2)), problem.amount)
-    left = problem.amount - len(coins)
-    for coin in sorted(problem.till[:-1], reverse=True):
-        coins += [coin] * (left // coin)
-        left %= coin
-    words = written(problem.amount, coins).split()
-    if rng.random() < 1 / 12:
-        slip = 2 * rng.randrange(len(coins)) + 1
-        words[slip] = str(abs(int(words[slip]) - 1))
-    return " ".join(words)
+def person(prompt: str, rng: random.Random) -> str:
+    """A person with habits: the corner shop or the market wherever they have it, whatever it costs;
+    and now and then the last thing on the list is forgotten."""
+    habits = ("corner", "market", *SHOPS)
+    shops = [next(s for s in habits if s in SELLERS[good]) for good in goods_of(prompt)]
+    return " ".join(shops[:-1] if rng.random() < 0.1 else shops)

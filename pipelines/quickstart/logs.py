@@ -1,0 +1,58 @@
+"""The logs: who wrote what, and what it was worth, as JSON lines; one file per sampler."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from models import sample
+from task import person, reward
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# A log has gaps: each sampler answered this share of the questions it was asked.
+ANSWERED = 0.9
+
+
+def write_logs(
+    folder: Path,
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    older: PreTrainedModel,
+    other: PreTrainedModel,
+    policy: PreTrainedModel,
+    seed: int,
+) -> None:
+    """Let four samplers answer `prompts`, score each answer, and write `<sampler>.jsonl`.
+
+    The hot sampler is the policy at a temperature of 1.4: what it writes is not what the policy
+    would write. Nothing is sampled from the policy itself.
+    """
+    rng = random.Random(seed)
+    folder.mkdir(parents=True)
+    for name, model, temperature, times in (
+        ("older checkpoint", older, 1.0, 2),
+        ("other model", other, 1.0, 2),
+        ("hot", policy, 1.4, 2),
+    ):
+        asked = [p for p in prompts for _ in range(times) if rng.random() < ANSWERED]
+        answers = sample(
+            model, tokenizer, asked, seed=seed, temperature=temperature, title=f"log: {name}"
+        )
+        _write(folder, name, asked, answers)
+    asked = [prompt for prompt in prompts if rng.random() < ANSWERED]
+    _write(folder, "person", asked, [person(prompt, rng) for prompt in asked])
+
+
+def _write(folder: Path, name: str, prompts: Sequence[str], answers: Sequence[str]) -> None:
+    with (folder / f"{name.replace(' ', '_')}.jsonl").open("w", encoding="utf-8") as file:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            row = {
+                "question": prompt,
+                "answer": answer,
+                "saved": reward(prompt, answer),
+                "written_by": name,
+            }
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,109 @@
+"""The end of the story: a table, a picture, and summary.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LABELS = {"before": "before", "after_sft": "SFT on the best", "after_gvpo": "GVPO"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out reward of one policy.
+
+    Attributes:
+        mean: over prompts and answers.
+        standard_error: of the mean, over prompts.
+        right: share of answers with a reward above 0.
+        perfect: share of answers with the highest possible reward.
+    """
+
+    mean: float
+    standard_error: float
+    right: float
+    perfect: float
+
+
+def score(rewards: Sequence[float], answers_per_prompt: int) -> Score:
+    """The score of rewards that lie prompt by prompt, `answers_per_prompt` each."""
+    n = len(rewards) // answers_per_prompt
+    means = [
+        sum(rewards[i * answers_per_prompt : (i + 1) * answers_per_prompt]) / answers_per_prompt
+        for i in range(n)
+    ]
+    mean = sum(means) / n
+    variance = sum((m - mean) ** 2 for m in means) / (n - 1)
+    return Score(
+        mean=mean,
+        standard_error=math.sqrt(variance / n),
+        right=sum(r > 0 for r in rewards) / len(rewards),
+        perfect=sum(r == 1 for r in rewards) / len(rewards),
+    )
+
+
+def table(scores: dict[str, Score]) -> str:
+    """The scores as text."""
+    lines = [f"{'':<18}{'held-out reward':>17}{'right':>9}{'perfect':>10}"]
+    for key, label in LABELS.items():
+        s = scores[key]
+        reward = f"{s.mean:.3f} ± {s.standard_error:.3f}"
+        lines.append(f"{label:<18}{reward:>17}{s.right:>9.1%}{s.perfect:>10.1%}")
+    return "\n".join(lines)
+
+
+def write_summary(path: Path, scores: dict[str, Score], details: dict[str, Any]) -> None:
+    """`summary.json`: mean held-out reward before and after, and what else was measured."""
+    content = {
+        **{key: s.mean for key, s in scores.items()},
+        "standard_errors": {key: s.standard_error for key, s in scores.items()},
+        "right": {key: s.right for key, s in scores.items()},
+        "perfect": {key: s.perfect for key, s in scores.items()},
+        **details,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(path: Path, scores: dict[str, Score], history: list[dict[str, Any]], best: float) -> None:
+    """The run in three panels: rewards, explained variance, the best responses' log-ratio."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grey, blue, orange = "#9aa0a6", "#1a73e8", "#e8710a"
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    colours = {"before": grey, "after_sft": orange, "after_gvpo": blue}
+    for place, (key, label) in enumerate(LABELS.items()):
+        s = scores[key]
+        left.bar(place, s.mean, yerr=s.standard_error, color=colours[key], width=0.62, capsize=4)
+        left.text(place, s.mean + 0.03, f"{s.mean:.2f}", ha="center")
+        left.set_xticks(range(len(LABELS)), LABELS.values())
+    left.axhline(best, color="black", lw=1, ls=":")
+    left.text(-0.4, best + 0.01, "mean of the best logged responses", fontsize=8)
+    left.set(ylim=(0, 1.08), title="reward on prompts never seen", ylabel="share of saving")
+    for name, colour, label in (
+        ("explained_variance", grey, "training groups"),
+        ("eval_explained_variance", blue, "held-out groups"),
+    ):
+        points = [(row["step"], row[name]) for row in history if name in row]
+        middle.plot(*zip(*points, strict=True), color=colour, label=label)
+    middle.axhline(0, color="black", lw=0.5)
+    middle.set(title="explained variance of rewards", xlabel="step", ylim=(-0.1, 1))
+    middle.legend(frameon=False)
+    for name, colour, label in (
+        ("best_log_ratio_mean", blue, "best of each group"),
+        ("log_ratio_mean", grey, "all responses"),
+    ):
+        points = [(row["step"], row[name]) for row in history if name in row]
+        right.plot(*zip(*points, strict=True), color=colour, label=label)
+    right.set(title="log-ratio to the reference (nats)", xlabel="step")
+    right.legend(frameon=False)
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,76 @@
+"""The baseline: imitate the best response of each group, from the same shards, in the same order.
+
+As many steps as GVPO, on the same groups, with the same optimizer and schedule and a learning rate
+of its own. Ties for the best are all imitated; a group whose best reward is 0 has nothing to imitate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from models import DEVICE
+from tqdm import tqdm
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from gvpo_offline.compute.batch import make_micro_batch
+from gvpo_offline.compute.logprobs import seq_logprobs
+from gvpo_offline.schema import Group
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.stream.order import GroupOrder
+from gvpo_offline.stream.select import select
+from gvpo_offline.stream.steps import StepDataset
+
+
+def best_responses(group: Group) -> Group | None:
+    """The group with its best-rewarded responses alone, or None if its best reward is 0."""
+    assert group.rewards is not None
+    if group.rewards.max() <= 0:
+        return None
+    chosen = np.flatnonzero(group.rewards == group.rewards.max())
+    return replace(
+        group,
+        response_token_ids=tuple(group.response_token_ids[i] for i in chosen),
+        rewards=None,
+        ref_seq_logprobs=None,
+    )
+
+
+def train_sft(
+    model: PreTrainedModel,
+    dataset: GroupDataset,
+    *,
+    groups_per_step: int,
+    epochs: float,
+    eval_fraction: float,
+    seed: int,
+    learning_rate: float,
+    warmup_steps: int = 10,
+) -> None:
+    """Train `model` in place on the mean token loss of the best responses."""
+    order = GroupOrder(
+        dataset.row_group_sizes,
+        seed=seed,
+        window=4,
+        selection=select(dataset, eval_fraction=eval_fraction),
+    )
+    steps = StepDataset(
+        dataset,
+        order,
+        groups_per_step=groups_per_step,
+        n_draws=round(epochs * order.n_groups),
+        max_tokens_per_micro_batch=1,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup_steps, len(steps))
+    model.train()
+    for step in tqdm(range(len(steps)), desc="SFT on the best", unit="step"):
+        best = [b for group in steps.global_batch(step) if (b := best_responses(group))]
+        batch = make_micro_batch(best).to(DEVICE)
+        loss = -seq_logprobs(model, batch).sum() / batch.loss_mask.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()

@@ -1,0 +1,136 @@
+"""Two processes (gloo) against one: the same run up to rounding, whatever share each has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import make_group
+from fork_server import ForkServer
+from safetensors.torch import load_file
+from training import VOCAB_SIZE, largest_difference, scored_dataset, server
+
+from gvpo_offline.store.dataset import GroupDataset
+
+__all__ = ["server"]
+# Figures of a line that depend on the clock.
+TIMES = {"tokens_per_second", "data_wait_share", "eval_runtime", "total_flos"}
+TIMES |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
+    """25 groups of 2 to 12 responses of 1 to 60 tokens: very unequal work."""
+    groups = [
+        make_group(
+            i,
+            k=2 + (7 * i) % 11,
+            response_tokens=60 if i % 8 == 0 else None,
+            vocab_size=VOCAB_SIZE,
+            scored=False,
+            masked=i % 3 == 0,
+        )
+        for i in range(25)
+    ]
+    return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, groups=groups)
+
+
+def command(dataset: GroupDataset, model_dir: Path, output_dir: Path, **changes: Any) -> list[str]:
+    """An epoch in steps of 12 groups: the third has a single one."""
+    settings = {
+        "model_name_or_path": model_dir,
+        "dataset": dataset.root,
+        "eval_dataset": dataset.root,
+        "output_dir": output_dir,
+        "beta": 0.5,
+        "groups_per_step": 12,
+        "num_train_epochs": 1,
+        "max_tokens_per_micro_batch": 150,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_steps": 2,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        **changes,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return ["train", *flags]
+
+
+def history(output_dir: Path) -> list[dict[str, float]]:
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in state["log_history"]]
+    # Before the first update log-ratios are rounding noise, and so is how they rank.
+    del lines[0]["pair_accuracy"]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    dataset: GroupDataset,
+    tiny_model_dir: Path,
+    server: ForkServer,
+) -> dict[int, Path]:
+    """Folders of the run on one process and on two, by their number."""
+    folders = {n: tmp_path_factory.mktemp(f"ranks{n}") / "out" for n in (1, 2)}
+    for n, folder in folders.items():
+        for status, output in server.run_ranks(command(dataset, tiny_model_dir, folder), n):
+            assert status == 0, output
+    return folders
+
+
+def test_the_last_step_has_fewer_groups_than_there_are_ranks(runs: dict[int, Path]) -> None:
+    """25 groups in steps of 12: one of two ranks computes an empty share in the third."""
+    for folder in runs.values():
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["global_step"] == 3
+        assert state["epoch"] == 1
+
+
+def test_two_processes_end_where_one_does(runs: dict[int, Path]) -> None:
+    one, two = (load_file(runs[n] / "model.safetensors") for n in (1, 2))
+    assert largest_difference(one, two) < 1e-5
+
+
+def test_two_processes_report_what_one_does(runs: dict[int, Path]) -> None:
+    """Loss, gradient norm, every metric of training and of held-out groups."""
+    one, two = history(runs[1]), history(runs[2])
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    assert sum("eval_loss" in line for line in one) == 1
+    assert sum("grad_norm" in line for line in one) == 3
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4, rel=1e-4)
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_of_one_on_two(
+    runs: dict[int, Path],
+    dataset: GroupDataset,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    server: ForkServer,
+) -> None:
+    final = load_file(runs[1] / "model.safetensors")
+    for saved_on, resumed_on in ((2, 1), (1, 2)):
+        out = shutil.copytree(runs[saved_on], tmp_path / f"{saved_on}-{resumed_on}")
+        checkpoint = out / "checkpoint-2"
+        argv = command(dataset, tiny_model_dir, out, resume_from_checkpoint=checkpoint)
+        for status, output in server.run_ranks(argv, resumed_on):
+            assert status == 0, output
+        assert largest_difference(load_file(out / "model.safetensors"), final) < 1e-5
+        assert history(out)[-2] == pytest.approx(history(runs[1])[-2], abs=1e-4, rel=1e-4)
+
+
+def test_an_error_ends_every_rank(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """One that is found by all before anything is exchanged."""
+    (tmp_path / "notes.txt").write_text("x")
+    for status, output in server.run_ranks(command(dataset, tiny_model_dir, tmp_path), 2):
+        assert status == 1
+        assert "a new run's output_dir is empty" in output
+        assert "Traceback" not in output
