@@ -337,7 +337,7 @@ def test_a_sidecar_with_other_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_row_groups_that_a_file_does_not_have_are_refused(tmp_path: Path) -> None:
-    """Rows are found by the manifest's numbers: 5 + 3 where the file has 4 + 4 would misplace one."""
+    """Rows are found by the manifest's numbers: 5 + 3 for 4 + 4 would misplace one."""
     manifest = build_dataset(tmp_path, 8, reference=False).manifest
     sizes = {"row_groups": [5, 3]}
     base = manifest.groups[0].model_copy(update=sizes)

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 from logs import write_logs
-from models import make_tokenizer, new_model, other_config, policy_config, pretrain, sample
+from models import DEVICE, make_tokenizer, new_model, other_config, policy_config, pretrain, sample
 from report import Score, draw, score, table, write_summary
 from sft import train_sft
 from task import reward, split_prompts
@@ -147,9 +147,9 @@ def finish(scores: dict[str, Score], seconds: float) -> None:
     draw(RUN / "quickstart.png", scores, history, best)
     print(f"\n{table(scores)}\n")
     print(
-        f"The logged responses earn {details['mean_logged_reward']:.3f} on average and the best of "
-        f"each group {best:.3f}. SFT imitates\nthe best ones, good choices and bad alike; GVPO "
-        "compares the responses to one prompt, and goes beyond them.\n"
+        f"The logged responses earn {details['mean_logged_reward']:.3f} on average, the best of "
+        f"each group {best:.3f}.\nSFT imitates the best ones, good choices and bad alike; GVPO "
+        "compares the responses\nto one prompt, and goes beyond the best of them.\n"
     )
     print(f"{seconds:.0f} seconds. Picture: {RUN}/quickstart.png   figures: {RUN}/summary.json\n")
     print("The same with your own log:\n")
@@ -174,8 +174,6 @@ def gvpo(command: str, *flags: str) -> None:
 
 def load(folder: Path) -> PreTrainedModel:
     """A model from a folder, on the device that the others are on."""
-    from models import DEVICE
-
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     return model.to(DEVICE)
 

@@ -78,13 +78,13 @@ def draw(path: Path, scores: dict[str, Score], history: list[dict[str, Any]], be
     grey, blue, orange = "#9aa0a6", "#1a73e8", "#e8710a"
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     colours = {"before": grey, "after_sft": orange, "after_gvpo": blue}
-    for place, (key, label) in enumerate(LABELS.items()):
+    for place, key in enumerate(LABELS):
         s = scores[key]
         left.bar(place, s.mean, yerr=s.standard_error, color=colours[key], width=0.62, capsize=4)
-        left.text(place, s.mean + 0.03, f"{s.mean:.2f}", ha="center")
-        left.set_xticks(range(len(LABELS)), LABELS.values())
+        left.text(place, s.mean - 0.07, f"{s.mean:.2f}", ha="center", color="white", weight="bold")
+    left.set_xticks(range(len(LABELS)), list(LABELS.values()))
     left.axhline(best, color="black", lw=1, ls=":")
-    left.text(-0.4, best + 0.01, "mean of the best logged responses", fontsize=8)
+    left.text(-0.4, best + 0.015, "the best logged response of each group, on average", fontsize=8)
     left.set(ylim=(0, 1.08), title="reward on prompts never seen", ylabel="share of saving")
     for name, colour, label in (
         ("explained_variance", grey, "training groups"),

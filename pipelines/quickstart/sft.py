@@ -1,7 +1,8 @@
 """The baseline: imitate the best response of each group, from the same shards, in the same order.
 
 As many steps as GVPO, on the same groups, with the same optimizer and schedule and a learning rate
-of its own. Ties for the best are all imitated; a group whose best reward is 0 has nothing to imitate.
+of its own. Ties for the best are all imitated; a group whose best reward is 0 has nothing to
+imitate.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def train_sft(
         batch = make_micro_batch(best).to(DEVICE)
         loss = -seq_logprobs(model, batch).sum() / batch.loss_mask.sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

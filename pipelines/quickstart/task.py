@@ -19,10 +19,11 @@ from __future__ import annotations
 import random
 
 SHOPS = ("market", "harbour", "corner", "mill", "station", "arcade", "depot", "post")
-GOODS = (
-    "apples bread candles coffee eggs fish flour honey jam milk nails onions paper rice roses salt "
-    "soap stamps tea wool"
-).split()
+_GOODS = """
+    apples bread candles coffee eggs fish flour honey jam milk nails onions paper rice roses salt
+    soap stamps tea wool
+"""
+GOODS = tuple(_GOODS.split())
 SELLERS_PER_GOOD = 4
 LENGTHS = range(4, 8)
 END_OF_LIST = ":"
