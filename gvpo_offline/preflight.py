@@ -50,8 +50,11 @@ class PolicyFacts:
     @property
     def coarsest_dtype(self) -> str:
         """The data type that limits the precision of log-probs."""
-        order = ("bfloat16", "float16", "float32")
-        return next((d for d in order if d in (self.dtype, self.autocast_dtype)), "float32")
+        return _coarsest(self.dtype, self.autocast_dtype)
+
+
+def _coarsest(*dtypes: str | None) -> str:
+    return next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
 
 
 def policy_facts(
@@ -200,7 +203,7 @@ def check_log_ratios(
     Raises:
         IntegrityError: `largest` is more than rounding explains.
     """
-    dtype = policy.coarsest_dtype
+    dtype = _coarsest(policy.coarsest_dtype, reference.dtype, reference.autocast_dtype)
     tolerance = TOLERANCE_NATS[dtype]
     if largest <= tolerance:
         return

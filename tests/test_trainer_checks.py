@@ -30,7 +30,12 @@ from training import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
-from gvpo_offline.preflight import TOLERANCE_NATS, PolicyFacts, reference_warnings
+from gvpo_offline.preflight import (
+    TOLERANCE_NATS,
+    PolicyFacts,
+    check_log_ratios,
+    reference_warnings,
+)
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import ReferenceFamily
 
@@ -320,6 +325,13 @@ def test_bfloat16_policy_and_reference_agree_within_its_noise(
 def test_data_types_that_differ_are_warned_of(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And only warned of: the coarser of the two says how much of a log-ratio is noise."""
+    rough = score(unscored_dataset(tmp_path / "data", tiny_model_dir), tiny_model_dir, bf16=True)
+    trainer = trainer_of(tiny_model_dir, rough, tmp_path / "c")
+    trainer.train()
+    assert 1e-4 < lines_of(trainer, "log_ratio_std")[0] < 0.1
+    assert "autocast dtype bfloat16, the policy runs with None" in warnings_of(caplog)
+    caplog.clear()
     trainer_of(tiny_model_dir, dataset, tmp_path / "a", bf16=True).train()
     assert "autocast dtype None, the policy runs with bfloat16" in warnings_of(caplog)
     caplog.clear()
@@ -332,19 +344,39 @@ def test_data_types_that_differ_are_warned_of(
     assert "attention implementation sdpa, the policy runs with eager" in found
 
 
+def scored_by(**changes: Any) -> ReferenceFamily:
+    """A reference of which little is known."""
+    values: dict[str, Any] = {
+        "fingerprint": "0",
+        "model_name_or_path": "unknown",
+        "weights_sha256": "",
+        "model_class": "",
+        "dtype": "unknown",
+        "autocast_dtype": None,
+        "attn_implementation": "unknown",
+        "tokenizer_fingerprint": None,
+        "files": [],
+        **changes,
+    }
+    return ReferenceFamily(**values)
+
+
 def test_a_file_that_does_not_say_how_it_was_scored_is_not_warned_of() -> None:
-    unknown = ReferenceFamily(
-        fingerprint="0",
-        model_name_or_path="unknown",
-        weights_sha256="",
-        model_class="",
-        dtype="unknown",
-        autocast_dtype=None,
-        attn_implementation="unknown",
-        tokenizer_fingerprint=None,
-        files=[],
-    )
-    assert reference_warnings(PolicyFacts(None, "float32", "bfloat16", "sdpa", None), unknown) == []
+    rough = PolicyFacts(None, "float32", "bfloat16", "sdpa", None)
+    assert reference_warnings(rough, scored_by()) == []
+    assert len(reference_warnings(rough, scored_by(dtype="float32"))) == 1
+
+
+def test_the_coarser_of_policy_and_reference_sets_the_tolerance() -> None:
+    """Half a nat is rounding where either computed in bfloat16, and an error where neither did."""
+    exact = PolicyFacts(None, "float32", None, "sdpa", None)
+    rough = PolicyFacts(None, "float32", "bfloat16", "sdpa", None)
+    check_log_ratios(0.5, 0.1, rough, scored_by(dtype="float32"))
+    check_log_ratios(0.5, 0.1, exact, scored_by(dtype="float32", autocast_dtype="bfloat16"))
+    check_log_ratios(0.009, 0.001, exact, scored_by(dtype="float32"))
+    for largest, policy in ((0.5, exact), (1.5, rough)):
+        with pytest.raises(IntegrityError, match=f"received up to {largest} nats"):
+            check_log_ratios(largest, 0.1, policy, scored_by(dtype="float32"))
 
 
 def test_dropout_of_the_policy_is_off(tiny_model_dir: Path, tmp_path: Path) -> None:

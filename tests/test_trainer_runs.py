@@ -22,7 +22,7 @@ from training import (
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
-from gvpo_offline.errors import ConfigError, DataError, ResumeError
+from gvpo_offline.errors import ConfigError, DataError, IntegrityError, ResumeError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -357,3 +357,28 @@ def test_token_ids_beyond_the_models_are_named(
     with pytest.raises(DataError, match=r"foreign\.parquet, row 5, group .*5000") as error:
         trainer_of(tiny_model_dir, str(path), tmp_path / "out")
     assert error.value.group == groups[5].group_id
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_in_the_middle_of_a_run_is_named(
+    tiny_model_dir: Path, tmp_path: Path, workers: int
+) -> None:
+    """In tokens, which nothing reads before the first step unless files are verified whole; found
+    in this process or in a loader's.
+    """
+    data = scored_dataset(tmp_path / "data", tiny_model_dir, 8)
+    path = data.root / data.manifest.groups[0].path
+    content = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(1)
+    tokens = next(
+        column.column(i)
+        for i in range(column.num_columns)
+        if column.column(i).path_in_schema.startswith("response_token_ids")
+    )
+    content[tokens.data_page_offset + tokens.total_compressed_size - 2] ^= 1
+    path.write_bytes(bytes(content))
+    options = {"verify": "size", "dataloader_num_workers": workers}
+    trainer = trainer_of(tiny_model_dir, data.root, tmp_path / "out", **options)
+    with pytest.raises(IntegrityError, match="row group 1") as error:
+        trainer.train()
+    assert error.value.file == str(path)

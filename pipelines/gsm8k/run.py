@@ -30,6 +30,8 @@ from typing import Any
 import yaml
 from logs import SOLUTIONS, write_log
 
+from gvpo_offline import open_dataset
+
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "gvpo_offline.cli"]
 
@@ -126,9 +128,8 @@ def main() -> None:
     evaluate("after")
 
     reports = {when: json.loads(file.read_text()) for when, (_, file) in results.items()}
-    lineage = json.loads(max(dataset.glob("manifest-*.json")).read_text())["lineage"]
     summary = {
-        "n_groups": next(s["counts"]["groups"] for s in lineage if s["stage"] == "import"),
+        "n_groups": open_dataset(dataset).n_groups,
         "n_samplers": len(reports["after"]["samplers"]),
         "n_held_out_groups": reports["after"]["n_groups"],
         **{
