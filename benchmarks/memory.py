@@ -8,6 +8,9 @@ and small, so that ten times the data is ten times the files and not larger ones
 that grows with the data would show: at 10x the log is several times larger than the room that a
 stage takes beyond its libraries.
 
+The few MB that are left between the scales come from the room that readers may fill: up to 32 open
+files with their footers, and shards that are half to wholly full.
+
 Prints a table, and as its last line one JSON object: for each stage `mb_1x`, `mb_10x` and `growth`,
 the ratio of the two; `mb_base` is what the stage takes for a handful of groups, which is what its
 libraries take.
@@ -130,7 +133,8 @@ def run_stage(stage: str, folder: Path, scale: str) -> tuple[float, float]:
 
 def measure(folder: Path, n_groups: int) -> dict[str, dict[str, float]]:
     """Run everything at both scales, and print the table as it fills."""
-    subprocess.run([sys.executable, __file__, "--make-model", str(folder / "model")], check=True)
+    command = [sys.executable, __file__, "--make-model", str(folder / "model")]
+    subprocess.run(command, check=True, capture_output=True)
     results: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
     print(f"{'stage':<10} {'data':>5} {'groups':>8} {'log MB':>8} {'peak MB':>8} {'seconds':>8}")
     for scale in SCALES:

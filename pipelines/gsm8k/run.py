@@ -47,7 +47,7 @@ class Line:
         """Run one command, unless this very command with this very YAML file has been done."""
         argv = [str(part) for part in command]
         settings = yaml.safe_load(config.read_text()) if config else {}
-        doing = {"command": argv[1:], "config": settings}
+        doing = {"command": [part.replace(f"{HERE}/", "") for part in argv[1:]], "config": settings}
         record = self.output_dir / "stages" / f"{name}.json"
         if record.exists():
             done = json.loads(record.read_text())
