@@ -4,9 +4,11 @@ weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -91,3 +93,11 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """Where command lines run, each in a process of its own."""
+    started = ForkServer()
+    yield started
+    started.close()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fork_server import ForkServer
 from safetensors.torch import load_file
-from training import score, server, unscored_dataset
+from training import score, unscored_dataset
 
 from gvpo_offline import cli
 from gvpo_offline.config import (
@@ -28,7 +28,6 @@ from gvpo_offline.config import (
 from gvpo_offline.trainer_config import GVPOConfig
 from gvpo_offline.version import __version__
 
-__all__ = ["server"]
 COMMANDS = ("import", "reference", "validate", "train", "evaluate")
 
 

@@ -11,11 +11,10 @@ import pytest
 from builders import make_group
 from fork_server import ForkServer
 from safetensors.torch import load_file
-from training import VOCAB_SIZE, largest_difference, scored_dataset, server
+from training import VOCAB_SIZE, largest_difference, scored_dataset
 
 from gvpo_offline.store.dataset import GroupDataset
 
-__all__ = ["server"]
 # Figures of a line that depend on the clock.
 TIMES = {"tokens_per_second", "data_wait_share", "eval_runtime", "total_flos"}
 TIMES |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}

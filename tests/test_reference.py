@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import train_tokenizer
 from fork_server import CRASHED, ForkServer
-from training import score, scored_dataset, server, unscored_dataset
+from training import score, scored_dataset, unscored_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_offline.collect import reference as reference_module
@@ -19,8 +19,6 @@ from gvpo_offline.compute.logprobs import seq_logprobs
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.schema import split_nested_list
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-
-__all__ = ["server"]
 
 
 def copy_of(folder: Path, target: Path) -> Path:

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from training import (
     same_weights,
     scored_dataset,
-    server,
     trainer_of,
     weights_of,
 )
@@ -32,7 +31,6 @@ from gvpo_offline.checkpoint import SEAL_NAME, begin, find_checkpoint, is_sealed
 from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.store.dataset import GroupDataset
 
-__all__ = ["server"]
 N_STEPS = 45
 STEP = "gvpo_offline.trainer:GVPOTrainer.training_step"
 SAVES_PER_CHECKPOINT = 4  # training_args.bin, optimizer.pt, scheduler.pt, rng_state.pth
@@ -97,13 +95,13 @@ def finish(server: ForkServer, argv: list[str], output_dir: Path) -> dict[str, t
 def test_killed_at_five_random_moments(
     tmp_path: Path, command: Command, undisturbed: dict[str, torch.Tensor], server: ForkServer
 ) -> None:
-    """Each attempt is killed up to a tenth of a second after its second to seventh step began: in
+    """Each attempt is killed some hundredths of a second after its second to fifth step began: in
     a forward pass, an update, a checkpoint. In the end every weight is what it would have been.
     """
     seed = random.randrange(2**32)
     moments = random.Random(seed)
     for _ in range(5):
-        kill = [STEP, moments.randint(2, 7), moments.uniform(0.001, 0.1)]
+        kill = [STEP, moments.randint(2, 5), moments.uniform(0.001, 0.04)]
         child = server.start(command(tmp_path), kill_at=kill)
         assert child.wait() == -9, f"seed {seed}\n{child.output}"
     assert same_weights(finish(server, command(tmp_path), tmp_path), undisturbed), f"seed {seed}"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from builders import build_dataset
-from fork_server import ForkServer
 from transformers import AutoTokenizer
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
@@ -21,19 +17,6 @@ from gvpo_offline.tokenizer import tokenizer_info
 
 VOCAB_SIZE = 300
 State = dict[str, torch.Tensor]
-
-
-@functools.cache
-def _shared_server() -> ForkServer:
-    started = ForkServer()
-    atexit.register(started.close)
-    return started
-
-
-@pytest.fixture(scope="session")
-def server() -> ForkServer:
-    """Where command lines run; one for all test modules of a process."""
-    return _shared_server()
 
 
 def unscored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options: Any) -> Path:
