@@ -131,13 +131,19 @@ def _run_train(values: dict[str, Any]) -> None:
     from gvpo_offline.command_train import run_train
     from gvpo_offline.trainer_config import GVPOConfig
 
-    run_train(
+    trainer = run_train(
         model=_filled(ModelSettings, values),
         data=_filled(DataSettings, values),
         lora=_filled(LoraSettings, values),
         run=_filled(RunSettings, values),
         args=_filled(GVPOConfig, values),
     )
+    if trainer.is_world_process_zero():
+        print(f"the trained policy: {trainer.args.output_dir}")
+        print(
+            f"next: gvpo-offline evaluate --dataset {values['dataset']} "
+            f"--model_name_or_path {trainer.args.output_dir} --beta {trainer.args.beta:g}"
+        )
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:

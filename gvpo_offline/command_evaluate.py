@@ -19,7 +19,7 @@ from gvpo_offline.preflight import (
     reference_warnings,
 )
 from gvpo_offline.stream.select import select
-from gvpo_offline.tokenizer import load_tokenizer
+from gvpo_offline.tokenizer import load_policy_tokenizer
 
 logger = logging.getLogger(__name__)
 _GROUPS_PER_STEP = 64
@@ -61,11 +61,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     """
     dataset = open_for_training(config.dataset, config)
     dataset.verify()
-    tokenizer = load_tokenizer(
-        config.tokenizer_name_or_path or config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    tokenizer = load_policy_tokenizer(config)
     device = default_device(use_cpu=config.use_cpu)
     model = load_model(config).to(device)
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)

@@ -14,7 +14,7 @@ from gvpo_offline.compute.model import load_model
 from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings, required
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-from gvpo_offline.tokenizer import load_tokenizer
+from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.trainer import GVPOTrainer
 from gvpo_offline.trainer_config import GVPOConfig
 from gvpo_offline.version import __version__
@@ -47,11 +47,7 @@ def run_train(
         args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(
-            model.tokenizer_name_or_path or model.model_name_or_path,
-            revision=model.model_revision,
-            trust_remote_code=model.trust_remote_code,
-        ),
+        processing_class=load_policy_tokenizer(model),
         peft_config=_peft_config(lora),
     )
     settings: dict[str, Any] = {

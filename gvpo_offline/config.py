@@ -142,6 +142,8 @@ class ModelSettings:
     """Branch, tag or commit of a hub model."""
     tokenizer_name_or_path: str | None = None
     """The tokenizer; default: the model's."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template to use instead of the tokenizer's own, as at import."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights; auto: as they were saved."""
     attn_implementation: str | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.manifest import TokenizerInfo
@@ -17,12 +19,22 @@ _PER_CALL_KEYS = ("padding", "truncation")
 
 
 def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or a hub name.
 
+    Args:
+        name_or_path: which.
+        revision: branch, tag or commit of a hub tokenizer.
+        trust_remote_code: allow a hub tokenizer to bring its own code.
+        chat_template: path of a Jinja template that replaces the tokenizer's own.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the template cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -36,7 +48,26 @@ def load_tokenizer(
             received=f"{name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct tokenizer_name_or_path",
         ) from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "chat_template is the path of a Jinja file",
+                received=f"{chat_template} ({error})",
+                remedy="correct the path",
+            ) from error
     return tokenizer
+
+
+def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer that goes with a model; errors as `load_tokenizer`."""
+    return load_tokenizer(
+        settings.tokenizer_name_or_path or settings.model_name_or_path,
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=settings.chat_template,
+    )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

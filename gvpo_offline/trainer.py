@@ -182,7 +182,8 @@ class GVPOTrainer(Trainer):
     def preflight(self) -> Survey:
         """Verify the files and say what the run trains on; the main process logs it."""
         dataset = self.data.dataset
-        dataset.verify(content=self.args.verify == "full")
+        for used in self.data.datasets():
+            used.verify(content=self.args.verify == "full")
         counts = survey(dataset, rows_of(self.data.selection))
         if self.is_world_process_zero():
             budget = self.args.max_tokens_per_micro_batch

@@ -13,7 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from builders import training_table
 from fork_server import ForkServer
 from safetensors.torch import load_file
 from training import score, unscored_dataset
@@ -336,12 +338,9 @@ def check_saved_run(out: Path, model: Path, data: Path) -> None:
 def test_a_parquet_file_and_an_adapter(
     tmp_path: Path, tiny_model_dir: Path, server: ForkServer
 ) -> None:
-    """What another program wrote trains as it is; here only a LoRA adapter, which is what is
-    saved.
+    """What another program wrote trains as it is; here a LoRA adapter alone, which is what is saved
+    and what can be evaluated.
     """
-    import pyarrow.parquet as pq
-    from builders import training_table
-
     root = unscored_dataset(tmp_path / "data", tiny_model_dir, 8)
     dataset = score(root, tiny_model_dir)
     groups = [g for i in range(dataset.n_row_groups) for g in dataset.groups(i)]
@@ -362,3 +361,8 @@ def test_a_parquet_file_and_an_adapter(
     assert "the dataset names none" in output  # no tokenizer to compare with
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    judge = {**flags, "model_name_or_path": tmp_path / "run", "output_file": tmp_path / "fit.json"}
+    names = ("model_name_or_path", "dataset", "output_file", "use_cpu")
+    status, output = server.run(["evaluate", *(w for n in names for w in (f"--{n}", judge[n]))])
+    assert status == 0, output
+    assert json.loads((tmp_path / "fit.json").read_text())["n_groups"] == 8

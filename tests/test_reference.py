@@ -19,6 +19,7 @@ from gvpo_offline.compute.logprobs import seq_logprobs
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.schema import split_nested_list
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.tokenizer import tokenizer_info
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -181,6 +182,22 @@ def test_another_chat_template_is_another_tokenizer(
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(IntegrityError, match="tokenizer and chat template of the dataset"):
         score(unscored, tiny_model_dir, tokenizer_name_or_path=str(tmp_path / "other"))
+
+
+def test_a_dataset_imported_with_another_template_is_scored_with_it(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """The same setting at import and here makes the same tokenizer."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = template.read_text()
+    root = unscored_dataset(
+        tmp_path / "data", tiny_model_dir, n_groups=4, tokenizer=tokenizer_info(tokenizer)
+    )
+    with pytest.raises(IntegrityError, match="tokenizer and chat template of the dataset"):
+        score(root, tiny_model_dir)
+    assert score(root, tiny_model_dir, chat_template=str(template)).reference is not None
 
 
 def test_a_model_whose_logits_are_not_numbers(

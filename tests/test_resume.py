@@ -4,7 +4,6 @@ why it cannot.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from training import (
 )
 
 from gvpo_offline import GVPOTrainer
-from gvpo_offline.checkpoint import SEAL_NAME, begin, find_checkpoint, is_sealed, seal
+from gvpo_offline.checkpoint import SEAL_NAME, find_checkpoint, is_sealed
 from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -367,34 +366,6 @@ def test_a_new_run_among_checkpoints_is_refused(resuming: tuple[GVPOTrainer, Pat
     with pytest.raises(ConfigError, match=r"received checkpoint-2.*resume_from_checkpoint=True"):
         trainer.train()
     assert len(whole_checkpoints(out)) == 3
-
-
-def test_what_this_package_did_not_write_is_never_removed(tmp_path: Path) -> None:
-    foreign = tmp_path / "checkpoint-5"
-    foreign.mkdir()
-    (foreign / "model.safetensors").write_bytes(b"somebody's work")
-    with pytest.raises(ConfigError, match=r"checkpoint-5.*did not write"):
-        begin(foreign)
-    assert (foreign / "model.safetensors").read_bytes() == b"somebody's work"
-
-
-def test_a_seal_lists_every_file(tmp_path: Path) -> None:
-    """Also those in folders, as sharded optimizers leave them; what was cut off goes first."""
-    folder = tmp_path / "checkpoint-7"
-    begin(folder)
-    (folder / "half.bin").write_bytes(b"x")
-    begin(folder)
-    assert not (folder / "half.bin").exists()
-    (folder / "optimizer_0").mkdir()
-    (folder / "optimizer_0" / "shard.distcp").write_bytes(b"12345")
-    (folder / "weights.bin").write_bytes(b"123")
-    assert not is_sealed(folder)
-    seal(folder, 7, {"data": {"seed": 1}})
-    content = json.loads((folder / SEAL_NAME).read_text())
-    assert content["files"] == {"optimizer_0/shard.distcp": 5, "weights.bin": 3}
-    assert content["step"] == 7
-    assert find_checkpoint(tmp_path, True) == folder
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-7"]
 
 
 def test_data_in_memory_resume_as_well(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import make_group, make_groups
+from builders import make_group
 from test_logprobs import alone
 from training import (
     VOCAB_SIZE,
@@ -19,7 +19,6 @@ from training import (
     same_weights,
     scored_dataset,
     trainer_of,
-    unscored_dataset,
     weights_of,
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -395,11 +394,3 @@ def test_the_reference_model_is_never_loaded(
     assert loaded == []
     trainer_of(tiny_model_dir, dataset, tmp_path / "path").train()
     assert len(loaded) == 1
-
-
-def test_groups_without_reference_are_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
-    from gvpo_offline.errors import ConfigError
-
-    root = unscored_dataset(tmp_path / "data", tiny_model_dir, groups=make_groups(4, scored=False))
-    with pytest.raises(ConfigError, match="Run `gvpo-offline reference`"):
-        trainer_of(tiny_model_dir, str(root), tmp_path / "out")

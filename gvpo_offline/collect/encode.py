@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,16 +133,7 @@ def load_encoder(config: ImportConfig) -> Encoder | None:
                 remedy="set tokenizer_name_or_path",
             )
         return None
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path)
-    if config.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                "chat_template is the path of a Jinja file",
-                received=f"{config.chat_template} ({error})",
-                remedy="correct the path",
-            ) from error
+    tokenizer = load_tokenizer(config.tokenizer_name_or_path, chat_template=config.chat_template)
     return Encoder(tokenizer, append_eos=config.append_eos)
 
 

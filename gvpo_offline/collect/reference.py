@@ -44,7 +44,7 @@ from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, Sidecar
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
-from gvpo_offline.tokenizer import load_tokenizer
+from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,7 @@ def run_reference(config: ReferenceConfig) -> Manifest:
         StorageError: no room; what is committed stays.
     """
     dataset = open_dataset(config.dataset, join=())
-    tokenizer = load_tokenizer(
-        config.tokenizer_name_or_path or config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    tokenizer = load_policy_tokenizer(config)
     model = load_model(config)
     disable_dropout(model)
     model.eval()

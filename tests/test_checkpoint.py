@@ -1,0 +1,65 @@
+"""The folder of a checkpoint: begun, filled, sealed, and whose it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gvpo_offline.checkpoint import SEAL_NAME, begin, find_checkpoint, is_sealed, save_errors, seal
+from gvpo_offline.errors import ConfigError
+
+
+def test_what_this_package_did_not_write_is_never_removed(tmp_path: Path) -> None:
+    foreign = tmp_path / "checkpoint-5"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"somebody's work")
+    with pytest.raises(ConfigError, match=r"checkpoint-5.*did not write"):
+        begin(foreign)
+    assert (foreign / "model.safetensors").read_bytes() == b"somebody's work"
+
+
+def test_a_seal_lists_every_file(tmp_path: Path) -> None:
+    """Also those in folders, as sharded optimizers leave them; what was cut off goes first."""
+    folder = tmp_path / "checkpoint-7"
+    begin(folder)
+    (folder / "half.bin").write_bytes(b"x")
+    begin(folder)
+    assert not (folder / "half.bin").exists()
+    (folder / "optimizer_0").mkdir()
+    (folder / "optimizer_0" / "shard.distcp").write_bytes(b"12345")
+    (folder / "weights.bin").write_bytes(b"123")
+    assert not is_sealed(folder)
+    seal(folder, 7, {"data": {"seed": 1}})
+    content = json.loads((folder / SEAL_NAME).read_text())
+    assert content["files"] == {"optimizer_0/shard.distcp": 5, "weights.bin": 3}
+    assert content["step"] == 7
+    assert find_checkpoint(tmp_path, True) == folder
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-7"]
+
+
+def test_an_older_checkpoint_of_the_same_step_goes_whole(tmp_path: Path) -> None:
+    """By another name first, so that a kill leaves neither half a checkpoint nor a stranger."""
+    folder = tmp_path / "checkpoint-7"
+    begin(folder)
+    (folder / "weights.bin").write_bytes(b"old")
+    seal(folder, 7, {})
+    (tmp_path / ".checkpoint-5.0123.tmp").mkdir()  # what such a kill left
+    begin(folder)
+    assert not is_sealed(folder)
+    assert not (folder / "weights.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_other_errors_than_a_full_disk_stay_what_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-7"
+
+    def save() -> None:
+        with save_errors(folder):
+            begin(folder)
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        save()
+    assert sorted(tmp_path.iterdir()) == [folder]  # the probe is gone
