@@ -115,8 +115,8 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server; children must have been waited for."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        # Said, not left to the end of the pipe: whatever else was forked meanwhile holds it too.
+        self.ask({"close": True})
         self._process.wait()
         self._logs.cleanup()
 
@@ -196,6 +196,9 @@ def _serve() -> None:
     answers = os.dup(1)
     for line in sys.stdin:
         request = json.loads(line)
+        if "close" in request:
+            os.write(answers, b"{}\n")
+            return
         if "wait" in request:
             _, status = os.waitpid(request["wait"], 0)
             answer = {"status": os.waitstatus_to_exitcode(status)}
