@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test lint format schemas bench-memory clean
+.PHONY: help venv quickstart test lint format schemas bench-memory bench-order clean
 
 help:
 	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make format       let ruff format the code"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
+	@echo "make bench-order  the order of a billion groups"
 	@echo "make venv         set up .venv and nothing else"
 
 venv: $(STAMP)
@@ -46,6 +47,9 @@ format: $(STAMP)
 
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas
+
+bench-order: $(STAMP)
+	$(BIN)/python benchmarks/order.py
 
 bench-memory: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py
