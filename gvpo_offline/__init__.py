@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from gvpo_offline.losses import GVPOLoss, gvpo_loss
     from gvpo_offline.schema import Group
     from gvpo_offline.store.dataset import GroupDataset, open_dataset
-    from gvpo_offline.trainer import GVPOTrainer
-    from gvpo_offline.trainer_config import GVPOConfig
+    from gvpo_offline.train.config import GVPOConfig
+    from gvpo_offline.train.trainer import GVPOTrainer
 
 _HOMES = {
     "EvaluateConfig": "config",
-    "GVPOConfig": "trainer_config",
+    "GVPOConfig": "train.config",
     "GVPOLoss": "losses",
-    "GVPOTrainer": "trainer",
+    "GVPOTrainer": "train.trainer",
     "Group": "schema",
     "GroupDataset": "store.dataset",
     "ImportConfig": "config",

@@ -128,8 +128,8 @@ def _run_validate(values: dict[str, Any]) -> None:
 
 
 def _run_train(values: dict[str, Any]) -> None:
-    from gvpo_offline.command_train import run_train
-    from gvpo_offline.trainer_config import GVPOConfig
+    from gvpo_offline.commands.train import run_train
+    from gvpo_offline.train.config import GVPOConfig
 
     trainer = run_train(
         model=_filled(ModelSettings, values),
@@ -147,7 +147,7 @@ def _run_train(values: dict[str, Any]) -> None:
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:
-    from gvpo_offline.command_evaluate import run_evaluate
+    from gvpo_offline.commands.evaluate import run_evaluate
 
     config = _filled(EvaluateConfig, values)
     report = run_evaluate(config)
@@ -221,7 +221,7 @@ def _overview() -> str:
 def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     settings, skip = command.settings, {"resume_from_checkpoint"} - _names(RunSettings)
     if name == "train" and not _HELP_FLAGS & set(argv):
-        from gvpo_offline.trainer_config import GVPOConfig
+        from gvpo_offline.train.config import GVPOConfig
 
         # RunSettings first: its resume_from_checkpoint also takes true and auto.
         settings = (RunSettings, ModelSettings, DataSettings, LoraSettings, GVPOConfig)

@@ -2,7 +2,7 @@
 
 The dataclasses are plain: they load no torch, so that `--help` is instant. YAML files and flags
 fill them (`cli.py`), and each run saves its own. `GVPOConfig`, which adds these training settings
-to those of `transformers.TrainingArguments`, stands in `trainer_config.py`.
+to those of `transformers.TrainingArguments`, stands in `train/config.py`.
 """
 
 from __future__ import annotations

@@ -190,8 +190,8 @@ def _child(request: dict[str, Any]) -> int:
 
 def _serve() -> None:
     import gvpo_offline.collect.reference
-    import gvpo_offline.command_evaluate
-    import gvpo_offline.command_train  # noqa: F401
+    import gvpo_offline.commands.evaluate
+    import gvpo_offline.commands.train  # noqa: F401
 
     answers = os.dup(1)
     for line in sys.stdin:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from gvpo_offline.checkpoint import SEAL_NAME, begin, find_checkpoint, is_sealed, save_errors, seal
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.train.checkpoint import (
+    SEAL_NAME,
+    begin,
+    find_checkpoint,
+    is_sealed,
+    save_errors,
+    seal,
+)
 
 
 def test_what_this_package_did_not_write_is_never_removed(tmp_path: Path) -> None:

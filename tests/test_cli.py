@@ -27,7 +27,7 @@ from gvpo_offline.config import (
     LoraSettings,
     RunSettings,
 )
-from gvpo_offline.trainer_config import GVPOConfig
+from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.version import __version__
 
 COMMANDS = ("import", "reference", "validate", "train", "evaluate")

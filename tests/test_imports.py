@@ -24,18 +24,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stream",),
     ("compute",),
     ("losses",),
-    ("trainer_config", "meters", "preflight", "evaluation", "checkpoint", "epochs"),
-    ("training_data", "identity"),
-    ("trainer",),
+    ("train",),
     ("collect",),
-    ("command_train", "command_evaluate"),
+    ("commands",),
     ("cli",),
 )
 # What runs where no torch is installed, or must start at once.
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "schema", "rules", "config", "contract"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
-    *("stream.order", "stream.plan", "stream.select", "checkpoint", "tokenizer", "cli"),
+    *("stream.order", "stream.plan", "stream.select", "train.checkpoint", "tokenizer", "cli"),
     "collect.importer",
 )
 MAX_FILE_LINES = 400

@@ -26,12 +26,12 @@ from training import (
 )
 
 from gvpo_offline import GVPOTrainer
-from gvpo_offline.checkpoint import SEAL_NAME, find_checkpoint, is_sealed
 from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.train.checkpoint import SEAL_NAME, find_checkpoint, is_sealed
 
 N_STEPS = 45
-STEP = "gvpo_offline.trainer:GVPOTrainer.training_step"
+STEP = "gvpo_offline.train.trainer:GVPOTrainer.training_step"
 SAVES_PER_CHECKPOINT = 4  # training_args.bin, optimizer.pt, scheduler.pt, rng_state.pth
 Command = Callable[..., list[str]]
 
@@ -127,7 +127,9 @@ def test_killed_while_a_checkpoint_is_written(
         assert not is_sealed(cut)
     for place in ("seal", "rotate_checkpoints"):
         before = whole_checkpoints(tmp_path)
-        child = server.start(command(tmp_path), kill_at=[f"gvpo_offline.trainer:{place}", 1, 0])
+        child = server.start(
+            command(tmp_path), kill_at=[f"gvpo_offline.train.trainer:{place}", 1, 0]
+        )
         assert child.wait() == -9, child.output
         assert set(whole_checkpoints(tmp_path)) >= set(before)
     assert same_weights(finish(server, command(tmp_path), tmp_path), undisturbed)

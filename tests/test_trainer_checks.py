@@ -26,14 +26,14 @@ from training import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_offline.errors import DataError, IntegrityError
-from gvpo_offline.preflight import (
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.train.preflight import (
     TOLERANCE_NATS,
     PolicyFacts,
     check_log_ratios,
     reference_warnings,
 )
-from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.manifest import ReferenceFamily
 
 N_GROUPS = 24
 

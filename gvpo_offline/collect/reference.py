@@ -30,7 +30,6 @@ from gvpo_offline.compute.model import (
 from gvpo_offline.config import ReferenceConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.preflight import check_token_ids, check_tokenizers, policy_facts
 from gvpo_offline.schema import (
     REFERENCE_COLUMNS,
     TRAINING_COLUMNS,
@@ -45,6 +44,7 @@ from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, 
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.tokenizer import load_policy_tokenizer
+from gvpo_offline.train.preflight import check_token_ids, check_tokenizers, policy_facts
 from gvpo_offline.version import __version__
 
 logger = logging.getLogger(__name__)

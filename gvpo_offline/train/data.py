@@ -15,7 +15,7 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder, Selection
 from gvpo_offline.stream.select import select
 from gvpo_offline.stream.steps import StepDataset
-from gvpo_offline.trainer_config import GVPOConfig
+from gvpo_offline.train.config import GVPOConfig
 
 HeldOut = tuple[GroupDataset, Selection | None]
 

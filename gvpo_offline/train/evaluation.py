@@ -16,16 +16,16 @@ from gvpo_offline.compute.logprobs import seq_logprobs
 from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
 from gvpo_offline.errors import DataError
 from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
-from gvpo_offline.meters import reduced_sum
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder, Selection
 from gvpo_offline.stream.steps import StepDataset, StepShare
+from gvpo_offline.train.meters import reduced_sum
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gvpo_offline.trainer_config import GVPOConfig
+    from gvpo_offline.train.config import GVPOConfig
 
 
 @dataclass

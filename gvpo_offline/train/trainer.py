@@ -28,14 +28,6 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
-from gvpo_offline.checkpoint import (
-    begin,
-    check_identity,
-    find_checkpoint,
-    refuse_leftovers,
-    save_errors,
-    seal,
-)
 from gvpo_offline.compute.batch import make_micro_batch
 from gvpo_offline.compute.logprobs import seq_logprobs
 from gvpo_offline.compute.model import (
@@ -46,12 +38,27 @@ from gvpo_offline.compute.model import (
     with_adapter,
 )
 from gvpo_offline.config import ModelSettings
-from gvpo_offline.epochs import EpochCallback
 from gvpo_offline.errors import ConfigError, GVPOError
-from gvpo_offline.evaluation import group_loss, held_out_metrics
-from gvpo_offline.identity import model_identity, run_identity
-from gvpo_offline.meters import ReferenceMeter, StepMeter, reduced_sum
-from gvpo_offline.preflight import (
+from gvpo_offline.schema import Group
+from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.stream.select import rows_of
+from gvpo_offline.stream.steps import StepShare
+from gvpo_offline.train.checkpoint import (
+    begin,
+    check_identity,
+    find_checkpoint,
+    refuse_leftovers,
+    save_errors,
+    seal,
+)
+from gvpo_offline.train.config import GVPOConfig, settings_errors
+from gvpo_offline.train.data import HeldOut, TrainingData, resolve_held_out
+from gvpo_offline.train.epochs import EpochCallback
+from gvpo_offline.train.evaluation import group_loss, held_out_metrics
+from gvpo_offline.train.identity import model_identity, run_identity
+from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
+from gvpo_offline.train.preflight import (
     check_log_ratios,
     check_token_ids,
     check_tokenizers,
@@ -60,13 +67,6 @@ from gvpo_offline.preflight import (
     policy_facts,
     reference_warnings,
 )
-from gvpo_offline.schema import Group
-from gvpo_offline.store.manifest import ReferenceFamily
-from gvpo_offline.store.survey import Survey, survey
-from gvpo_offline.stream.select import rows_of
-from gvpo_offline.stream.steps import StepShare
-from gvpo_offline.trainer_config import GVPOConfig, settings_errors
-from gvpo_offline.training_data import HeldOut, TrainingData, resolve_held_out
 
 if TYPE_CHECKING:
     from peft import PeftConfig

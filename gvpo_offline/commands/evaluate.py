@@ -8,18 +8,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gvpo_offline.command_train import open_for_training
+from gvpo_offline.commands.train import open_for_training
 from gvpo_offline.compute.model import autocast_dtype, default_device, load_model
 from gvpo_offline.config import EvaluateConfig
-from gvpo_offline.evaluation import evaluate_policy, in_order, shares_of
-from gvpo_offline.preflight import (
+from gvpo_offline.stream.select import select
+from gvpo_offline.tokenizer import load_policy_tokenizer
+from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
+from gvpo_offline.train.preflight import (
     check_token_ids,
     check_tokenizers,
     policy_facts,
     reference_warnings,
 )
-from gvpo_offline.stream.select import select
-from gvpo_offline.tokenizer import load_policy_tokenizer
 
 logger = logging.getLogger(__name__)
 _GROUPS_PER_STEP = 64

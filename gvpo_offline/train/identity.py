@@ -11,8 +11,8 @@ from torch import nn
 
 from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.trainer_config import GVPOConfig
-from gvpo_offline.training_data import TrainingData
+from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.data import TrainingData
 
 _OPTIMIZATION = (
     "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.compute.model import load_model
 from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings, required
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.trainer import GVPOTrainer
-from gvpo_offline.trainer_config import GVPOConfig
+from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
+from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:

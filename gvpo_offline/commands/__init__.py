@@ -1,0 +1,1 @@
+"""The commands that need more than one call: from settings to a finished run."""
