@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gvpo_offline.commands.train import open_for_training
 from gvpo_offline.compute.model import autocast_dtype, default_device, load_model
 from gvpo_offline.config import EvaluateConfig
+from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.stream.select import select
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
@@ -59,7 +59,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         ConfigError: model, reward or reference cannot be found, or nothing is held out.
         IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
     """
-    dataset = open_for_training(config.dataset, config)
+    dataset = open_for_training(config.dataset, reward=config.reward, reference=config.reference)
     dataset.verify()
     tokenizer = load_policy_tokenizer(config)
     device = default_device(use_cpu=config.use_cpu)

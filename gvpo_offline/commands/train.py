@@ -11,8 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gvpo_offline.compute.model import load_model
 from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings, required
-from gvpo_offline.store.adopt import adopt_parquet
-from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
@@ -21,13 +20,6 @@ from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-
-def open_for_training(path: str, data: DataSettings) -> GroupDataset:
-    """A dataset's folder, or a Parquet file in the group shape, with reward and reference."""
-    if Path(path).is_file():
-        return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
-    return open_dataset(path, reward=data.reward, reference=data.reference)
 
 
 def run_train(
@@ -40,8 +32,9 @@ def run_train(
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
     required("dataset", data.dataset)
-    train_dataset = open_for_training(data.dataset, data)
-    eval_dataset = open_for_training(data.eval_dataset, data) if data.eval_dataset else None
+    chosen = {"reward": data.reward, "reference": data.reference}
+    train_dataset = open_for_training(data.dataset, **chosen)
+    eval_dataset = open_for_training(data.eval_dataset, **chosen) if data.eval_dataset else None
     trainer = GVPOTrainer(
         load_model(model),
         args,

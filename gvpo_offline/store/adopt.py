@@ -105,6 +105,23 @@ def _in_memory(files: list[Path], bases: list[BaseFile], names: set[str]) -> Gro
     return GroupDataset(files[0].parent, manifest, rewards, reference)
 
 
+def open_for_training(
+    path: str | Path, *, reward: str | None = None, reference: str | None = None
+) -> GroupDataset:
+    """A dataset's folder, or a Parquet file in the group shape, with reward and reference.
+
+    Args:
+        path: which.
+        reward, reference: as in `open_dataset`; a file holds one of each.
+
+    Raises:
+        DataError, ConfigError, IntegrityError: as `open_dataset` and `adopt_parquet`.
+    """
+    if Path(path).is_file():
+        return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
+    return open_dataset(path, reward=reward, reference=reference)
+
+
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     """Whatever a user may pass as a training dataset, opened.
 
@@ -118,13 +135,11 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
         DataError, IntegrityError: as `open_dataset` and `adopt_parquet`.
     """
     if isinstance(data, str | Path):
-        if Path(data).is_file():
-            return adopt_parquet([data], need=("rewards", "ref_seq_logprobs"))
-        return open_dataset(data)
+        return open_for_training(data)
     if hasattr(data, "to_parquet"):
         path = scratch / "in-memory.parquet"
         data.to_parquet(str(path))
-        return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
+        return open_for_training(path)
     if not isinstance(data, GroupDataset):
         raise ConfigError(
             "a dataset is a folder, a Parquet file or a datasets.Dataset in the group shape, "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gvpo_offline.compute.batch import make_micro_batch
+from gvpo_offline.compute.batch import MicroBatch, make_micro_batch
 from gvpo_offline.compute.logprobs import seq_logprobs
 from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
 from gvpo_offline.errors import DataError
@@ -71,18 +71,17 @@ class Evaluation:
 
 
 def group_loss(
-    seq_logprobs_N: Tensor,
-    rewards_N: Tensor,
-    ref_N: Tensor,
-    group_index_N: Tensor,
+    logprobs_N: Tensor,
+    batch: MicroBatch,
     groups: Sequence[Group],
     *,
     beta: float,
     anchor: float,
 ) -> GVPOLoss:
-    """`gvpo_loss` of a micro-batch, with errors that name the group by its id."""
+    """`gvpo_loss` of a micro-batch made of `groups`, with errors that name the group by its id."""
+    constants = (batch.ref_seq_logprobs, batch.rewards, batch.group_index)
     try:
-        return gvpo_loss(seq_logprobs_N, ref_N, rewards_N, group_index_N, beta=beta, anchor=anchor)
+        return gvpo_loss(logprobs_N, *constants, beta=beta, anchor=anchor)
     except DataError as error:
         if error.group is None or not error.group.isdigit():
             raise
@@ -151,15 +150,7 @@ def evaluate_policy(
                     batch = make_micro_batch(groups).to(device)
                     logprobs = seq_logprobs(model, batch)
                     if groups:  # the empty one is computed too: sharded models run in lockstep
-                        result = group_loss(
-                            logprobs,
-                            batch.rewards,
-                            batch.ref_seq_logprobs,
-                            batch.group_index,
-                            groups,
-                            beta=beta,
-                            anchor=anchor,
-                        )
+                        result = group_loss(logprobs, batch, groups, beta=beta, anchor=anchor)
                         evaluation.add(groups, result)
                     if progress:
                         progress(len(groups))

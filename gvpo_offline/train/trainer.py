@@ -42,6 +42,7 @@ from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.select import rows_of
 from gvpo_offline.stream.steps import StepShare
 from gvpo_offline.train.checkpoint import (
@@ -284,15 +285,7 @@ class GVPOTrainer(Trainer):
             self._reference_meter.add(
                 logprobs.detach() - batch.ref_seq_logprobs.to(logprobs.device)
             )
-        result = group_loss(
-            logprobs,
-            batch.rewards,
-            batch.ref_seq_logprobs,
-            batch.group_index,
-            groups,
-            beta=self.args.beta,
-            anchor=self.args.anchor,
-        )
+        result = group_loss(logprobs, batch, groups, beta=self.args.beta, anchor=self.args.anchor)
         self._meter.add(result.statistics)
         return result.group_losses.sum()
 
@@ -304,9 +297,7 @@ class GVPOTrainer(Trainer):
         """6 x parameters x padded tokens, as transformers estimates it."""
         share: StepShare = inputs["share"]
         tokens = sum(
-            group.group_size * (len(group.prompt_token_ids) + max(group.response_lengths))
-            for groups in share.micro_batches
-            for group in groups
+            shape_of(group).padded_tokens for groups in share.micro_batches for group in groups
         )
         return 6 * tokens * int(sum(p.numel() for p in self.model.parameters()))
 
