@@ -163,7 +163,9 @@ class ReferenceConfig(ModelSettings):
     fp16: bool = False
     """Autocast matrix products to float16, as `train` does with the same flag."""
     max_tokens_per_micro_batch: int = 16_384
-    """Padded tokens of one forward pass."""
+    """Tokens of one forward pass, as laid out."""
+    layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"
+    """How groups are laid out for the model, as in `train`. Keep them equal."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
     show_progress: bool = True
@@ -211,8 +213,18 @@ class GVPOSettings:
     groups_per_step: int = 32
     """Groups of one optimizer step, over all ranks. A batch is counted in groups."""
     max_tokens_per_micro_batch: int = 16_384
-    """Padded tokens of one forward and backward pass on one rank; bounds memory, never the result.
-    A group is not cut: one that is larger alone passes whole, and is announced before training."""
+    """Tokens of one forward and backward pass on one rank, as laid out; bounds memory, never the
+    result. A larger group is computed in pieces, exactly; a prompt with one response must fit."""
+    layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"
+    """How groups are laid out for the model. shared: each prompt once, in a row with its responses;
+    continued: each prompt once, its state continued by rows of responses (hybrids); packed: one
+    row, prompts repeated; padded: a row for each response. auto: the cheapest that is right for the
+    model, which a probe finds at start-up; one that is not right is refused."""
+    kept_logits_mb: int = 1024
+    """Megabytes of numbers by token and vocabulary that may stay between a forward and its backward
+    pass; what is beyond is computed twice. 0 saves the most memory."""
+    log_entropy: bool = False
+    """Also log the policy's mean entropy at the logged tokens, in nats. Costs some time."""
     eval_fraction: float = 0.0
     """Share of the groups held out for evaluation, chosen by a hash of the group id."""
     drop_equal_rewards: bool = False
@@ -238,6 +250,8 @@ class GVPOSettings:
             raise ConfigError("eval_fraction lies in [0, 1)", received=self.eval_fraction)
         for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):
             _positive(name, getattr(self, name))
+        if self.kept_logits_mb < 0:
+            raise ConfigError("kept_logits_mb is not negative", received=self.kept_logits_mb)
 
 
 @dataclass
@@ -323,7 +337,9 @@ class EvaluateConfig(DataSettings, ModelSettings):
     eval_fraction: float = 0.0
     """Evaluate on this held-out share only, as `train` chose it; 0: on every group."""
     max_tokens_per_micro_batch: int = 16_384
-    """Padded tokens of one forward pass."""
+    """Tokens of one forward pass, as laid out."""
+    layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"
+    """How groups are laid out for the model, as in `train`."""
     bf16: bool = False
     """Autocast matrix products to bfloat16."""
     fp16: bool = False

@@ -78,8 +78,8 @@ def runs(
     """Folders of the run on one process and on two, by their number."""
     folders = {n: tmp_path_factory.mktemp(f"ranks{n}") / "out" for n in (1, 2)}
     for n, folder in folders.items():
-        for status, output in server.run_ranks(command(dataset, tiny_model_dir, folder), n):
-            assert status == 0, output
+        ended = server.run_ranks(command(dataset, tiny_model_dir, folder), n)
+        assert [status for status, _ in ended] == [0] * n, "\n".join(text for _, text in ended)
     return folders
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gvpo_offline.compute.batch import make_micro_batch
-from gvpo_offline.compute.logprobs import sum_logprobs, token_logprobs
+from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import (
     autocast,
     autocast_dtype,
@@ -27,6 +26,7 @@ from gvpo_offline.compute.model import (
     disable_dropout,
     load_model,
 )
+from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.config import ReferenceConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
@@ -41,11 +41,19 @@ from gvpo_offline.schema import (
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, Sidecar
+from gvpo_offline.store.survey import survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.train.preflight import check_token_ids, check_tokenizers, policy_facts
+from gvpo_offline.train.preflight import (
+    check_row_tokens,
+    check_token_ids,
+    check_tokenizers,
+    policy_facts,
+)
 from gvpo_offline.version import __version__
+
+TokenLogprobs = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 logger = logging.getLogger(__name__)
 _NAME_DIGITS = 16
@@ -70,12 +78,21 @@ def run_reference(config: ReferenceConfig) -> Manifest:
     tokenizer = load_policy_tokenizer(config)
     model = load_model(config)
     disable_dropout(model)
-    model.eval()
+    device = default_device(use_cpu=config.use_cpu)
+    model.to(device).eval()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     facts = policy_facts(model, hash_weights=True, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
     dataset.verify()
+    check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
+    engine = prepare_engine(
+        model,
+        max_tokens=config.max_tokens_per_micro_batch,
+        layout=config.layout,
+        gradients=False,
+    )
+    facts = facts.along(engine.path)
     described = {
         **{name: value for name, value in asdict(facts).items() if name != "n_embeddings"},
         "model_name_or_path": config.model_name_or_path,
@@ -83,8 +100,7 @@ def run_reference(config: ReferenceConfig) -> Manifest:
     }
     identity = {k: v for k, v in described.items() if k != "model_name_or_path"}
     family = ReferenceFamily(fingerprint=sha256_json(identity), files=[], **described)
-    device = default_device(use_cpu=config.use_cpu)
-    scorer = _Scorer(model.to(device), device, autocasting, config.max_tokens_per_micro_batch)
+    scorer = _Scorer(model, engine, autocasting)
     with tqdm(
         total=dataset.n_groups, unit="group", desc="reference", disable=not config.show_progress
     ) as bar:
@@ -151,30 +167,21 @@ def _publish(root: Path, family: ReferenceFamily, config: ReferenceConfig) -> Ma
 class _Scorer:
     """Log-probs of groups under one model, in the order of the groups."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        autocasting: torch.dtype | None,
-        budget: int,
-    ) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, autocasting: torch.dtype | None) -> None:
         self._model = model
-        self._device = device
+        self._engine = engine
         self._autocasting = autocasting
-        self._budget = budget
 
     def table(self, groups: Sequence[Group], file: Path) -> pa.Table:
         """The reference sidecar's rows for `groups`."""
         sums: list[FloatArray] = [np.zeros(0)] * len(groups)
-        tokens: list[list[np.ndarray[tuple[int], np.dtype[np.float32]]]] = [[] for _ in groups]
-        for members in pack([shape_of(group) for group in groups], self._budget):
-            batch_groups = [groups[i] for i in members]
-            seqs, per_token = self._score(batch_groups)
-            row = 0
-            for index, group in zip(members, batch_groups, strict=True):
-                sums[index] = seqs[row : row + group.group_size]
-                tokens[index] = per_token[row : row + group.group_size]
-                row += group.group_size
+        tokens: list[list[TokenLogprobs]] = [[] for _ in groups]
+        for members in pack([shape_of(group) for group in groups], self._engine.cost):
+            scored = iter(self._score([groups[i] for i in members]))
+            for index in members:
+                group = groups[index]
+                tokens[index] = [next(scored) for _ in range(group.group_size)]
+                sums[index] = _sums(group, tokens[index])
                 if not np.isfinite(sums[index]).all():
                     raise DataError(
                         "a reference log-prob is a finite number",
@@ -185,13 +192,15 @@ class _Scorer:
                     )
         return reference_to_table([group.group_id for group in groups], sums, tokens)
 
-    def _score(
-        self, groups: Sequence[Group]
-    ) -> tuple[FloatArray, list[np.ndarray[tuple[int], np.dtype[np.float32]]]]:
-        batch = make_micro_batch(groups).to(self._device)
-        with torch.no_grad(), autocast(self._device, self._autocasting):
-            per_token = token_logprobs(self._model, batch)
-        seqs = sum_logprobs(per_token, batch).cpu().numpy()
-        values = per_token.float().cpu().numpy()
-        where = batch.response_mask[:, batch.first_target :].cpu().numpy()
-        return seqs, [values[row][where[row]] for row in range(len(values))]
+    def _score(self, groups: Sequence[Group]) -> list[TokenLogprobs]:
+        device = next(self._model.parameters()).device
+        with torch.no_grad(), autocast(device, self._autocasting):
+            found = self._engine.token_logprobs(self._model, groups)
+        return [values.float().cpu().numpy() for values in found]
+
+
+def _sums(group: Group, tokens: Sequence[TokenLogprobs]) -> FloatArray:
+    """Over the tokens that count, in float64, as the trainer sums them."""
+    if group.loss_mask is not None:
+        tokens = [own[mask] for own, mask in zip(tokens, group.loss_mask, strict=True)]
+    return np.array([own.sum(dtype=np.float64) for own in tokens])

@@ -8,13 +8,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gvpo_offline.compute.model import autocast_dtype, default_device, load_model
+from gvpo_offline.compute.model import (
+    autocast_dtype,
+    default_device,
+    disable_dropout,
+    load_model,
+)
+from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.config import EvaluateConfig
 from gvpo_offline.store.adopt import open_for_training
-from gvpo_offline.stream.select import select
+from gvpo_offline.store.survey import survey
+from gvpo_offline.stream.select import rows_of, select
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
 from gvpo_offline.train.preflight import (
+    check_row_tokens,
     check_token_ids,
     check_tokenizers,
     policy_facts,
@@ -63,28 +71,33 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     dataset.verify()
     tokenizer = load_policy_tokenizer(config)
     device = default_device(use_cpu=config.use_cpu)
-    model = load_model(config).to(device)
+    model = load_model(config).to(device).eval()
+    disable_dropout(model)
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     facts = policy_facts(model, hash_weights=False, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
+    engine = prepare_engine(
+        model,
+        max_tokens=config.max_tokens_per_micro_batch,
+        layout=config.layout,
+        gradients=False,
+    )
+    facts = facts.along(engine.path)
     assert dataset.reference is not None  # open_for_training saw to it
     for line in reference_warnings(facts, dataset.reference):
         logger.warning(line)
     selection = select(
         dataset, eval_fraction=config.eval_fraction, held_out=config.eval_fraction > 0
     )
-    steps = in_order(
-        dataset,
-        selection,
-        groups_per_step=_GROUPS_PER_STEP,
-        max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
-    )
+    check_row_tokens(dataset, survey(dataset, rows_of(selection)), engine.cost.max_tokens)
+    steps = in_order(dataset, selection, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
     with tqdm(
         total=steps.n_draws, unit="group", desc="evaluate", disable=not config.show_progress
     ) as bar:
         evaluation = evaluate_policy(
             model,
+            engine,
             shares_of(steps),
             beta=config.beta,
             device=device,

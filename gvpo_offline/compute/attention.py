@@ -51,13 +51,22 @@ class PackedRow:
         prefix_states: keys and values, (1, Hkv, P, D) each, of the tree's prefix by attention
             module.
         recorded: where keys and values are left as they are computed, or None.
+        used: whether an attention layer has seen the row.
     """
 
     tree: Tree
-    kernel: Kernel
+    kernel: str
     prefix_states: States | None = None
     recorded: States | None = None
+    used: bool = False
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def check_used(self) -> None:
+        """Raise UnsupportedAttentionError unless the row reached an attention layer."""
+        if not self.used:
+            raise UnsupportedAttentionError(
+                "the model does not look its attention up in transformers' AttentionInterface"
+            )
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
         """What a kernel derives from the tree, made once for all layers."""
@@ -97,9 +106,10 @@ def plain_name(implementation: str) -> str:
     return implementation.removeprefix(_PREFIX)
 
 
-def default_kernel(device: torch.device) -> Kernel:
-    """The fastest kernel of a kind of device."""
-    return {"cpu": "pieces", "cuda": "flex"}.get(device.type, "dense")  # type: ignore[return-value]
+def kernels(device: torch.device) -> tuple[Kernel, ...]:
+    """The kernels that a kind of device has, the fastest first."""
+    fastest: dict[str, tuple[Kernel, ...]] = {"cpu": ("pieces",), "cuda": ("flex",)}
+    return (*fastest.get(device.type, ()), "dense")
 
 
 @contextlib.contextmanager
@@ -151,6 +161,7 @@ def tree_attention(
         return plain(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     if dropout:
         raise UnsupportedAttentionError("attention has a dropout")
+    packed_row.used = True
     rule = _rule_from(attention_mask)
     dtype = _matmul_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -233,7 +244,7 @@ def _dense(
     return torch.matmul(weights, value).transpose(1, 2)
 
 
-_KERNELS: dict[Kernel, Callable[..., Tensor]] = {"pieces": _pieces, "flex": _flex, "dense": _dense}
+_KERNELS: dict[str, Callable[..., Tensor]] = {"pieces": _pieces, "flex": _flex, "dense": _dense}
 
 
 # ---- masks ----

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -71,16 +71,21 @@ class PaddedInput:
 
 
 class PromptAndRows(NamedTuple):
-    """A group: its prompt (P,), its responses but for their last tokens (k, L), their lengths."""
+    """A group: its prompt (P,), its responses right-padded (k, L), their lengths (k,)."""
 
     prompt_ids: IntArray
     response_ids: IntArray
     lengths: IntArray
 
+    @property
+    def width(self) -> int:
+        """Output rows of each response: one less than the longest has tokens."""
+        return self.response_ids.shape[1] - 1
+
 
 @dataclass(frozen=True, eq=False)
 class ContinuedInput:
-    """Prompts and their responses, group by group. Output rows: P, then k x L, for each group."""
+    """Prompts and their responses, group by group: P output rows, then k x (L - 1), for each."""
 
     groups: tuple[PromptAndRows, ...]
 
@@ -99,7 +104,10 @@ class Layout:
     def n_tokens(self) -> int:
         """Tokens that pass through the model, padding included."""
         if isinstance(self.input, ContinuedInput):
-            return sum(g.prompt_ids.size + g.response_ids.size for g in self.input.groups)
+            return sum(
+                len(group.prompt_ids) + len(group.lengths) * group.width
+                for group in self.input.groups
+            )
         return self.input.input_ids.size
 
 
@@ -109,6 +117,7 @@ def packed(
     share: bool = True,
     counted_only: bool = False,
     min_shared_tokens: int = MIN_SHARED_TOKENS,
+    prompt_apart: bool = False,
 ) -> Layout:
     """Whole groups in one row.
 
@@ -119,12 +128,13 @@ def packed(
         counted_only: leave out targets that do not count.
         min_shared_tokens: responses of a group share what they begin with from so many tokens on;
             equal responses are computed once however short they are.
+        prompt_apart: the prompt is a segment of its own even where all responses begin alike.
     """
     builder = _RowBuilder()
     predicting: list[IntArray] = []
     for group in groups:
         if share:
-            predicting += builder.add_tree(group, min_shared_tokens)
+            predicting += builder.add_tree(group, min_shared_tokens, prompt_apart)
         else:
             predicting += [builder.add_chain(group, ids) for ids in group.response_token_ids]
     return Layout(builder.build(), _targets(groups, predicting, counted_only))
@@ -155,26 +165,31 @@ def continued(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
     predicting: list[IntArray] = []
     offset = 0
     for group in groups:
-        bodies = [ids[:-1] for ids in group.response_token_ids]
-        part = PromptAndRows(
-            group.prompt_token_ids.astype(np.int64),
-            _right_padded(bodies),
-            np.array([len(body) for body in bodies]),
-        )
+        lengths = np.array(group.response_lengths)
+        ids = _right_padded(group.response_token_ids)
+        part = PromptAndRows(group.prompt_token_ids.astype(np.int64), ids, lengths)
         parts.append(part)
-        width = part.response_ids.shape[1]
         prompt_end = offset + len(part.prompt_ids)
-        for number, body in enumerate(bodies):
-            first = prompt_end + number * width
-            own = np.arange(first, first + len(body))
+        for number, length in enumerate(lengths):
+            first = prompt_end + number * part.width
+            own = np.arange(first, first + length - 1)
             predicting.append(np.concatenate([[prompt_end - 1], own]))
-        offset = prompt_end + part.response_ids.size
+        offset = prompt_end + len(lengths) * part.width
     return Layout(ContinuedInput(tuple(parts)), _targets(groups, predicting, counted_only))
 
 
-def unique_tokens(group: Group) -> int:
-    """Tokens of a group as `packed` computes it, if its responses share the prompt only."""
-    return len(group.prompt_token_ids) + sum(group.response_lengths) - group.group_size
+def below_prompt(group: Group, *, counted_only: bool = False) -> Layout:
+    """A packed row of one group without the prompt, whose keys and values are there already.
+
+    Rows of the output still count from the prompt's first token; the prompt's last is needed too.
+    """
+    whole = packed([group], counted_only=counted_only, prompt_apart=True)
+    given = whole.input
+    assert isinstance(given, PackedInput)
+    prefix = len(group.prompt_token_ids)
+    tree = replace(given.tree, prefix=prefix)
+    below = PackedInput(given.input_ids[:, prefix:], given.position_ids[:, prefix:], tree)
+    return Layout(below, whole.targets)
 
 
 class _RowBuilder:
@@ -193,18 +208,20 @@ class _RowBuilder:
         start = self._starts[self._add(tokens, 0, -1)]
         return np.arange(start + len(group.prompt_token_ids) - 1, start + len(tokens))
 
-    def add_tree(self, group: Group, min_shared: int) -> list[IntArray]:
+    def add_tree(self, group: Group, min_shared: int, prompt_apart: bool) -> list[IntArray]:
         """A group as a tree; returns for each response the rows that predict its tokens."""
         prompt = group.prompt_token_ids
         responses, which = _sorted_unique(group.response_token_ids)
         shared = _shared_beginnings(responses)
         last = len(responses)
         common = int(shared[1:].min()) if last > 1 else len(responses[0]) - 1
+        if prompt_apart:
+            common = 0
         root = self._add(np.concatenate([prompt, responses[0][:common]]), 0, -1)
         leaf_of = [root] * last
         # (first response, last + 1, tokens of them already placed, segment they hang below); the
         # top of the stack is the next in pre-order.
-        stack = [(*part, common, root) for part in _parts(shared, 0, last, common)]
+        stack = [(0, last, common, root)]
         while stack:
             low, high, placed, parent = stack.pop()
             if high - low == 1:

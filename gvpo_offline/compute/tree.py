@@ -96,6 +96,12 @@ class Tree:
         return rule.kind == "full" or self.max_depth < rule.size
 
 
+def one_segment(length: int) -> Tree:
+    """A row of one sequence."""
+    start, stop = np.zeros(1, dtype=np.int64), np.full(1, length, dtype=np.int64)
+    return Tree(start, stop, stop, start, np.full(1, -1, dtype=np.int64))
+
+
 class Piece(NamedTuple):
     """Rows [query_start, query_stop) look at keys [key_start, key_stop).
 

@@ -87,6 +87,7 @@ class ReferenceFamily(_Record):
     dtype: str = Field(description="Data type of the weights.")
     autocast_dtype: str | None = Field(description="Data type of the matrix products, if another.")
     attn_implementation: str
+    layout: str = Field(default="padded", description="How groups were laid out for the model.")
     tokenizer_fingerprint: str | None
     files: list[Sidecar]
 

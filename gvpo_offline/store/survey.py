@@ -33,8 +33,10 @@ class Survey:
         truncated_responses: responses that were cut.
         samplers: responses per sampler.
         sampler_rewards: sum of rewards per sampler.
-        max_group_size, max_group_tokens: the largest group, in responses and in padded tokens
-            (responses times the longest prompt-and-response row).
+        max_group_size, max_group_tokens: the largest group, in responses and in tokens, its prompt
+            counted once.
+        max_row_tokens: the longest prompt with one of its responses.
+        longest_row: row group, row within it and id of the group where that is.
         gap_bins: histogram of max reward - min reward of the unequal groups.
     """
 
@@ -47,6 +49,8 @@ class Survey:
     sampler_rewards: Counter[str] = field(default_factory=Counter)
     max_group_size: int = 0
     max_group_tokens: int = 0
+    max_row_tokens: int = 0
+    longest_row: tuple[int, int, str] = (0, 0, "")
     gap_bins: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(_N_BINS, dtype=np.int64)
     )
@@ -61,17 +65,31 @@ class Survey:
         bins = np.searchsorted(np.cumsum(self.gap_bins), middle)
         return float(np.mean(10.0 ** (_LOWEST_DECADE + (bins + 0.5) / _BINS_PER_DECADE)))
 
-    def add(self, table: pa.Table) -> None:
-        """Count the rows of a table with the light columns and, if there, rewards."""
+    def add(
+        self, table: pa.Table, row_group: int = 0, rows: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Count the rows of a table with the light columns and, if there, rewards.
+
+        Args:
+            table: some rows of a row group.
+            row_group: its number.
+            rows: which of its rows they are; None: all.
+        """
         lengths = _lists(table, "response_lengths")
         sizes = np.array([len(row) for row in lengths])
         prompts = table.column("prompt_length").to_numpy()
         self.n_groups += table.num_rows
         self.n_responses += int(sizes.sum())
-        self.n_tokens += int(prompts.sum() + sum(int(row.sum()) for row in lengths))
         self.max_group_size = max(self.max_group_size, int(sizes.max(initial=0)))
-        padded = [k * (p + row.max()) for k, p, row in zip(sizes, prompts, lengths, strict=True)]
-        self.max_group_tokens = max(self.max_group_tokens, int(max(padded, default=0)))
+        tokens = prompts + np.array([int(row.sum()) for row in lengths], dtype=np.int64)
+        longest = prompts + np.array([int(row.max()) for row in lengths], dtype=np.int64)
+        self.n_tokens += int(tokens.sum())
+        self.max_group_tokens = max(self.max_group_tokens, int(tokens.max(initial=0)))
+        if longest.max(initial=0) > self.max_row_tokens:
+            self.max_row_tokens = int(longest.max())
+            at = int(longest.argmax())
+            row = at if rows is None else int(rows[at])
+            self.longest_row = (row_group, row, table.column("group_id")[at].as_py())
         names = pc.list_flatten(table.column("samplers")).to_pylist()
         self.samplers.update(names)
         self.truncated_responses += int(
@@ -142,5 +160,5 @@ def survey(
         if rows is not None:
             table = table.take(pa.array(rows))
         if table.num_rows:
-            result.add(table)
+            result.add(table, row_group, rows)
     return result

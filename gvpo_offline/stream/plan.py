@@ -9,33 +9,89 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Group
 
 
 @dataclass(frozen=True, slots=True)
 class GroupShape:
-    """What a group costs when its responses are padded rows.
+    """The lengths of a group, in tokens.
 
     Attributes:
-        rows: its responses.
-        width: tokens of its longest prompt-and-response row.
+        prompt: of its prompt.
+        responses: of its responses. Their last tokens predict nothing and are not computed.
     """
 
-    rows: int
-    width: int
+    prompt: int
+    responses: tuple[int, ...]
 
     @property
-    def padded_tokens(self) -> int:
-        """Tokens computed for the group alone."""
+    def width(self) -> int:
+        """Computed tokens of its longest prompt-and-response row."""
+        return self.prompt + max(self.responses) - 1
+
+    @property
+    def rows(self) -> int:
+        """Its responses."""
+        return len(self.responses)
+
+    def tokens(self, layout: str) -> int:
+        """Tokens that the group alone costs in a layout, as `compute.paths` names them."""
+        if layout == "shared":
+            return self.prompt + sum(self.responses) - self.rows
+        if layout == "packed":
+            return self.rows * (self.prompt - 1) + sum(self.responses)
+        if layout == "continued":
+            return self.prompt + self.rows * (max(self.responses) - 1)
         return self.rows * self.width
+
+    @property
+    def attended(self) -> int:
+        """Pairs of a token and one that it sees, each distinct token once."""
+        within = sum((n - 1) * (self.prompt + n / 2) for n in self.responses)
+        return self.prompt * (self.prompt + 1) // 2 + int(within)
 
 
 def shape_of(group: Group) -> GroupShape:
     """The shape of a group."""
-    return GroupShape(group.group_size, len(group.prompt_token_ids) + max(group.response_lengths))
+    return GroupShape(len(group.prompt_token_ids), tuple(group.response_lengths))
 
 
-def share_out(costs: Sequence[int], world_size: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class CostModel:
+    """What a micro-batch may hold, and what a group's computation costs.
+
+    Attributes:
+        layout: how groups are laid out.
+        max_tokens: tokens of a micro-batch, as laid out.
+        pairs_per_token: pairs of attention that cost as much as the rest of a token: about six
+            times a model's width.
+    """
+
+    layout: str
+    max_tokens: int
+    pairs_per_token: int = 6 * 2048
+
+    def work(self, shape: GroupShape) -> float:
+        """A group's cost, in tokens."""
+        return shape.tokens(self.layout) + shape.attended / self.pairs_per_token
+
+
+@dataclass(frozen=True)
+class MicroBatchPlan:
+    """One micro-batch of one rank.
+
+    Attributes:
+        members: indices of its groups; none where other ranks have more micro-batches.
+        passes: forward passes that every rank makes for the micro-batches at this place: 1, or as
+            many as the largest of them has pieces.
+    """
+
+    members: tuple[int, ...]
+    passes: int = 1
+
+
+def share_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """Deal items to ranks, dearest first, each to the rank with the least so far.
 
     Args:
@@ -45,7 +101,7 @@ def share_out(costs: Sequence[int], world_size: int) -> list[list[int]]:
     Returns:
         For each rank the indices of its items, ascending. Ties go to the lower index and rank.
     """
-    loads = [0] * world_size
+    loads = [0.0] * world_size
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(world_size), key=lambda r: (loads[r], r))
@@ -54,43 +110,91 @@ def share_out(costs: Sequence[int], world_size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def pack(shapes: Sequence[GroupShape], budget: int) -> list[list[int]]:
-    """Cut whole groups into micro-batches of at most `budget` padded tokens.
+def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
+    """Cut whole groups into micro-batches of at most `model.max_tokens`.
 
-    First fit over groups from wide to narrow, so that rows of like width meet. A group that is
-    larger than the budget alone is a micro-batch of its own.
+    First fit over groups from wide to narrow (padded) or from large to small. A group that is
+    larger than the budget is a micro-batch of its own, to be computed in pieces; those come first.
 
     Returns:
         For each micro-batch the indices of its groups.
     """
-    bins: list[tuple[int, list[int]]] = []  # (width, members); the first member is the widest
-    rows: list[int] = []
-    for index in sorted(range(len(shapes)), key=lambda i: (-shapes[i].width, -shapes[i].rows, i)):
-        shape = shapes[index]
-        for number, (width, members) in enumerate(bins):
-            if (rows[number] + shape.rows) * width <= budget:
-                members.append(index)
-                rows[number] += shape.rows
+    by_width = model.layout == "padded"
+    size = [shape.width if by_width else shape.tokens(model.layout) for shape in shapes]
+    bins: list[list[int]] = []
+    filled: list[int] = []  # rows of the widest member's width, or tokens
+    limits: list[int] = []
+    for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -shapes[i].rows, i)):
+        need = shapes[index].rows if by_width else size[index]
+        for number, limit in enumerate(limits):
+            if filled[number] + need <= limit:
+                bins[number].append(index)
+                filled[number] += need
                 break
         else:
-            bins.append((shape.width, [index]))
-            rows.append(shape.rows)
-    return [members for _, members in bins]
+            bins.append([index])
+            filled.append(need)
+            limits.append(model.max_tokens // size[index] if by_width else model.max_tokens)
+    return sorted(bins, key=lambda members: n_pieces(shapes, members, model) == 1)
+
+
+def n_pieces(shapes: Sequence[GroupShape], members: Sequence[int], model: CostModel) -> int:
+    """How many pieces a micro-batch is computed in."""
+    if len(members) != 1 or shapes[members[0]].tokens(model.layout) <= model.max_tokens:
+        return 1
+    return len(cut_group(shapes[members[0]], model))
+
+
+def cut_group(shape: GroupShape, model: CostModel) -> list[list[int]]:
+    """Cut the responses of a group that is larger than the budget into pieces that are not.
+
+    Each piece has the prompt and some of the responses.
+
+    Returns:
+        For each piece the indices of its responses.
+
+    Raises:
+        DataError: the prompt and one response alone are larger than the budget.
+    """
+    if shape.width > model.max_tokens:
+        raise DataError(
+            "a prompt and one of its responses fit into max_tokens_per_micro_batch",
+            received=f"{shape.width} tokens, more than {model.max_tokens}",
+            remedy="raise max_tokens_per_micro_batch, or leave out responses of this length",
+        )
+    pieces: list[list[int]] = []
+    for index in sorted(range(shape.rows), key=lambda i: (-shape.responses[i], i)):
+        for piece in pieces:
+            together = tuple(shape.responses[i] for i in (*piece, index))
+            if GroupShape(shape.prompt, together).tokens(model.layout) <= model.max_tokens:
+                piece.append(index)
+                break
+        else:
+            pieces.append([index])
+    return [sorted(piece) for piece in pieces]
 
 
 def plan_step(
-    shapes: Sequence[GroupShape], *, world_size: int, rank: int, budget: int
-) -> list[list[int]]:
+    shapes: Sequence[GroupShape], model: CostModel, *, world_size: int, rank: int
+) -> list[MicroBatchPlan]:
     """The micro-batches of one rank for one step.
 
-    Returns:
-        Indices into `shapes`, micro-batch by micro-batch. All ranks get the same number of
-        micro-batches (sharded models compute in lockstep); a rank with fewer gets empty ones.
+    All ranks get the same number of micro-batches with the same number of passes (sharded models
+    compute in lockstep); a rank with fewer gets empty ones. The last has one pass on every rank, so
+    that gradients can be exchanged with it.
     """
-    shares = share_out([shape.padded_tokens for shape in shapes], world_size)
+    shares = share_out([model.work(shape) for shape in shapes], world_size)
     plans = [
-        [[share[i] for i in members] for members in pack([shapes[i] for i in share], budget)]
+        [[share[i] for i in members] for members in pack([shapes[i] for i in share], model)]
         for share in shares
     ]
-    longest = max(len(plan) for plan in plans)
-    return plans[rank] + [[] for _ in range(longest - len(plans[rank]))]
+    pieces = [[n_pieces(shapes, members, model) for members in plan] for plan in plans]
+    length = max(len(plan) for plan in plans)
+    passes = [max((p[i] for p in pieces if i < len(p)), default=1) for i in range(length)]
+    if passes[-1] > 1:
+        passes.append(1)
+    own = plans[rank]
+    return [
+        MicroBatchPlan(tuple(own[i]) if i < len(own) else (), count)
+        for i, count in enumerate(passes)
+    ]

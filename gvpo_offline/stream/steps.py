@@ -10,7 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
@@ -18,7 +18,19 @@ from gvpo_offline.errors import GVPOError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder
-from gvpo_offline.stream.plan import plan_step, shape_of
+from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
+
+
+class MicroBatch(NamedTuple):
+    """Whole groups that are computed together, or one that is computed in pieces.
+
+    Attributes:
+        groups: none where other ranks have more micro-batches than this one.
+        passes: forward passes to make at least, as on the rank that needs the most.
+    """
+
+    groups: tuple[Group, ...]
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -27,20 +39,25 @@ class StepShare:
 
     Attributes:
         step: the step's number.
-        micro_batches: whole groups; the same number on every rank, some perhaps empty.
+        micro_batches: the same number on every rank, some perhaps empty.
         n_groups: groups of the step over all ranks: what the loss is a mean over.
         read_seconds: time spent reading.
     """
 
     step: int
-    micro_batches: tuple[tuple[Group, ...], ...]
+    micro_batches: tuple[MicroBatch, ...]
     n_groups: int
     read_seconds: float
 
     @property
+    def groups(self) -> list[Group]:
+        """All groups of the share."""
+        return [group for micro_batch in self.micro_batches for group in micro_batch.groups]
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of the share, each prompt counted once."""
-        return sum(group.n_tokens for groups in self.micro_batches for group in groups)
+        return sum(group.n_tokens for group in self.groups)
 
 
 class StepDataset(Dataset[StepShare]):
@@ -51,7 +68,7 @@ class StepDataset(Dataset[StepShare]):
         order: which group comes when.
         groups_per_step: groups of a step, over all ranks.
         n_draws: groups of the whole run; the last step takes what is left.
-        max_tokens_per_micro_batch: padded tokens of a micro-batch.
+        cost: what a micro-batch may hold.
         rank, world_size: whose share.
     """
 
@@ -62,7 +79,7 @@ class StepDataset(Dataset[StepShare]):
         *,
         groups_per_step: int,
         n_draws: int,
-        max_tokens_per_micro_batch: int,
+        cost: CostModel,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -70,7 +87,7 @@ class StepDataset(Dataset[StepShare]):
         self.order = order
         self.groups_per_step = groups_per_step
         self.n_draws = n_draws
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.cost = cost
         self.rank = rank
         self.world_size = world_size
         self._row_groups: OrderedDict[int, list[Group]] = OrderedDict()
@@ -85,13 +102,15 @@ class StepDataset(Dataset[StepShare]):
         groups = self.global_batch(step)
         plan = plan_step(
             [shape_of(group) for group in groups],
+            self.cost,
             world_size=self.world_size,
             rank=self.rank,
-            budget=self.max_tokens_per_micro_batch,
         )
         return StepShare(
             step=step,
-            micro_batches=tuple(tuple(groups[i] for i in members) for members in plan),
+            micro_batches=tuple(
+                MicroBatch(tuple(groups[i] for i in own.members), own.passes) for own in plan
+            ),
             n_groups=len(groups),
             read_seconds=time.perf_counter() - started,
         )

@@ -13,6 +13,7 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.adopt import resolve_dataset
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder, Selection
+from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.select import select
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.train.config import GVPOConfig
@@ -85,13 +86,13 @@ class TrainingData:
         return list({id(dataset): dataset for dataset in opened}.values())
 
     def steps(self, args: GVPOConfig) -> StepDataset:
-        """The steps of the run, as this rank sees them."""
+        """The steps of the run, as this rank sees them; padded until the model was looked at."""
         return StepDataset(
             self.dataset,
             self.order,
             groups_per_step=args.groups_per_step,
             n_draws=self.n_draws,
-            max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+            cost=CostModel("padded", args.max_tokens_per_micro_batch),
             rank=args.process_index,
             world_size=args.world_size,
         )

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gvpo_offline.compute.batch import MicroBatch, make_micro_batch
-from gvpo_offline.compute.logprobs import seq_logprobs
+from gvpo_offline.compute.batch import Constants
+from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
 from gvpo_offline.errors import DataError
 from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder, Selection
+from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare
 from gvpo_offline.train.meters import reduced_sum
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from gvpo_offline.train.config import GVPOConfig
+    from gvpo_offline.train.data import HeldOut
 
 
 @dataclass
@@ -71,17 +73,19 @@ class Evaluation:
 
 
 def group_loss(
-    logprobs_N: Tensor,
-    batch: MicroBatch,
-    groups: Sequence[Group],
-    *,
-    beta: float,
-    anchor: float,
+    logprobs_N: Tensor, groups: Sequence[Group], *, beta: float, anchor: float
 ) -> GVPOLoss:
     """`gvpo_loss` of a micro-batch made of `groups`, with errors that name the group by its id."""
-    constants = (batch.ref_seq_logprobs, batch.rewards, batch.group_index)
+    own = Constants.of(groups)
     try:
-        return gvpo_loss(logprobs_N, *constants, beta=beta, anchor=anchor)
+        return gvpo_loss(
+            logprobs_N,
+            own.ref_seq_logprobs,
+            own.rewards,
+            own.group_index,
+            beta=beta,
+            anchor=anchor,
+        )
     except DataError as error:
         if error.group is None or not error.group.isdigit():
             raise
@@ -96,7 +100,7 @@ def in_order(
     selection: Selection | None,
     *,
     groups_per_step: int,
-    max_tokens_per_micro_batch: int,
+    cost: CostModel,
     rank: int = 0,
     world_size: int = 1,
 ) -> StepDataset:
@@ -109,7 +113,7 @@ def in_order(
         order,
         groups_per_step=groups_per_step,
         n_draws=order.n_groups,
-        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        cost=cost,
         rank=rank,
         world_size=world_size,
     )
@@ -122,6 +126,7 @@ def shares_of(steps: StepDataset) -> Iterator[StepShare]:
 
 def evaluate_policy(
     model: nn.Module,
+    engine: Engine,
     shares: Iterable[StepShare],
     *,
     beta: float,
@@ -134,6 +139,7 @@ def evaluate_policy(
 
     Args:
         model: a causal language model on `device`.
+        engine: how it is computed.
         shares: the groups; a rank of several passes its own share.
         beta: as in training; the anchor likewise.
         device: where micro-batches are sent.
@@ -146,11 +152,10 @@ def evaluate_policy(
     try:
         with torch.no_grad(), autocast(device, autocast_dtype):
             for share in shares:
-                for groups in share.micro_batches:
-                    batch = make_micro_batch(groups).to(device)
-                    logprobs = seq_logprobs(model, batch)
+                for groups, passes in share.micro_batches:
+                    logprobs = engine.seq_logprobs(model, groups, passes)
                     if groups:  # the empty one is computed too: sharded models run in lockstep
-                        result = group_loss(logprobs, batch, groups, beta=beta, anchor=anchor)
+                        result = group_loss(logprobs, groups, beta=beta, anchor=anchor)
                         evaluation.add(groups, result)
                     if progress:
                         progress(len(groups))
@@ -161,26 +166,26 @@ def evaluate_policy(
 
 def held_out_metrics(
     model: nn.Module,
-    dataset: GroupDataset,
-    selection: Selection | None,
+    engine: Engine,
+    held_out: HeldOut,
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Metrics of a policy in training on the selected groups; every rank has to call.
+    """Metrics of a policy in training on held-out groups; every rank has to call.
 
     Those of `GroupStatistics.metrics`, and `runtime` in seconds.
     """
     started = time.perf_counter()
     steps = in_order(
-        dataset,
-        selection,
+        *held_out,
         groups_per_step=args.groups_per_step,
-        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+        cost=engine.cost,
         rank=args.process_index,
         world_size=args.world_size,
     )
     evaluation = evaluate_policy(
         model,
+        engine,
         shares_of(steps),
         beta=args.beta,
         anchor=args.anchor,

@@ -19,10 +19,12 @@ class StepMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._reset()
+        self.clear()
 
-    def _reset(self) -> None:
+    def clear(self) -> None:
+        """Begin again."""
         self._statistics = GroupStatistics.zeros(self._device)
+        self._entropy = torch.zeros(2, dtype=torch.float64, device=self._device)
         self._tokens = 0
         self._waited = 0.0
         self._since = time.perf_counter()
@@ -30,6 +32,11 @@ class StepMeter:
     def add(self, statistics: GroupStatistics) -> None:
         """Count one micro-batch's groups."""
         self._statistics = self._statistics + statistics
+
+    def add_entropy(self, entropy_M: Tensor) -> None:
+        """Count the entropies of (M,) scored tokens, nats."""
+        own = entropy_M.to(self._entropy)
+        self._entropy += torch.stack([own.sum(), torch.ones_like(own).sum()])
 
     def add_tokens(self, tokens: int) -> None:
         """Count tokens, each prompt once."""
@@ -44,17 +51,20 @@ class StepMeter:
 
         Beside those of `GroupStatistics.metrics` (but the loss, which transformers logs):
         `tokens_per_second` (prompt counted once per group, all ranks) and `data_wait_share` (of the
-        wall time, mean over ranks).
+        wall time, mean over ranks); `entropy` (nats, mean over scored tokens) if it was counted.
         """
         wall = max(time.perf_counter() - self._since, 1e-9)
         own = self._statistics.to_tensor()
         extra = torch.tensor([self._tokens, self._waited], dtype=own.dtype, device=own.device)
-        total = reduced_sum(accelerator, torch.cat([own, extra]))
-        metrics = GroupStatistics.from_tensor(total[:-2]).metrics()
+        total = reduced_sum(accelerator, torch.cat([own, extra, self._entropy]))
+        tokens, waited, entropy, scored = total[-4:].tolist()
+        metrics = GroupStatistics.from_tensor(total[:-4]).metrics()
         del metrics["loss"]
-        metrics["tokens_per_second"] = float(total[-2]) / wall
-        metrics["data_wait_share"] = float(total[-1]) / wall / accelerator.num_processes
-        self._reset()
+        metrics["tokens_per_second"] = tokens / wall
+        metrics["data_wait_share"] = waited / wall / accelerator.num_processes
+        if scored:
+            metrics["entropy"] = entropy / scored
+        self.clear()
         return metrics
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
-from gvpo_offline.errors import IntegrityError
+from gvpo_offline.compute.paths import ComputePath
+from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
@@ -36,6 +37,7 @@ class PolicyFacts:
     Attributes:
         weights_sha256: hash of its weights, or None where it was not taken.
         dtype, autocast_dtype, attn_implementation: how its log-probs are computed.
+        layout: how groups are laid out for it.
         tokenizer_fingerprint: or None where no tokenizer was given.
         n_embeddings: token ids that it has an embedding for, or None where it does not say.
     """
@@ -46,6 +48,11 @@ class PolicyFacts:
     attn_implementation: str
     tokenizer_fingerprint: str | None
     n_embeddings: int | None = None
+    layout: str = "padded"
+
+    def along(self, path: ComputePath) -> PolicyFacts:
+        """The facts where log-probs are computed along a path."""
+        return replace(self, layout=path.layout, attn_implementation=path.attention)
 
     @property
     def coarsest_dtype(self) -> str:
@@ -124,6 +131,23 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
                 check_group(group, file=place.file, row=row, vocab_size=policy.n_embeddings)
 
 
+def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> None:
+    """Raise DataError, naming file, row and group, if a prompt with a response fits in no pass."""
+    # A response's last token predicts nothing and is not computed.
+    if counts.max_row_tokens - 1 <= max_tokens:
+        return
+    row_group, row, group_id = counts.longest_row
+    place = dataset.place(row_group)
+    raise DataError(
+        "a prompt and one of its responses fit into max_tokens_per_micro_batch",
+        received=f"{counts.max_row_tokens - 1:,} tokens, more than {max_tokens:,}",
+        remedy="raise max_tokens_per_micro_batch, or leave responses of that length out at import",
+        file=place.file,
+        row=place.first_row + row,
+        group=group_id,
+    )
+
+
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:
     """What the run trains on, in lines for people."""
     equal = 100.0 * survey.equal_reward_groups / max(survey.n_groups, 1)
@@ -140,8 +164,8 @@ def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> lis
     ]
     if survey.max_group_tokens > budget:
         lines.append(
-            f"the largest group has {survey.max_group_tokens:,} padded tokens, over "
-            f"max_tokens_per_micro_batch ({budget:,}): it passes whole and needs the memory"
+            f"the largest group has {survey.max_group_tokens:,} tokens, over "
+            f"max_tokens_per_micro_batch ({budget:,}): such groups are computed in pieces"
         )
     return lines
 
@@ -178,11 +202,15 @@ def data_warnings(survey: Survey, beta: float) -> list[str]:
 
 def reference_warnings(policy: PolicyFacts, reference: ReferenceFamily) -> list[str]:
     """In what the policy's log-probs are computed otherwise than the reference's were."""
-    pairs = (
+    pairs = [
         ("dtype", reference.dtype, policy.dtype),
         ("autocast dtype", reference.autocast_dtype, policy.autocast_dtype),
-        ("attention implementation", reference.attn_implementation, policy.attn_implementation),
-    )
+    ]
+    if policy.coarsest_dtype != "float32":  # in float32 they differ by no more than its rounding
+        pairs += [
+            ("attention", reference.attn_implementation, policy.attn_implementation),
+            ("layout", reference.layout, policy.layout),
+        ]
     return [
         f"the reference was scored with {name} {theirs}, the policy runs with {ours}: log-ratios "
         "carry the difference as noise; score the reference again with the same setting"

@@ -12,7 +12,8 @@ import copy
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
-from gvpo_offline.compute.batch import make_micro_batch
-from gvpo_offline.compute.logprobs import seq_logprobs
+from gvpo_offline.compute.batch import Constants
+from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import (
     autocast_dtype,
     disable_dropout,
@@ -39,12 +40,11 @@ from gvpo_offline.compute.model import (
 )
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError, GVPOError
-from gvpo_offline.schema import Group
 from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.store.survey import Survey, survey
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.select import rows_of
-from gvpo_offline.stream.steps import StepShare
+from gvpo_offline.stream.steps import MicroBatch, StepShare
 from gvpo_offline.train.checkpoint import (
     begin,
     check_identity,
@@ -55,12 +55,14 @@ from gvpo_offline.train.checkpoint import (
 )
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import HeldOut, TrainingData, resolve_held_out
+from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import group_loss, held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
 from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import (
     check_log_ratios,
+    check_row_tokens,
     check_token_ids,
     check_tokenizers,
     data_warnings,
@@ -148,6 +150,9 @@ class GVPOTrainer(Trainer):
             )
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
+        self.engine: Engine = training_engine(self.model, args, self._meter.add_entropy)
+        self.policy = self.policy.along(self.engine.path)
+        steps.cost = self.engine.cost
 
     # ---- before the first step ----
 
@@ -175,7 +180,7 @@ class GVPOTrainer(Trainer):
             refuse_leftovers(output_dir)
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
-        self._meter = StepMeter(float64_device(self.args.device))
+        self._meter.clear()
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
@@ -186,8 +191,11 @@ class GVPOTrainer(Trainer):
         for used in self.data.datasets():
             used.verify(content=self.args.verify == "full")
         counts = survey(dataset, rows_of(self.data.selection))
+        budget = self.args.max_tokens_per_micro_batch
+        check_row_tokens(dataset, counts, budget)
+        for held_out, selection in self.data.held_out.values():
+            check_row_tokens(held_out, survey(held_out, rows_of(selection)), budget)
         if self.is_world_process_zero():
-            budget = self.args.max_tokens_per_micro_batch
             n_files = len(dataset.manifest.groups)
             for line in describe_data(counts, self.args.beta, budget, n_files):
                 logger.info(line)
@@ -260,13 +268,11 @@ class GVPOTrainer(Trainer):
         scale = self.args.world_size / share.n_groups
         total = torch.zeros((), device=self.args.device)
         last = len(share.micro_batches) - 1
-        for number, groups in enumerate(share.micro_batches):
+        for number, micro_batch in enumerate(share.micro_batches):
             # Ranks exchange gradients once a step, with the last micro-batch.
             sync = number == last
             with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
-                loss = self._micro_batch_loss(model, groups) * scale
-                self.accelerator.backward(loss)
-            total += loss.detach().to(total)
+                total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
             check_log_ratios(
@@ -275,30 +281,31 @@ class GVPOTrainer(Trainer):
             self._reference_meter = None
         return total
 
-    def _micro_batch_loss(self, model: nn.Module, groups: Sequence[Group]) -> Tensor:
-        """Sum of the groups' losses; 0, with a graph through every weight, where there are none."""
-        batch = make_micro_batch(groups).to(self.args.device)
-        logprobs = seq_logprobs(model, batch)
-        if not groups:
-            return logprobs.sum() * 0.0
-        if self._reference_meter is not None:
-            self._reference_meter.add(
-                logprobs.detach() - batch.ref_seq_logprobs.to(logprobs.device)
-            )
-        result = group_loss(logprobs, batch, groups, beta=self.args.beta, anchor=self.args.anchor)
-        self._meter.add(result.statistics)
-        return result.group_losses.sum()
+    def _accumulate(self, model: nn.Module, micro_batch: MicroBatch, scale: float) -> Tensor:
+        """Add the gradient of a micro-batch's sum of losses, times `scale`; returns that sum."""
+        groups, passes = micro_batch
+
+        def objective(logprobs: Tensor) -> Tensor:
+            if self._reference_meter is not None:
+                reference = Constants.of(groups).ref_seq_logprobs.to(logprobs.device)
+                self._reference_meter.add(logprobs.detach() - reference)
+            loss = group_loss(logprobs, groups, beta=self.args.beta, anchor=self.args.anchor)
+            self._meter.add(loss.statistics)
+            return loss.group_losses.sum() * scale
+
+        return self.engine.accumulate(
+            model, groups, objective, self.accelerator.backward, passes=passes
+        )
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """What transformers counts a step as, in its summary: groups."""
         return self.args.groups_per_step
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x parameters x padded tokens, as transformers estimates it."""
+        """6 x parameters x tokens as laid out, as transformers estimates it."""
         share: StepShare = inputs["share"]
-        tokens = sum(
-            shape_of(group).padded_tokens for groups in share.micro_batches for group in groups
-        )
+        layout = self.engine.cost.layout
+        tokens = sum(shape_of(group).tokens(layout) for group in share.groups)
         return 6 * tokens * int(sum(p.numel() for p in self.model.parameters()))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -333,7 +340,8 @@ class GVPOTrainer(Trainer):
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            found = held_out_metrics(self.model, *held_out, self.args, self.accelerator)
+            quiet = replace(self.engine, on_entropy=None)
+            found = held_out_metrics(self.model, quiet, held_out, self.args, self.accelerator)
             for key, value in found.items():
                 metrics[f"{prefix}_{key}"] = value
         self.log(metrics)

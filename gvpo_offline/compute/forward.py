@@ -1,0 +1,259 @@
+"""A model over a layout: hidden states of every output row, log-probs of every scored token.
+
+All of it happens inside the model's own `forward`, which `install` teaches one more argument. So
+what wraps a forward (DDP, FSDP, mixed precision, activation offloading) wraps this as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gvpo_offline.compute.attention import PackedRow, States, packed_forward
+from gvpo_offline.compute.continued import continued_hidden
+from gvpo_offline.compute.head import find_head, pair_logprobs
+from gvpo_offline.compute.layout import ContinuedInput, Layout, PackedInput
+from gvpo_offline.compute.paths import ComputePath
+from gvpo_offline.compute.tree import IntArray, one_segment
+from gvpo_offline.errors import ConfigError
+
+DEFAULT_KEPT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogprobs:
+    """What a forward pass over a layout gives.
+
+    Attributes:
+        values_M: (M,) float32, nats, of every scored token, response by response.
+        entropy_M: (M,) float32, nats, of the distribution at each scored token, or None.
+    """
+
+    values_M: Tensor
+    entropy_M: Tensor | None = None
+
+
+@dataclass(eq=False)
+class PromptStates:
+    """What a prompt leaves for its responses.
+
+    Attributes:
+        states: keys and values, (1, Hkv, P, D) each, by attention module.
+        last_hidden: (1, D) hidden state of its last token.
+    """
+
+    states: States
+    last_hidden: Tensor
+
+
+@dataclass(eq=False)
+class LayoutCall:
+    """What a model is asked for in place of logits: log-probs of a layout's scored tokens.
+
+    Attributes:
+        layout: the rows.
+        path: how to compute them.
+        kept_bytes: how much of the size rows x vocabulary may stay for the backward pass.
+        entropy: whether entropies are wanted.
+        prompt: of a packed row whose tree has a prefix: what the prefix left.
+    """
+
+    layout: Layout
+    path: ComputePath
+    kept_bytes: int = DEFAULT_KEPT_BYTES
+    entropy: bool = False
+    prompt: PromptStates | None = None
+
+
+@dataclass(eq=False)
+class PromptCall:
+    """What a model is asked for: what one prompt, (P,) int64 ids, leaves for its responses."""
+
+    prompt_ids: IntArray
+    path: ComputePath
+    states: States = field(default_factory=dict)
+
+
+def install(model: nn.Module) -> None:
+    """Teach a model's forward the argument `call`; without it, it stays what it was."""
+    original = model.forward
+    if hasattr(original, "__wrapped_forward__"):
+        return
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, call: Any = None, **kwargs: Any) -> Any:
+        if call is None:
+            return original(*args, **kwargs)
+        if isinstance(call, PromptCall):
+            return _prompt_states(self, call)
+        return _token_logprobs(self, call, original)
+
+    forward.__wrapped_forward__ = original  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`."""
+    if hasattr(model.forward, "__wrapped_forward__"):
+        del model.forward
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def token_logprobs(model: nn.Module, call: LayoutCall) -> TokenLogprobs:
+    """Log-probs of the layout's scored tokens under a model that `install` was called for.
+
+    Raises:
+        UnsupportedAttentionError, ConfigError: the model cannot be computed this way.
+    """
+    values, entropy = model(call=call)
+    return TokenLogprobs(values, entropy)
+
+
+def prompt_states(model: nn.Module, call: PromptCall) -> PromptStates:
+    """The states that a prompt leaves, with their graph."""
+    # Keys and values are left in the call: wrappers may convert what a forward returns.
+    return PromptStates(call.states, model(call=call))
+
+
+def _token_logprobs(
+    model: nn.Module, call: LayoutCall, plain: Callable[..., Any]
+) -> tuple[Tensor, Tensor | None]:
+    targets = call.layout.targets
+    if call.path.head == "logits":
+        pairs_N, entropy_H = _from_logits(model, call, plain)
+    else:
+        hidden_HD = _hidden_rows(causal_lm(model).get_decoder(), call)
+        device = hidden_HD.device
+        found = pair_logprobs(
+            find_head(model),
+            hidden_HD,
+            torch.from_numpy(targets.pair_rows_N).to(device),
+            torch.from_numpy(targets.pair_tokens_N).to(device),
+            kept_bytes=call.kept_bytes,
+            entropy=call.entropy,
+        )
+        pairs_N, entropy_H = found.logprobs_N, found.entropy_H
+    token_pairs_M = torch.from_numpy(targets.token_pairs_M).to(pairs_N.device)
+    entropy_M = None
+    if entropy_H is not None:
+        rows_M = torch.from_numpy(targets.pair_rows_N[targets.token_pairs_M]).to(pairs_N.device)
+        entropy_M = entropy_H[rows_M]
+    return pairs_N[token_pairs_M], entropy_M
+
+
+def _hidden_rows(decoder: nn.Module, call: LayoutCall) -> Tensor:
+    """(H, D) hidden states of the rows that predict something."""
+    given, rows_H = call.layout.input, call.layout.targets.hidden_rows_H
+    if isinstance(given, ContinuedInput):
+        hidden = _continued(decoder, given)
+    else:
+        hidden = _run(decoder, call).last_hidden_state.flatten(0, 1)
+    if call.prompt is not None:
+        # Of the prefix only the last row is there, as row 0.
+        assert isinstance(given, PackedInput)
+        hidden = torch.cat([call.prompt.last_hidden.to(hidden), hidden])
+        rows_H = rows_H - (given.tree.prefix - 1)
+    if len(rows_H) == len(hidden) and not rows_H[0]:
+        return hidden
+    found: Tensor = hidden[torch.from_numpy(rows_H).to(hidden.device)]
+    return found
+
+
+def _run(model: Any, call: LayoutCall, **more: Any) -> Any:
+    """A decoder's or a whole model's output for rows of token ids."""
+    given = call.layout.input
+    device = next(model.parameters()).device
+    assert not isinstance(given, ContinuedInput)
+    ids = torch.from_numpy(given.input_ids).to(device)
+    if not isinstance(given, PackedInput):
+        mask = torch.from_numpy(given.attention_mask).to(device)
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+    positions = torch.from_numpy(given.position_ids).to(device)
+    more |= {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if call.path.layout == "packed":
+        # No mask: transformers then takes the sequences apart where positions begin again.
+        return model(**more)
+    states = None if call.prompt is None else call.prompt.states
+    row = PackedRow(given.tree, call.path.attention, states)
+    with packed_forward():
+        # A mask of ones: positions that begin again are no sequences of their own here.
+        output = model(attention_mask=torch.ones_like(ids), packed_row=row, **more)
+    row.check_used()
+    return output
+
+
+def _continued(decoder: nn.Module, given: ContinuedInput) -> Tensor:
+    device = next(decoder.parameters()).device
+    rows = []
+    for group in given.groups:
+        prompt_PD, responses_KLD = continued_hidden(
+            decoder,
+            torch.from_numpy(group.prompt_ids).to(device),
+            torch.from_numpy(group.response_ids).to(device),
+            torch.from_numpy(group.lengths).to(device),
+        )
+        rows += [prompt_PD, responses_KLD.flatten(0, 1)]
+    return torch.cat(rows)
+
+
+def _from_logits(
+    model: nn.Module, call: LayoutCall, plain: Callable[..., Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of pairs by the definition, whatever the model does on its way to logits."""
+    if isinstance(call.layout.input, ContinuedInput) or call.prompt is not None:
+        raise ConfigError(
+            "a head of an unknown kind is computed over whole rows",
+            received=f"layout {call.path.layout}",
+            remedy="set layout to shared, packed or padded",
+        )
+    targets = call.layout.targets
+    logits = _run(_Plain(model, plain), call).logits.flatten(0, 1)
+    rows_H = torch.from_numpy(targets.hidden_rows_H).to(logits.device)
+    log_softmax_HV = torch.log_softmax(logits[rows_H].float(), dim=-1)
+    row_N = torch.from_numpy(targets.pair_rows_N).to(logits.device)
+    token_N = torch.from_numpy(targets.pair_tokens_N).to(logits.device)
+    entropy_H = None
+    if call.entropy:
+        log_p = log_softmax_HV.detach()
+        entropy_H = -(log_p.exp() * log_p).sum(-1)
+    return log_softmax_HV[row_N, token_N], entropy_H
+
+
+class _Plain:
+    """A model by the forward that it had before `install`."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        self.parameters = model.parameters
+        self._forward = forward
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._forward(**inputs)
+
+
+def _prompt_states(model: nn.Module, call: PromptCall) -> Tensor:
+    """Runs the prompt, leaves keys and values in `call.states`; (1, D) of its last token."""
+    decoder = causal_lm(model).get_decoder()
+    device = next(decoder.parameters()).device
+    ids = torch.from_numpy(call.prompt_ids).to(device)[None]
+    row = PackedRow(one_segment(len(call.prompt_ids)), call.path.attention, recorded=call.states)
+    with packed_forward():
+        output = decoder(
+            input_ids=ids,
+            position_ids=torch.arange(ids.shape[1], device=device)[None],
+            attention_mask=torch.ones_like(ids),
+            use_cache=False,
+            packed_row=row,
+        )
+    row.check_used()
+    last: Tensor = output.last_hidden_state[0, -1:]
+    return last

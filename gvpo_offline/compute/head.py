@@ -1,0 +1,253 @@
+"""Log-probs from a causal language model's last hidden states, without its logits.
+
+A `Head` is what the model does to its last hidden states: an output layer, a factor, a soft-cap.
+Whoever finds one takes the output layer out of the model's own forward, so everything that cannot
+be honoured here is refused. What is done to logits is read from the configuration, and a model can
+do more than its configuration says: compare with its own logits before relying on a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gvpo_offline.compute.fused import PairLogprobs, Part, fused_pair_logprobs
+from gvpo_offline.errors import ConfigError
+
+__all__ = ["Head", "PairLogprobs", "UnsupportedHeadError", "find_head", "pair_logprobs"]
+
+# Names that transformers' configurations give to what is done to logits.
+_DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
+_MULTIPLY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_SOFT_CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# These model types multiply by `logits_scaling`.
+_INVERSE_SCALING = ("hyperclovax",)
+
+
+class UnsupportedHeadError(ConfigError):
+    """An output layer that has to be run by the model itself."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model turns its last hidden states into logits.
+
+    logits = c * tanh(scale * layer(hidden) / c) with c = soft_cap, or scale * layer(hidden).
+
+    Attributes:
+        layer: the live output layer; its weights and active adapters are read at every call.
+        scale: positive factor.
+        soft_cap: c, or None.
+    """
+
+    layer: nn.Module
+    scale: float
+    soft_cap: float | None
+
+
+def find_head(model: nn.Module) -> Head:
+    """The head of a transformers causal language model, or of a PEFT model around one.
+
+    Raises:
+        UnsupportedHeadError: it has none, or one that is not understood; says why.
+    """
+    causal: Any = _unwrapped(model)
+    config = getattr(causal, "config", None)
+    if config is None or not hasattr(causal, "get_output_embeddings"):
+        raise _unsupported("the model is a transformers causal language model", type(causal))
+    layer = causal.get_output_embeddings()
+    if layer is None:
+        raise _unsupported("the model has output embeddings", type(causal))
+    if getattr(config, "is_encoder_decoder", False):
+        raise _unsupported("the model is a decoder only", type(causal))
+    _check_only_decoder_and(layer, causal)
+    settings = config.get_text_config()
+    head = Head(layer, _scale(settings), _soft_cap(settings))
+    _adapters(_active(layer))
+    vocab_size = len(_linear(_active(layer)).weight)
+    real_size = getattr(settings, "unpadded_vocab_size", None) or vocab_size
+    if real_size < vocab_size:
+        raise _unsupported("every row of the output layer is a token", f"{real_size} tokens")
+    return head
+
+
+def pair_logprobs(
+    head: Head,
+    hidden_HD: Tensor,
+    pair_row_N: Tensor,
+    pair_token_N: Tensor,
+    *,
+    kept_bytes: int,
+    entropy: bool = False,
+) -> PairLogprobs:
+    """log softmax(logits of hidden row)[token] for pairs of a row and a token.
+
+    Differentiable in the hidden states and in every weight of the head. Matrix products take the
+    dtype of the output layer's weight, or autocast's; all the rest is float32.
+
+    Args:
+        head: from `find_head`.
+        hidden_HD: (H, D) last hidden states that predict something, any floating dtype.
+        pair_row_N: (N,) int64, rows of `hidden_HD`, in any order; several pairs may share one.
+        pair_token_N: (N,) int64, token ids.
+        kept_bytes: how much may be kept for the backward pass of what has the size of the logits;
+            used where a weight of the head is trained, and what goes beyond is computed again.
+        entropy: whether to return the entropy of every row's distribution.
+
+    Returns:
+        (N,) float32 log-probs, nats, and (H,) float32 entropies, nats, or None.
+
+    Raises:
+        UnsupportedHeadError: adapters changed to what is not understood.
+        IndexError: a row or a token out of range.
+    """
+    parts = _parts(head.layer, hidden_HD)
+    device_type = hidden_HD.device.type
+    matmul_dtype = parts[0].weight_VK.dtype
+    if torch.is_autocast_enabled(device_type) and matmul_dtype != torch.float64:
+        matmul_dtype = torch.get_autocast_dtype(device_type)
+    return fused_pair_logprobs(
+        parts,
+        pair_row_N,
+        pair_token_N,
+        scale=head.scale,
+        soft_cap=head.soft_cap,
+        matmul_dtype=matmul_dtype,
+        kept_bytes=kept_bytes,
+        entropy=entropy,
+    )
+
+
+def _unsupported(rule: str, received: object) -> UnsupportedHeadError:
+    shown = received.__name__ if isinstance(received, type) else received
+    return UnsupportedHeadError(rule, received=shown, remedy="use the model's own logits")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner: Any = model
+    while hasattr(inner, "_orig_mod") or isinstance(
+        inner, nn.parallel.DistributedDataParallel | nn.DataParallel
+    ):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    causal: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return causal
+
+
+def _check_only_decoder_and(layer: nn.Module, causal: Any) -> None:
+    """Refuse models with weights beside decoder and output layer: they may lie in between."""
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
+    if decoder is None or decoder is causal:
+        raise _unsupported("the model says which of its modules is the decoder", type(causal))
+    beside = [name for name, _ in causal.named_parameters(recurse=False)]
+    beside += [name for name, _ in causal.named_buffers(recurse=False)]
+    found = False
+    for name, child in causal.named_children():
+        found = found or child is layer
+        if child is not layer and all(module is not decoder for module in child.modules()):
+            beside += [name] if any(True for _ in child.parameters()) else []
+    if beside or not found:
+        raise _unsupported(
+            "nothing but the output layer comes after the decoder",
+            f"{type(causal).__name__} with {', '.join(beside) or 'the output layer deeper inside'}",
+        )
+
+
+def _scale(settings: Any) -> float:
+    inverse = str(getattr(settings, "model_type", "")).startswith(_INVERSE_SCALING)
+    scale = 1.0
+    for name in _DIVIDE + _MULTIPLY:
+        factor = getattr(settings, name, None)
+        if factor is None:
+            continue
+        if not isinstance(factor, int | float) or factor <= 0:
+            raise _unsupported("logits are scaled by a positive number", f"{name}={factor!r}")
+        divide = name in _DIVIDE and not inverse
+        scale = scale / factor if divide else scale * factor
+    return scale
+
+
+def _soft_cap(settings: Any) -> float | None:
+    caps = [float(c) for name in _SOFT_CAP if (c := getattr(settings, name, None)) is not None]
+    if len(caps) > 1 or any(cap <= 0 for cap in caps):
+        raise _unsupported("logits have at most one soft-cap, a positive number", caps)
+    return caps[0] if caps else None
+
+
+def _is_from_peft(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")  # asked before importing it, which is slow
+
+
+def _active(layer: nn.Module) -> nn.Module:
+    """`layer`, or the trained copy that PEFT's modules_to_save puts in its place."""
+    if not _is_from_peft(layer):
+        return layer
+    from peft.utils import ModulesToSaveWrapper
+
+    if not isinstance(layer, ModulesToSaveWrapper):
+        return layer
+    names = layer.active_adapters
+    disabled = layer.disable_adapters or not names
+    if disabled or any(name not in layer.modules_to_save for name in names):
+        original: nn.Module = layer.original_module
+        return original
+    copy: nn.Module = layer.modules_to_save[names[0]]
+    return copy
+
+
+def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, float]]:
+    """(A, dropout, B, factor) of the LoRA adapters that `layer` adds to its base, if any."""
+    if not _is_from_peft(layer):
+        return []
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear:
+        raise _unsupported(
+            "an adapter of the output layer is LoRA's for linear layers", type(layer)
+        )
+    lora: Any = layer
+    if lora.merged and lora.disable_adapters:
+        raise _unsupported("adapters are not merged while they are disabled", "merged")
+    if lora.merged or lora.disable_adapters:
+        return []
+    names = [name for name in lora.active_adapters if name in lora.lora_A]
+    variants = [type(lora.lora_variant[name]) for name in names if name in lora.lora_variant]
+    if variants:
+        raise _unsupported("an adapter of the output layer is plain LoRA", variants[0])
+    return [
+        (lora.lora_A[name], lora.lora_dropout[name], lora.lora_B[name], float(lora.scaling[name]))
+        for name in names
+    ]
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    """The linear layer that `layer` is, or that its adapters are around."""
+    base: Any = layer.get_base_layer() if _is_from_peft(layer) else layer  # type: ignore[operator]
+    hooks = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
+    # A subclass may do anything (quantised layers are such); FSDP2's only change the name.
+    if getattr(type(base), "forward", None) is not nn.Linear.forward or hooks:
+        raise _unsupported("the output layer is an nn.Linear, without hooks", type(base))
+    linear: nn.Linear = base
+    if not linear.weight.is_floating_point():
+        raise _unsupported("the output layer's weight is floating point", linear.weight.dtype)
+    return linear
+
+
+def _parts(layer: nn.Module, hidden_HD: Tensor) -> list[Part]:
+    """The products that sum up to the output layer's result; biases are products with ones."""
+    layer = _active(layer)
+    adapters, linear = _adapters(layer), _linear(layer)
+    parts = [Part(hidden_HD.to(linear.weight.dtype), linear.weight)]
+    if linear.bias is not None:
+        parts.append(_bias(hidden_HD, linear.bias, 1.0))
+    for down, dropout, up, factor in adapters:
+        parts.append(Part(down(dropout(hidden_HD.to(down.weight.dtype))) * factor, up.weight))
+        if up.bias is not None:
+            parts.append(_bias(hidden_HD, up.bias, factor))
+    return parts
+
+
+def _bias(hidden_HD: Tensor, bias_V: Tensor, factor: float) -> Part:
+    return Part(bias_V.new_full((len(hidden_HD), 1), factor), bias_V[:, None])

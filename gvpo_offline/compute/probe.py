@@ -1,0 +1,332 @@
+"""At start-up: which way of computing log-probs is right for the model in hand?
+
+A few short responses are computed along each way and held against the model's own forward, one
+response at a time. The first way that agrees, from the cheapest on, is taken; why the others were
+not is said. A way that does not agree is never taken, not even when it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gvpo_offline.compute.attention import (
+    UnsupportedAttentionError,
+    kernels,
+    restore_attention,
+    use_tree_attention,
+)
+from gvpo_offline.compute.engine import Engine
+from gvpo_offline.compute.forward import DEFAULT_KEPT_BYTES, causal_lm, install
+from gvpo_offline.compute.model import attention_of
+from gvpo_offline.compute.paths import ComputePath, LayoutName
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.schema import Group
+from gvpo_offline.stream.plan import CostModel
+
+logger = logging.getLogger(__name__)
+
+# What rounding explains over the probe's short responses, and what a wrong layout exceeds by far:
+# nats of a response's log-prob, and the relative error of a gradient.
+TOLERANCES = {torch.float64: (1e-3, 1e-3), torch.float32: (1e-3, 1e-3)}
+LOW_PRECISION_TOLERANCES = (0.5, 0.2)
+_LAYOUTS: tuple[LayoutName, ...] = ("shared", "continued", "packed", "padded")
+_SMALL_PARAMETER = 1 << 20
+_N_PARAMETERS = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the probe found.
+
+    Attributes:
+        path: the way to compute log-probs.
+        prompt_once: whether the pieces of a large group may share their prompt's states.
+        refused: what comes before it in cost, and why it was not taken.
+        error: largest difference of a response's log-prob to the model's own, nats.
+    """
+
+    path: ComputePath
+    prompt_once: bool
+    refused: tuple[str, ...]
+    error: float
+
+    def describe(self) -> str:
+        """One line for people."""
+        why = f"; not {'; not '.join(self.refused)}" if self.refused else ""
+        return f"{self.path} (agrees with the model's own forward to {self.error:.1e} nats{why})"
+
+
+def prepare_engine(
+    model: nn.Module,
+    *,
+    max_tokens: int,
+    layout: LayoutName | Literal["auto"] = "auto",
+    gradients: bool = True,
+    kept_bytes: int = DEFAULT_KEPT_BYTES,
+) -> Engine:
+    """An engine for a model, by the way that `choose_path` finds; logs which, and why.
+
+    Args:
+        model, layout, gradients: as `choose_path`.
+        max_tokens: of one forward pass, as laid out.
+        kept_bytes: as `Engine`.
+    """
+    choice = choose_path(model, layout=layout, gradients=gradients)
+    logger.info("log-probs: %s", choice.describe())
+    return engine_for(model, choice, max_tokens=max_tokens, kept_bytes=kept_bytes)
+
+
+def engine_for(
+    model: nn.Module, choice: Choice, *, max_tokens: int, kept_bytes: int = DEFAULT_KEPT_BYTES
+) -> Engine:
+    """An engine by a choice that was made before."""
+    config = causal_lm(model).config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # Attention on 6 x width keys costs as much as the matrix products of a token in a layer.
+    pairs = 6 * int(getattr(text, "hidden_size", 0) or 2048)
+    cost = CostModel(choice.path.layout, max_tokens, pairs)
+    return Engine(choice.path, cost, kept_bytes=kept_bytes, prompt_once=choice.prompt_once)
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """Log-probs (R,) of the probe's responses, and the gradients of a weighted sum of them."""
+
+    seq_logprobs: Tensor
+    grads: list[Tensor] = field(default_factory=list)
+
+
+def choose_path(
+    model: nn.Module,
+    *,
+    layout: LayoutName | Literal["auto"] = "auto",
+    gradients: bool = True,
+) -> Choice:
+    """Find the cheapest way to compute log-probs that is right for a model, and prepare it.
+
+    Args:
+        model: a transformers causal language model, or PEFT's around one, as it will be computed:
+            on its device, dropout off, in training mode for training.
+        layout: take this one, or none.
+        gradients: also compare gradients.
+
+    Raises:
+        ConfigError: no way agrees, or not the one that was asked for; says by how much.
+    """
+    install(model)
+    probe = _Probe(model, gradients)
+    refused: list[str] = []
+    head = probe.head(refused)
+    for name in _LAYOUTS if layout == "auto" else (layout,):
+        for path in probe.paths(name, head, refused):
+            error = probe.try_path(path, refused)
+            if error is not None:
+                once = probe.prompt_once(path, refused)
+                return Choice(path, once, tuple(refused), error)
+    restore_attention(causal_lm(model))
+    raise ConfigError(
+        "log-probs agree with the model's own forward, one response at a time",
+        received="; ".join(refused),
+        remedy="set layout to auto or padded"
+        if layout not in ("auto", "padded")
+        else "load the model in float32, or report it: none of the layouts computes it right",
+    )
+
+
+class _Probe:
+    """The probe's responses under a model, and the model's own answer."""
+
+    def __init__(self, model: nn.Module, gradients: bool) -> None:
+        self._model = model
+        self._inner = causal_lm(model)
+        self._groups = _groups(_vocab_size(self._inner))
+        n = sum(group.group_size for group in self._groups)
+        # Signs mixed and sizes unequal, so that errors do not cancel.
+        self._weights = torch.linspace(-1.0, 1.5, n, dtype=torch.float64)
+        self._parameters = _some_parameters(model) if gradients else []
+        self._dtype = next(model.parameters()).dtype
+        self._truth = self._own_answer()
+
+    def head(self, refused: list[str]) -> Literal["fused", "logits"]:
+        """Whether log-probs can be had without the model's logits: tried on padded rows."""
+        path = ComputePath("padded", attention_of(self._inner), "fused")
+        return "logits" if self.try_path(path, refused) is None else "fused"
+
+    def paths(
+        self, layout: LayoutName, head: Literal["fused", "logits"], refused: list[str]
+    ) -> Iterator[ComputePath]:
+        """The ways to compute a layout, the fastest first."""
+        if layout != "shared":
+            restore_attention(self._inner)
+            yield ComputePath(layout, attention_of(self._inner), head)
+            return
+        try:
+            use_tree_attention(self._inner)
+        except UnsupportedAttentionError as error:
+            refused.append(f"shared: {error}")
+            return
+        for kernel in kernels(self._device):
+            yield ComputePath(layout, kernel, head)
+
+    def try_path(self, path: ComputePath, refused: list[str]) -> float | None:
+        """The error of the log-probs along a path; None, and a reason more, if it is too large."""
+        engine = Engine(path, CostModel(path.layout, 1 << 20))
+        return self._try(engine, str(path), refused)
+
+    def prompt_once(self, path: ComputePath, refused: list[str]) -> bool:
+        """Whether groups in pieces may share their prompt's states."""
+        if path.layout != "shared" or path.head != "fused":
+            return False
+        engine = Engine(path, CostModel(path.layout, 32))
+        return self._try(engine, "one prompt for all pieces of a large group", refused) is not None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _try(self, engine: Engine, name: str, refused: list[str]) -> float | None:
+        try:
+            answer = self._answer(engine)
+        # A model that nobody has seen may fail in any way; that is an answer too.
+        except Exception as error:
+            refused.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            logger.debug("%s", name, exc_info=True)
+            return None
+        nats, relative = _difference(answer, self._truth)
+        most_nats, most_relative = TOLERANCES.get(self._dtype, LOW_PRECISION_TOLERANCES)
+        if nats <= most_nats and relative <= most_relative:
+            return nats
+        refused.append(f"{name}: off by {nats:.2g} nats, gradients by {100 * relative:.2g}%")
+        return None
+
+    def _answer(self, engine: Engine) -> _Answer:
+        """By the engine; gradients where they fall, in `.grad`, as in training."""
+        sums, offset = [], 0
+        with _no_trace(self._model):
+            for groups in _fitting(self._groups, engine.cost.max_tokens):
+                n = sum(group.group_size for group in groups)
+                weights = self._weights[offset : offset + n]
+                offset += n
+                if self._parameters:
+                    sums.append(self._accumulated(engine, groups, weights))
+                else:
+                    with torch.no_grad():
+                        sums.append(engine.seq_logprobs(self._model, groups).cpu())
+            grads = [_grad_or_zeros(parameter) for parameter in self._parameters]
+        return _Answer(torch.cat(sums), grads)
+
+    def _accumulated(self, engine: Engine, groups: Sequence[Group], weights: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def objective(seq_logprobs: Tensor) -> Tensor:
+            seen.append(seq_logprobs.detach().cpu())
+            return (seq_logprobs * weights.to(seq_logprobs.device)).sum()
+
+        def backward(scalar: Tensor) -> None:
+            scalar.backward()  # type: ignore[no-untyped-call]
+
+        engine.accumulate(self._model, groups, objective, backward)
+        return seen[0]
+
+    def _own_answer(self) -> _Answer:
+        """One response at a time, by the model's own logits."""
+        sums = []
+        with _no_trace(self._model), torch.set_grad_enabled(bool(self._parameters)):
+            for weight, (prompt, response) in zip(
+                self._weights, _one_by_one(self._groups), strict=True
+            ):
+                ids = torch.from_numpy(np.concatenate([prompt, response])).to(self._device)
+                logits = self._model(input_ids=ids[None].long(), use_cache=False).logits[0]
+                before = torch.log_softmax(logits[len(prompt) - 1 : -1].float(), dim=-1)
+                targets = ids[len(prompt) :].long()
+                total = before[torch.arange(len(targets)), targets].double().sum()
+                if self._parameters:
+                    (total * weight).backward()  # type: ignore[no-untyped-call]
+                sums.append(total.detach().cpu())
+            grads = [_grad_or_zeros(parameter) for parameter in self._parameters]
+        return _Answer(torch.stack(sums), grads)
+
+
+def _groups(vocab_size: int) -> list[Group]:
+    """Two groups: with equal responses, a shared beginning, a response of one token."""
+    rng = np.random.default_rng(0)
+
+    def tokens(n: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        return rng.integers(0, vocab_size, size=n).astype(np.int32)
+
+    long = tokens(22)
+    branch = np.concatenate([long[:17], tokens(4)])
+    sets = [(tokens(5), (tokens(1), long, branch, long)), (tokens(7), (tokens(3), tokens(6)))]
+    return [
+        Group(
+            group_id=f"probe {number}",
+            prompt_token_ids=prompt,
+            response_token_ids=responses,
+            samplers=("probe",) * len(responses),
+            truncated=(False,) * len(responses),
+        )
+        for number, (prompt, responses) in enumerate(sets)
+    ]
+
+
+def _one_by_one(groups: Sequence[Group]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for group in groups:
+        for response in group.response_token_ids:
+            yield group.prompt_token_ids, response
+
+
+def _fitting(groups: list[Group], max_tokens: int) -> list[list[Group]]:
+    """All at once under a large budget, one by one under a small one."""
+    return [groups] if max_tokens > 1000 else [[group] for group in groups]
+
+
+def _vocab_size(model: nn.Module) -> int:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.num_embeddings)
+
+
+def _some_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Trained parameters that are small and lie all over the model."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    small = [parameter for parameter in trained if parameter.numel() <= _SMALL_PARAMETER]
+    chosen = small or sorted(trained, key=lambda parameter: parameter.numel())[:2]
+    every = max(1, len(chosen) // _N_PARAMETERS)
+    return chosen[::every]
+
+
+@contextlib.contextmanager
+def _no_trace(model: nn.Module) -> Iterator[None]:
+    """Gradients begin at none, and are what they were afterwards."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad
+
+
+def _grad_or_zeros(parameter: nn.Parameter) -> Tensor:
+    grad = parameter.grad
+    return torch.zeros_like(parameter) if grad is None else grad.detach().clone()
+
+
+def _difference(answer: _Answer, truth: _Answer) -> tuple[float, float]:
+    """Largest |difference| of log-probs, nats; norm of the gradients' over that of the truth's."""
+    nats = float((answer.seq_logprobs - truth.seq_logprobs).abs().max())
+    wrong = sum(
+        float((a - b).double().square().sum())
+        for a, b in zip(answer.grads, truth.grads, strict=True)
+    )
+    whole = sum(float(grad.double().square().sum()) for grad in truth.grads)
+    relative = (wrong / whole) ** 0.5 if whole else 0.0
+    return (nats if np.isfinite(nats) else np.inf), (relative if np.isfinite(relative) else np.inf)
