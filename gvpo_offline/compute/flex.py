@@ -37,6 +37,8 @@ _BLOCK = 128
 _LEAST_WIDTH = 16
 # Rows shorter than a block would go to a kernel made for decoding.
 _KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
+# A model asks for several: with and without gradient, frozen keys, sinks, widths, short rows.
+_MAX_COMPILED = 64
 
 
 class _Rows(NamedTuple):
@@ -116,7 +118,8 @@ def flex_tree_attention(
     """
     width = value.shape[-1]
     inputs = [_dynamic(_at_least_wide(tensor), 2) for tensor in (query, key, value)]
-    out = _compiled()(*inputs, plan.rows, plan.blocks, scale, softcap, sinks)
+    with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILED):
+        out = _compiled()(*inputs, plan.rows, plan.blocks, scale, softcap, sinks)
     return out[..., :width].transpose(1, 2)
 
 
@@ -184,8 +187,9 @@ def _met_blocks(tree: Tree, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.b
     """(n, m) bool: blocks of keys that a block of queries sees, but not in full, and in full.
 
     Worked out on runs, what a block holds of one segment: within two of these the last key is the
-    deepest, and the first query sees furthest up. A block that the row leaves unfilled is never
-    seen in full; the kernels count on that.
+    deepest, and the first query sees furthest up. The kernels count on it that a block which the
+    row leaves unfilled is met in part: the last one of queries, and of keys, as no block of queries
+    but the last could see that in full.
     """
     least = _least_depths(tree, rule)
     ends, depths = tree.row_ends, tree.row_depths
@@ -201,8 +205,6 @@ def _met_blocks(tree: Tree, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.b
     full = np.logical_and.reduceat(np.logical_and.reduceat(full, query_blocks), key_blocks, axis=1)
     if len(least) % _BLOCK:
         full[-1] = False
-    if tree.n_rows % _BLOCK:
-        full[:, -1] = False
     return some & ~full, full
 
 

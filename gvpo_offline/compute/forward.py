@@ -106,7 +106,8 @@ def uninstall(model: nn.Module) -> None:
 
 def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def token_logprobs(model: nn.Module, call: LayoutCall) -> TokenLogprobs:

@@ -106,7 +106,7 @@ def fused_pair_logprobs(
     if not (len(pair_row_N) or entropy):  # rows that predict nothing cost nothing
         parts = [Part(x_HK[:0], weight_VK) for x_HK, weight_VK in parts]
     n_rows, vocab_size = len(parts[0].input_HK), len(parts[0].weight_VK)
-    # A negative index would count from the end: that of a masked label is a token's.
+    # Indexing would take the -100 of a masked label for a token counted from the end.
     if len(pair_token_N):
         lowest, highest = torch.stack(torch.aminmax(pair_token_N)).tolist()
         if lowest < 0 or highest >= vocab_size:
@@ -258,7 +258,7 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == out.dtype:
-        out.addmm_(a, b)
+        torch.addmm(out, a, b, out=out)
     else:
         out.add_(_matmul(a, b, out.dtype))
 

@@ -80,7 +80,7 @@ class PromptAndRows(NamedTuple):
     @property
     def width(self) -> int:
         """Output rows of each response: one less than the longest has tokens."""
-        return self.response_ids.shape[1] - 1
+        return int(self.response_ids.shape[1]) - 1
 
 
 @dataclass(frozen=True, eq=False)

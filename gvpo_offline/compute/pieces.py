@@ -11,6 +11,7 @@ are its rows of the whole softmax's gradient, so each piece's own backward kerne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from gvpo_offline.compute.tree import Piece, Rule, Tree, attention_pieces
 
+_STRIP = 128  # tokens
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -27,7 +29,7 @@ class PiecePlan:
     """The pieces of a tree under a rule, with the masks of those that need one."""
 
     def __init__(self, tree: Tree, rule: Rule, dtype: torch.dtype) -> None:
-        self.pieces = attention_pieces(tree, rule)
+        self.pieces = list(_in_strips(attention_pieces(tree, rule)))
         self._window = 0 if tree.is_full(rule) or rule.kind != "window" else rule.size
         self._dtype = dtype
         self._masks: dict[tuple[int, int, int], Tensor] = {}
@@ -49,6 +51,26 @@ class PiecePlan:
             hidden = torch.zeros(n_queries, n_keys, dtype=self._dtype)
             self._masks[key] = hidden.masked_fill_(~seen, float("-inf"))
         return False, self._masks[key]
+
+
+def _in_strips(pieces: list[Piece]) -> Iterator[Piece]:
+    """Cut causal triangles into small ones and the rectangles left of them.
+
+    The kernel computes whole blocks of some hundred keys, also where half of them are masked.
+    """
+    rectangles = []
+    for piece in pieces:
+        length = piece.query_stop - piece.query_start
+        if not (piece.diagonal and piece.shift == 0) or length < 2 * _STRIP:
+            yield piece
+            continue
+        for start in range(0, length, _STRIP):
+            first, stop = piece.query_start + start, piece.query_start + min(start + _STRIP, length)
+            key, key_stop = piece.key_start + start, piece.key_start + stop - piece.query_start
+            yield Piece(first, stop, key, key_stop, 0, True)
+            if start:
+                rectangles.append(Piece(first, stop, piece.key_start, key, None, False))
+    yield from rectangles
 
 
 def piecewise_attention(
@@ -90,7 +112,8 @@ class _PiecewiseAttention(torch.autograd.Function):
         q, k, v = _by_key_head(query, key, value)
         rows = query.new_empty(length, n_heads, width)
         out = _heads_of(rows, key.shape[1])
-        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        # As the kernel gives it: float32 for narrower types too.
+        lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for piece in plan.pieces:
             queries, keys = _slices(piece)
             causal, mask = plan.mask(piece)
@@ -143,7 +166,7 @@ class _PiecewiseAttention(torch.autograd.Function):
         grad_sinks = None
         if sinks is not None:
             share = (_sink_scores(sinks, lse) - lse).exp_()
-            delta = (grad_out.float() * out.float()).sum(-1)
+            delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
             grad_sinks = -(share * delta).sum(-1).flatten().to(sinks.dtype)
         grad_query = grad_rows.transpose(0, 1).unsqueeze(0)
         return grad_query, grad_k.unsqueeze(0), grad_v.unsqueeze(0), grad_sinks, None, None
@@ -173,4 +196,4 @@ def _slices(piece: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
 
 
 def _sink_scores(sinks: Tensor, lse: Tensor) -> Tensor:
-    return sinks.float().view(*lse.shape[:2], 1).expand_as(lse)
+    return sinks.to(lse.dtype).view(*lse.shape[:2], 1).expand_as(lse)

@@ -151,7 +151,7 @@ def cut_group(shape: GroupShape, model: CostModel) -> list[list[int]]:
     Each piece has the prompt and some of the responses.
 
     Returns:
-        For each piece the indices of its responses.
+        For each piece the indices of its responses; the piece with the most tokens comes last.
 
     Raises:
         DataError: the prompt and one response alone are larger than the budget.
@@ -171,6 +171,7 @@ def cut_group(shape: GroupShape, model: CostModel) -> list[list[int]]:
                 break
         else:
             pieces.append([index])
+    pieces.sort(key=lambda piece: sum(shape.responses[i] for i in piece))
     return [sorted(piece) for piece in pieces]
 
 

@@ -1,0 +1,143 @@
+"""Floating-point operations: the least that a group needs, what was done, and how fast they go.
+
+A product of (m, n) by (n, p) is 2 m n p operations; nothing but matrix products is counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Case
+from torch.utils.flop_counter import FlopCounterMode
+
+_HEAD_ROWS = 512
+
+# Dense bfloat16 operations a second, from the vendor's data sheets; the longest name that the
+# device's name contains counts.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+}
+
+
+def minimum_flops(case: Case, *, backward: bool = True) -> float:
+    """Least operations of a step: every unique token once through each decoder product, attention
+    over visible pairs only, the head once for each hidden row that predicts something.
+
+    The backward pass costs twice the forward (gradients of inputs and of weights), without the
+    weights' half where the weights are frozen. An adapter's own products are left out.
+    """
+    shape, lengths = case.shape, case.response_lengths
+    trained = 3.0 if shape.lora_rank == 0 else 2.0
+    factor = trained if backward else 1.0
+    layer = sum(2 * n_in * n_out for n_in, n_out in shape.linears)
+    products = case.unique_tokens * shape.n_layers * layer
+    pairs = case.prompt * (case.prompt + 1) // 2
+    pairs += sum((n - 1) * case.prompt + (n - 1) * n // 2 for n in lengths)
+    attention = 4 * shape.n_heads * shape.head_dim * pairs * shape.n_layers
+    head = 2 * shape.width * shape.vocab_size * predicting_rows(case)
+    return factor * (products + head) + (3.0 if backward else 1.0) * attention
+
+
+def predicting_rows(case: Case) -> int:
+    """Hidden rows that predict a response token: the prompt's last, shared, and all responses'
+    but each one's last."""
+    return 1 + sum(case.response_lengths) - case.k
+
+
+def counted_flops(step: Callable[[], object]) -> float:
+    """Operations that PyTorch's counter sees in `step`; causal attention counts visible pairs.
+
+    The counter itself knows neither the CPU's flash attention nor causality.
+    """
+    aten = torch.ops.aten
+    forward, backward = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
+    formulas = {forward: _flash_flops, backward: _flash_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def _flash_flops(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any
+) -> int:
+    """Two products over the pairs that are computed: scores, and scores by values."""
+    batch, heads, rows, dim = query
+    columns = key[2]
+    pairs = rows * (rows + 1) // 2 if causal else rows * columns
+    return int(2 * batch * heads * pairs * (dim + value[3]))
+
+
+def _flash_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, *options: Any, **_: Any
+) -> int:
+    """Five products: the scores once more, and the gradients, as PyTorch counts other kernels."""
+    return _flash_flops(query, key, value, *options) * 5 // 2
+
+
+def matmul_seconds(case: Case, device: str) -> dict[str, float]:
+    """Time of plain matrix products of the model's own sizes, the decoder's and the head's, each
+    with both products of its backward.
+
+    Returns:
+        wall and cpu seconds, and the flops they were for.
+    """
+    shape = case.shape
+    dtype = getattr(torch, shape.dtype)
+    rows, n_head_rows = case.unique_tokens, min(_HEAD_ROWS, predicting_rows(case))
+    distinct = {size: shape.linears.count(size) for size in shape.linears}
+    plans = [(rows, size, count * shape.n_layers) for size, count in distinct.items()]
+    head = (shape.width, shape.vocab_size)
+    plans.append((n_head_rows, head, round(predicting_rows(case) / n_head_rows)))
+    total = {"wall": 0.0, "cpu": 0.0, "flops": 0.0}
+    for n_rows, (n_in, n_out), count in plans:
+        wall, cpu = _product_seconds(n_rows, n_in, n_out, dtype, device)
+        total["wall"] += count * wall
+        total["cpu"] += count * cpu
+        total["flops"] += count * 6.0 * n_rows * n_in * n_out
+    return total
+
+
+def _product_seconds(
+    rows: int, n_in: int, n_out: int, dtype: torch.dtype, device: str
+) -> tuple[float, float]:
+    """Wall and CPU seconds of one product and its two gradients, the second time it is done."""
+    inputs = torch.randn(rows, n_in, dtype=dtype, device=device)
+    weight = torch.randn(n_out, n_in, dtype=dtype, device=device)
+    outputs = torch.empty(rows, n_out, dtype=dtype, device=device)
+    of_inputs, of_weight = torch.empty_like(inputs), torch.empty_like(weight)
+    wall = cpu = 0.0
+    for _ in range(2):
+        _wait(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        torch.mm(inputs, weight.T, out=outputs)
+        torch.mm(outputs, weight, out=of_inputs)
+        torch.mm(outputs.T, inputs, out=of_weight)
+        _wait(device)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall, cpu
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The data sheet's dense bfloat16 rate of a device; None where the table does not have it."""
+    names = [name for name in _PEAK_FLOPS if name in device_name]
+    return _PEAK_FLOPS[max(names, key=len)] if names else None

@@ -1,0 +1,202 @@
+"""What is asked of the two sides, and in which order."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cases import TINY_CASES, Case
+from processes import OutOfMemoryError, Side
+
+# Padded tokens times vocabulary up to which a CPU measures something beside the steps themselves.
+_AS_IS = 1e8  # TRL's head over all positions: the labelled positions' work and more
+_ERRORS = 2e8  # one response at a time
+_REFERENCE = 3e8  # the reference stage
+_SAME_NATS = 1e-2  # a response's log-prob on the two sides
+Times = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way through TRL: which trainer, over which positions, `rows` responses at a time."""
+
+    trainer: str
+    compact: bool
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        head = "labelled positions" if self.compact else "all positions"
+        return f"{self.trainer}, {head}, {self.rows} rows"
+
+
+@dataclass
+class Record:
+    """All that was measured of a case; a list has an entry a repeat."""
+
+    case: Case
+    ours: list[Times] = field(default_factory=list)
+    trl: dict[Path, list[Times]] = field(default_factory=dict)
+    matmul: list[Times] = field(default_factory=list)
+    reference_ours: list[Times] = field(default_factory=list)
+    reference_trl: list[Times] = field(default_factory=list)
+    steps_ours: list[Times] = field(default_factory=list)
+    steps_trl: list[Times] = field(default_factory=list)
+    flops: float | None = None
+    large_group: float | None = None
+    errors: Times = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    wall: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """What the cost of this case's plainest way grows with."""
+        return float(self.case.padded_tokens * self.case.shape.vocab_size)
+
+    def fastest(self, trainer: str, clock: str) -> Path | None:
+        """TRL's fastest path through `trainer`."""
+        paths = [path for path in self.trl if path.trainer == trainer]
+        return min(paths, key=lambda p: median(self.trl[p], clock) or 0.0, default=None)
+
+
+@dataclass
+class Bench:
+    """Both sides on one device.
+
+    `clock` names the seconds that speed-ups are ratios of. On a CPU these are CPU seconds of all
+    threads, which other processes of the machine disturb less; on a GPU wall seconds.
+    `trl_rows`: responses in a batch of TRL's, to begin with; None: the whole group.
+    """
+
+    ours: Side
+    trl: Side
+    device: str
+    all_paths: bool = False
+    trl_rows: int | None = None
+    device_name: str = "cpu"
+
+    @property
+    def clock(self) -> str:
+        """Which seconds."""
+        return "wall" if self.device == "cuda" else "cpu"
+
+    def run(
+        self, cases: tuple[Case, ...], seconds: float, show: Callable[[Record], None]
+    ) -> list[Record]:
+        """Visit every case once, and again, the cheapest first, while `seconds` last."""
+        deadline = time.perf_counter() + seconds
+        self._visit(Record(TINY_CASES[0]))  # what only a process's first step costs
+        records = [Record(case) for case in cases]
+        for number, record in enumerate(records):
+            self._visit(record, whole_steps=number == 0)
+            show(record)
+        repeats = True
+        while repeats:
+            repeats = False
+            for record in sorted(records, key=lambda r: r.wall):
+                if time.perf_counter() + record.wall < deadline:
+                    self._visit(record, whole_steps=record is records[0])
+                    show(record)
+                    repeats = True
+        return records
+
+    def _visit(self, record: Record, *, whole_steps: bool = False) -> None:
+        """One more of everything that is measured of a case, the sides taking turns."""
+        started = time.perf_counter()
+        first = not record.matmul
+        usable = self._load(record)
+        record.matmul.append(self.ours.ask("matmul"))
+        for trainer in ("grpo", "dpo"):
+            usable = usable and self._our_step(record)
+            if first:
+                self._try_paths(record, trainer)
+            else:
+                path = record.fastest(trainer, self.clock)
+                if path is not None:
+                    record.trl[path].append(self._trl_step(path))
+        dpo = record.fastest("dpo", self.clock)
+        if usable and dpo is not None and self._cheap(record, _REFERENCE):
+            self._reference(record, dpo)
+        if usable and dpo is not None and whole_steps:
+            record.steps_ours += self.ours.ask("train", n_steps=3)
+            record.steps_trl += self.trl.ask("train", compact=dpo.compact, n_steps=2)
+        # What is measured once is left out of the cost of a further visit.
+        record.wall = time.perf_counter() - started
+        if first and usable:
+            self._measure_once(record)
+
+    def _cheap(self, record: Record, limit: float) -> bool:
+        """Whether something beside the steps is worth its time."""
+        return self.device == "cuda" or record.size <= limit
+
+    def _load(self, record: Record) -> bool:
+        """Load the case on both sides; returns whether ours can run it."""
+        case = record.case.to_json()
+        ours, trl = self.ours.ask("load", case=case), self.trl.ask("load", case=case)
+        for name in ("group", "weights"):
+            if ours[name] != trl[name]:
+                raise AssertionError(f"the sides do not have the same {name}")
+        self.device_name = ours["device_name"]
+        left_out = ours["left_out"]
+        if left_out and not record.matmul:
+            record.notes.append(f"ours left out: {left_out}")
+        return left_out is None
+
+    def _our_step(self, record: Record) -> bool:
+        """One step of ours; returns whether there was room for it."""
+        try:
+            record.ours.append(self.ours.ask("step"))
+        except OutOfMemoryError:
+            record.notes.append("ours: out of memory")
+            return False
+        return True
+
+    def _try_paths(self, record: Record, trainer: str) -> None:
+        """Every path through one of TRL's trainers once."""
+        heads = [True]
+        if self.device == "cpu" and (self.all_paths or self._cheap(record, _AS_IS)):
+            heads.append(False)
+        for compact in heads:
+            for rows in _halvings(self.trl_rows or record.case.k):
+                path = Path(trainer, compact, rows)
+                try:
+                    record.trl[path] = [self._trl_step(path)]
+                    break
+                except OutOfMemoryError:
+                    record.notes.append(f"TRL {path.name}: out of memory")
+
+    def _trl_step(self, path: Path) -> Times:
+        found: Times = self.trl.ask("step", path=path.trainer, compact=path.compact, rows=path.rows)
+        return found
+
+    def _reference(self, record: Record, path: Path) -> None:
+        """Reference log-probs on both sides; that they agree says that both compute one thing."""
+        ours = self.ours.ask("reference")
+        trl = self.trl.ask("reference", compact=path.compact, rows=path.rows)
+        record.reference_ours.append(ours)
+        record.reference_trl.append(trl)
+        apart = abs(ours["logprob_sum"] - trl["logprob_sum"]) / record.case.k
+        if record.case.shape.dtype == "float32" and apart > _SAME_NATS:
+            raise AssertionError(f"the sides' log-probs are {apart} nats apart")
+
+    def _measure_once(self, record: Record) -> None:
+        record.flops = self.ours.ask("flops")
+        if record.case.shape.dtype == "float32" and self._cheap(record, _ERRORS):
+            record.errors = self.ours.ask("errors")
+            record.large_group = self.ours.ask("large_group")
+
+
+def median(times: list[Times], key: str) -> float | None:
+    """The median of one of the figures; None where nothing was measured."""
+    return statistics.median(t[key] for t in times) if times else None
+
+
+def _halvings(k: int) -> Iterator[int]:
+    """k, k / 2, ... as long as whole pairs are left."""
+    rows = k
+    while rows >= 2 and rows % 2 == 0:
+        yield rows
+        rows //= 2

@@ -1,0 +1,118 @@
+"""A side's process: takes one command at a time, and measures.
+
+Commands and answers are lines of JSON. Whatever the libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
+    """Answer commands until the parent closes the pipe.
+
+    A command is {"do": name, ...keywords}; its answer {"result": …} or {"error": …}, where
+    "out of memory" stands for a device without room.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            answer = {"result": handlers[command.pop("do")](**command)}
+        except torch.OutOfMemoryError:
+            answer = {"error": "out of memory"}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def measure(step: Callable[[], object], device: str) -> dict[str, float]:
+    """Run `step` once.
+
+    Returns:
+        wall: seconds, all of the device's work included; cpu: CPU seconds of all threads;
+        peak_bytes: the most memory held during the step beyond what was held before it.
+    """
+    gc.collect()
+    held = _reset_peak(device)
+    _synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    _synchronize(device)
+    found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    found["peak_bytes"] = float(_peak(device) - held)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the other side needs the room
+    return found
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: str) -> int:
+    """Start a new peak; returns the bytes held now."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # What the allocator keeps of earlier steps would hide part of the next one's peak.
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR_REFS.write_text("5")  # resets VmHWM: proc_pid_clear_refs(5)
+    return _status_bytes("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} does not say {name}")
+
+
+class StepTimes:
+    """Times of the optimizer steps of a transformers Trainer, from one step's end to the next's."""
+
+    def __init__(self, device: str) -> None:
+        from transformers import TrainerCallback
+
+        self._device = device
+        self._ends: list[tuple[float, float]] = []
+        times = self
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                times.tick()
+
+        self.callback = Callback()
+
+    def tick(self) -> None:
+        """A step has ended."""
+        _synchronize(self._device)
+        self._ends.append((time.perf_counter(), time.process_time()))
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """Wall and CPU seconds of every step but the first, which pays for what is set up."""
+        pairs = zip(self._ends, self._ends[1:], strict=False)
+        return [{"wall": b[0] - a[0], "cpu": b[1] - a[1]} for a, b in pairs]
