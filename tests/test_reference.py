@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import train_tokenizer
 from fork_server import CRASHED, ForkServer
-from training import score, scored_dataset, unscored_dataset
+from training import longest_row, place_of, score, scored_dataset, unscored_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_offline.collect import reference as reference_module
-from gvpo_offline.compute.batch import make_micro_batch
-from gvpo_offline.compute.logprobs import seq_logprobs
+from gvpo_offline.compute.batch import Constants
+from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.schema import split_nested_list
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.stream.plan import CostModel, cut_group, shape_of
 from gvpo_offline.tokenizer import tokenizer_info
 
 
@@ -52,12 +54,14 @@ def test_a_policy_that_is_the_reference_has_log_ratios_of_zero(
 ) -> None:
     """Whatever the micro-batches: here one per row group."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    engine = prepare_engine(model, max_tokens=10**6, gradients=False)
     for row_group in range(scored.n_row_groups):
-        batch = make_micro_batch(scored.groups(row_group))
+        groups = scored.groups(row_group)
+        reference = Constants.of(groups).ref_seq_logprobs
         with torch.no_grad():
-            ratios = seq_logprobs(model, batch) - batch.ref_seq_logprobs
+            ratios = engine.seq_logprobs(model, groups) - reference
         assert float(ratios.abs().max()) <= 1e-4
-        assert float(batch.ref_seq_logprobs.max()) < -1.0
+        assert float(reference.max()) < -1.0
 
 
 def test_token_log_probs_sum_to_the_sequences(scored: GroupDataset) -> None:
@@ -79,7 +83,7 @@ def test_what_the_manifest_says_of_a_reference(scored: GroupDataset, tiny_model_
     (family,) = scored.manifest.references
     assert (family.model_class, family.dtype) == ("Qwen3ForCausalLM", "float32")
     assert family.autocast_dtype is None
-    assert family.attn_implementation == "sdpa"
+    assert (family.layout, family.attn_implementation) == ("shared", "pieces")
     assert family.model_name_or_path == str(tiny_model_dir)
     assert scored.manifest.tokenizer is not None
     assert family.tokenizer_fingerprint == scored.manifest.tokenizer.fingerprint
@@ -116,15 +120,37 @@ def test_several_references_live_side_by_side(
         assert 0 < difference.max() < 0.5
 
 
-def test_the_number_of_tokens_at_a_time_is_no_part_of_the_reference(
-    unscored: Path, scored: GroupDataset, tmp_path: Path, tiny_model_dir: Path
+@pytest.mark.parametrize("layout", ["shared", "packed", "continued", "padded"])
+def test_a_reference_in_pieces_is_that_of_whole_groups(
+    unscored: Path, scored: GroupDataset, tmp_path: Path, tiny_model_dir: Path, layout: str
 ) -> None:
+    """The number of tokens at a time is no part of a reference; the layout is, and moves it by no
+    more than rounding. The budget is that of the longest prompt with one response.
+    """
+    groups = [g for i in range(scored.n_row_groups) for g in scored.groups(i)]
+    budget, _ = longest_row(scored)
+    cost = CostModel(layout, budget)
+    assert sum(len(cut_group(shape_of(group), cost)) > 1 for group in groups) > 12
     root = copy_of(unscored, tmp_path / "data")
-    other = score(root, tiny_model_dir, max_tokens_per_micro_batch=1)
-    assert other.manifest.references[0].fingerprint == scored.manifest.references[0].fingerprint
+    other = score(root, tiny_model_dir, layout=layout, max_tokens_per_micro_batch=budget)
+    same = other.manifest.references[0].fingerprint == scored.manifest.references[0].fingerprint
+    assert same == (layout == "shared")
+    assert other.manifest.references[0].layout == layout
     for row_group in range(scored.n_row_groups):
         for one, two in zip(scored.groups(row_group), other.groups(row_group), strict=True):
             np.testing.assert_allclose(one.ref_seq_logprobs, two.ref_seq_logprobs, atol=1e-4)
+
+
+def test_a_response_over_the_budget_is_named_before_any_work(
+    unscored: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """One token too few for the longest prompt with one response."""
+    root = copy_of(unscored, tmp_path / "data")
+    width, place = longest_row(open_dataset(root, join=()))
+    with pytest.raises(DataError, match=f"{width} tokens, more than {width - 1}") as error:
+        score(root, tiny_model_dir, max_tokens_per_micro_batch=width - 1)
+    assert place_of(error.value) == place
+    assert not (root / "reference").exists()
 
 
 def reference_command(root: Path, model_dir: Path) -> list[str]:
@@ -200,17 +226,33 @@ def test_a_dataset_imported_with_another_template_is_scored_with_it(
     assert score(root, tiny_model_dir, chat_template=str(template)).reference is not None
 
 
+def with_embedding(model_dir: Path, target: Path, row: Any, value: float) -> Path:
+    """A copy of the model with other numbers in some rows of its input embedding alone."""
+    copied = copy_of(model_dir, target)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        model.get_input_embeddings().weight[row] = value
+    model.save_pretrained(copied)
+    return copied
+
+
 def test_a_model_whose_logits_are_not_numbers(
     unscored: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
+    """After any token, which is seen at once; or after one of the dataset's, and then the group is
+    named.
+    """
     root = copy_of(unscored, tmp_path / "data")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = torch.nan
-    broken = copy_of(tiny_model_dir, tmp_path / "broken")
-    model.save_pretrained(broken)
-    with pytest.raises(DataError, match=r"groups/00000-.*group 'group-0000.*finite.*nan") as error:
+    broken = with_embedding(tiny_model_dir, tmp_path / "broken", slice(None), torch.nan)
+    with pytest.raises(ConfigError, match=r"a model's log-probs are finite numbers; .*nan"):
         score(root, broken)
+    group = open_dataset(root, join=()).groups(0)[1]
+    token = int(group.prompt_token_ids[0])
+    cracked = with_embedding(tiny_model_dir, tmp_path / "cracked", token, torch.nan)
+    with pytest.raises(DataError, match=r"groups/00000-.*group 'group-0000.*finite.*nan") as error:
+        score(root, cracked)
     assert error.value.file is not None
     assert error.value.group is not None
     assert sidecars(root) == {}

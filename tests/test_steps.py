@@ -12,16 +12,18 @@ import pytest
 from builders import build_dataset, differences, make_group
 from torch.utils.data import DataLoader
 
+from gvpo_offline.compute.batch import lay_out
+from gvpo_offline.compute.paths import LayoutName
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder
-from gvpo_offline.stream.plan import shape_of
+from gvpo_offline.stream.plan import CostModel, n_pieces, shape_of
 from gvpo_offline.stream.select import held_out_mask, select
 from gvpo_offline.stream.steps import StepDataset, StepShare
 
 N_GROUPS = 70
-BUDGET = 120
+COST = CostModel("shared", 60)
 
 
 @pytest.fixture(scope="module")
@@ -37,35 +39,42 @@ def steps_of(dataset: GroupDataset, **changes: Any) -> StepDataset:
     options: dict[str, Any] = {
         "groups_per_step": 12,
         "n_draws": 175,
-        "max_tokens_per_micro_batch": BUDGET,
+        "cost": COST,
         **changes,
     }
     return StepDataset(dataset, order, **options)
 
 
 def ids_of(share: StepShare) -> list[list[str]]:
-    return [[group.group_id for group in groups] for groups in share.micro_batches]
+    return [[group.group_id for group in groups] for groups, _ in share.micro_batches]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("layout", ["shared", "packed", "continued", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_global_batches_are_the_same_on_any_number_of_ranks(
-    dataset: GroupDataset, world_size: int
+    dataset: GroupDataset, world_size: int, layout: LayoutName
 ) -> None:
+    """Under a budget that some groups fit into and others do not, measured on what is laid out."""
     alone = steps_of(dataset)
-    ranks = [steps_of(dataset, rank=r, world_size=world_size) for r in range(world_size)]
+    cost = CostModel(layout, 20)
+    ranks = [steps_of(dataset, cost=cost, rank=r, world_size=world_size) for r in range(world_size)]
+    counts = set()
     for step in range(len(alone)):
         shares = [rank[step] for rank in ranks]
         expected = [group.group_id for group in alone.global_batch(step)]
-        found = [i for share in shares for ids in ids_of(share) for i in ids]
+        found = [group.group_id for share in shares for group in share.groups]
         assert sorted(found) == sorted(expected)
         assert {share.n_groups for share in shares} == {len(expected)}
         assert {share.step for share in shares} == {step}
-        assert len({len(share.micro_batches) for share in shares}) == 1
+        assert len({tuple(own.passes for own in share.micro_batches) for share in shares}) == 1
+        assert shares[0].micro_batches[-1].passes == 1
         for share in shares:
-            for groups in share.micro_batches:
-                shapes = [shape_of(group) for group in groups]
-                padded = sum(s.rows for s in shapes) * max((s.width for s in shapes), default=0)
-                assert padded <= BUDGET or len(groups) == 1
+            for groups, passes in share.micro_batches:
+                pieces = n_pieces([shape_of(g) for g in groups], range(len(groups)), cost)
+                assert passes >= pieces
+                assert pieces > 1 or not groups or lay_out(groups, layout).n_tokens <= 20
+                counts.add(pieces)
+    assert min(counts) == 1 < max(counts)
 
 
 def test_steps_cover_the_epochs_and_the_last_takes_what_is_left(dataset: GroupDataset) -> None:
@@ -85,12 +94,11 @@ def test_steps_cover_the_epochs_and_the_last_takes_what_is_left(dataset: GroupDa
 
 
 def test_groups_come_whole_with_rewards_and_reference(dataset: GroupDataset) -> None:
-    for groups in steps_of(dataset)[3].micro_batches:
-        for group in groups:
-            number = int(group.group_id.removeprefix("group-"))
-            written = make_group(number, masked=number % 3 == 0)
-            unread = ["source", "prompt", "responses", "response_ids", "metadata"]
-            assert not differences(group, written, ignore=unread)
+    for group in steps_of(dataset)[3].groups:
+        number = int(group.group_id.removeprefix("group-"))
+        written = make_group(number, masked=number % 3 == 0)
+        unread = ["source", "prompt", "responses", "response_ids", "metadata"]
+        assert not differences(group, written, ignore=unread)
 
 
 @pytest.mark.filterwarnings("ignore:.*worker processes in total")
@@ -156,9 +164,7 @@ def test_resuming_reads_only_what_the_step_needs(dataset: GroupDataset) -> None:
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_the_cache_holds_two_windows(dataset: GroupDataset, window: int) -> None:
     order = GroupOrder(dataset.row_group_sizes, seed=1, window=window)
-    steps = StepDataset(
-        dataset, order, groups_per_step=5, n_draws=700, max_tokens_per_micro_batch=BUDGET
-    )
+    steps = StepDataset(dataset, order, groups_per_step=5, n_draws=700, cost=COST)
     for step in range(len(steps)):
         steps[step]
         assert len(steps._row_groups) <= 2 * window
@@ -166,9 +172,9 @@ def test_the_cache_holds_two_windows(dataset: GroupDataset, window: int) -> None
 
 def test_tokens_of_a_share_count_prompts_once(dataset: GroupDataset) -> None:
     share = steps_of(dataset)[0]
-    groups = [group for groups in share.micro_batches for group in groups]
+    assert len(share.groups) == 12
     assert share.n_tokens == sum(
-        len(g.prompt_token_ids) + sum(len(r) for r in g.response_token_ids) for g in groups
+        len(g.prompt_token_ids) + sum(len(r) for r in g.response_token_ids) for g in share.groups
     )
 
 

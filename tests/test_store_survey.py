@@ -34,20 +34,23 @@ def counted_by_hand(groups: list[Group]) -> dict[str, Any]:
         "samplers": Counter(),
         "max_group_size": 0,
         "max_group_tokens": 0,
+        "max_row_tokens": 0,
     }
     for group in groups:
-        k, longest = 0, 0
+        k, own = 0, len(group.prompt_token_ids)
         counts["n_tokens"] += len(group.prompt_token_ids)
         for ids, sampler, cut in zip(
             group.response_token_ids, group.samplers, group.truncated, strict=True
         ):
             k += 1
-            longest = max(longest, len(group.prompt_token_ids) + len(ids))
+            own += len(ids)
+            row = len(group.prompt_token_ids) + len(ids)
+            counts["max_row_tokens"] = max(counts["max_row_tokens"], row)
             counts["n_tokens"] += len(ids)
             counts["samplers"][sampler] += 1
             counts["truncated_responses"] += cut
         counts["max_group_size"] = max(counts["max_group_size"], k)
-        counts["max_group_tokens"] = max(counts["max_group_tokens"], k * longest)
+        counts["max_group_tokens"] = max(counts["max_group_tokens"], own)
         counts["equal_reward_groups"] += len(set(group.rewards.tolist())) == 1
     return counts
 
@@ -55,6 +58,12 @@ def counted_by_hand(groups: list[Group]) -> dict[str, Any]:
 def assert_counts(found: Survey, groups: list[Group]) -> None:
     for name, value in counted_by_hand(groups).items():
         assert getattr(found, name) == value, name
+    longest = {
+        group.group_id: len(group.prompt_token_ids) + max(group.response_lengths)
+        for group in groups
+    }
+    if groups:
+        assert longest[found.longest_row[2]] == found.max_row_tokens
     rewards: dict[str, list[float]] = {}
     for group in groups:
         for sampler, reward in zip(group.samplers, group.rewards.tolist(), strict=True):
@@ -90,11 +99,20 @@ def test_counts_are_those_of_counting_by_hand(groups: list[Group], data: st.Data
         )
         starts = np.cumsum([0, *dataset.row_group_sizes])
 
+        def place_of_longest(found: Survey) -> str:
+            row_group, row, _ = found.longest_row
+            return dataset.groups(row_group)[row].group_id
+
+        found = survey(dataset)
+        assert place_of_longest(found) == found.longest_row[2]
+
         def rows_of(number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
             return np.flatnonzero(chosen[starts[number] : starts[number + 1]])
 
         subset = [group for group, take in zip(groups, chosen, strict=True) if take]
-        assert_counts(survey(dataset, rows_of), subset)
+        found = survey(dataset, rows_of)
+        assert_counts(found, subset)
+        assert not subset or place_of_longest(found) == found.longest_row[2]
 
 
 def test_a_foreign_file_without_lengths_counts_the_same(tmp_path: Path) -> None:
@@ -104,7 +122,8 @@ def test_a_foreign_file_without_lengths_counts_the_same(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "log.parquet", row_group_size=4)
     found = survey(adopt_parquet([tmp_path / "log.parquet"]))
     known = counted_by_hand(groups)
-    for name in ("n_groups", "n_responses", "n_tokens", "equal_reward_groups", "max_group_tokens"):
+    sizes = ("max_group_size", "max_group_tokens", "max_row_tokens")
+    for name in ("n_groups", "n_responses", "n_tokens", "equal_reward_groups", *sizes):
         assert getattr(found, name) == known[name]
     assert found.samplers == Counter(unknown=known["n_responses"])
     assert found.truncated_responses == 0

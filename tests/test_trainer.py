@@ -14,18 +14,21 @@ from builders import make_group
 from test_logprobs import alone
 from training import (
     VOCAB_SIZE,
+    Recorder,
     largest_difference,
     lines_of,
+    load,
     same_weights,
     scored_dataset,
     trainer_of,
     weights_of,
 )
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from gvpo_offline import GVPOTrainer
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.stream.steps import MicroBatch
 
 N_GROUPS = 24
 METRICS = {
@@ -46,22 +49,6 @@ METRICS = {
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
     """24 groups, k from 2 to 5, a third with loss masks, scored by the tiny model."""
     return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, N_GROUPS)
-
-
-def load(model_dir: Path) -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    return model
-
-
-class Recorder(TrainerCallback):
-    """Keeps each step's gradient, as it is before clipping would change it."""
-
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        self.gradients.append(grads)
 
 
 def plain_loss(
@@ -117,33 +104,6 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(
     assert largest_difference(weights_of(trainer), dict(model.state_dict())) < 1e-6
 
 
-def test_micro_batches_change_neither_loss_nor_gradient(
-    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    """From a group at a time (each over the budget, alone) to the whole step at once."""
-    runs = []
-    for budget in (1, 100, 10**6):
-        recorder = Recorder()
-        trainer = trainer_of(
-            tiny_model_dir,
-            dataset,
-            tmp_path / str(budget),
-            callbacks=[recorder],
-            max_tokens_per_micro_batch=budget,
-            learning_rate=1e-3,
-        )
-        counts = [len(trainer.train_dataset[step].micro_batches) for step in range(3)]
-        trainer.train()
-        runs.append((counts, recorder.gradients, lines_of(trainer)))
-    assert runs[0][0] == [8, 8, 8]
-    assert all(1 < count < 8 for count in runs[1][0])
-    assert runs[2][0] == [1, 1, 1]
-    for _, gradients, losses in runs[1:]:
-        assert losses == pytest.approx(runs[0][2], abs=1e-6)
-        for mine, theirs in zip(gradients, runs[0][1], strict=True):
-            assert largest_difference(mine, theirs) < 1e-6
-
-
 def test_evaluating_does_not_change_the_run(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -173,19 +133,6 @@ def test_loader_workers_do_not_change_the_run(
         trainer.train()
         runs.append(weights_of(trainer))
     assert same_weights(*runs)
-
-
-def test_recomputing_activations_does_not_change_the_gradient(
-    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    runs = []
-    for recompute in (False, True):
-        recorder = Recorder()
-        out = tmp_path / str(recompute)
-        options = {"activation_checkpointing": recompute, "callbacks": [recorder], "max_steps": 1}
-        trainer_of(tiny_model_dir, dataset, out, **options).train()
-        runs.append(recorder.gradients[0])
-    assert largest_difference(*runs) < 1e-6
 
 
 def test_each_step_logs_its_metrics(
@@ -289,15 +236,15 @@ def sum_of(model: torch.nn.Module, group: Group, number: int) -> float:
 def drawn_by(trainer: GVPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Ids of the groups of each step, noted where their loss is computed."""
     steps: list[list[str]] = []
-    compute = trainer._micro_batch_loss
+    compute = trainer._accumulate
 
-    def noting(model: Any, groups: Any) -> Any:
+    def noting(model: Any, micro_batch: MicroBatch, scale: float) -> Any:
         while len(steps) <= trainer.state.global_step:
             steps.append([])
-        steps[trainer.state.global_step] += [group.group_id for group in groups]
-        return compute(model, groups)
+        steps[trainer.state.global_step] += [group.group_id for group in micro_batch.groups]
+        return compute(model, micro_batch, scale)
 
-    monkeypatch.setattr(trainer, "_micro_batch_loss", noting)
+    monkeypatch.setattr(trainer, "_accumulate", noting)
     return steps
 
 

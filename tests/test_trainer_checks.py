@@ -16,6 +16,8 @@ from conftest import train_tokenizer
 from training import (
     VOCAB_SIZE,
     lines_of,
+    longest_row,
+    place_of,
     same_weights,
     score,
     scored_dataset,
@@ -25,6 +27,8 @@ from training import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gvpo_offline.commands.evaluate import EvaluationReport, run_evaluate
+from gvpo_offline.config import EvaluateConfig
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
@@ -56,7 +60,7 @@ def test_the_data_are_described(
 ) -> None:
     groups = [g for i in range(dataset.n_row_groups) for g in dataset.groups(i)]
     caplog.set_level(logging.INFO, "gvpo_offline")
-    trainer_of(tiny_model_dir, dataset, tmp_path, max_tokens_per_micro_batch=40).preflight()
+    trainer_of(tiny_model_dir, dataset, tmp_path, max_tokens_per_micro_batch=20).preflight()
     responses = sum(group.group_size for group in groups)
     tokens = sum(group.n_tokens for group in groups)
     assert f"24 groups, {responses} responses, {tokens:,} tokens in 3 files" in caplog.text
@@ -71,10 +75,9 @@ def test_the_data_are_described(
     assert f"{equal} groups ({100 * equal / 24:.1f}%) have equal rewards" in caplog.text
     truncated = sum(sum(group.truncated) for group in groups)
     assert f"{truncated} responses were truncated" in caplog.text
-    largest = max(
-        g.group_size * (len(g.prompt_token_ids) + max(g.response_lengths)) for g in groups
-    )
-    assert f"the largest group has {largest} padded tokens, over" in caplog.text
+    largest = max(group.n_tokens for group in groups)
+    assert f"the largest group has {largest} tokens, over" in caplog.text
+    assert "log-probs: shared layout, pieces attention, fused head (agrees" in caplog.text
     assert not warnings_of(caplog)
 
 
@@ -127,6 +130,66 @@ def test_an_altered_file_stops_the_run_before_it_starts(
     with pytest.raises(IntegrityError, match=path.name):
         trainer.train()
     assert same_weights(before, weights_of(trainer))
+
+
+@pytest.mark.parametrize("role", ["train", "eval"])
+def test_a_response_over_the_budget_is_named_before_the_run_starts(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, role: str
+) -> None:
+    """One token too few for the longest prompt with one response of either dataset; with that one
+    token more the run goes through, in pieces.
+    """
+    short = scored_dataset(
+        tmp_path / "short", tiny_model_dir, 8, prompt_tokens=2, response_tokens=3
+    )
+    train, held_out = (dataset, short) if role == "train" else (short, dataset)
+    width, place = longest_row(dataset)
+    options = {"eval_dataset": held_out, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = trainer_of(
+        tiny_model_dir, train, tmp_path / "a", max_tokens_per_micro_batch=width - 1, **options
+    )
+    before = weights_of(trainer)
+    with pytest.raises(DataError, match=f"{width} tokens, more than {width - 1}") as error:
+        trainer.train()
+    assert place_of(error.value) == place
+    assert same_weights(before, weights_of(trainer))
+    enough = trainer_of(
+        tiny_model_dir, train, tmp_path / "b", max_tokens_per_micro_batch=width, **options
+    )
+    enough.train()
+    assert len(lines_of(enough, "eval_loss")) == 1
+
+
+def test_evaluating_names_a_response_over_the_budget(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """And what does go through in pieces is what a large budget gives, for a policy that is not
+    the reference (there the order of log-ratios is that of their rounding).
+    """
+    width, place = longest_row(dataset)
+    policy = shutil.copytree(tiny_model_dir, tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.2)
+    model.save_pretrained(policy)
+
+    def evaluate(max_tokens: int) -> EvaluationReport:
+        return run_evaluate(
+            EvaluateConfig(
+                str(policy),
+                dataset=str(dataset.root),
+                max_tokens_per_micro_batch=max_tokens,
+                use_cpu=True,
+                show_progress=False,
+            )
+        )
+
+    with pytest.raises(DataError, match=f"{width} tokens, more than {width - 1}") as error:
+        evaluate(width - 1)
+    assert place_of(error.value) == place
+    pieces, whole = evaluate(width).metrics, evaluate(10**6).metrics
+    assert whole["log_ratio_std"] > 0.01
+    assert pieces == pytest.approx(whole, abs=1e-5)
 
 
 # ---- tokenizer and reference ----
@@ -254,7 +317,12 @@ def test_data_types_that_differ_are_warned_of(
     trainer_of(low, dataset, tmp_path / "b").preflight()
     found = warnings_of(caplog)
     assert "scored with dtype float32, the policy runs with bfloat16" in found
-    assert "attention implementation sdpa, the policy runs with eager" in found
+    assert "attention" not in found  # both over the tree, whatever the model had before
+    caplog.clear()
+    trainer_of(low, dataset, tmp_path / "d", layout="padded").preflight()
+    found = warnings_of(caplog)
+    assert "scored with attention pieces, the policy runs with eager" in found
+    assert "scored with layout shared, the policy runs with padded" in found
 
 
 def scored_by(**changes: Any) -> ReferenceFamily:

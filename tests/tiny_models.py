@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -80,12 +82,66 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
+_SLIDING: dict[str, Any] = {
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+_LATENT |= {"v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+_LATENT |= {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_CHUNKED = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 6}
+_CHUNKED |= {"no_rope_layers": [1, 0], "intermediate_size_mlp": 32, "num_local_experts": 2}
+
+# More ways to attend: a model type of transformers, and its configuration.
+OTHER_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", _LAYERS),
+    "qwen2-window": (
+        "qwen2",
+        {**_LAYERS, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3-moe": ("qwen3_moe", {**_LAYERS, **_EXPERTS, "head_dim": 8, "num_experts": 4}),
+    "olmo2": ("olmo2", _LAYERS),
+    "olmo3": ("olmo3", {**_LAYERS, **_SLIDING}),
+    "phi3": ("phi3", _LAYERS),
+    "smollm3": ("smollm3", _LAYERS),
+    "glm4": ("glm4", {**_LAYERS, "head_dim": 8}),
+    "mistral": ("mistral", {**_LAYERS, "sliding_window": None}),
+    "mistral-window": ("mistral", {**_LAYERS, "sliding_window": 5}),
+    "mixtral": ("mixtral", {**_LAYERS, "num_local_experts": 4, "sliding_window": None}),
+    "cohere": ("cohere", _LAYERS),
+    "cohere2": ("cohere2", {**_LAYERS, **_SLIDING}),
+    "gpt-oss": (
+        "gpt_oss",
+        {**_LAYERS, **_SLIDING, **_EXPERTS, "head_dim": 8, "num_local_experts": 4},
+    ),
+    "deepseek-v3": ("deepseek_v3", {**_LAYERS, **_EXPERTS, **_LATENT}),
+    "llama4": ("llama4_text", {**_LAYERS, **_CHUNKED, "head_dim": 8}),
+}
+# Positions as a bias on the scores, in attention that no name is looked up for.
+ALIBI: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": (
+        "mpt",
+        {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    ),
+}
+
+
+def _built(family: str) -> PreTrainedModel:
+    if family in FAMILIES:
+        return FAMILIES[family]()
+    kind, settings = (OTHER_ATTENTION | ALIBI)[family]
+    config = AutoConfig.for_model(kind, **settings)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of a family with weights large enough that every part of it shows in the logits."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FAMILIES[family]()
+        model = _built(family)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from builders import build_dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
 from gvpo_offline.collect.reference import run_reference
 from gvpo_offline.config import ReferenceConfig
+from gvpo_offline.errors import GVPOError
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.tokenizer import tokenizer_info
 
@@ -90,6 +91,46 @@ def trainer_of(
         callbacks=callbacks,
         peft_config=peft_config,
     )
+
+
+def longest_row(dataset: GroupDataset) -> tuple[int, tuple[str, int, str]]:
+    """Tokens that the longest prompt with one response costs, counted one by one, and where it is:
+    its file, its row there, its group. A response's last token predicts nothing and is not counted.
+    """
+    longest, place, number = 0, ("", 0, ""), 0
+    for entry in dataset.manifest.groups:
+        row = 0
+        for _ in entry.row_groups:
+            for group in dataset.groups(number):
+                width = len(group.prompt_token_ids) + max(group.response_lengths) - 1
+                if width > longest:
+                    path = str(dataset.root / entry.path)
+                    longest, place = width, (path, row, group.group_id)
+                row += 1
+            number += 1
+    return longest, place
+
+
+def place_of(error: GVPOError) -> tuple[str | None, int | None, str | None]:
+    """What an error names: file, row, group."""
+    return error.file, error.row, error.group
+
+
+def load(model_dir: Path) -> torch.nn.Module:
+    """The bare model, in float32."""
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    return model
+
+
+class Recorder(TrainerCallback):
+    """Keeps each step's gradient, as it is before clipping would change it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        self.gradients.append(grads)
 
 
 def weights_of(trainer: GVPOTrainer) -> State:

@@ -11,17 +11,17 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from models import DEVICE
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from gvpo_offline.compute.batch import make_micro_batch
-from gvpo_offline.compute.logprobs import seq_logprobs
+from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.order import GroupOrder
 from gvpo_offline.stream.select import select
 from gvpo_offline.stream.steps import StepDataset
+
+MAX_TOKENS = 1 << 20  # a step's best responses are computed at once
 
 
 def best_responses(group: Group) -> Group | None:
@@ -30,12 +30,21 @@ def best_responses(group: Group) -> Group | None:
     if group.rewards.max() <= 0:
         return None
     chosen = np.flatnonzero(group.rewards == group.rewards.max())
+    mask = group.loss_mask
     return replace(
         group,
         response_token_ids=tuple(group.response_token_ids[i] for i in chosen),
+        loss_mask=None if mask is None else tuple(mask[i] for i in chosen),
         rewards=None,
         ref_seq_logprobs=None,
     )
+
+
+def n_counted(group: Group) -> int:
+    """Tokens of a group's responses that count."""
+    if group.loss_mask is None:
+        return sum(group.response_lengths)
+    return sum(int(mask.sum()) for mask in group.loss_mask)
 
 
 def train_sft(
@@ -56,20 +65,20 @@ def train_sft(
         window=4,
         selection=select(dataset, eval_fraction=eval_fraction),
     )
+    model.train()
+    engine = prepare_engine(model, max_tokens=MAX_TOKENS)
     steps = StepDataset(
         dataset,
         order,
         groups_per_step=groups_per_step,
         n_draws=round(epochs * order.n_groups),
-        max_tokens_per_micro_batch=1,
+        cost=engine.cost,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup_steps, len(steps))
-    model.train()
     for step in tqdm(range(len(steps)), desc="SFT on the best", unit="step"):
         best = [b for group in steps.global_batch(step) if (b := best_responses(group))]
-        batch = make_micro_batch(best).to(DEVICE)
-        loss = -seq_logprobs(model, batch).sum() / batch.loss_mask.sum()
+        loss = -engine.seq_logprobs(model, best).sum() / sum(n_counted(group) for group in best)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
