@@ -65,9 +65,9 @@ def contexts(layout: Layout) -> dict[int, tuple[int, ...]]:
             found |= {offset + i: tuple(prompt[: i + 1].tolist()) for i in range(len(prompt))}
             offset += len(prompt)
             for ids, length in zip(responses, lengths, strict=True):
-                row = (*prompt.tolist(), *ids.tolist())
+                tokens = (*prompt.tolist(), *ids.tolist())
                 reads = range(length - 1)
-                found |= {offset + i: row[: len(prompt) + i + 1] for i in reads}
+                found |= {offset + i: tokens[: len(prompt) + i + 1] for i in reads}
                 offset += responses.shape[1] - 1
     return found
 
@@ -176,9 +176,10 @@ def test_duplicates_cost_nothing(group: Group, times: int) -> None:
 def test_plans_know_what_a_layout_costs(groups: list[Group]) -> None:
     # A shared row may cost less than planned, where responses share their beginnings.
     shapes = [shape_of(group) for group in groups]
-    for name in ("packed", "continued"):
+    names: tuple[LayoutName, ...] = ("packed", "continued")
+    for name in names:
         cost = sum(shape.tokens(name) for shape in shapes)
-        assert lay_out(groups, name).n_tokens == cost  # type: ignore[arg-type]
+        assert lay_out(groups, name).n_tokens == cost
     for group, shape in zip(groups, shapes, strict=True):
         assert lay_out([group], "padded").n_tokens == shape.tokens("padded")
         assert lay_out([group], "shared").n_tokens <= shape.tokens("shared")
@@ -289,7 +290,7 @@ def test_masked_tokens_are_context_and_no_targets() -> None:
     assert packed([group]).targets.counts_M.tolist() == [True, False, True, False, True]
 
 
-def test_nothing_is_laid_out_as_something() -> None:
-    for name in ("shared", "packed", "continued", "padded"):
-        layout = lay_out([], name)  # type: ignore[arg-type]
-        assert layout.targets.lengths_R.tolist() == [2]
+@pytest.mark.parametrize("name", ["shared", "packed", "continued", "padded"])
+def test_nothing_is_laid_out_as_something(name: LayoutName) -> None:
+    layout = lay_out([], name)
+    assert layout.targets.lengths_R.tolist() == [2]

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from oracle import gradient_of, group_of, measured_alone, measured_by
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import causal_lm
@@ -48,7 +49,7 @@ def build(adapter: bool) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
-        adapted: nn.Module = get_peft_model(model, settings)  # type: ignore[arg-type]
+        adapted: nn.Module = get_peft_model(model, settings)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
@@ -121,7 +122,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (port, str(folder)), nprocs=WORLD_SIZE)  # type: ignore[no-untyped-call]
+    spawn(_rank, (port, str(folder)), nprocs=WORLD_SIZE)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
 
 

@@ -56,7 +56,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LAYERS, head_dim=8)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LAYERS, attention_dropout=0.5)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **_GPT2, **_SPECIAL)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_LAYERS, **_GEMMA)),
+    # Eager, as newer versions choose by themselves: others leave its soft-capping out.
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**_LAYERS, **_GEMMA, attn_implementation="eager")
+    ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**_LAYERS, **_GEMMA, layer_types=["sliding_attention", "full_attention"])
     ),

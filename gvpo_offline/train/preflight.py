@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
-from gvpo_offline.store.survey import Survey
+from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.stream.order import Selection
+from gvpo_offline.stream.select import rows_of
 from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -146,6 +148,14 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
         row=place.first_row + row,
         group=group_id,
     )
+
+
+def check_held_out(
+    held_out: Mapping[str, tuple[GroupDataset, Selection | None]], max_tokens: int
+) -> None:
+    """`check_row_tokens` of datasets for evaluation."""
+    for dataset, selection in held_out.values():
+        check_row_tokens(dataset, survey(dataset, rows_of(selection)), max_tokens)
 
 
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:

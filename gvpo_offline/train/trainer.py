@@ -61,6 +61,7 @@ from gvpo_offline.train.evaluation import group_loss, held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
 from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import (
+    check_held_out,
     check_log_ratios,
     check_row_tokens,
     check_token_ids,
@@ -193,8 +194,7 @@ class GVPOTrainer(Trainer):
         counts = survey(dataset, rows_of(self.data.selection))
         budget = self.args.max_tokens_per_micro_batch
         check_row_tokens(dataset, counts, budget)
-        for held_out, selection in self.data.held_out.values():
-            check_row_tokens(held_out, survey(held_out, rows_of(selection)), budget)
+        check_held_out(self.data.held_out, budget)
         if self.is_world_process_zero():
             n_files = len(dataset.manifest.groups)
             for line in describe_data(counts, self.args.beta, budget, n_files):
@@ -354,7 +354,9 @@ class GVPOTrainer(Trainer):
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
-            return resolve_held_out(eval_dataset, Path(self._scratch.name))
+            chosen = resolve_held_out(eval_dataset, Path(self._scratch.name))
+            check_held_out(chosen, self.args.max_tokens_per_micro_batch)
+            return chosen
         if not self.data.held_out:
             raise ConfigError(
                 "evaluation needs held-out groups",
