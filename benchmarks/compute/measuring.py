@@ -46,7 +46,7 @@ class Record:
     steps_ours: list[Times] = field(default_factory=list)
     steps_trl: list[Times] = field(default_factory=list)
     flops: float | None = None
-    large_group: float | None = None
+    large_group: Times | None = None
     errors: Times = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     wall: float = 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.probe import choose_path, engine_for
 from gvpo_offline.losses import gvpo_loss
 from gvpo_offline.schema import Group, groups_to_table, list_array
+from gvpo_offline.stream.plan import cut_group, shape_of
 
 _WHOLE = 1 << 20  # tokens: every group of a case fits
-_PIECES_OF = 4  # a large group's budget is its tokens over this, if a response fits
+_LARGER = 2  # a large group has so many times the budget's tokens, if a response fits
 
 
 class Ours:
@@ -75,22 +77,29 @@ class Ours:
         found: dict[str, Any] = measure(step, self._device)
         return {**found, "logprob_sum": float(sums[0].sum())}
 
-    def large_group(self, repeats: int = 2) -> float | None:
-        """Time of the group in pieces over that of one pass; None if it cannot be cut.
+    def large_group(self, repeats: int = 2) -> dict[str, float] | None:
+        """Time and peak memory of the group in pieces over those of one pass; None if it cannot be
+        cut.
 
-        The budget is a quarter of the group's tokens, or the prompt and its longest response.
+        The budget is half of the group's tokens, or the prompt and its longest response.
         """
         longest = self._case.prompt + max(self._case.response_lengths)
-        small = self._engine_of(max(self._case.unique_tokens // _PIECES_OF, longest))
+        small = self._engine_of(max(self._case.unique_tokens // _LARGER, longest))
         if self._case.unique_tokens <= small.cost.max_tokens:
             return None
         clock = "wall" if self._device == "cuda" else "cpu"
-        whole, pieces = [], []
+        whole: list[dict[str, float]] = []
+        pieces: list[dict[str, float]] = []
         for _ in range(repeats):
-            whole.append(measure(self._backward, self._device)[clock])
-            pieces.append(measure(lambda: self._backward(small), self._device)[clock])
+            for engine, found in ((self._engine, whole), (small, pieces)):
+                self._model.zero_grad(set_to_none=True)
+                found.append(measure(partial(self._backward, engine), self._device))
         self._model.zero_grad(set_to_none=True)
-        return sum(pieces) / sum(whole)
+        return {
+            "time": sum(t[clock] for t in pieces) / sum(t[clock] for t in whole),
+            "memory": sum(t["peak_bytes"] for t in pieces) / sum(t["peak_bytes"] for t in whole),
+            "pieces": len(cut_group(shape_of(self._group), small.cost)),
+        }
 
     def flops(self) -> float:
         """Operations of one step, counted."""

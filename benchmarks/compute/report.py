@@ -122,7 +122,9 @@ def overall(records: list[Record], bench: Bench) -> dict[str, Any]:
     large = [record.large_group for record in records if record.large_group is not None]
     return {
         "reference_speedup_vs_trl": _over(trl, ours),
-        "large_group_overhead": max(large, default=None),
+        "large_group_overhead": max((found["time"] for found in large), default=None),
+        "large_group_memory": max((found["memory"] for found in large), default=None),
+        "large_groups": large,
         "max_abs_logprob_error": _worst(records, "logprob"),
         "max_rel_grad_error": _worst(records, "grad"),
         "trainer_step_speedup": step,

@@ -26,13 +26,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gvpo_offline.compute.paths import TREE_OVER
 from gvpo_offline.compute.pieces import PiecePlan, piecewise_attention
 from gvpo_offline.compute.tree import Rule, Tree, visible
 
 Kernel = Literal["pieces", "flex", "dense"]
 States = dict[nn.Module, tuple[Tensor, Tensor]]
 
-_PREFIX = "tree_over_"
 _KINDS: tuple[Literal["full", "window", "chunk"], ...] = ("full", "window", "chunk")
 _in_packed_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("packed", default=False)
 
@@ -82,9 +82,9 @@ def use_tree_attention(model: nn.Module) -> None:
         UnsupportedAttentionError: the model does not look its attention up by name.
     """
     current = str(getattr(model.config, "_attn_implementation", None))
-    if current.startswith(_PREFIX):
+    if current.startswith(TREE_OVER):
         return
-    name = _PREFIX + current
+    name = TREE_OVER + current
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(tree_attention, otherwise=current))
         AttentionMaskInterface.register(name, partial(_mask_or_rule, otherwise=current))
@@ -97,13 +97,8 @@ def use_tree_attention(model: nn.Module) -> None:
 def restore_attention(model: nn.Module) -> None:
     """Undo `use_tree_attention`."""
     current = str(getattr(model.config, "_attn_implementation", None))
-    if current.startswith(_PREFIX):
-        model.set_attn_implementation(current.removeprefix(_PREFIX))  # type: ignore[operator]
-
-
-def plain_name(implementation: str) -> str:
-    """An attention implementation's name without what `use_tree_attention` put before it."""
-    return implementation.removeprefix(_PREFIX)
+    if current.startswith(TREE_OVER):
+        model.set_attn_implementation(current.removeprefix(TREE_OVER))  # type: ignore[operator]
 
 
 def kernels(device: torch.device) -> tuple[Kernel, ...]:

@@ -86,13 +86,17 @@ def install(model: nn.Module) -> None:
     if hasattr(original, "__wrapped_forward__"):
         return
 
+    # Unbound where it can be: a copy of the model must not run the weights of the original.
+    function = getattr(original, "__func__", None)
+
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, call: Any = None, **kwargs: Any) -> Any:
+        plain = original if function is None else functools.partial(function, self)
         if call is None:
-            return original(*args, **kwargs)
+            return plain(*args, **kwargs)
         if isinstance(call, PromptCall):
             return _prompt_states(self, call)
-        return _token_logprobs(self, call, original)
+        return _token_logprobs(self, call, plain)
 
     forward.__wrapped_forward__ = original  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

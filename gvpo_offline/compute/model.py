@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from gvpo_offline.compute.paths import TREE_OVER
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError
 
@@ -125,8 +126,9 @@ def weights_sha256(model: nn.Module, *, frozen_only: bool = False) -> str:
 
 
 def attention_of(model: nn.Module) -> str:
-    """The attention implementation that a transformers model runs."""
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown")
+    """The attention implementation that a transformers model has of its own."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return str(name or "unknown").removeprefix(TREE_OVER)
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:

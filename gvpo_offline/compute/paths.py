@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 LayoutName = Literal["shared", "packed", "continued", "padded"]
+# Before the name of the attention implementation that computes a model's calls without a tree.
+TREE_OVER = "tree_over_"
 
 
 @dataclass(frozen=True)
