@@ -116,9 +116,9 @@ def overall(records: list[Record], bench: Bench) -> dict[str, Any]:
     scored = [record for record in records if record.reference_ours]
     ours = sum(median(record.reference_ours, clock) or 0.0 for record in scored)
     trl = sum(median(record.reference_trl, clock) or 0.0 for record in scored)
-    first = records[0]
-    step = _over(median(first.steps_trl, clock), median(first.steps_ours, clock))
-    bare = _against(first, "dpo", clock)["speedup_vs_trl_dpo"]
+    stepped = next((record for record in records if record.steps_ours), records[0])
+    step = _over(median(stepped.steps_trl, clock), median(stepped.steps_ours, clock))
+    bare = _against(stepped, "dpo", clock)["speedup_vs_trl_dpo"]
     large = [record.large_group for record in records if record.large_group is not None]
     return {
         "reference_speedup_vs_trl": _over(trl, ours),
