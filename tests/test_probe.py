@@ -264,3 +264,17 @@ def test_a_choice_is_an_engine() -> None:
     # Width 32: attention on 6 x 32 keys costs as much as the rest of a token.
     cost = CostModel("continued", 77, 192)
     assert engine == Engine(path, cost, kept_bytes=5, prompt_once=False)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("family", [*CONTINUED, *FORGETFUL, *REFUSED, "bloom", "gemma2", "qwen3"])
+def test_bfloat16_hides_no_wrong_layout(family: str, gradients: bool) -> None:
+    # Half a nat is what bfloat16 may round by, and more than a short convolution across responses
+    # does to short ones: the layout is judged in float32.
+    truth = choose_path(model_of(family), gradients=gradients)
+    model = model_of(family).bfloat16()
+    weights = [parameter.data_ptr() for parameter in model.parameters()]
+    choice = choose_path(model, gradients=gradients)
+    assert choice.path.layout == truth.path.layout
+    assert [parameter.data_ptr() for parameter in model.parameters()] == weights
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 # nats of a response's log-prob, and the relative error of a gradient.
 TOLERANCES = (1e-3, 1e-3)
 LOW_PRECISION_TOLERANCES = (0.5, 0.2)
+_NARROW = (torch.bfloat16, torch.float16)
 _LAYOUTS: tuple[LayoutName, ...] = ("shared", "continued", "packed", "padded")
 _SMALL_PARAMETER = 1 << 20
 _N_PARAMETERS = 16
@@ -126,7 +127,8 @@ def choose_path(
     probe = _Probe(model, gradients)
     refused: list[str] = []
     head = probe.head(refused)
-    for name in _LAYOUTS if layout == "auto" else (layout,):
+    names = _LAYOUTS if layout == "auto" else (layout,)
+    for name in _right_in_float32(model, names, head, gradients, refused):
         for path in probe.paths(name, head, refused):
             error = probe.try_path(path, refused)
             if error is not None:
@@ -140,6 +142,39 @@ def choose_path(
         if layout not in ("auto", "padded")
         else "load the model in float32, or report it: none of the layouts computes it right",
     )
+
+
+def _right_in_float32(
+    model: nn.Module,
+    names: Sequence[LayoutName],
+    head: Literal["fused", "logits"],
+    gradients: bool,
+    refused: list[str],
+) -> Sequence[LayoutName]:
+    """The layouts that are right for the model as float32, and so for what it is.
+
+    Over the probe's short responses a wrong layout may err by no more than bfloat16 rounds. Padded
+    rows need no such proof.
+    """
+    if not any(tensor.dtype in _NARROW for tensor in model.parameters()):
+        return names
+    right: list[LayoutName] = []
+    with _in_float32(model):
+        try:
+            probe = _Probe(model, gradients)
+        except Exception as error:  # what computes in narrow types only
+            logger.warning(
+                "layouts are compared in %s only: %s", next(model.parameters()).dtype, error
+            )
+            return names
+        for name in names:
+            reasons: list[str] = []
+            paths = probe.paths(name, head, reasons)
+            if name == "padded" or any(probe.try_path(p, reasons) is not None for p in paths):
+                right.append(name)
+            else:
+                refused += [f"{reason} (in float32)" for reason in reasons]
+    return right
 
 
 class _Probe:
@@ -317,6 +352,21 @@ def _some_parameters(model: nn.Module) -> list[nn.Parameter]:
     chosen = small or sorted(trained, key=lambda parameter: parameter.numel())[:2]
     every = max(1, len(chosen) // _N_PARAMETERS)
     return chosen[::every]
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Narrow parameters and buffers as float32; afterwards they are the very numbers they were."""
+    with _no_trace(model):
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in _NARROW]
+        before = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, data in zip(tensors, before, strict=True):
+                tensor.data = data
 
 
 @contextlib.contextmanager
