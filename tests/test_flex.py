@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gvpo_offline.compute import flex
 from gvpo_offline.compute.attention import (
+    Asked,
     PackedRow,
     _dense,
     packed_forward,
@@ -189,7 +190,7 @@ def flexed(tree: Tree, rule: Rule, *given: Any) -> Tensor:
 
 
 def dense(tree: Tree, rule: Rule, *given: Any) -> Tensor:
-    return _dense(PackedRow(tree, "dense"), rule, *given)
+    return _dense(PackedRow(tree, "dense"), rule, Asked(*given))
 
 
 def assert_same(tree: Tree, rule: Rule, *given: Any) -> None:

@@ -1,6 +1,6 @@
-"""From groups to log-probs: tensors of a micro-batch, the forward pass, the model itself.
+"""From groups to log-probs: layouts, the forward pass over them, the model itself.
 
-`batch` lays groups out, `logprobs` runs the model over the layout, `model` loads and identifies the
-model. The trainer and the reference stage go through the same two functions, so that log-ratios are
-zero where policy and reference are one.
+`layout` lays groups out, `forward` runs a model over a layout, `engine` does so within the budget
+of tokens and adds up gradients, `probe` chooses how. Trainer, evaluation and reference stage go
+through one engine, so that log-ratios are zero where policy and reference are one.
 """

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -167,57 +167,43 @@ def tree_attention(
         prefix_key, prefix_value = packed_row.prefix_states[module]
         key, value = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    compute = _KERNELS[packed_row.kernel]
-    out = compute(packed_row, rule, query, key, value, scale, softcap, s_aux)
-    return out, None
+    asked = Asked(query, key, value, scale, softcap, s_aux)
+    return _KERNELS[packed_row.kernel](packed_row, rule, asked), None
 
 
-# ---- kernels: (row, rule, query, key, value, scale, softcap, sinks) -> (1, T, H, Dv) ----
+# ---- kernels: a row, a layer's rule and what it asks for -> (1, T, H, Dv) ----
 
 
-def _pieces(
-    row: PackedRow,
-    rule: Rule,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+class Asked(NamedTuple):
+    """What a layer asks for: query (1, H, T, D), key and value (1, Hkv, P + T, ·), options."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _pieces(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
+    query, key, value, scale, softcap, sinks = asked
     if softcap:
         raise UnsupportedAttentionError("attention scores are soft-capped")
     plan = row.plan(("pieces", rule, query.dtype), lambda: PiecePlan(row.tree, rule, query.dtype))
     return piecewise_attention(query, key, value, plan, scale, sinks)
 
 
-def _flex(
-    row: PackedRow,
-    rule: Rule,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _flex(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     from gvpo_offline.compute.flex import FlexPlan, flex_tree_attention
 
+    query, key, value, scale, softcap, sinks = asked
     plan = row.plan(("flex", rule), lambda: FlexPlan(row.tree, rule, query.device))
     return flex_tree_attention(query, key, value, plan, scale, softcap, sinks)
 
 
-def _dense(
-    row: PackedRow,
-    rule: Rule,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _dense(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     """The definition, in scores of (H, T, P + T)."""
+    query, key, value, scale, softcap, sinks = asked
     seen: Tensor = row.plan(
         ("dense", rule), lambda: torch.from_numpy(visible(row.tree, rule)).to(query.device)
     )
@@ -239,7 +225,8 @@ def _dense(
     return torch.matmul(weights, value).transpose(1, 2)
 
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {"pieces": _pieces, "flex": _flex, "dense": _dense}
+_Compute = Callable[[PackedRow, Rule, Asked], Tensor]
+_KERNELS: dict[str, _Compute] = {"pieces": _pieces, "flex": _flex, "dense": _dense}
 
 
 # ---- masks ----

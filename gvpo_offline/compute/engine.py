@@ -134,7 +134,7 @@ class Engine:
         self, model: nn.Module, groups: Sequence[Group], passes: int, *, counted_only: bool = True
     ) -> tuple[list[Piece], PromptStates | None]:
         """The pieces of a micro-batch, and the prompt's states if they go without their prompt."""
-        whole = len(groups) != 1 or self._fits(groups[0])
+        whole = len(groups) != 1 or self.cost.fits(shape_of(groups[0]))
         if whole:
             n_responses = sum(group.group_size for group in groups)
             layout = lay_out(groups, self.path.layout, counted_only=counted_only)
@@ -151,9 +151,6 @@ class Engine:
     @property
     def _goes_below_prompt(self) -> bool:
         return self.prompt_once and self.path.layout == "shared" and self.path.head == "fused"
-
-    def _fits(self, group: Group) -> bool:
-        return shape_of(group).tokens(self.cost.layout) <= self.cost.max_tokens
 
     def _cut(self, group: Group, counted_only: bool) -> list[Piece]:
         try:

@@ -102,12 +102,6 @@ def install(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def uninstall(model: nn.Module) -> None:
-    """Undo `install`."""
-    if hasattr(model.forward, "__wrapped_forward__"):
-        del model.forward
-
-
 def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     inner: Any = model
@@ -190,9 +184,15 @@ def _run(model: Any, call: LayoutCall, **more: Any) -> Any:
         return model(**more)
     states = None if call.prompt is None else call.prompt.states
     row = PackedRow(given.tree, call.path.attention, states)
+    return _run_packed(model, row, **more)
+
+
+def _run_packed(model: Any, row: PackedRow, *, input_ids: Tensor, **more: Any) -> Any:
+    """A decoder's or a whole model's output for a packed row."""
     with packed_forward():
         # A mask of ones: positions that begin again are no sequences of their own here.
-        output = model(attention_mask=torch.ones_like(ids), packed_row=row, **more)
+        mask = torch.ones_like(input_ids)
+        output = model(input_ids=input_ids, attention_mask=mask, packed_row=row, **more)
     row.check_used()
     return output
 
@@ -251,14 +251,7 @@ def _prompt_states(model: nn.Module, call: PromptCall) -> Tensor:
     device = next(decoder.parameters()).device
     ids = torch.from_numpy(call.prompt_ids).to(device)[None]
     row = PackedRow(one_segment(len(call.prompt_ids)), call.path.attention, recorded=call.states)
-    with packed_forward():
-        output = decoder(
-            input_ids=ids,
-            position_ids=torch.arange(ids.shape[1], device=device)[None],
-            attention_mask=torch.ones_like(ids),
-            use_cache=False,
-            packed_row=row,
-        )
-    row.check_used()
+    positions = torch.arange(ids.shape[1], device=device)[None]
+    output = _run_packed(decoder, row, input_ids=ids, position_ids=positions, use_cache=False)
     last: Tensor = output.last_hidden_state[0, -1:]
     return last

@@ -72,6 +72,10 @@ class CostModel:
     max_tokens: int
     pairs_per_token: int = 6 * 2048
 
+    def fits(self, shape: GroupShape) -> bool:
+        """Whether a group can be one micro-batch."""
+        return shape.tokens(self.layout) <= self.max_tokens
+
     def work(self, shape: GroupShape) -> float:
         """A group's cost, in tokens."""
         return shape.tokens(self.layout) + shape.attended / self.pairs_per_token
@@ -140,7 +144,7 @@ def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
 
 def n_pieces(shapes: Sequence[GroupShape], members: Sequence[int], model: CostModel) -> int:
     """How many pieces a micro-batch is computed in."""
-    if len(members) != 1 or shapes[members[0]].tokens(model.layout) <= model.max_tokens:
+    if len(members) != 1 or model.fits(shapes[members[0]]):
         return 1
     return len(cut_group(shapes[members[0]], model))
 
@@ -166,7 +170,7 @@ def cut_group(shape: GroupShape, model: CostModel) -> list[list[int]]:
     for index in sorted(range(shape.rows), key=lambda i: (-shape.responses[i], i)):
         for piece in pieces:
             together = tuple(shape.responses[i] for i in (*piece, index))
-            if GroupShape(shape.prompt, together).tokens(model.layout) <= model.max_tokens:
+            if model.fits(GroupShape(shape.prompt, together)):
                 piece.append(index)
                 break
         else:
