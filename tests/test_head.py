@@ -29,7 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gvpo_offline.compute import fused
+from gvpo_offline.compute import vocabulary
 from gvpo_offline.compute.fused import Part, fused_pair_logprobs
 from gvpo_offline.compute.head import UnsupportedHeadError, find_head, pair_logprobs
 
@@ -158,11 +158,12 @@ def test_any_factors_agree_with_logits_written_out(data: st.DataObject) -> None:
             tensor.requires_grad_(data.draw(st.booleans(), "needs a gradient"))
     scale = data.draw(st.sampled_from([1.0, 0.3, 2.0]), "scale")
     soft_cap = data.draw(st.sampled_from([None, 1.5, 30.0]), "soft-cap")
-    kept_bytes = data.draw(st.integers(0, n_rows + 1), "kept rows") * vocab * 8
-    chunk = data.draw(st.integers(1, 10), "rows of a chunk")
+    kept_bytes = data.draw(st.integers(0, vocab + 1), "kept columns") * n_rows * 8
+    columns = data.draw(st.integers(1, 12), "columns of a block")
     with (
-        patch.object(fused, "_ROW_MULTIPLE", 1),
-        patch.object(fused, "CPU_CHUNK_BYTES", chunk * vocab * 4),
+        patch.object(vocabulary, "_COLUMN_MULTIPLE", 1),
+        patch.object(vocabulary, "_MIN_COLUMNS", 1),
+        patch.object(vocabulary, "CPU_BLOCK_BYTES", columns * n_rows * 4),
     ):
         ours = fused_pair_logprobs(
             case.parts,
@@ -239,30 +240,47 @@ def saved_shapes() -> Iterator[list[tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize(
-    ("trained", "kept_rows", "expected_rows"),
+    ("trained", "kept_columns", "expected"),
     [
-        ("hidden and weight", 200, 200),
-        ("hidden and weight", 199, 192),  # three chunks of 64 rows
+        ("hidden and weight", 777, 777),
+        ("hidden and weight", 776, 768),  # blocks of 64 columns, the last of 9
         ("hidden and weight", 63, 0),
-        ("hidden", 200, 0),  # a frozen head needs none
+        ("hidden", 777, 777),  # a frozen head needs none in the backward pass
     ],
 )
-def test_what_is_kept_for_the_backward_pass(
-    trained: str, kept_rows: int, expected_rows: int
-) -> None:
-    n_rows, vocab = 200, 777
-    x = torch.randn(n_rows, 8, requires_grad=True)
-    weight = torch.randn(vocab, 8, requires_grad="weight" in trained)
-    with patch.object(fused, "CPU_CHUNK_BYTES", 1), saved_shapes() as saved:
-        fused_pair_logprobs(
+def test_what_is_kept_for_the_backward_pass(trained: str, kept_columns: int, expected: int) -> None:
+    n_rows, vocab, width = 200, 777, 8
+    x = torch.randn(n_rows, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad="weight" in trained)
+    with small_blocks():
+        out = fused_pair_logprobs(
             [Part(x, weight)],
             torch.arange(n_rows),
             torch.arange(n_rows),
             matmul_dtype=torch.float32,
-            kept_bytes=kept_rows * vocab * 4,
-        )
-    matrices = [shape for shape in saved if shape[1:] == (vocab,)]
-    assert matrices == [(expected_rows, vocab)]
+            kept_bytes=kept_columns * n_rows * 4,
+        ).logprobs_N
+    leaves = [leaf for leaf in (x, weight) if leaf.requires_grad]
+    per_column = 2 * n_rows * width
+    needed = len(leaves) if weight.requires_grad else 0
+    grads = []
+    # What was kept is gone after a first backward pass; a second one computes all of it again.
+    for kept in (expected, 0 if needed else vocab):
+        with FlopCounterMode(display=False) as counter:
+            grads.append(torch.autograd.grad(out.sum(), leaves, retain_graph=True))
+        assert counter.get_total_flops() == per_column * (needed * vocab + vocab - kept)
+    for first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+@contextlib.contextmanager
+def small_blocks() -> Iterator[None]:
+    """Blocks of 64 columns."""
+    with (
+        patch.object(vocabulary, "CPU_BLOCK_BYTES", 1),
+        patch.object(vocabulary, "_MIN_COLUMNS", 1),
+    ):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -285,7 +303,7 @@ def test_floating_point_operations(trained: str, kept_bytes: int, products: int)
     with (
         FlopCounterMode(display=False) as counter,
         torch.set_grad_enabled("no_grad" not in trained),
-        patch.object(fused, "CPU_CHUNK_BYTES", 1),
+        small_blocks(),
     ):
         out = fused_pair_logprobs(
             [Part(x, weight)], rows, rows, matmul_dtype=torch.float32, kept_bytes=kept_bytes

@@ -1,0 +1,216 @@
+"""The softmax of Σ_i x_i W_iᵀ over a vocabulary, block by block of its columns.
+
+With z = scale * sum_i x_i W_i^T, logits are y = z, or c * tanh(z / c) where they are soft-capped.
+Each block has a maximum of its own in every row, and the sums of blocks are merged, so that the
+logits of one block are all that is ever there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Bytes of a block's logits: enough for matrix products at full speed, small beside a model.
+CPU_BLOCK_BYTES = 32 << 20
+ACCELERATOR_BLOCK_BYTES = 1 << 30
+_COLUMN_MULTIPLE = 64
+_MIN_COLUMNS = 1024
+
+
+class Block(NamedTuple):
+    """Columns of the logits, and the pairs whose tokens they are."""
+
+    columns: slice
+    pairs: slice
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return int(self.columns.stop - self.columns.start)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the log-probs of one call are computed; the arguments of `fused_pair_logprobs`."""
+
+    scale: float
+    soft_cap: float | None
+    matmul_dtype: torch.dtype
+    kept_bytes: int
+    entropy: bool
+    grad: bool
+    blocks: tuple[Block, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits and of whatever is summed."""
+        return torch.promote_types(self.matmul_dtype, torch.float32)
+
+    def n_kept(self, n_rows: int) -> int:
+        """Blocks whose exponentials fit into `kept_bytes`."""
+        fit = self.kept_bytes // max(n_rows * self.matmul_dtype.itemsize, 1)
+        return sum(block.columns.stop <= fit for block in self.blocks)
+
+
+def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[Block]:
+    """The vocabulary cut into blocks of about equal size, each with its run of pairs."""
+    block_bytes = CPU_BLOCK_BYTES if token_N.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
+    most = max(block_bytes // (4 * max(n_rows, 1)), _MIN_COLUMNS)
+    n_blocks = max(math.ceil(vocab_size / most), 1)
+    width = math.ceil(vocab_size / (n_blocks * _COLUMN_MULTIPLE)) * _COLUMN_MULTIPLE
+    edges = [*range(0, vocab_size, width), vocab_size]
+    pairs = torch.searchsorted(token_N, torch.tensor(edges, device=token_N.device)).tolist()
+    for i in range(len(edges) - 1):
+        yield Block(slice(edges[i], edges[i + 1]), slice(pairs[i], pairs[i + 1]))
+
+
+class Kept(NamedTuple):
+    """What a block keeps: exp(logit - top), times the slope where there is a soft-cap."""
+
+    exps: Tensor
+    top_H1: Tensor
+
+
+class Space:
+    """Room for the logits of one block at a time, or for those that are to stay."""
+
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        self._plan = plan
+        self._like = like
+        self._shared: Tensor | None = None
+
+    def of(self, block: Block, *, fresh: bool = False) -> Tensor:
+        """(H, columns of the block), not filled; `fresh`: nobody else's."""
+        n_rows, dtype = len(self._like), self._plan.dtype
+        if fresh and self._plan.matmul_dtype == dtype:
+            return self._like.new_empty((n_rows, block.width), dtype=dtype)
+        if self._shared is None:
+            widest = max(b.width for b in self._plan.blocks)
+            self._shared = self._like.new_empty(n_rows * widest, dtype=dtype)
+        return self._shared[: n_rows * block.width].view(n_rows, block.width)
+
+
+class Sums(NamedTuple):
+    """Sums over some columns of e = exp(logit - top), row by row.
+
+    `moment` is of e · (logit - top), where entropies are asked for; `means` are of e · weight.
+    """
+
+    top_H1: Tensor
+    sum_H1: Tensor
+    moment_H1: Tensor | None
+    means_HK: list[Tensor | None]
+
+    def merged(self, other: Sums) -> Sums:
+        """The sums over the columns of both."""
+        top_H1 = torch.maximum(self.top_H1, other.top_H1)
+        moment_H1: Tensor | None = None
+        means_HK: list[Tensor | None] = [None] * len(self.means_HK)
+        sum_H1 = torch.zeros_like(top_H1)
+        for sums in (self, other):
+            down_H1 = sums.top_H1 - top_H1
+            factor_H1 = down_H1.exp()
+            sum_H1.addcmul_(factor_H1, sums.sum_H1)
+            if sums.moment_H1 is not None:
+                moved_H1 = factor_H1 * (sums.moment_H1 + down_H1 * sums.sum_H1)
+                moment_H1 = moved_H1 if moment_H1 is None else moment_H1 + moved_H1
+            for i, mean_HK in enumerate(sums.means_HK):
+                if mean_HK is not None:
+                    mean_HK.mul_(factor_H1)
+                    so_far = means_HK[i]
+                    means_HK[i] = mean_HK if so_far is None else so_far.add_(mean_HK)
+        return Sums(top_H1, sum_H1, moment_H1, means_HK)
+
+
+def squash_(sums: Tensor, plan: Plan) -> float:
+    """Turn sums of products in place into logits but for a factor, which is returned."""
+    if plan.soft_cap is None:
+        return plan.scale
+    sums.mul_(plan.scale / plan.soft_cap).tanh_()
+    return plan.soft_cap
+
+
+def _exponentials_(
+    squashed: Tensor, factor: float, shift_H1: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """exp(logits - shift), and the same times the slope of the logits; uses up `squashed`.
+
+    The second is in the memory of `squashed`; without a soft-cap so is the first.
+    """
+    if plan.soft_cap is None:
+        exps = torch.add(-shift_H1, squashed, alpha=factor, out=squashed).exp_()
+        return exps, exps
+    exps = torch.add(-shift_H1, squashed, alpha=factor).exp_()
+    # exps * (1 - tanh²) in one pass.
+    torch.ops.aten.tanh_backward.grad_input(exps, squashed, grad_input=squashed)
+    return exps, squashed
+
+
+def summed_(
+    squashed: Tensor,
+    factor: float,
+    plan: Plan,
+    weights: Sequence[Tensor],
+    of_means: Sequence[bool],
+) -> tuple[Sums, Tensor]:
+    """Sums over a block, and its exponentials times slopes, in the memory of `squashed`."""
+    top_H1 = factor * squashed.amax(dim=-1, keepdim=True)
+    exps, sloped = _exponentials_(squashed, factor, top_H1, plan)
+    moment_H1 = None
+    if plan.entropy:
+        moment_H1 = -torch.special.entr(exps).sum(dim=-1, keepdim=True)
+    means_HK = [
+        matmul(sloped.to(weight.dtype), weight, plan.dtype) if needed else None
+        for weight, needed in zip(weights, of_means, strict=True)
+    ]
+    return Sums(top_H1, exps.sum(dim=-1, keepdim=True), moment_H1, means_HK), sloped
+
+
+def write_logits_(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Σ_i x_i W_iᵀ into `out`."""
+    first, *others = zip(inputs, weights, strict=True)
+    x, weight = first
+    if x.dtype == out.dtype:
+        torch.mm(x, weight.t(), out=out)
+    elif x.is_cuda:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(x, weight.t()))
+    for x, weight in others:
+        if x.dtype == out.dtype:
+            torch.addmm(out, x, weight.t(), out=out)
+        else:
+            out.add_(matmul(x, weight.t(), out.dtype))
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, on a GPU without rounding to the dtype of the factors in between."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a, b).to(dtype)
+
+
+def softmax_blocks(
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: list[Kept | None],
+    log_sum_H1: Tensor,
+) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    """Each block with a matrix and a factor per row whose product is slope · softmax."""
+    space = Space(plan, inputs[0])
+    for number, block in enumerate(plan.blocks):
+        found, kept[number] = kept[number], None
+        if found is not None:
+            yield block, found.exps, (found.top_H1 - log_sum_H1).exp_()
+            continue
+        logits = space.of(block)
+        write_logits_(logits, inputs, [weight[block.columns] for weight in weights])
+        factor = squash_(logits, plan)
+        _, sloped = _exponentials_(logits, factor, log_sum_H1, plan)
+        yield block, sloped.to(plan.matmul_dtype), torch.ones_like(log_sum_H1)
