@@ -134,3 +134,32 @@ def attention_of(model: nn.Module) -> str:
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """`float32` for torch.float32, and so on."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Narrow parameters and buffers as float32; afterwards they are the very numbers they were."""
+    with no_trace(model):
+        every = (*model.parameters(), *model.buffers())
+        tensors = [t for t in every if t.dtype in (torch.bfloat16, torch.float16)]
+        before = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, data in zip(tensors, before, strict=True):
+                tensor.data = data
+
+
+@contextlib.contextmanager
+def no_trace(model: nn.Module) -> Iterator[None]:
+    """Gradients begin at none, and are what they were afterwards."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad

@@ -7,7 +7,6 @@ not is said. A way that does not agree is never taken, not even when it is asked
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from gvpo_offline.compute.attention import (
 )
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import DEFAULT_KEPT_BYTES, causal_lm, install
-from gvpo_offline.compute.model import attention_of
+from gvpo_offline.compute.model import attention_of, in_float32, no_trace
 from gvpo_offline.compute.paths import ComputePath, LayoutName
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.schema import Group
@@ -128,7 +127,7 @@ def choose_path(
     refused: list[str] = []
     head = probe.head(refused)
     names = _LAYOUTS if layout == "auto" else (layout,)
-    for name in _right_in_float32(model, names, head, gradients, refused):
+    for name in _rightin_float32(model, names, head, gradients, refused):
         for path in probe.paths(name, head, refused):
             error = probe.try_path(path, refused)
             if error is not None:
@@ -144,7 +143,7 @@ def choose_path(
     )
 
 
-def _right_in_float32(
+def _rightin_float32(
     model: nn.Module,
     names: Sequence[LayoutName],
     head: Literal["fused", "logits"],
@@ -159,7 +158,7 @@ def _right_in_float32(
     if not any(tensor.dtype in _NARROW for tensor in model.parameters()):
         return names
     right: list[LayoutName] = []
-    with _in_float32(model):
+    with in_float32(model):
         try:
             probe = _Probe(model, gradients)
         except Exception as error:  # what computes in narrow types only
@@ -252,7 +251,7 @@ class _Probe:
     def _answer(self, engine: Engine) -> _Answer:
         """By the engine; gradients where they fall, in `.grad`, as in training."""
         sums, offset = [], 0
-        with _no_trace(self._model):
+        with no_trace(self._model):
             for groups in _fitting(self._groups, engine.cost.max_tokens):
                 n = sum(group.group_size for group in groups)
                 weights = self._weights[offset : offset + n]
@@ -281,7 +280,7 @@ class _Probe:
     def _own_answer(self) -> _Answer:
         """One response at a time, by the model's own logits."""
         sums = []
-        with _no_trace(self._model), torch.set_grad_enabled(bool(self._parameters)):
+        with no_trace(self._model), torch.set_grad_enabled(bool(self._parameters)):
             for weight, (prompt, response) in zip(
                 self._weights, _one_by_one(self._groups), strict=True
             ):
@@ -341,8 +340,14 @@ def _fitting(groups: list[Group], max_tokens: int) -> list[list[Group]]:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embeddings.num_embeddings)
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", getattr(model.config, "vocab_size", None))
+    if size is None:
+        raise ConfigError(
+            "the model is a transformers causal language model",
+            received=f"{type(model).__name__}, which does not say how many tokens it knows",
+        )
+    return int(size)
 
 
 def _some_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -352,34 +357,6 @@ def _some_parameters(model: nn.Module) -> list[nn.Parameter]:
     chosen = small or sorted(trained, key=lambda parameter: parameter.numel())[:2]
     every = max(1, len(chosen) // _N_PARAMETERS)
     return chosen[::every]
-
-
-@contextlib.contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Narrow parameters and buffers as float32; afterwards they are the very numbers they were."""
-    with _no_trace(model):
-        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in _NARROW]
-        before = [tensor.data for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.float()
-            yield
-        finally:
-            for tensor, data in zip(tensors, before, strict=True):
-                tensor.data = data
-
-
-@contextlib.contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
-    """Gradients begin at none, and are what they were afterwards."""
-    before = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, grad in before:
-            parameter.grad = grad
 
 
 def _grad_or_zeros(parameter: nn.Parameter) -> Tensor:
