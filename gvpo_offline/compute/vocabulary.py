@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of a block's logits: enough for matrix products at full speed, small beside a model.
-CPU_BLOCK_BYTES = 32 << 20
+# Bytes of a block's logits: enough for matrix products at full speed, small beside a model. Blocks
+# come out larger than half of it: glibc gives allocations of more than 32 MiB back when released.
+CPU_BLOCK_BYTES = 64 << 20
 ACCELERATOR_BLOCK_BYTES = 1 << 30
 _COLUMN_MULTIPLE = 64
 _MIN_COLUMNS = 1024
