@@ -36,6 +36,8 @@ class Fragment:
         response_token_ids: n arrays of (T_i,) int32, each None where the text is to be tokenised;
             or None for all.
         rewards: n numbers, or None if the log has no reward.
+        components: n numbers of each part that the rewards are made of, by name, None where a
+            response has no such part; or None if the log has no parts.
         samplers: n names, each None where the log does not say.
         truncated: n flags.
         loss_mask: n arrays of (T_i,) bool, each None where every token counts; or None for all.
@@ -60,6 +62,7 @@ class Fragment:
     group_id: str | None = None
     metadata: str | None = None
     source: str | None = None
+    components: dict[str, list[float | None]] | None = None
     file: int = 0
     row: int = 0
 
