@@ -46,7 +46,7 @@ def test_every_error_is_of_the_stated_kind_and_place(
     error = refused(
         config([first, second], tmp_path / "out", tokenizer_name_or_path=str(tiny_tokenizer_dir)),
         DataError,
-        "a reward is a number; received None",
+        "in a log with rewards each response has one; received none for response 0",
     )
     assert (error.file, error.row, error.group) == (str(second), 2, None)
 

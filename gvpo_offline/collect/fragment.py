@@ -35,7 +35,8 @@ class Fragment:
         responses: n texts, each None where the log has ids only.
         response_token_ids: n arrays of (T_i,) int32, each None where the text is to be tokenised;
             or None for all.
-        rewards: n numbers, or None if the log has no reward.
+        rewards: n numbers, each None where a response lacks its reward; or None if the log has
+            no reward.
         components: n numbers of each part that the rewards are made of, by name, None where a
             response has no such part; or None if the log has no parts.
         samplers: n names, each None where the log does not say.
@@ -54,7 +55,7 @@ class Fragment:
     prompt_token_ids: IntArray | None
     responses: list[str | None]
     response_token_ids: Sequence[IntArray | None] | None
-    rewards: list[float] | None
+    rewards: Sequence[float | None] | None
     samplers: list[str | None]
     truncated: list[bool]
     loss_mask: Sequence[BoolArray | None] | None = None
@@ -149,13 +150,16 @@ def prompt_key(fragment: Fragment) -> str:
     return hashlib.sha256(fragment.prompt_token_ids.astype("<i4").tobytes()).hexdigest()
 
 
-def check_fragment(fragment: Fragment, *, vocab_size: int | None, allow_empty: bool) -> None:
+def check_fragment(
+    fragment: Fragment, *, vocab_size: int | None, allow_empty: bool, allow_unrewarded: bool
+) -> None:
     """Hold one row to every rule that it can break alone.
 
     Args:
         fragment: the row.
         vocab_size: upper bound of token ids, where a tokenizer is known.
         allow_empty: whether a response may lack text and tokens; it is then dealt with later.
+        allow_unrewarded: whether a response may lack its reward; it is then dropped later.
 
     Raises:
         DataError: without a place, which the caller knows.
@@ -173,7 +177,14 @@ def check_fragment(fragment: Fragment, *, vocab_size: int | None, allow_empty: b
     for index, text in enumerate(fragment.responses):
         _check_response(fragment, index, text, vocab_size, allow_empty)
     for index, reward in enumerate(fragment.rewards or ()):
-        if not math.isfinite(reward):
+        if reward is None:
+            if not allow_unrewarded:
+                raise DataError(
+                    "in a log with rewards each response has one",
+                    received=f"none for response {index}",
+                    remedy="score the response, or drop such responses (missing_rewards: drop)",
+                )
+        elif not math.isfinite(reward):
             raise DataError(
                 "a reward is a finite number",
                 received=f"{reward} for response {index}",

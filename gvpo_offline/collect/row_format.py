@@ -1,0 +1,169 @@
+"""Formats whose column names are known and whose rows each stand for themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from gvpo_offline.collect import values
+from gvpo_offline.collect.formats import InputInfo, Record, Row
+from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.config import Columns, ImportConfig
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.hashing import sha256_json
+
+__all__ = ["Parts", "RowFormat", "comparison_id", "part_weights", "text_fragment", "weighted_sum"]
+
+Parts = Mapping[str, Sequence[float | None]]
+"""Parts of the rewards of n responses: n numbers by name, None where a response lacks the part."""
+
+_ID_DIGITS = 16
+
+
+class RowFormat:
+    """A format of known columns.
+
+    Args:
+        config: the import's settings; of `columns` only `keep` has a meaning here.
+        required: the columns that each row has.
+        optional: further columns that are read where they exist.
+        parse: from a row to its fragments: one as a rule, two where its responses turn out not to
+            share a prompt.
+        parts: the parts of the reward, which `reward_weights` may name.
+
+    Raises:
+        ConfigError: a setting that has no meaning for the format.
+    """
+
+    def __init__(
+        self,
+        config: ImportConfig,
+        *,
+        required: Sequence[str],
+        optional: Sequence[str] = (),
+        parse: Callable[[Record], Sequence[Fragment]],
+        parts: Sequence[str] = (),
+    ) -> None:
+        if config.columns != Columns(keep=config.columns.keep):
+            raise ConfigError(
+                f"format: {config.format} knows its columns, so that only columns.keep is set",
+                received=config.columns,
+                remedy="leave the other columns out, or choose format: flat",
+            )
+        part_weights(config, dict.fromkeys(parts, 1.0))
+        self._format = config.format
+        self._keep = config.columns.keep
+        self._required = [*required, *self._keep]
+        self._columns = list(dict.fromkeys([*self._required, *optional]))
+        self._parse = parse
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that are read."""
+        return self._columns
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """The fragments of each row; see `LogFormat.read`."""
+        for row, record in rows:
+            try:
+                self._check_columns(record, source)
+                fragments = self._parse(record)
+                metadata = values.metadata(record, self._keep)
+            except DataError as error:
+                raise located(error, file=source.label, row=row) from error.__cause__
+            for fragment in fragments:
+                fragment.row, fragment.metadata = row, metadata
+                yield fragment
+
+    def _check_columns(self, record: Record, source: InputInfo) -> None:
+        missing = [name for name in self._required if name not in record]
+        if missing:
+            present = source.columns if source.columns is not None else record
+            raise DataError(
+                f"a row of format: {self._format} has the columns {', '.join(self._required)}",
+                received=f"no {', '.join(missing)} among {', '.join(present) or 'none'}",
+                remedy="choose the format that the data set has, or format: flat with the names of "
+                "its columns",
+            )
+
+
+def text_fragment(
+    prompt: values.Prompt,
+    responses: Sequence[str | None],
+    rewards: Sequence[float | None],
+    *,
+    samplers: Sequence[str | None] | None = None,
+    truncated: Sequence[bool] | None = None,
+    parts: Parts | None = None,
+    group_id: str | None = None,
+    response_ids: Sequence[str] | None = None,
+) -> Fragment:
+    """A fragment of n responses given as text.
+
+    Args:
+        prompt: as `values.prompt` returns it.
+        responses: n texts; None, where the log has null, is an empty text.
+        rewards: n numbers, None where a response lacks its reward.
+        samplers: n names, or None where the log does not say.
+        truncated: n flags, or None if no response was cut.
+        parts: what the rewards are made of, kept beside them.
+        group_id: the group's id; None: responses to one prompt are a group.
+        response_ids: n ids, or None.
+    """
+    n = len(responses)
+    text, messages = prompt
+    return Fragment(
+        prompt=text,
+        messages=messages,
+        prompt_token_ids=None,
+        responses=[values.response(text) or "" for text in responses],
+        response_token_ids=None,
+        rewards=rewards,
+        samplers=[None] * n if samplers is None else list(samplers),
+        truncated=[False] * n if truncated is None else list(truncated),
+        response_ids=None if response_ids is None else list(response_ids),
+        group_id=group_id,
+        components=None if parts is None else {name: list(part) for name, part in parts.items()},
+    )
+
+
+def comparison_id(prompt: values.Prompt, responses: Sequence[str | None]) -> str:
+    """A group id for a row whose rewards compare its own responses with each other.
+
+    Such rewards mean nothing beside those of another row, even one with the same prompt, so each
+    row is a group: the id is a hash of all that was compared.
+    """
+    return sha256_json([*prompt, *responses])[:_ID_DIGITS]
+
+
+def part_weights(config: ImportConfig, default: Mapping[str, float]) -> Mapping[str, float]:
+    """The weights of a reward's parts: `reward_weights`, or else `default`, which names them all.
+
+    Raises:
+        ConfigError: a weight for a part that there is not.
+    """
+    unknown = sorted(set(config.reward_weights) - set(default))
+    if unknown:
+        raise ConfigError(
+            f"reward_weights names parts of the reward that format: {config.format} has",
+            received=", ".join(unknown),
+            remedy=f"choose among {', '.join(default)}"
+            if default
+            else "leave reward_weights out: this format's reward has no parts",
+        )
+    return config.reward_weights or default
+
+
+def weighted_sum(parts: Parts, weights: Mapping[str, float], n: int) -> list[float | None]:
+    """Rewards of n responses: for each the weighted sum of the parts that it has.
+
+    A response that has none of the parts with a weight has no reward, which is None and not 0.
+    """
+    rewards: list[float | None] = []
+    for i in range(n):
+        terms = [
+            weight * part
+            for name, weight in weights.items()
+            if weight and (part := parts[name][i]) is not None
+        ]
+        rewards.append(sum(terms) if terms else None)
+    return rewards
