@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.parts import Parts, part_weights, weighted_sum
 from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 
-__all__ = ["Parts", "RowFormat", "comparison_id", "part_weights", "text_fragment", "weighted_sum"]
-
-Parts = Mapping[str, Sequence[float | None]]
-"""Parts of the rewards of n responses: n numbers by name, None where a response lacks the part."""
+__all__ = ["RowFormat", "comparison_id", "text_fragment"]
 
 _ID_DIGITS = 16
 
@@ -28,7 +26,8 @@ class RowFormat:
         optional: further columns that are read where they exist.
         parse: from a row to its fragments: one as a rule, two where its responses turn out not to
             share a prompt.
-        parts: the parts of the reward, which `reward_weights` may name.
+        parts: the parts that the reward is made of and their default weights, if it has parts:
+            the rewards are then computed here, from what the fragments have in `components`.
 
     Raises:
         ConfigError: a setting that has no meaning for the format.
@@ -41,7 +40,7 @@ class RowFormat:
         required: Sequence[str],
         optional: Sequence[str] = (),
         parse: Callable[[Record], Sequence[Fragment]],
-        parts: Sequence[str] = (),
+        parts: Mapping[str, float] | None = None,
     ) -> None:
         if config.columns != Columns(keep=config.columns.keep):
             raise ConfigError(
@@ -49,7 +48,7 @@ class RowFormat:
                 received=config.columns,
                 remedy="leave the other columns out, or choose format: flat",
             )
-        part_weights(config, dict.fromkeys(parts, 1.0))
+        self._weights = part_weights(config, parts or {})
         self._format = config.format
         self._keep = config.columns.keep
         self._required = [*required, *self._keep]
@@ -72,6 +71,10 @@ class RowFormat:
                 raise located(error, file=source.label, row=row) from error.__cause__
             for fragment in fragments:
                 fragment.row, fragment.metadata = row, metadata
+                if fragment.components is not None:
+                    fragment.rewards = weighted_sum(
+                        fragment.components, self._weights, fragment.size
+                    )
                 yield fragment
 
     def _check_columns(self, record: Record, source: InputInfo) -> None:
@@ -89,7 +92,7 @@ class RowFormat:
 def text_fragment(
     prompt: values.Prompt,
     responses: Sequence[str | None],
-    rewards: Sequence[float | None],
+    rewards: Sequence[float | None] | None = None,
     *,
     samplers: Sequence[str | None] | None = None,
     truncated: Sequence[bool] | None = None,
@@ -102,10 +105,10 @@ def text_fragment(
     Args:
         prompt: as `values.prompt` returns it.
         responses: n texts; None, where the log has null, is an empty text.
-        rewards: n numbers, None where a response lacks its reward.
+        rewards: n numbers, None where a response lacks its reward; or None if it has `parts`.
         samplers: n names, or None where the log does not say.
         truncated: n flags, or None if no response was cut.
-        parts: what the rewards are made of, kept beside them.
+        parts: what the rewards are made of.
         group_id: the group's id; None: responses to one prompt are a group.
         response_ids: n ids, or None.
     """
@@ -133,37 +136,3 @@ def comparison_id(prompt: values.Prompt, responses: Sequence[str | None]) -> str
     row is a group: the id is a hash of all that was compared.
     """
     return sha256_json([*prompt, *responses])[:_ID_DIGITS]
-
-
-def part_weights(config: ImportConfig, default: Mapping[str, float]) -> Mapping[str, float]:
-    """The weights of a reward's parts: `reward_weights`, or else `default`, which names them all.
-
-    Raises:
-        ConfigError: a weight for a part that there is not.
-    """
-    unknown = sorted(set(config.reward_weights) - set(default))
-    if unknown:
-        raise ConfigError(
-            f"reward_weights names parts of the reward that format: {config.format} has",
-            received=", ".join(unknown),
-            remedy=f"choose among {', '.join(default)}"
-            if default
-            else "leave reward_weights out: this format's reward has no parts",
-        )
-    return config.reward_weights or default
-
-
-def weighted_sum(parts: Parts, weights: Mapping[str, float], n: int) -> list[float | None]:
-    """Rewards of n responses: for each the weighted sum of the parts that it has.
-
-    A response that has none of the parts with a weight has no reward, which is None and not 0.
-    """
-    rewards: list[float | None] = []
-    for i in range(n):
-        terms = [
-            weight * part
-            for name, weight in weights.items()
-            if weight and (part := parts[name][i]) is not None
-        ]
-        rewards.append(sum(terms) if terms else None)
-    return rewards

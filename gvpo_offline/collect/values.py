@@ -6,6 +6,7 @@ file and row.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,6 +76,32 @@ def structs(value: Any, what: str) -> list[dict[str, Any]]:
     return value
 
 
+def field(record: Mapping[str, Any], name: str, what: str) -> Any:
+    """The field `name` of a nested record.
+
+    Raises:
+        DataError: it has none; `what` says what the record is.
+    """
+    if name not in record:
+        raise DataError(
+            f"{what} has the field {name!r}", received=f"the fields {', '.join(record) or 'none'}"
+        )
+    return record[name]
+
+
+def sampler(value: Any) -> str | None:
+    """Who wrote a response, or None where the log does not say.
+
+    Raises:
+        DataError: it is neither text nor null.
+    """
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise DataError("a sampler is named by text", received=repr(value))
+    return valid_text(value)
+
+
 def messages(value: Sequence[Mapping[str, Any]]) -> str:
     """Chat messages as JSON, without the keys that columnar files fill with null."""
     kept = [
@@ -84,15 +111,36 @@ def messages(value: Sequence[Mapping[str, Any]]) -> str:
     return valid_text(json.dumps(kept, ensure_ascii=False, default=plain))
 
 
-def user_turn(text: Any) -> Prompt:
-    """The prompt of a chat whose only message is the user's `text`.
+def conversation(turns: Sequence[Any]) -> Prompt:
+    """The prompt of a chat from its texts: user and assistant in turn, the user first and last.
 
     Raises:
-        DataError: it is no text, or an empty one.
+        DataError: a turn is no text, the number of turns is even, or the last one is empty.
     """
-    if not (isinstance(text, str) and text):
-        raise DataError("a prompt is text, and not empty", received=repr(text))
-    return None, messages([{"role": "user", "content": text}])
+    if not (len(turns) % 2 and all(isinstance(text, str) for text in turns) and turns[-1]):
+        raise DataError(
+            "a prompt is text that is not empty; of several turns, the user's come first and last",
+            received=turns[0] if len(turns) == 1 else turns,
+            remedy="correct or remove the row",
+        )
+    roles = itertools.cycle(("user", "assistant"))
+    return None, messages(
+        [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    )
+
+
+def no_tools(record: Mapping[str, Any]) -> None:
+    """Refuse a row of a chat with tools, whose definitions belong to the prompt.
+
+    Raises:
+        DataError: the row has some.
+    """
+    if record.get("tools"):
+        raise DataError(
+            "a prompt is rendered without definitions of tools",
+            received=f"tools: {record['tools']}",
+            remedy="log the prompt's token ids (format: flat, columns.prompt_token_ids)",
+        )
 
 
 def prompt(value: Any) -> Prompt:

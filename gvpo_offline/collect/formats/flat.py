@@ -14,12 +14,14 @@ import numpy as np
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row, per_row
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
+from gvpo_offline.collect.parts import part_weights
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 
 def open_format(config: ImportConfig) -> FlatFormat:
     """The format for `config.columns`."""
+    part_weights(config, {})
     return FlatFormat(config)
 
 

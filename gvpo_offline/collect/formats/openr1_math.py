@@ -1,0 +1,63 @@
+"""OpenR1-Math-220k: a problem, two to four generations, checked by math-verify or a judge.
+
+A judge (Llama 3.3 70B) was asked about one problem in eight, whose answers math-verify could not
+be trusted with. The verdicts of a row come from one of the two: the judge where it was asked, else
+math-verify. Both are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gvpo_offline.collect import values
+from gvpo_offline.collect.formats import Record
+from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.row_format import RowFormat, text_fragment
+from gvpo_offline.config import ImportConfig
+from gvpo_offline.errors import DataError
+
+PARTS = {"correct": 1.0, "math_verify": 0.0, "llama": 0.0}
+
+
+def open_format(config: ImportConfig) -> RowFormat:
+    """One row a group; the reward is 1 where the generation is right, else 0."""
+    return RowFormat(
+        config,
+        required=("problem", "generations", "correctness_math_verify"),
+        optional=("correctness_llama", "finish_reasons"),
+        parse=_parse,
+        parts=PARTS,
+    )
+
+
+def _parse(record: Record) -> list[Fragment]:
+    responses = values.entries(record["generations"], "generations")
+    math_verify = _verdicts(record["correctness_math_verify"], len(responses))
+    llama = _verdicts(record.get("correctness_llama"), len(responses))
+    asked = any(verdict is not None for verdict in llama)
+    reasons = record.get("finish_reasons")
+    return [
+        text_fragment(
+            values.conversation([record["problem"]]),
+            responses,
+            truncated=None
+            if reasons is None
+            else [values.truncated(why) for why in values.entries(reasons, "finish_reasons")],
+            parts={
+                "correct": llama if asked else math_verify,
+                "math_verify": math_verify,
+                "llama": llama,
+            },
+        )
+    ]
+
+
+def _verdicts(value: Any, n: int) -> list[float | None]:
+    if value is None:
+        return [None] * n
+    verdicts = [values.number(v, "a verdict") for v in values.entries(value, "verdicts")]
+    if len(verdicts) != n:
+        raise DataError(
+            "there is one verdict per generation", received=f"{len(verdicts)} for {n} generations"
+        )
+    return verdicts
