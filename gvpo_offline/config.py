@@ -103,7 +103,7 @@ class ImportConfig:
     logged) and mark it truncated. A prompt is never cut: where it leaves no room for a response,
     its group stops the import or is dropped."""
     singletons: OnFew = "error"
-    """A prompt with a single response: stop, or drop it and say how many."""
+    """A prompt with a single response, or none: stop, or drop it and say how many."""
     empty_responses: OnEmpty = "error"
     """A response without text or tokens: stop, drop it and say how many, or keep it as a bare end
     token (text only, with append_eos): right where the sampler did end at once."""

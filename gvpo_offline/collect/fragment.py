@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json, sha256_text
 from gvpo_offline.schema import BoolArray, IntArray
@@ -150,16 +151,14 @@ def prompt_key(fragment: Fragment) -> str:
     return hashlib.sha256(fragment.prompt_token_ids.astype("<i4").tobytes()).hexdigest()
 
 
-def check_fragment(
-    fragment: Fragment, *, vocab_size: int | None, allow_empty: bool, allow_unrewarded: bool
-) -> None:
+def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int | None) -> None:
     """Hold one row to every rule that it can break alone.
 
     Args:
         fragment: the row.
+        config: the import's settings. What `empty_responses`, `missing_rewards` and `singletons`
+            let pass is dealt with later.
         vocab_size: upper bound of token ids, where a tokenizer is known.
-        allow_empty: whether a response may lack text and tokens; it is then dealt with later.
-        allow_unrewarded: whether a response may lack its reward; it is then dropped later.
 
     Raises:
         DataError: without a place, which the caller knows.
@@ -173,12 +172,12 @@ def check_fragment(
         )
     if ids is not None:
         _check_ids(ids, "prompt_token_ids", vocab_size)
-    _check_lengths(fragment)
+    _check_lengths(fragment, allow_none=config.singletons != "error")
     for index, text in enumerate(fragment.responses):
-        _check_response(fragment, index, text, vocab_size, allow_empty)
+        _check_response(fragment, index, text, vocab_size, config.empty_responses != "error")
     for index, reward in enumerate(fragment.rewards or ()):
         if reward is None:
-            if not allow_unrewarded:
+            if config.missing_rewards == "error":
                 raise DataError(
                     "in a log with rewards each response has one",
                     received=f"none for response {index}",
@@ -192,11 +191,13 @@ def check_fragment(
             )
 
 
-def _check_lengths(fragment: Fragment) -> None:
+def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
     n = fragment.size
-    if n == 0:
+    if n == 0 and not allow_none:
         raise DataError(
-            "a row holds at least 1 response", received="an empty list", remedy="remove the row"
+            "a row holds at least 1 response",
+            received="an empty list",
+            remedy="remove the row, or drop such groups (singletons: drop)",
         )
     for name in (
         "response_token_ids",

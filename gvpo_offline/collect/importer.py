@@ -243,12 +243,7 @@ class _Import:
         for fragment in self.format.read(source.rows(self.format.columns, advance), source):
             fragment.file = number
             try:
-                check_fragment(
-                    fragment,
-                    vocab_size=vocab_size,
-                    allow_empty=self.config.empty_responses != "error",
-                    allow_unrewarded=self.config.missing_rewards != "error",
-                )
+                check_fragment(fragment, self.config, vocab_size=vocab_size)
             except DataError as error:
                 place = {"file": source.label, "row": fragment.row}
                 raise located(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]

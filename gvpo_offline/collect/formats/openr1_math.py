@@ -1,8 +1,8 @@
 """OpenR1-Math-220k: a problem, two to four generations, checked by math-verify or a judge.
 
-A judge (Llama 3.3 70B) was asked about one problem in eight, whose answers math-verify could not
-be trusted with. The verdicts of a row come from one of the two: the judge where it was asked, else
-math-verify. Both are kept.
+A judge (Llama 3.3 70B) was asked about one problem in eight, to find right answers that math-verify
+could not read. A generation is right if either says so, as the data set itself counts; both
+verdicts are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def _parse(record: Record) -> list[Fragment]:
     responses = values.entries(record["generations"], "generations")
     math_verify = _verdicts(record["correctness_math_verify"], len(responses))
     llama = _verdicts(record.get("correctness_llama"), len(responses))
-    asked = any(verdict is not None for verdict in llama)
     reasons = record.get("finish_reasons")
     return [
         text_fragment(
@@ -44,7 +43,7 @@ def _parse(record: Record) -> list[Fragment]:
             if reasons is None
             else [values.truncated(why) for why in values.entries(reasons, "finish_reasons")],
             parts={
-                "correct": llama if asked else math_verify,
+                "correct": [_either(*pair) for pair in zip(math_verify, llama, strict=True)],
                 "math_verify": math_verify,
                 "llama": llama,
             },
@@ -52,8 +51,12 @@ def _parse(record: Record) -> list[Fragment]:
     ]
 
 
+def _either(a: float | None, b: float | None) -> float | None:
+    return max((verdict for verdict in (a, b) if verdict is not None), default=None)
+
+
 def _verdicts(value: Any, n: int) -> list[float | None]:
-    if value is None:
+    if value is None or not len(value):
         return [None] * n
     verdicts = [values.number(v, "a verdict") for v in values.entries(value, "verdicts")]
     if len(verdicts) != n:
