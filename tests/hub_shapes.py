@@ -31,6 +31,10 @@ def assistant(text: str) -> dict[str, str]:
     return {"content": text, "role": "assistant"}
 
 
+def chat(*turns: str) -> list[dict[str, str]]:
+    return [(user, assistant)[i % 2](text) for i, text in enumerate(turns)]
+
+
 def save(folder: Path, features: Features, rows: Rows, kind: str = "arrow") -> Path:
     """Write rows with these features: as a saved data set, a Parquet file or JSON lines."""
     data = datasets.Dataset.from_list(list(rows), features=features)
@@ -351,3 +355,66 @@ def arena_row(
         "response_b": b,
         **dict(zip(("winner_model_a", "winner_model_b", "winner_tie"), votes, strict=True)),
     }
+
+
+# --- one of each ----------------------------------------------------------------------------------
+
+WHOLE: dict[str, tuple[Features, list[dict[str, Any]], int]] = {
+    "arena": (
+        ARENA,
+        [arena_row(3, '["hi","more"]', '["a1","a2"]', '["b1","b2"]', (0, 1, 0))],
+        0,
+    ),
+    "armorm": (
+        ARMORM,
+        [
+            {
+                "prompt_id": "x",
+                "prompt": "q",
+                "all_generated_responses": ["a", "b"],
+                "all_rm_scores": [0.5, 0.25],
+                "chosen": chat("q", "a"),
+                "rejected": chat("q", "b"),
+            }
+        ],
+        1,
+    ),
+    "distilabel": (distilabel(TEXT), [distilabel_row(["1", "2", "3"])], 1),
+    "helpsteer2": (
+        HELPSTEER2,
+        [helpsteer2_row("c#", answer, (3, 4, 4, 2, 1)) for answer in "ab"],
+        1,
+    ),
+    "helpsteer3": (HELPSTEER3, [helpsteer3_row(-1), helpsteer3_row(2, "x")], 2),
+    "nectar": (
+        NECTAR,
+        [nectar_row("\n\nHuman: q\n\nAssistant: ", [("a", 1.0), ("b", 2.0)])],
+        1,
+    ),
+    "openr1_math": (OPENR1, [openr1_row(["5", "6"], [True, False])], 1),
+    "preference": (
+        PAIR_MESSAGES_ALONE,
+        [{"chosen": chat("q", "a"), "rejected": chat("q", "b")}],
+        1,
+    ),
+    "synthetic1": (
+        SYNTHETIC1,
+        [synthetic1_row(p, r, 0.5) for p in ("p1", "p2") for r in "ab"],
+        2,
+    ),
+    "ultrafeedback": (
+        ULTRAFEEDBACK,
+        [
+            ultrafeedback_row(
+                "q", [completion(m, m, 5.0, "1234", 2.5) for m in ("a", "b", "c", "d")]
+            )
+        ],
+        1,
+    ),
+    "unpaired": (
+        UNPAIRED_MESSAGES,
+        [{"prompt": chat("q"), "completion": [assistant(t)], "label": t == "a"} for t in "ab"],
+        1,
+    ),
+}
+"""By format: features, rows that make whole groups but for the arena's, and how many groups."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from hub_shapes import TEXT, assistant, fragments, save, user
 from importing import config, write_jsonl
 
+from gvpo_offline.collect.formats import find_format
+from gvpo_offline.collect.fragment import check_fragment, prompt_key
 from gvpo_offline.collect.importer import import_log
 from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
@@ -276,10 +280,7 @@ def test_bad_row(tmp_path: Path, tiny_tokenizer_dir: Path, name: str, kind: str)
     assert not (tmp_path / "out").exists()
 
 
-FORMATS = (
-    *("arena", "armorm", "distilabel", "helpsteer2", "helpsteer3", "nectar", "openr1_math"),
-    *("preference", "synthetic1", "ultrafeedback", "unpaired"),
-)
+FORMATS = sorted(hub.WHOLE)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -294,19 +295,52 @@ def test_another_data_set(tmp_path: Path, format: str) -> None:
             fragments(path, format)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_values_of_other_types(tmp_path: Path, format: str) -> None:
-    """Whatever JSON holds in the format's columns, the row is refused and named, never a crash."""
-    from gvpo_offline.collect.formats import find_format
+ODD: tuple[Any, ...] = (
+    *(None, 1, -1.5, True, float("nan"), 10**400, "", "text", "\ud83e", [], {}, [None], [[]], [{}]),
+    *([1, 2], ["a", 3], {"a": [1]}, {"role": 1}, [{"role": "user"}]),
+    [{"role": "assistant", "content": None}],
+)
 
-    columns = find_format(ImportConfig("x", "y", format=format)).columns
-    assert columns is not None
-    for value in (None, 1, "text", [], {}, [None], [[]], [{}], {"role": 1}, [{"role": "user"}]):
-        log = write_jsonl(tmp_path / "log.jsonl", [dict.fromkeys(columns, value)])
-        settings = config(log, tmp_path / "out", format=format)
-        with pytest.raises((DataError, ConfigError)) as caught:
-            import_log(settings)
-        assert (caught.value.file, caught.value.row) == (str(log), 0)
+
+class Somewhere:
+    """An input whose rows name their own columns."""
+
+    label = "somewhere"
+    columns = None
+
+
+def mutations(value: Any) -> Iterator[Any]:
+    """`value` with one odd value in one place, at any depth, or without one of its entries."""
+    keys = value if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+    for key in keys:
+        for part in (*ODD, *mutations(value[key])):
+            changed = copy.copy(value)
+            changed[key] = part
+            yield changed
+        shorter = copy.copy(value)
+        del shorter[key]
+        yield shorter
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_values_of_other_types(format: str) -> None:
+    """Whatever a row holds, and wherever: it is read as text and messages, or refused."""
+    let_pass: Any = {"missing_rewards": "drop", "empty_responses": "drop", "singletons": "drop"}
+    settings = ImportConfig("x", "y", format=format, **let_pass)
+    log_format = find_format(settings)
+    outcomes = {"read": 0, "refused": 0}
+    for row in mutations(hub.WHOLE[format][1][0]):
+        try:
+            for fragment in log_format.read([(0, row)], Somewhere()):
+                check_fragment(fragment, settings, vocab_size=None)
+                texts = (fragment.prompt, fragment.messages, *fragment.responses)
+                assert all(text is None or text.encode() is not None for text in texts)
+                assert prompt_key(fragment)
+            outcomes["read"] += 1
+        except DataError:
+            outcomes["refused"] += 1
+    assert outcomes["read"], outcomes
+    assert outcomes["refused"] > 20, outcomes
 
 
 def test_settings_that_the_format_has_no_use_for(tmp_path: Path) -> None:

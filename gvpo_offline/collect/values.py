@@ -76,6 +76,19 @@ def structs(value: Any, what: str) -> list[dict[str, Any]]:
     return value
 
 
+def struct(value: Any, what: str) -> dict[str, Any]:
+    """A nested record, empty where the log has null.
+
+    Raises:
+        DataError: it is something else; `what` says what it should be.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise DataError(f"{what} is a record", received=repr(value))
+    return value
+
+
 def field(record: Mapping[str, Any], name: str, what: str) -> Any:
     """The field `name` of a nested record.
 

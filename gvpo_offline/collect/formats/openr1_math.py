@@ -56,9 +56,10 @@ def _either(a: float | None, b: float | None) -> float | None:
 
 
 def _verdicts(value: Any, n: int) -> list[float | None]:
-    if value is None or not len(value):
+    given = [] if value is None else values.entries(value, "verdicts")
+    verdicts = [values.number(verdict, "a verdict") for verdict in given]
+    if not verdicts:
         return [None] * n
-    verdicts = [values.number(v, "a verdict") for v in values.entries(value, "verdicts")]
     if len(verdicts) != n:
         raise DataError(
             "there is one verdict per generation", received=f"{len(verdicts)} for {n} generations"

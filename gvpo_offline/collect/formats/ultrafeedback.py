@@ -56,8 +56,11 @@ def _parse(record: Record, *, refuse: bool) -> list[Fragment]:
 
 
 def _ratings(completion: dict[str, Any], index: int, *, refuse: bool) -> dict[str, float | None]:
-    annotations = completion.get("annotations") or {}
-    aspects = {name: values.rating((annotations.get(name) or {}).get("Rating")) for name in ASPECTS}
+    annotations = values.struct(completion.get("annotations"), "annotations")
+    aspects = {
+        name: values.rating(values.struct(annotations.get(name), name).get("Rating"), name)
+        for name in ASPECTS
+    }
     score = values.rating(values.field(completion, _SCORE, "a completion"), _SCORE)
     mean = values.number(completion.get(_MEAN), _MEAN)
     if score == _SUSPECT and mean is None and not _credible(aspects):
