@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
@@ -42,11 +43,14 @@ class RowFormat:
         parse: Callable[[Record], Sequence[Fragment]],
         parts: Mapping[str, float] | None = None,
     ) -> None:
-        if config.columns != Columns(keep=config.columns.keep):
+        default = Columns()
+        named = [f.name for f in fields(Columns) if f.name != "keep"]
+        changed = [n for n in named if getattr(config.columns, n) != getattr(default, n)]
+        if changed:
             raise ConfigError(
                 f"format: {config.format} knows its columns, so that only columns.keep is set",
-                received=config.columns,
-                remedy="leave the other columns out, or choose format: flat",
+                received=", ".join(f"columns.{name}" for name in changed),
+                remedy="leave it out, or choose format: flat",
             )
         self._weights = part_weights(config, parts or {})
         self._format = config.format
