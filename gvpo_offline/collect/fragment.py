@@ -163,6 +163,7 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
     Raises:
         DataError: without a place, which the caller knows.
     """
+    allow_empty = config.empty_responses != "error"
     ids = fragment.prompt_token_ids
     if not (fragment.prompt or fragment.messages) and (ids is None or not len(ids)):
         raise DataError(
@@ -174,7 +175,7 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
         _check_ids(ids, "prompt_token_ids", vocab_size)
     _check_lengths(fragment, allow_none=config.singletons != "error")
     for index, text in enumerate(fragment.responses):
-        _check_response(fragment, index, text, vocab_size, config.empty_responses != "error")
+        _check_response(fragment, index, text, vocab_size, allow_empty)
     for index, reward in enumerate(fragment.rewards or ()):
         if reward is None:
             if config.missing_rewards == "error":
