@@ -153,10 +153,10 @@ def test_unpaired(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ultrafeedback(tmp_path: Path, kind: str) -> None:
-    """The reward is overall_score; N/A is a rating that is missing. A repaired 10 stands."""
+    """The reward is overall_score; N/A is a missing rating. A 10 that was looked at again stands."""
     completions = [
         hub.completion("alpaca-7b", "a", 7.5, ("4", "5", "N/A", "3"), 4.0),
-        hub.completion("bard", "b", 10.0, ("5", "4", "5", "5"), 4.75),
+        hub.completion("bard", "b", 10.0, ("3", "4", "4", "3"), 3.5),
     ]
     row = hub.ultrafeedback_row("Say cat", completions)
     path = save(tmp_path / "log", hub.ULTRAFEEDBACK, [row], kind)
@@ -165,18 +165,18 @@ def test_ultrafeedback(tmp_path: Path, kind: str) -> None:
     assert fragment.samplers == ["alpaca-7b", "bard"]
     assert fragment.components == {
         "overall_score": [7.5, 10.0],
-        "fine-grained_score": [4.0, 4.75],
-        "helpfulness": [4.0, 5.0],
+        "fine-grained_score": [4.0, 3.5],
+        "helpfulness": [4.0, 3.0],
         "honesty": [5.0, 4.0],
-        "instruction_following": [None, 5.0],
-        "truthfulness": [3.0, 5.0],
+        "instruction_following": [None, 4.0],
+        "truthfulness": [3.0, 3.0],
     }
     (mean,) = fragments(path, "ultrafeedback", reward_weights={"fine-grained_score": 2.0})
-    assert mean.rewards == [8.0, 9.5]
+    assert mean.rewards == [8.0, 7.0]
     (two,) = fragments(
         path, "ultrafeedback", reward_weights={"instruction_following": 0.5, "honesty": 1.0}
     )
-    assert two.rewards == [5.0, 2.5 + 4.0]  # of the first only honesty is there
+    assert two.rewards == [5.0, 2.0 + 4.0]  # of the first only honesty is there
 
 
 def test_ultrafeedback_first_release(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
