@@ -153,7 +153,7 @@ def test_unpaired(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ultrafeedback(tmp_path: Path, kind: str) -> None:
-    """The reward is overall_score; N/A is a missing rating. A 10 that was looked at again stands."""
+    """The reward is overall_score; N/A is a missing rating. A 10 that was repaired stands."""
     completions = [
         hub.completion("alpaca-7b", "a", 7.5, ("4", "5", "N/A", "3"), 4.0),
         hub.completion("bard", "b", 10.0, ("3", "4", "4", "3"), 3.5),
