@@ -1,8 +1,8 @@
 """OpenR1-Math-220k: a problem, two to four generations, checked by math-verify or a judge.
 
 A judge (Llama 3.3 70B) was asked about one problem in eight, to find right answers that math-verify
-could not read. A generation is right if either says so, which is the sense in which the data set has
-a right one for every problem; both verdicts are kept.
+could not read. A generation is right if either says so: in that sense the data set has a right one
+for every problem. Both verdicts are kept.
 """
 
 from __future__ import annotations
