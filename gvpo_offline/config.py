@@ -79,7 +79,9 @@ class ImportConfig:
     tokenizer_name_or_path: str | None = None
     """Tokenizer of the policy to train: a folder or a hub name. Needed unless the log holds ids."""
     format: str = "flat"
-    """flat: a table with a row per response or per group; groups: rows in the shape of schemas/."""
+    """flat: a table with a row per response or per group; groups: rows in the shape of schemas/.
+    Data sets of the hub (docs/formats-hub.md): arena, armorm, distilabel, helpsteer2, helpsteer3,
+    nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None
@@ -90,6 +92,10 @@ class ImportConfig:
     """What to call this log in the dataset. Default: the file with a group's first response."""
     reward_name: str = "reward"
     """What to call the reward; training chooses among rewards by this name."""
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """Weights of the parts of the reward, by name, where the format has parts: the reward is the
+    weighted sum of those that a response has, and parts that are not named weigh nothing. Default:
+    the format's own weights."""
     max_length: int | None = None
     """Longest prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
@@ -97,10 +103,13 @@ class ImportConfig:
     logged) and mark it truncated. A prompt is never cut: where it leaves no room for a response,
     its group stops the import or is dropped."""
     singletons: OnFew = "error"
-    """A prompt with a single response: stop, or drop it and say how many."""
+    """A prompt with a single response, or none: stop, or drop it and say how many."""
     empty_responses: OnEmpty = "error"
     """A response without text or tokens: stop, drop it and say how many, or keep it as a bare end
     token (text only, with append_eos): right where the sampler did end at once."""
+    missing_rewards: OnFew = "error"
+    """A response without a reward (null, or known to be wrong) in a log that has rewards: stop, or
+    drop it and say how many."""
     append_eos: bool = True
     """End each response given as text with the tokenizer's end token, unless it was cut."""
     chat_template: str | None = None

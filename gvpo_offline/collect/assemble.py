@@ -82,6 +82,7 @@ class Assembler:
         self._tokenize_responses([r for draft in drafts for r in draft.responses])
         kept: list[Group] = []
         for draft in drafts:
+            self._drop_unrewarded(draft)
             self._drop_empty(draft)
             if self._fit(draft) and self._enough(draft):
                 kept.append(self._finish(draft))
@@ -211,6 +212,10 @@ class Assembler:
         before = len(draft.responses)
         draft.responses = [response for response in draft.responses if keep(response)]
         self.counts[what] += before - len(draft.responses)
+
+    def _drop_unrewarded(self, draft: _Draft) -> None:
+        if draft.first.rewards is not None:  # the log has rewards, in every row
+            self._drop(draft, "dropped_unrewarded_responses", lambda r: r.reward is not None)
 
     def _drop_empty(self, draft: _Draft) -> None:
         empty = next((r for r in draft.responses if not _length(r)), None)

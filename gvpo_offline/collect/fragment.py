@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json, sha256_text
 from gvpo_offline.schema import BoolArray, IntArray
@@ -35,7 +36,10 @@ class Fragment:
         responses: n texts, each None where the log has ids only.
         response_token_ids: n arrays of (T_i,) int32, each None where the text is to be tokenised;
             or None for all.
-        rewards: n numbers, or None if the log has no reward.
+        rewards: n numbers, each None where a response lacks its reward; or None if the log has
+            no reward.
+        components: n numbers of each part that the rewards are made of, by name, None where a
+            response has no such part; or None if the log has no parts.
         samplers: n names, each None where the log does not say.
         truncated: n flags.
         loss_mask: n arrays of (T_i,) bool, each None where every token counts; or None for all.
@@ -52,7 +56,7 @@ class Fragment:
     prompt_token_ids: IntArray | None
     responses: list[str | None]
     response_token_ids: Sequence[IntArray | None] | None
-    rewards: list[float] | None
+    rewards: Sequence[float | None] | None
     samplers: list[str | None]
     truncated: list[bool]
     loss_mask: Sequence[BoolArray | None] | None = None
@@ -60,6 +64,7 @@ class Fragment:
     group_id: str | None = None
     metadata: str | None = None
     source: str | None = None
+    components: dict[str, list[float | None]] | None = None
     file: int = 0
     row: int = 0
 
@@ -146,17 +151,19 @@ def prompt_key(fragment: Fragment) -> str:
     return hashlib.sha256(fragment.prompt_token_ids.astype("<i4").tobytes()).hexdigest()
 
 
-def check_fragment(fragment: Fragment, *, vocab_size: int | None, allow_empty: bool) -> None:
+def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int | None) -> None:
     """Hold one row to every rule that it can break alone.
 
     Args:
         fragment: the row.
+        config: the import's settings. What `empty_responses`, `missing_rewards` and `singletons`
+            let pass is dealt with later.
         vocab_size: upper bound of token ids, where a tokenizer is known.
-        allow_empty: whether a response may lack text and tokens; it is then dealt with later.
 
     Raises:
         DataError: without a place, which the caller knows.
     """
+    allow_empty = config.empty_responses != "error"
     ids = fragment.prompt_token_ids
     if not (fragment.prompt or fragment.messages) and (ids is None or not len(ids)):
         raise DataError(
@@ -166,11 +173,18 @@ def check_fragment(fragment: Fragment, *, vocab_size: int | None, allow_empty: b
         )
     if ids is not None:
         _check_ids(ids, "prompt_token_ids", vocab_size)
-    _check_lengths(fragment)
+    _check_lengths(fragment, allow_none=config.singletons != "error")
     for index, text in enumerate(fragment.responses):
         _check_response(fragment, index, text, vocab_size, allow_empty)
     for index, reward in enumerate(fragment.rewards or ()):
-        if not math.isfinite(reward):
+        if reward is None:
+            if config.missing_rewards == "error":
+                raise DataError(
+                    "in a log with rewards each response has one",
+                    received=f"none for response {index}",
+                    remedy="score the response, or drop such responses (missing_rewards: drop)",
+                )
+        elif not math.isfinite(reward):
             raise DataError(
                 "a reward is a finite number",
                 received=f"{reward} for response {index}",
@@ -178,11 +192,13 @@ def check_fragment(fragment: Fragment, *, vocab_size: int | None, allow_empty: b
             )
 
 
-def _check_lengths(fragment: Fragment) -> None:
+def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
     n = fragment.size
-    if n == 0:
+    if n == 0 and not allow_none:
         raise DataError(
-            "a row holds at least 1 response", received="an empty list", remedy="remove the row"
+            "a row holds at least 1 response",
+            received="an empty list",
+            remedy="remove the row, or drop such groups (singletons: drop)",
         )
     for name in (
         "response_token_ids",

@@ -91,6 +91,8 @@ _SAID = {
     "dropped_overlong_responses": "responses over max_length were dropped",
     "dropped_overlong_prompts": "groups were dropped: their prompt leaves no room in max_length",
     "dropped_empty_responses": "empty responses were dropped (empty_responses: drop)",
+    "dropped_unrewarded_responses": "responses without a reward were dropped "
+    "(missing_rewards: drop)",
     "dropped_singletons": "groups with a single response were dropped (singletons: drop)",
     "dropped_groups_without_responses": "groups were dropped: none of their responses was left",
 }
@@ -236,13 +238,12 @@ class _Import:
         advance: Callable[[int], Any],
     ) -> None:
         vocab_size = None if self.encoder is None else self.encoder.vocab_size
-        allow_empty = self.config.empty_responses != "error"
         needs = Needs(self.encoder)
         default = self.config.sampler or source.name
         for fragment in self.format.read(source.rows(self.format.columns, advance), source):
             fragment.file = number
             try:
-                check_fragment(fragment, vocab_size=vocab_size, allow_empty=allow_empty)
+                check_fragment(fragment, self.config, vocab_size=vocab_size)
             except DataError as error:
                 place = {"file": source.label, "row": fragment.row}
                 raise located(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]
@@ -328,8 +329,9 @@ class _Import:
         if not counts["groups"]:
             raise DataError(
                 "an import yields at least 1 group",
-                received=", ".join(f"{name} {n}" for name, n in counts.items()),
-                remedy="the settings (singletons, empty_responses, overlong) dropped everything",
+                received=", ".join(f"{name} {n}" for name, n in counts.items() if n),
+                remedy="the settings (singletons, empty_responses, missing_rewards, overlong) "
+                "dropped everything",
                 file=self.sources[0].label,
             )
         sidecars = [sidecar for record in records for sidecar in record.sidecars]

@@ -6,22 +6,22 @@ of ids); its reward, id, mask and truncation columns then hold lists of the same
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row, per_row
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
+from gvpo_offline.collect.parts import part_weights
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
-
-_CUT = ("length",)
 
 
 def open_format(config: ImportConfig) -> FlatFormat:
     """The format for `config.columns`."""
+    part_weights(config, {})
     return FlatFormat(config)
 
 
@@ -69,7 +69,7 @@ class FlatFormat:
             return record[name]
 
         prompt_ids = value("prompt_token_ids")
-        prompt, messages = _prompt(value("prompt", optional=prompt_ids is not None))
+        prompt, messages = values.prompt(value("prompt", optional=prompt_ids is not None))
         ids = value("response_token_ids")
         texts, all_ids, many = _responses(value("response", optional=ids is not None), ids)
         n = len(texts)
@@ -83,18 +83,18 @@ class FlatFormat:
             prompt_token_ids=None if prompt_ids is None else token_ids(prompt_ids, "a prompt"),
             responses=texts,
             response_token_ids=all_ids,
-            rewards=each("reward", _reward) if names.reward else None,
+            rewards=each("reward", values.number) if names.reward else None,
             samplers=each("sampler", self._sampler, shared=True) if names.sampler else [None] * n,
-            truncated=each("truncated", _truncated) if names.truncated else [False] * n,
+            truncated=each("truncated", values.truncated) if names.truncated else [False] * n,
             loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
-            response_ids=each("response_id", _identifier) if names.response_id else None,
-            group_id=_identifier(value("group_id")) if names.group_id else None,
+            response_ids=each("response_id", values.identifier) if names.response_id else None,
+            group_id=values.identifier(value("group_id")) if names.group_id else None,
             metadata=self._metadata(record, source),
         )
 
     def _sampler(self, value: Any) -> str | None:
         if isinstance(value, str) and value:
-            return _text(value)
+            return values.valid_text(value)
         if value is None and self._default_sampler:
             return None
         raise DataError(
@@ -104,13 +104,10 @@ class FlatFormat:
         )
 
     def _metadata(self, record: Record, source: InputInfo) -> str | None:
-        if not self._names.keep:
-            return None
         for name in self._names.keep:
             if name not in record:
                 raise _missing("columns.keep", name, record, source)
-        kept = {name: record[name] for name in self._names.keep}
-        return json.dumps(kept, default=_plain, allow_nan=True)
+        return values.metadata(record, self._names.keep)
 
 
 def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:
@@ -124,75 +121,9 @@ def _missing(setting: str, name: str, record: Record, source: InputInfo) -> Data
     )
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
-
-
-def _text(value: str) -> str:
-    # JSON can spell half of a surrogate pair, which no file and no tokenizer takes.
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                "text is valid Unicode",
-                received=f"{value!a} ({error.reason})",
-                remedy="write the log again with a UTF-8 writer, or remove the row",
-            ) from error
-    return value
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and "role" in value
-
-
-def _prompt(value: Any) -> tuple[str | None, str | None]:
-    """A prompt as (text, messages in JSON), one of them None."""
-    if value is None:
-        return None, None
-    if isinstance(value, str):
-        return _text(value), None
-    if isinstance(value, dict) and isinstance(value.get("role"), list):
-        # A list of structs that `datasets` stored as a struct of lists.
-        value = [
-            dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)
-        ]
-    if not (isinstance(value, list) and all(map(_is_message, value))):
-        raise DataError(
-            'a prompt is text or a list of chat messages, {"role": ..., "content": ...}',
-            received=value,
-            remedy="set columns.prompt to the column that holds the prompt",
-        )
-    if not value:
-        raise DataError("a prompt is not empty", received="no messages", remedy="remove the row")
-    # Columnar files fill keys that only other messages have with null.
-    messages = [
-        {key: part for key, part in message.items() if part is not None or key == "content"}
-        for message in value
-    ]
-    return None, _text(json.dumps(messages, ensure_ascii=False, default=_plain))
-
-
-def _response(value: Any) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, list) and len(value) == 1 and _is_message(value[0]):
-        content = value[0].get("content")
-        if value[0]["role"] == "assistant" and isinstance(content, str):
-            return _text(content)
-    raise DataError(
-        "a response is text, or a list with one assistant message whose content is text",
-        received=value,
-        remedy="for responses with tool turns log token ids and a loss mask "
-        "(columns.response_token_ids, columns.loss_mask)",
-    )
-
-
 def _is_many(value: Any) -> bool:
     """Whether a response column holds a group's responses and not one."""
-    return isinstance(value, list) and not (value and all(map(_is_message, value)))
+    return isinstance(value, list) and not (value and all(map(values.is_message, value)))
 
 
 def _is_many_ids(value: Any) -> bool:
@@ -215,7 +146,7 @@ def _responses(text: Any, ids: Any) -> tuple[list[str | None], list[Any] | None,
         ]
     if text is None:
         return [None] * (1 if all_ids is None else len(all_ids)), all_ids, many
-    return [_response(part) for part in (text if many else [text])], all_ids, many
+    return [values.response(part) for part in (text if many else [text])], all_ids, many
 
 
 def _spread(
@@ -250,40 +181,3 @@ def _masks(value: Any, name: str | None, n: int, many: bool) -> list[Any] | None
             f"in a row that holds a group, column {name!r} holds a list of lists", received=value
         )
     return [None if row is None else flags(row, "a loss mask") for row in rows]
-
-
-def _reward(value: Any) -> float:
-    if not isinstance(value, int | float):
-        raise DataError(
-            "a reward is a number",
-            received=repr(value),
-            remedy="log the number itself; score or remove a response that has none",
-        )
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise DataError("a reward is a finite number", received=value) from error
-
-
-def _truncated(value: Any) -> bool:
-    if value is None:
-        return False
-    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
-        return bool(value)
-    if isinstance(value, str) and value.lower() not in ("true", "false"):
-        return value in _CUT
-    raise DataError(
-        "truncated is a flag or a finish reason (such as stop, length)", received=repr(value)
-    )
-
-
-def _identifier(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str) and value:
-        return _text(value)
-    raise DataError(
-        "an id is text or an integer",
-        received=repr(value),
-        remedy="give every row an id, or leave the column out",
-    )

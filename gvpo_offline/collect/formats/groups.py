@@ -16,6 +16,7 @@ import numpy as np
 
 from gvpo_offline.collect.formats import InputInfo, Record, Row, per_row
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
+from gvpo_offline.collect.parts import part_weights
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import GROUPS_COLUMNS
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 def open_format(config: ImportConfig) -> GroupsFormat:
     """The format; column names are those of the schema."""
+    part_weights(config, {})
     return GroupsFormat()
 
 
