@@ -57,7 +57,7 @@ class NemoGymFormat(TrainerFormat):
         common: dict[str, Any] = {
             "reward": scalar(record["reward"], "reward"),
             "truncated": was_cut(response),
-            "sampler": values.identifier(response.get("model")),
+            "sampler": values.sampler(response.get("model")),
             "response_id": None if rollout is None else values.identifier(rollout),
         }
         if cut is None:

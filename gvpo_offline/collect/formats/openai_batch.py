@@ -132,7 +132,7 @@ class OpenAIBatchFormat(TrainerFormat):
                 self.failed(place, f"request {key}: {_refused(choice)}")
                 continue
             fragment = _response(choice, body, request)
-            fragment.samplers = [values.identifier(body.get("model"))]
+            fragment.samplers = [values.sampler(body.get("model"))]
             fragment.response_ids = [key if len(choices) == 1 else f"{key}#{index}"]
             self._score(fragment, key, index, len(choices))
             yield fragment
