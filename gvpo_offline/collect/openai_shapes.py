@@ -23,7 +23,6 @@ __all__ = [
     "choice_ids",
     "choice_text",
     "output_text",
-    "refuse_tools",
     "request_prompt",
     "responses_prompt",
     "was_cut",
@@ -99,20 +98,6 @@ def responses_prompt(params: Mapping[str, Any]) -> values.Prompt:
     if params.get("instructions") and isinstance(messages, list):
         messages = [{"role": "system", "content": params["instructions"]}, *messages]
     return chat(messages)
-
-
-def refuse_tools(body: Mapping[str, Any]) -> None:
-    """Refuse a request with tools, whose prompt is more than its messages.
-
-    Raises:
-        DataError: it has some.
-    """
-    if body.get("tools"):
-        raise DataError(
-            "a prompt is the messages alone",
-            received="a request with tools, which the chat template also renders",
-            remedy=_WITH_IDS,
-        )
 
 
 def choice_text(choice: Mapping[str, Any], *, whole: bool = True) -> str | None:

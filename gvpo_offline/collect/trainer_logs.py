@@ -21,7 +21,7 @@ import numpy as np
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located, prompt_key
-from gvpo_offline.collect.row_format import part_weights, weighted_sum
+from gvpo_offline.collect.parts import part_weights, weighted_sum
 from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_text

@@ -15,7 +15,7 @@ import numpy as np
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import Record
 from gvpo_offline.collect.fragment import Fragment, token_ids
-from gvpo_offline.collect.openai_shapes import output_text, refuse_tools, responses_prompt, was_cut
+from gvpo_offline.collect.openai_shapes import output_text, responses_prompt, was_cut
 from gvpo_offline.collect.trainer_logs import (
     Place,
     TrainerFormat,
@@ -62,7 +62,7 @@ class NemoGymFormat(TrainerFormat):
         }
         if cut is None:
             params = record["responses_create_params"]
-            refuse_tools(params)
+            values.no_tools(params)
             fragment = one_response(
                 prompt=responses_prompt(params), text=output_text(output), **common
             )

@@ -20,11 +20,10 @@ from gvpo_offline.collect.openai_shapes import (
     choice_ids,
     choice_text,
     output_text,
-    refuse_tools,
     request_prompt,
     was_cut,
 )
-from gvpo_offline.collect.row_format import part_weights
+from gvpo_offline.collect.parts import part_weights
 from gvpo_offline.collect.sources import find_sources
 from gvpo_offline.collect.trainer_logs import (
     Place,
@@ -191,7 +190,7 @@ def _refused(choice: Mapping[str, Any]) -> str | None:
 def _response(choice: Mapping[str, Any], body: Mapping[str, Any], request: _Request) -> Fragment:
     sent = choice.get("prompt_token_ids", body.get("prompt_token_ids"))
     if sent is None:
-        refuse_tools({"tools": request.tools})
+        values.no_tools({"tools": request.tools})
     if "output" in choice:
         return one_response(
             prompt=request.prompt,

@@ -17,7 +17,7 @@ from typing import Any
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located
-from gvpo_offline.collect.row_format import part_weights
+from gvpo_offline.collect.parts import part_weights
 from gvpo_offline.collect.trainer_logs import (
     Place,
     TrainerFormat,
