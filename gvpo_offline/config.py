@@ -143,6 +143,10 @@ class ImportConfig:
                 "reward_name, which also names a folder, has letters, digits, '_', '-', '.' only",
                 received=self.reward_name,
             )
+        if (self.requests or self.rewards) and self.format != "openai_batch":
+            raise ConfigError(
+                "requests and rewards are files of format: openai_batch", received=self.format
+            )
         if self.empty_responses == "keep" and not self.append_eos:
             raise ConfigError(
                 "an empty response is kept as its end token",

@@ -329,13 +329,15 @@ class TrainerFormat(ABC):
     def finish(self) -> Mapping[str, int]:
         """How many responses were left out, by reason; see `formats.LeavesOut`."""
         if self._n_failed and self.config.failed_responses == "error":
-            named = "; ".join(f"{p.label}, row {p.row}: {cause}" for p, cause in self._failed)
-            more = "; …" if self._n_failed > len(self._failed) else ""
             first = self._failed[0][0]
+            named = [
+                f"{'' if p.label == first.label else f'{p.label}, '}row {p.row}: {cause}"
+                for p, cause in self._failed
+            ]
             raise DataError(
-                "every response of the log is whole and scored",
-                received=f"{self._n_failed} that failed ({named}{more})",
-                remedy="sample or score them again, or leave them out (failed_responses: drop)",
+                "no response of the log failed",
+                received=f"{self._n_failed} that failed: {'; '.join(named)}",
+                remedy="sample them again, or leave them out (failed_responses: drop)",
                 file=first.label,
                 row=first.row,
             )
