@@ -120,7 +120,8 @@ PICTURE = [{"type": "input_image", "image_url": "data:"}]
             ),
             "a list of text parts",
         ),
-        (gym_row(0, 0, [message("5")], reward=None), "reward is a number; received null"),
+        (gym_row(0, 0, [message("5")], reward="x"), "reward is a number; received 'x'"),
+        (gym_row(0, 0, [message("5")], reward=None), "each response has one"),
         (gym_row(0, 0, [message("5")], response="x"), "response.output is a list of items"),
         (gym_row(0, 0, ["x"]), "nested as its producer writes it"),
         ({"responses_create_params": {"input": "p"}}, "no response, reward among"),
@@ -498,6 +499,15 @@ def test_batch_refuses(
     path, settings = batch(tmp_path, requests, results, rewards)
     settings["tokenizer_name_or_path"] = str(tiny_tokenizer_dir)
     refused(path, "openai_batch", DataError, match, tmp_path / "o", **settings)
+
+
+def test_batch_bodies_are_those_of_the_client() -> None:
+    chat = pytest.importorskip("openai.types.chat")
+    responses = pytest.importorskip("openai.types.responses")
+    body = result("a", choice("5"), choice("6", 1, "length"))["response"]["body"]
+    assert chat.ChatCompletion.model_validate(body, strict=True).choices[1].message.content == "6"
+    row = gym_row(0, 0, [message("5")])["response"]
+    assert responses.Response.model_validate(row).output_text == "5"
 
 
 def test_batch_settings(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,24 @@ from hypothesis import strategies as st
 from importing import config, read_groups, write_jsonl
 from reading_formats import fragments, refused
 
+from gvpo_offline.collect.formats import format_names
 from gvpo_offline.collect.importer import import_log
 from gvpo_offline.collect.trainer_logs import trajectory
 from gvpo_offline.config import Columns
 from gvpo_offline.errors import ConfigError, DataError
+
+PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
+NAMES = (
+    *("ms_swift", "nemo_gym", "nemo_rl", "open_instruct", "openai_batch", "openrlhf", "prime_rl"),
+    *("trl", "verl"),
+)
+
+
+def test_every_format_has_a_row_in_the_docs() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(NAMES)
+    assert set(NAMES) <= set(format_names())
+
 
 # --- verl -----------------------------------------------------------------------------------------
 
@@ -82,7 +97,7 @@ def test_verl_request_ids_are_response_ids(tmp_path: Path) -> None:
     ("further", "match", "row"),
     [
         ({"uid": ["a_0_0", "a_0_1", "b_0_0", "b_0_1"]}, "received output 1 of the session a_0", 1),
-        ({"score": [1.0, None, 0.0, 0.0]}, "score is a number; received null", 1),
+        ({"score": [1.0, None, 0.0, 0.0]}, "in a log with rewards each response has one", 1),
         ({"score": [1.0, 0.0, "x", 0.0]}, "score is a number; received 'x'", 2),
         ({"score": [1.0, 0.0, float("nan"), 0.0]}, "a reward is a finite number", 2),
     ],

@@ -38,7 +38,6 @@ __all__ = [
     "one_response",
     "part",
     "run_name",
-    "scalar",
     "trajectory",
 ]
 
@@ -158,18 +157,6 @@ def trajectory(ids: IntArray, mask: BoolArray) -> Trajectory:
     first, end = int(own[0]), int(own[-1]) + 1
     inner = mask[first:end]
     return Trajectory(ids[:first], ids[first:end], None if inner.all() else inner)
-
-
-def scalar(value: Any, what: str) -> float:
-    """A number that is there.
-
-    Raises:
-        DataError: it is null or no number.
-    """
-    found = values.number(value, what)
-    if found is None:
-        raise DataError(f"{what} is a number", received="null", remedy="remove the row")
-    return found
 
 
 def part(value: Any, name: str) -> float | None:

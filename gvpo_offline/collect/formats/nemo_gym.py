@@ -22,7 +22,6 @@ from gvpo_offline.collect.trainer_logs import (
     Trajectory,
     group_id,
     one_response,
-    scalar,
     trajectory,
 )
 from gvpo_offline.config import ImportConfig
@@ -55,7 +54,7 @@ class NemoGymFormat(TrainerFormat):
         task, rollout = record.get("_ng_task_index"), record.get("_ng_rollout_index")
         cut = _trajectory(output)
         common: dict[str, Any] = {
-            "reward": scalar(record["reward"], "reward"),
+            "reward": values.number(record["reward"], "reward"),
             "truncated": was_cut(response),
             "sampler": values.sampler(response.get("model")),
             "response_id": None if rollout is None else values.identifier(rollout),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import Record
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
 from gvpo_offline.collect.trainer_logs import (
@@ -22,7 +23,6 @@ from gvpo_offline.collect.trainer_logs import (
     TrainerFormat,
     group_id,
     one_response,
-    scalar,
     trajectory,
 )
 from gvpo_offline.config import ImportConfig
@@ -48,7 +48,7 @@ class NemoRLFormat(TrainerFormat):
     def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         step = _step(place)
-        if not scalar(_only(record, "sample_loss_mask"), "sample_loss_mask"):
+        if not values.number(_only(record, "sample_loss_mask"), "sample_loss_mask"):
             self.failed(place, "its sample_loss_mask is 0")
             return []
         mask = flags(_only(record, "token_loss_mask"), "token_loss_mask")
@@ -61,7 +61,7 @@ class NemoRLFormat(TrainerFormat):
             prompt_ids=cut.prompt_ids,
             ids=cut.ids,
             mask=cut.mask,
-            reward=scalar(_only(record, rewards), rewards),
+            reward=values.number(_only(record, rewards), rewards),
             sampler=f"{place.run}@{step}",
         )
         fragment.group_id = group_id(fragment, place.run, step)
@@ -90,13 +90,13 @@ def _only(record: Record, name: str) -> Any:
 def _check_history(mask: BoolArray, logprobs: Any) -> None:
     """Refuse a mask that counts answers in the prompt: nobody sampled them, so they have no
     log-probs but zeros."""
-    values = np.asarray(logprobs, np.float64)
-    if values.shape != mask.shape:
+    logged = np.asarray(logprobs, np.float64)
+    if logged.shape != mask.shape:
         raise DataError(
             "generation_logprobs has one number per token",
-            received=f"{values.shape} for {len(mask)} tokens",
+            received=f"{logged.shape} for {len(mask)} tokens",
         )
-    own, sampled = np.flatnonzero(mask), np.flatnonzero(mask & (values != 0))
+    own, sampled = np.flatnonzero(mask), np.flatnonzero(mask & (logged != 0))
     if len(sampled) and not mask[own[0] : sampled[0]].all():
         raise DataError(
             "token_loss_mask is 1 where the policy wrote the token",

@@ -22,7 +22,6 @@ from gvpo_offline.collect.trainer_logs import (
     group_id,
     one_response,
     run_name,
-    scalar,
 )
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
@@ -77,7 +76,7 @@ class OpenInstructFormat(TrainerFormat):
         fragment = one_response(
             prompt_ids=token_ids(record["prompt_tokens"], "prompt_tokens"),
             ids=token_ids(record["response_tokens"], "response_tokens"),
-            reward=scalar(record["reward"], "reward"),
+            reward=values.number(record["reward"], "reward"),
             truncated=values.truncated(record["finish_reason"]),
             sampler=f"{place.run}@{record['step']}",
         )

@@ -22,7 +22,6 @@ from gvpo_offline.collect.trainer_logs import (
     TrainerFormat,
     group_id,
     one_response,
-    scalar,
 )
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
@@ -51,7 +50,7 @@ class VerlFormat(TrainerFormat):
         fragment = one_response(
             prompt=values.prompt(record["input"]),
             text=values.response(record["output"]),
-            reward=scalar(record["score"], "score"),
+            reward=values.number(record["score"], "score"),
             sampler=f"{place.run}@{record['step']}",
             response_id=None if request is None else values.identifier(request),
         )
