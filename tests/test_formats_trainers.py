@@ -389,7 +389,7 @@ def test_ms_swift_on_other_trainers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        (swift_line(advantages=[-1.0, 1.0, 0.0, 0.0]), "Accuracy, Format have weights"),
+        (swift_line(advantages=[-1.0, 1.0, 0.0, 0.0]), "Accuracy, Format were weighted"),
         (swift_line(Format=[1.0, 0.0, 0.0]), "one entry per response each; received .*Format 3"),
         (swift_line(num_turns=[1, 1, 2, 1]), "earlier turns stand in the prompt"),
         (swift_line(Accuracy=["1", 0, 0, 0]), "the reward 'Accuracy' is a number"),

@@ -110,7 +110,7 @@ def test_advantages_tell_that_the_sum_is_not_the_reward(
         tokenizer_name_or_path=str(tiny_tokenizer_dir),
     )
     assert error.row == 0
-    assert "digits, short, length have weights, or some of them are no rewards" in str(error)
+    assert "digits, short, length were weighted or normalised, or are not all rewards" in str(error)
 
 
 def test_a_single_reward_needs_no_weights(tmp_path: Path) -> None:
@@ -122,6 +122,24 @@ def test_a_single_reward_needs_no_weights(tmp_path: Path) -> None:
     found, _ = fragments(path, "trl")
     assert [fragment.rewards for fragment in found] == [[3.0], [2.0], [3.0], [4.0]]
     assert found[0].samplers == ["run@1"]
+
+
+def test_a_prompt_that_stands_twice_in_a_batch(tmp_path: Path) -> None:
+    """Each of its groups was centred by itself; together they lie on no line."""
+    rows = [
+        {"prompt": prompt, "completion": str(i), "reward": reward, "advantage": advantage}
+        for i, (prompt, reward, advantage) in enumerate(
+            [
+                *(("p", 1.0, 0.7), ("p", 0.0, -0.7)),
+                *(("q", 1.0, 0.0), ("q", 1.0, 0.0)),
+                *(("p", 1.0, -0.7), ("p", 9.0, 0.7)),
+            ]
+        )
+    ]
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.Table.from_pylist([{"step": 1, **row} for row in rows]), path)
+    found, _ = fragments(path, "trl")
+    assert len({fragment.group_id for fragment in found}) == 2
 
 
 def test_sampler_setting_and_kept_columns(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ prompt at one step of one run are a group, and `run@step` is their sampler.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import numpy as np
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located, prompt_key
+from gvpo_offline.collect.known_columns import KnownColumns
 from gvpo_offline.collect.parts import part_weights, weighted_sum
-from gvpo_offline.config import Columns, ImportConfig
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.config import ImportConfig
+from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_text
 from gvpo_offline.schema import BoolArray, IntArray
 
@@ -34,6 +36,7 @@ __all__ = [
     "Trajectory",
     "add_parts",
     "check_advantages",
+    "check_batch",
     "group_id",
     "one_response",
     "part",
@@ -192,7 +195,7 @@ class Repeats:
 
 
 def check_advantages(
-    rewards: Sequence[float], advantages: Sequence[float], parts: Iterable[str]
+    rewards: Sequence[float], advantages: Sequence[float], parts: Collection[str]
 ) -> None:
     """Hold a group's summed rewards against the advantages that the trainer made of them.
 
@@ -214,10 +217,38 @@ def check_advantages(
         return
     raise DataError(
         "the logged advantages follow from the sum of the reward columns",
-        received=f"others, so {', '.join(parts)} have weights, or some of them are no rewards",
+        received=f"others, so {', '.join(parts)} were weighted or normalised, or are not all "
+        "rewards",
         remedy="set reward_weights to the weights that the run had; a column that it does not name "
         "is no part of the reward",
     )
+
+
+def check_batch(
+    fragments: Sequence[Fragment], advantages: Sequence[Any], parts: Collection[str]
+) -> None:
+    """`check_advantages` on each group of a batch, as it stands in one piece.
+
+    Args:
+        fragments: n fragments of one response, in the log's order.
+        advantages: what the log has for each.
+        parts: names of the parts of the reward.
+
+    Raises:
+        DataError: the advantages of a group say otherwise; names its first row.
+    """
+    pairs = zip(fragments, advantages, strict=True)
+    for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].group_id):
+        members = list(group)
+        known = [
+            (f.rewards[0], a)
+            for f, a in members
+            if f.rewards and f.rewards[0] is not None and isinstance(a, int | float)
+        ]
+        try:
+            check_advantages([r for r, _ in known], [a for _, a in known], parts)
+        except DataError as error:
+            raise located(error, file=None, row=members[0][0].row) from None
 
 
 class TrainerFormat(ABC):
@@ -237,17 +268,11 @@ class TrainerFormat(ABC):
     def __init__(
         self, config: ImportConfig, *, required: Sequence[str], in_parts: bool = False
     ) -> None:
-        if config.columns != Columns(keep=config.columns.keep):
-            raise ConfigError(
-                f"format: {config.format} knows its columns, so that only columns.keep is set",
-                received=config.columns,
-                remedy="leave the other columns out, or choose format: flat",
-            )
         if not in_parts:
             part_weights(config, {})
         self.config = config
         self.repeats = Repeats()
-        self._required = [*required, *config.columns.keep]
+        self._known = KnownColumns(config, required)
         self._failed: list[tuple[Place, str]] = []
         self._n_failed = 0
 
@@ -272,9 +297,8 @@ class TrainerFormat(ABC):
     def read_row(self, record: Record, place: Place) -> list[Fragment]:
         """The fragments of one row, with what is common to all formats filled in."""
         try:
-            self.check_columns(record)
+            metadata = self._known.metadata(record, None)
             fragments = list(self.parse(record, place))
-            metadata = values.metadata(record, self.config.columns.keep)
         except DataError as error:
             raise located(error, file=place.label, row=place.row) from error.__cause__
         except (KeyError, TypeError, AttributeError) as error:
@@ -290,18 +314,6 @@ class TrainerFormat(ABC):
             if self.config.sampler is not None:
                 fragment.samplers = [None] * fragment.size
         return fragments
-
-    def check_columns(self, record: Record) -> None:
-        """Raise DataError if a column is missing."""
-        missing = [name for name in self._required if name not in record]
-        if missing:
-            raise DataError(
-                f"a row of format: {self.config.format} has the columns "
-                f"{', '.join(self._required)}",
-                received=f"no {', '.join(missing)} among {', '.join(record) or 'none'}",
-                remedy="choose the format that the log has, or format: flat with the names of its "
-                "columns",
-            )
 
     def beside(self, source: InputInfo) -> Mapping[str, str]:
         """What fragments depend on besides rows and settings; see `formats.ReadsBeside`."""

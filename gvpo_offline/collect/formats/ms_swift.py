@@ -19,7 +19,7 @@ from gvpo_offline.collect.trainer_logs import (
     Place,
     TrainerFormat,
     add_parts,
-    check_advantages,
+    check_batch,
     group_id,
     one_response,
     part,
@@ -60,7 +60,8 @@ class MsSwiftFormat(TrainerFormat):
         rows = [{name: column[i] for name, column in columns.items()} for i in range(n)]
         fragments = [self._response(row, row[step], weights, place) for row in rows]
         if "advantages" in record and not self.config.reward_weights:
-            _check(fragments, _columns(record, ["prompt", "advantages"])["advantages"], names)
+            advantages = _columns(record, ["prompt", "advantages"])["advantages"]
+            check_batch(fragments, advantages, names)
         return fragments
 
     def _response(
@@ -75,6 +76,7 @@ class MsSwiftFormat(TrainerFormat):
             sampler=f"{place.run}@{step}",
         )
         fragment.group_id = group_id(fragment, place.run, step)
+        fragment.row = place.row
         return fragment
 
 
@@ -113,13 +115,3 @@ def _check_turns(turns: Any) -> None:
             received=f"num_turns {turns}: earlier turns stand in the prompt",
             remedy="import rollouts of several turns from their token ids, with a loss mask",
         )
-
-
-def _check(fragments: Sequence[Fragment], advantages: Sequence[Any], names: Sequence[str]) -> None:
-    groups: dict[str | None, list[tuple[float, float]]] = {}
-    for fragment, advantage in zip(fragments, advantages, strict=True):
-        reward = (fragment.rewards or (None,))[0]
-        if reward is not None and isinstance(advantage, int | float):
-            groups.setdefault(fragment.group_id, []).append((reward, float(advantage)))
-    for pairs in groups.values():
-        check_advantages([r for r, _ in pairs], [a for _, a in pairs], names)

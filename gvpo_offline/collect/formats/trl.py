@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
@@ -22,7 +21,7 @@ from gvpo_offline.collect.trainer_logs import (
     Place,
     TrainerFormat,
     add_parts,
-    check_advantages,
+    check_batch,
     group_id,
     one_response,
     part,
@@ -75,25 +74,18 @@ class TrlFormat(TrainerFormat):
         content = [{k: v for k, v in record.items() if k != "step"} for _, record in rows]
         if self.repeats.again(run, content, len(rows)):
             return
-        groups: dict[str | None, list[tuple[Row, float]]] = {}
-        for row in rows:
-            for fragment in self.read_row(row[1], Place(source.label, row[0], run)):
-                reward = (fragment.rewards or (None,))[0]
-                if reward is not None:
-                    groups.setdefault(fragment.group_id, []).append((row, reward))
-                yield fragment
+        fragments = [
+            fragment
+            for row, record in rows
+            for fragment in self.read_row(record, Place(source.label, row, run))
+        ]
         if not self.config.reward_weights:
-            for group in groups.values():
-                self._check_group(group, source)
-
-    def _check_group(self, group: Sequence[tuple[Row, float]], source: InputInfo) -> None:
-        advantages: list[Any] = [record.get(_ADVANTAGE) for (_, record), _ in group]
-        if None in advantages:
-            return
-        try:
-            check_advantages([reward for _, reward in group], advantages, self._weights)
-        except DataError as error:
-            raise located(error, file=source.label, row=group[0][0][0]) from None
+            try:
+                advantages = [record.get(_ADVANTAGE) for _, record in rows]
+                check_batch(fragments, advantages, self._weights)
+            except DataError as error:
+                raise located(error, file=source.label, row=rows[0][0]) from None
+        yield from fragments
 
     def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
