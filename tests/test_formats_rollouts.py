@@ -186,7 +186,11 @@ def episode(number: int, traces: list[Any], **changed: Any) -> dict[str, Any]:
 def solved(number: int, written: list[int], correct: float, **changed: Any) -> dict[str, Any]:
     """One answer to one question; the generation prompt (9) is on the answer's node."""
     nodes = [node("user", [1, 30], [0, 0]), node("assistant", [9, *written], [0] + [1] * 2, 0)]
-    rewards = {"correct": {"score": correct, "weight": 1.0}, "short": {"score": 2.0, "weight": 0.5}}
+    rewards = {
+        "correct": {"score": correct, "weight": 1.0},
+        "short": {"score": 2.0, "weight": 0.5},
+        "judged": None,
+    }
     return episode(number, [trace(f"t{number}", nodes, rewards, **changed)])
 
 
@@ -211,7 +215,7 @@ def test_prime_rl(tmp_path: Path) -> None:
     assert (group.samplers, group.truncated) == (("math@4",) * 2, (False, True))
     assert group.response_ids == ("t0", "t1")
     found, _ = fragments(path, "prime_rl", reward_weights={"correct": 3.0})
-    assert found[0].components == {"correct": [1.0], "short": [2.0]}
+    assert found[0].components == {"correct": [1.0], "short": [2.0], "judged": [None]}
     assert [f.rewards for f in found] == [[3.0], [0.0]]
 
 

@@ -69,8 +69,7 @@ class OpenInstructFormat(TrainerFormat):
 
     def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
-        info = record.get("request_info") or {}
-        if info.get("tool_calleds") or info.get("num_calls"):
+        if (record.get("request_info") or {}).get("tool_calleds"):
             self.failed(place, "it called tools, whose output the log does not tell apart")
             return []
         fragment = one_response(
