@@ -81,7 +81,9 @@ class ImportConfig:
     format: str = "flat"
     """flat: a table with a row per response or per group; groups: rows in the shape of schemas/.
     Data sets of the hub (docs/formats-hub.md): arena, armorm, distilabel, helpsteer2, helpsteer3,
-    nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired."""
+    nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of trainers and
+    results of batch APIs (docs/formats.md): ms_swift, nemo_gym, nemo_rl, open_instruct,
+    openai_batch, openrlhf, prime_rl, trl, verl."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None
@@ -96,6 +98,11 @@ class ImportConfig:
     """Weights of the parts of the reward, by name, where the format has parts: the reward is the
     weighted sum of those that a response has, and parts that are not named weigh nothing. Default:
     the format's own weights."""
+    requests: str | None = None
+    """openai_batch: the file or glob of the requests, which hold the prompts."""
+    rewards: str | None = None
+    """openai_batch: a file or glob of JSON lines with custom_id and, in further columns, the parts
+    of the reward: a number, or a list with one for each choice."""
     max_length: int | None = None
     """Longest prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
@@ -104,6 +111,9 @@ class ImportConfig:
     its group stops the import or is dropped."""
     singletons: OnFew = "error"
     """A prompt with a single response, or none: stop, or drop it and say how many."""
+    failed_responses: OnFew = "error"
+    """A response that its log marks as failed (a request that failed, an episode that errored, a
+    sample that was masked out): stop, or drop it and say how many."""
     empty_responses: OnEmpty = "error"
     """A response without text or tokens: stop, drop it and say how many, or keep it as a bare end
     token (text only, with append_eos): right where the sampler did end at once."""
@@ -132,6 +142,10 @@ class ImportConfig:
             raise ConfigError(
                 "reward_name, which also names a folder, has letters, digits, '_', '-', '.' only",
                 received=self.reward_name,
+            )
+        if (self.requests or self.rewards) and self.format != "openai_batch":
+            raise ConfigError(
+                "requests and rewards are files of format: openai_batch", received=self.format
             )
         if self.empty_responses == "keep" and not self.append_eos:
             raise ConfigError(

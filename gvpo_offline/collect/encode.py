@@ -25,7 +25,8 @@ class Encoder:
     """A tokenizer with the import's conventions.
 
     A prompt given as text gets the special tokens that the tokenizer puts before a text (a
-    beginning token, say) but none that it puts behind one: the response follows. Chat messages are
+    beginning token, say), unless it is written with them, but none that it puts behind one: the
+    response follows. Chat messages are
     rendered with the chat template, up to where the assistant begins, and get nothing further. A
     response is tokenised on its own, so that its ids do not depend on the prompt's last characters,
     and gets no special tokens but, with `append_eos`, the end token.
@@ -34,7 +35,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool) -> None:
         self.tokenizer = tokenizer
         self.append_eos = append_eos
-        self._suffix = self._suffix_length()
+        self._prefix, self._suffix = self._affixes()
         self._eos: int | None = tokenizer.eos_token_id
 
     @property
@@ -42,14 +43,14 @@ class Encoder:
         """Number of token ids, added tokens included."""
         return len(self.tokenizer)
 
-    def _suffix_length(self) -> int:
-        """How many special tokens the tokenizer puts behind a text."""
+    def _affixes(self) -> tuple[list[int], int]:
+        """The special tokens that the tokenizer puts before a text, how many it puts behind it."""
         bare = self._tokenize(["a"], special=False)[0].tolist()
         full = self._tokenize(["a"], special=True)[0].tolist()
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
-                return len(full) - start - len(bare)
-        return 0
+                return full[:start], len(full) - start - len(bare)
+        return [], 0
 
     def _tokenize(self, texts: Sequence[str], *, special: bool) -> list[IntArray]:
         ids: list[IntArray] = []
@@ -68,8 +69,10 @@ class Encoder:
 
     def prompts(self, texts: Sequence[str]) -> list[IntArray]:
         """Token ids of prompts given as text: (P,) int32 each."""
-        full = self._tokenize(texts, special=True)
-        return [ids[: len(ids) - self._suffix] for ids in full]
+        n = len(self._prefix)
+        full = [ids[: len(ids) - self._suffix] for ids in self._tokenize(texts, special=True)]
+        # Logs of trainers hold rendered prompts, which begin with these tokens already.
+        return [ids[n:] if n and ids[n : 2 * n].tolist() == self._prefix else ids for ids in full]
 
     def rendered(self, texts: Sequence[str]) -> list[IntArray]:
         """Token ids of prompts that a chat template rendered: (P,) int32 each."""

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from gvpo_offline.collect.assemble import Assembler, InputNames
 from gvpo_offline.collect.encode import Encoder, Needs, load_encoder
 from gvpo_offline.collect.folder import OutputFolder
-from gvpo_offline.collect.formats import LogFormat, find_format
+from gvpo_offline.collect.formats import LeavesOut, LogFormat, ReadsBeside, find_format
 from gvpo_offline.collect.fragment import (
     GROUP_ID_DIGITS,
     Fragment,
@@ -49,7 +49,7 @@ from gvpo_offline.version import __version__
 __all__ = ["ImportResult", "import_log", "run_import"]
 
 # Raise it whenever the same inputs and settings would give other bytes than before.
-_IMPORT_VERSION = 1
+_IMPORT_VERSION = 2
 _BUCKET_BYTES = 16 << 20
 _RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ _SAID = {
     "dropped_unrewarded_responses": "responses without a reward were dropped "
     "(missing_rewards: drop)",
     "dropped_singletons": "groups with a single response were dropped (singletons: drop)",
+    "dropped_failed_responses": "responses that failed were dropped (failed_responses: drop)",
+    "dropped_repeated_responses": "responses were left out: the log repeats an earlier step's",
     "dropped_groups_without_responses": "groups were dropped: none of their responses was left",
 }
 
@@ -128,6 +130,7 @@ class _FirstPass:
     """What the rows told while they were read."""
 
     rows: list[int]
+    left_out: Mapping[str, int] = field(default_factory=dict)
     samplers: set[str] = field(default_factory=set)
     rewarded: str | None = None
     unrewarded: str | None = None
@@ -146,6 +149,7 @@ class _Import:
         # Buckets bound the memory; how many there are changes nothing in the result.
         self.buckets_per_shard = max(1, power_of_two(total, _BUCKET_BYTES) // self.n_shards)
         self.digests: list[str] = []
+        self.beside = [self._beside(source) for source in self.sources]
 
     def run(self) -> ImportResult:
         """See `import_log`."""
@@ -175,6 +179,9 @@ class _Import:
         with self._bar("checking inputs", sum(s.size for s in self.sources), "B") as bar:
             self.digests = [source.sha256(bar.update) for source in self.sources]
 
+    def _beside(self, source: Source) -> dict[str, str]:
+        return dict(self.format.beside(source)) if isinstance(self.format, ReadsBeside) else {}
+
     def _identity(self) -> str:
         """SHA-256 over everything that the dataset's bytes depend on."""
         settings = self._settings()
@@ -186,8 +193,10 @@ class _Import:
                 "versions": [_IMPORT_VERSION, SCHEMA_VERSION],
                 "settings": settings,
                 "inputs": [
-                    [source.file_name, digest]
-                    for source, digest in zip(self.sources, self.digests, strict=True)
+                    [source.file_name, digest, *([beside] if beside else [])]
+                    for source, digest, beside in zip(
+                        self.sources, self.digests, self.beside, strict=True
+                    )
                 ],
                 "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
             }
@@ -227,6 +236,8 @@ class _Import:
                 self._read_source(number, source, spill, first, bar.update)
                 source.check_unchanged()
             spill.flush()
+        if isinstance(self.format, LeavesOut):
+            first.left_out = self.format.finish()
         return first
 
     def _read_source(
@@ -340,8 +351,10 @@ class _Import:
             package_version=__version__,
             config={**self._settings(), "identity": identity},
             inputs=[
-                {"path": source.file_name, "sha256": digest, "rows": rows}
-                for source, digest, rows in zip(self.sources, self.digests, first.rows, strict=True)
+                {"path": source.file_name, "sha256": digest, "rows": rows, **beside}
+                for source, digest, rows, beside in zip(
+                    self.sources, self.digests, first.rows, self.beside, strict=True
+                )
             ],
             counts=counts,
         )
@@ -373,7 +386,7 @@ def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
         "responses": sum(entry.n_responses for entry in files),
         "tokens": sum(entry.n_tokens for entry in files),
     }
-    dropped: Counter[str] = Counter()
+    dropped: Counter[str] = Counter(first.left_out)
     for record in records:
         dropped.update(record.counts)
     return {**counts, **{name: dropped[name] for name in _SAID}}

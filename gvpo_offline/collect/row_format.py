@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.known_columns import KnownColumns
 from gvpo_offline.collect.parts import Parts, part_weights, weighted_sum
-from gvpo_offline.config import Columns, ImportConfig
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.config import ImportConfig
+from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 
 __all__ = ["RowFormat", "comparison_id", "text_fragment"]
@@ -43,20 +43,9 @@ class RowFormat:
         parse: Callable[[Record], Sequence[Fragment]],
         parts: Mapping[str, float] | None = None,
     ) -> None:
-        default = Columns()
-        named = [f.name for f in fields(Columns) if f.name != "keep"]
-        changed = [n for n in named if getattr(config.columns, n) != getattr(default, n)]
-        if changed:
-            raise ConfigError(
-                f"format: {config.format} knows its columns, so that only columns.keep is set",
-                received=", ".join(f"columns.{name}" for name in changed),
-                remedy="leave it out, or choose format: flat",
-            )
         self._weights = part_weights(config, parts or {})
-        self._format = config.format
-        self._keep = config.columns.keep
-        self._required = [*required, *self._keep]
-        self._columns = list(dict.fromkeys([*self._required, *optional]))
+        self._known = KnownColumns(config, required)
+        self._columns = list(dict.fromkeys([*self._known.names, *optional]))
         self._parse = parse
 
     @property
@@ -68,9 +57,8 @@ class RowFormat:
         """The fragments of each row; see `LogFormat.read`."""
         for row, record in rows:
             try:
-                self._check_columns(record, source)
+                metadata = self._known.metadata(record, source.columns)
                 fragments = self._parse(record)
-                metadata = values.metadata(record, self._keep)
             except DataError as error:
                 raise located(error, file=source.label, row=row) from error.__cause__
             for fragment in fragments:
@@ -80,17 +68,6 @@ class RowFormat:
                         fragment.components, self._weights, fragment.size
                     )
                 yield fragment
-
-    def _check_columns(self, record: Record, source: InputInfo) -> None:
-        missing = [name for name in self._required if name not in record]
-        if missing:
-            present = source.columns if source.columns is not None else record
-            raise DataError(
-                f"a row of format: {self._format} has the columns {', '.join(self._required)}",
-                received=f"no {', '.join(missing)} among {', '.join(present) or 'none'}",
-                remedy="choose the format that the data set has, or format: flat with the names of "
-                "its columns",
-            )
 
 
 def text_fragment(

@@ -46,6 +46,7 @@ class Source(ABC):
         size: its length in bytes, as progress counts it.
         text_bytes: about how many bytes of plain rows it holds.
         columns: its columns, or None where each row names its own.
+        floats: those of them that hold floating-point numbers, or None likewise.
     """
 
     def __init__(self, label: str, name: str, files: Sequence[Path]) -> None:
@@ -55,12 +56,17 @@ class Source(ABC):
         self.size = sum(path.stat().st_size for path in self.files)
         self.text_bytes = self.size
         self.columns: list[str] | None = None
+        self.floats: list[str] | None = None
         self._stamp = self._stat()
 
     @property
     def file_name(self) -> str:
         """The last part of the label."""
         return Path(self.label).name or self.label
+
+    def _describe(self, schema: pa.Schema) -> None:
+        self.columns = list(schema.names)
+        self.floats = [field.name for field in schema if pa.types.is_floating(field.type)]
 
     def _stat(self) -> list[tuple[int, int]]:
         return [(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in self.files)]
@@ -167,7 +173,7 @@ class ParquetRows(Source):
     def __init__(self, label: str, name: str, path: Path) -> None:
         super().__init__(label, name, [path])
         with self._open() as file:
-            self.columns = list(file.schema_arrow.names)
+            self._describe(file.schema_arrow)
             metadata = file.metadata
             self.n_rows = metadata.num_rows
             self.text_bytes = sum(
@@ -222,7 +228,7 @@ class DatasetRows(Source):
     def __init__(self, label: str, name: str, dataset: Dataset, *, whole: bool = True) -> None:
         files = [Path(entry["filename"]) for entry in dataset.cache_files]
         super().__init__(label, name, files)
-        self.columns = list(dataset.column_names)
+        self._describe(dataset.data.schema)
         self._dataset = dataset
         # In memory, with an index over its rows or cut to a slice, the files are not the data set.
         self._direct = whole and bool(files) and dataset._indices is None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gvpo_offline.collect.fragment import Fragment, located
 from gvpo_offline.config import ImportConfig
@@ -24,7 +24,17 @@ from gvpo_offline.errors import ConfigError, DataError
 Record = Mapping[str, Any]
 Row = tuple[int, Record]
 
-__all__ = ["InputInfo", "LogFormat", "Record", "Row", "find_format", "format_names", "per_row"]
+__all__ = [
+    "InputInfo",
+    "LeavesOut",
+    "LogFormat",
+    "ReadsBeside",
+    "Record",
+    "Row",
+    "find_format",
+    "format_names",
+    "per_row",
+]
 
 
 class InputInfo(Protocol):
@@ -37,6 +47,10 @@ class InputInfo(Protocol):
     @property
     def columns(self) -> Sequence[str] | None:
         """All columns of the input, or None where each row names its own (JSON lines)."""
+
+    @property
+    def floats(self) -> Sequence[str] | None:
+        """Those columns that hold floating-point numbers, or None likewise."""
 
 
 class LogFormat(Protocol):
@@ -53,6 +67,28 @@ class LogFormat(Protocol):
 
         Raises:
             DataError: a row is not of this format; names file and row.
+        """
+
+
+@runtime_checkable
+class ReadsBeside(Protocol):
+    """A format whose fragments depend on more than rows and settings."""
+
+    def beside(self, source: InputInfo) -> Mapping[str, str]:
+        """What else the fragments of `source` depend on, by name: a part of its path, the SHA-256
+        of a file that is read beside it. Decides, with rows and settings, whether an import is the
+        same as an earlier one; recorded in the manifest."""
+
+
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A format that may leave responses out."""
+
+    def finish(self) -> Mapping[str, int]:
+        """How many responses were left out, by reason; called once, after the last input.
+
+        Raises:
+            DataError: some should not have been, as the settings are; names the first.
         """
 
 

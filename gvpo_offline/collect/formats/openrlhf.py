@@ -1,0 +1,27 @@
+"""OpenRLHF: what `openrlhf.cli.batch_inference` wrote until it was removed in 2026, JSON lines of
+`input`, `output` and, once scored (`--eval_task rm`), `reward`.
+
+Responses to one `input` are a group, wherever they stand: with `--best_of_n` the file holds all
+prompts once, then all of them again. A post-processor (`--post_processor`) leaves one response or a
+pair of each group; such files are of another format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gvpo_offline.collect import values
+from gvpo_offline.collect.formats import Record
+from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.row_format import RowFormat, text_fragment
+from gvpo_offline.config import ImportConfig
+
+
+def open_format(config: ImportConfig) -> RowFormat:
+    """The format; the reward is `reward`, which may be missing."""
+    return RowFormat(config, required=("input", "output"), optional=("reward",), parse=_parse)
+
+
+def _parse(record: Record) -> Sequence[Fragment]:
+    reward = [values.number(record["reward"])] if "reward" in record else None
+    return [text_fragment(values.prompt(record["input"]), [record["output"]], reward)]
