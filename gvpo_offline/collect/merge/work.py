@@ -1,0 +1,106 @@
+"""The folder while its groups are rewritten: who may, what a killed run left, what may go."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gvpo_offline.collect.folder import lock_folder
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
+from gvpo_offline.store.manifest import (
+    Manifest,
+    load_manifest,
+    manifest_path,
+    manifest_versions,
+)
+
+_FOLDERS = ("groups", "rewards", "reference")
+# A shard is named after its part, and so is the file that it is before it has its name.
+_TEMPORARY = re.compile(r"^\.\d{5}\.[0-9a-f]{32}\.tmp$")
+
+
+@contextmanager
+def workplace(root: Path) -> Iterator[Path]:
+    """A dataset's folder for one process alone, with a folder for what is spilled.
+
+    Raises:
+        DataError: there is no dataset, or another process rewrites it.
+    """
+    load_manifest(root)
+    handle = lock_folder(root)
+    spilled = root / ".spill"
+    try:
+        for name in _FOLDERS:
+            for path in (root / name).rglob(".*.tmp"):
+                if _TEMPORARY.match(path.name):
+                    path.unlink(missing_ok=True)
+        shutil.rmtree(spilled, ignore_errors=True)
+        spilled.mkdir()
+        yield spilled
+    finally:
+        shutil.rmtree(spilled, ignore_errors=True)
+        os.close(handle)
+
+
+@contextmanager
+def discarding(root: Path, log: TaskLog) -> Iterator[None]:
+    """Remove all that `log` committed if the data or settings turn out bad.
+
+    After any other failure (no room, an interrupt) committed work stays: the same command goes on.
+    """
+    try:
+        yield
+    except (DataError, ConfigError):
+        # What was written may be the very file that was there already.
+        named = {name for v in manifest_versions(root) for name in _named(load_manifest(root, v))}
+        for path in sorted(log.folder.glob("*.json")):
+            for name in _files(read_record(path)) - named:
+                (root / name).unlink(missing_ok=True)
+        shutil.rmtree(log.folder, ignore_errors=True)
+        raise
+
+
+def remove_old(root: Path, newest: Manifest) -> int:
+    """Remove every version before `newest`, with the files and commit records of its own.
+
+    Files go before the manifests that name them, so that a removal that was cut off can be
+    repeated.
+
+    Returns:
+        The bytes that were freed.
+    """
+    kept = _named(newest)
+    versions = [version for version in manifest_versions(root) if version < newest.version]
+    old: dict[str, int] = {}
+    for version in versions:
+        named = _named(load_manifest(root, version))
+        old |= {name: size for name, size in named.items() if name not in kept}
+    for path in sorted((root / "commits").glob("*/*.json")):
+        if _files(read_record(path)) & set(old):
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    freed = 0
+    for name, size in old.items():
+        freed += size if (root / name).exists() else 0
+        (root / name).unlink(missing_ok=True)
+    for version in versions:
+        manifest_path(root, version).unlink()
+    return freed
+
+
+def _named(manifest: Manifest) -> dict[str, int]:
+    """The files of a version, and their lengths in bytes."""
+    families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
+    sidecars = [sidecar.file for files in families for sidecar in files]
+    return {entry.path: entry.bytes for entry in (*manifest.groups, *sidecars)}
+
+
+def _files(record: TaskRecord) -> set[str]:
+    sidecars = [sidecar.file for sidecar in record.sidecars]
+    return {entry.path for entry in (*record.groups, *sidecars)}
