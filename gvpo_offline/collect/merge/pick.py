@@ -34,7 +34,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pick:
-    """Groups, each made of responses that lie in some rows of a table.
+    """Groups, each made of responses that lie in some rows of a table; no two share a row.
 
     Attributes:
         first: (G,) int64: for each group the row that speaks for it (prompt, source, metadata).
