@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from builders import differences
 from fork_server import ForkServer
@@ -301,7 +300,10 @@ def test_a_group_that_duplicates_leave_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"group 'a'.*at least 2.*1 of 2.*singletons: drop"):
         merged(tmp_path / "d", tmp_path / "e", duplicates="drop")
     assert tree(tmp_path / "d") == before
-    result = merged(tmp_path / "d", tmp_path / "e", duplicates="drop", singletons="drop")
+    import_rows(tmp_path / "f", [row("f", prompt=[1], tokens=[9])] * 2)
+    none = {"duplicates": "drop", "singletons": "drop"}
+    refused(tmp_path / "d", tmp_path / "f", DataError, "at least 1 group", **none)
+    result = merged(tmp_path / "d", tmp_path / "e", **none)
     assert list(responses(tmp_path / "d")) == ["b"]
     assert result.counts["dropped_singletons"] == 1
 
@@ -477,38 +479,46 @@ def test_a_sidecar_of_groups_that_were_merged_meanwhile(tmp_path: Path) -> None:
 
 # ---- the command, killed ----
 
+MOMENTS = (
+    ("spill:TableSpill.flush", 1),  # nothing is spilled
+    ("rewrite:write_sidecar", 2),  # a shard's groups lie there, and one sidecar of two
+    ("rewrite:TaskLog.commit", 1),  # all files of a shard, and no record
+    ("rewrite:TaskLog.commit", 3),  # after two further shards
+    ("stages:publish", 1),  # all shards, and no manifest
+)
 
-@pytest.mark.parametrize("moment", [("TableSpill.flush", 1), ("TableSpill.remove", 9)])
-def test_the_command_killed_and_repeated(
-    tmp_path: Path, server: ForkServer, moment: tuple[str, int]
-) -> None:
-    """While spilling and between shards: version 1 is what everybody sees, and the same command
-    goes on and makes the same bytes."""
-    one, two = halves(200)
+
+def test_the_command_killed_and_repeated(tmp_path: Path, server: ForkServer) -> None:
+    """Wherever it is killed, version 2 is what everybody sees, with the same responses; and the
+    same command goes on and makes the same bytes.
+    """
+    one, two = halves(60)
     for name in ("d", "undisturbed"):
         import_rows(tmp_path / name, one, shard_bytes=1500)
         add_sidecars(tmp_path / name)
     import_rows(tmp_path / "e", two, shard_bytes=1500)
     add_sidecars(tmp_path / "e")
     want = merged(tmp_path / "undisturbed", tmp_path / "e").manifest
-    argv = ["merge", "--dataset", tmp_path / "d", "--add", json.dumps([str(tmp_path / "e")])]
-    before = responses(tmp_path / "d")
-    place = f"gvpo_offline.collect.merge.spill:{moment[0]}"
-    status, output = server.run(argv, kill_at=(place, moment[1], 0.0))
-    assert status == -9, output
-    assert manifest_versions(tmp_path / "d") == [1, 2]
-    assert responses(tmp_path / "d") == before
+    assert len(want.groups) == 16
+    d, before = tmp_path / "d", responses(tmp_path / "d")
+    argv = ["merge", "--dataset", d, "--add", json.dumps([str(tmp_path / "e")])]
+    for place, call in MOMENTS:
+        at = (f"gvpo_offline.collect.merge.{place}", call, 0.0)
+        status, output = server.run(argv, kill_at=at)
+        assert status == -9, output
+        assert manifest_versions(d) == [1, 2]
+        assert responses(d) == before
+    assert len(list((d / "commits").glob("merge-*/*.json"))) == 16  # 0, 0, 0, 2, 14
     status, output = server.run(argv)
-    assert status == 0, output
-    assert "merge: done, version 3" in output
-    after = load_manifest(tmp_path / "d")
+    assert (status, output.splitlines()[-5]) == (0, "merge: done, version 3"), output
+    after = load_manifest(d)
     assert (after.groups, after.rewards, after.references) == (
-        want.groups,
-        want.rewards,
-        want.references,
+        *(want.groups, want.rewards, want.references),
     )
-    assert not (tmp_path / "d" / ".spill").exists()
-    assert not list((tmp_path / "d").rglob("*.tmp"))
-    assert np.isfinite(first_reward(tmp_path / "d").groups(0)[0].rewards).all()  # type: ignore[arg-type]
-    status, output = server.run(argv)
-    assert "merge: nothing to do" in output
+    assert after.lineage[-1].counts == want.lineage[-1].counts
+    names = {str(path.relative_to(d)) for path in d.rglob("*.parquet")}
+    twin = tmp_path / "undisturbed"
+    assert names == {str(path.relative_to(twin)) for path in twin.rglob("*.parquet")}
+    assert not (d / ".spill").exists()
+    assert not list(d.rglob("*.tmp"))
+    assert "merge: nothing to do" in server.run(argv)[1]

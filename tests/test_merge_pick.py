@@ -16,6 +16,7 @@ from gvpo_offline.collect.fragment import Fragment, prompt_key
 from gvpo_offline.collect.merge.names import PromptNames
 from gvpo_offline.collect.merge.pick import RESPONSE_AXIS, Pick, picked
 from gvpo_offline.collect.merge.spill import TableSpill, leading_bits
+from gvpo_offline.errors import DataError
 from gvpo_offline.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 
 COLUMNS = {c.name: c for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS, *REFERENCE_COLUMNS)}
@@ -111,6 +112,13 @@ def test_a_slice_of_a_column_is_read_where_it_lies() -> None:
     assert picked(table, columns, pick).to_pylist() == [
         {"group_id": "g2", "rewards": [2.5, 1.0, 2.0]}
     ]
+
+
+def test_parts_that_differ_within_a_group_are_refused() -> None:
+    rows = [{"group_id": "g", "components": [[0.5]] * (n + 1)} for n in range(2)]
+    pick = Pick(*(np.array(values, np.int64) for values in ([0], [2], [0, 1], [0, 0])))
+    with pytest.raises(DataError, match=r"group 'g'.*same parts in components"):
+        picked(make_table(rows), [COLUMNS["group_id"], COMPONENTS], pick)
 
 
 # ---- spill ----

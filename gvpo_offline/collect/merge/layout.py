@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gvpo_offline.collect.merge.inputs import Family, Input, Rename
 from gvpo_offline.collect.merge.spill import leading_bits
+from gvpo_offline.collect.merge.work import task_name
 from gvpo_offline.hashing import UInt64Array, text_keys
 from gvpo_offline.store.commit import TaskRecord
 
@@ -80,7 +81,7 @@ class Cut:
         return {
             part: TaskRecord(
                 stage=stage,
-                task=f"{part:05d}",
+                task=task_name(part),
                 groups=[base],
                 sidecars=[of_family[base.sha256] for of_family in sidecars],
             )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Column, arrow_schema, nested_list_array, split_nested_list
 
 # Which level of a column's lists goes through the responses: 0 for (k, ...), 1 for (C, k).
@@ -80,6 +81,9 @@ def picked(table: pa.Table, columns: Sequence[Column], pick: Pick) -> pa.Table:
             their group is large.
         columns: of the result.
         pick: the groups.
+
+    Raises:
+        DataError: rows of one group have another number of parts, C.
     """
     schema = arrow_schema(columns)
     arrays = []
@@ -93,6 +97,7 @@ def picked(table: pa.Table, columns: Sequence[Column], pick: Pick) -> pa.Table:
         elif axis == 0:
             array = _outer(array, pick)
         else:
+            _check_parts(table, column.name, pick)
             array = _inner(array, pick)
         arrays.append(array.cast(schema.field(column.name).type))
     return pa.Table.from_arrays(arrays, schema=schema)
@@ -138,6 +143,22 @@ def _inner(array: pa.ListArray, pick: Pick) -> pa.ListArray:
     indices = np.concatenate(flat) if flat else np.zeros(0, np.int64)
     values = array.values.values.take(pa.array(indices))
     return _lists(counts, _lists(np.repeat(pick.sizes, counts), values), valid)
+
+
+def _check_parts(table: pa.Table, name: str, pick: Pick) -> None:
+    array = table.column(name).chunk(0)
+    counts = np.diff(_offsets(array))
+    wrong = (counts[pick.rows] != np.repeat(counts[pick.first], pick.sizes)) & _valid(array)[
+        pick.rows
+    ]
+    if wrong.any():
+        row = int(pick.rows[np.flatnonzero(wrong)[0]])
+        raise DataError(
+            f"all rows of a group have the same parts in {name}",
+            received=f"{counts[row]} parts in one of them, and another number in the first",
+            remedy="score the datasets with one reward of one configuration",
+            group=table.column("group_id")[row].as_py(),
+        )
 
 
 def n_partly_known(table: pa.Table, name: str, pick: Pick) -> int:

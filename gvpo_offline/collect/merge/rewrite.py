@@ -25,6 +25,7 @@ from gvpo_offline.collect.merge.inputs import GROUP_COLUMNS, Family, Input, Rena
 from gvpo_offline.collect.merge.pick import Pick, n_partly_known, picked
 from gvpo_offline.collect.merge.plan import Planner
 from gvpo_offline.collect.merge.spill import TableSpill
+from gvpo_offline.collect.merge.work import task_name
 from gvpo_offline.collect.regroup import power_of_two
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Group, arrow_schema, groups_from_table
@@ -69,7 +70,7 @@ class Rewrite:
             spilled: a folder that is made, and removed again.
 
         Returns:
-            The record of each part, in order.
+            The records of the parts that hold groups, or did before any were dropped, in order.
 
         Raises:
             DataError: the rows of a group do not go together; names file, row and group.
@@ -78,7 +79,7 @@ class Rewrite:
         """
         records = dict(self.done)
         for part in range(self.n_parts):
-            record = None if part in records else log.committed(_task(part))
+            record = None if part in records else log.committed(task_name(part))
             if record is not None:
                 records[part] = record
         per_part = self._buckets_per_part()
@@ -90,13 +91,22 @@ class Rewrite:
                 self._spill(spill)
             with self._bar("writing shards", self.n_parts, len(records)) as bar:
                 for part in range(self.n_parts):
-                    if part not in records:
-                        buckets = self._buckets(part, per_part)
+                    if part in records:
+                        continue
+                    buckets = self._buckets(part, per_part)
+                    if any(spill.holds(bucket) for bucket in buckets):
                         records[part] = log.commit(self._write(log.stage, spill, part, buckets))
-                        bar.update()
+                    bar.update()
         finally:
             spill.close()
-        return [records[part] for part in range(self.n_parts)]
+        if not any(record.groups for record in records.values()):
+            raise DataError(
+                "a dataset has at least 1 group",
+                received="duplicates dropped until no group had two responses left",
+                remedy="keep duplicates",
+                file=self.root,
+            )
+        return [records[part] for part in sorted(records)]
 
     def _bar(self, what: str, total: int, initial: int = 0) -> AbstractContextManager[Any]:
         quiet = not self.settings.show_progress
@@ -125,13 +135,13 @@ class Rewrite:
         plans: list[tuple[int, Pick]] = []
         groups = self._groups(spill, buckets, plans, counts)
         head = next(groups, None)
-        record = TaskRecord(stage=stage, task=_task(part))
+        record = TaskRecord(stage=stage, task=task_name(part))
         if head is not None:
             tokenizer = self.inputs[0].manifest.tokenizer
             record = write_groups(
                 self.root,
                 stage,
-                _task(part),
+                task_name(part),
                 itertools.chain([head], groups),
                 reward=None,
                 vocab_size=tokenizer.vocab_size if tokenizer else None,
@@ -218,10 +228,6 @@ class Rewrite:
             arrow_schema(columns),
             _cut(tables(), base.row_groups),
         )
-
-
-def _task(part: int) -> str:
-    return f"{part:05d}"
 
 
 def _cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:

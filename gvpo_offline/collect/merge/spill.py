@@ -94,11 +94,15 @@ class TableSpill:
         ):
             stream.write_table(table)
 
+    def holds(self, bucket: int) -> bool:
+        """Whether a bucket has rows."""
+        return self._path(bucket).exists()
+
     def read(self, bucket: int, columns: Sequence[str]) -> pa.Table | None:
         """Some columns of a bucket's rows, in one chunk each, or None if it has no rows."""
-        path = self._path(bucket)
-        if not path.exists():
+        if not self.holds(bucket):
             return None
+        path = self._path(bucket)
         indices = sorted(self.schema.get_field_index(name) for name in columns)
         options = pa.ipc.IpcReadOptions(included_fields=indices, use_threads=False)
         batches: list[pa.RecordBatch] = []

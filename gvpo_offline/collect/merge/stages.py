@@ -25,7 +25,7 @@ from gvpo_offline.collect.merge.inputs import (
 from gvpo_offline.collect.merge.layout import Cut
 from gvpo_offline.collect.merge.names import PromptNames
 from gvpo_offline.collect.merge.rewrite import Rewrite
-from gvpo_offline.collect.merge.work import discarding, remove_old, workplace
+from gvpo_offline.collect.merge.work import discard, discarding, remove_old, workplace
 from gvpo_offline.collect.regroup import power_of_two
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
@@ -221,6 +221,7 @@ def _compacted(
     counts = _counts(records)
     new = [entry for record in records for entry in record.groups]
     if groups_sha256(new) == groups_sha256(old):
+        discard(dataset.root, log)
         return dataset.manifest, counts
     step = _step("compact", config, [], counts)
     step.config["groups_sha256"] = groups_sha256(new)

@@ -19,9 +19,13 @@ from gvpo_offline.store.manifest import (
     manifest_versions,
 )
 
-_FOLDERS = ("groups", "rewards", "reference")
-# A shard is named after its part, and so is the file that it is before it has its name.
-_TEMPORARY = re.compile(r"^\.\d{5}\.[0-9a-f]{32}\.tmp$")
+# Only what these stages alone name so: others may be at work, without the lock, on sidecars.
+_TEMPORARY = re.compile(r"^\.part-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
+
+
+def task_name(part: int) -> str:
+    """What the files and the record of a part are named after."""
+    return f"part-{part:05d}"
 
 
 @contextmanager
@@ -35,10 +39,9 @@ def workplace(root: Path) -> Iterator[Path]:
     handle = lock_folder(root)
     spilled = root / ".spill"
     try:
-        for name in _FOLDERS:
-            for path in (root / name).rglob(".*.tmp"):
-                if _TEMPORARY.match(path.name):
-                    path.unlink(missing_ok=True)
+        for path in root.rglob(".part-*.tmp"):
+            if _TEMPORARY.match(path.name):
+                path.unlink(missing_ok=True)
         shutil.rmtree(spilled, ignore_errors=True)
         spilled.mkdir()
         yield spilled
@@ -56,13 +59,17 @@ def discarding(root: Path, log: TaskLog) -> Iterator[None]:
     try:
         yield
     except (DataError, ConfigError):
-        # What was written may be the very file that was there already.
-        named = {name for v in manifest_versions(root) for name in _named(load_manifest(root, v))}
-        for path in sorted(log.folder.glob("*.json")):
-            for name in _files(read_record(path)) - named:
-                (root / name).unlink(missing_ok=True)
-        shutil.rmtree(log.folder, ignore_errors=True)
+        discard(root, log)
         raise
+
+
+def discard(root: Path, log: TaskLog) -> None:
+    """Remove the records of `log`, and the files of theirs that no version names."""
+    named = {name for v in manifest_versions(root) for name in _named(load_manifest(root, v))}
+    for path in sorted(log.folder.glob("*.json")):
+        for name in _files(read_record(path)) - named:
+            (root / name).unlink(missing_ok=True)
+    shutil.rmtree(log.folder, ignore_errors=True)
 
 
 def remove_old(root: Path, newest: Manifest) -> int:
