@@ -91,7 +91,7 @@ def logs(draw: st.DrawFn) -> list[Rows]:
 
 
 @given(logs(), st.integers(200, 2000), st.sampled_from(["group_id", "prompt"]))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_merging_parts_is_importing_the_whole(
     tmp_path_factory: pytest.TempPathFactory, parts: list[Rows], shard_bytes: int, match: str
 ) -> None:
@@ -179,7 +179,7 @@ def test_the_old_version_still_opens(tmp_path: Path) -> None:
 
 
 def test_shards_that_nothing_joins_stay_the_files_they_are(tmp_path: Path) -> None:
-    before = import_rows(tmp_path / "d", id_rows(200), shard_bytes=1500)
+    before = import_rows(tmp_path / "d", id_rows(100), shard_bytes=1500)
     add_sidecars(tmp_path / "d")
     import_rows(tmp_path / "e", pair("g7", [1, 9, 3], 50))
     add_sidecars(tmp_path / "e")
@@ -191,7 +191,7 @@ def test_shards_that_nothing_joins_stay_the_files_they_are(tmp_path: Path) -> No
     assert len(after.groups) == len(before.groups)
     found = responses(tmp_path / "d")
     assert [tokens for _, tokens, *_ in found["g7"]][-2:] == [(50,), (51,)]
-    assert len(found) == 200
+    assert len(found) == 100
     validate(tmp_path / "d", lambda numbers, label: numbers)
 
 
@@ -494,12 +494,12 @@ def test_the_command_killed_and_repeated(tmp_path: Path, server: ForkServer) -> 
     """
     one, two = halves(60)
     for name in ("d", "undisturbed"):
-        import_rows(tmp_path / name, one, shard_bytes=1500)
+        import_rows(tmp_path / name, one, shard_bytes=3000)
         add_sidecars(tmp_path / name)
-    import_rows(tmp_path / "e", two, shard_bytes=1500)
+    import_rows(tmp_path / "e", two, shard_bytes=3000)
     add_sidecars(tmp_path / "e")
     want = merged(tmp_path / "undisturbed", tmp_path / "e").manifest
-    assert len(want.groups) == 16
+    assert len(want.groups) == 8
     d, before = tmp_path / "d", responses(tmp_path / "d")
     argv = ["merge", "--dataset", d, "--add", json.dumps([str(tmp_path / "e")])]
     for place, call in MOMENTS:
@@ -508,7 +508,7 @@ def test_the_command_killed_and_repeated(tmp_path: Path, server: ForkServer) -> 
         assert status == -9, output
         assert manifest_versions(d) == [1, 2]
         assert responses(d) == before
-    assert len(list((d / "commits").glob("merge-*/*.json"))) == 16  # 0, 0, 0, 2, 14
+    assert len(list((d / "commits").glob("merge-*/*.json"))) == 8  # 0, 0, 0, 2, 6
     status, output = server.run(argv)
     assert (status, output.splitlines()[-5]) == (0, "merge: done, version 3"), output
     after = load_manifest(d)
@@ -522,3 +522,47 @@ def test_the_command_killed_and_repeated(tmp_path: Path, server: ForkServer) -> 
     assert not (d / ".spill").exists()
     assert not list(d.rglob("*.tmp"))
     assert "merge: nothing to do" in server.run(argv)[1]
+
+
+def test_what_was_merged_trains_without_scoring_again(
+    tmp_path: Path, tiny_model_dir: Path, server: ForkServer
+) -> None:
+    """Two samplers' logs, each scored by itself, then joined and compacted. The trainer compares
+    the reference with the policy that starts as it: a log-prob in another's place would stop it.
+    """
+
+    def run(name: str, **flags: Any) -> str:
+        words = [str(w) for key, value in flags.items() for w in (f"--{key}", value)]
+        status, output = server.run([name, *words])
+        assert status == 0, output
+        return output
+
+    model = {"model_name_or_path": tiny_model_dir, "use_cpu": "true"}
+    for sampler in ("cold", "hot"):
+        lines = [
+            {"prompt": f"What is 2 + {n}?", "response": f"{sampler} {n + i}", "reward": i % 2}
+            for n in range(12)
+            for i in range(2 + n % 2)
+        ]
+        (tmp_path / f"{sampler}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+        run(
+            "import",
+            inputs=tmp_path / f"{sampler}.jsonl",
+            output_dir=tmp_path / sampler,
+            tokenizer_name_or_path=tiny_model_dir,
+        )
+        run("reference", dataset=tmp_path / sampler, **model)
+    data = tmp_path / "cold"
+    output = run("merge", dataset=data, add=tmp_path / "hot")
+    assert "12 groups were joined" in output
+    assert "now: 12 groups, 60 responses" in output
+    run("compact", dataset=data, rows_per_row_group=5, remove_old="true")
+    assert "12 groups, 60 responses" in run("validate", dataset=data)
+    output = run(
+        "train",
+        **{"dataset": data, "output_dir": tmp_path / "run", "max_steps": 2, **model},
+        reference_check="error",
+        groups_per_step=6,
+    )
+    assert "cold" in output
+    assert "hot" in output

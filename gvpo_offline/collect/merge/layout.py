@@ -53,7 +53,8 @@ class Cut:
                 row_group += 1
             of_file = np.concatenate(keys)
             ascending = bool((of_file[1:] > of_file[:-1]).all())
-            self._ranges.append((int(of_file.min()), int(of_file.max()), ascending))
+            ends = (int(of_file.min()), int(of_file.max())) if len(of_file) else (0, 0)
+            self._ranges.append((*ends, ascending))
 
     def _parts(self) -> int | None:
         """The fewest parts, a power of two, of which each file lies in one of its own."""
