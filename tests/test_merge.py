@@ -30,6 +30,7 @@ from gvpo_offline.collect.merge import stages
 from gvpo_offline.collect.merge.config import MergeConfig
 from gvpo_offline.collect.merge.stages import RewriteResult, merge
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.hashing import text_key
 from gvpo_offline.schema import REFERENCE_COLUMNS, arrow_schema, reference_to_table
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
@@ -238,6 +239,32 @@ def test_groups_of_one_prompt_within_a_dataset_become_one(tmp_path: Path) -> Non
     found = responses(tmp_path / "d")
     assert set(found) == {first, "c"}
     assert len(found[first]) == 6
+
+
+def test_a_shard_whose_group_goes_to_another_is_written_anew(tmp_path: Path) -> None:
+    """Two of D's groups have one prompt, in two shards, and nothing of E's joins either: both
+    shards change all the same, and the others do not."""
+    rows = id_rows(60)
+    for entry in rows:
+        entry["prompt_ids"] = [1, 99 if entry["group"] in ("g3", "g4") else int(entry["group"][1:])]
+    before = import_rows(tmp_path / "d", rows, shard_bytes=1500)
+    import_rows(tmp_path / "e", pair("g7", [1, 7], 50))
+    order = list(responses(tmp_path / "d"))
+    first, second = sorted(("g3", "g4"), key=order.index)
+    shards = {part_of(name, 16) for name in ("g3", "g4", "g7")}
+    assert (len(before.groups), len(shards)) == (16, 3)
+    after = merged(tmp_path / "d", tmp_path / "e", match="prompt").manifest
+    found = responses(tmp_path / "d")
+    assert second not in found
+    assert len(found[first]) == 6
+    kept = {entry.sha256 for entry in before.groups} & {entry.sha256 for entry in after.groups}
+    assert len(kept) == 16 - 3
+    validate(tmp_path / "d", lambda numbers, label: numbers)
+
+
+def part_of(group_id: str, n_parts: int) -> int:
+    """The shard of a group, of so many."""
+    return text_key(group_id) * n_parts >> 64
 
 
 # ---- duplicates ----
