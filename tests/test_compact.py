@@ -195,6 +195,19 @@ def test_old_versions_go_when_told_to(tmp_path: Path) -> None:
     assert compacted(d, remove_old=True).freed == 0
 
 
+def test_what_a_killed_run_left_goes_too(tmp_path: Path, server: ForkServer) -> None:
+    """Killed before it published, and never repeated with these settings."""
+    build_dataset(tmp_path, 40)
+    place = "gvpo_offline.collect.merge.stages:publish"
+    argv = ["compact", "--dataset", tmp_path, "--rows_per_row_group", 7]
+    assert server.run(argv, kill_at=(place, 1, 0.0))[0] == -9
+    assert len(list(tmp_path.rglob("rewrite-*.parquet"))) == 3  # groups, reward, reference
+    compacted(tmp_path, remove_old=True)
+    assert len(list(tmp_path.rglob("*.parquet"))) == 3
+    assert len(list((tmp_path / "commits").iterdir())) == 1
+    validate(tmp_path, lambda numbers, label: numbers)
+
+
 def test_nothing_is_removed_unless_told_to(tmp_path: Path) -> None:
     build_dataset(tmp_path, 40)
     before = tree(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from merging import (
 from gvpo_offline.collect.folder import lock_folder
 from gvpo_offline.collect.merge import stages
 from gvpo_offline.collect.merge.config import MergeConfig
+from gvpo_offline.collect.merge.rewrite import Rewrite
 from gvpo_offline.collect.merge.stages import RewriteResult, merge
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hashing import text_key
@@ -468,10 +470,45 @@ def test_a_list_of_another_length_than_its_group(tmp_path: Path) -> None:
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     d, e = two_datasets(tmp_path)
     handle = lock_folder(d)
+    assert handle is not None
     try:
         refused(d, e, DataError, "one import at a time, or merge or compaction")
     finally:
         os.close(handle)
+
+
+def test_two_at_once_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one runs through while this one is about to write its second shard: this one takes
+    over the other's shards, finds its version published, and says to run again."""
+
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    for name, rows in zip("de", halves(60), strict=True):
+        import_rows(tmp_path / name, rows, shard_bytes=3000)
+    d, e = tmp_path / "d", tmp_path / "e"
+    write, calls = Rewrite._write, 0
+    results: list[RewriteResult] = []
+
+    def interrupted(self: Rewrite, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            results.append(merged(d, e))
+        return write(self, *args)
+
+    monkeypatch.setattr(Rewrite, "_write", interrupted)
+    with pytest.raises(DataError, match="Run the same command again"):
+        merged(d, e)
+    monkeypatch.undo()
+    assert load_manifest(d) == results[0].manifest
+    assert not merged(d, e).changed
+    found = responses(d)
+    assert (len(found), sum(map(len, found.values()))) == (60, 240)
+    validate(d, lambda numbers, label: numbers)
 
 
 def test_a_version_published_meanwhile_is_not_lost(

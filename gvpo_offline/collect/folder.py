@@ -21,11 +21,12 @@ _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
 
 
-def lock_folder(root: Path) -> int:
+def lock_folder(root: Path) -> int | None:
     """Lock a dataset's folder against everybody else who writes groups into it.
 
     Returns:
-        A handle; closing it, or the end of the process, frees the lock.
+        A handle; closing it, or the end of the process, frees the lock. None on a file system
+        without locks: commits still keep two runs apart.
 
     Raises:
         DataError: another process holds the lock.
@@ -42,7 +43,8 @@ def lock_folder(root: Path) -> int:
             file=root,
         ) from error
     except OSError:
-        pass  # a file system without locks: commits still keep two runs apart
+        os.close(handle)
+        return None
     return handle
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gvpo_offline.collect.folder import lock_folder
@@ -19,35 +20,48 @@ from gvpo_offline.store.manifest import (
     manifest_versions,
 )
 
-# Only what these stages alone name so: others may be at work, without the lock, on sidecars.
-_TEMPORARY = re.compile(r"^\.part-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
+# Only what these stages alone name so is ever removed: others may be at work on sidecars.
+_TEMPORARY = re.compile(r"^\.rewrite-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
+_SHARD = re.compile(r"^rewrite-\d{5}-[0-9a-f]{12}\.parquet$")
 
 
 def task_name(part: int) -> str:
     """What the files and the record of a part are named after."""
-    return f"part-{part:05d}"
+    return f"rewrite-{part:05d}"
 
 
 @contextmanager
 def workplace(root: Path) -> Iterator[Path]:
     """A dataset's folder for one process alone, with a folder for what is spilled.
 
+    Where there are no locks, two processes may be at it: each spills apart, and what a killed one
+    left stays.
+
     Raises:
         DataError: there is no dataset, or another process rewrites it.
     """
     load_manifest(root)
     handle = lock_folder(root)
-    spilled = root / ".spill"
+    spilled = root / ".spill" / uuid.uuid4().hex
     try:
-        for path in root.rglob(".part-*.tmp"):
-            if _TEMPORARY.match(path.name):
-                path.unlink(missing_ok=True)
-        shutil.rmtree(spilled, ignore_errors=True)
-        spilled.mkdir()
+        if handle is not None:
+            _sweep(root)
+        spilled.mkdir(parents=True)
         yield spilled
     finally:
         shutil.rmtree(spilled, ignore_errors=True)
-        os.close(handle)
+        with suppress(OSError):  # another's spill is in it
+            spilled.parent.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed runs left unfinished."""
+    for path in root.rglob(".rewrite-*.tmp"):
+        if _TEMPORARY.match(path.name):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(root / ".spill", ignore_errors=True)
 
 
 @contextmanager
@@ -73,7 +87,8 @@ def discard(root: Path, log: TaskLog) -> None:
 
 
 def remove_old(root: Path, newest: Manifest) -> int:
-    """Remove every version before `newest`, with the files and commit records of its own.
+    """Remove every version before `newest`, with the files and commit records of its own, and what
+    killed merges and compactions left.
 
     Files go before the manifests that name them, so that a removal that was cut off can be
     repeated.
@@ -87,6 +102,10 @@ def remove_old(root: Path, newest: Manifest) -> int:
     for version in versions:
         named = _named(load_manifest(root, version))
         old |= {name: size for name, size in named.items() if name not in kept}
+    for path in root.rglob("rewrite-*.parquet"):  # of a run that was killed and never repeated
+        name = str(path.relative_to(root))
+        if _SHARD.match(path.name) and name not in kept:
+            old[name] = path.stat().st_size
     for path in sorted((root / "commits").glob("*/*.json")):
         if _files(read_record(path)) & set(old):
             path.unlink()
