@@ -110,6 +110,7 @@ def test_duplicates_are_counted_and_dropped(tmp_path: Path) -> None:
     assert counted["responses"] == 30
     dropped = compacted(tmp_path, duplicates="drop")
     assert dropped.counts["responses"] == 20
+    assert (counted["dropped_duplicates"], dropped.counts["dropped_duplicates"]) == (0, 10)
     assert "10 responses have the token ids of an earlier one" in "\n".join(dropped.lines())
     again = compacted(tmp_path, duplicates="drop")
     assert (again.changed, again.counts) == (False, dropped.counts)
@@ -256,14 +257,25 @@ def test_damage_is_found_and_nothing_is_left(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_a_group_twice_in_a_dataset_is_refused(tmp_path: Path) -> None:
-    """Not joined in silence: ids occur once."""
-    groups = make_groups(8)
-    build_dataset(tmp_path, groups=[*groups, groups[2]], groups_per_shard=5)
-    before = tree(tmp_path)
+def test_fragments_of_a_group_become_one(tmp_path: Path) -> None:
+    """A foreign writer may leave a group in several rows: they are joined, and that is said. The
+    same response twice is refused where it bears an id.
+    """
+    groups = [replace(group, response_ids=None) for group in make_groups(8)]
+    fragment = replace(make_groups(8, seed=1)[2], prompt_token_ids=groups[2].prompt_token_ids)
+    rows = [*groups, replace(fragment, response_ids=None)]
+    build_dataset(tmp_path / "d", groups=rows, groups_per_shard=5)
+    result = compacted(tmp_path / "d")
+    assert (result.counts["groups"], result.counts["joined_groups"]) == (8, 1)
+    found = {group.group_id: group for group in read_groups(tmp_path / "d")}
+    assert found["group-00002"].group_size == groups[2].group_size + fragment.group_size
+    validate(tmp_path / "d", lambda numbers, label: numbers)
+    twice = make_groups(8)
+    build_dataset(tmp_path / "e", groups=[*twice, twice[2]], groups_per_shard=5)
+    before = tree(tmp_path / "e")
     with pytest.raises(DataError, match="response ids are unique"):
-        compacted(tmp_path)
-    assert tree(tmp_path) == before
+        compacted(tmp_path / "e")
+    assert tree(tmp_path / "e") == before
 
 
 def test_killed_at_random_moments_and_repeated(tmp_path: Path, server: ForkServer) -> None:

@@ -110,6 +110,7 @@ class Planner:
         self.counts["differing_rewards"] += int(differ.sum())
         if self.duplicates == "drop":
             keep[doubled] = False
+            self.counts["dropped_duplicates"] += len(doubled)
         return keep
 
     def _enough(self, table: pa.Table, pick: Pick, keep: npt.NDArray[np.bool_]) -> Pick | None:

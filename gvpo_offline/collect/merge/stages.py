@@ -1,8 +1,8 @@
 """The stages `merge` and `compact`: datasets to the next version of a dataset.
 
-Merging writes into the dataset that is added to, not into a new folder: what was reused by other
-rewards and references goes on being, shards that nothing joins stay the very files they are, and
-whoever reads an older version reads on.
+Merging writes into the dataset that is added to, not into a new folder: its versions are the same
+dataset, shards that nothing joins stay the very files they are, and whoever reads an older version
+reads on.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RewriteResult:
         before: groups, responses and tokens of the dataset as it was.
         added: groups, responses and tokens of what was added, by folder.
         counts: groups, responses and tokens now; and what was joined, found and dropped.
-        left_out: rewards and references that only the older version has.
+        left_out: rewards and references that not every dataset has.
         skipped: folders whose groups an earlier merge had added already.
         changed: whether there is a new version.
         freed: bytes that removing older versions freed.
@@ -81,7 +81,8 @@ class RewriteResult:
             lines.append(f"  now: {_sizes(self.counts)} in {len(self.manifest.groups)} files")
         lines += [f"  {name} had been merged before" for name in self.skipped]
         lines += [
-            f"  {label} is incomplete: only older versions have it" for label in self.left_out
+            f"  {label} was left out: not every dataset has it"
+            for label in dict.fromkeys(self.left_out)
         ]
         for name, text in _SAID.items():
             if self.counts.get(name):
