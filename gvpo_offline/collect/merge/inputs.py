@@ -32,6 +32,7 @@ from gvpo_offline.store.manifest import (
     Sidecar,
     load_manifest,
 )
+from gvpo_offline.store.parquet import open_parquet
 from gvpo_offline.tokenizer import check_same_tokenizer
 
 # Stored lengths are counted again where groups are written.
@@ -257,7 +258,7 @@ def check_compatible(inputs: Sequence[Input]) -> None:
 def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[Family], list[str]]:
     """The rewards and references that all datasets have, and the labels of the others.
 
-    A reward is the same by name, version and configuration, a reference by its fingerprint.
+    A reward is the same by all that the manifest says of it, a reference by its fingerprint.
 
     Args:
         inputs: the datasets.
@@ -273,8 +274,7 @@ def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[F
         members = tuple(families[key] for families in held if key in families)
         label, _ = key
         if len(members) == len(inputs):
-            columns = REWARDS_COLUMNS if _is_reward(members[0]) else REFERENCE_COLUMNS
-            common.append(Family(label, columns[1:], members))
+            common.append(Family(label, _columns(inputs, members), members))
             continue
         incomplete.append(label)
         if not leave_out:
@@ -291,18 +291,31 @@ def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[F
     return common, incomplete
 
 
-def _is_reward(family: RewardFamily | ReferenceFamily) -> bool:
-    return isinstance(family, RewardFamily)
+def _columns(
+    inputs: Sequence[Input], members: Sequence[RewardFamily | ReferenceFamily]
+) -> tuple[Column, ...]:
+    """The columns of a family's sidecars, `group_id` left out: what is required, and what any of
+    them has.
+    """
+    present: set[str] = set()
+    for item, member in zip(inputs, members, strict=True):
+        for sidecar in member.files:
+            entry = sidecar.file
+            with open_parquet(item.root / entry.path, entry.footer_sha256) as file:
+                present.update(file.schema_arrow.names)
+    known = REWARDS_COLUMNS if isinstance(members[0], RewardFamily) else REFERENCE_COLUMNS
+    return tuple(c for c in known[1:] if c.required or c.name in present)
 
 
 def _families(manifest: Manifest) -> dict[tuple[str, str], RewardFamily | ReferenceFamily]:
     """A dataset's families by label and by what else makes them the same as another's."""
-    found: dict[tuple[str, str], RewardFamily | ReferenceFamily] = {
-        (f"reward {family.name}@{family.version}", sha256_json(family.config)): family
-        for family in manifest.rewards
-    }
-    for family in manifest.references:
-        found[f"reference {family.fingerprint[:12]}", family.fingerprint] = family
+    found: dict[tuple[str, str], RewardFamily | ReferenceFamily] = {}
+    for family in manifest.rewards:
+        described = family.model_dump(mode="json", exclude={"files"})
+        found[f"reward {family.name}@{family.version}", sha256_json(described)] = family
+    for reference in manifest.references:
+        label = f"reference {reference.fingerprint[:12]}"
+        found[label, reference.fingerprint] = reference
     return found
 
 
