@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
 from gvpo_offline.config import (
     CommonTrainingSettings,
     DataSettings,
@@ -90,6 +91,18 @@ def _run_import(values: dict[str, Any]) -> None:
     values["columns"] = Columns(**values["columns"])
     print("\n".join(import_log(_filled(ImportConfig, values)).lines()))
     print(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
+
+
+def _run_merge(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.merge.stages import merge
+
+    print("\n".join(merge(_filled(MergeConfig, values)).lines()))
+
+
+def _run_compact(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.merge.stages import compact
+
+    print("\n".join(compact(_filled(CompactConfig, values)).lines()))
 
 
 def _run_reference(values: dict[str, Any]) -> None:
@@ -175,6 +188,18 @@ COMMANDS: dict[str, Command] = {
         _run_reference,
         (ReferenceConfig,),
         "Example: gvpo-offline reference --dataset data --model_name_or_path model",
+    ),
+    "merge": Command(
+        "Join the responses of other datasets to a dataset's groups, and add the groups it lacks.",
+        _run_merge,
+        (MergeConfig,),
+        "Example: gvpo-offline merge --dataset data --add more --duplicates drop",
+    ),
+    "compact": Command(
+        "Write a dataset's files anew: few, of one size, in hash order, sidecars included.",
+        _run_compact,
+        (CompactConfig,),
+        "Example: gvpo-offline compact --dataset data",
     ),
     "validate": Command(
         "Check a dataset whole: hashes, pages, groups, sidecars.",

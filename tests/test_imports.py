@@ -34,7 +34,8 @@ WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "schema", "rules", "config", "contract"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("stream.order", "stream.plan", "stream.select", "train.checkpoint", "tokenizer", "cli"),
-    *("compute.layout", "compute.paths", "compute.tree", "collect.importer"),
+    *("compute.layout", "compute.paths", "compute.tree"),
+    *("collect.importer", "collect.merge.stages"),
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -21,6 +21,33 @@ _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
 
 
+def lock_folder(root: Path) -> int | None:
+    """Lock a dataset's folder against everybody else who writes groups into it.
+
+    Returns:
+        A handle; closing it, or the end of the process, frees the lock. None on a file system
+        without locks: commits still keep two runs apart.
+
+    Raises:
+        DataError: another process holds the lock.
+    """
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise DataError(
+            "one import at a time, or merge or compaction, writes into a folder",
+            received="another process that is at work there",
+            remedy="wait until it is done, or choose another folder",
+            file=root,
+        ) from error
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
 class OutputFolder:
     """A folder that one import at a time works in.
 
@@ -39,19 +66,7 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         self._made = not self.root.exists()
         claim_folder(self.root)
-        self._handle = os.open(self.root, os.O_RDONLY)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._handle)
-            raise DataError(
-                "one import at a time writes into a folder",
-                received="another process that is importing into it",
-                remedy="wait until it is done, or choose another output_dir",
-                file=self.root,
-            ) from error
-        except OSError:
-            pass  # a file system without locks: commits still keep two runs apart
+        self._handle = lock_folder(self.root)
         return self
 
     def __exit__(

@@ -20,7 +20,15 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json, sha256_text
 from gvpo_offline.schema import BoolArray, IntArray
 
-__all__ = ["Fragment", "check_fragment", "flags", "located", "prompt_key", "token_ids"]
+__all__ = [
+    "Fragment",
+    "check_fragment",
+    "flags",
+    "located",
+    "prompt_key",
+    "token_ids",
+    "tokens_key",
+]
 
 GROUP_ID_DIGITS = 16
 
@@ -148,7 +156,12 @@ def prompt_key(fragment: Fragment) -> str:
     if fragment.prompt is not None:
         return sha256_text("text\0" + fragment.prompt)
     assert fragment.prompt_token_ids is not None  # check_fragment has seen to it
-    return hashlib.sha256(fragment.prompt_token_ids.astype("<i4").tobytes()).hexdigest()
+    return tokens_key(fragment.prompt_token_ids)
+
+
+def tokens_key(ids: IntArray) -> str:
+    """SHA-256 (hexadecimal) of token ids."""
+    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
 
 
 def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int | None) -> None:

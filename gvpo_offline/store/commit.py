@@ -204,7 +204,7 @@ class TaskLog:
         path = self.folder / f"{task}.json"
         if not path.exists():
             return None
-        record = _read_record(path)
+        record = read_record(path)
         for entry in [*record.groups, *(sidecar.file for sidecar in record.sidecars)]:
             verify_file(self.root, entry)
         return record
@@ -219,7 +219,12 @@ class TaskLog:
         return winner
 
 
-def _read_record(path: Path) -> TaskRecord:
+def read_record(path: Path) -> TaskRecord:
+    """A commit record as it stands; its files are not looked at.
+
+    Raises:
+        IntegrityError: it was damaged.
+    """
     rule = "a commit record follows schemas/commit.schema.json"
     remedy = "remove it: its task is then done again"
     sealed = read_json(path, rule, remedy)

@@ -175,6 +175,7 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest]) -> Manifes
 
     Raises:
         IntegrityError: a file that the new version names is missing or of another length.
+        DataError: a reward or reference of the new version does not cover all its groups.
     """
     while True:
         versions = manifest_versions(root)
@@ -184,7 +185,20 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest]) -> Manifes
         for entry in manifest.groups:
             verify_file(root, entry, content=False)
         families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
-        for sidecar in itertools.chain.from_iterable(families):
-            verify_file(root, sidecar.file, content=False)
+        for sidecars in families:
+            _check_covered(root, manifest, sidecars)
+            for sidecar in sidecars:
+                verify_file(root, sidecar.file, content=False)
         if create_only(manifest_path(root, version), dump_manifest(manifest)):
             return manifest
+
+
+def _check_covered(root: Path, manifest: Manifest, sidecars: Sequence[Sidecar]) -> None:
+    """Raise DataError unless there is a sidecar for each groups file."""
+    if {base.sha256 for base in manifest.groups} != {s.base_sha256 for s in sidecars}:
+        raise DataError(
+            "a reward or reference covers all groups of the version that it is added to",
+            received="other groups: the dataset was merged or compacted meanwhile",
+            remedy="run the same command again",
+            file=root,
+        )

@@ -1,0 +1,132 @@
+"""The folder while its groups are rewritten: who may, what a killed run left, what may go."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gvpo_offline.collect.folder import lock_folder
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
+from gvpo_offline.store.manifest import (
+    Manifest,
+    load_manifest,
+    manifest_path,
+    manifest_versions,
+)
+
+# Only what these stages alone name so is ever removed: others may be at work on sidecars.
+_TEMPORARY = re.compile(r"^\.rewrite-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
+_SHARD = re.compile(r"^rewrite-\d{5}-[0-9a-f]{12}\.parquet$")
+
+
+def task_name(part: int) -> str:
+    """What the files and the record of a part are named after."""
+    return f"rewrite-{part:05d}"
+
+
+@contextmanager
+def workplace(root: Path) -> Iterator[Path]:
+    """A dataset's folder for one process alone, with a folder for what is spilled.
+
+    Where there are no locks, two processes may be at it: each spills apart, and what a killed one
+    left stays.
+
+    Raises:
+        DataError: there is no dataset, or another process rewrites it.
+    """
+    load_manifest(root)
+    handle = lock_folder(root)
+    spilled = root / ".spill" / uuid.uuid4().hex
+    try:
+        if handle is not None:
+            _sweep(root)
+        spilled.mkdir(parents=True)
+        yield spilled
+    finally:
+        shutil.rmtree(spilled, ignore_errors=True)
+        with suppress(OSError):  # another's spill is in it
+            spilled.parent.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed runs left unfinished."""
+    for path in root.rglob(".rewrite-*.tmp"):
+        if _TEMPORARY.match(path.name):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(root / ".spill", ignore_errors=True)
+
+
+@contextmanager
+def discarding(root: Path, log: TaskLog) -> Iterator[None]:
+    """Remove all that `log` committed if the data or settings turn out bad.
+
+    After any other failure (no room, an interrupt) committed work stays: the same command goes on.
+    """
+    try:
+        yield
+    except (DataError, ConfigError):
+        discard(root, log)
+        raise
+
+
+def discard(root: Path, log: TaskLog) -> None:
+    """Remove the records of `log`, and the files of theirs that no version names."""
+    named = {name for v in manifest_versions(root) for name in _named(load_manifest(root, v))}
+    for path in sorted(log.folder.glob("*.json")):
+        for name in _files(read_record(path)) - named:
+            (root / name).unlink(missing_ok=True)
+    shutil.rmtree(log.folder, ignore_errors=True)
+
+
+def remove_old(root: Path, newest: Manifest) -> int:
+    """Remove every version before `newest`, with the files and commit records of its own, and what
+    killed merges and compactions left.
+
+    Files go before the manifests that name them, so that a removal that was cut off can be
+    repeated.
+
+    Returns:
+        The bytes that were freed.
+    """
+    kept = _named(newest)
+    versions = [version for version in manifest_versions(root) if version < newest.version]
+    old: dict[str, int] = {}
+    for version in versions:
+        named = _named(load_manifest(root, version))
+        old |= {name: size for name, size in named.items() if name not in kept}
+    for path in root.rglob("rewrite-*.parquet"):  # of a run that was killed and never repeated
+        name = str(path.relative_to(root))
+        if _SHARD.match(path.name) and name not in kept:
+            old[name] = path.stat().st_size
+    for path in sorted((root / "commits").glob("*/*.json")):
+        if _files(read_record(path)) & set(old):
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    freed = 0
+    for name, size in old.items():
+        freed += size if (root / name).exists() else 0
+        (root / name).unlink(missing_ok=True)
+    for version in versions:
+        manifest_path(root, version).unlink()
+    return freed
+
+
+def _named(manifest: Manifest) -> dict[str, int]:
+    """The files of a version, and their lengths in bytes."""
+    families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
+    sidecars = [sidecar.file for files in families for sidecar in files]
+    return {entry.path: entry.bytes for entry in (*manifest.groups, *sidecars)}
+
+
+def _files(record: TaskRecord) -> set[str]:
+    sidecars = [sidecar.file for sidecar in record.sidecars]
+    return {entry.path for entry in (*record.groups, *sidecars)}
