@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.config import (
     CommonTrainingSettings,
     DataSettings,
@@ -102,6 +104,17 @@ def _run_reference(values: dict[str, Any]) -> None:
     print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
 
 
+def _run_reward(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.reward.stage import run_reward
+
+    config = _filled(RewardConfig, values)
+    result = run_reward(config, _filled(EngineSettings, values))
+    if result is None:
+        return
+    print("\n".join(result.lines()))
+    print(f"next: gvpo-offline train --dataset {config.dataset} --reward {config.name} …")
+
+
 def _run_validate(values: dict[str, Any]) -> None:
     from tqdm import tqdm
 
@@ -169,6 +182,13 @@ COMMANDS: dict[str, Command] = {
         (ImportConfig,),
         "Example: gvpo-offline import --inputs 'logs/*.jsonl' --tokenizer_name_or_path model "
         "--output_dir data --columns.reward score",
+    ),
+    "reward": Command(
+        "Score every response by functions, rules or models; the result is kept with the dataset.",
+        _run_reward,
+        (RewardConfig, EngineSettings),
+        "Example: gvpo-offline reward --dataset data --name correct "
+        "--scorers '{correct: {kind: math, column: answer}}'",
     ),
     "reference": Command(
         "Score every response under the reference policy; the result is kept with the dataset.",
