@@ -52,6 +52,9 @@ class MathSettings(_Settings):
 
     kind: Literal["math"]
     column: str = Field(description="Metadata column with the gold answer, or a text that ends so.")
+    pattern: Pattern | None = Field(
+        default=None, description="As for exact; what it matches is read as the answer."
+    )
     timeout_s: float = Field(default=5.0, gt=0, description="Seconds for one answer.")
     on_failure: float | None = Field(
         default=0.0,

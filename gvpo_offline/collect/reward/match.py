@@ -45,7 +45,7 @@ class ExactScorer(SimpleScorer):
         return numbers([float(self._read(text) == wanted) for text in case.responses])
 
     def _read(self, text: str, otherwise: str | None = None) -> str | None:
-        found = _last_match(self._settings.pattern, text)
+        found = last_match(self._settings.pattern, text)
         found = otherwise if found is None else found
         if found is None:
             return None
@@ -73,12 +73,12 @@ class NumericScorer(SimpleScorer):
     def _score(self, case: Case) -> FloatArray:
         gold = case.column(self._settings.column)
         text = "" if gold is None else str(gold)
-        matched = _last_match(self._settings.pattern, text)
+        matched = last_match(self._settings.pattern, text)
         wanted = last_number(text if matched is None else matched)
         if wanted is None:
             return numbers([None] * case.size)
         found = [
-            last_number(_last_match(self._settings.pattern, text) or "") for text in case.responses
+            last_number(last_match(self._settings.pattern, text) or "") for text in case.responses
         ]
         return numbers([float(n is not None and self._same(n, wanted)) for n in found])
 
@@ -93,7 +93,8 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def _last_match(pattern: str | None, text: str) -> str | None:
+def last_match(pattern: str | None, text: str) -> str | None:
+    """The last match's first group, or all of it; the text itself without a pattern."""
     if pattern is None:
         return text
     matches = list(re.finditer(pattern, text))

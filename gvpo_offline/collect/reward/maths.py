@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import resource
 import signal
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 from gvpo_offline.collect.engine.process import Answer, Worker
 from gvpo_offline.collect.reward.kinds import MathSettings
+from gvpo_offline.collect.reward.match import last_match
 from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, numbers, settings_of
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.schema import FloatArray
@@ -23,6 +25,10 @@ from gvpo_offline.schema import FloatArray
 _START_S = 120.0
 _ORPHAN_FACTOR = 4
 _MEMORY_BYTES = 8 << 30
+# What only a text has: several lines, marks around a formula, words that are no functions.
+_MARKS = re.compile(r"\n|(?<!\\)\$|\\boxed|\\\(|\\\[")
+_IN_FORMULAS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"(?!(?:sin|cos|tan|cot|log|exp|sqrt|max|min|gcd|lcm|mod)\b)\b[A-Za-z]{3,}")
 
 
 class MathScorer(SimpleScorer):
@@ -64,13 +70,16 @@ class MathScorer(SimpleScorer):
         gold = case.column(self._settings.column)
         if gold is None:
             return [None] * case.size
-        return [self._verified(str(gold), response) for response in case.responses]
+        # The column may hold the bare answer.
+        wanted = last_match(self._settings.pattern, str(gold)) or str(gold)
+        found = [last_match(self._settings.pattern, response) for response in case.responses]
+        return [0.0 if answer is None else self._verified(wanted, answer) for answer in found]
 
     def _verified(self, gold: str, response: str) -> float | None:
         if self._worker is None:
             self._worker = Worker(functools.partial(_prepare, self._settings.timeout_s))
             self._worker.receive(_START_S)
-        self._worker.send((gold, response))
+        self._worker.send((gold, response, self._settings.pattern is not None))
         try:
             verified: float | None = self._worker.receive(self._settings.timeout_s)
             return verified
@@ -91,6 +100,13 @@ class MathScorer(SimpleScorer):
         return {**self.__dict__, "_worker": None}
 
 
+def is_formula(answer: str) -> bool:
+    """Whether an answer that stands alone is a formula, such as `2\\pi`; else it is a text with the
+    answer in it, such as `18 eggs` or `$2\\pi$`.
+    """
+    return not (_MARKS.search(answer) or _WORD.search(_IN_FORMULAS.sub(" ", answer)))
+
+
 def _prepare(timeout_s: float) -> Answer:
     """What the process answers: 1.0, 0.0, or None where the gold answer cannot be read."""
     from math_verify import parse, verify
@@ -104,17 +120,22 @@ def _prepare(timeout_s: float) -> Answer:
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
     @functools.lru_cache(maxsize=16)
-    def parsed_gold(text: str) -> list[Any]:
-        # A bare formula, as logs have it, reads as one only between dollar signs.
-        found: list[Any] = parse(text, parsing_timeout=None)
-        return found or parse(f"${text}$", parsing_timeout=None) or []
+    def parsed(text: str, answer_alone: bool) -> list[Any]:
+        # In text, a bare formula is not seen as one, but for the first number in it.
+        ways = [f"${text}$", text] if answer_alone and is_formula(text) else [text]
+        for way in ways:
+            found: list[Any] = parse(way, parsing_timeout=None)
+            if found:
+                return found
+        return []
 
-    def answer(request: tuple[str, str]) -> float | None:
+    def answer(request: tuple[str, str, bool]) -> float | None:
         signal.setitimer(signal.ITIMER_REAL, _ORPHAN_FACTOR * timeout_s)
-        gold = parsed_gold(request[0])
+        gold_text, response, answer_alone = request
+        gold = parsed(gold_text, True)
         verified = None
         if gold:
-            found = parse(request[1], parsing_timeout=None)
+            found = parsed(response, answer_alone)
             verified = float(verify(gold, found, timeout_seconds=None))
         signal.setitimer(signal.ITIMER_REAL, 0)
         return verified
