@@ -42,7 +42,10 @@ class _FunctionScorer(SimpleScorer):
         """
         source = inspect.getsourcefile(inspect.unwrap(load_function(self._name)))
         digest = None if source is None else sha256_file(Path(source))
-        return {**self._described, "source_sha256": digest}
+        # The file may lie anywhere: its content says which one it is.
+        where, _, attribute = self._name.rpartition(":")
+        name = f"{Path(where).name}:{attribute}"
+        return {**self._described, "function": name, "source_sha256": digest}
 
     def start(self) -> None:
         """Load the function."""

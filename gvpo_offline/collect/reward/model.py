@@ -38,8 +38,8 @@ class ModelScorer(SimpleScorer):
 
         self._load()
         described = settings_of(self._settings)
-        for name in ("use_cpu", "trust_remote_code", "model_revision"):
-            del described[name]
+        for name in ("model_name_or_path", "model_revision", "trust_remote_code", "use_cpu"):
+            del described[name]  # the weights' hash says which model it is
         return {
             **described,
             "dtype": dtype_name(next(self._model.parameters()).dtype),

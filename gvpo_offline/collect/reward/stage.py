@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
         components=stage.components,
         files=[sidecar for record in records for sidecar in record.sidecars],
     )
-    published = _publish(dataset, family, dict(counts))
+    published = _publish(dataset, family, config, dict(counts))
     return RewardResult(
         published,
         survey(GroupDataset(dataset.root, dataset.manifest, rewards=published)),
@@ -223,7 +223,9 @@ class RewardStage:
         return total
 
 
-def _publish(dataset: GroupDataset, family: RewardFamily, counts: dict[str, int]) -> RewardFamily:
+def _publish(
+    dataset: GroupDataset, family: RewardFamily, config: RewardConfig, counts: dict[str, int]
+) -> RewardFamily:
     """Add the family to the newest manifest, as a new version where the name is taken."""
     published = family
 
@@ -254,7 +256,7 @@ def _publish(dataset: GroupDataset, family: RewardFamily, counts: dict[str, int]
         step = LineageStep(
             stage="reward",
             package_version=__version__,
-            config={"name": family.name, "version": version, **family.config},
+            config={**asdict(config), "version": version},
             counts=counts,
         )
         others = [f for f in newest.rewards if f is not found]
