@@ -98,7 +98,9 @@ def _run_reference(values: dict[str, Any]) -> None:
     from gvpo_offline.collect.reference import run_reference
 
     config = _filled(ReferenceConfig, values)
-    manifest = run_reference(config)
+    manifest = run_reference(config, _filled(EngineSettings, values))
+    if manifest is None:
+        return
     held = ", ".join(f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references)
     print(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
     print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
@@ -193,7 +195,7 @@ COMMANDS: dict[str, Command] = {
     "reference": Command(
         "Score every response under the reference policy; the result is kept with the dataset.",
         _run_reference,
-        (ReferenceConfig,),
+        (ReferenceConfig, EngineSettings),
         "Example: gvpo-offline reference --dataset data --model_name_or_path model",
     ),
     "validate": Command(
