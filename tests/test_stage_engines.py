@@ -181,6 +181,23 @@ def test_an_interrupt_kills_the_workers(tmp_path: Path, undisturbed: dict[str, b
     assert written(tmp_path) == undisturbed
 
 
+def test_workers_end_with_a_parent_that_is_killed(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """A run that follows finds their memory free; one of them would sleep for a minute."""
+    process = start(tmp_path, "wait", 2)
+    worker = waiting_worker(tmp_path)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not alive(worker):
+            break
+        time.sleep(0.05)
+    assert not alive(worker)
+    assert run_stage(Writing(tmp_path), settings("two")) is not None
+    assert written(tmp_path) == undisturbed
+
+
 def _double() -> Any:
     return lambda number: 2 * number
 

@@ -30,7 +30,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray, rewards_schema, rewards_to_table
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily, Sidecar
+from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.survey import Survey, survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.version import __version__
@@ -93,7 +93,11 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
     }
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
-    records = run_stage(stage, engine)
+    try:
+        records = run_stage(stage, engine)
+    finally:
+        for scorer in scorers.values():
+            scorer.stop()
     if records is None:
         return None
     counts: Counter[str] = Counter()
@@ -177,18 +181,14 @@ class RewardStage:
             for row_group in range(first, first + len(files[number].row_groups)):
                 yield self._table(self._reader.cases(row_group), counts)
 
-        try:
-            sidecar: Sidecar = write_sidecar(
-                self.root,
-                f"rewards/{self._config.name}",
-                task.name,
-                files[number],
-                rewards_schema(components=True),
-                tables(),
-            )
-        finally:
-            for scorer in self._scorers.values():
-                scorer.stop()
+        sidecar = write_sidecar(
+            self.root,
+            f"rewards/{self._config.name}",
+            task.name,
+            files[number],
+            rewards_schema(components=True),
+            tables(),
+        )
         for name, scorer in self._scorers.items():
             counts.update({f"{name}.{what}": n for what, n in scorer.counts.items()})
         return TaskRecord(
