@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
+from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.config import (
     CommonTrainingSettings,
     DataSettings,
@@ -109,10 +111,23 @@ def _run_reference(values: dict[str, Any]) -> None:
     from gvpo_offline.collect.reference import run_reference
 
     config = _filled(ReferenceConfig, values)
-    manifest = run_reference(config)
+    manifest = run_reference(config, _filled(EngineSettings, values))
+    if manifest is None:
+        return
     held = ", ".join(f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references)
     print(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
     print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
+
+
+def _run_reward(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.reward.stage import run_reward
+
+    config = _filled(RewardConfig, values)
+    result = run_reward(config, _filled(EngineSettings, values))
+    if result is None:
+        return
+    print("\n".join(result.lines()))
+    print(f"next: gvpo-offline train --dataset {config.dataset} --reward {config.name} …")
 
 
 def _run_validate(values: dict[str, Any]) -> None:
@@ -183,10 +198,17 @@ COMMANDS: dict[str, Command] = {
         "Example: gvpo-offline import --inputs 'logs/*.jsonl' --tokenizer_name_or_path model "
         "--output_dir data --columns.reward score",
     ),
+    "reward": Command(
+        "Score every response by functions, rules or models; the result is kept with the dataset.",
+        _run_reward,
+        (RewardConfig, EngineSettings),
+        "Example: gvpo-offline reward --dataset data --name correct "
+        "--scorers '{correct: {kind: math, column: answer}}'",
+    ),
     "reference": Command(
         "Score every response under the reference policy; the result is kept with the dataset.",
         _run_reference,
-        (ReferenceConfig,),
+        (ReferenceConfig, EngineSettings),
         "Example: gvpo-offline reference --dataset data --model_name_or_path model",
     ),
     "merge": Command(

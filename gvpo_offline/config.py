@@ -138,11 +138,7 @@ class ImportConfig:
             _positive("max_length", self.max_length)
         if not self.inputs:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.reward_name):
-            raise ConfigError(
-                "reward_name, which also names a folder, has letters, digits, '_', '-', '.' only",
-                received=self.reward_name,
-            )
+        check_name("reward_name", self.reward_name)
         if (self.requests or self.rewards) and self.format != "openai_batch":
             raise ConfigError(
                 "requests and rewards are files of format: openai_batch", received=self.format
@@ -383,6 +379,15 @@ class EvaluateConfig(DataSettings, ModelSettings):
 def _positive(name: str, value: float) -> None:
     if not value > 0:
         raise ConfigError(f"{name} is positive", received=value)
+
+
+def check_name(setting: str, value: str) -> None:
+    """Raise ConfigError unless `value` can name a folder, or a part of something that does."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
+        raise ConfigError(
+            f"{setting}, which also names a folder, has letters, digits, '_', '-', '.' only",
+            received=value,
+        )
 
 
 def required(name: str, value: str | Sequence[Any]) -> None:

@@ -82,7 +82,8 @@ def row_schema(title: str, columns: Sequence[Column]) -> dict[str, Any]:
 
 def contract() -> dict[str, str]:
     """Every file of `schemas/` that is generated: name and text."""
-    inline = (*GROUPS_COLUMNS, *REWARDS_COLUMNS[1:], *REFERENCE_COLUMNS[1:])
+    rewards = [column for column in REWARDS_COLUMNS[1:] if column.required]
+    inline = (*GROUPS_COLUMNS, *rewards, *REFERENCE_COLUMNS[1:])
     schemas: dict[str, dict[str, Any]] = {
         "groups.schema.json": row_schema("One group: a row of a groups file", GROUPS_COLUMNS),
         "rewards.schema.json": row_schema("A row of a rewards sidecar", REWARDS_COLUMNS),

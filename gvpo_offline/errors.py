@@ -16,6 +16,7 @@ __all__ = [
     "IntegrityError",
     "ResumeError",
     "StorageError",
+    "WorkerError",
 ]
 
 _SHOWN_CHARACTERS = 200
@@ -77,11 +78,14 @@ class GVPOError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders (data loader workers); the default would lose the keywords.
-        return (_rebuild, (type(self), self.__dict__.copy()))
+        # What else an error bears, such as notes, is set afterwards.
+        state = self.__dict__.copy()
+        keywords = ("rule", "received", "remedy", "file", "row", "group")
+        return (_rebuild, (type(self), {name: state[name] for name in keywords}), state)
 
 
-def _rebuild(kind: type[GVPOError], state: dict[str, Any]) -> GVPOError:
-    return kind(**state)
+def _rebuild(kind: type[GVPOError], keywords: dict[str, Any]) -> GVPOError:
+    return kind(**keywords)
 
 
 class DataError(GVPOError, ValueError):
@@ -102,3 +106,7 @@ class StorageError(GVPOError, OSError):
 
 class ResumeError(GVPOError):
     """A checkpoint that this run cannot continue from exactly."""
+
+
+class WorkerError(GVPOError):
+    """A process that died at its work."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Group
+from gvpo_offline.schema import FloatArray, Group
 
 MIN_GROUP_SIZE = 2
 
@@ -98,6 +98,8 @@ def _check_loss_mask(group: Group, place: dict[str, Any]) -> None:
 
 
 def _check_values(group: Group, place: dict[str, Any]) -> None:
+    if group.components is not None:
+        _check_components(group, group.components, place)
     for name, unit in (("rewards", "reward"), ("ref_seq_logprobs", "reference log-prob")):
         values = getattr(group, name)
         if values is None:
@@ -116,3 +118,19 @@ def _check_values(group: Group, place: dict[str, Any]) -> None:
                 remedy="score the response again, or leave it out of the log",
                 **place,
             )
+
+
+def _check_components(group: Group, components: FloatArray, place: dict[str, Any]) -> None:
+    if components.ndim != 2 or components.shape[1] != group.group_size:
+        raise DataError(
+            "each component of a reward has one number per response",
+            received=f"an array of {components.shape} for {group.group_size} responses",
+            **place,
+        )
+    if np.isinf(components).any():
+        raise DataError(
+            "a component of a reward is a finite number, or NaN where it is missing",
+            received=components.tolist(),
+            remedy="score the response again, or leave the component out of the log",
+            **place,
+        )

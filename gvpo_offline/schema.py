@@ -82,6 +82,13 @@ GROUPS_COLUMNS: tuple[Column, ...] = (
 REWARDS_COLUMNS: tuple[Column, ...] = (
     Column("group_id", pa.string(), True, "The id of the same row in the groups file."),
     Column("rewards", pa.list_(pa.float64()), True, "One finite reward per response. (k,)"),
+    Column(
+        "components",
+        pa.list_(pa.list_(pa.float64())),
+        False,
+        "What the rewards were made of: C parts, named in the manifest, each with one number per "
+        "response, NaN where a response has no such part. (C, k)",
+    ),
 )
 
 REFERENCE_COLUMNS: tuple[Column, ...] = (
@@ -138,6 +145,7 @@ class Group:
         truncated: k flags.
         loss_mask: k arrays of (T_i,) bool, or None where every token counts.
         rewards: (k,) float64.
+        components: (C, k) float64, NaN where missing; the reward family names the C parts.
         ref_seq_logprobs: (k,) float64, nats.
         prompt, messages, responses, response_ids, metadata, source: as in `GROUPS_COLUMNS`.
     """
@@ -149,6 +157,7 @@ class Group:
     truncated: tuple[bool, ...]
     loss_mask: tuple[BoolArray, ...] | None = None
     rewards: FloatArray | None = None
+    components: FloatArray | None = None
     ref_seq_logprobs: FloatArray | None = None
     source: str = ""
     prompt: str | None = None
@@ -227,12 +236,27 @@ def groups_to_table(groups: Sequence[Group]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def rewards_to_table(group_ids: Sequence[str], rewards: Sequence[FloatArray]) -> pa.Table:
-    """The rows of a rewards sidecar."""
-    return pa.Table.from_arrays(
-        [pa.array(group_ids, pa.string()), list_array(rewards, pa.float64())],
-        schema=arrow_schema(REWARDS_COLUMNS),
-    )
+def rewards_schema(*, components: bool) -> pa.Schema:
+    """The Arrow schema of a rewards sidecar, with or without the column of components."""
+    return arrow_schema([c for c in REWARDS_COLUMNS if components or c.required])
+
+
+def rewards_to_table(
+    group_ids: Sequence[str],
+    rewards: Sequence[FloatArray],
+    components: Sequence[FloatArray] | None = None,
+) -> pa.Table:
+    """The rows of a rewards sidecar.
+
+    Args:
+        group_ids: one id per group.
+        rewards: (k,) per group.
+        components: (C, k) per group, NaN where missing; None: without the column.
+    """
+    arrays = [pa.array(group_ids, pa.string()), list_array(rewards, pa.float64())]
+    if components is not None:
+        arrays.append(nested_list_array([list(parts) for parts in components], pa.float64()))
+    return pa.Table.from_arrays(arrays, schema=rewards_schema(components=components is not None))
 
 
 def reference_to_table(
@@ -280,7 +304,7 @@ def split_nested_list(array: pa.ListArray) -> list[list[npt.NDArray[Any]] | None
 
 _FIELDS = tuple(field.name for field in fields(Group))
 _NUMBER_LISTS = ("prompt_token_ids", "rewards", "ref_seq_logprobs")
-_NESTED_LISTS = ("response_token_ids", "loss_mask")
+_NESTED_LISTS = ("response_token_ids", "loss_mask", "components")
 
 
 def _column_rows(table: pa.Table, name: str) -> list[Any]:
@@ -314,5 +338,7 @@ def _group(row: dict[str, Any]) -> Group:
         row["samplers"] = ("unknown",) * len(responses)
     if row["truncated"] is None:
         row["truncated"] = (False,) * len(responses)
+    if row["components"] is not None:
+        row["components"] = np.array(row["components"], np.float64)
     row["source"] = row["source"] or ""
     return Group(**row)

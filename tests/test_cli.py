@@ -30,7 +30,16 @@ from gvpo_offline.config import (
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.version import __version__
 
-COMMANDS = ("import", "merge", "compact", "reference", "validate", "train", "evaluate")
+COMMANDS = (
+    "import",
+    "reward",
+    "reference",
+    "merge",
+    "compact",
+    "validate",
+    "train",
+    "evaluate",
+)
 
 
 # ---- help ----

@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
     *("stream.order", "stream.plan", "stream.select", "train.checkpoint", "tokenizer", "cli"),
     *("compute.layout", "compute.paths", "compute.tree"),
     *("collect.importer", "collect.merge.stages"),
+    *("collect.engine.settings", "collect.engine.run"),
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from training import longest_row, place_of, score, scored_dataset, unscored_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_offline.collect import reference as reference_module
+from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.reference import run_reference
 from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.config import ReferenceConfig
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.schema import split_nested_list
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -303,3 +307,21 @@ def test_a_scored_dataset_is_valid(tmp_path: Path, tiny_model_dir: Path) -> None
 
     root = scored_dataset(tmp_path / "data", tiny_model_dir, 9).root
     assert validate(root, lambda numbers, label: numbers).survey.n_groups == 9
+
+
+def test_workers_write_the_same_reference(
+    unscored: Path, scored: GroupDataset, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Two processes, each with a model of its own; then one shard after the other."""
+    root = copy_of(unscored, tmp_path / "data")
+    config = ReferenceConfig(
+        str(tiny_model_dir), dataset=str(root), use_cpu=True, show_progress=False
+    )
+    run_reference(config, EngineSettings(workers=2, show_progress=False))
+    assert sidecars(root) == sidecars(scored.root)
+    root = copy_of(unscored, tmp_path / "shards")
+    config = replace(config, dataset=str(root))
+    assert run_reference(config, EngineSettings(shard="0/2", show_progress=False)) is None
+    assert open_dataset(root, join=()).manifest.references == []
+    assert run_reference(config, EngineSettings(shard="1/2", show_progress=False)) is not None
+    assert sidecars(root) == sidecars(scored.root)

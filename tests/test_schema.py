@@ -18,7 +18,6 @@ from gvpo_offline.rules import check_group
 from gvpo_offline.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
-    REWARDS_COLUMNS,
     Group,
     arrow_schema,
     groups_from_table,
@@ -26,6 +25,7 @@ from gvpo_offline.schema import (
     list_array,
     nested_list_array,
     reference_to_table,
+    rewards_schema,
     rewards_to_table,
     split_list,
     split_nested_list,
@@ -172,7 +172,7 @@ def test_a_token_id_beyond_int32_does_not_wrap_around(token: int) -> None:
 def test_sidecar_tables_have_the_schemas_of_the_contract() -> None:
     group = make_group(1, k=2, response_tokens=2)
     rewards = rewards_to_table([group.group_id], [np.array([0.5, -1.0])])
-    assert rewards.schema.equals(arrow_schema(REWARDS_COLUMNS))
+    assert rewards.schema.equals(rewards_schema(components=False))
     assert rewards.to_pylist() == [{"group_id": group.group_id, "rewards": [0.5, -1.0]}]
     tokens = [np.array([-0.5, -1.5], np.float32), np.array([-2.0, -0.25], np.float32)]
     reference = reference_to_table([group.group_id], [np.array([-2.0, -2.25])], [tokens])

@@ -33,9 +33,8 @@ from gvpo_offline.errors import ConfigError, DataError, IntegrityError, StorageE
 from gvpo_offline.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
-    REWARDS_COLUMNS,
     Group,
-    arrow_schema,
+    rewards_schema,
     rewards_to_table,
 )
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -307,7 +306,7 @@ def with_rewards(dataset: GroupDataset, name: str, version: int, value: float) -
                 f"rewards/{name}",
                 f"v{version}-{base.sha256[:8]}",
                 base,
-                arrow_schema(REWARDS_COLUMNS),
+                rewards_schema(components=False),
                 tables,
             )
         )

@@ -24,11 +24,11 @@ from gvpo_offline.hashing import sha256_text
 from gvpo_offline.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
-    REWARDS_COLUMNS,
     Group,
     arrow_schema,
     groups_to_table,
     reference_to_table,
+    rewards_schema,
     rewards_to_table,
 )
 from gvpo_offline.store.dataset import GroupDataset
@@ -388,7 +388,7 @@ def test_rewards_that_do_not_fit_are_found(tmp_path: Path, rewards: Any, message
     ids = [group.group_id for group in groups]
     tables = [rewards_to_table(ids[a : a + 4], values[a : a + 4]) for a in (0, 4)]
     base = dataset.manifest.groups[0]
-    schema = arrow_schema(REWARDS_COLUMNS)
+    schema = rewards_schema(components=False)
     sidecar = write_sidecar(tmp_path, "rewards/r", "0", base, schema, tables)
     family = RewardFamily(name="r", files=[sidecar])
     publish(tmp_path, lambda newest: newest.model_copy(update={"rewards": [family]}))

@@ -35,6 +35,7 @@ class _Response:
     ids: IntArray | None
     mask: BoolArray | None
     reward: float | None
+    components: list[float | None]
     sampler: str
     truncated: bool
     response_id: str | None
@@ -58,17 +59,24 @@ class Assembler:
         config: the import's settings.
         encoder: the tokenizer, or None where every fragment has its token ids.
         inputs: names of the inputs; `Fragment.file` indexes them.
+        components: names of all parts of rewards that the fragments have, in the order of the
+            groups' `components`; a fragment without one has it missing.
 
     Attributes:
         counts: what was dropped or cut so far.
     """
 
     def __init__(
-        self, config: ImportConfig, encoder: Encoder | None, inputs: Sequence[InputNames]
+        self,
+        config: ImportConfig,
+        encoder: Encoder | None,
+        inputs: Sequence[InputNames],
+        components: Sequence[str] = (),
     ) -> None:
         self._config = config
         self._encoder = encoder
         self._inputs = inputs
+        self._components = components
         self.counts: Counter[str] = Counter()
 
     def groups(self, fragments: Sequence[Sequence[Spilled]]) -> list[Group]:
@@ -134,6 +142,8 @@ class Assembler:
 
     def _responses(self, fragment: Fragment) -> list[_Response]:
         default = self._config.sampler or self._inputs[fragment.file].sampler
+        held = fragment.components or {}
+        parts = [held.get(name) for name in self._components]
         return [
             _Response(
                 fragment=fragment,
@@ -141,6 +151,7 @@ class Assembler:
                 ids=fragment.ids_of(i),
                 mask=fragment.mask_of(i),
                 reward=None if fragment.rewards is None else fragment.rewards[i],
+                components=[None if part is None else part[i] for part in parts],
                 sampler=fragment.samplers[i] or default,
                 truncated=bool(fragment.truncated[i]),
                 response_id=None if fragment.response_ids is None else fragment.response_ids[i],
@@ -318,6 +329,10 @@ class Assembler:
             truncated=tuple(r.truncated for r in responses),
             loss_mask=masks,
             rewards=np.array(rewards) if rewards else None,
+            # None becomes NaN.
+            components=np.array([r.components for r in responses], np.float64).T
+            if self._components
+            else None,
             source=source,
             prompt=first.prompt,
             messages=first.messages,

@@ -189,6 +189,7 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
     _check_lengths(fragment, allow_none=config.singletons != "error")
     for index, text in enumerate(fragment.responses):
         _check_response(fragment, index, text, vocab_size, allow_empty)
+    _check_components(fragment)
     for index, reward in enumerate(fragment.rewards or ()):
         if reward is None:
             if config.missing_rewards == "error":
@@ -228,6 +229,29 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
                 received=f"{len(values)} for {n} responses",
                 remedy="log lists of one length in a row",
             )
+
+
+def _check_components(fragment: Fragment) -> None:
+    if fragment.components and fragment.rewards is None:
+        raise DataError(
+            "components are parts of a reward, so the row has the reward too",
+            received=f"{', '.join(fragment.components)} without a reward",
+            remedy="name the column of the reward, or say how the parts make one",
+        )
+    for name, values in (fragment.components or {}).items():
+        if len(values) != fragment.size:
+            raise DataError(
+                f"the reward's component {name} has one entry per response",
+                received=f"{len(values)} for {fragment.size} responses",
+                remedy="log lists of one length in a row",
+            )
+        for index, value in enumerate(values):
+            if value is not None and math.isinf(value):
+                raise DataError(
+                    f"the reward's component {name} is a finite number, or missing",
+                    received=f"{value} for response {index}",
+                    remedy="score the response again, or leave the component out of the log",
+                )
 
 
 def _check_response(

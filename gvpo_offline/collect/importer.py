@@ -132,6 +132,7 @@ class _FirstPass:
     rows: list[int]
     left_out: Mapping[str, int] = field(default_factory=dict)
     samplers: set[str] = field(default_factory=set)
+    components: set[str] = field(default_factory=set)
     rewarded: str | None = None
     unrewarded: str | None = None
 
@@ -268,6 +269,7 @@ class _Import:
     def _note(self, fragment: Fragment, source: Source, default: str, first: _FirstPass) -> None:
         first.rows[fragment.file] += 1
         first.samplers.update(name or default for name in fragment.samplers)
+        first.components.update(fragment.components or ())
         if fragment.rewards is None:
             first.unrewarded = first.unrewarded or f"{source.label}, row {fragment.row}"
         else:
@@ -317,7 +319,8 @@ class _Import:
         advance: Callable[[int], Any],
     ) -> TaskRecord:
         names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
-        assembler = Assembler(self.config, self.encoder, names)
+        components = sorted(first.components)
+        assembler = Assembler(self.config, self.encoder, names, components)
         groups = self._groups(spill, shard, assembler, advance)
         record = TaskRecord(stage=log.stage, task=_task(shard))
         head = next(groups, None)
@@ -328,6 +331,7 @@ class _Import:
                 _task(shard),
                 itertools.chain([head], groups),
                 reward=self.config.reward_name if first.rewarded else None,
+                components=components,
                 vocab_size=None if self.encoder is None else self.encoder.vocab_size,
                 rows_per_row_group=self.config.rows_per_row_group,
             )
@@ -346,6 +350,9 @@ class _Import:
                 file=self.sources[0].label,
             )
         sidecars = [sidecar for record in records for sidecar in record.sidecars]
+        family = RewardFamily(
+            name=self.config.reward_name, components=sorted(first.components), files=sidecars
+        )
         step = LineageStep(
             stage="import",
             package_version=__version__,
@@ -365,9 +372,7 @@ class _Import:
                 tokenizer=None if self.encoder is None else tokenizer_info(self.encoder.tokenizer),
                 samplers={s: self.config.samplers.get(s, {}) for s in sorted(first.samplers)},
                 groups=[entry for record in records for entry in record.groups],
-                rewards=[RewardFamily(name=self.config.reward_name, files=sidecars)]
-                if first.rewarded
-                else [],
+                rewards=[family] if first.rewarded else [],
                 lineage=[step],
             )
 

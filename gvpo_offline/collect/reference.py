@@ -8,9 +8,10 @@ data types, attention implementation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gvpo_offline.compute.engine import Engine
+from gvpo_offline.collect.engine.run import run_stage
+from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.stage import Task
 from gvpo_offline.compute.model import (
     autocast,
     autocast_dtype,
@@ -26,9 +29,10 @@ from gvpo_offline.compute.model import (
     disable_dropout,
     load_model,
 )
+from gvpo_offline.compute.paths import ComputePath
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.config import ReferenceConfig
-from gvpo_offline.errors import DataError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import (
     REFERENCE_COLUMNS,
@@ -38,9 +42,9 @@ from gvpo_offline.schema import (
     arrow_schema,
     reference_to_table,
 )
-from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, Sidecar
+from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.survey import survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
@@ -59,14 +63,19 @@ logger = logging.getLogger(__name__)
 _NAME_DIGITS = 16
 
 
-def run_reference(config: ReferenceConfig) -> Manifest:
+def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None) -> Manifest | None:
     """Score a dataset under a reference policy and publish the sidecar.
 
     Shards that an interrupted run committed are kept. Scoring a dataset twice with one reference is
     free: the second run finds everything done.
 
+    Args:
+        config: what to score, and under which model.
+        engine: where; by default in this process. Other workers load the model for themselves.
+
     Returns:
-        The manifest that holds the reference.
+        The manifest that holds the reference; None where other shards of the work are still to be
+        done.
 
     Raises:
         ConfigError: the model or its tokenizer cannot be loaded.
@@ -74,25 +83,18 @@ def run_reference(config: ReferenceConfig) -> Manifest:
         DataError: the model gives a log-prob that is not finite; names file and group.
         StorageError: no room; what is committed stays.
     """
+    engine = engine or EngineSettings(show_progress=config.show_progress)
     dataset = open_dataset(config.dataset, join=())
     tokenizer = load_policy_tokenizer(config)
-    model = load_model(config)
-    disable_dropout(model)
-    device = default_device(use_cpu=config.use_cpu)
-    model.to(device).eval()
+    model = _load(config)
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     facts = policy_facts(model, hash_weights=True, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
     dataset.verify()
     check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
-    engine = prepare_engine(
-        model,
-        max_tokens=config.max_tokens_per_micro_batch,
-        layout=config.layout,
-        gradients=False,
-    )
-    facts = facts.along(engine.path)
+    scorer = _Scorer(model, config)
+    facts = facts.along(scorer.path)
     described = {
         **{name: value for name, value in asdict(facts).items() if name != "n_embeddings"},
         "model_name_or_path": config.model_name_or_path,
@@ -100,46 +102,100 @@ def run_reference(config: ReferenceConfig) -> Manifest:
     }
     identity = {k: v for k, v in described.items() if k != "model_name_or_path"}
     family = ReferenceFamily(fingerprint=sha256_json(identity), files=[], **described)
-    scorer = _Scorer(model, engine, autocasting)
-    with tqdm(
-        total=dataset.n_groups, unit="group", desc="reference", disable=not config.show_progress
-    ) as bar:
-        sidecars = [
-            _score_shard(dataset, number, family.fingerprint, scorer, bar.update)
-            for number in range(len(dataset.manifest.groups))
-        ]
-    complete = family.model_copy(update={"files": sidecars})
-    return _publish(dataset.root, complete, config)
+    here = engine.engine == "local" and engine.workers == 1
+    stage = _ReferenceStage(dataset, config, family, scorer if here else None)
+    del model, scorer  # workers have their own; this one makes room
+    records = run_stage(stage, engine)
+    if records is None:
+        return None
+    sidecars = [sidecar for record in records for sidecar in record.sidecars]
+    return _publish(dataset.root, family.model_copy(update={"files": sidecars}), config)
 
 
-def _score_shard(
-    dataset: GroupDataset,
-    number: int,
-    fingerprint: str,
-    scorer: _Scorer,
-    done: Callable[[int], object],
-) -> Sidecar:
-    base = dataset.manifest.groups[number]
-    name = fingerprint[:_NAME_DIGITS]
-    log = TaskLog(dataset.root, f"reference-{name}")
-    task = base.sha256[:_NAME_DIGITS]
-    record = log.committed(task)
-    if record is not None:
-        done(base.rows)
-        return record.sidecars[0]
-    first = sum(len(file.row_groups) for file in dataset.manifest.groups[:number])
+def _load(config: ReferenceConfig) -> nn.Module:
+    """The model, ready to score."""
+    model = load_model(config)
+    disable_dropout(model)
+    loaded: nn.Module = model.to(default_device(use_cpu=config.use_cpu)).eval()
+    return loaded
 
-    def tables() -> Iterator[pa.Table]:
-        for row_group in range(first, first + len(base.row_groups)):
-            groups = dataset.groups(row_group, TRAINING_COLUMNS)
-            yield scorer.table(groups, dataset.root / base.path)
-            done(len(groups))
 
-    sidecar = write_sidecar(
-        dataset.root, f"reference/{name}", task, base, arrow_schema(REFERENCE_COLUMNS), tables()
-    )
-    record = TaskRecord(stage=log.stage, task=task, sidecars=[sidecar])
-    return log.commit(record).sidecars[0]
+class _ReferenceStage:
+    """Scores one file of groups a task; see `collect.stage.Stage`.
+
+    Args:
+        dataset: what to score.
+        config: under which model.
+        family: the reference.
+        scorer: the model where it is loaded already, and then shows how far it is in a file.
+    """
+
+    unit = "groups"
+
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        config: ReferenceConfig,
+        family: ReferenceFamily,
+        scorer: _Scorer | None,
+    ) -> None:
+        self.root = dataset.root.resolve()
+        self.name = f"reference-{family.fingerprint[:_NAME_DIGITS]}"
+        self._dataset = GroupDataset(self.root, dataset.manifest)
+        self._config = config
+        self._family = family
+        self._scorer = scorer
+        self._show_file = config.show_progress and scorer is not None
+
+    def tasks(self) -> Sequence[Task]:
+        """One for each file, named by its hash."""
+        return [Task(b.sha256[:_NAME_DIGITS], b.rows) for b in self._dataset.manifest.groups]
+
+    def start(self) -> None:
+        """Load the model.
+
+        Raises:
+            ConfigError: here, it would be computed in another way than where the run began.
+        """
+        if self._scorer is not None:
+            return
+        self._scorer = _Scorer(_load(self._config), self._config)
+        path = self._scorer.path
+        expected = (self._family.layout, self._family.attn_implementation)
+        if (path.layout, path.attention) != expected:
+            raise ConfigError(
+                f"every worker computes log-probs with {expected[0]} layout and {expected[1]}",
+                received=f"{path.layout} and {path.attention} on this machine",
+                remedy="use machines of one kind, or set layout and attn_implementation",
+            )
+
+    def work(self, task: Task) -> TaskRecord:
+        """Score one file."""
+        scorer = self._scorer
+        assert scorer is not None  # start has been called
+        files = self._dataset.manifest.groups
+        number = next(i for i, file in enumerate(files) if file.sha256.startswith(task.name))
+        base = files[number]
+        first = sum(len(file.row_groups) for file in files[:number])
+        row_groups = range(first, first + len(base.row_groups))
+        shown = tqdm(row_groups, desc=base.path, leave=False, disable=not self._show_file)
+        sidecar = write_sidecar(
+            self.root,
+            f"reference/{self._family.fingerprint[:_NAME_DIGITS]}",
+            task.name,
+            base,
+            arrow_schema(REFERENCE_COLUMNS),
+            (
+                scorer.table(
+                    self._dataset.groups(row_group, TRAINING_COLUMNS), self.root / base.path
+                )
+                for row_group in shown
+            ),
+        )
+        return TaskRecord(stage=self.name, task=task.name, sidecars=[sidecar])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scorer": None}
 
 
 def _publish(root: Path, family: ReferenceFamily, config: ReferenceConfig) -> Manifest:
@@ -150,27 +206,36 @@ def _publish(root: Path, family: ReferenceFamily, config: ReferenceConfig) -> Ma
         counts={"files": len(family.files)},
     )
 
-    def build(newest: Manifest | None) -> Manifest:
+    def build(newest: Manifest | None) -> Manifest | None:
         assert newest is not None  # the dataset was opened from it
+        if family in newest.references:
+            logger.info("reference %s is in the dataset already", family.fingerprint[:12])
+            return None
         others = [f for f in newest.references if f.fingerprint != family.fingerprint]
         return newest.model_copy(
             update={"references": [*others, family], "lineage": [*newest.lineage, step]}
         )
 
-    newest = open_dataset(root, join=()).manifest
-    if family in newest.references:
-        logger.info("reference %s is in the dataset already", family.fingerprint[:12])
-        return newest
     return publish(root, build)
 
 
 class _Scorer:
     """Log-probs of groups under one model, in the order of the groups."""
 
-    def __init__(self, model: nn.Module, engine: Engine, autocasting: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, config: ReferenceConfig) -> None:
         self._model = model
-        self._engine = engine
-        self._autocasting = autocasting
+        self._autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
+        self._engine = prepare_engine(
+            model,
+            max_tokens=config.max_tokens_per_micro_batch,
+            layout=config.layout,
+            gradients=False,
+        )
+
+    @property
+    def path(self) -> ComputePath:
+        """How groups are laid out for the model."""
+        return self._engine.path
 
     def table(self, groups: Sequence[Group], file: Path) -> pa.Table:
         """The reference sidecar's rows for `groups`."""

@@ -41,6 +41,7 @@ _SCHEMA = pa.schema(
         ("response_token_ids", pa.list_(_TOKENS)),
         ("loss_mask", pa.list_(_FLAGS)),
         ("rewards", pa.list_(pa.float64())),
+        ("components", pa.map_(pa.string(), pa.list_(pa.float64()))),
         ("samplers", pa.list_(pa.string())),
         ("truncated", pa.list_(pa.bool_())),
         ("response_ids", pa.list_(pa.string())),
@@ -52,6 +53,10 @@ _BUILDERS: dict[str, Callable[[Sequence[Any]], pa.Array]] = {
     "prompt_token_ids": lambda rows: from_arrays(rows, pa.int32()),
     "response_token_ids": lambda rows: from_array_lists(rows, pa.int32()),
     "loss_mask": lambda rows: from_array_lists(rows, pa.bool_()),
+    "components": lambda rows: pa.array(
+        [None if row is None else list(row.items()) for row in rows],
+        _SCHEMA.field("components").type,
+    ),
 }
 _PLAIN = [n for n in _SCHEMA.names if n not in _BUILDERS and n not in ("key", "prompt_key")]
 
@@ -208,6 +213,7 @@ def _read_piece(
     columns = {name: to_rows(rows.column(name).chunk(0)) for name in _SCHEMA.names}
     keys = columns.pop("prompt_key")
     del columns["key"]
+    columns["components"] = [None if row is None else dict(row) for row in columns["components"]]
     names = list(columns)
     spilled = [
         (Fragment(**dict(zip(names, values, strict=True))), key)

@@ -127,6 +127,39 @@ def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Pla
         )
 
 
+def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, place: Place) -> None:
+    """Hold the column `components` against the groups' sizes and the names of the parts.
+
+    Args:
+        table: with `group_id` and `components`.
+        sizes: responses of each row.
+        n_parts: C, how many names the reward family has.
+        place: of the file that holds the column.
+
+    Raises:
+        DataError: a row is not null and not (C, k), or holds an infinite number.
+    """
+    rows = zip(table.column("components").to_pylist(), sizes.to_pylist(), strict=True)
+    for number, (parts, k) in enumerate(rows):
+        if parts is None:
+            continue
+        lengths = [len(part) for part in parts]
+        if lengths != [k] * n_parts:
+            raise DataError(
+                f"there is one number per response of each of the reward's {n_parts} components",
+                received=f"lists of {lengths} numbers for {k} responses",
+                remedy="write the column again for these groups",
+                **place.of(table, number),
+            )
+        if any(np.isinf(part).any() for part in parts):
+            raise DataError(
+                "a component of a reward is a finite number, or NaN where it is missing",
+                received=parts,
+                remedy="score the group again",
+                **place.of(table, number),
+            )
+
+
 def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
     """Responses of each row, from the tokens or, where all rows store them, their lengths."""
     if "response_token_ids" in table.column_names:

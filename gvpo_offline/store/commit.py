@@ -194,6 +194,10 @@ class TaskLog:
         self.stage = stage
         self.folder = root / "commits" / stage
 
+    def exists(self, task: str) -> bool:
+        """Whether a task is committed; its files are not looked at."""
+        return (self.folder / f"{task}.json").exists()
+
     def committed(self, task: str) -> TaskRecord | None:
         """The record of a finished task whose files are all still good, or None.
 

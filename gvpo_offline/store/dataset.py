@@ -26,7 +26,14 @@ from gvpo_offline.schema import (
     Group,
     groups_from_table,
 )
-from gvpo_offline.store.columns import Place, check_present, check_scalars, conformed, sizes_of
+from gvpo_offline.store.columns import (
+    Place,
+    check_components,
+    check_present,
+    check_scalars,
+    conformed,
+    sizes_of,
+)
 from gvpo_offline.store.commit import verify_file
 from gvpo_offline.store.manifest import (
     FileEntry,
@@ -155,10 +162,16 @@ class GroupDataset:
                     file=place.file,
                 )
             for name in joined.column_names[1:]:
-                if sizes is not None and name != "ref_token_logprobs":
+                if sizes is not None and name == "components":
+                    check_components(joined, sizes, self._n_components, place)
+                elif sizes is not None and name != "ref_token_logprobs":
                     check_scalars(joined, name, sizes, place)
                 table = table.append_column(name, joined.column(name))
         return table
+
+    @property
+    def _n_components(self) -> int:
+        return 0 if self.rewards is None else len(self.rewards.components)
 
     def groups(self, row_group: int, columns: Sequence[str] = TRAINING_COLUMNS) -> list[Group]:
         """The groups of one row group with rewards and reference log-probs where joined."""

@@ -74,6 +74,9 @@ class RewardFamily(_Record):
     name: str
     version: int = 1
     config: dict[str, Any] = {}
+    components: list[str] = Field(
+        default=[], description="Names of the parts in the column `components`, in its order."
+    )
     files: list[Sidecar]
 
 

@@ -75,7 +75,9 @@ def validate(path: Path, progress: Progress) -> Validation:
     _check_totals(path, manifest.groups, counted)
     for number, rewards in enumerate(manifest.rewards):
         dataset = GroupDataset(path, manifest, rewards=rewards)
-        _check_sidecar(dataset, ["rewards"], progress, f"reward {rewards.name}@{rewards.version}")
+        _check_sidecar(
+            dataset, ["rewards", "components"], progress, f"reward {rewards.name}@{rewards.version}"
+        )
         files |= {entry.path for entry in dataset.files()}
         counted = survey(dataset) if number == 0 else counted
     for reference in manifest.references:

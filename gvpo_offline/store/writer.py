@@ -12,10 +12,10 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.rules import check_group
 from gvpo_offline.schema import (
     GROUPS_COLUMNS,
-    REWARDS_COLUMNS,
     Group,
     arrow_schema,
     groups_to_table,
+    rewards_schema,
     rewards_to_table,
 )
 from gvpo_offline.store.commit import TaskRecord, create_only, verify_file
@@ -41,6 +41,7 @@ def write_groups(
     groups: Iterable[Group],
     *,
     reward: str | None,
+    components: Sequence[str] = (),
     vocab_size: int | None = None,
     rows_per_row_group: int = ROWS_PER_ROW_GROUP,
 ) -> TaskRecord:
@@ -52,6 +53,8 @@ def write_groups(
         groups: the shard's rows, in order; each is held to `rules.check_group`. Only one row group
             of them is held at a time.
         reward: name of the reward family, whose values are `Group.rewards`.
+        components: names of the parts that the rewards were made of: `RewardFamily.components`, the
+            same ones for every shard. With any, each group has its `Group.components`.
         vocab_size: upper bound of the token ids, where known.
         rows_per_row_group: groups in a Parquet row group.
 
@@ -62,7 +65,7 @@ def write_groups(
         DataError: a group breaks a rule, or its id occurs twice.
         StorageError: no room.
     """
-    gate = _Gate(vocab_size, rewarded=reward is not None)
+    gate = _Gate(vocab_size, rewarded=reward is not None, n_components=len(components))
     rows = iter(groups)
     pieces = iter(lambda: list(itertools.islice(rows, rows_per_row_group)), [])
     entry = write_parquet(
@@ -71,26 +74,21 @@ def write_groups(
     base = BaseFile(**entry.model_dump(), n_responses=gate.n_responses, n_tokens=gate.n_tokens)
     sidecars = []
     if reward is not None:
-        sidecars.append(
-            write_sidecar(
-                root, f"rewards/{reward}", task, base, REWARDS_COLUMNS_SCHEMA, gate.rewards
-            )
-        )
+        schema = rewards_schema(components=bool(components))
+        sidecars.append(write_sidecar(root, f"rewards/{reward}", task, base, schema, gate.rewards))
     return TaskRecord(stage=stage, task=task, groups=[base], sidecars=sidecars)
-
-
-REWARDS_COLUMNS_SCHEMA = arrow_schema(REWARDS_COLUMNS)
 
 
 class _Gate:
     """Checks the groups of one shard as they pass, and keeps what its sidecar and record need."""
 
-    def __init__(self, vocab_size: int | None, *, rewarded: bool) -> None:
+    def __init__(self, vocab_size: int | None, *, rewarded: bool, n_components: int) -> None:
         self.n_responses = 0
         self.n_tokens = 0
         self.rewards: list[pa.Table] = []
         self._vocab_size = vocab_size
         self._rewarded = rewarded
+        self._n_components = n_components
         self._seen: set[str] = set()
 
     def admit(self, groups: Sequence[Group]) -> pa.Table:
@@ -108,16 +106,27 @@ class _Gate:
             self.n_responses += group.group_size
             self.n_tokens += group.n_tokens
         if self._rewarded:
-            self.rewards.append(_rewards(groups))
+            self.rewards.append(_rewards(groups, self._n_components))
         return groups_to_table(groups)
 
 
-def _rewards(groups: Sequence[Group]) -> pa.Table:
-    rewards = [group.rewards for group in groups]
-    if any(values is None for values in rewards):
-        missing = next(group for group in groups if group.rewards is None)
-        raise DataError("every response has a reward", received="none", group=missing.group_id)
-    return rewards_to_table([g.group_id for g in groups], [r for r in rewards if r is not None])
+def _rewards(groups: Sequence[Group], n_components: int) -> pa.Table:
+    rewards, components = [], []
+    for group in groups:
+        if group.rewards is None:
+            raise DataError("every response has a reward", received="none", group=group.group_id)
+        rewards.append(group.rewards)
+        found = 0 if group.components is None else len(group.components)
+        if found != n_components:
+            raise DataError(
+                f"every group has the reward's {n_components} components",
+                received=f"{found}",
+                group=group.group_id,
+            )
+        if group.components is not None:
+            components.append(group.components)
+    ids = [group.group_id for group in groups]
+    return rewards_to_table(ids, rewards, components if n_components else None)
 
 
 def write_sidecar(
@@ -165,13 +174,14 @@ def claim_folder(root: Path) -> None:
         )
 
 
-def publish(root: Path, build: Callable[[Manifest | None], Manifest]) -> Manifest:
-    """Write the next manifest version.
+def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> Manifest:
+    """Write the next manifest version, unless there is nothing to add.
 
     Args:
         root: the dataset's folder.
-        build: makes the next manifest from the newest (None if there is none). Called again if
-            another process published in the meantime, so that neither addition is lost.
+        build: makes the next manifest from the newest (None if there is none), or returns None
+            where the newest has all that there is to add. Called again if another process
+            published in the meantime, so that neither addition is lost.
 
     Raises:
         IntegrityError: a file that the new version names is missing or of another length.
@@ -181,7 +191,11 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest]) -> Manifes
         versions = manifest_versions(root)
         newest = load_manifest(root) if versions else None
         version = versions[-1] + 1 if versions else 1
-        manifest = build(newest).model_copy(update={"version": version})
+        built = build(newest)
+        if built is None:
+            assert newest is not None
+            return newest
+        manifest = built.model_copy(update={"version": version})
         for entry in manifest.groups:
             verify_file(root, entry, content=False)
         families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]

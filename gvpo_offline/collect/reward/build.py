@@ -1,0 +1,43 @@
+"""From settings to scorers."""
+
+from __future__ import annotations
+
+from gvpo_offline.collect.reward.family import FamilyScorer
+from gvpo_offline.collect.reward.functions import TrlScorer, VerlScorer
+from gvpo_offline.collect.reward.kinds import (
+    ExactSettings,
+    FunctionSettings,
+    MathSettings,
+    ModelSettings,
+    NumericSettings,
+    ScorerSettings,
+    VerlSettings,
+)
+from gvpo_offline.collect.reward.match import ExactScorer, NumericScorer
+from gvpo_offline.collect.reward.maths import MathScorer
+from gvpo_offline.collect.reward.model import ModelScorer
+from gvpo_offline.collect.reward.scorer import Scorer
+from gvpo_offline.store.dataset import GroupDataset
+
+
+def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
+    """The scorer of some settings, not started yet.
+
+    Raises:
+        ConfigError: the dataset lacks what it builds on.
+    """
+    match settings:
+        case FunctionSettings():
+            return TrlScorer(settings)
+        case VerlSettings():
+            return VerlScorer(settings)
+        case MathSettings():
+            return MathScorer(settings)
+        case ExactSettings():
+            return ExactScorer(settings)
+        case NumericSettings():
+            return NumericScorer(settings)
+        case ModelSettings():
+            return ModelScorer(settings)
+        case _:
+            return FamilyScorer(settings, dataset)

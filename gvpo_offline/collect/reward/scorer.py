@@ -1,0 +1,134 @@
+"""The seam: what a scorer is given, and what it gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.schema import FloatArray, IntArray
+
+__all__ = ["Case", "Message", "Scorer", "numbers", "settings_of"]
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A group as scorers see it.
+
+    Attributes:
+        group_id: its id.
+        prompt: the prompt as text, or None where it is messages.
+        messages: the prompt as chat messages, or None where it is text.
+        responses: k texts.
+        metadata: the further columns of the log.
+        response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
+        row_group: number of the row group; the cases of a call are all those of one, in order.
+        place: file, row and group, for errors.
+    """
+
+    group_id: str
+    prompt: str | None
+    messages: list[Message] | None
+    responses: tuple[str, ...]
+    metadata: dict[str, Any]
+    response_token_ids: tuple[IntArray, ...] | None = None
+    row_group: int = 0
+    place: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """k, the number of responses."""
+        return len(self.responses)
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The prompt as messages; one that is text is what a user says."""
+        return self.messages or [{"role": "user", "content": self.prompt}]
+
+    def column(self, name: str) -> Any:
+        """A column of the metadata: its name, or the way down to it (`reward_model.ground_truth`).
+
+        Raises:
+            DataError: the group has no such column.
+        """
+        if name in self.metadata:
+            return self.metadata[name]
+        value: Any = self.metadata
+        for step in name.split("."):
+            if not isinstance(value, dict) or step not in value:
+                raise DataError(
+                    f"the group's metadata has the column {name}",
+                    received=f"{', '.join(self.metadata) or 'no metadata'}",
+                    remedy="name a column that was kept at import (columns.keep)",
+                    **self.place,
+                )
+            value = value[step]
+        return value
+
+
+class Scorer(Protocol):
+    """One number, or a missing one, for each response of a group. Picklable; `start` loads.
+
+    Attributes:
+        further: names of numbers that are kept beside the one that counts.
+        needs_token_ids: whether cases must have response_token_ids.
+        counts: what it counts while it scores (answers that took too long).
+    """
+
+    further: tuple[str, ...]
+    needs_token_ids: bool
+    counts: Counter[str]
+
+    def identity(self) -> dict[str, Any]:
+        """What its numbers depend on, as JSON: its settings, the hash of its code or weights.
+
+        Raises:
+            ConfigError: the settings name something that is not there.
+        """
+
+    def start(self) -> None:
+        """Get ready in the process that is about to score."""
+
+    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+        """(1 + F, k) float64 for each case: the number that counts, then the further ones; NaN
+        where one is missing.
+
+        Raises:
+            DataError: names file, row and group.
+        """
+
+    def stop(self) -> None:
+        """End what `start` or `score` began; the end of the process ends it too."""
+
+
+class SimpleScorer:
+    """What most scorers have in common: nothing to load, nothing to count, one number."""
+
+    further: tuple[str, ...] = ()
+    needs_token_ids = False
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def start(self) -> None:
+        """Nothing to load."""
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+
+def settings_of(settings: Any) -> dict[str, Any]:
+    """The settings as JSON, without the weight, which is no scorer's business."""
+    described: dict[str, Any] = settings.model_dump(mode="json", exclude={"weight"})
+    return described
+
+
+def numbers(values: Sequence[float | None]) -> FloatArray:
+    """(1, k): one row of numbers, None as NaN."""
+    return np.array([values], np.float64)
