@@ -74,7 +74,7 @@ def add_sidecars(root: Path, *, reward: dict[str, Any] | None = None) -> Manifes
 
     lengths = written(
         "rewards/length",
-        arrow_schema(REWARDS_COLUMNS),
+        arrow_schema([column for column in REWARDS_COLUMNS if column.required]),
         lambda groups: rewards_to_table(
             [g.group_id for g in groups], [length_rewards(g) for g in groups]
         ),
