@@ -16,6 +16,9 @@ from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder
 
+# Stages whose records share the folder with an import's, as `sample` names them.
+SAMPLING_STAGES = ("prompts-", "sample-")
+
 # Only files whose names this stage gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
@@ -103,7 +106,8 @@ class OutputFolder:
         """
         commits = self.root / "commits"
         stages = [path.name for path in commits.iterdir()] if commits.exists() else []
-        others = sorted(name for name in stages if name != log.stage)
+        # What was sampled is this import's input, not another's work.
+        others = sorted(n for n in stages if n != log.stage and not n.startswith(SAMPLING_STAGES))
         if others:
             raise DataError(
                 "the output folder is empty, or holds what an interrupted run of this import left",

@@ -35,7 +35,7 @@ from gvpo_offline.collect.fragment import (
     prompt_key,
 )
 from gvpo_offline.collect.regroup import Spill, power_of_two
-from gvpo_offline.collect.sources import Source, find_sources
+from gvpo_offline.collect.sources import Log, Source, find_sources
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
@@ -101,8 +101,12 @@ def run_import(config: ImportConfig) -> Manifest:
     return import_log(config).manifest
 
 
-def import_log(config: ImportConfig) -> ImportResult:
+def import_log(config: ImportConfig, log: Log | None = None) -> ImportResult:
     """Import logs as `config` says, or find that this was done before.
+
+    Args:
+        config: the settings.
+        log: what to import instead of `config.inputs`.
 
     A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
     is an empty response all the same, and not a bare end token, unless `empty_responses: keep` says
@@ -118,7 +122,7 @@ def import_log(config: ImportConfig) -> ImportResult:
         IntegrityError: an input is damaged.
         StorageError: no room; committed shards are kept, and the same command goes on from there.
     """
-    return _Import(config).run()
+    return _Import(config, log).run()
 
 
 @dataclass
@@ -134,11 +138,12 @@ class _FirstPass:
 class _Import:
     """One run of the stage."""
 
-    def __init__(self, config: ImportConfig) -> None:
+    def __init__(self, config: ImportConfig, log: Log | None) -> None:
         self.config = config
-        self.format: LogFormat = find_format(config)
+        self.log = log
+        self.format: LogFormat = log.format if log else find_format(config)
         self.encoder: Encoder | None = load_encoder(config)
-        self.sources: list[Source] = find_sources(config.inputs)
+        self.sources: list[Source] = list(log.sources if log else find_sources(config.inputs))
         total = sum(source.text_bytes for source in self.sources)
         self.n_shards = power_of_two(total, config.shard_bytes)
         # Buckets bound the memory; how many there are changes nothing in the result.
@@ -333,14 +338,16 @@ class _Import:
                 file=self.sources[0].label,
             )
         sidecars = [sidecar for record in records for sidecar in record.sidecars]
+        read = [
+            {"path": source.file_name, "sha256": digest, "rows": rows}
+            for source, digest, rows in zip(self.sources, self.digests, first.rows, strict=True)
+        ]
+        settings = self.log.config if self.log else self._settings()
         step = LineageStep(
-            stage="import",
+            stage=self.log.stage if self.log else "import",
             package_version=__version__,
-            config={**self._settings(), "identity": identity},
-            inputs=[
-                {"path": source.file_name, "sha256": digest, "rows": rows}
-                for source, digest, rows in zip(self.sources, self.digests, first.rows, strict=True)
-            ],
+            config={**settings, "identity": identity},
+            inputs=[*(self.log.inputs if self.log else ()), *read],
             counts=counts,
         )
 

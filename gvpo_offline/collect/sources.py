@@ -12,6 +12,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gvpo_offline.collect.arrays import to_rows
-from gvpo_offline.collect.formats import Row
+from gvpo_offline.collect.formats import LogFormat, Row
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file, sha256_json
 
@@ -272,6 +273,25 @@ class DatasetRows(Source):
                     remedy="save the data set again",
                     file=path,
                 ) from error
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is imported, where a stage has made it itself.
+
+    Attributes:
+        stage: the stage, as the dataset's lineage calls it.
+        config: its settings, likewise.
+        inputs: what it was made from, likewise.
+        sources: its rows.
+        format: how they become fragments.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    sources: Sequence[Source]
+    format: LogFormat
 
 
 def find_sources(inputs: Sequence[str] | str) -> list[Source]:

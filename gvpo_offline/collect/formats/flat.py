@@ -69,7 +69,7 @@ class FlatFormat:
             return record[name]
 
         prompt_ids = value("prompt_token_ids")
-        prompt, messages = _prompt(value("prompt", optional=prompt_ids is not None))
+        prompt, messages = prompt_of(value("prompt", optional=prompt_ids is not None))
         ids = value("response_token_ids")
         texts, all_ids, many = _responses(value("response", optional=ids is not None), ids)
         n = len(texts)
@@ -110,7 +110,7 @@ class FlatFormat:
             if name not in record:
                 raise _missing("columns.keep", name, record, source)
         kept = {name: record[name] for name in self._names.keep}
-        return json.dumps(kept, default=_plain, allow_nan=True)
+        return json.dumps(kept, default=plain, allow_nan=True)
 
 
 def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:
@@ -124,7 +124,8 @@ def _missing(setting: str, name: str, record: Record, source: InputInfo) -> Data
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON can say it."""
     return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
@@ -146,8 +147,12 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and "role" in value
 
 
-def _prompt(value: Any) -> tuple[str | None, str | None]:
-    """A prompt as (text, messages in JSON), one of them None."""
+def prompt_of(value: Any) -> tuple[str | None, str | None]:
+    """A prompt as (text, messages in JSON), one of them None.
+
+    Raises:
+        DataError: it is neither text nor messages; without a place, which the caller knows.
+    """
     if value is None:
         return None, None
     if isinstance(value, str):
@@ -170,7 +175,7 @@ def _prompt(value: Any) -> tuple[str | None, str | None]:
         {key: part for key, part in message.items() if part is not None or key == "content"}
         for message in value
     ]
-    return None, _text(json.dumps(messages, ensure_ascii=False, default=_plain))
+    return None, _text(json.dumps(messages, ensure_ascii=False, default=plain))
 
 
 def _response(value: Any) -> str | None:
