@@ -30,12 +30,17 @@ class OutputFolder:
     Entering claims and locks it (the lock goes with the process, however that ends); leaving
     removes it again if it was made here and is empty.
 
+    Args:
+        root: the folder.
+        wait: whether to wait for another import there to end, instead of refusing.
+
     Raises:
         DataError: it holds something else, or another import is at work there.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, wait: bool = False) -> None:
         self.root = root
+        self._lock = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         self._made = False
         self._handle: int | None = None
 
@@ -44,7 +49,7 @@ class OutputFolder:
         claim_folder(self.root)
         self._handle = os.open(self.root, os.O_RDONLY)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._handle, self._lock)
         except BlockingIOError as error:
             os.close(self._handle)
             raise DataError(

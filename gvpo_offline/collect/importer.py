@@ -152,7 +152,9 @@ class _Import:
 
     def run(self) -> ImportResult:
         """See `import_log`."""
-        with OutputFolder(Path(self.config.output_dir)) as folder:
+        # Of several processes that end a stage together, one makes the dataset.
+        wait = self.log is not None
+        with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
             self._hash_inputs()
             identity = self._identity()
             finished = folder.finished(identity)

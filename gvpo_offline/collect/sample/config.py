@@ -11,11 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from gvpo_offline.config import ModelSettings, required
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.rules import MIN_GROUP_SIZE
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -45,7 +42,7 @@ class SamplingSettings:
 
     # Settings that decide how the work is done, and nothing of what comes out.
     operational: ClassVar[frozenset[str]] = frozenset()
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         for name in ("responses", "max_new_tokens", "repetition_penalty"):
@@ -229,6 +226,8 @@ class SampleConfig:
         required("inputs", self.inputs)
         required("samplers", list(self.samplers))
         _check("prompts_per_task", self.prompts_per_task, self.prompts_per_task > 0, "positive")
+        from gvpo_offline.rules import MIN_GROUP_SIZE
+
         total = sum(settings.responses for settings in self.parsed().values())
         if total < MIN_GROUP_SIZE:
             raise ConfigError(
@@ -248,6 +247,8 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
     Raises:
         ConfigError: the name, the kind or a setting is none.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     if not _NAME.fullmatch(name):
         raise ConfigError(
             "a sampler's name, which also names a folder, has letters, digits, '_', '-', '.' only",

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from gvpo_offline.errors import DataError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import splitmix64
 from gvpo_offline.schema import IntArray
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # Rows that may be idle before the batch is made anew, as a share of it.
 _IDLE = 8
 _MANTISSA_BITS = 52
+_CACHES = ("past_key_values", "cache_params")
+_PROBE = np.array([7, 3, 11, 5, 13], np.int32)
+_PROBE_TOLERANCE = 0.25  # of the logits' standard deviation: above bfloat16's rounding
 
 
 @dataclass(slots=True, eq=False)
@@ -134,6 +137,36 @@ class Decoder:
         self._max_tokens = max_batch_tokens
         taken = inspect.signature(model.forward).parameters
         self._optional = {name for name in ("position_ids", "logits_to_keep") if name in taken}
+        # A model that calls its cache otherwise takes no notice of one of this name.
+        self._cache = next((name for name in _CACHES if name in taken), _CACHES[0])
+
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Raise ConfigError unless a padded batch goes on from its cache as whole texts would.
+
+        Models differ in where they keep their state and in whether they heed padding, and one that
+        does not fit goes wrong without a word.
+        """
+        prompts = [_PROBE[:3], _PROBE]
+        try:
+            rows = self._prefill([Draft(prompt, seed=0) for prompt in prompts])
+            positions_B1 = rows.mask_BT.sum(-1, keepdim=True) - 1
+            found_BV = self._forward(rows.ids_BT[:, -1:], rows.mask_BT, positions_B1, rows.cache)
+            for row, draft in enumerate(rows.drafts):
+                text_1T = torch.tensor([[*draft.prompt.tolist(), *draft.ids]])
+                logits = self._model(input_ids=text_1T.to(self._model.device), use_cache=False)
+                expected_V = logits.logits[0, -1].float()
+                off = float((found_BV[row] - expected_V).abs().max() / expected_V.std())
+                if not off < _PROBE_TOLERANCE:
+                    raise ValueError(f"logits that are off by {off:.2f} of their spread")
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(
+                "a model goes on from its cache, in a padded batch, as from the whole text",
+                received=f"{type(self._model).__name__}: {error}",
+                remedy="serve the model and sample with kind: openai",
+            ) from error
 
     @torch.inference_mode()
     def run(self, drafts: Sequence[Draft]) -> Iterator[Draft]:
@@ -199,8 +232,8 @@ class Decoder:
         found = self._model(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache: cache},
             **{name: options[name] for name in self._optional},
         )
         logits: Tensor = found.logits[:, -1].float()

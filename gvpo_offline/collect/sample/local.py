@@ -79,7 +79,8 @@ class TransformersSampler:
         """Load the model.
 
         Raises:
-            ConfigError: it cannot be loaded, or has no end token.
+            ConfigError: it cannot be loaded, has no end token, or keeps its state in a way that
+                batches cannot be made of.
         """
         from gvpo_offline.collect.sample.decode import Decoder
         from gvpo_offline.compute.model import default_device, disable_dropout, load_model
@@ -97,6 +98,7 @@ class TransformersSampler:
             batch_size=settings.batch_size,
             max_batch_tokens=settings.max_batch_tokens,
         )
+        self._decoder.probe()
 
     def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
         """All of them.

@@ -6,7 +6,7 @@ that the rounds before recorded as failed. A round is a committed file and never
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.collect.arrays import from_arrays, to_rows
-from gvpo_offline.schema import IntArray
+from gvpo_offline.schema import IntArray, column_array, split_list
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
 
@@ -33,6 +33,7 @@ _SCHEMA = pa.schema(
     ]
 )
 Key = tuple[int, int]
+_LOGPROBS = "token_logprobs"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,22 +85,25 @@ class SampleLog:
                 break
         return records
 
-    def read(self, records: Sequence[TaskRecord]) -> dict[Key, Sample]:
+    def read(self, records: Sequence[TaskRecord], *, logprobs: bool = False) -> dict[Key, Sample]:
         """The newest word on every response of some rounds, in order of prompt and number.
+
+        Args:
+            records: of the rounds, in order.
+            logprobs: whether to read the tokens' log-probs too.
 
         Raises:
             IntegrityError: a file is missing or was altered.
         """
         found: dict[Key, Sample] = {}
+        names = [name for name in _SCHEMA.names if logprobs or name != _LOGPROBS]
         for record in records:
             entry = record.files[0]
             path = self.root / entry.path
             with open_parquet(path, entry.footer_sha256) as file:
                 for number in range(len(entry.row_groups)):
-                    table = read_row_group(file, path, number, _SCHEMA.names).combine_chunks()
-                    columns = [to_rows(table.column(name).chunk(0)) for name in _SCHEMA.names]
-                    rows = (Sample(*row) for row in zip(*columns, strict=True))
-                    found.update((sample.key, sample) for sample in rows)
+                    table = read_row_group(file, path, number, names)
+                    found.update((sample.key, sample) for sample in _samples(table))
         return dict(sorted(found.items()))
 
     def write(self, task: str, samples: Sequence[Sample]) -> TaskRecord:
@@ -119,6 +123,19 @@ class SampleLog:
 def task_name(chunk: int, round_: int) -> str:
     """The name of a round of a task in the commit log."""
     return f"{chunk:06d}" if round_ == 0 else f"{chunk:06d}-{round_}"
+
+
+def _samples(table: pa.Table) -> Iterator[Sample]:
+    columns = {}
+    for name in table.column_names:
+        column = column_array(table, name)
+        columns[name] = to_rows(column)
+        if name == _LOGPROBS:
+            valid = column.is_valid().to_pylist()
+            pairs = zip(split_list(column), valid, strict=True)
+            columns[name] = [row if ok else None for row, ok in pairs]
+    for row in zip(*columns.values(), strict=True):
+        yield Sample(**dict(zip(columns, row, strict=True)))
 
 
 def _table(samples: Sequence[Sample]) -> pa.Table:

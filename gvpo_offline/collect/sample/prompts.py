@@ -36,6 +36,7 @@ from gvpo_offline.tokenizer import tokenizer_info
 _VERSION = 1
 _TASK = "prompts"
 _AT_ONCE = 256
+_LONGEST = "longest_prompt_tokens"
 T = TypeVar("T")
 _SCHEMA = pa.schema(
     [
@@ -124,36 +125,41 @@ def prepare_prompts(
     sources = find_sources(config.inputs)
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
+    drops = config.overlong_prompts == "drop"
     identity = sha256_json(
         {
             "version": _VERSION,
             "inputs": [[s.file_name, digest] for s, digest in zip(sources, digests, strict=True)],
             "settings": [getattr(config, name) for name in _SETTINGS],
-            "limits": dict(limits),
+            "limit": min(limits.values(), default=None) if drops else None,
             "tokenizer": tokenizer_info(encoder.tokenizer).fingerprint,
         }
     )
     log = TaskLog(root, f"prompts-{identity[:12]}")
     _refuse_others(log)
     record = log.committed(_TASK)
+    reader = _Reader(config, encoder, limits, sources)
     if record is None:
-        reader = _Reader(config, encoder, limits, sources)
         entry = write_parquet(root, "prompts", _TASK, _SCHEMA, map(_table, reader.chunks()))
         if not entry.row_groups:
             raise DataError(
                 "there is at least 1 prompt",
-                received="none" if not reader.counts else f"{dict(reader.counts)}",
+                received=", ".join(f"{k} {n}" for k, n in reader.counts.items()) or "none",
                 remedy="check the inputs",
                 file=sources[0].label,
             )
-        counts = {name: reader.counts[name] for name in sorted(reader.counts)}
+        counts = dict(sorted(reader.counts.items()))
         record = TaskRecord(stage=log.stage, task=_TASK, files=[entry], counts=counts)
         record = log.commit(record)
+    elif record.counts[_LONGEST] > min(limits.values(), default=record.counts[_LONGEST]):
+        for _ in reader.chunks():  # a sampler was added: says which prompt is too long for it
+            pass
     inputs = [
         {"path": source.file_name, "sha256": digest}
         for source, digest in zip(sources, digests, strict=True)
     ]
-    return PromptFile(root, record.files[0], record.counts, inputs)
+    dropped = {name: n for name, n in record.counts.items() if name != _LONGEST}
+    return PromptFile(root, record.files[0], dropped, inputs)
 
 
 _SETTINGS = (
@@ -223,7 +229,7 @@ class _Reader:
         self._encoder = encoder
         self._limits = limits
         self._sources = sources
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # prompts left out, and the longest of the rest
 
     def chunks(self) -> Iterator[list[Prompt]]:
         """The prompts, those of one task at a time."""
@@ -324,6 +330,7 @@ class _Reader:
             raise DataError("a prompt needs at least 1 token", received=row.prompt, **row.place)
         tight = [name for name, limit in self._limits.items() if len(ids) > limit]
         if not tight:
+            self.counts[_LONGEST] = max(self.counts[_LONGEST], len(ids))
             return True
         if self._config.overlong_prompts == "error":
             limit = self._limits[tight[0]]
