@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import time
@@ -19,7 +20,7 @@ from importing import content, read_groups, write_jsonl
 from sampling import all_samples, config, local, prompt_rows
 
 from gvpo_offline.collect.sample.log import SampleLog
-from gvpo_offline.collect.sample.run import run_sample
+from gvpo_offline.collect.sample.run import _Run, run_sample
 from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import load_manifest
@@ -250,6 +251,18 @@ def test_killed_at_any_moment_and_repeated(
     # What attempts left that lost is swept: 24 tasks of each sampler, a file each.
     assert len(all_samples(root, "st")) == 48
     assert len(list((root / "prompts").iterdir())) == 1
+
+
+def test_a_stage_travels_to_a_worker(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Pickled before it starts, it writes the same file as in the process that made it."""
+    samplers = {"s": local(tiny_model_dir)}
+    run_sample(config(tmp_path, tiny_model_dir, samplers, n=4))
+    again = config(tmp_path, tiny_model_dir, samplers, n=4, output_dir=str(tmp_path / "other"))
+    stage = pickle.loads(pickle.dumps(_Run(again, tmp_path / "other").stages["s"]))
+    assert [task.size for task in stage.tasks()] == [9, 3]  # 3 and 1 prompts
+    stage.start()
+    records = [stage.work(task) for task in reversed(stage.tasks())]
+    assert [(tmp_path / "data" / record.files[0].path).exists() for record in records] == [True] * 2
 
 
 def test_no_room_keeps_what_is_committed(

@@ -77,7 +77,7 @@ class TransformersSettings(SamplingSettings, ModelSettings):
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"model_name_or_path"})
+    operational: ClassVar[frozenset[str]] = frozenset({"model_name_or_path", "chat_template"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

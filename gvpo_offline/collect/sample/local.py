@@ -14,7 +14,7 @@ from gvpo_offline.collect.sample.dialect import Dialect, Speech
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.stage import Facts, Wanted
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.hashing import sha256_file
+from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.tokenizer import load_policy_tokenizer
 
 if TYPE_CHECKING:
@@ -69,10 +69,14 @@ class TransformersSampler:
     def facts(self) -> Facts:
         """The model's context and its weights."""
         settings = self._settings
-        return model_facts(
+        facts = model_facts(
             settings.model_name_or_path,
             settings.model_revision,
             remote_code=settings.trust_remote_code,
+        )
+        template = load_policy_tokenizer(settings).chat_template
+        return Facts(
+            facts.context_length, {**facts.identity, "chat_template": sha256_json(template)}
         )
 
     def start(self) -> None:

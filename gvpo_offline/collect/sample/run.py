@@ -99,7 +99,7 @@ def run_sample(config: SampleConfig) -> SampleResult:
             request.
         StorageError: no room; committed tasks stay.
     """
-    root = Path(config.output_dir)
+    root = Path(config.output_dir).resolve()  # workers may have another working folder
     claim_folder(root)
     run = _Run(config, root)
     if (finished := run.finished()) is not None:
@@ -107,12 +107,12 @@ def run_sample(config: SampleConfig) -> SampleResult:
     for name, stage in run.stages.items():
         if getattr(run.settings[name], "results", True):  # nothing to read, nothing to do
             run_stage(stage, show_progress=config.show_progress)
-    gaps = run.result(None)
+    found = run.result(None)
     # What was never asked for is not what `gaps: drop` means.
     asked = all(stage.asked for stage in run.stages.values())
-    if gaps.n_gaps and not (config.gaps == "drop" and asked):
-        return run.with_requests(gaps)
-    return run.result(run.publish())
+    if found.n_gaps and not (config.gaps == "drop" and asked):
+        return run.with_requests(found)
+    return replace(found, manifest=run.publish(found))
 
 
 class _Run:
@@ -204,18 +204,21 @@ class _Run:
         }
         return SampleResult(manifest, responses, gaps, self.prompts.counts)
 
-    def publish(self) -> Manifest:
-        """Make the dataset, and remove what attempts left that lost."""
-        logs = [stage.log for stage in self.stages.values()]
+    def publish(self, found: SampleResult) -> Manifest:
+        """Make the dataset of what there is, and remove what attempts left that lost."""
+        given = [name for name, n in found.responses.items() if n]
         settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_RECORDED}
+        missing = {name: causes.total() for name, causes in found.gaps.items()}
         log = Log(
             stage="sample",
-            config={**settings, "sampling": self.identity},
+            config={**settings, "sampling": self.identity, "missing": missing},
             inputs=self.prompts.inputs,
-            sources=[SampledRows(self.prompts, log) for log in logs],
+            sources=[SampledRows(self.prompts, self.stages[name].log) for name in given],
             format=SampledFormat(),
         )
-        manifest = import_log(self._import_config(), log).manifest
+        described = self._import_config()
+        samplers = {name: described.samplers[name] for name in given}
+        manifest = import_log(replace(described, samplers=samplers), log).manifest
         _sweep(self.root)
         return manifest
 
