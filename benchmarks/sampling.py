@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/sampling.py
 
-The loop takes the prompts in their order, as many as fill the same batch with their k responses, and
-pads them on the right. The model is random, so that lengths can be chosen: in `spread` one token in
-50 ends a response, in `full` none does and all are cut at 256 tokens. One thread, CPU seconds. Prints,
-also as one JSON object on its last line, responses a second of both, and
+The loop takes the prompts in their order, as many as fill the same batch with their k responses,
+and pads them on the right. The model is random, so that lengths can be chosen: in `spread` one
+token in 50 ends a response, in `full` none does and all are cut at 256 tokens. One thread, CPU
+seconds. Prints, also as one JSON object on its last line, responses a second of both, and
 `sample_speedup_vs_generate`, their ratio where lengths spread; `sample_speedup_full` likewise.
 """
 

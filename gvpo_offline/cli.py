@@ -191,8 +191,8 @@ COMMANDS: dict[str, Command] = {
         "Draw k responses to each prompt, from models, servers or batch files.",
         _run_sample,
         (SampleConfig,),
-        "The kinds of samplers and their settings: docs/sampling.md. Example: gvpo-offline sample "
-        "--config sample.yaml",
+        "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
+        "settings: docs/sampling.md",
     ),
     "reference": Command(
         "Score every response under the reference policy; the result is kept with the dataset.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,14 @@ def write_requests(folder: Path, settings: BatchSettings, wanted: Iterable[Wante
     """
     paths: list[Path] = []
     lines = (_request(settings, each) for each in wanted)
-    for number in itertools.count():
-        piece = list(itertools.islice(lines, settings.requests_per_file))
-        if not piece:
-            return paths
+    for head in lines:
+        piece = itertools.chain([head], itertools.islice(lines, settings.requests_per_file - 1))
 
-        def write(path: Path, piece: list[str] = piece) -> None:
-            path.write_text("".join(piece), encoding="utf-8")
+        def write(path: Path, piece: Iterable[str] = piece) -> None:
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(piece)
 
-        paths.append(write_hashed(folder, f"requests-{number:05d}", ".jsonl", write)[0])
+        paths.append(write_hashed(folder, f"requests-{len(paths):05d}", ".jsonl", write)[0])
     return paths
 
 
@@ -120,7 +120,7 @@ class _Results:
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._paths: list[Path] = []
-        keys, places = [], []
+        keys, places = array("Q"), array("q")
         for source in find_sources(patterns):
             if not isinstance(source, JsonLines) or source.label.endswith(".gz"):
                 raise DataError(
@@ -128,7 +128,7 @@ class _Results:
                 )
             for offset, name in _ids(source.files[0]):
                 keys.append(text_key(name))
-                places.append((len(self._paths), offset))
+                places.extend((len(self._paths), offset))
             self._paths.append(source.files[0])
         self._keys = np.array(keys, np.uint64)
         self._places = np.array(places, np.int64).reshape(-1, 2)
