@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
 from gvpo_offline.collect.reward.config import RewardConfig
+from gvpo_offline.collect.sample.config import SampleConfig
 from gvpo_offline.config import (
     CommonTrainingSettings,
     DataSettings,
@@ -30,7 +31,7 @@ from gvpo_offline.config import (
     RunSettings,
     ValidateConfig,
 )
-from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.errors import ConfigError, DataError, GVPOError
 from gvpo_offline.version import __version__
 
 Record = TypeVar("Record")
@@ -93,6 +94,26 @@ def _run_import(values: dict[str, Any]) -> None:
     values["columns"] = Columns(**values["columns"])
     print("\n".join(import_log(_filled(ImportConfig, values)).lines()))
     print(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
+
+
+def _run_sample(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.sample.run import run_sample
+
+    engine = _filled(EngineSettings, values)
+    result = run_sample(_filled(SampleConfig, values), engine)
+    print("\n".join(result.lines()))
+    if result.manifest is None and engine.shard and not result.asked:
+        print("this shard is done; whichever draws the last responses makes the dataset")
+        return
+    if result.manifest is None:
+        asked = result.n_gaps + sum(result.responses.values())
+        raise DataError(
+            "a dataset is made once every response is there",
+            received=f"{result.n_gaps} of {asked} missing",
+            remedy="run the same command again, which asks for these alone, or leave them out "
+            "(gaps: drop)",
+        )
+    print(f"next: gvpo-offline reward --dataset {values['output_dir']} …")
 
 
 def _run_merge(values: dict[str, Any]) -> None:
@@ -197,6 +218,13 @@ COMMANDS: dict[str, Command] = {
         (ImportConfig,),
         "Example: gvpo-offline import --inputs 'logs/*.jsonl' --tokenizer_name_or_path model "
         "--output_dir data --columns.reward score",
+    ),
+    "sample": Command(
+        "Draw k responses to each prompt, from models, servers or batch files.",
+        _run_sample,
+        (SampleConfig, EngineSettings),
+        "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
+        "settings: docs/sampling.md",
     ),
     "reward": Command(
         "Score every response by functions, rules or models; the result is kept with the dataset.",

@@ -189,7 +189,12 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _serve() -> None:
+    import openai  # noqa: F401
+
     import gvpo_offline.collect.reference
+    import gvpo_offline.collect.sample.local
+    import gvpo_offline.collect.sample.run
+    import gvpo_offline.collect.sample.server
     import gvpo_offline.commands.evaluate
     import gvpo_offline.commands.train  # noqa: F401
 

@@ -12,7 +12,7 @@ from importing import config
 from gvpo_offline.collect.formats import LeavesOut, find_format
 from gvpo_offline.collect.fragment import Fragment
 from gvpo_offline.collect.importer import import_log
-from gvpo_offline.collect.sources import find_sources
+from gvpo_offline.collect.inputs import find_sources
 from gvpo_offline.errors import GVPOError
 
 

@@ -32,6 +32,7 @@ from gvpo_offline.version import __version__
 
 COMMANDS = (
     "import",
+    "sample",
     "reward",
     "reference",
     "merge",

@@ -29,7 +29,8 @@ import gvpo_offline.collect.formats as formats
 import gvpo_offline.collect.importer as importer
 import gvpo_offline.collect.regroup as regroup
 from gvpo_offline.collect.importer import import_log, run_import
-from gvpo_offline.collect.sources import DatasetRows, find_sources
+from gvpo_offline.collect.inputs import find_sources
+from gvpo_offline.collect.sources import DatasetRows
 from gvpo_offline.config import Columns
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_file, text_key

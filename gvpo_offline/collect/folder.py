@@ -16,13 +16,20 @@ from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder
 
+# Stages whose records share the folder with an import's, as `sample` names them.
+SAMPLING_STAGES = ("prompts-", "sample-")
+
 # Only files whose names this stage gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
 
 
-def lock_folder(root: Path) -> int | None:
+def lock_folder(root: Path, *, wait: bool = False) -> int | None:
     """Lock a dataset's folder against everybody else who writes groups into it.
+
+    Args:
+        root: the folder.
+        wait: whether to wait for the lock, instead of refusing.
 
     Returns:
         A handle; closing it, or the end of the process, frees the lock. None on a file system
@@ -33,7 +40,7 @@ def lock_folder(root: Path) -> int | None:
     """
     handle = os.open(root, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
         raise DataError(
@@ -54,19 +61,24 @@ class OutputFolder:
     Entering claims and locks it (the lock goes with the process, however that ends); leaving
     removes it again if it was made here and is empty.
 
+    Args:
+        root: the folder.
+        wait: whether to wait for another import there to end, instead of refusing.
+
     Raises:
         DataError: it holds something else, or another import is at work there.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, wait: bool = False) -> None:
         self.root = root
+        self._wait = wait
         self._made = False
         self._handle: int | None = None
 
     def __enter__(self) -> OutputFolder:
         self._made = not self.root.exists()
         claim_folder(self.root)
-        self._handle = lock_folder(self.root)
+        self._handle = lock_folder(self.root, wait=self._wait)
         return self
 
     def __exit__(
@@ -118,7 +130,8 @@ class OutputFolder:
         """
         commits = self.root / "commits"
         stages = [path.name for path in commits.iterdir()] if commits.exists() else []
-        others = sorted(name for name in stages if name != log.stage)
+        # What was sampled is this import's input, not another's work.
+        others = sorted(n for n in stages if n != log.stage and not n.startswith(SAMPLING_STAGES))
         if others:
             raise DataError(
                 "the output folder is empty, or holds what an interrupted run of this import left",

@@ -34,8 +34,10 @@ from gvpo_offline.collect.fragment import (
     located,
     prompt_key,
 )
+from gvpo_offline.collect.inputs import find_sources
+from gvpo_offline.collect.outcome import SAID, ImportResult
 from gvpo_offline.collect.regroup import Spill, power_of_two
-from gvpo_offline.collect.sources import Source, find_sources
+from gvpo_offline.collect.sources import Log, Source
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
@@ -55,58 +57,17 @@ _RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ImportResult:
-    """What an import made.
-
-    Attributes:
-        manifest: the dataset's.
-        counts: rows, responses, groups, tokens; and what was dropped or cut, by reason.
-        already_imported: the folder held this very import, and nothing was done.
-    """
-
-    manifest: Manifest
-    counts: dict[str, int]
-    already_imported: bool
-
-    def lines(self) -> list[str]:
-        """The result for people, one fact a line."""
-        counts = {name: f"{n:,}" for name, n in self.counts.items()}
-        head = "nothing to do, the folder holds this very import"
-        lines = [f"import: {head if self.already_imported else 'done'}"]
-        lines.append(
-            f"  {counts['rows']} rows: {counts['groups']} groups, {counts['responses']} responses, "
-            f"{counts['tokens']} tokens"
-        )
-        lines.append(f"  samplers: {', '.join(sorted(self.manifest.samplers))}")
-        for name, text in _SAID.items():
-            if self.counts.get(name):
-                lines.append(f"  {counts[name]} {text}")
-        return lines
-
-
-_SAID = {
-    "truncated_responses": "responses are marked as truncated",
-    "cut_overlong_responses": "responses were cut to max_length (overlong: truncate)",
-    "dropped_overlong_responses": "responses over max_length were dropped",
-    "dropped_overlong_prompts": "groups were dropped: their prompt leaves no room in max_length",
-    "dropped_empty_responses": "empty responses were dropped (empty_responses: drop)",
-    "dropped_unrewarded_responses": "responses without a reward were dropped "
-    "(missing_rewards: drop)",
-    "dropped_singletons": "groups with a single response were dropped (singletons: drop)",
-    "dropped_failed_responses": "responses that failed were dropped (failed_responses: drop)",
-    "dropped_repeated_responses": "responses were left out: the log repeats an earlier step's",
-    "dropped_groups_without_responses": "groups were dropped: none of their responses was left",
-}
-
-
 def run_import(config: ImportConfig) -> Manifest:
     """`import_log` for callers who want the dataset only."""
     return import_log(config).manifest
 
 
-def import_log(config: ImportConfig) -> ImportResult:
+def import_log(config: ImportConfig, log: Log | None = None) -> ImportResult:
     """Import logs as `config` says, or find that this was done before.
+
+    Args:
+        config: the settings.
+        log: what to import instead of `config.inputs`.
 
     A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
     is an empty response all the same, and not a bare end token, unless `empty_responses: keep` says
@@ -122,7 +83,7 @@ def import_log(config: ImportConfig) -> ImportResult:
         IntegrityError: an input is damaged.
         StorageError: no room; committed shards are kept, and the same command goes on from there.
     """
-    return _Import(config).run()
+    return _Import(config, log).run()
 
 
 @dataclass
@@ -140,11 +101,12 @@ class _FirstPass:
 class _Import:
     """One run of the stage."""
 
-    def __init__(self, config: ImportConfig) -> None:
+    def __init__(self, config: ImportConfig, log: Log | None) -> None:
         self.config = config
-        self.format: LogFormat = find_format(config)
+        self.log = log
+        self.format: LogFormat = log.format if log else find_format(config)
         self.encoder: Encoder | None = load_encoder(config)
-        self.sources: list[Source] = find_sources(config.inputs)
+        self.sources: list[Source] = list(log.sources if log else find_sources(config.inputs))
         total = sum(source.text_bytes for source in self.sources)
         self.n_shards = power_of_two(total, config.shard_bytes)
         # Buckets bound the memory; how many there are changes nothing in the result.
@@ -154,7 +116,9 @@ class _Import:
 
     def run(self) -> ImportResult:
         """See `import_log`."""
-        with OutputFolder(Path(self.config.output_dir)) as folder:
+        # Of several processes that end a stage together, one makes the dataset.
+        wait = self.log is not None
+        with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
             self._hash_inputs()
             identity = self._identity()
             finished = folder.finished(identity)
@@ -353,16 +317,18 @@ class _Import:
         family = RewardFamily(
             name=self.config.reward_name, components=sorted(first.components), files=sidecars
         )
+        read = [
+            {"path": source.file_name, "sha256": digest, "rows": rows, **beside}
+            for source, digest, rows, beside in zip(
+                self.sources, self.digests, first.rows, self.beside, strict=True
+            )
+        ]
+        settings = self.log.config if self.log else self._settings()
         step = LineageStep(
-            stage="import",
+            stage=self.log.stage if self.log else "import",
             package_version=__version__,
-            config={**self._settings(), "identity": identity},
-            inputs=[
-                {"path": source.file_name, "sha256": digest, "rows": rows, **beside}
-                for source, digest, rows, beside in zip(
-                    self.sources, self.digests, first.rows, self.beside, strict=True
-                )
-            ],
+            config={**settings, "identity": identity},
+            inputs=[*(self.log.inputs if self.log else ()), *read],
             counts=counts,
         )
 
@@ -394,4 +360,4 @@ def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
     dropped: Counter[str] = Counter(first.left_out)
     for record in records:
         dropped.update(record.counts)
-    return {**counts, **{name: dropped[name] for name in _SAID}}
+    return {**counts, **{name: dropped[name] for name in SAID}}

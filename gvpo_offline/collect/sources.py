@@ -1,17 +1,16 @@
-"""The inputs of an import: finding them, naming their content by hash, streaming their rows.
+"""The inputs of an import: naming their content by hash, streaming their rows.
 
 Every input is read from front to back in pieces of bounded size, whatever its own size.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
-import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gvpo_offline.collect.arrays import to_rows
-from gvpo_offline.collect.formats import Row
-from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.collect.formats import LogFormat, Row
+from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file, sha256_json
 
 if TYPE_CHECKING:
@@ -28,13 +27,10 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], Any]
 
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_PARQUET_SUFFIXES = (".parquet", ".pq")
 _GZIP_FACTOR = 5
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 4096
 _REPORT_LINES = 256
-_HUB_PREFIX = "hf:"
 
 
 class Source(ABC):
@@ -280,106 +276,20 @@ class DatasetRows(Source):
                 ) from error
 
 
-def find_sources(inputs: Sequence[str] | str) -> list[Source]:
-    """The inputs that paths, globs and hub names stand for, in order; one file is read once.
+@dataclass(frozen=True)
+class Log:
+    """What is imported, where a stage has made it itself.
 
-    Raises:
-        DataError: a path or glob that matches nothing.
-        ConfigError: an input of a kind that is not read here.
-        IntegrityError: a Parquet file whose footer cannot be read.
+    Attributes:
+        stage: the stage, as the dataset's lineage calls it.
+        config: its settings, likewise.
+        inputs: what it was made from, likewise.
+        sources: its rows.
+        format: how they become fragments.
     """
-    sources: list[Source] = []
-    seen: set[str] = set()
-    for pattern in [inputs] if isinstance(inputs, str) else inputs:
-        if pattern.startswith(_HUB_PREFIX):
-            sources.append(_hub(pattern))
-            continue
-        for path in _matches(pattern):
-            if (real := os.path.realpath(path)) not in seen:
-                seen.add(real)
-                sources.append(_open_path(path))
-    return sources
 
-
-def _matches(pattern: str) -> list[Path]:
-    expanded = os.path.expanduser(pattern)
-    if os.path.exists(expanded):
-        return [Path(expanded)]
-    found = sorted(glob.glob(expanded, recursive=True))
-    if not found:
-        raise DataError(
-            "an input names at least one file",
-            received=f"{pattern!r}, which matches nothing under {os.getcwd()}",
-            remedy="correct the path or the pattern",
-            file=pattern,
-        )
-    return [Path(path) for path in found]
-
-
-def _open_path(path: Path) -> Source:
-    if path.is_dir():
-        return _saved(path)
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    if plain.suffix in _JSON_SUFFIXES:
-        return JsonLines(str(path), plain.stem, path)
-    if path.suffix in _PARQUET_SUFFIXES:
-        return ParquetRows(str(path), path.stem, path)
-    raise ConfigError(
-        "an input is JSON lines (.jsonl, .ndjson, .json, each perhaps with .gz), Parquet "
-        "(.parquet, .pq), or a folder saved by `datasets`",
-        received=path.name,
-        remedy="convert or rename the file, or narrow the pattern",
-        file=path,
-    )
-
-
-def _saved(path: Path) -> Source:
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ConfigError(
-            "a folder among the inputs was saved by `datasets` (save_to_disk)",
-            received="a folder without state.json or dataset_dict.json",
-            remedy=f"name the files in it, as in {path}/*.parquet",
-            file=path,
-        )
-    import datasets
-
-    try:
-        return DatasetRows(str(path), path.name, _one_split(datasets.load_from_disk(path), path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise IntegrityError(
-            "a saved data set is whole", received=str(error), file=path, remedy="save it again"
-        ) from error
-
-
-def _hub(pattern: str) -> Source:
-    """`hf:name` or `hf:name:split`: a data set of the hub, or a folder that `datasets` can
-    build."""
-    import datasets
-
-    name, _, split = pattern.removeprefix(_HUB_PREFIX).partition(":")
-    try:
-        loaded = datasets.load_dataset(name, split=split or None)
-    except Exception as error:  # the hub client's exceptions are many and share no base
-        raise ConfigError(
-            "hf:name or hf:name:split names a data set that `datasets` can load",
-            received=f"{pattern} ({type(error).__name__}: {str(error).splitlines()[0]})",
-            remedy="correct the name, log in to the hub, or download the files and name those",
-        ) from error
-    dataset = _one_split(loaded, pattern)
-    return DatasetRows(pattern, Path(name).name, dataset, whole="[" not in split)
-
-
-def _one_split(loaded: Any, place: Any) -> Dataset:
-    if not isinstance(loaded, dict):
-        return loaded
-    if len(loaded) != 1:
-        raise ConfigError(
-            "an input is one split of a data set",
-            received=f"the splits {', '.join(loaded)}",
-            remedy="name one: a sub-folder of a saved data set, or hf:name:split",
-            file=place,
-        )
-    dataset: Dataset = next(iter(loaded.values()))
-    return dataset
+    stage: str
+    config: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    sources: Sequence[Source]
+    format: LogFormat

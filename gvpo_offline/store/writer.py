@@ -31,7 +31,10 @@ from gvpo_offline.store.manifest import (
 from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet
 
 # Entries that a folder may hold and still count as ours to write into.
-_OWN_ENTRIES = {"commits", "groups", "rewards", "reference", ".spill"}
+_OWN_ENTRIES = {
+    *("commits", "groups", "rewards", "reference", ".spill"),
+    *("prompts", "samples", "batches"),
+}
 
 
 def write_groups(

@@ -16,6 +16,7 @@ from typing import Any
 from gvpo_offline.collect import values
 from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located, token_ids
+from gvpo_offline.collect.inputs import find_sources
 from gvpo_offline.collect.openai_shapes import (
     choice_ids,
     choice_text,
@@ -24,7 +25,6 @@ from gvpo_offline.collect.openai_shapes import (
     was_cut,
 )
 from gvpo_offline.collect.parts import part_weights
-from gvpo_offline.collect.sources import find_sources
 from gvpo_offline.collect.trainer_logs import (
     Place,
     TrainerFormat,

@@ -1,0 +1,120 @@
+"""Responses a second of sampling in this process, against a loop over `model.generate`.
+
+    .venv/bin/python benchmarks/sampling.py
+
+The loop takes the prompts in their order, as many as fill the same batch with their k responses,
+and pads them on the right. The model is random, so that lengths can be chosen: in `spread` one
+token in 50 ends a response, in `full` none does and all are cut at 256 tokens. One thread, CPU
+seconds. Prints, also as one JSON object on its last line, responses a second of both, and
+`sample_speedup_vs_generate`, their ratio where lengths spread; `sample_speedup_full` likewise.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from gvpo_offline.collect.sample.decode import Decoder, Draft, Rules
+
+N_PROMPTS, K, MAX_NEW, BATCH = 16, 8, 256, 32
+VOCAB, HIDDEN, LAYERS = 2000, 256, 4
+SPREAD = list(range(2, 2 + VOCAB // 50))
+FULL = [VOCAB]  # none of the tokens
+
+
+def make_model() -> Any:
+    """A Qwen3 of random weights."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=HIDDEN // 4,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
+def make_prompts() -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+    """Prompts of 10 to 119 tokens."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 120, N_PROMPTS)
+    return [rng.integers(100, VOCAB, int(n)).astype(np.int32) for n in lengths]
+
+
+def by_generate(model: Any, prompts: list[Any], ends: list[int]) -> int:
+    """The loop; returns how many responses it gave."""
+    given = 0
+    for start in range(0, len(prompts), BATCH // K):
+        piece = prompts[start : start + BATCH // K]
+        longest = max(map(len, piece))
+        ids = np.stack([np.pad(p, (0, longest - len(p))) for p in piece])
+        mask = np.stack([np.arange(longest) < len(p) for p in piece])
+        with torch.inference_mode():
+            given += len(
+                model.generate(
+                    input_ids=torch.from_numpy(ids).long(),
+                    attention_mask=torch.from_numpy(mask).long(),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=MAX_NEW,
+                    num_return_sequences=K,
+                    eos_token_id=ends,
+                    pad_token_id=0,
+                )
+            )
+    return given
+
+
+def by_decoder(model: Any, prompts: list[Any], ends: list[int]) -> int:
+    """The sampler's own loop, likewise."""
+    rules = Rules(transformers.LogitsProcessorList(), False, frozenset(ends), MAX_NEW)
+    decoder = Decoder(model, rules, batch_size=BATCH, max_batch_tokens=1 << 20)
+    drafts = [Draft(p, seed=K * i + j) for i, p in enumerate(prompts) for j in range(K)]
+    return len(list(decoder.run(drafts)))
+
+
+def rate(work: Callable[[], int]) -> float:
+    """Responses a CPU second."""
+    started = time.process_time()
+    given = work()
+    return given / (time.process_time() - started)
+
+
+def main() -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    model, prompts = make_model(), make_prompts()
+    figures: dict[str, float] = {}
+    for name, ends in (("spread", SPREAD), ("full", FULL)):
+        for way in (by_generate, by_decoder):
+            found = rate(lambda way=way, ends=ends: way(model, prompts, ends))  # type: ignore[misc]
+            figures[f"{way.__name__}_{name}_per_s"] = round(found, 2)
+    spread, full = (
+        figures[f"by_decoder_{name}_per_s"] / figures[f"by_generate_{name}_per_s"]
+        for name in ("spread", "full")
+    )
+    figures["sample_speedup_vs_generate"] = round(spread, 2)
+    figures["sample_speedup_full"] = round(full, 2)
+    for name, value in figures.items():
+        print(f"{name:<28} {value:>8}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""From a sampler's settings to the sampler; only the kind at hand is imported."""
+
+from __future__ import annotations
+
+from gvpo_offline.collect.sample.config import (
+    BatchSettings,
+    OpenAISettings,
+    SamplingSettings,
+    TransformersSettings,
+    VllmSettings,
+)
+from gvpo_offline.collect.sample.dialect import Dialect
+from gvpo_offline.collect.sample.stage import Sampler
+
+
+def open_sampler(settings: SamplingSettings, dialect: Dialect) -> Sampler:
+    """The sampler that `settings` describe.
+
+    Args:
+        settings: of one of the kinds of `config.KINDS`.
+        dialect: the dataset's tokenizer and template.
+
+    Raises:
+        ConfigError: the kind's package is not installed.
+    """
+    if isinstance(settings, TransformersSettings):
+        from gvpo_offline.collect.sample.local import TransformersSampler
+
+        return TransformersSampler(settings, dialect)
+    if isinstance(settings, VllmSettings):
+        from gvpo_offline.collect.sample.vllm import VllmSampler
+
+        return VllmSampler(settings, dialect)
+    if isinstance(settings, OpenAISettings):
+        from gvpo_offline.collect.sample.server import ServerSampler
+
+        return ServerSampler(settings)
+    from gvpo_offline.collect.sample.batch import BatchSampler
+
+    assert isinstance(settings, BatchSettings)
+    return BatchSampler(settings)
