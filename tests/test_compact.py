@@ -289,8 +289,8 @@ def test_killed_at_random_moments_and_repeated(tmp_path: Path, server: ForkServe
     argv = ["compact", "--config", tmp_path / "compact.yaml"]
     (tmp_path / "compact.yaml").write_text(json.dumps({"dataset": str(roots[0]), **options}))
     killed = 0
-    for number in range(40):
-        at = ("gvpo_offline.collect.merge.stages:workplace", 1, 0.1 * number + 0.001)
+    for number in range(200):
+        at = ("gvpo_offline.collect.merge.stages:workplace", 1, 0.02 * number + 0.001)
         status, output = server.run(argv, kill_at=at)
         assert status in (0, -9), output
         killed += status == -9

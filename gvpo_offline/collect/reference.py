@@ -42,7 +42,7 @@ from gvpo_offline.schema import (
     arrow_schema,
     reference_to_table,
 )
-from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.survey import survey
@@ -102,6 +102,8 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
     }
     identity = {k: v for k, v in described.items() if k != "model_name_or_path"}
     family = ReferenceFamily(fingerprint=sha256_json(identity), files=[], **described)
+    if _held(dataset, family):
+        return dataset.manifest
     here = engine.engine == "local" and engine.workers == 1
     stage = _ReferenceStage(dataset, config, family, scorer if here else None)
     del model, scorer  # workers have their own; this one makes room
@@ -110,6 +112,16 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
         return None
     sidecars = [sidecar for record in records for sidecar in record.sidecars]
     return _publish(dataset.root, family.model_copy(update={"files": sidecars}), config)
+
+
+def _held(dataset: GroupDataset, family: ReferenceFamily) -> bool:
+    """Whether the dataset has the reference already; merging and compacting carry it along."""
+    held = [f for f in dataset.manifest.references if f.fingerprint == family.fingerprint]
+    for sidecar in held[0].files if held else ():
+        verify_file(dataset.root, sidecar.file)
+    if held:
+        logger.info("reference %s is in the dataset already", family.fingerprint[:12])
+    return bool(held)
 
 
 def _load(config: ReferenceConfig) -> nn.Module:
