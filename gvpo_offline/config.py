@@ -211,6 +211,8 @@ class DataSettings:
 
     dataset: str = ""
     """The dataset's folder, or a Parquet file in the group shape."""
+    dataset_version: int | None = None
+    """An older version of the dataset: the number of its manifest. Default: the newest."""
     reward: str | None = None
     """Which reward, as `name` or `name@version`; may be left out if the dataset holds one."""
     reference: str | None = None

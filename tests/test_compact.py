@@ -21,6 +21,7 @@ from gvpo_offline.collect.merge.stages import RewriteResult, compact, merge
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hashing import text_key
 from gvpo_offline.schema import GROUPS_COLUMNS, Group, arrow_schema, groups_to_table
+from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import BaseFile, Manifest, load_manifest, manifest_versions
@@ -82,6 +83,9 @@ def test_files_of_one_size_and_full_row_groups(tmp_path: Path) -> None:
     assert responses(tmp_path) == held
     validate(tmp_path, lambda numbers, label: numbers)
     assert responses(tmp_path, version=1) == held  # the old version still opens
+    for version, n_files in ((1, 38), (2, 4)):
+        trained_on = open_for_training(tmp_path, version=version).manifest
+        assert (trained_on.version, len(trained_on.groups)) == (version, n_files)
     assert result.manifest.lineage[0] == before.manifest.lineage[0]
     again = compacted(tmp_path, shard_bytes=total // 3, rows_per_row_group=16)
     assert (again.changed, manifest_versions(tmp_path)) == (False, [1, 2])

@@ -67,7 +67,12 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         ConfigError: model, reward or reference cannot be found, or nothing is held out.
         IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
     """
-    dataset = open_for_training(config.dataset, reward=config.reward, reference=config.reference)
+    dataset = open_for_training(
+        config.dataset,
+        reward=config.reward,
+        reference=config.reference,
+        version=config.dataset_version,
+    )
     dataset.verify()
     tokenizer = load_policy_tokenizer(config)
     device = default_device(use_cpu=config.use_cpu)

@@ -32,8 +32,8 @@ def run_train(
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
     required("dataset", data.dataset)
-    chosen = {"reward": data.reward, "reference": data.reference}
-    train_dataset = open_for_training(data.dataset, **chosen)
+    chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
+    train_dataset = open_for_training(data.dataset, version=data.dataset_version, **chosen)
     eval_dataset = open_for_training(data.eval_dataset, **chosen) if data.eval_dataset else None
     trainer = GVPOTrainer(
         load_model(model),

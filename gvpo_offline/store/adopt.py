@@ -106,20 +106,24 @@ def _in_memory(files: list[Path], bases: list[BaseFile], names: set[str]) -> Gro
 
 
 def open_for_training(
-    path: str | Path, *, reward: str | None = None, reference: str | None = None
+    path: str | Path,
+    *,
+    reward: str | None = None,
+    reference: str | None = None,
+    version: int | None = None,
 ) -> GroupDataset:
     """A dataset's folder, or a Parquet file in the group shape, with reward and reference.
 
     Args:
         path: which.
-        reward, reference: as in `open_dataset`; a file holds one of each.
+        reward, reference, version: as in `open_dataset`; a file holds one of each.
 
     Raises:
         DataError, ConfigError, IntegrityError: as `open_dataset` and `adopt_parquet`.
     """
     if Path(path).is_file():
         return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
-    return open_dataset(path, reward=reward, reference=reference)
+    return open_dataset(path, reward=reward, reference=reference, version=version)
 
 
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
