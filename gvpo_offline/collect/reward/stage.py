@@ -253,10 +253,12 @@ def _publish(
                 version,
                 ", ".join(f"{f.name}@{f.version}" for f in same_name),
             )
+        settings = asdict(config)
+        del settings["dataset"]  # a dataset may be moved
         step = LineageStep(
             stage="reward",
             package_version=__version__,
-            config={**asdict(config), "version": version},
+            config={**settings, "version": version},
             counts=counts,
         )
         others = [f for f in newest.rewards if f is not found]
