@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rewarding import case, functions
+from rewarding import answered_dataset, case, functions, read, reward
 
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.functions import TrlScorer, VerlScorer, load_function
@@ -323,6 +324,22 @@ def test_a_reward_model_scores_prompt_and_response(reward_model: Path) -> None:
         found = score(classifier(reward_model, max_tokens_per_batch=budget), *cases)
         flat = [number for numbers in found for number in numbers[0]]
         np.testing.assert_allclose(flat, expected, atol=1e-5)
+
+
+def test_a_reward_model_in_the_stage(reward_model: Path, tmp_path: Path) -> None:
+    """What the scorer says of each group; the second run finds it by the weights' hash."""
+    root = answered_dataset(tmp_path / "data", n_groups=8)
+    settings = {"kind": "model", "model_name_or_path": str(reward_model), "use_cpu": True}
+    result = reward(root, {"rm": settings})
+    for group in read(root):
+        number = int(group.group_id[-5:])
+        alone = case(group.responses or (), prompt=f"What is {number} + 1?")
+        np.testing.assert_allclose(
+            group.rewards, score(classifier(reward_model), alone)[0][0], atol=1e-5
+        )
+    moved = shutil.copytree(reward_model, tmp_path / "moved")
+    again = reward(root, {"rm": {**settings, "model_name_or_path": str(moved)}})
+    assert again.family == result.family
 
 
 def test_a_prompt_that_is_text_may_stay_text(reward_model: Path) -> None:
