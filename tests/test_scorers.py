@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,28 @@ def test_a_process_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> Non
     assert scorer.score([case(["2", "2"], answer="2")])[0].tolist() == [[0, 1]]
     assert scorer.counts == {"broke_down": 1}
     scorer.stop()
+
+
+def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
+    """A new process imports the script again, which must not begin everything anew."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from gvpo_offline.collect.reward.kinds import MathSettings\n"
+        "from gvpo_offline.collect.reward.maths import MathScorer\n"
+        "from gvpo_offline.collect.reward.scorer import Case\n"
+        "case = Case('g', 'p', None, ('1',), {'a': '1'})\n"
+        "print(MathScorer(MathSettings(kind='math', column='a')).score([case]))\n"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "starts its work under `if __name__ == '__main__':`" in done.stderr
 
 
 def test_math_names_the_version_that_verified() -> None:
@@ -380,6 +405,7 @@ def test_what_a_reward_model_refuses(
     [
         ({}, "scorers must be set"),
         ({"a b": {"kind": "math", "column": "x"}}, "the name of a scorer"),
+        ({"a.b": {"kind": "math", "column": "x"}}, "has no dot; received a.b"),
         ({"a": {"column": "x"}}, "kind.*at scorers.a"),
         ({"a": {"kind": "judge"}}, "'judge'.*at scorers.a"),
         ({"a": {"kind": "math"}}, "required at scorers.a.math.column"),
