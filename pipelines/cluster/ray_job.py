@@ -1,7 +1,7 @@
 """Rewards on CPU actors, then reference log-probs on GPU actors, as one Ray job.
 
     ray job submit --address http://HEAD:8265 --working-dir . --entrypoint-num-gpus 1 -- \\
-        python pipelines/cluster/ray_job.py --dataset /shared/data --model /shared/policy \\
+        python pipelines/cluster/ray_job.py --dataset /mnt/data --model /mnt/policy \\
         --cpu_workers 64 --gpu_workers 8
 
 The dataset lies on a file system that all machines share, and gvpo-offline[ray,math] is installed
