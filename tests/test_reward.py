@@ -230,6 +230,24 @@ def test_rewards_that_are_there_make_others(root: Path) -> None:
         np.testing.assert_array_equal(both.rewards, 0.5 * one.rewards + 2 * other.rewards)
     with pytest.raises(ConfigError, match=r"reward='nothing'.*'level@1', 'mix@1', 'numeric@1'"):
         reward(root, {"a": {"kind": "reward", "reward": "nothing"}})
+    with pytest.raises(ConfigError, match=r"says which version.*scorers\.a\.reward: mix.*mix@1"):
+        reward(root, {"a": {"kind": "reward", "reward": "mix"}}, name="mix")
+
+
+def test_further_numbers_are_components(root: Path, tmp_path: Path) -> None:
+    """Of verl's dict, `score` counts and what `keep` names stays beside it."""
+    text = (
+        "def f(data_source, solution_str, ground_truth, extra_info):\n"
+        "    return {'score': solution_str.endswith(ground_truth), 'words': 3, 'other': 'text'}\n"
+    )
+    scorer = {"kind": "verl", "function": f"{functions(tmp_path, text)}:f"}
+    scorer |= {"ground_truth": "answer"}
+    assert reward(root, {"v": {**scorer, "keep": ["words"]}}).family.components == ["v", "v.words"]
+    for group in read(root):
+        assert group.rewards is not None
+        assert group.components is not None
+        np.testing.assert_array_equal(group.components[0], group.rewards)
+        assert group.components[1].tolist() == [3.0] * group.group_size
 
 
 def test_a_reward_of_the_log_keeps_its_version(tmp_path: Path) -> None:

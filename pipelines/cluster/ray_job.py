@@ -1,7 +1,7 @@
 """Rewards on CPU actors, then reference log-probs on GPU actors, as one Ray job.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- \\
-        python pipelines/cluster/ray_job.py --dataset /shared/data --model /shared/policy \\
+    ray job submit --address http://HEAD:8265 --working-dir . --entrypoint-num-gpus 1 -- \\
+        python pipelines/cluster/ray_job.py --dataset /mnt/data --model /mnt/policy \\
         --cpu_workers 64 --gpu_workers 8
 
 The dataset lies on a file system that all machines share, and gvpo-offline[ray,math] is installed
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if scored is not None:
         print("\n".join(scored.lines()))
 
-    # The driver needs the model too, on its CPU: the weights' hash names the reference.
+    # The job itself loads the model first, on a GPU like the actors': weights, data types and the
+    # way it is computed name the reference. Then it lets go of it.
     run_reference(
         ReferenceConfig(args.model, dataset=args.dataset, use_cpu=not args.gpus_per_worker),
         EngineSettings(

@@ -51,6 +51,8 @@ class RewardConfig:
 
         for name in self.scorers:
             check_name("the name of a scorer", name)
+            if "." in name:  # which sets off a scorer's further numbers in the components
+                raise ConfigError("the name of a scorer has no dot", received=name)
         try:
             kinds: TypeAdapter[dict[str, ScorerSettings]] = TypeAdapter(dict[str, ScorerSettings])
             return kinds.validate_python(self.scorers)
