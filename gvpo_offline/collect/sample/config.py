@@ -155,6 +155,8 @@ class OpenAISettings(RequestSettings):
         super().__post_init__()
         for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        web = self.base_url.startswith(("http://", "https://"))
+        _check("base_url", self.base_url, web, "an address that begins with http:// or https://")
         if "@" in self.base_url or "?" in self.base_url:
             raise ConfigError(
                 "base_url, which the manifest records, holds no secret",
