@@ -309,6 +309,7 @@ def test_prompts_that_are_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
     twice = of([good, {"prompt": "x"}, good])
     assert "bad.jsonl, row 2: a prompt occurs once" in twice
     assert "row 0, again" in twice
+    assert "goes before chat messages" in of([good], system_prompt="Count.")
     long = of([good, {"prompt": "a b c d " * 200}])
     assert "bad.jsonl, row 1" in long
     assert "for sampler 's' it has at most 500 tokens" in long  # 512 - 12

@@ -59,6 +59,11 @@ class SamplingSettings:
                 remedy="set responses: 1, or a temperature",
             )
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is anybody to respond yet."""
+        return True
+
     def identity(self) -> dict[str, Any]:
         """The settings that the responses depend on."""
         return {k: v for k, v in asdict(self).items() if k not in self.operational}
@@ -179,6 +184,12 @@ class BatchSettings(RequestSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("requests_per_file", self.requests_per_file, self.requests_per_file > 0, "positive")
+        _check("n_per_request", self.n_per_request, self.n_per_request == 1, "1 in a batch file")
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are results to read."""
+        return bool(self.results)
 
 
 KINDS: dict[str, type[SamplingSettings]] = {
