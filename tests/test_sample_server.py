@@ -288,7 +288,7 @@ def test_token_ids_and_logprobs_of_a_server(
     assert sample.token_logprobs.tolist() == [0.0, -0.5, -1.0, -1.5]
     wrong.append(7)
     run.output_dir = str(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"other token ids for .* prompts\.jsonl, row 0"):
+    with pytest.raises(ConfigError, match=r"other token ids for .* prompts\.jsonl, row \d"):
         run_sample(run)
 
 
@@ -328,7 +328,9 @@ def test_answers_that_are_no_response(
 def test_killed_at_any_moment_nothing_is_asked_for_twice(
     tmp_path: Path, tiny_tokenizer_dir: Path, faulty: FaultServer, server: ForkServer
 ) -> None:
-    """SIGKILL 6 times: what is committed is not asked for again, and the bytes are the same."""
+    """SIGKILL 5 times, one response in 5 failing at first: what is committed is not asked for
+    again, and the bytes are the same.
+    """
     whole = config(
         tmp_path,
         tiny_tokenizer_dir,
@@ -340,30 +342,36 @@ def test_killed_at_any_moment_nothing_is_asked_for_twice(
     expected = run_sample(whole).manifest
     assert expected is not None
     faulty.asked.clear()
-    faulty.delay = 0.01
+    faulty.delay = 0.05  # 72 requests, two at a time: 1.8 s, which two lives of 0.8 s do not last
+    faulty.fault = lambda times, body: "500" if times == 0 and body["seed"] % 5 == 0 else None
     rng, kills, root = random.Random(0), 0, tmp_path / "data"
-    settings = json.dumps({"s": remote(faulty.url, concurrency=2)})
+    settings = json.dumps({"s": remote(faulty.url, concurrency=2, max_attempts=1)})
     argv = ["sample", "--inputs", tmp_path / "prompts.jsonl", "--output_dir", root]
     argv += ["--tokenizer_name_or_path", tiny_tokenizer_dir, "--samplers", settings]
     argv += ["--prompts_per_task", 2]
-    while kills < 6:
+    while kills < 5:
         committed = _committed(root)
         before = dict(faulty.asked)
         child = server.start(argv)
         time.sleep(rng.uniform(0.1, 0.8))
         child.kill()
-        if child.wait() == 0:
+        status = child.wait()
+        kills += status == -9
+        if status == 0:
             break
-        kills += 1
         for key in committed:
             assert faulty.asked[key] == before[key]
-    assert kills >= 3
-    status, output = server.run(argv)
+    status, output = 1, ""
+    for _ in range(3):
+        if status:
+            status, output = server.run(argv)
     assert status == 0, output
+    assert kills >= 2
     assert content(load_manifest(root)) == content(expected)
-    # One more time than a kill can interrupt it: every response was asked for at least once.
     assert len(faulty.asked) == 72
-    assert len(list((root / "samples/s").iterdir())) == 12
+    # Rounds of the same task are told apart, and none is there twice.
+    files = [path.name.rsplit("-", 1)[0] for path in (root / "samples/s").iterdir()]
+    assert len(files) == len(set(files)) >= 12
 
 
 def _committed(root: Path) -> set[str]:
@@ -372,10 +380,10 @@ def _committed(root: Path) -> set[str]:
     if stage is None:
         return set()
     log = SampleLog(root, "s", stage)
-    chunks = [int(path.stem) for path in TaskLog(root, stage).folder.glob("*.json")]
+    chunks = {int(path.stem[:6]) for path in TaskLog(root, stage).folder.glob("*.json")}
     samples = [s for chunk in chunks for s in log.read(log.rounds(chunk)).values()]
     rows = prompt_rows(24)
-    return {json.dumps([rows[s.prompt]["prompt"], s.seed]) for s in samples}
+    return {json.dumps([rows[s.prompt]["prompt"], s.seed]) for s in samples if not s.error}
 
 
 def test_a_command_with_gaps_says_so_and_fails(

@@ -26,7 +26,7 @@ from gvpo_offline.collect.sample.config import BatchSettings
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.stage import Facts, Wanted
 from gvpo_offline.collect.sources import JsonLines
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import text_key
 from gvpo_offline.store.commit import write_hashed
 
@@ -73,8 +73,6 @@ class BatchSampler:
     """Looks responses up in result files; see `Sampler`."""
 
     def __init__(self, settings: BatchSettings) -> None:
-        if settings.n_per_request != 1:
-            raise ConfigError("a batch file has one response a request", received="n_per_request")
         self._settings = settings
         self._results: _Results | None = None
 

@@ -59,6 +59,11 @@ class SamplingSettings:
                 remedy="set responses: 1, or a temperature",
             )
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is anybody to respond yet."""
+        return True
+
     def identity(self) -> dict[str, Any]:
         """The settings that the responses depend on."""
         return {k: v for k, v in asdict(self).items() if k not in self.operational}
@@ -155,6 +160,8 @@ class OpenAISettings(RequestSettings):
         super().__post_init__()
         for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        web = self.base_url.startswith(("http://", "https://"))
+        _check("base_url", self.base_url, web, "an address that begins with http:// or https://")
         if "@" in self.base_url or "?" in self.base_url:
             raise ConfigError(
                 "base_url, which the manifest records, holds no secret",
@@ -177,6 +184,12 @@ class BatchSettings(RequestSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("requests_per_file", self.requests_per_file, self.requests_per_file > 0, "positive")
+        _check("n_per_request", self.n_per_request, self.n_per_request == 1, "1 in a batch file")
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are results to read."""
+        return bool(self.results)
 
 
 KINDS: dict[str, type[SamplingSettings]] = {

@@ -276,10 +276,16 @@ class _Reader:
         )
 
     def _as_chat(self, text: str | None, messages: str | None) -> tuple[str | None, str | None]:
+        system = self._config.system_prompt
         if text is not None and not self._config.as_chat:
+            if system is not None:
+                raise DataError(
+                    "a system prompt goes before chat messages",
+                    received=f"text: {text}",
+                    remedy="set as_chat: true, or leave system_prompt out",
+                )
             return text, None
         chat = json.loads(messages) if messages else [{"role": "user", "content": text}]
-        system = self._config.system_prompt
         if system is not None and chat[0]["role"] != "system":
             chat = [{"role": "system", "content": system}, *chat]
         return None, json.dumps(chat, ensure_ascii=False)

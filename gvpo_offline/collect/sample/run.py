@@ -93,7 +93,7 @@ def run_sample(config: SampleConfig, engine: EngineSettings | None = None) -> Sa
     if (finished := run.finished()) is not None:
         return run.result(finished)
     for name, stage in run.stages.items():
-        if getattr(run.settings[name], "results", True):  # nothing to read, nothing to do
+        if run.settings[name].ready:
             run_stage(stage, engine or EngineSettings(show_progress=config.show_progress))
     found = run.result(None)
     # What was never asked for is not what `gaps: drop` means.
