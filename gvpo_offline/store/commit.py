@@ -36,7 +36,12 @@ class TaskRecord(BaseModel):
     task: str = Field(description="The record's file name, without its ending.")
     groups: list[BaseFile] = []
     sidecars: list[Sidecar] = []
+    files: list[FileEntry] = Field(default=[], description="Files of any other kind.")
     counts: dict[str, int] = Field(default={}, description="What else the task counted.")
+
+    def entries(self) -> list[FileEntry]:
+        """Every file of the task."""
+        return [*self.groups, *(sidecar.file for sidecar in self.sidecars), *self.files]
 
 
 class SealedRecord(BaseModel):
@@ -209,9 +214,18 @@ class TaskLog:
         if not path.exists():
             return None
         record = _read_record(path)
-        for entry in [*record.groups, *(sidecar.file for sidecar in record.sidecars)]:
+        for entry in record.entries():
             verify_file(self.root, entry)
         return record
+
+    def peek(self, task: str) -> TaskRecord | None:
+        """As `committed`, without reading the task's files.
+
+        Raises:
+            IntegrityError: the record has been damaged.
+        """
+        path = self.folder / f"{task}.json"
+        return _read_record(path) if path.exists() else None
 
     def commit(self, record: TaskRecord) -> TaskRecord:
         """Commit `record`; returns the record that holds, the winner's where two attempts raced."""

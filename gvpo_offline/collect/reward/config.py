@@ -24,7 +24,8 @@ class RewardConfig:
     same settings it is there already, and nothing is done."""
     scorers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What scores a response, by a name of your choice: `kind`, `weight` (default 1) and the kind's
-    own settings; docs/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward."""
+    own settings; docs/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward,
+    judge, judge_pairs, ratings, ranks, votes."""
     missing: float | None = None
     """Reward of a response for which every scorer's number is missing. Null: stop, and name it."""
     tokenizer_name_or_path: str | None = None

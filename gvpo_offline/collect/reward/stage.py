@@ -93,6 +93,9 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
     }
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
+    gathered = [scorer.gather(stage.reader, engine) for scorer in scorers.values()]
+    if not all(gathered):
+        return None
     records = run_stage(stage, engine)
     if records is None:
         return None
@@ -122,6 +125,9 @@ class RewardStage:
         scorers: by name, in the order of the components.
         weights: one per scorer.
         identity: hash of all that the sidecars depend on beside the groups.
+
+    Attributes:
+        reader: of the dataset's groups, as the scorers need them.
     """
 
     unit = "groups"
@@ -140,7 +146,7 @@ class RewardStage:
         self._config = config
         self._scorers = scorers
         self._weights = np.array(weights)
-        self._reader = CaseReader(
+        self.reader = CaseReader(
             self._dataset,
             token_ids=any(scorer.needs_token_ids for scorer in scorers.values()),
             tokenizer=config.tokenizer_name_or_path,
@@ -175,7 +181,7 @@ class RewardStage:
 
         def tables() -> Iterator[pa.Table]:
             for row_group in range(first, first + len(files[number].row_groups)):
-                yield self._table(self._reader.cases(row_group), counts)
+                yield self._table(self.reader.cases(row_group), counts)
 
         try:
             sidecar: Sidecar = write_sidecar(
