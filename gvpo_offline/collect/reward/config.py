@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gvpo_offline.config import check_name, required
 from gvpo_offline.errors import ConfigError
@@ -22,7 +22,9 @@ class RewardConfig:
     name: str = "reward"
     """What to call the reward. The same name with other settings is a new version of it; with the
     same settings it is there already, and nothing is done."""
-    scorers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # A bare dict: the command line would read texts inside a dict[str, Any] as YAML once more, and
+    # make nothing of one that begins with a #.
+    scorers: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
     """What scores a response, by a name of your choice: `kind`, `weight` (default 1) and the kind's
     own settings; docs/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward,
     judge, judge_pairs, ratings, ranks, votes."""

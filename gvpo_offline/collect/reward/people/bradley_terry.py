@@ -7,7 +7,7 @@ import numpy as np
 from gvpo_offline.schema import FloatArray
 
 _STEPS = 100
-_TOLERANCE = 1e-10
+_TOLERANCE = 1e-9  # nats
 
 
 def log_strengths(wins: FloatArray, prior: float) -> FloatArray:
@@ -32,14 +32,14 @@ def log_strengths(wins: FloatArray, prior: float) -> FloatArray:
     for _ in range(_STEPS):
         chance = 1 / (1 + np.exp(strengths[np.newaxis] - strengths[:, np.newaxis]))  # (i beats j)
         gradient = (wins - games * chance).sum(axis=1)
-        if np.abs(gradient).max() <= _TOLERANCE * games.max():
-            centred: FloatArray = strengths - strengths.mean()
-            return centred
         weights = games * chance * chance.T
         # A Laplacian; the constant that it leaves open is held at 0 by the added matrix of ones.
         curvature = np.diag(weights.sum(axis=1)) - weights + 1 / n
         step = np.linalg.solve(curvature, gradient)
         strengths = strengths + _damping(wins, strengths, step, float(gradient @ step)) * step
+        if np.abs(step).max() <= _TOLERANCE:
+            centred: FloatArray = strengths - strengths.mean()
+            return centred
     raise ArithmeticError(f"Newton's method does not settle on {wins.tolist()}")
 
 
