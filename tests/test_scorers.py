@@ -364,7 +364,7 @@ def test_what_a_reward_model_refuses(
         ({}, "scorers must be set"),
         ({"a b": {"kind": "math", "column": "x"}}, "the name of a scorer"),
         ({"a": {"column": "x"}}, "kind.*at scorers.a"),
-        ({"a": {"kind": "judge"}}, "'judge'.*at scorers.a"),
+        ({"a": {"kind": "oracle"}}, "'oracle'.*at scorers.a"),
         ({"a": {"kind": "math"}}, "required at scorers.a.math.column"),
         ({"a": {"kind": "math", "column": "x", "colum": 1}}, "at scorers.a.math.colum"),
         ({"a": {"kind": "exact", "column": "x", "pattern": "("}}, "not a regular expression"),
