@@ -30,7 +30,7 @@ from gvpo_offline.config import (
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.version import __version__
 
-COMMANDS = ("import", "reference", "validate", "train", "evaluate")
+COMMANDS = ("import", "reward", "reference", "validate", "train", "evaluate")
 
 
 # ---- help ----

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +230,24 @@ def test_rewards_that_are_there_make_others(root: Path) -> None:
         np.testing.assert_array_equal(both.rewards, 0.5 * one.rewards + 2 * other.rewards)
     with pytest.raises(ConfigError, match=r"reward='nothing'.*'level@1', 'mix@1', 'numeric@1'"):
         reward(root, {"a": {"kind": "reward", "reward": "nothing"}})
+    with pytest.raises(ConfigError, match=r"says which version.*scorers\.a\.reward: mix.*mix@1"):
+        reward(root, {"a": {"kind": "reward", "reward": "mix"}}, name="mix")
+
+
+def test_further_numbers_are_components(root: Path, tmp_path: Path) -> None:
+    """Of verl's dict, `score` counts and what `keep` names stays beside it."""
+    text = (
+        "def f(data_source, solution_str, ground_truth, extra_info):\n"
+        "    return {'score': solution_str.endswith(ground_truth), 'words': 3, 'other': 'text'}\n"
+    )
+    scorer = {"kind": "verl", "function": f"{functions(tmp_path, text)}:f"}
+    scorer |= {"ground_truth": "answer"}
+    assert reward(root, {"v": {**scorer, "keep": ["words"]}}).family.components == ["v", "v.words"]
+    for group in read(root):
+        assert group.rewards is not None
+        assert group.components is not None
+        np.testing.assert_array_equal(group.components[0], group.rewards)
+        assert group.components[1].tolist() == [3.0] * group.group_size
 
 
 def test_a_reward_of_the_log_keeps_its_version(tmp_path: Path) -> None:
@@ -317,37 +332,6 @@ def test_a_log_of_ids_alone_is_decoded(tmp_path: Path, tiny_tokenizer_dir: Path)
 
 
 # ---- engines and the command ----
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=paths)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("cluster")
-def test_every_engine_gives_the_same_dataset(tmp_path: Path) -> None:
-    """Two files, a function and math-verify; the manifests are the same to the last byte."""
-    path = functions(tmp_path)
-    scorers = {
-        "right": {"kind": "math", "column": "answer"},
-        "brief": {"kind": "function", "function": f"{path}:length", "weight": 0.1},
-    }
-    plain = answered_dataset(tmp_path / "plain", n_groups=8, groups_per_shard=4)
-    engines: list[dict[str, Any]] = [{}, {"workers": 2}, {"engine": "ray", "workers": 2}]
-    found = []
-    for engine in engines:
-        root = tmp_path / "data"
-        shutil.copytree(plain, root)
-        reward(root, scorers, engine)
-        found.append((sidecars(root), (root / "manifest-000002.json").read_bytes()))
-        shutil.rmtree(root)
-    assert len(found[0][0]) == 2
-    assert found[0] == found[1] == found[2]
 
 
 def test_shards_of_an_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rewarding import case, functions
+from rewarding import answered_dataset, case, functions, read, reward
 
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.functions import TrlScorer, VerlScorer, load_function
@@ -184,6 +188,28 @@ def test_a_process_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> Non
     scorer.stop()
 
 
+def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
+    """A new process imports the script again, which must not begin everything anew."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from gvpo_offline.collect.reward.kinds import MathSettings\n"
+        "from gvpo_offline.collect.reward.maths import MathScorer\n"
+        "from gvpo_offline.collect.reward.scorer import Case\n"
+        "case = Case('g', 'p', None, ('1',), {'a': '1'})\n"
+        "print(MathScorer(MathSettings(kind='math', column='a')).score([case]))\n"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "starts its work under `if __name__ == '__main__':`" in done.stderr
+
+
 def test_math_names_the_version_that_verified() -> None:
     import math_verify  # noqa: F401 - it is installed
 
@@ -325,6 +351,22 @@ def test_a_reward_model_scores_prompt_and_response(reward_model: Path) -> None:
         np.testing.assert_allclose(flat, expected, atol=1e-5)
 
 
+def test_a_reward_model_in_the_stage(reward_model: Path, tmp_path: Path) -> None:
+    """What the scorer says of each group; the second run finds it by the weights' hash."""
+    root = answered_dataset(tmp_path / "data", n_groups=8)
+    settings = {"kind": "model", "model_name_or_path": str(reward_model), "use_cpu": True}
+    result = reward(root, {"rm": settings})
+    for group in read(root):
+        number = int(group.group_id[-5:])
+        alone = case(group.responses or (), prompt=f"What is {number} + 1?")
+        np.testing.assert_allclose(
+            group.rewards, score(classifier(reward_model), alone)[0][0], atol=1e-5
+        )
+    moved = shutil.copytree(reward_model, tmp_path / "moved")
+    again = reward(root, {"rm": {**settings, "model_name_or_path": str(moved)}})
+    assert again.family == result.family
+
+
 def test_a_prompt_that_is_text_may_stay_text(reward_model: Path) -> None:
     with_turns = score(classifier(reward_model), case(["cat"]))
     without = score(classifier(reward_model, as_chat=False), case(["cat"]))
@@ -363,12 +405,13 @@ def test_what_a_reward_model_refuses(
     [
         ({}, "scorers must be set"),
         ({"a b": {"kind": "math", "column": "x"}}, "the name of a scorer"),
-        ({"a": {"column": "x"}}, "kind.*at scorers.a"),
-        ({"a": {"kind": "oracle"}}, "'oracle'.*at scorers.a"),
-        ({"a": {"kind": "math"}}, "required at scorers.a.math.column"),
-        ({"a": {"kind": "math", "column": "x", "colum": 1}}, "at scorers.a.math.colum"),
+        ({"a.b": {"kind": "math", "column": "x"}}, "has no dot; received a.b"),
+        ({"a": {"column": "x"}}, "scorers.a: .*kind"),
+        ({"a": {"kind": "oracle"}}, "scorers.a: .*'oracle'"),
+        ({"a": {"kind": "math"}}, "scorers.a.math.column: .*required"),
+        ({"a": {"kind": "math", "column": "x", "colum": 1}}, "scorers.a.math.colum: "),
         ({"a": {"kind": "exact", "column": "x", "pattern": "("}}, "not a regular expression"),
-        ({"a": {"kind": "math", "column": "x", "weight": NAN}}, "finite.*scorers.a.math.weight"),
+        ({"a": {"kind": "math", "column": "x", "weight": NAN}}, "scorers.a.math.weight: .*finite"),
     ],
 )
 def test_settings_that_mean_nothing(scorers: dict[str, Any], message: str) -> None:

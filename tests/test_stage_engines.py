@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,27 +16,25 @@ from typing import Any
 
 import pytest
 from engine_stage import Writing
+from rewarding import answered_dataset, functions, reward
 
+from gvpo_offline.collect.engine.on_ray import connect
 from gvpo_offline.collect.engine.process import Worker, WorkerDeathError
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.errors import ConfigError, DataError, WorkerError
+from gvpo_offline.store.dataset import open_dataset
 
+ROOT = Path(__file__).parents[1]
 ENGINES = {"one": (1, "local"), "two": (2, "local"), "ray": (2, "ray")}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    """One Ray on this machine, which the runs find started."""
+    """The Ray that a run starts on this machine, started once for all of them."""
     import ray
 
-    ray.init(
-        "local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-    )
+    connect(ray, EngineSettings(engine="ray", workers=2))
     yield
     ray.shutdown()
 
@@ -46,11 +46,11 @@ def settings(engine: str = "one", **changes: Any) -> EngineSettings:
 
 
 def written(root: Path) -> dict[str, bytes]:
-    """Everything that a stage leaves, by name."""
+    """Everything that a stage leaves, by name; not what somebody who was killed was at."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in ("attempts", "waiting")
+        if path.is_file() and path.suffix and path.suffix != ".tmp"
     }
 
 
@@ -93,10 +93,10 @@ def test_an_error_is_the_same_error_on_every_engine(tmp_path: Path, engine: str)
         run_stage(Writing(tmp_path, trouble="data"), settings(engine))
     assert type(error.value) is DataError
     assert (error.value.row, error.value.received) == (7, "a bad one")
-    records = run_stage(Writing(tmp_path), settings())
-    assert records is not None
-    assert attempts(tmp_path).count("00000") == 1
-    assert attempts(tmp_path).count("00002") == 2
+    done = {path.stem for path in (tmp_path / "commits").rglob("*.json")}
+    before = attempts(tmp_path)
+    assert run_stage(Writing(tmp_path), settings()) is not None
+    assert set(attempts(tmp_path)[len(before) :]) == {f"{n:05d}" for n in range(5)} - done
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -181,6 +181,23 @@ def test_an_interrupt_kills_the_workers(tmp_path: Path, undisturbed: dict[str, b
     assert written(tmp_path) == undisturbed
 
 
+def test_workers_end_with_a_parent_that_is_killed(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """A run that follows finds their memory free; one of them would sleep for a minute."""
+    process = start(tmp_path, "wait", 2)
+    worker = waiting_worker(tmp_path)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not alive(worker):
+            break
+        time.sleep(0.05)
+    assert not alive(worker)
+    assert run_stage(Writing(tmp_path), settings("two")) is not None
+    assert written(tmp_path) == undisturbed
+
+
 def _double() -> Any:
     return lambda number: 2 * number
 
@@ -228,3 +245,42 @@ def test_each_local_worker_has_gpus_to_itself(
 def test_settings_that_mean_nothing(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineSettings(**changes)
+
+
+def sidecars(root: Path) -> dict[str, bytes]:
+    """Every reward file of a dataset."""
+    found = sorted((root / "rewards").rglob("*.parquet"))
+    return {str(path.relative_to(root)): path.read_bytes() for path in found}
+
+
+def test_every_engine_gives_the_same_reward(tmp_path: Path) -> None:
+    """Two files, a function and math-verify; the manifests are the same to the last byte."""
+    path = functions(tmp_path)
+    scorers = {
+        "right": {"kind": "math", "column": "answer"},
+        "brief": {"kind": "function", "function": f"{path}:length", "weight": 0.1},
+    }
+    plain = answered_dataset(tmp_path / "plain", n_groups=8, groups_per_shard=4)
+    engines: list[dict[str, Any]] = [{}, {"workers": 2}, {"engine": "ray", "workers": 2}]
+    found = []
+    for engine in engines:
+        root = tmp_path / "data"
+        shutil.copytree(plain, root)
+        reward(root, scorers, engine)
+        found.append((sidecars(root), (root / "manifest-000002.json").read_bytes()))
+        shutil.rmtree(root)
+    assert len(found[0][0]) == 2
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_ray_job(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one in pipelines/, on the Ray that it finds."""
+    monkeypatch.syspath_prepend(ROOT / "pipelines" / "cluster")
+    monkeypatch.chdir(ROOT)
+    job = importlib.import_module("ray_job")
+    root = answered_dataset(tmp_path / "data", n_groups=8, groups_per_shard=4)
+    flags = ["--dataset", str(root), "--model", str(tiny_model_dir), "--gpus_per_worker", "0"]
+    job.main(flags)
+    dataset = open_dataset(root, reward="right_and_brief")
+    assert dataset.n_groups == 8
+    assert len(dataset.manifest.references[0].files) == 2

@@ -104,7 +104,9 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
     family = ReferenceFamily(fingerprint=sha256_json(identity), files=[], **described)
     here = engine.engine == "local" and engine.workers == 1
     stage = _ReferenceStage(dataset, config, family, scorer if here else None)
-    del model, scorer  # workers have their own; this one makes room
+    del model, scorer
+    if not here and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # workers have models of their own; this one makes room
     records = run_stage(stage, engine)
     if records is None:
         return None
@@ -166,7 +168,8 @@ class _ReferenceStage:
             raise ConfigError(
                 f"every worker computes log-probs with {expected[0]} layout and {expected[1]}",
                 received=f"{path.layout} and {path.attention} on this machine",
-                remedy="use machines of one kind, or set layout and attn_implementation",
+                remedy="use machines of one kind, the one that starts the run included, or set "
+                "layout and attn_implementation",
             )
 
     def work(self, task: Task) -> TaskRecord:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
-from gvpo_offline.collect.engine.process import Answer, Worker, WorkerDeathError
+from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.stage import Stage, Task
 from gvpo_offline.errors import WorkerError
@@ -67,10 +67,12 @@ def _share_out(
 
 def died(stage: Stage, task: Task | None, how: str) -> WorkerError:
     """The error for a worker that died at a task, or (None) before its first."""
-    at = "while it got ready" if task is None else f"at task {task.name}"
+    rule = f"a worker of {stage.name} lives until its tasks are done"
+    if task is None:
+        return WorkerError(rule, received=f"one that died as it began: {how}", remedy=UNGUARDED)
     return WorkerError(
-        f"a worker of {stage.name} lives until its tasks are done",
-        received=f"one that died {at}: {how}",
+        rule,
+        received=f"one that died at task {task.name}: {how}",
         remedy="look for what killed it (memory, a crash of native code) and run the same command "
         "again: committed tasks are kept",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def run_ray(
     ray = _ray()
     ours = not ray.is_initialized()
     if ours:
-        _connect(ray, settings)
+        connect(ray, settings)
     try:
         kind = ray.remote(_Actor).options(
             num_cpus=1,
@@ -106,13 +107,27 @@ def _ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, settings: EngineSettings) -> None:
+def connect(ray: Any, settings: EngineSettings) -> None:
+    """Connect to the cluster that the settings, or RAY_ADDRESS, name; or start Ray here.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+    """
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     if not address:
         # "local": not some cluster that happens to be known on this machine.
         cpus, gpus = settings.workers, settings.workers * settings.gpus_per_worker
-        ray.init("local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
+        # The actors import what this process can.
+        paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+        ray.init(
+            "local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            runtime_env=paths,
+            **quiet,
+        )
         return
     try:
         ray.init(address, **quiet)

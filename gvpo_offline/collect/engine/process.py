@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
 _GRACE_S = 1.0
 _READY = "ready"
+UNGUARDED = "a script of your own starts its work under `if __name__ == '__main__':`"
 Answer = Callable[[Any], Any]
 
 
@@ -83,6 +86,7 @@ class Worker:
 def _serve(connection: Connection, prepare: Callable[[], Answer]) -> None:
     # An interrupt from the keyboard reaches the whole process group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         answer = prepare()
     except Exception as error:
@@ -102,6 +106,14 @@ def _serve(connection: Connection, prepare: Callable[[], Answer]) -> None:
             connection.send(reply)
         except (BrokenPipeError, ConnectionResetError):
             return
+
+
+def _end_with_parent() -> None:
+    """Let no worker, and no memory of a GPU's, outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _portable(error: Exception) -> Exception:

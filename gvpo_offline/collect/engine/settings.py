@@ -14,16 +14,16 @@ class EngineSettings:
     """Where the tasks of a stage are done."""
 
     engine: Literal["local", "ray"] = "local"
-    """local: processes of this machine; ray: actors on a Ray cluster, which shares the dataset's
-    folder (extra gvpo-offline[ray])."""
+    """Where: local, processes of this machine; ray, actors on a Ray cluster, whose machines share
+    the dataset's folder (extra gvpo-offline[ray])."""
     workers: int = 1
     """Processes or actors that work side by side. One local worker is this process itself."""
     gpus_per_worker: float = 0
     """GPUs that each worker has to itself; Ray also takes a part of one. 0: local workers all see
     the GPUs that this process sees."""
     shard: str | None = None
-    """`i/n`, i from 0 to n - 1: do every n-th task only, as one job of an array. Whichever job
-    finds all tasks done publishes the result."""
+    """Do every n-th task only, as job i of n, counted from 0: `i/n`. Whichever job finds all tasks
+    done publishes the result."""
     ray_address: str | None = None
     """Address of a running Ray cluster, or auto. Default: what RAY_ADDRESS says, as in a Ray job;
     else Ray is started on this machine for the run."""

@@ -54,6 +54,8 @@ class RewardConfig:
 
         for name in self.scorers:
             check_name("the name of a scorer", name)
+            if "." in name:  # which sets off a scorer's further numbers in the components
+                raise ConfigError("the name of a scorer has no dot", received=name)
         try:
             kinds: TypeAdapter[dict[str, ScorerSettings]] = TypeAdapter(dict[str, ScorerSettings])
             return kinds.validate_python(self.scorers)
@@ -61,6 +63,6 @@ class RewardConfig:
             first = error.errors(include_url=False, include_input=False)[0]
             raise ConfigError(
                 "a scorer has a kind, and settings that this kind knows",
-                received=f"{first['msg']} at scorers.{'.'.join(map(str, first['loc']))}",
+                received=f"scorers.{'.'.join(map(str, first['loc']))}: {first['msg']}",
                 remedy="docs/rewards.md lists them",
             ) from error

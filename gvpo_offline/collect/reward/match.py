@@ -14,7 +14,7 @@ from gvpo_offline.schema import FloatArray
 # 1,234.5 and 1234.5 and .5; a comma counts where it sets three digits apart, a sign where it is not
 # a difference's.
 _NUMBER = re.compile(
-    r"(?:(?<![\d)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d+)?"
+    r"(?:(?<![\d)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 )
 
 
@@ -89,7 +89,7 @@ class NumericScorer(SimpleScorer):
 
 def last_number(text: str) -> float | None:
     """The last number that stands in a text, or None."""
-    found = [match[0] for match in _NUMBER.finditer(text) if any(c.isdigit() for c in match[0])]
+    found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 

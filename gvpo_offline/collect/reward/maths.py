@@ -15,11 +15,11 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from gvpo_offline.collect.engine.process import Answer, Worker
+from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
 from gvpo_offline.collect.reward.kinds import MathSettings
 from gvpo_offline.collect.reward.match import last_match
 from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, numbers, settings_of
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, WorkerError
 from gvpo_offline.schema import FloatArray
 
 _START_S = 120.0
@@ -77,8 +77,7 @@ class MathScorer(SimpleScorer):
 
     def _verified(self, gold: str, response: str) -> float | None:
         if self._worker is None:
-            self._worker = Worker(functools.partial(_prepare, self._settings.timeout_s))
-            self._worker.receive(_START_S)
+            self._worker = self._started()
         self._worker.send((gold, response, self._settings.pattern is not None))
         try:
             verified: float | None = self._worker.receive(self._settings.timeout_s)
@@ -89,6 +88,19 @@ class MathScorer(SimpleScorer):
             self.counts["broke_down"] += 1
         self.stop()
         return self._settings.on_failure
+
+    def _started(self) -> Worker:
+        worker = Worker(functools.partial(_prepare, self._settings.timeout_s))
+        try:
+            worker.receive(_START_S)
+        except (TimeoutError, WorkerDeathError) as error:
+            worker.kill()
+            raise WorkerError(
+                f"the process of math-verify begins within {_START_S:g} s",
+                received=str(error) or "one that did not",
+                remedy=UNGUARDED,
+            ) from error
+        return worker
 
     def stop(self) -> None:
         """Kill the process, if there is one."""

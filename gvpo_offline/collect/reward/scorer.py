@@ -119,7 +119,7 @@ class Scorer(Protocol):
         """
 
     def stop(self) -> None:
-        """End what `start` began."""
+        """End what `start` or `score` began; the end of the process ends it too."""
 
 
 class SimpleScorer:

@@ -23,14 +23,15 @@ from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.reward.build import build_scorer
 from gvpo_offline.collect.reward.cases import CaseReader
 from gvpo_offline.collect.reward.config import RewardConfig
+from gvpo_offline.collect.reward.kinds import RewardSettings, ScorerSettings
 from gvpo_offline.collect.reward.scorer import Case, Scorer
 from gvpo_offline.collect.stage import Task
-from gvpo_offline.errors import DataError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray, rewards_schema, rewards_to_table
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily, Sidecar
+from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.survey import Survey, survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.version import __version__
@@ -74,7 +75,8 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
         The result; None where other shards of the work are still to be done.
 
     Raises:
-        ConfigError: a scorer's settings, function or model are no good.
+        ConfigError: a scorer's settings, function or model are no good, or the reward builds on
+            itself.
         DataError: a scorer's answer breaks a rule, or a response gets no number at all and
             `missing` does not say what that is; names file, row and group.
         IntegrityError: a file is damaged.
@@ -83,6 +85,7 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
     dataset = open_dataset(config.dataset, join=())
     # Sorted: the order in which they are written down decides nothing.
     settings = dict(sorted(config.settings().items()))
+    _check_not_of_itself(config.name, settings)
     scorers = {name: build_scorer(given, dataset) for name, given in settings.items()}
     described: dict[str, Any] = {
         "scorers": {
@@ -93,10 +96,12 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
     }
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
-    gathered = [scorer.gather(stage.reader, engine) for scorer in scorers.values()]
-    if not all(gathered):
-        return None
-    records = run_stage(stage, engine)
+    try:
+        gathered = [scorer.gather(stage.reader, engine) for scorer in scorers.values()]
+        records = run_stage(stage, engine) if all(gathered) else None
+    finally:
+        for scorer in scorers.values():
+            scorer.stop()
     if records is None:
         return None
     counts: Counter[str] = Counter()
@@ -114,6 +119,17 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
         survey(GroupDataset(dataset.root, dataset.manifest, rewards=published)),
         dict(counts),
     )
+
+
+def _check_not_of_itself(name: str, settings: dict[str, ScorerSettings]) -> None:
+    """Raise ConfigError if a reward builds on the newest of its own name: on itself, next time."""
+    for scorer, given in settings.items():
+        if isinstance(given, RewardSettings) and given.reward == name:
+            raise ConfigError(
+                "a reward that builds on one of its own name says which version",
+                received=f"scorers.{scorer}.reward: {name}",
+                remedy=f"say {name}@1, or give the new reward a name of its own",
+            )
 
 
 class RewardStage:
@@ -183,18 +199,14 @@ class RewardStage:
             for row_group in range(first, first + len(files[number].row_groups)):
                 yield self._table(self.reader.cases(row_group), counts)
 
-        try:
-            sidecar: Sidecar = write_sidecar(
-                self.root,
-                f"rewards/{self._config.name}",
-                task.name,
-                files[number],
-                rewards_schema(components=True),
-                tables(),
-            )
-        finally:
-            for scorer in self._scorers.values():
-                scorer.stop()
+        sidecar = write_sidecar(
+            self.root,
+            f"rewards/{self._config.name}",
+            task.name,
+            files[number],
+            rewards_schema(components=True),
+            tables(),
+        )
         for name, scorer in self._scorers.items():
             counts.update({f"{name}.{what}": n for what, n in scorer.counts.items()})
         return TaskRecord(
@@ -259,10 +271,12 @@ def _publish(
                 version,
                 ", ".join(f"{f.name}@{f.version}" for f in same_name),
             )
+        settings = asdict(config)
+        del settings["dataset"]  # a dataset may be moved
         step = LineageStep(
             stage="reward",
             package_version=__version__,
-            config={**asdict(config), "version": version},
+            config={**settings, "version": version},
             counts=counts,
         )
         others = [f for f in newest.rewards if f is not found]

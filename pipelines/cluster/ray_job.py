@@ -1,0 +1,61 @@
+"""Rewards on CPU actors, then reference log-probs on GPU actors, as one Ray job.
+
+    ray job submit --address http://HEAD:8265 --working-dir . --entrypoint-num-gpus 1 -- \\
+        python pipelines/cluster/ray_job.py --dataset /mnt/data --model /mnt/policy \\
+        --cpu_workers 64 --gpu_workers 8
+
+The dataset lies on a file system that all machines share, and gvpo-offline[ray,math] is installed
+on them (or named in the job's --runtime-env-json). Inside a job RAY_ADDRESS says where the cluster
+is; outside one, Ray is started on this machine. Nothing that is done is done again: submit the same
+job after whatever went wrong.
+
+Left out: import and training. The first is one process; the second is `torchrun`'s business, or
+Ray Train's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.reference import run_reference
+from gvpo_offline.collect.reward.config import RewardConfig
+from gvpo_offline.collect.reward.stage import run_reward
+from gvpo_offline.config import ReferenceConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reward, then reference."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", required=True, help="folder that all machines share")
+    parser.add_argument("--model", required=True, help="the reference: a shared folder or hub name")
+    parser.add_argument("--reward", type=Path, default=Path(__file__).with_name("reward.yaml"))
+    parser.add_argument("--cpu_workers", type=int, default=2, help="actors that score")
+    parser.add_argument("--gpu_workers", type=int, default=1, help="actors with a model each")
+    parser.add_argument("--gpus_per_worker", type=float, default=1, help="0: stay on the CPU")
+    args = parser.parse_args(argv)
+
+    settings = yaml.safe_load(args.reward.read_text(encoding="utf-8"))
+    scored = run_reward(
+        RewardConfig(**{**settings, "dataset": args.dataset}),
+        EngineSettings(engine="ray", workers=args.cpu_workers),
+    )
+    if scored is not None:
+        print("\n".join(scored.lines()))
+
+    # The job itself loads the model first, on a GPU like the actors': weights, data types and the
+    # way it is computed name the reference. Then it lets go of it.
+    run_reference(
+        ReferenceConfig(args.model, dataset=args.dataset, use_cpu=not args.gpus_per_worker),
+        EngineSettings(
+            engine="ray", workers=args.gpu_workers, gpus_per_worker=args.gpus_per_worker
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
