@@ -198,6 +198,44 @@ def test_failed_questions_are_asked_again_alone(
     assert sidecars(root) == sidecars(whole)
 
 
+def test_gaps_can_be_left_missing(root: Path, served: JudgeServer) -> None:
+    """What failed is asked no more, and has no number; a later run that fills it is a new version,
+    for which that question alone is asked.
+    """
+    victim = "It is 4\n"  # response 1 of group 3, 2 of group 2, and so on
+    served.fault = lambda question, times: "400" if victim in question else None
+    with pytest.raises(DataError, match="HTTP 400"):
+        reward(root, {"a": judge(served)})
+    failures = sum(times for question, times in served.asked.items() if victim in question)
+    served.asked.clear()
+    result = reward(root, {"a": judge(served, gaps="missing")}, missing=0.0)
+    assert not served.asked
+    assert result.counts == {"a.failed": failures, "missing": failures}
+    for group in read(root):
+        assert group.components is not None
+        gaps = [n == 4 for n in numbers_of(group)]
+        assert np.isnan(group.components[0]).tolist() == gaps
+    served.fault = lambda question, times: None
+    assert reward(root, {"a": judge(served)}, missing=0.0).family.version == 2
+    assert served.asked.total() == failures
+    assert all(victim in question for question in served.asked)
+
+
+def test_a_failed_comparison_leaves_its_pair_out(tmp_path: Path, served: JudgeServer) -> None:
+    """Of k = 4 the pair of n and n + 3 fails in one order: n + 3 wins (1 + 1/2) / 2 of the rest."""
+    root = answered_dataset(tmp_path / "data")
+    group = next(g for g in _groups(root) if g.group_size == 4)
+    first = numbers_of(group)[0]
+    served.fault = lambda question, times: (
+        "400" if shown_numbers(question) == [first, first + 3] else None
+    )
+    result = reward(root, {"a": judge(served, kind="judge_pairs", gaps="missing")})
+    found = next(g for g in read(root) if g.group_id == group.group_id).rewards
+    assert found is not None
+    np.testing.assert_allclose(found, [0.25, 1 / 3, 2 / 3, 0.75])
+    assert result.counts["a.failed"] >= 1
+
+
 def test_faults_that_pass_are_not_seen(root: Path, served: JudgeServer) -> None:
     """Each attempt has another seed: at temperature 0 the same one would get the same prose."""
     faults = ["prose", "500", "drop"]

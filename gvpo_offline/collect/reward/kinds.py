@@ -135,6 +135,11 @@ class _JudgeSettings(_Settings):
     json_field: str | None = Field(
         default=None, description="Field of a JSON object that the judge answers instead."
     )
+    gaps: Literal["error", "missing"] = Field(
+        default="error",
+        description="Questions that failed: stop, and ask them again in the next run; or do "
+        "without their answers, and ask no more.",
+    )
     temperature: float = Field(default=0.0, ge=0)
     seed: int = Field(default=0, ge=0, description="Each further attempt has the next one.")
     send_seed: bool = Field(default=True, description="False for servers that know no seed.")

@@ -174,7 +174,11 @@ class Journal:
 
 
 def _journalled(path: Path) -> Iterator[Judgement]:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    try:
+        file = path.open(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # another attempt has committed all there is
+        return
+    with file:
         for row, line in enumerate(file):
             if not line.endswith("\n"):
                 return  # its writer was killed: the answer is as good as never given

@@ -44,11 +44,12 @@ def win_rates(size: int, wins: Mapping[Pair, float]) -> FloatArray:
         wins: for (i, j), i shown first: what i won, 1, 0.5 or 0. Both orders of each pair.
 
     Returns:
-        (3, k); every response must be in some pair.
+        (3, k); NaN for a response in no pair.
     """
     first, second, met = np.zeros(size), np.zeros(size), np.zeros(size)
     for (i, j), won in wins.items():
         first[i] += won
         second[j] += 1 - won
         met[i] += 1  # and, as both orders are there, as often in second place
+    met[met == 0] = np.nan
     return np.stack([(first + second) / (2 * met), first / met, second / met])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.reward.cases import CaseReader
@@ -15,7 +13,7 @@ from gvpo_offline.collect.reward.judge.pairs import pairs_of, win_rates
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
 from gvpo_offline.collect.reward.judge.stage import JudgeStage, task_of
 from gvpo_offline.collect.reward.kinds import JudgePairsSettings, JudgeSettings
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, settings_of
+from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, numbers, settings_of
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray
@@ -30,7 +28,9 @@ class _Judge(SimpleScorer):
         super().__init__()
         self._settings = settings
         self._dataset = dataset
-        stage = f"judge-{sha256_json(self.identity())[:_NAME_DIGITS]}"
+        # What is done about gaps is no matter of the answers.
+        asked = {name: value for name, value in self.identity().items() if name != "gaps"}
+        stage = f"judge-{sha256_json(asked)[:_NAME_DIGITS]}"
         self._log = JudgementLog(dataset.root.resolve(), stage)
 
     def identity(self) -> dict[str, Any]:
@@ -48,13 +48,14 @@ class _Judge(SimpleScorer):
         """Ask the judge whatever it has not answered yet.
 
         Raises:
-            DataError: questions failed; counts them and their causes. Every answer is kept, and the
-                next run asks these alone.
+            DataError: questions failed, and `gaps` does not say to do without; counts them and
+                their causes. Every answer is kept, and the next run asks these alone.
             ConfigError: the server refuses the key or does not know the model.
         """
         stage = JudgeStage(self._dataset, reader, self._log, self._settings, self.items)
         done = run_stage(stage, engine) is not None
-        stage.gaps()
+        if self._settings.gaps == "error":
+            stage.gaps()
         if done:
             self._log.remove_journals()
         return done
@@ -73,7 +74,10 @@ class _Judge(SimpleScorer):
         return [self._score(case, self._of(case, found)) for case in cases]
 
     def _of(self, case: Case, found: Mapping[Key, Judgement]) -> dict[Item, float]:
-        own = {item: found[(case.group_id, *item)] for item in self.items(case)}
+        asked = {item: found[(case.group_id, *item)] for item in self.items(case)}
+        own = {item: said for item, said in asked.items() if said.error is None}
+        if len(own) < len(asked):
+            self.counts["failed"] += len(asked) - len(own)
         models = {judgement.model for judgement in own.values()}
         if len(models) > 1:
             raise DataError(
@@ -82,8 +86,7 @@ class _Judge(SimpleScorer):
                 remedy="name the model's exact version in `model`, and judge with that",
                 **case.place,
             )
-        # A committed judgement without an error has a value.
-        return {item: judgement.value or 0.0 for item, judgement in own.items()}
+        return {item: said.value for item, said in own.items() if said.value is not None}
 
     def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
         raise NotImplementedError
@@ -100,7 +103,7 @@ class RatingJudge(_Judge):
         return [(i, None) for i in range(case.size)]
 
     def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
-        return np.array([[values[item] for item in self.items(case)]])
+        return numbers([values.get(item) for item in self.items(case)])
 
 
 class PairsJudge(_Judge):
@@ -122,7 +125,8 @@ class PairsJudge(_Judge):
         return [shown for i, j in pairs for shown in ((i, j), (j, i))]
 
     def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
-        wins = {(i, j): won for (i, j), won in values.items() if j is not None}
+        # A pair counts where both of its orders were judged.
+        wins = {(i, j): won for (i, j), won in values.items() if j is not None and (j, i) in values}
         self.counts["swayed_by_order"] += sum(
             won + wins[j, i] != 1 for (i, j), won in wins.items() if i < j
         )

@@ -63,14 +63,15 @@ class JudgeStage:
         for row_group, size in enumerate(dataset.row_group_sizes.tolist()):
             task = task_of(dataset, row_group)
             rounds = log.rounds(task)
-            done = bool(rounds) and not rounds[-1].counts["failed"]
+            whole = settings.gaps == "missing" or not (rounds and rounds[-1].counts["failed"])
+            done = bool(rounds) and whole
             number = len(rounds) - done
             name = round_name(task, number)
             self._rounds[name] = (row_group, task, number)
             self._tasks.append(Task(name, size))
 
     def tasks(self) -> Sequence[Task]:
-        """The next round of every task; of one without gaps, its last."""
+        """The next round of every task; of one whose gaps, if any, do not matter, its last."""
         return self._tasks
 
     def start(self) -> None:
