@@ -347,6 +347,23 @@ def test_killed_at_any_moment_no_answer_is_asked_for_twice(
     assert served.asked.total() <= len(keys) + 2 * kills
 
 
+def test_two_runs_at_a_time_are_harmless(
+    tmp_path: Path, served: JudgeServer, server: ForkServer
+) -> None:
+    """They may both ask, and one dataset comes of it."""
+    whole = answered_dataset(tmp_path / "whole", 8)
+    scorers = {"a": judge(served, concurrency=4)}
+    reward(whole, scorers)
+    root = answered_dataset(tmp_path / "data", 8)
+    served.delay = 0.05
+    argv = ["reward", "--dataset", root, "--scorers", json.dumps(scorers)]
+    children = [server.start(argv) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0], [child.output for child in children]
+    (family,) = open_dataset(root, join=("reward",)).manifest.rewards
+    assert family == open_dataset(whole, join=("reward",)).manifest.rewards[0]
+    assert max(served.asked.values()) <= 3
+
+
 def _groups(root: Path) -> list[Group]:
     dataset = open_dataset(root, join=())
     columns = ["prompt", "responses", "response_token_ids"]
