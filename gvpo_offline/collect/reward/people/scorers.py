@@ -39,7 +39,8 @@ class _People(SimpleScorer):
         super().__init__()
         self._described = settings_of(settings)
         self._by = settings.response_by
-        self._dataset = dataset
+        # Workers may run in another folder.
+        self._dataset = GroupDataset(dataset.root.resolve(), dataset.manifest)
         self._opinions = Opinions.read(settings.inputs, settings.group_column)
 
     def identity(self) -> dict[str, Any]:
