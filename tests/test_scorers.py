@@ -406,12 +406,12 @@ def test_what_a_reward_model_refuses(
         ({}, "scorers must be set"),
         ({"a b": {"kind": "math", "column": "x"}}, "the name of a scorer"),
         ({"a.b": {"kind": "math", "column": "x"}}, "has no dot; received a.b"),
-        ({"a": {"column": "x"}}, "kind.*at scorers.a"),
-        ({"a": {"kind": "judge"}}, "'judge'.*at scorers.a"),
-        ({"a": {"kind": "math"}}, "required at scorers.a.math.column"),
-        ({"a": {"kind": "math", "column": "x", "colum": 1}}, "at scorers.a.math.colum"),
+        ({"a": {"column": "x"}}, "scorers.a: .*kind"),
+        ({"a": {"kind": "oracle"}}, "scorers.a: .*'oracle'"),
+        ({"a": {"kind": "math"}}, "scorers.a.math.column: .*required"),
+        ({"a": {"kind": "math", "column": "x", "colum": 1}}, "scorers.a.math.colum: "),
         ({"a": {"kind": "exact", "column": "x", "pattern": "("}}, "not a regular expression"),
-        ({"a": {"kind": "math", "column": "x", "weight": NAN}}, "finite.*scorers.a.math.weight"),
+        ({"a": {"kind": "math", "column": "x", "weight": NAN}}, "scorers.a.math.weight: .*finite"),
     ],
 )
 def test_settings_that_mean_nothing(scorers: dict[str, Any], message: str) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from gvpo_offline.collect.reward.family import FamilyScorer
 from gvpo_offline.collect.reward.functions import TrlScorer, VerlScorer
+from gvpo_offline.collect.reward.judge.scorer import PairsJudge, RatingJudge
 from gvpo_offline.collect.reward.kinds import (
     ExactSettings,
     FunctionSettings,
+    JudgePairsSettings,
+    JudgeSettings,
     MathSettings,
     ModelSettings,
     NumericSettings,
+    RanksSettings,
+    RatingsSettings,
     ScorerSettings,
     VerlSettings,
+    VotesSettings,
 )
 from gvpo_offline.collect.reward.match import ExactScorer, NumericScorer
 from gvpo_offline.collect.reward.maths import MathScorer
 from gvpo_offline.collect.reward.model import ModelScorer
+from gvpo_offline.collect.reward.people.scorers import RanksScorer, RatingsScorer, VotesScorer
 from gvpo_offline.collect.reward.scorer import Scorer
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -39,5 +46,15 @@ def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
             return NumericScorer(settings)
         case ModelSettings():
             return ModelScorer(settings)
+        case JudgeSettings():
+            return RatingJudge(settings, dataset)
+        case JudgePairsSettings():
+            return PairsJudge(settings, dataset)
+        case RatingsSettings():
+            return RatingsScorer(settings, dataset)
+        case RanksSettings():
+            return RanksScorer(settings, dataset)
+        case VotesSettings():
+            return VotesScorer(settings, dataset)
         case _:
             return FamilyScorer(settings, dataset)

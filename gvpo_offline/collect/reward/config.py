@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gvpo_offline.config import check_name, required
 from gvpo_offline.errors import ConfigError
@@ -22,9 +22,12 @@ class RewardConfig:
     name: str = "reward"
     """What to call the reward. The same name with other settings is a new version of it; with the
     same settings it is there already, and nothing is done."""
-    scorers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # A bare dict: the command line would read texts inside a dict[str, Any] as YAML once more, and
+    # make nothing of one that begins with a #.
+    scorers: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
     """What scores a response, by a name of your choice: `kind`, `weight` (default 1) and the kind's
-    own settings; docs/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward."""
+    own settings; docs/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward,
+    judge, judge_pairs, ratings, ranks, votes."""
     missing: float | None = None
     """Reward of a response for which every scorer's number is missing. Null: stop, and name it."""
     tokenizer_name_or_path: str | None = None
@@ -60,6 +63,6 @@ class RewardConfig:
             first = error.errors(include_url=False, include_input=False)[0]
             raise ConfigError(
                 "a scorer has a kind, and settings that this kind knows",
-                received=f"{first['msg']} at scorers.{'.'.join(map(str, first['loc']))}",
+                received=f"scorers.{'.'.join(map(str, first['loc']))}: {first['msg']}",
                 remedy="docs/rewards.md lists them",
             ) from error

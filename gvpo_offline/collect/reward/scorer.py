@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from gvpo_offline.collect.engine.settings import EngineSettings
+    from gvpo_offline.collect.reward.cases import CaseReader
 
 __all__ = ["Case", "Message", "Scorer", "numbers", "settings_of"]
 
@@ -92,6 +96,17 @@ class Scorer(Protocol):
             ConfigError: the settings name something that is not there.
         """
 
+    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+        """Do what must be done over the whole dataset before any of it is scored; called once, in
+        the process that the command runs in.
+
+        Returns:
+            Whether all of it is done; False where other shards still have to do some.
+
+        Raises:
+            GVPOError: it cannot be done. What has been done is kept.
+        """
+
     def start(self) -> None:
         """Get ready in the process that is about to score."""
 
@@ -115,6 +130,10 @@ class SimpleScorer:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+
+    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+        """Nothing to do beforehand."""
+        return True
 
     def start(self) -> None:
         """Nothing to load."""

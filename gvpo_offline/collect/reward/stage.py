@@ -97,7 +97,8 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
     try:
-        records = run_stage(stage, engine)
+        gathered = [scorer.gather(stage.reader, engine) for scorer in scorers.values()]
+        records = run_stage(stage, engine) if all(gathered) else None
     finally:
         for scorer in scorers.values():
             scorer.stop()
@@ -140,6 +141,9 @@ class RewardStage:
         scorers: by name, in the order of the components.
         weights: one per scorer.
         identity: hash of all that the sidecars depend on beside the groups.
+
+    Attributes:
+        reader: of the dataset's groups, as the scorers need them.
     """
 
     unit = "groups"
@@ -158,7 +162,7 @@ class RewardStage:
         self._config = config
         self._scorers = scorers
         self._weights = np.array(weights)
-        self._reader = CaseReader(
+        self.reader = CaseReader(
             self._dataset,
             token_ids=any(scorer.needs_token_ids for scorer in scorers.values()),
             tokenizer=config.tokenizer_name_or_path,
@@ -193,7 +197,7 @@ class RewardStage:
 
         def tables() -> Iterator[pa.Table]:
             for row_group in range(first, first + len(files[number].row_groups)):
-                yield self._table(self._reader.cases(row_group), counts)
+                yield self._table(self.reader.cases(row_group), counts)
 
         sidecar = write_sidecar(
             self.root,

@@ -1,0 +1,1 @@
+"""People's ratings, rankings and votes, from files, made into numbers."""

@@ -1,0 +1,1 @@
+"""OpenAI-compatible servers, for whoever has something to ask them: samplers, judges."""
