@@ -22,7 +22,7 @@ from sampling import FaultServer, answer_of, config, first, prompt_rows, remote
 from gvpo_offline.collect.sample.answers import request_body
 from gvpo_offline.collect.sample.log import SampleLog
 from gvpo_offline.collect.sample.run import run_sample
-from gvpo_offline.collect.sample.server import retry_after
+from gvpo_offline.collect.server.client import retry_after
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.manifest import load_manifest

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from gvpo_offline.collect.csv_rows import CsvRows
 from gvpo_offline.collect.sources import DatasetRows, JsonLines, ParquetRows, Source
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 
@@ -21,8 +22,12 @@ _PARQUET_SUFFIXES = (".parquet", ".pq")
 _HUB_PREFIX = "hf:"
 
 
-def find_sources(inputs: Sequence[str] | str) -> list[Source]:
+def find_sources(inputs: Sequence[str] | str, *, csv: bool = False) -> list[Source]:
     """The inputs that paths, globs and hub names stand for, in order; one file is read once.
+
+    Args:
+        inputs: which.
+        csv: whether CSV files will do, whose values are all text.
 
     Raises:
         DataError: a path or glob that matches nothing.
@@ -38,7 +43,7 @@ def find_sources(inputs: Sequence[str] | str) -> list[Source]:
         for path in _matches(pattern):
             if (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
-                sources.append(_open_path(path))
+                sources.append(CsvRows(path) if csv and path.suffix == ".csv" else _open_path(path))
     return sources
 
 

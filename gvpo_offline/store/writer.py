@@ -33,7 +33,7 @@ from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet
 # Entries that a folder may hold and still count as ours to write into.
 _OWN_ENTRIES = {
     *("commits", "groups", "rewards", "reference", ".spill"),
-    *("prompts", "samples", "batches"),
+    *("prompts", "samples", "batches", "judgements"),
 }
 
 

@@ -24,7 +24,7 @@ class FamilyScorer(SimpleScorer):
         super().__init__()
         family = choose_rewards(dataset.manifest, settings.reward, file=dataset.root)
         self._label = f"{family.name}@{family.version}"
-        self._dataset = GroupDataset(dataset.root, dataset.manifest, rewards=family)
+        self._dataset = GroupDataset(dataset.root.resolve(), dataset.manifest, rewards=family)
 
     def identity(self) -> dict[str, Any]:
         """Name and version, which never change what they stand for."""

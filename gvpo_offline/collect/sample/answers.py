@@ -15,18 +15,18 @@ from gvpo_offline.collect.sample.config import RequestSettings
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.prompts import Prompt
 from gvpo_offline.collect.sample.stage import Wanted
+from gvpo_offline.collect.server.answer import (
+    CUT,
+    BadAnswerError,
+    choices_of,
+    finish_of,
+    text_of,
+)
 from gvpo_offline.errors import ConfigError
 
-# As OpenAI says it, and as text-generation-inference does.
-_ENDED = ("stop", "eos_token", "stop_sequence")
-_CUT = "length"
 _REASONING = ("reasoning_content", "reasoning")
 # Settings of ours that are no fields of OpenAI's API, and their values that need no mention.
 _EXTRAS: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-
-
-class BadAnswerError(Exception):
-    """An answer, or a part of one, that is no response; its text is the cause."""
 
 
 def is_chat(settings: RequestSettings, prompt: Prompt) -> bool:
@@ -89,19 +89,12 @@ def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[Wanted]
         BadAnswerError: it is no answer at all.
         ConfigError: the server's tokens are not the dataset's, or it gives none.
     """
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices:
-        raise BadAnswerError(f"an answer without choices: {json.dumps(answer)[:120]}")
-    by_number = {
-        choice.get("index", position): choice
-        for position, choice in enumerate(choices)
-        if isinstance(choice, dict)
-    }
+    by_number = choices_of(answer)
     samples = []
     for position, each in enumerate(wanted):
         try:
             if position not in by_number:
-                raise BadAnswerError(f"{len(choices)} choices where {len(wanted)} were asked for")
+                raise BadAnswerError(f"{len(by_number)} choices where {len(wanted)} were asked for")
             samples.append(_sample(settings, answer, by_number[position], each))
         except BadAnswerError as error:
             samples.append(each.failed(str(error)))
@@ -111,9 +104,7 @@ def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[Wanted]
 def _sample(
     settings: RequestSettings, answer: Mapping[str, Any], choice: Mapping[str, Any], wanted: Wanted
 ) -> Sample:
-    finish = choice.get("finish_reason")
-    if finish not in (*_ENDED, _CUT):
-        raise BadAnswerError(f"the finish reason {finish!r}, which is neither an end nor a cut")
+    finish = finish_of(choice)
     text = _text(choice)
     ids = None
     if settings.return_token_ids:
@@ -127,30 +118,18 @@ def _sample(
         text=text,
         token_ids=ids,
         token_logprobs=_logprobs(choice, ids) if settings.logprobs else None,
-        finish_reason=_CUT if finish == _CUT else "stop",
+        finish_reason=CUT if finish == CUT else "stop",
     )
 
 
 def _text(choice: Mapping[str, Any]) -> str:
     message = choice.get("message")
-    if not isinstance(message, dict):
-        text = choice.get("text")
-    else:
-        text = message.get("content")
-        if message.get("tool_calls"):
-            raise BadAnswerError("a tool call")
-        if any(message.get(name) for name in _REASONING):
-            raise BadAnswerError(
-                "reasoning apart from the text, which is then not what was sampled: start the "
-                "server without a reasoning parser"
-            )
-    if not isinstance(text, str):
-        raise BadAnswerError(f"a text that is {json.dumps(text)[:40]}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadAnswerError(f"a text that is no Unicode ({error.reason})") from error
-    return text
+    if isinstance(message, dict) and any(message.get(name) for name in _REASONING):
+        raise BadAnswerError(
+            "reasoning apart from the text, which is then not what was sampled: start the "
+            "server without a reasoning parser"
+        )
+    return text_of(choice)
 
 
 def _token_ids(answer: Mapping[str, Any], choice: Mapping[str, Any], prompt: Prompt) -> Any:

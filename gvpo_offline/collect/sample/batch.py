@@ -17,7 +17,6 @@ import numpy as np
 
 from gvpo_offline.collect.inputs import find_sources
 from gvpo_offline.collect.sample.answers import (
-    BadAnswerError,
     is_chat,
     read_answer,
     request_body,
@@ -25,6 +24,7 @@ from gvpo_offline.collect.sample.answers import (
 from gvpo_offline.collect.sample.config import BatchSettings
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.stage import Facts, Wanted
+from gvpo_offline.collect.server.answer import BadAnswerError
 from gvpo_offline.collect.sources import JsonLines
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import text_key

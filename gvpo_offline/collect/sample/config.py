@@ -211,7 +211,8 @@ class SampleConfig:
     """The dataset's folder: empty, or one that an earlier run of the same command left."""
     tokenizer_name_or_path: str
     """Tokenizer of the policy to train: a folder or a hub name."""
-    samplers: dict[str, dict[str, Any]]
+    # A bare dict: the command line would read texts inside a dict[str, Any] as YAML once more.
+    samplers: dict[str, dict]  # type: ignore[type-arg]
     """Samplers by name: each a `kind` (transformers, openai, vllm, openai_batch) and the settings
     of that kind."""
     prompt_column: str = "prompt"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.collect.arrays import from_arrays, to_rows
+from gvpo_offline.collect.rounds import committed_rounds, round_name
 from gvpo_offline.schema import IntArray, column_array, split_list
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
@@ -78,12 +79,7 @@ class SampleLog:
 
     def rounds(self, chunk: int) -> list[TaskRecord]:
         """The records of a task's committed rounds, in order."""
-        records: list[TaskRecord] = []
-        while record := self.tasks.peek(task_name(chunk, len(records))):
-            records.append(record)
-            if not record.counts["failed"]:
-                break
-        return records
+        return committed_rounds(self.tasks, task_name(chunk, 0))
 
     def read(self, records: Sequence[TaskRecord], *, logprobs: bool = False) -> dict[Key, Sample]:
         """The newest word on every response of some rounds, in order of prompt and number.
@@ -122,7 +118,7 @@ class SampleLog:
 
 def task_name(chunk: int, round_: int) -> str:
     """The name of a round of a task in the commit log."""
-    return f"{chunk:06d}" if round_ == 0 else f"{chunk:06d}-{round_}"
+    return round_name(f"{chunk:06d}", round_)
 
 
 def _samples(table: pa.Table) -> Iterator[Sample]:

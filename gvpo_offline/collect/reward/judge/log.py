@@ -18,6 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from gvpo_offline.collect.arrays import to_rows
+from gvpo_offline.collect.rounds import committed_rounds
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import column_array
@@ -79,12 +80,7 @@ class JudgementLog:
 
     def rounds(self, task: str) -> list[TaskRecord]:
         """The records of a task's committed rounds, in order."""
-        records: list[TaskRecord] = []
-        while record := self.tasks.peek(round_name(task, len(records))):
-            records.append(record)
-            if not record.counts["failed"]:
-                break
-        return records
+        return committed_rounds(self.tasks, task)
 
     def read(self, records: Sequence[TaskRecord]) -> dict[Key, Judgement]:
         """The newest word on every question of some rounds.
@@ -195,8 +191,3 @@ def _journalled(path: Path) -> Iterator[Judgement]:
                     file=path,
                     row=row,
                 ) from error
-
-
-def round_name(task: str, round_: int) -> str:
-    """The name of a round of a task in the commit log."""
-    return task if round_ == 0 else f"{task}-{round_}"

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import math
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from gvpo_offline.collect.csv_rows import CsvRows
-from gvpo_offline.collect.sources import Source, find_sources
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.dataset import GroupDataset
 
-_CSV = ".csv"
 Naming = Literal["id", "index", "sampler"]
 
 
@@ -95,7 +89,7 @@ class Opinions:
         """
         by_group = defaultdict(list)
         digests = []
-        for source in _sources([inputs] if isinstance(inputs, str) else inputs):
+        for source in find_sources(inputs, csv=True):
             digests.append(source.sha256(_no_progress))
             for row, values in source.rows(None, _no_progress):
                 opinion = Opinion(dict(values), source.label, row)
@@ -106,17 +100,6 @@ class Opinions:
 
 def _no_progress(n_bytes: int) -> None:
     """These files are small."""
-
-
-def _sources(inputs: Sequence[str]) -> Iterator[Source]:
-    for pattern in inputs:
-        if not pattern.endswith(_CSV):
-            yield from find_sources(pattern)
-            continue
-        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not paths:
-            raise DataError("an input names at least one file", received=pattern, file=pattern)
-        yield from (CsvRows(Path(path)) for path in paths)
 
 
 Names = dict[str, list[str]]
