@@ -2,14 +2,14 @@
 
     python pipelines/preferences/made_up.py --output_dir runs/made-up
 
-    ultrafeedback.parquet   rows as in openbmb/UltraFeedback: an instruction, four scored completions
-    pairs.parquet           the same as in HuggingFaceH4/ultrafeedback_binarized: the best and another
-    model/                  a Qwen3 of some 70,000 parameters and its tokenizer, which has a template
+    ultrafeedback.parquet   as openbmb/UltraFeedback: an instruction, four scored completions
+    pairs.parquet           as HuggingFaceH4/ultrafeedback_binarized: the best and another one
+    model/                  a Qwen3 of some 90,000 parameters; its tokenizer has a chat template
 
 An instruction asks for things by kind ("Name 2 fruits and 3 tools ."); each of eight writers gets
 some right, some of another kind, forgets some, and may or may not begin with "Certainly". Scores
-say how much of the list is right and a little about manners. The model has read what a middling
-writer writes, and no score. All of it is a function of the seed.
+say how much of the list is right and a little about manners. The model has read a writer who names
+things at random, whatever was asked for. All of it is a function of the seed.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 KINDS = {
-    "animals": "cat dog horse owl fox whale".split(),
-    "colours": "red blue green yellow black white".split(),
-    "fruits": "apple pear plum cherry lemon fig".split(),
-    "tools": "hammer saw drill wrench chisel file".split(),
-    "metals": "iron gold silver copper tin lead".split(),
-    "rivers": "Rhine Nile Volga Congo Thames Seine".split(),
+    "animals": ["cat", "dog", "horse", "owl", "fox", "whale"],
+    "colours": ["red", "blue", "green", "yellow", "black", "white"],
+    "fruits": ["apple", "pear", "plum", "cherry", "lemon", "fig"],
+    "tools": ["hammer", "saw", "drill", "wrench", "chisel", "file"],
+    "metals": ["iron", "gold", "silver", "copper", "tin", "lead"],
+    "rivers": ["Rhine", "Nile", "Volga", "Congo", "Thames", "Seine"],
 }
 POLITE = "Certainly"
 # How likely a thing is of the right kind, and not forgotten; how likely the writer is polite.
 WRITERS = {f"writer-{i}": (0.3 + 0.09 * i, (i % 4) / 3) for i in range(8)}
-MIDDLING = (0.6, 0.5)
+RANDOM_WRITER = (0.0, 0.5)
 PAD, EOS, UNKNOWN, USER, ASSISTANT = "<pad>", "<eos>", "<unk>", "<user>", "<assistant>"
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} "
@@ -169,7 +169,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Qwen3ForCausalLM:
-    """A small model that writes as a middling writer does."""
+    """A small model that names things at random."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -194,7 +194,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Qwe
     for step in bar:
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
         asks = [make_ask(rng) for _ in range(32)]
-        loss = model(**padded(tokenizer, asks, [write(a, MIDDLING, rng) for a in asks])).loss
+        loss = model(**padded(tokenizer, asks, [write(a, RANDOM_WRITER, rng) for a in asks])).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
