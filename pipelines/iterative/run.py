@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     first, rounds = "", []
     for number in range(1, options.rounds + 1):
         print(f"\n== round {number}: the reference is {policy}", flush=True)
-        # New responses, if there are any, join the dataset here; see README.md.
+        # New responses would come in here; see README.md.
         gvpo("reference", dataset=dataset, model_name_or_path=policy)
         reference = fingerprint_of(policy, dataset)
         first = first or reference

@@ -4,7 +4,7 @@
 
     ultrafeedback.parquet   as openbmb/UltraFeedback: an instruction, four scored completions
     pairs.parquet           as HuggingFaceH4/ultrafeedback_binarized: the best and another one
-    model/                  a Qwen3 of some 90,000 parameters; its tokenizer has a chat template
+    model/                  a Qwen3 of 86,000 parameters; its tokenizer has a chat template
 
 An instruction asks for things by kind ("Name 2 fruits and 3 tools ."); each of eight writers gets
 some right, some of another kind, forgets some, and may or may not begin with "Certainly". Scores
