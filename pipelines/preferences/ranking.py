@@ -1,0 +1,103 @@
+"""What a policy's order of held-out responses is worth: the mean reward at each place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gvpo_offline import open_dataset
+from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, load_model
+from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.config import EvaluateConfig
+from gvpo_offline.schema import Group
+from gvpo_offline.stream.select import select
+from gvpo_offline.train.evaluation import in_order, shares_of
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Mean reward of the responses that come first, second … in their groups.
+
+    Attributes:
+        n_groups: held-out groups.
+        policy: ordered by the policy's log-ratio, the reward that GVPO teaches it.
+        reference: ordered by the reference's log-prob a token: what it preferred before.
+        rewards: ordered by the rewards themselves, which no order can beat.
+        chance: the mean, at every place.
+    """
+
+    n_groups: int
+    policy: list[float]
+    reference: list[float]
+    rewards: list[float]
+    chance: float
+
+    def table(self) -> str:
+        """The ranking as text, one order a line."""
+        places = range(1, len(self.policy) + 1)
+        lines = [f"{'mean reward at place':<34}" + "".join(f"{place:>8}" for place in places)]
+        for label, means in (
+            ("by the policy's log-ratio", self.policy),
+            ("by the reference's log-prob a token", self.reference),
+            ("by the rewards themselves", self.rewards),
+        ):
+            lines.append(f"{label:<34}" + "".join(f"{mean:>8.2f}" for mean in means))
+        return "\n".join([*lines, f"by chance {self.chance:.2f}; {self.n_groups:,} groups"])
+
+
+def rank(config: EvaluateConfig) -> Ranking:
+    """Rank the held-out responses that `gvpo-offline evaluate` measures with the same settings."""
+    scored = list(log_ratios(config))
+    rewards = [np.asarray(group.rewards, np.float64) for group, _ in scored]
+    before = [
+        np.asarray(group.ref_seq_logprobs) / np.asarray(group.response_lengths)
+        for group, _ in scored
+    ]
+    return Ranking(
+        n_groups=len(scored),
+        policy=mean_by_place(rewards, [ratios for _, ratios in scored]),
+        reference=mean_by_place(rewards, before),
+        rewards=mean_by_place(rewards, rewards),
+        chance=float(np.mean([own.mean() for own in rewards])),
+    )
+
+
+def mean_by_place(rewards: Sequence[Floats], scores: Sequence[Floats]) -> list[float]:
+    """Mean reward at each place when every group is ordered by its scores, the highest first.
+
+    A place counts the groups that have so many responses. Responses of one score stand in the
+    order of the log.
+    """
+    ordered = [
+        own[np.argsort(-score, kind="stable")] for own, score in zip(rewards, scores, strict=True)
+    ]
+    return [
+        float(np.mean([own[place] for own in ordered if len(own) > place]))
+        for place in range(max(map(len, ordered)))
+    ]
+
+
+@torch.no_grad()
+def log_ratios(config: EvaluateConfig) -> Iterator[tuple[Group, Floats]]:
+    """Held-out groups, each with the log-ratio of its responses: (k,) float64, nats."""
+    dataset = open_dataset(config.dataset, reward=config.reward, reference=config.reference)
+    device = default_device(use_cpu=config.use_cpu)
+    model = load_model(config).to(device).eval()
+    budget = config.max_tokens_per_micro_batch
+    engine = prepare_engine(model, max_tokens=budget, layout=config.layout, gradients=False)
+    held_out = select(dataset, eval_fraction=config.eval_fraction, held_out=True)
+    steps = in_order(dataset, held_out, groups_per_step=64, cost=engine.cost)
+    with autocast(device, autocast_dtype(bf16=config.bf16, fp16=config.fp16)):
+        for share in shares_of(steps):
+            for groups, passes in share.micro_batches:
+                logprobs = engine.seq_logprobs(model, groups, passes).cpu().numpy()
+                ends = np.cumsum([group.group_size for group in groups])
+                for group, own in zip(groups, np.split(logprobs, ends[:-1]), strict=True):
+                    assert group.ref_seq_logprobs is not None  # open_dataset joined them
+                    yield group, own - group.ref_seq_logprobs
