@@ -4,10 +4,11 @@
 
 The line of commands in `line.py` is run undisturbed once. Then it is run again, and again, in
 folders of their own, until so many attempts were killed (SIGKILL). A stage is attacked by pairs of
-attempts that begin at the same moment, each killed after a random part of the time that the stage
-takes undisturbed; it is then run to its end. Prints one JSON object:
+attempts that begin at the same moment, each killed after a random part of `LIFE` of the
+time that the stage takes undisturbed; it is then run to its end. Prints one JSON object:
 
 - `kills`, and `kills_by_stage`; `attempts`; `lines`, how often the whole line was run;
+  `seconds_by_stage`, undisturbed;
 - `bad_shards`: files that a manifest or a commit record names and that were not what it says,
   looked for after every pair of attempts; `views` is how often;
 - `differing_datasets`: lines whose last manifest, or a file that it names, is not byte for byte the
@@ -40,6 +41,7 @@ from line import Stage, make_inputs, stages
 from scripted import ScriptedServer
 
 KILLS_PER_STAGE = 5  # of one line; then it is run to its end
+LIFE = 0.7  # of the time that a stage takes undisturbed, at most
 # What the second of two attempts may say: it found the first at work.
 _TURNED_AWAY = ("another process", "no other version while", "finds itself")
 
@@ -99,7 +101,7 @@ class Storm:
         while self.kills.total() - before < wanted:
             started = [self.attempts.start(stage.argv, root) for _ in range(2)]
             now = time.monotonic()
-            ends = [now + self.rng.uniform(0, self.seconds[stage.name]) for _ in started]
+            ends = [now + self.rng.uniform(0, LIFE * self.seconds[stage.name]) for _ in started]
             statuses = []
             for end, attempt in sorted(zip(ends, started, strict=True)):
                 statuses.append(wait_for(attempt.pid, end))
@@ -159,6 +161,7 @@ class Storm:
             "lines": self.lines,
             "views": self.views,
             "kills_by_stage": dict(sorted(self.kills.items())),
+            "seconds_by_stage": {name: round(s, 2) for name, s in self.seconds.items()},
         }
 
 
