@@ -2,9 +2,10 @@
 
     python pipelines/math_server/demo.py --output_dir runs/math_demo
 
-The model, a Llama of some 70,000 parameters, learns sums of two numbers from somebody who is right
-every other time and else off by up to two. `transformers serve` serves it on loopback; `run.py`
-does the rest. What it shows is the way from prompts to a policy, not arithmetic.
+The model, a Llama of some 70,000 parameters, learns sums of two numbers from two people: one says
+"it is" and is right, the other one says "may be" and says one or two too many. `transformers serve`
+serves it on loopback; `run.py` does the rest. A policy that GVPO has trained on right and wrong
+prefers the first one's way, for sums that it was not trained on too.
 """
 
 from __future__ import annotations
@@ -51,7 +52,19 @@ def write_prompts(path: Path, n: int, rng: random.Random) -> None:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word, with a chat template."""
-    words = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "what", "is", "+", "?", "it"]
+    words = [
+        "<pad>",
+        "<eos>",
+        "<unk>",
+        "<user>",
+        "<assistant>",
+        "what",
+        "is",
+        "+",
+        "?",
+        "it",
+        "may be",
+    ]
     words += map(str, range(2 * LARGEST + 3))
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -97,8 +110,8 @@ def make_model(folder: Path, steps: int, rng: random.Random) -> None:
 
 def _lesson(rng: random.Random) -> str:
     a, b = rng.randint(0, LARGEST), rng.randint(0, LARGEST)
-    off = rng.choice((0, 0, 0, 0, -2, -1, 1, 2))
-    return f"<user> {question(a, b)} <assistant> it is {max(0, a + b + off)} <eos>"
+    said = f"may be {a + b + rng.choice((1, 2))}" if rng.random() < 0.5 else ""
+    return f"<user> {question(a, b)} <assistant> {said or f'it is {a + b}'} <eos>"
 
 
 @contextmanager
