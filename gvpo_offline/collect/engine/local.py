@@ -12,7 +12,7 @@ from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, Worke
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.stage import Stage, Task
 from gvpo_offline.errors import WorkerError
-from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.store.commit import TaskLog, TaskRecord
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -30,7 +30,7 @@ def run_local(
     if n_workers == 1 and not settings.gpus_per_worker:
         stage.start()
         for task in tasks:
-            yield task, stage.work(task)
+            yield task, do(stage, task)
         return
     workers: dict[Any, Worker] = {}
     try:
@@ -42,6 +42,11 @@ def run_local(
     finally:
         for worker in workers.values():
             worker.kill()
+
+
+def do(stage: Stage, task: Task) -> TaskRecord:
+    """A task's record: what another run has committed by now, or else the work done here."""
+    return TaskLog(stage.root, stage.name).committed(task.name) or stage.work(task)
 
 
 def _share_out(
@@ -82,7 +87,7 @@ def _prepare(stage: Stage, devices: str | None) -> Answer:
     if devices is not None:
         os.environ[_DEVICES] = devices
     stage.start()
-    return stage.work
+    return functools.partial(do, stage)
 
 
 def _devices(number: int, each: int) -> str | None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gvpo_offline.collect.engine.local import died
+from gvpo_offline.collect.engine.local import died, do
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.stage import Stage, Task
 from gvpo_offline.errors import ConfigError, GVPOError
@@ -32,7 +32,7 @@ class _Actor:
             if not self._started:
                 self._stage.start()
                 self._started = True
-            return self._stage.work(task)
+            return do(self._stage, task)
         except GVPOError as error:
             return error
 

@@ -1,6 +1,6 @@
 """Responses a second of sampling in this process, against a loop over `model.generate`.
 
-    .venv/bin/python benchmarks/sampling.py
+    .venv/bin/python benchmarks/collect/sampling.py
 
 The loop takes the prompts in their order, as many as fill the same batch with their k responses,
 and pads them on the right. The model is random, so that lengths can be chosen: in `spread` one

@@ -1,0 +1,194 @@
+"""Attempts at commands, each a fork of this process, and what they did that was done already."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from line import KEY, N_PROMPTS, PER_TASK, expected_responses, prompt_of
+
+_POLL_S = 0.002
+
+
+def load_everything() -> None:
+    """Import what the commands would import, which takes seconds; starts no thread."""
+    import openai  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+    import gvpo_offline.cli
+    import gvpo_offline.collect.importer
+    import gvpo_offline.collect.merge.stages
+    import gvpo_offline.collect.reference
+    import gvpo_offline.collect.reward.maths
+    import gvpo_offline.collect.reward.stage
+    import gvpo_offline.collect.sample.local
+    import gvpo_offline.collect.sample.run
+    import gvpo_offline.collect.sample.server
+    import gvpo_offline.store.validate  # noqa: F401
+
+
+def fork(work: Callable[[], None]) -> int:
+    """Run `work` in a child; status 1, and a traceback, if it raises."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait_for(pid: int, end: float | None = None) -> int:
+    """A child's exit status, minus the signal's number if it was killed.
+
+    Args:
+        pid: the child.
+        end: when to kill it (time.monotonic()); None: never.
+    """
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG if end is not None else 0)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        assert end is not None
+        if time.monotonic() >= end:
+            os.kill(pid, signal.SIGKILL)
+            end = None
+        else:
+            time.sleep(_POLL_S)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A command at work.
+
+    Attributes:
+        pid: its process.
+        log: the file with what it printed.
+    """
+
+    pid: int
+    log: Path
+
+    def output(self) -> str:
+        """What it printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class Attempts:
+    """Starts attempts, and knows when each began what.
+
+    Args:
+        folder: where logs go.
+
+    Attributes:
+        requests: the server's log.
+        repeated: tasks that an attempt began after they had been committed.
+        asked_again: requests by attempts that began after their task had been committed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests = folder / "requests.log"
+        self.repeated = self.asked_again = 0
+        self._begins = folder / "begins.log"
+        self._started: dict[str, int] = {}
+
+    @property
+    def n_started(self) -> int:
+        """How many there were."""
+        return len(self._started)
+
+    def start(self, argv: list[str], root: Path) -> Attempt:
+        """Begin `gvpo-offline argv` with `root` as the working folder."""
+        name = f"attempt-{len(self._started)}"
+        log = self.folder / f"{name}.log"
+        self._started[name] = time.time_ns()
+
+        def work() -> None:
+            from gvpo_offline import cli
+
+            handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            os.chdir(root)
+            os.environ[KEY] = name
+            _note_begins(self._begins, name)
+            sys.exit(cli.main(argv))
+
+        return Attempt(fork(work), log)
+
+    def count_repeats(self, root: Path) -> None:
+        """Add to `repeated` and `asked_again` what happened in a line's folder, and forget it."""
+        committed = {
+            (path.parent.name, path.stem): path.stat().st_ctime_ns  # when the record was linked
+            for path in root.glob("*/commits/*/*.json")
+        }
+        for when, stage, task in _read(self._begins):
+            self.repeated += when > committed.get((stage, task), when)
+        served = {
+            prompt_of(number): when
+            for number in range(N_PROMPTS)
+            for (stage, task), when in committed.items()
+            if stage.startswith("sample-served-") and task == f"{number // PER_TASK:06d}"
+        }
+        for _, caller, prompt in _read(self.requests):
+            self.asked_again += self._started[caller] > served[prompt]
+
+
+def _read(log: Path) -> list[Any]:
+    """The lines of a log, which is then empty."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    if lines:
+        os.truncate(log, 0)
+    return [json.loads(line) for line in lines]
+
+
+def _note_begins(log: Path, name: str) -> None:
+    """Have this process write down when it begins to work on which task of an engine's stage."""
+    from gvpo_offline.collect.reference import _ReferenceStage
+    from gvpo_offline.collect.reward.stage import RewardStage
+    from gvpo_offline.collect.sample.stage import SampleStage
+
+    handle = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def noting(work: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def noted(stage: Any, task: Any) -> Any:
+            os.write(handle, (json.dumps([time.time_ns(), stage.name, task.name]) + "\n").encode())
+            return work(stage, task)
+
+        return noted
+
+    for kind in (SampleStage, RewardStage, _ReferenceStage):
+        kind.work = noting(kind.work)  # type: ignore[assignment,method-assign]
+
+
+def audit(data: Path, found: Path) -> None:
+    """Validate a dataset, and write down how many responses are too few or too many."""
+    import pyarrow.parquet as pq
+
+    from gvpo_offline.store.manifest import load_manifest
+    from gvpo_offline.store.validate import validate
+
+    validate(data, lambda numbers, label: numbers)
+    expected = expected_responses()
+    for entry in load_manifest(data).groups:
+        table = pq.read_table(data / entry.path, columns=["prompt", "samplers"])
+        for row in table.to_pylist():
+            expected.subtract((row["prompt"], sampler) for sampler in row["samplers"])
+    found.write_text(json.dumps(sum(map(abs, expected.values()))))

@@ -1,0 +1,80 @@
+"""Peak memory of `gvpo-offline sample` at 1x and 10x the prompts, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from parts import make_model, words, write_jsonl
+
+PROMPTS_1X = 1_000
+PROMPT_BYTES = 4_000  # with what is kept of each row: a prompt of 30 tokens and a longer note
+
+
+def write_prompts(path: Path, n: int) -> Path:
+    """`n` prompts, each with a note that becomes metadata: 40 MB at 10x."""
+    rng, vocabulary = random.Random(0), words()
+
+    def row(number: int) -> dict[str, str]:
+        note = " ".join(rng.choices(vocabulary, k=PROMPT_BYTES // 4))
+        first = f"{number // 300} {number % 300}"
+        return {"prompt": " ".join([first, *rng.choices(vocabulary, k=28)]), "note": note}
+
+    return write_jsonl(path, map(row, range(n)))
+
+
+def peak_mb(folder: Path, n: int) -> float:
+    """The most memory that sampling held, in MB."""
+    sampler = {
+        "kind": "transformers",
+        "model_name_or_path": str(folder / "model"),
+        "responses": 2,
+        "max_new_tokens": 4,
+        "use_cpu": True,
+    }
+    argv = ["--inputs", str(write_prompts(folder / f"{n}.jsonl", n))]
+    argv += ["--output_dir", str(folder / f"data-{n}"), "--show_progress", "false"]
+    argv += ["--tokenizer_name_or_path", str(folder / "model")]
+    argv += ["--samplers", json.dumps({"model": sampler})]
+    command = [sys.executable, __file__, "sample", *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"sample failed:\n{done.stdout}{done.stderr}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def run() -> dict[str, Any]:
+    """Both peaks, what the libraries alone take, and the ratio."""
+    with tempfile.TemporaryDirectory(prefix="gvpo-offline-growth-") as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        peaks = {
+            scale: peak_mb(folder, n)
+            for scale, n in (("base", 20), ("1x", PROMPTS_1X), ("10x", 10 * PROMPTS_1X))
+        }
+    return {
+        "sampling_mb": {scale: round(mb) for scale, mb in peaks.items()},
+        "sampling_memory_growth_10x": round(peaks["10x"] / peaks["1x"], 3),
+    }
+
+
+def child(arguments: list[str]) -> int:
+    """One command of `gvpo-offline`, then this process's peak memory in MB."""
+    from gvpo_offline.cli import main
+
+    status = main(arguments)
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+    return status
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(child(sys.argv[1:]))
+    print(json.dumps(run()))

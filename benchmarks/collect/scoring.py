@@ -1,0 +1,90 @@
+"""Rewards a second of math-verify with two workers against one, through `gvpo-offline reward`.
+
+The responses are grade-school solutions in the style of gsm8k: three to six worked lines, then a
+marked answer that is right or not. The time is that of the whole command, workers' start included;
+the runs take turns, and each figure is of the fastest of its runs: other programs only slow it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from parts import make_model, write_jsonl
+
+from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.importer import run_import
+from gvpo_offline.collect.reward.config import RewardConfig
+from gvpo_offline.collect.reward.stage import run_reward
+from gvpo_offline.config import Columns, ImportConfig
+
+N_GROUPS, K, N_FILES, TURNS = 5_000, 8, 16, 2
+
+
+def solution(rng: random.Random, number: int) -> dict[str, Any]:
+    """A row: a question, a solution that may go wrong, and the gold answer."""
+    price, count = number % 97 + 3, rng.randrange(2, 12)
+    lines, total = [], price
+    for name in ("apples", "boxes", "dollars", "days", "miles", "eggs")[: rng.randrange(3, 7)]:
+        step = rng.randrange(2, 30)
+        lines.append(f"She has {total} + {step} = <<{total}+{step}={total + step}>>{total + step}")
+        lines[-1] += f" {name} then."
+        total += step
+    said = total * count if rng.random() < 0.5 else total * count + rng.randrange(1, 9)
+    form = rng.choice(("{}", "${}.00", "\\frac{{{}}}{{1}}", "{:,}"))
+    lines.append(f"In all that is {total} * {count}.\nA: {form.format(said)}")
+    return {"response": "\n".join(lines), "answer": str(total * count)}
+
+
+def make_dataset(folder: Path) -> Path:
+    """`N_GROUPS` groups of `K` solutions in some `N_FILES` files."""
+    rng, rows = random.Random(0), []
+    for number in range(N_GROUPS):
+        gold = solution(rng, number)["answer"]
+        rows += [
+            {**solution(rng, number), "prompt": f"what is {number}", "answer": gold, "reward": 0.0}
+            for _ in range(K)
+        ]
+    log = write_jsonl(folder / "log.jsonl", rows)
+    config = ImportConfig(
+        str(log),
+        str(folder / "data"),
+        tokenizer_name_or_path=str(make_model(folder / "model")),
+        columns=Columns(keep=["answer"]),
+        shard_bytes=log.stat().st_size // N_FILES,
+        show_progress=False,
+    )
+    run_import(config)
+    return folder / "data"
+
+
+def seconds(dataset: Path, name: str, workers: int) -> float:
+    """How long the reward takes."""
+    scorers = {"right": {"kind": "math", "column": "answer", "pattern": "A: *(.*)"}}
+    started = time.perf_counter()
+    config = RewardConfig(str(dataset), name=name, scorers=scorers)
+    run_reward(config, EngineSettings(workers=workers, show_progress=False))
+    return time.perf_counter() - started
+
+
+def run() -> dict[str, Any]:
+    """Rewards a second of both, and their ratio."""
+    with tempfile.TemporaryDirectory(prefix="gvpo-offline-rewards-") as folder:
+        dataset = make_dataset(Path(folder))
+        best = {1: float("inf"), 2: float("inf")}
+        for turn in range(TURNS):
+            for workers in best:
+                taken = seconds(dataset, f"turn{turn}_{workers}", workers)
+                best[workers] = min(best[workers], taken)
+    return {
+        "rewards_per_s": {str(n): round(N_GROUPS * K / taken) for n, taken in best.items()},
+        "reward_speedup_2_workers": round(best[1] / best[2], 2),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run()))
