@@ -11,8 +11,8 @@ from typing import Any
 from builders import build_dataset, make_groups
 
 from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.config import RewardConfig
-from gvpo_offline.collect.reward.scorer import Case
 from gvpo_offline.collect.reward.stage import RewardResult, run_reward
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import open_dataset

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewarding import answered_dataset, case, functions, read, reward
 
+from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.functions import TrlScorer, VerlScorer, load_function
 from gvpo_offline.collect.reward.kinds import (
@@ -29,7 +30,7 @@ from gvpo_offline.collect.reward.kinds import (
 from gvpo_offline.collect.reward.match import ExactScorer, NumericScorer, last_number
 from gvpo_offline.collect.reward.maths import MathScorer, is_formula
 from gvpo_offline.collect.reward.model import ModelScorer
-from gvpo_offline.collect.reward.scorer import Case, Scorer
+from gvpo_offline.collect.reward.scorer import Scorer
 from gvpo_offline.errors import ConfigError, DataError
 
 NAN = float("nan")
@@ -194,7 +195,7 @@ def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
     script.write_text(
         "from gvpo_offline.collect.reward.kinds import MathSettings\n"
         "from gvpo_offline.collect.reward.maths import MathScorer\n"
-        "from gvpo_offline.collect.reward.scorer import Case\n"
+        "from gvpo_offline.collect.reward.cases import Case\n"
         "case = Case('g', 'p', None, ('1',), {'a': '1'})\n"
         "print(MathScorer(MathSettings(kind='math', column='a')).score([case]))\n"
     )

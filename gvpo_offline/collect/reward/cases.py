@@ -3,16 +3,73 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
-from gvpo_offline.collect.reward.scorer import Case
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Group, IntArray
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
 
+Message = dict[str, Any]
+
 _TEXT = ("response_lengths", "prompt", "messages", "responses", "metadata")
 _IDS = ("prompt_token_ids", "response_token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A group as scorers see it.
+
+    Attributes:
+        group_id: its id.
+        prompt: the prompt as text, or None where it is messages.
+        messages: the prompt as chat messages, or None where it is text.
+        responses: k texts.
+        metadata: the further columns of the log.
+        response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
+        row_group: number of the row group; the cases of a call are all those of one, in order.
+        place: file, row and group, for errors.
+    """
+
+    group_id: str
+    prompt: str | None
+    messages: list[Message] | None
+    responses: tuple[str, ...]
+    metadata: dict[str, Any]
+    response_token_ids: tuple[IntArray, ...] | None = None
+    row_group: int = 0
+    place: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """k, the number of responses."""
+        return len(self.responses)
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The prompt as messages; one that is text is what a user says."""
+        return self.messages or [{"role": "user", "content": self.prompt}]
+
+    def column(self, name: str) -> Any:
+        """A column of the metadata: its name, or the way down to it (`reward_model.ground_truth`).
+
+        Raises:
+            DataError: the group has no such column.
+        """
+        if name in self.metadata:
+            return self.metadata[name]
+        value: Any = self.metadata
+        for step in name.split("."):
+            if not isinstance(value, dict) or step not in value:
+                raise DataError(
+                    f"the group's metadata has the column {name}",
+                    received=f"{', '.join(self.metadata) or 'no metadata'}",
+                    remedy="name a column that was kept at import (columns.keep)",
+                    **self.place,
+                )
+            value = value[step]
+        return value
 
 
 class CaseReader:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import RewardSettings
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer
+from gvpo_offline.collect.reward.scorer import SimpleScorer
 from gvpo_offline.schema import FloatArray, column_array, split_list
 from gvpo_offline.store.dataset import GroupDataset, choose_rewards
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import FunctionSettings, VerlSettings
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import SimpleScorer, numbers, settings_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.schema import FloatArray

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import ExactSettings, NumericSettings
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import SimpleScorer, numbers, settings_of
 from gvpo_offline.schema import FloatArray
 
 # 1,234.5 and 1234.5 and .5; a comma counts where it sets three digits apart, a sign where it is not

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
+from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import MathSettings
 from gvpo_offline.collect.reward.match import last_match
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import SimpleScorer, numbers, settings_of
 from gvpo_offline.errors import ConfigError, WorkerError
 from gvpo_offline.schema import FloatArray
 

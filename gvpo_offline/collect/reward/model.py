@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import ModelSettings
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, settings_of
+from gvpo_offline.collect.reward.scorer import SimpleScorer, settings_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.schema import FloatArray
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint

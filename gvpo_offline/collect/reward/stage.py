@@ -21,10 +21,10 @@ import pyarrow as pa
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.reward.build import build_scorer
-from gvpo_offline.collect.reward.cases import CaseReader
+from gvpo_offline.collect.reward.cases import Case, CaseReader
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.kinds import RewardSettings, ScorerSettings
-from gvpo_offline.collect.reward.scorer import Case, Scorer
+from gvpo_offline.collect.reward.scorer import Scorer
 from gvpo_offline.collect.stage import Task
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json

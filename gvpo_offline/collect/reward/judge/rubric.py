@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.collect.reward.cases import Case, Message
 from gvpo_offline.collect.reward.kinds import JudgePairsSettings, JudgeSettings
-from gvpo_offline.collect.reward.scorer import Case, Message
 from gvpo_offline.collect.server.answer import BadAnswerError
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json

@@ -7,13 +7,13 @@ from typing import Any
 
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.reward.cases import CaseReader
+from gvpo_offline.collect.reward.cases import Case, CaseReader
 from gvpo_offline.collect.reward.judge.log import Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.pairs import pairs_of, win_rates
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
 from gvpo_offline.collect.reward.judge.stage import JudgeStage, task_of
 from gvpo_offline.collect.reward.kinds import JudgePairsSettings, JudgeSettings
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import SimpleScorer, numbers, settings_of
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gvpo_offline.collect.reward.cases import CaseReader
+from gvpo_offline.collect.reward.cases import Case, CaseReader, Message
 from gvpo_offline.collect.reward.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
-from gvpo_offline.collect.reward.scorer import Case, Message
 from gvpo_offline.collect.rounds import round_name
 from gvpo_offline.collect.server.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
 from gvpo_offline.collect.server.client import Server

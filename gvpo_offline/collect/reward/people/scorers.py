@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.reward.cases import CaseReader
+from gvpo_offline.collect.reward.cases import Case, CaseReader
 from gvpo_offline.collect.reward.kinds import RanksSettings, RatingsSettings, VotesSettings
 from gvpo_offline.collect.reward.people.bradley_terry import connected, log_strengths
 from gvpo_offline.collect.reward.people.opinions import (
@@ -22,7 +22,7 @@ from gvpo_offline.collect.reward.people.opinions import (
     position,
     response_names,
 )
-from gvpo_offline.collect.reward.scorer import Case, SimpleScorer, settings_of
+from gvpo_offline.collect.reward.scorer import SimpleScorer, settings_of
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import FloatArray
 from gvpo_offline.store.dataset import GroupDataset
