@@ -150,6 +150,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if (options.data is None) != (options.model is None):
         parser.error("--data and --model go together")
+    if options.rounds < 1:
+        parser.error("--rounds is 1 or more")
     return options
 
 
