@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test lint format schemas bench-memory bench-order bench-compute clean
+.PHONY: help venv quickstart test lint format schemas bench-memory bench-order bench-compute \
+	bench-collect clean
 
 help:
 	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
@@ -18,6 +19,7 @@ help:
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-order  the order of a billion groups"
 	@echo "make bench-compute  steps against TRL's own on the same groups (under 10 minutes; 1.5 GB)"
+	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
 	@echo "make venv         set up .venv and nothing else"
 
 venv: $(STAMP)
@@ -58,6 +60,9 @@ bench-compute: $(STAMP)
 
 bench-memory: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py
+
+bench-collect: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/collect/evidence.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.stage import run_reward
 from gvpo_offline.config import Columns, ImportConfig
 
-N_GROUPS, K, N_FILES, TURNS = 5_000, 8, 16, 2
+N_GROUPS, K, N_FILES, TURNS = 3_000, 8, 16, 2
 
 
 def solution(rng: random.Random, number: int) -> dict[str, Any]:
