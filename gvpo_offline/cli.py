@@ -88,7 +88,7 @@ def _plain(namespace: Any) -> dict[str, Any]:
 
 
 def _run_import(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.importer import import_log
+    from gvpo_offline.collect.importing.importer import import_log
     from gvpo_offline.config import Columns
 
     values["columns"] = Columns(**values["columns"])

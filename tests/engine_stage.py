@@ -14,7 +14,7 @@ from builders import make_groups
 
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.stage import Task
+from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.writer import write_groups

@@ -11,7 +11,7 @@ import pyarrow as pa
 from builders import reference_family
 from importing import ALL_COLUMNS, ID_COLUMNS, config, write_jsonl
 
-from gvpo_offline.collect.importer import run_import
+from gvpo_offline.collect.importing.importer import run_import
 from gvpo_offline.config import Columns
 from gvpo_offline.schema import (
     REFERENCE_COLUMNS,

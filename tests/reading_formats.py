@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from importing import config
 
-from gvpo_offline.collect.formats import LeavesOut, find_format
+from gvpo_offline.collect.formats import find_format
 from gvpo_offline.collect.fragment import Fragment
-from gvpo_offline.collect.importer import import_log
-from gvpo_offline.collect.inputs import find_sources
+from gvpo_offline.collect.importing.importer import import_log
+from gvpo_offline.collect.reading.inputs import find_sources
+from gvpo_offline.collect.shapes.log_format import LeavesOut
 from gvpo_offline.errors import GVPOError
 
 

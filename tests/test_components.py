@@ -17,8 +17,8 @@ from importing import config, write_jsonl
 
 from gvpo_offline.collect import formats
 from gvpo_offline.collect.fragment import Fragment
-from gvpo_offline.collect.importer import run_import
-from gvpo_offline.collect.regroup import Spill
+from gvpo_offline.collect.importing.importer import run_import
+from gvpo_offline.collect.importing.regroup import Spill
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.schema import rewards_schema, rewards_to_table
 from gvpo_offline.store.dataset import open_dataset

@@ -17,8 +17,8 @@ from importing import config, read_groups
 
 from gvpo_offline.collect.formats.nectar import win_rates
 from gvpo_offline.collect.fragment import Fragment
-from gvpo_offline.collect.importer import import_log
-from gvpo_offline.collect.parts import weighted_sum
+from gvpo_offline.collect.importing.importer import import_log
+from gvpo_offline.collect.shapes.parts import weighted_sum
 
 KINDS = ("arrow", "parquet", "jsonl")
 

@@ -10,7 +10,7 @@ import pytest
 from importing import config, read_groups, write_jsonl
 from reading_formats import fragments, refused
 
-from gvpo_offline.collect.importer import import_log
+from gvpo_offline.collect.importing.importer import import_log
 from gvpo_offline.errors import ConfigError, DataError
 
 # --- NeMo-Gym -------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ from importing import ID_COLUMNS, config, content, id_rows, read_groups, write_j
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import gvpo_offline.collect.formats as formats
-import gvpo_offline.collect.importer as importer
-import gvpo_offline.collect.regroup as regroup
-from gvpo_offline.collect.importer import import_log, run_import
-from gvpo_offline.collect.inputs import find_sources
-from gvpo_offline.collect.sources import DatasetRows
+import gvpo_offline.collect.importing.importer as importer
+import gvpo_offline.collect.importing.regroup as regroup
+from gvpo_offline.collect.importing.importer import import_log, run_import
+from gvpo_offline.collect.reading.inputs import find_sources
+from gvpo_offline.collect.reading.sources import DatasetRows
 from gvpo_offline.config import Columns
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_file, text_key
@@ -511,7 +511,7 @@ def test_another_import_into_a_dataset_is_refused(tmp_path: Path) -> None:
 
 _RUN = """
 import sys
-from gvpo_offline.collect.importer import run_import
+from gvpo_offline.collect.importing.importer import run_import
 from gvpo_offline.config import Columns, ImportConfig
 run_import(ImportConfig(inputs=sys.argv[1], output_dir=sys.argv[2], columns=Columns(**{columns}),
            shard_bytes=int(sys.argv[3]), show_progress=False))
@@ -576,7 +576,7 @@ def test_importing_the_module_loads_no_torch(module: str) -> None:
 
 
 def test_parquet_token_columns_with_nulls_at_every_level() -> None:
-    from gvpo_offline.collect.arrays import from_array_lists, to_rows
+    from gvpo_offline.collect.reading.arrays import from_array_lists, to_rows
 
     rows = [[np.array([1, 2]), None], None, [], [np.array([], np.int64)]]
     for kind in (pa.list_(pa.list_(pa.int32())), pa.large_list(pa.large_list(pa.int64()))):

@@ -18,7 +18,7 @@ import pytest
 from conftest import train_tokenizer
 from importing import ID_COLUMNS, config, content, id_rows, read_groups, write_jsonl
 
-from gvpo_offline.collect.importer import import_log, run_import
+from gvpo_offline.collect.importing.importer import import_log, run_import
 from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError
 from gvpo_offline.store.commit import TaskLog, TaskRecord
@@ -575,7 +575,7 @@ def test_error_in_a_late_shard_takes_the_early_ones_back(tmp_path: Path) -> None
 
 def test_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(10))
-    from gvpo_offline.collect import importer
+    from gvpo_offline.collect.importing import importer
 
     check = importer.check_fragment
 
@@ -594,7 +594,7 @@ def test_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
 
 _LIMITED = """
 import resource, sys
-from gvpo_offline.collect import importer
+from gvpo_offline.collect.importing import importer
 from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import StorageError
 

@@ -35,7 +35,7 @@ WITHOUT_TORCH = (
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("stream.order", "stream.plan", "stream.select", "train.checkpoint", "tokenizer", "cli"),
     *("compute.layout", "compute.paths", "compute.tree"),
-    *("collect.importer", "collect.merge.stages", "collect.sample.run"),
+    *("collect.importing.importer", "collect.merge.stages", "collect.sample.run"),
     *("collect.engine.settings", "collect.engine.run", "collect.reward.stage"),
 )
 MAX_FILE_LINES = 400

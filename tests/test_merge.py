@@ -26,7 +26,7 @@ from merging import (
     tree,
 )
 
-from gvpo_offline.collect.folder import lock_folder
+from gvpo_offline.collect.importing.folder import lock_folder
 from gvpo_offline.collect.merge import stages
 from gvpo_offline.collect.merge.config import MergeConfig
 from gvpo_offline.collect.merge.rewrite import Rewrite

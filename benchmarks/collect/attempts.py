@@ -24,7 +24,7 @@ def load_everything() -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
     import gvpo_offline.cli
-    import gvpo_offline.collect.importer
+    import gvpo_offline.collect.importing.importer
     import gvpo_offline.collect.merge.stages
     import gvpo_offline.collect.reference
     import gvpo_offline.collect.reward.maths

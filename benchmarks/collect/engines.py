@@ -19,7 +19,7 @@ from typing import Any
 
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.stage import Task
+from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.store.commit import TaskRecord
 
 N_TASKS, TASK_S = 60, 0.2

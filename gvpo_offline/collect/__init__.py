@@ -1,8 +1,8 @@
-"""Making datasets: importing logs, sampling responses, scoring references.
+"""Making datasets: importing logs, sampling responses, scoring them, merging what there is.
 
-`formats` turns one producer's rows into fragments of groups, `sources` reads files, `regroup`
-brings the fragments of a group together without holding the log in memory, `assemble` makes them
-groups, and `importer` is the whole stage. `sample` draws responses and ends in the same importer.
-`reward` and `reference` score what is there, on an `engine`; `merge` joins datasets and rewrites
-their files.
+`reading` opens files, `formats` turns one producer's rows into fragments of groups (with `shapes`,
+what formats share), and `importing` makes a dataset of the fragments. `sample` draws responses and
+ends in the same importer. `reward` and `reference` score what is there; these three are stages that
+an `engine` runs, and whoever asks a server does it through `server`. `merge` joins datasets and
+rewrites their files.
 """

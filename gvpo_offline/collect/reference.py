@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.stage import Task
+from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.compute.model import (
     autocast,
     autocast_dtype,
@@ -135,7 +135,7 @@ def _load(config: ReferenceConfig) -> nn.Module:
 
 
 class _ReferenceStage:
-    """Scores one file of groups a task; see `collect.stage.Stage`.
+    """Scores one file of groups a task; see `collect.engine.stage.Stage`.
 
     Args:
         dataset: what to score.

@@ -10,7 +10,7 @@ from typing import Any
 
 from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.stage import Stage, Task
+from gvpo_offline.collect.engine.stage import Stage, Task
 from gvpo_offline.errors import WorkerError
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 

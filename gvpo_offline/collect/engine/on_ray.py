@@ -9,7 +9,7 @@ from typing import Any
 
 from gvpo_offline.collect.engine.local import died, do
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.stage import Stage, Task
+from gvpo_offline.collect.engine.stage import Stage, Task
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.commit import TaskRecord
 

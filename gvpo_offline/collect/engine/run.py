@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from tqdm import tqdm
 
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.stage import Stage, Task
+from gvpo_offline.collect.engine.stage import Stage, Task
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 
 _log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import Record
 from gvpo_offline.collect.fragment import Fragment
-from gvpo_offline.collect.parts import part_weights
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.reading.rows import Record
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.parts import part_weights
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     add_parts,

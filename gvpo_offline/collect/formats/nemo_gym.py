@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import Record
 from gvpo_offline.collect.fragment import Fragment, token_ids
-from gvpo_offline.collect.openai_shapes import output_text, responses_prompt, was_cut
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.reading.rows import Record
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.openai_shapes import output_text, responses_prompt, was_cut
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     Trajectory,

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import Record
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.reading.rows import Record
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     group_id,

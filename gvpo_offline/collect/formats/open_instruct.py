@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import InputInfo, Record
 from gvpo_offline.collect.fragment import Fragment, token_ids
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.reading.rows import Record
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.log_format import InputInfo
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     group_id,

@@ -13,19 +13,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located, token_ids
-from gvpo_offline.collect.inputs import find_sources
-from gvpo_offline.collect.openai_shapes import (
+from gvpo_offline.collect.reading.inputs import find_sources
+from gvpo_offline.collect.reading.rows import Record, Row
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.log_format import InputInfo
+from gvpo_offline.collect.shapes.openai_shapes import (
     choice_ids,
     choice_text,
     output_text,
     request_prompt,
     was_cut,
 )
-from gvpo_offline.collect.parts import part_weights
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.shapes.parts import part_weights
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     add_parts,

@@ -14,11 +14,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import Record
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
-from gvpo_offline.collect.openai_shapes import chat, choice_text
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.reading.rows import Record
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.openai_shapes import chat, choice_text
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     add_parts,

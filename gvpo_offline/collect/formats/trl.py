@@ -13,11 +13,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import InputInfo, Record, Row
 from gvpo_offline.collect.fragment import Fragment, located
-from gvpo_offline.collect.parts import part_weights
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.reading.rows import Record, Row
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.log_format import InputInfo
+from gvpo_offline.collect.shapes.parts import part_weights
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     add_parts,

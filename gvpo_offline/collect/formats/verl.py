@@ -14,10 +14,10 @@ import logging
 import re
 from collections.abc import Iterable
 
-from gvpo_offline.collect import values
-from gvpo_offline.collect.formats import Record
 from gvpo_offline.collect.fragment import Fragment
-from gvpo_offline.collect.trainer_logs import (
+from gvpo_offline.collect.reading.rows import Record
+from gvpo_offline.collect.shapes import values
+from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
     group_id,

@@ -20,13 +20,13 @@ from typing import Any, Literal
 import pyarrow as pa
 from tqdm import tqdm
 
+from gvpo_offline.collect.importing.regroup import power_of_two
 from gvpo_offline.collect.merge.config import RewriteSettings
 from gvpo_offline.collect.merge.inputs import GROUP_COLUMNS, Family, Input, Rename, spill_schema
 from gvpo_offline.collect.merge.pick import Pick, n_partly_known, picked
 from gvpo_offline.collect.merge.plan import Planner
 from gvpo_offline.collect.merge.spill import TableSpill
 from gvpo_offline.collect.merge.work import task_name
-from gvpo_offline.collect.regroup import power_of_two
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Group, arrow_schema, groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.collect.importing.regroup import power_of_two
 from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig, RewriteSettings
 from gvpo_offline.collect.merge.inputs import (
     Family,
@@ -26,7 +27,6 @@ from gvpo_offline.collect.merge.layout import Cut
 from gvpo_offline.collect.merge.names import PromptNames
 from gvpo_offline.collect.merge.rewrite import Rewrite
 from gvpo_offline.collect.merge.work import discard, discarding, remove_old, workplace
-from gvpo_offline.collect.regroup import power_of_two
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import SCHEMA_VERSION

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gvpo_offline.collect.folder import lock_folder
+from gvpo_offline.collect.importing.folder import lock_folder
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import (

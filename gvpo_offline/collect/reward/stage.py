@@ -20,12 +20,12 @@ import pyarrow as pa
 
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.collect.reward.build import build_scorer
 from gvpo_offline.collect.reward.cases import Case, CaseReader
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.kinds import RewardSettings, ScorerSettings
 from gvpo_offline.collect.reward.scorer import Scorer
-from gvpo_offline.collect.stage import Task
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray, rewards_schema, rewards_to_table
@@ -133,7 +133,7 @@ def _check_not_of_itself(name: str, settings: dict[str, ScorerSettings]) -> None
 
 
 class RewardStage:
-    """Scores one file of groups a task; see `collect.stage.Stage`.
+    """Scores one file of groups a task; see `collect.engine.stage.Stage`.
 
     Args:
         dataset: what to score.

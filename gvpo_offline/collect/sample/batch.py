@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect.inputs import find_sources
+from gvpo_offline.collect.reading.inputs import find_sources
+from gvpo_offline.collect.reading.sources import JsonLines
 from gvpo_offline.collect.sample.answers import (
     is_chat,
     read_answer,
@@ -25,7 +26,6 @@ from gvpo_offline.collect.sample.config import BatchSettings
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.stage import Facts, Wanted
 from gvpo_offline.collect.server.answer import BadAnswerError
-from gvpo_offline.collect.sources import JsonLines
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import text_key
 from gvpo_offline.store.commit import write_hashed

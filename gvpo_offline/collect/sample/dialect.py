@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gvpo_offline.collect.encode import Encoder
+from gvpo_offline.collect.importing.encode import Encoder
 from gvpo_offline.collect.sample.prompts import Prompt
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.schema import IntArray

@@ -11,11 +11,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from gvpo_offline.collect.formats import InputInfo, Record, Row, per_row
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.reading.rows import Record, Row
+from gvpo_offline.collect.reading.sources import Advance, Source
 from gvpo_offline.collect.sample.log import Sample, SampleLog
 from gvpo_offline.collect.sample.prompts import PromptFile
-from gvpo_offline.collect.sources import Advance, Source
+from gvpo_offline.collect.shapes.log_format import InputInfo, per_row
 
 
 class SampledRows(Source):

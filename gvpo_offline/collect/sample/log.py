@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gvpo_offline.collect.arrays import from_arrays, to_rows
-from gvpo_offline.collect.rounds import committed_rounds, round_name
+from gvpo_offline.collect.engine.rounds import committed_rounds, round_name
+from gvpo_offline.collect.reading.arrays import from_arrays, to_rows
 from gvpo_offline.schema import IntArray, column_array, split_list
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet

@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from gvpo_offline.collect.arrays import from_arrays, to_rows
-from gvpo_offline.collect.encode import Encoder
 from gvpo_offline.collect.fragment import Fragment, located, prompt_key
-from gvpo_offline.collect.inputs import find_sources
+from gvpo_offline.collect.importing.encode import Encoder
+from gvpo_offline.collect.reading.arrays import from_arrays, to_rows
+from gvpo_offline.collect.reading.inputs import find_sources
+from gvpo_offline.collect.reading.sources import Source
 from gvpo_offline.collect.sample.config import SampleConfig
-from gvpo_offline.collect.sources import Source
-from gvpo_offline.collect.values import plain
-from gvpo_offline.collect.values import prompt as prompt_of
+from gvpo_offline.collect.shapes.values import plain
+from gvpo_offline.collect.shapes.values import prompt as prompt_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import IntArray

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gvpo_offline.collect.encode import load_encoder
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.folder import SAMPLING_STAGES
-from gvpo_offline.collect.importer import import_log
+from gvpo_offline.collect.importing.encode import load_encoder
+from gvpo_offline.collect.importing.folder import SAMPLING_STAGES
+from gvpo_offline.collect.importing.importer import import_log
 from gvpo_offline.collect.sample.config import BatchSettings, SampleConfig, recorded
 from gvpo_offline.collect.sample.dialect import Dialect
 from gvpo_offline.collect.sample.gather import SampledFormat, SampledRows
@@ -19,7 +19,7 @@ from gvpo_offline.collect.sample.log import SampleLog
 from gvpo_offline.collect.sample.prompts import prepare_prompts
 from gvpo_offline.collect.sample.samplers import open_sampler
 from gvpo_offline.collect.sample.stage import Sampler, SampleStage
-from gvpo_offline.collect.sources import Log
+from gvpo_offline.collect.shapes.log_format import Log
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json

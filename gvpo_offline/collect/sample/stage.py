@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.collect.sample.log import Sample, SampleLog, task_name
 from gvpo_offline.collect.sample.prompts import Prompt, PromptFile
-from gvpo_offline.collect.stage import Task
 from gvpo_offline.hashing import mix_key, text_key
 from gvpo_offline.store.commit import TaskRecord
 

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from gvpo_offline.collect.arrays import to_rows
-from gvpo_offline.collect.rounds import committed_rounds
+from gvpo_offline.collect.engine.rounds import committed_rounds
+from gvpo_offline.collect.reading.arrays import to_rows
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import column_array

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gvpo_offline.collect.engine.rounds import round_name
+from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.collect.reward.cases import Case, CaseReader, Message
 from gvpo_offline.collect.reward.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
-from gvpo_offline.collect.rounds import round_name
 from gvpo_offline.collect.server.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
 from gvpo_offline.collect.server.client import Server
-from gvpo_offline.collect.stage import Task
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset

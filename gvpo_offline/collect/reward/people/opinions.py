@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gvpo_offline.collect.inputs import find_sources
+from gvpo_offline.collect.reading.inputs import find_sources
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.dataset import GroupDataset

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gvpo_offline.collect.formats import Row
-from gvpo_offline.collect.sources import Advance, Source
+from gvpo_offline.collect.reading.rows import Row
+from gvpo_offline.collect.reading.sources import Advance, Source
 from gvpo_offline.errors import DataError
 
 

@@ -10,15 +10,14 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo_offline.collect.arrays import to_rows
-from gvpo_offline.collect.formats import LogFormat, Row
+from gvpo_offline.collect.reading.arrays import to_rows
+from gvpo_offline.collect.reading.rows import Row
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file, sha256_json
 
@@ -274,22 +273,3 @@ class DatasetRows(Source):
                     remedy="save the data set again",
                     file=path,
                 ) from error
-
-
-@dataclass(frozen=True)
-class Log:
-    """What is imported, where a stage has made it itself.
-
-    Attributes:
-        stage: the stage, as the dataset's lineage calls it.
-        config: its settings, likewise.
-        inputs: what it was made from, likewise.
-        sources: its rows.
-        format: how they become fragments.
-    """
-
-    stage: str
-    config: dict[str, Any]
-    inputs: list[dict[str, Any]]
-    sources: Sequence[Source]
-    format: LogFormat

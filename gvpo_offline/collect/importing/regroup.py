@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gvpo_offline.collect.arrays import from_array_lists, from_arrays, to_rows
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.reading.arrays import from_array_lists, from_arrays, to_rows
 from gvpo_offline.hashing import text_key
 from gvpo_offline.store.commit import storage_errors
 

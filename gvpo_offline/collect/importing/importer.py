@@ -23,10 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gvpo_offline.collect.assemble import Assembler, InputNames
-from gvpo_offline.collect.encode import Encoder, Needs, load_encoder
-from gvpo_offline.collect.folder import OutputFolder
-from gvpo_offline.collect.formats import LeavesOut, LogFormat, ReadsBeside, find_format
+from gvpo_offline.collect.formats import find_format
 from gvpo_offline.collect.fragment import (
     GROUP_ID_DIGITS,
     Fragment,
@@ -34,10 +31,14 @@ from gvpo_offline.collect.fragment import (
     located,
     prompt_key,
 )
-from gvpo_offline.collect.inputs import find_sources
-from gvpo_offline.collect.outcome import SAID, ImportResult
-from gvpo_offline.collect.regroup import Spill, power_of_two
-from gvpo_offline.collect.sources import Log, Source
+from gvpo_offline.collect.importing.assemble import Assembler, InputNames
+from gvpo_offline.collect.importing.encode import Encoder, Needs, load_encoder
+from gvpo_offline.collect.importing.folder import OutputFolder
+from gvpo_offline.collect.importing.outcome import SAID, ImportResult
+from gvpo_offline.collect.importing.regroup import Spill, power_of_two
+from gvpo_offline.collect.reading.inputs import find_sources
+from gvpo_offline.collect.reading.sources import Source
+from gvpo_offline.collect.shapes.log_format import LeavesOut, Log, LogFormat, ReadsBeside
 from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json

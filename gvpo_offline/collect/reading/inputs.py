@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from gvpo_offline.collect.csv_rows import CsvRows
-from gvpo_offline.collect.sources import DatasetRows, JsonLines, ParquetRows, Source
+from gvpo_offline.collect.reading.csv_rows import CsvRows
+from gvpo_offline.collect.reading.sources import DatasetRows, JsonLines, ParquetRows, Source
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect import values
 from gvpo_offline.collect.fragment import token_ids
+from gvpo_offline.collect.shapes import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import IntArray
 

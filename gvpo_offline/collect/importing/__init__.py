@@ -1,0 +1,1 @@
+"""Fragments to datasets: checked, brought together, tokenised, written, published."""
