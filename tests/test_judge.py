@@ -28,7 +28,6 @@ from gvpo_offline.collect.reward.judge.rubric import Rubric
 from gvpo_offline.collect.reward.kinds import JudgePairsSettings, JudgeSettings
 from gvpo_offline.collect.reward.stage import run_reward
 from gvpo_offline.collect.server.answer import BadAnswerError
-from gvpo_offline.collect.server.client import retry_after
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import open_dataset
@@ -473,10 +472,3 @@ def test_templates_see_the_group_and_nothing_else(tmp_path: Path) -> None:
         ratings(template="{% if %}")
     with pytest.raises(ConfigError, match="path of a file"):
         ratings(template="no.jinja")
-
-
-def test_retry_after_in_each_of_its_forms() -> None:
-    assert retry_after({"retry-after": "2"}) == 2
-    assert retry_after({"retry-after-ms": "250"}) == 0.25
-    for odd in ({}, {"retry-after": "soon"}, {"retry-after": "-3"}, {"retry-after": "nan"}):
-        assert retry_after(odd) == 0
