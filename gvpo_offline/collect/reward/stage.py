@@ -29,7 +29,7 @@ from gvpo_offline.collect.reward.scorer import Scorer
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray, rewards_schema, rewards_to_table
-from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.survey import Survey, survey
@@ -94,6 +94,8 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
         },
         "missing": config.missing,
     }
+    if (held := _held(dataset, config.name, described)) is not None:
+        return RewardResult(held, _counted(dataset, held), {})
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
     try:
@@ -114,11 +116,22 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
         files=[sidecar for record in records for sidecar in record.sidecars],
     )
     published = _publish(dataset, family, config, dict(counts))
-    return RewardResult(
-        published,
-        survey(GroupDataset(dataset.root, dataset.manifest, rewards=published)),
-        dict(counts),
-    )
+    return RewardResult(published, _counted(dataset, published), dict(counts))
+
+
+def _held(dataset: GroupDataset, name: str, described: dict[str, Any]) -> RewardFamily | None:
+    """The reward if the dataset has it already; merging and compacting carry it along."""
+    for family in dataset.manifest.rewards:
+        if family.name == name and family.config == described:
+            for sidecar in family.files:
+                verify_file(dataset.root, sidecar.file)
+            _log.info("reward %s@%d is in the dataset already", name, family.version)
+            return family
+    return None
+
+
+def _counted(dataset: GroupDataset, family: RewardFamily) -> Survey:
+    return survey(GroupDataset(dataset.root, dataset.manifest, rewards=family))
 
 
 def _check_not_of_itself(name: str, settings: dict[str, ScorerSettings]) -> None:
