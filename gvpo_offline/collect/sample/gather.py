@@ -31,8 +31,8 @@ class SampledRows(Source):
         self._prompts = prompts
         self._log = log
         self._chunks = range(len(prompts.entry.row_groups))
-        # Shards and buckets are cut by size: by that of the content, since rounds change that of the
-        # files. Every response's row holds its prompt, which may be most of it.
+        # Shards and buckets are cut by size: by that of the content, since rounds change that of
+        # the files. Every response's row holds its prompt, which may be most of it.
         digest, self.text_bytes, self.size = hashlib.sha256(), 0, 0
         for chunk in self._chunks:
             beside = {prompt.index: _plain_bytes(prompt) for prompt in prompts.read(chunk)}
