@@ -109,7 +109,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", model]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--device", "cpu"],
