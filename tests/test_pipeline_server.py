@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ N_PROMPTS, K = 24, 4
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the demonstration has written; a short one."""
     folder = tmp_path_factory.mktemp("math_server")
-    argv = ["--output_dir", folder, "--prompts", N_PROMPTS, "--pretrain_steps", 150]
+    argv = ["--output_dir", folder, "--prompts", N_PROMPTS, "--pretrain_steps", 300]
     done = subprocess.run(
         [sys.executable, ROOT / "pipelines/math_server/demo.py", *map(str, argv)],
         capture_output=True,
@@ -46,14 +47,17 @@ def test_rewards_say_who_is_right(out: Path) -> None:
     """`it is N` and `may be N`: the reward is 1 where N is the sum that the prompt asks for."""
     groups = read_groups(out / "dataset")
     assert len(groups) == N_PROMPTS
-    distinct = 0
+    distinct = plain = 0
     for group in groups:
         assert group.responses is not None
         assert group.rewards is not None
         assert group.group_size == K
         answer = json.loads(group.metadata or "")["answer"]
         for response, reward in zip(group.responses, group.rewards, strict=True):
-            assert reward == float(response.split()[-1:] == [answer]), response
+            if said := re.fullmatch(r"(?:it is|may be) (\d+)", response):
+                assert reward == float(said[1] == answer), response
+                plain += 1
         distinct += len(set(group.responses)) > 1
     # A server that only ever says the likeliest thing gives each prompt 4 times the same.
     assert distinct > N_PROMPTS / 2
+    assert plain > N_PROMPTS * K / 2  # the rest is babble: the model has learned for seconds

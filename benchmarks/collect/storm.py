@@ -184,8 +184,8 @@ def content(root: Path) -> dict[str, bytes]:
 
 def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Make the inputs, start the server, and run the storm."""
-    wait_or_fail(fork(lambda: make_inputs(folder)))
     load_everything()
+    wait_or_fail(fork(lambda: make_inputs(folder)))
     attempts = Attempts(folder)
     server = ScriptedServer(attempts.requests)
     serving = fork(server.serve_forever)

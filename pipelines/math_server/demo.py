@@ -52,20 +52,9 @@ def write_prompts(path: Path, n: int, rng: random.Random) -> None:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word, with a chat template."""
-    words = [
-        "<pad>",
-        "<eos>",
-        "<unk>",
-        "<user>",
-        "<assistant>",
-        "what",
-        "is",
-        "+",
-        "?",
-        "it",
-        "may be",
-    ]
-    words += map(str, range(2 * LARGEST + 3))
+    marks = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+    numbers = map(str, range(2 * LARGEST + 3))
+    words = [*marks, "what", "is", "+", "?", "it", "may", "be", *numbers]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -120,7 +109,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", model]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--device", "cpu"],

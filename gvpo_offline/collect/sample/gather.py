@@ -15,7 +15,7 @@ from gvpo_offline.collect.fragment import Fragment
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.reading.sources import Advance, Source
 from gvpo_offline.collect.sample.log import Sample, SampleLog
-from gvpo_offline.collect.sample.prompts import PromptFile
+from gvpo_offline.collect.sample.prompts import Prompt, PromptFile
 from gvpo_offline.collect.shapes.log_format import InputInfo, per_row
 
 
@@ -32,15 +32,17 @@ class SampledRows(Source):
         self._prompts = prompts
         self._log = log
         self._chunks = range(len(prompts.entry.row_groups))
-        # Shards are cut by size: by that of the content, since rounds change that of the files.
+        # Shards and buckets are cut by size: by that of the content, since rounds change that of
+        # the files. Every response's row holds its prompt, which may be most of it.
         digest, self.text_bytes, self.size = hashlib.sha256(), 0, 0
         for chunk in self._chunks:
+            beside = {prompt.index: _plain_bytes(prompt) for prompt in prompts.read(chunk)}
             for sample in self._samples(chunk, self._measure):
                 ids = None if sample.token_ids is None else sample.token_ids.tolist()
                 content = [*sample.key, sample.seed, sample.text, ids, sample.finish_reason]
                 encoded = json.dumps(content).encode()
                 digest.update(encoded)
-                self.text_bytes += len(encoded)
+                self.text_bytes += len(encoded) + beside[sample.prompt]
         self._sha256 = digest.hexdigest()
 
     def _measure(self, n_bytes: int) -> None:
@@ -75,6 +77,12 @@ class SampledFormat:
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""
         return per_row(rows, source, _fragment)
+
+
+def _plain_bytes(prompt: Prompt) -> int:
+    """About how many bytes a prompt takes in a row, its metadata and token ids included."""
+    texts = (prompt.prompt, prompt.messages, prompt.metadata)
+    return sum(len(text) for text in texts if text) + prompt.token_ids.nbytes
 
 
 def _fragment(record: Record, source: InputInfo) -> Fragment:
