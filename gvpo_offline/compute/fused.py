@@ -180,6 +180,7 @@ class _PairLogprobs(torch.autograd.Function):
                 plan, grads.inputs, grads.weights, ctx.kept, log_sum_H1
             ):
                 grads.add_block(block, exps, row_grad_H1 * factor_H1)
+                del exps  # before the next block asks for room
         else:
             grads.of_inputs = [None if mean is None else row_grad_H1 * mean for mean in means_HK]
         return (None, None, None, *grads.finished())

@@ -203,15 +203,23 @@ def softmax_blocks(
     kept: list[Kept | None],
     log_sum_H1: Tensor,
 ) -> Iterator[tuple[Block, Tensor, Tensor]]:
-    """Each block with a matrix and a factor per row whose product is slope · softmax."""
+    """Each block with a matrix and a factor per row whose product is slope · softmax.
+
+    What was kept is taken out of `kept`, and held by nobody here while the consumer works with it.
+    """
     space = Space(plan, inputs[0])
     for number, block in enumerate(plan.blocks):
-        found, kept[number] = kept[number], None
-        if found is not None:
-            yield block, found.exps, (found.top_H1 - log_sum_H1).exp_()
+        if kept[number] is not None:
+            yield block, *_taken(kept, number, log_sum_H1)
             continue
         logits = space.of(block)
         write_logits_(logits, inputs, [weight[block.columns] for weight in weights])
         factor = squash_(logits, plan)
         _, sloped = _exponentials_(logits, factor, log_sum_H1, plan)
         yield block, sloped.to(plan.matmul_dtype), torch.ones_like(log_sum_H1)
+
+
+def _taken(kept: list[Kept | None], number: int, log_sum_H1: Tensor) -> tuple[Tensor, Tensor]:
+    found, kept[number] = kept[number], None
+    assert found is not None
+    return found.exps, (found.top_H1 - log_sum_H1).exp_()
