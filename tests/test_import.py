@@ -563,7 +563,7 @@ def test_killed_at_any_moment_and_repeated(tmp_path: Path) -> None:
 # --- the rest -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["importer", "formats.flat", "formats.groups"])
+@pytest.mark.parametrize("module", ["importing.importer", "formats.flat", "formats.groups"])
 def test_importing_the_module_loads_no_torch(module: str) -> None:
     code = (
         f"import sys, gvpo_offline.collect.{module}\n"
