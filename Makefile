@@ -18,7 +18,7 @@ help:
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-order  the order of a billion groups"
-	@echo "make bench-compute  steps against TRL's own on the same groups (under 10 minutes; 1.5 GB)"
+	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
 	@echo "make venv         set up .venv and nothing else"
 
