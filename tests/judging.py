@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback import LoopbackServer, drop, send
 
 Fault = Callable[[str, int], str | None]
 """From a question, and the times that it was asked before, to a fault's name."""
@@ -34,7 +35,7 @@ def shown_numbers(question: str) -> list[int]:
     return [int(number) for number in re.findall(r"It is (\d+)", question)]
 
 
-class JudgeServer:
+class JudgeServer(LoopbackServer):
     """An OpenAI-compatible server on loopback.
 
     It gives `rating` of one response; of two it prefers the larger number, but, where they are next
@@ -55,40 +56,12 @@ class JudgeServer:
         self.headers: list[Any] = []
         self.delay = 0.0
         self.model: Callable[[str], str] = lambda question: "tiny-1"
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        owner = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                owner._post(self)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # the default, 5, turns callers away for a second
-
-            def handle_error(self, *args: Any) -> None:
-                """Whoever asked may have been killed."""
-
-        self._http = Server(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-
-    def close(self) -> None:
-        """Stop."""
-        self._stop.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-    def _post(self, handler: BaseHTTPRequestHandler) -> None:
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
-        with self._lock:
+        with self.lock:
             self.bodies.append(body)
             self.headers.append(handler.headers)
             times = self.asked[question]
@@ -96,15 +69,14 @@ class JudgeServer:
         time.sleep(self.delay)
         fault = self.fault(question, times)
         if fault == "drop":
-            handler.close_connection = True
-            handler.connection.close()
+            drop(handler)
         elif fault == "hang":
-            self._stop.wait(30)
+            self.stopped.wait(30)
         elif fault is not None and fault.isdigit():
             sent = handler.headers.get("Authorization")
-            _send(handler, int(fault), json.dumps({"error": {"message": f"no {sent}"}}))
+            send(handler, int(fault), json.dumps({"error": {"message": f"no {sent}"}}))
         else:
-            _send(handler, 200, '{"choices' if fault == "json" else self._answer(question, fault))
+            send(handler, 200, '{"choices' if fault == "json" else self._answer(question, fault))
 
     def _answer(self, question: str, fault: str | None) -> str:
         numbers = shown_numbers(question)
@@ -119,11 +91,3 @@ class JudgeServer:
             "message": {"role": "assistant", "content": SAID.get(fault or "", text)},
         }
         return json.dumps({"id": "x", "model": self.model(question), "choices": [choice]})
-
-
-def _send(handler: BaseHTTPRequestHandler, status: int, text: str) -> None:
-    handler.send_response(status)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", str(len(text.encode())))
-    handler.end_headers()
-    handler.wfile.write(text.encode())

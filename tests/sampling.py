@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from importing import write_jsonl
+from loopback import LoopbackServer, drop, send
 
 from gvpo_offline.collect.sample.config import SampleConfig
 
@@ -70,7 +70,7 @@ def answer_of(body: dict[str, Any]) -> str:
     return "It is " + hashlib.sha256(asked.encode()).hexdigest()[:6]
 
 
-class FaultServer:
+class FaultServer(LoopbackServer):
     """An OpenAI-compatible server on loopback that answers by rule and fails by rule.
 
     Args:
@@ -94,37 +94,12 @@ class FaultServer:
         self.delay = 0.0
         self.extra: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, answer: None
         self._now = 0
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        owner = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                owner._answer(self)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # the default, 5, turns callers away for a second
-
-        self._http = Server(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-
-    def close(self) -> None:
-        """Stop."""
-        self._stop.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         key = json.dumps([body.get("messages") or body["prompt"], body.get("seed")])
-        with self._lock:
+        with self.lock:
             self.times.append(time.monotonic())
             self.bodies.append(body)
             self.headers.append(handler.headers)
@@ -137,23 +112,22 @@ class FaultServer:
                 time.sleep(self.delay)
             self._respond(handler, body, self.fault(before, body))
         finally:
-            with self._lock:
+            with self.lock:
                 self._now -= 1
 
     def _respond(
         self, handler: BaseHTTPRequestHandler, body: dict[str, Any], fault: str | None
     ) -> None:
         if fault == "drop":
-            handler.close_connection = True
-            handler.connection.close()
+            drop(handler)
             return
         if fault == "hang":
-            self._stop.wait(30)
+            self.stopped.wait(30)
             return
         if fault in ("400", "401", "429", "500"):
             headers = {"Retry-After": "0.3"} if fault == "429" else {}
             sent = handler.headers.get("Authorization", "")
-            _send(handler, int(fault), json.dumps({"error": {"message": f"no {sent}"}}), headers)
+            send(handler, int(fault), json.dumps({"error": {"message": f"no {sent}"}}), headers)
             return
         content = {"json": '{"choices": [', "html": "<html>busy</html>", "nothing": "{}"}
         text = content.get(fault or "") or json.dumps(self._body(body, fault))
@@ -161,7 +135,7 @@ class FaultServer:
         if fault in ("cut", "drip"):
             self._slowly(handler, text, whole=fault == "drip")
             return
-        _send(handler, 200, text, {"Content-Type": kind})
+        send(handler, 200, text, {"Content-Type": kind})
 
     def _body(self, body: dict[str, Any], fault: str | None) -> dict[str, Any]:
         text = "" if fault == "empty" else answer_of(body)
@@ -186,21 +160,12 @@ class FaultServer:
         handler.end_headers()
         if not whole:
             handler.wfile.write(text[: len(text) // 2].encode())
-        while whole and not self._stop.wait(0.05):
+        while whole and not self.stopped.wait(0.05):
             try:
                 handler.wfile.write(b" ")
             except OSError:
                 break
         handler.close_connection = True
-
-
-def _send(handler: BaseHTTPRequestHandler, status: int, text: str, headers: dict[str, str]) -> None:
-    handler.send_response(status)
-    for name, value in {"Content-Type": "application/json", **headers}.items():
-        handler.send_header(name, value)
-    handler.send_header("Content-Length", str(len(text.encode())))
-    handler.end_headers()
-    handler.wfile.write(text.encode())
 
 
 def first(*faults: str) -> Fault:

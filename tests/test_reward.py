@@ -177,7 +177,9 @@ def test_the_sum_is_over_what_is_there(
 def test_the_same_settings_are_there_already(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = reward(root, {"right": NUMERIC, "level": EXACT})
     before = open_dataset(root, join=()).manifest
-    monkeypatch.delattr("gvpo_offline.collect.reward.match.NumericScorer.score")  # no work is left
+    monkeypatch.delattr(
+        "gvpo_offline.collect.reward.match.NumericScorer.score_case"
+    )  # no work is left
     # In another order, too.
     assert reward(root, {"level": EXACT, "right": NUMERIC}).family == first.family
     assert open_dataset(root, join=()).manifest == before

@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers as abstract
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import FunctionSettings, VerlSettings
-from gvpo_offline.collect.reward.scorer import SimpleScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import CaseScorer, numbers, settings_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.schema import FloatArray
@@ -26,7 +26,7 @@ from gvpo_offline.schema import FloatArray
 _OWN = ("prompt", "completion", "completion_ids", "prompts", "completions")
 
 
-class _FunctionScorer(SimpleScorer):
+class _FunctionScorer(CaseScorer):
     """A function that each process loads for itself, told apart by the hash of its file."""
 
     def __init__(self, settings: FunctionSettings | VerlSettings) -> None:
@@ -101,11 +101,8 @@ class TrlScorer(_FunctionScorer):
 
     needs_token_ids = True
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        return [self._score(case) for case in cases]
-
-    def _score(self, case: Case) -> FloatArray:
+    def score_case(self, case: Case) -> FloatArray:
+        """(1, k)."""
         k = case.size
         completions: list[Any] = list(case.responses)
         if case.messages is not None:
@@ -146,11 +143,8 @@ class VerlScorer(_FunctionScorer):
         self._settings = settings
         self.further = settings.keep
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1 + F, k) for each case."""
-        return [self._score(case) for case in cases]
-
-    def _score(self, case: Case) -> FloatArray:
+    def score_case(self, case: Case) -> FloatArray:
+        """(1 + F, k)."""
         truth = case.column(self._settings.ground_truth)
         given = {
             "data_source": case.metadata.get(self._settings.data_source),

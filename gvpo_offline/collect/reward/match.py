@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import ExactSettings, NumericSettings
-from gvpo_offline.collect.reward.scorer import SimpleScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import CaseScorer, numbers, settings_of
 from gvpo_offline.schema import FloatArray
 
 # 1,234.5 and 1234.5 and .5; a comma counts where it sets three digits apart, a sign where it is not
@@ -19,7 +18,7 @@ _NUMBER = re.compile(
 )
 
 
-class ExactScorer(SimpleScorer):
+class ExactScorer(CaseScorer):
     """1 where two texts are the same, space around them aside; 0 where they differ.
 
     A group whose column is null has no right answer: its numbers are missing.
@@ -33,11 +32,8 @@ class ExactScorer(SimpleScorer):
         """Its settings."""
         return settings_of(self._settings)
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        return [self._score(case) for case in cases]
-
-    def _score(self, case: Case) -> FloatArray:
+    def score_case(self, case: Case) -> FloatArray:
+        """(1, k)."""
         gold = case.column(self._settings.column)
         if gold is None:
             return numbers([None] * case.size)
@@ -53,7 +49,7 @@ class ExactScorer(SimpleScorer):
         return found.strip().casefold() if self._settings.ignore_case else found.strip()
 
 
-class NumericScorer(SimpleScorer):
+class NumericScorer(CaseScorer):
     """1 where two numbers are the same within a tolerance; 0 where they differ or there is none.
 
     A group whose column is null, or has no number, has no right answer: its numbers are missing.
@@ -67,11 +63,8 @@ class NumericScorer(SimpleScorer):
         """Its settings."""
         return settings_of(self._settings)
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        return [self._score(case) for case in cases]
-
-    def _score(self, case: Case) -> FloatArray:
+    def score_case(self, case: Case) -> FloatArray:
+        """(1, k)."""
         gold = case.column(self._settings.column)
         text = "" if gold is None else str(gold)
         matched = last_match(self._settings.pattern, text)

@@ -12,14 +12,13 @@ import logging
 import re
 import resource
 import signal
-from collections.abc import Sequence
 from typing import Any
 
 from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
 from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import MathSettings
 from gvpo_offline.collect.reward.match import last_match
-from gvpo_offline.collect.reward.scorer import SimpleScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import CaseScorer, numbers, settings_of
 from gvpo_offline.errors import ConfigError, WorkerError
 from gvpo_offline.schema import FloatArray
 
@@ -32,7 +31,7 @@ _IN_FORMULAS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"(?!(?:sin|cos|tan|cot|log|exp|sqrt|max|min|gcd|lcm|mod)\b)\b[A-Za-z]{3,}")
 
 
-class MathScorer(SimpleScorer):
+class MathScorer(CaseScorer):
     """1 where math-verify shows that the answers are equal, 0 where it does not.
 
     A group whose gold answer is null or cannot be read has no right answer: its numbers are
@@ -63,18 +62,17 @@ class MathScorer(SimpleScorer):
                 remedy="pip install 'gvpo-offline[math]'",
             ) from error
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        return [numbers(self._score(case)) for case in cases]
-
-    def _score(self, case: Case) -> list[float | None]:
+    def score_case(self, case: Case) -> FloatArray:
+        """(1, k)."""
         gold = case.column(self._settings.column)
         if gold is None:
-            return [None] * case.size
+            return numbers([None] * case.size)
         # The column may hold the bare answer.
         wanted = last_match(self._settings.pattern, str(gold)) or str(gold)
         found = [last_match(self._settings.pattern, response) for response in case.responses]
-        return [0.0 if answer is None else self._verified(wanted, answer) for answer in found]
+        return numbers(
+            [0.0 if answer is None else self._verified(wanted, answer) for answer in found]
+        )
 
     def _verified(self, gold: str, response: str) -> float | None:
         if self._worker is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,6 +80,18 @@ class SimpleScorer:
 
     def stop(self) -> None:
         """Nothing to end."""
+
+
+class CaseScorer(SimpleScorer, ABC):
+    """A scorer to which each case stands for itself."""
+
+    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+        """`score_case` of each."""
+        return [self.score_case(case) for case in cases]
+
+    @abstractmethod
+    def score_case(self, case: Case) -> FloatArray:
+        """(1 + F, k), as `Scorer.score` for one case."""
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
