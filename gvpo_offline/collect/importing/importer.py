@@ -66,13 +66,13 @@ def run_import(config: ImportConfig) -> Manifest:
 def import_log(config: ImportConfig, log: Log | None = None) -> ImportResult:
     """Import logs as `config` says, or find that this was done before.
 
-    Args:
-        config: the settings.
-        log: what to import instead of `config.inputs`.
-
     A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
     is an empty response all the same, and not a bare end token, unless `empty_responses: keep` says
     so: in most logs it stands for a request that failed.
+
+    Args:
+        config: the settings.
+        log: what to import instead of `config.inputs`.
 
     Returns:
         The dataset's manifest and counts.
