@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gvpo_offline.collect.importing.config import ImportConfig
     from gvpo_offline.commands.config import EvaluateConfig
     from gvpo_offline.config import ReferenceConfig, ValidateConfig
-    from gvpo_offline.losses import GVPOLoss, gvpo_loss
+    from gvpo_offline.losses import GroupLoss, gvpo_loss
     from gvpo_offline.schema import Group
     from gvpo_offline.store.dataset import GroupDataset, open_dataset
     from gvpo_offline.stream.config import DatasetSettings, ResponseSettings
@@ -26,7 +26,7 @@ _HOMES = {
     "DatasetSettings": "stream.config",
     "EvaluateConfig": "commands.config",
     "GVPOConfig": "train.config",
-    "GVPOLoss": "losses",
+    "GroupLoss": "losses",
     "GVPOTrainer": "train.trainer",
     "Group": "schema",
     "GroupDataset": "store.dataset",
@@ -42,7 +42,7 @@ __all__ = [
     "DatasetSettings",
     "EvaluateConfig",
     "GVPOConfig",
-    "GVPOLoss",
+    "GroupLoss",
     "GVPOTrainer",
     "Group",
     "GroupDataset",

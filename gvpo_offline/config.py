@@ -79,6 +79,25 @@ class GVPOSettings:
     beta: float = 0.1
     """Strength of the pull to the reference. Only with the reward's scale does it mean something:
     (max reward - min reward) / beta is the log-ratio gap, in nats, that the optimum asks for."""
+    loss_type: Literal[
+        "gvpo",
+        "pmd_mean",
+        "rebel",
+        "ipo",
+        "dpo",
+        "listwise",
+        "rft",
+        "awr",
+        "grpo",
+        "rloo",
+        "topr",
+    ] = "gvpo"
+    """The objective. gvpo, rebel and listwise have its optimum; pmd_mean is gvpo with anchor 1; ipo
+    and dpo compare a group's best response with its worst; rft and awr imitate; grpo and rloo are
+    controls, without importance weights; topr needs the samplers' log-probs in the log."""
+    response_weights: Literal["equal", "inverse_length"] = "equal"
+    """Weights of a group's squares: equal, or by the inverse of each response's length in tokens.
+    Neither moves the optimum. gvpo only."""
     anchor: float = 0.0
     """In [0, 1]: also pull the mean log-ratio of each group to zero. Steadies a small beta, and
     biases the optimum; 1 is the PMD-mean loss."""
@@ -116,6 +135,12 @@ class GVPOSettings:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError("beta is a positive number", received=self.beta)
+        if self.loss_type != "gvpo" and (self.anchor or self.response_weights != "equal"):
+            raise ConfigError(
+                "anchor and response_weights are gvpo's",
+                received=f"loss_type {self.loss_type}",
+                remedy="leave them out, or set loss_type to gvpo",
+            )
         if not 0.0 <= self.anchor <= 1.0:
             raise ConfigError("anchor lies in [0, 1]", received=self.anchor)
         if not 0.0 <= self.eval_fraction < 1.0:

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
+from gvpo_offline.losses import GroupLoss, GroupStatistics, gvpo_loss
 
 ATOL = 1e-10
 
@@ -38,7 +38,7 @@ class Batch:
             weights=weights,
         )
 
-    def loss(self, seq: Tensor | None = None) -> GVPOLoss:
+    def loss(self, seq: Tensor | None = None) -> GroupLoss:
         return gvpo_loss(
             self.seq if seq is None else seq,
             self.ref,
@@ -49,7 +49,7 @@ class Batch:
             response_weights=self.weights,
         )
 
-    def loss_and_gradient(self) -> tuple[GVPOLoss, Tensor]:
+    def loss_and_gradient(self) -> tuple[GroupLoss, Tensor]:
         seq = self.seq.clone().requires_grad_()
         result = self.loss(seq)
         (gradient,) = torch.autograd.grad(result.loss, seq)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from loss_batches import Batch, batches, check, check_metrics, properties
 
-from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
+from gvpo_offline.losses import GroupLoss, GroupStatistics, gvpo_loss
 
 
-def metrics_by_loops(batch: Batch, result: GVPOLoss) -> dict[str, float]:
+def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
     """The metrics written again, group by group and pair by pair."""
     log_ratio = batch.seq - batch.ref
     residual = batch.rewards - batch.beta * log_ratio

@@ -21,6 +21,7 @@ from gvpo_offline.stream.select import select
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
+from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.preflight import (
     check_row_tokens,
     check_token_ids,
@@ -105,7 +106,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
             model,
             engine,
             shares_of(steps),
-            beta=config.beta,
+            objective=Objective(config.beta),
             device=device,
             autocast_dtype=autocasting,
             progress=bar.update,

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from gvpo_offline.config import GVPOSettings
 from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.train.objective import Objective
 
 # Settings of transformers that have no meaning here, and what says it instead.
 _REFUSED = {
@@ -73,6 +74,10 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
         # batches with DataParallel, which knows nothing of groups. Launch with torchrun instead.
         if self.n_gpu > 1:
             self._n_gpu = 1
+
+    def objective(self) -> Objective:
+        """What the run minimises."""
+        return Objective(self.beta, self.loss_type, self.anchor, self.response_weights)
 
     def settings(self) -> dict[str, object]:
         """GVPO's own settings as a plain dictionary."""

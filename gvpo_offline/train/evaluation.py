@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
-from gvpo_offline.errors import DataError
-from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
+from gvpo_offline.losses import GroupLoss, GroupStatistics
 from gvpo_offline.schema import Group
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare
 from gvpo_offline.stream.view import View
 from gvpo_offline.train.meters import reduced_sum
+from gvpo_offline.train.objective import Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +55,7 @@ class Evaluation:
     statistics: GroupStatistics = field(default_factory=GroupStatistics.zeros)
     samplers: dict[str, SamplerTotals] = field(default_factory=lambda: defaultdict(SamplerTotals))
 
-    def add(self, groups: Sequence[Group], result: GVPOLoss) -> None:
+    def add(self, groups: Sequence[Group], result: GroupLoss) -> None:
         """Count one micro-batch."""
         self.statistics = self.statistics + result.statistics
         names = [name for group in groups for name in group.samplers]
@@ -69,29 +68,6 @@ class Evaluation:
             totals.reward += reward
             totals.log_ratio += log_ratio
             totals.weight += weight
-
-
-def group_loss(
-    logprobs_N: Tensor, groups: Sequence[Group], *, beta: float, anchor: float
-) -> GVPOLoss:
-    """`gvpo_loss` of a micro-batch made of `groups`, with errors that name the group by its id."""
-    own = Constants.of(groups)
-    try:
-        return gvpo_loss(
-            logprobs_N,
-            own.ref_seq_logprobs,
-            own.rewards,
-            own.group_index,
-            beta=beta,
-            anchor=anchor,
-        )
-    except DataError as error:
-        if error.group is None or not error.group.isdigit():
-            raise
-        group = groups[int(error.group)].group_id
-        raise DataError(
-            error.rule, received=error.received, remedy=error.remedy, group=group
-        ) from error
 
 
 def in_order(
@@ -125,8 +101,7 @@ def evaluate_policy(
     engine: Engine,
     shares: Iterable[StepShare],
     *,
-    beta: float,
-    anchor: float = 0.0,
+    objective: Objective,
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int], object] | None = None,
@@ -137,7 +112,7 @@ def evaluate_policy(
         model: a causal language model on `device`.
         engine: how it is computed.
         shares: the groups; a rank of several passes its own share.
-        beta: as in training; the anchor likewise.
+        objective: as in training.
         device: where micro-batches are sent.
         autocast_dtype: data type of matrix products, if another than the weights'.
         progress: called with the number of groups done since the last call.
@@ -151,7 +126,7 @@ def evaluate_policy(
                 for groups, passes in share.micro_batches:
                     logprobs = engine.seq_logprobs(model, groups, passes)
                     if groups:  # the empty one is computed too: sharded models run in lockstep
-                        result = group_loss(logprobs, groups, beta=beta, anchor=anchor)
+                        result = objective(logprobs, groups)
                         evaluation.add(groups, result)
                     if progress:
                         progress(len(groups))
@@ -183,8 +158,7 @@ def held_out_metrics(
         model,
         engine,
         shares_of(steps),
-        beta=args.beta,
-        anchor=args.anchor,
+        objective=args.objective(),
         device=args.device,
         autocast_dtype=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
     )

@@ -5,6 +5,7 @@ Not the number of ranks, nor the budget of a micro-batch: they move sums by thei
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,7 @@ def run_identity(
     """
     return {
         "data": data.identity(args),
-        "objective": {"beta": args.beta, "anchor": args.anchor},
+        "objective": asdict(args.objective()),
         "model": model_part,
         "optimization": {name: str(getattr(args, name, None)) for name in _OPTIMIZATION.split()},
     }

@@ -56,7 +56,7 @@ from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
-from gvpo_offline.train.evaluation import group_loss, held_out_metrics
+from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
 from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import (
@@ -145,6 +145,7 @@ class GVPOTrainer(Trainer):
                 callbacks=[epochs, *(callbacks or [])],
                 optimizers=optimizers,
             )
+        self._objective = args.objective()
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
         self.engine: Engine = training_engine(self.model, args, self._meter.add_entropy)
@@ -273,7 +274,7 @@ class GVPOTrainer(Trainer):
             if self._reference_meter is not None:
                 reference = Constants.of(groups).ref_seq_logprobs.to(logprobs.device)
                 self._reference_meter.add(logprobs.detach() - reference)
-            loss = group_loss(logprobs, groups, beta=self.args.beta, anchor=self.args.anchor)
+            loss = self._objective(logprobs, groups)
             self._meter.add(loss.statistics)
             return loss.group_losses.sum() * scale
 

@@ -1,0 +1,104 @@
+"""Losses as pure functions: flat tensors of whole groups in, loss, weights and sums out.
+
+All of it is float64, on one device, without a loop over groups. A loss needs its groups whole in
+one call, while the groups may be cut into calls and spread over ranks in any way. A further loss is
+a function of `GroupTerms` in `others`, a line in `OTHERS`, and its test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.losses import others
+from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
+from gvpo_offline.losses.result import GroupLoss, GroupStatistics
+from gvpo_offline.losses.terms import GroupTerms
+
+__all__ = ["LOSS_TYPES", "GroupLoss", "GroupStatistics", "GroupTerms", "group_loss", "gvpo_loss"]
+
+OTHERS: dict[str, Callable[[GroupTerms], Tensor]] = {
+    "rebel": others.rebel,
+    "ipo": others.ipo,
+    "dpo": others.dpo,
+    "listwise": others.listwise,
+    "rft": others.rft,
+    "awr": others.awr,
+    "grpo": others.grpo,
+    "rloo": others.rloo,
+    "topr": others.topr,
+}
+LOSS_TYPES = ("gvpo", "pmd_mean", *OTHERS)
+
+
+def group_loss(
+    loss_type: str,
+    seq_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    group_index: Tensor,
+    *,
+    beta: float,
+    anchor: float = 0.0,
+    response_weights: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+) -> GroupLoss:
+    """A loss of whole groups by its name.
+
+    Args:
+        loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
+        seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
+        anchor, response_weights: as `gvpo_loss`, which alone knows them.
+        sampler_logprobs: (N,) the log-probability of each response under who wrote it, nats, over
+            the same tokens; needed by topr, and not looked at by others. Constant.
+
+    Raises:
+        ConfigError: no such loss, or a setting that it does not know.
+        DataError: as `gvpo_loss`, or topr without sampler_logprobs.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ConfigError(f"loss_type is one of {', '.join(LOSS_TYPES)}", received=loss_type)
+    if loss_type != "gvpo" and (anchor or response_weights is not None):
+        raise ConfigError(
+            "anchor and response weights are GVPO's",
+            received=f"loss_type {loss_type}",
+            remedy="leave them out, or set loss_type to gvpo",
+        )
+    named = {
+        "seq_logprobs": seq_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rewards": rewards,
+        "group_index": group_index,
+    }
+    if response_weights is not None:
+        named["response_weights"] = response_weights
+    if loss_type == "topr":
+        if sampler_logprobs is None:
+            raise DataError(
+                "topr needs the log-probs of the samplers",
+                received="none",
+                remedy="import a log that has them, or choose another loss_type",
+            )
+        named["sampler_logprobs"] = sampler_logprobs
+    terms = GroupTerms.build(named, beta, 1.0 if loss_type == "pmd_mean" else anchor)
+    return gvpo(terms) if loss_type in ("gvpo", "pmd_mean") else _finished(terms, OTHERS[loss_type])
+
+
+def _finished(terms: GroupTerms, loss: Callable[[GroupTerms], Tensor]) -> GroupLoss:
+    """The result of a loss that gives one number a group.
+
+    Its gradient in the log-ratios is taken here, once, as the weights are that gradient; what flows
+    on to the policy is the same numbers.
+    """
+    with torch.enable_grad():
+        leaf_N = terms.log_ratios_N.detach().requires_grad_()
+        losses_G = loss(replace(terms, log_ratios_N=leaf_N))
+        (gradient_N,) = torch.autograd.grad(losses_G.sum(), leaf_N)
+    moves_N = terms.log_ratios_N - terms.log_ratios_N.detach()  # zeros that have the gradient
+    group_losses_G = losses_G.detach() + terms.sum(gradient_N * moves_N)
+    weights_N = -gradient_N * (terms.group_sizes_G[terms.group_N] - 1) / terms.beta
+    return GroupLoss(group_losses_G.mean(), weights_N, group_losses_G, terms)

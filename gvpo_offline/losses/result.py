@@ -1,0 +1,181 @@
+"""What a loss on groups returns, and the sums that metrics are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gvpo_offline.losses.terms import GroupTerms
+
+
+@dataclass(frozen=True, eq=False)
+class GroupStatistics:
+    """Sums over groups and responses, from which `metrics` are defined, here and nowhere else.
+
+    They add: over micro-batches with `+`, over ranks by all-reducing `to_tensor()`. Means of
+    metrics would depend on how the groups were cut.
+    `sums` is (15,) float64 in the order of `NAMES`; only `as_dict` and `metrics` ask the device.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = (
+        "n_groups",
+        "n_responses",
+        "loss",  # over groups, of a group's loss
+        "residual_sq",  # (r - mean r)^2, before response weights and anchor
+        "reward",
+        "reward_sq",  # (R - mean R)^2
+        "reward_variance",  # over groups, of sum (R - mean R)^2 / (k - 1)
+        "log_ratio",
+        "log_ratio_sq",
+        "weight",
+        "weight_sq",
+        "weight_abs",
+        "best_log_ratio",  # over groups, of the mean l of the best-rewarded responses
+        "concordant_pairs",  # unequal rewards, log-ratios in the same order; equal ones count 1/2
+        "comparable_pairs",  # unequal rewards
+    )
+
+    sums: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device | str | None = None) -> GroupStatistics:
+        """The statistics of no group at all: the start of a sum, or an idle rank's share."""
+        return cls(torch.zeros(len(cls.NAMES), dtype=torch.float64, device=device))
+
+    @classmethod
+    def from_tensor(cls, sums: Tensor) -> GroupStatistics:
+        """Statistics from the tensor that `to_tensor` gave, after an all-reduce (sum) of it."""
+        if sums.shape != (len(cls.NAMES),):
+            raise ValueError(f"expected {len(cls.NAMES)} sums, received shape {tuple(sums.shape)}")
+        return cls(sums.detach().double())
+
+    def to_tensor(self) -> Tensor:
+        """A copy of the sums, (15,) float64, free to be all-reduced in place."""
+        return self.sums.clone()
+
+    def __add__(self, other: GroupStatistics) -> GroupStatistics:
+        return GroupStatistics(self.sums + other.sums.to(self.sums.device))
+
+    def as_dict(self) -> dict[str, float]:
+        """The sums by name."""
+        return dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth logging; nan where a figure has nothing to be computed from.
+
+        loss is a mean over groups; explained_variance 1 - sum (r - mean r)^2 / sum (R - mean R)^2.
+        log_ratio_* (nats), weight_* and reward_mean are over responses, best_log_ratio_mean over
+        groups, ties averaged. reward_std is the root of the mean within-group variance (by k - 1).
+        pair_accuracy is the share of pairs of unequal reward that the log-ratios order alike.
+        """
+        total = self.as_dict()
+        n_groups, n_responses = total["n_groups"], total["n_responses"]
+        unexplained = _ratio(total["residual_sq"], total["reward_sq"])
+        return {
+            "loss": _ratio(total["loss"], n_groups),
+            "explained_variance": 1.0 - unexplained,
+            "log_ratio_mean": _ratio(total["log_ratio"], n_responses),
+            "log_ratio_std": _std(total["log_ratio"], total["log_ratio_sq"], n_responses),
+            "best_log_ratio_mean": _ratio(total["best_log_ratio"], n_groups),
+            "weight_std": _std(total["weight"], total["weight_sq"], n_responses),
+            "weight_abs_mean": _ratio(total["weight_abs"], n_responses),
+            "reward_mean": _ratio(total["reward"], n_responses),
+            "reward_std": math.sqrt(_ratio(total["reward_variance"], n_groups)),
+            "pair_accuracy": _ratio(total["concordant_pairs"], total["comparable_pairs"]),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLoss:
+    """What a loss on groups returns.
+
+    Attributes:
+        loss: scalar float64, the mean over this call's groups, with the gradient.
+        weights: (N,) float64, detached, by input row, in units of reward: the gradient of the loss
+            in seq_logprobs is -beta / (k - 1) * weights / n_groups.
+        group_losses: (G,) float64 with the gradient, in ascending order of the group ids. A step of
+            several micro-batches backpropagates `group_losses.sum()` over the step's group count.
+        terms: the checked inputs.
+    """
+
+    loss: Tensor
+    weights: Tensor
+    group_losses: Tensor
+    terms: GroupTerms = field(repr=False)
+
+    @property
+    def n_groups(self) -> int:
+        """Groups in this call, known without asking the device."""
+        return self.group_losses.shape[0]
+
+    @cached_property
+    def statistics(self) -> GroupStatistics:
+        """This call's sums, computed when first asked for; add them up over calls and ranks."""
+        return _statistics(self)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """This call's own metrics (`GroupStatistics.metrics`); asks the device when first read."""
+        return self.statistics.metrics()
+
+
+@torch.no_grad()
+def _statistics(result: GroupLoss) -> GroupStatistics:
+    """The sums of one call, in the order of `GroupStatistics.NAMES`."""
+    terms, weights_N = result.terms, result.weights
+    log_ratios_N, rewards_N = terms.log_ratios_N.detach(), terms.rewards_N
+    reward_sq_N = terms.centre(rewards_N).square()
+    best_N = (rewards_N == terms.max(rewards_N)[terms.group_N]).double()
+    concordant, comparable = _pair_counts(terms, log_ratios_N)
+    sums = {
+        "n_groups": weights_N.new_tensor(result.n_groups),
+        "n_responses": weights_N.new_tensor(rewards_N.shape[0]),
+        "loss": result.group_losses.detach().sum(),
+        "residual_sq": terms.centre(terms.residuals_N.detach()).square().sum(),
+        "reward": rewards_N.sum(),
+        "reward_sq": reward_sq_N.sum(),
+        "reward_variance": (terms.sum(reward_sq_N) / (terms.group_sizes_G - 1)).sum(),
+        "log_ratio": log_ratios_N.sum(),
+        "log_ratio_sq": log_ratios_N.square().sum(),
+        "weight": weights_N.sum(),
+        "weight_sq": weights_N.square().sum(),
+        "weight_abs": weights_N.abs().sum(),
+        "best_log_ratio": terms.mean(log_ratios_N, best_N).sum(),
+        "concordant_pairs": concordant,
+        "comparable_pairs": comparable,
+    }
+    return GroupStatistics(torch.stack([sums[name] for name in GroupStatistics.NAMES]))
+
+
+def _pair_counts(terms: GroupTerms, log_ratios_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of unequal reward that the log-ratios put in the same order, and all such pairs.
+
+    Lists the sum of k^2 ordered pairs of all groups: exact for any mixture of k, no padding.
+    """
+    order_N = torch.argsort(terms.group_N, stable=True)
+    rewards_N, log_ratios_N = terms.rewards_N[order_N], log_ratios_N[order_N]
+    group_N, sizes_G = terms.group_N[order_N], terms.group_sizes_G.long()
+    partners_N = sizes_G[group_N]
+    first_N = (sizes_G.cumsum(0) - sizes_G)[group_N]
+    left_P = torch.repeat_interleave(partners_N)
+    within_P = torch.arange(left_P.shape[0], device=left_P.device)
+    within_P = within_P - (partners_N.cumsum(0) - partners_N)[left_P]
+    right_P = first_N[left_P] + within_P
+    better_P = rewards_N[left_P] > rewards_N[right_P]
+    gap_P = log_ratios_N[left_P] - log_ratios_N[right_P]
+    agreement_P = (gap_P > 0).double() + 0.5 * (gap_P == 0).double()
+    return (better_P * agreement_P).sum(), better_P.double().sum()
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _std(total: float, total_sq: float, count: float) -> float:
+    """Standard deviation (population) from sums; rounding must not make a variance negative."""
+    return math.sqrt(max(_ratio(total_sq, count) - _ratio(total, count) ** 2, 0.0))

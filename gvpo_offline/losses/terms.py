@@ -1,0 +1,189 @@
+"""What every loss on groups starts from: rows checked, in float64, and sums over groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from gvpo_offline.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTerms:
+    """What a loss on groups starts from: checked, float64, on one device.
+
+    `group_N` (int64) numbers the groups 0..G-1 in ascending order of the ids that came in. Only
+    `log_ratios_N` has a gradient. `response_weights_N` has mean 1 per group; ones without weights.
+    `sampler_logprobs_N` is None where the log does not hold them.
+    """
+
+    log_ratios_N: Tensor
+    ref_logprobs_N: Tensor
+    rewards_N: Tensor
+    response_weights_N: Tensor
+    group_N: Tensor
+    group_sizes_G: Tensor
+    beta: float
+    anchor: float = 0.0
+    sampler_logprobs_N: Tensor | None = None
+
+    @classmethod
+    def build(cls, named: Mapping[str, Tensor], beta: float, anchor: float = 0.0) -> GroupTerms:
+        """Check a loss's tensors, by argument name, and settings; errors as in `group_loss`."""
+        _check_settings(beta, anchor)
+        _check_shapes(named)
+        group_index = named["group_index"].long()
+        # Sorting and counting happen where the ids live: ids kept on the CPU spare a GPU the wait.
+        ids_G, group_N, sizes_G = torch.unique(group_index, return_inverse=True, return_counts=True)
+        _check_group_sizes(ids_G, group_N, sizes_G)
+        # Apple's MPS has no float64; these are a few numbers per response, so the CPU takes them.
+        policy_N = named["seq_logprobs"]
+        device = torch.device("cpu") if policy_N.is_mps else policy_N.device
+        # Sizes as float64 too: a Python float times an integer tensor would be float32.
+        group_N, sizes_G = group_N.to(device), sizes_G.to(device).double()
+        float_N = {name: values.to(device).double() for name, values in named.items()}
+        rewards_N = float_N["rewards"].detach()
+        weights_N = torch.ones_like(rewards_N)
+        if "response_weights" in named:
+            raw_N = float_N["response_weights"].detach()
+            # abs: two negative weights must stay negative, to be found below.
+            mean_G = _group_sum(raw_N.abs(), group_N, sizes_G) / sizes_G
+            weights_N = raw_N / mean_G[group_N]
+        ref_N = float_N["ref_logprobs"].detach()
+        sampler_N = float_N["sampler_logprobs"].detach() if "sampler_logprobs" in named else None
+        terms = cls(
+            log_ratios_N=float_N["seq_logprobs"] - ref_N,
+            ref_logprobs_N=ref_N,
+            rewards_N=rewards_N,
+            response_weights_N=weights_N,
+            group_N=group_N,
+            group_sizes_G=sizes_G,
+            beta=float(beta),
+            anchor=float(anchor),
+            sampler_logprobs_N=sampler_N,
+        )
+        # The one question per call to the device: a bad input shows in the residual or the weight.
+        sound_N = torch.isfinite(terms.residuals_N.detach() * weights_N) & (weights_N > 0)
+        if sampler_N is not None:
+            sound_N &= torch.isfinite(sampler_N)
+        if not bool(sound_N.all()):
+            _raise_unsound(sound_N, named)
+        return terms
+
+    @property
+    def residuals_N(self) -> Tensor:
+        """r = R - beta * l, in units of reward."""
+        return self.rewards_N - self.beta * self.log_ratios_N
+
+    @property
+    def seq_logprobs_N(self) -> Tensor:
+        """The policy's log-probability of each response, nats, with the gradient."""
+        return self.log_ratios_N + self.ref_logprobs_N
+
+    def sum(self, values_N: Tensor) -> Tensor:
+        """Sum of `values_N` in each group, (G,)."""
+        return _group_sum(values_N, self.group_N, self.group_sizes_G)
+
+    def max(self, values_N: Tensor) -> Tensor:
+        """Largest of `values_N` in each group, (G,), detached."""
+        lowest_G = values_N.new_full(self.group_sizes_G.shape, -math.inf)
+        return lowest_G.scatter_reduce(0, self.group_N, values_N.detach(), "amax")
+
+    def mean(self, values_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+        """Mean of `values_N` in each group, (G,), weighted where weights are given."""
+        if weights_N is None:
+            return self.sum(values_N) / self.group_sizes_G
+        return self.sum(weights_N * values_N) / self.sum(weights_N)
+
+    def centre(self, values_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+        """`values_N` less their group's (weighted) mean, (N,).
+
+        The group's largest value is taken off first: equal values then give exact zeros, and a
+        large constant common to a group costs no precision.
+        """
+        shifted_N = values_N - self.max(values_N)[self.group_N]
+        return shifted_N - self.mean(shifted_N, weights_N)[self.group_N]
+
+    def log_softmax(self, values_N: Tensor) -> Tensor:
+        """`values_N` as log-probabilities over their group, (N,)."""
+        shifted_N = values_N - self.max(values_N)[self.group_N]
+        return shifted_N - self.sum(shifted_N.exp()).log()[self.group_N]
+
+    def best_and_worst(self) -> tuple[Tensor, Tensor]:
+        """Rows of each group's best and worst response by reward, two (G,) int64.
+
+        Of several best the first and of several worst the last, so that they always differ.
+        """
+        rows_N = torch.arange(self.rewards_N.shape[0], device=self.rewards_N.device)
+        best_N = self.rewards_N == self.max(self.rewards_N)[self.group_N]
+        worst_N = -self.rewards_N == self.max(-self.rewards_N)[self.group_N]
+        none = torch.full(self.group_sizes_G.shape, -1, device=rows_N.device)
+        last_G = none.scatter_reduce(0, self.group_N[worst_N], rows_N[worst_N], "amax")
+        none = none + rows_N.shape[0] + 1
+        first_G = none.scatter_reduce(0, self.group_N[best_N], rows_N[best_N], "amin")
+        return first_G, last_G
+
+
+def _group_sum(values_N: Tensor, group_N: Tensor, sizes_G: Tensor) -> Tensor:
+    """Sum of `values_N` in each group, (G,)."""
+    return values_N.new_zeros(sizes_G.shape[0]).index_add(0, group_N, values_N)
+
+
+def _check_settings(beta: float, anchor: float) -> None:
+    if not isinstance(beta, Real) or not math.isfinite(beta) or beta <= 0:
+        remedy = "it is the reference's strength in reward per nat; 0.1 suits rewards in 0..1"
+        raise ConfigError("beta must be a finite number above 0", received=beta, remedy=remedy)
+    if not isinstance(anchor, Real) or not 0 <= anchor <= 1:
+        remedy = "0 leaves the optimum where it is; 1 is the PMD-mean loss"
+        raise ConfigError("anchor must be a number from 0 to 1", received=anchor, remedy=remedy)
+
+
+def _check_shapes(named: Mapping[str, Tensor]) -> None:
+    """Equal (N,) shapes, N > 0, integer group ids."""
+    for name, values in named.items():
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if not isinstance(values, Tensor) or values.ndim != 1 or len(values) == 0:
+            rule = f"{name} must be a tensor of shape (N,) with N > 0"
+            remedy = "pass one number per response, the groups laid end to end"
+            raise DataError(rule, received=shape, remedy=remedy)
+        if len(values) != len(named["seq_logprobs"]):
+            rule = f"{name} must have one entry for each of the {len(named['seq_logprobs'])} rows"
+            remedy = "pass the same rows, in the same order, in every argument"
+            raise DataError(rule, received=shape, remedy=remedy)
+    dtype = named["group_index"].dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        remedy = "number the groups, for instance with torch.repeat_interleave"
+        raise DataError("group_index must hold integers", received=dtype, remedy=remedy)
+
+
+def _check_group_sizes(ids_G: Tensor, group_N: Tensor, sizes_G: Tensor) -> None:
+    """No group of a single response: it has no contrast, and k - 1 would be 0."""
+    if bool((sizes_G >= 2).all()):
+        return
+    lonely = int((sizes_G < 2).nonzero()[0])
+    row, group = int((group_N == lonely).nonzero()[0]), str(int(ids_G[lonely]))
+    rule = "a group needs at least 2 responses in the same call"
+    remedy = "keep a group's responses together, and drop prompts that were answered once"
+    raise DataError(rule, received=1, remedy=remedy, row=row, group=group)
+
+
+def _raise_unsound(sound_N: Tensor, named: Mapping[str, Tensor]) -> None:
+    """Name the first value that made a row's residual or weight unsound; the slow path."""
+    rule, bad_N = "a row's inputs must stay finite in float64 when combined", ~sound_N
+    received: object = "an overflow"
+    for name, values in named.items():
+        positive = name == "response_weights"
+        unsound_N = ~torch.isfinite(values) | (values <= 0 if positive else False)
+        if bool(unsound_N.any()):
+            rule, bad_N = f"{name} must be finite" + " and above 0" * positive, unsound_N
+            received = values[unsound_N][0].item()
+            break
+    row = int(bad_N.nonzero()[0])
+    remedy = "find where this response's value was computed, and mend it or drop the response"
+    group = str(int(named["group_index"][row]))
+    raise DataError(rule, received=received, remedy=remedy, row=row, group=group)
