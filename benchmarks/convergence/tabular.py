@@ -44,9 +44,13 @@ class World:
 
     def kl_to_optimum(self, logits: Tensor) -> float:
         """KL(softmax(logits) || pi*) in nats, mean over prompts; `logits` (P, Y)."""
+        return float(self.kl_by_prompt(logits).mean())
+
+    def kl_by_prompt(self, logits: Tensor) -> Tensor:
+        """The same for each prompt, (P,)."""
         logprobs = torch.log_softmax(logits, dim=-1)
-        kl = float((logprobs.exp() * (logprobs - self.optimum)).sum(-1).mean())
-        return max(kl, 0.0)  # rounding alone makes it -1e-17 at the optimum
+        # Rounding alone makes it -1e-17 at the optimum.
+        return (logprobs.exp() * (logprobs - self.optimum)).sum(-1).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,16 @@ class Log:
         return table[self.prompt, self.response]
 
 
+def joined(logs: list[Log]) -> Log:
+    """Logs of several worlds as one log of the world that `side_by_side` makes of them."""
+    groups = torch.tensor([0, *(int(log.group.max()) + 1 for log in logs[:-1])]).cumsum(0)
+    return Log(
+        torch.cat([log.prompt + i * N_PROMPTS for i, log in enumerate(logs)]),
+        torch.cat([log.response for log in logs]),
+        torch.cat([log.group + first for log, first in zip(logs, groups, strict=True)]),
+    )
+
+
 Objective = Callable[[Tensor, Tensor, Tensor, Log], Tensor]
 """(seq_logprobs, ref_logprobs, rewards, log), the first three (N,), to the scalar to minimise."""
 
@@ -72,6 +86,16 @@ def make_world(seed: int) -> World:
     logits = torch.randn(N_PROMPTS, N_RESPONSES, generator=generator, dtype=torch.float64)
     rewards = torch.rand(N_PROMPTS, N_RESPONSES, generator=generator, dtype=torch.float64)
     return World(seed, torch.log_softmax(logits, dim=-1), rewards)
+
+
+def side_by_side(worlds: list[World]) -> World:
+    """Several worlds as one with the prompts of them all: trained together, as fast as one."""
+    return World(
+        worlds[0].seed,
+        torch.cat([world.ref_logprobs for world in worlds]),
+        torch.cat([world.rewards for world in worlds]),
+        worlds[0].beta,
+    )
 
 
 def sampler_probs(world: World, name: str) -> Tensor:
@@ -96,14 +120,21 @@ def sampler_probs(world: World, name: str) -> Tensor:
     return probs[name]
 
 
-def draw_log(world: World, sampler: str) -> Log:
-    """`GROUPS_PER_PROMPT` groups of every prompt, k uniform in its range, from `sampler`."""
+def draw_log(
+    world: World,
+    sampler: str | Tensor,
+    *,
+    groups_per_prompt: int = GROUPS_PER_PROMPT,
+    group_sizes: tuple[int, int] = (SMALLEST_GROUP, LARGEST_GROUP),
+) -> Log:
+    """Groups of every prompt from a sampler, by name or as its (P, Y) probabilities, k uniform."""
     generator = torch.Generator().manual_seed(2_000_003 + world.seed)
-    n_groups = N_PROMPTS * GROUPS_PER_PROMPT
-    sizes = torch.randint(SMALLEST_GROUP, LARGEST_GROUP + 1, (n_groups,), generator=generator)
+    n_groups = N_PROMPTS * groups_per_prompt
+    smallest, largest = group_sizes
+    sizes = torch.randint(smallest, largest + 1, (n_groups,), generator=generator)
     group = torch.repeat_interleave(torch.arange(n_groups), sizes)
-    prompt = group // GROUPS_PER_PROMPT
-    probs = sampler_probs(world, sampler)
+    prompt = group // groups_per_prompt
+    probs = sampler_probs(world, sampler) if isinstance(sampler, str) else sampler
     response = torch.multinomial(probs[prompt], 1, replacement=True, generator=generator)
     return Log(prompt, response.squeeze(1), group)
 
