@@ -147,6 +147,7 @@ class Group:
         rewards: (k,) float64.
         components: (C, k) float64, NaN where missing; the reward family names the C parts.
         ref_seq_logprobs: (k,) float64, nats.
+        sampler_seq_logprobs: (k,) float64, nats: under whoever wrote each response.
         prompt, messages, responses, response_ids, metadata, source: as in `GROUPS_COLUMNS`.
     """
 
@@ -159,6 +160,7 @@ class Group:
     rewards: FloatArray | None = None
     components: FloatArray | None = None
     ref_seq_logprobs: FloatArray | None = None
+    sampler_seq_logprobs: FloatArray | None = None
     source: str = ""
     prompt: str | None = None
     messages: str | None = None

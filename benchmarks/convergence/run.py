@@ -110,7 +110,8 @@ def sweeps(worlds: Worlds, losses: tuple[str, ...]) -> dict[str, list[Row]]:
         setting = worlds.setting(tilted(distance))
         kl = (setting.probs * (setting.probs.log() - worlds.all.ref_logprobs)).sum(-1).mean()
         found["distance"] += [
-            {"x": max(float(kl), 0.0), "loss": name, **worlds.ends(name, setting)} for name in losses
+            {"x": max(float(kl), 0.0), "loss": name, **worlds.ends(name, setting)}
+            for name in losses
         ]
     responses = 5 * GROUPS_PER_PROMPT
     for k in GROUP_SIZES:

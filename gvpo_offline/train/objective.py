@@ -44,6 +44,8 @@ class Objective:
         """
         own = Constants.of(groups)
         more: dict[str, Any] = {}
+        if self.loss_type == "topr" and len(own.sampler_seq_logprobs):
+            more["sampler_logprobs"] = own.sampler_seq_logprobs
         if self.response_weights == "inverse_length":
             more["response_weights"] = 1.0 / _counted_tokens(groups)
         try:

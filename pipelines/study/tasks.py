@@ -1,0 +1,143 @@
+"""Two tasks with a program that checks, and the writers that know them badly. Pure Python.
+
+`change`: pay an amount with the coins in a purse.
+
+    pay 3 7 with c1 c5 c20 :        c20 c5 c5 c5 c1 c1
+
+Every exact payment is right, and the fewer coins the better: the reward is the fewest possible over
+those used, 0 for a wrong sum or a coin that is not in the purse. Right answers differ in worth, so
+copying right answers, or even each log's best, is not the optimum; and they differ in length.
+
+`carry`: add two numbers, units first.
+
+    7 4 2 + 6 5 8 =                 3 0 1 1
+
+The reward is 1 for the right sum and 0 for any other. Writers drop carries; with three digits nine
+in ten of their answers are wrong.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+Words = tuple[str, ...]
+Carries = Callable[[int], bool]
+COINS = (1, 2, 5, 10, 20)
+SMALLEST, LARGEST = 5, 45
+DIGITS = 3
+
+
+class Task(Protocol):
+    """What a study needs of a task."""
+
+    name: str
+    vocabulary: Words
+    max_new_tokens: int
+
+    def prompt(self, rng: random.Random) -> Words:
+        """A question."""
+
+    def written(self, prompt: Words, rng: random.Random) -> Words:
+        """What the policies are pretrained on: an answer that shows how it is done, and no more."""
+
+    def person(self, prompt: Words, rng: random.Random) -> Words:
+        """An answer by somebody with a habit."""
+
+    def reward(self, prompt: Words, response: Words) -> float:
+        """In [0, 1]; 1 for what cannot be better."""
+
+
+class Change:
+    """Pay an amount in few coins."""
+
+    name = "change"
+    vocabulary = ("pay", "with", ":", *map(str, range(10)), *(f"c{coin}" for coin in COINS))
+    max_new_tokens = 28
+
+    def prompt(self, rng: random.Random) -> Words:
+        """An amount, and a purse with ones and two or three other kinds of coins."""
+        kinds = sorted({1, *rng.sample(COINS[1:], rng.choice((2, 3)))})
+        amount = rng.randint(SMALLEST, LARGEST)
+        return ("pay", str(amount // 10), str(amount % 10), "with", *(f"c{c}" for c in kinds), ":")
+
+    def written(self, prompt: Words, rng: random.Random) -> Words:
+        """Any coin that fits, until nothing is left to pay."""
+        amount, kinds = _purse(prompt)
+        used = []
+        while amount:
+            used.append(rng.choice([coin for coin in kinds if coin <= amount]))
+            amount -= used[-1]
+        return tuple(f"c{coin}" for coin in used)
+
+    def person(self, prompt: Words, rng: random.Random) -> Words:
+        """Small coins first, as many as lie at hand, then whatever is quickest."""
+        amount, kinds = _purse(prompt)
+        used = [1] * (3 + amount % 2)
+        amount -= len(used)
+        for coin in sorted(kinds, reverse=True):
+            used += [coin] * (amount // coin)
+            amount %= coin
+        return tuple(f"c{coin}" for coin in used)
+
+    def reward(self, prompt: Words, response: Words) -> float:
+        """Fewest coins over coins used."""
+        amount, kinds = _purse(prompt)
+        coins = [int(word[1:]) for word in response if word[0] == "c"]
+        right = len(coins) == len(response) and sum(coins) == amount
+        if not right or not set(coins) <= set(kinds):
+            return 0.0
+        return fewest(amount, tuple(kinds)) / len(coins)
+
+
+def _purse(prompt: Words) -> tuple[int, list[int]]:
+    return int(prompt[1] + prompt[2]), [int(word[1:]) for word in prompt[4:-1]]
+
+
+def fewest(amount: int, kinds: tuple[int, ...]) -> int:
+    """The fewest coins that make an amount."""
+    best = [0]
+    for part in range(1, amount + 1):
+        best.append(1 + min(best[part - coin] for coin in kinds if coin <= part))
+    return best[amount]
+
+
+class Carry:
+    """Add two numbers of three digits."""
+
+    name = "carry"
+    vocabulary = ("+", "=", *map(str, range(10)))
+    max_new_tokens = 6
+    dropped = 0.7
+
+    def prompt(self, rng: random.Random) -> Words:
+        """Two numbers, units first, with at least two carries between them."""
+        while True:
+            one, two = ([rng.randrange(10) for _ in range(DIGITS)] for _ in range(2))
+            if sum(a + b > 9 for a, b in zip(one, two, strict=True)) >= 2:
+                return (*map(str, one), "+", *map(str, two), "=")
+
+    def written(self, prompt: Words, rng: random.Random) -> Words:
+        """Each carry is dropped with the same chance."""
+        return self._added(prompt, lambda place: rng.random() >= self.dropped)
+
+    def person(self, prompt: Words, rng: random.Random) -> Words:
+        """Carries into the tens are always made, into the hundreds never."""
+        return self._added(prompt, lambda place: place != 1)
+
+    def reward(self, prompt: Words, response: Words) -> float:
+        """1 for the sum."""
+        return float(response == self._added(prompt, lambda place: True))
+
+    def _added(self, prompt: Words, carries: Carries) -> Words:
+        one, two = prompt[:DIGITS], prompt[DIGITS + 1 : -1]
+        carry, digits = 0, []
+        for place, (a, b) in enumerate(zip(one, two, strict=True)):
+            total = int(a) + int(b) + carry
+            digits.append(total % 10)
+            carry = int(total > 9 and carries(place))
+        return tuple(map(str, [*digits, carry] if carry else digits))
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Change(), Carry())}
