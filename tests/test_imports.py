@@ -39,6 +39,7 @@ WITHOUT_TORCH = (
         "stream.plan",
         "stream.select",
         "stream.view",
+        "stream.where",
         "train.checkpoint",
         "tokenizer",
         "cli",
@@ -119,7 +120,7 @@ import gvpo_offline
 assert not {{"numpy", "pyarrow", "torch"}} & set(sys.modules), "by import gvpo_offline"
 for module in {WITHOUT_TORCH!r}:
     importlib.import_module("gvpo_offline." + module)
-    heavy = {{"torch", "transformers", "datasets", "peft"}} & set(sys.modules)
+    heavy = {{"torch", "transformers", "datasets", "peft", "polars"}} & set(sys.modules)
     assert not heavy, (module, heavy)
 dataset = gvpo_offline.open_dataset({str(tmp_path)!r})
 order = gvpo_offline.stream.order.GroupOrder(dataset.row_group_sizes, seed=1, window=2)

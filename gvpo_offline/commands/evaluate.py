@@ -67,13 +67,8 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         ConfigError: model, reward or reference cannot be found, or nothing is held out.
         IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
     """
-    dataset = open_for_training(
-        config.dataset,
-        reward=config.reward,
-        reference=config.reference,
-        version=config.dataset_version,
-    )
-    dataset.verify()
+    view = _view(config)
+    dataset = view.dataset
     tokenizer = load_policy_tokenizer(config)
     device = default_device(use_cpu=config.use_cpu)
     model = load_model(config).to(device).eval()
@@ -92,10 +87,6 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     assert dataset.reference is not None  # open_for_training saw to it
     for line in reference_warnings(facts, dataset.reference):
         logger.warning(line)
-    selection = select(
-        dataset, eval_fraction=config.eval_fraction, held_out=config.eval_fraction > 0
-    )
-    view = View(dataset, selection)
     check_row_tokens(dataset, view.survey(), engine.cost.max_tokens)
     steps = in_order(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
     with tqdm(
@@ -115,3 +106,25 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         metrics=evaluation.statistics.metrics(),
         samplers={name: totals.means() for name, totals in sorted(evaluation.samplers.items())},
     )
+
+
+def _view(config: EvaluateConfig) -> View:
+    """What to evaluate on, its files verified."""
+    dataset = open_for_training(
+        config.dataset,
+        reward=config.reward,
+        reference=config.reference,
+        version=config.dataset_version,
+    )
+    dataset.verify()
+    selection = select(
+        dataset,
+        where=config.where,
+        responses=config.responses,
+        eval_fraction=config.eval_fraction,
+        held_out=config.eval_fraction > 0,
+    )
+    view = View(dataset, selection)
+    for line in view.notes:
+        logger.info(line)
+    return view

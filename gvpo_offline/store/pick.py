@@ -54,6 +54,12 @@ class Pick:
         """Where each group's responses begin: (G,) int64."""
         return np.cumsum(self.sizes) - self.sizes
 
+    def at_least(self, size: int) -> Pick:
+        """The groups that have so many responses."""
+        keep = self.sizes >= size
+        of_kept = np.repeat(keep, self.sizes)
+        return Pick(self.first[keep], self.sizes[keep], self.rows[of_kept], self.items[of_kept])
+
     def pieces(self, responses_at_once: int) -> list[Pick]:
         """The same groups in runs of about so many responses."""
         starts = self.starts

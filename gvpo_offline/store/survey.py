@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from gvpo_offline.schema import LIGHT_COLUMNS, split_list
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.light import light_columns
 
 # Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
 _BINS_PER_DECADE = 100
@@ -121,25 +122,7 @@ def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
     A foreign file may lack the stored lengths, in some rows or in all; they are then counted from
     its tokens, which is right and slow.
     """
-    table = dataset.table(row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
-    missing = [
-        name
-        for name in LIGHT_COLUMNS
-        if name not in table.column_names or table.column(name).null_count
-    ]
-    if not missing:
-        return table
-    table = table.drop_columns([name for name in missing if name in table.column_names])
-    groups = dataset.groups(row_group)
-    derived = {
-        "prompt_length": [len(g.prompt_token_ids) for g in groups],
-        "response_lengths": [g.response_lengths for g in groups],
-        "samplers": [g.samplers for g in groups],
-        "truncated": [g.truncated for g in groups],
-    }
-    for name in missing:
-        table = table.append_column(name, pa.array(derived[name]))
-    return table
+    return light_columns(dataset, row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
 
 
 def survey(

@@ -25,6 +25,12 @@ class ResponseSettings:
     def __post_init__(self) -> None:
         if self.max_responses is not None and self.max_responses < 2:
             raise ConfigError("max_responses is at least 2", received=self.max_responses)
+        if self.prefer != "first" and self.max_responses is None:
+            raise ConfigError(
+                "prefer says which of more than max_responses are taken",
+                received=f"prefer: {self.prefer} without max_responses",
+                remedy="set max_responses, or leave prefer out",
+            )
 
 
 @dataclass

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import permutation, sha256_json
+from gvpo_offline.stream.config import ResponseSettings
 
 IndexArray = npt.NDArray[np.int64]
 _ROW_GROUPS_KEY = 1
@@ -29,8 +30,18 @@ class Selection:
 
     Args:
         sizes: (n_row_groups,) groups in each row group.
-        mask_of: gives, for a row group's number, its (size,) bool mask.
+        mask_of: gives, for a row group's number, its (size,) bool mask; asked once each, in order.
+
+    Attributes:
+        counts: (n_row_groups,) selected groups in each row group.
+        responses: which responses of the selected groups take part; None: all.
+        responses_sha256: hash of what that came to.
+        notes: what came of each condition, in lines for people.
     """
+
+    responses: ResponseSettings | None = None
+    responses_sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, sizes: IndexArray, mask_of: Callable[[int], npt.NDArray[np.bool_]]) -> None:
         pieces = [np.packbits(mask_of(index)) for index in range(len(sizes))]
@@ -47,8 +58,9 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the selection."""
-        return sha256_json([self._sizes.tolist(), self._bits.tobytes().hex()])
+        """SHA-256 of the selection, down to responses."""
+        groups = [self._sizes.tolist(), self._bits.tobytes().hex()]
+        return sha256_json(groups if self.responses is None else [*groups, self.responses_sha256])
 
     def rows(self, row_group: int) -> IndexArray:
         """The selected rows of a row group, ascending: (n,) int64."""
@@ -98,7 +110,7 @@ class GroupOrder:
             raise DataError(
                 "there is at least one group to take",
                 received="0 groups",
-                remedy="loosen the selection: eval_fraction, drop_equal_rewards",
+                remedy="loosen the selection: where, responses, eval_fraction, drop_equal_rewards",
             )
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
         self._rows = functools.lru_cache(maxsize=4)(self._permute_window)

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from gvpo_offline.schema import column_array, split_list
-from gvpo_offline.store.pick import Pick
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.schema import (
+    GROUPS_COLUMNS,
+    REFERENCE_COLUMNS,
+    REWARDS_COLUMNS,
+    Group,
+    column_array,
+)
+from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
 from gvpo_offline.stream.config import ResponseSettings
+from gvpo_offline.stream.predicate import nearest
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+_COLUMNS = {c.name: c for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS[1:], *REFERENCE_COLUMNS[1:])}
+_FIELDS = tuple(field.name for field in fields(Group) if field.name in RESPONSE_AXIS)
+
+
+def takes_all(settings: ResponseSettings) -> bool:
+    """Whether every response of every group takes part."""
+    return not settings.samplers and settings.max_responses is None
+
+
+def described(settings: ResponseSettings) -> str:
+    """The settings in words."""
+    of = f"of {', '.join(settings.samplers)}" if settings.samplers else ""
+    few = f"at most {settings.max_responses}, {settings.prefer}" if settings.max_responses else ""
+    return "; ".join(part for part in (of, few) if part)
+
+
+def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path) -> None:
+    """Raise ConfigError if a pattern fits none of a dataset's samplers."""
+    known = sorted(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ConfigError(
+                "responses.samplers names samplers of the dataset, or patterns that fit one",
+                received=pattern,
+                remedy=nearest(pattern, known),
+                file=file,
+            )
 
 
 def choose(table: pa.Table, settings: ResponseSettings) -> Pick:
@@ -22,34 +61,65 @@ def choose(table: pa.Table, settings: ResponseSettings) -> Pick:
 
     First those of the samplers that are asked for; of these at most `max_responses`: the first
     ones, or (spread) the best, the worst, and then again and again the one whose reward is farthest
-    from all rewards chosen so far. Of equally far ones the one whose reward was chosen least often
-    comes first, then the one stored first. So of rewards 0 and 1 both are taken in turn.
+    from all rewards taken so far. Of equally far ones the one whose reward was taken least often
+    comes first, then the one stored first. So rewards of 0 and 1 are taken in turn.
 
     Args:
-        table: rows with `samplers` and, to spread, `rewards`.
+        table: rows with `samplers` and, to spread, `rewards`; none of them null.
         settings: what to choose.
 
     Returns:
         The rows that keep at least one response, as groups.
     """
-    lists = column_array(table, "samplers")
-    sizes = np.diff(np.asarray(lists.offsets.to_numpy(zero_copy_only=False)).astype(np.int64))
+    sizes = pc.list_value_length(table.column("samplers")).to_numpy()
     rows = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-    items = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    items = _ranks(rows)
+    kept = np.arange(len(rows), dtype=np.int64)
     if settings.samplers:
-        kept = np.flatnonzero(_of_samplers(lists.flatten(), settings.samplers))
-        rows, items = rows[kept], items[kept]
-    else:
-        kept = np.arange(len(rows), dtype=np.int64)
-    if settings.max_responses is not None:
-        if settings.prefer == "spread":
-            rewards = np.concatenate([*split_list(column_array(table, "rewards")), np.zeros(0)])
-            few = _spread(rewards[kept], rows, settings.max_responses)
-        else:
-            few = np.flatnonzero(_ranks(rows) < settings.max_responses)
-        rows, items = rows[few], items[few]
-    first, counts = np.unique(rows, return_counts=True)
-    return Pick(first, counts.astype(np.int64), rows, items)
+        names = column_array(table, "samplers").flatten()
+        kept = kept[_of_samplers(names, settings.samplers)]
+    if settings.max_responses is not None and settings.prefer == "spread":
+        rewards = column_array(table, "rewards").flatten().to_numpy(zero_copy_only=False)
+        kept = kept[_spread(rewards[kept], rows[kept], settings.max_responses)]
+    elif settings.max_responses is not None:
+        kept = kept[_ranks(rows[kept]) < settings.max_responses]
+    first, counts = np.unique(rows[kept], return_counts=True)
+    return Pick(first, counts.astype(np.int64), rows[kept], items[kept])
+
+
+def with_pick(table: pa.Table, pick: Pick) -> pa.Table:
+    """The groups of a pick, with every column of a table: (G,) rows."""
+    columns = [_COLUMNS[name] for name in table.column_names]
+    return picked(table.combine_chunks(), columns, pick)
+
+
+def with_responses(groups: Sequence[Group], settings: ResponseSettings) -> list[Group]:
+    """Groups with the responses that take part; one that keeps none is left as it is.
+
+    The same as `choose` and `with_pick` of the table that the groups were read from.
+    """
+    names = pa.array([group.samplers for group in groups], pa.list_(pa.string()))
+    scored = {}
+    if settings.prefer == "spread":
+        scored["rewards"] = pa.array([group.rewards for group in groups], pa.list_(pa.float64()))
+    pick = choose(pa.table({"samplers": names, **scored}), settings)
+    result = list(groups)
+    for row, items in zip(pick.first, np.split(pick.items, pick.starts[1:]), strict=True):
+        if len(items) < groups[row].group_size:
+            result[row] = _only(groups[row], items.tolist())
+    return result
+
+
+def _only(group: Group, items: Sequence[int]) -> Group:
+    """A group with some of its responses."""
+    changes: dict[str, Any] = {}
+    for name in _FIELDS:
+        value = getattr(group, name)
+        if isinstance(value, np.ndarray):
+            changes[name] = value.take(items, axis=RESPONSE_AXIS[name])
+        elif value is not None:
+            changes[name] = tuple(value[item] for item in items)
+    return replace(group, **changes)
 
 
 def _of_samplers(names: pa.Array, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:

@@ -9,14 +9,16 @@ piece, so that sums do not depend on threads or files.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.columns import COLUMNS, KEY_PREFIX, METADATA, LightColumns, metadata_kinds
-from gvpo_offline.stream.predicate import nearest, parse, refused
+from gvpo_offline.stream.predicate import nearest, parse, refused, shown
 
 if TYPE_CHECKING:
     import polars as pl
@@ -45,6 +47,8 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
 
     expression = parse(where)
     names = list(dict.fromkeys(expression.meta.root_names()))
+    if not names or expression.meta.has_multiple_outputs():
+        raise refused("a predicate names columns, one by one", where, "none or a pattern")
     _check_names(dataset, where, names)
     columns = LightColumns(dataset, names)
     _check_keys(columns, where, names)
@@ -64,6 +68,17 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
         yield _counted(answers[start:end])
 
 
+def nothing_selected(where: object, total: int, n_null: int, file: Path) -> ConfigError:
+    """The error of a predicate that is true of no group."""
+    null = f", and null for {n_null:,} of them" if n_null else ""
+    return ConfigError(
+        "a predicate selects at least one group",
+        received=f"where: {shown(where)}, which is true for none of {total:,} groups{null}",
+        remedy="loosen it; its columns are explained in docs/selecting.md",
+        file=file,
+    )
+
+
 def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None:
     """Raise ConfigError if a name is no column, or one that the dataset does not hold."""
     for name in names:
@@ -71,8 +86,11 @@ def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None
             # The keys of the whole metadata would be another pass, for a word of advice.
             keys = metadata_kinds(dataset, range(min(1, dataset.n_row_groups)))
             known = [*COLUMNS, *(KEY_PREFIX + key for key in keys)]
-            raise refused("a predicate names columns", where, f"{name!r}", nearest(name, known))
-        if "rewards" in COLUMNS.get(name, ()) and dataset.rewards is None:
+            quoted = "text stands in single quotes, or " if f'"{name}"' in shown(where) else ""
+            raise refused(
+                "a predicate names columns", where, repr(name), quoted + nearest(name, known)
+            )
+        if "rewards" in COLUMNS.get(name, ()) and not dataset.rewards:
             raise refused("a predicate on rewards needs a dataset that has them", where, name)
         if name == "ref_seq_logprobs" and dataset.reference is None:
             raise refused("a predicate on the reference needs its log-probs", where, name)
@@ -88,23 +106,24 @@ def _check_keys(columns: LightColumns, where: object, names: list[str]) -> None:
 
 
 def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) -> None:
-    """Raise ConfigError unless an expression gives one truth value, as far as types tell."""
+    """Raise ConfigError unless an expression fits the types of its columns, and is boolean.
+
+    No group is looked at: polars is asked what comes of no rows.
+    """
     import polars as pl
 
-    frame = pl.LazyFrame(schema=columns.schema)
     try:
-        kinds = frame.select(expression).collect_schema().dtypes()
+        (kind,) = pl.DataFrame(schema=columns.schema).select(expression).dtypes
     except pl.exceptions.PolarsError as error:
         keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.kinds.items())
         raise refused(
             "a predicate fits the types of its columns",
             where,
             _first_line(error),
-            f"the metadata has {keys}" if keys else None,
+            f"the metadata has {keys}" if keys else "see docs/selecting.md for the types",
         ) from error
-    if kinds != [pl.Boolean]:
-        said = ", ".join(map(str, kinds))
-        raise refused("a predicate is true or false", where, f"a value of type {said}")
+    if kind != pl.Boolean:
+        raise refused("a predicate is true or false", where, f"a value of type {kind}")
 
 
 def _one_by_one(schema: pl.Schema, expression: pl.Expr) -> bool:

@@ -68,7 +68,11 @@ class TrainingData:
         """
         opened = open_all(train_dataset, scratch)
         check_together([item.dataset for item in opened.values()])
-        views = tuple(_view(name, item, args) for name, item in opened.items())
+        conditions = {
+            "eval_fraction": args.eval_fraction,
+            "drop_equal_rewards": args.drop_equal_rewards,
+        }
+        views = tuple(_view(name, item, **conditions) for name, item in opened.items())
         seed = args.seed if args.data_seed is None else args.data_seed
         orders = [view.order(seed=seed, window=args.shuffle_window) for view in views]
         weights = tuple(item.settings.weight for item in opened.values())
@@ -219,15 +223,13 @@ def check_together(datasets: Iterable[GroupDataset]) -> None:
 def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, View]:
     """A dataset for evaluation, or several, opened; a single one is named ""."""
     opened = open_all(eval_dataset, scratch)
-    return {name: View(item.dataset, None, name) for name, item in opened.items()}
+    return {name: _view(name, item) for name, item in opened.items()}
 
 
-def _view(name: str, item: Opened, args: GVPOConfig) -> View:
-    selection = select(
-        item.dataset,
-        eval_fraction=args.eval_fraction,
-        drop_equal_rewards=args.drop_equal_rewards,
-    )
+def _view(name: str, item: Opened, **conditions: Any) -> View:
+    """What takes part of a dataset; `conditions`: further ones of `select`."""
+    where, responses = item.settings.where, item.settings.responses
+    selection = select(item.dataset, where=where, responses=responses, **conditions)
     return View(item.dataset, selection, name)
 
 
@@ -239,11 +241,7 @@ def _held_out(
     if args.eval_fraction == 0.0:
         return {}
     views = {
-        name: View(
-            item.dataset,
-            select(item.dataset, eval_fraction=args.eval_fraction, held_out=True),
-            name,
-        )
+        name: _view(name, item, eval_fraction=args.eval_fraction, held_out=True)
         for name, item in opened.items()
     }
     for view in views.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -156,21 +156,37 @@ def inspect(
     for view, own in zip(data.views, counts, strict=True):
         check_row_tokens(view.dataset, own, max_tokens)
     check_held_out(data.held_out, max_tokens)
-    if not say:
-        return counts
+    if say:
+        _say(data, policy, counts, beta, max_tokens)
+    return counts
+
+
+def _say(
+    data: TrainingData,
+    policy: PolicyFacts,
+    counts: Sequence[Survey],
+    beta: float,
+    max_tokens: int,
+) -> None:
+    """Log what `inspect` found."""
     shares = data.order.mix.quotas / data.order.mix.cycle
     epochs = data.order.epochs_at(data.n_draws)
     for view, own, share, passes in zip(data.views, counts, shares, epochs, strict=True):
         label = f"{view.name}: " if len(data.views) > 1 else ""
         if label:
             logger.info("%s%.2f%% of the draws, %.3g epochs", label, 100 * share, passes)
-        for line in describe_data(own, beta, max_tokens, len(view.dataset.manifest.groups)):
+        n_files = len(view.dataset.manifest.groups)
+        for line in (*view.notes, *describe_data(own, beta, max_tokens, n_files)):
             logger.info("%s%s", label, line)
         assert view.dataset.reference is not None  # resolve_dataset saw to it
         warnings = data_warnings(own, beta)
         for line in warnings + reference_warnings(policy, view.dataset.reference):
             logger.warning("%s%s", label, line)
-    return counts
+    trained = [view.dataset for view in data.views]
+    for name, view in data.held_out.items():
+        # The share that training holds out is of what was said above.
+        for line in () if view.dataset in trained else view.notes:
+            logger.info("held out %s: %s", name, line)
 
 
 def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> None:
