@@ -1,4 +1,4 @@
-"""Responses chosen within groups: who wrote them, how many, which; and what a view shows of them."""
+"""Responses chosen within groups: by sampler, how many, which; and what a view shows of them."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_what_cannot_be_chosen_is_refused(dataset: GroupDataset, tmp_path: Path)
     singles = build_dataset(
         tmp_path / "one", groups=[make_group(i, k=2, samplers=("a", "b")) for i in range(3)]
     )
-    with pytest.raises(ConfigError, match="at least 2 responses.*none of 3 groups"):
+    with pytest.raises(ConfigError, match=r"at least 2 responses.*none of 3 groups"):
         select(singles, responses=ResponseSettings(["a"]))
     bare = build_dataset(tmp_path / "bare", 4, reward=None)
     with pytest.raises(ConfigError, match="to choose by rewards, a dataset has rewards"):

@@ -79,7 +79,7 @@ def shown(where: object) -> str:
 def nearest(name: str, names: Iterable[str]) -> str:
     """What to say of a name that is not among `names`: the nearest one, and all of them."""
     known = sorted(names)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     said = f"did you mean {close[0]}? " if close else ""
     return f"{said}there are {', '.join(known)}"
 

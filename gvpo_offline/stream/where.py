@@ -86,7 +86,7 @@ def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None
             # The keys of the whole metadata would be another pass, for a word of advice.
             keys = metadata_kinds(dataset, range(min(1, dataset.n_row_groups)))
             known = [*COLUMNS, *(KEY_PREFIX + key for key in keys)]
-            quoted = "text stands in single quotes, or " if f'"{name}"' in shown(where) else ""
+            quoted = "text stands in single quotes; " if f'"{name}"' in shown(where) else ""
             raise refused(
                 "a predicate names columns", where, repr(name), quoted + nearest(name, known)
             )
