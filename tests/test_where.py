@@ -475,6 +475,16 @@ def test_training_with_a_predicate_is_training_on_those_groups(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_dataset_in_two_parts_is_the_dataset(tmp_path: Path, logged: GroupDataset) -> None:
+    """Each part with a predicate of its own; where it is null, a group is in neither."""
+    parts = [
+        DatasetSettings(str(logged.root), name="easy", where="metadata.level = 0"),
+        DatasetSettings(str(logged.root), name="hard", where="NOT metadata.level = 0"),
+    ]
+    found, whole = epoch_of(parts, tmp_path), epoch_of(logged, tmp_path)
+    assert [g.group_id for g in found] == [g.group_id for g in whole]
+
+
 def test_an_expression_does_in_python_what_its_text_does(
     tmp_path: Path, logged: GroupDataset
 ) -> None:
@@ -561,3 +571,33 @@ def test_the_command_line(
     status, output = run("evaluate", where="metadata.levle > 1", model_name_or_path="nowhere")
     assert status == 1
     assert re.search(r"error: .*received levle.*the metadata has metadata\.level", output, re.I)
+
+
+# ---- the documentation ----
+
+DOCS = (Path(__file__).parents[1] / "docs" / "selecting.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_documentation_agree(tmp_path: Path) -> None:
+    """Each line of its table selects the same in both languages; its columns are all there are."""
+    groups = [
+        make_group(
+            i,
+            source=("math", "code")[i % 2],
+            metadata=json.dumps({"level": i % 5, "day": f"2026-{i % 12 + 1:02d}-15"}),
+            samplers=("gpt-5", "person") if i % 3 else ("person", "person"),
+            k=2,
+        )
+        for i in range(40)
+    ]
+    groups = [make_group(41, source="math", k=5), *groups]
+    dataset = build_dataset(tmp_path, groups=groups)
+    pairs = re.findall(r"^\| `([^`]*)` \| `([^`]*col\([^`]*)` \|$", DOCS, re.MULTILINE)
+    assert len(pairs) == 7
+    for sql, text in pairs:
+        mask, n_null = answers(dataset, sql)
+        assert (mask, n_null) == answers(dataset, text), sql
+        assert 0 < sum(mask) < len(groups), sql
+    table = DOCS[DOCS.index("### Columns") : DOCS.index("**Metadata**")]
+    named = [n for row in table.splitlines() for n in re.findall(r"`(\w+)`", row.split(" | ")[0])]
+    assert sorted(named) == sorted(COLUMNS)

@@ -45,7 +45,8 @@ class DatasetSettings:
     """Its share of the draws is weight / sum of weights. Default, for all datasets or none: the
     number of its groups, so that an epoch takes each group once."""
     where: str | None = None
-    """Only groups for which this holds: SQL or a polars expression on the light columns."""
+    """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
+    reward_gap, metadata.<key> … (docs/selecting.md)."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     """Which responses of each group take part."""
     reward: dict[str, float] | str | None = None
@@ -76,7 +77,8 @@ class DatasetChoice:
     dataset_version: int | None = None
     """An older version of the dataset: the number of its manifest. Default: the newest."""
     where: str | None = None
-    """Only groups for which this holds: SQL or a polars expression on the light columns."""
+    """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
+    reward_gap, metadata.<key> … (docs/selecting.md)."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     """Which responses of each group take part."""
     reward: dict[str, float] | str | None = None
