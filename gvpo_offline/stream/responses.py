@@ -90,7 +90,7 @@ def choose(table: pa.Table, settings: ResponseSettings) -> Pick:
 def with_pick(table: pa.Table, pick: Pick) -> pa.Table:
     """The groups of a pick, with every column of a table: (G,) rows."""
     columns = [_COLUMNS[name] for name in table.column_names]
-    return picked(table.combine_chunks(), columns, pick)
+    return picked(table, columns, pick)
 
 
 def with_responses(groups: Sequence[Group], settings: ResponseSettings) -> list[Group]:
