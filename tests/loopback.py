@@ -6,16 +6,20 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 
 class LoopbackServer(ABC):
-    """An HTTP server that hears POST requests as long as nobody closes it.
+    """An HTTP server that hears requests of its `methods` as long as nobody closes it.
 
     Attributes:
+        methods: the methods that it hears.
         url: where, as OpenAI's clients want it.
         lock: for whatever requests share.
         stopped: set when the server is closed, for answers that wait.
     """
+
+    methods: ClassVar[tuple[str, ...]] = ("POST",)
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -25,11 +29,11 @@ class LoopbackServer(ABC):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_POST(self) -> None:
-                owner.answer(self)
-
             def log_message(self, *args: object) -> None:
                 pass
+
+        for method in self.methods:
+            setattr(Handler, f"do_{method}", lambda handler: owner.answer(handler))
 
         class Server(ThreadingHTTPServer):
             request_queue_size = 128  # the default, 5, turns callers away for a second

@@ -126,6 +126,12 @@ class Manifest(_Record):
         """Groups of the dataset."""
         return sum(file.rows for file in self.groups)
 
+    def files(self) -> list[FileEntry]:
+        """Every file that the version names, once each: groups, rewards, references."""
+        families = [f.files for f in self.rewards] + [f.files for f in self.references]
+        sidecars = [sidecar.file for files in families for sidecar in files]
+        return list({entry.path: entry for entry in [*self.groups, *sidecars]}.values())
+
 
 class SealedManifest(_Record):
     """What a manifest file holds: the manifest and the hash of its content."""
