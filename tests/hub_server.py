@@ -248,7 +248,7 @@ class HubServer(LoopbackServer):
         token = self._token(handler)
         if token != WRITE:
             raise _RefusedError(
-                403 if token else 401, "Forbidden", "you may not create repositories"
+                403 if token else 401, "Forbidden", "you may not create one"
             )
         repo_id = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
         if asked.get("type") != "dataset":

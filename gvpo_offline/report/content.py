@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.report.holding import reward_label
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import light_table
 
@@ -83,7 +84,7 @@ def content(dataset: GroupDataset, progress: Progress | None = None) -> Content:
         IntegrityError, DataError: as `GroupDataset.table`.
     """
     joined = {
-        reward_label(family): GroupDataset(dataset.root, dataset.manifest, family)
+        reward_label(family): GroupDataset(dataset.root, dataset.manifest, [WeightedReward(family)])
         for family in dataset.manifest.rewards
     }
     tally = _Tally(list(joined))
