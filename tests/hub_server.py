@@ -247,9 +247,7 @@ class HubServer(LoopbackServer):
     def _create(self, handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> dict[str, str]:
         token = self._token(handler)
         if token != WRITE:
-            raise _RefusedError(
-                403 if token else 401, "Forbidden", "you may not create one"
-            )
+            raise _RefusedError(403 if token else 401, "Forbidden", "you may not create one")
         repo_id = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
         if asked.get("type") != "dataset":
             raise _RefusedError(400, "NotADataset")

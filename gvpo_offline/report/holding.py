@@ -65,6 +65,31 @@ class HeldReference:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What one manifest says that a dataset holds.
+
+    Attributes:
+        version: its number.
+        groups, responses, tokens: how many; tokens count each prompt once.
+        base, total: files of groups, and all files.
+        samplers: settings by name.
+        lineage: the commands that made it, oldest first.
+    """
+
+    version: int
+    groups: int
+    responses: int
+    tokens: int
+    base: Files
+    total: Files
+    tokenizer: TokenizerInfo | None
+    samplers: dict[str, dict[str, Any]]
+    rewards: list[HeldReward]
+    references: list[HeldReference]
+    lineage: list[LineageStep]
+
+
+@dataclass(frozen=True)
 class HeldVersion:
     """A version, against the one before it.
 
@@ -84,39 +109,32 @@ class HeldVersion:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one version of a dataset holds.
+    """A dataset in a folder.
 
     Attributes:
-        path: its folder.
-        version, written: the version, and when its manifest was written here.
-        groups, responses, tokens: how many; tokens count each prompt once.
-        base, total: files of groups, and all files.
-        samplers: settings by name.
-        lineage: the commands that made it, oldest first.
+        path: the folder.
+        written: when its manifest was written there, ISO 8601, UTC.
+        held: what it holds.
         versions: this version and older ones, oldest first.
     """
 
     path: str
-    version: int
     written: str
-    groups: int
-    responses: int
-    tokens: int
-    base: Files
-    total: Files
-    tokenizer: TokenizerInfo | None
-    samplers: dict[str, dict[str, Any]]
-    rewards: list[HeldReward]
-    references: list[HeldReference]
-    lineage: list[LineageStep]
+    held: Held
     versions: list[HeldVersion]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them."""
         plain = asdict(self)
-        plain["tokenizer"] = None if self.tokenizer is None else self.tokenizer.model_dump()
-        plain["lineage"] = [step.model_dump(mode="json") for step in self.lineage]
-        return plain
+        tokenizer = self.held.tokenizer
+        return {
+            "path": self.path,
+            "written": self.written,
+            **plain["held"],
+            "tokenizer": None if tokenizer is None else tokenizer.model_dump(),
+            "lineage": [step.model_dump(mode="json") for step in self.held.lineage],
+            "versions": plain["versions"],
+        }
 
 
 def holding(root: Path, version: int | None = None) -> Holding:
@@ -133,27 +151,27 @@ def holding(root: Path, version: int | None = None) -> Holding:
     manifest = load_manifest(root, version)
     return Holding(
         path=str(root),
-        version=manifest.version,
         written=_written(root, manifest.version),
-        **counted(manifest),
+        held=held_by(manifest),
         versions=_versions(root, manifest.version),
     )
 
 
-def counted(manifest: Manifest) -> dict[str, Any]:
-    """The fields of a Holding that one manifest gives."""
-    return {
-        "groups": manifest.n_groups,
-        "responses": sum(file.n_responses for file in manifest.groups),
-        "tokens": sum(file.n_tokens for file in manifest.groups),
-        "base": _files(manifest.groups),
-        "total": _files(manifest.files()),
-        "tokenizer": manifest.tokenizer,
-        "samplers": manifest.samplers,
-        "rewards": [_reward(family) for family in manifest.rewards],
-        "references": [_reference(family, manifest) for family in manifest.references],
-        "lineage": manifest.lineage,
-    }
+def held_by(manifest: Manifest) -> Held:
+    """What a manifest says."""
+    return Held(
+        version=manifest.version,
+        groups=manifest.n_groups,
+        responses=sum(file.n_responses for file in manifest.groups),
+        tokens=sum(file.n_tokens for file in manifest.groups),
+        base=_files(manifest.groups),
+        total=_files(manifest.files()),
+        tokenizer=manifest.tokenizer,
+        samplers=manifest.samplers,
+        rewards=[_reward(family) for family in manifest.rewards],
+        references=[_reference(family, manifest) for family in manifest.references],
+        lineage=manifest.lineage,
+    )
 
 
 def _files(entries: Iterable[FileEntry]) -> Files:

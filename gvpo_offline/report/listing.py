@@ -9,6 +9,7 @@ from typing import Any
 from gvpo_offline.report.content import QUANTILES, Content
 from gvpo_offline.report.holding import (
     Files,
+    Held,
     HeldReference,
     HeldReward,
     HeldVersion,
@@ -28,19 +29,20 @@ _ABOUT = {
 }
 
 
-def listing_lines(held: Holding, content: Content | None = None) -> list[str]:
+def listing_lines(holding: Holding, content: Content | None = None) -> list[str]:
     """A dataset in some twenty lines; `content` adds what its groups are like."""
+    held = holding.held
     sections = [
         ("groups", _size_lines(held)),
         ("tokenizer", _tokenizer_lines(held)),
-        ("samplers", [_named(name, settings) for name, settings in held.samplers.items()]),
+        ("samplers", [sampler_text(name, settings) for name, settings in held.samplers.items()]),
         ("rewards", _table(map(_reward_cells, held.rewards))),
         ("references", _table(map(_reference_cells, held.references))),
         ("lineage", _table(_step_cells(n, s) for n, s in enumerate(held.lineage, 1))),
-        ("versions", _table(map(_version_cells, held.versions))),
+        ("versions", _table(map(_version_cells, holding.versions))),
         *(_content_sections(content) if content else ()),
     ]
-    lines = [f"{held.path}: version {held.version}, written {_day(held.written)}"]
+    lines = [f"{holding.path}: version {held.version}, written {_day(holding.written)}"]
     for title, rows in sections:
         lines.append("")
         for number, row in enumerate(rows or ["none"]):
@@ -52,19 +54,14 @@ def overview_lines(holdings: Sequence[Holding]) -> list[str]:
     """Several datasets: a line each, under a heading."""
     heading = ("dataset", "version", "groups", "responses", "tokens", "size", "rewards", "refs")
     rows: list[Sequence[str]] = [heading]
-    for held in holdings:
-        rewards = ", ".join(reward.label for reward in held.rewards) or "none"
-        references = ", ".join(each.fingerprint[:12] for each in held.references) or "none"
+    for holding in holdings:
+        held = holding.held
         numbers = (held.version, held.groups, held.responses, held.tokens)
-        rows.append(
-            (
-                held.path,
-                *(f"{number:,}" for number in numbers),
-                size_text(held.total.bytes),
-                rewards,
-                references,
-            )
-        )
+        rewards = ", ".join(reward.label for reward in held.rewards)
+        references = ", ".join(each.fingerprint[:12] for each in held.references)
+        counts = [f"{number:,}" for number in numbers]
+        parts = (size_text(held.total.bytes), rewards or "none", references or "none")
+        rows.append((holding.path, *counts, *parts))
     return _table(rows, right=range(1, 6))
 
 
@@ -118,7 +115,7 @@ def step_text(step: LineageStep) -> str:
     return "; ".join([" ".join(said), ", ".join(counts)]).strip("; ")
 
 
-def _size_lines(held: Holding) -> list[str]:
+def _size_lines(held: Held) -> list[str]:
     each = held.responses / held.groups if held.groups else 0
     kinds = [("groups", held.base)]
     kinds += [(f"reward {reward.label}", reward.size) for reward in held.rewards]
@@ -131,14 +128,15 @@ def _size_lines(held: Holding) -> list[str]:
     ]
 
 
-def _tokenizer_lines(held: Holding) -> list[str]:
+def _tokenizer_lines(held: Held) -> list[str]:
     found = held.tokenizer
     if found is None:
         return ["not said"]
     return [f"{found.name_or_path}  {found.vocab_size:,} ids  {found.fingerprint[:12]}"]
 
 
-def _named(name: str, settings: dict[str, Any]) -> str:
+def sampler_text(name: str, settings: dict[str, Any]) -> str:
+    """A sampler and its settings, as far as the log has them."""
     said = ", ".join(f"{key} {_plain(value)}" for key, value in settings.items())
     return f"{name}: {said}" if said else name
 
