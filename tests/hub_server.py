@@ -99,8 +99,8 @@ class HubServer(LoopbackServer):
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(home),
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
         }
         return values if token is None else {**values, "HF_TOKEN": token}
 
@@ -325,7 +325,9 @@ class HubServer(LoopbackServer):
         headers = {"X-Repo-Commit": sha, "ETag": f'"{self.oid(oid)}"', "Accept-Ranges": "bytes"}
         if large:
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(size)}
-            headers["Location"] = f"{self.endpoint}/cdn/{urllib.parse.quote(path)}/{oid}"
+            # As the real one: from another host, to which the client sends no token.
+            elsewhere = self.endpoint.replace("127.0.0.1", "localhost")
+            headers["Location"] = f"{elsewhere}/cdn/{urllib.parse.quote(path)}/{oid}"
             self._reply(handler, 302, {}, headers)
         else:
             self._send_content(handler, oid, headers=headers)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from gvpo_offline.report.holding import Held, held_by, reward_label
 from gvpo_offline.report.listing import (
     reference_text,
@@ -167,8 +169,12 @@ def _contents(held: Held) -> list[str]:
 
 
 def _columns(name: str, columns: Sequence[Column]) -> list[str]:
-    rows = [(f"`{column.name}`", f"`{column.type}`", column.doc) for column in columns]
+    rows = [(f"`{column.name}`", _type(column.type), column.doc) for column in columns]
     return [f"### Columns of `{name}`\n", *_markdown(("column", "type", "meaning"), rows)]
+
+
+def _type(kind: pa.DataType) -> str:
+    return f"list of {_type(kind.value_type)}" if pa.types.is_list(kind) else str(kind)
 
 
 def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

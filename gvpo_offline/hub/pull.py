@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.hub.config import PullConfig
-from gvpo_offline.hub.repo import Repo, hub_errors
+from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.versions import check_goes_on, is_partial, newest_of, without_parts
 from gvpo_offline.store.commit import create_only, fsync_folder, make_folder, storage_errors
 from gvpo_offline.store.manifest import (
@@ -58,7 +58,8 @@ def pull(config: PullConfig) -> Pulled:
         StorageError: the hub does not answer, or there is no room.
     """
     root = Path(config.output_dir)
-    with hub_errors(config.repo_id), storage_errors(root):
+    bars = progress_bars(shown=config.show_progress)
+    with bars, hub_errors(config.repo_id), storage_errors(root):
         repo = Repo.open(config.repo_id, config.revision)
         version = newest_of(repo.manifest_versions(), config.dataset_version, repo.label)
         claim_folder(root)
@@ -81,13 +82,15 @@ def _staging(root: Path) -> Iterator[Path]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-        shutil.rmtree(folder)
     except BlockingIOError as error:
+        os.close(handle)
         raise DataError(
             "one process at a time pulls into a folder", received="another one", file=root
         ) from error
+    try:
+        yield folder
     finally:
+        shutil.rmtree(folder)
         os.close(handle)
 
 
@@ -134,7 +137,7 @@ def _fetch_all(
         try:
             fetched = [future.result() for future in running]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return [entry for entry, new in zip(entries, fetched, strict=True) if new]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hub.card import card
 from gvpo_offline.hub.config import PushConfig
-from gvpo_offline.hub.repo import Repo, hub_errors
+from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.versions import check_goes_on, is_partial
 from gvpo_offline.store.commit import verify_file
 from gvpo_offline.store.manifest import (
@@ -72,7 +72,8 @@ def push(config: PushConfig) -> Pushed:
             remedy="pull all of it into another folder, and add to that",
             file=root,
         )
-    with hub_errors(config.repo_id, writing=True):
+    bars = progress_bars(shown=config.show_progress)
+    with bars, hub_errors(config.repo_id, writing=True):
         repo = _open(config)
         url = f"{repo.api.endpoint}/datasets/{config.repo_id}"
         if _is_there(repo, manifest):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gvpo_offline.errors import ConfigError, DataError, GVPOError, StorageError
+from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError, StorageError
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_path, version_of
 
 if TYPE_CHECKING:
@@ -63,9 +63,21 @@ class Repo:
         return sorted(version for version in versions if version is not None)
 
     def manifest(self, version: int, folder: Path) -> Manifest:
-        """Download one version's manifest into `folder`, and read it."""
-        self.download(manifest_path(Path(), version).name, folder)
-        return load_manifest(folder, version)
+        """Download one version's manifest into `folder`, and read it.
+
+        Raises:
+            IntegrityError: it is damaged, fetched twice, or of a newer schema.
+        """
+        name = manifest_path(folder, version).name
+        for again in (False, True):
+            self.download(name, folder, again=again)
+            try:
+                return load_manifest(folder, version)
+            except IntegrityError as error:
+                damage = error
+        raise IntegrityError(
+            damage.rule, received=damage.received, remedy=damage.remedy, file=f"{self.label}/{name}"
+        ) from damage
 
     def download(self, path: str, folder: Path, *, again: bool = False) -> Path:
         """Download one file into `folder`, under its path; `again`: even if it is there."""
@@ -93,6 +105,25 @@ class Repo:
             for entry in entries
             if isinstance(entry, RepoFile)
         }
+
+
+@contextmanager
+def progress_bars(*, shown: bool) -> Iterator[None]:
+    """huggingface_hub's own progress bars, or none."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    hide = not shown and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 @contextmanager
