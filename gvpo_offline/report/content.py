@@ -91,8 +91,7 @@ def content(dataset: GroupDataset, progress: Progress | None = None) -> Content:
     numbers: Iterable[int] = range(dataset.n_row_groups)
     for row_group in progress(numbers) if progress else numbers:
         values = {
-            label: _flat(one.table(row_group, ["rewards"]), "rewards")
-            for label, one in joined.items()
+            label: _flat(light_table(one, row_group), "rewards") for label, one in joined.items()
         }
         tally.add(light_table(dataset, row_group), values)
     return tally.content()
