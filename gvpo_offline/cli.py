@@ -98,7 +98,7 @@ def _flags(words: str, settings: Sequence[type], argv: Sequence[str]) -> list[st
         argv = [f"--{words}", json.dumps(first), *argv[len(first) :]]
     switches = {f"--{field.name}" for kind in settings for field in fields(kind) if _is_bool(field)}
     found = []
-    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for argument, following in itertools.pairwise([*argv, "--"]):
         alone = argument in switches and following.startswith("--")
         found += [argument, "true"] if alone else [argument]
     return found
