@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -618,6 +620,37 @@ def test_the_commands(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert said.startswith("gvpo-offline pull: error: datasets/a/b: ")
     assert len(said.splitlines()) == 1
+
+
+def test_a_pull_that_is_killed(hub: HubServer, tmp_path: Path) -> None:
+    """SIGKILL while the 5th of 9 files is under way: no manifest, no dataset; the same command
+    then fetches what is missing alone.
+    """
+    pushed(build_dataset(tmp_path / "data", 24).root)
+    started, bodies = threading.Event(), itertools.count(1)
+
+    def stall(method: str, path: str) -> None:
+        if method == "GET" and path.startswith("/cdn/") and next(bodies) >= 5:
+            started.set()
+            hub.stopped.wait(30)
+
+    hub.faults = stall
+    cli = (sys.executable, "-m", "gvpo_offline.cli", "pull", "--repo_id", REPO, "--output_dir")
+    environment = {**os.environ, **hub.environment(tmp_path / "other")}
+    process = subprocess.Popen(
+        [*cli, str(tmp_path / "back")], env=environment, stderr=subprocess.DEVNULL
+    )
+    assert started.wait(60)
+    process.kill()
+    process.wait()
+    hub.faults = lambda method, path: None
+    with pytest.raises(DataError, match="holds a manifest"):
+        load_manifest(tmp_path / "back")
+    whole = [p for p in (tmp_path / "back").rglob("*.parquet") if ".pull.tmp" not in p.parts]
+    assert len(whole) <= 4
+    assert pulled(tmp_path / "back").files == 9 - len(whole)
+    check(tmp_path / "back")
+    assert not (tmp_path / "back" / ".pull.tmp").exists()
 
 
 READER = """

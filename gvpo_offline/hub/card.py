@@ -6,6 +6,7 @@ the text between two marks.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def _step(number: int, step: LineageStep) -> str:
 def _usage(manifest: Manifest, repo_id: str) -> list[str]:
     reward = manifest.rewards[-1] if manifest.rewards else None
     reference = manifest.references[-1] if manifest.references else None
-    name = reference.model_name_or_path if reference else "MODEL"
+    name = shlex.quote(reference.model_name_or_path) if reference else "MODEL"
     train = [f"--model_name_or_path {name} --output_dir run"]
     train += [f"--reward {reward_label(reward)}"] if reward else []
     train += [f"--reference {reference.fingerprint[:12]}"] if reference else []
