@@ -240,17 +240,6 @@ def test_many_files_take_several_commits(
     assert pulled(tmp_path / "back").files == 9
 
 
-def test_a_commit_has_a_bounded_length(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The bound is the largest file's length: no two of the largest share a commit."""
-    entries = build_dataset(tmp_path, 24).files()
-    monkeypatch.setattr(pushing, "BYTES_PER_COMMIT", max(entry.bytes for entry in entries))
-    batches = list(pushing._batches(entries))
-    assert [entry for batch in batches for entry in batch] == entries
-    assert all(len(b) == 1 or sum(e.bytes for e in b) <= pushing.BYTES_PER_COMMIT for b in batches)
-    assert 3 <= len(batches) < 9
-    assert list(pushing._batches([])) == [[]]
-
-
 # ---- the card ----
 
 

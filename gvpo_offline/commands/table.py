@@ -293,7 +293,7 @@ COMMANDS: dict[str, Command] = {
         "Show what datasets hold: groups, samplers, rewards, references, lineage, sizes.",
         _run_ls,
         (ListConfig,),
-        "Example: gvpo-offline ls data",
+        "Example: gvpo-offline ls --dataset data; or, shorter, gvpo-offline ls data",
         words="dataset",
     ),
     "push": Command(

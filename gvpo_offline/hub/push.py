@@ -1,15 +1,16 @@
 """A dataset to the hub: the files of one version, then its manifest and card.
 
 Commits are made of named files rather than of a folder: what lies in a dataset's folder without
-being named by its manifest stays at home, and manifest and card come last, after all that they
-name. A dataset of ordinary size is one commit. A larger one is several, so that what was uploaded
-before an interruption is not uploaded again; files without a manifest are seen by no reader.
+being named by its manifest stays at home, and manifest and card come last, with or after all that
+they name. A dataset of few files is one commit. A larger one is several, as the hub recommends, and
+what was committed before an interruption is not uploaded again; files without a manifest are seen
+by no reader.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,7 @@ from gvpo_offline.store.manifest import (
 )
 
 CARD = "README.md"
-FILES_PER_COMMIT = 1000
-BYTES_PER_COMMIT = 64 * 2**30
+FILES_PER_COMMIT = 100  # as the hub recommends
 _ASKED_AT_ONCE = 500
 # What a repository may hold before the first push of a dataset.
 _HARMLESS = {CARD, ".gitattributes", "LICENSE", "groups", "rewards", "reference"}
@@ -166,37 +166,25 @@ def _upload(
     """
     from huggingface_hub import CommitOperationAdd
 
-    *batches, last = _batches(missing)
+    starts = range(0, max(len(missing), 1), FILES_PER_COMMIT)
     own_card = card(manifest, config.repo_id, _card_there(repo)).encode()
     name = manifest_path(root, manifest.version).name
     beside = [CommitOperationAdd(name, root / name), CommitOperationAdd(CARD, own_card)]
+    title = f"Version {manifest.version} of the dataset"
     head = repo.commit
-    for number, batch in enumerate([*batches, last], 1):
+    for number, start in enumerate(starts, 1):
+        batch = missing[start : start + FILES_PER_COMMIT]
         operations = [CommitOperationAdd(entry.path, root / entry.path) for entry in batch]
-        whole = number > len(batches)
-        title = f"Version {manifest.version} of the dataset"
+        last = number == len(starts)
         head = repo.api.create_commit(
             config.repo_id,
-            operations=[*operations, *beside] if whole else operations,
-            commit_message=title if whole else f"{title}: files, part {number}",
+            operations=[*operations, *beside] if last else operations,
+            commit_message=title if last else f"{title}: files, part {number}",
             repo_type="dataset",
             revision=config.revision,
             parent_commit=head,
         ).oid
-    return len(batches) + 1
-
-
-def _batches(entries: Sequence[FileEntry]) -> Iterator[list[FileEntry]]:
-    """The entries in runs of bounded number and length; at least one run."""
-    batch: list[FileEntry] = []
-    room = BYTES_PER_COMMIT
-    for entry in entries:
-        if batch and (entry.bytes > room or len(batch) == FILES_PER_COMMIT):
-            yield batch
-            batch, room = [], BYTES_PER_COMMIT
-        batch.append(entry)
-        room -= entry.bytes
-    yield batch
+    return len(starts)
 
 
 def _card_there(repo: Repo) -> str | None:
