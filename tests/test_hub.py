@@ -35,7 +35,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
 )
 from gvpo_offline.store.validate import validate
-from gvpo_offline.store.writer import publish
+from gvpo_offline.store.writer import lock_folder, publish
 
 REPO = "somebody/logs"
 
@@ -551,15 +551,12 @@ def test_a_file_that_is_missing_there(hub: HubServer, tmp_path: Path) -> None:
         pulled(tmp_path / "back")
 
 
-def test_one_pull_at_a_time(hub: HubServer, tmp_path: Path) -> None:
-    import fcntl
-
+def test_nobody_else_writes_to_the_folder(hub: HubServer, tmp_path: Path) -> None:
     pushed(build_dataset(tmp_path / "data", 4).root)
-    staging = tmp_path / "back" / ".pull.tmp"
-    staging.mkdir(parents=True)
-    handle = os.open(staging, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="one process at a time"):
+    (tmp_path / "back").mkdir()
+    handle = lock_folder(tmp_path / "back")
+    assert handle is not None
+    with pytest.raises(DataError, match="one import at a time, or pull"):
         pulled(tmp_path / "back")
     os.close(handle)
     pulled(tmp_path / "back")

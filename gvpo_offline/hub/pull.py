@@ -4,7 +4,6 @@ manifest appears in the folder once everything that it names is there.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
-from gvpo_offline.store.writer import claim_folder
+from gvpo_offline.store.writer import claim_folder, lock_folder
 
 _AT_ONCE = 8
 
@@ -76,22 +75,15 @@ def pull(config: PullConfig) -> Pulled:
 
 @contextmanager
 def _staging(root: Path) -> Iterator[Path]:
-    """A folder for what is not checked yet; DataError while another process has it."""
+    """A folder for what is not checked yet; DataError while another process writes to `root`."""
+    handle = lock_folder(root)
     folder = root / ".pull.tmp"
-    folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise DataError(
-            "one process at a time pulls into a folder", received="another one", file=root
-        ) from error
     try:
         yield folder
     finally:
-        shutil.rmtree(folder)
-        os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def _check_paths(manifest: Manifest, repo: Repo) -> None:

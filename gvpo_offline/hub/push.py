@@ -93,22 +93,24 @@ def _open(config: PushConfig) -> Repo:
 
     api = HfApi()
     try:
-        Repo.open(config.repo_id, "main")
+        main = Repo.open(config.repo_id, "main")
     except RepositoryNotFoundError:
         api.create_repo(config.repo_id, repo_type="dataset", private=config.private)
-    try:
-        repo = Repo.open(config.repo_id, config.revision)
-    except RevisionNotFoundError:
-        api.create_branch(config.repo_id, repo_type="dataset", branch=config.revision)
-        repo = Repo.open(config.repo_id, config.revision)
-    if config.private and not repo.private:
+        main = Repo.open(config.repo_id, "main")
+    if config.private and not main.private:
         raise ConfigError(
             "with `private`, the repository is a private one",
             received="a public one, which exists already",
             remedy="make it private in its settings on the hub, or leave out private",
-            file=repo.label,
+            file=main.label,
         )
-    return repo
+    if config.revision == "main":
+        return main
+    try:
+        return Repo.open(config.repo_id, config.revision)
+    except RevisionNotFoundError:
+        api.create_branch(config.repo_id, repo_type="dataset", branch=config.revision)
+        return Repo.open(config.repo_id, config.revision)
 
 
 def _is_there(repo: Repo, manifest: Manifest) -> bool:
