@@ -115,7 +115,8 @@ def _part(manifest: Manifest, held: Held, repo_id: str) -> str:
 
 
 def _step(number: int, step: LineageStep) -> str:
-    return f"{number}. {_cell(f'{step.stage}: {step_text(step)}')}"
+    text = step_text(step)
+    return f"{number}. {_cell(f'{step.stage}: {text}' if text else step.stage)}"
 
 
 def _usage(manifest: Manifest, repo_id: str) -> list[str]:

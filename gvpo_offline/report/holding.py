@@ -153,7 +153,7 @@ def holding(root: Path, version: int | None = None) -> Holding:
         path=str(root),
         written=_written(root, manifest.version),
         held=held_by(manifest),
-        versions=_versions(root, manifest.version),
+        versions=_versions(root, manifest),
     )
 
 
@@ -210,16 +210,11 @@ def _reference(family: ReferenceFamily, manifest: Manifest) -> HeldReference:
     )
 
 
-def _versions(root: Path, newest: int) -> list[HeldVersion]:
-    found: list[HeldVersion] = []
-    before: Manifest | None = None
-    for version in manifest_versions(root):
-        if version > newest:
-            break
-        manifest = load_manifest(root, version)
-        found.append(_version(root, before, manifest))
-        before = manifest
-    return found
+def _versions(root: Path, newest: Manifest) -> list[HeldVersion]:
+    older = [version for version in manifest_versions(root) if version < newest.version]
+    manifests = [*(load_manifest(root, version) for version in older), newest]
+    befores = [None, *manifests]
+    return [_version(root, *pair) for pair in zip(befores, manifests, strict=False)]
 
 
 def _version(root: Path, before: Manifest | None, manifest: Manifest) -> HeldVersion:

@@ -199,7 +199,7 @@ def lock_folder(root: Path, *, wait: bool = False) -> int | None:
     except BlockingIOError as error:
         os.close(handle)
         raise DataError(
-            "one import at a time, or pull, merge or compaction, writes into a folder",
+            "one import at a time, or merge or compaction or pull, writes into a folder",
             received="another process that is at work there",
             remedy="wait until it is done, or choose another folder",
             file=root,
