@@ -28,6 +28,7 @@ class LoopbackServer(ABC):
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's system
 
             def log_message(self, *args: object) -> None:
                 pass
