@@ -27,6 +27,8 @@ from gvpo_offline.config import (
     ValidateConfig,
 )
 from gvpo_offline.errors import DataError
+from gvpo_offline.hub.config import PullConfig, PushConfig
+from gvpo_offline.report.config import ListConfig
 from gvpo_offline.stream.config import DatasetSettings, DataSettings, ResponseSettings
 
 Record = TypeVar("Record")
@@ -34,12 +36,16 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its one line, its run, and the dataclasses that its settings fill."""
+    """A subcommand: its one line, its run, and the dataclasses that its settings fill.
+
+    Words before the first flag fill the setting `words`, where it has one.
+    """
 
     says: str
     run: Callable[[Any], None]
     settings: tuple[type, ...]
     epilog: str = ""
+    words: str = ""
 
 
 def filled(kind: type[Record], values: dict[str, Any]) -> Record:
@@ -136,6 +142,58 @@ def _run_validate(values: dict[str, Any]) -> None:
         print(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
 
 
+def _run_ls(values: dict[str, Any]) -> None:
+    from gvpo_offline.report.content import content
+    from gvpo_offline.report.holding import holding
+    from gvpo_offline.report.listing import listing_lines, overview_lines
+    from gvpo_offline.store.dataset import open_dataset
+
+    config = filled(ListConfig, values)
+    version = config.dataset_version
+    holdings = [holding(Path(path), version) for path in config.dataset]
+    contents = [
+        content(open_dataset(path, version=version, join=())) if config.content else None
+        for path in config.dataset
+    ]
+    if config.json:
+        for held, counted in zip(holdings, contents, strict=True):
+            found = {"content": counted.as_dict()} if counted else {}
+            print(json.dumps({**held.as_dict(), **found}))
+    elif len(holdings) > 1 and not config.content:
+        print("\n".join(overview_lines(holdings)))
+    else:
+        texts = map(listing_lines, holdings, contents)
+        print("\n\n".join("\n".join(lines) for lines in texts))
+
+
+def _run_push(values: dict[str, Any]) -> None:
+    from gvpo_offline.hub.push import push
+    from gvpo_offline.report.listing import size_text
+
+    config = filled(PushConfig, values)
+    done = push(config)
+    said = (
+        f"{done.files:,} files, {size_text(done.bytes)}, in {done.commits} commits"
+        if done.commits
+        else "is there already"
+    )
+    print(f"{done.url}: version {done.version}: {said}")
+    print(f"next: gvpo-offline pull --repo_id {config.repo_id} --output_dir …")
+
+
+def _run_pull(values: dict[str, Any]) -> None:
+    from gvpo_offline.hub.pull import pull
+    from gvpo_offline.report.listing import size_text
+
+    config = filled(PullConfig, values)
+    done = pull(config)
+    print(
+        f"{config.output_dir}: version {done.manifest.version}, {done.manifest.n_groups:,} groups; "
+        f"{done.files:,} files, {size_text(done.bytes)} downloaded, every SHA-256 is right"
+    )
+    print(f"next: gvpo-offline ls {config.output_dir}")
+
+
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:
     """The values with the settings of datasets and responses as dataclasses."""
 
@@ -230,6 +288,25 @@ COMMANDS: dict[str, Command] = {
         _run_validate,
         (ValidateConfig,),
         "Example: gvpo-offline validate --dataset data",
+    ),
+    "ls": Command(
+        "Show what datasets hold: groups, samplers, rewards, references, lineage, sizes.",
+        _run_ls,
+        (ListConfig,),
+        "Example: gvpo-offline ls --dataset data; or, shorter, gvpo-offline ls data",
+        words="dataset",
+    ),
+    "push": Command(
+        "Upload a dataset to the Hugging Face Hub, with a card.",
+        _run_push,
+        (PushConfig,),
+        "Example: gvpo-offline push --dataset data --repo_id owner/name --private true",
+    ),
+    "pull": Command(
+        "Download a dataset from the Hugging Face Hub; every file is checked.",
+        _run_pull,
+        (PullConfig,),
+        "Example: gvpo-offline pull --repo_id owner/name --output_dir data",
     ),
     "train": Command(
         "Train a policy with GVPO from the shards alone.",

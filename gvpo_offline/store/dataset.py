@@ -209,6 +209,9 @@ class GroupDataset:
             if name == "rewards" and (joined.weight != 1.0 or len(self.rewards) > 1):
                 before = table.column(name) if name in table.column_names else None
                 column = add_weighted(before, column, joined.weight)
+                if sizes is not None:  # finite rewards may have a sum that is not
+                    number = read.column_names.index(name)
+                    check_scalars(read.set_column(number, name, column), name, sizes, place)
                 if before is not None:
                     table = table.drop_columns([name])
             table = table.append_column(name, column)

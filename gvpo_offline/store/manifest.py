@@ -126,6 +126,12 @@ class Manifest(_Record):
         """Groups of the dataset."""
         return sum(file.rows for file in self.groups)
 
+    def files(self) -> list[FileEntry]:
+        """Every file that the version names, once each: groups, rewards, references."""
+        families = [f.files for f in self.rewards] + [f.files for f in self.references]
+        sidecars = [sidecar.file for files in families for sidecar in files]
+        return list({entry.path: entry for entry in [*self.groups, *sidecars]}.values())
+
 
 class SealedManifest(_Record):
     """What a manifest file holds: the manifest and the hash of its content."""
@@ -141,11 +147,18 @@ def manifest_path(root: Path, version: int) -> Path:
     return root / f"manifest-{version:06d}.json"
 
 
+def version_of(name: str) -> int | None:
+    """The version whose manifest a file of that name is; None: it is no manifest."""
+    found = _NAME.match(name)
+    return None if found is None else int(found.group(1))
+
+
 def manifest_versions(root: Path) -> list[int]:
     """The versions that exist under `root`, ascending."""
     if not root.is_dir():
         return []
-    return sorted(int(m.group(1)) for entry in root.iterdir() if (m := _NAME.match(entry.name)))
+    versions = (version_of(entry.name) for entry in root.iterdir())
+    return sorted(version for version in versions if version is not None)
 
 
 def dump_manifest(manifest: Manifest) -> str:
