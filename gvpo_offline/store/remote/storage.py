@@ -1,0 +1,377 @@
+"""What a dataset at a URL is read through: manifests, and Parquet files by the row group.
+
+Only the bytes of the wanted columns of the wanted row group are fetched. What they hold is verified
+at every read, wherever it came from: each page by its checksum, the footer by its hash in the
+manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gvpo_offline.errors import GVPOError, IntegrityError, StorageError
+from gvpo_offline.store.location import RemoteSettings
+from gvpo_offline.store.manifest import FileEntry, Manifest, manifest_name, newest, parse_manifest
+from gvpo_offline.store.remote.cache import RangeCache
+from gvpo_offline.store.remote.folder import CONNECTIONS, RemoteFolder, Traffic
+from gvpo_offline.store.remote.ranges import Range, coalesce, column_ranges, cut
+
+_PIECE_BYTES = 8 * 2**20
+_GAP_BYTES = 64 * 2**10
+_TAIL_BYTES = 64 * 2**10
+_FOOTER = "footer"
+_RESTORE = "restore the file from a copy"
+
+
+class RemoteStorage:
+    """The files of a dataset at a URL. Threads may share it, and processes copy it.
+
+    Args:
+        url: of the dataset's folder.
+        settings: cache, patience, options of the file system.
+
+    Raises:
+        ConfigError: nothing reads this URL, or the cache folder cannot serve it.
+    """
+
+    def __init__(self, url: str, settings: RemoteSettings) -> None:
+        self.folder = RemoteFolder(url, settings)
+        limit = int(settings.cache_gb * 10**9)
+        where = settings.cache_dir or os.environ.get("GVPO_OFFLINE_CACHE") or _default_cache()
+        self._cache = RangeCache(Path(where).expanduser(), self.root, limit) if limit else None
+
+    @property
+    def root(self) -> str:
+        """The dataset's URL."""
+        return self.folder.url
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this process has fetched, and what it found in the cache."""
+        return self.folder.traffic
+
+    def name(self, path: str) -> str:
+        """The URL of a file of the dataset."""
+        return self.folder.url_of(path)
+
+    def manifest(self, version: int | None = None) -> Manifest:
+        """One version of the dataset, by default the newest.
+
+        Where files cannot be listed (http), versions are asked for one by one; they are found as
+        long as none below the newest is missing.
+
+        Raises:
+            DataError: there is none.
+            IntegrityError: it was altered, or is of a newer schema.
+            StorageError: it cannot be read.
+        """
+        wanted = version
+        if self.folder.lists:
+            wanted = newest(self.folder.names(), version, self.root)
+        elif version is None:
+            wanted = newest([manifest_name(self._probe())], None, self.root)
+        assert wanted is not None
+        path = manifest_name(wanted)
+        for last in (False, True):
+            try:
+                return parse_manifest(self.folder.read_whole(path), self.name(path))
+            except FileNotFoundError:
+                newest([], version, self.root)  # says that there is none
+            except IntegrityError:
+                if last:
+                    raise
+        raise AssertionError
+
+    def _probe(self) -> int:
+        """The newest version, found by doubling and halving; 0 if there is none."""
+
+        def exists(version: int) -> bool:
+            try:
+                return bool(self.folder.read(manifest_name(version), 0, 1))
+            except FileNotFoundError:
+                return False
+
+        low, high = 0, 1
+        while exists(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if exists(middle) else (low, middle)
+        return low
+
+    def open(self, entry: FileEntry) -> RemoteShard:
+        """A Parquet file of the dataset, its footer verified.
+
+        Raises:
+            IntegrityError: it is missing, or its footer is not that of the manifest.
+            StorageError: it cannot be read.
+        """
+        content, damaged = (
+            self._cache.get(entry.sha256, _FOOTER) if self._cache else (None, False)
+        )
+        self.traffic.add(damaged_entries=damaged, cached_bytes=len(content or b""))
+        footer = self._footer(entry) if content is None else content
+        try:
+            with pq.ParquetFile(pa.BufferReader(footer)) as file:
+                return RemoteShard(self, entry, file.metadata, file.schema_arrow)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            self._drop(entry, [_FOOTER])
+            raise IntegrityError(
+                "a shard is a readable Parquet file",
+                received=str(error),
+                remedy=_RESTORE,
+                file=self.name(entry.path),
+            ) from error
+
+    def verify(
+        self, entries: Iterable[FileEntry], *, content: bool = True, whole: bool = False
+    ) -> None:
+        """Check files, several at once.
+
+        Args:
+            entries: which.
+            content: compare the footer's hash beside the size. The rest need not be read ahead:
+                its pages are verified whenever they are.
+            whole: read every byte and compare the file's SHA-256.
+
+        Raises:
+            IntegrityError: naming a file that is missing, shortened or altered.
+            StorageError: one cannot be read.
+        """
+
+        def check(entry: FileEntry) -> None:
+            self._check_size(entry)
+            if whole:
+                self._check_sha256(entry)
+            elif content and entry.footer_sha256 is not None:
+                self._footer(entry)
+
+        remaining = iter(entries)
+        while batch := list(itertools.islice(remaining, CONNECTIONS)):
+            self.folder.map(check, batch)
+
+    def fetch(self, entry: FileEntry, ranges: Sequence[Range]) -> list[tuple[Range, bytes]]:
+        """Ranges of a file, from the cache or the network, in the order of the file.
+
+        Raises:
+            IntegrityError: the file is missing, or of another length.
+            StorageError: it cannot be read.
+        """
+        found: dict[Range, bytes] = {}
+        missing = []
+        for piece in cut(ranges, _PIECE_BYTES):
+            content = self._cached(entry, piece)
+            if content is None:
+                missing.append(piece)
+            else:
+                found[piece] = content
+        requests = coalesce(missing, gap=_GAP_BYTES, limit=_PIECE_BYTES)
+        bodies = self._read(entry, [span for span, _ in requests])
+        for ((start, _), pieces), body in zip(requests, bodies, strict=True):
+            for piece in pieces:
+                found[piece] = body[piece[0] - start : piece[1] - start]
+                if self._cache is not None:
+                    self._cache.put(entry.sha256, _entry_name(piece), found[piece])
+        return sorted(found.items())
+
+    def forget(self, entry: FileEntry, ranges: Sequence[Range]) -> None:
+        """Drop ranges from the cache, so that they are fetched again."""
+        self._drop(entry, [_entry_name(piece) for piece in cut(ranges, _PIECE_BYTES)])
+
+    def _cached(self, entry: FileEntry, piece: Range) -> bytes | None:
+        if self._cache is None:
+            return None
+        content, damaged = self._cache.get(entry.sha256, _entry_name(piece))
+        if content is not None and len(content) != piece[1] - piece[0]:
+            content = None
+        self.traffic.add(cached_bytes=len(content or b""), damaged_entries=damaged)
+        return content
+
+    def _drop(self, entry: FileEntry, names: Iterable[str]) -> None:
+        for name in names if self._cache else ():
+            self._cache.drop(entry.sha256, name)  # type: ignore[union-attr]
+
+    def _read(self, entry: FileEntry, spans: list[Range]) -> list[bytes]:
+        """Ranges over the network; a file that is missing or of another length is said to be."""
+        if not spans:
+            return []
+        try:
+            return self.folder.read_ranges(entry.path, spans)
+        except FileNotFoundError as error:
+            raise self._missing(entry) from error
+        except StorageError:
+            self._check_size(entry)
+            raise
+
+    def _footer(self, entry: FileEntry) -> bytes:
+        """A file's footer over the network, the magic number after it included; it is cached."""
+        for last in (False, True):
+            at = max(entry.bytes - _TAIL_BYTES, 0)
+            tail = self._read(entry, [(at, entry.bytes)])[0]
+            length = min(int.from_bytes(tail[-8:-4], "little") + 8, entry.bytes)
+            if length > len(tail):
+                tail = self._read(entry, [(entry.bytes - length, at)])[0] + tail
+            footer = tail[-length:]
+            found = hashlib.sha256(footer).hexdigest()
+            if entry.footer_sha256 in (None, found):
+                break
+            if last:
+                raise IntegrityError(
+                    f"the SHA-256 of the file's footer is {str(entry.footer_sha256)[:16]}…",
+                    received=f"{found[:16]}…",
+                    remedy=_RESTORE,
+                    file=self.name(entry.path),
+                )
+        if self._cache is not None:
+            self._cache.put(entry.sha256, _FOOTER, footer)
+        return footer
+
+    def _check_size(self, entry: FileEntry) -> None:
+        try:
+            size = self.folder.size(entry.path)
+        except FileNotFoundError as error:
+            raise self._missing(entry) from error
+        if size not in (None, entry.bytes):
+            raise IntegrityError(
+                f"the file is {entry.bytes} bytes long",
+                received=f"{size} bytes",
+                remedy=_RESTORE,
+                file=self.name(entry.path),
+            )
+
+    def _check_sha256(self, entry: FileEntry) -> None:
+        found = ""
+        for _ in range(2):
+            digest = hashlib.sha256()
+            for piece in cut([(0, entry.bytes)], _PIECE_BYTES):
+                digest.update(self._read(entry, [piece])[0])
+            found = digest.hexdigest()
+            if found == entry.sha256:
+                return
+        raise IntegrityError(
+            f"the file's SHA-256 is {entry.sha256[:16]}…",
+            received=f"{found[:16]}…",
+            remedy=_RESTORE,
+            file=self.name(entry.path),
+        )
+
+    def _missing(self, entry: FileEntry) -> IntegrityError:
+        return IntegrityError(
+            "every file that the manifest names exists",
+            received="no such file",
+            remedy=_RESTORE,
+            file=self.name(entry.path),
+        )
+
+
+class RemoteShard:
+    """One Parquet file, read as `pyarrow.parquet.ParquetFile` reads a local one.
+
+    Threads may share it: each read has its own bytes.
+    """
+
+    def __init__(
+        self,
+        storage: RemoteStorage,
+        entry: FileEntry,
+        metadata: pq.FileMetaData,
+        schema_arrow: pa.Schema,
+    ) -> None:
+        self.metadata = metadata
+        self.schema_arrow = schema_arrow
+        self._storage = storage
+        self._entry = entry
+
+    @property
+    def num_row_groups(self) -> int:
+        """Row groups of the file."""
+        return int(self.metadata.num_row_groups)
+
+    def read_row_group(
+        self, index: int, columns: Sequence[str], use_threads: bool = False
+    ) -> pa.Table:
+        """Some columns of one row group; what does not decode is not kept in the cache.
+
+        Raises:
+            IntegrityError, StorageError: as `RemoteStorage.fetch`.
+            OSError, ArrowException: a page fails its checksum or does not decode.
+        """
+        ranges = column_ranges(self.metadata.row_group(index), columns)
+        pieces = self._storage.fetch(self._entry, self._within(ranges))
+        source = pa.PythonFile(_Pieces(self._storage, self._entry, pieces), mode="r")
+        try:
+            with pq.ParquetFile(
+                source, metadata=self.metadata, page_checksum_verification=True
+            ) as file:
+                return file.read_row_group(index, columns=list(columns), use_threads=use_threads)
+        except GVPOError:
+            raise
+        except (OSError, pa.ArrowException):
+            self._storage.forget(self._entry, ranges)
+            raise
+
+    def _within(self, ranges: list[Range]) -> list[Range]:
+        if any(not 0 <= start < stop <= self._entry.bytes for start, stop in ranges):
+            raise pa.ArrowInvalid("the footer names bytes beyond the file")
+        return ranges
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class _Pieces(io.RawIOBase):
+    """A file of which some ranges are here; others are fetched when asked for."""
+
+    def __init__(
+        self, storage: RemoteStorage, entry: FileEntry, pieces: list[tuple[Range, bytes]]
+    ) -> None:
+        super().__init__()
+        self._storage = storage
+        self._entry = entry
+        self._pieces = pieces
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._entry.bytes}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._entry.bytes if size < 0 else min(self._at + size, self._entry.bytes)
+        parts = []
+        for (start, stop), content in self._pieces:
+            if start <= self._at < stop:
+                part = content[self._at - start : end - start]
+                parts.append(part)
+                self._at += len(part)
+        if self._at < end:
+            rest = self._storage.fetch(self._entry, [(self._at, end)])
+            parts += [content for _, content in rest]
+            self._at = end
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _entry_name(piece: Range) -> str:
+    return f"{piece[0]}-{piece[1]}"
+
+
+def _default_cache() -> str:
+    return "~/.cache/gvpo_offline"
