@@ -72,6 +72,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         reward=config.reward,
         reference=config.reference,
         version=config.dataset_version,
+        remote=config.remote,
     )
     dataset.verify()
     tokenizer = load_policy_tokenizer(config)

@@ -39,11 +39,6 @@ class RemoteSettings:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"remote.{name} is positive", received=getattr(self, name))
 
-    def public(self) -> dict[str, Any]:
-        """The settings as they may be written down: no value of a storage option is among them."""
-        hidden = dict.fromkeys(self.storage_options, "…")
-        return {**vars(self), "storage_options": hidden}
-
 
 def is_url(path: str | Path) -> bool:
     """Whether a path is a URL that only a remote file system can read; `file://` is not."""

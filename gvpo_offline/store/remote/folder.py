@@ -62,7 +62,7 @@ class Traffic:
                 setattr(self, name, getattr(self, name) + count)
 
 
-class _Short(OSError):
+class _ShortBodyError(OSError):
     """A body that ended early."""
 
 
@@ -150,11 +150,15 @@ class RemoteFolder:
         return self._patiently(path, size)
 
     def names(self) -> list[str]:
-        """Names of the files and folders right under the URL; none where it does not exist."""
+        """Names of the files and folders right under the URL; none where it does not exist.
+
+        Of http the links of the folder's index page, if it has one.
+        """
 
         def names(live: _Live) -> list[str]:
             live.fs.invalidate_cache()
-            entries = self._run(live, "ls", live.root, detail=False)
+            folder = live.root if self.lists else f"{live.root}/"
+            entries = self._run(live, "ls", folder, detail=False)
             return [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries]
 
         try:
@@ -182,7 +186,7 @@ class RemoteFolder:
                 file=self.url_of(path),
             )
         if len(data) < stop - start:
-            raise _Short(f"{len(data)} of {stop - start} bytes arrived")
+            raise _ShortBodyError(f"{len(data)} of {stop - start} bytes arrived")
         live.traffic.add(fetched_bytes=len(data))
         return data
 

@@ -31,9 +31,7 @@ def cut(ranges: Iterable[Range], limit: int) -> list[Range]:
     ]
 
 
-def coalesce(
-    ranges: Sequence[Range], *, gap: int, limit: int
-) -> list[tuple[Range, list[Range]]]:
+def coalesce(ranges: Sequence[Range], *, gap: int, limit: int) -> list[tuple[Range, list[Range]]]:
     """Join ranges that lie near each other, so that one request brings several.
 
     Args:

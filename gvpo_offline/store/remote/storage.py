@@ -8,22 +8,28 @@ manifest.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo_offline.errors import GVPOError, IntegrityError, StorageError
+from gvpo_offline.errors import IntegrityError, StorageError
 from gvpo_offline.store.location import RemoteSettings
-from gvpo_offline.store.manifest import FileEntry, Manifest, manifest_name, newest, parse_manifest
+from gvpo_offline.store.manifest import (
+    FileEntry,
+    Manifest,
+    choose_version,
+    manifest_name,
+    parse_manifest,
+    version_of,
+)
 from gvpo_offline.store.remote.cache import RangeCache
 from gvpo_offline.store.remote.folder import CONNECTIONS, RemoteFolder, Traffic
-from gvpo_offline.store.remote.ranges import Range, coalesce, column_ranges, cut
+from gvpo_offline.store.remote.ranges import Range, coalesce, cut
+from gvpo_offline.store.remote.shard import RemoteShard
 
 _PIECE_BYTES = 8 * 2**20
 _GAP_BYTES = 64 * 2**10
@@ -66,46 +72,43 @@ class RemoteStorage:
     def manifest(self, version: int | None = None) -> Manifest:
         """One version of the dataset, by default the newest.
 
-        Where files cannot be listed (http), versions are asked for one by one; they are found as
-        long as none below the newest is missing.
+        Where files cannot be listed (http) and the server shows no index of the folder either,
+        versions are asked for one by one, which finds the newest as long as none is missing.
 
         Raises:
             DataError: there is none.
             IntegrityError: it was altered, or is of a newer schema.
             StorageError: it cannot be read.
         """
-        wanted = version
-        if self.folder.lists:
-            wanted = newest(self.folder.names(), version, self.root)
-        elif version is None:
-            wanted = newest([manifest_name(self._probe())], None, self.root)
-        assert wanted is not None
-        path = manifest_name(wanted)
-        for last in (False, True):
-            try:
-                return parse_manifest(self.folder.read_whole(path), self.name(path))
-            except FileNotFoundError:
-                newest([], version, self.root)  # says that there is none
-            except IntegrityError:
-                if last:
-                    raise
-        raise AssertionError
+        versions = self._versions(version)
+        path = manifest_name(choose_version(versions, version, self.root))
+        try:
+            return parse_manifest(self.folder.read_whole(path), self.name(path))
+        except IntegrityError:  # what came may be at fault, and not what is there
+            return parse_manifest(self.folder.read_whole(path), self.name(path))
+
+    def _versions(self, wanted: int | None) -> list[int]:
+        if not self.folder.lists:
+            found = self._probe() if wanted is None else self._exists(wanted) * wanted
+            if found:
+                return [found]
+        versions = map(version_of, self.folder.names())
+        return [version for version in versions if version is not None]
+
+    def _exists(self, version: int) -> bool:
+        try:
+            return bool(self.folder.read(manifest_name(version), 0, 1))
+        except FileNotFoundError:
+            return False
 
     def _probe(self) -> int:
-        """The newest version, found by doubling and halving; 0 if there is none."""
-
-        def exists(version: int) -> bool:
-            try:
-                return bool(self.folder.read(manifest_name(version), 0, 1))
-            except FileNotFoundError:
-                return False
-
+        """The newest version, found by doubling and halving; 0 if there is no first one."""
         low, high = 0, 1
-        while exists(high):
+        while self._exists(high):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if exists(middle) else (low, middle)
+            low, high = (middle, high) if self._exists(middle) else (low, middle)
         return low
 
     def open(self, entry: FileEntry) -> RemoteShard:
@@ -115,9 +118,7 @@ class RemoteStorage:
             IntegrityError: it is missing, or its footer is not that of the manifest.
             StorageError: it cannot be read.
         """
-        content, damaged = (
-            self._cache.get(entry.sha256, _FOOTER) if self._cache else (None, False)
-        )
+        content, damaged = self._cache.get(entry.sha256, _FOOTER) if self._cache else (None, False)
         self.traffic.add(damaged_entries=damaged, cached_bytes=len(content or b""))
         footer = self._footer(entry) if content is None else content
         try:
@@ -271,102 +272,6 @@ class RemoteStorage:
             remedy=_RESTORE,
             file=self.name(entry.path),
         )
-
-
-class RemoteShard:
-    """One Parquet file, read as `pyarrow.parquet.ParquetFile` reads a local one.
-
-    Threads may share it: each read has its own bytes.
-    """
-
-    def __init__(
-        self,
-        storage: RemoteStorage,
-        entry: FileEntry,
-        metadata: pq.FileMetaData,
-        schema_arrow: pa.Schema,
-    ) -> None:
-        self.metadata = metadata
-        self.schema_arrow = schema_arrow
-        self._storage = storage
-        self._entry = entry
-
-    @property
-    def num_row_groups(self) -> int:
-        """Row groups of the file."""
-        return int(self.metadata.num_row_groups)
-
-    def read_row_group(
-        self, index: int, columns: Sequence[str], use_threads: bool = False
-    ) -> pa.Table:
-        """Some columns of one row group; what does not decode is not kept in the cache.
-
-        Raises:
-            IntegrityError, StorageError: as `RemoteStorage.fetch`.
-            OSError, ArrowException: a page fails its checksum or does not decode.
-        """
-        ranges = column_ranges(self.metadata.row_group(index), columns)
-        pieces = self._storage.fetch(self._entry, self._within(ranges))
-        source = pa.PythonFile(_Pieces(self._storage, self._entry, pieces), mode="r")
-        try:
-            with pq.ParquetFile(
-                source, metadata=self.metadata, page_checksum_verification=True
-            ) as file:
-                return file.read_row_group(index, columns=list(columns), use_threads=use_threads)
-        except GVPOError:
-            raise
-        except (OSError, pa.ArrowException):
-            self._storage.forget(self._entry, ranges)
-            raise
-
-    def _within(self, ranges: list[Range]) -> list[Range]:
-        if any(not 0 <= start < stop <= self._entry.bytes for start, stop in ranges):
-            raise pa.ArrowInvalid("the footer names bytes beyond the file")
-        return ranges
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-
-class _Pieces(io.RawIOBase):
-    """A file of which some ranges are here; others are fetched when asked for."""
-
-    def __init__(
-        self, storage: RemoteStorage, entry: FileEntry, pieces: list[tuple[Range, bytes]]
-    ) -> None:
-        super().__init__()
-        self._storage = storage
-        self._entry = entry
-        self._pieces = pieces
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._entry.bytes}[whence]
-        self._at = base + offset
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._entry.bytes if size < 0 else min(self._at + size, self._entry.bytes)
-        parts = []
-        for (start, stop), content in self._pieces:
-            if start <= self._at < stop:
-                part = content[self._at - start : end - start]
-                parts.append(part)
-                self._at += len(part)
-        if self._at < end:
-            rest = self._storage.fetch(self._entry, [(self._at, end)])
-            parts += [content for _, content in rest]
-            self._at = end
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _entry_name(piece: Range) -> str:
