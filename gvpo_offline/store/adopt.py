@@ -158,8 +158,8 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
         return open_for_training(path)
     if not isinstance(data, GroupDataset):
         raise ConfigError(
-            "a dataset is a folder, a URL, a Parquet file or a datasets.Dataset in the group "
-            "shape, or what open_dataset returns",
+            "a dataset is a folder, a Parquet file or a datasets.Dataset in the group shape, the "
+            "URL of a folder, or what open_dataset returns",
             received=type(data).__name__,
         )
     if not data.rewards or data.reference is None:

@@ -44,7 +44,6 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import SCHEMA_VERSION, Group
 from gvpo_offline.store.commit import TaskLog, TaskRecord
-from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.writer import publish, write_groups
 from gvpo_offline.tokenizer import tokenizer_info
@@ -120,7 +119,7 @@ class _Import:
         """See `import_log`."""
         # Of several processes that end a stage together, one makes the dataset.
         wait = self.log is not None
-        with OutputFolder(local_folder("output_dir", self.config.output_dir), wait=wait) as folder:
+        with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
             self._hash_inputs()
             identity = self._identity()
             finished = folder.finished(identity)

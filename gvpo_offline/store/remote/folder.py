@@ -6,7 +6,6 @@ fsspec runs in the background does not survive one, so each process makes its ow
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -134,20 +133,26 @@ class RemoteFolder:
 
     def size(self, path: str) -> int | None:
         """Length of a file in bytes, or None where the server does not say; as `read`."""
+        return self._patiently(path, lambda live: self._size(live, path))
 
-        def size(live: _Live) -> int | None:
-            live.fs.invalidate_cache()
-            try:
-                found = self._run(live, "info", f"{live.root}/{path}").get("size")
-            except FileNotFoundError as error:
-                # fsspec's http says so whatever went wrong.
-                cause = error.__cause__
-                if self.lists or cause is None or isinstance(cause, FileNotFoundError):
-                    raise
-                raise cause from None
-            return None if found is None else int(found)
+    def size_at_once(self, path: str) -> int | None:
+        """As `size`, asked once; None where there is no answer either."""
+        try:
+            return self._size(self._live, path)
+        except Exception:
+            return None
 
-        return self._patiently(path, size)
+    def _size(self, live: _Live, path: str) -> int | None:
+        live.fs.invalidate_cache()
+        try:
+            found = self._run(live, "info", f"{live.root}/{path}").get("size")
+        except FileNotFoundError as error:
+            # fsspec's http says so whatever went wrong.
+            cause = error.__cause__
+            if self.lists or cause is None or isinstance(cause, FileNotFoundError):
+                raise
+            raise cause from None
+        return None if found is None else int(found)
 
     def names(self) -> list[str]:
         """Names of the files and folders right under the URL; none where it does not exist.
@@ -264,11 +269,7 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
             remedy='install it: for s3:// pip install "gvpo-offline[s3]", for gs:// gcsfs',
         ) from error
     except (ValueError, TypeError) as error:
-        raise ConfigError(
-            "fsspec knows the URL's protocol and the options in remote.storage_options",
-            received=f"{url}: {error}",
-            remedy="correct the URL or the options",
-        ) from error
+        raise _bad_options(url, error) from error
     return fs, str(root).rstrip("/")
 
 
@@ -291,10 +292,18 @@ def _raise_if_final(error: Exception, url: str) -> None:
             "remote.storage_options",
             file=url,
         ) from error
-    passing = (OSError, TimeoutError, asyncio.TimeoutError)
-    ours = isinstance(error, TypeError | AttributeError | NotImplementedError | ImportError)
-    if ours and not isinstance(error, passing):
+    if isinstance(error, TypeError | ValueError):  # file systems look at some options only now
+        raise _bad_options(url, error) from error
+    if isinstance(error, AttributeError | NotImplementedError | ImportError):
         raise error
+
+
+def _bad_options(url: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        "fsspec knows the URL's protocol and the options in remote.storage_options",
+        received=f"{url}: {_said(error)}",
+        remedy="correct the URL or the options",
+    )
 
 
 def _said(error: Exception | None) -> str:

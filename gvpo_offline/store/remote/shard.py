@@ -67,7 +67,10 @@ class RemoteShard:
         opened = pa.PythonFile(_Pieces(self._source, self._entry, pieces), mode="r")
         try:
             with pq.ParquetFile(
-                opened, metadata=self.metadata, page_checksum_verification=True
+                opened,
+                metadata=self.metadata,
+                page_checksum_verification=True,
+                pre_buffer=False,  # it would read what lies between the columns as well
             ) as file:
                 return file.read_row_group(index, columns=list(columns), use_threads=use_threads)
         except GVPOError:

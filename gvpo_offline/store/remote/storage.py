@@ -210,7 +210,7 @@ class RemoteStorage:
         except FileNotFoundError as error:
             raise self._missing(entry) from error
         except StorageError:
-            self._check_size(entry)
+            self._compare_size(entry, self.folder.size_at_once(entry.path))
             raise
 
     def _footer(self, entry: FileEntry) -> bytes:
@@ -241,6 +241,9 @@ class RemoteStorage:
             size = self.folder.size(entry.path)
         except FileNotFoundError as error:
             raise self._missing(entry) from error
+        self._compare_size(entry, size)
+
+    def _compare_size(self, entry: FileEntry, size: int | None) -> None:
         if size not in (None, entry.bytes):
             raise IntegrityError(
                 f"the file is {entry.bytes} bytes long",
