@@ -105,7 +105,8 @@ class CountingServer(ABC):
         fault = self.fault(request)
         self.requests.append(request)
         if fault in ("503", "403"):
-            status, body = int(fault), b"<Error><Code>%s</Code></Error>" % fault.encode()
+            body = b"<Error><Code>%s</Code></Error>" % fault.encode()
+            status, headers = int(fault), {}
         middle = len(body) // 2
         if fault == "flip" and body:
             body = body[:middle] + bytes([body[middle] ^ 4]) + body[middle + 1 :]

@@ -33,6 +33,7 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.schema import LIGHT_COLUMNS, TRAINING_COLUMNS, Group
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.passes import Pass
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
 from gvpo_offline.store.survey import survey
 from gvpo_offline.train.checkpoint import RUN_FILE
@@ -213,6 +214,32 @@ def test_many_threads_and_copies_of_a_dataset_read_at_once(
             for number, groups in zip(numbers, pool.map(dataset.groups, numbers), strict=True):
                 wanted = local.groups(number)
                 assert all(same_group(a, b) for a, b in zip(groups, wanted, strict=True))
+
+
+def test_a_pass_fetches_ahead_and_says_what_is_wrong_where_it_is_read(
+    s3: S3, url: str, local: GroupDataset, tmp_path: Path
+) -> None:
+    """16 groups in row groups of 4 in files of 8: with the first in hand, the others are on their
+    way.
+    """
+    columns = [*LIGHT_COLUMNS, "rewards"]
+    assert list(Pass(local, columns)) == [0, 1, 2, 3]
+    there = open_dataset(url, remote=s3.settings(tmp_path / "cache"))
+    numbers = iter(Pass(there, columns))
+    next(numbers)
+    numbers.close()  # waits for what is under way
+    assert len(Pass(there, columns)) == 4
+    s3.proxy.requests.clear()
+    there.table(0, columns)
+    assert not s3.proxy.reads()
+    assert survey(there).n_tokens == survey(local).n_tokens
+    s3.proxy.fault = lambda request: "403" if "rewards" in request.path else None
+    try:
+        again = open_dataset(url, remote=s3.settings(tmp_path / "another"))
+        with pytest.raises(StorageError, match="lets this machine read"):
+            survey(again)
+    finally:
+        s3.proxy.fault = lambda request: None
 
 
 def test_without_a_cache_every_read_is_a_fetch(

@@ -17,7 +17,7 @@ class ValidateConfig:
     dataset: str
     """The dataset's folder or URL, or a Parquet file in the group shape."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
-    """How a dataset at a URL is read: all of it, once past the cache."""
+    """How a dataset at a URL is read: all of it, whole files and then their columns."""
     show_progress: bool = True
     """Show progress bars."""
 

@@ -20,6 +20,10 @@ class Storage(Protocol):
     def root(self) -> Path | str:
         """The dataset's folder, or its URL."""
 
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether it pays to read what is needed soon, because reading it again costs nothing."""
+
     def name(self, path: str) -> Path | str:
         """What messages call a file, given its path within the dataset."""
 
@@ -42,6 +46,11 @@ class LocalStorage:
     """A folder of this machine."""
 
     root: Path
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """No: the system's page cache does it."""
+        return False
 
     def name(self, path: str) -> Path:
         """The path of a file."""

@@ -73,6 +73,8 @@ class _Live:
         self.fs, self.root = _file_system(url, options)
         self.pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="gvpo-remote")
         self.traffic = Traffic()
+        self.reached = False  # some options are only looked at with the first request
+        self.locks: dict[str, threading.Lock] = {}
 
 
 class RemoteFolder:
@@ -107,6 +109,10 @@ class RemoteFolder:
     def lists(self) -> bool:
         """Whether the file system can say which files there are."""
         return not self.url.startswith(("http://", "https://"))
+
+    def lock(self, path: str) -> threading.Lock:
+        """A lock of a file, for threads that would otherwise fetch the same."""
+        return self._live.locks.setdefault(path, threading.Lock())
 
     def url_of(self, path: str) -> str:
         """The URL of a file of the folder."""
@@ -221,10 +227,15 @@ class RemoteFolder:
                 time.sleep(wait * random.uniform(0.5, 1.0))
                 live.traffic.add(retries=1)
             try:
-                return call(live)
+                result = call(live)
             except Exception as error:
                 _raise_if_final(error, url)
+                if isinstance(error, TypeError | ValueError) and not live.reached:
+                    raise _bad_options(url, error) from error
                 failure = error
+            else:
+                live.reached = True
+                return result
         raise StorageError(
             "a file of the dataset can be read",
             received=f"{_said(failure)}, at the last of {self._settings.attempts} attempts",
@@ -292,10 +303,6 @@ def _raise_if_final(error: Exception, url: str) -> None:
             "remote.storage_options",
             file=url,
         ) from error
-    if isinstance(error, TypeError | ValueError):  # file systems look at some options only now
-        raise _bad_options(url, error) from error
-    if isinstance(error, AttributeError | NotImplementedError | ImportError):
-        raise error
 
 
 def _bad_options(url: str, error: Exception) -> ConfigError:

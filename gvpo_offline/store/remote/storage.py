@@ -61,6 +61,11 @@ class RemoteStorage:
         return self.folder.url
 
     @property
+    def fetches_ahead(self) -> bool:
+        """Yes, where there is a cache to keep it."""
+        return self._cache is not None
+
+    @property
     def traffic(self) -> Traffic:
         """What this process has fetched, and what it found in the cache."""
         return self.folder.traffic
@@ -118,9 +123,8 @@ class RemoteStorage:
             IntegrityError: it is missing, or its footer is not that of the manifest.
             StorageError: it cannot be read.
         """
-        content, damaged = self._cache.get(entry.sha256, _FOOTER) if self._cache else (None, False)
-        self.traffic.add(damaged_entries=damaged, cached_bytes=len(content or b""))
-        footer = self._footer(entry) if content is None else content
+        with self.folder.lock(entry.path):
+            footer = self._cached(entry, _FOOTER) or self._footer(entry)
         try:
             with pq.ParquetFile(pa.BufferReader(footer)) as file:
                 return RemoteShard(self, entry, file.metadata, file.schema_arrow)
@@ -170,7 +174,7 @@ class RemoteStorage:
         found: dict[Range, bytes] = {}
         missing = []
         for piece in cut(ranges, _PIECE_BYTES):
-            content = self._cached(entry, piece)
+            content = self._cached(entry, _entry_name(piece))
             if content is None:
                 missing.append(piece)
             else:
@@ -188,12 +192,10 @@ class RemoteStorage:
         """Drop ranges from the cache, so that they are fetched again."""
         self._drop(entry, [_entry_name(piece) for piece in cut(ranges, _PIECE_BYTES)])
 
-    def _cached(self, entry: FileEntry, piece: Range) -> bytes | None:
+    def _cached(self, entry: FileEntry, name: str) -> bytes | None:
         if self._cache is None:
             return None
-        content, damaged = self._cache.get(entry.sha256, _entry_name(piece))
-        if content is not None and len(content) != piece[1] - piece[0]:
-            content = None
+        content, damaged = self._cache.get(entry.sha256, name)
         self.traffic.add(cached_bytes=len(content or b""), damaged_entries=damaged)
         return content
 
