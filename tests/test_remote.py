@@ -36,6 +36,7 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.passes import Pass
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
 from gvpo_offline.store.survey import survey
+from gvpo_offline.stream.config import DatasetSettings, DataSettings
 from gvpo_offline.train.checkpoint import RUN_FILE
 
 TRAINED = {*TRAINING_COLUMNS, *LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"}
@@ -315,6 +316,13 @@ def test_a_folder_over_http_is_read_and_its_newest_version_found(tmp_path: Path)
         open_dataset(f"{server.url}/data", remote=remote)
         names = [Path(r.path).stem[-1] for r in server.requests]
         assert names == ["1", "2", "4", "8", "6", "7", "7"]  # doubled, halved, read
+        # Object stores forbid strangers to know what is not there.
+        server.fault = lambda request: "403" if request.path.endswith("8.json") else None
+        assert open_dataset(f"{server.url}/data", remote=remote).n_groups == 12
+        server.fault = lambda request: "403"
+        with pytest.raises(StorageError, match="lets this machine read the dataset"):
+            open_dataset(f"{server.url}/data", remote=remote)
+        server.fault = lambda request: None
         server.requests.clear()
         assert open_dataset(f"{server.url}/data", version=3, remote=remote).n_groups == 12
         assert [Path(r.path).stem[-1] for r in server.requests] == ["3", "3"]
@@ -340,6 +348,28 @@ def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="gives byte ranges") as found:
             open_dataset(f"{server.url}/data", remote=RemoteSettings(cache_gb=0))
         assert found.value.file == f"{server.url}/data/manifest-000001.json"
+
+
+# Settings.
+
+
+def test_a_run_says_once_how_urls_are_read_and_a_dataset_may_differ(tmp_path: Path) -> None:
+    own = RemoteSettings(cache_gb=1)
+    items = [DatasetSettings(path="s3://a/b"), DatasetSettings(path="s3://c/d", remote=own)]
+    run = RemoteSettings(cache_dir="there", storage_options={"secret": "xyz"})
+    data = DataSettings(datasets=items, eval_dataset="s3://e/f", remote=run)
+    assert [item.remote for item in data.training()] == [run, own]
+    assert [item.remote for item in data.evaluation()] == [run]
+    assert "xyz" not in str(data.public())
+    assert data.public()["remote"]["storage_options"] == {"secret": "…"}
+    single = DataSettings(dataset="s3://a/b", remote=run)
+    assert [item.remote for item in single.training()] == [run]
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(
+        "datasets:\n- {path: memory://nothing/a, remote: {cache_gb: 0}}\n- {path: memory://no/b}\n"
+        "remote: {cache_gb: 0, timeout: 5}\nmodel_name_or_path: m\n"
+    )
+    assert main(["train", "--config", str(yaml), "--remote.attempts", "0"]) == 1
 
 
 # What is no dataset.

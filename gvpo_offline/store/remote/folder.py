@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 CONNECTIONS = 16
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 30.0
+# Of its own: ranks that were given one seed would all come back at once.
+_CHANCE = random.SystemRandom()
 _PASSING_STATUS = {408, 425, 429}
 _FINAL_ERRNO = {errno.EINVAL, errno.EACCES, errno.EPERM}
 # botocore would try again by itself, several times within each of our attempts.
@@ -59,6 +61,10 @@ class Traffic:
         with self._lock:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
+
+
+class RefusedError(StorageError):
+    """A server that says no, and would say it again."""
 
 
 class _ShortBodyError(OSError):
@@ -144,12 +150,12 @@ class RemoteFolder:
     def size_at_once(self, path: str) -> int | None:
         """As `size`, asked once; None where there is no answer either."""
         try:
+            self._live.fs.invalidate_cache()
             return self._size(self._live, path)
         except Exception:
             return None
 
     def _size(self, live: _Live, path: str) -> int | None:
-        live.fs.invalidate_cache()
         try:
             found = self._run(live, "info", f"{live.root}/{path}").get("size")
         except FileNotFoundError as error:
@@ -224,7 +230,7 @@ class RemoteFolder:
             if attempt:
                 wait = min(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
                 logger.info("%s: %s; asking again", url, _said(failure))
-                time.sleep(wait * random.uniform(0.5, 1.0))
+                time.sleep(wait * _CHANCE.uniform(0.5, 1.0))
                 live.traffic.add(retries=1)
             try:
                 result = call(live)
@@ -296,7 +302,7 @@ def _raise_if_final(error: Exception, url: str) -> None:
     refused = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS
     forbidden = isinstance(error, PermissionError) or getattr(error, "errno", 0) in _FINAL_ERRNO
     if refused or forbidden or "Credential" in type(error).__name__:
-        raise StorageError(
+        raise RefusedError(
             "the server lets this machine read the dataset",
             received=_said(error),
             remedy="check the URL and the credentials, in the environment or in "

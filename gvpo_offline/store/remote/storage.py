@@ -27,7 +27,7 @@ from gvpo_offline.store.manifest import (
     version_of,
 )
 from gvpo_offline.store.remote.cache import RangeCache
-from gvpo_offline.store.remote.folder import CONNECTIONS, RemoteFolder, Traffic
+from gvpo_offline.store.remote.folder import CONNECTIONS, RefusedError, RemoteFolder, Traffic
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
 from gvpo_offline.store.remote.shard import RemoteShard
 
@@ -97,13 +97,23 @@ class RemoteStorage:
             found = self._probe() if wanted is None else self._exists(wanted) * wanted
             if found:
                 return [found]
-        versions = map(version_of, self.folder.names())
+        try:
+            versions = [version_of(name) for name in self.folder.names()]
+        except RefusedError:
+            if self.folder.lists:
+                raise
+            versions = []  # no index page
         return [version for version in versions if version is not None]
 
     def _exists(self, version: int) -> bool:
         try:
             return bool(self.folder.read(manifest_name(version), 0, 1))
         except FileNotFoundError:
+            return False
+        except RefusedError:
+            # So do object stores answer to strangers about a file that is not there.
+            if version == 1:
+                raise
             return False
 
     def _probe(self) -> int:
