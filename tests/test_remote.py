@@ -230,6 +230,7 @@ def test_a_pass_fetches_ahead_and_says_what_is_wrong_where_it_is_read(
     next(numbers)
     numbers.close()  # waits for what is under way
     assert len(Pass(there, columns)) == 4
+    assert list(Pass(there, columns, slice(1, None, 2))) == [1, 3]
     s3.proxy.requests.clear()
     there.table(0, columns)
     assert not s3.proxy.reads()

@@ -279,7 +279,7 @@ class GroupDataset:
         if shard is None:
             shard = self.storage.open(entry)
             sizes = [shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)]
-            if sizes != entry.row_groups:
+            if sizes != list(entry.row_groups):
                 raise IntegrityError(
                     "the file's row groups are those that the manifest names",
                     received=f"{len(sizes)} with {sum(sizes)} rows instead of "

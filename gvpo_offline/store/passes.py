@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.store.dataset import GroupDataset
@@ -24,24 +24,31 @@ class Pass:
     Attributes:
         dataset: which.
         columns: what the pass reads.
+        part: of the row groups.
     """
 
     dataset: GroupDataset
     columns: Sequence[str]
+    part: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def _numbers(self) -> range:
+        return range(self.dataset.n_row_groups)[self.part]
 
     def __len__(self) -> int:
-        return self.dataset.n_row_groups
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[int]:
+        numbers = self._numbers
         if not self.dataset.storage.fetches_ahead:
-            yield from range(len(self))
+            yield from numbers
             return
         with ThreadPoolExecutor(_AHEAD, thread_name_prefix="gvpo-pass") as pool:
             coming: deque[Future[None]] = deque()
             try:
-                for number in range(len(self)):
-                    while len(coming) < min(_AHEAD, len(self) - number):
-                        coming.append(pool.submit(self._fetch, number + len(coming)))
+                for at, number in enumerate(numbers):
+                    while len(coming) < min(_AHEAD, len(numbers) - at):
+                        coming.append(pool.submit(self._fetch, numbers[at + len(coming)]))
                     coming.popleft().result()
                     yield number
             finally:
