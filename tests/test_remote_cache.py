@@ -195,6 +195,20 @@ def test_datasets_share_a_cache_folder_and_its_bound(tmp_path: Path) -> None:
     assert 800 <= held(tmp_path) <= 1100
 
 
+def test_the_default_folder_is_the_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_dataset(tmp_path / "data", 8)
+    monkeypatch.setenv("GVPO_OFFLINE_CACHE", str(tmp_path / "set"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with serving(FolderServer(tmp_path)) as server:
+        read_all(opened(server, cache_dir=None), tmp_path / "data")
+        assert entries(tmp_path / "set")
+        monkeypatch.delenv("GVPO_OFFLINE_CACHE")
+        read_all(opened(server, cache_dir=None), tmp_path / "data")
+        assert entries(tmp_path / "home" / ".cache" / "gvpo_offline")
+
+
 # Processes that are killed at it.
 
 READER = """
