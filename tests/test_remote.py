@@ -7,6 +7,8 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -404,6 +406,19 @@ def test_a_place_without_a_manifest_is_no_dataset(s3: S3, where: str, tmp_path: 
     with pytest.raises(DataError, match="holds a manifest") as found:
         open_dataset(place, remote=remote)
     assert found.value.file == place
+
+
+def test_folders_are_read_without_fsspec(tmp_path: Path) -> None:
+    build_dataset(tmp_path, 8)
+    script = f"""
+import sys, gvpo_offline
+dataset = gvpo_offline.open_dataset({str(tmp_path)!r})
+dataset.verify()
+assert len(dataset.groups(0)) == 4
+assert not {{"fsspec", "s3fs", "aiohttp"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_file_urls_are_folders(tmp_path: Path) -> None:
