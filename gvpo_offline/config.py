@@ -63,16 +63,6 @@ class ReferenceConfig(ModelSettings):
 
 
 @dataclass
-class ValidateConfig:
-    """Check a dataset, whole: every file's hash, every page, every group, every sidecar."""
-
-    dataset: str
-    """The dataset's folder, or a Parquet file in the group shape."""
-    show_progress: bool = True
-    """Show progress bars."""
-
-
-@dataclass
 class GVPOSettings:
     """The settings that GVPO training adds to those of `transformers.TrainingArguments`."""
 

@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "schema", "rules", "config", "contract"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
+    "store.remote.storage",
     *(
         "stream.mix",
         "stream.order",

@@ -44,6 +44,7 @@ from gvpo_offline.schema import (
 )
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.survey import survey
 from gvpo_offline.store.writer import publish, write_sidecar
@@ -84,7 +85,7 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
         StorageError: no room; what is committed stays.
     """
     engine = engine or EngineSettings(show_progress=config.show_progress)
-    dataset = open_dataset(config.dataset, join=())
+    dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     tokenizer = load_policy_tokenizer(config)
     model = _load(config)
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
@@ -113,14 +114,14 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
     if records is None:
         return None
     sidecars = [sidecar for record in records for sidecar in record.sidecars]
-    return _publish(dataset.root, family.model_copy(update={"files": sidecars}), config)
+    return _publish(dataset.folder, family.model_copy(update={"files": sidecars}), config)
 
 
 def _held(dataset: GroupDataset, family: ReferenceFamily) -> bool:
     """Whether the dataset has the reference already; merging and compacting carry it along."""
     held = [f for f in dataset.manifest.references if f.fingerprint == family.fingerprint]
     for sidecar in held[0].files if held else ():
-        verify_file(dataset.root, sidecar.file)
+        verify_file(dataset.folder, sidecar.file)
     if held:
         logger.info("reference %s is in the dataset already", family.fingerprint[:12])
     return bool(held)
@@ -153,7 +154,7 @@ class _ReferenceStage:
         family: ReferenceFamily,
         scorer: _Scorer | None,
     ) -> None:
-        self.root = dataset.root.resolve()
+        self.root = dataset.folder.resolve()
         self.name = f"reference-{family.fingerprint[:_NAME_DIGITS]}"
         self._dataset = GroupDataset(self.root, dataset.manifest)
         self._config = config

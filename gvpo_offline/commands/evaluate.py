@@ -115,6 +115,7 @@ def _view(config: EvaluateConfig) -> View:
         reward=config.reward,
         reference=config.reference,
         version=config.dataset_version,
+        remote=config.remote,
     )
     dataset.verify()
     selection = select(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.sample.config import SampleConfig
-from gvpo_offline.commands.config import EvaluateConfig
+from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
 from gvpo_offline.config import (
     CommonTrainingSettings,
     GVPOSettings,
@@ -24,11 +24,11 @@ from gvpo_offline.config import (
     ModelSettings,
     ReferenceConfig,
     RunSettings,
-    ValidateConfig,
 )
 from gvpo_offline.errors import DataError
 from gvpo_offline.hub.config import PullConfig, PushConfig
 from gvpo_offline.report.config import ListConfig
+from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.config import DatasetSettings, DataSettings, ResponseSettings
 
 Record = TypeVar("Record")
@@ -122,13 +122,14 @@ def _run_validate(values: dict[str, Any]) -> None:
 
     from gvpo_offline.store.validate import validate
 
+    values["remote"] = RemoteSettings(**values["remote"])
     config = filled(ValidateConfig, values)
 
     def progress(numbers: Iterable[int], label: str) -> Iterable[int]:
         shown: Iterable[int] = tqdm(numbers, desc=label, disable=not config.show_progress)
         return shown
 
-    found = validate(Path(config.dataset), progress)
+    found = validate(config.dataset, progress, config.remote)
     counts = found.survey
     print(
         f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "
@@ -150,7 +151,7 @@ def _run_ls(values: dict[str, Any]) -> None:
 
     config = filled(ListConfig, values)
     version = config.dataset_version
-    holdings = [holding(Path(path), version) for path in config.dataset]
+    holdings = [holding(path, version) for path in config.dataset]
     contents = [
         content(open_dataset(path, version=version, join=())) if config.content else None
         for path in config.dataset
@@ -197,15 +198,16 @@ def _run_pull(values: dict[str, Any]) -> None:
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:
     """The values with the settings of datasets and responses as dataclasses."""
 
-    def dataset(item: dict[str, Any]) -> DatasetSettings:
-        return DatasetSettings(**{**item, "responses": ResponseSettings(**item["responses"])})
+    def nested(item: dict[str, Any]) -> dict[str, Any]:
+        remote = None if item["remote"] is None else RemoteSettings(**item["remote"])
+        return {**item, "responses": ResponseSettings(**item["responses"]), "remote": remote}
 
     lists: dict[str, Any] = {
-        name: [dataset(item) for item in values[name]]
+        name: [DatasetSettings(**nested(item)) for item in values[name]]
         for name in ("datasets", "eval_datasets")
         if name in values
     }
-    return {**values, "responses": ResponseSettings(**values["responses"]), **lists}
+    return {**nested(values), **lists}
 
 
 def _run_train(values: dict[str, Any]) -> None:
@@ -233,7 +235,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     config = filled(EvaluateConfig, _datasets(values))
     report = run_evaluate(config)
     print(report.table())
-    text = json.dumps({"config": asdict(config), **report.as_dict()})
+    text = json.dumps({"config": config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
     print(json.dumps(report.metrics))

@@ -42,7 +42,7 @@ def run_train(
     settings: dict[str, Any] = {
         "package_version": __version__,
         "model": asdict(model),
-        "data": asdict(data),
+        "data": data.public(),
         "lora": asdict(lora),
         "training": args.to_sanitized_dict(),
         "identity": trainer.identity(),

@@ -18,6 +18,7 @@ from gvpo_offline.hub.config import PullConfig
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.versions import check_goes_on, is_partial, newest_of, without_parts
 from gvpo_offline.store.commit import create_only, fsync_folder, make_folder, storage_errors
+from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
     FileEntry,
     Manifest,
@@ -56,7 +57,7 @@ def pull(config: PullConfig) -> Pulled:
         IntegrityError: a file is not the one that the manifest names.
         StorageError: the hub does not answer, or there is no room.
     """
-    root = Path(config.output_dir)
+    root = local_folder("output_dir", config.output_dir)
     bars = progress_bars(shown=config.show_progress)
     with bars, hub_errors(config.repo_id), storage_errors(root):
         repo = Repo.open(config.repo_id, config.revision)

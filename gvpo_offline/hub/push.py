@@ -20,6 +20,7 @@ from gvpo_offline.hub.config import PushConfig
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.versions import check_goes_on, is_partial
 from gvpo_offline.store.commit import verify_file
+from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
     FileEntry,
     Manifest,
@@ -63,7 +64,7 @@ def push(config: PushConfig) -> Pushed:
         IntegrityError: a file is damaged here, or another one has its name there.
         StorageError: the hub does not answer.
     """
-    root = Path(config.dataset)
+    root = local_folder("dataset", config.dataset)
     manifest = load_manifest(root, config.dataset_version)
     if is_partial(manifest):
         raise DataError(

@@ -13,7 +13,8 @@ class ListConfig:
     """What datasets hold."""
 
     dataset: list[str] | str = field(default_factory=list)
-    """Folders of datasets; `gvpo-offline ls data more` says the same. Several get a line each."""
+    """Folders or URLs of datasets; `gvpo-offline ls data more` says the same. Several get a line
+    each."""
     dataset_version: int | None = None
     """An older version of the dataset; null: the newest."""
     content: bool = False

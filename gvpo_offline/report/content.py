@@ -84,7 +84,9 @@ def content(dataset: GroupDataset, progress: Progress | None = None) -> Content:
         IntegrityError, DataError: as `GroupDataset.table`.
     """
     joined = {
-        reward_label(family): GroupDataset(dataset.root, dataset.manifest, [WeightedReward(family)])
+        reward_label(family): GroupDataset(
+            dataset.storage, dataset.manifest, [WeightedReward(family)]
+        )
         for family in dataset.manifest.rewards
     }
     tally = _Tally(list(joined))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import (
     FileEntry,
     LineageStep,
@@ -19,6 +20,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
+from gvpo_offline.store.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class HeldVersion:
     """A version, against the one before it.
 
     Attributes:
-        written: when its manifest was written here, ISO 8601, UTC.
+        written: when its manifest was written here, ISO 8601, UTC; "" at a URL.
         added, removed: labels of what it brought and of what it left out.
         new: files that the version before did not name.
     """
@@ -109,13 +111,13 @@ class HeldVersion:
 
 @dataclass(frozen=True)
 class Holding:
-    """A dataset in a folder.
+    """A dataset in a folder, or at a URL.
 
     Attributes:
-        path: the folder.
-        written: when its manifest was written there, ISO 8601, UTC.
+        path: the folder, or the URL.
+        written: when its manifest was written there, ISO 8601, UTC; "" at a URL.
         held: what it holds.
-        versions: this version and older ones, oldest first.
+        versions: this version and older ones, oldest first; at a URL this one alone.
     """
 
     path: str
@@ -137,17 +139,21 @@ class Holding:
         }
 
 
-def holding(root: Path, version: int | None = None) -> Holding:
+def holding(path: str | Path, version: int | None = None) -> Holding:
     """What a dataset holds.
 
     Args:
-        root: its folder.
+        path: its folder, or its URL.
         version: an older version; by default the newest.
 
     Raises:
         DataError: there is no dataset, or no such version.
         IntegrityError: a manifest was altered.
     """
+    if is_url(path):
+        manifest = open_storage(path).manifest(version)
+        return Holding(str(path), "", held_by(manifest), [_version(None, manifest)])
+    root = local_path(path)
     manifest = load_manifest(root, version)
     return Holding(
         path=str(root),
@@ -214,17 +220,18 @@ def _versions(root: Path, newest: Manifest) -> list[HeldVersion]:
     older = [version for version in manifest_versions(root) if version < newest.version]
     manifests = [*(load_manifest(root, version) for version in older), newest]
     befores = [None, *manifests]
-    return [_version(root, *pair) for pair in zip(befores, manifests, strict=False)]
+    found = [_version(*pair) for pair in zip(befores, manifests, strict=False)]
+    return [replace(each, written=_written(root, each.version)) for each in found]
 
 
-def _version(root: Path, before: Manifest | None, manifest: Manifest) -> HeldVersion:
+def _version(before: Manifest | None, manifest: Manifest) -> HeldVersion:
     old = _parts(before) if before else {}
     parts = _parts(manifest)
     known = {entry.path for entry in before.files()} if before else set()
     # A part whose files are others was written anew, as merging and compacting do.
     return HeldVersion(
         version=manifest.version,
-        written=_written(root, manifest.version),
+        written="",
         groups=manifest.n_groups,
         added=[label for label, paths in parts.items() if old.get(label) != paths],
         removed=[label for label in old if label not in parts],

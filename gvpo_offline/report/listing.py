@@ -42,7 +42,8 @@ def listing_lines(holding: Holding, content: Content | None = None) -> list[str]
         ("versions", _table(map(_version_cells, holding.versions))),
         *(_content_sections(content) if content else ()),
     ]
-    lines = [f"{holding.path}: version {held.version}, written {_day(holding.written)}"]
+    when = f", written {_day(holding.written)}" if holding.written else ""
+    lines = [f"{holding.path}: version {held.version}{when}"]
     for title, rows in sections:
         lines.append("")
         for number, row in enumerate(rows or ["none"]):

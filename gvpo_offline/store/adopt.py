@@ -17,6 +17,7 @@ from gvpo_offline.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.check import check_groups
 from gvpo_offline.store.choice import RewardChoice, WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.location import RemoteSettings, is_url, local_path
 from gvpo_offline.store.manifest import (
     BaseFile,
     Manifest,
@@ -114,17 +115,18 @@ def open_for_training(
     reward: RewardChoice = None,
     reference: str | None = None,
     version: int | None = None,
+    remote: RemoteSettings | None = None,
 ) -> GroupDataset:
-    """A dataset's folder, or a Parquet file in the group shape, with reward and reference.
+    """A dataset's folder or URL, or a Parquet file in the group shape, with reward and reference.
 
     Args:
         path: which.
-        reward, reference, version: as in `open_dataset`; a file holds one of each.
+        reward, reference, version, remote: as in `open_dataset`; a file holds one of each.
 
     Raises:
         DataError, ConfigError, IntegrityError: as `open_dataset` and `adopt_parquet`.
     """
-    if Path(path).is_file():
+    if not is_url(path) and local_path(path).is_file():
         if isinstance(reward, Mapping):
             raise ConfigError(
                 "rewards are combined where a dataset holds several",
@@ -132,16 +134,16 @@ def open_for_training(
                 remedy="leave reward out, or bring the file in with `gvpo-offline import`",
                 file=path,
             )
-        return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
-    return open_dataset(path, reward=reward, reference=reference, version=version)
+        return adopt_parquet([local_path(path)], need=("rewards", "ref_seq_logprobs"))
+    return open_dataset(path, reward=reward, reference=reference, version=version, remote=remote)
 
 
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     """Whatever a user may pass as a training dataset, opened.
 
     Args:
-        data: a `GroupDataset`; the path of a dataset's folder or of a Parquet file in the group
-            shape; or a `datasets.Dataset` with its columns.
+        data: a `GroupDataset`; the path of a dataset's folder, its URL, or the path of a Parquet
+            file in the group shape; or a `datasets.Dataset` with its columns.
         scratch: an existing folder that an in-memory dataset may be written to.
 
     Raises:
@@ -156,8 +158,8 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
         return open_for_training(path)
     if not isinstance(data, GroupDataset):
         raise ConfigError(
-            "a dataset is a folder, a Parquet file or a datasets.Dataset in the group shape, "
-            "or what open_dataset returns",
+            "a dataset is a folder, a Parquet file or a datasets.Dataset in the group shape, the "
+            "URL of a folder, or what open_dataset returns",
             received=type(data).__name__,
         )
     if not data.rewards or data.reference is None:

@@ -25,7 +25,7 @@ _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 class Place:
     """Where rows come from: a file, and the number of the first of them within it."""
 
-    file: Path
+    file: Path | str
     first_row: int
 
     def of(self, table: pa.Table, row: int) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class Place:
         return {"file": self.file, "row": self.first_row + row, "group": group}
 
 
-def check_present(present: Sequence[str], known: Sequence[Column], file: Path) -> None:
+def check_present(present: Sequence[str], known: Sequence[Column], file: Path | str) -> None:
     """Raise DataError if a file lacks a column that a file of its kind must have."""
     missing = [c.name for c in known if c.required and c.name not in present]
     if missing:

@@ -7,6 +7,7 @@ writes the next one, create-only. The highest number is the dataset; every older
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.schema import SCHEMA_VERSION
-from gvpo_offline.store.sealed import read_json, sealed_text, unsealed
+from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
 _RESTORE = "restore the file from a copy"
@@ -144,7 +145,18 @@ class SealedManifest(_Record):
 
 def manifest_path(root: Path, version: int) -> Path:
     """The file of one manifest version."""
-    return root / f"manifest-{version:06d}.json"
+    return root / manifest_name(version)
+
+
+def manifest_name(version: int) -> str:
+    """The name of that file."""
+    return f"manifest-{version:06d}.json"
+
+
+def version_of(name: str) -> int | None:
+    """The version whose manifest a file of that name is; None: it is no manifest."""
+    found = _NAME.match(name)
+    return None if found is None else int(found.group(1))
 
 
 def version_of(name: str) -> int | None:
@@ -173,7 +185,14 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
         DataError: there is no manifest under `root`.
         IntegrityError: the file cannot be parsed, was altered, or is of a newer schema.
     """
-    versions = manifest_versions(root)
+    path = manifest_path(root, choose_version(manifest_versions(root), version, root))
+    return parse_manifest(path.read_bytes(), path)
+
+
+def choose_version(versions: Sequence[int], version: int | None, root: Path | str) -> int:
+    """The version that is asked for, by default the newest of `versions`; DataError if there is no
+    such one.
+    """
     if not versions or (version is not None and version not in versions):
         raise DataError(
             "a dataset is a folder that holds a manifest"
@@ -182,14 +201,18 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
             remedy="make one with `gvpo-offline import`, or correct the path",
             file=root,
         )
-    path = manifest_path(root, versions[-1] if version is None else version)
+    return max(versions) if version is None else version
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """The manifest that a file holds; IntegrityError as `load_manifest`."""
     rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
-    sealed = read_json(path, rule, _RESTORE)
+    sealed = parse_json(data, path, rule, _RESTORE)
     _refuse_newer(sealed, path)
     return unsealed(Manifest, "manifest", sealed, path, rule, _RESTORE)
 
 
-def _refuse_newer(sealed: Any, path: Path) -> None:
+def _refuse_newer(sealed: Any, path: Path | str) -> None:
     """Raise IntegrityError if a manifest says that it follows a schema that is yet to come."""
     manifest = sealed.get("manifest") if isinstance(sealed, dict) else None
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None

@@ -28,14 +28,19 @@ def sealed_text(name: str, content: BaseModel) -> str:
 
 def read_json(path: Path, rule: str, remedy: str) -> Any:
     """What a file holds; IntegrityError, stating `rule`, if that is not JSON."""
+    return parse_json(path.read_bytes(), path, rule, remedy)
+
+
+def parse_json(data: bytes, path: Path | str, rule: str, remedy: str) -> Any:
+    """The content of a file as JSON; as `read_json`."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(rule, received=str(error), remedy=remedy, file=path) from error
 
 
 def unsealed(
-    kind: type[Content], name: str, sealed: Any, path: Path, rule: str, remedy: str
+    kind: type[Content], name: str, sealed: Any, path: Path | str, rule: str, remedy: str
 ) -> Content:
     """The content of a sealed file.
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from gvpo_offline.schema import LIGHT_COLUMNS, split_list
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.passes import Pass
 
 # Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
 _BINS_PER_DECADE = 100
@@ -142,7 +143,7 @@ def survey(
             looked at, so that what is wrong with one is said before the first step.
     """
     result = Survey()
-    numbers: Iterable[int] = range(dataset.n_row_groups)
+    numbers: Iterable[int] = Pass(dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
     for row_group in progress(numbers) if progress else numbers:
         table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
         if table.num_rows:

@@ -23,6 +23,7 @@ from gvpo_offline.schema import (
 )
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.passes import Pass
 
 if TYPE_CHECKING:
     import polars as pl
@@ -78,6 +79,11 @@ class LightColumns:
         known = (*GROUPS_COLUMNS, *REWARDS_COLUMNS[1:], *REFERENCE_COLUMNS[1:])
         wanted = [column for column in known if column.name in {"group_id", *self._stored}]
         return self._framed(arrow_schema(wanted).empty_table(), []).schema
+
+    @property
+    def numbers(self) -> Pass:
+        """The dataset's row groups, in order."""
+        return Pass(self._dataset, [*self._stored, "response_lengths"])
 
     def frame(self, row_group: int) -> pl.DataFrame:
         """The columns of one row group: (n, names)."""

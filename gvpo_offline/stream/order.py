@@ -9,7 +9,7 @@ reached without what came before it. Hashes, not generators, decide: see `hashin
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ class Selection:
     Args:
         sizes: (n_row_groups,) groups in each row group.
         mask_of: gives, for a row group's number, its (size,) bool mask; asked once each, in order.
+        numbers: all of these numbers in order, where iterating over them is of use.
 
     Attributes:
         counts: (n_row_groups,) selected groups in each row group.
@@ -43,8 +44,14 @@ class Selection:
     responses_sha256: str | None = None
     notes: tuple[str, ...] = ()
 
-    def __init__(self, sizes: IndexArray, mask_of: Callable[[int], npt.NDArray[np.bool_]]) -> None:
-        pieces = [np.packbits(mask_of(index)) for index in range(len(sizes))]
+    def __init__(
+        self,
+        sizes: IndexArray,
+        mask_of: Callable[[int], npt.NDArray[np.bool_]],
+        numbers: Iterable[int] | None = None,
+    ) -> None:
+        asked = range(len(sizes)) if numbers is None else numbers
+        pieces = [np.packbits(mask_of(index)) for index in asked]
         self._sizes = sizes
         self._starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces], dtype=np.int64)])
         self._bits = np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.passes import Pass
 from gvpo_offline.stream.conditions import (
     Condition,
     HeldOut,
@@ -92,7 +93,8 @@ def _fulfilling(dataset: GroupDataset, conditions: list[Condition]) -> Selection
         mask[rows.numbers] = True
         return mask
 
-    selection = Selection(dataset.row_group_sizes, mask_of)
+    numbers = Pass(dataset, [*columns, "response_lengths"]) if columns else None
+    selection = Selection(dataset.row_group_sizes, mask_of, numbers)
     notes = [condition.note() for condition in conditions]
     selection.notes = tuple(note for note in notes if note is not None)
     return selection

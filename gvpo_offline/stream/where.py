@@ -54,7 +54,7 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
     _check_keys(columns, where, names)
     _check_boolean(columns, where, expression)
     schema = columns.schema
-    numbers = range(dataset.n_row_groups)
+    numbers = columns.numbers
     if _one_by_one(schema, expression):
         for row_group in numbers:
             yield _counted(_evaluated(columns.frame(row_group), where, expression))

@@ -189,7 +189,8 @@ def _name_of(data: Any, number: int) -> str:
 def _open(data: Any, scratch: Path) -> Opened:
     if isinstance(data, DatasetSettings):
         chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
-        return Opened(open_for_training(data.path, version=data.version, **chosen), data)
+        dataset = open_for_training(data.path, version=data.version, remote=data.remote, **chosen)
+        return Opened(dataset, data)
     dataset = resolve_dataset(data, Path(tempfile.mkdtemp(dir=scratch)))
     return Opened(dataset, DatasetSettings(path=str(dataset.root)))
 
