@@ -159,12 +159,6 @@ def version_of(name: str) -> int | None:
     return None if found is None else int(found.group(1))
 
 
-def version_of(name: str) -> int | None:
-    """The version whose manifest a file of that name is; None: it is no manifest."""
-    found = _NAME.match(name)
-    return None if found is None else int(found.group(1))
-
-
 def manifest_versions(root: Path) -> list[int]:
     """The versions that exist under `root`, ascending."""
     if not root.is_dir():

@@ -43,7 +43,7 @@ def described(settings: ResponseSettings) -> str:
     return "; ".join(part for part in (of, few) if part)
 
 
-def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path) -> None:
+def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | str) -> None:
     """Raise ConfigError if a pattern fits none of a dataset's samplers."""
     known = sorted(names)
     for pattern in patterns:

@@ -68,7 +68,7 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
         yield _counted(answers[start:end])
 
 
-def nothing_selected(where: object, total: int, n_null: int, file: Path) -> ConfigError:
+def nothing_selected(where: object, total: int, n_null: int, file: Path | str) -> ConfigError:
     """The error of a predicate that is true of no group."""
     null = f", and null for {n_null:,} of them" if n_null else ""
     return ConfigError(
