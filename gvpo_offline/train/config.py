@@ -47,7 +47,7 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     """`TrainingArguments` with GVPO's settings; a batch is counted in groups.
 
     See `GVPOSettings` for the fields added here, and transformers for all others. Two defaults
-    differ: `learning_rate` and `logging_steps`, below.
+    differ, `learning_rate` and `logging_steps`, and `fsdp` is a yes or no.
 
     Raises:
         ConfigError: a setting is out of range, or belongs to transformers' batching, which
@@ -58,6 +58,9 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     """Peak learning rate; the published default."""
     logging_steps: float = 10
     """Optimizer steps between two lines of metrics."""
+    fsdp: bool = False  # type: ignore[assignment]
+    """Shard weights, gradients and the optimizer's state over ranks (FSDP2); `fsdp_config` says
+    how. Under `accelerate launch`, accelerate's file says so instead."""
 
     def __post_init__(self) -> None:
         GVPOSettings.__post_init__(self)

@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
 )
@@ -55,6 +54,7 @@ from gvpo_offline.train.checkpoint import (
 )
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import HeldOut, TrainingData, resolve_held_out
+from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import group_loss, held_out_metrics
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GVPOTrainer(Trainer):
+class GVPOTrainer(ShardedTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -151,7 +151,9 @@ class GVPOTrainer(Trainer):
             )
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
-        self.engine: Engine = training_engine(self.model, args, self._meter.add_entropy)
+        self.engine: Engine = training_engine(
+            self.model, args, self._meter.add_entropy, sharded=self.is_sharded
+        )
         self.policy = self.policy.along(self.engine.path)
         steps.cost = self.engine.cost
 
@@ -271,7 +273,7 @@ class GVPOTrainer(Trainer):
         for number, micro_batch in enumerate(share.micro_batches):
             # Ranks exchange gradients once a step, with the last micro-batch.
             sync = number == last
-            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if sync else self.gradients_stay(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:

@@ -1,0 +1,83 @@
+"""transformers' Trainer as far as shards and ranks go: what accelerate leaves undone for FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from gvpo_offline.errors import ConfigError
+
+
+class ShardedTrainer(Trainer):
+    """A Trainer that shards wherever it is asked to, and then saves and sums as if it did not."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers; then see that what was asked for is what will run."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            self.is_fsdp_enabled = _shard_on_cpu(self.accelerator, self.args)
+        if self.is_fsdp_enabled:
+            _check_fsdp(self.accelerator.state.fsdp_plugin)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the weights only, so that ranks must work in lockstep."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def gradients_stay(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A context in which a backward pass exchanges no gradients with other ranks.
+
+        Not with FSDP2: it would keep every gradient whole on every rank meanwhile, which is the
+        memory that sharding is there to save.
+        """
+        if self.is_fsdp_enabled:
+            return contextlib.nullcontext()
+        quiet: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(model)
+        return quiet
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers; with FSDP2 the whole weights, however checkpoints keep their state."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = self.accelerator.get_state_dict(self.model)
+        self._save(output_dir or self.args.output_dir, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
+    """Shard over CPU processes too, which accelerate by itself turns into DDP without a word."""
+    if args.fsdp_plugin_args is not None:
+        plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        plugin = FullyShardedDataParallelPlugin()
+    else:
+        return False
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    return True
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            "models are sharded with FSDP2",
+            received=f"fsdp_version {plugin.fsdp_version}",
+            remedy="set fsdp_version: 2 in accelerate's file, or version: 2 in fsdp_config",
+        )
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        # accelerate's would hand out log-probs, and sum gradients, in half precision.
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=None)
