@@ -80,4 +80,3 @@ def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
         for own in ("every_n_layers", "offload"):  # the trainer sets them again, with these
             options.pop(own, None)
         enable(**{f"{name}_kwargs": options or None})
-
