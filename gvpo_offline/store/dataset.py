@@ -145,13 +145,19 @@ class GroupDataset:
             entries += [sidecar.file for sidecar in joined.sidecars]
         return list({entry.path: entry for entry in entries}.values())
 
-    def verify(self, *, content: bool = True, progress: Progress | None = None) -> None:
-        """Check size and (with `content`) SHA-256 of every file in use.
+    def verify(
+        self,
+        *,
+        content: bool = True,
+        progress: Progress | None = None,
+        part: slice = slice(None),
+    ) -> None:
+        """Check size and (with `content`) SHA-256 of every file in use, or of a part of them.
 
         Raises:
             IntegrityError: naming the first file that is missing, shortened or altered.
         """
-        files = self.files()
+        files = self.files()[part]
         for entry in progress(files) if progress else files:
             verify_file(self.root, entry, content=content)
 

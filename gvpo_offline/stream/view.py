@@ -58,6 +58,6 @@ class View:
         rows = self.selection.rows(row_group)
         return table.take(pa.array(rows)), rows
 
-    def survey(self) -> Survey:
-        """Counts over what takes part."""
-        return survey(self.dataset, self.light_table)
+    def survey(self, part: slice = slice(None)) -> Survey:
+        """Counts over what takes part, in all row groups or in a part of them."""
+        return survey(self.dataset, self.light_table, part=part)

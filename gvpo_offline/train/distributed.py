@@ -7,13 +7,16 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import OffloadPolicy
 from transformers import Trainer, TrainingArguments
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.train.engine import Shards
 
 
 class ShardedTrainer(Trainer):
@@ -28,9 +31,13 @@ class ShardedTrainer(Trainer):
             _check_fsdp(self.accelerator.state.fsdp_plugin)
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether a rank holds a part of the weights only, so that ranks must work in lockstep."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+    def shards(self) -> Shards:
+        """How the model will be wrapped."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return Shards(
+            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            checkpointed=plugin is not None and plugin.activation_checkpointing,
+        )
 
     def gradients_stay(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """A context in which a backward pass exchanges no gradients with other ranks.
@@ -49,9 +56,19 @@ class ShardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         weights = self.accelerator.get_state_dict(self.model)
+        _tie(weights, self.model)
         self._save(output_dir or self.args.output_dir, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _tie(weights: dict[str, Any], model: nn.Module) -> None:
+    """Let names of one parameter share one tensor again, so that it is saved once."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in weights and first in weights:
+            weights[name] = weights[first]
 
 
 def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
@@ -64,6 +81,7 @@ def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
         return False
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
+    plugin.cpu_offload = OffloadPolicy()  # all is there already
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
     for state in (AcceleratorState, PartialState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
@@ -79,5 +97,8 @@ def _check_fsdp(plugin: Any) -> None:
         )
     policy = plugin.mixed_precision_policy
     if policy is not None:
-        # accelerate's would hand out log-probs, and sum gradients, in half precision.
-        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=None)
+        # accelerate's would hand out log-probs, and sum gradients, in half precision; and casting
+        # inputs takes apart what a layout is handed over in.
+        plugin.mixed_precision_policy = replace(
+            policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )

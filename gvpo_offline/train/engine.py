@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -17,8 +18,20 @@ from gvpo_offline.train.config import GVPOConfig
 logger = logging.getLogger(__name__)
 
 
+class Shards(NamedTuple):
+    """How a model will be wrapped, as far as computing log-probs goes.
+
+    Attributes:
+        sharded: whether a rank will hold a part of the weights only.
+        checkpointed: whether the wrapper will recompute layers in the backward pass.
+    """
+
+    sharded: bool = False
+    checkpointed: bool = False
+
+
 def training_engine(
-    model: nn.Module, args: GVPOConfig, on_entropy: Callable[[Tensor], None], *, sharded: bool
+    model: Any, args: GVPOConfig, on_entropy: Callable[[Tensor], None], shards: Shards
 ) -> Engine:
     """Probe a model that is about to be trained; logs the choice and its reasons.
 
@@ -26,18 +39,20 @@ def training_engine(
         model: the policy, not yet wrapped for distribution or mixed precision.
         args: the settings.
         on_entropy: where entropies go if they are to be logged.
-        sharded: whether a rank will hold a part of the weights only.
+        shards: how it will be wrapped.
 
     Raises:
         ConfigError: no layout is right for the model, or not the one that was asked for.
     """
     training = model.training
-    _checkpoint_activations(model, args)
+    _checkpoint_activations(model, args, wanted=shards.checkpointed)
     try:
         # With dropout on, no two passes agree.
-        choice = _choice(model.train(args.disable_dropout), args, sharded)
+        choice = _choice(model.train(args.disable_dropout), args, shards.sharded)
     finally:
         model.train(training)
+        if shards.checkpointed:  # by FSDP2's own means, once it wraps the layers
+            model.gradient_checkpointing_disable()
     if args.process_index == 0:
         logger.info("log-probs: %s", choice.describe())
     engine = engine_for(
@@ -68,10 +83,10 @@ def _choice(model: nn.Module, args: GVPOConfig, sharded: bool) -> Choice:
     return choice
 
 
-def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
+def _checkpoint_activations(model: Any, args: GVPOConfig, *, wanted: bool) -> None:
     """As transformers does when training begins: what is probed is what will be computed."""
     newer = getattr(args, "activation_checkpointing", None)
-    if not (newer or getattr(args, "gradient_checkpointing", None)):
+    if not (wanted or newer or getattr(args, "gradient_checkpointing", None)):
         return
     name = "activation_checkpointing" if newer is not None else "gradient_checkpointing"
     enable = getattr(model, f"{name}_enable", None)

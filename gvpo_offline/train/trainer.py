@@ -47,6 +47,7 @@ from gvpo_offline.train.checkpoint import (
     begin,
     check_identity,
     find_checkpoint,
+    read_taken,
     refuse_leftovers,
     save_errors,
     seal,
@@ -54,6 +55,7 @@ from gvpo_offline.train.checkpoint import (
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out
 from gvpo_offline.train.distributed import ShardedTrainer
+from gvpo_offline.train.elastic import check_taken, how_taken
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import group_loss, held_out_metrics
@@ -66,7 +68,9 @@ from gvpo_offline.train.preflight import (
     check_tokenizers,
     inspect,
     policy_facts,
+    verify,
 )
+from gvpo_offline.train.together import all_or_none, on_first
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -148,7 +152,7 @@ class GVPOTrainer(ShardedTrainer):
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
         self.engine: Engine = training_engine(
-            self.model, args, self._meter.add_entropy, sharded=self.is_sharded
+            self.model, args, self._meter.add_entropy, self.shards
         )
         self.policy = self.policy.along(self.engine.path)
         steps.cost = self.engine.cost
@@ -169,14 +173,7 @@ class GVPOTrainer(ShardedTrainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no room for a checkpoint; the earlier ones stay.
         """
-        output_dir = Path(self.args.output_dir)
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
-        if checkpoint is not None:
-            check_identity(checkpoint, self.identity())
-        else:
-            refuse_leftovers(output_dir)
+        checkpoint = on_first(lambda: self._found_checkpoint(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -184,10 +181,19 @@ class GVPOTrainer(ShardedTrainer):
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
 
+    def _found_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        output_dir = Path(self.args.output_dir)
+        checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
+        if checkpoint is None:
+            refuse_leftovers(output_dir)
+            return None
+        check_identity(checkpoint, self.identity())
+        check_taken(checkpoint, read_taken(checkpoint), how_taken(self.accelerator))
+        return checkpoint
+
     def preflight(self) -> list[Survey]:
         """Verify the files and say what the run trains on; the main process logs it."""
-        for used in self.data.datasets():
-            used.verify(content=self.args.verify == "full")
+        verify(self.data.datasets(), content=self.args.verify == "full")
         return inspect(
             self.data,
             self.policy,
@@ -360,15 +366,10 @@ class GVPOTrainer(ShardedTrainer):
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with save_errors(folder):
-                if self.args.should_save:
-                    begin(folder)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    whole = not self.args.save_only_model
-                    seal(folder, self.state.global_step, self.identity(), resumable=whole)
+            with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
+                on_first(lambda: begin(folder))
+                all_or_none(lambda: super(GVPOTrainer, self)._save_checkpoint(model, trial))
+                on_first(lambda: self._seal(folder))
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -378,6 +379,15 @@ class GVPOTrainer(ShardedTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _seal(self, folder: Path) -> None:
+        seal(
+            folder,
+            self.state.global_step,
+            self.identity(),
+            taken=how_taken(self.accelerator),
+            resumable=not self.args.save_only_model,
+        )
 
 
 def _only_item(items: list[StepShare | GVPOError]) -> dict[str, StepShare | GVPOError]:
