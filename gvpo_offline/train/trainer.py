@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -53,7 +52,7 @@ from gvpo_offline.train.checkpoint import (
     seal,
 )
 from gvpo_offline.train.config import GVPOConfig, settings_errors
-from gvpo_offline.train.data import TrainingData, open_held_out
+from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.elastic import check_taken, how_taken
 from gvpo_offline.train.engine import training_engine
@@ -115,9 +114,9 @@ class GVPOTrainer(ShardedTrainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = copy.copy(args or GVPOConfig())  # max_steps is set below; the caller's stay
-        self._scratch = tempfile.TemporaryDirectory(prefix="gvpo-offline-")
-        self.data = TrainingData.prepare(
-            train_dataset, eval_dataset, args, Path(self._scratch.name)
+        self._scratch = scratch_folder(self)
+        self.data = all_or_none(
+            lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
         if isinstance(model, str):
             model = load_model(ModelSettings(model_name_or_path=model))
@@ -347,7 +346,7 @@ class GVPOTrainer(ShardedTrainer):
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
-            chosen = open_held_out(eval_dataset, Path(self._scratch.name))
+            chosen = open_held_out(eval_dataset, self._scratch)
             check_held_out(chosen, self.args.max_tokens_per_micro_batch)
             return chosen
         if not self.data.held_out:
@@ -367,9 +366,9 @@ class GVPOTrainer(ShardedTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
-                on_first(lambda: begin(folder))
+                all_or_none(lambda: begin(folder) if self.args.should_save else None)
                 all_or_none(lambda: super(GVPOTrainer, self)._save_checkpoint(model, trial))
-                on_first(lambda: self._seal(folder))
+                all_or_none(lambda: self._seal(folder) if self.args.should_save else None)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
