@@ -64,6 +64,10 @@ def find_head(model: nn.Module) -> Head:
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported("the model is a decoder only", type(causal))
     _check_only_decoder_and(layer, causal)
+    if _is_sharded(layer):
+        # A group of FSDP2's own is gathered when it is called, which the layer is not here. It is
+        # cut again after the backward pass.
+        layer.unshard()
     settings = config.get_text_config()
     head = Head(layer, _scale(settings), _soft_cap(settings))
     _adapters(_active(layer))

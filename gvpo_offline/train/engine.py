@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -45,14 +46,13 @@ def training_engine(
         ConfigError: no layout is right for the model, or not the one that was asked for.
     """
     training = model.training
-    _checkpoint_activations(model, args, wanted=shards.checkpointed)
+    _checkpoint_activations(model, args)
     try:
-        # With dropout on, no two passes agree.
-        choice = _choice(model.train(args.disable_dropout), args, shards.sharded)
+        with _checkpointed(model, shards.checkpointed):
+            # With dropout on, no two passes agree.
+            choice = _choice(model.train(args.disable_dropout), args, shards.sharded)
     finally:
         model.train(training)
-        if shards.checkpointed:  # by FSDP2's own means, once it wraps the layers
-            model.gradient_checkpointing_disable()
     if args.process_index == 0:
         logger.info("log-probs: %s", choice.describe())
     engine = engine_for(
@@ -83,10 +83,25 @@ def _choice(model: nn.Module, args: GVPOConfig, sharded: bool) -> Choice:
     return choice
 
 
-def _checkpoint_activations(model: Any, args: GVPOConfig, *, wanted: bool) -> None:
+@contextlib.contextmanager
+def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+    """What a wrapper will do to layers, done by the model meanwhile: not all layouts bear it."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next((name for name in names if hasattr(model, f"{name}_enable")), None)
+    if not wanted or name is None:
+        yield
+        return
+    getattr(model, f"{name}_enable")()
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
+
+
+def _checkpoint_activations(model: Any, args: GVPOConfig) -> None:
     """As transformers does when training begins: what is probed is what will be computed."""
     newer = getattr(args, "activation_checkpointing", None)
-    if not (wanted or newer or getattr(args, "gradient_checkpointing", None)):
+    if not (newer or getattr(args, "gradient_checkpointing", None)):
         return
     name = "activation_checkpointing" if newer is not None else "gradient_checkpointing"
     enable = getattr(model, f"{name}_enable", None)
