@@ -15,18 +15,37 @@ from fork_server import ForkServer
 from safetensors.torch import load_file
 from test_distributed import TIMES
 from training import VOCAB_SIZE, largest_difference, scored_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from watching import micro_batches, read_notes
 
 from gvpo_offline.store.dataset import GroupDataset
 
 GRADIENT_ERROR = 1e-5
 N_GROUPS, GROUPS_PER_STEP, N_STEPS = 25, 8, 4
-FSDP = {"fsdp": "true", "fsdp_config": json.dumps({"state_dict_type": "SHARDED_STATE_DICT"})}
+SHARDS = {"state_dict_type": "SHARDED_STATE_DICT"}
+RECOMPUTED = {**SHARDS, "activation_checkpointing": True}
 LORA = {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear"}
-WAYS = {"ddp": {}, "fsdp2": FSDP}
-TRAINED = {"all weights": {}, "adapter": LORA}
-WORLD_SIZES = {"ddp": (2, 4), "fsdp2": (1, 2, 4)}
-CASES = [(way, n, what) for what in TRAINED for way in WAYS for n in WORLD_SIZES[way]]
+HEAD = {**LORA, "lora_target_modules": "[q_proj, lm_head]"}
+WAYS: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": {"fsdp": "true", "fsdp_config": json.dumps(SHARDS)},
+    "fsdp2 recomputed": {"fsdp": "true", "fsdp_config": json.dumps(RECOMPUTED)},
+}
+TRAINED: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "adapter": LORA,
+    # An output layer of its own is a group of its own in FSDP2: trained, frozen or adapted.
+    "untied weights": {},
+    "untied adapter": LORA,
+    "untied adapter on the head": HEAD,
+}
+CASES = [(way, n, what) for what in ("all weights", "adapter") for way in WAYS for n in (2, 4)]
+CASES = [case for case in CASES if case[0] != "fsdp2 recomputed"] + [("fsdp2", 1, "all weights")]
+OTHERS = [
+    ("fsdp2 recomputed", 2, "untied weights"),
+    ("fsdp2 recomputed", 2, "untied adapter"),
+    ("fsdp2", 2, "untied adapter on the head"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +68,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 class Runs:
     """Folders of runs, each made when it is first asked for."""
 
-    def __init__(self, server: ForkServer, root: Path, settings: dict[str, Any]) -> None:
-        self._server, self._root, self._settings = server, root, settings
+    def __init__(
+        self, server: ForkServer, root: Path, settings: dict[str, Any], untied: Path
+    ) -> None:
+        self._server, self._root, self._settings, self._untied = server, root, settings, untied
         self._done: dict[tuple[str, int, str], Path] = {}
 
     def __call__(self, way: str, n: int, what: str) -> Path:
         """`way` "one" is a plain process."""
         key = (way, n, what)
         if key not in self._done:
-            folder = self._root / f"{way}-{n}-{what.replace(' ', '-')}"
+            folder = self._root / f"{way}-{n}-{what}".replace(" ", "-")
             settings = {**self._settings, **WAYS.get(way, {}), **TRAINED[what]}
             settings["output_dir"] = folder / "out"
+            if what.startswith("untied"):
+                settings["model_name_or_path"] = self._untied
             argv = ["train", *(str(w) for k, v in settings.items() for w in (f"--{k}", v))]
             options = {"watch": str(folder), "env": {"WATCH_GRADIENTS": "1"}}
             if way == "one":
@@ -96,7 +119,19 @@ def runs(
         "use_cpu": "true",
         "disable_tqdm": "true",
     }
-    return Runs(server, tmp_path_factory.mktemp("ranks"), settings)
+    root = tmp_path_factory.mktemp("ranks")
+    return Runs(server, root, settings, untied_model(root / "untied", tiny_model_dir))
+
+
+def untied_model(folder: Path, tied: Path) -> Path:
+    """A model like another with an output layer of its own."""
+    config = AutoConfig.from_pretrained(tied)
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tied).save_pretrained(folder)
+    return folder
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -123,7 +158,7 @@ def test_global_batches_are_the_same(way: str, n: int, what: str, runs: Runs) ->
     assert all(len(counts) == 1 for counts in micro_batches(runs(way, n, what)).values())
 
 
-@pytest.mark.parametrize(("way", "n", "what"), CASES)
+@pytest.mark.parametrize(("way", "n", "what"), CASES + OTHERS)
 def test_gradients_are_the_same(way: str, n: int, what: str, runs: Runs) -> None:
     """Relative norm of the difference to one process, before clipping, at every step."""
     for step in range(N_STEPS):
@@ -149,10 +184,10 @@ def test_lines_of_the_log_are_the_same(way: str, n: int, what: str, runs: Runs) 
         assert mine == pytest.approx(theirs, abs=1e-4, rel=1e-4)
 
 
-@pytest.mark.parametrize(("way", "n", "what"), CASES)
+@pytest.mark.parametrize(("way", "n", "what"), CASES + OTHERS)
 def test_the_same_policy_is_saved(way: str, n: int, what: str, runs: Runs) -> None:
     """Whole, in the files that one process writes, and loadable as it is."""
     one, many = (runs(*run) / "out" for run in (("one", 1, what), (way, n, what)))
     assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
-    name = "adapter_model.safetensors" if what == "adapter" else "model.safetensors"
+    name = "adapter_model.safetensors" if "adapter" in what else "model.safetensors"
     assert largest_difference(load_file(one / name), load_file(many / name)) < 1e-5

@@ -51,8 +51,7 @@ def _save_gradients(model: Any, path: Path) -> None:
         if parameter.requires_grad:
             grad = parameter.grad
             grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-            plain = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
-            whole[plain] = grad.detach().cpu().clone()
+            whole[name.removeprefix("module.")] = grad.detach().cpu().clone()
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(whole, path)
 

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import OffloadPolicy
 from transformers import Trainer, TrainingArguments
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.train.engine import Shards
 
 
 class ShardedTrainer(Trainer):
@@ -28,16 +27,15 @@ class ShardedTrainer(Trainer):
         if self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             self.is_fsdp_enabled = _shard_on_cpu(self.accelerator, self.args)
         if self.is_fsdp_enabled:
-            _check_fsdp(self.accelerator.state.fsdp_plugin)
+            plugin = self.accelerator.state.fsdp_plugin
+            _check_fsdp(plugin)
+            if plugin.activation_checkpointing:
+                _leave_recomputing_to_the_model(plugin, self.args)
 
     @property
-    def shards(self) -> Shards:
-        """How the model will be wrapped."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        return Shards(
-            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
-            checkpointed=plugin is not None and plugin.activation_checkpointing,
-        )
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the weights only, so that ranks must work in lockstep."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def gradients_stay(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """A context in which a backward pass exchanges no gradients with other ranks.
@@ -88,12 +86,36 @@ def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
     return True
 
 
+def _leave_recomputing_to_the_model(plugin: Any, args: TrainingArguments) -> None:
+    """Recompute layers by the model's own means, which the start-up probe knows of.
+
+    The wrapper that accelerate would put around each layer also changes the names under which PEFT
+    looks for an adapter's weights: what it then saves is empty.
+    """
+    if plugin.activation_checkpointing_offload:
+        raise ConfigError(
+            "what is kept of layers that are recomputed goes to host memory by the run's settings",
+            received="fsdp_activation_checkpointing_offload",
+            remedy="set activation_checkpointing: true and "
+            "activation_checkpointing_kwargs: {offload: true} for the run instead",
+        )
+    plugin.activation_checkpointing = False
+    newer = hasattr(args, "activation_checkpointing")
+    setattr(args, "activation_checkpointing" if newer else "gradient_checkpointing", True)
+
+
 def _check_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ConfigError(
             "models are sharded with FSDP2",
             received=f"fsdp_version {plugin.fsdp_version}",
             remedy="set fsdp_version: 2 in accelerate's file, or version: 2 in fsdp_config",
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "every rank holds the policy's weights until they are cut into shards",
+            received="cpu_ram_efficient_loading, which leaves them on the first rank alone",
+            remedy="set fsdp_cpu_ram_efficient_loading: false in accelerate's file",
         )
     policy = plugin.mixed_precision_policy
     if policy is not None:

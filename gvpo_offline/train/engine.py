@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -19,20 +17,8 @@ from gvpo_offline.train.config import GVPOConfig
 logger = logging.getLogger(__name__)
 
 
-class Shards(NamedTuple):
-    """How a model will be wrapped, as far as computing log-probs goes.
-
-    Attributes:
-        sharded: whether a rank will hold a part of the weights only.
-        checkpointed: whether the wrapper will recompute layers in the backward pass.
-    """
-
-    sharded: bool = False
-    checkpointed: bool = False
-
-
 def training_engine(
-    model: Any, args: GVPOConfig, on_entropy: Callable[[Tensor], None], shards: Shards
+    model: nn.Module, args: GVPOConfig, on_entropy: Callable[[Tensor], None], *, sharded: bool
 ) -> Engine:
     """Probe a model that is about to be trained; logs the choice and its reasons.
 
@@ -40,7 +26,7 @@ def training_engine(
         model: the policy, not yet wrapped for distribution or mixed precision.
         args: the settings.
         on_entropy: where entropies go if they are to be logged.
-        shards: how it will be wrapped.
+        sharded: whether a rank will hold a part of the weights only.
 
     Raises:
         ConfigError: no layout is right for the model, or not the one that was asked for.
@@ -48,9 +34,8 @@ def training_engine(
     training = model.training
     _checkpoint_activations(model, args)
     try:
-        with _checkpointed(model, shards.checkpointed):
-            # With dropout on, no two passes agree.
-            choice = _choice(model.train(args.disable_dropout), args, shards.sharded)
+        # With dropout on, no two passes agree.
+        choice = _choice(model.train(args.disable_dropout), args, sharded)
     finally:
         model.train(training)
     if args.process_index == 0:
@@ -83,22 +68,7 @@ def _choice(model: nn.Module, args: GVPOConfig, sharded: bool) -> Choice:
     return choice
 
 
-@contextlib.contextmanager
-def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
-    """What a wrapper will do to layers, done by the model meanwhile: not all layouts bear it."""
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    name = next((name for name in names if hasattr(model, f"{name}_enable")), None)
-    if not wanted or name is None:
-        yield
-        return
-    getattr(model, f"{name}_enable")()
-    try:
-        yield
-    finally:
-        getattr(model, f"{name}_disable")()
-
-
-def _checkpoint_activations(model: Any, args: GVPOConfig) -> None:
+def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
     """As transformers does when training begins: what is probed is what will be computed."""
     newer = getattr(args, "activation_checkpointing", None)
     if not (newer or getattr(args, "gradient_checkpointing", None)):

@@ -151,7 +151,7 @@ class GVPOTrainer(ShardedTrainer):
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
         self.engine: Engine = training_engine(
-            self.model, args, self._meter.add_entropy, self.shards
+            self.model, args, self._meter.add_entropy, sharded=self.is_sharded
         )
         self.policy = self.policy.along(self.engine.path)
         steps.cost = self.engine.cost
