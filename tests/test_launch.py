@@ -61,6 +61,7 @@ def launched(line: str, out: Path, data: Path, model_dir: Path) -> dict[str, Any
     }
     words += [str(word) for name, value in changes.items() for word in (f"--{name}", value)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"the trained policy: {out}" in done.stdout

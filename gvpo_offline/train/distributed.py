@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,18 +13,28 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import OffloadPolicy
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from transformers import Trainer, TrainingArguments
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.train.config import GVPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ShardedTrainer(Trainer):
     """A Trainer that shards wherever it is asked to, and then saves and sums as if it did not."""
 
+    args: GVPOConfig
+
     def create_accelerator_and_postprocess(self) -> None:
         """As transformers; then see that what was asked for is what will run."""
         super().create_accelerator_and_postprocess()
+        n_groups, n_ranks = self.args.groups_per_step, self.args.world_size
+        if n_groups < n_ranks and self.args.process_index == 0:
+            logger.warning(
+                "%d of %d ranks idle: %d groups a step", n_ranks - n_groups, n_ranks, n_groups
+            )
         if self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             self.is_fsdp_enabled = _shard_on_cpu(self.accelerator, self.args)
         if self.is_fsdp_enabled:
@@ -36,6 +47,15 @@ class ShardedTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether a rank holds a part of the weights only, so that ranks must work in lockstep."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def check_can_evaluate(self) -> None:
+        """Raise ConfigError where the model will be cut into shards and is not yet."""
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
+            raise ConfigError(
+                "a model in shards is evaluated from the first step of its training on",
+                received="evaluate before train",
+                remedy="evaluate in a run without FSDP2, or with `gvpo-offline evaluate`",
+            )
 
     def gradients_stay(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """A context in which a backward pass exchanges no gradients with other ranks.
@@ -77,6 +97,12 @@ def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
         plugin = FullyShardedDataParallelPlugin()
     else:
         return False
+    if torch.accelerator.is_available():
+        raise ConfigError(
+            "processes on the CPU share a model out where no GPU is to be seen",
+            received="use_cpu with FSDP2 beside a GPU",
+            remedy="set CUDA_VISIBLE_DEVICES to nothing, or leave use_cpu out",
+        )
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     plugin.cpu_offload = OffloadPolicy()  # all is there already

@@ -67,9 +67,13 @@ def on_first(work: Callable[[], Result]) -> Result:
     Raises:
         GVPOError, WorkerError: as `all_or_none`.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    found: Result = _exchange(*(_attempt(work) if first else (None, None)))[0]
-    return found
+    if not dist.is_initialized():
+        return work()
+    result, error = _attempt(work) if dist.get_rank() == 0 else (None, None)
+    _exchange(None, error)
+    box = [result]  # not gathered: that would take its size from every rank, on every rank
+    dist.broadcast_object_list(box)
+    return box[0]  # type: ignore[return-value]
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

@@ -328,6 +328,7 @@ class GVPOTrainer(ShardedTrainer):
             ignore_keys: no meaning here.
             metric_key_prefix: first part of each key.
         """
+        self.check_can_evaluate()
         chosen = self._chosen_held_out(eval_dataset)
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
