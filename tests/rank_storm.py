@@ -1,15 +1,9 @@
-"""A run on many ranks, killed again and again, each time with another number of ranks.
-
-`python tests/rank_storm.py --kills 20` runs it by itself and prints what it found.
-"""
+"""A run on many ranks, killed again and again, each time with another number of ranks."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import shutil
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -161,39 +155,3 @@ def _wait_for_steps(notes: Path, n_steps: int, children: list[Any]) -> None:
 def _losses(output_dir: Path) -> list[float]:
     state = json.loads((output_dir / "trainer_state.json").read_text())
     return [line["loss"] for line in state["log_history"] if "loss" in line]
-
-
-def main() -> None:
-    """Run a storm of its own."""
-    from conftest import make_tiny_model, train_tokenizer
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    started = time.monotonic()
-    root = Path(tempfile.mkdtemp(prefix="gvpo-storm-"))
-    server = ForkServer()
-    try:
-        model_dir = make_tiny_model(root / "model", train_tokenizer(root / "tokenizer"))
-        data = storm_dataset(root / "data", model_dir)
-        found = run_storm(server, root, data, model_dir, kills=args.kills, seed=args.seed)
-    finally:
-        server.close()
-        shutil.rmtree(root)
-    report = {
-        "kills": args.kills,
-        "world_sizes": found.world_sizes,
-        "steps": len(found.expected),
-        "steps_done_again": found.done_again,
-        "different_global_batches": found.different,
-        "times_a_group_is_seen_in_an_epoch": sorted(found.times_an_epoch),
-        "weight_error": found.weight_error,
-        "loss_error": found.loss_error,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()

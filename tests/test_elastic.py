@@ -161,7 +161,7 @@ def test_deepspeed_resumes_on_the_ranks_that_took_it(tmp_path: Path) -> None:
 def test_killed_at_random_with_another_number_of_ranks_each_time(
     tmp_path: Path, data: Path, tiny_model_dir: Path, server: ForkServer
 ) -> None:
-    """4 kills of all ranks; `python tests/rank_storm.py` makes 20."""
+    """4 kills of all ranks; `benchmarks/elastic.py` makes 20."""
     seed = random.randrange(2**32)
     found = run_storm(server, tmp_path, data, tiny_model_dir, kills=4, seed=seed)
     assert set(found.world_sizes) == {1, 2, 3, 4, 8}, f"seed {seed}"
