@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from training import config_of, scored_dataset, trainer_of
 
 from gvpo_offline.compute.model import device_of, disable_dropout
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.train.distributed import _check_fsdp, _leave_recomputing_to_the_model, _tie
+from gvpo_offline.train.distributed import (
+    ShardedTrainer,
+    _check_fsdp,
+    _leave_recomputing_to_the_model,
+    _shard_on_cpu,
+    _tie,
+)
 from gvpo_offline.train.engine import training_engine
 
 
@@ -91,6 +98,27 @@ def test_recomputing_is_left_to_the_model(tmp_path: Path) -> None:
     plugin = plugin_of(activation_checkpointing=True, activation_checkpointing_offload=True)
     with pytest.raises(ConfigError, match=r"activation_checkpointing_kwargs: \{offload: true\}"):
         _leave_recomputing_to_the_model(plugin, args)
+
+
+def test_a_model_is_not_evaluated_before_it_is_cut() -> None:
+    """Its computation was chosen for the device that its shards will be on."""
+    trainer = SimpleNamespace(is_fsdp_enabled=True, model=nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="received evaluate before train"):
+        ShardedTrainer.check_can_evaluate(trainer)  # type: ignore[arg-type]
+
+
+def test_processes_on_the_cpu_do_not_share_out_a_model_beside_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 would take the GPU's mesh, and gloo as its backend."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    accelerator: Any = SimpleNamespace(mixed_precision="no")
+    args = config_of(tmp_path)
+    assert not _shard_on_cpu(accelerator, args)
+    args.fsdp_plugin_args = {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
+    with pytest.raises(ConfigError, match="Set CUDA_VISIBLE_DEVICES to nothing"):
+        _shard_on_cpu(accelerator, args)
 
 
 def test_one_parameter_is_saved_once() -> None:
