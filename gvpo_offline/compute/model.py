@@ -52,6 +52,13 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     return model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes. Shards (FSDP2's are DTensors) may wait in host memory meanwhile."""
+    weight = next(model.parameters())
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None else torch.device(mesh.device_type)
+
+
 def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module:
     """`model` with a new PEFT adapter, whose first weights depend on `seed` alone."""
     from peft import get_peft_model

@@ -144,7 +144,7 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     Args:
         data: a `GroupDataset`; the path of a dataset's folder, its URL, or the path of a Parquet
             file in the group shape; or a `datasets.Dataset` with its columns.
-        scratch: an existing folder that an in-memory dataset may be written to.
+        scratch: the folder that an in-memory dataset is written to; made if it is needed.
 
     Raises:
         ConfigError: it is none of these, or lacks rewards or reference log-probs.
@@ -153,6 +153,7 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     if isinstance(data, str | Path):
         return open_for_training(data)
     if hasattr(data, "to_parquet"):
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = scratch / "in-memory.parquet"
         data.to_parquet(str(path))
         return open_for_training(path)

@@ -157,20 +157,26 @@ class GroupDataset:
         return list({entry.path: entry for entry in entries}.values())
 
     def verify(
-        self, *, content: bool = True, whole: bool = False, progress: Progress | None = None
+        self,
+        *,
+        content: bool = True,
+        whole: bool = False,
+        progress: Progress | None = None,
+        part: slice = slice(None),
     ) -> None:
-        """Check every file in use.
+        """Check every file in use, or a part of them.
 
         Args:
             content: the SHA-256 of local files, the footers of remote ones, and not the size alone.
                 Pages are verified whenever they are read, whatever was checked before.
             whole: the SHA-256 of remote files as well, which reads them whole.
             progress: wraps the list of files.
+            part: of `files()`.
 
         Raises:
             IntegrityError: naming a file that is missing, shortened or altered.
         """
-        files = self.files()
+        files = self.files()[part]
         self.storage.verify(progress(files) if progress else files, content=content, whole=whole)
 
     def locate(self, row_group: int) -> tuple[int, int]:

@@ -68,6 +68,25 @@ class Survey:
         bins = np.searchsorted(np.cumsum(self.gap_bins), middle)
         return float(np.mean(10.0 ** (_LOWEST_DECADE + (bins + 0.5) / _BINS_PER_DECADE)))
 
+    def __add__(self, other: Survey) -> Survey:
+        """Counts over the groups of both."""
+        # Of several longest rows the first, as in one pass.
+        first = min(self, other, key=lambda own: (-own.max_row_tokens, own.longest_row))
+        return Survey(
+            n_groups=self.n_groups + other.n_groups,
+            n_responses=self.n_responses + other.n_responses,
+            n_tokens=self.n_tokens + other.n_tokens,
+            equal_reward_groups=self.equal_reward_groups + other.equal_reward_groups,
+            truncated_responses=self.truncated_responses + other.truncated_responses,
+            samplers=_summed(self.samplers, other.samplers),
+            sampler_rewards=_summed(self.sampler_rewards, other.sampler_rewards),
+            max_group_size=max(self.max_group_size, other.max_group_size),
+            max_group_tokens=max(self.max_group_tokens, other.max_group_tokens),
+            max_row_tokens=first.max_row_tokens,
+            longest_row=first.longest_row,
+            gap_bins=self.gap_bins + other.gap_bins,
+        )
+
     def add(
         self, table: pa.Table, row_group: int = 0, rows: npt.NDArray[np.int64] | None = None
     ) -> None:
@@ -112,6 +131,13 @@ class Survey:
             self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
 
 
+def _summed(one: Counter[str], other: Counter[str]) -> Counter[str]:
+    # Not by +, which drops what is not positive.
+    both = one.copy()
+    both.update(other)
+    return both
+
+
 def _lists(table: pa.Table, name: str) -> list[npt.NDArray[np.float64]]:
     column = table.column(name).combine_chunks()
     return split_list(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)
@@ -130,6 +156,7 @@ def survey(
     dataset: GroupDataset,
     light: Callable[[int], LightRows] | None = None,
     progress: Progress | None = None,
+    part: slice = slice(None),
 ) -> Survey:
     """Count a dataset, or what `light(row_group)` gives of it.
 
@@ -137,13 +164,14 @@ def survey(
         dataset: which.
         light: the light columns of some rows of a row group, and their numbers (None: all of them).
         progress: shows how far it is.
+        part: of the row groups.
 
     Raises:
         IntegrityError, DataError: as `GroupDataset.table`; every reward and reference log-prob is
             looked at, so that what is wrong with one is said before the first step.
     """
     result = Survey()
-    numbers: Iterable[int] = Pass(dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
+    numbers: Iterable[int] = Pass(dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"], part)
     for row_group in progress(numbers) if progress else numbers:
         table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
         if table.num_rows:

@@ -73,6 +73,6 @@ class View:
             table = with_pick(table, choose(table, self.selection.responses))
         return table, rows
 
-    def survey(self) -> Survey:
-        """Counts over what takes part."""
-        return survey(self.dataset, self.light_table)
+    def survey(self, part: slice = slice(None)) -> Survey:
+        """Counts over what takes part, in all row groups or in a part of them."""
+        return survey(self.dataset, self.light_table, part=part)

@@ -47,7 +47,7 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     """`TrainingArguments` with GVPO's settings; a batch is counted in groups.
 
     See `GVPOSettings` for the fields added here, and transformers for all others. Two defaults
-    differ: `learning_rate` and `logging_steps`, below.
+    differ, `learning_rate` and `logging_steps`, and `fsdp` is a yes or no.
 
     Raises:
         ConfigError: a setting is out of range, or belongs to transformers' batching, which
@@ -58,6 +58,9 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     """Peak learning rate; the published default."""
     logging_steps: float = 10
     """Optimizer steps between two lines of metrics."""
+    fsdp: bool = False
+    """Shard weights, gradients and the optimizer's state over ranks (FSDP2); `fsdp_config` says
+    how. Under `accelerate launch`, accelerate's file says so instead."""
 
     def __post_init__(self) -> None:
         GVPOSettings.__post_init__(self)
@@ -69,6 +72,7 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
                 )
         with settings_errors():
             TrainingArguments.__post_init__(self)
+        _check_precision(self)
         # One process, one device: with several GPUs visible transformers would otherwise split
         # batches with DataParallel, which knows nothing of groups. Launch with torchrun instead.
         if self.n_gpu > 1:
@@ -77,3 +81,16 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     def settings(self) -> dict[str, object]:
         """GVPO's own settings as a plain dictionary."""
         return {field.name: getattr(self, field.name) for field in fields(GVPOSettings)}
+
+
+def _check_precision(args: GVPOConfig) -> None:
+    """Refuse a mixed precision that the launcher sets and the run does not know of."""
+    own = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    launched = getattr(args, "mixed_precision", own)
+    if launched != own:
+        raise ConfigError(
+            "mixed precision is a setting of the run, since the reference must be scored with it",
+            received=f"{launched} from accelerate, {own} from the run's settings",
+            remedy=f"set {launched}: true for the run, or mixed_precision: 'no' in accelerate's "
+            "file",
+        )

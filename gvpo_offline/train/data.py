@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
+import uuid
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +18,14 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.stream.config import DatasetSettings
 from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
+from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.select import select
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.together import on_first
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class TrainingData:
                 dictionary of such.
             eval_dataset: likewise, or None.
             args: the settings.
-            scratch: a folder for in-memory datasets.
+            scratch: a folder for in-memory datasets; made if it is needed.
 
         Raises:
             ConfigError: there is nothing to train on, or evaluation is asked for without data.
@@ -147,13 +152,20 @@ class TrainingData:
         }
 
 
+def scratch_folder(owner: object) -> Path:
+    """A path for temporary files: a folder once somebody makes it, and gone with its owner."""
+    path = Path(tempfile.gettempdir()) / f"gvpo-offline-{uuid.uuid4().hex}"
+    weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
 def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
     """One dataset or several, opened; a single one that has no name of its own is named "".
 
     Args:
         data: as `resolve_dataset` takes it, or `DatasetSettings`; a list of such; or a dictionary,
             by name.
-        scratch: an existing folder that in-memory datasets may be written to.
+        scratch: a folder for in-memory datasets; made if it is needed.
 
     Raises:
         ConfigError: two datasets have one name, or there is none; and as `resolve_dataset`.
@@ -191,7 +203,7 @@ def _open(data: Any, scratch: Path) -> Opened:
         chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
         dataset = open_for_training(data.path, version=data.version, remote=data.remote, **chosen)
         return Opened(dataset, data)
-    dataset = resolve_dataset(data, Path(tempfile.mkdtemp(dir=scratch)))
+    dataset = resolve_dataset(data, scratch / uuid.uuid4().hex)
     return Opened(dataset, DatasetSettings(path=str(dataset.root)))
 
 
@@ -230,8 +242,13 @@ def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, View]:
 def _view(name: str, item: Opened, **conditions: Any) -> View:
     """What takes part of a dataset; `conditions`: further ones of `select`."""
     where, responses = item.settings.where, item.settings.responses
-    selection = select(item.dataset, where=where, responses=responses, **conditions)
+    selection = _select(item.dataset, where=where, responses=responses, **conditions)
     return View(item.dataset, selection, name)
+
+
+def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
+    """`select`, by one rank for all."""
+    return on_first(lambda: select(dataset, **how))
 
 
 def _held_out(

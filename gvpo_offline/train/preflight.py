@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+from gvpo_offline.train.together import on_each, own_part, own_part_of_machine
 
 if TYPE_CHECKING:
     import torch
@@ -128,10 +131,14 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
         made_by = dataset.manifest.tokenizer
         if made_by is not None and made_by.vocab_size <= policy.n_embeddings:
             continue
-        for row_group in range(dataset.n_row_groups):
-            place = dataset.place(row_group)
-            for row, group in enumerate(dataset.groups(row_group), place.first_row):
-                check_group(group, file=place.file, row=row, vocab_size=policy.n_embeddings)
+        on_each(functools.partial(_check_token_ids, dataset, policy.n_embeddings))
+
+
+def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
+    for row_group in range(dataset.n_row_groups)[own_part()]:
+        place = dataset.place(row_group)
+        for row, group in enumerate(dataset.groups(row_group), place.first_row):
+            check_group(group, file=place.file, row=row, vocab_size=vocab_size)
 
 
 def inspect(
@@ -152,7 +159,7 @@ def inspect(
     Raises:
         DataError: something about a group, or a prompt with a response that fits in no pass.
     """
-    counts = [view.survey() for view in data.views]
+    counts = surveys(data.views)
     for view, own in zip(data.views, counts, strict=True):
         check_row_tokens(view.dataset, own, max_tokens)
     check_held_out(data.held_out, max_tokens)
@@ -208,8 +215,29 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
 
 def check_held_out(held_out: Mapping[str, View], max_tokens: int) -> None:
     """`check_row_tokens` of datasets for evaluation."""
-    for view in held_out.values():
-        check_row_tokens(view.dataset, view.survey(), max_tokens)
+    views = tuple(held_out.values())
+    for view, counts in zip(views, surveys(views), strict=True):
+        check_row_tokens(view.dataset, counts, max_tokens)
+
+
+def surveys(views: Sequence[View]) -> list[Survey]:
+    """The survey of each view; every rank of a run looks at a part of the row groups."""
+    parts = on_each(lambda: [view.survey(own_part()) for view in views])
+    return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
+
+
+def verify(datasets: Iterable[GroupDataset], *, content: bool) -> None:
+    """Verify the files of datasets; every rank of a machine takes a part of them.
+
+    Raises:
+        IntegrityError: on every rank, naming a file that is missing, shortened or altered.
+    """
+
+    def own() -> None:
+        for dataset in datasets:
+            dataset.verify(content=content, part=own_part_of_machine())
+
+    on_each(own)
 
 
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:

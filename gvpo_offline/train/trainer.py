@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +22,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
 )
@@ -48,12 +46,15 @@ from gvpo_offline.train.checkpoint import (
     begin,
     check_identity,
     find_checkpoint,
+    read_taken,
     refuse_leftovers,
     save_errors,
     seal,
 )
 from gvpo_offline.train.config import GVPOConfig, settings_errors
-from gvpo_offline.train.data import TrainingData, open_held_out
+from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
+from gvpo_offline.train.distributed import ShardedTrainer
+from gvpo_offline.train.elastic import check_taken, how_taken
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import group_loss, held_out_metrics
@@ -66,7 +67,9 @@ from gvpo_offline.train.preflight import (
     check_tokenizers,
     inspect,
     policy_facts,
+    verify,
 )
+from gvpo_offline.train.together import all_or_none, on_first
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GVPOTrainer(Trainer):
+class GVPOTrainer(ShardedTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -111,9 +114,9 @@ class GVPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = copy.copy(args or GVPOConfig())  # max_steps is set below; the caller's stay
-        self._scratch = tempfile.TemporaryDirectory(prefix="gvpo-offline-")
-        self.data = TrainingData.prepare(
-            train_dataset, eval_dataset, args, Path(self._scratch.name)
+        self._scratch = scratch_folder(self)
+        self.data = all_or_none(
+            lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
         if isinstance(model, str):
             model = load_model(ModelSettings(model_name_or_path=model))
@@ -147,7 +150,9 @@ class GVPOTrainer(Trainer):
             )
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
-        self.engine: Engine = training_engine(self.model, args, self._meter.add_entropy)
+        self.engine: Engine = training_engine(
+            self.model, args, self._meter.add_entropy, sharded=self.is_sharded
+        )
         self.policy = self.policy.along(self.engine.path)
         steps.cost = self.engine.cost
 
@@ -167,14 +172,7 @@ class GVPOTrainer(Trainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no room for a checkpoint; the earlier ones stay.
         """
-        output_dir = Path(self.args.output_dir)
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
-        if checkpoint is not None:
-            check_identity(checkpoint, self.identity())
-        else:
-            refuse_leftovers(output_dir)
+        checkpoint = on_first(lambda: self._found_checkpoint(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -182,10 +180,19 @@ class GVPOTrainer(Trainer):
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
 
+    def _found_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        output_dir = Path(self.args.output_dir)
+        checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
+        if checkpoint is None:
+            refuse_leftovers(output_dir)
+            return None
+        check_identity(checkpoint, self.identity())
+        check_taken(checkpoint, read_taken(checkpoint), how_taken(self.accelerator))
+        return checkpoint
+
     def preflight(self) -> list[Survey]:
         """Verify the files and say what the run trains on; the main process logs it."""
-        for used in self.data.datasets():
-            used.verify(content=self.args.verify == "full")
+        verify(self.data.datasets(), content=self.args.verify == "full")
         return inspect(
             self.data,
             self.policy,
@@ -255,7 +262,7 @@ class GVPOTrainer(Trainer):
         for number, micro_batch in enumerate(share.micro_batches):
             # Ranks exchange gradients once a step, with the last micro-batch.
             sync = number == last
-            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if sync else self.gradients_stay(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
@@ -321,6 +328,7 @@ class GVPOTrainer(Trainer):
             ignore_keys: no meaning here.
             metric_key_prefix: first part of each key.
         """
+        self.check_can_evaluate()
         chosen = self._chosen_held_out(eval_dataset)
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
@@ -339,7 +347,7 @@ class GVPOTrainer(Trainer):
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
-            chosen = open_held_out(eval_dataset, Path(self._scratch.name))
+            chosen = open_held_out(eval_dataset, self._scratch)
             check_held_out(chosen, self.args.max_tokens_per_micro_batch)
             return chosen
         if not self.data.held_out:
@@ -358,15 +366,10 @@ class GVPOTrainer(Trainer):
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with save_errors(folder):
-                if self.args.should_save:
-                    begin(folder)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    whole = not self.args.save_only_model
-                    seal(folder, self.state.global_step, self.identity(), resumable=whole)
+            with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
+                all_or_none(lambda: begin(folder) if self.args.should_save else None)
+                all_or_none(lambda: super(GVPOTrainer, self)._save_checkpoint(model, trial))
+                all_or_none(lambda: self._seal(folder) if self.args.should_save else None)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -376,6 +379,15 @@ class GVPOTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _seal(self, folder: Path) -> None:
+        seal(
+            folder,
+            self.state.global_step,
+            self.identity(),
+            taken=how_taken(self.accelerator),
+            resumable=not self.args.save_only_model,
+        )
 
 
 def _only_item(items: list[StepShare | GVPOError]) -> dict[str, StepShare | GVPOError]:
