@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.compute.model import load_model
-from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings, required
+from gvpo_offline.collect.base_reference import BASE, base_reference
+from gvpo_offline.compute.adapters import adapter_config, base_settings, load_policy
+from gvpo_offline.compute.model import autocast_dtype
+from gvpo_offline.config import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    ReferenceConfig,
+    RunSettings,
+    required,
+)
 from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
@@ -20,6 +29,8 @@ from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 
 def run_train(
@@ -32,15 +43,22 @@ def run_train(
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
     required("dataset", data.dataset)
+    quantised = model.load_in_4bit or model.load_in_8bit
+    policy = load_policy(
+        model, args.device if quantised else None, autocast_dtype(bf16=args.bf16, fp16=args.fp16)
+    )
+    tokenizer = load_policy_tokenizer(model)
     chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
+    if data.reference == BASE:
+        chosen["reference"] = _base_reference(policy, tokenizer, model, data, args)
     train_dataset = open_for_training(data.dataset, version=data.dataset_version, **chosen)
     eval_dataset = open_for_training(data.eval_dataset, **chosen) if data.eval_dataset else None
     trainer = GVPOTrainer(
-        load_model(model),
+        policy,
         args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_policy_tokenizer(model),
+        processing_class=tokenizer,
         peft_config=_peft_config(lora),
     )
     settings: dict[str, Any] = {
@@ -57,6 +75,33 @@ def run_train(
         trainer.save_model()
         trainer.save_state()
     return trainer
+
+
+def _base_reference(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelSettings,
+    data: DataSettings,
+    args: GVPOConfig,
+) -> str:
+    """Score what the run reads under the policy's base; the fingerprint of that reference."""
+    adapter = adapter_config(model)
+    base = model if adapter is None else base_settings(model, adapter)
+    found = ""
+    for dataset in dict.fromkeys(name for name in (data.dataset, data.eval_dataset) if name):
+        config = ReferenceConfig(
+            **asdict(base),
+            dataset=dataset,
+            bf16=args.bf16,
+            fp16=args.fp16,
+            max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+            layout=args.layout,
+            use_cpu=args.use_cpu,
+            show_progress=not args.disable_tqdm,
+        )
+        ranks = {"rank": args.process_index, "world_size": args.world_size}
+        found = base_reference(policy, tokenizer, config, device=args.device, **ranks)
+    return found
 
 
 class _RunFile(TrainerCallback):

@@ -29,15 +29,10 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
+from gvpo_offline.compute.adapters import check_trainable, load_policy, with_adapter
 from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.engine import Engine
-from gvpo_offline.compute.model import (
-    autocast_dtype,
-    disable_dropout,
-    float64_device,
-    load_model,
-    with_adapter,
-)
+from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_device
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.manifest import ReferenceFamily
@@ -120,11 +115,10 @@ class GVPOTrainer(Trainer):
             train_dataset, eval_dataset, args, Path(self._scratch.name)
         )
         if isinstance(model, str):
-            model = load_model(ModelSettings(model_name_or_path=model))
+            model = load_policy(ModelSettings(model_name_or_path=model))
         self.policy = policy_facts(
             model,
-            # An adapter that is already there has names of its own among the weights.
-            hash_weights=args.reference_check == "auto" and not hasattr(model, "peft_config"),
+            hash_weights=args.reference_check == "auto",
             autocast=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
             tokenizer=processing_class,
         )
@@ -132,6 +126,7 @@ class GVPOTrainer(Trainer):
         check_token_ids(self.data.datasets(), self.policy)
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
+        check_trainable(model)
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
