@@ -25,6 +25,7 @@ from training import (
 )
 from transformers import AutoTokenizer
 
+from gvpo_offline.commands.config import EvaluateConfig
 from gvpo_offline.commands.evaluate import run_evaluate
 from gvpo_offline.commands.train import run_train
 from gvpo_offline.compute.adapters import (
@@ -35,15 +36,10 @@ from gvpo_offline.compute.adapters import (
     with_adapter,
 )
 from gvpo_offline.compute.model import weights_sha256
-from gvpo_offline.config import (
-    DataSettings,
-    EvaluateConfig,
-    LoraSettings,
-    ModelSettings,
-    RunSettings,
-)
+from gvpo_offline.config import LoraSettings, ModelSettings, RunSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.store.dataset import open_dataset
+from gvpo_offline.stream.config import DataSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -174,7 +170,7 @@ def test_a_run_that_trained_an_adapter_is_evaluated_and_continued(
     assert expected > 0.01
     assert report.metrics["explained_variance"] == pytest.approx(expected, abs=1e-5)
     more = train(out, root, tmp_path / "more", use_peft=False, reference_check="off")
-    assert more.data.dataset.reference == trainer.data.dataset.reference  # the base's, as before
+    assert more.data.reference == trainer.data.reference  # the base's, as before
     assert lines_of(more)[0] == pytest.approx(report.metrics["loss"], rel=0.5)
     assert (tmp_path / "more" / "adapter_model.safetensors").is_file()
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.collect.base_reference import BASE, base_reference
-from gvpo_offline.compute.adapters import adapter_config, base_settings, load_policy
-from gvpo_offline.compute.model import autocast_dtype
-from gvpo_offline.config import (
-    DataSettings,
-    LoraSettings,
-    ModelSettings,
-    ReferenceConfig,
-    RunSettings,
-    required,
+from gvpo_offline.compute.adapters import (
+    adapter_config,
+    base_settings,
+    check_loading,
+    load_policy,
 )
-from gvpo_offline.store.adopt import open_for_training
+from gvpo_offline.compute.model import autocast_dtype
+from gvpo_offline.config import LoraSettings, ModelSettings, ReferenceConfig, RunSettings
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.stream.config import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
@@ -42,22 +41,19 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
-    required("dataset", data.dataset)
+    adapter = adapter_config(model)
+    check_loading(model, adapter, new_adapter=lora.use_peft)
     quantised = model.load_in_4bit or model.load_in_8bit
-    policy = load_policy(
-        model, args.device if quantised else None, autocast_dtype(bf16=args.bf16, fp16=args.fp16)
-    )
+    compute_dtype = autocast_dtype(bf16=args.bf16, fp16=args.fp16)
+    policy = load_policy(model, args.device if quantised else None, compute_dtype)
     tokenizer = load_policy_tokenizer(model)
-    chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
-    if data.reference == BASE:
-        chosen["reference"] = _base_reference(policy, tokenizer, model, data, args)
-    train_dataset = open_for_training(data.dataset, version=data.dataset_version, **chosen)
-    eval_dataset = open_for_training(data.eval_dataset, **chosen) if data.eval_dataset else None
+    base = model if adapter is None else base_settings(model, adapter)
+    scored = _Base(policy, tokenizer, base, args)
     trainer = GVPOTrainer(
         policy,
         args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=[scored.named(dataset) for dataset in data.training()],
+        eval_dataset=[scored.named(dataset) for dataset in data.evaluation()] or None,
         processing_class=tokenizer,
         peft_config=_peft_config(lora),
     )
@@ -77,21 +73,30 @@ def run_train(
     return trainer
 
 
-def _base_reference(
-    policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    model: ModelSettings,
-    data: DataSettings,
-    args: GVPOConfig,
-) -> str:
-    """Score what the run reads under the policy's base; the fingerprint of that reference."""
-    adapter = adapter_config(model)
-    base = model if adapter is None else base_settings(model, adapter)
-    found = ""
-    for dataset in dict.fromkeys(name for name in (data.dataset, data.eval_dataset) if name):
+@dataclass(frozen=True)
+class _Base:
+    """The base of a policy that was loaded, as the reference of datasets that ask for it."""
+
+    policy: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    settings: ModelSettings
+    args: GVPOConfig
+
+    def named(self, dataset: DatasetSettings) -> DatasetSettings:
+        """The settings of a dataset with the reference's fingerprint; scores it if it must be."""
+        if dataset.reference != BASE:
+            return dataset
+        if dataset.version is not None:
+            raise ConfigError(
+                f"reference: {BASE} goes with the newest version of a dataset, which it adds to",
+                received=f"version {dataset.version}",
+                remedy="leave the version out, or name a reference that it holds",
+                file=dataset.path,
+            )
+        args = self.args
         config = ReferenceConfig(
-            **asdict(base),
-            dataset=dataset,
+            **asdict(self.settings),
+            dataset=dataset.path,
             bf16=args.bf16,
             fp16=args.fp16,
             max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
@@ -99,9 +104,15 @@ def _base_reference(
             use_cpu=args.use_cpu,
             show_progress=not args.disable_tqdm,
         )
-        ranks = {"rank": args.process_index, "world_size": args.world_size}
-        found = base_reference(policy, tokenizer, config, device=args.device, **ranks)
-    return found
+        fingerprint = base_reference(
+            self.policy,
+            self.tokenizer,
+            config,
+            device=args.device,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return replace(dataset, reference=fingerprint)
 
 
 class _RunFile(TrainerCallback):

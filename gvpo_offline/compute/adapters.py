@@ -52,7 +52,8 @@ def load_policy(
     """
     config = adapter_config(settings)
     if config is None:
-        return load_model(settings, device, compute_dtype)
+        model: nn.Module = load_model(settings, device, compute_dtype)
+        return model
     from peft import PeftModel
 
     base = load_model(base_settings(settings, config), device, compute_dtype)
@@ -107,6 +108,36 @@ def base_settings(settings: ModelSettings, config: PeftConfig) -> ModelSettings:
     )
 
 
+def check_loading(settings: ModelSettings, held: PeftConfig | None, *, new_adapter: bool) -> None:
+    """Raise ConfigError, before anything is loaded, unless the settings make a policy to train.
+
+    Args:
+        settings: the model's.
+        held: the adapter that they name already, or None.
+        new_adapter: whether to put one on.
+    """
+    if held is not None and new_adapter:
+        raise _second_adapter()
+    if (settings.load_in_4bit or settings.load_in_8bit) and not (held or new_adapter):
+        raise _frozen("4-bit" if settings.load_in_4bit else "8-bit")
+
+
+def _second_adapter() -> ConfigError:
+    return ConfigError(
+        "an adapter is put on a model that has none",
+        received="use_peft with a model that has one",
+        remedy="leave use_peft out to train the adapter that is there, or name its base",
+    )
+
+
+def _frozen(what: str) -> ConfigError:
+    return ConfigError(
+        "quantised weights are trained through an adapter",
+        received=f"{what} weights without one",
+        remedy="set use_peft, or load the model as it is",
+    )
+
+
 def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module:
     """`model` with a new PEFT adapter, whose first weights depend on `seed` alone.
 
@@ -114,11 +145,7 @@ def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module
         ConfigError: it has one already.
     """
     if hasattr(model, "peft_config"):
-        raise ConfigError(
-            "an adapter is put on a model that has none",
-            received="use_peft with a model that has one",
-            remedy="leave use_peft out to train the adapter that is there, or name its base",
-        )
+        raise _second_adapter()
     from peft import get_peft_model
 
     torch.manual_seed(seed)
@@ -129,11 +156,7 @@ def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module
 def check_trainable(model: nn.Module) -> None:
     """Raise ConfigError unless a model that is about to be trained has weights that can be."""
     if quantisation(model) and not hasattr(model, "peft_config"):
-        raise ConfigError(
-            "quantised weights are trained through an adapter",
-            received=f"{quantisation(model)} weights without one",
-            remedy="set use_peft, or load the model as it is",
-        )
+        raise _frozen(str(quantisation(model)))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "a policy has weights to train",
