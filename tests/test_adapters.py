@@ -88,7 +88,11 @@ def train(
     model_dir: Path, dataset: Path | str, output_dir: Path, *, use_peft: bool = True, **changes: Any
 ) -> GVPOTrainer:
     """`gvpo-offline train` in this process."""
-    model = {name: changes.pop(name) for name in ("load_in_4bit", "dtype") if name in changes}
+    model = {
+        name: changes.pop(name)
+        for name in ("load_in_4bit", "load_in_8bit", "dtype")
+        if name in changes
+    }
     data = {name: changes.pop(name) for name in ("reference", "eval_dataset") if name in changes}
     args = {"learning_rate": 1e-2, "reference_check": "error", **changes}
     return run_train(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gvpo_offline.compute.model import load_model, tensors_sha256, weights_sha256
-from gvpo_offline.compute.quantised import quantisation
+from gvpo_offline.compute.quantised import keep_format, quantisation
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
@@ -155,6 +155,7 @@ def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module
 
 def check_trainable(model: nn.Module) -> None:
     """Raise ConfigError unless a model that is about to be trained has weights that can be."""
+    keep_format(model)
     if quantisation(model) and not hasattr(model, "peft_config"):
         raise _frozen(str(quantisation(model)))
     if not any(parameter.requires_grad for parameter in model.parameters()):

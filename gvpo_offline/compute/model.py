@@ -12,7 +12,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gvpo_offline.compute.paths import TREE_OVER
-from gvpo_offline.compute.quantised import compute_in_float32, quantisation, quantisation_options
+from gvpo_offline.compute.quantised import (
+    compute_in_float32,
+    keep_format,
+    quantisation,
+    quantisation_options,
+)
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError
 
@@ -59,6 +64,7 @@ def load_model(
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct model_name_or_path",
         ) from error
+    keep_format(model)
     return model if device is None or quantisation(model) else model.to(device)
 
 

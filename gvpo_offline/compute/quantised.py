@@ -64,6 +64,17 @@ def quantisation(model: nn.Module) -> str | None:
     return "int8" if found.get("load_in_8bit") else str(found.get("quant_method", "quantised"))
 
 
+def keep_format(model: nn.Module) -> None:
+    """Have 4-bit weights computed on a CPU in evaluation as they are in training.
+
+    Otherwise bitsandbytes repacks them, where the CPU can, for bfloat16 kernels that round more
+    and, once the model trains on, give no gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @contextlib.contextmanager
 def compute_in_float32(model: nn.Module) -> Iterator[None]:
     """Products with 4-bit weights in float32, whatever they are computed in otherwise."""
