@@ -23,6 +23,7 @@ from gvpo_offline.stream.config import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.sharding import loaded_whole
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
 
@@ -45,7 +46,8 @@ def run_train(
     check_loading(model, adapter, new_adapter=lora.use_peft)
     quantised = model.load_in_4bit or model.load_in_8bit
     compute_dtype = autocast_dtype(bf16=args.bf16, fp16=args.fp16)
-    policy = load_policy(model, args.device if quantised else None, compute_dtype)
+    with loaded_whole(args):
+        policy = load_policy(model, args.device if quantised else None, compute_dtype)
     tokenizer = load_policy_tokenizer(model)
     base = model if adapter is None else base_settings(model, adapter)
     scored = _Base(policy, tokenizer, base, args)

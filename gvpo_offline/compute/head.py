@@ -226,6 +226,8 @@ def _linear(layer: nn.Module) -> nn.Linear:
     """The linear layer that `layer` is, or that its adapters are around."""
     base: Any = layer.get_base_layer() if _is_from_peft(layer) else layer  # type: ignore[operator]
     hooks = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
+    # ZeRO-3's gather the weight for the layer; it is gathered for the whole model's forward too.
+    hooks = hooks and not hasattr(base.weight, "ds_id")
     # A subclass may do anything (quantised layers are such); FSDP2's only change the name.
     if getattr(type(base), "forward", None) is not nn.Linear.forward or hooks:
         raise _unsupported("the output layer is an nn.Linear, without hooks", type(base))

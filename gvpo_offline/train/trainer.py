@@ -7,7 +7,6 @@ mixed precision and distribution are transformers' and accelerate's.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import tempfile
@@ -62,6 +61,7 @@ from gvpo_offline.train.preflight import (
     inspect,
     policy_facts,
 )
+from gvpo_offline.train.sharding import exchange, loaded_whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -111,7 +111,8 @@ class GVPOTrainer(Trainer):
             train_dataset, eval_dataset, args, Path(self._scratch.name)
         )
         if isinstance(model, str):
-            model = load_policy(ModelSettings(model_name_or_path=model))
+            with loaded_whole(args):
+                model = load_policy(ModelSettings(model_name_or_path=model))
         self.policy = policy_facts(
             model,
             hash_weights=args.reference_check == "auto",
@@ -248,9 +249,7 @@ class GVPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         last = len(share.micro_batches) - 1
         for number, micro_batch in enumerate(share.micro_batches):
-            # Ranks exchange gradients once a step, with the last micro-batch.
-            sync = number == last
-            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+            with exchange(self.accelerator, model, last=number == last):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
