@@ -82,4 +82,4 @@ def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
 
 
 def _is_sharded(args: GVPOConfig) -> bool:
-    return bool(args.fsdp) or args.deepspeed is not None
+    return bool(args.fsdp) or args.deepspeed_plugin is not None

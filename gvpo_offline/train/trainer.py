@@ -7,6 +7,7 @@ mixed precision and distribution are transformers' and accelerate's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import tempfile
@@ -61,7 +62,7 @@ from gvpo_offline.train.preflight import (
     inspect,
     policy_facts,
 )
-from gvpo_offline.train.sharding import exchange, loaded_whole
+from gvpo_offline.train.sharding import loaded_whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -249,7 +250,11 @@ class GVPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         last = len(share.micro_batches) - 1
         for number, micro_batch in enumerate(share.micro_batches):
-            with exchange(self.accelerator, model, last=number == last):
+            # DeepSpeed steps within the backward pass that this is set for.
+            self.accelerator.gradient_state._set_sync_gradients(number == last)
+            # Ranks exchange gradients once a step, with the last micro-batch.
+            sync = number == last
+            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
