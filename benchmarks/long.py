@@ -62,9 +62,7 @@ def measure(length: int, recompute: str) -> dict[str, float]:
     engine = engine_for(model, choose_path(model), max_tokens=PROMPT + length, kept_bytes=0)
 
     def step(n: int) -> None:
-        engine.accumulate(
-            model, [group(n)], lambda sums_R: sums_R.var(), lambda loss: loss.backward()
-        )
+        engine.accumulate(model, [group(n)], torch.var, torch.Tensor.backward)
 
     step(16)  # gradients are there, kernels are loaded
     before, started = _resident(), time.process_time()

@@ -70,9 +70,9 @@ def keep_format(model: nn.Module) -> None:
     Otherwise bitsandbytes repacks them, where the CPU can, for bfloat16 kernels that round more
     and, once the model trains on, give no gradient.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager
