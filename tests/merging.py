@@ -135,7 +135,7 @@ def _own(group: Group, i: int) -> Response:
 def _sidecar_values(dataset: GroupDataset, row_group: int) -> list[list[Any]]:
     names = ["rewards", "ref_seq_logprobs", "ref_token_logprobs"]
     table = dataset.table(row_group, names)
-    if dataset.rewards is not None:
+    if dataset.rewards:
         return list(table.column("rewards").to_pylist())
     sums = table.column("ref_seq_logprobs").to_pylist()
     tokens = split_nested_list(column_array(table, "ref_token_logprobs"))

@@ -189,7 +189,7 @@ def test_the_settings_shown_have_the_defaults_that_count() -> None:
     [
         (["validate"], "the following arguments are required: dataset"),
         (["train"], "the following arguments are required: model_name_or_path"),
-        (["train", "--model_name_or_path", "m"], "dataset must be set"),
+        (["train", "--model_name_or_path", "m"], "a run has either `dataset` or `datasets`"),
         (["reference", "--model_name_or_path", "m"], "dataset must be set"),
         (["evaluate", "--dataset", "d"], "model_name_or_path must be set"),
         (["import", "--inputs", "[a.jsonl]"], "the following arguments are required: output_dir"),
