@@ -39,7 +39,7 @@ from gvpo_offline.compute.model import weights_sha256
 from gvpo_offline.config import LoraSettings, ModelSettings, RunSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.store.dataset import open_dataset
-from gvpo_offline.stream.config import DataSettings
+from gvpo_offline.stream.config import DatasetSettings, DataSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -298,3 +298,33 @@ def test_bases_that_cannot_be_scored(
     with pytest.raises(ConfigError, match=r"cannot be written to.*gvpo-offline reference"):
         train(tiny_model_dir, unscored, tmp_path / "run")
     assert sidecars(unscored) == {}
+
+
+def test_several_datasets_have_one_base(
+    unscored: Path, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Those to train on and those to evaluate on; each is scored, by the one model."""
+    first, second, held_out = (copy_of(unscored, tmp_path / str(n)) for n in range(3))
+    score(first, tiny_model_dir)
+    asked = [DatasetSettings(path=str(p), reference="base") for p in (first, second, held_out)]
+    data = DataSettings(datasets=asked[:2], eval_datasets=asked[2:])
+    run = run_train(
+        model=ModelSettings(str(tiny_model_dir)),
+        data=data,
+        lora=LoraSettings(use_peft=True, lora_target_modules=TARGETS),
+        run=RunSettings(),
+        args=config_of(tmp_path / "run", eval_strategy="epoch", reference_check="error"),
+    )
+    assert sidecars(first) == sidecars(second) == sidecars(held_out)
+    names = {dataset.reference for dataset in asked}
+    assert names == {"base"}  # what the user said is left as it is
+    assert len(run.data.datasets()) == 3
+    older = DatasetSettings(path=str(first), reference="base", version=1)
+    with pytest.raises(ConfigError, match=r"newest version of a dataset.*version 1"):
+        run_train(
+            model=ModelSettings(str(tiny_model_dir)),
+            data=DataSettings(datasets=[older]),
+            lora=LoraSettings(),
+            run=RunSettings(),
+            args=config_of(tmp_path / "older"),
+        )
