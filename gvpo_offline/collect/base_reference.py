@@ -94,8 +94,8 @@ def _score_on(
     try:
         with adapter_off(model) as base:
             base.train(False)
-            load = lambda: base.to(device) if moved else base  # noqa: E731
-            return score(dataset, load, tokenizer, config, engine).fingerprint
+            on_device = base.to(device) if moved else base
+            return score(dataset, lambda: on_device, tokenizer, config, engine).fingerprint
     finally:
         if moved:
             model.to(before)

@@ -193,7 +193,10 @@ def policy_sha256(model: nn.Module) -> str:
     adapted: Any = model
     inner = adapted.get_base_model() if is_adapted(model) else adapted
     prefixes = _prefixes(adapted.peft_config.values())
-    base, own = {}, {}
+    base = {}
+    # What an adapter puts beside the model (prompts that it learns), not into its layers.
+    outer = adapted.state_dict() if inner is not adapted else {}
+    own = {name: tensor for name, tensor in outer.items() if not name.startswith("base_model.")}
     for name, tensor in inner.state_dict().items():
         parts = name.split(".")
         if "modules_to_save" in parts or any(part.startswith(prefixes) for part in parts):
@@ -212,7 +215,8 @@ def _prefixes(configs: Iterable[PeftConfig]) -> tuple[str, ...]:
     """What the names of an adapter's own weights begin with, by its kind."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    return tuple(PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in configs)
+    found = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in configs)
+    return tuple(prefix for prefix in found if prefix)
 
 
 def _is_off(inner: nn.Module) -> bool:
