@@ -23,7 +23,7 @@ class ModelSettings:
     """Which model, and how it is loaded."""
 
     model_name_or_path: str
-    """The model: a folder or a hub name."""
+    """The model, or a PEFT adapter on its base: a folder or a hub name."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer_name_or_path: str | None = None
@@ -36,6 +36,11 @@ class ModelSettings:
     """Attention implementation as transformers names them (sdpa, eager, flash_attention_2 …)."""
     trust_remote_code: bool = False
     """Allow a hub model to bring its own code."""
+    load_in_4bit: bool = False
+    """Hold the linear layers' weights in 4 bits (NF4, quantised twice), through bitsandbytes
+    (extra gvpo-offline[qlora]). In training with `use_peft`: QLoRA."""
+    load_in_8bit: bool = False
+    """Likewise in 8 bits. Log-probs then depend a little on what is computed together."""
 
 
 @dataclass
@@ -121,7 +126,7 @@ class LoraSettings:
     """LoRA through PEFT; off unless `use_peft`."""
 
     use_peft: bool = False
-    """Train a LoRA adapter instead of the whole model."""
+    """Train a new LoRA adapter instead of the whole model."""
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32

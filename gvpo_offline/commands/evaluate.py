@@ -9,12 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from gvpo_offline.commands.config import EvaluateConfig
-from gvpo_offline.compute.model import (
-    autocast_dtype,
-    default_device,
-    disable_dropout,
-    load_model,
-)
+from gvpo_offline.compute.adapters import load_policy
+from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.stream.select import select
@@ -71,9 +67,9 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     dataset = view.dataset
     tokenizer = load_policy_tokenizer(config)
     device = default_device(use_cpu=config.use_cpu)
-    model = load_model(config).to(device).eval()
-    disable_dropout(model)
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
+    model = load_policy(config, device, autocasting).eval()
+    disable_dropout(model)
     facts = policy_facts(model, hash_weights=False, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)

@@ -223,9 +223,11 @@ def _run_train(values: dict[str, Any]) -> None:
     )
     if trainer.is_world_process_zero():
         print(f"the trained policy: {trainer.args.output_dir}")
+        chosen = f" --reference {trainer.data.reference.fingerprint[:12]}"
         print(
             f"next: gvpo-offline evaluate --dataset {values['dataset'] or '…'} "
             f"--model_name_or_path {trainer.args.output_dir} --beta {trainer.args.beta:g}"
+            + (chosen if values["reference"] else "")
         )
 
 

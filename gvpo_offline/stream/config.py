@@ -54,7 +54,9 @@ class DatasetSettings:
     """Which reward, as `name` or `name@version`; or several with weights, {name: weight}: their
     weighted sum. May be left out if the dataset holds one."""
     reference: str | None = None
-    """Which reference, by the first digits of its fingerprint; may be left out if there is one."""
+    """Which reference, by the first digits of its fingerprint; may be left out if there is one.
+    base (in `train`): the model as it is loaded, without an adapter; scored before the first step
+    where the dataset lacks it."""
     version: int | None = None
     """An older version of the dataset: the number of its manifest. Default: the newest."""
     remote: RemoteSettings | None = None
@@ -88,7 +90,9 @@ class DatasetChoice:
     """Which reward, as `name` or `name@version`; or several with weights, {name: weight}: their
     weighted sum. May be left out if the dataset holds one."""
     reference: str | None = None
-    """Which reference, by the first digits of its fingerprint; may be left out if there is one."""
+    """Which reference, by the first digits of its fingerprint; may be left out if there is one.
+    base (in `train`): the model as it is loaded, without an adapter; scored before the first step
+    where the dataset lacks it."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
     """How datasets at a URL (s3://, gs://, hf://, https:// …) are read."""
 

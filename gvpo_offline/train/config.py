@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from gvpo_offline.config import GVPOSettings
 from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.train.parallelism import check_parallelism
 
 # Settings of transformers that have no meaning here, and what says it instead.
 _REFUSED = {
@@ -73,6 +74,7 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
         with settings_errors():
             TrainingArguments.__post_init__(self)
         _check_precision(self)
+        check_parallelism(self)
         # One process, one device: with several GPUs visible transformers would otherwise split
         # batches with DataParallel, which knows nothing of groups. Launch with torchrun instead.
         if self.n_gpu > 1:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
+from gvpo_offline.compute.adapters import policy_sha256
+from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
 from gvpo_offline.compute.paths import ComputePath
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Largest |log-ratio| of a response, in nats, that rounding alone explains where policy and
-# reference are one. bfloat16 products move a sequence by up to half a nat on any path.
-TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0}
+# reference are one. bfloat16 products move a sequence by up to half a nat on any path; in int8 what
+# is computed together decides which activations are rounded.
+TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0, "int8": 1.0}
 # A log-ratio gap beyond this asks for probabilities a billion billion times the reference's.
 WIDE_GAP_NATS = 40.0
 
@@ -67,7 +69,8 @@ class PolicyFacts:
 
 
 def _coarsest(*dtypes: str | None) -> str:
-    return next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
+    found = {part for name in dtypes if name for part in name.split("+")}
+    return next((d for d in ("int8", "bfloat16", "float16") if d in found), "float32")
 
 
 def policy_facts(
@@ -79,8 +82,8 @@ def policy_facts(
 ) -> PolicyFacts:
     """The facts of a model that is about to compute log-probs."""
     return PolicyFacts(
-        weights_sha256=weights_sha256(model) if hash_weights else None,
-        dtype=dtype_name(next(model.parameters()).dtype) or "",
+        weights_sha256=policy_sha256(model) if hash_weights else None,
+        dtype=dtype_of(model),
         autocast_dtype=dtype_name(autocast),
         attn_implementation=attention_of(model),
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),

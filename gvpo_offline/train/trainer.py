@@ -27,15 +27,10 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
+from gvpo_offline.compute.adapters import check_trainable, load_policy, with_adapter
 from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.engine import Engine
-from gvpo_offline.compute.model import (
-    autocast_dtype,
-    disable_dropout,
-    float64_device,
-    load_model,
-    with_adapter,
-)
+from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_device
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.survey import Survey
@@ -60,6 +55,7 @@ from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import group_loss, held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
 from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
+from gvpo_offline.train.parallelism import loaded_whole
 from gvpo_offline.train.preflight import (
     check_held_out,
     check_log_ratios,
@@ -119,11 +115,11 @@ class GVPOTrainer(ShardedTrainer):
             lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
         if isinstance(model, str):
-            model = load_model(ModelSettings(model_name_or_path=model))
+            with loaded_whole(args):
+                model = load_policy(ModelSettings(model_name_or_path=model))
         self.policy = policy_facts(
             model,
-            # An adapter that is already there has names of its own among the weights.
-            hash_weights=args.reference_check == "auto" and not hasattr(model, "peft_config"),
+            hash_weights=args.reference_check == "auto",
             autocast=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
             tokenizer=processing_class,
         )
@@ -131,6 +127,7 @@ class GVPOTrainer(ShardedTrainer):
         check_token_ids(self.data.datasets(), self.policy)
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
+        check_trainable(model)
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
@@ -260,8 +257,9 @@ class GVPOTrainer(ShardedTrainer):
         total = torch.zeros((), device=self.args.device)
         last = len(share.micro_batches) - 1
         for number, micro_batch in enumerate(share.micro_batches):
-            # Ranks exchange gradients once a step, with the last micro-batch.
+            # Ranks exchange gradients once a step, with the last micro-batch; DeepSpeed then steps.
             sync = number == last
+            self.accelerator.gradient_state._set_sync_gradients(sync)
             with contextlib.nullcontext() if sync else self.gradients_stay(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
