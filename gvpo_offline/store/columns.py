@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Column, arrow_schema
+from gvpo_offline.schema import Column
 
 _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 
@@ -52,10 +52,10 @@ def conformed(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Tabl
     Raises:
         DataError: a column has a type that does not fit, or a list holds a null.
     """
-    schema = arrow_schema(known)
+    kinds = {column.name: column.type for column in known}
     columns = []
     for name in table.column_names:
-        kind = schema.field(name).type
+        kind = kinds[name]
         try:
             columns.append(table.column(name).cast(kind))
         except pa.ArrowException as error:

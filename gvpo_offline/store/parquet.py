@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -154,9 +155,9 @@ def _n_values(array: pa.Array) -> int:
     """Values as Parquet counts them: those of the innermost lists, an empty or null list as one."""
     if not _is_list(array.type):
         return len(array)
-    lengths = pc.fill_null(pc.list_value_length(array), 0)
-    empty = pc.sum(pc.equal(lengths, 0)).as_py() or 0
-    return int(empty) + _n_values(array.flatten())
+    lengths = pc.list_value_length(array)
+    lengths = pc.fill_null(lengths, 0) if lengths.null_count else lengths
+    return len(array) - int(np.count_nonzero(lengths)) + _n_values(array.flatten())
 
 
 def _is_list(kind: pa.DataType) -> bool:
