@@ -62,7 +62,7 @@ def write_parquet(
         path=str(path.relative_to(root)),
         sha256=digest,
         bytes=path.stat().st_size,
-        row_groups=sizes,
+        row_groups=tuple(sizes),
         footer_sha256=footer_sha256(path),
     )
 
