@@ -12,28 +12,34 @@ from typing import TYPE_CHECKING, Any
 from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
-    from gvpo_offline.config import EvaluateConfig, ImportConfig, ReferenceConfig, ValidateConfig
+    from gvpo_offline.collect.importing.config import ImportConfig
+    from gvpo_offline.commands.config import EvaluateConfig
+    from gvpo_offline.config import ReferenceConfig, ValidateConfig
     from gvpo_offline.losses import GVPOLoss, gvpo_loss
     from gvpo_offline.schema import Group
     from gvpo_offline.store.dataset import GroupDataset, open_dataset
+    from gvpo_offline.stream.config import DatasetSettings, ResponseSettings
     from gvpo_offline.train.config import GVPOConfig
     from gvpo_offline.train.trainer import GVPOTrainer
 
 _HOMES = {
-    "EvaluateConfig": "config",
+    "DatasetSettings": "stream.config",
+    "EvaluateConfig": "commands.config",
     "GVPOConfig": "train.config",
     "GVPOLoss": "losses",
     "GVPOTrainer": "train.trainer",
     "Group": "schema",
     "GroupDataset": "store.dataset",
-    "ImportConfig": "config",
+    "ImportConfig": "collect.importing.config",
     "ReferenceConfig": "config",
+    "ResponseSettings": "stream.config",
     "ValidateConfig": "config",
     "gvpo_loss": "losses",
     "open_dataset": "store.dataset",
 }
 
 __all__ = [
+    "DatasetSettings",
     "EvaluateConfig",
     "GVPOConfig",
     "GVPOLoss",
@@ -42,6 +48,7 @@ __all__ = [
     "GroupDataset",
     "ImportConfig",
     "ReferenceConfig",
+    "ResponseSettings",
     "ValidateConfig",
     "__version__",
     "gvpo_loss",

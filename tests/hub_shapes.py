@@ -13,8 +13,8 @@ from datasets import Features, Value
 
 from gvpo_offline.collect.formats import find_format
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.inputs import find_sources
-from gvpo_offline.config import ImportConfig
 
 Rows = Many[dict[str, Any]]
 

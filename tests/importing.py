@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.config import ImportConfig
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.schema import GROUPS_COLUMNS, Group
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import Manifest

@@ -11,8 +11,8 @@ import pyarrow as pa
 from builders import reference_family
 from importing import ALL_COLUMNS, ID_COLUMNS, config, write_jsonl
 
+from gvpo_offline.collect.importing.config import Columns
 from gvpo_offline.collect.importing.importer import run_import
-from gvpo_offline.config import Columns
 from gvpo_offline.schema import (
     REFERENCE_COLUMNS,
     REWARDS_COLUMNS,
@@ -23,6 +23,7 @@ from gvpo_offline.schema import (
     rewards_to_table,
     split_nested_list,
 )
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, Sidecar, load_manifest
 from gvpo_offline.store.writer import publish, write_sidecar
@@ -106,7 +107,7 @@ def responses(root: Path, version: int | None = None) -> dict[str, list[Response
     of prompt and response, mask, sampler, truncation, and its value in every sidecar.
     """
     manifest = load_manifest(root, version)
-    families = [{"rewards": f} for f in manifest.rewards]
+    families = [{"rewards": [WeightedReward(f)]} for f in manifest.rewards]
     families += [{"reference": f} for f in manifest.references]  # type: ignore[misc]
     joined = [GroupDataset(root, manifest, **family) for family in families]  # type: ignore[arg-type]
     plain = GroupDataset(root, manifest)
@@ -134,7 +135,7 @@ def _own(group: Group, i: int) -> Response:
 def _sidecar_values(dataset: GroupDataset, row_group: int) -> list[list[Any]]:
     names = ["rewards", "ref_seq_logprobs", "ref_token_logprobs"]
     table = dataset.table(row_group, names)
-    if dataset.rewards is not None:
+    if dataset.rewards:
         return list(table.column("rewards").to_pylist())
     sums = table.column("ref_seq_logprobs").to_pylist()
     tokens = split_nested_list(column_array(table, "ref_token_logprobs"))

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from builders import make_groups
 
 from gvpo_offline.schema import groups_to_table
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, load_manifest, manifest_versions
@@ -74,7 +75,7 @@ def look(root: Path) -> str | None:
         return None
     try:
         manifest = load_manifest(root)
-        dataset = GroupDataset(root, manifest, rewards=manifest.rewards[0])
+        dataset = GroupDataset(root, manifest, rewards=[WeightedReward(manifest.rewards[0])])
         dataset.verify()
         groups = [g for number in range(dataset.n_row_groups) for g in dataset.groups(number)]
     except Exception as error:

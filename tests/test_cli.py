@@ -21,12 +21,8 @@ from safetensors.torch import load_file
 from training import score, unscored_dataset
 
 from gvpo_offline import cli
-from gvpo_offline.config import (
-    CommonTrainingSettings,
-    GVPOSettings,
-    LoraSettings,
-    RunSettings,
-)
+from gvpo_offline.commands.table import filled
+from gvpo_offline.config import CommonTrainingSettings, GVPOSettings, LoraSettings, RunSettings
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.version import __version__
 
@@ -132,7 +128,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert values["lr_scheduler_kwargs"] == {"num_cycles": 2}
     assert values["groups_per_step"] == GVPOSettings().groups_per_step
     assert parsed("train", "--beta", 0.7, "--config", path)["beta"] == 0.3  # the last one counts
-    args = cli._filled(GVPOConfig, {**values, "output_dir": str(tmp_path), "use_cpu": True})
+    args = filled(GVPOConfig, {**values, "output_dir": str(tmp_path), "use_cpu": True})
     assert (args.beta, args.learning_rate, args.warmup_steps) == (0.7, 1e-6, 0.1)
 
 
@@ -143,7 +139,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 def test_what_to_resume_from(text: str, value: object) -> None:
     found = parsed("train", "--model_name_or_path", "m", "--resume_from_checkpoint", text)
     assert found["resume_from_checkpoint"] == value
-    assert cli._filled(RunSettings, found).resume_from_checkpoint == value
+    assert filled(RunSettings, found).resume_from_checkpoint == value
 
 
 def test_settings_of_import_nest(tmp_path: Path) -> None:
@@ -193,7 +189,7 @@ def test_the_settings_shown_have_the_defaults_that_count() -> None:
     [
         (["validate"], "the following arguments are required: dataset"),
         (["train"], "the following arguments are required: model_name_or_path"),
-        (["train", "--model_name_or_path", "m"], "dataset must be set"),
+        (["train", "--model_name_or_path", "m"], "a run has either `dataset` or `datasets`"),
         (["reference", "--model_name_or_path", "m"], "dataset must be set"),
         (["evaluate", "--dataset", "d"], "model_name_or_path must be set"),
         (["import", "--inputs", "[a.jsonl]"], "the following arguments are required: output_dir"),

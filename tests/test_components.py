@@ -161,7 +161,7 @@ def test_a_reward_is_chosen_by_name_and_by_version(tmp_path: Path) -> None:
     second = first.model_copy(update={"version": 2, "config": {"other": True}})
     publish(tmp_path, lambda newest: newest.model_copy(update={"rewards": [second, first]}))  # type: ignore[union-attr]
     chosen = {
-        name: open_dataset(tmp_path, reward=name, join=("reward",)).rewards
+        name: open_dataset(tmp_path, reward=name, join=("reward",)).rewards[0].family
         for name in (None, "reward", "reward@1", "reward@2")
     }
     assert chosen == {None: second, "reward": second, "reward@1": first, "reward@2": second}

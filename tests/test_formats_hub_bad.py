@@ -15,8 +15,8 @@ from importing import config, write_jsonl
 
 from gvpo_offline.collect.formats import find_format
 from gvpo_offline.collect.fragment import check_fragment, prompt_key
+from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.collect.importing.importer import import_log
-from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 
 Row = dict[str, Any]

@@ -17,9 +17,9 @@ from importing import config, read_groups, write_jsonl
 from reading_formats import fragments, refused
 
 from gvpo_offline.collect.formats import format_names
+from gvpo_offline.collect.importing.config import Columns
 from gvpo_offline.collect.importing.importer import import_log
 from gvpo_offline.collect.shapes.trainer_logs import trajectory
-from gvpo_offline.config import Columns
 from gvpo_offline.errors import ConfigError, DataError
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from importing import config, read_groups, write_jsonl
 from reading_formats import fragments, refused
 
+from gvpo_offline.collect.importing.config import Columns
 from gvpo_offline.collect.importing.importer import import_log
 from gvpo_offline.collect.shapes.trainer_logs import check_advantages
-from gvpo_offline.config import Columns
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.schema import Group
 

@@ -28,10 +28,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import gvpo_offline.collect.formats as formats
 import gvpo_offline.collect.importing.importer as importer
 import gvpo_offline.collect.importing.regroup as regroup
+from gvpo_offline.collect.importing.config import Columns
 from gvpo_offline.collect.importing.importer import import_log, run_import
 from gvpo_offline.collect.reading.inputs import find_sources
 from gvpo_offline.collect.reading.sources import DatasetRows
-from gvpo_offline.config import Columns
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_file, text_key
 from gvpo_offline.schema import Group
@@ -512,7 +512,7 @@ def test_another_import_into_a_dataset_is_refused(tmp_path: Path) -> None:
 _RUN = """
 import sys
 from gvpo_offline.collect.importing.importer import run_import
-from gvpo_offline.config import Columns, ImportConfig
+from gvpo_offline.collect.importing.config import Columns, ImportConfig
 run_import(ImportConfig(inputs=sys.argv[1], output_dir=sys.argv[2], columns=Columns(**{columns}),
            shard_bytes=int(sys.argv[3]), show_progress=False))
 """

@@ -18,8 +18,8 @@ import pytest
 from conftest import train_tokenizer
 from importing import ID_COLUMNS, config, content, id_rows, read_groups, write_jsonl
 
+from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.collect.importing.importer import import_log, run_import
-from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 
@@ -595,7 +595,7 @@ def test_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
 _LIMITED = """
 import resource, sys
 from gvpo_offline.collect.importing import importer
-from gvpo_offline.config import Columns, ImportConfig
+from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.errors import StorageError
 
 def limit():

@@ -33,7 +33,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "schema", "rules", "config", "contract"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
-    *("stream.order", "stream.plan", "stream.select", "train.checkpoint", "tokenizer", "cli"),
+    *(
+        "stream.mix",
+        "stream.order",
+        "stream.plan",
+        "stream.select",
+        "stream.view",
+        "train.checkpoint",
+        "tokenizer",
+        "cli",
+    ),
     *("compute.layout", "compute.paths", "compute.tree"),
     *("collect.importing.importer", "collect.merge.stages", "collect.sample.run"),
     *("collect.engine.settings", "collect.engine.run", "collect.reward.stage"),

@@ -378,7 +378,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, server: ForkServer) -
     assert status == 0, output
     one, other = (open_dataset(path, join=("reward",)).rewards for path in (root, undisturbed))
     assert one == other
-    assert one is not None
-    named = {sidecar.file.path for sidecar in one.files}
+    named = {sidecar.file.path for sidecar in one[0].family.files}
     found = sidecars(root)
     assert {path: found[path] for path in named} == sidecars(undisturbed)

@@ -17,10 +17,11 @@ from gvpo_offline.compute.paths import LayoutName
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.order import GroupOrder
+from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, n_pieces, shape_of
 from gvpo_offline.stream.select import held_out_mask, select
 from gvpo_offline.stream.steps import StepDataset, StepShare
+from gvpo_offline.stream.view import View
 
 N_GROUPS = 70
 COST = CostModel("shared", 60)
@@ -35,14 +36,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> GroupDataset:
 
 def steps_of(dataset: GroupDataset, **changes: Any) -> StepDataset:
     """Two and a half epochs in steps of 12 groups, windows of 2 row groups."""
-    order = GroupOrder(dataset.row_group_sizes, seed=changes.pop("seed", 5), window=2)
+    view = View(dataset)
+    order = MixedOrder([view.order(seed=changes.pop("seed", 5), window=2)])
     options: dict[str, Any] = {
         "groups_per_step": 12,
         "n_draws": 175,
         "cost": COST,
         **changes,
     }
-    return StepDataset(dataset, order, **options)
+    return StepDataset([view], order, **options)
 
 
 def ids_of(share: StepShare) -> list[list[str]]:
@@ -153,7 +155,7 @@ def test_resuming_reads_only_what_the_step_needs(dataset: GroupDataset) -> None:
         counting = CountingDataset(dataset)
         steps = steps_of(counting)
         assert not counting.read  # nothing on opening
-        needed = {int(i) for i in steps.order.take(step * 12, min(step * 12 + 12, 175))[0]}
+        needed = {int(i) for i in steps.order.take(step * 12, min(step * 12 + 12, 175))[1]}
         expected = [group.group_id for group in steps.global_batch(step)]
         assert set(counting.read) == needed
         assert len(counting.read) <= 6
@@ -163,11 +165,12 @@ def test_resuming_reads_only_what_the_step_needs(dataset: GroupDataset) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_the_cache_holds_two_windows(dataset: GroupDataset, window: int) -> None:
-    order = GroupOrder(dataset.row_group_sizes, seed=1, window=window)
-    steps = StepDataset(dataset, order, groups_per_step=5, n_draws=700, cost=COST)
+    view = View(dataset)
+    order = MixedOrder([view.order(seed=1, window=window)])
+    steps = StepDataset([view], order, groups_per_step=5, n_draws=700, cost=COST)
     for step in range(len(steps)):
         steps[step]
-        assert len(steps._row_groups) <= 2 * window
+        assert len(steps._row_groups[0]) <= 2 * window
 
 
 def test_tokens_of_a_share_count_prompts_once(dataset: GroupDataset) -> None:

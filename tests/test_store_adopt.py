@@ -348,7 +348,7 @@ def test_a_dataset_in_no_shape_at_all_is_refused(tmp_path: Path) -> None:
     built = build_dataset(tmp_path / "data", 4)
     for rewards, reference, missing in (
         (built.rewards, None, "without its reference"),
-        (None, built.reference, "without its rewards"),
+        ((), built.reference, "without its rewards"),
     ):
         dataset = GroupDataset(built.root, built.manifest, rewards, reference)
         with pytest.raises(ConfigError, match=missing):

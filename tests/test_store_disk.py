@@ -14,6 +14,7 @@ import pytest
 from builders import make_groups
 
 from gvpo_offline.errors import StorageError
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, load_manifest, manifest_versions
@@ -58,7 +59,7 @@ def add_shard(root: Path, task: int) -> Manifest:
 def ids(root: Path) -> list[str]:
     """Ids of the newest version, after every file was verified and read."""
     manifest = load_manifest(root)
-    dataset = GroupDataset(root, manifest, rewards=manifest.rewards[0])
+    dataset = GroupDataset(root, manifest, rewards=[WeightedReward(manifest.rewards[0])])
     dataset.verify()
     numbers = range(dataset.n_row_groups)
     return [group.group_id for number in numbers for group in dataset.groups(number)]

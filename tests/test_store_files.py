@@ -37,6 +37,7 @@ from gvpo_offline.schema import (
     rewards_schema,
     rewards_to_table,
 )
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import BaseFile, Manifest, RewardFamily, load_manifest
 from gvpo_offline.store.parquet import footer_sha256
@@ -97,7 +98,7 @@ def test_sidecar_files_bind_by_hash_and_not_by_place(tmp_path: Path) -> None:
     dataset = build_dataset(tmp_path, 12, groups_per_shard=4)
     family = dataset.manifest.rewards[0]
     shuffled = family.model_copy(update={"files": [family.files[i] for i in (2, 0, 1)]})
-    again = GroupDataset(tmp_path, dataset.manifest, shuffled, dataset.reference)
+    again = GroupDataset(tmp_path, dataset.manifest, [WeightedReward(shuffled)], dataset.reference)
     wanted = [group.rewards.tolist() for group in read_all(dataset)]
     assert [group.rewards.tolist() for group in read_all(again)] == wanted
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import build_dataset, group_strategy, make_group, make_groups, training_table
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from gvpo_offline.schema import Group
 from gvpo_offline.store.adopt import adopt_parquet
-from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
 
 REQUIRED = ["group_id", "prompt_token_ids", "response_token_ids", "rewards", "ref_seq_logprobs"]
 
@@ -106,11 +107,12 @@ def test_counts_are_those_of_counting_by_hand(groups: list[Group], data: st.Data
         found = survey(dataset)
         assert place_of_longest(found) == found.longest_row[2]
 
-        def rows_of(number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-            return np.flatnonzero(chosen[starts[number] : starts[number + 1]])
+        def light(number: int) -> LightRows:
+            rows = np.flatnonzero(chosen[starts[number] : starts[number + 1]])
+            return light_table(dataset, number).take(pa.array(rows)), rows
 
         subset = [group for group, take in zip(groups, chosen, strict=True) if take]
-        found = survey(dataset, rows_of)
+        found = survey(dataset, light)
         assert_counts(found, subset)
         assert not subset or place_of_longest(found) == found.longest_row[2]
 

@@ -202,7 +202,8 @@ def test_held_out_metrics_are_those_of_the_held_out_groups(
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path, eval_fraction=0.3, anchor=0.5)
     trainer.train()
     found = trainer.evaluate()
-    ((_, selection),) = trainer.data.held_out.values()
+    (view,) = trainer.data.held_out.values()
+    selection = view.selection
     assert selection is not None
     groups = [
         dataset.groups(index)[row]
@@ -299,8 +300,8 @@ def test_groups_of_equal_rewards_train_unless_dropped(tmp_path: Path, tiny_model
     dropped = trainer_of(tiny_model_dir, data, tmp_path / "dropped", drop_equal_rewards=True)
     assert kept.data.order.n_groups == 8
     assert dropped.data.order.n_groups == 4
-    assert kept.preflight().equal_reward_groups == 4
-    assert dropped.preflight().equal_reward_groups == 0
+    assert kept.preflight()[0].equal_reward_groups == 4
+    assert dropped.preflight()[0].equal_reward_groups == 0
     with torch.no_grad():
         for parameter in kept.model.parameters():
             parameter.mul_(1.5)

@@ -27,8 +27,8 @@ from training import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gvpo_offline.commands.config import EvaluateConfig
 from gvpo_offline.commands.evaluate import EvaluationReport, run_evaluate
-from gvpo_offline.config import EvaluateConfig
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily

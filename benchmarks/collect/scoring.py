@@ -17,10 +17,10 @@ from typing import Any
 from parts import make_model, write_jsonl
 
 from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.collect.importing.importer import run_import
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.stage import run_reward
-from gvpo_offline.config import Columns, ImportConfig
 
 N_GROUPS, K, N_FILES, TURNS = 1_500, 8, 16, 4
 

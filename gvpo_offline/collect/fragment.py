@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.config import ImportConfig
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json, sha256_text
 from gvpo_offline.schema import BoolArray, IntArray

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gvpo_offline.commands.config import EvaluateConfig
 from gvpo_offline.compute.model import (
     autocast_dtype,
     default_device,
@@ -15,10 +16,9 @@ from gvpo_offline.compute.model import (
     load_model,
 )
 from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.config import EvaluateConfig
 from gvpo_offline.store.adopt import open_for_training
-from gvpo_offline.store.survey import survey
-from gvpo_offline.stream.select import rows_of, select
+from gvpo_offline.stream.select import select
+from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
 from gvpo_offline.train.preflight import (
@@ -95,8 +95,9 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     selection = select(
         dataset, eval_fraction=config.eval_fraction, held_out=config.eval_fraction > 0
     )
-    check_row_tokens(dataset, survey(dataset, rows_of(selection)), engine.cost.max_tokens)
-    steps = in_order(dataset, selection, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
+    view = View(dataset, selection)
+    check_row_tokens(dataset, view.survey(), engine.cost.max_tokens)
+    steps = in_order(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
     with tqdm(
         total=steps.n_draws, unit="group", desc="evaluate", disable=not config.show_progress
     ) as bar:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.compute.model import load_model
-from gvpo_offline.config import DataSettings, LoraSettings, ModelSettings, RunSettings, required
-from gvpo_offline.store.adopt import open_for_training
+from gvpo_offline.config import LoraSettings, ModelSettings, RunSettings
+from gvpo_offline.stream.config import DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
@@ -31,15 +31,11 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
-    required("dataset", data.dataset)
-    chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
-    train_dataset = open_for_training(data.dataset, version=data.dataset_version, **chosen)
-    eval_dataset = open_for_training(data.eval_dataset, **chosen) if data.eval_dataset else None
     trainer = GVPOTrainer(
         load_model(model),
         args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.training(),
+        eval_dataset=data.evaluation() or None,
         processing_class=load_policy_tokenizer(model),
         peft_config=_peft_config(lora),
     )

@@ -7,7 +7,7 @@ memory only, and held to every rule first, because no gate of ours has seen it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.check import check_groups
+from gvpo_offline.store.choice import RewardChoice, WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -104,13 +105,15 @@ def _in_memory(files: list[Path], bases: list[BaseFile], names: set[str]) -> Gro
         rewards=[rewards] if rewards else [],
         references=[reference] if reference else [],
     )
-    return GroupDataset(files[0].parent, manifest, rewards, reference)
+    return GroupDataset(
+        files[0].parent, manifest, [WeightedReward(rewards)] if rewards else (), reference
+    )
 
 
 def open_for_training(
     path: str | Path,
     *,
-    reward: str | None = None,
+    reward: RewardChoice = None,
     reference: str | None = None,
     version: int | None = None,
 ) -> GroupDataset:
@@ -124,6 +127,13 @@ def open_for_training(
         DataError, ConfigError, IntegrityError: as `open_dataset` and `adopt_parquet`.
     """
     if Path(path).is_file():
+        if isinstance(reward, Mapping):
+            raise ConfigError(
+                "rewards are combined where a dataset holds several",
+                received=f"{dict(reward)} of a file with the one column `rewards`",
+                remedy="leave reward out, or bring the file in with `gvpo-offline import`",
+                file=path,
+            )
         return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
     return open_dataset(path, reward=reward, reference=reference, version=version)
 
@@ -152,7 +162,7 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
             "or what open_dataset returns",
             received=type(data).__name__,
         )
-    if data.rewards is None or data.reference is None:
+    if not data.rewards or data.reference is None:
         raise ConfigError(
             "training needs rewards and reference log-probs",
             received=f"a dataset opened without its {'reference' if data.rewards else 'rewards'}",

@@ -127,6 +127,20 @@ def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Pla
         )
 
 
+def add_weighted(
+    before: pa.ChunkedArray | None, rewards: pa.ChunkedArray, weight: float
+) -> pa.ChunkedArray:
+    """`before + weight * rewards`, response by response; columns of lists of one length each."""
+    values = pc.multiply(pc.list_flatten(rewards), weight)
+    if before is not None:
+        values = pc.add(pc.list_flatten(before), values)
+    sizes = pc.list_value_length(rewards).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    offsets_array = pa.array(offsets, pa.int32())
+    return pa.chunked_array([pa.ListArray.from_arrays(offsets_array, flat)])
+
+
 def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, place: Place) -> None:
     """Hold the column `components` against the groups' sizes and the names of the parts.
 

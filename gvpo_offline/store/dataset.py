@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo_offline.errors import ConfigError, IntegrityError
+from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import (
     GROUPS_COLUMNS,
@@ -26,8 +27,15 @@ from gvpo_offline.schema import (
     Group,
     groups_from_table,
 )
+from gvpo_offline.store.choice import (
+    RewardChoice,
+    WeightedReward,
+    choose_reference,
+    choose_rewards,
+)
 from gvpo_offline.store.columns import (
     Place,
+    add_weighted,
     check_components,
     check_present,
     check_scalars,
@@ -39,7 +47,6 @@ from gvpo_offline.store.manifest import (
     FileEntry,
     Manifest,
     ReferenceFamily,
-    RewardFamily,
     Sidecar,
     load_manifest,
 )
@@ -47,11 +54,25 @@ from gvpo_offline.store.parquet import open_parquet, read_row_group
 
 BASE_SHA256_KEY = b"gvpo_offline.base_sha256"
 _OPEN_FILES = 32
+_REWARDS_ALONE = tuple(c for c in REWARDS_COLUMNS if c.required)
 Progress = Callable[[Sequence[FileEntry]], Iterator[FileEntry]]
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """The sidecars of one family, in the order of the groups files."""
+
+    columns: Sequence[Column]
+    sidecars: Sequence[Sidecar]
+    weight: float = 1.0
+
+    def wanted(self, columns: Sequence[str]) -> list[str]:
+        """Which of `columns` these files hold, the group's id aside."""
+        return [c.name for c in self.columns if c.name in columns and c.name != "group_id"]
+
+
 class GroupDataset:
-    """A dataset as training sees it: groups joined with one reward and one reference.
+    """A dataset as training sees it: groups joined with their reward and one reference.
 
     A *row group* is the unit of reading; they are numbered through all files in manifest order.
     Opening reads the manifest only. The object is cheap to pickle: open files are left behind.
@@ -59,7 +80,8 @@ class GroupDataset:
     Args:
         root: the dataset's folder.
         manifest: one version of it.
-        rewards: the reward family to join, or None.
+        rewards: the reward families to join: `Group.rewards` is their weighted sum. Components come
+            along where there is a single family. Empty: none.
         reference: the reference family to join, or None.
     """
 
@@ -67,21 +89,24 @@ class GroupDataset:
         self,
         root: Path,
         manifest: Manifest,
-        rewards: RewardFamily | None = None,
+        rewards: Sequence[WeightedReward] = (),
         reference: ReferenceFamily | None = None,
     ) -> None:
         self.root = root
         self.manifest = manifest
-        self.rewards = rewards
+        self.rewards = tuple(rewards)
         self.reference = reference
-        self._sidecars = [
-            (columns, _aligned(root, manifest, family.files, label))
-            for columns, family, label in (
-                (REWARDS_COLUMNS, rewards, "reward"),
-                (REFERENCE_COLUMNS, reference, "reference"),
+        self._joined = [
+            _Joined(
+                REWARDS_COLUMNS if len(self.rewards) == 1 else _REWARDS_ALONE,
+                _aligned(root, manifest, reward.family.files, "reward"),
+                reward.weight,
             )
-            if family is not None
+            for reward in self.rewards
         ]
+        if reference is not None:
+            aligned = _aligned(root, manifest, reference.files, "reference")
+            self._joined.append(_Joined(REFERENCE_COLUMNS, aligned))
         self._handles: OrderedDict[str, pq.ParquetFile] = OrderedDict()
 
     @functools.cached_property
@@ -109,16 +134,17 @@ class GroupDataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the content of all files in use: what a run's data *is*."""
-        files = [file.sha256 for file in self.manifest.groups]
-        for _, sidecars in self._sidecars:
-            files += [sidecar.file.sha256 for sidecar in sidecars]
-        return sha256_json(files)
+        files: list[Any] = [file.sha256 for file in self.manifest.groups]
+        for joined in self._joined:
+            files += [sidecar.file.sha256 for sidecar in joined.sidecars]
+        weights = [reward.weight for reward in self.rewards]
+        return sha256_json(files if weights in ([], [1.0]) else [*files, weights])
 
     def files(self) -> list[FileEntry]:
         """Every file in use, once each."""
         entries: list[FileEntry] = list(self.manifest.groups)
-        for _, sidecars in self._sidecars:
-            entries += [sidecar.file for sidecar in sidecars]
+        for joined in self._joined:
+            entries += [sidecar.file for sidecar in joined.sidecars]
         return list({entry.path: entry for entry in entries}.values())
 
     def verify(self, *, content: bool = True, progress: Progress | None = None) -> None:
@@ -150,30 +176,49 @@ class GroupDataset:
         base = self.manifest.groups[file]
         table = self._read(base, local, columns, GROUPS_COLUMNS)
         sizes = sizes_of(table)
-        for sidecar_columns, sidecars in self._sidecars:
-            wanted = [c.name for c in sidecar_columns if c.name in columns and c.name != "group_id"]
-            if not wanted:
-                continue
-            joined = self._read_sidecar(sidecars[file], local, wanted, sidecar_columns)
-            place = self.place(row_group, wanted[0])
-            if not joined.column("group_id").equals(table.column("group_id")):
-                raise IntegrityError(
-                    "a sidecar's rows bear the group ids of its groups file",
-                    received=f"other ids in row group {local}",
-                    remedy="write the sidecar again for this dataset",
-                    file=place.file,
-                )
-            for name in joined.column_names[1:]:
-                if sizes is not None and name == "components":
-                    check_components(joined, sizes, self._n_components, place)
-                elif sizes is not None and name != "ref_token_logprobs":
-                    check_scalars(joined, name, sizes, place)
-                table = table.append_column(name, joined.column(name))
+        for joined in self._joined:
+            wanted = joined.wanted(columns)
+            if wanted:
+                table = self._join(table, joined, file, local, wanted, sizes)
+        return table
+
+    def _join(
+        self,
+        table: pa.Table,
+        joined: _Joined,
+        file: int,
+        local: int,
+        wanted: Sequence[str],
+        sizes: pa.ChunkedArray | None,
+    ) -> pa.Table:
+        """The table with the columns of one sidecar; a further reward is added to those before."""
+        sidecar = joined.sidecars[file]
+        read = self._read_sidecar(sidecar, local, wanted, joined.columns)
+        place = self._place_in(sidecar.file, local)
+        if not read.column("group_id").equals(table.column("group_id")):
+            raise IntegrityError(
+                "a sidecar's rows bear the group ids of its groups file",
+                received=f"other ids in row group {local}",
+                remedy="write the sidecar again for this dataset",
+                file=place.file,
+            )
+        for name in read.column_names[1:]:
+            column = read.column(name)
+            if sizes is not None and name == "components":
+                check_components(read, sizes, self._n_components, place)
+            elif sizes is not None and name != "ref_token_logprobs":
+                check_scalars(read, name, sizes, place)
+            if name == "rewards" and (joined.weight != 1.0 or len(self.rewards) > 1):
+                before = table.column(name) if name in table.column_names else None
+                column = add_weighted(before, column, joined.weight)
+                if before is not None:
+                    table = table.drop_columns([name])
+            table = table.append_column(name, column)
         return table
 
     @property
     def _n_components(self) -> int:
-        return 0 if self.rewards is None else len(self.rewards.components)
+        return len(self.rewards[0].family.components) if len(self.rewards) == 1 else 0
 
     def groups(self, row_group: int, columns: Sequence[str] = TRAINING_COLUMNS) -> list[Group]:
         """The groups of one row group with rewards and reference log-probs where joined."""
@@ -184,9 +229,12 @@ class GroupDataset:
         """The file that holds a column of a row group, and the row that it begins with there."""
         number, local = self.locate(row_group)
         entry: FileEntry = self.manifest.groups[number]
-        for columns, sidecars in self._sidecars:
-            if column in {c.name for c in columns[1:]}:
-                entry = sidecars[number].file
+        for joined in self._joined:
+            if joined.wanted([column]):
+                entry = joined.sidecars[number].file
+        return self._place_in(entry, local)
+
+    def _place_in(self, entry: FileEntry, local: int) -> Place:
         return Place(self.root / entry.path, sum(entry.row_groups[:local]))
 
     def _read(
@@ -198,8 +246,7 @@ class GroupDataset:
         check_present(present, known, path)
         wanted = [c.name for c in known if c.name in {*columns, "group_id"} & set(present)]
         table = read_row_group(handle, path, local, wanted).select(wanted)
-        place = Place(path, sum(entry.row_groups[:local]))
-        return conformed(table, known, place)
+        return conformed(table, known, self._place_in(entry, local))
 
     def _read_sidecar(
         self, sidecar: Sidecar, local: int, columns: Sequence[str], known: Sequence[Column]
@@ -258,45 +305,10 @@ def _aligned(root: Path, manifest: Manifest, files: Sequence[Sidecar], label: st
     return aligned
 
 
-def choose_rewards(manifest: Manifest, name: str | None, *, file: Any = None) -> RewardFamily:
-    """The reward family called `name` (or `name@version`), its newest version; by default the only
-    one.
-    """
-    named = {f"{family.name}@{family.version}": family for family in manifest.rewards}
-    matching = [f for key, f in named.items() if name in (None, f.name, key)]
-    if not matching or (name is None and len({f.name for f in matching}) > 1):
-        raise ConfigError(
-            "training needs one reward of the dataset",
-            received=f"reward={name!r}, and the dataset holds {sorted(named) or 'none'}",
-            remedy="set `reward` to one of them, or import a log that has a reward column",
-            file=file,
-        )
-    return max(matching, key=lambda family: family.version)
-
-
-def choose_reference(
-    manifest: Manifest, fingerprint: str | None, *, file: Any = None
-) -> ReferenceFamily:
-    """The reference whose fingerprint starts with `fingerprint`; by default the only one."""
-    prefix = fingerprint or ""
-    matching = [f for f in manifest.references if f.fingerprint.startswith(prefix)]
-    if len(matching) != 1:
-        held = [f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references]
-        raise ConfigError(
-            "training needs the log-probs of one reference",
-            received=f"reference={fingerprint!r}, and the dataset holds {held or 'none'}",
-            remedy="run `gvpo-offline reference` on the dataset"
-            if not held
-            else "set `reference` to the first digits of one fingerprint",
-            file=file,
-        )
-    return matching[0]
-
-
 def open_dataset(
     path: str | Path,
     *,
-    reward: str | None = None,
+    reward: RewardChoice = None,
     reference: str | None = None,
     version: int | None = None,
     join: Sequence[str] = ("reward", "reference"),
@@ -305,7 +317,8 @@ def open_dataset(
 
     Args:
         path: a folder with a manifest, as `gvpo-offline import` writes.
-        reward: which reward to join (`name` or `name@version`); may be left out if there is one.
+        reward: which reward to join (`name` or `name@version`), or several with weights
+            (`{name: weight}`); may be left out if there is one.
         reference: which reference to join, by the first digits of its fingerprint; likewise.
         version: an older manifest version; by default the newest.
         join: what must be joined; leave one out to read a dataset that does not have it yet.
@@ -320,6 +333,6 @@ def open_dataset(
     return GroupDataset(
         root,
         manifest,
-        choose_rewards(manifest, reward, file=root) if "reward" in join else None,
+        choose_rewards(manifest, reward, file=root) if "reward" in join else (),
         choose_reference(manifest, reference, file=root) if "reference" in join else None,
     )

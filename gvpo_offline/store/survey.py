@@ -20,6 +20,7 @@ _BINS_PER_DECADE = 100
 _LOWEST_DECADE = -9
 _N_BINS = 24 * _BINS_PER_DECADE
 Progress = Callable[[Iterable[int]], Iterable[int]]
+LightRows = tuple[pa.Table, npt.NDArray[np.int64] | None]
 
 
 @dataclass
@@ -143,10 +144,15 @@ def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
 
 def survey(
     dataset: GroupDataset,
-    rows_of: Callable[[int], npt.NDArray[np.int64] | None] | None = None,
+    light: Callable[[int], LightRows] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Count a dataset, or the rows of it that `rows_of(row_group)` gives (None: all of them).
+    """Count a dataset, or what `light(row_group)` gives of it.
+
+    Args:
+        dataset: which.
+        light: the light columns of some rows of a row group, and their numbers (None: all of them).
+        progress: shows how far it is.
 
     Raises:
         IntegrityError, DataError: as `GroupDataset.table`; every reward and reference log-prob is
@@ -155,10 +161,7 @@ def survey(
     result = Survey()
     numbers: Iterable[int] = range(dataset.n_row_groups)
     for row_group in progress(numbers) if progress else numbers:
-        table = light_table(dataset, row_group)
-        rows = rows_of(row_group) if rows_of else None
-        if rows is not None:
-            table = table.take(pa.array(rows))
+        table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
         if table.num_rows:
             result.add(table, row_group, rows)
     return result

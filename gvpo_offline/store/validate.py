@@ -20,6 +20,7 @@ from gvpo_offline.schema import (
 )
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.check import check_groups
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import BaseFile, Manifest, load_manifest
 from gvpo_offline.store.survey import Survey, survey
@@ -74,7 +75,7 @@ def validate(path: Path, progress: Progress) -> Validation:
     counted = survey(plain)
     _check_totals(path, manifest.groups, counted)
     for number, rewards in enumerate(manifest.rewards):
-        dataset = GroupDataset(path, manifest, rewards=rewards)
+        dataset = GroupDataset(path, manifest, rewards=[WeightedReward(rewards)])
         _check_sidecar(
             dataset, ["rewards", "components"], progress, f"reward {rewards.name}@{rewards.version}"
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -55,11 +53,6 @@ def select(
         return mask
 
     return Selection(sizes, mask_of)
-
-
-def rows_of(selection: Selection | None) -> Callable[[int], npt.NDArray[np.int64] | None]:
-    """The selection as `store.survey` takes it."""
-    return lambda row_group: None if selection is None else selection.rows(row_group)
 
 
 def _unequal(table: pa.Table) -> npt.NDArray[np.bool_]:

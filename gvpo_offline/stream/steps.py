@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from torch.utils.data import Dataset
 
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.schema import Group
-from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.order import GroupOrder
+from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
+from gvpo_offline.stream.view import View
 
 
 class MicroBatch(NamedTuple):
@@ -64,7 +65,7 @@ class StepDataset(Dataset[StepShare]):
     """Steps 0 to n - 1 of a run, as seen by one rank.
 
     Args:
-        dataset: where the groups lie.
+        views: where the groups lie, one per dataset.
         order: which group comes when.
         groups_per_step: groups of a step, over all ranks.
         n_draws: groups of the whole run; the last step takes what is left.
@@ -74,8 +75,8 @@ class StepDataset(Dataset[StepShare]):
 
     def __init__(
         self,
-        dataset: GroupDataset,
-        order: GroupOrder,
+        views: Sequence[View],
+        order: MixedOrder,
         *,
         groups_per_step: int,
         n_draws: int,
@@ -83,14 +84,14 @@ class StepDataset(Dataset[StepShare]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.dataset = dataset
+        self.views = tuple(views)
         self.order = order
         self.groups_per_step = groups_per_step
         self.n_draws = n_draws
         self.cost = cost
         self.rank = rank
         self.world_size = world_size
-        self._row_groups: OrderedDict[int, list[Group]] = OrderedDict()
+        self._row_groups = self._nothing_read()
 
     def __len__(self) -> int:
         return math.ceil(self.n_draws / self.groups_per_step)
@@ -126,21 +127,22 @@ class StepDataset(Dataset[StepShare]):
         """All groups of a step, whatever the rank."""
         start = step * self.groups_per_step
         stop = min(start + self.groups_per_step, self.n_draws)
-        row_groups, rows = self.order.take(start, stop)
-        return [
-            self._read(int(row_group))[int(row)]
-            for row_group, row in zip(row_groups, rows, strict=True)
-        ]
+        places = zip(*(numbers.tolist() for numbers in self.order.take(start, stop)), strict=True)
+        return [self._read(view, row_group)[row] for view, row_group, row in places]
 
-    def _read(self, row_group: int) -> list[Group]:
-        # Two windows' worth: a step may end one window and begin the next.
-        groups = self._row_groups.pop(row_group, None)
+    def _read(self, view: int, row_group: int) -> list[Group]:
+        # Two windows' worth a dataset: a step may end one window and begin the next.
+        held = self._row_groups[view]
+        groups = held.pop(row_group, None)
         if groups is None:
-            groups = self.dataset.groups(row_group)
-        self._row_groups[row_group] = groups
-        while len(self._row_groups) > 2 * self.order.window:
-            self._row_groups.popitem(last=False)
+            groups = self.views[view].groups(row_group)
+        held[row_group] = groups
+        while len(held) > 2 * self.order.orders[view].window:
+            held.popitem(last=False)
         return groups
 
+    def _nothing_read(self) -> list[OrderedDict[int, list[Group]]]:
+        return [OrderedDict() for _ in self.views]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_row_groups": OrderedDict()}
+        return {**self.__dict__, "_row_groups": self._nothing_read()}

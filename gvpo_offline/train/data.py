@@ -1,24 +1,34 @@
-"""The data of a run: which dataset, which of its groups, in which order, in how many steps."""
+"""The data of a run: which datasets, which of their groups, in which order, in how many steps."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.store.adopt import resolve_dataset
+from gvpo_offline.store.adopt import open_for_training, resolve_dataset
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.order import GroupOrder, Selection
+from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.stream.config import DatasetSettings
+from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.select import select
 from gvpo_offline.stream.steps import StepDataset
+from gvpo_offline.stream.view import View
+from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
 
-HeldOut = tuple[GroupDataset, Selection | None]
+
+@dataclass(frozen=True)
+class Opened:
+    """A dataset, and what is to be taken of it."""
+
+    dataset: GroupDataset
+    settings: DatasetSettings
 
 
 @dataclass(frozen=True)
@@ -26,40 +36,44 @@ class TrainingData:
     """What a run trains on and evaluates on.
 
     Attributes:
-        dataset: groups with one reward and one reference.
-        selection: those that train; None: all.
+        views: the groups that train, one view per dataset.
+        weights: of the datasets; None: by their groups.
         order: the endless sequence of draws.
-        n_draws: groups of the run; each epoch has each selected group once.
-        held_out: datasets for evaluation, by name ("" for a single one).
+        n_draws: groups of the run.
+        held_out: views for evaluation, by name ("" for a single one).
     """
 
-    dataset: GroupDataset
-    selection: Selection | None
-    order: GroupOrder
+    views: tuple[View, ...]
+    weights: tuple[float | None, ...]
+    order: MixedOrder
     n_draws: int
-    held_out: dict[str, HeldOut]
+    held_out: dict[str, View]
 
     @classmethod
     def prepare(
         cls, train_dataset: Any, eval_dataset: Any, args: GVPOConfig, scratch: Path
     ) -> TrainingData:
-        """Open and select; see `resolve_dataset` for what the datasets may be.
+        """Open and select.
+
+        Args:
+            train_dataset: a dataset as `resolve_dataset` takes it, `DatasetSettings`, or a list or
+                dictionary of such.
+            eval_dataset: likewise, or None.
+            args: the settings.
+            scratch: a folder for in-memory datasets.
 
         Raises:
             ConfigError: there is nothing to train on, or evaluation is asked for without data.
+            IntegrityError: the datasets do not belong together.
         """
-        dataset = resolve_dataset(train_dataset, scratch)
-        selection = select(
-            dataset,
-            eval_fraction=args.eval_fraction,
-            drop_equal_rewards=args.drop_equal_rewards,
-        )
-        order = GroupOrder(
-            dataset.row_group_sizes,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            window=args.shuffle_window,
-            selection=selection,
-        )
+        opened = open_all(train_dataset, scratch)
+        check_together([item.dataset for item in opened.values()])
+        views = tuple(_view(name, item, args) for name, item in opened.items())
+        seed = args.seed if args.data_seed is None else args.data_seed
+        orders = [view.order(seed=seed, window=args.shuffle_window) for view in views]
+        weights = tuple(item.settings.weight for item in opened.values())
+        quotas = quotas_of(weights, [order.n_groups for order in orders])
+        order = MixedOrder(orders, Mix(quotas, seed=seed))
         n_draws = (
             args.max_steps * args.groups_per_step
             if args.max_steps > 0
@@ -71,24 +85,31 @@ class TrainingData:
                 received=f"num_train_epochs={args.num_train_epochs}, max_steps={args.max_steps}",
                 remedy="raise num_train_epochs, or set max_steps",
             )
-        held_out = _held_out(dataset, eval_dataset, args, scratch)
+        held_out = _held_out(opened, eval_dataset, args, scratch)
         if str(args.eval_strategy.value) != "no" and not held_out:
             raise ConfigError(
                 "evaluation needs held-out groups",
                 received=f"eval_strategy={args.eval_strategy.value} without any",
                 remedy="set eval_fraction, or pass an eval_dataset",
             )
-        return cls(dataset, selection, order, n_draws, held_out)
+        return cls(views, weights, order, n_draws, held_out)
+
+    @property
+    def reference(self) -> ReferenceFamily:
+        """The reference; that of the first dataset, whose weights are those of all."""
+        reference = self.views[0].dataset.reference
+        assert reference is not None  # resolve_dataset saw to it
+        return reference
 
     def datasets(self) -> list[GroupDataset]:
         """Every dataset in use, once each."""
-        opened = [self.dataset, *(dataset for dataset, _ in self.held_out.values())]
+        opened = [view.dataset for view in (*self.views, *self.held_out.values())]
         return list({id(dataset): dataset for dataset in opened}.values())
 
     def steps(self, args: GVPOConfig) -> StepDataset:
         """The steps of the run, as this rank sees them; padded until the model was looked at."""
         return StepDataset(
-            self.dataset,
+            self.views,
             self.order,
             groups_per_step=args.groups_per_step,
             n_draws=self.n_draws,
@@ -97,40 +118,140 @@ class TrainingData:
             world_size=args.world_size,
         )
 
+    def epochs_at(self, n_draws: int) -> dict[str, float]:
+        """Epochs of each dataset after so many draws, by metric; empty where there is one."""
+        if len(self.views) == 1:
+            return {}
+        epochs = self.order.epochs_at(n_draws)
+        return {f"epoch_{v.name}": epoch for v, epoch in zip(self.views, epochs, strict=True)}
+
     def identity(self, args: GVPOConfig) -> dict[str, Any]:
         """What decides which groups come at which step."""
+        parts: dict[str, Any] = {}
+        for number, (view, weight) in enumerate(zip(self.views, self.weights, strict=True), 1):
+            prefix = f"dataset {number}: " if len(self.views) > 1 else ""
+            parts[f"{prefix}files"] = view.dataset.fingerprint
+            parts[f"{prefix}selection"] = view.fingerprint
+            if len(self.views) > 1:
+                parts[f"{prefix}weight"] = weight
         return {
-            "files": self.dataset.fingerprint,
-            "selection": None if self.selection is None else self.selection.fingerprint,
-            "seed": self.order.seed,
+            **parts,
+            "seed": self.order.orders[0].seed,
             "shuffle_window": args.shuffle_window,
             "groups_per_step": args.groups_per_step,
             "n_draws": self.n_draws,
         }
 
 
-def resolve_held_out(eval_dataset: Any, scratch: Path) -> dict[str, HeldOut]:
-    """A dataset for evaluation, or a dictionary of such, opened; a single one is named ""."""
-    named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-    opened: dict[str, HeldOut] = {}
-    for name, value in named.items():
-        folder = Path(tempfile.mkdtemp(dir=scratch))
-        opened[str(name)] = (resolve_dataset(value, folder), None)
-    return opened
+def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
+    """One dataset or several, opened; a single one that has no name of its own is named "".
+
+    Args:
+        data: as `resolve_dataset` takes it, or `DatasetSettings`; a list of such; or a dictionary,
+            by name.
+        scratch: an existing folder that in-memory datasets may be written to.
+
+    Raises:
+        ConfigError: two datasets have one name, or there is none; and as `resolve_dataset`.
+    """
+    if isinstance(data, Mapping):
+        named = {str(name): value for name, value in data.items()}
+    elif isinstance(data, list | tuple):
+        names = [_name_of(value, number) for number, value in enumerate(data, 1)]
+        doubled = {name for name in names if names.count(name) > 1}
+        if doubled:
+            raise ConfigError(
+                "each dataset of a run has a name of its own",
+                received=", ".join(sorted(doubled)),
+                remedy="set `name` for them",
+            )
+        named = dict(zip(names, data, strict=True))
+    else:
+        named = {"": data}
+    if not named:
+        raise ConfigError("a run has at least one dataset", received="none")
+    if len(named) == 1 and not isinstance(data, Mapping):
+        named = dict.fromkeys([""], *named.values())
+    return {name: _open(value, scratch) for name, value in named.items()}
+
+
+def _name_of(data: Any, number: int) -> str:
+    if isinstance(data, DatasetSettings) and data.name:
+        return data.name
+    path = getattr(data, "path", getattr(data, "root", data))
+    return Path(path).stem if isinstance(path, str | Path) else f"dataset{number}"
+
+
+def _open(data: Any, scratch: Path) -> Opened:
+    if isinstance(data, DatasetSettings):
+        chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
+        return Opened(open_for_training(data.path, version=data.version, **chosen), data)
+    dataset = resolve_dataset(data, Path(tempfile.mkdtemp(dir=scratch)))
+    return Opened(dataset, DatasetSettings(path=str(dataset.root)))
+
+
+def check_together(datasets: Iterable[GroupDataset]) -> None:
+    """Raise IntegrityError unless the datasets are of one tokenizer and one reference."""
+    first, *others = datasets
+    assert first.reference is not None
+    for other in others:
+        assert other.reference is not None
+        mine, theirs = first.manifest.tokenizer, other.manifest.tokenizer
+        check_same_tokenizer(
+            mine.fingerprint if mine else None,
+            f"dataset {first.root}",
+            theirs.fingerprint if theirs else None,
+            f"dataset {other.root}",
+            file=other.root,
+        )
+        weights = {first.reference.weights_sha256, other.reference.weights_sha256} - {""}
+        if len(weights) > 1:
+            raise ConfigError(
+                "the datasets of a run are scored under one reference policy",
+                received=f"{first.reference.model_name_or_path} for {first.root}, "
+                f"{other.reference.model_name_or_path} for {other.root}",
+                remedy="set `reference` for each of them, or run `gvpo-offline reference` with one "
+                "model on both",
+                file=other.root,
+            )
+
+
+def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, View]:
+    """A dataset for evaluation, or several, opened; a single one is named ""."""
+    opened = open_all(eval_dataset, scratch)
+    return {name: View(item.dataset, None, name) for name, item in opened.items()}
+
+
+def _view(name: str, item: Opened, args: GVPOConfig) -> View:
+    selection = select(
+        item.dataset,
+        eval_fraction=args.eval_fraction,
+        drop_equal_rewards=args.drop_equal_rewards,
+    )
+    return View(item.dataset, selection, name)
 
 
 def _held_out(
-    dataset: GroupDataset, eval_dataset: Any, args: GVPOConfig, scratch: Path
-) -> dict[str, HeldOut]:
+    opened: Mapping[str, Opened], eval_dataset: Any, args: GVPOConfig, scratch: Path
+) -> dict[str, View]:
     if eval_dataset is not None:
-        return resolve_held_out(eval_dataset, scratch)
+        return open_held_out(eval_dataset, scratch)
     if args.eval_fraction == 0.0:
         return {}
-    chosen = select(dataset, eval_fraction=args.eval_fraction, held_out=True)
-    if chosen is None or chosen.n_groups == 0:
-        raise ConfigError(
-            "eval_fraction holds out at least one group",
-            received=f"{args.eval_fraction} of {dataset.n_groups} groups",
-            remedy="raise it, or pass an eval_dataset",
+    views = {
+        name: View(
+            item.dataset,
+            select(item.dataset, eval_fraction=args.eval_fraction, held_out=True),
+            name,
         )
-    return {"": (dataset, chosen)}
+        for name, item in opened.items()
+    }
+    for view in views.values():
+        if view.n_groups == 0:
+            raise ConfigError(
+                "eval_fraction holds out at least one group",
+                received=f"{args.eval_fraction} of {view.dataset.n_groups} groups",
+                remedy="raise it, or pass an eval_dataset",
+                file=view.dataset.root,
+            )
+    return views

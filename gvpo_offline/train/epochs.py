@@ -18,19 +18,21 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from gvpo_offline.stream.mix import MixedOrder
+
 
 class EpochCallback(TrainerCallback):
     """Counts epochs in groups drawn.
 
     Args:
         groups_per_step: groups of a step.
-        n_groups: groups of an epoch.
+        order: the run's draws; those of an epoch are as many as all its datasets have groups.
         n_draws: groups of the run.
     """
 
-    def __init__(self, groups_per_step: int, n_groups: int, n_draws: int) -> None:
+    def __init__(self, groups_per_step: int, order: MixedOrder, n_draws: int) -> None:
         self._groups_per_step = groups_per_step
-        self._n_groups = n_groups
+        self._n_groups = order.n_groups
         self._n_draws = n_draws
 
     def epochs_after(self, step: int) -> float:

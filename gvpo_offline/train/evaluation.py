@@ -17,17 +17,16 @@ from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
 from gvpo_offline.errors import DataError
 from gvpo_offline.losses import GroupStatistics, GVPOLoss, gvpo_loss
 from gvpo_offline.schema import Group
-from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.order import GroupOrder, Selection
+from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare
+from gvpo_offline.stream.view import View
 from gvpo_offline.train.meters import reduced_sum
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from gvpo_offline.train.config import GVPOConfig
-    from gvpo_offline.train.data import HeldOut
 
 
 @dataclass
@@ -96,20 +95,17 @@ def group_loss(
 
 
 def in_order(
-    dataset: GroupDataset,
-    selection: Selection | None,
+    view: View,
     *,
     groups_per_step: int,
     cost: CostModel,
     rank: int = 0,
     world_size: int = 1,
 ) -> StepDataset:
-    """The selected groups once each, in the dataset's own order."""
-    order = GroupOrder(
-        dataset.row_group_sizes, seed=0, window=1, selection=selection, shuffle=False
-    )
+    """The groups of a view once each, in the dataset's own order."""
+    order = MixedOrder([view.order(seed=0, window=1, shuffle=False)])
     return StepDataset(
-        dataset,
+        [view],
         order,
         groups_per_step=groups_per_step,
         n_draws=order.n_groups,
@@ -167,7 +163,7 @@ def evaluate_policy(
 def held_out_metrics(
     model: nn.Module,
     engine: Engine,
-    held_out: HeldOut,
+    held_out: View,
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -177,7 +173,7 @@ def held_out_metrics(
     """
     started = time.perf_counter()
     steps = in_order(
-        *held_out,
+        held_out,
         groups_per_step=args.groups_per_step,
         cost=engine.cost,
         rank=args.process_index,

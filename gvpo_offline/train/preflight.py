@@ -14,14 +14,15 @@ from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
-from gvpo_offline.store.survey import Survey, survey
-from gvpo_offline.stream.order import Selection
-from gvpo_offline.stream.select import rows_of
+from gvpo_offline.store.survey import Survey
+from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from gvpo_offline.train.data import TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,45 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
                 check_group(group, file=place.file, row=row, vocab_size=policy.n_embeddings)
 
 
+def inspect(
+    data: TrainingData, policy: PolicyFacts, *, beta: float, max_tokens: int, say: bool
+) -> list[Survey]:
+    """Count what a run trains on, hold it against the budget, and say what it is.
+
+    Args:
+        data: what the run trains and evaluates on.
+        policy: what it trains.
+        beta: as in the objective.
+        max_tokens: the budget of a micro-batch.
+        say: whether this process logs it.
+
+    Returns:
+        One survey per training dataset.
+
+    Raises:
+        DataError: something about a group, or a prompt with a response that fits in no pass.
+    """
+    counts = [view.survey() for view in data.views]
+    for view, own in zip(data.views, counts, strict=True):
+        check_row_tokens(view.dataset, own, max_tokens)
+    check_held_out(data.held_out, max_tokens)
+    if not say:
+        return counts
+    shares = data.order.mix.quotas / data.order.mix.cycle
+    epochs = data.order.epochs_at(data.n_draws)
+    for view, own, share, passes in zip(data.views, counts, shares, epochs, strict=True):
+        label = f"{view.name}: " if len(data.views) > 1 else ""
+        if label:
+            logger.info("%s%.2f%% of the draws, %.3g epochs", label, 100 * share, passes)
+        for line in describe_data(own, beta, max_tokens, len(view.dataset.manifest.groups)):
+            logger.info("%s%s", label, line)
+        assert view.dataset.reference is not None  # resolve_dataset saw to it
+        warnings = data_warnings(own, beta)
+        for line in warnings + reference_warnings(policy, view.dataset.reference):
+            logger.warning("%s%s", label, line)
+    return counts
+
+
 def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> None:
     """Raise DataError, naming file, row and group, if a prompt with a response fits in no pass."""
     # A response's last token predicts nothing and is not computed.
@@ -150,12 +190,10 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
     )
 
 
-def check_held_out(
-    held_out: Mapping[str, tuple[GroupDataset, Selection | None]], max_tokens: int
-) -> None:
+def check_held_out(held_out: Mapping[str, View], max_tokens: int) -> None:
     """`check_row_tokens` of datasets for evaluation."""
-    for dataset, selection in held_out.values():
-        check_row_tokens(dataset, survey(dataset, rows_of(selection)), max_tokens)
+    for view in held_out.values():
+        check_row_tokens(view.dataset, view.survey(), max_tokens)
 
 
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:

@@ -40,11 +40,10 @@ from gvpo_offline.compute.model import (
 )
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError, GVPOError
-from gvpo_offline.store.manifest import ReferenceFamily
-from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.plan import shape_of
-from gvpo_offline.stream.select import rows_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
+from gvpo_offline.stream.view import View
 from gvpo_offline.train.checkpoint import (
     begin,
     check_identity,
@@ -54,7 +53,7 @@ from gvpo_offline.train.checkpoint import (
     seal,
 )
 from gvpo_offline.train.config import GVPOConfig, settings_errors
-from gvpo_offline.train.data import HeldOut, TrainingData, resolve_held_out
+from gvpo_offline.train.data import TrainingData, open_held_out
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import group_loss, held_out_metrics
@@ -63,13 +62,10 @@ from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import (
     check_held_out,
     check_log_ratios,
-    check_row_tokens,
     check_token_ids,
     check_tokenizers,
-    data_warnings,
-    describe_data,
+    inspect,
     policy_facts,
-    reference_warnings,
 )
 
 if TYPE_CHECKING:
@@ -86,9 +82,9 @@ class GVPOTrainer(Trainer):
             float32).
         args: the configuration.
         train_dataset: a dataset's folder, a Parquet file or `datasets.Dataset` in the group shape,
-            or what `open_dataset` returns.
-        eval_dataset: likewise, or a dictionary of such; default: `args.eval_fraction` of the
-            training dataset.
+            what `open_dataset` returns, or `DatasetSettings`; a list or dictionary of such is a
+            mix, in which each has the share that its `weight` says.
+        eval_dataset: likewise; default: `args.eval_fraction` of each training dataset.
         processing_class: the policy's tokenizer, compared with the one that made the token ids and
             saved with the model.
         callbacks: transformers callbacks.
@@ -137,7 +133,7 @@ class GVPOTrainer(Trainer):
         self._model_identity = model_identity(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
-        epochs = EpochCallback(args.groups_per_step, self.data.order.n_groups, self.data.n_draws)
+        epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
         with settings_errors():
             super().__init__(
                 model=model,
@@ -186,42 +182,30 @@ class GVPOTrainer(Trainer):
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
 
-    def preflight(self) -> Survey:
+    def preflight(self) -> list[Survey]:
         """Verify the files and say what the run trains on; the main process logs it."""
-        dataset = self.data.dataset
         for used in self.data.datasets():
             used.verify(content=self.args.verify == "full")
-        counts = survey(dataset, rows_of(self.data.selection))
-        budget = self.args.max_tokens_per_micro_batch
-        check_row_tokens(dataset, counts, budget)
-        check_held_out(self.data.held_out, budget)
-        if self.is_world_process_zero():
-            n_files = len(dataset.manifest.groups)
-            for line in describe_data(counts, self.args.beta, budget, n_files):
-                logger.info(line)
-            warnings = data_warnings(counts, self.args.beta)
-            for line in warnings + reference_warnings(self.policy, self._reference):
-                logger.warning(line)
-        return counts
+        return inspect(
+            self.data,
+            self.policy,
+            beta=self.args.beta,
+            max_tokens=self.args.max_tokens_per_micro_batch,
+            say=self.is_world_process_zero(),
+        )
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint of this run continues: data, objective, model, optimization."""
         return run_identity(self.data, self.args, self._model_identity)
 
-    @property
-    def _reference(self) -> ReferenceFamily:
-        reference = self.data.dataset.reference
-        assert reference is not None  # resolve_dataset saw to it
-        return reference
-
     def _start_reference_check(self) -> ReferenceMeter | None:
-        same = self.policy.weights_sha256 == self._reference.weights_sha256
+        same = self.policy.weights_sha256 == self.data.reference.weights_sha256
         if self.args.reference_check == "error" or (self.args.reference_check == "auto" and same):
             return ReferenceMeter(float64_device(self.args.device))
         if self.args.reference_check == "auto":
             logger.info(
                 "the policy's weights are not the reference's (%s): log-ratios do not start at 0",
-                self._reference.model_name_or_path,
+                self.data.reference.model_name_or_path,
             )
         return None
 
@@ -276,7 +260,7 @@ class GVPOTrainer(Trainer):
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
             check_log_ratios(
-                *self._reference_meter.result(self.accelerator), self.policy, self._reference
+                *self._reference_meter.result(self.accelerator), self.policy, self.data.reference
             )
             self._reference_meter = None
         return total
@@ -317,7 +301,8 @@ class GVPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last line to transformers' own."""
         if "loss" in logs:
-            logs = {**logs, **self._meter.drain(self.accelerator)}
+            draws = min(self.state.global_step * self.args.groups_per_step, self.data.n_draws)
+            logs = {**logs, **self._meter.drain(self.accelerator), **self.data.epochs_at(draws)}
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -350,11 +335,11 @@ class GVPOTrainer(Trainer):
         )
         return metrics
 
-    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, HeldOut]:
+    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, View]:
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
-            chosen = resolve_held_out(eval_dataset, Path(self._scratch.name))
+            chosen = open_held_out(eval_dataset, Path(self._scratch.name))
             check_held_out(chosen, self.args.max_tokens_per_micro_batch)
             return chosen
         if not self.data.held_out:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.order import GroupOrder
+from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.select import select
 from gvpo_offline.stream.steps import StepDataset
+from gvpo_offline.stream.view import View
 
 MAX_TOKENS = 1 << 20  # a step's best responses are computed at once
 
@@ -59,16 +60,12 @@ def train_sft(
     warmup_steps: int = 10,
 ) -> None:
     """Train `model` in place on the mean token loss of the best responses."""
-    order = GroupOrder(
-        dataset.row_group_sizes,
-        seed=seed,
-        window=4,
-        selection=select(dataset, eval_fraction=eval_fraction),
-    )
+    view = View(dataset, select(dataset, eval_fraction=eval_fraction))
+    order = MixedOrder([view.order(seed=seed, window=4)])
     model.train()
     engine = prepare_engine(model, max_tokens=MAX_TOKENS)
     steps = StepDataset(
-        dataset,
+        [view],
         order,
         groups_per_step=groups_per_step,
         n_draws=round(epochs * order.n_groups),

@@ -14,8 +14,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.shapes.log_format import LogFormat
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError
 
 __all__ = ["find_format", "format_names"]

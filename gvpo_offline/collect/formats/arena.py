@@ -11,10 +11,10 @@ import json
 from typing import Any
 
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.row_format import RowFormat, text_fragment
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 _VOTES = ("winner_model_a", "winner_model_b", "winner_tie")

@@ -7,10 +7,10 @@ N/A, is missing. Other tasks and older versions have other columns: see `format:
 from __future__ import annotations
 
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.row_format import RowFormat, text_fragment
-from gvpo_offline.config import ImportConfig
 
 _MODELS = ("generation_models", "model_names")
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes.log_format import InputInfo, per_row
 from gvpo_offline.collect.shapes.parts import part_weights
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import GROUPS_COLUMNS
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.parts import part_weights
@@ -24,7 +25,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     one_response,
     part,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 _STEPS = ("step", "gen_step")

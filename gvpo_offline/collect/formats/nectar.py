@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.row_format import RowFormat, comparison_id, text_fragment
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 _MARKER = re.compile(r"\n\n(Human|Assistant): ?")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.fragment import Fragment, token_ids
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.openai_shapes import output_text, responses_prompt, was_cut
@@ -24,7 +25,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     one_response,
     trajectory,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 _PROMPT, _GENERATED = "prompt_token_ids", "generation_token_ids"

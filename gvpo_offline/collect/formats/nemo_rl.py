@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.trainer_logs import (
@@ -25,7 +26,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     one_response,
     trajectory,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import BoolArray
 

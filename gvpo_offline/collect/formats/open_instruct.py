@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gvpo_offline.collect.fragment import Fragment, token_ids
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.log_format import InputInfo
@@ -24,7 +25,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     one_response,
     run_name,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 _FILE = re.compile(r"(.+)_rollouts_\d+\.jsonl(\.gz)?")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo_offline.collect.fragment import Fragment, located, token_ids
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.inputs import find_sources
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes import values
@@ -33,7 +34,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     one_response,
     part,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.schema import IntArray
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.row_format import RowFormat, text_fragment
-from gvpo_offline.config import ImportConfig
 
 
 def open_format(config: ImportConfig) -> RowFormat:

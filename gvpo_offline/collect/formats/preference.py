@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.row_format import RowFormat, comparison_id, text_fragment
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 _SCORES = ("score_chosen", "score_rejected")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.openai_shapes import chat, choice_text
@@ -27,7 +28,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     part,
     trajectory,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 
 _STEP = re.compile(r"step_(\d+)")

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.log_format import InputInfo
@@ -27,7 +28,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     one_response,
     part,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 
 _ADVANTAGE = "advantage"

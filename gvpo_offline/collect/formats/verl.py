@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 
 from gvpo_offline.collect.fragment import Fragment
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.trainer_logs import (
@@ -23,7 +24,6 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     group_id,
     one_response,
 )
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 
 _RESPONSE_UID = re.compile(r"(.+)_(\d+)_(\d+)")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.importing.encode import Encoder
 from gvpo_offline.collect.importing.regroup import Spilled
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.schema import BoolArray, Group, IntArray

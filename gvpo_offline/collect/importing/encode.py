@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gvpo_offline.collect.fragment import Fragment
-from gvpo_offline.config import ImportConfig
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.schema import IntArray
 from gvpo_offline.tokenizer import load_tokenizer

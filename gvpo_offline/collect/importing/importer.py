@@ -32,6 +32,7 @@ from gvpo_offline.collect.fragment import (
     prompt_key,
 )
 from gvpo_offline.collect.importing.assemble import Assembler, InputNames
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.importing.encode import Encoder, Needs, load_encoder
 from gvpo_offline.collect.importing.folder import OutputFolder
 from gvpo_offline.collect.importing.outcome import SAID, ImportResult
@@ -39,7 +40,6 @@ from gvpo_offline.collect.importing.regroup import Spill, power_of_two
 from gvpo_offline.collect.reading.inputs import find_sources
 from gvpo_offline.collect.reading.sources import Source
 from gvpo_offline.collect.shapes.log_format import LeavesOut, Log, LogFormat, ReadsBeside
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import SCHEMA_VERSION, Group

@@ -22,6 +22,7 @@ from gvpo_offline.schema import (
     column_array,
     split_list,
 )
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.columns import Place
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
@@ -92,7 +93,7 @@ class Input:
         for family in families:
             member = family.members[self.number]
             dataset = (
-                GroupDataset(self.root, self.manifest, rewards=member)
+                GroupDataset(self.root, self.manifest, rewards=[WeightedReward(member)])
                 if isinstance(member, RewardFamily)
                 else GroupDataset(self.root, self.manifest, reference=member)
             )

@@ -11,7 +11,8 @@ from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import RewardSettings
 from gvpo_offline.collect.reward.scorer import SimpleScorer
 from gvpo_offline.schema import FloatArray, column_array, split_list
-from gvpo_offline.store.dataset import GroupDataset, choose_rewards
+from gvpo_offline.store.choice import choose_rewards
+from gvpo_offline.store.dataset import GroupDataset
 
 
 class FamilyScorer(SimpleScorer):
@@ -23,9 +24,10 @@ class FamilyScorer(SimpleScorer):
 
     def __init__(self, settings: RewardSettings, dataset: GroupDataset) -> None:
         super().__init__()
-        family = choose_rewards(dataset.manifest, settings.reward, file=dataset.root)
+        rewards = choose_rewards(dataset.manifest, settings.reward, file=dataset.root)
+        family = rewards[0].family
         self._label = f"{family.name}@{family.version}"
-        self._dataset = GroupDataset(dataset.root.resolve(), dataset.manifest, rewards=family)
+        self._dataset = GroupDataset(dataset.root.resolve(), dataset.manifest, rewards)
 
     def identity(self) -> dict[str, Any]:
         """Name and version, which never change what they stand for."""

@@ -29,6 +29,7 @@ from gvpo_offline.collect.reward.scorer import Scorer
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray, rewards_schema, rewards_to_table
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
@@ -131,7 +132,7 @@ def _held(dataset: GroupDataset, name: str, described: dict[str, Any]) -> Reward
 
 
 def _counted(dataset: GroupDataset, family: RewardFamily) -> Survey:
-    return survey(GroupDataset(dataset.root, dataset.manifest, rewards=family))
+    return survey(GroupDataset(dataset.root, dataset.manifest, rewards=[WeightedReward(family)]))
 
 
 def _check_not_of_itself(name: str, settings: dict[str, ScorerSettings]) -> None:

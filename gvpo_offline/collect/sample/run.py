@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.importing.encode import load_encoder
 from gvpo_offline.collect.importing.folder import SAMPLING_STAGES
 from gvpo_offline.collect.importing.importer import import_log
@@ -20,7 +21,6 @@ from gvpo_offline.collect.sample.prompts import prepare_prompts
 from gvpo_offline.collect.sample.samplers import open_sampler
 from gvpo_offline.collect.sample.stage import Sampler, SampleStage
 from gvpo_offline.collect.shapes.log_format import Log
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.commit import TaskLog

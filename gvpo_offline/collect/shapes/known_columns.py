@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.collect.shapes import values
-from gvpo_offline.config import Columns, ImportConfig
 from gvpo_offline.errors import ConfigError, DataError
 
 __all__ = ["KnownColumns"]

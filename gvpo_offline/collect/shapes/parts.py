@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gvpo_offline.config import ImportConfig
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.errors import ConfigError
 
 Parts = Mapping[str, Sequence[float | None]]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.known_columns import KnownColumns
 from gvpo_offline.collect.shapes.log_format import InputInfo
 from gvpo_offline.collect.shapes.parts import Parts, part_weights, weighted_sum
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 

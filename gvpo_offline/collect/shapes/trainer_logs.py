@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.fragment import Fragment, located, prompt_key
+from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.known_columns import KnownColumns
 from gvpo_offline.collect.shapes.log_format import InputInfo
 from gvpo_offline.collect.shapes.parts import part_weights, weighted_sum
-from gvpo_offline.config import ImportConfig
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_text
 from gvpo_offline.schema import BoolArray, IntArray

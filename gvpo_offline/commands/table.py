@@ -1,0 +1,254 @@
+"""The commands: what each says, what runs it, and the settings that it takes.
+
+What a command needs is imported when it runs, so that the table itself loads at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.importing.config import Columns, ImportConfig
+from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
+from gvpo_offline.collect.reward.config import RewardConfig
+from gvpo_offline.collect.sample.config import SampleConfig
+from gvpo_offline.commands.config import EvaluateConfig
+from gvpo_offline.config import (
+    CommonTrainingSettings,
+    GVPOSettings,
+    LoraSettings,
+    ModelSettings,
+    ReferenceConfig,
+    RunSettings,
+    ValidateConfig,
+)
+from gvpo_offline.errors import DataError
+from gvpo_offline.stream.config import DatasetSettings, DataSettings, ResponseSettings
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its one line, its run, and the dataclasses that its settings fill."""
+
+    says: str
+    run: Callable[[Any], None]
+    settings: tuple[type, ...]
+    epilog: str = ""
+
+
+def filled(kind: type[Record], values: dict[str, Any]) -> Record:
+    """The dataclass with those of `values` that are settings of its."""
+    init = {field.name for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in init})
+
+
+def _run_import(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.importing.importer import import_log
+
+    values["columns"] = Columns(**values["columns"])
+    print("\n".join(import_log(filled(ImportConfig, values)).lines()))
+    print(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
+
+
+def _run_sample(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.sample.run import run_sample
+
+    engine = filled(EngineSettings, values)
+    result = run_sample(filled(SampleConfig, values), engine)
+    print("\n".join(result.lines()))
+    if result.manifest is None and engine.shard and not result.asked:
+        print("this shard is done; whichever draws the last responses makes the dataset")
+        return
+    if result.manifest is None:
+        asked = result.n_gaps + sum(result.responses.values())
+        raise DataError(
+            "a dataset is made once every response is there",
+            received=f"{result.n_gaps} of {asked} missing",
+            remedy="run the same command again, which asks for these alone, or leave them out "
+            "(gaps: drop)",
+        )
+    print(f"next: gvpo-offline reward --dataset {values['output_dir']} …")
+
+
+def _run_merge(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.merge.stages import merge
+
+    print("\n".join(merge(filled(MergeConfig, values)).lines()))
+
+
+def _run_compact(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.merge.stages import compact
+
+    print("\n".join(compact(filled(CompactConfig, values)).lines()))
+
+
+def _run_reference(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.reference import run_reference
+
+    config = filled(ReferenceConfig, values)
+    manifest = run_reference(config, filled(EngineSettings, values))
+    if manifest is None:
+        return
+    held = ", ".join(f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references)
+    print(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
+    print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
+
+
+def _run_reward(values: dict[str, Any]) -> None:
+    from gvpo_offline.collect.reward.stage import run_reward
+
+    config = filled(RewardConfig, values)
+    result = run_reward(config, filled(EngineSettings, values))
+    if result is None:
+        return
+    print("\n".join(result.lines()))
+    print(f"next: gvpo-offline train --dataset {config.dataset} --reward {config.name} …")
+
+
+def _run_validate(values: dict[str, Any]) -> None:
+    from tqdm import tqdm
+
+    from gvpo_offline.store.validate import validate
+
+    config = filled(ValidateConfig, values)
+
+    def progress(numbers: Iterable[int], label: str) -> Iterable[int]:
+        shown: Iterable[int] = tqdm(numbers, desc=label, disable=not config.show_progress)
+        return shown
+
+    found = validate(Path(config.dataset), progress)
+    counts = found.survey
+    print(
+        f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "
+        f"{counts.n_responses:,} responses, {counts.n_tokens:,} tokens, "
+        f"{counts.equal_reward_groups:,} groups of equal rewards, "
+        f"{counts.truncated_responses:,} truncated responses"
+    )
+    if found.manifest is not None:
+        rewards = ", ".join(f"{r.name}@{r.version}" for r in found.manifest.rewards) or "none"
+        references = ", ".join(r.fingerprint[:12] for r in found.manifest.references) or "none"
+        print(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
+
+
+def _datasets(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the settings of datasets and responses as dataclasses."""
+
+    def dataset(item: dict[str, Any]) -> DatasetSettings:
+        return DatasetSettings(**{**item, "responses": ResponseSettings(**item["responses"])})
+
+    lists: dict[str, Any] = {
+        name: [dataset(item) for item in values[name]]
+        for name in ("datasets", "eval_datasets")
+        if name in values
+    }
+    return {**values, "responses": ResponseSettings(**values["responses"]), **lists}
+
+
+def _run_train(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.train import run_train
+    from gvpo_offline.train.config import GVPOConfig
+
+    trainer = run_train(
+        model=filled(ModelSettings, values),
+        data=filled(DataSettings, _datasets(values)),
+        lora=filled(LoraSettings, values),
+        run=filled(RunSettings, values),
+        args=filled(GVPOConfig, values),
+    )
+    if trainer.is_world_process_zero():
+        print(f"the trained policy: {trainer.args.output_dir}")
+        print(
+            f"next: gvpo-offline evaluate --dataset {values['dataset'] or '…'} "
+            f"--model_name_or_path {trainer.args.output_dir} --beta {trainer.args.beta:g}"
+        )
+
+
+def _run_evaluate(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.evaluate import run_evaluate
+
+    config = filled(EvaluateConfig, _datasets(values))
+    report = run_evaluate(config)
+    print(report.table())
+    text = json.dumps({"config": asdict(config), **report.as_dict()})
+    if config.output_file:
+        Path(config.output_file).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(report.metrics))
+
+
+_OTHER_FLAGS = (
+    "Every field of transformers.TrainingArguments is a flag and a YAML key as well, but for those "
+    "that groups_per_step and max_tokens_per_micro_batch replace."
+)
+COMMANDS: dict[str, Command] = {
+    "import": Command(
+        "Bring logged, scored responses into a dataset of Parquet shards.",
+        _run_import,
+        (ImportConfig,),
+        "Example: gvpo-offline import --inputs 'logs/*.jsonl' --tokenizer_name_or_path model "
+        "--output_dir data --columns.reward score",
+    ),
+    "sample": Command(
+        "Draw k responses to each prompt, from models, servers or batch files.",
+        _run_sample,
+        (SampleConfig, EngineSettings),
+        "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
+        "settings: docs/sampling.md",
+    ),
+    "reward": Command(
+        "Score every response by functions, rules or models; the result is kept with the dataset.",
+        _run_reward,
+        (RewardConfig, EngineSettings),
+        "Example: gvpo-offline reward --dataset data --name correct "
+        "--scorers '{correct: {kind: math, column: answer}}'",
+    ),
+    "reference": Command(
+        "Score every response under the reference policy; the result is kept with the dataset.",
+        _run_reference,
+        (ReferenceConfig, EngineSettings),
+        "Example: gvpo-offline reference --dataset data --model_name_or_path model",
+    ),
+    "merge": Command(
+        "Join the responses of other datasets to a dataset's groups, and add the groups it lacks.",
+        _run_merge,
+        (MergeConfig,),
+        "Example: gvpo-offline merge --dataset data --add more --duplicates drop",
+    ),
+    "compact": Command(
+        "Write a dataset's files anew: few, of one size, in hash order, sidecars included.",
+        _run_compact,
+        (CompactConfig,),
+        "Example: gvpo-offline compact --dataset data",
+    ),
+    "validate": Command(
+        "Check a dataset whole: hashes, pages, groups, sidecars.",
+        _run_validate,
+        (ValidateConfig,),
+        "Example: gvpo-offline validate --dataset data",
+    ),
+    "train": Command(
+        "Train a policy with GVPO from the shards alone.",
+        _run_train,
+        (
+            ModelSettings,
+            DataSettings,
+            GVPOSettings,
+            CommonTrainingSettings,
+            LoraSettings,
+            RunSettings,
+        ),
+        _OTHER_FLAGS + " Example: gvpo-offline train --dataset data --model_name_or_path model "
+        "--output_dir run --beta 0.1 --learning_rate 1e-6",
+    ),
+    "evaluate": Command(
+        "Measure how well a policy fits held-out groups: explained variance, log-ratios, ranking.",
+        _run_evaluate,
+        (EvaluateConfig,),
+        "Example: gvpo-offline evaluate --dataset data --model_name_or_path run",
+    ),
+}

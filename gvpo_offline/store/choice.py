@@ -1,0 +1,80 @@
+"""Which of a dataset's rewards and references a reader gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.store.manifest import Manifest, ReferenceFamily, RewardFamily
+
+RewardChoice = str | Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """A reward family and its weight in the sum that training sees."""
+
+    family: RewardFamily
+    weight: float = 1.0
+
+
+def choose_rewards(
+    manifest: Manifest, choice: RewardChoice, *, file: Any = None
+) -> list[WeightedReward]:
+    """The reward families that a choice names, each in its newest version unless it names one.
+
+    Args:
+        manifest: of the dataset.
+        choice: `name` or `name@version`; several of them with weights; None: the only one there is.
+        file: what an error names.
+
+    Raises:
+        ConfigError: there is no such reward, there are several and none was named, or the weights
+            are not finite or all 0.
+    """
+    if not isinstance(choice, Mapping):
+        return [WeightedReward(_family(manifest, choice, file))]
+    weights = list(choice.values())
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise ConfigError(
+            "rewards are combined with finite weights, not all of them 0",
+            received=dict(choice),
+            remedy="set reward to one name, or to {name: weight}",
+            file=file,
+        )
+    return [WeightedReward(_family(manifest, name, file), w) for name, w in choice.items()]
+
+
+def _family(manifest: Manifest, name: str | None, file: Any) -> RewardFamily:
+    named = {f"{family.name}@{family.version}": family for family in manifest.rewards}
+    matching = [f for key, f in named.items() if name in (None, f.name, key)]
+    if not matching or (name is None and len({f.name for f in matching}) > 1):
+        raise ConfigError(
+            "training needs one reward of the dataset",
+            received=f"reward={name!r}, and the dataset holds {sorted(named) or 'none'}",
+            remedy="set `reward` to one of them, or import a log that has a reward column",
+            file=file,
+        )
+    return max(matching, key=lambda family: family.version)
+
+
+def choose_reference(
+    manifest: Manifest, fingerprint: str | None, *, file: Any = None
+) -> ReferenceFamily:
+    """The reference whose fingerprint starts with `fingerprint`; by default the only one."""
+    prefix = fingerprint or ""
+    matching = [f for f in manifest.references if f.fingerprint.startswith(prefix)]
+    if len(matching) != 1:
+        held = [f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references]
+        raise ConfigError(
+            "training needs the log-probs of one reference",
+            received=f"reference={fingerprint!r}, and the dataset holds {held or 'none'}",
+            remedy="run `gvpo-offline reference` on the dataset"
+            if not held
+            else "set `reference` to the first digits of one fingerprint",
+            file=file,
+        )
+    return matching[0]
