@@ -9,7 +9,15 @@ from pathlib import Path
 
 # It pins an older NumPy and brings the client of every cloud, so it comes alone, with what its
 # core imports; torch and the rest are this environment's.
-PACKAGES = ("mosaicml-streaming==0.13.0", "catalogue", "xxhash", "zstd", "brotli", "python-snappy")
+PACKAGES = (
+    "mosaicml-streaming==0.13.0",
+    "catalogue",
+    "xxhash",
+    "zstd",
+    "brotli",
+    "python-snappy",
+    "cramjam",
+)
 # Imported by its vision datasets only, which nobody uses here.
 _TORCHVISION = {
     "__init__.py": "",
