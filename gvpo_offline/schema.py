@@ -175,7 +175,7 @@ class Group:
     @property
     def response_lengths(self) -> list[int]:
         """Length of each response, in tokens."""
-        return [len(ids) for ids in self.response_token_ids]
+        return list(map(len, self.response_token_ids))
 
     @property
     def n_tokens(self) -> int:

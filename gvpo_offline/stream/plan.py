@@ -132,8 +132,9 @@ def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
     bins: list[list[int]] = []
     filled: list[int] = []  # rows of the widest member's width, or tokens
     limits: list[int] = []
-    for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -shapes[i].rows, i)):
-        need = shapes[index].rows if by_width else size[index]
+    rows = [shape.rows for shape in shapes]
+    for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -rows[i], i)):
+        need = rows[index] if by_width else size[index]
         for number, limit in enumerate(limits):
             if filled[number] + need <= limit:
                 bins[number].append(index)
