@@ -171,6 +171,8 @@ def main() -> None:
     show("memory", memory)
     waiting = run([sys.executable, HERE / "waiting.py", data / "small"])
     show("training", waiting)
+    startup = run([sys.executable, HERE / "startup.py", data / "1x"])
+    show("start-up", startup)
     billion = run([sys.executable, HERE / "billion.py", "object"])
     show("a billion groups", billion)
     from_file = run([sys.executable, HERE / "billion.py", FOLDER / "billion"])
@@ -183,6 +185,7 @@ def main() -> None:
         "resume_seconds_of_peers": {k: v for k, v in resumes.items() if k != "ours"},
         **waiting,
         **memory,
+        "startup": startup,
         "billion_groups": {**billion, "from_file": from_file},
         "epochs": epochs,
         "took_s": round(time.perf_counter() - started),
