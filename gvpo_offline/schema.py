@@ -276,8 +276,14 @@ def reference_to_table(
     )
 
 
-def _numpy(array: pa.Array) -> npt.NDArray[Any]:
-    return np.asarray(array.to_numpy(zero_copy_only=False))
+def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
+    """The values of an Arrow array, read-only; a view, but bits and nulls need a copy."""
+    if array.null_count:
+        return np.asarray(array.to_numpy(zero_copy_only=False))
+    # Not by to_numpy, which imports pandas and takes a quarter of a second for it.
+    if pa.types.is_boolean(array.type):
+        return np.from_dlpack(array.cast(pa.uint8())).view(np.bool_)
+    return np.from_dlpack(array)
 
 
 def column_array(table: pa.Table, name: str) -> pa.Array:
@@ -288,17 +294,17 @@ def column_array(table: pa.Table, name: str) -> pa.Array:
 
 def split_list(array: pa.ListArray) -> list[npt.NDArray[Any]]:
     """A list column as one NumPy view per row."""
-    values = _numpy(array.values)
-    return [values[a:b] for a, b in itertools.pairwise(_numpy(array.offsets).tolist())]
+    values = as_numpy(array.values)
+    return [values[a:b] for a, b in itertools.pairwise(as_numpy(array.offsets).tolist())]
 
 
 def split_nested_list(array: pa.ListArray) -> list[list[npt.NDArray[Any]] | None]:
     """A list-of-lists column as NumPy views; null rows become None."""
     if array.null_count == len(array):
         return [None] * len(array)
-    offsets = _numpy(array.offsets).tolist()
+    offsets = as_numpy(array.offsets).tolist()
     items = split_list(array.values)
-    valid = _numpy(array.is_valid()).tolist()
+    valid = array.is_valid().to_pylist()
     return [
         items[a:b] if ok else None
         for (a, b), ok in zip(itertools.pairwise(offsets), valid, strict=True)
@@ -309,14 +315,14 @@ def _repetitive_rows(array: pa.ListArray) -> list[tuple[Any, ...] | None]:
     """A list column whose rows are much alike, as tuples, each distinct one made once."""
     encoded = array.values.dictionary_encode(null_encoding="encode")
     names = encoded.dictionary.to_pylist()
-    codes = _numpy(encoded.indices).astype(np.int32).tobytes()
+    codes = as_numpy(encoded.indices).astype(np.int32).tobytes()
 
     @functools.cache
     def row(key: bytes) -> tuple[Any, ...]:
-        return tuple([names[code] for code in memoryview(key).cast("i")])
+        return tuple(map(names.__getitem__, memoryview(key).cast("i")))
 
-    spans = itertools.pairwise((4 * _numpy(array.offsets)).tolist())
-    valid = _numpy(array.is_valid()).tolist()
+    spans = itertools.pairwise((4 * as_numpy(array.offsets)).tolist())
+    valid = array.is_valid().to_pylist()
     return [row(codes[a:b]) if ok else None for (a, b), ok in zip(spans, valid, strict=True)]
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gvpo_offline.errors import IntegrityError
+from gvpo_offline.schema import as_numpy
 from gvpo_offline.store.commit import write_hashed
 from gvpo_offline.store.manifest import FileEntry
 
@@ -155,9 +156,8 @@ def _n_values(array: pa.Array) -> int:
     """Values as Parquet counts them: those of the innermost lists, an empty or null list as one."""
     if not _is_list(array.type):
         return len(array)
-    lengths = pc.list_value_length(array)
-    lengths = pc.fill_null(lengths, 0) if lengths.null_count else lengths
-    return len(array) - int(np.count_nonzero(lengths)) + _n_values(array.flatten())
+    lengths = pc.list_value_length(array).drop_null()
+    return len(array) - int(np.count_nonzero(as_numpy(lengths))) + _n_values(array.flatten())
 
 
 def _is_list(kind: pa.DataType) -> bool:
