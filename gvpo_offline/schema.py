@@ -277,12 +277,12 @@ def reference_to_table(
 
 
 def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
-    """The values of an Arrow array, read-only; a view, but bits and nulls need a copy."""
+    """The values of an Arrow array: a read-only view, or a copy of bits and where there are nulls."""
     if array.null_count:
         return np.asarray(array.to_numpy(zero_copy_only=False))
     # Not by to_numpy, which imports pandas and takes a quarter of a second for it.
     if pa.types.is_boolean(array.type):
-        return np.from_dlpack(array.cast(pa.uint8())).view(np.bool_)
+        return np.array(np.from_dlpack(array.cast(pa.uint8())), np.bool_)
     return np.from_dlpack(array)
 
 
