@@ -277,7 +277,7 @@ def reference_to_table(
 
 
 def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
-    """The values of an Arrow array: a read-only view, or a copy of bits and where there are nulls."""
+    """The values of an Arrow array: a read-only view; of bits, and with nulls, a copy."""
     if array.null_count:
         return np.asarray(array.to_numpy(zero_copy_only=False))
     # Not by to_numpy, which imports pandas and takes a quarter of a second for it.
