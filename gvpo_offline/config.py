@@ -99,6 +99,9 @@ class GVPOSettings:
     reference), so this changes the objective."""
     shuffle_window: int = 4
     """Row groups whose groups are shuffled together; more mixes better and takes more memory."""
+    read_ahead: int = 2
+    """Steps that a thread reads while one is computed; 0: none. Of no effect with
+    dataloader_num_workers, which are processes that read ahead."""
     disable_dropout: bool = True
     """Set every dropout to 0, as the objective requires."""
     reference_check: Literal["auto", "error", "off"] = "auto"
@@ -117,8 +120,9 @@ class GVPOSettings:
             raise ConfigError("eval_fraction lies in [0, 1)", received=self.eval_fraction)
         for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):
             positive(name, getattr(self, name))
-        if self.kept_logits_mb < 0:
-            raise ConfigError("kept_logits_mb is not negative", received=self.kept_logits_mb)
+        for name in ("kept_logits_mb", "read_ahead"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is not negative", received=getattr(self, name))
 
 
 @dataclass

@@ -74,7 +74,9 @@ def _base_file(path: Path) -> tuple[set[str], BaseFile]:
             path=str(path),
             sha256=sha256_file(path),
             bytes=path.stat().st_size,
-            row_groups=[metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)],
+            row_groups=tuple(
+                metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
+            ),
             footer_sha256=footer_sha256(path),
             n_responses=0,
             n_tokens=0,

@@ -123,7 +123,9 @@ class GroupDataset:
     @functools.cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
         """Groups in each row group: (n_row_groups,) int64."""
-        return np.array([n for file in self.manifest.groups for n in file.row_groups], np.int64)
+        files = self.manifest.groups
+        array = functools.cache(lambda sizes: np.array(sizes, np.int64))  # most are cut alike
+        return np.concatenate([np.zeros(0, np.int64), *(array(f.row_groups) for f in files)])
 
     @functools.cached_property
     def _first_row_group(self) -> npt.NDArray[np.int64]:
@@ -287,8 +289,9 @@ class GroupDataset:
         shard = self._handles.pop(entry.path, None)
         if shard is None:
             shard = self.storage.open(entry)
-            sizes = [shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)]
-            if sizes != list(entry.row_groups):
+            numbers = range(shard.num_row_groups)
+            sizes = tuple(shard.metadata.row_group(i).num_rows for i in numbers)
+            if sizes != entry.row_groups:
                 raise IntegrityError(
                     "the file's row groups are those that the manifest names",
                     received=f"{len(sizes)} with {sum(sizes)} rows instead of "

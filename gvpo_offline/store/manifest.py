@@ -6,12 +6,15 @@ writes the next one, create-only. The highest number is the dataset; every older
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, PlainSerializer
+from pydantic_core import core_schema
 
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.schema import SCHEMA_VERSION
@@ -19,10 +22,35 @@ from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
 _RESTORE = "restore the file from a copy"
+_LONGEST_RUN = 2**24  # more row groups than a Parquet footer has room for
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@functools.lru_cache(maxsize=256)  # most files of a dataset are cut alike
+def _written_out(sizes: tuple[int | tuple[int, int], ...]) -> tuple[int, ...]:
+    pairs = ((size, 1) if isinstance(size, int) else size for size in sizes)
+    return tuple(itertools.chain.from_iterable([size] * times for size, times in pairs))
+
+
+def _in_runs(sizes: tuple[int, ...]) -> list[int | tuple[int, int]]:
+    """Equal sizes in a row as `[size, times]`: 4 million row groups then take no line each."""
+    runs = ((size, len(list(same))) for size, same in itertools.groupby(sizes))
+    return [size if times == 1 else (size, times) for size, times in runs]
+
+
+_Run = tuple[int, Annotated[int, Field(gt=0, le=_LONGEST_RUN)]]
+RowGroupSizes = Annotated[
+    tuple[int, ...],
+    GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_after_validator_function(
+            _written_out, handler(tuple[int | _Run, ...])
+        )
+    ),
+    PlainSerializer(_in_runs, when_used="json"),
+]
 
 
 class FileEntry(_Record):
@@ -31,7 +59,10 @@ class FileEntry(_Record):
     path: str = Field(description="Path relative to the dataset's folder.")
     sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal.")
     bytes: int = Field(description="Length of the file, in bytes.")
-    row_groups: list[int] = Field(description="Rows of each Parquet row group, in order.")
+    row_groups: RowGroupSizes = Field(
+        description="Rows of each Parquet row group, in order; `[n, times]` stands for `times` row "
+        "groups of n rows each."
+    )
     footer_sha256: str | None = Field(
         default=None,
         description="SHA-256 of the Parquet footer: the file's last 8 + n bytes, n being the "

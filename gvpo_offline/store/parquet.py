@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gvpo_offline.errors import GVPOError, IntegrityError
+from gvpo_offline.schema import as_numpy
 from gvpo_offline.store.commit import write_hashed
 from gvpo_offline.store.manifest import FileEntry
 
@@ -81,7 +83,7 @@ def write_parquet(
         path=str(path.relative_to(root)),
         sha256=digest,
         bytes=path.stat().st_size,
-        row_groups=sizes,
+        row_groups=tuple(sizes),
         footer_sha256=footer_sha256(path),
     )
 
@@ -174,9 +176,8 @@ def _n_values(array: pa.Array) -> int:
     """Values as Parquet counts them: those of the innermost lists, an empty or null list as one."""
     if not _is_list(array.type):
         return len(array)
-    lengths = pc.fill_null(pc.list_value_length(array), 0)
-    empty = pc.sum(pc.equal(lengths, 0)).as_py() or 0
-    return int(empty) + _n_values(array.flatten())
+    lengths = pc.list_value_length(array).drop_null()
+    return len(array) - int(np.count_nonzero(as_numpy(lengths))) + _n_values(array.flatten())
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -6,13 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gvpo_offline.schema import LIGHT_COLUMNS, split_list
+from gvpo_offline.errors import DataError
+from gvpo_offline.schema import LIGHT_COLUMNS, column_array
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
 from gvpo_offline.store.passes import Pass
@@ -97,14 +99,14 @@ class Survey:
             row_group: its number.
             rows: which of its rows they are; None: all.
         """
-        lengths = _lists(table, "response_lengths")
-        sizes = np.array([len(row) for row in lengths])
+        lengths, starts = _flat(table, "response_lengths")
+        sizes = np.diff(starts, append=len(lengths))
         prompts = table.column("prompt_length").to_numpy()
         self.n_groups += table.num_rows
         self.n_responses += int(sizes.sum())
         self.max_group_size = max(self.max_group_size, int(sizes.max(initial=0)))
-        tokens = prompts + np.array([int(row.sum()) for row in lengths], dtype=np.int64)
-        longest = prompts + np.array([int(row.max()) for row in lengths], dtype=np.int64)
+        tokens = prompts + np.add.reduceat(lengths, starts, dtype=np.int64)
+        longest = prompts + np.maximum.reduceat(lengths, starts).astype(np.int64)
         self.n_tokens += int(tokens.sum())
         self.max_group_tokens = max(self.max_group_tokens, int(tokens.max(initial=0)))
         if longest.max(initial=0) > self.max_row_tokens:
@@ -112,23 +114,28 @@ class Survey:
             at = int(longest.argmax())
             row = at if rows is None else int(rows[at])
             self.longest_row = (row_group, row, table.column("group_id")[at].as_py())
-        names = pc.list_flatten(table.column("samplers")).to_pylist()
-        self.samplers.update(names)
+        samplers = column_array(table, "samplers").flatten().dictionary_encode()
+        names, codes = samplers.dictionary.to_pylist(), samplers.indices.to_numpy()
+        self.samplers.update(dict(zip(names, np.bincount(codes).tolist(), strict=True)))
         self.truncated_responses += int(
             pc.sum(pc.list_flatten(table.column("truncated"))).as_py() or 0
         )
         if "rewards" in table.column_names:
-            self._add_rewards(_lists(table, "rewards"), names)
+            rewards, starts = _flat(table, "rewards")
+            self._add_gaps(
+                np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
+            )
+            sums = np.bincount(codes, weights=rewards)
+            for name, reward in zip(names, sums, strict=True):
+                self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
 
-    def _add_rewards(self, rewards: list[npt.NDArray[np.float64]], names: list[str]) -> None:
+    def _add_gaps(self, best: npt.NDArray[np.float64], worst: npt.NDArray[np.float64]) -> None:
         with np.errstate(over="ignore"):  # an infinite gap counts in the last bin
-            gaps = np.array([row.max() - row.min() for row in rewards])
+            gaps = best - worst
         unequal = gaps[gaps > 0]
         self.equal_reward_groups += len(gaps) - len(unequal)
         bins = np.floor((np.log10(unequal) - _LOWEST_DECADE) * _BINS_PER_DECADE)
         np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1).astype(int), 1)
-        for name, reward in zip(names, np.concatenate(rewards), strict=True):
-            self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
 
 
 def _summed(one: Counter[str], other: Counter[str]) -> Counter[str]:
@@ -138,9 +145,18 @@ def _summed(one: Counter[str], other: Counter[str]) -> Counter[str]:
     return both
 
 
-def _lists(table: pa.Table, name: str) -> list[npt.NDArray[np.float64]]:
-    column = table.column(name).combine_chunks()
-    return split_list(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)
+def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of a list column, and where each row's begin; rows hold at least one."""
+    column = column_array(table, name)
+    sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    if not sizes.all():
+        raise DataError(
+            f"a group has responses, and each has its place in {name}",
+            received="none",
+            remedy="leave the group out of the log",
+            group=table.column("group_id")[int(sizes.argmin())].as_py(),
+        )
+    return column.flatten().to_numpy(zero_copy_only=False), np.cumsum(sizes) - sizes
 
 
 def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:

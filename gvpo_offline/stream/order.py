@@ -148,8 +148,10 @@ class GroupOrder:
             if self.shuffle
             else np.arange(n, dtype=np.int64)
         )
-        row_groups = row_groups[self._counts[row_groups] > 0]
-        ends = np.cumsum(self._counts[row_groups])
+        counts = self._counts[row_groups]
+        if not counts.all():
+            row_groups, counts = row_groups[counts > 0], counts[counts > 0]
+        ends = np.cumsum(counts)
         starts = np.concatenate([[0], ends[self.window - 1 : -1 : self.window]]).astype(np.int64)
         return _Epoch(row_groups, starts)
 

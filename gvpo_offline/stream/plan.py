@@ -6,6 +6,7 @@ micro-batches it has.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,8 +49,11 @@ class GroupShape:
     @property
     def attended(self) -> int:
         """Pairs of a token and one that it sees, each distinct token once."""
-        within = sum((n - 1) * (self.prompt + n / 2) for n in self.responses)
-        return self.prompt * (self.prompt + 1) // 2 + int(within)
+        total = sum(self.responses)
+        squares: int = sum(map(operator.mul, self.responses, self.responses))
+        # n - 1 computed tokens of a response see the prompt, and n (n - 1) / 2 see one another.
+        own: int = self.prompt * (total - self.rows) + (squares - total) // 2
+        return self.prompt * (self.prompt + 1) // 2 + own
 
 
 def shape_of(group: Group) -> GroupShape:
@@ -128,8 +132,9 @@ def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
     bins: list[list[int]] = []
     filled: list[int] = []  # rows of the widest member's width, or tokens
     limits: list[int] = []
-    for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -shapes[i].rows, i)):
-        need = shapes[index].rows if by_width else size[index]
+    rows = [shape.rows for shape in shapes]
+    for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -rows[i], i)):
+        need = rows[index] if by_width else size[index]
         for number, limit in enumerate(limits):
             if filled[number] + need <= limit:
                 bins[number].append(index)

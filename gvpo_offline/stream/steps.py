@@ -127,8 +127,10 @@ class StepDataset(Dataset[StepShare]):
         """All groups of a step, whatever the rank."""
         start = step * self.groups_per_step
         stop = min(start + self.groups_per_step, self.n_draws)
-        places = zip(*(numbers.tolist() for numbers in self.order.take(start, stop)), strict=True)
-        return [self._read(view, row_group)[row] for view, row_group, row in places]
+        views, row_groups, rows = (numbers.tolist() for numbers in self.order.take(start, stop))
+        places = list(zip(views, row_groups, strict=True))
+        read = {place: self._read(*place) for place in dict.fromkeys(places)}
+        return [read[place][row] for place, row in zip(places, rows, strict=True)]
 
     def _read(self, view: int, row_group: int) -> list[Group]:
         # Two windows' worth a dataset: a step may end one window and begin the next.
