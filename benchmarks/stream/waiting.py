@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
 
-GROUPS, VOCABULARY, TOKENS, STEPS = 512, 1_000, 60, 16
+GROUPS, VOCABULARY, TOKENS, STEPS = 2_048, 1_000, 30, 32
 
 
 def train(root: Path, read_ahead: int) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def train(root: Path, read_ahead: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         args = GVPOConfig(
             output_dir=output,
-            groups_per_step=32,
+            groups_per_step=GROUPS // STEPS,
+            shuffle_window=1,  # a row group is read every four steps, not all at the start
             max_tokens_per_micro_batch=8_192,
             max_steps=STEPS,
             logging_steps=STEPS,
