@@ -76,7 +76,7 @@ def launched(launcher: Sequence[str], arguments: Sequence[Any]) -> None:
 
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2"]
-ACCELERATE += ["--config_file", str(SHIPPED / "zero3.yaml"), "--main_process_port"]
+ACCELERATE += ["--config_file", str(SHIPPED / "accelerate" / "zero3.yaml"), "--main_process_port"]
 
 
 def command(model_dir: Path, dataset: GroupDataset, output_dir: Path, *more: Any) -> list[Any]:
