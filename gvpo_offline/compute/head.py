@@ -239,7 +239,9 @@ def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, f
 def _linear(layer: nn.Module) -> nn.Linear:
     """The linear layer that `layer` is, or that its adapters are around."""
     base: Any = layer.get_base_layer() if _is_from_peft(layer) else layer  # type: ignore[operator]
-    zero3 = hasattr(base.weight, "ds_id")  # its hooks gather the weight, as the whole model's do
+    zero3 = hasattr(
+        getattr(base, "weight", None), "ds_id"
+    )  # its hooks gather the weight, as the whole model's do
     own = int(_is_sharded(base))  # FSDP2's hooks, one before and one after
     hooks = max(len(base._forward_hooks), len(base._forward_pre_hooks)) > own
     hooks = (hooks or "forward" in vars(base)) and not zero3

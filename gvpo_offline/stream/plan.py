@@ -6,6 +6,7 @@ micro-batches it has.
 
 from __future__ import annotations
 
+import heapq
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,11 +110,11 @@ def share_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
     Returns:
         For each rank the indices of its items, ascending. Ties go to the lower index and rank.
     """
-    loads = [0.0] * world_size
+    loads = [(0.0, rank) for rank in range(world_size)]  # a heap
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(world_size), key=lambda r: (loads[r], r))
-        loads[rank] += costs[index]
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + costs[index], rank))
         shares[rank].append(index)
     return [sorted(share) for share in shares]
 
