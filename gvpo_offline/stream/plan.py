@@ -130,21 +130,25 @@ def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
     """
     by_width = model.layout == "padded"
     size = [shape.width if by_width else shape.tokens(model.layout) for shape in shapes]
+    rows = [shape.rows for shape in shapes]
+    needs = rows if by_width else size
     bins: list[list[int]] = []
     filled: list[int] = []  # rows of the widest member's width, or tokens
     limits: list[int] = []
-    rows = [shape.rows for shape in shapes]
+    smallest = min(needs, default=0)
+    not_full: list[int] = []  # bins that a smallest group would still fit into
     for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -rows[i], i)):
-        need = rows[index] if by_width else size[index]
-        for number, limit in enumerate(limits):
-            if filled[number] + need <= limit:
-                bins[number].append(index)
-                filled[number] += need
-                break
-        else:
-            bins.append([index])
-            filled.append(need)
+        need = needs[index]
+        number = next((n for n in not_full if filled[n] + need <= limits[n]), len(bins))
+        if number == len(bins):
+            bins.append([])
+            filled.append(0)
             limits.append(model.max_tokens // size[index] if by_width else model.max_tokens)
+            not_full.append(number)
+        bins[number].append(index)
+        filled[number] += need
+        if filled[number] + smallest > limits[number]:
+            not_full.remove(number)
     return sorted(bins, key=lambda members: n_pieces(shapes, members, model) == 1)
 
 

@@ -22,8 +22,9 @@ from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 from gvpo_offline.stream.view import View
 
-# Row groups that are read at a time.
-_READERS = 4
+# Row groups that are read at a time: from a disk, and over a network, where most of it is waiting.
+_READERS = 2
+_FETCHERS = 8
 
 
 class MicroBatch(NamedTuple):
@@ -145,7 +146,8 @@ class StepDataset(Dataset[StepShare]):
                 read[view, row_group] = groups
         missing = [place for place in places if place not in read]
         if len(missing) > 1:  # decoding lets other threads run, and so does waiting for a network
-            with ThreadPoolExecutor(min(len(missing), _READERS)) as pool:
+            fetched = any(self.views[v].dataset.storage.fetches_ahead for v, _ in missing)
+            with ThreadPoolExecutor(_FETCHERS if fetched else _READERS) as pool:
                 read.update(zip(missing, pool.map(self._read_one, missing), strict=True))
         else:
             read.update((place, self._read_one(place)) for place in missing)
