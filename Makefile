@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test lint format schemas bench-memory bench-order bench-compute \
-	bench-collect clean
+.PHONY: help venv quickstart test lint format schemas bench-memory bench-stream bench-compute \
+	bench-collect bench-elastic clean
 
 help:
 	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
@@ -17,9 +17,10 @@ help:
 	@echo "make format       let ruff format the code"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
-	@echo "make bench-order  the order of a billion groups"
+	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
+	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (5 minutes)"
 	@echo "make venv         set up .venv and nothing else"
 
 venv: $(STAMP)
@@ -51,8 +52,8 @@ format: $(STAMP)
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas
 
-bench-order: $(STAMP)
-	$(BIN)/python benchmarks/order.py
+bench-stream: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream/stream_bench.py $(ARGS)
 
 # Both cores for the side whose turn it is. The first run builds TRL's environment under runs/.
 bench-compute: $(STAMP)
@@ -63,6 +64,9 @@ bench-memory: $(STAMP)
 
 bench-collect: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/collect/evidence.py $(ARGS)
+
+bench-elastic: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

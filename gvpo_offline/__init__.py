@@ -13,11 +13,12 @@ from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
     from gvpo_offline.collect.importing.config import ImportConfig
-    from gvpo_offline.commands.config import EvaluateConfig
-    from gvpo_offline.config import ReferenceConfig, ValidateConfig
+    from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
+    from gvpo_offline.config import ReferenceConfig
     from gvpo_offline.losses import GroupLoss, gvpo_loss
     from gvpo_offline.schema import Group
     from gvpo_offline.store.dataset import GroupDataset, open_dataset
+    from gvpo_offline.store.location import RemoteSettings
     from gvpo_offline.stream.config import DatasetSettings, ResponseSettings
     from gvpo_offline.train.config import GVPOConfig
     from gvpo_offline.train.trainer import GVPOTrainer
@@ -32,8 +33,9 @@ _HOMES = {
     "GroupDataset": "store.dataset",
     "ImportConfig": "collect.importing.config",
     "ReferenceConfig": "config",
+    "RemoteSettings": "store.location",
     "ResponseSettings": "stream.config",
-    "ValidateConfig": "config",
+    "ValidateConfig": "commands.config",
     "gvpo_loss": "losses",
     "open_dataset": "store.dataset",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "GroupDataset",
     "ImportConfig",
     "ReferenceConfig",
+    "RemoteSettings",
     "ResponseSettings",
     "ValidateConfig",
     "__version__",

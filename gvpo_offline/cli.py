@@ -5,12 +5,14 @@ Only the parser of the command at hand is built, and torch is imported when work
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.table import COMMANDS, Command
@@ -78,13 +80,32 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         settings = (RunSettings, ModelSettings, DataSettings, LoraSettings, GVPOConfig)
     parser = _parser(name, command, settings, skip)
     try:
-        return _plain(parser.parse_args(list(argv)))
+        return _plain(parser.parse_args(_flags(command.words, settings, argv)))
     except ArgumentError as error:
         raise ConfigError(
             "flags and YAML keys are the command's settings, with values of their types",
             received=_complaint(str(error)),
             remedy=f"see gvpo-offline {name} --help",
         ) from error
+
+
+def _flags(words: str, settings: Sequence[type], argv: Sequence[str]) -> list[str]:
+    """The arguments as the parser takes them: words before the first flag go to the setting
+    `words`, and a flag that is on or off may stand alone for on.
+    """
+    first = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+    if words and first:
+        argv = [f"--{words}", json.dumps(first), *argv[len(first) :]]
+    switches = {f"--{field.name}" for kind in settings for field in fields(kind) if _is_bool(field)}
+    found = []
+    for argument, following in itertools.pairwise([*argv, "--"]):
+        alone = argument in switches and following.startswith("--")
+        found += [argument, "true"] if alone else [argument]
+    return found
+
+
+def _is_bool(field: Field[Any]) -> bool:
+    return field.type in (bool, "bool")
 
 
 def _complaint(text: str) -> str:

@@ -23,7 +23,7 @@ class ModelSettings:
     """Which model, and how it is loaded."""
 
     model_name_or_path: str
-    """The model: a folder or a hub name."""
+    """The model, or a PEFT adapter on its base: a folder or a hub name."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer_name_or_path: str | None = None
@@ -36,6 +36,11 @@ class ModelSettings:
     """Attention implementation as transformers names them (sdpa, eager, flash_attention_2 …)."""
     trust_remote_code: bool = False
     """Allow a hub model to bring its own code."""
+    load_in_4bit: bool = False
+    """Hold the linear layers' weights in 4 bits (NF4, quantised twice), through bitsandbytes
+    (extra gvpo-offline[qlora]). In training with `use_peft`: QLoRA."""
+    load_in_8bit: bool = False
+    """Likewise in 8 bits. Log-probs then depend a little on what is computed together."""
 
 
 @dataclass
@@ -60,16 +65,6 @@ class ReferenceConfig(ModelSettings):
     def __post_init__(self) -> None:
         required("dataset", self.dataset)
         positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
-
-
-@dataclass
-class ValidateConfig:
-    """Check a dataset, whole: every file's hash, every page, every group, every sidecar."""
-
-    dataset: str
-    """The dataset's folder, or a Parquet file in the group shape."""
-    show_progress: bool = True
-    """Show progress bars."""
 
 
 @dataclass
@@ -123,6 +118,9 @@ class GVPOSettings:
     reference), so this changes the objective."""
     shuffle_window: int = 4
     """Row groups whose groups are shuffled together; more mixes better and takes more memory."""
+    read_ahead: int = 2
+    """Steps that a thread reads while one is computed; 0: none. Of no effect with
+    dataloader_num_workers, which are processes that read ahead."""
     disable_dropout: bool = True
     """Set every dropout to 0, as the objective requires."""
     reference_check: Literal["auto", "error", "off"] = "auto"
@@ -147,8 +145,9 @@ class GVPOSettings:
             raise ConfigError("eval_fraction lies in [0, 1)", received=self.eval_fraction)
         for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):
             positive(name, getattr(self, name))
-        if self.kept_logits_mb < 0:
-            raise ConfigError("kept_logits_mb is not negative", received=self.kept_logits_mb)
+        for name in ("kept_logits_mb", "read_ahead"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is not negative", received=getattr(self, name))
 
 
 @dataclass
@@ -156,7 +155,7 @@ class LoraSettings:
     """LoRA through PEFT; off unless `use_peft`."""
 
     use_peft: bool = False
-    """Train a LoRA adapter instead of the whole model."""
+    """Train a new LoRA adapter instead of the whole model."""
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32

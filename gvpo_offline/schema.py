@@ -8,6 +8,7 @@ written.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -176,7 +177,7 @@ class Group:
     @property
     def response_lengths(self) -> list[int]:
         """Length of each response, in tokens."""
-        return [len(ids) for ids in self.response_token_ids]
+        return list(map(len, self.response_token_ids))
 
     @property
     def n_tokens(self) -> int:
@@ -277,8 +278,14 @@ def reference_to_table(
     )
 
 
-def _numpy(array: pa.Array) -> npt.NDArray[Any]:
-    return np.asarray(array.to_numpy(zero_copy_only=False))
+def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
+    """The values of an Arrow array: a read-only view; of bits, and with nulls, a copy."""
+    if array.null_count:
+        return np.asarray(array.to_numpy(zero_copy_only=False))
+    # Not by to_numpy, which imports pandas and takes a quarter of a second for it.
+    if pa.types.is_boolean(array.type):
+        return np.array(np.from_dlpack(array.cast(pa.uint8())), np.bool_)
+    return np.from_dlpack(array)
 
 
 def column_array(table: pa.Table, name: str) -> pa.Array:
@@ -289,24 +296,41 @@ def column_array(table: pa.Table, name: str) -> pa.Array:
 
 def split_list(array: pa.ListArray) -> list[npt.NDArray[Any]]:
     """A list column as one NumPy view per row."""
-    offsets = _numpy(array.offsets)
-    values = _numpy(array.values)
-    return [values[a:b] for a, b in itertools.pairwise(offsets)]
+    values = as_numpy(array.values)
+    return [values[a:b] for a, b in itertools.pairwise(as_numpy(array.offsets).tolist())]
 
 
 def split_nested_list(array: pa.ListArray) -> list[list[npt.NDArray[Any]] | None]:
     """A list-of-lists column as NumPy views; null rows become None."""
-    outer = _numpy(array.offsets)
+    if array.null_count == len(array):
+        return [None] * len(array)
+    offsets = as_numpy(array.offsets).tolist()
     items = split_list(array.values)
-    valid = _numpy(array.is_valid())
+    valid = array.is_valid().to_pylist()
     return [
-        items[a:b] if ok else None for a, b, ok in zip(outer[:-1], outer[1:], valid, strict=True)
+        items[a:b] if ok else None
+        for (a, b), ok in zip(itertools.pairwise(offsets), valid, strict=True)
     ]
 
 
-_FIELDS = tuple(field.name for field in fields(Group))
+def _repetitive_rows(array: pa.ListArray) -> list[tuple[Any, ...] | None]:
+    """A list column whose rows are much alike, as tuples, each distinct one made once."""
+    encoded = array.values.dictionary_encode(null_encoding="encode")
+    names = encoded.dictionary.to_pylist()
+    codes = as_numpy(encoded.indices).astype(np.int32).tobytes()
+
+    @functools.cache
+    def row(key: bytes) -> tuple[Any, ...]:
+        return tuple(map(names.__getitem__, memoryview(key).cast("i")))
+
+    spans = itertools.pairwise((4 * as_numpy(array.offsets)).tolist())
+    valid = array.is_valid().to_pylist()
+    return [row(codes[a:b]) if ok else None for (a, b), ok in zip(spans, valid, strict=True)]
+
+
 _NUMBER_LISTS = ("prompt_token_ids", "rewards", "ref_seq_logprobs")
 _NESTED_LISTS = ("response_token_ids", "loss_mask", "components")
+_REPETITIVE_LISTS = ("samplers", "truncated")
 
 
 def _column_rows(table: pa.Table, name: str) -> list[Any]:
@@ -317,6 +341,8 @@ def _column_rows(table: pa.Table, name: str) -> list[Any]:
         return split_nested_list(column_array(table, name))
     if name in _NUMBER_LISTS:
         return split_list(column_array(table, name))
+    if name in _REPETITIVE_LISTS:
+        return _repetitive_rows(column_array(table, name))
     rows: list[Any] = table.column(name).to_pylist()
     return rows
 
@@ -327,20 +353,16 @@ def groups_from_table(table: pa.Table) -> list[Group]:
     Optional columns that the table lacks stay None; samplers and truncation, which training only
     counts, become "unknown" and False.
     """
-    columns = [_column_rows(table, name) for name in _FIELDS]
-    return [_group(dict(zip(_FIELDS, row, strict=True))) for row in zip(*columns, strict=True)]
-
-
-def _group(row: dict[str, Any]) -> Group:
-    responses = tuple(row["response_token_ids"] or ())
-    row["response_token_ids"] = responses
-    for name in ("samplers", "truncated", "loss_mask", "responses", "response_ids"):
-        row[name] = None if row[name] is None else tuple(row[name])
-    if row["samplers"] is None:
-        row["samplers"] = ("unknown",) * len(responses)
-    if row["truncated"] is None:
-        row["truncated"] = (False,) * len(responses)
-    if row["components"] is not None:
-        row["components"] = np.array(row["components"], np.float64)
-    row["source"] = row["source"] or ""
-    return Group(**row)
+    columns = {field.name: _column_rows(table, field.name) for field in fields(Group)}
+    responses = [tuple(row or ()) for row in columns["response_token_ids"]]
+    columns["response_token_ids"] = responses
+    for name in ("loss_mask", "responses", "response_ids"):
+        columns[name] = [None if row is None else tuple(row) for row in columns[name]]
+    for name, unknown in (("samplers", "unknown"), ("truncated", False)):
+        pairs = zip(columns[name], responses, strict=True)
+        columns[name] = [(unknown,) * len(ids) if row is None else row for row, ids in pairs]
+    columns["components"] = [
+        None if parts is None else np.array(parts, np.float64) for parts in columns["components"]
+    ]
+    columns["source"] = [source or "" for source in columns["source"]]
+    return list(map(Group, *columns.values()))

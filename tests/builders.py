@@ -146,8 +146,9 @@ def _sums(group: Group, logprobs: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[
 def training_table(groups: Sequence[Group]) -> pa.Table:
     """A self-contained table, as schemas/training_file.schema.json describes it."""
     table = groups_to_table(groups)
-    table = table.append_column("rewards", list_array([g.rewards for g in groups], pa.float64()))
-    references = [g.ref_seq_logprobs for g in groups]
+    rewards = [g.rewards for g in groups if g.rewards is not None]
+    table = table.append_column("rewards", list_array(rewards, pa.float64()))
+    references = [g.ref_seq_logprobs for g in groups if g.ref_seq_logprobs is not None]
     return table.append_column("ref_seq_logprobs", list_array(references, pa.float64()))
 
 

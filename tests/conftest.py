@@ -59,20 +59,12 @@ def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = Tru
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tokenizer of `train_tokenizer`."""
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
-    """A folder with a two-layer Qwen3 of seeded random weights, and the tokenizer beside it."""
+def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
+    """Save a two-layer Qwen3 of seeded random weights, and the tokenizer beside it."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -93,6 +85,18 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tokenizer of `train_tokenizer`."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
+    """A folder with the model of `make_tiny_model`."""
+    return make_tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer_dir)
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,12 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +91,8 @@ class ForkServer:
             options: `env` (variables to set), `file_bytes` (largest file that it may write),
                 `kill_in_save` (the call of torch.save that it kills itself in, half-way), `kill_at`
                 ("module:name" of a function, the call of it, and the seconds after that call began
-                at which the child is killed, wherever it is by then).
+                at which the child is killed, wherever it is by then), `watch` (a folder that the
+                child notes in what it computes, see `watching`).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
@@ -98,8 +104,15 @@ class ForkServer:
         child = self.start(argv, **options)
         return child.wait(), child.output
 
-    def run_ranks(self, argv: Sequence[Any], world_size: int) -> list[tuple[int, str]]:
+    def run_ranks(
+        self, argv: Sequence[Any], world_size: int, **options: Any
+    ) -> list[tuple[int, str]]:
         """Run a command as torchrun would, on `world_size` processes of this machine."""
+        children = self.start_ranks(argv, world_size, **options)
+        return [(child.wait(), child.output) for child in children]
+
+    def start_ranks(self, argv: Sequence[Any], world_size: int, **options: Any) -> list[Child]:
+        """Start a command as torchrun would; `options` as of `start`."""
         import socket
 
         with socket.socket() as free:
@@ -107,11 +120,11 @@ class ForkServer:
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         shared |= {"LOCAL_WORLD_SIZE": world_size}
-        children = [
-            self.start(argv, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        shared |= options.pop("env", {})
+        return [
+            self.start(argv, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, **options)
             for rank in range(world_size)
         ]
-        return [(child.wait(), child.output) for child in children]
 
     def close(self) -> None:
         """End the server; children must have been waited for."""
@@ -134,7 +147,7 @@ def _kill_in_save(call: int) -> None:
             os.truncate(file, os.path.getsize(file) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.save = counting
+    torch.save = counting  # type: ignore[assignment]
 
 
 def _kill_at(place: str, call: int, seconds: float) -> None:
@@ -179,6 +192,8 @@ def _child(request: dict[str, Any]) -> int:
         _kill_in_save(request["kill_in_save"])
     if "kill_at" in request:
         _kill_at(*request["kill_at"])
+    if "watch" in request:
+        watching.watch(Path(request["watch"]))
     try:
         return cli.main(request["argv"])
     except SystemExit as end:
@@ -219,5 +234,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    import watching
+
     sys.path = [path for path in sys.path if path != str(Path(__file__).parent)]
     _serve()

@@ -6,16 +6,20 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 
 class LoopbackServer(ABC):
-    """An HTTP server that hears POST requests as long as nobody closes it.
+    """An HTTP server that hears requests of its `methods` as long as nobody closes it.
 
     Attributes:
+        methods: the methods that it hears.
         url: where, as OpenAI's clients want it.
         lock: for whatever requests share.
         stopped: set when the server is closed, for answers that wait.
     """
+
+    methods: ClassVar[tuple[str, ...]] = ("POST",)
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -24,12 +28,13 @@ class LoopbackServer(ABC):
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                owner.answer(self)
+            disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's system
 
             def log_message(self, *args: object) -> None:
                 pass
+
+        for method in self.methods:
+            setattr(Handler, f"do_{method}", lambda handler: owner.answer(handler))
 
         class Server(ThreadingHTTPServer):
             request_queue_size = 128  # the default, 5, turns callers away for a second
@@ -39,7 +44,7 @@ class LoopbackServer(ABC):
 
         self._http = Server(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
 
     @abstractmethod

@@ -193,13 +193,14 @@ def race(folder: Path, rounds: int) -> dict[str, Any]:
             time.sleep(max(0.0, begin - time.monotonic()))
             shard = write_groups(root, "import", "0", groups_of(0, seed), reward="reward")
             held = TaskLog(root, "import").commit(shard)
-            text = json.dumps({"held": held.model_dump(), "won": held == shard})
+            text = json.dumps({"held": held.model_dump(mode="json"), "won": held == shard})
             (root / f"outcome-{seed}").write_text(text)
 
         for pid in [fork(lambda seed=seed, go=attempt: go(seed)) for seed in (1, 2)]:
             os.waitpid(pid, 0)
         one, two = (json.loads((root / f"outcome-{seed}").read_text()) for seed in (1, 2))
-        agreed = one["held"] == two["held"] == TaskLog(root, "import").committed("0").model_dump()
+        kept = TaskLog(root, "import").committed("0").model_dump(mode="json")
+        agreed = one["held"] == two["held"] == kept
         outcomes.append((agreed, one["won"], two["won"]))
     return {
         "agreed": sum(agreed for agreed, _, _ in outcomes),

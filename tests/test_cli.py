@@ -34,6 +34,9 @@ COMMANDS = (
     "merge",
     "compact",
     "validate",
+    "ls",
+    "push",
+    "pull",
     "train",
     "evaluate",
 )

@@ -77,7 +77,7 @@ def test_files_of_one_size_and_full_row_groups(tmp_path: Path) -> None:
     files = result.manifest.groups
     assert len(files) == 4
     for entry in files:
-        assert entry.row_groups[:-1] == [16] * (len(entry.row_groups) - 1)
+        assert entry.row_groups[:-1] == (16,) * (len(entry.row_groups) - 1)
     assert "now: 150 groups" in "\n".join(result.lines())
     assert "in 4 files" in "\n".join(result.lines())
     assert responses(tmp_path) == held

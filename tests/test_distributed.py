@@ -13,7 +13,7 @@ from fork_server import ForkServer
 from safetensors.torch import load_file
 from training import VOCAB_SIZE, largest_difference, scored_dataset
 
-from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.dataset import GroupDataset, open_dataset
 
 # Figures of a line that depend on the clock.
 TIMES = {"tokens_per_second", "data_wait_share", "eval_runtime", "total_flos"}
@@ -133,3 +133,37 @@ def test_an_error_ends_every_rank(
         assert status == 1
         assert "a new run's output_dir is empty" in output
         assert "Traceback" not in output
+
+
+def test_a_damaged_file_that_one_rank_finds_ends_both(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """Each rank verifies every other file; both say which one is damaged."""
+    root = shutil.copytree(dataset.root, tmp_path / "data")
+    entry = dataset.files()[1]
+    content = bytearray((root / entry.path).read_bytes())
+    content[len(content) // 2] ^= 1
+    (root / entry.path).write_bytes(content)
+    copy = open_dataset(root)
+    argv = command(copy, tiny_model_dir, tmp_path / "out")
+    outputs = []
+    for status, output in server.run_ranks(argv, 2):
+        assert status == 1
+        assert "Traceback" not in output
+        outputs.append(output.splitlines()[-1])
+    assert entry.path in outputs[0]
+    assert outputs[0] == outputs[1]
+
+
+def test_no_room_for_a_checkpoint_ends_every_rank(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """Only the first writes weights; the other does not wait for it."""
+    argv = command(dataset, tiny_model_dir, tmp_path / "out")
+    ended = server.run_ranks(argv, 2, file_bytes=60_000)
+    assert [status for status, _ in ended] == [1, 1]
+    first, second = (output.splitlines()[-1] for _, output in ended)
+    assert "checkpoint-2: there must be room on the disk" in first
+    assert "every rank does its part; received" in second
+    assert "on rank 0" in second
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

@@ -67,6 +67,26 @@ def test_a_permutation_has_every_index_once_and_depends_on_its_key(
         assert first.tolist() != permutation(size, epoch + 1, seed).tolist()
 
 
+def unmixed(value: int) -> int:
+    """The argument of `plain_splitmix64`, from its value: each of its steps undone."""
+
+    def unshifted(z: int, by: int) -> int:
+        found = z
+        for _ in range(64 // by):
+            found = z ^ (found >> by)
+        return found
+
+    z = unshifted(value, 31) * pow(0x94D049BB133111EB, -1, 2**64) & MASK
+    z = unshifted(z, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & MASK
+    return (unshifted(z, 30) - GOLDEN) & MASK
+
+
+@given(st.integers(0, MASK))
+def test_no_two_numbers_have_one_hash(value: int) -> None:
+    """It can be undone, so a permutation never has to break a tie."""
+    assert unmixed(plain_splitmix64(value)) == value
+
+
 def test_permutations_stay_what_they_were() -> None:
     """A resumed run must find its order again: these values may never change."""
     key = 0

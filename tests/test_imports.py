@@ -20,6 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("schema",),
     ("rules", "config"),
     ("store", "contract"),
+    ("report",),
+    ("hub",),
     ("tokenizer",),
     ("stream",),
     ("compute",),
@@ -33,16 +35,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "schema", "rules", "config", "contract"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
+    "store.remote.storage",
     *(
         "stream.mix",
         "stream.order",
         "stream.plan",
         "stream.select",
         "stream.view",
+        "stream.where",
         "train.checkpoint",
         "tokenizer",
         "cli",
     ),
+    *("report.content", "report.listing", "hub.push", "hub.pull"),
     *("compute.layout", "compute.paths", "compute.tree"),
     *("collect.importing.importer", "collect.merge.stages", "collect.sample.run"),
     *("collect.engine.settings", "collect.engine.run", "collect.reward.stage"),
@@ -119,13 +124,13 @@ import gvpo_offline
 assert not {{"numpy", "pyarrow", "torch"}} & set(sys.modules), "by import gvpo_offline"
 for module in {WITHOUT_TORCH!r}:
     importlib.import_module("gvpo_offline." + module)
-    heavy = {{"torch", "transformers", "datasets", "peft"}} & set(sys.modules)
+    heavy = {{"torch", "transformers", "datasets", "peft", "polars"}} & set(sys.modules)
     assert not heavy, (module, heavy)
 dataset = gvpo_offline.open_dataset({str(tmp_path)!r})
 order = gvpo_offline.stream.order.GroupOrder(dataset.row_group_sizes, seed=1, window=2)
 dataset.verify()
 assert len(dataset.groups(int(order.take(3, 4)[0][0]))) == 4
-assert "torch" not in sys.modules, "by open_dataset"
+assert not {{"torch", "pandas"}} & set(sys.modules), "by open_dataset"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,6 @@ from merging import (
     tree,
 )
 
-from gvpo_offline.collect.importing.folder import lock_folder
 from gvpo_offline.collect.merge import stages
 from gvpo_offline.collect.merge.config import MergeConfig
 from gvpo_offline.collect.merge.rewrite import Rewrite
@@ -42,7 +41,7 @@ from gvpo_offline.store.manifest import (
     manifest_versions,
 )
 from gvpo_offline.store.validate import validate
-from gvpo_offline.store.writer import publish, write_sidecar
+from gvpo_offline.store.writer import lock_folder, publish, write_sidecar
 
 Rows = list[dict[str, Any]]
 

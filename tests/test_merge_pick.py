@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from gvpo_offline import contract
 from gvpo_offline.collect.fragment import Fragment, prompt_key
 from gvpo_offline.collect.merge.names import PromptNames
-from gvpo_offline.collect.merge.pick import RESPONSE_AXIS, Pick, picked
 from gvpo_offline.collect.merge.spill import TableSpill, leading_bits
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
+from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
 
 COLUMNS = {c.name: c for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS, *REFERENCE_COLUMNS)}
 COMPONENTS = Column("components", pa.list_(pa.list_(pa.float64())), False, "(C, k)")

@@ -9,13 +9,13 @@ import torch
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import Tensor, nn
 
+from gvpo_offline.compute.adapters import with_adapter
 from gvpo_offline.compute.model import (
     autocast_dtype,
     disable_dropout,
     dtype_name,
     load_model,
     weights_sha256,
-    with_adapter,
 )
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError

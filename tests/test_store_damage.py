@@ -478,6 +478,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["manifest"]["groups"][0].update(bytes="many"),
         r"valid integer.* at groups\.0\.bytes",
     ),
+    "a run of no row groups": (
+        lambda c: c["manifest"]["groups"][0].update(row_groups=[[8, 0]]),
+        r"valid integer at groups\.0\.row_groups",
+    ),
     "a field of nobody's": (
         lambda c: c["manifest"].update(colour="red"),
         r"not permitted at colour",

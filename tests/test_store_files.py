@@ -171,7 +171,7 @@ def test_manifest_entries_say_what_the_files_are(tmp_path: Path) -> None:
     groups = make_groups(24)[:8]
     assert base.n_responses == sum(group.group_size for group in groups)
     assert base.n_tokens == sum(group.n_tokens for group in groups)
-    assert base.row_groups == [4, 4]
+    assert base.row_groups == (4, 4)
 
 
 def test_a_sidecar_bears_the_hash_of_its_groups_file_in_its_footer(tmp_path: Path) -> None:

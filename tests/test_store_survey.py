@@ -17,6 +17,7 @@ from builders import build_dataset, group_strategy, make_group, make_groups, tra
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
@@ -175,3 +176,20 @@ def test_gaps_beyond_all_bins_do_no_harm() -> None:
     found.add(training_table([make_group(0, k=2, rewards=np.array([-1.7e308, 1.7e308]))]))
     assert found.equal_reward_groups == 0
     assert 1e14 < found.median_reward_gap < math.inf
+
+
+def test_a_group_without_responses_is_refused_by_name() -> None:
+    """An empty list would otherwise count as the group after it."""
+    table = pa.table(
+        {
+            "group_id": ["whole", "empty"],
+            "prompt_length": pa.array([2, 2], pa.int32()),
+            "response_lengths": pa.array([[3, 4], []], pa.list_(pa.int32())),
+            "samplers": pa.array([["a", "b"], []], pa.list_(pa.string())),
+            "truncated": pa.array([[False, False], []], pa.list_(pa.bool_())),
+        }
+    )
+    with pytest.raises(DataError, match="response_lengths") as caught:
+        Survey().add(table)
+    assert caught.value.group == "empty"
+    Survey().add(table.slice(0, 1))

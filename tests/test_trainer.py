@@ -123,16 +123,18 @@ def test_evaluating_does_not_change_the_run(
     assert len(lines_of(evaluated, "eval_loss")) == 4
 
 
-def test_loader_workers_do_not_change_the_run(
+def test_how_steps_are_read_does_not_change_the_run(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
+    """By the main process, by a thread of it, by loader workers."""
     runs = []
-    for workers in (0, 2):
-        out = tmp_path / str(workers)
-        trainer = trainer_of(tiny_model_dir, dataset, out, dataloader_num_workers=workers)
+    for ahead, workers in ((0, 0), (2, 0), (2, 2)):
+        out = tmp_path / f"{ahead}-{workers}"
+        options = {"read_ahead": ahead, "dataloader_num_workers": workers}
+        trainer = trainer_of(tiny_model_dir, dataset, out, **options)
         trainer.train()
         runs.append(weights_of(trainer))
-    assert same_weights(*runs)
+    assert all(same_weights(runs[0], run) for run in runs[1:])
 
 
 def test_each_step_logs_its_metrics(

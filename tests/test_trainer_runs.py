@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,31 @@ def test_all_forms_of_a_dataset_train_alike(
         losses[name] = lines_of(trainer)
     for found in losses.values():
         assert found == pytest.approx(losses["opened"], rel=1e-6)
+
+
+def test_temporary_files_are_for_data_in_memory_alone(
+    dataset: GroupDataset,
+    parquet_file: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A killed run on a folder has none to leave behind; a trainer that ends takes its own away."""
+    in_memory = datasets.Dataset.from_parquet(str(parquet_file), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+
+    def folders_of(data: Any) -> tuple[int, int]:
+        """Temporary folders of ours while a trainer is there, and after it."""
+        trainer = trainer_of(tiny_model_dir, data, tmp_path / "out")
+        during = len(list((tmp_path / "scratch").glob("gvpo-offline-*")))
+        del trainer
+        gc.collect()
+        return during, len(list((tmp_path / "scratch").glob("gvpo-offline-*")))
+
+    assert folders_of(dataset) == (0, 0)
+    assert folders_of(str(parquet_file)) == (0, 0)
+    assert folders_of(in_memory) == (1, 0)
 
 
 def test_anything_else_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

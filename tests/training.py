@@ -104,7 +104,7 @@ def longest_row(dataset: GroupDataset) -> tuple[int, tuple[str, int, str]]:
             for group in dataset.groups(number):
                 width = len(group.prompt_token_ids) + max(group.response_lengths) - 1
                 if width > longest:
-                    path = str(dataset.root / entry.path)
+                    path = str(dataset.folder / entry.path)
                     longest, place = width, (path, row, group.group_id)
                 row += 1
             number += 1

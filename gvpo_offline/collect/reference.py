@@ -8,10 +8,11 @@ data types, attention implementation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +23,8 @@ from tqdm import tqdm
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.engine.stage import Task
-from gvpo_offline.compute.model import (
-    autocast,
-    autocast_dtype,
-    default_device,
-    disable_dropout,
-    load_model,
-)
+from gvpo_offline.compute.adapters import load_policy
+from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.paths import ComputePath
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.config import ReferenceConfig
@@ -44,18 +40,23 @@ from gvpo_offline.schema import (
 )
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.survey import survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.preflight import (
+    PolicyFacts,
     check_row_tokens,
     check_token_ids,
     check_tokenizers,
     policy_facts,
 )
 from gvpo_offline.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TokenLogprobs = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -84,9 +85,37 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
         StorageError: no room; what is committed stays.
     """
     engine = engine or EngineSettings(show_progress=config.show_progress)
-    dataset = open_dataset(config.dataset, join=())
+    dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     tokenizer = load_policy_tokenizer(config)
-    model = _load(config)
+    return score(dataset, lambda: _load(config), tokenizer, config, engine).manifest
+
+
+class Scored(NamedTuple):
+    """A reference's fingerprint, and the manifest that holds it, or None while shards of the work
+    are still to be done by others.
+    """
+
+    fingerprint: str
+    manifest: Manifest | None
+
+
+def score(
+    dataset: GroupDataset,
+    load: Callable[[], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    config: ReferenceConfig,
+    engine: EngineSettings,
+) -> Scored:
+    """`run_reference` for an open dataset and a model from wherever it is.
+
+    Args:
+        dataset: what to score.
+        load: gives the model, on its device, dropout off; called once in this process.
+        tokenizer: the model's.
+        config: how; workers of other processes load the model that it names.
+        engine: where.
+    """
+    model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     facts = policy_facts(model, hash_weights=True, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
@@ -94,16 +123,10 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
     dataset.verify()
     check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
     scorer = _Scorer(model, config)
-    facts = facts.along(scorer.path)
-    described = {
-        **{name: value for name, value in asdict(facts).items() if name != "n_embeddings"},
-        "model_name_or_path": config.model_name_or_path,
-        "model_class": type(model).__name__,
-    }
-    identity = {k: v for k, v in described.items() if k != "model_name_or_path"}
-    family = ReferenceFamily(fingerprint=sha256_json(identity), files=[], **described)
+    family = _family(facts.along(scorer.path), model, config.model_name_or_path)
     if _held(dataset, family):
-        return dataset.manifest
+        return Scored(family.fingerprint, dataset.manifest)
+    _check_writable(dataset.folder)
     here = engine.engine == "local" and engine.workers == 1
     stage = _ReferenceStage(dataset, config, family, scorer if here else None)
     del model, scorer
@@ -111,16 +134,39 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
         torch.cuda.empty_cache()  # workers have models of their own; this one makes room
     records = run_stage(stage, engine)
     if records is None:
-        return None
+        return Scored(family.fingerprint, None)
     sidecars = [sidecar for record in records for sidecar in record.sidecars]
-    return _publish(dataset.root, family.model_copy(update={"files": sidecars}), config)
+    family = family.model_copy(update={"files": sidecars})
+    return Scored(family.fingerprint, _publish(dataset.folder, family, config))
+
+
+def _family(facts: PolicyFacts, model: nn.Module, name: str) -> ReferenceFamily:
+    """The reference that a model is, without its files; its fingerprint leaves out its name."""
+    described = {
+        **{name: value for name, value in asdict(facts).items() if name != "n_embeddings"},
+        "model_class": type(model).__name__,
+    }
+    return ReferenceFamily(
+        fingerprint=sha256_json(described), files=[], model_name_or_path=name, **described
+    )
+
+
+def _check_writable(root: Path) -> None:
+    if not os.access(root, os.W_OK):
+        raise ConfigError(
+            "log-probs are kept in the dataset's folder",
+            received="a folder that cannot be written to",
+            remedy="score the dataset where it can be written to, with `gvpo-offline reference`, "
+            "or copy it",
+            file=root,
+        )
 
 
 def _held(dataset: GroupDataset, family: ReferenceFamily) -> bool:
     """Whether the dataset has the reference already; merging and compacting carry it along."""
     held = [f for f in dataset.manifest.references if f.fingerprint == family.fingerprint]
     for sidecar in held[0].files if held else ():
-        verify_file(dataset.root, sidecar.file)
+        verify_file(dataset.folder, sidecar.file)
     if held:
         logger.info("reference %s is in the dataset already", family.fingerprint[:12])
     return bool(held)
@@ -128,10 +174,10 @@ def _held(dataset: GroupDataset, family: ReferenceFamily) -> bool:
 
 def _load(config: ReferenceConfig) -> nn.Module:
     """The model, ready to score."""
-    model = load_model(config)
+    compute_dtype = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
+    model = load_policy(config, default_device(use_cpu=config.use_cpu), compute_dtype)
     disable_dropout(model)
-    loaded: nn.Module = model.to(default_device(use_cpu=config.use_cpu)).eval()
-    return loaded
+    return model.eval()
 
 
 class _ReferenceStage:
@@ -153,7 +199,7 @@ class _ReferenceStage:
         family: ReferenceFamily,
         scorer: _Scorer | None,
     ) -> None:
-        self.root = dataset.root.resolve()
+        self.root = dataset.folder.resolve()
         self.name = f"reference-{family.fingerprint[:_NAME_DIGITS]}"
         self._dataset = GroupDataset(self.root, dataset.manifest)
         self._config = config

@@ -1,12 +1,25 @@
-"""Settings of `evaluate`."""
+"""Settings of `evaluate` and `validate`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.config import ModelSettings, positive, required
+from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.config import DatasetChoice
+
+
+@dataclass
+class ValidateConfig:
+    """Check a dataset, whole: every file's hash, every page, every group, every sidecar."""
+
+    dataset: str
+    """The dataset's folder or URL, or a Parquet file in the group shape."""
+    remote: RemoteSettings = field(default_factory=RemoteSettings)
+    """How a dataset at a URL is read: all of it, whole files and then their columns."""
+    show_progress: bool = True
+    """Show progress bars."""
 
 
 @dataclass

@@ -9,12 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from gvpo_offline.commands.config import EvaluateConfig
-from gvpo_offline.compute.model import (
-    autocast_dtype,
-    default_device,
-    disable_dropout,
-    load_model,
-)
+from gvpo_offline.compute.adapters import load_policy
+from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.stream.select import select
@@ -68,18 +64,13 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         ConfigError: model, reward or reference cannot be found, or nothing is held out.
         IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
     """
-    dataset = open_for_training(
-        config.dataset,
-        reward=config.reward,
-        reference=config.reference,
-        version=config.dataset_version,
-    )
-    dataset.verify()
+    view = _view(config)
+    dataset = view.dataset
     tokenizer = load_policy_tokenizer(config)
     device = default_device(use_cpu=config.use_cpu)
-    model = load_model(config).to(device).eval()
-    disable_dropout(model)
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
+    model = load_policy(config, device, autocasting).eval()
+    disable_dropout(model)
     facts = policy_facts(model, hash_weights=False, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
@@ -93,10 +84,6 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     assert dataset.reference is not None  # open_for_training saw to it
     for line in reference_warnings(facts, dataset.reference):
         logger.warning(line)
-    selection = select(
-        dataset, eval_fraction=config.eval_fraction, held_out=config.eval_fraction > 0
-    )
-    view = View(dataset, selection)
     check_row_tokens(dataset, view.survey(), engine.cost.max_tokens)
     steps = in_order(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
     with tqdm(
@@ -116,3 +103,26 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         metrics=evaluation.statistics.metrics(),
         samplers={name: totals.means() for name, totals in sorted(evaluation.samplers.items())},
     )
+
+
+def _view(config: EvaluateConfig) -> View:
+    """What to evaluate on, its files verified."""
+    dataset = open_for_training(
+        config.dataset,
+        reward=config.reward,
+        reference=config.reference,
+        version=config.dataset_version,
+        remote=config.remote,
+    )
+    dataset.verify()
+    selection = select(
+        dataset,
+        where=config.where,
+        responses=config.responses,
+        eval_fraction=config.eval_fraction,
+        held_out=config.eval_fraction > 0,
+    )
+    view = View(dataset, selection)
+    for line in view.notes:
+        logger.info(line)
+    return view

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.sample.config import SampleConfig
-from gvpo_offline.commands.config import EvaluateConfig
+from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
 from gvpo_offline.config import (
     CommonTrainingSettings,
     GVPOSettings,
@@ -24,9 +24,11 @@ from gvpo_offline.config import (
     ModelSettings,
     ReferenceConfig,
     RunSettings,
-    ValidateConfig,
 )
 from gvpo_offline.errors import DataError
+from gvpo_offline.hub.config import PullConfig, PushConfig
+from gvpo_offline.report.config import ListConfig
+from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.config import DatasetSettings, DataSettings, ResponseSettings
 
 Record = TypeVar("Record")
@@ -34,12 +36,16 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its one line, its run, and the dataclasses that its settings fill."""
+    """A subcommand: its one line, its run, and the dataclasses that its settings fill.
+
+    Words before the first flag fill the setting `words`, where it has one.
+    """
 
     says: str
     run: Callable[[Any], None]
     settings: tuple[type, ...]
     epilog: str = ""
+    words: str = ""
 
 
 def filled(kind: type[Record], values: dict[str, Any]) -> Record:
@@ -116,13 +122,14 @@ def _run_validate(values: dict[str, Any]) -> None:
 
     from gvpo_offline.store.validate import validate
 
+    values["remote"] = RemoteSettings(**values["remote"])
     config = filled(ValidateConfig, values)
 
     def progress(numbers: Iterable[int], label: str) -> Iterable[int]:
         shown: Iterable[int] = tqdm(numbers, desc=label, disable=not config.show_progress)
         return shown
 
-    found = validate(Path(config.dataset), progress)
+    found = validate(config.dataset, progress, config.remote)
     counts = found.survey
     print(
         f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "
@@ -136,18 +143,71 @@ def _run_validate(values: dict[str, Any]) -> None:
         print(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
 
 
+def _run_ls(values: dict[str, Any]) -> None:
+    from gvpo_offline.report.content import content
+    from gvpo_offline.report.holding import holding
+    from gvpo_offline.report.listing import listing_lines, overview_lines
+    from gvpo_offline.store.dataset import open_dataset
+
+    config = filled(ListConfig, values)
+    version = config.dataset_version
+    holdings = [holding(path, version) for path in config.dataset]
+    contents = [
+        content(open_dataset(path, version=version, join=())) if config.content else None
+        for path in config.dataset
+    ]
+    if config.json:
+        for held, counted in zip(holdings, contents, strict=True):
+            found = {"content": counted.as_dict()} if counted else {}
+            print(json.dumps({**held.as_dict(), **found}))
+    elif len(holdings) > 1 and not config.content:
+        print("\n".join(overview_lines(holdings)))
+    else:
+        texts = map(listing_lines, holdings, contents)
+        print("\n\n".join("\n".join(lines) for lines in texts))
+
+
+def _run_push(values: dict[str, Any]) -> None:
+    from gvpo_offline.hub.push import push
+    from gvpo_offline.report.listing import size_text
+
+    config = filled(PushConfig, values)
+    done = push(config)
+    said = (
+        f"{done.files:,} files, {size_text(done.bytes)}, in {done.commits} commits"
+        if done.commits
+        else "is there already"
+    )
+    print(f"{done.url}: version {done.version}: {said}")
+    print(f"next: gvpo-offline pull --repo_id {config.repo_id} --output_dir …")
+
+
+def _run_pull(values: dict[str, Any]) -> None:
+    from gvpo_offline.hub.pull import pull
+    from gvpo_offline.report.listing import size_text
+
+    config = filled(PullConfig, values)
+    done = pull(config)
+    print(
+        f"{config.output_dir}: version {done.manifest.version}, {done.manifest.n_groups:,} groups; "
+        f"{done.files:,} files, {size_text(done.bytes)} downloaded, every SHA-256 is right"
+    )
+    print(f"next: gvpo-offline ls {config.output_dir}")
+
+
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:
     """The values with the settings of datasets and responses as dataclasses."""
 
-    def dataset(item: dict[str, Any]) -> DatasetSettings:
-        return DatasetSettings(**{**item, "responses": ResponseSettings(**item["responses"])})
+    def nested(item: dict[str, Any]) -> dict[str, Any]:
+        remote = None if item["remote"] is None else RemoteSettings(**item["remote"])
+        return {**item, "responses": ResponseSettings(**item["responses"]), "remote": remote}
 
     lists: dict[str, Any] = {
-        name: [dataset(item) for item in values[name]]
+        name: [DatasetSettings(**nested(item)) for item in values[name]]
         for name in ("datasets", "eval_datasets")
         if name in values
     }
-    return {**values, "responses": ResponseSettings(**values["responses"]), **lists}
+    return {**nested(values), **lists}
 
 
 def _run_train(values: dict[str, Any]) -> None:
@@ -163,9 +223,11 @@ def _run_train(values: dict[str, Any]) -> None:
     )
     if trainer.is_world_process_zero():
         print(f"the trained policy: {trainer.args.output_dir}")
+        chosen = f" --reference {trainer.data.reference.fingerprint[:12]}"
         print(
             f"next: gvpo-offline evaluate --dataset {values['dataset'] or '…'} "
             f"--model_name_or_path {trainer.args.output_dir} --beta {trainer.args.beta:g}"
+            + (chosen if values["reference"] else "")
         )
 
 
@@ -175,7 +237,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     config = filled(EvaluateConfig, _datasets(values))
     report = run_evaluate(config)
     print(report.table())
-    text = json.dumps({"config": asdict(config), **report.as_dict()})
+    text = json.dumps({"config": config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
     print(json.dumps(report.metrics))
@@ -230,6 +292,25 @@ COMMANDS: dict[str, Command] = {
         _run_validate,
         (ValidateConfig,),
         "Example: gvpo-offline validate --dataset data",
+    ),
+    "ls": Command(
+        "Show what datasets hold: groups, samplers, rewards, references, lineage, sizes.",
+        _run_ls,
+        (ListConfig,),
+        "Example: gvpo-offline ls --dataset data; or, shorter, gvpo-offline ls data",
+        words="dataset",
+    ),
+    "push": Command(
+        "Upload a dataset to the Hugging Face Hub, with a card.",
+        _run_push,
+        (PushConfig,),
+        "Example: gvpo-offline push --dataset data --repo_id owner/name --private true",
+    ),
+    "pull": Command(
+        "Download a dataset from the Hugging Face Hub; every file is checked.",
+        _run_pull,
+        (PullConfig,),
+        "Example: gvpo-offline pull --repo_id owner/name --output_dir data",
     ),
     "train": Command(
         "Train a policy with GVPO from the shards alone.",

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.compute.model import load_model
-from gvpo_offline.config import LoraSettings, ModelSettings, RunSettings
-from gvpo_offline.stream.config import DataSettings
+from gvpo_offline.collect.base_reference import BASE, base_reference
+from gvpo_offline.compute.adapters import (
+    adapter_config,
+    base_settings,
+    check_loading,
+    load_policy,
+)
+from gvpo_offline.compute.model import autocast_dtype
+from gvpo_offline.config import LoraSettings, ModelSettings, ReferenceConfig, RunSettings
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.stream.config import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.parallelism import loaded_whole
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 
 def run_train(
@@ -31,18 +42,27 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
+    adapter = adapter_config(model)
+    check_loading(model, adapter, new_adapter=lora.use_peft)
+    quantised = model.load_in_4bit or model.load_in_8bit
+    compute_dtype = autocast_dtype(bf16=args.bf16, fp16=args.fp16)
+    with loaded_whole(args):
+        policy = load_policy(model, args.device if quantised else None, compute_dtype)
+    tokenizer = load_policy_tokenizer(model)
+    base = model if adapter is None else base_settings(model, adapter)
+    scored = _Base(policy, tokenizer, base, args)
     trainer = GVPOTrainer(
-        load_model(model),
+        policy,
         args,
-        train_dataset=data.training(),
-        eval_dataset=data.evaluation() or None,
-        processing_class=load_policy_tokenizer(model),
+        train_dataset=[scored.named(dataset) for dataset in data.training()],
+        eval_dataset=[scored.named(dataset) for dataset in data.evaluation()] or None,
+        processing_class=tokenizer,
         peft_config=_peft_config(lora),
     )
     settings: dict[str, Any] = {
         "package_version": __version__,
         "model": asdict(model),
-        "data": asdict(data),
+        "data": data.public(),
         "lora": asdict(lora),
         "training": args.to_sanitized_dict(),
         "identity": trainer.identity(),
@@ -53,6 +73,48 @@ def run_train(
         trainer.save_model()
         trainer.save_state()
     return trainer
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base of a policy that was loaded, as the reference of datasets that ask for it."""
+
+    policy: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    settings: ModelSettings
+    args: GVPOConfig
+
+    def named(self, dataset: DatasetSettings) -> DatasetSettings:
+        """The settings of a dataset with the reference's fingerprint; scores it if it must be."""
+        if dataset.reference != BASE:
+            return dataset
+        if dataset.version is not None:
+            raise ConfigError(
+                f"reference: {BASE} goes with the newest version of a dataset, which it adds to",
+                received=f"version {dataset.version}",
+                remedy="leave the version out, or name a reference that it holds",
+                file=dataset.path,
+            )
+        args = self.args
+        config = ReferenceConfig(
+            **asdict(self.settings),
+            dataset=dataset.path,
+            bf16=args.bf16,
+            fp16=args.fp16,
+            max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+            layout=args.layout,
+            use_cpu=args.use_cpu,
+            show_progress=not args.disable_tqdm,
+        )
+        fingerprint = base_reference(
+            self.policy,
+            self.tokenizer,
+            config,
+            device=args.device,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return replace(dataset, reference=fingerprint)
 
 
 class _RunFile(TrainerCallback):

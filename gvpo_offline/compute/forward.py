@@ -19,6 +19,7 @@ from gvpo_offline.compute.attention import PackedRow, States, packed_forward
 from gvpo_offline.compute.continued import continued_hidden
 from gvpo_offline.compute.head import find_head, pair_logprobs
 from gvpo_offline.compute.layout import ContinuedInput, Layout, PackedInput
+from gvpo_offline.compute.model import device_of
 from gvpo_offline.compute.paths import ComputePath
 from gvpo_offline.compute.tree import IntArray, one_segment
 from gvpo_offline.errors import ConfigError
@@ -171,7 +172,7 @@ def _hidden_rows(decoder: nn.Module, call: LayoutCall) -> Tensor:
 def _run(model: Any, call: LayoutCall, **more: Any) -> Any:
     """A decoder's or a whole model's output for rows of token ids."""
     given = call.layout.input
-    device = next(model.parameters()).device
+    device = device_of(model)
     assert not isinstance(given, ContinuedInput)
     ids = torch.from_numpy(given.input_ids).to(device)
     if not isinstance(given, PackedInput):
@@ -198,7 +199,7 @@ def _run_packed(model: Any, row: PackedRow, *, input_ids: Tensor, **more: Any) -
 
 
 def _continued(decoder: nn.Module, given: ContinuedInput) -> Tensor:
-    device = next(decoder.parameters()).device
+    device = device_of(decoder)
     rows = []
     for group in given.groups:
         prompt_PD, responses_KLD = continued_hidden(
@@ -248,7 +249,7 @@ class _Plain:
 def _prompt_states(model: nn.Module, call: PromptCall) -> Tensor:
     """Runs the prompt, leaves keys and values in `call.states`; (1, D) of its last token."""
     decoder = causal_lm(model).get_decoder()
-    device = next(decoder.parameters()).device
+    device = device_of(decoder)
     ids = torch.from_numpy(call.prompt_ids).to(device)[None]
     row = PackedRow(one_segment(len(call.prompt_ids)), call.path.attention, recorded=call.states)
     positions = torch.arange(ids.shape[1], device=device)[None]

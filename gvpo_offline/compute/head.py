@@ -64,6 +64,10 @@ def find_head(model: nn.Module) -> Head:
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported("the model is a decoder only", type(causal))
     _check_only_decoder_and(layer, causal)
+    if _is_sharded(layer):
+        # A group of FSDP2's own is gathered when it is called, which the layer is not here. It is
+        # cut again after the backward pass.
+        layer.unshard()
     settings = config.get_text_config()
     head = Head(layer, _scale(settings), _soft_cap(settings))
     _adapters(_active(layer))
@@ -176,8 +180,18 @@ def _soft_cap(settings: Any) -> float | None:
     return caps[0] if caps else None
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    # By name: torch.distributed.fsdp is slow to import, and there once a model is sharded.
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class of a module; FSDP2 puts one of its own and a mixin before it."""
+    return type(module).__mro__[2] if _is_sharded(module) else type(module)
+
+
 def _is_from_peft(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("peft.")  # asked before importing it, which is slow
+    return _class_of(module).__module__.startswith("peft.")  # asked before a slow import
 
 
 def _active(layer: nn.Module) -> nn.Module:
@@ -203,7 +217,7 @@ def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, f
         return []
     from peft.tuners.lora import Linear
 
-    if type(layer) is not Linear:
+    if _class_of(layer) is not Linear:
         raise _unsupported(
             "an adapter of the output layer is LoRA's for linear layers", type(layer)
         )
@@ -225,13 +239,21 @@ def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, f
 def _linear(layer: nn.Module) -> nn.Linear:
     """The linear layer that `layer` is, or that its adapters are around."""
     base: Any = layer.get_base_layer() if _is_from_peft(layer) else layer  # type: ignore[operator]
-    hooks = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
+    zero3 = hasattr(
+        getattr(base, "weight", None), "ds_id"
+    )  # its hooks gather the weight, as the whole model's do
+    own = int(_is_sharded(base))  # FSDP2's hooks, one before and one after
+    hooks = max(len(base._forward_hooks), len(base._forward_pre_hooks)) > own
+    hooks = (hooks or "forward" in vars(base)) and not zero3
     # A subclass may do anything (quantised layers are such); FSDP2's only change the name.
-    if getattr(type(base), "forward", None) is not nn.Linear.forward or hooks:
+    plain = getattr(type(base), "forward", None) is nn.Linear.forward
+    if not plain or hooks:
         raise _unsupported("the output layer is an nn.Linear, without hooks", type(base))
     linear: nn.Linear = base
     if not linear.weight.is_floating_point():
         raise _unsupported("the output layer's weight is floating point", linear.weight.dtype)
+    if hasattr(linear.weight, "to_local"):  # a DTensor
+        raise _unsupported("the output layer's weight is whole while the model runs", "a shard")
     return linear
 
 

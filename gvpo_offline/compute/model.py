@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gvpo_offline.compute.paths import TREE_OVER
+from gvpo_offline.compute.quantised import (
+    compute_in_float32,
+    keep_format,
+    quantisation,
+    quantisation_options,
+)
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 _PIECE_ELEMENTS = 1 << 24
@@ -25,17 +30,27 @@ _PIECE_ELEMENTS = 1 << 24
 _CHANCE_NAMES = ("drop", "jitter")
 
 
-def load_model(settings: ModelSettings) -> PreTrainedModel:
+def load_model(
+    settings: ModelSettings,
+    device: torch.device | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
     """Load a causal language model from a folder or a hub name.
 
+    Args:
+        settings: which, and how.
+        device: where to; default: the CPU, or of quantised weights the GPU there is.
+        compute_dtype: of products with 4-bit weights; default: the data type of the other weights.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it cannot be quantised as asked.
     """
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": settings.dtype}
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
+    options |= quantisation_options(settings, device, compute_dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             settings.model_name_or_path,
@@ -49,16 +64,15 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct model_name_or_path",
         ) from error
-    return model
+    keep_format(model)
+    return model if device is None or quantisation(model) else model.to(device)
 
 
-def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module:
-    """`model` with a new PEFT adapter, whose first weights depend on `seed` alone."""
-    from peft import get_peft_model
-
-    torch.manual_seed(seed)
-    adapted: nn.Module = get_peft_model(model, settings)
-    return adapted
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes. Shards (FSDP2's are DTensors) may wait in host memory meanwhile."""
+    weight = next(model.parameters())
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None else torch.device(mesh.device_type)
 
 
 def default_device(*, use_cpu: bool = False) -> torch.device:
@@ -108,15 +122,18 @@ def weights_sha256(model: nn.Module, *, frozen_only: bool = False) -> str:
 
     As float32, so that one checkpoint has one hash in whatever (wider) data type it is loaded.
     """
-    digest = hashlib.sha256()
     trained = {
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if frozen_only and parameter.requires_grad
     }
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in trained:
-            continue
+    return tensors_sha256({n: t for n, t in model.state_dict().items() if n not in trained})
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and values, each as float32, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         for start in range(0, flat.numel(), _PIECE_ELEMENTS):
@@ -129,6 +146,12 @@ def attention_of(model: nn.Module) -> str:
     """The attention implementation that a transformers model has of its own."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return str(name or "unknown").removeprefix(TREE_OVER)
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The data type of a model's weights: `float32`, or `bfloat16+nf4` where some are quantised."""
+    parts = [dtype_name(next(p.dtype for p in model.parameters() if p.is_floating_point()))]
+    return "+".join(part for part in (*parts, quantisation(model)) if part)
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
@@ -146,7 +169,8 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         try:
             for tensor in tensors:
                 tensor.data = tensor.data.float()
-            yield
+            with compute_in_float32(model):
+                yield
         finally:
             for tensor, data in zip(tensors, before, strict=True):
                 tensor.data = data

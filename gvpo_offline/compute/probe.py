@@ -185,8 +185,8 @@ class _Probe:
         self._device = next(model.parameters()).device
         self._groups = _groups(_vocab_size(self._inner), self._device)
         n = sum(group.group_size for group in self._groups)
-        # Signs mixed and sizes unequal, so that errors do not cancel.
-        self._weights = torch.linspace(-1.0, 1.5, n, dtype=torch.float64)
+        # Signs mixed, sizes unequal, none 0, so that no error hides, nor two of equal responses.
+        self._weights = torch.linspace(-1.0, 2.0, n, dtype=torch.float64)
         self._parameters = _some_parameters(model) if gradients else []
         dtypes = {parameter.dtype for parameter in model.parameters()}
         exact = dtypes <= {torch.float32, torch.float64}

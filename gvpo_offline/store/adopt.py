@@ -17,6 +17,7 @@ from gvpo_offline.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.check import check_groups
 from gvpo_offline.store.choice import RewardChoice, WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.location import RemoteSettings, is_url, local_path
 from gvpo_offline.store.manifest import (
     BaseFile,
     Manifest,
@@ -73,7 +74,9 @@ def _base_file(path: Path) -> tuple[set[str], BaseFile]:
             path=str(path),
             sha256=sha256_file(path),
             bytes=path.stat().st_size,
-            row_groups=[metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)],
+            row_groups=tuple(
+                metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
+            ),
             footer_sha256=footer_sha256(path),
             n_responses=0,
             n_tokens=0,
@@ -114,17 +117,18 @@ def open_for_training(
     reward: RewardChoice = None,
     reference: str | None = None,
     version: int | None = None,
+    remote: RemoteSettings | None = None,
 ) -> GroupDataset:
-    """A dataset's folder, or a Parquet file in the group shape, with reward and reference.
+    """A dataset's folder or URL, or a Parquet file in the group shape, with reward and reference.
 
     Args:
         path: which.
-        reward, reference, version: as in `open_dataset`; a file holds one of each.
+        reward, reference, version, remote: as in `open_dataset`; a file holds one of each.
 
     Raises:
         DataError, ConfigError, IntegrityError: as `open_dataset` and `adopt_parquet`.
     """
-    if Path(path).is_file():
+    if not is_url(path) and local_path(path).is_file():
         if isinstance(reward, Mapping):
             raise ConfigError(
                 "rewards are combined where a dataset holds several",
@@ -132,17 +136,17 @@ def open_for_training(
                 remedy="leave reward out, or bring the file in with `gvpo-offline import`",
                 file=path,
             )
-        return adopt_parquet([path], need=("rewards", "ref_seq_logprobs"))
-    return open_dataset(path, reward=reward, reference=reference, version=version)
+        return adopt_parquet([local_path(path)], need=("rewards", "ref_seq_logprobs"))
+    return open_dataset(path, reward=reward, reference=reference, version=version, remote=remote)
 
 
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     """Whatever a user may pass as a training dataset, opened.
 
     Args:
-        data: a `GroupDataset`; the path of a dataset's folder or of a Parquet file in the group
-            shape; or a `datasets.Dataset` with its columns.
-        scratch: an existing folder that an in-memory dataset may be written to.
+        data: a `GroupDataset`; the path of a dataset's folder, its URL, or the path of a Parquet
+            file in the group shape; or a `datasets.Dataset` with its columns.
+        scratch: the folder that an in-memory dataset is written to; made if it is needed.
 
     Raises:
         ConfigError: it is none of these, or lacks rewards or reference log-probs.
@@ -151,13 +155,14 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     if isinstance(data, str | Path):
         return open_for_training(data)
     if hasattr(data, "to_parquet"):
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = scratch / "in-memory.parquet"
         data.to_parquet(str(path))
         return open_for_training(path)
     if not isinstance(data, GroupDataset):
         raise ConfigError(
-            "a dataset is a folder, a Parquet file or a datasets.Dataset in the group shape, "
-            "or what open_dataset returns",
+            "a dataset is a folder, a Parquet file or a datasets.Dataset in the group shape, the "
+            "URL of a folder, or what open_dataset returns",
             received=type(data).__name__,
         )
     if not data.rewards or data.reference is None:

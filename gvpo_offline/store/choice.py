@@ -32,8 +32,8 @@ def choose_rewards(
         file: what an error names.
 
     Raises:
-        ConfigError: there is no such reward, there are several and none was named, or the weights
-            are not finite or all 0.
+        ConfigError: there is no such reward, there are several and none was named, one is named
+            twice, or the weights are not finite or all 0.
     """
     if not isinstance(choice, Mapping):
         return [WeightedReward(_family(manifest, choice, file))]
@@ -45,7 +45,16 @@ def choose_rewards(
             remedy="set reward to one name, or to {name: weight}",
             file=file,
         )
-    return [WeightedReward(_family(manifest, name, file), w) for name, w in choice.items()]
+    found = [WeightedReward(_family(manifest, name, file), w) for name, w in choice.items()]
+    labels = [f"{reward.family.name}@{reward.family.version}" for reward in found]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(
+            "rewards are combined with one weight each",
+            received=f"{dict(choice)}, which are {', '.join(labels)}",
+            remedy="name each reward once",
+            file=file,
+        )
+    return found
 
 
 def _family(manifest: Manifest, name: str | None, file: Any) -> RewardFamily:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Column, arrow_schema
+from gvpo_offline.schema import Column
 
 _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 
@@ -25,7 +25,7 @@ _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 class Place:
     """Where rows come from: a file, and the number of the first of them within it."""
 
-    file: Path
+    file: Path | str
     first_row: int
 
     def of(self, table: pa.Table, row: int) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class Place:
         return {"file": self.file, "row": self.first_row + row, "group": group}
 
 
-def check_present(present: Sequence[str], known: Sequence[Column], file: Path) -> None:
+def check_present(present: Sequence[str], known: Sequence[Column], file: Path | str) -> None:
     """Raise DataError if a file lacks a column that a file of its kind must have."""
     missing = [c.name for c in known if c.required and c.name not in present]
     if missing:
@@ -52,10 +52,10 @@ def conformed(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Tabl
     Raises:
         DataError: a column has a type that does not fit, or a list holds a null.
     """
-    schema = arrow_schema(known)
+    kinds = {column.name: column.type for column in known}
     columns = []
     for name in table.column_names:
-        kind = schema.field(name).type
+        kind = kinds[name]
         try:
             columns.append(table.column(name).cast(kind))
         except pa.ArrowException as error:
@@ -102,7 +102,7 @@ def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Pla
     Raises:
         DataError: a list has another length than its group, or holds a number that is not finite.
     """
-    lengths = pc.fill_null(pc.list_value_length(table.column(name)), 0)
+    lengths = _lengths(table.column(name))
     wrong = pc.not_equal(lengths, sizes)
     if pc.any(wrong).as_py():
         row = int(np.flatnonzero(wrong.to_numpy())[0])
@@ -177,8 +177,14 @@ def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, plac
 def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
     """Responses of each row, from the tokens or, where all rows store them, their lengths."""
     if "response_token_ids" in table.column_names:
-        return pc.fill_null(pc.list_value_length(table.column("response_token_ids")), 0)
+        return _lengths(table.column("response_token_ids"))
     stored = "response_lengths" in table.column_names
     if stored and not table.column("response_lengths").null_count:
         return pc.list_value_length(table.column("response_lengths"))
     return None
+
+
+def _lengths(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # Of a null: 0. Not filled where there is none, since that imports pandas.
+    lengths = pc.list_value_length(column)
+    return pc.fill_null(lengths, 0) if lengths.null_count else lengths

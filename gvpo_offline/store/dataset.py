@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
@@ -42,15 +42,15 @@ from gvpo_offline.store.columns import (
     conformed,
     sizes_of,
 )
-from gvpo_offline.store.commit import verify_file
+from gvpo_offline.store.location import RemoteSettings, local_folder
 from gvpo_offline.store.manifest import (
     FileEntry,
     Manifest,
     ReferenceFamily,
     Sidecar,
-    load_manifest,
 )
-from gvpo_offline.store.parquet import open_parquet, read_row_group
+from gvpo_offline.store.parquet import Shard, read_row_group
+from gvpo_offline.store.storage import LocalStorage, Storage, open_storage
 
 BASE_SHA256_KEY = b"gvpo_offline.base_sha256"
 _OPEN_FILES = 32
@@ -75,10 +75,11 @@ class GroupDataset:
     """A dataset as training sees it: groups joined with their reward and one reference.
 
     A *row group* is the unit of reading; they are numbered through all files in manifest order.
-    Opening reads the manifest only. The object is cheap to pickle: open files are left behind.
+    Opening reads the manifest only. The object is cheap to pickle: open files are left behind. Any
+    thread may read, and several at once.
 
     Args:
-        root: the dataset's folder.
+        root: the dataset's folder, or the storage that holds it.
         manifest: one version of it.
         rewards: the reward families to join: `Group.rewards` is their weighted sum. Components come
             along where there is a single family. Empty: none.
@@ -87,32 +88,44 @@ class GroupDataset:
 
     def __init__(
         self,
-        root: Path,
+        root: Path | Storage,
         manifest: Manifest,
         rewards: Sequence[WeightedReward] = (),
         reference: ReferenceFamily | None = None,
     ) -> None:
-        self.root = root
+        self.storage = LocalStorage(root) if isinstance(root, Path) else root
         self.manifest = manifest
         self.rewards = tuple(rewards)
         self.reference = reference
         self._joined = [
             _Joined(
                 REWARDS_COLUMNS if len(self.rewards) == 1 else _REWARDS_ALONE,
-                _aligned(root, manifest, reward.family.files, "reward"),
+                _aligned(self.storage, manifest, reward.family.files, "reward"),
                 reward.weight,
             )
             for reward in self.rewards
         ]
         if reference is not None:
-            aligned = _aligned(root, manifest, reference.files, "reference")
+            aligned = _aligned(self.storage, manifest, reference.files, "reference")
             self._joined.append(_Joined(REFERENCE_COLUMNS, aligned))
-        self._handles: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._handles: OrderedDict[str, Shard] = OrderedDict()
+
+    @property
+    def root(self) -> Path | str:
+        """Where it lies: what messages call it."""
+        return self.storage.root
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, for those who write there; ConfigError if that is a URL."""
+        return local_folder("dataset", self.root)
 
     @functools.cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
         """Groups in each row group: (n_row_groups,) int64."""
-        return np.array([n for file in self.manifest.groups for n in file.row_groups], np.int64)
+        files = self.manifest.groups
+        array = functools.cache(lambda sizes: np.array(sizes, np.int64))  # most are cut alike
+        return np.concatenate([np.zeros(0, np.int64), *(array(f.row_groups) for f in files)])
 
     @functools.cached_property
     def _first_row_group(self) -> npt.NDArray[np.int64]:
@@ -145,15 +158,28 @@ class GroupDataset:
             entries += [sidecar.file for sidecar in joined.sidecars]
         return list({entry.path: entry for entry in entries}.values())
 
-    def verify(self, *, content: bool = True, progress: Progress | None = None) -> None:
-        """Check size and (with `content`) SHA-256 of every file in use.
+    def verify(
+        self,
+        *,
+        content: bool = True,
+        whole: bool = False,
+        progress: Progress | None = None,
+        part: slice = slice(None),
+    ) -> None:
+        """Check every file in use, or a part of them.
+
+        Args:
+            content: the SHA-256 of local files, the footers of remote ones, and not the size alone.
+                Pages are verified whenever they are read, whatever was checked before.
+            whole: the SHA-256 of remote files as well, which reads them whole.
+            progress: wraps the list of files.
+            part: of `files()`.
 
         Raises:
-            IntegrityError: naming the first file that is missing, shortened or altered.
+            IntegrityError: naming a file that is missing, shortened or altered.
         """
-        files = self.files()
-        for entry in progress(files) if progress else files:
-            verify_file(self.root, entry, content=content)
+        files = self.files()[part]
+        self.storage.verify(progress(files) if progress else files, content=content, whole=whole)
 
     def locate(self, row_group: int) -> tuple[int, int]:
         """File number, and number of the row group within that file."""
@@ -191,7 +217,7 @@ class GroupDataset:
     ) -> pa.Table:
         """The table with the columns of one sidecar; a further reward is added to those before."""
         sidecar = joined.sidecars[file]
-        read = self._read_sidecar(sidecar, local, wanted, joined.columns)
+        read = self._read(sidecar.file, local, wanted, joined.columns, sidecar.base_sha256)
         place = self._place_in(sidecar.file, local)
         if not read.column("group_id").equals(table.column("group_id")):
             raise IntegrityError(
@@ -209,6 +235,9 @@ class GroupDataset:
             if name == "rewards" and (joined.weight != 1.0 or len(self.rewards) > 1):
                 before = table.column(name) if name in table.column_names else None
                 column = add_weighted(before, column, joined.weight)
+                if sizes is not None:  # finite rewards may have a sum that is not
+                    number = read.column_names.index(name)
+                    check_scalars(read.set_column(number, name, column), name, sizes, place)
                 if before is not None:
                     table = table.drop_columns([name])
             table = table.append_column(name, column)
@@ -233,57 +262,69 @@ class GroupDataset:
         return self._place_in(entry, local)
 
     def _place_in(self, entry: FileEntry, local: int) -> Place:
-        return Place(self.root / entry.path, sum(entry.row_groups[:local]))
+        return Place(self.storage.name(entry.path), sum(entry.row_groups[:local]))
 
     def _read(
-        self, entry: FileEntry, local: int, columns: Sequence[str], known: Sequence[Column]
+        self,
+        entry: FileEntry,
+        local: int,
+        columns: Sequence[str],
+        known: Sequence[Column],
+        base_sha256: str | None = None,
     ) -> pa.Table:
-        path = self.root / entry.path
-        handle = self._handle(entry)
-        present = handle.schema_arrow.names
-        check_present(present, known, path)
-        wanted = [c.name for c in known if c.name in {*columns, "group_id"} & set(present)]
-        table = read_row_group(handle, path, local, wanted).select(wanted)
-        return conformed(table, known, self._place_in(entry, local))
+        """Some columns of a row group of one file; `base_sha256`: what a sidecar is bound to."""
+        place = self._place_in(entry, local)
+        with self._opened(entry) as shard:
+            if base_sha256 is not None:
+                _check_bound(shard, base_sha256, place.file)
+            present = shard.schema_arrow.names
+            check_present(present, known, place.file)
+            wanted = [c.name for c in known if c.name in {*columns, "group_id"} & set(present)]
+            table = read_row_group(shard, place.file, local, wanted).select(wanted)
+        return conformed(table, known, place)
 
-    def _read_sidecar(
-        self, sidecar: Sidecar, local: int, columns: Sequence[str], known: Sequence[Column]
-    ) -> pa.Table:
-        metadata = self._handle(sidecar.file).schema_arrow.metadata or {}
-        bound_to = metadata.get(BASE_SHA256_KEY)
-        if bound_to is not None and bound_to.decode("ascii", "replace") != sidecar.base_sha256:
-            raise IntegrityError(
-                f"the sidecar is bound to the groups file {sidecar.base_sha256[:16]}…",
-                received=f"one of {bound_to.decode('ascii', 'replace')[:16]}…",
-                remedy="restore the file from a copy, or write the sidecar again for this dataset",
-                file=self.root / sidecar.file.path,
-            )
-        return self._read(sidecar.file, local, columns, known)
-
-    def _handle(self, entry: FileEntry) -> pq.ParquetFile:
-        handle = self._handles.pop(entry.path, None)
-        if handle is None:
-            path = self.root / entry.path
-            handle = open_parquet(path, entry.footer_sha256)
-            sizes = [handle.metadata.row_group(i).num_rows for i in range(handle.num_row_groups)]
+    @contextmanager
+    def _opened(self, entry: FileEntry) -> Iterator[Shard]:
+        """An open file, for this thread alone; it is kept for later where it read well."""
+        shard = self._handles.pop(entry.path, None)
+        if shard is None:
+            shard = self.storage.open(entry)
+            numbers = range(shard.num_row_groups)
+            sizes = tuple(shard.metadata.row_group(i).num_rows for i in numbers)
             if sizes != entry.row_groups:
                 raise IntegrityError(
                     "the file's row groups are those that the manifest names",
                     received=f"{len(sizes)} with {sum(sizes)} rows instead of "
                     f"{len(entry.row_groups)} with {entry.rows}",
                     remedy="restore the file from a copy",
-                    file=path,
+                    file=self.storage.name(entry.path),
                 )
-        self._handles[entry.path] = handle
+        yield shard
+        self._handles[entry.path] = shard
         while len(self._handles) > _OPEN_FILES:
-            self._handles.popitem(last=False)[1].close()
-        return handle
+            with suppress(KeyError):  # another thread was faster
+                self._handles.popitem(last=False)[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": OrderedDict()}
 
 
-def _aligned(root: Path, manifest: Manifest, files: Sequence[Sidecar], label: str) -> list[Sidecar]:
+def _check_bound(shard: Shard, base_sha256: str, file: Path | str) -> None:
+    """Raise IntegrityError if a sidecar's footer names another groups file."""
+    metadata = shard.schema_arrow.metadata or {}
+    bound_to = metadata.get(BASE_SHA256_KEY, base_sha256.encode()).decode("ascii", "replace")
+    if bound_to != base_sha256:
+        raise IntegrityError(
+            f"the sidecar is bound to the groups file {base_sha256[:16]}…",
+            received=f"one of {bound_to[:16]}…",
+            remedy="restore the file from a copy, or write the sidecar again for this dataset",
+            file=file,
+        )
+
+
+def _aligned(
+    storage: Storage, manifest: Manifest, files: Sequence[Sidecar], label: str
+) -> list[Sidecar]:
     """The sidecars in the order of the groups files, or IntegrityError if one is missing or
     foreign.
     """
@@ -296,7 +337,7 @@ def _aligned(root: Path, manifest: Manifest, files: Sequence[Sidecar], label: st
                 f"every groups file has a {label} sidecar with the same rows",
                 received="none" if sidecar is None else f"{sidecar.file.rows} rows",
                 remedy=f"compute the {label} for the whole dataset again",
-                file=root / base.path,
+                file=storage.name(base.path),
             )
         aligned.append(sidecar)
     return aligned
@@ -309,27 +350,33 @@ def open_dataset(
     reference: str | None = None,
     version: int | None = None,
     join: Sequence[str] = ("reward", "reference"),
+    remote: RemoteSettings | None = None,
 ) -> GroupDataset:
-    """Open a dataset's folder for reading.
+    """Open a dataset for reading.
 
     Args:
-        path: a folder with a manifest, as `gvpo-offline import` writes.
+        path: a folder with a manifest, as `gvpo-offline import` writes; or the URL of one, in any
+            file system of fsspec: s3://, gs://, hf://, https:// …
         reward: which reward to join (`name` or `name@version`), or several with weights
             (`{name: weight}`); may be left out if there is one.
         reference: which reference to join, by the first digits of its fingerprint; likewise.
         version: an older manifest version; by default the newest.
         join: what must be joined; leave one out to read a dataset that does not have it yet.
+        remote: how a URL is read: cache, patience, options of the file system.
 
     Raises:
         DataError: there is no dataset at `path`.
-        ConfigError: the reward or reference does not exist, or several do and none was named.
+        ConfigError: the reward or reference does not exist, or several do and none was named; or
+            nothing here reads the URL.
         IntegrityError: the manifest was altered, or a sidecar does not fit its groups file.
+        StorageError: the URL cannot be read.
     """
-    root = Path(path)
-    manifest = load_manifest(root, version)
+    storage = open_storage(path, remote)
+    manifest = storage.manifest(version)
+    file = storage.root
     return GroupDataset(
-        root,
+        storage,
         manifest,
-        choose_rewards(manifest, reward, file=root) if "reward" in join else (),
-        choose_reference(manifest, reference, file=root) if "reference" in join else None,
+        choose_rewards(manifest, reward, file=file) if "reward" in join else (),
+        choose_reference(manifest, reference, file=file) if "reference" in join else None,
     )

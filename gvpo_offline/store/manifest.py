@@ -6,22 +6,51 @@ writes the next one, create-only. The highest number is the dataset; every older
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, PlainSerializer
+from pydantic_core import core_schema
 
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.schema import SCHEMA_VERSION
-from gvpo_offline.store.sealed import read_json, sealed_text, unsealed
+from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
 _RESTORE = "restore the file from a copy"
+_LONGEST_RUN = 2**24  # more row groups than a Parquet footer has room for
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@functools.lru_cache(maxsize=256)  # most files of a dataset are cut alike
+def _written_out(sizes: tuple[int | tuple[int, int], ...]) -> tuple[int, ...]:
+    pairs = ((size, 1) if isinstance(size, int) else size for size in sizes)
+    return tuple(itertools.chain.from_iterable([size] * times for size, times in pairs))
+
+
+def _in_runs(sizes: tuple[int, ...]) -> list[int | tuple[int, int]]:
+    """Equal sizes in a row as `[size, times]`: 4 million row groups then take no line each."""
+    runs = ((size, len(list(same))) for size, same in itertools.groupby(sizes))
+    return [size if times == 1 else (size, times) for size, times in runs]
+
+
+_Run = tuple[int, Annotated[int, Field(gt=0, le=_LONGEST_RUN)]]
+RowGroupSizes = Annotated[
+    tuple[int, ...],
+    GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_after_validator_function(
+            _written_out, handler(tuple[int | _Run, ...])
+        )
+    ),
+    PlainSerializer(_in_runs, when_used="json"),
+]
 
 
 class FileEntry(_Record):
@@ -30,7 +59,10 @@ class FileEntry(_Record):
     path: str = Field(description="Path relative to the dataset's folder.")
     sha256: str = Field(description="SHA-256 of the file's bytes, hexadecimal.")
     bytes: int = Field(description="Length of the file, in bytes.")
-    row_groups: list[int] = Field(description="Rows of each Parquet row group, in order.")
+    row_groups: RowGroupSizes = Field(
+        description="Rows of each Parquet row group, in order; `[n, times]` stands for `times` row "
+        "groups of n rows each."
+    )
     footer_sha256: str | None = Field(
         default=None,
         description="SHA-256 of the Parquet footer: the file's last 8 + n bytes, n being the "
@@ -126,6 +158,12 @@ class Manifest(_Record):
         """Groups of the dataset."""
         return sum(file.rows for file in self.groups)
 
+    def files(self) -> list[FileEntry]:
+        """Every file that the version names, once each: groups, rewards, references."""
+        families = [f.files for f in self.rewards] + [f.files for f in self.references]
+        sidecars = [sidecar.file for files in families for sidecar in files]
+        return list({entry.path: entry for entry in [*self.groups, *sidecars]}.values())
+
 
 class SealedManifest(_Record):
     """What a manifest file holds: the manifest and the hash of its content."""
@@ -138,14 +176,26 @@ class SealedManifest(_Record):
 
 def manifest_path(root: Path, version: int) -> Path:
     """The file of one manifest version."""
-    return root / f"manifest-{version:06d}.json"
+    return root / manifest_name(version)
+
+
+def manifest_name(version: int) -> str:
+    """The name of that file."""
+    return f"manifest-{version:06d}.json"
+
+
+def version_of(name: str) -> int | None:
+    """The version whose manifest a file of that name is; None: it is no manifest."""
+    found = _NAME.match(name)
+    return None if found is None else int(found.group(1))
 
 
 def manifest_versions(root: Path) -> list[int]:
     """The versions that exist under `root`, ascending."""
     if not root.is_dir():
         return []
-    return sorted(int(m.group(1)) for entry in root.iterdir() if (m := _NAME.match(entry.name)))
+    versions = (version_of(entry.name) for entry in root.iterdir())
+    return sorted(version for version in versions if version is not None)
 
 
 def dump_manifest(manifest: Manifest) -> str:
@@ -160,7 +210,14 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
         DataError: there is no manifest under `root`.
         IntegrityError: the file cannot be parsed, was altered, or is of a newer schema.
     """
-    versions = manifest_versions(root)
+    path = manifest_path(root, choose_version(manifest_versions(root), version, root))
+    return parse_manifest(path.read_bytes(), path)
+
+
+def choose_version(versions: Sequence[int], version: int | None, root: Path | str) -> int:
+    """The version that is asked for, by default the newest of `versions`; DataError if there is no
+    such one.
+    """
     if not versions or (version is not None and version not in versions):
         raise DataError(
             "a dataset is a folder that holds a manifest"
@@ -169,14 +226,18 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
             remedy="make one with `gvpo-offline import`, or correct the path",
             file=root,
         )
-    path = manifest_path(root, versions[-1] if version is None else version)
+    return max(versions) if version is None else version
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """The manifest that a file holds; IntegrityError as `load_manifest`."""
     rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
-    sealed = read_json(path, rule, _RESTORE)
+    sealed = parse_json(data, path, rule, _RESTORE)
     _refuse_newer(sealed, path)
     return unsealed(Manifest, "manifest", sealed, path, rule, _RESTORE)
 
 
-def _refuse_newer(sealed: Any, path: Path) -> None:
+def _refuse_newer(sealed: Any, path: Path | str) -> None:
     """Raise IntegrityError if a manifest says that it follows a schema that is yet to come."""
     manifest = sealed.get("manifest") if isinstance(sealed, dict) else None
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None

@@ -11,12 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gvpo_offline.errors import IntegrityError
+from gvpo_offline.errors import GVPOError, IntegrityError
+from gvpo_offline.schema import as_numpy
 from gvpo_offline.store.commit import write_hashed
 from gvpo_offline.store.manifest import FileEntry
 
@@ -25,6 +28,25 @@ _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
 _ZSTD_LEVEL = 3
 _TAIL_BYTES = 8  # length of the footer, and "PAR1"
 _RESTORE = "restore the file from a copy"
+
+
+class Shard(Protocol):
+    """An open Parquet file: as much of `pyarrow.parquet.ParquetFile` as is used here."""
+
+    @property
+    def metadata(self) -> pq.FileMetaData: ...
+
+    @property
+    def schema_arrow(self) -> pa.Schema: ...
+
+    @property
+    def num_row_groups(self) -> int: ...
+
+    def read_row_group(
+        self, index: int, columns: Sequence[str], use_threads: bool = False
+    ) -> pa.Table: ...
+
+    def close(self) -> None: ...
 
 
 def write_parquet(
@@ -61,7 +83,7 @@ def write_parquet(
         path=str(path.relative_to(root)),
         sha256=digest,
         bytes=path.stat().st_size,
-        row_groups=sizes,
+        row_groups=tuple(sizes),
         footer_sha256=footer_sha256(path),
     )
 
@@ -110,10 +132,8 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
         ) from error
 
 
-def read_row_group(
-    file: pq.ParquetFile, path: Path, index: int, columns: Sequence[str]
-) -> pa.Table:
-    """Read some columns of one row group; a failed read is tried once more.
+def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[str]) -> pa.Table:
+    """Read some columns of one row group of an open file; a failed read is tried once more.
 
     Raises:
         IntegrityError: a page fails its checksum, does not decode, or holds fewer values than the
@@ -125,6 +145,8 @@ def read_row_group(
             table = file.read_row_group(index, columns=list(columns), use_threads=False)
             _check_counts(table, file.metadata.row_group(index))
             return table
+        except GVPOError:
+            raise
         except (OSError, pa.ArrowException) as error:
             failure = error
     raise IntegrityError(
@@ -154,9 +176,8 @@ def _n_values(array: pa.Array) -> int:
     """Values as Parquet counts them: those of the innermost lists, an empty or null list as one."""
     if not _is_list(array.type):
         return len(array)
-    lengths = pc.fill_null(pc.list_value_length(array), 0)
-    empty = pc.sum(pc.equal(lengths, 0)).as_py() or 0
-    return int(empty) + _n_values(array.flatten())
+    lengths = pc.list_value_length(array).drop_null()
+    return len(array) - int(np.count_nonzero(as_numpy(lengths))) + _n_values(array.flatten())
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -6,14 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gvpo_offline.schema import LIGHT_COLUMNS, split_list
+from gvpo_offline.errors import DataError
+from gvpo_offline.schema import LIGHT_COLUMNS, column_array
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.passes import Pass
 
 # Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
 _BINS_PER_DECADE = 100
@@ -66,6 +70,25 @@ class Survey:
         bins = np.searchsorted(np.cumsum(self.gap_bins), middle)
         return float(np.mean(10.0 ** (_LOWEST_DECADE + (bins + 0.5) / _BINS_PER_DECADE)))
 
+    def __add__(self, other: Survey) -> Survey:
+        """Counts over the groups of both."""
+        # Of several longest rows the first, as in one pass.
+        first = min(self, other, key=lambda own: (-own.max_row_tokens, own.longest_row))
+        return Survey(
+            n_groups=self.n_groups + other.n_groups,
+            n_responses=self.n_responses + other.n_responses,
+            n_tokens=self.n_tokens + other.n_tokens,
+            equal_reward_groups=self.equal_reward_groups + other.equal_reward_groups,
+            truncated_responses=self.truncated_responses + other.truncated_responses,
+            samplers=_summed(self.samplers, other.samplers),
+            sampler_rewards=_summed(self.sampler_rewards, other.sampler_rewards),
+            max_group_size=max(self.max_group_size, other.max_group_size),
+            max_group_tokens=max(self.max_group_tokens, other.max_group_tokens),
+            max_row_tokens=first.max_row_tokens,
+            longest_row=first.longest_row,
+            gap_bins=self.gap_bins + other.gap_bins,
+        )
+
     def add(
         self, table: pa.Table, row_group: int = 0, rows: npt.NDArray[np.int64] | None = None
     ) -> None:
@@ -76,14 +99,14 @@ class Survey:
             row_group: its number.
             rows: which of its rows they are; None: all.
         """
-        lengths = _lists(table, "response_lengths")
-        sizes = np.array([len(row) for row in lengths])
+        lengths, starts = _flat(table, "response_lengths")
+        sizes = np.diff(starts, append=len(lengths))
         prompts = table.column("prompt_length").to_numpy()
         self.n_groups += table.num_rows
         self.n_responses += int(sizes.sum())
         self.max_group_size = max(self.max_group_size, int(sizes.max(initial=0)))
-        tokens = prompts + np.array([int(row.sum()) for row in lengths], dtype=np.int64)
-        longest = prompts + np.array([int(row.max()) for row in lengths], dtype=np.int64)
+        tokens = prompts + np.add.reduceat(lengths, starts, dtype=np.int64)
+        longest = prompts + np.maximum.reduceat(lengths, starts).astype(np.int64)
         self.n_tokens += int(tokens.sum())
         self.max_group_tokens = max(self.max_group_tokens, int(tokens.max(initial=0)))
         if longest.max(initial=0) > self.max_row_tokens:
@@ -91,28 +114,49 @@ class Survey:
             at = int(longest.argmax())
             row = at if rows is None else int(rows[at])
             self.longest_row = (row_group, row, table.column("group_id")[at].as_py())
-        names = pc.list_flatten(table.column("samplers")).to_pylist()
-        self.samplers.update(names)
+        samplers = column_array(table, "samplers").flatten().dictionary_encode()
+        names, codes = samplers.dictionary.to_pylist(), samplers.indices.to_numpy()
+        self.samplers.update(dict(zip(names, np.bincount(codes).tolist(), strict=True)))
         self.truncated_responses += int(
             pc.sum(pc.list_flatten(table.column("truncated"))).as_py() or 0
         )
         if "rewards" in table.column_names:
-            self._add_rewards(_lists(table, "rewards"), names)
+            rewards, starts = _flat(table, "rewards")
+            self._add_gaps(
+                np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
+            )
+            sums = np.bincount(codes, weights=rewards)
+            for name, reward in zip(names, sums, strict=True):
+                self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
 
-    def _add_rewards(self, rewards: list[npt.NDArray[np.float64]], names: list[str]) -> None:
+    def _add_gaps(self, best: npt.NDArray[np.float64], worst: npt.NDArray[np.float64]) -> None:
         with np.errstate(over="ignore"):  # an infinite gap counts in the last bin
-            gaps = np.array([row.max() - row.min() for row in rewards])
+            gaps = best - worst
         unequal = gaps[gaps > 0]
         self.equal_reward_groups += len(gaps) - len(unequal)
         bins = np.floor((np.log10(unequal) - _LOWEST_DECADE) * _BINS_PER_DECADE)
         np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1).astype(int), 1)
-        for name, reward in zip(names, np.concatenate(rewards), strict=True):
-            self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
 
 
-def _lists(table: pa.Table, name: str) -> list[npt.NDArray[np.float64]]:
-    column = table.column(name).combine_chunks()
-    return split_list(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)
+def _summed(one: Counter[str], other: Counter[str]) -> Counter[str]:
+    # Not by +, which drops what is not positive.
+    both = one.copy()
+    both.update(other)
+    return both
+
+
+def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of a list column, and where each row's begin; rows hold at least one."""
+    column = column_array(table, name)
+    sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    if not sizes.all():
+        raise DataError(
+            f"a group has responses, and each has its place in {name}",
+            received="none",
+            remedy="leave the group out of the log",
+            group=table.column("group_id")[int(sizes.argmin())].as_py(),
+        )
+    return column.flatten().to_numpy(zero_copy_only=False), np.cumsum(sizes) - sizes
 
 
 def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
@@ -121,31 +165,14 @@ def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
     A foreign file may lack the stored lengths, in some rows or in all; they are then counted from
     its tokens, which is right and slow.
     """
-    table = dataset.table(row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
-    missing = [
-        name
-        for name in LIGHT_COLUMNS
-        if name not in table.column_names or table.column(name).null_count
-    ]
-    if not missing:
-        return table
-    table = table.drop_columns([name for name in missing if name in table.column_names])
-    groups = dataset.groups(row_group)
-    derived = {
-        "prompt_length": [len(g.prompt_token_ids) for g in groups],
-        "response_lengths": [g.response_lengths for g in groups],
-        "samplers": [g.samplers for g in groups],
-        "truncated": [g.truncated for g in groups],
-    }
-    for name in missing:
-        table = table.append_column(name, pa.array(derived[name]))
-    return table
+    return light_columns(dataset, row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
 
 
 def survey(
     dataset: GroupDataset,
     light: Callable[[int], LightRows] | None = None,
     progress: Progress | None = None,
+    part: slice = slice(None),
 ) -> Survey:
     """Count a dataset, or what `light(row_group)` gives of it.
 
@@ -153,13 +180,14 @@ def survey(
         dataset: which.
         light: the light columns of some rows of a row group, and their numbers (None: all of them).
         progress: shows how far it is.
+        part: of the row groups.
 
     Raises:
         IntegrityError, DataError: as `GroupDataset.table`; every reward and reference log-prob is
             looked at, so that what is wrong with one is said before the first step.
     """
     result = Survey()
-    numbers: Iterable[int] = range(dataset.n_row_groups)
+    numbers: Iterable[int] = Pass(dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"], part)
     for row_group in progress(numbers) if progress else numbers:
         table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
         if table.num_rows:

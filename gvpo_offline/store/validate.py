@@ -22,7 +22,9 @@ from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.check import check_groups
 from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.manifest import BaseFile, Manifest, load_manifest
+from gvpo_offline.store.location import RemoteSettings, is_url, local_path
+from gvpo_offline.store.manifest import BaseFile, Manifest
+from gvpo_offline.store.storage import open_storage
 from gvpo_offline.store.survey import Survey, survey
 
 # Sum of float32 log-probs against the stored float64 sum, nats a token.
@@ -46,25 +48,29 @@ class Validation:
     n_files: int
 
 
-def validate(path: Path, progress: Progress) -> Validation:
-    """Check a dataset's folder, or a foreign Parquet file in the group shape.
+def validate(
+    path: str | Path, progress: Progress, remote: RemoteSettings | None = None
+) -> Validation:
+    """Check a dataset, or a foreign Parquet file in the group shape.
 
     Args:
-        path: what to check.
+        path: what to check: a folder, a URL, a file.
         progress: wraps the row-group numbers of a pass, which it is told the name of.
+        remote: how a URL is read; every byte of it is.
 
     Raises:
         DataError: a group breaks a rule.
         IntegrityError: a file is missing or altered, or a sidecar does not fit.
     """
-    if path.is_file():
-        foreign = adopt_parquet([path])
+    if not is_url(path) and local_path(path).is_file():
+        foreign = adopt_parquet([local_path(path)])
         if foreign.reference is not None:
             _check_sidecar(foreign, _REFERENCE, progress, "reference")
         return Validation(None, survey(foreign), 1)
-    manifest = load_manifest(path)
-    plain = GroupDataset(path, manifest)
-    plain.verify()
+    storage = open_storage(path, remote)
+    manifest = storage.manifest()
+    plain = GroupDataset(storage, manifest)
+    plain.verify(whole=True)
     check_groups(
         plain,
         [column.name for column in GROUPS_COLUMNS],
@@ -73,22 +79,22 @@ def validate(path: Path, progress: Progress) -> Validation:
     )
     files = {entry.path for entry in plain.files()}
     counted = survey(plain)
-    _check_totals(path, manifest.groups, counted)
+    _check_totals(storage.root, manifest.groups, counted)
     for number, rewards in enumerate(manifest.rewards):
-        dataset = GroupDataset(path, manifest, rewards=[WeightedReward(rewards)])
+        dataset = GroupDataset(storage, manifest, rewards=[WeightedReward(rewards)])
         _check_sidecar(
             dataset, ["rewards", "components"], progress, f"reward {rewards.name}@{rewards.version}"
         )
         files |= {entry.path for entry in dataset.files()}
         counted = survey(dataset) if number == 0 else counted
     for reference in manifest.references:
-        dataset = GroupDataset(path, manifest, reference=reference)
+        dataset = GroupDataset(storage, manifest, reference=reference)
         _check_sidecar(dataset, _REFERENCE, progress, f"reference {reference.fingerprint[:12]}")
         files |= {entry.path for entry in dataset.files()}
     return Validation(manifest, counted, len(files))
 
 
-def _check_totals(root: Path, groups: Sequence[BaseFile], counted: Survey) -> None:
+def _check_totals(root: Path | str, groups: Sequence[BaseFile], counted: Survey) -> None:
     said = (sum(file.n_responses for file in groups), sum(file.n_tokens for file in groups))
     found = (counted.n_responses, counted.n_tokens)
     if said != found:
@@ -103,7 +109,7 @@ def _check_totals(root: Path, groups: Sequence[BaseFile], counted: Survey) -> No
 def _check_sidecar(
     dataset: GroupDataset, joined: Sequence[str], progress: Progress, label: str
 ) -> None:
-    dataset.verify()
+    dataset.verify(whole=True)
     columns = ["prompt_token_ids", "response_token_ids", "loss_mask", *joined]
     for row_group in progress(range(dataset.n_row_groups), label):
         # Reading holds the sidecar against the groups: ids, lengths, finite numbers.

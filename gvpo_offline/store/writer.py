@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -175,6 +177,37 @@ def claim_folder(root: Path) -> None:
             remedy="choose another output_dir, or empty this one",
             file=root,
         )
+
+
+def lock_folder(root: Path, *, wait: bool = False) -> int | None:
+    """Lock a dataset's folder against everybody else who writes groups into it.
+
+    Args:
+        root: the folder.
+        wait: whether to wait for the lock, instead of refusing.
+
+    Returns:
+        A handle; closing it, or the end of the process, frees the lock. None on a file system
+        without locks: commits still keep two runs apart.
+
+    Raises:
+        DataError: another process holds the lock.
+    """
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise DataError(
+            "one import at a time, or merge or compaction or pull, writes into a folder",
+            received="another process that is at work there",
+            remedy="wait until it is done, or choose another folder",
+            file=root,
+        ) from error
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> Manifest:

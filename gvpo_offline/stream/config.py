@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from gvpo_offline.config import required
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.store.location import RemoteSettings
 
 
 @dataclass
@@ -25,6 +26,12 @@ class ResponseSettings:
     def __post_init__(self) -> None:
         if self.max_responses is not None and self.max_responses < 2:
             raise ConfigError("max_responses is at least 2", received=self.max_responses)
+        if self.prefer != "first" and self.max_responses is None:
+            raise ConfigError(
+                "prefer says which of more than max_responses are taken",
+                received=f"prefer: {self.prefer} without max_responses",
+                remedy="set max_responses, or leave prefer out",
+            )
 
 
 @dataclass
@@ -32,23 +39,28 @@ class DatasetSettings:
     """One dataset of a run."""
 
     path: str = ""
-    """The dataset's folder, or a Parquet file in the group shape."""
+    """The dataset's folder or URL, or a Parquet file in the group shape."""
     name: str | None = None
     """What metrics and messages call it. Default: the last part of its path."""
     weight: float | None = None
     """Its share of the draws is weight / sum of weights. Default, for all datasets or none: the
     number of its groups, so that an epoch takes each group once."""
     where: str | None = None
-    """Only groups for which this holds: SQL or a polars expression on the light columns."""
+    """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
+    reward_gap, metadata.<key> … (docs/selecting.md)."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     """Which responses of each group take part."""
     reward: dict[str, float] | str | None = None
     """Which reward, as `name` or `name@version`; or several with weights, {name: weight}: their
     weighted sum. May be left out if the dataset holds one."""
     reference: str | None = None
-    """Which reference, by the first digits of its fingerprint; may be left out if there is one."""
+    """Which reference, by the first digits of its fingerprint; may be left out if there is one.
+    base (in `train`): the model as it is loaded, without an adapter; scored before the first step
+    where the dataset lacks it."""
     version: int | None = None
     """An older version of the dataset: the number of its manifest. Default: the newest."""
+    remote: RemoteSettings | None = None
+    """How it is read if it lies at a URL. Default: as the run's `remote` says."""
 
     def __post_init__(self) -> None:
         required("path", self.path)
@@ -66,18 +78,23 @@ class DatasetChoice:
     """A single dataset, as flags give it."""
 
     dataset: str = ""
-    """The dataset's folder, or a Parquet file in the group shape."""
+    """The dataset's folder or URL, or a Parquet file in the group shape."""
     dataset_version: int | None = None
     """An older version of the dataset: the number of its manifest. Default: the newest."""
     where: str | None = None
-    """Only groups for which this holds: SQL or a polars expression on the light columns."""
+    """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
+    reward_gap, metadata.<key> … (docs/selecting.md)."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     """Which responses of each group take part."""
     reward: dict[str, float] | str | None = None
     """Which reward, as `name` or `name@version`; or several with weights, {name: weight}: their
     weighted sum. May be left out if the dataset holds one."""
     reference: str | None = None
-    """Which reference, by the first digits of its fingerprint; may be left out if there is one."""
+    """Which reference, by the first digits of its fingerprint; may be left out if there is one.
+    base (in `train`): the model as it is loaded, without an adapter; scored before the first step
+    where the dataset lacks it."""
+    remote: RemoteSettings = field(default_factory=RemoteSettings)
+    """How datasets at a URL (s3://, gs://, hf://, https:// …) are read."""
 
     def chosen(self) -> DatasetSettings:
         """The same as an item of `datasets`."""
@@ -88,7 +105,13 @@ class DatasetChoice:
             reward=self.reward,
             reference=self.reference,
             version=self.dataset_version,
+            remote=self.remote,
         )
+
+    def public(self) -> dict[str, Any]:
+        """The settings as they may be written down: without the values of storage options."""
+        plain: dict[str, Any] = _without_options(asdict(self))
+        return plain
 
 
 @dataclass
@@ -128,11 +151,28 @@ class DataSettings(DatasetChoice):
 
     def training(self) -> list[DatasetSettings]:
         """The datasets to train on."""
-        return self.datasets or [self.chosen()]
+        return self._filled(self.datasets) or [self.chosen()]
 
     def evaluation(self) -> list[DatasetSettings]:
         """The datasets to evaluate on; none: what training holds out."""
         if self.eval_dataset is None:
-            return self.eval_datasets
+            return self._filled(self.eval_datasets)
         scores = {"reward": self.reward, "reference": self.reference}
-        return [DatasetSettings(path=self.eval_dataset, **scores)]  # type: ignore[arg-type]
+        return [
+            DatasetSettings(path=self.eval_dataset, remote=self.remote, **scores)  # type: ignore[arg-type]
+        ]
+
+    def _filled(self, datasets: list[DatasetSettings]) -> list[DatasetSettings]:
+        return [replace(item, remote=item.remote or self.remote) for item in datasets]
+
+
+def _without_options(settings: Any) -> Any:
+    """Plain settings with every value of a storage option hidden: it may be a password."""
+    if isinstance(settings, list):
+        return [_without_options(item) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: dict.fromkeys(value, "…") if name == "storage_options" else _without_options(value)
+        for name, value in settings.items()
+    }

@@ -9,7 +9,7 @@ reached without what came before it. Hashes, not generators, decide: see `hashin
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import permutation, sha256_json
+from gvpo_offline.stream.config import ResponseSettings
 
 IndexArray = npt.NDArray[np.int64]
 _ROW_GROUPS_KEY = 1
@@ -29,11 +30,28 @@ class Selection:
 
     Args:
         sizes: (n_row_groups,) groups in each row group.
-        mask_of: gives, for a row group's number, its (size,) bool mask.
+        mask_of: gives, for a row group's number, its (size,) bool mask; asked once each, in order.
+        numbers: all of these numbers in order, where iterating over them is of use.
+
+    Attributes:
+        counts: (n_row_groups,) selected groups in each row group.
+        responses: which responses of the selected groups take part; None: all.
+        responses_sha256: hash of what that came to.
+        notes: what came of each condition, in lines for people.
     """
 
-    def __init__(self, sizes: IndexArray, mask_of: Callable[[int], npt.NDArray[np.bool_]]) -> None:
-        pieces = [np.packbits(mask_of(index)) for index in range(len(sizes))]
+    responses: ResponseSettings | None = None
+    responses_sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        sizes: IndexArray,
+        mask_of: Callable[[int], npt.NDArray[np.bool_]],
+        numbers: Iterable[int] | None = None,
+    ) -> None:
+        asked = range(len(sizes)) if numbers is None else numbers
+        pieces = [np.packbits(mask_of(index)) for index in asked]
         self._sizes = sizes
         self._starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces], dtype=np.int64)])
         self._bits = np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)
@@ -47,8 +65,9 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the selection."""
-        return sha256_json([self._sizes.tolist(), self._bits.tobytes().hex()])
+        """SHA-256 of the selection, down to responses."""
+        groups = [self._sizes.tolist(), self._bits.tobytes().hex()]
+        return sha256_json(groups if self.responses is None else [*groups, self.responses_sha256])
 
     def rows(self, row_group: int) -> IndexArray:
         """The selected rows of a row group, ascending: (n,) int64."""
@@ -98,7 +117,7 @@ class GroupOrder:
             raise DataError(
                 "there is at least one group to take",
                 received="0 groups",
-                remedy="loosen the selection: eval_fraction, drop_equal_rewards",
+                remedy="loosen the selection: where, responses, eval_fraction, drop_equal_rewards",
             )
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
         self._rows = functools.lru_cache(maxsize=4)(self._permute_window)
@@ -129,8 +148,10 @@ class GroupOrder:
             if self.shuffle
             else np.arange(n, dtype=np.int64)
         )
-        row_groups = row_groups[self._counts[row_groups] > 0]
-        ends = np.cumsum(self._counts[row_groups])
+        counts = self._counts[row_groups]
+        if not counts.all():
+            row_groups, counts = row_groups[counts > 0], counts[counts > 0]
+        ends = np.cumsum(counts)
         starts = np.concatenate([[0], ends[self.window - 1 : -1 : self.window]]).astype(np.int64)
         return _Epoch(row_groups, starts)
 

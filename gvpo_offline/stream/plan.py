@@ -6,6 +6,8 @@ micro-batches it has.
 
 from __future__ import annotations
 
+import heapq
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,8 +50,11 @@ class GroupShape:
     @property
     def attended(self) -> int:
         """Pairs of a token and one that it sees, each distinct token once."""
-        within = sum((n - 1) * (self.prompt + n / 2) for n in self.responses)
-        return self.prompt * (self.prompt + 1) // 2 + int(within)
+        total = sum(self.responses)
+        squares: int = sum(map(operator.mul, self.responses, self.responses))
+        # n - 1 computed tokens of a response see the prompt, and n (n - 1) / 2 see one another.
+        own: int = self.prompt * (total - self.rows) + (squares - total) // 2
+        return self.prompt * (self.prompt + 1) // 2 + own
 
 
 def shape_of(group: Group) -> GroupShape:
@@ -105,11 +110,11 @@ def share_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
     Returns:
         For each rank the indices of its items, ascending. Ties go to the lower index and rank.
     """
-    loads = [0.0] * world_size
+    loads = [(0.0, rank) for rank in range(world_size)]  # a heap
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(world_size), key=lambda r: (loads[r], r))
-        loads[rank] += costs[index]
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + costs[index], rank))
         shares[rank].append(index)
     return [sorted(share) for share in shares]
 
@@ -125,20 +130,25 @@ def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
     """
     by_width = model.layout == "padded"
     size = [shape.width if by_width else shape.tokens(model.layout) for shape in shapes]
+    rows = [shape.rows for shape in shapes]
+    needs = rows if by_width else size
     bins: list[list[int]] = []
     filled: list[int] = []  # rows of the widest member's width, or tokens
     limits: list[int] = []
-    for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -shapes[i].rows, i)):
-        need = shapes[index].rows if by_width else size[index]
-        for number, limit in enumerate(limits):
-            if filled[number] + need <= limit:
-                bins[number].append(index)
-                filled[number] += need
-                break
-        else:
-            bins.append([index])
-            filled.append(need)
+    smallest = min(needs, default=0)
+    not_full: list[int] = []  # bins that a smallest group would still fit into
+    for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -rows[i], i)):
+        need = needs[index]
+        number = next((n for n in not_full if filled[n] + need <= limits[n]), len(bins))
+        if number == len(bins):
+            bins.append([])
+            filled.append(0)
             limits.append(model.max_tokens // size[index] if by_width else model.max_tokens)
+            not_full.append(number)
+        bins[number].append(index)
+        filled[number] += need
+        if filled[number] + smallest > limits[number]:
+            not_full.remove(number)
     return sorted(bins, key=lambda members: n_pieces(shapes, members, model) == 1)
 
 

@@ -1,61 +1,100 @@
-"""Which groups train and which are held out."""
+"""Which groups train and which are held out, and with which of their responses."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gvpo_offline.hashing import splitmix64, text_keys
-from gvpo_offline.schema import split_list
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.passes import Pass
+from gvpo_offline.stream.conditions import (
+    Condition,
+    HeldOut,
+    Responses,
+    Rows,
+    UnequalRewards,
+    Where,
+)
+from gvpo_offline.stream.config import ResponseSettings
 from gvpo_offline.stream.order import Selection
+from gvpo_offline.stream.responses import takes_all
 
-# Shards are ordered by the plain hash of the id; without this the held-out groups would be the
-# first ones of the dataset.
-_HELD_OUT_KEY = np.uint64(0x48454C444F555421)
+if TYPE_CHECKING:
+    import polars as pl
 
-
-def held_out_mask(group_ids: list[str], fraction: float) -> npt.NDArray[np.bool_]:
-    """Which groups belong to the held-out `fraction`: (n,) bool, by a hash of the id alone.
-
-    The same group is held out in every run, whatever its seed, and in every later version of the
-    dataset.
-    """
-    hashes = splitmix64(text_keys(group_ids) ^ _HELD_OUT_KEY)
-    return np.asarray(hashes.astype(np.float64) < fraction * 2.0**64)
+_ALL = ResponseSettings()
 
 
 def select(
     dataset: GroupDataset,
     *,
+    where: str | pl.Expr | None = None,
+    responses: ResponseSettings = _ALL,
     eval_fraction: float = 0.0,
     held_out: bool = False,
     drop_equal_rewards: bool = False,
 ) -> Selection | None:
     """The groups of a dataset to train on, or (`held_out`) those kept for evaluation.
 
+    A function of its arguments and the dataset's content alone. The result is small and can be
+    pickled, so one process can resolve it for all.
+
+    Args:
+        dataset: with rewards where a condition needs them.
+        where: only groups for which this holds; see docs/selecting.md. It is asked of groups as
+            they are stored, before any of their responses are left out.
+        responses: which of their responses take part; a group that is left with fewer than two
+            falls out.
+        eval_fraction, held_out: of those, the groups that are held out, or all others.
+        drop_equal_rewards: leave out groups whose remaining responses all have one reward.
+
     Returns:
-        None where that is all of them.
+        None where that is all groups, whole.
+
+    Raises:
+        ConfigError: the predicate breaks a rule of `truths`, or it or `responses` leave nothing.
+        DataError, IntegrityError: as `GroupDataset.table`.
     """
-    if eval_fraction == 0.0 and not drop_equal_rewards:
+    chosen = None if takes_all(responses) else Responses(dataset, responses)
+    conditions: list[Condition] = []
+    if where is not None:
+        conditions.append(Where(dataset, where))
+    if eval_fraction:
+        conditions.append(HeldOut(eval_fraction, held_out=held_out))
+    if chosen is not None:
+        conditions.append(chosen)
+    if drop_equal_rewards:
+        conditions.append(UnequalRewards(dataset))
+    if not conditions:
         return None
-    sizes = dataset.row_group_sizes
+    selection = _fulfilling(dataset, conditions)
+    if chosen is not None:
+        selection.responses, selection.responses_sha256 = chosen.settings, chosen.sha256
+    return selection
+
+
+def _fulfilling(dataset: GroupDataset, conditions: list[Condition]) -> Selection:
+    """The groups that fulfil all conditions, in one pass over what they look at."""
+    columns = sorted({name for condition in conditions for name in condition.columns})
 
     def mask_of(row_group: int) -> npt.NDArray[np.bool_]:
-        columns = ["group_id", "rewards"] if drop_equal_rewards else ["group_id"]
-        table = dataset.table(row_group, columns)
-        mask = np.ones(table.num_rows, dtype=bool)
-        if eval_fraction:
-            mask = held_out_mask(table.column("group_id").to_pylist(), eval_fraction) == held_out
-        if drop_equal_rewards:
-            mask &= _unequal(table)
+        size = int(dataset.row_group_sizes[row_group])
+        if columns:
+            rows = Rows.whole(row_group, light_columns(dataset, row_group, columns))
+        else:  # a predicate reads for itself
+            rows = Rows.whole(row_group, pa.table({"row": np.arange(size)}))
+        for condition in conditions:
+            rows = condition.keep(rows)
+        mask = np.zeros(size, dtype=bool)
+        mask[rows.numbers] = True
         return mask
 
-    return Selection(sizes, mask_of)
-
-
-def _unequal(table: pa.Table) -> npt.NDArray[np.bool_]:
-    column = table.column("rewards").combine_chunks()
-    lists = split_list(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)
-    return np.array([row.max() > row.min() for row in lists], dtype=bool)
+    numbers = Pass(dataset, [*columns, "response_lengths"]) if columns else None
+    selection = Selection(dataset.row_group_sizes, mask_of, numbers)
+    notes = [condition.note() for condition in conditions]
+    selection.notes = tuple(note for note in notes if note is not None)
+    return selection

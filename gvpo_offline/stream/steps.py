@@ -10,6 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ from gvpo_offline.schema import Group
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 from gvpo_offline.stream.view import View
+
+# Row groups that are read at a time: from a disk, and over a network, where most of it is waiting.
+_READERS = 2
+_FETCHERS = 8
 
 
 class MicroBatch(NamedTuple):
@@ -127,19 +132,36 @@ class StepDataset(Dataset[StepShare]):
         """All groups of a step, whatever the rank."""
         start = step * self.groups_per_step
         stop = min(start + self.groups_per_step, self.n_draws)
-        places = zip(*(numbers.tolist() for numbers in self.order.take(start, stop)), strict=True)
-        return [self._read(view, row_group)[row] for view, row_group, row in places]
+        views, row_groups, rows = (numbers.tolist() for numbers in self.order.take(start, stop))
+        places = list(zip(views, row_groups, strict=True))
+        read = self._read(list(dict.fromkeys(places)))
+        return [read[place][row] for place, row in zip(places, rows, strict=True)]
 
-    def _read(self, view: int, row_group: int) -> list[Group]:
-        # Two windows' worth a dataset: a step may end one window and begin the next.
-        held = self._row_groups[view]
-        groups = held.pop(row_group, None)
-        if groups is None:
-            groups = self.views[view].groups(row_group)
-        held[row_group] = groups
-        while len(held) > 2 * self.order.orders[view].window:
-            held.popitem(last=False)
-        return groups
+    def _read(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[Group]]:
+        """The groups of (view, row group), several row groups at a time where they must be read."""
+        read: dict[tuple[int, int], list[Group]] = {}
+        for view, row_group in places:
+            groups = self._row_groups[view].pop(row_group, None)
+            if groups is not None:
+                read[view, row_group] = groups
+        missing = [place for place in places if place not in read]
+        if len(missing) > 1:  # decoding lets other threads run, and so does waiting for a network
+            fetched = any(self.views[v].dataset.storage.fetches_ahead for v, _ in missing)
+            with ThreadPoolExecutor(_FETCHERS if fetched else _READERS) as pool:
+                read.update(zip(missing, pool.map(self._read_one, missing), strict=True))
+        else:
+            read.update((place, self._read_one(place)) for place in missing)
+        for view, row_group in places:
+            kept = self._row_groups[view]
+            kept[row_group] = read[view, row_group]
+            # Two windows' worth a dataset: a step may end one window and begin the next.
+            while len(kept) > 2 * self.order.orders[view].window:
+                kept.popitem(last=False)
+        return read
+
+    def _read_one(self, place: tuple[int, int]) -> list[Group]:
+        view, row_group = place
+        return self.views[view].groups(row_group)
 
     def _nothing_read(self) -> list[OrderedDict[int, list[Group]]]:
         return [OrderedDict() for _ in self.views]

@@ -1,4 +1,4 @@
-"""What a run sees of a dataset: some of its groups."""
+"""What a run sees of a dataset: some of its groups, with some of their responses."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
 from gvpo_offline.stream.order import GroupOrder, Selection
+from gvpo_offline.stream.responses import choose, with_pick, with_responses
 
 
 @dataclass(frozen=True)
 class View:
-    """Some groups of a dataset.
+    """Some groups of a dataset, with some of their responses.
 
     Attributes:
         dataset: groups with rewards and one reference.
-        selection: those that take part; None: all.
+        selection: those that take part, and with which responses; None: all, whole.
         name: what metrics and messages call it; "" where there is one dataset.
     """
 
@@ -36,6 +37,11 @@ class View:
         """SHA-256 of what takes part; None: everything."""
         return None if self.selection is None else self.selection.fingerprint
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What came of the conditions on what takes part, in lines for people."""
+        return () if self.selection is None else self.selection.notes
+
     def order(self, *, seed: int, window: int, shuffle: bool = True) -> GroupOrder:
         """The endless sequence of its groups; see `GroupOrder`."""
         return GroupOrder(
@@ -47,8 +53,14 @@ class View:
         )
 
     def groups(self, row_group: int) -> list[Group]:
-        """All groups of a row group, whether they take part or not: rows keep their numbers."""
-        return self.dataset.groups(row_group)
+        """All groups of a row group, whether they take part or not: rows keep their numbers.
+
+        Those that do have the responses that do.
+        """
+        groups = self.dataset.groups(row_group)
+        if self.selection is None or self.selection.responses is None:
+            return groups
+        return with_responses(groups, self.selection.responses)
 
     def light_table(self, row_group: int) -> LightRows:
         """The light columns of what takes part in a row group, and its rows (None: all)."""
@@ -56,8 +68,11 @@ class View:
         if self.selection is None:
             return table, None
         rows = self.selection.rows(row_group)
-        return table.take(pa.array(rows)), rows
+        table = table.take(pa.array(rows))
+        if self.selection.responses is not None:
+            table = with_pick(table, choose(table, self.selection.responses))
+        return table, rows
 
-    def survey(self) -> Survey:
-        """Counts over what takes part."""
-        return survey(self.dataset, self.light_table)
+    def survey(self, part: slice = slice(None)) -> Survey:
+        """Counts over what takes part, in all row groups or in a part of them."""
+        return survey(self.dataset, self.light_table, part=part)

@@ -79,13 +79,21 @@ def _is_cut_off(folder: Path) -> bool:
     return SEAL_NAME not in entries and (_BEGUN_NAME in entries or not entries)
 
 
-def seal(folder: Path, step: int, identity: Identity, *, resumable: bool = True) -> None:
+def seal(
+    folder: Path,
+    step: int,
+    identity: Identity,
+    *,
+    taken: Mapping[str, Any] | None = None,
+    resumable: bool = True,
+) -> None:
     """Flush the checkpoint's files to disk, then mark it whole.
 
     Args:
         folder: what `begin` marked and transformers filled.
         step: optimizer steps done.
         identity: what a run must have in common with this one to continue it.
+        taken: how the ranks held the model; see `elastic`.
         resumable: False if the optimizer's state was left out on demand.
     """
     begun = folder / _BEGUN_NAME
@@ -99,6 +107,7 @@ def seal(folder: Path, step: int, identity: Identity, *, resumable: bool = True)
         "step": step,
         "resumable": resumable,
         "identity": identity,
+        "taken": taken,
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
     }
     text = json.dumps(content, indent=1, sort_keys=True)
@@ -151,7 +160,8 @@ def _read_seal(folder: Path) -> dict[str, Any]:
     path = folder / SEAL_NAME
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {name: content[name] for name in ("resumable", "identity", "files")}
+        found = {name: content[name] for name in ("resumable", "identity", "files")}
+        return {**found, "taken": content.get("taken")}
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(
             "a checkpoint's seal is the JSON that was written",
@@ -180,6 +190,12 @@ def _check_files(folder: Path) -> None:
                 remedy="resume from another checkpoint",
                 file=path,
             )
+
+
+def read_taken(folder: Path) -> dict[str, Any] | None:
+    """How the ranks of a whole checkpoint held the model; None: its seal does not say."""
+    taken: dict[str, Any] | None = _read_seal(folder)["taken"]
+    return taken
 
 
 def check_identity(folder: Path, identity: Identity) -> None:

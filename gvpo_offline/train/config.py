@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from gvpo_offline.config import GVPOSettings
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.train.objective import Objective
+from gvpo_offline.train.parallelism import check_parallelism
 
 # Settings of transformers that have no meaning here, and what says it instead.
 _REFUSED = {
@@ -48,7 +49,7 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     """`TrainingArguments` with GVPO's settings; a batch is counted in groups.
 
     See `GVPOSettings` for the fields added here, and transformers for all others. Two defaults
-    differ: `learning_rate` and `logging_steps`, below.
+    differ, `learning_rate` and `logging_steps`, and `fsdp` is a yes or no.
 
     Raises:
         ConfigError: a setting is out of range, or belongs to transformers' batching, which
@@ -59,6 +60,9 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     """Peak learning rate; the published default."""
     logging_steps: float = 10
     """Optimizer steps between two lines of metrics."""
+    fsdp: bool = False
+    """Shard weights, gradients and the optimizer's state over ranks (FSDP2); `fsdp_config` says
+    how. Under `accelerate launch`, accelerate's file says so instead."""
 
     def __post_init__(self) -> None:
         GVPOSettings.__post_init__(self)
@@ -70,6 +74,8 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
                 )
         with settings_errors():
             TrainingArguments.__post_init__(self)
+        _check_precision(self)
+        check_parallelism(self)
         # One process, one device: with several GPUs visible transformers would otherwise split
         # batches with DataParallel, which knows nothing of groups. Launch with torchrun instead.
         if self.n_gpu > 1:
@@ -82,3 +88,16 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     def settings(self) -> dict[str, object]:
         """GVPO's own settings as a plain dictionary."""
         return {field.name: getattr(self, field.name) for field in fields(GVPOSettings)}
+
+
+def _check_precision(args: GVPOConfig) -> None:
+    """Refuse a mixed precision that the launcher sets and the run does not know of."""
+    own = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    launched = getattr(args, "mixed_precision", own)
+    if launched != own:
+        raise ConfigError(
+            "mixed precision is a setting of the run, since the reference must be scored with it",
+            received=f"{launched} from accelerate, {own} from the run's settings",
+            remedy=f"set {launched}: true for the run, or mixed_precision: 'no' in accelerate's "
+            "file",
+        )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
+import uuid
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +18,14 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.stream.config import DatasetSettings
 from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
+from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.select import select
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.together import on_first
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class TrainingData:
                 dictionary of such.
             eval_dataset: likewise, or None.
             args: the settings.
-            scratch: a folder for in-memory datasets.
+            scratch: a folder for in-memory datasets; made if it is needed.
 
         Raises:
             ConfigError: there is nothing to train on, or evaluation is asked for without data.
@@ -68,7 +73,11 @@ class TrainingData:
         """
         opened = open_all(train_dataset, scratch)
         check_together([item.dataset for item in opened.values()])
-        views = tuple(_view(name, item, args) for name, item in opened.items())
+        conditions = {
+            "eval_fraction": args.eval_fraction,
+            "drop_equal_rewards": args.drop_equal_rewards,
+        }
+        views = tuple(_view(name, item, **conditions) for name, item in opened.items())
         seed = args.seed if args.data_seed is None else args.data_seed
         orders = [view.order(seed=seed, window=args.shuffle_window) for view in views]
         weights = tuple(item.settings.weight for item in opened.values())
@@ -143,13 +152,20 @@ class TrainingData:
         }
 
 
+def scratch_folder(owner: object) -> Path:
+    """A path for temporary files: a folder once somebody makes it, and gone with its owner."""
+    path = Path(tempfile.gettempdir()) / f"gvpo-offline-{uuid.uuid4().hex}"
+    weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
 def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
     """One dataset or several, opened; a single one that has no name of its own is named "".
 
     Args:
         data: as `resolve_dataset` takes it, or `DatasetSettings`; a list of such; or a dictionary,
             by name.
-        scratch: an existing folder that in-memory datasets may be written to.
+        scratch: a folder for in-memory datasets; made if it is needed.
 
     Raises:
         ConfigError: two datasets have one name, or there is none; and as `resolve_dataset`.
@@ -185,8 +201,9 @@ def _name_of(data: Any, number: int) -> str:
 def _open(data: Any, scratch: Path) -> Opened:
     if isinstance(data, DatasetSettings):
         chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
-        return Opened(open_for_training(data.path, version=data.version, **chosen), data)
-    dataset = resolve_dataset(data, Path(tempfile.mkdtemp(dir=scratch)))
+        dataset = open_for_training(data.path, version=data.version, remote=data.remote, **chosen)
+        return Opened(dataset, data)
+    dataset = resolve_dataset(data, scratch / uuid.uuid4().hex)
     return Opened(dataset, DatasetSettings(path=str(dataset.root)))
 
 
@@ -219,16 +236,19 @@ def check_together(datasets: Iterable[GroupDataset]) -> None:
 def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, View]:
     """A dataset for evaluation, or several, opened; a single one is named ""."""
     opened = open_all(eval_dataset, scratch)
-    return {name: View(item.dataset, None, name) for name, item in opened.items()}
+    return {name: _view(name, item) for name, item in opened.items()}
 
 
-def _view(name: str, item: Opened, args: GVPOConfig) -> View:
-    selection = select(
-        item.dataset,
-        eval_fraction=args.eval_fraction,
-        drop_equal_rewards=args.drop_equal_rewards,
-    )
+def _view(name: str, item: Opened, **conditions: Any) -> View:
+    """What takes part of a dataset; `conditions`: further ones of `select`."""
+    where, responses = item.settings.where, item.settings.responses
+    selection = _select(item.dataset, where=where, responses=responses, **conditions)
     return View(item.dataset, selection, name)
+
+
+def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
+    """`select`, by one rank for all."""
+    return on_first(lambda: select(dataset, **how))
 
 
 def _held_out(
@@ -239,11 +259,7 @@ def _held_out(
     if args.eval_fraction == 0.0:
         return {}
     views = {
-        name: View(
-            item.dataset,
-            select(item.dataset, eval_fraction=args.eval_fraction, held_out=True),
-            name,
-        )
+        name: _view(name, item, eval_fraction=args.eval_fraction, held_out=True)
         for name, item in opened.items()
     }
     for view in views.values():

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_engine(
-    model: nn.Module, args: GVPOConfig, on_entropy: Callable[[Tensor], None]
+    model: nn.Module, args: GVPOConfig, on_entropy: Callable[[Tensor], None], *, sharded: bool
 ) -> Engine:
     """Probe a model that is about to be trained; logs the choice and its reasons.
 
@@ -26,6 +26,7 @@ def training_engine(
         model: the policy, not yet wrapped for distribution or mixed precision.
         args: the settings.
         on_entropy: where entropies go if they are to be logged.
+        sharded: whether a rank will hold a part of the weights only.
 
     Raises:
         ConfigError: no layout is right for the model, or not the one that was asked for.
@@ -34,7 +35,7 @@ def training_engine(
     _checkpoint_activations(model, args)
     try:
         # With dropout on, no two passes agree.
-        choice = _choice(model.train(args.disable_dropout), args)
+        choice = _choice(model.train(args.disable_dropout), args, sharded)
     finally:
         model.train(training)
     if args.process_index == 0:
@@ -48,7 +49,7 @@ def training_engine(
     return replace(engine, on_entropy=on_entropy if args.log_entropy else None)
 
 
-def _choice(model: nn.Module, args: GVPOConfig) -> Choice:
+def _choice(model: nn.Module, args: GVPOConfig, sharded: bool) -> Choice:
     layout = args.layout
     if layout == "auto" and (args.torch_compile or not args.disable_dropout):
         why = "compiled models need rows of few shapes" if args.torch_compile else "dropout is on"
@@ -59,7 +60,7 @@ def _choice(model: nn.Module, args: GVPOConfig) -> Choice:
     if path.layout == "shared" and next(model.parameters()).device.type != args.device.type:
         # Sharded models are probed where they were loaded, and move later.
         path = replace(path, attention=kernels(args.device)[0])
-    choice = replace(choice, path=path, prompt_once=choice.prompt_once and not _is_sharded(args))
+    choice = replace(choice, path=path, prompt_once=choice.prompt_once and not sharded)
     if args.world_size > 1:
         box = [choice]
         broadcast_object_list(box)
@@ -79,7 +80,3 @@ def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
         for own in ("every_n_layers", "offload"):  # the trainer sets them again, with these
             options.pop(own, None)
         enable(**{f"{name}_kwargs": options or None})
-
-
-def _is_sharded(args: GVPOConfig) -> bool:
-    return bool(args.fsdp) or args.deepspeed is not None

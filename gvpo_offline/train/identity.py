@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
+from gvpo_offline.compute.model import attention_of, dtype_of, weights_sha256
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import TrainingData
@@ -52,7 +52,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     adapters = getattr(model, "peft_config", {})
     return {
         "class": type(model).__name__,
-        "dtype": dtype_name(next(model.parameters()).dtype),
+        "dtype": dtype_of(model),
         "attn_implementation": attention_of(model),
         "weights": sha256_json(shapes),
         "trained": sha256_json(trained),

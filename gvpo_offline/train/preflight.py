@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gvpo_offline.compute.model import attention_of, dtype_name, weights_sha256
+from gvpo_offline.compute.adapters import policy_sha256
+from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
 from gvpo_offline.compute.paths import ComputePath
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
@@ -17,6 +20,7 @@ from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+from gvpo_offline.train.together import on_each, own_part, own_part_of_machine
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Largest |log-ratio| of a response, in nats, that rounding alone explains where policy and
-# reference are one. bfloat16 products move a sequence by up to half a nat on any path.
-TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0}
+# reference are one. bfloat16 products move a sequence by up to half a nat on any path; in int8 what
+# is computed together decides which activations are rounded.
+TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0, "int8": 1.0}
 # A log-ratio gap beyond this asks for probabilities a billion billion times the reference's.
 WIDE_GAP_NATS = 40.0
 
@@ -64,7 +69,8 @@ class PolicyFacts:
 
 
 def _coarsest(*dtypes: str | None) -> str:
-    return next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
+    found = {part for name in dtypes if name for part in name.split("+")}
+    return next((d for d in ("int8", "bfloat16", "float16") if d in found), "float32")
 
 
 def policy_facts(
@@ -76,8 +82,8 @@ def policy_facts(
 ) -> PolicyFacts:
     """The facts of a model that is about to compute log-probs."""
     return PolicyFacts(
-        weights_sha256=weights_sha256(model) if hash_weights else None,
-        dtype=dtype_name(next(model.parameters()).dtype) or "",
+        weights_sha256=policy_sha256(model) if hash_weights else None,
+        dtype=dtype_of(model),
         autocast_dtype=dtype_name(autocast),
         attn_implementation=attention_of(model),
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -128,10 +134,14 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
         made_by = dataset.manifest.tokenizer
         if made_by is not None and made_by.vocab_size <= policy.n_embeddings:
             continue
-        for row_group in range(dataset.n_row_groups):
-            place = dataset.place(row_group)
-            for row, group in enumerate(dataset.groups(row_group), place.first_row):
-                check_group(group, file=place.file, row=row, vocab_size=policy.n_embeddings)
+        on_each(functools.partial(_check_token_ids, dataset, policy.n_embeddings))
+
+
+def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
+    for row_group in range(dataset.n_row_groups)[own_part()]:
+        place = dataset.place(row_group)
+        for row, group in enumerate(dataset.groups(row_group), place.first_row):
+            check_group(group, file=place.file, row=row, vocab_size=vocab_size)
 
 
 def inspect(
@@ -152,25 +162,41 @@ def inspect(
     Raises:
         DataError: something about a group, or a prompt with a response that fits in no pass.
     """
-    counts = [view.survey() for view in data.views]
+    counts = surveys(data.views)
     for view, own in zip(data.views, counts, strict=True):
         check_row_tokens(view.dataset, own, max_tokens)
     check_held_out(data.held_out, max_tokens)
-    if not say:
-        return counts
+    if say:
+        _say(data, policy, counts, beta, max_tokens)
+    return counts
+
+
+def _say(
+    data: TrainingData,
+    policy: PolicyFacts,
+    counts: Sequence[Survey],
+    beta: float,
+    max_tokens: int,
+) -> None:
+    """Log what `inspect` found."""
     shares = data.order.mix.quotas / data.order.mix.cycle
     epochs = data.order.epochs_at(data.n_draws)
     for view, own, share, passes in zip(data.views, counts, shares, epochs, strict=True):
         label = f"{view.name}: " if len(data.views) > 1 else ""
         if label:
             logger.info("%s%.2f%% of the draws, %.3g epochs", label, 100 * share, passes)
-        for line in describe_data(own, beta, max_tokens, len(view.dataset.manifest.groups)):
+        n_files = len(view.dataset.manifest.groups)
+        for line in (*view.notes, *describe_data(own, beta, max_tokens, n_files)):
             logger.info("%s%s", label, line)
         assert view.dataset.reference is not None  # resolve_dataset saw to it
         warnings = data_warnings(own, beta)
         for line in warnings + reference_warnings(policy, view.dataset.reference):
             logger.warning("%s%s", label, line)
-    return counts
+    trained = [view.dataset for view in data.views]
+    for name, view in data.held_out.items():
+        # The share that training holds out is of what was said above.
+        for line in () if view.dataset in trained else view.notes:
+            logger.info("held out %s: %s", name, line)
 
 
 def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> None:
@@ -192,8 +218,29 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
 
 def check_held_out(held_out: Mapping[str, View], max_tokens: int) -> None:
     """`check_row_tokens` of datasets for evaluation."""
-    for view in held_out.values():
-        check_row_tokens(view.dataset, view.survey(), max_tokens)
+    views = tuple(held_out.values())
+    for view, counts in zip(views, surveys(views), strict=True):
+        check_row_tokens(view.dataset, counts, max_tokens)
+
+
+def surveys(views: Sequence[View]) -> list[Survey]:
+    """The survey of each view; every rank of a run looks at a part of the row groups."""
+    parts = on_each(lambda: [view.survey(own_part()) for view in views])
+    return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
+
+
+def verify(datasets: Iterable[GroupDataset], *, content: bool) -> None:
+    """Verify the files of datasets; every rank of a machine takes a part of them.
+
+    Raises:
+        IntegrityError: on every rank, naming a file that is missing, shortened or altered.
+    """
+
+    def own() -> None:
+        for dataset in datasets:
+            dataset.verify(content=content, part=own_part_of_machine())
+
+    on_each(own)
 
 
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,24 +22,19 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
 )
 from transformers.trainer_utils import rotate_checkpoints
 
+from gvpo_offline.compute.adapters import check_trainable, load_policy, with_adapter
 from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.engine import Engine
-from gvpo_offline.compute.model import (
-    autocast_dtype,
-    disable_dropout,
-    float64_device,
-    load_model,
-    with_adapter,
-)
+from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_device
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.survey import Survey
+from gvpo_offline.stream.ahead import ReadAhead
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
 from gvpo_offline.stream.view import View
@@ -48,17 +42,21 @@ from gvpo_offline.train.checkpoint import (
     begin,
     check_identity,
     find_checkpoint,
+    read_taken,
     refuse_leftovers,
     save_errors,
     seal,
 )
 from gvpo_offline.train.config import GVPOConfig, settings_errors
-from gvpo_offline.train.data import TrainingData, open_held_out
+from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
+from gvpo_offline.train.distributed import ShardedTrainer
+from gvpo_offline.train.elastic import check_taken, how_taken
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
 from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
+from gvpo_offline.train.parallelism import loaded_whole
 from gvpo_offline.train.preflight import (
     check_held_out,
     check_log_ratios,
@@ -66,7 +64,9 @@ from gvpo_offline.train.preflight import (
     check_tokenizers,
     inspect,
     policy_facts,
+    verify,
 )
+from gvpo_offline.train.together import all_or_none, on_first
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GVPOTrainer(Trainer):
+class GVPOTrainer(ShardedTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -111,16 +111,16 @@ class GVPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = copy.copy(args or GVPOConfig())  # max_steps is set below; the caller's stay
-        self._scratch = tempfile.TemporaryDirectory(prefix="gvpo-offline-")
-        self.data = TrainingData.prepare(
-            train_dataset, eval_dataset, args, Path(self._scratch.name)
+        self._scratch = scratch_folder(self)
+        self.data = all_or_none(
+            lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
         if isinstance(model, str):
-            model = load_model(ModelSettings(model_name_or_path=model))
+            with loaded_whole(args):
+                model = load_policy(ModelSettings(model_name_or_path=model))
         self.policy = policy_facts(
             model,
-            # An adapter that is already there has names of its own among the weights.
-            hash_weights=args.reference_check == "auto" and not hasattr(model, "peft_config"),
+            hash_weights=args.reference_check == "auto",
             autocast=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
             tokenizer=processing_class,
         )
@@ -128,6 +128,7 @@ class GVPOTrainer(Trainer):
         check_token_ids(self.data.datasets(), self.policy)
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
+        check_trainable(model)
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
@@ -148,7 +149,9 @@ class GVPOTrainer(Trainer):
         self._objective = args.objective()
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
-        self.engine: Engine = training_engine(self.model, args, self._meter.add_entropy)
+        self.engine: Engine = training_engine(
+            self.model, args, self._meter.add_entropy, sharded=self.is_sharded
+        )
         self.policy = self.policy.along(self.engine.path)
         steps.cost = self.engine.cost
 
@@ -168,14 +171,7 @@ class GVPOTrainer(Trainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no room for a checkpoint; the earlier ones stay.
         """
-        output_dir = Path(self.args.output_dir)
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
-        if checkpoint is not None:
-            check_identity(checkpoint, self.identity())
-        else:
-            refuse_leftovers(output_dir)
+        checkpoint = on_first(lambda: self._found_checkpoint(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -183,10 +179,19 @@ class GVPOTrainer(Trainer):
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
 
+    def _found_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        output_dir = Path(self.args.output_dir)
+        checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
+        if checkpoint is None:
+            refuse_leftovers(output_dir)
+            return None
+        check_identity(checkpoint, self.identity())
+        check_taken(checkpoint, read_taken(checkpoint), how_taken(self.accelerator))
+        return checkpoint
+
     def preflight(self) -> list[Survey]:
         """Verify the files and say what the run trains on; the main process logs it."""
-        for used in self.data.datasets():
-            used.verify(content=self.args.verify == "full")
+        verify(self.data.datasets(), content=self.args.verify == "full")
         return inspect(
             self.data,
             self.policy,
@@ -216,7 +221,7 @@ class GVPOTrainer(Trainer):
         """A loader whose batch s is this rank's share of step s; not sharded any further."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.train_dataset,
+            ReadAhead(self.train_dataset, self.args.read_ahead),
             batch_size=1,
             shuffle=False,
             collate_fn=_only_item,
@@ -254,9 +259,10 @@ class GVPOTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         last = len(share.micro_batches) - 1
         for number, micro_batch in enumerate(share.micro_batches):
-            # Ranks exchange gradients once a step, with the last micro-batch.
+            # Ranks exchange gradients once a step, with the last micro-batch; DeepSpeed then steps.
             sync = number == last
-            with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+            self.accelerator.gradient_state._set_sync_gradients(sync)
+            with contextlib.nullcontext() if sync else self.gradients_stay(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
@@ -322,6 +328,7 @@ class GVPOTrainer(Trainer):
             ignore_keys: no meaning here.
             metric_key_prefix: first part of each key.
         """
+        self.check_can_evaluate()
         chosen = self._chosen_held_out(eval_dataset)
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
@@ -340,7 +347,7 @@ class GVPOTrainer(Trainer):
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
-            chosen = open_held_out(eval_dataset, Path(self._scratch.name))
+            chosen = open_held_out(eval_dataset, self._scratch)
             check_held_out(chosen, self.args.max_tokens_per_micro_batch)
             return chosen
         if not self.data.held_out:
@@ -359,15 +366,10 @@ class GVPOTrainer(Trainer):
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with save_errors(folder):
-                if self.args.should_save:
-                    begin(folder)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    whole = not self.args.save_only_model
-                    seal(folder, self.state.global_step, self.identity(), resumable=whole)
+            with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
+                all_or_none(lambda: begin(folder) if self.args.should_save else None)
+                all_or_none(lambda: super(GVPOTrainer, self)._save_checkpoint(model, trial))
+                all_or_none(lambda: self._seal(folder) if self.args.should_save else None)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -377,6 +379,15 @@ class GVPOTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _seal(self, folder: Path) -> None:
+        seal(
+            folder,
+            self.state.global_step,
+            self.identity(),
+            taken=how_taken(self.accelerator),
+            resumable=not self.args.save_only_model,
+        )
 
 
 def _only_item(items: list[StepShare | GVPOError]) -> dict[str, StepShare | GVPOError]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from gvpo_offline.config import OnFew, check_name, positive
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.store.location import local_folder
 
 OnLong = Literal["error", "drop", "truncate"]
 OnEmpty = Literal["error", "drop", "keep"]
@@ -124,6 +125,7 @@ class ImportConfig:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
+        local_folder("output_dir", self.output_dir)
         positive("shard_bytes", self.shard_bytes)
         positive("rows_per_row_group", self.rows_per_row_group)
         if self.max_length is not None:

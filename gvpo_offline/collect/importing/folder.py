@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from types import TracebackType
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
-from gvpo_offline.store.writer import claim_folder
+from gvpo_offline.store.writer import claim_folder, lock_folder
 
 # Stages whose records share the folder with an import's, as `sample` names them.
 SAMPLING_STAGES = ("prompts-", "sample-")
@@ -22,37 +21,6 @@ SAMPLING_STAGES = ("prompts-", "sample-")
 # Only files whose names this stage gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
-
-
-def lock_folder(root: Path, *, wait: bool = False) -> int | None:
-    """Lock a dataset's folder against everybody else who writes groups into it.
-
-    Args:
-        root: the folder.
-        wait: whether to wait for the lock, instead of refusing.
-
-    Returns:
-        A handle; closing it, or the end of the process, frees the lock. None on a file system
-        without locks: commits still keep two runs apart.
-
-    Raises:
-        DataError: another process holds the lock.
-    """
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise DataError(
-            "one import at a time, or merge or compaction, writes into a folder",
-            received="another process that is at work there",
-            remedy="wait until it is done, or choose another folder",
-            file=root,
-        ) from error
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 class OutputFolder:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gvpo_offline.collect.merge.pick import RESPONSE_AXIS
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json, text_keys
 from gvpo_offline.schema import (
@@ -34,6 +33,7 @@ from gvpo_offline.store.manifest import (
     load_manifest,
 )
 from gvpo_offline.store.parquet import open_parquet
+from gvpo_offline.store.pick import RESPONSE_AXIS
 from gvpo_offline.tokenizer import check_same_tokenizer
 
 # Stored lengths are counted again where groups are written.

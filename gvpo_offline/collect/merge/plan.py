@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.collect.merge.inputs import PLACE_COLUMNS
-from gvpo_offline.collect.merge.pick import Indices, Pick
 from gvpo_offline.config import OnFew
 from gvpo_offline.errors import DataError
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.schema import column_array, split_list, split_nested_list
 from gvpo_offline.store.columns import Place
+from gvpo_offline.store.pick import Indices, Pick
 
 # What a plan is made of, rewards aside.
 PLAN_COLUMNS = (*PLACE_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from gvpo_offline.collect.importing.regroup import power_of_two
 from gvpo_offline.collect.merge.config import RewriteSettings
 from gvpo_offline.collect.merge.inputs import GROUP_COLUMNS, Family, Input, Rename, spill_schema
-from gvpo_offline.collect.merge.pick import Pick, n_partly_known, picked
 from gvpo_offline.collect.merge.plan import Planner
 from gvpo_offline.collect.merge.spill import TableSpill
 from gvpo_offline.collect.merge.work import task_name
@@ -31,6 +30,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Group, arrow_schema, groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import Sidecar
+from gvpo_offline.store.pick import Pick, n_partly_known, picked
 from gvpo_offline.store.writer import write_groups, write_sidecar
 
 _BUCKET_BYTES = 8 << 20  # as stored; a bucket takes some eight times that in memory

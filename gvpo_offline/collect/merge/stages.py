@@ -31,6 +31,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import SCHEMA_VERSION
 from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
     LineageStep,
     Manifest,
@@ -121,15 +122,16 @@ def merge(config: MergeConfig) -> RewriteResult:
         IntegrityError: the tokenizers differ, or a file is damaged.
         StorageError: no room; committed shards are kept, and the same command goes on from there.
     """
-    root = Path(config.dataset)
+    root = local_folder("dataset", config.dataset)
     with workplace(root) as spilled:
         dataset = Input(root, 0)
         folders = [config.add] if isinstance(config.add, str) else config.add
+        paths = {name: local_folder("add", name) for name in folders}
         merged = _merged_before(dataset.manifest)
-        found = {name: groups_sha256(load_manifest(Path(name)).groups) for name in folders}
+        found = {name: groups_sha256(load_manifest(path).groups) for name, path in paths.items()}
         skipped = [name for name in folders if found[name] in merged]
         names = [name for name in folders if name not in skipped]
-        inputs = [dataset, *(Input(Path(name), n) for n, name in enumerate(names, start=1))]
+        inputs = [dataset, *(Input(paths[name], n) for n, name in enumerate(names, start=1))]
         before = _counted(dataset)
         added = {name: _counted(item) for name, item in zip(names, inputs[1:], strict=True)}
         if not names:
@@ -186,7 +188,7 @@ def compact(config: CompactConfig) -> RewriteResult:
         IntegrityError: a file is damaged.
         StorageError: no room; committed shards are kept, and the same command goes on from there.
     """
-    root = Path(config.dataset)
+    root = local_folder("dataset", config.dataset)
     with workplace(root) as spilled:
         dataset = Input(root, 0)
         before, manifest = _counted(dataset), dataset.manifest

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gvpo_offline.collect.importing.folder import lock_folder
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import (
@@ -19,6 +18,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
+from gvpo_offline.store.writer import lock_folder
 
 # Only what these stages alone name so is ever removed: others may be at work on sidecars.
 _TEMPORARY = re.compile(r"^\.rewrite-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")

@@ -27,7 +27,7 @@ class FamilyScorer(SimpleScorer):
         rewards = choose_rewards(dataset.manifest, settings.reward, file=dataset.root)
         family = rewards[0].family
         self._label = f"{family.name}@{family.version}"
-        self._dataset = GroupDataset(dataset.root.resolve(), dataset.manifest, rewards)
+        self._dataset = GroupDataset(dataset.folder.resolve(), dataset.manifest, rewards)
 
     def identity(self) -> dict[str, Any]:
         """Name and version, which never change what they stand for."""

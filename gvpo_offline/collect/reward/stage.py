@@ -32,6 +32,7 @@ from gvpo_offline.schema import FloatArray, rewards_schema, rewards_to_table
 from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.survey import Survey, survey
 from gvpo_offline.store.writer import publish, write_sidecar
@@ -83,7 +84,7 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
         IntegrityError: a file is damaged.
         StorageError: no room. Whatever happens, committed files stay.
     """
-    dataset = open_dataset(config.dataset, join=())
+    dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     # Sorted: the order in which they are written down decides nothing.
     settings = dict(sorted(config.settings().items()))
     _check_not_of_itself(config.name, settings)
@@ -125,14 +126,14 @@ def _held(dataset: GroupDataset, name: str, described: dict[str, Any]) -> Reward
     for family in dataset.manifest.rewards:
         if family.name == name and family.config == described:
             for sidecar in family.files:
-                verify_file(dataset.root, sidecar.file)
+                verify_file(dataset.folder, sidecar.file)
             _log.info("reward %s@%d is in the dataset already", name, family.version)
             return family
     return None
 
 
 def _counted(dataset: GroupDataset, family: RewardFamily) -> Survey:
-    return survey(GroupDataset(dataset.root, dataset.manifest, rewards=[WeightedReward(family)]))
+    return survey(GroupDataset(dataset.folder, dataset.manifest, rewards=[WeightedReward(family)]))
 
 
 def _check_not_of_itself(name: str, settings: dict[str, ScorerSettings]) -> None:
@@ -170,7 +171,7 @@ class RewardStage:
         weights: Sequence[float],
         identity: str,
     ) -> None:
-        self.root = dataset.root.resolve()
+        self.root = dataset.folder.resolve()
         self.name = f"reward-{config.name}-{identity[:_NAME_DIGITS]}"
         self._dataset = GroupDataset(self.root, dataset.manifest)
         self._config = config
@@ -298,5 +299,5 @@ def _publish(
             update={"rewards": [*others, published], "lineage": [*newest.lineage, step]}
         )
 
-    publish(dataset.root, build)
+    publish(dataset.folder, build)
     return published

@@ -24,6 +24,7 @@ from gvpo_offline.collect.shapes.log_format import Log
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.commit import TaskLog
+from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder
 
@@ -87,7 +88,8 @@ def run_sample(config: SampleConfig, engine: EngineSettings | None = None) -> Sa
             request.
         StorageError: no room; committed tasks stay.
     """
-    root = Path(config.output_dir).resolve()  # workers may have another working folder
+    # Resolved: workers may have another working folder.
+    root = local_folder("output_dir", config.output_dir).resolve()
     claim_folder(root)
     run = _Run(config, root)
     if (finished := run.finished()) is not None:

@@ -31,7 +31,7 @@ class _Judge(SimpleScorer):
         # What is done about gaps is no matter of the answers.
         asked = {name: value for name, value in self.identity().items() if name != "gaps"}
         stage = f"judge-{sha256_json(asked)[:_NAME_DIGITS]}"
-        self._log = JudgementLog(dataset.root.resolve(), stage)
+        self._log = JudgementLog(dataset.folder.resolve(), stage)
 
     def identity(self) -> dict[str, Any]:
         """The model, the rubric and its hash, and how answers are drawn and read.

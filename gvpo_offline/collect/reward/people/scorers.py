@@ -40,7 +40,7 @@ class _People(SimpleScorer):
         self._described = settings_of(settings)
         self._by = settings.response_by
         # Workers may run in another folder.
-        self._dataset = GroupDataset(dataset.root.resolve(), dataset.manifest)
+        self._dataset = GroupDataset(dataset.folder.resolve(), dataset.manifest)
         self._opinions = Opinions.read(settings.inputs, settings.group_column)
 
     def identity(self) -> dict[str, Any]:

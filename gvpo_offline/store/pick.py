@@ -11,7 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Column, arrow_schema, nested_list_array, split_nested_list
+from gvpo_offline.schema import (
+    Column,
+    arrow_schema,
+    column_array,
+    nested_list_array,
+    split_nested_list,
+)
 
 # Which level of a column's lists goes through the responses: 0 for (k, ...), 1 for (C, k).
 # A column that is not here has one value for the whole group.
@@ -54,6 +60,12 @@ class Pick:
         """Where each group's responses begin: (G,) int64."""
         return np.cumsum(self.sizes) - self.sizes
 
+    def at_least(self, size: int) -> Pick:
+        """The groups that have so many responses."""
+        keep = self.sizes >= size
+        of_kept = np.repeat(keep, self.sizes)
+        return Pick(self.first[keep], self.sizes[keep], self.rows[of_kept], self.items[of_kept])
+
     def pieces(self, responses_at_once: int) -> list[Pick]:
         """The same groups in runs of about so many responses."""
         starts = self.starts
@@ -77,7 +89,7 @@ def picked(table: pa.Table, columns: Sequence[Column], pick: Pick) -> pa.Table:
     means that every token counts, and that is said in full where another row has a mask.
 
     Args:
-        table: with `columns`, each in one chunk; lists that go through the responses are as long as
+        table: with `columns`; lists that go through the responses are as long as
             their group is large.
         columns: of the result.
         pick: the groups.
@@ -88,10 +100,10 @@ def picked(table: pa.Table, columns: Sequence[Column], pick: Pick) -> pa.Table:
     schema = arrow_schema(columns)
     arrays = []
     for column in columns:
-        array = table.column(column.name).chunk(0)
+        array = column_array(table, column.name)
         axis = RESPONSE_AXIS.get(column.name)
         if column.name == "loss_mask" and 0 < array.null_count < len(array):
-            array = _with_full_masks(array, table.column("response_token_ids").chunk(0), pick)
+            array = _with_full_masks(array, column_array(table, "response_token_ids"), pick)
         if axis is None:
             array = array.take(pa.array(pick.first))
         elif axis == 0:
@@ -146,7 +158,7 @@ def _inner(array: pa.ListArray, pick: Pick) -> pa.ListArray:
 
 
 def _check_parts(table: pa.Table, name: str, pick: Pick) -> None:
-    array = table.column(name).chunk(0)
+    array = column_array(table, name)
     counts = np.diff(_offsets(array))
     wrong = (counts[pick.rows] != np.repeat(counts[pick.first], pick.sizes)) & _valid(array)[
         pick.rows
@@ -163,7 +175,7 @@ def _check_parts(table: pa.Table, name: str, pick: Pick) -> None:
 
 def n_partly_known(table: pa.Table, name: str, pick: Pick) -> int:
     """The groups that lose what some of their rows, but not all, have in a column."""
-    valid = _valid(table.column(name).chunk(0))
+    valid = _valid(column_array(table, name))
     return int((~_every(valid, pick) & ~_every(~valid, pick)).sum())
 
 

@@ -1,0 +1,191 @@
+"""The card of a dataset on the hub: what it holds, what its columns mean, how to train from it.
+
+What people write into the card stays: a push sets the parts of the front matter that it knows, and
+the text between two marks.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from gvpo_offline.report.holding import Held, held_by, reward_label
+from gvpo_offline.report.listing import (
+    reference_text,
+    reward_text,
+    sampler_text,
+    size_text,
+    step_text,
+)
+from gvpo_offline.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
+from gvpo_offline.store.manifest import FileEntry, LineageStep, Manifest, Sidecar
+
+BEGIN = "<!-- gvpo-offline: each push writes this part anew -->"
+END = "<!-- gvpo-offline: end -->"
+_TAGS = ("gvpo", "offline-rl", "grouped-responses")
+
+
+def card(manifest: Manifest, repo_id: str, existing: str | None = None) -> str:
+    """The card.
+
+    Args:
+        manifest: the version that it tells of.
+        repo_id: the repository, owner/name.
+        existing: the card that is there already.
+    """
+    import yaml
+    from huggingface_hub import DatasetCard
+
+    there = DatasetCard(existing, ignore_metadata_errors=True) if existing else None
+    data: dict[str, Any] = {"pretty_name": _title(repo_id)}
+    if there:
+        data = there.data.to_dict()  # type: ignore[no-untyped-call]
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *_TAGS]))
+    data["size_categories"] = [size_category(manifest.n_groups)]
+    data.pop("configs", None)  # so that they come last
+    data["configs"] = configs(manifest)
+    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n{_body(manifest, repo_id, there.text if there else '')}"
+
+
+def configs(manifest: Manifest) -> list[dict[str, Any]]:
+    """What `datasets.load_dataset` finds: groups, each reward, each reference, by name.
+
+    Files are listed one by one, in the manifest's order: row i of every configuration is of the
+    same group.
+    """
+    found = [_config("groups", manifest.groups, default=True)] if manifest.groups else []
+    families = {
+        **{f"reward-{family.name}-v{family.version}": family.files for family in manifest.rewards},
+        **{f"reference-{f.fingerprint[:12]}": f.files for f in manifest.references},
+    }
+    return found + [_config(name, _ordered(files, manifest)) for name, files in families.items()]
+
+
+def _config(name: str, files: Iterable[FileEntry], **more: Any) -> dict[str, Any]:
+    paths = [entry.path for entry in files]
+    return {"config_name": name, "data_files": [{"split": "train", "path": paths}], **more}
+
+
+def _ordered(files: Sequence[Sidecar], manifest: Manifest) -> list[FileEntry]:
+    by_base = {sidecar.base_sha256: sidecar.file for sidecar in files}
+    return [by_base[base.sha256] for base in manifest.groups]
+
+
+def size_category(n_groups: int) -> str:
+    """The hub's word for a number of rows."""
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    for power, (low, high) in enumerate(zip(["", *bounds], bounds, strict=False), 3):
+        if n_groups < 10**power:
+            return f"{low}<n<{high}" if low else f"n<{high}"
+    return "n>1T"
+
+
+def _title(repo_id: str) -> str:
+    return repo_id.rpartition("/")[2]
+
+
+def _body(manifest: Manifest, repo_id: str, text: str) -> str:
+    """The text with the part between the marks written anew, or with that part below it."""
+    part = f"{BEGIN}\n{_part(manifest, held_by(manifest), repo_id)}\n{END}"
+    before, begun, rest = text.partition(BEGIN)
+    if not begun:
+        return f"{text.rstrip()}\n\n{part}\n" if text.strip() else f"\n{part}\n"
+    return before + part + rest.partition(END)[2]
+
+
+def _part(manifest: Manifest, held: Held, repo_id: str) -> str:
+    counts = f"{held.responses:,} responses, {held.tokens:,} tokens, {size_text(held.total.bytes)}"
+    return "\n".join(
+        [
+            f"# {_title(repo_id)}\n",
+            f"{held.groups:,} groups, each the responses to one prompt: {counts}.\n",
+            *_usage(manifest, repo_id),
+            *_contents(held),
+            *_columns("groups", GROUPS_COLUMNS),
+            *_columns("reward-…", REWARDS_COLUMNS),
+            *_columns("reference-…", REFERENCE_COLUMNS),
+            f"## Lineage of version {held.version}\n",
+            *(_step(number, step) for number, step in enumerate(held.lineage, 1)),
+        ]
+    )
+
+
+def _step(number: int, step: LineageStep) -> str:
+    text = step_text(step)
+    return f"{number}. {_cell(f'{step.stage}: {text}' if text else step.stage)}"
+
+
+def _usage(manifest: Manifest, repo_id: str) -> list[str]:
+    reward = manifest.rewards[-1] if manifest.rewards else None
+    reference = manifest.references[-1] if manifest.references else None
+    name = shlex.quote(reference.model_name_or_path) if reference else "MODEL"
+    train = [f"--model_name_or_path {name} --output_dir run"]
+    train += [f"--reward {reward_label(reward)}"] if reward else []
+    train += [f"--reference {reference.fingerprint[:12]}"] if reference else []
+    score = f"gvpo-offline reference --dataset data --model_name_or_path {name}"
+    config = f"reward-{reward.name}-v{reward.version}" if reward else None
+    return [
+        "## Train from it\n",
+        "```sh",
+        f"gvpo-offline pull --repo_id {repo_id} --output_dir data",
+        *([] if reference else [score]),
+        f"gvpo-offline train --dataset data {' '.join(train)}",
+        "```\n",
+        "## Read it\n",
+        "```python",
+        "from datasets import load_dataset\n",
+        f'groups = load_dataset("{repo_id}", "groups", split="train")',
+        *([f'rewards = load_dataset("{repo_id}", "{config}", split="train")'] if config else []),
+        "```\n",
+        "Row i of every configuration is of the same group.\n",
+    ]
+
+
+def _contents(held: Held) -> list[str]:
+    samplers = [f"- {_cell(sampler_text(*item))}" for item in held.samplers.items()]
+    rewards = [
+        (each.label, reward_text(each), ", ".join(each.components), size_text(each.size.bytes))
+        for each in held.rewards
+    ]
+    references = [
+        (each.fingerprint[:12], each.model_name_or_path, reference_text(each))
+        for each in held.references
+    ]
+    tokenizer = held.tokenizer
+    said = (
+        f"`{tokenizer.name_or_path}`, {tokenizer.vocab_size:,} ids, fingerprint "
+        f"`{tokenizer.fingerprint[:12]}`"
+        if tokenizer
+        else "not said"
+    )
+    return [
+        f"## What it holds\n\nTokenizer: {said}.\n",
+        *(["Samplers:\n", *samplers, ""] if samplers else []),
+        *_markdown(("reward", "made of", "components", "size"), rewards),
+        *_markdown(("reference", "model", "computed in"), references),
+    ]
+
+
+def _columns(name: str, columns: Sequence[Column]) -> list[str]:
+    rows = [(f"`{column.name}`", _type(column.type), column.doc) for column in columns]
+    return [f"### Columns of `{name}`\n", *_markdown(("column", "type", "meaning"), rows)]
+
+
+def _type(kind: pa.DataType) -> str:
+    return f"list of {_type(kind.value_type)}" if pa.types.is_list(kind) else str(kind)
+
+
+def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [heading, ["---"] * len(heading), *rows]
+    return [*("| " + " | ".join(map(_cell, line)) + " |" for line in lines), ""]
+
+
+def _cell(text: str) -> str:
+    """Text that stays within a line and a cell."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

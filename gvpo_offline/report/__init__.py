@@ -1,0 +1,1 @@
+"""Numbers and texts about what is on disk, from files alone."""

@@ -1,0 +1,59 @@
+"""Passes over a dataset, one row group after the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from gvpo_offline.errors import GVPOError
+from gvpo_offline.store.dataset import GroupDataset
+
+_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The numbers of a dataset's row groups in order, for a pass that reads some columns of each.
+
+    Over a network the next ones are brought into the cache meanwhile, so that a pass takes the time
+    of its bytes and not of as many round trips. What is wrong with one is said when it is read.
+
+    Attributes:
+        dataset: which.
+        columns: what the pass reads.
+        part: of the row groups.
+    """
+
+    dataset: GroupDataset
+    columns: Sequence[str]
+    part: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def _numbers(self) -> range:
+        return range(self.dataset.n_row_groups)[self.part]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = self._numbers
+        if not self.dataset.storage.fetches_ahead:
+            yield from numbers
+            return
+        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="gvpo-pass") as pool:
+            coming: deque[Future[None]] = deque()
+            try:
+                for at, number in enumerate(numbers):
+                    while len(coming) < min(_AHEAD, len(numbers) - at):
+                        coming.append(pool.submit(self._fetch, numbers[at + len(coming)]))
+                    coming.popleft().result()
+                    yield number
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _fetch(self, row_group: int) -> None:
+        with suppress(GVPOError):
+            self.dataset.table(row_group, self.columns)

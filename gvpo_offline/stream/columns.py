@@ -1,0 +1,186 @@
+"""What a predicate may name: the light columns of a dataset, as polars frames.
+
+Beside what is stored these are statistics of each group's rewards, and the keys of the user's
+metadata as `metadata.<key>`, each of one type in the whole dataset. The types are made out from all
+of its rows, so nothing depends on how its files are cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.schema import (
+    GROUPS_COLUMNS,
+    REFERENCE_COLUMNS,
+    REWARDS_COLUMNS,
+    arrow_schema,
+)
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.passes import Pass
+
+if TYPE_CHECKING:
+    import polars as pl
+
+METADATA = "metadata"
+KEY_PREFIX = METADATA + "."
+# Each column, and the stored ones that it is made from.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "group_id": (),
+    "source": ("source",),
+    "n_tokens": ("prompt_length", "response_lengths"),
+    "prompt_length": ("prompt_length",),
+    "group_size": ("response_lengths",),
+    "response_lengths": ("response_lengths",),
+    "samplers": ("samplers",),
+    "truncated": ("truncated",),
+    "rewards": ("rewards",),
+    "reward_mean": ("rewards",),
+    "reward_min": ("rewards",),
+    "reward_max": ("rewards",),
+    "reward_std": ("rewards",),
+    "reward_gap": ("rewards",),
+    "ref_seq_logprobs": ("ref_seq_logprobs",),
+}
+_INT64 = range(-(2**63), 2**63)
+Kinds = dict[str, "type[pl.DataType]"]
+
+
+class LightColumns:
+    """Some columns of a dataset as frames, one for each row group.
+
+    Args:
+        dataset: where they lie.
+        names: of `COLUMNS`, or `metadata.<key>`, or `metadata`: a struct of all keys.
+
+    Attributes:
+        kinds: the type of every key of the metadata; empty where no name asks for one.
+
+    Raises:
+        DataError: a row's metadata is not a JSON object.
+    """
+
+    def __init__(self, dataset: GroupDataset, names: Iterable[str]) -> None:
+        self._dataset = dataset
+        self._names = tuple(dict.fromkeys(["group_id", *names]))
+        stored = {part for name in self._names for part in COLUMNS.get(name, (METADATA,))}
+        self._stored = sorted(stored)
+        self.kinds = metadata_kinds(dataset) if METADATA in stored else {}
+
+    @property
+    def schema(self) -> pl.Schema:
+        """Names and types of the frames."""
+        known = (*GROUPS_COLUMNS, *REWARDS_COLUMNS[1:], *REFERENCE_COLUMNS[1:])
+        wanted = [column for column in known if column.name in {"group_id", *self._stored}]
+        return self._framed(arrow_schema(wanted).empty_table(), []).schema
+
+    @property
+    def numbers(self) -> Pass:
+        """The dataset's row groups, in order."""
+        return Pass(self._dataset, [*self._stored, "response_lengths"])
+
+    def frame(self, row_group: int) -> pl.DataFrame:
+        """The columns of one row group: (n, names)."""
+        table = light_columns(self._dataset, row_group, self._stored)
+        keys = _metadata(self._dataset, row_group, table) if self.kinds else []
+        return self._framed(table, keys)
+
+    def _framed(self, table: pa.Table, metadata: list[dict[str, Any]]) -> pl.DataFrame:
+        import polars as pl
+
+        frame = pl.DataFrame(table).with_columns(
+            pl.Series(KEY_PREFIX + key, [_value(row.get(key), kind) for row in metadata], kind)
+            for key, kind in self.kinds.items()
+        )
+        keys = [pl.col(KEY_PREFIX + key).alias(key) for key in self.kinds]
+        made = _expressions() | ({METADATA: pl.struct(keys)} if keys else {})
+        return frame.select(made.get(name, pl.col(name)).alias(name) for name in self._names)
+
+
+def _expressions() -> dict[str, pl.Expr]:
+    """The columns that are not stored under their own names and types."""
+    import polars as pl
+
+    rewards, prompt = pl.col("rewards").list, pl.col("prompt_length").cast(pl.Int64)
+    lengths = pl.col("response_lengths").cast(pl.List(pl.Int64))
+    return {
+        "prompt_length": prompt,
+        "response_lengths": lengths,
+        "n_tokens": prompt + lengths.list.sum(),
+        "group_size": lengths.list.len().cast(pl.Int64),
+        "reward_mean": rewards.mean(),
+        "reward_min": rewards.min(),
+        "reward_max": rewards.max(),
+        "reward_std": rewards.std(ddof=1),
+        "reward_gap": rewards.max() - rewards.min(),
+    }
+
+
+def metadata_kinds(dataset: GroupDataset, row_groups: Iterable[int] | None = None) -> Kinds:
+    """The polars type of every key of the metadata, made out from all rows.
+
+    Whole numbers are Int64, numbers Float64, flags Boolean, text String. Nulls have no say. What is
+    mixed, nested, or larger than 64 bits is text: a string as it is, anything else as JSON.
+
+    Args:
+        dataset: where the metadata lies.
+        row_groups: where to look; by default in all.
+    """
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for row_group in range(dataset.n_row_groups) if row_groups is None else row_groups:
+        table = light_columns(dataset, row_group, [METADATA])
+        for row in _metadata(dataset, row_group, table):
+            for key, value in row.items():
+                found[key].add(_kind(value))
+    return {key: _joined(kinds) for key, kinds in sorted(found.items())}
+
+
+def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[dict[str, Any]]:
+    """The metadata of each row; nothing where there is none."""
+    if METADATA not in table.column_names:
+        return [{}] * table.num_rows
+    rows = []
+    for number, text in enumerate(table.column(METADATA).to_pylist()):
+        try:
+            row = {} if text is None else json.loads(text)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(
+                "a group's metadata is a JSON object, or null",
+                received=text,
+                remedy="write the column again, or leave metadata out of `where`",
+                **dataset.place(row_group).of(table, number),
+            )
+        rows.append(row)
+    return rows
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value not in _INT64:
+        return "large"
+    return type(value).__name__
+
+
+def _joined(kinds: set[str]) -> type[pl.DataType]:
+    import polars as pl
+
+    known = kinds - {"NoneType"}
+    if known in ({"float"}, {"int", "float"}):
+        return pl.Float64
+    return {"int": pl.Int64, "bool": pl.Boolean}.get("+".join(known), pl.String)
+
+
+def _value(value: Any, kind: type[pl.DataType]) -> Any:
+    """A value of the metadata as one of its key's type."""
+    import polars as pl
+
+    if value is None or isinstance(value, str) or kind != pl.String:
+        return value
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,171 @@
+"""Which groups a predicate is true of.
+
+It means what it means over the whole dataset: an average, a rank or a quantile in it is that of all
+groups. A predicate that looks at each group alone is evaluated row group by row group, in constant
+memory; for any other the columns that it names are read into memory, and evaluated there in one
+piece, so that sums do not depend on threads or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.stream.columns import COLUMNS, KEY_PREFIX, METADATA, LightColumns, metadata_kinds
+from gvpo_offline.stream.predicate import nearest, parse, refused, shown
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_MASK = "__selected"
+Truths = tuple[npt.NDArray[np.bool_], int]
+
+
+def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
+    """What a predicate says of each row group, in order.
+
+    Pages are verified as at every read: polars is given columns, and reads no file of its own.
+
+    Args:
+        dataset: with its rewards and reference where the predicate names them.
+        where: as SQL, as text of a polars expression, or as an expression.
+
+    Yields:
+        (n,) bool, and of how many groups it is neither true nor false (null); they count as false.
+
+    Raises:
+        ConfigError: it does not parse, names no column, is not boolean, or fails on a value.
+        DataError, IntegrityError: as `GroupDataset.table`; or metadata is not JSON.
+    """
+    import polars as pl
+
+    expression = parse(where)
+    names = list(dict.fromkeys(expression.meta.root_names()))
+    if not names or expression.meta.has_multiple_outputs():
+        raise refused("a predicate names columns, one by one", where, "none or a pattern")
+    _check_names(dataset, where, names)
+    columns = LightColumns(dataset, names)
+    _check_keys(columns, where, names)
+    _check_boolean(columns, where, expression)
+    schema = columns.schema
+    numbers = columns.numbers
+    if _one_by_one(schema, expression):
+        for row_group in numbers:
+            yield _counted(_evaluated(columns.frame(row_group), where, expression))
+        return
+    frames = [columns.frame(row_group) for row_group in numbers]
+    whole = pl.concat(frames, rechunk=True) if frames else pl.DataFrame(schema=schema)
+    del frames
+    answers = _evaluated(whole, where, expression)
+    ends = np.cumsum(dataset.row_group_sizes).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield _counted(answers[start:end])
+
+
+def nothing_selected(where: object, total: int, n_null: int, file: Path | str) -> ConfigError:
+    """The error of a predicate that is true of no group."""
+    null = f", and null for {n_null:,} of them" if n_null else ""
+    return ConfigError(
+        "a predicate selects at least one group",
+        received=f"where: {shown(where)}, which is true for none of {total:,} groups{null}",
+        remedy="loosen it; its columns are explained in docs/selecting.md",
+        file=file,
+    )
+
+
+def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None:
+    """Raise ConfigError if a name is no column, or one that the dataset does not hold."""
+    for name in names:
+        if name not in COLUMNS and name != METADATA and not name.startswith(KEY_PREFIX):
+            # The keys of the whole metadata would be another pass, for a word of advice.
+            keys = metadata_kinds(dataset, range(min(1, dataset.n_row_groups)))
+            known = [*COLUMNS, *(KEY_PREFIX + key for key in keys)]
+            quoted = "text stands in single quotes; " if f'"{name}"' in shown(where) else ""
+            raise refused(
+                "a predicate names columns", where, repr(name), quoted + nearest(name, known)
+            )
+        if "rewards" in COLUMNS.get(name, ()) and not dataset.rewards:
+            raise refused("a predicate on rewards needs a dataset that has them", where, name)
+        if name == "ref_seq_logprobs" and dataset.reference is None:
+            raise refused("a predicate on the reference needs its log-probs", where, name)
+
+
+def _check_keys(columns: LightColumns, where: object, names: list[str]) -> None:
+    """Raise ConfigError if a name is no key of the metadata."""
+    for name in names:
+        if name.startswith(KEY_PREFIX) and name.removeprefix(KEY_PREFIX) not in columns.kinds:
+            keys = [KEY_PREFIX + key for key in columns.kinds]
+            remedy = nearest(name, keys) if keys else "the dataset has no metadata"
+            raise refused("a predicate names keys of the metadata", where, f"{name!r}", remedy)
+
+
+def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) -> None:
+    """Raise ConfigError unless an expression fits the types of its columns, and is boolean.
+
+    No group is looked at: polars is asked what comes of no rows.
+    """
+    import polars as pl
+
+    try:
+        (kind,) = pl.DataFrame(schema=columns.schema).select(expression).dtypes
+    except pl.exceptions.PolarsError as error:
+        keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.kinds.items())
+        raise refused(
+            "a predicate fits the types of its columns",
+            where,
+            _first_line(error),
+            f"the metadata has {keys}" if keys else "see docs/selecting.md for the types",
+        ) from error
+    if kind != pl.Boolean:
+        raise refused("a predicate is true or false", where, f"a value of type {kind}")
+
+
+def _one_by_one(schema: pl.Schema, expression: pl.Expr) -> bool:
+    """Whether an expression looks at each row alone.
+
+    Polars knows: such a filter, and no other, is handed down to where the rows come from.
+    """
+    import polars as pl
+    from polars.io.plugins import register_io_source
+
+    handed_down = False
+
+    def no_rows(
+        with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: Any, batch_size: Any
+    ) -> Iterator[pl.DataFrame]:
+        nonlocal handed_down
+        handed_down = predicate is not None
+        frame = pl.DataFrame(schema=schema)
+        yield frame if with_columns is None else frame.select(with_columns)
+
+    try:
+        register_io_source(no_rows, schema=schema).filter(expression).collect()
+    except pl.exceptions.PolarsError:  # such as Python functions, which cannot be handed down
+        return False
+    return handed_down
+
+
+def _evaluated(frame: pl.DataFrame, where: object, expression: pl.Expr) -> pl.Series:
+    """The truth value of each row."""
+    import polars as pl
+
+    try:
+        return frame.with_columns(expression.alias(_MASK)).get_column(_MASK)
+    except pl.exceptions.PolarsError as error:
+        raise refused(
+            "a predicate has one value for each group", where, _first_line(error)
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n\n")[0]
+
+
+def _counted(answers: pl.Series) -> Truths:
+    return answers.fill_null(False).to_numpy(), answers.null_count()

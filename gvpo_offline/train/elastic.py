@@ -1,0 +1,81 @@
+"""Which checkpoints a run can go on from, by how its ranks held the model when they were taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gvpo_offline.errors import ResumeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Taken = Mapping[str, Any]
+_NEW_RUN = (
+    "or begin a new run from its weights, with model_name_or_path set to its folder and another "
+    "output_dir"
+)
+
+
+def how_taken(accelerator: Accelerator) -> dict[str, Any]:
+    """What a checkpoint's seal says of the ranks that took it, as plain data.
+
+    `backend`: `replicated` (one process, or DDP), `fsdp2`, or `zero-N` (DeepSpeed); `state`: how
+    FSDP2 keeps it, `sharded` or `full`; `world_size`.
+    """
+    state = accelerator.state
+    backend, kept = "replicated", None
+    if (plugin := getattr(state, "fsdp_plugin", None)) is not None:
+        backend = "fsdp2"
+        kept = "full" if "FULL" in str(plugin.state_dict_type) else "sharded"
+    elif (plugin := getattr(state, "deepspeed_plugin", None)) is not None:
+        backend = f"zero-{plugin.zero_stage}"
+    return {"backend": backend, "state": kept, "world_size": accelerator.num_processes}
+
+
+def check_taken(folder: Path, saved: Taken | None, now: Taken) -> None:
+    """Raise ResumeError unless ranks as they are now can take over.
+
+    Args:
+        folder: of the checkpoint.
+        saved: what its seal says; None: nothing.
+        now: `how_taken` of this run.
+    """
+    if saved is None:
+        return
+    if saved["backend"] != now["backend"]:
+        raise ResumeError(
+            "a checkpoint resumes with the backend that took it",
+            received=f"{_shown(saved)} then, {_shown(now)} now",
+            remedy=f"{_again(saved)}; {_NEW_RUN}",
+            file=folder,
+        )
+    if saved["state"] != now["state"]:
+        raise ResumeError(
+            "FSDP2 resumes from state kept as it is configured to keep it",
+            received=f"{saved['state']} then, {now['state']} now",
+            remedy=f"set state_dict_type to {saved['state'].upper()}_STATE_DICT",
+            file=folder,
+        )
+    if saved["backend"].startswith("zero-") and saved["world_size"] != now["world_size"]:
+        raise ResumeError(
+            "a DeepSpeed checkpoint resumes on as many ranks as it was taken on",
+            received=f"{saved['world_size']} then, {now['world_size']} now",
+            remedy=f"launch {saved['world_size']} ranks; {_NEW_RUN}; FSDP2 and DDP resume on any "
+            "number",
+            file=folder,
+        )
+
+
+def _shown(taken: Taken) -> str:
+    n = taken["world_size"]
+    return f"{taken['backend']} on {n} rank{'' if n == 1 else 's'}"
+
+
+def _again(saved: Taken) -> str:
+    if saved["backend"] == "fsdp2":
+        return "launch with FSDP2 again, on any number of ranks (torchrun also starts one)"
+    if saved["backend"] == "replicated":
+        return "launch without sharding, on any number of ranks"
+    return f"launch with DeepSpeed again, on {saved['world_size']} ranks"
