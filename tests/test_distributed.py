@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_group
 from fork_server import ForkServer
 from safetensors.torch import load_file
-from training import VOCAB_SIZE, largest_difference, scored_dataset
+from training import largest_difference, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 
@@ -23,18 +22,7 @@ TIMES |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
     """25 groups of 2 to 12 responses of 1 to 60 tokens: very unequal work."""
-    groups = [
-        make_group(
-            i,
-            k=2 + (7 * i) % 11,
-            response_tokens=60 if i % 8 == 0 else None,
-            vocab_size=VOCAB_SIZE,
-            scored=False,
-            masked=i % 3 == 0,
-        )
-        for i in range(25)
-    ]
-    return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, groups=groups)
+    return unequal_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 25)
 
 
 def command(dataset: GroupDataset, model_dir: Path, output_dir: Path, **changes: Any) -> list[str]:

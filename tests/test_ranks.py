@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_group
 from fork_server import ForkServer
 from safetensors.torch import load_file
 from test_distributed import TIMES
-from training import VOCAB_SIZE, largest_difference, scored_dataset
+from training import largest_difference, unequal_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from watching import micro_batches, read_notes
 
@@ -51,18 +50,7 @@ OTHERS = [
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
     """25 groups of 2 to 12 responses of 1 to 60 tokens: very unequal work."""
-    groups = [
-        make_group(
-            i,
-            k=2 + (7 * i) % 11,
-            response_tokens=60 if i % 8 == 0 else None,
-            vocab_size=VOCAB_SIZE,
-            scored=False,
-            masked=i % 3 == 0,
-        )
-        for i in range(N_GROUPS)
-    ]
-    return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, groups=groups)
+    return unequal_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, N_GROUPS)
 
 
 class Runs:

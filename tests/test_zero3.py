@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_group
 from safetensors.torch import load_file
-from training import VOCAB_SIZE, largest_difference, scored_dataset
+from training import largest_difference, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -32,18 +31,7 @@ ADAPTER = ["--use_peft", "true", "--lora_target_modules", "[q_proj,down_proj]"]
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
     """25 groups of 2 to 12 responses of 1 to 60 tokens; the largest are computed in pieces."""
-    groups = [
-        make_group(
-            i,
-            k=2 + (7 * i) % 11,
-            response_tokens=60 if i % 8 == 0 else None,
-            vocab_size=VOCAB_SIZE,
-            scored=False,
-            masked=i % 3 == 0,
-        )
-        for i in range(25)
-    ]
-    return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, groups=groups)
+    return unequal_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 25)
 
 
 @pytest.fixture(scope="module")

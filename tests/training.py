@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders import build_dataset
+from builders import build_dataset, make_group
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
@@ -46,6 +46,22 @@ def score(root: Path, model_dir: Path, **changes: Any) -> GroupDataset:
 def scored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options: Any) -> GroupDataset:
     """`unscored_dataset`, scored."""
     return score(unscored_dataset(root, model_dir, n_groups, **options), model_dir)
+
+
+def unequal_dataset(root: Path, model_dir: Path, n_groups: int = 25) -> GroupDataset:
+    """Scored groups of 2 to 12 responses of 1 to 60 tokens: very unequal work."""
+    groups = [
+        make_group(
+            i,
+            k=2 + (7 * i) % 11,
+            response_tokens=60 if i % 8 == 0 else None,
+            vocab_size=VOCAB_SIZE,
+            scored=False,
+            masked=i % 3 == 0,
+        )
+        for i in range(n_groups)
+    ]
+    return scored_dataset(root, model_dir, groups=groups)
 
 
 def config_of(output_dir: Path, **changes: Any) -> GVPOConfig:

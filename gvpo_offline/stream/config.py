@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from gvpo_offline.config import required
@@ -35,16 +35,9 @@ class ResponseSettings:
 
 
 @dataclass
-class DatasetSettings:
-    """One dataset of a run."""
+class Taken:
+    """What a run takes of a dataset: which groups, which of their responses, which scores."""
 
-    path: str = ""
-    """The dataset's folder or URL, or a Parquet file in the group shape."""
-    name: str | None = None
-    """What metrics and messages call it. Default: the last part of its path."""
-    weight: float | None = None
-    """Its share of the draws is weight / sum of weights. Default, for all datasets or none: the
-    number of its groups, so that an epoch takes each group once."""
     where: str | None = None
     """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
     reward_gap, metadata.<key> … (docs/selecting.md)."""
@@ -57,6 +50,19 @@ class DatasetSettings:
     """Which reference, by the first digits of its fingerprint; may be left out if there is one.
     base (in `train`): the model as it is loaded, without an adapter; scored before the first step
     where the dataset lacks it."""
+
+
+@dataclass
+class DatasetSettings(Taken):
+    """One dataset of a run."""
+
+    path: str = ""
+    """The dataset's folder or URL, or a Parquet file in the group shape."""
+    name: str | None = None
+    """What metrics and messages call it. Default: the last part of its path."""
+    weight: float | None = None
+    """Its share of the draws is weight / sum of weights. Default, for all datasets or none: the
+    number of its groups, so that an epoch takes each group once."""
     version: int | None = None
     """An older version of the dataset: the number of its manifest. Default: the newest."""
     remote: RemoteSettings | None = None
@@ -74,25 +80,13 @@ class DatasetSettings:
 
 
 @dataclass
-class DatasetChoice:
+class DatasetChoice(Taken):
     """A single dataset, as flags give it."""
 
     dataset: str = ""
     """The dataset's folder or URL, or a Parquet file in the group shape."""
     dataset_version: int | None = None
     """An older version of the dataset: the number of its manifest. Default: the newest."""
-    where: str | None = None
-    """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
-    reward_gap, metadata.<key> … (docs/selecting.md)."""
-    responses: ResponseSettings = field(default_factory=ResponseSettings)
-    """Which responses of each group take part."""
-    reward: dict[str, float] | str | None = None
-    """Which reward, as `name` or `name@version`; or several with weights, {name: weight}: their
-    weighted sum. May be left out if the dataset holds one."""
-    reference: str | None = None
-    """Which reference, by the first digits of its fingerprint; may be left out if there is one.
-    base (in `train`): the model as it is loaded, without an adapter; scored before the first step
-    where the dataset lacks it."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
     """How datasets at a URL (s3://, gs://, hf://, https:// …) are read."""
 
@@ -100,12 +94,9 @@ class DatasetChoice:
         """The same as an item of `datasets`."""
         return DatasetSettings(
             path=self.dataset,
-            where=self.where,
-            responses=self.responses,
-            reward=self.reward,
-            reference=self.reference,
             version=self.dataset_version,
             remote=self.remote,
+            **{own.name: getattr(self, own.name) for own in fields(Taken)},
         )
 
     def public(self) -> dict[str, Any]:
@@ -137,7 +128,7 @@ class DataSettings(DatasetChoice):
         single = DatasetChoice()
         misplaced = [
             name
-            for name in ("dataset_version", "where", "responses", "reward", "reference")
+            for name in ("dataset_version", *(own.name for own in fields(Taken)))
             if getattr(self, name) != getattr(single, name)
         ]
         if self.datasets and misplaced:
