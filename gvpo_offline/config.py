@@ -11,11 +11,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gvpo_offline.errors import ConfigError
 
 OnFew = Literal["error", "drop"]
+LossType = Literal[
+    "gvpo", "pmd_mean", "rebel", "ipo", "dpo", "listwise", "rft", "awr", "grpo", "rloo", "topr"
+]
 
 
 @dataclass
@@ -74,19 +77,7 @@ class GVPOSettings:
     beta: float = 0.1
     """Strength of the pull to the reference. Only with the reward's scale does it mean something:
     (max reward - min reward) / beta is the log-ratio gap, in nats, that the optimum asks for."""
-    loss_type: Literal[
-        "gvpo",
-        "pmd_mean",
-        "rebel",
-        "ipo",
-        "dpo",
-        "listwise",
-        "rft",
-        "awr",
-        "grpo",
-        "rloo",
-        "topr",
-    ] = "gvpo"
+    loss_type: LossType = "gvpo"
     """The objective. gvpo, rebel and listwise have its optimum; pmd_mean is gvpo with anchor 1; ipo
     and dpo compare a group's best response with its worst; rft and awr imitate; grpo and rloo are
     controls, without importance weights; topr needs the samplers' log-probs in the log."""
@@ -133,6 +124,10 @@ class GVPOSettings:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError("beta is a positive number", received=self.beta)
+        if self.loss_type not in get_args(LossType):
+            raise ConfigError(
+                f"loss_type is one of {', '.join(get_args(LossType))}", received=self.loss_type
+            )
         if self.loss_type != "gvpo" and (self.anchor or self.response_weights != "equal"):
             raise ConfigError(
                 "anchor and response_weights are gvpo's",

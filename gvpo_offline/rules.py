@@ -100,7 +100,11 @@ def _check_loss_mask(group: Group, place: dict[str, Any]) -> None:
 def _check_values(group: Group, place: dict[str, Any]) -> None:
     if group.components is not None:
         _check_components(group, group.components, place)
-    for name, unit in (("rewards", "reward"), ("ref_seq_logprobs", "reference log-prob")):
+    for name, unit in (
+        ("rewards", "reward"),
+        ("ref_seq_logprobs", "reference log-prob"),
+        ("sampler_seq_logprobs", "sampler log-prob"),
+    ):
         values = getattr(group, name)
         if values is None:
             continue

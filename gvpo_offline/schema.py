@@ -78,6 +78,13 @@ GROUPS_COLUMNS: tuple[Column, ...] = (
         "response_ids", pa.list_(pa.string()), False, "The log's own response ids, or null. (k,)"
     ),
     Column("metadata", pa.string(), False, "Further columns of the log as a JSON object, or null."),
+    Column(
+        "sampler_seq_logprobs",
+        pa.list_(pa.float64()),
+        False,
+        "log-probability of each response under who wrote it, summed over the tokens that count, "
+        "in nats; null where the log does not say for all of them. (k,)",
+    ),
 )
 
 REWARDS_COLUMNS: tuple[Column, ...] = (
@@ -116,6 +123,7 @@ TRAINING_COLUMNS: tuple[str, ...] = (
     "prompt_token_ids",
     "response_token_ids",
     "loss_mask",
+    "sampler_seq_logprobs",
 )
 LIGHT_COLUMNS: tuple[str, ...] = (
     "group_id",
@@ -230,6 +238,10 @@ def groups_to_table(groups: Sequence[Group]) -> pa.Table:
         "responses": [g.responses for g in groups],
         "response_ids": [g.response_ids for g in groups],
         "metadata": [g.metadata for g in groups],
+        "sampler_seq_logprobs": [
+            None if g.sampler_seq_logprobs is None else g.sampler_seq_logprobs.tolist()
+            for g in groups
+        ],
     }
     schema = arrow_schema(GROUPS_COLUMNS)
     arrays = [
@@ -329,6 +341,7 @@ def _repetitive_rows(array: pa.ListArray) -> list[tuple[Any, ...] | None]:
 
 
 _NUMBER_LISTS = ("prompt_token_ids", "rewards", "ref_seq_logprobs")
+_OPTIONAL_LISTS = ("sampler_seq_logprobs",)
 _NESTED_LISTS = ("response_token_ids", "loss_mask", "components")
 _REPETITIVE_LISTS = ("samplers", "truncated")
 
@@ -341,6 +354,10 @@ def _column_rows(table: pa.Table, name: str) -> list[Any]:
         return split_nested_list(column_array(table, name))
     if name in _NUMBER_LISTS:
         return split_list(column_array(table, name))
+    if name in _OPTIONAL_LISTS:
+        column = column_array(table, name)
+        pairs = zip(split_list(column), column.is_valid().to_pylist(), strict=True)
+        return [row if valid else None for row, valid in pairs]
     if name in _REPETITIVE_LISTS:
         return _repetitive_rows(column_array(table, name))
     rows: list[Any] = table.column(name).to_pylist()

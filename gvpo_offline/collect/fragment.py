@@ -52,6 +52,8 @@ class Fragment:
         truncated: n flags.
         loss_mask: n arrays of (T_i,) bool, each None where every token counts; or None for all.
         response_ids: n ids, or None.
+        sampler_logprobs: n log-probs of a whole response under who wrote it, nats, each None where
+            the log does not say; or None for all.
         group_id: the log's own id of the group, or None: responses to one prompt are a group.
         metadata: a JSON object, or None.
         source: what the log calls itself, or None.
@@ -73,6 +75,7 @@ class Fragment:
     metadata: str | None = None
     source: str | None = None
     components: dict[str, list[float | None]] | None = None
+    sampler_logprobs: Sequence[float | None] | None = None
     file: int = 0
     row: int = 0
 
@@ -221,6 +224,7 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
         "truncated",
         "loss_mask",
         "response_ids",
+        "sampler_logprobs",
     ):
         values = getattr(fragment, name)
         if values is not None and len(values) != n:

@@ -31,6 +31,7 @@ RESPONSE_AXIS = {
     "response_ids": 0,
     "rewards": 0,
     "ref_seq_logprobs": 0,
+    "sampler_seq_logprobs": 0,
     "ref_token_logprobs": 0,
     "components": 1,
 }

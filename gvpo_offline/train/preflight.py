@@ -229,6 +229,28 @@ def surveys(views: Sequence[View]) -> list[Survey]:
     return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
 
 
+def check_sampler_logprobs(views: Sequence[View]) -> None:
+    """Raise DataError, naming file, row and group, if a response's sampler has no log-prob."""
+    on_each(lambda: [_check_sampler_logprobs(view) for view in views])
+
+
+def _check_sampler_logprobs(view: View) -> None:
+    name = "sampler_seq_logprobs"
+    for row_group in range(view.dataset.n_row_groups)[own_part()]:
+        table = view.dataset.table(row_group, [name])
+        rows = range(table.num_rows) if view.selection is None else view.selection.rows(row_group)
+        held = table.column(name).is_valid().to_pylist() if name in table.column_names else None
+        missing = next((int(row) for row in rows if held is None or not held[row]), None)
+        if missing is not None:
+            raise DataError(
+                "topr needs the log-probs of every response under its sampler",
+                received="none",
+                remedy="import a log that has them (columns.sampler_logprob), leave such groups "
+                "out, or choose another loss_type",
+                **view.dataset.place(row_group).of(table, missing),
+            )
+
+
 def verify(datasets: Iterable[GroupDataset], *, content: bool) -> None:
     """Verify the files of datasets; every rank of a machine takes a part of them.
 

@@ -60,6 +60,7 @@ from gvpo_offline.train.parallelism import loaded_whole
 from gvpo_offline.train.preflight import (
     check_held_out,
     check_log_ratios,
+    check_sampler_logprobs,
     check_token_ids,
     check_tokenizers,
     inspect,
@@ -192,6 +193,8 @@ class GVPOTrainer(ShardedTrainer):
     def preflight(self) -> list[Survey]:
         """Verify the files and say what the run trains on; the main process logs it."""
         verify(self.data.datasets(), content=self.args.verify == "full")
+        if self.args.loss_type == "topr":
+            check_sampler_logprobs([*self.data.views, *self.data.held_out.values()])
         return inspect(
             self.data,
             self.policy,

@@ -43,6 +43,7 @@ class FlatFormat:
             "response_token_ids",
             "loss_mask",
             "truncated",
+            "sampler_logprob",
         )
         named = [getattr(self._names, role) for role in roles]
         self._columns = list(dict.fromkeys([*(n for n in named if n), *self._names.keep]))
@@ -89,6 +90,9 @@ class FlatFormat:
             truncated=each("truncated", values.truncated) if names.truncated else [False] * n,
             loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
             response_ids=each("response_id", values.identifier) if names.response_id else None,
+            sampler_logprobs=each("sampler_logprob", values.number)
+            if names.sampler_logprob
+            else None,
             group_id=values.identifier(value("group_id")) if names.group_id else None,
             metadata=self._metadata(record, source),
         )

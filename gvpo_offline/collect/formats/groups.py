@@ -76,17 +76,19 @@ def _parse(record: Record, source: InputInfo) -> Fragment:
     n = len(ids)
     masks = record.get("loss_mask")
     rewards = record.get("rewards")
+    logprobs = record.get("sampler_seq_logprobs")
     return Fragment(
         prompt=_optional_text(record, "prompt"),
         messages=_messages(record),
         prompt_token_ids=token_ids(record["prompt_token_ids"], "prompt_token_ids"),
         responses=_entries(record, "responses", str) or [None] * n,
         response_token_ids=ids,
-        rewards=None if rewards is None else _rewards(rewards),
+        rewards=None if rewards is None else _numbers(rewards, "rewards"),
         samplers=_entries(record, "samplers", str) or [None] * n,
         truncated=_entries(record, "truncated", bool) or [False] * n,
         loss_mask=None if masks is None else [flags(row, "loss_mask") for row in masks],
         response_ids=_entries(record, "response_ids", str),
+        sampler_logprobs=None if logprobs is None else _numbers(logprobs, "sampler_seq_logprobs"),
         group_id=_optional_text(record, "group_id"),
         metadata=_optional_text(record, "metadata"),
         source=_optional_text(record, "source"),
@@ -112,14 +114,14 @@ def _entries(record: Record, name: str, kind: type) -> list[Any] | None:
     return values
 
 
-def _rewards(value: Any) -> list[float]:
+def _numbers(value: Any, what: str) -> list[float]:
     try:
         array = np.asarray(value)
         if array.ndim == 1 and array.dtype.kind in "biuf":
             return [float(v) for v in array]
     except ValueError:
         pass
-    raise DataError("rewards is a list of numbers", received=value)
+    raise DataError(f"{what} is a list of numbers", received=value)
 
 
 def _optional_text(record: Record, name: str) -> str | None:

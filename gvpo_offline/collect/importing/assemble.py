@@ -39,6 +39,7 @@ class _Response:
     sampler: str
     truncated: bool
     response_id: str | None
+    sampler_logprob: float | None
 
 
 @dataclass(slots=True)
@@ -155,6 +156,7 @@ class Assembler:
                 sampler=fragment.samplers[i] or default,
                 truncated=bool(fragment.truncated[i]),
                 response_id=None if fragment.response_ids is None else fragment.response_ids[i],
+                sampler_logprob=fragment.sampler_logprobs[i] if fragment.sampler_logprobs else None,
             )
             for i, text in enumerate(fragment.responses)
         ]
@@ -282,6 +284,7 @@ class Assembler:
             if mask is not None and not mask.any():
                 continue  # nothing is left that the policy wrote: it is dropped as overlong
             response.ids, response.mask, response.truncated = response.ids[:room], mask, True
+            response.sampler_logprob = None  # that of the whole
             self.counts["cut_overlong_responses"] += 1
 
     def _enough(self, draft: _Draft) -> bool:
@@ -320,6 +323,7 @@ class Assembler:
         texts = tuple(r.text for r in responses if r.text is not None)
         response_ids = tuple(r.response_id for r in responses if r.response_id is not None)
         rewards = [r.reward for r in responses if r.reward is not None]
+        logprobs = [r.sampler_logprob for r in responses if r.sampler_logprob is not None]
         source = self._config.source or first.source or self._inputs[first.file].file_name
         return Group(
             group_id=draft.group_id,
@@ -340,6 +344,7 @@ class Assembler:
             responses=texts if len(texts) == len(responses) else None,
             response_ids=response_ids if len(response_ids) == len(responses) else None,
             metadata=first.metadata,
+            sampler_seq_logprobs=np.array(logprobs) if len(logprobs) == len(responses) else None,
         )
 
 

@@ -40,6 +40,9 @@ class Columns:
     loss_mask: str | None = None
     """One 0/1 flag per response token: 0 where the policy did not write the token. Needs token ids.
     Null: every token counts."""
+    sampler_logprob: str | None = None
+    """Log-probability of the response under who wrote it: nats, summed over the tokens that count,
+    those that are imported. Null: not known. Only loss_type topr asks for it."""
     truncated: str | None = None
     """Whether the response was cut: a flag, or a finish reason of which "length" means cut.
     Null: no."""

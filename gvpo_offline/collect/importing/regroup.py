@@ -45,6 +45,7 @@ _SCHEMA = pa.schema(
         ("samplers", pa.list_(pa.string())),
         ("truncated", pa.list_(pa.bool_())),
         ("response_ids", pa.list_(pa.string())),
+        ("sampler_logprobs", pa.list_(pa.float64())),
         ("metadata", pa.string()),
         ("source", pa.string()),
     ]
