@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart test lint format schemas bench-memory bench-stream bench-compute \
-	bench-collect bench-elastic clean
+	bench-collect bench-elastic bench-convergence \
+	clean
 
 help:
 	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
@@ -21,6 +22,7 @@ help:
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (5 minutes)"
+	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (10 minutes)"
 	@echo "make venv         set up .venv and nothing else"
 
 venv: $(STAMP)
@@ -64,6 +66,9 @@ bench-memory: $(STAMP)
 
 bench-collect: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/collect/evidence.py $(ARGS)
+
+bench-convergence: $(STAMP)
+	$(BIN)/python benchmarks/convergence/run.py $(ARGS)
 
 bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)

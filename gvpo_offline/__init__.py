@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gvpo_offline.collect.importing.config import ImportConfig
     from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
     from gvpo_offline.config import ReferenceConfig
-    from gvpo_offline.losses import GroupLoss, gvpo_loss
+    from gvpo_offline.losses import GroupLoss, group_loss, gvpo_loss
     from gvpo_offline.schema import Group
     from gvpo_offline.store.dataset import GroupDataset, open_dataset
     from gvpo_offline.store.location import RemoteSettings
@@ -36,6 +36,7 @@ _HOMES = {
     "RemoteSettings": "store.location",
     "ResponseSettings": "stream.config",
     "ValidateConfig": "commands.config",
+    "group_loss": "losses",
     "gvpo_loss": "losses",
     "open_dataset": "store.dataset",
 }
@@ -54,6 +55,7 @@ __all__ = [
     "ResponseSettings",
     "ValidateConfig",
     "__version__",
+    "group_loss",
     "gvpo_loss",
     "open_dataset",
 ]

@@ -18,7 +18,7 @@ from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.hashing import permutation
 from gvpo_offline.losses import GroupStatistics
-from gvpo_offline.schema import Group
+from gvpo_offline.schema import FloatArray, Group
 from gvpo_offline.train.objective import Objective
 
 GROUPS_PER_STEP = 32
@@ -61,9 +61,8 @@ def trained(
     engine = prepare_engine(model, max_tokens=MAX_TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     n = len(log) - N_HELD_OUT
-    order = np.concatenate(
-        [permutation(n, seed, e) for e in range(N_STEPS * GROUPS_PER_STEP // n + 1)]
-    )
+    epochs = range(N_STEPS * GROUPS_PER_STEP // n + 1)
+    order = np.concatenate([permutation(n, seed, epoch) for epoch in epochs])
     for step in range(N_STEPS):
         warmed = min(1.0, (step + 1) / 10)
         decay = 0.5 * (1 + math.cos(math.pi * step / N_STEPS))
@@ -93,12 +92,8 @@ def judged(
     """What a policy is worth on `prompts`, and its fit to the log's held-out groups."""
     task, speech = world.speech.task, world.speech
     drawn = answers(model, speech, prompts, k=ANSWERS, seed=seed)
-    rewards = np.array(
-        [
-            [task.reward(p, answer.words) for answer in own]
-            for p, own in zip(prompts, drawn, strict=True)
-        ]
-    )
+    pairs = zip(prompts, drawn, strict=True)
+    rewards = np.array([[task.reward(p, a.words) for a in own] for p, own in pairs])
     asked = [
         Group(
             group_id=f"{number}",
@@ -124,17 +119,13 @@ def judged(
     )
 
 
-def _reference(
-    world: World, groups: Sequence[Group]
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _reference(world: World, groups: Sequence[Group]) -> FloatArray:
     engine = prepare_engine(world.policy, max_tokens=MAX_TOKENS, gradients=False)
     return _logprobs(engine, world.policy, groups)
 
 
 @torch.no_grad()
-def _logprobs(
-    engine: Engine, model: PreTrainedModel, groups: Sequence[Group]
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _logprobs(engine: Engine, model: PreTrainedModel, groups: Sequence[Group]) -> FloatArray:
     """(R,) nats."""
     parts = [
         engine.seq_logprobs(model, groups[start : start + 64]).numpy()
