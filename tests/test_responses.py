@@ -19,8 +19,8 @@ from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.config import ResponseSettings
 from gvpo_offline.stream.order import Selection
-from gvpo_offline.stream.responses import choose, with_responses
-from gvpo_offline.stream.select import select
+from gvpo_offline.stream.selecting.responses import choose, with_responses
+from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import View
 
 REWARDS = st.sampled_from([-1.0, 0.0, 0.0, 0.25, 0.5, 1.0, 1e308, -1e308])

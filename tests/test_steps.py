@@ -17,10 +17,10 @@ from gvpo_offline.compute.paths import LayoutName
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.conditions import held_out_mask
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, n_pieces, shape_of
-from gvpo_offline.stream.select import select
+from gvpo_offline.stream.selecting.conditions import held_out_mask
+from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset, StepShare
 from gvpo_offline.stream.view import View
 

@@ -29,11 +29,11 @@ from gvpo_offline.errors import ConfigError, DataError, IntegrityError, ResumeEr
 from gvpo_offline.schema import Group
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.columns import COLUMNS, LightColumns, metadata_kinds
 from gvpo_offline.stream.config import DatasetSettings, ResponseSettings
-from gvpo_offline.stream.predicate import parse
-from gvpo_offline.stream.select import select
-from gvpo_offline.stream.where import _one_by_one, truths
+from gvpo_offline.stream.selecting.columns import COLUMNS, LightColumns, metadata_kinds
+from gvpo_offline.stream.selecting.predicate import parse
+from gvpo_offline.stream.selecting.select import select
+from gvpo_offline.stream.selecting.where import _one_by_one, truths
 from gvpo_offline.train.data import TrainingData
 
 Answers = list[bool | None]

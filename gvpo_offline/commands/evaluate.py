@@ -13,7 +13,7 @@ from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.store.adopt import open_for_training
-from gvpo_offline.stream.select import select
+from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of

@@ -34,7 +34,7 @@ class ResponseSettings:
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Taken:
     """What a run takes of a dataset: which groups, which of their responses, which scores."""
 

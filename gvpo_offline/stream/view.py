@@ -10,7 +10,7 @@ from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
 from gvpo_offline.stream.order import GroupOrder, Selection
-from gvpo_offline.stream.responses import choose, with_pick, with_responses
+from gvpo_offline.stream.selecting.responses import choose, with_pick, with_responses
 
 
 @dataclass(frozen=True)

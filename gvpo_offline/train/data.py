@@ -20,7 +20,7 @@ from gvpo_offline.stream.config import DatasetSettings
 from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.plan import CostModel
-from gvpo_offline.stream.select import select
+from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import check_same_tokenizer

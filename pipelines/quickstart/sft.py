@@ -18,7 +18,7 @@ from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
-from gvpo_offline.stream.select import select
+from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import View
 

@@ -23,7 +23,7 @@ from gvpo_offline.schema import (
 )
 from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
 from gvpo_offline.stream.config import ResponseSettings
-from gvpo_offline.stream.predicate import nearest
+from gvpo_offline.stream.selecting.predicate import nearest
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

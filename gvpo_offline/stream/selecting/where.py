@@ -17,8 +17,14 @@ import numpy.typing as npt
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.columns import COLUMNS, KEY_PREFIX, METADATA, LightColumns, metadata_kinds
-from gvpo_offline.stream.predicate import nearest, parse, refused, shown
+from gvpo_offline.stream.selecting.columns import (
+    COLUMNS,
+    KEY_PREFIX,
+    METADATA,
+    LightColumns,
+    metadata_kinds,
+)
+from gvpo_offline.stream.selecting.predicate import nearest, parse, refused, shown
 
 if TYPE_CHECKING:
     import polars as pl

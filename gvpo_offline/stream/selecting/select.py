@@ -11,7 +11,9 @@ import pyarrow as pa
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
 from gvpo_offline.store.passes import Pass
-from gvpo_offline.stream.conditions import (
+from gvpo_offline.stream.config import ResponseSettings
+from gvpo_offline.stream.order import Selection
+from gvpo_offline.stream.selecting.conditions import (
     Condition,
     HeldOut,
     Responses,
@@ -19,9 +21,7 @@ from gvpo_offline.stream.conditions import (
     UnequalRewards,
     Where,
 )
-from gvpo_offline.stream.config import ResponseSettings
-from gvpo_offline.stream.order import Selection
-from gvpo_offline.stream.responses import takes_all
+from gvpo_offline.stream.selecting.responses import takes_all
 
 if TYPE_CHECKING:
     import polars as pl
