@@ -21,7 +21,7 @@ help:
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
-	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (5 minutes)"
+	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (10 minutes)"
 	@echo "make venv         set up .venv and nothing else"
 
@@ -68,7 +68,7 @@ bench-collect: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/collect/evidence.py $(ARGS)
 
 bench-convergence: $(STAMP)
-	$(BIN)/python benchmarks/convergence/run.py $(ARGS)
+	$(BIN)/python benchmarks/convergence/convergence.py $(ARGS)
 
 bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)

@@ -36,6 +36,7 @@ _PER_RESPONSE = {
     "rewards",
     "ref_seq_logprobs",
     "ref_token_logprobs",
+    "sampler_seq_logprobs",
 }
 
 

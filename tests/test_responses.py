@@ -194,8 +194,10 @@ def test_every_field_of_a_group_goes_along() -> None:
     """Those that training does not read as well: components are (C, k), the others (k, ...)."""
     group = make_group(0, k=4, samplers=("a", "b", "a", "b"), masked=True)
     group = replace(group, components=np.arange(8.0).reshape(2, 4))
+    group = replace(group, sampler_seq_logprobs=-np.arange(4.0))
     (taken,) = with_responses([group], ResponseSettings(["b"]))
     assert taken.components.tolist() == [[1.0, 3.0], [5.0, 7.0]]
+    assert taken.sampler_seq_logprobs.tolist() == [-1.0, -3.0]
     assert taken.responses == ("response 0.1", "response 0.3")
     assert taken.response_ids == ("0.1", "0.3")
     assert len(taken.loss_mask) == taken.group_size == 2

@@ -23,13 +23,11 @@ class Constants:
         group_index: (R,) int64, which of the groups a response belongs to.
         rewards: (R,) float64; empty (0,) where groups have none.
         ref_seq_logprobs: (R,) float64, nats; empty (0,) where groups have none.
-        sampler_seq_logprobs: likewise.
     """
 
     group_index: Tensor
     rewards: Tensor
     ref_seq_logprobs: Tensor
-    sampler_seq_logprobs: Tensor
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Constants:
@@ -40,8 +38,7 @@ class Constants:
         """
         sizes = [group.group_size for group in groups]
         index = torch.from_numpy(np.repeat(np.arange(len(groups)), sizes))
-        names = ("rewards", "ref_seq_logprobs", "sampler_seq_logprobs")
-        return cls(index, *(_scalars(groups, name) for name in names))
+        return cls(index, _scalars(groups, "rewards"), _scalars(groups, "ref_seq_logprobs"))
 
 
 def lay_out(groups: Sequence[Group], name: LayoutName, *, counted_only: bool = False) -> Layout:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +45,10 @@ class Objective:
         """
         own = Constants.of(groups)
         more: dict[str, Any] = {}
-        if self.loss_type == "topr" and len(own.sampler_seq_logprobs):
-            more["sampler_logprobs"] = own.sampler_seq_logprobs
+        if self.loss_type == "topr":
+            held = [g.sampler_seq_logprobs for g in groups if g.sampler_seq_logprobs is not None]
+            if len(held) == len(groups):
+                more["sampler_logprobs"] = torch.from_numpy(np.concatenate(held))
         if self.response_weights == "inverse_length":
             more["response_weights"] = 1.0 / _counted_tokens(groups)
         try:

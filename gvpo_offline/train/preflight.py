@@ -231,7 +231,8 @@ def surveys(views: Sequence[View]) -> list[Survey]:
 
 def check_sampler_logprobs(views: Sequence[View]) -> None:
     """Raise DataError, naming file, row and group, if a response's sampler has no log-prob."""
-    on_each(lambda: [_check_sampler_logprobs(view) for view in views])
+    for view in views:
+        on_each(functools.partial(_check_sampler_logprobs, view))
 
 
 def _check_sampler_logprobs(view: View) -> None:

@@ -97,7 +97,7 @@ def pretrained(
         logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
         loss = cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step in steps:
