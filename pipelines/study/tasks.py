@@ -24,8 +24,8 @@ from typing import Protocol
 
 Words = tuple[str, ...]
 Carries = Callable[[int], bool]
-COINS = (1, 2, 5, 10, 20)
-SMALLEST, LARGEST = 5, 45
+COINS = (1, 2, 5, 10, 20, 50)
+SMALLEST, LARGEST = 5, 60
 DIGITS = 3
 
 
@@ -54,7 +54,7 @@ class Change:
 
     name = "change"
     vocabulary = ("pay", "with", ":", *map(str, range(10)), *(f"c{coin}" for coin in COINS))
-    max_new_tokens = 28
+    max_new_tokens = 32
 
     def prompt(self, rng: random.Random) -> Words:
         """An amount, and a purse with ones and two or three other kinds of coins."""
