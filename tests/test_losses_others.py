@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_batches import Batch, batches
 from torch import Tensor
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.losses import LOSS_TYPES, GroupLoss, group_loss
+
+examples = settings(max_examples=20, deadline=None)  # of eleven losses each
 
 # One group: rewards 1, 0, 0.5; log-ratios 0.4, -0.2, 0.1 on a reference of -1, -2, -3; beta 0.5.
 REWARDS = [1.0, 0.0, 0.5]
@@ -93,6 +95,7 @@ def by_hand(name: str) -> float:
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
+@examples
 @given(batch=batches(), random=st.randoms(use_true_random=False))
 def test_rows_may_come_in_any_order_and_groups_in_any_number_of_calls(
     name: str, batch: Batch, random: Any
@@ -114,6 +117,7 @@ def test_rows_may_come_in_any_order_and_groups_in_any_number_of_calls(
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
+@examples
 @given(batch=batches())
 def test_weights_are_the_gradient(name: str, batch: Batch) -> None:
     result = loss_of(name, batch)
@@ -136,6 +140,7 @@ def test_gradients_against_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gvpo", "rebel", "listwise"])
+@examples
 @given(batch=batches())
 def test_losses_with_gvpos_optimum_rest_there(name: str, batch: Batch) -> None:
     """At seq = ref + R / beta + a constant per group the gradient is zero."""
@@ -145,6 +150,7 @@ def test_losses_with_gvpos_optimum_rest_there(name: str, batch: Batch) -> None:
     assert float(gradient_of(name, resting).abs().max()) <= 1e-9 * scale
 
 
+@examples
 @given(batch=batches())
 def test_rebel_is_gvpo_for_groups_of_two(batch: Batch) -> None:
     pairs = batch.take(torch.cat([own[:2] for own in batch.rows_of_groups()]))
