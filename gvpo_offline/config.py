@@ -124,16 +124,8 @@ class GVPOSettings:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError("beta is a positive number", received=self.beta)
-        if self.loss_type not in get_args(LossType):
-            raise ConfigError(
-                f"loss_type is one of {', '.join(get_args(LossType))}", received=self.loss_type
-            )
-        if self.loss_type != "gvpo" and (self.anchor or self.response_weights != "equal"):
-            raise ConfigError(
-                "anchor and response_weights are gvpo's",
-                received=f"loss_type {self.loss_type}",
-                remedy="leave them out, or set loss_type to gvpo",
-            )
+        weighted = self.response_weights != "equal"
+        check_loss(self.loss_type, anchor=self.anchor, weighted=weighted)
         if not 0.0 <= self.anchor <= 1.0:
             raise ConfigError("anchor lies in [0, 1]", received=self.anchor)
         if not 0.0 <= self.eval_fraction < 1.0:
@@ -221,6 +213,20 @@ def positive(name: str, value: float) -> None:
     """Raise ConfigError unless `value` is above zero."""
     if not value > 0:
         raise ConfigError(f"{name} is positive", received=value)
+
+
+def check_loss(loss_type: str, *, anchor: float, weighted: bool) -> None:
+    """Raise ConfigError unless there is such a loss, and it knows the settings that are set."""
+    if loss_type not in get_args(LossType):
+        raise ConfigError(
+            f"loss_type is one of {', '.join(get_args(LossType))}", received=loss_type
+        )
+    if loss_type != "gvpo" and (anchor or weighted):
+        raise ConfigError(
+            "anchor and response weights are GVPO's",
+            received=f"loss_type {loss_type}",
+            remedy="leave them out, or set loss_type to gvpo",
+        )
 
 
 def check_name(setting: str, value: str) -> None:

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.config import check_loss
+from gvpo_offline.errors import DataError
 from gvpo_offline.losses import others
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
@@ -60,31 +61,23 @@ def group_loss(
         ConfigError: no such loss, or a setting that it does not know.
         DataError: as `gvpo_loss`, or topr without sampler_logprobs.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ConfigError(f"loss_type is one of {', '.join(LOSS_TYPES)}", received=loss_type)
-    if loss_type != "gvpo" and (anchor or response_weights is not None):
-        raise ConfigError(
-            "anchor and response weights are GVPO's",
-            received=f"loss_type {loss_type}",
-            remedy="leave them out, or set loss_type to gvpo",
+    check_loss(loss_type, anchor=anchor, weighted=response_weights is not None)
+    if loss_type == "topr" and sampler_logprobs is None:
+        raise DataError(
+            "topr needs the log-probs of the samplers",
+            received="none",
+            remedy="import a log that has them, or choose another loss_type",
         )
-    named = {
-        "seq_logprobs": seq_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "rewards": rewards,
-        "group_index": group_index,
-    }
-    if response_weights is not None:
-        named["response_weights"] = response_weights
-    if loss_type == "topr":
-        if sampler_logprobs is None:
-            raise DataError(
-                "topr needs the log-probs of the samplers",
-                received="none",
-                remedy="import a log that has them, or choose another loss_type",
-            )
-        named["sampler_logprobs"] = sampler_logprobs
-    terms = GroupTerms.build(named, beta, 1.0 if loss_type == "pmd_mean" else anchor)
+    terms = GroupTerms.build(
+        seq_logprobs,
+        ref_logprobs,
+        rewards,
+        group_index,
+        beta=beta,
+        anchor=1.0 if loss_type == "pmd_mean" else anchor,
+        response_weights=response_weights,
+        sampler_logprobs=sampler_logprobs if loss_type == "topr" else None,
+    )
     return gvpo(terms) if loss_type in ("gvpo", "pmd_mean") else _finished(terms, OTHERS[loss_type])
 
 

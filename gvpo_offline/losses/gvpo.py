@@ -59,15 +59,16 @@ def gvpo_loss(
     Example (worked): rewards 1, 0 and log-ratios 0.5, -0.5 at beta 0.5 give residuals 0.75, 0.25,
     weights 0.25, -0.25, and the loss (0.25^2 + 0.25^2) / (2 * 1) = 0.0625.
     """
-    named = {
-        "seq_logprobs": seq_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "rewards": rewards,
-        "group_index": group_index,
-    }
-    if response_weights is not None:
-        named["response_weights"] = response_weights
-    return gvpo(GroupTerms.build(named, beta, anchor))
+    terms = GroupTerms.build(
+        seq_logprobs,
+        ref_logprobs,
+        rewards,
+        group_index,
+        beta=beta,
+        anchor=anchor,
+        response_weights=response_weights,
+    )
+    return gvpo(terms)
 
 
 def gvpo(terms: GroupTerms) -> GroupLoss:

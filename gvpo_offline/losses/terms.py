@@ -33,8 +33,28 @@ class GroupTerms:
     sampler_logprobs_N: Tensor | None = None
 
     @classmethod
-    def build(cls, named: Mapping[str, Tensor], beta: float, anchor: float = 0.0) -> GroupTerms:
-        """Check a loss's tensors, by argument name, and settings; errors as in `group_loss`."""
+    def build(
+        cls,
+        seq_logprobs: Tensor,
+        ref_logprobs: Tensor,
+        rewards: Tensor,
+        group_index: Tensor,
+        *,
+        beta: float,
+        anchor: float = 0.0,
+        response_weights: Tensor | None = None,
+        sampler_logprobs: Tensor | None = None,
+    ) -> GroupTerms:
+        """Check a loss's tensors and settings; arguments and errors as in `group_loss`."""
+        given = {
+            "seq_logprobs": seq_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "rewards": rewards,
+            "group_index": group_index,
+            "response_weights": response_weights,
+            "sampler_logprobs": sampler_logprobs,
+        }
+        named = {name: tensor for name, tensor in given.items() if tensor is not None}
         _check_settings(beta, anchor)
         _check_shapes(named)
         group_index = named["group_index"].long()
@@ -50,10 +70,7 @@ class GroupTerms:
         rewards_N = float_N["rewards"].detach()
         weights_N = torch.ones_like(rewards_N)
         if "response_weights" in named:
-            raw_N = float_N["response_weights"].detach()
-            # abs: two negative weights must stay negative, to be found below.
-            mean_G = _group_sum(raw_N.abs(), group_N, sizes_G) / sizes_G
-            weights_N = raw_N / mean_G[group_N]
+            weights_N = _relative(float_N["response_weights"].detach(), group_N, sizes_G)
         ref_N = float_N["ref_logprobs"].detach()
         sampler_N = float_N["sampler_logprobs"].detach() if "sampler_logprobs" in named else None
         terms = cls(
@@ -127,6 +144,13 @@ class GroupTerms:
         none = none + rows_N.shape[0] + 1
         first_G = none.scatter_reduce(0, self.group_N[best_N], rows_N[best_N], "amin")
         return first_G, last_G
+
+
+def _relative(weights_N: Tensor, group_N: Tensor, sizes_G: Tensor) -> Tensor:
+    """Weights over their group's mean, (N,)."""
+    # abs: two negative weights must stay negative, to be found as such.
+    mean_G = _group_sum(weights_N.abs(), group_N, sizes_G) / sizes_G
+    return weights_N / mean_G[group_N]
 
 
 def _group_sum(values_N: Tensor, group_N: Tensor, sizes_G: Tensor) -> Tensor:
