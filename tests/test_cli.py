@@ -200,6 +200,10 @@ def test_the_settings_shown_have_the_defaults_that_count() -> None:
         (["validate", "--dataset", "d", "--datset", "e"], "unrecognized arguments: --datset e"),
         (["validate", "d"], "unrecognized arguments: d"),
         (["validate", "--dataset", "nowhere"], "nowhere: a dataset is a folder that holds"),
+        (
+            ["train", "--dataset", "nowhere", "--model_name_or_path", "no-model"],
+            "nowhere: a dataset is a folder that holds",
+        ),
         (["train", "--beta", "high"], "received beta: high"),
         (["reference", "--dtype", "int8"], "received dtype: int8"),
         (["train", "--groups_per_step", "1.5"], "received groups_per_step: 1.5"),

@@ -23,7 +23,9 @@ from gvpo_offline.stream.config import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.data import Opened, open_settings
 from gvpo_offline.train.parallelism import loaded_whole
+from gvpo_offline.train.together import all_or_none
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
 
@@ -42,6 +44,10 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
+    # A mistake about data is found before a model is loaded.
+    train, held_out = all_or_none(
+        lambda: [[_ready(item) for item in part] for part in (data.training(), data.evaluation())]
+    )
     adapter = adapter_config(model)
     check_loading(model, adapter, new_adapter=lora.use_peft)
     quantised = model.load_in_4bit or model.load_in_8bit
@@ -54,8 +60,8 @@ def run_train(
     trainer = GVPOTrainer(
         policy,
         args,
-        train_dataset=[scored.named(dataset) for dataset in data.training()],
-        eval_dataset=[scored.named(dataset) for dataset in data.evaluation()] or None,
+        train_dataset=[scored.named(dataset) for dataset in train],
+        eval_dataset=[scored.named(dataset) for dataset in held_out] or None,
         processing_class=tokenizer,
         peft_config=_peft_config(lora),
     )
@@ -75,6 +81,11 @@ def run_train(
     return trainer
 
 
+def _ready(dataset: DatasetSettings) -> DatasetSettings | Opened:
+    """A dataset, opened unless the policy has to score it first."""
+    return dataset if dataset.reference == BASE else open_settings(dataset)
+
+
 @dataclass(frozen=True)
 class _Base:
     """The base of a policy that was loaded, as the reference of datasets that ask for it."""
@@ -84,9 +95,9 @@ class _Base:
     settings: ModelSettings
     args: GVPOConfig
 
-    def named(self, dataset: DatasetSettings) -> DatasetSettings:
-        """The settings of a dataset with the reference's fingerprint; scores it if it must be."""
-        if dataset.reference != BASE:
+    def named(self, dataset: DatasetSettings | Opened) -> DatasetSettings | Opened:
+        """A dataset as it was opened, or its settings with the base's fingerprint, once scored."""
+        if isinstance(dataset, Opened):
             return dataset
         if dataset.version is not None:
             raise ConfigError(

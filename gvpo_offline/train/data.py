@@ -163,8 +163,8 @@ def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
     """One dataset or several, opened; a single one that has no name of its own is named "".
 
     Args:
-        data: as `resolve_dataset` takes it, or `DatasetSettings`; a list of such; or a dictionary,
-            by name.
+        data: as `resolve_dataset` takes it, `DatasetSettings`, or what is `Opened` already; a list
+            of such; or a dictionary, by name.
         scratch: a folder for in-memory datasets; made if it is needed.
 
     Raises:
@@ -192,17 +192,31 @@ def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
 
 
 def _name_of(data: Any, number: int) -> str:
+    if isinstance(data, Opened):
+        data = data.settings
     if isinstance(data, DatasetSettings) and data.name:
         return data.name
     path = getattr(data, "path", getattr(data, "root", data))
     return Path(path).stem if isinstance(path, str | Path) else f"dataset{number}"
 
 
+def open_settings(settings: DatasetSettings) -> Opened:
+    """The dataset that settings name; errors as `open_for_training`."""
+    dataset = open_for_training(
+        settings.path,
+        reward=settings.reward,
+        reference=settings.reference,
+        version=settings.version,
+        remote=settings.remote,
+    )
+    return Opened(dataset, settings)
+
+
 def _open(data: Any, scratch: Path) -> Opened:
+    if isinstance(data, Opened):
+        return data
     if isinstance(data, DatasetSettings):
-        chosen: dict[str, Any] = {"reward": data.reward, "reference": data.reference}
-        dataset = open_for_training(data.path, version=data.version, remote=data.remote, **chosen)
-        return Opened(dataset, data)
+        return open_settings(data)
     dataset = resolve_dataset(data, scratch / uuid.uuid4().hex)
     return Opened(dataset, DatasetSettings(path=str(dataset.root)))
 
