@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fork_server import ForkServer
 from safetensors.torch import load_file
-from training import largest_difference, unequal_dataset
+from training import largest_difference, train_command, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 
@@ -23,29 +22,6 @@ TIMES |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
     """25 groups of 2 to 12 responses of 1 to 60 tokens: very unequal work."""
     return unequal_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 25)
-
-
-def command(dataset: GroupDataset, model_dir: Path, output_dir: Path, **changes: Any) -> list[str]:
-    """An epoch in steps of 12 groups: the third has a single one."""
-    settings = {
-        "model_name_or_path": model_dir,
-        "dataset": dataset.root,
-        "eval_dataset": dataset.root,
-        "output_dir": output_dir,
-        "beta": 0.5,
-        "groups_per_step": 12,
-        "num_train_epochs": 1,
-        "max_tokens_per_micro_batch": 150,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "eval_strategy": "epoch",
-        "save_steps": 2,
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-        **changes,
-    }
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return ["train", *flags]
 
 
 def history(output_dir: Path) -> list[dict[str, float]]:
@@ -66,7 +42,7 @@ def runs(
     """Folders of the run on one process and on two, by their number."""
     folders = {n: tmp_path_factory.mktemp(f"ranks{n}") / "out" for n in (1, 2)}
     for n, folder in folders.items():
-        ended = server.run_ranks(command(dataset, tiny_model_dir, folder), n)
+        ended = server.run_ranks(train_command(dataset, tiny_model_dir, folder), n)
         assert [status for status, _ in ended] == [0] * n, "\n".join(text for _, text in ended)
     return folders
 
@@ -105,7 +81,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_of_one_on_two(
     for saved_on, resumed_on in ((2, 1), (1, 2)):
         out = shutil.copytree(runs[saved_on], tmp_path / f"{saved_on}-{resumed_on}")
         checkpoint = out / "checkpoint-2"
-        argv = command(dataset, tiny_model_dir, out, resume_from_checkpoint=checkpoint)
+        argv = train_command(dataset, tiny_model_dir, out, resume_from_checkpoint=checkpoint)
         for status, output in server.run_ranks(argv, resumed_on):
             assert status == 0, output
         assert largest_difference(load_file(out / "model.safetensors"), final) < 1e-5
@@ -117,7 +93,7 @@ def test_an_error_ends_every_rank(
 ) -> None:
     """One that is found by all before anything is exchanged."""
     (tmp_path / "notes.txt").write_text("x")
-    for status, output in server.run_ranks(command(dataset, tiny_model_dir, tmp_path), 2):
+    for status, output in server.run_ranks(train_command(dataset, tiny_model_dir, tmp_path), 2):
         assert status == 1
         assert "a new run's output_dir is empty" in output
         assert "Traceback" not in output
@@ -133,7 +109,7 @@ def test_a_damaged_file_that_one_rank_finds_ends_both(
     content[len(content) // 2] ^= 1
     (root / entry.path).write_bytes(content)
     copy = open_dataset(root)
-    argv = command(copy, tiny_model_dir, tmp_path / "out")
+    argv = train_command(copy, tiny_model_dir, tmp_path / "out")
     outputs = []
     for status, output in server.run_ranks(argv, 2):
         assert status == 1
@@ -147,7 +123,7 @@ def test_no_room_for_a_checkpoint_ends_every_rank(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     """Only the first writes weights; the other does not wait for it."""
-    argv = command(dataset, tiny_model_dir, tmp_path / "out")
+    argv = train_command(dataset, tiny_model_dir, tmp_path / "out")
     ended = server.run_ranks(argv, 2, file_bytes=60_000)
     assert [status for status, _ in ended] == [1, 1]
     first, second = (output.splitlines()[-1] for _, output in ended)

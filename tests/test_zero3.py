@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from training import largest_difference, unequal_dataset
+from training import largest_difference, train_command, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -68,25 +68,8 @@ ACCELERATE += ["--config_file", str(SHIPPED / "accelerate" / "zero3.yaml"), "--m
 
 
 def command(model_dir: Path, dataset: GroupDataset, output_dir: Path, *more: Any) -> list[Any]:
-    """An epoch in steps of 12 groups: in the third a rank has none."""
-    settings = {
-        "model_name_or_path": model_dir,
-        "dataset": dataset.root,
-        "eval_dataset": dataset.root,
-        "output_dir": output_dir,
-        "beta": 0.5,
-        "groups_per_step": 12,
-        "num_train_epochs": 1,
-        "max_tokens_per_micro_batch": 150,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "eval_strategy": "epoch",
-        "save_steps": 2,
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    }
-    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    return ["train", *flags, *more]
+    """In the third step a rank has no group."""
+    return [*train_command(dataset, model_dir, output_dir), *more]
 
 
 def figures(output_dir: Path, *names: str) -> list[float]:

@@ -64,6 +64,31 @@ def unequal_dataset(root: Path, model_dir: Path, n_groups: int = 25) -> GroupDat
     return scored_dataset(root, model_dir, groups=groups)
 
 
+def train_command(
+    dataset: GroupDataset, model_dir: Path, output_dir: Path, **changes: Any
+) -> list[str]:
+    """`train` for an epoch in steps of 12 groups: of 25 the third step has a single one."""
+    settings = {
+        "model_name_or_path": model_dir,
+        "dataset": dataset.root,
+        "eval_dataset": dataset.root,
+        "output_dir": output_dir,
+        "beta": 0.5,
+        "groups_per_step": 12,
+        "num_train_epochs": 1,
+        "max_tokens_per_micro_batch": 150,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_steps": 2,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        **changes,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return ["train", *flags]
+
+
 def config_of(output_dir: Path, **changes: Any) -> GVPOConfig:
     """Settings of a short run: 8 groups a step, several micro-batches each, every step logged."""
     settings: dict[str, Any] = {
