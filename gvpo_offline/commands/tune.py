@@ -162,9 +162,9 @@ def _search(
     gap, loss_type = training.median_reward_gap, trials.args.loss_type
     betas = tuple(sorted(tune.betas)) or beta_candidates(gap)
     begin = beta_to_begin(betas, gap)
-    logger.info("median reward gap %.3g: betas %s, beginning at %g", gap, betas, begin)
+    trials.say(f"median reward gap {gap:.3g}: betas {', '.join(map(str, betas))}, first {begin:g}")
     largest = largest_usable_rate(trials.range_run(begin, steps))
-    logger.info("the largest usable learning rate is about %g", largest)
+    trials.say(f"the largest usable learning rate is about {largest:g}")
     found = propose(
         trials.trial,
         betas=betas,

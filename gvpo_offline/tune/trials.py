@@ -165,12 +165,9 @@ class Trials:
             return found
 
         metrics = self._kept("trial", beta, learning_rate, steps, figures)
-        logger.info(
-            "beta %g, learning rate %g: held-out explained variance %.4g, loss %.4g",
-            beta,
-            learning_rate,
-            metrics["explained_variance"],
-            metrics["loss"],
+        self.say(
+            f"beta {beta:g}, learning rate {learning_rate:g}: held-out explained variance "
+            f"{metrics['explained_variance']:.4g}, loss {metrics['loss']:.4g}"
         )
         return metrics
 
@@ -185,6 +182,11 @@ class Trials:
 
         found = self._kept("range", beta, LOWEST_RATE, steps, figures)
         return [RangePoint(range_rate(int(step), steps), own) for step, own in found.items()]
+
+    def say(self, text: str) -> None:
+        """Log how far the search is, on the main process."""
+        if self.args.process_index == 0:
+            logger.info(text)
 
     def _short(self, scratch: Path, beta: float, learning_rate: float, steps: int) -> GVPOConfig:
         args = copy.copy(self.args)
