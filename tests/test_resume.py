@@ -128,7 +128,7 @@ def test_killed_while_a_checkpoint_is_written(
     for place in ("seal", "rotate_checkpoints"):
         before = whole_checkpoints(tmp_path)
         child = server.start(
-            command(tmp_path), kill_at=[f"gvpo_offline.train.trainer:{place}", 1, 0]
+            command(tmp_path), kill_at=[f"gvpo_offline.train.sealing:{place}", 1, 0]
         )
         assert child.wait() == -9, child.output
         assert set(whole_checkpoints(tmp_path)) >= set(before)
