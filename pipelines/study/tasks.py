@@ -24,8 +24,8 @@ from typing import Protocol
 
 Words = tuple[str, ...]
 Carries = Callable[[int], bool]
-COINS = (1, 2, 5, 10, 20, 50)
-SMALLEST, LARGEST = 5, 60
+COINS = (1, 2, 3, 5, 8, 10, 15, 20)
+SMALLEST, LARGEST = 5, 40
 DIGITS = 3
 
 
