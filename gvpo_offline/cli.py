@@ -16,9 +16,8 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.table import COMMANDS, Command
-from gvpo_offline.config import LoraSettings, ModelSettings, RunSettings
+from gvpo_offline.config import CommonTrainingSettings, GVPOSettings, RunSettings
 from gvpo_offline.errors import ConfigError, GVPOError
-from gvpo_offline.stream.config import DataSettings
 from gvpo_offline.version import __version__
 
 _HELP_FLAGS = {"-h", "--help"}
@@ -73,11 +72,12 @@ def _overview() -> str:
 
 def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     settings, skip = command.settings, {"resume_from_checkpoint"} - _names(RunSettings)
-    if name == "train" and not _HELP_FLAGS & set(argv):
+    if GVPOSettings in settings and not _HELP_FLAGS & set(argv):
         from gvpo_offline.train.config import GVPOConfig
 
-        # RunSettings first: its resume_from_checkpoint also takes true and auto.
-        settings = (RunSettings, ModelSettings, DataSettings, LoraSettings, GVPOConfig)
+        # Last: resume_from_checkpoint is that of RunSettings, which also takes true and auto.
+        others = [own for own in settings if own not in (GVPOSettings, CommonTrainingSettings)]
+        settings = (*others, GVPOConfig)
     parser = _parser(name, command, settings, skip)
     try:
         return _plain(parser.parse_args(_flags(command.words, settings, argv)))

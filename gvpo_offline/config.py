@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from gvpo_offline.errors import ConfigError
 
 OnFew = Literal["error", "drop"]
+MIN_TUNE_STEPS = 20
 LossType = Literal[
     "gvpo", "pmd_mean", "rebel", "ipo", "dpo", "listwise", "rft", "awr", "grpo", "rloo", "topr"
 ]
@@ -160,6 +161,30 @@ class RunSettings:
     resume_from_checkpoint: bool | str = False
     """true: continue from the newest whole checkpoint in output_dir; auto: likewise if there is
     one, else begin; or the folder of a checkpoint."""
+
+
+@dataclass
+class TuneSettings:
+    """How beta and learning rate are searched. The run's own beta and rate are not looked at."""
+
+    tune_steps: int = 100
+    """Optimizer steps of the range run and of each trial, under the run's warm-up and schedule; at
+    most those of the run."""
+    betas: list[float] = field(default_factory=list)
+    """The betas to choose from; a single one is settled, and the learning rate alone is searched.
+    Default: those at which the optimum's median log-ratio gap is 1, 2, 4 or 8 nats."""
+
+    def __post_init__(self) -> None:
+        if self.tune_steps < MIN_TUNE_STEPS:
+            raise ConfigError(
+                f"tune_steps is at least {MIN_TUNE_STEPS}: the range run's rate rises through as "
+                "many values",
+                received=self.tune_steps,
+            )
+        for beta in self.betas:
+            positive("each of betas", beta)
+        if len(set(self.betas)) < len(self.betas):
+            raise ConfigError("betas differ", received=self.betas)
 
 
 @dataclass

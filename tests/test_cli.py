@@ -37,6 +37,7 @@ COMMANDS = (
     "ls",
     "push",
     "pull",
+    "tune",
     "train",
     "evaluate",
 )
@@ -131,6 +132,12 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert values["lr_scheduler_kwargs"] == {"num_cycles": 2}
     assert values["groups_per_step"] == GVPOSettings().groups_per_step
     assert parsed("train", "--beta", 0.7, "--config", path)["beta"] == 0.3  # the last one counts
+    proposed = tmp_path / "proposed.yaml"
+    proposed.write_text("beta: 0.25\n")
+    both = parsed("train", "--config", path, "--config", proposed)
+    assert (both["beta"], both["learning_rate"]) == (0.25, 1e-6)
+    tuned = parsed("tune", "--config", path, "--betas", "[0.1, 0.2]")  # takes what train takes
+    assert (tuned["betas"], tuned["resume_from_checkpoint"]) == ([0.1, 0.2], "auto")
     args = filled(GVPOConfig, {**values, "output_dir": str(tmp_path), "use_cpu": True})
     assert (args.beta, args.learning_rate, args.warmup_steps) == (0.7, 1e-6, 0.1)
 

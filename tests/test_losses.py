@@ -8,6 +8,7 @@ A worked group, checked below. beta 0.5, k = 3, rewards 1, 0, 0.5, log-ratios 1,
     gradient    -beta / (k - 1) * weights          = 0, 0.125, -0.125
     explained   1 - 0.5 / (0.25 + 0.25)            = 0       the fit is no better than the reference
     pairs       (1 > 0.5: l 1 > -1), (1 > 0: l 1 > 0), (0.5 > 0: l -1 < 0)    2 of 3
+    reweighted  e^l sums to e + 1 + 1/e; (e + 0.5 / e) over it, and the log of a third of it
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ def test_the_worked_group() -> None:
             "reward_mean": 0.5,
             "reward_std": 0.5,
             "pair_accuracy": 2 / 3,
+            "group_reward_mean": 0.5,
+            "reweighted_reward_mean": (math.e + 0.5 / math.e) / (math.e + 1 + 1 / math.e),
+            "log_mass_mean": math.log((math.e + 1 + 1 / math.e) / 3),
         }
     )
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from loss_batches import Batch, batches, check, check_metrics, properties
 
 from gvpo_offline.losses import GroupLoss, GroupStatistics, gvpo_loss
@@ -18,7 +19,7 @@ def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
     log_ratio = batch.seq - batch.ref
     residual = batch.rewards - batch.beta * log_ratio
     unexplained = spread = concordant = comparable = 0.0
-    best, variances = [], []
+    best, variances, group_rewards, reweighted, masses = [], [], [], [], []
     for rows in batch.rows_of_groups():
         reward, ratio, rest = batch.rewards[rows], log_ratio[rows], residual[rows]
         unexplained += float(((rest - rest.mean()) ** 2).sum())
@@ -27,6 +28,9 @@ def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
         )
         best.append(float(ratio[reward == reward.max()].mean()))
         variances.append(float(reward.var()))
+        group_rewards.append(float(reward.mean()))
+        reweighted.append(float((torch.softmax(ratio, 0) * reward).sum()))
+        masses.append(float(torch.logsumexp(ratio, 0)) - math.log(len(rows)))
         for i, j in itertools.combinations(range(len(rows)), 2):
             sign = torch.sign(reward[i] - reward[j]) * torch.sign(ratio[i] - ratio[j])
             comparable += float(reward[i] != reward[j])
@@ -42,6 +46,9 @@ def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
         "reward_mean": float(batch.rewards.mean()),
         "reward_std": math.sqrt(sum(variances) / len(variances)),
         "pair_accuracy": concordant / comparable if comparable else math.nan,
+        "group_reward_mean": sum(group_rewards) / len(group_rewards),
+        "reweighted_reward_mean": sum(reweighted) / len(reweighted),
+        "log_mass_mean": sum(masses) / len(masses),
     }
 
 
@@ -67,6 +74,38 @@ def test_equal_rewards_pull_back_to_the_reference_and_leave_no_variance_to_expla
     assert result.metrics["reward_std"] == 0.0
     # All three are the best: their mean log-ratio is 0.
     assert result.metrics["best_log_ratio_mean"] == 0.0
+
+
+def test_a_policy_that_triples_a_response_reweighs_its_reward() -> None:
+    """Rewards 1, 0 with ratios 3, 1: 3/4 instead of 1/2; the mass is log 2. At the reference: 1/2,
+    and log 1.
+    """
+    rewards, group = torch.tensor([1.0, 0.0]), torch.zeros(2).long()
+    ref = torch.tensor([-5.0, -7.0])
+    moved = ref + torch.tensor([math.log(3.0), 0.0])
+    for seq, reward, mass in ((moved, 0.75, math.log(2.0)), (ref, 0.5, 0.0)):
+        found = gvpo_loss(seq, ref, rewards, group, beta=1.0).metrics
+        assert found["reweighted_reward_mean"] == pytest.approx(reward, rel=1e-6)
+        assert found["log_mass_mean"] == pytest.approx(mass, abs=1e-6)
+        assert found["group_reward_mean"] == 0.5
+
+
+@properties
+@given(batches(), st.floats(-900.0, 900.0))
+def test_a_constant_on_a_groups_log_ratios_moves_its_mass_alone(batch: Batch, by: float) -> None:
+    """Of G groups one moves by c: log_mass_mean by c / G. At l = 0 nothing is reweighted."""
+    first, *others = batch.rows_of_groups()
+    seq = batch.seq.clone()
+    seq[first] += by
+    before, after = batch.loss().metrics, batch.loss(seq).metrics
+    moved = after["log_mass_mean"] - before["log_mass_mean"]
+    assert moved == pytest.approx(by / (1 + len(others)), rel=1e-9, abs=1e-9)
+    assert after["reweighted_reward_mean"] == pytest.approx(
+        before["reweighted_reward_mean"], rel=1e-9, abs=1e-9
+    )
+    still = batch.loss(batch.ref).metrics
+    assert still["log_mass_mean"] == 0.0
+    assert still["reweighted_reward_mean"] == still["group_reward_mean"]
 
 
 def test_metrics_of_nothing_are_nan() -> None:

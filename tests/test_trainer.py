@@ -42,6 +42,9 @@ METRICS = {
     "reward_mean",
     "reward_std",
     "pair_accuracy",
+    "group_reward_mean",
+    "reweighted_reward_mean",
+    "log_mass_mean",
 }
 
 

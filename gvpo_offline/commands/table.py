@@ -24,6 +24,7 @@ from gvpo_offline.config import (
     ModelSettings,
     ReferenceConfig,
     RunSettings,
+    TuneSettings,
 )
 from gvpo_offline.errors import DataError
 from gvpo_offline.hub.config import PullConfig, PushConfig
@@ -210,6 +211,23 @@ def _datasets(values: dict[str, Any]) -> dict[str, Any]:
     return {**nested(values), **lists}
 
 
+def _run_tune(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.tune import run_tune
+    from gvpo_offline.train.config import GVPOConfig
+
+    found = run_tune(
+        model=filled(ModelSettings, values),
+        data=filled(DataSettings, _datasets(values)),
+        lora=filled(LoraSettings, values),
+        tune=filled(TuneSettings, values),
+        args=filled(GVPOConfig, values),
+    )
+    if found is not None:
+        print(found.table())
+        print(f"next: gvpo-offline train --config … --config {found.file}")
+        print(json.dumps(found.summary()))
+
+
 def _run_train(values: dict[str, Any]) -> None:
     from gvpo_offline.commands.train import run_train
     from gvpo_offline.train.config import GVPOConfig
@@ -311,6 +329,21 @@ COMMANDS: dict[str, Command] = {
         _run_pull,
         (PullConfig,),
         "Example: gvpo-offline pull --repo_id owner/name --output_dir data",
+    ),
+    "tune": Command(
+        "Choose beta and learning rate by short trials, before `train` with the same settings.",
+        _run_tune,
+        (
+            ModelSettings,
+            DataSettings,
+            GVPOSettings,
+            CommonTrainingSettings,
+            LoraSettings,
+            RunSettings,
+            TuneSettings,
+        ),
+        _OTHER_FLAGS + " Example: gvpo-offline tune --config train.yaml, then gvpo-offline train "
+        "--config train.yaml --config run/tune/proposed.yaml. More: docs/tuning.md",
     ),
     "train": Command(
         "Train a policy with GVPO from the shards alone.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -34,6 +34,48 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+Kind = TypeVar("Kind", bound=GVPOTrainer)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What trainers of a run are made of: its settings, with the datasets opened."""
+
+    model: ModelSettings
+    lora: LoraSettings
+    train: list[DatasetSettings | Opened]
+    held_out: list[DatasetSettings | Opened]
+
+    @classmethod
+    def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> Parts:
+        """Open the datasets, before any model is loaded; errors as `open_settings`."""
+        train, held_out = all_or_none(
+            lambda: [
+                [_ready(item) for item in part] for part in (data.training(), data.evaluation())
+            ]
+        )
+        return cls(model, lora, train, held_out)
+
+    def trainer(self, args: GVPOConfig, kind: type[Kind]) -> Kind:
+        """A trainer of a policy that is loaded for it."""
+        adapter = adapter_config(self.model)
+        check_loading(self.model, adapter, new_adapter=self.lora.use_peft)
+        quantised = self.model.load_in_4bit or self.model.load_in_8bit
+        compute_dtype = autocast_dtype(bf16=args.bf16, fp16=args.fp16)
+        with loaded_whole(args):
+            policy = load_policy(self.model, args.device if quantised else None, compute_dtype)
+        tokenizer = load_policy_tokenizer(self.model)
+        base = self.model if adapter is None else base_settings(self.model, adapter)
+        scored = _Base(policy, tokenizer, base, args)
+        return kind(
+            policy,
+            args,
+            train_dataset=[scored.named(dataset) for dataset in self.train],
+            eval_dataset=[scored.named(dataset) for dataset in self.held_out] or None,
+            processing_class=tokenizer,
+            peft_config=_peft_config(self.lora),
+        )
+
 
 def run_train(
     *,
@@ -44,27 +86,7 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
-    # A mistake about data is found before a model is loaded.
-    train, held_out = all_or_none(
-        lambda: [[_ready(item) for item in part] for part in (data.training(), data.evaluation())]
-    )
-    adapter = adapter_config(model)
-    check_loading(model, adapter, new_adapter=lora.use_peft)
-    quantised = model.load_in_4bit or model.load_in_8bit
-    compute_dtype = autocast_dtype(bf16=args.bf16, fp16=args.fp16)
-    with loaded_whole(args):
-        policy = load_policy(model, args.device if quantised else None, compute_dtype)
-    tokenizer = load_policy_tokenizer(model)
-    base = model if adapter is None else base_settings(model, adapter)
-    scored = _Base(policy, tokenizer, base, args)
-    trainer = GVPOTrainer(
-        policy,
-        args,
-        train_dataset=[scored.named(dataset) for dataset in train],
-        eval_dataset=[scored.named(dataset) for dataset in held_out] or None,
-        processing_class=tokenizer,
-        peft_config=_peft_config(lora),
-    )
+    trainer = Parts.opened(model, data, lora).trainer(args, GVPOTrainer)
     settings: dict[str, Any] = {
         "package_version": __version__,
         "model": asdict(model),

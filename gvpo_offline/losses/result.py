@@ -19,7 +19,7 @@ class GroupStatistics:
 
     They add: over micro-batches with `+`, over ranks by all-reducing `to_tensor()`. Means of
     metrics would depend on how the groups were cut.
-    `sums` is (15,) float64 in the order of `NAMES`; only `as_dict` and `metrics` ask the device.
+    `sums` is (18,) float64 in the order of `NAMES`; only `as_dict` and `metrics` ask the device.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = (
@@ -38,6 +38,9 @@ class GroupStatistics:
         "best_log_ratio",  # over groups, of the mean l of the best-rewarded responses
         "concordant_pairs",  # unequal rewards, log-ratios in the same order; equal ones count 1/2
         "comparable_pairs",  # unequal rewards
+        "group_reward",  # over groups, of mean R
+        "reweighted_reward",  # over groups, of sum R e^l / sum e^l
+        "log_mass",  # over groups, of log mean e^l
     )
 
     sums: Tensor
@@ -55,7 +58,7 @@ class GroupStatistics:
         return cls(sums.detach().double())
 
     def to_tensor(self) -> Tensor:
-        """A copy of the sums, (15,) float64, free to be all-reduced in place."""
+        """A copy of the sums, (18,) float64, free to be all-reduced in place."""
         return self.sums.clone()
 
     def __add__(self, other: GroupStatistics) -> GroupStatistics:
@@ -72,6 +75,13 @@ class GroupStatistics:
         log_ratio_* (nats), weight_* and reward_mean are over responses, best_log_ratio_mean over
         groups, ties averaged. reward_std is the root of the mean within-group variance (by k - 1).
         pair_accuracy is the share of pairs of unequal reward that the log-ratios order alike.
+
+        Over groups: reweighted_reward_mean is what the logged responses would earn if each were as
+        much likelier as the policy made it, sum R e^l / sum e^l, the self-normalised estimate of
+        the reward of sampler * policy / reference; group_reward_mean the same before, so that their
+        difference is a gain. log_mass_mean is log mean e^l (nats): for responses drawn from the
+        reference the mean of e^l is 1 in expectation. Far below 0, the policy's probability has
+        gone to responses that nobody logged.
         """
         total = self.as_dict()
         n_groups, n_responses = total["n_groups"], total["n_responses"]
@@ -87,6 +97,9 @@ class GroupStatistics:
             "reward_mean": _ratio(total["reward"], n_responses),
             "reward_std": math.sqrt(_ratio(total["reward_variance"], n_groups)),
             "pair_accuracy": _ratio(total["concordant_pairs"], total["comparable_pairs"]),
+            "group_reward_mean": _ratio(total["group_reward"], n_groups),
+            "reweighted_reward_mean": _ratio(total["reweighted_reward"], n_groups),
+            "log_mass_mean": _ratio(total["log_mass"], n_groups),
         }
 
 
@@ -132,6 +145,8 @@ def _statistics(result: GroupLoss) -> GroupStatistics:
     reward_sq_N = terms.centre(rewards_N).square()
     best_N = (rewards_N == terms.max(rewards_N)[terms.group_N]).double()
     concordant, comparable = _pair_counts(terms, log_ratios_N)
+    largest_G = terms.max(log_ratios_N)
+    ratios_N = (log_ratios_N - largest_G[terms.group_N]).exp()  # of probabilities, the largest 1
     sums = {
         "n_groups": weights_N.new_tensor(result.n_groups),
         "n_responses": weights_N.new_tensor(rewards_N.shape[0]),
@@ -148,6 +163,9 @@ def _statistics(result: GroupLoss) -> GroupStatistics:
         "best_log_ratio": terms.mean(log_ratios_N, best_N).sum(),
         "concordant_pairs": concordant,
         "comparable_pairs": comparable,
+        "group_reward": terms.mean(rewards_N).sum(),
+        "reweighted_reward": terms.mean(rewards_N, ratios_N).sum(),
+        "log_mass": (largest_G + terms.mean(ratios_N).log()).sum(),
     }
     return GroupStatistics(torch.stack([sums[name] for name in GroupStatistics.NAMES]))
 

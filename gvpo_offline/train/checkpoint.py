@@ -24,8 +24,9 @@ SEAL_NAME = "gvpo_checkpoint.json"
 RUN_FILE = "gvpo_run.json"
 _BEGUN_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
-# What a run may leave before its first checkpoint.
-_HARMLESS = {RUN_FILE, "runs", "logs", "wandb"}
+TUNE_FOLDER = "tune"
+# What a run may leave before its first checkpoint, and the trials from which its rate was chosen.
+_HARMLESS = {RUN_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _HASH = re.compile(r"^'[0-9a-f]{64}'$")
 

@@ -147,6 +147,19 @@ def held_out_metrics(
     Those of `GroupStatistics.metrics`, and `runtime` in seconds.
     """
     started = time.perf_counter()
+    metrics = held_out_statistics(model, engine, held_out, args, accelerator).metrics()
+    metrics["runtime"] = time.perf_counter() - started
+    return metrics
+
+
+def held_out_statistics(
+    model: nn.Module,
+    engine: Engine,
+    held_out: View,
+    args: GVPOConfig,
+    accelerator: Accelerator,
+) -> GroupStatistics:
+    """Sums over held-out groups, of all ranks; every rank has to call."""
     steps = in_order(
         held_out,
         groups_per_step=args.groups_per_step,
@@ -163,6 +176,4 @@ def held_out_metrics(
         autocast_dtype=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
     )
     own = evaluation.statistics.to_tensor().to(float64_device(args.device))
-    metrics = GroupStatistics.from_tensor(reduced_sum(accelerator, own)).metrics()
-    metrics["runtime"] = time.perf_counter() - started
-    return metrics
+    return GroupStatistics.from_tensor(reduced_sum(accelerator, own))

@@ -1,7 +1,7 @@
 """`GVPOTrainer`: transformers' Trainer on groups.
 
 Ours are the step dataset, the loop over a step's micro-batches, the loss, what is checked before
-the first update, and the seal on a checkpoint. Optimizers, schedulers, loggers, callbacks, PEFT,
+the first update, and what is watched after it. Optimizers, schedulers, loggers, callbacks, PEFT,
 mixed precision and distribution are transformers' and accelerate's.
 """
 
@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
-from transformers.trainer_utils import rotate_checkpoints
 
 from gvpo_offline.compute.adapters import check_trainable, load_policy, with_adapter
 from gvpo_offline.compute.batch import Constants
@@ -38,19 +36,8 @@ from gvpo_offline.stream.ahead import ReadAhead
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
 from gvpo_offline.stream.view import View
-from gvpo_offline.train.checkpoint import (
-    begin,
-    check_identity,
-    find_checkpoint,
-    read_taken,
-    refuse_leftovers,
-    save_errors,
-    seal,
-)
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
-from gvpo_offline.train.distributed import ShardedTrainer
-from gvpo_offline.train.elastic import check_taken, how_taken
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import held_out_metrics
@@ -67,7 +54,9 @@ from gvpo_offline.train.preflight import (
     policy_facts,
     verify,
 )
+from gvpo_offline.train.sealing import SealingTrainer
 from gvpo_offline.train.together import all_or_none, on_first
+from gvpo_offline.train.watch import WatchCallback
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -75,7 +64,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GVPOTrainer(ShardedTrainer):
+class GVPOTrainer(SealingTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -144,7 +133,7 @@ class GVPOTrainer(ShardedTrainer):
                 train_dataset=steps,
                 eval_dataset=self.data.held_out or None,
                 processing_class=processing_class,
-                callbacks=[epochs, *(callbacks or [])],
+                callbacks=[epochs, WatchCallback(), *(callbacks or [])],
                 optimizers=optimizers,
             )
         self._objective = args.objective()
@@ -172,7 +161,7 @@ class GVPOTrainer(ShardedTrainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no room for a checkpoint; the earlier ones stay.
         """
-        checkpoint = on_first(lambda: self._found_checkpoint(resume_from_checkpoint))
+        checkpoint = on_first(lambda: self.found_checkpoint(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -180,18 +169,12 @@ class GVPOTrainer(ShardedTrainer):
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
 
-    def _found_checkpoint(self, wanted: str | bool | None) -> Path | None:
-        output_dir = Path(self.args.output_dir)
-        checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
-        if checkpoint is None:
-            refuse_leftovers(output_dir)
-            return None
-        check_identity(checkpoint, self.identity())
-        check_taken(checkpoint, read_taken(checkpoint), how_taken(self.accelerator))
-        return checkpoint
+    def preflight(self, *, say: bool = True) -> list[Survey]:
+        """Verify the files and look at what the run trains on; one survey per dataset.
 
-    def preflight(self) -> list[Survey]:
-        """Verify the files and say what the run trains on; the main process logs it."""
+        Args:
+            say: log on the main process what was found.
+        """
         verify(self.data.datasets(), content=self.args.verify == "full")
         if self.args.loss_type == "topr":
             check_sampler_logprobs([*self.data.views, *self.data.held_out.values()])
@@ -200,7 +183,7 @@ class GVPOTrainer(ShardedTrainer):
             self.policy,
             beta=self.args.beta,
             max_tokens=self.args.max_tokens_per_micro_batch,
-            say=self.is_world_process_zero(),
+            say=say and self.is_world_process_zero(),
         )
 
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -360,37 +343,6 @@ class GVPOTrainer(ShardedTrainer):
                 remedy="set eval_fraction, or pass an eval_dataset",
             )
         return self.data.held_out
-
-    # ---- checkpoints ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers, then sealed; older checkpoints go only once the new one is whole."""
-        output_dir = Path(self._get_output_dir(trial=trial))
-        folder = output_dir / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
-                all_or_none(lambda: begin(folder) if self.args.should_save else None)
-                all_or_none(lambda: super(GVPOTrainer, self)._save_checkpoint(model, trial))
-                all_or_none(lambda: self._seal(folder) if self.args.should_save else None)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _seal(self, folder: Path) -> None:
-        seal(
-            folder,
-            self.state.global_step,
-            self.identity(),
-            taken=how_taken(self.accelerator),
-            resumable=not self.args.save_only_model,
-        )
 
 
 def _only_item(items: list[StepShare | GVPOError]) -> dict[str, StepShare | GVPOError]:

@@ -1,0 +1,230 @@
+"""`gvpo-offline tune`: beta and learning rate for a run, from its data and short trials."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
+
+from gvpo_offline.commands.train import Parts
+from gvpo_offline.config import LoraSettings, ModelSettings, TuneSettings
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.store.survey import Survey
+from gvpo_offline.stream.config import DataSettings
+from gvpo_offline.train.checkpoint import TUNE_FOLDER
+from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.preflight import surveys
+from gvpo_offline.train.trainer import GVPOTrainer
+from gvpo_offline.tune.search import (
+    Proposal,
+    beta_candidates,
+    beta_to_begin,
+    largest_usable_rate,
+    misfit,
+    propose,
+)
+from gvpo_offline.tune.trials import Trials, finite_or_none
+
+logger = logging.getLogger(__name__)
+_COLUMNS = (
+    ("explained_variance", "explained"),
+    ("loss", "loss"),
+    ("reweighted_reward_mean", "reweighted"),
+    ("log_mass_mean", "log-mass"),
+    ("best_log_ratio_mean", "best l"),
+    ("pair_accuracy", "pairs"),
+)
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What is proposed, and from what.
+
+    Attributes:
+        proposal: beta, learning rate, the trials.
+        reward_gap: median of max R - min R over training groups of unequal rewards.
+        betas: the candidates.
+        largest_rate: of the range run.
+        steps: of each trial.
+        held_out_groups: on which trials were judged.
+        file: where the proposal stands, for `train`.
+    """
+
+    proposal: Proposal
+    reward_gap: float
+    betas: tuple[float, ...]
+    largest_rate: float
+    steps: int
+    held_out_groups: int
+    file: Path
+
+    def summary(self) -> dict[str, Any]:
+        """The proposal as plain data, without the trials."""
+        return {
+            "beta": self.proposal.beta,
+            "learning_rate": self.proposal.learning_rate,
+            "reward_gap": self.reward_gap,
+            "betas": self.betas,
+            "largest_rate": self.largest_rate,
+            "steps": self.steps,
+            "held_out_groups": self.held_out_groups,
+            "metrics": finite_or_none(self.proposal.chosen.metrics),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        trials = [
+            {
+                "beta": trial.beta,
+                "learning_rate": trial.learning_rate,
+                "metrics": finite_or_none(trial.metrics),
+            }
+            for trial in self.proposal.trials
+        ]
+        return {**self.summary(), "trials": trials}
+
+    def table(self) -> str:
+        """The trials as text, in their order; a star marks what is proposed."""
+        lines = [
+            f"median reward gap {self.reward_gap:.3g}; largest usable rate {self.largest_rate:g}",
+            f"trials of {self.steps} steps, on {self.held_out_groups:,} held-out groups:",
+            f"  {'beta':>8} {'rate':>8} " + " ".join(f"{head:>10}" for _, head in _COLUMNS),
+        ]
+        for trial in self.proposal.trials:
+            mark = "*" if trial is self.proposal.chosen else " "
+            figures = " ".join(f"{trial.metrics[name]:>10.4g}" for name, _ in _COLUMNS)
+            lines.append(f"{mark} {trial.beta:>8g} {trial.learning_rate:>8g} {figures}")
+        return "\n".join(lines)
+
+
+def run_tune(
+    *,
+    model: ModelSettings,
+    data: DataSettings,
+    lora: LoraSettings,
+    tune: TuneSettings,
+    args: GVPOConfig,
+) -> TuneReport | None:
+    """Search, and write `tune.json` and `proposed.yaml` to the folder `tune` in `output_dir`.
+
+    A search that was cut off goes on where it was.
+
+    Returns:
+        The report, or None on other ranks than the first.
+
+    Raises:
+        ConfigError: nothing is held out; or DeepSpeed, whose settings outlive a trial.
+        DataError: training or held-out groups have equal rewards throughout.
+    """
+    if args.eval_fraction == 0.0 and not data.evaluation():
+        raise ConfigError(
+            "tune judges by held-out groups",
+            received="none",
+            remedy="set eval_fraction, or pass an eval_dataset",
+        )
+    parts = Parts.opened(model, data, lora)
+    run = parts.trainer(args, GVPOTrainer)  # of the whole run: what it is, and that it can be
+    if run.is_deepspeed_enabled:
+        raise ConfigError(
+            "trials follow each other in one process, with settings of their own",
+            received="DeepSpeed, which keeps those of the first",
+            remedy="tune with DDP or FSDP2, or on one GPU; the proposal holds with DeepSpeed too",
+        )
+    training = _summed(run.preflight(say=False))
+    held_out = _summed(surveys(list(run.data.held_out.values())))
+    _check_unequal(training, "training")
+    _check_unequal(held_out, "held-out")
+    trials = Trials(
+        parts.trainer, args, run.args.max_steps, Path(args.output_dir) / TUNE_FOLDER, _identity(run)
+    )
+    first, steps = run.is_world_process_zero(), min(tune.tune_steps, run.args.max_steps)
+    del run
+    clear_device_cache(garbage_collection=True)
+    report = _search(trials, training, held_out.n_groups, tune, steps)
+    if not first:
+        return None
+    for line in _doubts(report, args.loss_type):
+        logger.warning(line)
+    _write(report, trials.folder)
+    return report
+
+
+def _search(
+    trials: Trials, training: Survey, held_out_groups: int, tune: TuneSettings, steps: int
+) -> TuneReport:
+    gap, loss_type = training.median_reward_gap, trials.args.loss_type
+    betas = tuple(sorted(tune.betas)) or beta_candidates(gap)
+    begin = beta_to_begin(betas, gap)
+    trials.say(f"median reward gap {gap:.3g}: betas {', '.join(map(str, betas))}, first {begin:g}")
+    largest = largest_usable_rate(trials.range_run(begin, steps))
+    trials.say(f"the largest usable learning rate is about {largest:g}")
+    found = propose(
+        trials.trial,
+        betas=betas,
+        begin=begin,
+        largest_rate=largest,
+        steps=steps,
+        loss_type=loss_type,
+    )
+    file = trials.folder / "proposed.yaml"
+    return TuneReport(found, gap, betas, largest, steps, held_out_groups, file)
+
+
+def _summed(counts: list[Survey]) -> Survey:
+    return functools.reduce(operator.add, counts)
+
+
+def _check_unequal(counts: Survey, which: str) -> None:
+    if counts.equal_reward_groups == counts.n_groups:
+        raise DataError(
+            f"some {which} groups have unequal rewards",
+            received=f"{counts.n_groups:,} groups of equal rewards",
+            remedy="raise eval_fraction, or use data whose responses differ in reward",
+        )
+
+
+def _identity(run: GVPOTrainer) -> dict[str, Any]:
+    """What decides a trial's figures, beside what is searched, as a hash."""
+    identity = run.identity()
+    del identity["objective"]["beta"], identity["optimization"]["learning_rate"]
+    held_out = {
+        name: [view.dataset.fingerprint, view.fingerprint]
+        for name, view in run.data.held_out.items()
+    }
+    weights = run.policy.weights_sha256
+    return {"settings": sha256_json({**identity, "held_out": held_out, "policy": weights})}
+
+
+def _doubts(report: TuneReport, loss_type: str) -> list[str]:
+    """What about the outcome a person should know."""
+    doubts = []
+    if loss_type == "gvpo" and not misfit(report.proposal.chosen.metrics) < 1.0:
+        doubts.append(
+            f"no trial explains any held-out variance after {report.steps} steps: raise "
+            "tune_steps, or doubt that these rewards can be learned from these groups"
+        )
+    if len(report.betas) > 1 and report.proposal.beta in (report.betas[0], report.betas[-1]):
+        doubts.append(
+            f"the best beta, {report.proposal.beta:g}, is at the end of those that were tried: "
+            "give betas beyond it"
+        )
+    return doubts
+
+
+def _write(report: TuneReport, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report.as_dict(), indent=1)
+    (folder / "tune.json").write_text(text + "\n", encoding="utf-8")
+    lines = [
+        "# By gvpo-offline tune; `train` takes it after the run's own file.",
+        f"beta: {report.proposal.beta}",
+        f"learning_rate: {report.proposal.learning_rate}",
+    ]
+    report.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
