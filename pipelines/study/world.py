@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tasks import TASKS, Words
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.schema import Group
+from gvpo_offline.schema import FloatArray, Group
 
 N_PROMPTS, N_VALIDATION, N_TEST, N_HELD_OUT = 900, 100, 200, 100
 MAX_TOKENS = 16_384
@@ -24,7 +24,7 @@ MIXED = {"older": 2, "other": 2, "hot": 2, "person": 1}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task's models are made: width of the policy and of the other model, pretraining steps."""
+    """How a task's models are made: widths of the policy and the other model, pretraining steps."""
 
     width: int
     other_width: int
@@ -59,6 +59,12 @@ class World:
         """The policy before training."""
         return self.models["policy"]
 
+    def rewards(self, prompts: Sequence[Words], drawn: Sequence[Sequence[Answer]]) -> FloatArray:
+        """(prompts, answers) rewards."""
+        pairs = zip(prompts, drawn, strict=True)
+        reward = self.speech.task.reward
+        return np.array([[reward(prompt, answer.words) for answer in own] for prompt, own in pairs])
+
     def sampler(self, name: str) -> tuple[PreTrainedModel, float]:
         """A model and its temperature."""
         return (self.policy, 1.4) if name == "hot" else (self.models[name], 1.0)
@@ -78,6 +84,22 @@ def make_models(task: str, folder: Path, seed: int = 0) -> None:
     for name, model in models.items():
         model.save_pretrained(folder / name)
     (folder / "done").touch()
+
+
+def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[float, float]]:
+    """What is possible: the optimum's reward - beta KL, and its reward, by beta, on test prompts.
+
+    The largest of E[R] - beta KL is beta log E_ref[e^{R / beta}], and the optimum's reward is
+    E_ref[R e^{R / beta}] / E_ref[e^{R / beta}]; both from 256 answers of the reference a prompt.
+    """
+    drawn = answers(world.policy, world.speech, world.test, k=256, seed=77)
+    rewards = world.rewards(world.test, drawn)
+    objective, reward = {}, {}
+    for beta in betas:
+        tilt = np.exp(rewards / beta)
+        objective[beta] = float(np.mean(beta * np.log(tilt.mean(1))))
+        reward[beta] = float(np.mean((rewards * tilt).sum(1) / tilt.sum(1)))
+    return {"objective": objective, "reward": reward}
 
 
 def load_world(name: str, folder: Path, seed: int = 0) -> World:
@@ -135,15 +157,12 @@ def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
         )
         for number, (prompt, own) in enumerate(zip(world.prompts, written, strict=True))
     ]
-    return with_reference(world, groups)
+    return with_reference(world.policy, groups)
 
 
 @torch.no_grad()
-def with_reference(
-    world: World, groups: list[Group], reference: PreTrainedModel | None = None
-) -> list[Group]:
-    """The groups with log-probs under a reference; by default the policy before training."""
-    model = world.policy if reference is None else reference
+def with_reference(model: PreTrainedModel, groups: list[Group]) -> list[Group]:
+    """The groups with log-probs under a reference."""
     engine = prepare_engine(model, max_tokens=MAX_TOKENS, gradients=False)
     found = []
     for start in range(0, len(groups), 64):
