@@ -26,8 +26,6 @@ NATS = 4.0
 LOWEST_RATE, HIGHEST_RATE = 1e-7, 1e-2
 _RUNGS_PER_DECADE = 2
 _HIGHEST_RUNG = 2  # above the largest usable rate of a range run
-# Below this mean log-mass, in nats, a policy has moved to responses that nobody logged.
-LEAST_LOG_MASS = -1.0
 # A range run's figures are means of so many steps. They are usable up to this share above where
 # they began, or its noise; and have diverged beyond that share, or so many times its noise.
 _WINDOW = 5
@@ -162,17 +160,18 @@ def misfit(metrics: Metrics, loss_type: str = "gvpo") -> float:
     return 1.0 - metrics["explained_variance"] if loss_type == "gvpo" else metrics["loss"]
 
 
-def score(metrics: Metrics) -> tuple[bool, float]:
-    """What a beta is judged by, on held-out groups; larger is better.
+def score(metrics: Metrics) -> float:
+    """What a beta is judged by, on held-out groups; larger is better. Units of reward.
 
-    What the logged responses would earn if each were as much likelier as the policy made it
-    (`reweighted_reward_mean`), among policies that keep their probability on logged responses
-    (`log_mass_mean` above `LEAST_LOG_MASS`); of the others, behind those, whichever keeps most.
+    What the logged responses would earn beyond now if each were as much likelier as the policy made
+    it (`reweighted_reward_mean` - `group_reward_mean`), times the share of probability that is
+    still on logged responses (exp of `log_mass_mean`, 1 at most): of what went to responses that
+    nobody logged, nothing better is known than that it earns what the log does. Constants added to
+    a prompt's rewards change nothing.
     """
-    mass = metrics["log_mass_mean"]
-    if mass > LEAST_LOG_MASS:
-        return True, metrics["reweighted_reward_mean"]
-    return False, -math.inf if math.isnan(mass) else mass
+    gain = metrics["reweighted_reward_mean"] - metrics["group_reward_mean"]
+    kept = math.exp(min(0.0, metrics["log_mass_mean"]))
+    return -math.inf if math.isnan(gain * kept) else gain * kept
 
 
 def propose(

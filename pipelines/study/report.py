@@ -1,66 +1,180 @@
-"""Tables of a study, from its lines alone."""
+"""A study's tables, from its rows alone: means and standard errors over seeds."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-FIGURES = (
-    *("reward", "pass_1", "pass_k", "kl", "objective"),
-    *("explained_variance", "best_log_ratio"),
-)
-Rates = dict[tuple[str, str], float]
+from jobs import BETA
+
+Row = dict[str, Any]
+# (comparison, setting, row)
+Labelled = tuple[str, str, Row]
+FIGURES = {
+    "objective": "reward - β KL",
+    "reward": "reward",
+    "pass_1": "pass@1",
+    "pass_k": "pass@8",
+    "kl": "KL",
+    "explained_variance": "explained, held out",
+    "trained_explained_variance": "explained, trained",
+    "best_log_ratio": "best log-ratio",
+    "log_mass": "log-mass",
+}
+# Losses that beta does nothing to: what they are worth at another beta follows from reward and KL.
+WITHOUTBETA = ("rft", "awr")
+Cell = tuple[float, float]
+Table = dict[str, dict[str, Cell]]
 
 
-def finish(rows: list[dict[str, Any]], rates: Rates, folder: Path, seconds: float) -> None:
-    """Print the tables, write them, and print one JSON object."""
-    tables = tables_of(rows)
-    text = "\n\n".join(_text(name, table, rates) for name, table in tables.items())
-    (folder / "tables.txt").write_text(text + "\n")
-    (folder / "tables.json").write_text(json.dumps(tables, indent=1) + "\n")
-    print(f"\n{text}\n\n{seconds:.0f} seconds, {len(rows)} runs")
+def finish(
+    labelled: Sequence[Labelled],
+    frames: Mapping[str, Any],
+    searches: Sequence[Mapping[str, Any]],
+    folder: Path,
+    seconds: float,
+) -> None:
+    """Write `study.json` and `tables.md`, draw the pictures, print the tables and a JSON object."""
+    tables = tables_of(labelled)
+    tuned = {found["task"]: _against_grid(found, tables) for found in searches}
     verdict = {
-        name: {loss: round(row["objective"][0], 4) for loss, row in table.items()}
-        for name, table in tables.items()
-        if name.endswith(": losses")
+        "losses": {task: _standing(task, labelled) for task in frames},
+        "tune": tuned,
+        "runs": len({json.dumps(row["job"], sort_keys=True) for _, _, row in labelled}),
     }
-    print(json.dumps({**verdict, "seconds": round(seconds)}))
+    whole = {"tables": tables, "frames": frames, "searches": list(searches), **verdict}
+    (folder / "study.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    text = "\n\n".join(_markdown(name, table, frames, labelled) for name, table in tables.items())
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n")
+    cpu = sum(row["cpu_seconds"] for _, _, row in labelled)
+    print(json.dumps({**verdict, "seconds": round(seconds), "cpu_seconds_of_runs": round(cpu)}))
+    from draw import draw
+
+    draw(whole, folder)
 
 
-def tables_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By task and sweep, for each loss (and setting): each figure's mean and standard error."""
-    gathered: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        job = row["job"]
-        setting = {
-            "losses": "",
-            "models only": "",
-            "beta": f" beta {job['beta']:g}",
-        }.get(job["sweep"], " " + " ".join(f"{n} {name}" for name, n in job["mix"].items()))
-        gathered[f"{job['task']}: {job['sweep']}"][job["loss"] + setting].append(row)
+def tables_of(labelled: Sequence[Labelled]) -> dict[str, Table]:
+    """By "task: comparison" and setting: each figure's mean and standard error."""
+    rows: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for sweep, label, row in labelled:
+        rows[f"{row['job']['task']}: {sweep}"][label].append(row)
+    tables = {
+        name: {label: _cells(own) for label, own in table.items()} for name, table in rows.items()
+    }
+    for name, table in tables.items():
+        task, sweep = name.split(": ")
+        if sweep == "beta":
+            table.update(_at_other_betas(rows[f"{task}: losses"], list(table)))
+    return tables
+
+
+def _at_other_betas(rows: Mapping[str, list[Row]], labels: Sequence[str]) -> Table:
+    betas = sorted({float(label.split(", ")[1]) for label in labels})
     return {
-        name: {label: _means(own) for label, own in table.items()}
-        for name, table in gathered.items()
+        f"{loss}, {beta:g}": {
+            "objective": _cell([row["reward"] - beta * row["kl"] for row in rows[loss]]),
+            "reward": _cell([row["reward"] for row in rows[loss]]),
+            "kl": _cell([row["kl"] for row in rows[loss]]),
+        }
+        for loss in WITHOUTBETA
+        if loss in rows
+        for beta in betas
     }
 
 
-def _means(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    found = {}
-    for name in FIGURES:
-        values = [row[name] for row in rows]
-        error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        found[name] = (mean(values), error)
-    return found
+def _cells(rows: Sequence[Row]) -> dict[str, Cell]:
+    return {name: _cell([row[name] for row in rows]) for name in FIGURES}
 
 
-def _text(name: str, table: dict[str, Any], rates: Rates) -> str:
-    width = max(map(len, table))
-    lines = [name, f"{'':<{width}}  " + "".join(f"{figure:>20}" for figure in FIGURES) + "   rate"]
-    task = name.split(":")[0]
-    for label, row in sorted(table.items(), key=lambda item: -item[1]["objective"][0]):
-        cells = "".join(f"{row[f][0]:>11.3f} ± {row[f][1]:.3f}" + " " for f in FIGURES)
-        lines.append(f"{label:<{width}}  {cells} {rates[task, label.split()[0]]:g}")
+def _cell(values: Sequence[float]) -> Cell:
+    """Mean and standard error; of one value no error is known."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return mean(values), error
+
+
+def _standing(task: str, labelled: Sequence[Labelled]) -> dict[str, Any]:
+    """Who is best, and how far GVPO is behind, seed by seed."""
+    by_loss: dict[str, dict[int, float]] = defaultdict(dict)
+    for sweep, label, row in labelled:
+        if sweep == "losses" and row["job"]["task"] == task:
+            by_loss[label][row["job"]["seed"]] = row["objective"]
+    own = {loss: seeds for loss, seeds in by_loss.items() if not loss.startswith("gvpo,")}
+    means = {loss: mean(seeds.values()) for loss, seeds in own.items()}
+    best = max(means, key=means.__getitem__)
+    behind = _cell([own[best][seed] - own["gvpo"][seed] for seed in own["gvpo"]])
+    return {
+        "best": best,
+        "gvpo_behind": [round(value, 4) for value in behind] if best != "gvpo" else [0.0, 0.0],
+        "gvpo_within_one_se": best == "gvpo" or behind[0] <= behind[1],
+        "reward_minus_beta_kl": {loss: round(value, 4) for loss, value in means.items()},
+    }
+
+
+def _against_grid(found: Mapping[str, Any], tables: Mapping[str, Table]) -> dict[str, Any]:
+    """What was proposed beside the best of the grid: with beta settled by reward - beta KL, with
+    beta free by reward."""
+    task = found["task"]
+    grid = tables[f"{task}: grid"]
+    settled = [label for label in grid if label.startswith(f"{BETA:g}, ")]
+    told = {}
+    for name, figure, labels in (
+        ("rate", "objective", settled),
+        ("both", "reward", list(grid)),
+    ):
+        best = max(labels, key=lambda label: grid[label][figure][0])
+        own = tables[f"{task}: tune {name}"]["proposed"][figure][0]
+        told[name] = {
+            "beta": found[name]["beta"],
+            "rate": found[name]["rate"],
+            figure: round(own, 4),
+            "grid_best": best,
+            f"grid_{figure}": round(grid[best][figure][0], 4),
+            "share_of_best": round(own / grid[best][figure][0], 3),
+            "trials": len(found[name]["trials"]),
+        }
+    return told
+
+
+def _markdown(
+    name: str, table: Table, frames: Mapping[str, Any], labelled: Sequence[Labelled]
+) -> str:
+    """A table as markdown, best first where the rows are losses."""
+    task, sweep = name.split(": ")
+    rates = {
+        label: row["job"]["rate"]
+        for own, label, row in labelled
+        if own == sweep and row["job"]["task"] == task
+    }
+    items = list(table.items())
+    if sweep in ("losses", "models only"):
+        items.sort(key=lambda item: -item[1]["objective"][0])
+    heads = ["", *FIGURES.values(), "rate"]
+    lines = [
+        f"### {name}",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "| --- " * len(heads) + "|",
+    ]
+    if sweep == "losses":
+        frame = frames[task]
+        cells = [f"{frame['objective'][f'{BETA:g}']:.3f}", f"{frame['reward'][f'{BETA:g}']:.3f}"]
+        lines.append(f"| *the optimum* | {' | '.join(cells)} |" + " |" * (len(heads) - 3))
+    for label, cells_of in items:
+        cells = [_figure(cells_of.get(figure)) for figure in FIGURES]
+        rate = f"{rates[label]:g}" if rates.get(label) else ""
+        lines.append(f"| {label} | {' | '.join(cells)} | {rate} |")
     return "\n".join(lines)
+
+
+def _figure(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    value, error = cell
+    digits = 3 if abs(value) < 10 else 1
+    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")

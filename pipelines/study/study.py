@@ -1,178 +1,142 @@
-"""Which loss to take: every loss on the same logs, each with a learning rate of its own.
+"""Which loss to take, and what moves it: every loss on the same logs, with a rate of its own.
 
     python pipelines/study/study.py --output_dir runs/study
 
- 1. For each task of `tasks.py`: models are made and pretrained, and 600 prompts are answered by an
+ 1. For each task of `tasks.py` models are made and pretrained, and 900 prompts are answered by an
     older checkpoint, another model, the policy while hot, and a scripted person (`world.py`).
- 2. Every loss trains the policy on that log with three learning rates; the one with the best
-    reward - beta KL on validation prompts is the loss's own, and is run with five seeds.
- 3. A few losses again, with other betas, older samplers, other group sizes, more of the person.
- 4. Everything is measured on test prompts that no log holds (`learn.py`).
+ 2. Every loss trains the policy on that log with three learning rates, and on past the end where
+    the best was; the one with the best reward - beta KL on validation prompts is the loss's own.
+ 3. With it every loss is run with five seeds, each with a log of its own.
+ 4. Some of them again: other betas, samplers, group sizes, shares of the person; longer, in rounds.
+ 5. `search.py` proposes beta and rate from the log alone, and a grid says how good they are.
 
-A run is one line of `runs.jsonl`, and is not done again when it is there: what was cut off goes on
-where it stopped. The same seeds on a CPU give the same table. Prints the table as text, and one
-JSON object on its last line; `report.py` draws the pictures from the lines alone.
+Policies are judged on test prompts that no log holds (`learn.py`). A run is one line of
+`runs.jsonl` (`jobs.py`), and is not done again when it is there: what was cut off goes on where it
+stopped. The same seeds on the same kind of CPU give the same tables. Prints them, and one JSON
+object on its last line; writes `tables.md`, `study.json`, and pictures (`report.py`, `draw.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from learn import judged, trained
+from jobs import BETA, STEPS, Job, Row, Runner, in_processes, run_all
 from report import finish
+from search import Search
 from tasks import TASKS
-from world import MIXED, World, make_log, make_world
+from world import MIXED, frame_of, load_world, make_models
 
 from gvpo_offline.losses import LOSS_TYPES
-from gvpo_offline.train.objective import Objective
 
-BETA = {"change": 0.1, "carry": 0.1}
-RATES = (3e-4, 1e-3, 3e-3)
-SEEDS = 5
-SWEPT = ("gvpo", "listwise", "dpo", "rft")
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST = RATES[2:5]
+SEEDS = range(1, 6)
+FEW = range(1, 3)
+BETAS = (BETA / 4, BETA / 2, BETA, 2 * BETA, 4 * BETA)
 MODELS_ONLY = {"older": 3, "other": 2, "hot": 2}
+Best = dict[tuple[str, str], Job]
+# A comparison: its name, the setting, the run.
+Comparison = tuple[str, str, Job]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run.
-
-    Attributes:
-        task, loss, rate, seed: as named; the seed decides log, order and answers.
-        beta: the loss's, and that of the figure it is judged by.
-        mix: responses to a prompt, by sampler.
-        sweep: which comparison it belongs to.
-        validate: judged on validation prompts, not on test prompts.
-    """
-
-    task: str
-    loss: str
-    rate: float
-    seed: int
-    beta: float
-    mix: dict[str, int] = field(default_factory=lambda: dict(MIXED))
-    sweep: str = "losses"
-    validate: bool = False
-
-    @property
-    def key(self) -> str:
-        """What tells it from all others."""
-        return json.dumps(asdict(self), sort_keys=True)
+def tune_rates(tasks: Sequence[str], run: Any) -> Best:
+    """The job with each loss's own rate, by task and loss."""
+    best: Best = {}
+    tried = {(task, loss): list(FIRST) for task in tasks for loss in LOSS_TYPES}
+    while tried.keys() - best.keys():
+        rows = run(
+            [
+                Job(task, loss, rate, 0, mix=_mix(loss), validate=True)
+                for (task, loss), rates in tried.items()
+                for rate in rates
+            ]
+        )
+        for (task, loss), rates in tried.items():
+            own = [r for r in rows if (r["job"]["task"], r["job"]["loss"]) == (task, loss)]
+            job = Job(**max(own, key=lambda row: row["objective"])["job"])
+            at = RATES.index(job.rate)
+            beyond = {min(rates): at - 1, max(rates): at + 1}.get(job.rate, -1)
+            if 0 <= beyond < len(RATES):
+                rates.append(RATES[beyond])
+            else:
+                best[task, loss] = replace(job, validate=False)
+    return best
 
 
-@functools.cache
-def _world(task: str) -> World:
-    return make_world(task)
+def _mix(loss: str) -> dict[str, int]:
+    """topr needs samplers' log-probs, which a person has not."""
+    return dict(MODELS_ONLY if loss == "topr" else MIXED)
 
 
-@functools.lru_cache(maxsize=4)
-def _log(task: str, mix: str, seed: int) -> Any:
-    return make_log(_world(task), json.loads(mix), seed)
-
-
-def run(job: Job) -> dict[str, Any]:
-    """Train and judge."""
-    torch.set_num_threads(1)
-    started = time.perf_counter()
-    world, log = _world(job.task), _log(job.task, json.dumps(job.mix), job.seed)
-    policy = trained(
-        world, log, Objective(job.beta, job.loss), learning_rate=job.rate, seed=job.seed
-    )
-    prompts = world.validation if job.validate else world.test
-    outcome = judged(world, policy, log, prompts, beta=job.beta, seed=job.seed)
-    seconds = time.perf_counter() - started
-    return {"job": asdict(job), **asdict(outcome), "seconds": round(seconds, 2)}
-
-
-def tuning(tasks: tuple[str, ...]) -> Iterator[Job]:
-    """Every loss with every rate, on validation prompts."""
+def comparisons(tasks: Sequence[str], best: Best) -> Iterator[Comparison]:
+    """All of them, the most telling first."""
     for task in tasks:
+        yield from losses(task, best)
+    for task in tasks:
+        yield from moved(task, best)
+
+
+def losses(task: str, best: Best) -> Iterator[Comparison]:
+    """Every loss on one kind of log."""
+    for seed in SEEDS:
+        yield "losses", "untouched", Job(task, "none", 0.0, seed)
         for loss in LOSS_TYPES:
-            mix = MODELS_ONLY if loss == "topr" else MIXED
-            for rate in RATES:
-                yield Job(task, loss, rate, 0, BETA[task], dict(mix), validate=True)
+            if loss != "topr":
+                yield "losses", loss, replace(best[task, loss], seed=seed)
+        gvpo = replace(best[task, "gvpo"], seed=seed)
+        yield "losses", "gvpo, anchor 0.1", replace(gvpo, anchor=0.1)
+        yield "losses", "gvpo, inverse length", replace(gvpo, weights="inverse_length")
+        for loss in ("topr", "gvpo", "rft"):
+            job = replace(best[task, loss], seed=seed, mix=dict(MODELS_ONLY))
+            yield "models only", loss, job
 
 
-def best_rates(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """By task and loss."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        job = row["job"]
-        place = (job["task"], job["loss"])
-        if job["validate"] and row["objective"] > best.get(place, {"objective": -1e9})["objective"]:
-            best[place] = row
-    return {place: row["job"]["rate"] for place, row in best.items()}
-
-
-def comparisons(rates: dict[tuple[str, str], float]) -> Iterator[Job]:
-    """Each loss with its own rate and five seeds; then what moves with what."""
-    for (task, loss), rate in rates.items():
-        beta = BETA[task]
-        mixes = {"losses": MIXED} if loss != "topr" else {}
-        if loss in ("topr", "gvpo", "listwise"):
-            mixes["models only"] = MODELS_ONLY
-        for sweep, mix in mixes.items():
-            for seed in range(1, SEEDS + 1):
-                yield Job(task, loss, rate, seed, beta, dict(mix), sweep)
-        if loss in SWEPT:
-            yield from sweeps(task, loss, rate, beta)
-
-
-def sweeps(task: str, loss: str, rate: float, beta: float) -> Iterator[Job]:
-    """Betas, staleness of the sampler, group sizes, the person's share; two seeds each."""
+def moved(task: str, best: Best) -> Iterator[Comparison]:
+    """What GVPO and rft do when something is changed."""
+    gvpo, rft = best[task, "gvpo"], best[task, "rft"]
     mixes = {
-        "sampler": [{name: 7} for name in ("policy", "older", "oldest", "other", "person")],
-        "group size": [{"older": k, "hot": k} for k in (1, 2, 4)],
-        "person": [{"older": 8 - n, "person": n} for n in (0, 2, 4, 6) if n < 8],
+        "sampler": {name: {name: 7} for name in ("policy", "hot", "older", "oldest", "other")},
+        "group size": {f"{2 * k}": {"older": k, "hot": k} for k in (1, 2, 4)},
+        "person": {f"{n} of 8": {"older": 8 - n, "person": n} for n in (0, 2, 4, 6)},
     }
-    for seed in (1, 2):
-        for other in (beta / 4, beta / 2, 2 * beta, 4 * beta):
-            yield Job(task, loss, rate, seed, other, dict(MIXED), "beta")
-        for sweep, values in mixes.items():
-            for mix in values:
-                yield Job(task, loss, rate, seed, beta, mix, sweep)
+    for seed in FEW:
+        for beta in BETAS:
+            for job in (gvpo, best[task, "listwise"]):
+                yield "beta", f"{job.loss}, {beta:g}", replace(job, seed=seed, beta=beta)
+        for sweep, own in mixes.items():
+            for label, mix in own.items():
+                given = {name: n for name, n in mix.items() if n}
+                for job in (gvpo, rft):
+                    yield sweep, f"{job.loss}, {label}", replace(job, seed=seed, mix=given)
+        for steps in (STEPS // 2, STEPS, 4 * STEPS):
+            yield "steps", f"gvpo, {steps}", replace(gvpo, seed=seed, steps=steps)
+        yield "start", "gvpo after rft", replace(gvpo, seed=seed, start="rft")
+    for seed in SEEDS:
+        for rounds in (1, 2, 4):
+            yield "rounds", f"gvpo, {rounds}", replace(gvpo, seed=seed, rounds=rounds)
 
 
-def done(path: Path) -> dict[str, dict[str, Any]]:
-    """The runs of earlier attempts, by key; a last line that was cut off is left out."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[Job(**row["job"]).key] = row
-    return rows
-
-
-def run_all(jobs: list[Job], path: Path, workers: int) -> list[dict[str, Any]]:
-    """All jobs, those of `path` left out; one line each as they finish."""
-    found = done(path)
-    pending = [job for job in jobs if job.key not in found]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as pool, path.open("a") as file:
-        for number, row in enumerate(pool.imap_unordered(run, pending), 1):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            found[Job(**row["job"]).key] = row
-            job = row["job"]
-            print(
-                f"[{number}/{len(pending)}] {job['task']} {job['sweep']} {job['loss']} "
-                f"{job['rate']:g}: reward {row['reward']:.3f}, KL {row['kl']:.2f}, "
-                f"{row['objective']:.3f}; {row['seconds']} s",
-                flush=True,
+def proposed(searches: Sequence[dict[str, Any]]) -> Iterator[Comparison]:
+    """What was proposed from the log alone, and a grid."""
+    for found in searches:
+        for name in ("rate", "both"):
+            own = found[name]
+            yield (
+                f"tune {name}",
+                "proposed",
+                Job(found["task"], "gvpo", own["rate"], 1, own["beta"]),
             )
-    return [found[job.key] for job in jobs]
+        for beta in BETAS:
+            for rate in (3e-5, *FIRST):
+                yield "grid", f"{beta:g}, {rate:g}", Job(found["task"], "gvpo", rate, 1, beta)
 
 
 def main() -> None:
@@ -182,13 +146,35 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()
-    given.output_dir.mkdir(parents=True, exist_ok=True)
-    path = given.output_dir / "runs.jsonl"
+    folder: Path = given.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    tuned = run_all(list(tuning(tuple(given.tasks))), path, given.workers)
-    rates = best_rates(tuned)
-    rows = run_all(list(comparisons(rates)), path, given.workers)
-    finish(rows, rates, given.output_dir, time.perf_counter() - started)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    runner = Runner(folder / "worlds")
+    for _ in in_processes(partial(_make, folder=runner.folder), given.tasks, given.workers):
+        pass
+    run = partial(run_all, runner=runner, path=folder / "runs.jsonl", workers=given.workers)
+    best = tune_rates(given.tasks, run)
+    search = Search(runner, folder)
+    searches = sorted(in_processes(search, given.tasks, given.workers), key=lambda s: s["task"])
+    wanted = [*comparisons(given.tasks, best), *proposed(searches)]
+    rows = {Job(**row["job"]).key: row for row in run([job for _, _, job in wanted])}
+    labelled: list[tuple[str, str, Row]] = [
+        (sweep, label, rows[job.key]) for sweep, label, job in wanted
+    ]
+    frames = {task: _frame(task, runner.folder) for task in given.tasks}
+    finish(labelled, frames, searches, folder, seconds=time.perf_counter() - started)
+
+
+def _make(task: str, folder: Path) -> None:
+    make_models(task, folder / task)
+
+
+def _frame(task: str, folder: Path) -> Any:
+    path = folder / task / "frame.json"
+    if not path.exists():
+        path.write_text(json.dumps(frame_of(load_world(task, folder / task), BETAS)))
+    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

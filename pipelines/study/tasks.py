@@ -12,8 +12,8 @@ copying right answers, or even each log's best, is not the optimum; and they dif
 
     7 4 2 + 6 5 8 =                 3 0 1 1
 
-The reward is 1 for the right sum and 0 for any other. Writers drop carries; with three digits nine
-in ten of their answers are wrong.
+The reward is 1 for the right sum and 0 for any other. Writers drop carries: nine in ten of their
+answers are wrong.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Protocol
 
 Words = tuple[str, ...]
 Carries = Callable[[int], bool]
-COINS = (1, 2, 5, 10, 20, 50)
-SMALLEST, LARGEST = 5, 60
+COINS = (1, 2, 3, 5, 8, 10, 15, 20)
+SMALLEST, LARGEST = 5, 40
 DIGITS = 3
 
 
@@ -74,7 +74,7 @@ class Change:
     def person(self, prompt: Words, rng: random.Random) -> Words:
         """Small coins first, as many as lie at hand, then whatever is quickest."""
         amount, kinds = _purse(prompt)
-        used = [1] * (3 + amount % 2)
+        used = [1] * rng.randint(2, 4)
         amount -= len(used)
         for coin in sorted(kinds, reverse=True):
             used += [coin] * (amount // coin)
@@ -123,8 +123,8 @@ class Carry:
         return self._added(prompt, lambda place: rng.random() >= self.dropped)
 
     def person(self, prompt: Words, rng: random.Random) -> Words:
-        """Carries into the tens are always made, into the hundreds never."""
-        return self._added(prompt, lambda place: place != 1)
+        """Carries into the hundreds are never made, others nearly always."""
+        return self._added(prompt, lambda place: place != 1 and rng.random() < 0.9)
 
     def reward(self, prompt: Words, response: Words) -> float:
         """1 for the sum."""

@@ -1,0 +1,92 @@
+"""A study's pictures, from `study.json` alone. The same figures draw the same file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs import BETA
+
+BLUE, ORANGE, GREY, GREEN = "#1a73e8", "#e8710a", "#9aa0a6", "#188038"
+COLOURS = {"gvpo": BLUE, "rft": ORANGE, "listwise": GREEN, "awr": GREY}
+SWEEPS = {
+    "beta": "β",
+    "sampler": "who wrote all 7 responses",
+    "group size": "responses a prompt",
+    "person": "responses by the person",
+    "rounds": "rounds",
+}
+# Far worse losses would press the others into a line.
+LOWEST = -0.5
+
+
+def draw(whole: Mapping[str, Any], folder: Path) -> None:
+    """`losses.svg` and `moves.svg` in `folder`.
+
+    Args:
+        whole: as `study.json`: tables and frames.
+        folder: exists.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9})
+    import matplotlib.pyplot as plt
+
+    tasks = list(whole["frames"])
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.2), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        _losses(axis, task, whole)
+    _save(figure, folder / "losses.svg")
+    shape = (len(tasks), len(SWEEPS))
+    figure, axes = plt.subplots(*shape, figsize=(3.1 * shape[1], 2.7 * shape[0]), squeeze=False)
+    for row, task in zip(axes, tasks, strict=True):
+        for axis, sweep in zip(row, SWEEPS, strict=True):
+            _moves(axis, task, sweep, whole["tables"][f"{task}: {sweep}"])
+        row[0].set_ylabel(f"{task}: reward - β KL")
+    _save(figure, folder / "moves.svg")
+
+
+def _losses(axis: Any, task: str, whole: Mapping[str, Any]) -> None:
+    table = whole["tables"][f"{task}: losses"]
+    items = sorted(table.items(), key=lambda item: item[1]["objective"][0])
+    for place, (label, cells) in enumerate(items):
+        value, error = cells["objective"]
+        colour = BLUE if label.startswith("gvpo") else GREY
+        axis.barh(place, max(value, LOWEST), xerr=error, color=colour, height=0.7)
+        if value < LOWEST:
+            axis.text(LOWEST, place, f" {value:.1f}", va="center", color="white")
+    axis.set_yticks(range(len(items)), [label for label, _ in items])
+    best = whole["frames"][task]["objective"][f"{BETA:g}"]
+    axis.axvline(best, color="black", lw=1, ls=":")
+    axis.text(best, -0.9, "optimum", ha="center", va="top", fontsize=8)
+    axis.set(xlim=(LOWEST, None), title=f"{task}: reward - {BETA:g} KL on test prompts")
+
+
+def _moves(axis: Any, task: str, sweep: str, table: Mapping[str, Any]) -> None:
+    lines: dict[str, list[tuple[str, float, float]]] = {}
+    for label, cells in table.items():
+        loss, setting = label.split(", ")
+        lines.setdefault(loss, []).append((setting, *cells["objective"]))
+    for loss, points in lines.items():
+        names, values, errors = zip(*points, strict=True)
+        heights = [0.0 if math.isnan(error) else error for error in errors]
+        axis.errorbar(
+            range(len(names)), values, heights, color=COLOURS[loss], label=loss, marker="o", ms=3
+        )
+        axis.set_xticks(range(len(names)), names)
+    axis.set_xlabel(SWEEPS[sweep])
+    if sweep in ("beta", "sampler"):
+        axis.legend(frameon=False, fontsize=7)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
