@@ -39,7 +39,8 @@ def world(
         return {
             "explained_variance": 0.9 - math.log10(rate / best_rate) ** 2,
             "loss": math.log10(rate / best_rate) ** 2,
-            "reweighted_reward_mean": -(math.log2(beta / best_beta) ** 2),
+            "reweighted_reward_mean": 10 - math.log2(beta / best_beta) ** 2,
+            "group_reward_mean": 0.0,
             "log_mass_mean": -3.0 if beta * widest < 1 else 0.0,
         }
 
@@ -95,7 +96,8 @@ def test_one_beta_is_settled() -> None:
 
 def test_runs_that_diverge_lose_to_any_other_and_all_of_them_are_an_error() -> None:
     nothing = dict.fromkeys(
-        ("explained_variance", "reweighted_reward_mean", "log_mass_mean"), math.nan
+        ("explained_variance", "reweighted_reward_mean", "group_reward_mean", "log_mass_mean"),
+        math.nan,
     )
 
     def trial(beta: float, rate: float, steps: int) -> Mapping[str, float]:
@@ -113,12 +115,22 @@ def test_other_losses_are_judged_by_their_loss() -> None:
     assert misfit(metrics, "dpo") == 3.0
 
 
-def test_score_puts_kept_mass_before_reward() -> None:
-    def scored(reward: float, mass: float) -> tuple[bool, float]:
-        return score({"reweighted_reward_mean": reward, "log_mass_mean": mass})
+def test_score_is_the_gain_on_the_probability_that_was_kept() -> None:
+    """From 0.2: 0.3 gained with e^-0.5 kept is 0.18; 0.5 with e^-2 0.07; more than all is all."""
 
-    ranked = [(0.9, -0.5), (0.2, 3.0), (99.0, -1.5), (99.0, -4.0), (99.0, math.nan)]
-    assert sorted(ranked, key=lambda pair: scored(*pair), reverse=True) == ranked
+    def scored(reward: float, mass: float, shift: float = 0.0) -> float:
+        metrics = {
+            "reweighted_reward_mean": reward + shift,
+            "group_reward_mean": 0.2 + shift,
+            "log_mass_mean": mass,
+        }
+        return score(metrics)
+
+    assert scored(0.5, -0.5) == pytest.approx(0.3 * math.exp(-0.5))
+    assert scored(0.5, -0.5) > scored(0.7, -2.0)
+    assert scored(0.5, 2.0) == scored(0.5, 0.0) == pytest.approx(0.3)
+    assert scored(0.5, -0.5, shift=7.0) == pytest.approx(scored(0.5, -0.5))
+    assert scored(0.5, math.nan) == -math.inf
 
 
 # ---- from the data ----
