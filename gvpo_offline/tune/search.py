@@ -170,8 +170,10 @@ def score(metrics: Metrics) -> float:
     a prompt's rewards change nothing.
     """
     gain = metrics["reweighted_reward_mean"] - metrics["group_reward_mean"]
-    kept = math.exp(min(0.0, metrics["log_mass_mean"]))
-    return -math.inf if math.isnan(gain * kept) else gain * kept
+    log_mass = metrics["log_mass_mean"]
+    if math.isnan(gain + log_mass):
+        return -math.inf
+    return gain * math.exp(min(0.0, log_mass))
 
 
 def propose(
