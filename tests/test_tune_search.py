@@ -27,7 +27,7 @@ from gvpo_offline.tune import (
 def world(
     best_rate: float, best_beta: float, *, widest: float = math.inf
 ) -> tuple[list[tuple[float, float]], Proposal]:
-    """What was tried, and what is proposed, where fit is best at a rate and score at a beta.
+    """What was tried, and what is proposed, where the reward is best at a rate and a beta.
 
     The log-mass is lost at betas under 1 / `widest`. The range run said 1e-3.
     """
@@ -37,9 +37,9 @@ def world(
         assert steps == 50
         asked.append((beta, rate))
         return {
-            "explained_variance": 0.9 - math.log10(rate / best_rate) ** 2,
-            "loss": math.log10(rate / best_rate) ** 2,
-            "reweighted_reward_mean": 10 - math.log2(beta / best_beta) ** 2,
+            "reweighted_reward_mean": 100
+            - math.log2(beta / best_beta) ** 2
+            - math.log10(rate / best_rate) ** 2,
             "group_reward_mean": 0.0,
             "log_mass_mean": -3.0 if beta * widest < 1 else 0.0,
         }
@@ -54,7 +54,7 @@ def test_the_rate_first_then_the_neighbouring_betas() -> None:
     assert asked == [(0.25, 3.2e-5), (0.25, 1e-4), (0.25, 3.2e-4), (0.125, 1e-4), (0.5, 1e-4)]
     assert (found.beta, found.learning_rate) == (0.25, 1e-4)
     assert [(t.beta, t.learning_rate) for t in found.trials] == asked
-    assert found.chosen.metrics["explained_variance"] == pytest.approx(0.9)
+    assert found.chosen.metrics["reweighted_reward_mean"] == pytest.approx(100)
 
 
 def test_the_search_goes_on_past_an_edge() -> None:
@@ -86,22 +86,32 @@ def test_probability_that_leaves_the_log_is_no_gain() -> None:
 
 def test_one_beta_is_settled() -> None:
     def trial(beta: float, rate: float, steps: int) -> Mapping[str, float]:
-        return {"explained_variance": -(math.log10(rate / 1e-5) ** 2)}
+        return {"mine": -(math.log10(rate / 1e-5) ** 2)}
 
     found = propose(
-        trial, betas=[0.3], begin=0.3, largest_rate=1e-4, steps=5, score=lambda metrics: 0
+        trial,
+        betas=[0.3],
+        begin=0.3,
+        largest_rate=1e-4,
+        steps=5,
+        score=lambda metrics: metrics["mine"],
     )
     assert (found.beta, found.learning_rate) == (0.3, 1e-5)
 
 
 def test_runs_that_diverge_lose_to_any_other_and_all_of_them_are_an_error() -> None:
     nothing = dict.fromkeys(
-        ("explained_variance", "reweighted_reward_mean", "group_reward_mean", "log_mass_mean"),
-        math.nan,
+        ("reweighted_reward_mean", "group_reward_mean", "log_mass_mean"), math.nan
     )
 
     def trial(beta: float, rate: float, steps: int) -> Mapping[str, float]:
-        return nothing if rate > 2e-6 else {**nothing, "explained_variance": -5e-6 / rate}
+        if rate > 2e-6:
+            return nothing
+        return {
+            "reweighted_reward_mean": -5e-6 / rate,
+            "group_reward_mean": 0.0,
+            "log_mass_mean": 0.0,
+        }
 
     found = propose(trial, betas=[0.3], begin=0.3, largest_rate=1e-4, steps=5)
     assert found.learning_rate == 1e-6
@@ -109,7 +119,7 @@ def test_runs_that_diverge_lose_to_any_other_and_all_of_them_are_an_error() -> N
         propose(lambda *_: nothing, betas=[0.3], begin=0.3, largest_rate=1e-4, steps=5)
 
 
-def test_other_losses_are_judged_by_their_loss() -> None:
+def test_a_range_run_of_another_loss_watches_that_loss() -> None:
     metrics = {"loss": 3.0, "explained_variance": 0.25}
     assert misfit(metrics, "gvpo") == 0.75
     assert misfit(metrics, "dpo") == 3.0

@@ -29,6 +29,7 @@ from gvpo_offline.tune.search import (
     largest_usable_rate,
     misfit,
     propose,
+    score,
 )
 from gvpo_offline.tune.trials import Trials, finite_or_none
 
@@ -95,12 +96,14 @@ class TuneReport:
         lines = [
             f"median reward gap {self.reward_gap:.3g}; largest usable rate {self.largest_rate:g}",
             f"trials of {self.steps} steps, on {self.held_out_groups:,} held-out groups:",
-            f"  {'beta':>8} {'rate':>8} " + " ".join(f"{head:>10}" for _, head in _COLUMNS),
+            f"  {'beta':>8} {'rate':>8} {'score':>10} "
+            + " ".join(f"{head:>10}" for _, head in _COLUMNS),
         ]
         for trial in self.proposal.trials:
             mark = "*" if trial is self.proposal.chosen else " "
             figures = " ".join(f"{trial.metrics[name]:>10.4g}" for name, _ in _COLUMNS)
-            lines.append(f"{mark} {trial.beta:>8g} {trial.learning_rate:>8g} {figures}")
+            settings = f"{trial.beta:>8g} {trial.learning_rate:>8g}"
+            lines.append(f"{mark} {settings} {score(trial.metrics):>10.4g} {figures}")
         return "\n".join(lines)
 
 
@@ -159,7 +162,7 @@ def run_tune(
 def _search(
     trials: Trials, training: Survey, held_out_groups: int, tune: TuneSettings, steps: int
 ) -> TuneReport:
-    gap, loss_type = training.median_reward_gap, trials.args.loss_type
+    gap = training.median_reward_gap
     betas = tuple(sorted(tune.betas)) or beta_candidates(gap)
     begin = beta_to_begin(betas, gap)
     trials.say(f"median reward gap {gap:.3g}: betas {', '.join(map(str, betas))}, first {begin:g}")
@@ -171,7 +174,6 @@ def _search(
         begin=begin,
         largest_rate=largest,
         steps=steps,
-        loss_type=loss_type,
     )
     file = trials.folder / "proposed.yaml"
     return TuneReport(found, gap, betas, largest, steps, held_out_groups, file)

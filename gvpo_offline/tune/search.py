@@ -152,7 +152,7 @@ def _start(points: Sequence[RangePoint]) -> tuple[float, float]:
 
 
 def misfit(metrics: Metrics, loss_type: str = "gvpo") -> float:
-    """What a learning rate is judged by, at one beta; lower is better.
+    """What tells that a range run goes wrong, at one beta; lower is better.
 
     GVPO regresses rewards on log-ratios: the unexplained share of the variance of rewards within
     groups, 1 - explained_variance. Other losses: the loss. nan where there was nothing to measure.
@@ -161,7 +161,7 @@ def misfit(metrics: Metrics, loss_type: str = "gvpo") -> float:
 
 
 def score(metrics: Metrics) -> float:
-    """What a beta is judged by, on held-out groups; larger is better. Units of reward.
+    """What a trial is judged by, on held-out groups; larger is better. Units of reward.
 
     What the logged responses would earn beyond now if each were as much likelier as the policy made
     it (`reweighted_reward_mean` - `group_reward_mean`), times the share of probability that is
@@ -183,8 +183,7 @@ def propose(
     begin: float,
     largest_rate: float,
     steps: int,
-    loss_type: str = "gvpo",
-    score: Callable[[Metrics], Any] = score,
+    score: Callable[[Metrics], float] = score,
 ) -> Proposal:
     """Search beta and learning rate by short trials.
 
@@ -199,8 +198,7 @@ def propose(
         begin: one of them.
         largest_rate: of a range run (`largest_usable_rate`).
         steps: optimizer steps of each trial.
-        loss_type: decides by what rates are judged (`misfit`).
-        score: what betas are judged by; larger is better.
+        score: what trials are judged by; larger is better, -inf where nothing was measured.
 
     Raises:
         ConfigError: no trial kept its numbers finite.
@@ -214,14 +212,13 @@ def propose(
             done[beta, rate] = Trial(beta, rate, steps, trial(beta, rate, steps))
         return done[beta, rate].metrics
 
-    def fit(beta: float, rung: int) -> float:
-        found = -misfit(metrics(beta, rung), loss_type)
-        return -math.inf if math.isnan(found) else found
+    def scored(beta: float, rung: int) -> float:
+        return score(metrics(beta, rung))
 
     lowest = math.floor(_RUNGS_PER_DECADE * math.log10(LOWEST_RATE / largest_rate))
     first = [-3, -2, -1]
-    rung = _climb(lambda n: fit(begin, n), first, min(lowest, first[0]), _HIGHEST_RUNG)
-    if fit(begin, rung) == -math.inf:
+    rung = _climb(lambda n: scored(begin, n), first, min(lowest, first[0]), _HIGHEST_RUNG)
+    if scored(begin, rung) == -math.inf:
         raise ConfigError(
             "a policy's log-probs stay finite at some learning rate",
             received=f"none from {_rate(largest_rate, lowest):g} up",
@@ -229,10 +226,10 @@ def propose(
         )
     last, at = len(ladder) - 1, ladder.index(begin)
     around = [n for n in (at - 1, at, at + 1) if 0 <= n <= last]
-    beta = ladder[_climb(lambda n: score(metrics(ladder[n], rung)), around, 0, last)]
+    beta = ladder[_climb(lambda n: scored(ladder[n], rung), around, 0, last)]
     if beta != begin:
         near = [rung - 1, rung, rung + 1]
-        rung = _climb(lambda n: fit(beta, n), near, near[0], near[-1])
+        rung = _climb(lambda n: scored(beta, n), near, near[0], near[-1])
     return Proposal(beta, _rate(largest_rate, rung), tuple(done.values()))
 
 
