@@ -102,29 +102,30 @@ def _losses(figures: Figures, plt: Any) -> Any:
 
 
 def _sweeps(figures: Figures, plt: Any) -> Any:
-    """One panel a sweep."""
+    """One panel a sweep; those of losses share a legend."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained", sharey=True)
     for axis, (name, rows) in zip(axes.flat, figures["sweeps"].items(), strict=True):
         for number, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
             own = [row for row in rows if row["series"] == series]
             xs = [row["x"] for row in own]
             _marks(axis, xs, own, number, label=series, upright=True)
-        if name == "anchor":
-            axis.set_xscale("symlog", linthresh=0.01)
-        else:
+        if name != "anchor":  # each beta has a reference of its own
             _rule(axis.axhline, figures["untouched"], "untouched")
             _rule(axis.axhline, figures["gate"] * figures["untouched"], "gate", style="--")
-        if name in ("groups", "group_size"):
-            axis.set_xscale("log")
+        if name != "distance":
             xs = sorted({row["x"] for row in rows})
+            # Logarithmic, with room for 0 where there is one.
+            scale = {"value": "symlog", "linthresh": xs[1]} if xs[0] == 0 else {"value": "log"}
+            axis.set_xscale(**scale)
             axis.set_xticks(xs, [f"{x:g}" for x in xs])
             axis.set_xticks([], minor=True)
-        axis.set(yscale="log", ylim=(FLOOR / 1.5, None), xlabel=SWEEPS[name])
+        axis.set(yscale="log", ylim=(FLOOR / 1.5, 4.0), xlabel=SWEEPS[name])
         axis.set_yticks(list(TICKS), list(TICKS.values()))
         axis.set_yticks([], minor=True)
         axis.grid(axis="y", color="#e8eaed")
         axis.set_axisbelow(True)
-        axis.legend(fontsize=7)
+    axes[0, 0].legend(loc="lower left")
+    axes[1, 1].legend(loc="upper left")
     for axis in axes[:, 0]:
         axis.set_ylabel("KL(π ‖ π*), nats")
     return figure
@@ -138,13 +139,15 @@ def _marks(
     lows = [max(min(row["by_seed"]), FLOOR) for row in rows]
     highs = [max(*row["by_seed"], FLOOR) for row in rows]
     colour, marker = COLOURS[number], MARKERS[number]
-    style = {"color": colour, "marker": marker, "ms": 4, "label": label}
-    if upright:
-        axis.fill_between(places, lows, highs, color=colour, alpha=0.15, lw=0)
-        axis.plot(places, means, lw=1.2, **style)
-    else:
+    style = {"color": colour, "marker": marker, "label": label}
+    if not upright:
         axis.hlines(places, lows, highs, color=colour, lw=1)
-        axis.plot(means, places, ls="", **style)
+        axis.plot(means, places, ls="", ms=4, **style)
+        return
+    # gvpo is broad: listwise lies on it.
+    broad = label == "gvpo"
+    axis.fill_between(places, lows, highs, color=colour, alpha=0.15, lw=0)
+    axis.plot(places, means, lw=3 if broad else 1.2, ms=7 if broad else 3.5, **style)
 
 
 def _rule(draw: Any, value: float, label: str, *, style: str = ":") -> None:
