@@ -5,7 +5,8 @@
 The world of `tabular.py`: 8 prompts x 24 responses, beta 0.5, groups of 2 to 8 from one of six
 samplers, a table of logits from the reference on, Adam, the same steps for every loss. Ten seeds,
 trained side by side. pi* = pi_ref exp(R / beta) / Z is known exactly; the untouched reference's KL
-is what a loss has to beat, and 1% of it is the gate.
+is what a loss has to beat, and 1% of it is the gate. Beside the KL stands how much of pi* lies on
+responses that no group of the log has, of which no loss can know.
 
 Prints the table and four sweeps as Markdown: KL against the number of groups, against the
 sampler's distance from the reference, against k, and GVPO's against the anchor by beta. Writes all
@@ -51,6 +52,7 @@ GROUP_SIZES = (2, 3, 4, 8, 16)
 # A prompt's responses in the sweep of k: few enough that k matters, and whole groups of each k.
 FEW_RESPONSES = 96
 ANCHORS = (0.0, 0.01, 0.1, 1.0)
+UNLOGGED = "π* never logged"
 BETAS = (0.1, 0.25, 0.5, 1.0)
 Row = dict[str, Any]
 
@@ -86,6 +88,12 @@ class Worlds:
         kl_P = (setting.probs * (setting.probs.log() - self.all.ref_logprobs)).sum(-1)
         return max(float(kl_P.mean()), 0.0)
 
+    def unlogged(self, setting: Setting) -> float:
+        """How much of pi* lies on responses that the log never has, mean over prompts."""
+        logged = torch.zeros_like(self.all.rewards)
+        logged[setting.log.prompt, setting.log.response] = 1.0
+        return float((self.all.optimum.exp() * (1 - logged)).sum(-1).mean())
+
     def ends(self, loss: str, setting: Setting, *, anchor: float = 0.0) -> Row:
         """KL to the optimum where a loss ends: mean over seeds, standard error, each; seconds."""
         started = time.perf_counter()
@@ -101,10 +109,11 @@ class Worlds:
         }
 
 
-def table(worlds: Worlds, losses: tuple[str, ...]) -> dict[str, dict[str, Row]]:
+def table(
+    worlds: Worlds, settings: dict[str, Setting], losses: tuple[str, ...]
+) -> dict[str, dict[str, Row]]:
     """Where each loss ends from each sampler's log; printed as it fills."""
-    heading("loss", SAMPLERS)
-    settings = {name: worlds.setting(name) for name in SAMPLERS}
+    heading("loss", settings)
     found: dict[str, dict[str, Row]] = {}
     for loss in losses:
         found[loss] = {name: worlds.ends(loss, setting) for name, setting in settings.items()}
@@ -137,13 +146,15 @@ def sweeps(worlds: Worlds, losses: tuple[str, ...]) -> dict[str, list[Row]]:
     }
     found: dict[str, list[Row]] = {}
     for name, places in settings.items():
-        heading(SWEEPS[name], losses)
+        heading(SWEEPS[name], (*losses, UNLOGGED))
         found[name] = []
         for x, setting in places:
             ends = [worlds.ends(loss, setting) for loss in losses]
-            line(f"{x:.3g}", ends)
+            unlogged = worlds.unlogged(setting)
+            line(f"{x:.3g}", ends, f"{unlogged:.2%}")
             found[name] += [
-                {"x": x, "series": loss, **row} for loss, row in zip(losses, ends, strict=True)
+                {"x": x, "series": loss, "unlogged": unlogged, **row}
+                for loss, row in zip(losses, ends, strict=True)
             ]
     return found
 
@@ -171,10 +182,10 @@ def heading(corner: str, columns: Iterable[str]) -> None:
     print(f"\n| {' | '.join(cells)} |\n|{' --- |' * len(cells)}")
 
 
-def line(name: str, rows: Iterable[Row]) -> None:
-    """A line of a Markdown table: mean ± standard error."""
+def line(name: str, rows: Iterable[Row], *more: str) -> None:
+    """A line of a Markdown table: mean ± standard error, and further cells."""
     cells = [f"{row['kl']:.4f} ± {row['error']:.4f}" for row in rows]
-    print(f"| {' | '.join([name, *cells])} |", flush=True)
+    print(f"| {' | '.join([name, *cells, *more])} |", flush=True)
 
 
 def verdict(found: dict[str, dict[str, Row]], untouched: float) -> Row:
@@ -206,13 +217,16 @@ def main() -> None:
     given = parser.parse_args()
     worlds = Worlds(given.seeds)
     print(f"{given.seeds} seeds; the untouched reference: {worlds.untouched:.4f} nats")
-    found = table(worlds, (*LOSSES, WEIGHTED, *CONTROLS))
+    settings = {name: worlds.setting(name) for name in SAMPLERS}
+    unlogged = {name: worlds.unlogged(setting) for name, setting in settings.items()}
+    found = table(worlds, settings, (*LOSSES, WEIGHTED, *CONTROLS))
+    line(UNLOGGED, (), *(f"{share:.2%}" for share in unlogged.values()))
     swept = sweeps(worlds, SWEPT_LOSSES)
     swept["anchor"] = anchors(given.seeds)
     figures = verdict(found, worlds.untouched)
     given.output_dir.mkdir(parents=True, exist_ok=True)
     whole = {"seeds": given.seeds, "gate": GATE, "untouched": worlds.untouched, "table": found}
-    whole |= {"sweeps": swept, "verdict": figures}
+    whole |= {"unlogged": unlogged, "sweeps": swept, "verdict": figures}
     (given.output_dir / "convergence.json").write_text(json.dumps(whole, indent=1) + "\n")
     if given.pictures:
         draw_all(whole, given.pictures)
