@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from convergence import Worlds, verdict
 from objectives import CONTROLS, WEIGHTED
 from pictures import SWEEPS, draw_all
+
+from gvpo_offline.losses import group_loss
 
 
 def row(kl: float) -> dict[str, Any]:
@@ -38,6 +41,19 @@ def test_exact_importance_weights_come_near_and_not_through_the_gate() -> None:
     worlds = Worlds(1)
     kl = worlds.ends(WEIGHTED, worlds.setting("uniform"))["kl"]
     assert 0.01 * worlds.untouched < kl < 0.1 * worlds.untouched
+
+
+@pytest.mark.parametrize("loss_type", ["rebel", "ipo", "dpo"])
+def test_losses_of_pairs_are_the_same_without_the_other_responses(loss_type: str) -> None:
+    """Rows 0 and 2 of the first group are its best and worst, 4 and 5 of the second."""
+    rewards = torch.tensor([1.0, 0.5, 0.0, 0.25, 0.75, 0.25]).double()
+    policy = torch.tensor([-3.0, -1.0, -2.0, -4.0, -2.5, -1.5]).double()
+    reference = torch.full_like(policy, -2.0)
+    group = torch.tensor([0, 0, 0, 0, 1, 1])
+    pairs = torch.tensor([0, 2, 4, 5])
+    whole = group_loss(loss_type, policy, reference, rewards, group, beta=0.5)
+    two = group_loss(loss_type, *(t[pairs] for t in (policy, reference, rewards, group)), beta=0.5)
+    assert whole.group_losses.tolist() == two.group_losses.tolist()
 
 
 def test_the_verdict_is_of_covering_samplers() -> None:
