@@ -22,7 +22,7 @@ help:
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
-	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (5 minutes)"
+	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make venv         set up .venv and nothing else"
 
