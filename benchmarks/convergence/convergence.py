@@ -1,16 +1,18 @@
 """Where every loss ends when the optimum is known: KL(pi_theta || pi*) by loss and sampler.
 
-    make bench-convergence
+    make bench-convergence [ARGS="--pictures docs/pictures"]
 
 The world of `tabular.py`: 8 prompts x 24 responses, beta 0.5, groups of 2 to 8 from one of six
 samplers, a table of logits from the reference on, Adam, the same steps for every loss. Ten seeds,
 trained side by side. pi* = pi_ref exp(R / beta) / Z is known exactly; the untouched reference's KL
-is what a loss has to beat, and 1% of it is the gate.
+is what a loss has to beat, and 1% of it is the gate. Beside the KL stands how much of pi* lies on
+responses that no group of the log has, of which no loss can know.
 
-Prints the table and three sweeps of GVPO's KL (against the number of groups, against the sampler's
-distance from the reference, against k); writes them to runs/bench-convergence/, with pictures where
-matplotlib is there. The last line is one JSON object: `untouched`; by loss and by sampler the mean
-KL over seeds; `gvpo_passes` (covering samplers) and `controls_fail`.
+Prints the table and four sweeps as Markdown: KL against the number of groups, against the
+sampler's distance from the reference, against k, and GVPO's against the anchor by beta. Writes all
+of it, seed by seed, to runs/bench-convergence/convergence.json, which `pictures.py` draws. The last
+line is one JSON object: `untouched`; by loss and by sampler the mean KL over seeds; `gvpo_passes`
+(covering samplers) and `controls_fail`.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from objectives import CONTROLS, LOSSES, Setting, objective_of
+from objectives import CONTROLS, LOSSES, WEIGHTED, Setting, objective_of
+from pictures import SWEEPS, draw_all
 from tabular import (
+    BETA,
     COVERING_SAMPLERS,
-    GROUPS_PER_PROMPT,
     N_PROMPTS,
     NARROW_SAMPLERS,
     World,
@@ -41,9 +45,15 @@ from torch import Tensor
 
 GATE = 0.01
 SAMPLERS = (*COVERING_SAMPLERS, *NARROW_SAMPLERS)
+SWEPT_LOSSES = ("gvpo", "listwise", "rebel", "awr")
 GROUP_COUNTS = (5, 20, 50, 200, 800)
 DISTANCES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 GROUP_SIZES = (2, 3, 4, 8, 16)
+# A prompt's responses in the sweep of k: few enough that k matters, and whole groups of each k.
+FEW_RESPONSES = 96
+ANCHORS = (0.0, 0.01, 0.1, 1.0)
+UNLOGGED = "π* never logged"
+BETAS = (0.1, 0.25, 0.5, 1.0)
 Row = dict[str, Any]
 
 
@@ -52,11 +62,17 @@ class Worlds:
 
     Args:
         seeds: how many.
+        beta: reward per nat.
     """
 
-    def __init__(self, seeds: int) -> None:
-        self.each = [make_world(seed) for seed in range(seeds)]
+    def __init__(self, seeds: int, beta: float = BETA) -> None:
+        self.each = [replace(make_world(seed), beta=beta) for seed in range(seeds)]
         self.all = side_by_side(self.each)
+
+    @property
+    def untouched(self) -> float:
+        """The reference's own KL to the optimum, mean over worlds."""
+        return self.all.kl_to_optimum(self.all.ref_logprobs)
 
     def setting(self, sampler: str | Callable[[World], Tensor], **log: Any) -> Setting:
         """One log of every world, from a sampler."""
@@ -67,25 +83,41 @@ class Worlds:
         logs = [draw_log(world, own, **log) for world, own in zip(self.each, probs, strict=True)]
         return Setting(self.all, joined(logs), torch.cat(probs))
 
-    def ends(self, loss: str, setting: Setting) -> Row:
-        """Mean KL over seeds to the optimum where a loss ends, its standard error, and seconds."""
+    def distance(self, setting: Setting) -> float:
+        """KL of a setting's sampler to the reference, nats, mean over prompts."""
+        kl_P = (setting.probs * (setting.probs.log() - self.all.ref_logprobs)).sum(-1)
+        return max(float(kl_P.mean()), 0.0)
+
+    def unlogged(self, setting: Setting) -> float:
+        """How much of pi* lies on responses that the log never has, mean over prompts."""
+        logged = torch.zeros_like(self.all.rewards)
+        logged[setting.log.prompt, setting.log.response] = 1.0
+        return float((self.all.optimum.exp() * (1 - logged)).sum(-1).mean())
+
+    def ends(self, loss: str, setting: Setting, *, anchor: float = 0.0) -> Row:
+        """KL to the optimum where a loss ends: mean over seeds, standard error, each; seconds."""
         started = time.perf_counter()
-        logprobs = train(self.all, setting.log, objective_of(loss, setting))
+        logprobs = train(self.all, setting.log, objective_of(loss, setting, anchor=anchor))
         kl_S = self.all.kl_by_prompt(logprobs).reshape(-1, N_PROMPTS).mean(1)
         error = float(kl_S.std() / len(kl_S) ** 0.5) if len(kl_S) > 1 else 0.0
         seconds = time.perf_counter() - started
-        return {"kl": float(kl_S.mean()), "error": error, "seconds": seconds}
+        return {
+            "kl": float(kl_S.mean()),
+            "error": error,
+            "by_seed": kl_S.tolist(),
+            "seconds": seconds,
+        }
 
 
-def table(worlds: Worlds, losses: tuple[str, ...]) -> dict[str, dict[str, Row]]:
+def table(
+    worlds: Worlds, settings: dict[str, Setting], losses: tuple[str, ...]
+) -> dict[str, dict[str, Row]]:
     """Where each loss ends from each sampler's log; printed as it fills."""
-    print(f"{'loss':<22}" + "".join(f"{name:>20}" for name in SAMPLERS))
-    settings = {name: worlds.setting(name) for name in SAMPLERS}
+    heading("loss", settings)
     found: dict[str, dict[str, Row]] = {}
     for loss in losses:
         found[loss] = {name: worlds.ends(loss, setting) for name, setting in settings.items()}
-        cells = [f"{row['kl']:.4f} ± {row['error']:.4f}" for row in found[loss].values()]
-        print(f"{loss:<22}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+        line(loss, found[loss].values())
     return found
 
 
@@ -102,28 +134,58 @@ def tilted(distance: float) -> Callable[[World], Tensor]:
 
 def sweeps(worlds: Worlds, losses: tuple[str, ...]) -> dict[str, list[Row]]:
     """KL against the number of groups, the sampler's distance, and k at equal responses."""
-    found: dict[str, list[Row]] = {"groups": [], "distance": [], "group_size": []}
-    for n in GROUP_COUNTS:
-        setting = worlds.setting("mixed", groups_per_prompt=n)
-        found["groups"] += [{"x": n, "loss": name, **worlds.ends(name, setting)} for name in losses]
-    for distance in DISTANCES:
-        setting = worlds.setting(tilted(distance))
-        kl = (setting.probs * (setting.probs.log() - worlds.all.ref_logprobs)).sum(-1).mean()
-        found["distance"] += [
-            {"x": max(float(kl), 0.0), "loss": name, **worlds.ends(name, setting)}
-            for name in losses
-        ]
-    responses = 5 * GROUPS_PER_PROMPT
-    for k in GROUP_SIZES:
-        setting = worlds.setting("mixed", groups_per_prompt=responses // k, group_sizes=(k, k))
-        found["group_size"] += [
-            {"x": k, "loss": name, **worlds.ends(name, setting)} for name in losses
-        ]
-    for name, rows in found.items():
-        print(f"\nKL against {name}")
-        for row in rows:
-            print(f"  {row['x']:>10.4g}  {row['loss']:<10} {row['kl']:.5f} ± {row['error']:.5f}")
+    distances = [worlds.setting(tilted(distance)) for distance in DISTANCES]
+    sizes = [
+        worlds.setting("mixed", groups_per_prompt=FEW_RESPONSES // k, group_sizes=(k, k))
+        for k in GROUP_SIZES
+    ]
+    settings: dict[str, Iterable[tuple[float, Setting]]] = {
+        "groups": [(n, worlds.setting("mixed", groups_per_prompt=n)) for n in GROUP_COUNTS],
+        "distance": [(worlds.distance(setting), setting) for setting in distances],
+        "group_size": zip(GROUP_SIZES, sizes, strict=True),
+    }
+    found: dict[str, list[Row]] = {}
+    for name, places in settings.items():
+        heading(SWEEPS[name], (*losses, UNLOGGED))
+        found[name] = []
+        for x, setting in places:
+            ends = [worlds.ends(loss, setting) for loss in losses]
+            unlogged = worlds.unlogged(setting)
+            line(f"{x:.3g}", ends, f"{unlogged:.2%}")
+            found[name] += [
+                {"x": x, "series": loss, "unlogged": unlogged, **row}
+                for loss, row in zip(losses, ends, strict=True)
+            ]
     return found
+
+
+def anchors(seeds: int) -> list[Row]:
+    """GVPO's KL against the anchor, by beta, from the mixed log."""
+    worlds = {beta: Worlds(seeds, beta) for beta in BETAS}
+    untouched = {beta: own.untouched for beta, own in worlds.items()}
+    settings = {beta: own.setting("mixed") for beta, own in worlds.items()}
+    heading(SWEEPS["anchor"], [f"β {beta:g}, untouched {kl:.4f}" for beta, kl in untouched.items()])
+    found: list[Row] = []
+    for anchor in ANCHORS:
+        ends = [worlds[beta].ends("gvpo", settings[beta], anchor=anchor) for beta in BETAS]
+        line(f"{anchor:g}", ends)
+        found += [
+            {"x": anchor, "series": f"β {beta:g}", **row}
+            for beta, row in zip(BETAS, ends, strict=True)
+        ]
+    return found
+
+
+def heading(corner: str, columns: Iterable[str]) -> None:
+    """The first two lines of a Markdown table."""
+    cells = [corner, *columns]
+    print(f"\n| {' | '.join(cells)} |\n|{' --- |' * len(cells)}")
+
+
+def line(name: str, rows: Iterable[Row], *more: str) -> None:
+    """A line of a Markdown table: mean ± standard error, and further cells."""
+    cells = [f"{row['kl']:.4f} ± {row['error']:.4f}" for row in rows]
+    print(f"| {' | '.join([name, *cells, *more])} |", flush=True)
 
 
 def verdict(found: dict[str, dict[str, Row]], untouched: float) -> Row:
@@ -151,16 +213,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="KL to the known optimum, loss by loss.")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench-convergence"))
+    parser.add_argument("--pictures", type=Path, help="a folder to draw into")
     given = parser.parse_args()
     worlds = Worlds(given.seeds)
-    untouched = worlds.all.kl_to_optimum(worlds.all.ref_logprobs)
-    print(f"{given.seeds} seeds; the untouched reference: {untouched:.4f} nats\n")
-    found = table(worlds, (*LOSSES, *CONTROLS))
-    swept = sweeps(worlds, ("gvpo", "listwise", "rebel", "awr"))
-    figures = verdict(found, untouched)
+    print(f"{given.seeds} seeds; the untouched reference: {worlds.untouched:.4f} nats")
+    settings = {name: worlds.setting(name) for name in SAMPLERS}
+    unlogged = {name: worlds.unlogged(setting) for name, setting in settings.items()}
+    found = table(worlds, settings, (*LOSSES, WEIGHTED, *CONTROLS))
+    line(UNLOGGED, (), *(f"{share:.2%}" for share in unlogged.values()))
+    swept = sweeps(worlds, SWEPT_LOSSES)
+    swept["anchor"] = anchors(given.seeds)
+    figures = verdict(found, worlds.untouched)
     given.output_dir.mkdir(parents=True, exist_ok=True)
-    whole = {"untouched": untouched, "table": found, "sweeps": swept, "verdict": figures}
+    whole = {"seeds": given.seeds, "gate": GATE, "untouched": worlds.untouched, "table": found}
+    whole |= {"unlogged": unlogged, "sweeps": swept, "verdict": figures}
     (given.output_dir / "convergence.json").write_text(json.dumps(whole, indent=1) + "\n")
+    if given.pictures:
+        draw_all(whole, given.pictures)
     print(json.dumps(figures))
 
 

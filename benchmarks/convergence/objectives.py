@@ -1,11 +1,10 @@
-"""Every loss, and the controls, as objectives of the tabular world."""
+"""Every loss, what stands beside them, and the controls, as objectives of the tabular world."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tabular import (
-    BETA,
     Log,
     Objective,
     World,
@@ -14,9 +13,10 @@ from tabular import (
 )
 from torch import Tensor
 
-from gvpo_offline.losses import LOSS_TYPES, group_loss
+from gvpo_offline.losses import LOSS_TYPES, GroupTerms, group_loss
 
 LOSSES = LOSS_TYPES
+WEIGHTED = "exact importance weights"
 CONTROLS = ("rewards / deviation", "log-ratios / length")
 
 
@@ -29,9 +29,12 @@ class Setting:
     probs: Tensor
 
 
-def objective_of(name: str, setting: Setting) -> Objective:
-    """A loss or control by its name."""
+def objective_of(name: str, setting: Setting, *, anchor: float = 0.0) -> Objective:
+    """A loss or control by its name; `anchor` is for gvpo."""
+    beta = setting.world.beta
     scale: Tensor | float = 1.0
+    if name == WEIGHTED:
+        return importance_weighted(setting)
     if name == "log-ratios / length":
         scale = relative_lengths(setting.world, setting.log)
     sampler = setting.log.take(setting.probs.log()) if name == "topr" else None
@@ -45,8 +48,27 @@ def objective_of(name: str, setting: Setting) -> Objective:
             ref_logprobs / scale,
             rewards,
             log.group,
-            beta=BETA,
+            beta=beta,
+            anchor=anchor,
             sampler_logprobs=sampler,
         ).loss
+
+    return objective
+
+
+def importance_weighted(setting: Setting) -> Objective:
+    """RLOO with beta l inside the reward, each response weighed by pi / mu: no clip, no bias.
+
+    What it needs no log holds: mu, the probability of each response under the mixture of samplers.
+    """
+    sampler_N = setting.log.take(setting.probs.log())
+
+    def objective(seq_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, log: Log) -> Tensor:
+        beta = setting.world.beta
+        terms = GroupTerms.build(seq_logprobs, ref_logprobs, rewards, log.group, beta=beta)
+        scale_N = (terms.group_sizes_G / (terms.group_sizes_G - 1))[terms.group_N]
+        advantages_N = terms.centre(terms.rewards_N) * scale_N
+        costs_N = beta * terms.log_ratios_N.detach() - advantages_N
+        return terms.mean((seq_logprobs - sampler_N).exp() * costs_N).mean()
 
     return objective

@@ -1,0 +1,231 @@
+"""What an optimizer step of every loss costs, beside one of GVPO.
+
+    make bench-losses
+
+One run of GVPOTrainer on a Qwen3-like model of 10M parameters, in float32, with AdamW. Every step
+has the same 4 groups of 8 responses, of 60 to 140 tokens, and its own loss: GVPO's in every other
+step, the others by turns in between. A loss's step is compared with the mean of GVPO's steps just
+before and after it, in CPU seconds, which other processes of the machine disturb less than wall
+seconds; of these ratios the median counts. A step is forward, loss with its metrics, backward,
+clipping and the optimizer; reading data is left out.
+
+Also: the loss and its gradient in the log-probs alone, microseconds a group, by turns too.
+
+Prints a table, and as its last line one JSON object: by loss the `ratio` to GVPO's step, its
+standard `error`, the `wall_ratio`, and the microseconds a group alone, in calls of 4 and of 64
+groups; `worst`, the largest ratio; `gvpo_step_cpu_seconds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Groups are made up as the tests make them.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from builders import make_group, training_table
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+
+from gvpo_offline import GVPOConfig, GVPOTrainer
+from gvpo_offline.losses import LOSS_TYPES
+from gvpo_offline.schema import Group
+from gvpo_offline.train.objective import Objective
+
+OTHERS = LOSS_TYPES[1:]
+BETA = 0.1
+GROUPS, RESPONSES, PROMPT = 4, 8, 32
+MANY_GROUPS = 64  # of one call, where what a call costs is shared by many
+RATIOS = ("ratio", "error", "wall_ratio")
+SHORTEST, LONGEST = 60, 140
+SIZES = {
+    "vocab_size": 16_384,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+class Seconds(NamedTuple):
+    """What something took: CPU seconds of all threads, and wall seconds."""
+
+    cpu: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> Seconds:
+        """The two clocks."""
+        return cls(time.process_time(), time.perf_counter())
+
+    def since(self, start: Seconds) -> Seconds:
+        """From `start` to here."""
+        return Seconds(self.cpu - start.cpu, self.wall - start.wall)
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every optimizer step, data already at hand."""
+
+    def __init__(self) -> None:
+        self.steps: list[Seconds] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The clock starts."""
+        self._start = Seconds.now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """The clock stops."""
+        self.steps.append(Seconds.now().since(self._start))
+
+
+class TurnsTrainer(GVPOTrainer):
+    """GVPOTrainer with a loss of its own for each step."""
+
+    turns: tuple[str, ...]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The step of the loss whose turn it is."""
+        loss_type = self.turns[self.state.global_step]
+        self._objective = replace(self._objective, loss_type=loss_type)
+        return super().training_step(*args, **kwargs)
+
+
+def made_up(number: int) -> Group:
+    """A group whose reference and samplers are about as sure as a model of random weights."""
+    rng = np.random.default_rng(number)
+    lengths = rng.integers(SHORTEST, LONGEST + 1, RESPONSES)
+    vocab_size = SIZES["vocab_size"]
+    even = -np.log(vocab_size) * lengths
+    responses = tuple(rng.integers(0, vocab_size, n, dtype=np.int32) for n in lengths)
+    return make_group(
+        number,
+        k=RESPONSES,
+        prompt_tokens=PROMPT,
+        vocab_size=vocab_size,
+        response_token_ids=responses,
+        rewards=rng.permutation(RESPONSES) / RESPONSES,
+        ref_seq_logprobs=even + rng.normal(0.0, 1.0, RESPONSES),
+        sampler_seq_logprobs=even + rng.normal(0.0, 1.0, RESPONSES),
+    )
+
+
+def step_seconds(groups: list[Group], rounds: int, folder: Path) -> dict[str, list[list[Seconds]]]:
+    """By loss, for each round its step and GVPO's steps just before and after."""
+    order = ("gvpo", *(name for loss in OTHERS for name in (loss, "gvpo")))
+    warm_up = 2
+    turns = (*("gvpo",) * warm_up, *order * rounds)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters", flush=True)
+    data = folder / "groups.parquet"
+    pq.write_table(training_table(groups), data, write_page_checksum=True)
+    times = StepTimes()
+    args = GVPOConfig(
+        output_dir=str(folder / "run"),
+        beta=BETA,
+        groups_per_step=len(groups),
+        max_steps=len(turns),
+        read_ahead=0,  # or its thread's seconds would be some step's
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=len(turns),
+    )
+    trainer = TurnsTrainer(model, args, train_dataset=str(data), callbacks=[times])
+    trainer.turns = turns
+    trainer.train()
+    found: dict[str, list[list[Seconds]]] = {loss: [] for loss in OTHERS}
+    for place in range(warm_up, len(turns)):
+        if turns[place] != "gvpo":
+            before, own, after = times.steps[place - 1 : place + 2]
+            found[turns[place]].append([own, before, after])
+    return found
+
+
+def alone_seconds(groups: list[Group], rounds: int) -> dict[str, float]:
+    """By loss the CPU seconds of one call on these groups and of its gradient, median of rounds."""
+    rng = np.random.default_rng(0)
+    ref = np.concatenate([g.ref_seq_logprobs for g in groups if g.ref_seq_logprobs is not None])
+    logprobs = torch.from_numpy(ref + rng.normal(0.0, 1.0, len(ref))).requires_grad_()
+    calls = 20
+    taken: dict[str, list[float]] = {loss: [] for loss in LOSS_TYPES}
+    for _ in range(rounds):
+        for loss in LOSS_TYPES:
+            objective = Objective(BETA, loss)
+            start = Seconds.now()
+            for _ in range(calls):
+                torch.autograd.grad(objective(logprobs, groups).loss, logprobs)
+            taken[loss].append(Seconds.now().since(start).cpu / calls)
+    return {loss: statistics.median(values) for loss, values in taken.items()}
+
+
+def median_with_error(values: list[float]) -> tuple[float, float]:
+    """The median, and its standard error: 1.25 times the mean's, from the interquartile range."""
+    if len(values) < 2:
+        return values[0], 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, 1.2533 * (high - low) / 1.349 / len(values) ** 0.5
+
+
+def figures_of(
+    steps: dict[str, list[list[Seconds]]], alone: dict[int, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """By loss what is printed of it; GVPO has no ratio to itself."""
+    found: dict[str, dict[str, float]] = {}
+    for loss in LOSS_TYPES:
+        figures = {}
+        if loss in steps:
+            cpu = [own.cpu / ((a.cpu + b.cpu) / 2) for own, a, b in steps[loss]]
+            wall = [own.wall / ((a.wall + b.wall) / 2) for own, a, b in steps[loss]]
+            figures["ratio"], figures["error"] = median_with_error(cpu)
+            figures["wall_ratio"] = statistics.median(wall)
+        figures |= {f"alone_us_of_{n}": 1e6 * own[loss] / n for n, own in alone.items()}
+        found[loss] = {name: round(value, 4) for name, value in figures.items()}
+    return found
+
+
+def show(found: dict[str, dict[str, float]]) -> None:
+    """The table."""
+    print("\n| loss | a step / gvpo's | ± | in wall seconds | alone, µs a group of 4 | of 64 |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for loss, row in found.items():
+        ratios = [f"{row[name]:.3f}" if name in row else "" for name in RATIOS]
+        alone = [f"{row[name]:.1f}" for name in row if name not in RATIOS]
+        print(f"| `{loss}` | {' | '.join([*ratios, *alone])} |")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="What a step of every loss costs.")
+    parser.add_argument("--rounds", type=int, default=8)
+    rounds = parser.parse_args().rounds
+    groups = [made_up(number) for number in range(MANY_GROUPS)]
+    alone = {n: alone_seconds(groups[:n], 25) for n in (GROUPS, MANY_GROUPS)}
+    with tempfile.TemporaryDirectory(prefix="gvpo-losses-") as folder:
+        steps = step_seconds(groups[:GROUPS], rounds, Path(folder))
+    gvpo = statistics.median(s.cpu for rows in steps.values() for _, *two in rows for s in two)
+    print(f"a step of gvpo: {gvpo:.2f} CPU s, {torch.get_num_threads()} thread(s); {rounds} rounds")
+    found = figures_of(steps, alone)
+    show(found)
+    worst = max(row["ratio"] for row in found.values() if "ratio" in row)
+    print(json.dumps({**found, "worst": worst, "gvpo_step_cpu_seconds": round(gvpo, 4)}))
+
+
+if __name__ == "__main__":
+    main()
