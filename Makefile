@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart test lint format schemas bench-memory bench-stream bench-compute \
-	bench-collect bench-elastic bench-convergence bench-losses \
+	bench-collect bench-elastic bench-convergence bench-losses study \
 	clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
+	@echo "make study        every loss on the same logs of two tasks; what moves it (under 40 minutes)"
 	@echo "make venv         set up .venv and nothing else"
 
 venv: $(STAMP)
@@ -77,6 +78,10 @@ bench-losses: $(STAMP)
 
 bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)
+
+# Each of its processes has one thread, so that the same seeds give the same tables.
+study: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python pipelines/study/study.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ LOWEST = -0.5
 
 
 def draw(whole: Mapping[str, Any], folder: Path) -> None:
-    """`losses.svg` and `moves.svg` in `folder`.
+    """`study-losses.svg` and `study-moves.svg` in `folder`.
 
     Args:
         whole: as `study.json`: tables and frames.
@@ -39,14 +39,14 @@ def draw(whole: Mapping[str, Any], folder: Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.2), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         _losses(axis, task, whole)
-    _save(figure, folder / "losses.svg")
+    _save(figure, folder / "study-losses.svg")
     shape = (len(tasks), len(SWEEPS))
     figure, axes = plt.subplots(*shape, figsize=(3.1 * shape[1], 2.7 * shape[0]), squeeze=False)
     for row, task in zip(axes, tasks, strict=True):
         for axis, sweep in zip(row, SWEEPS, strict=True):
             _moves(axis, task, sweep, whole["tables"][f"{task}: {sweep}"])
         row[0].set_ylabel(f"{task}: reward - β KL")
-    _save(figure, folder / "moves.svg")
+    _save(figure, folder / "study-moves.svg")
 
 
 def _losses(axis: Any, task: str, whole: Mapping[str, Any]) -> None:

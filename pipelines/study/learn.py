@@ -20,6 +20,7 @@ from gvpo_offline.hashing import permutation
 from gvpo_offline.losses import GroupStatistics
 from gvpo_offline.schema import FloatArray, Group
 from gvpo_offline.train.objective import Objective
+from gvpo_offline.tune import score
 
 GROUPS_PER_STEP = 32
 ANSWERS = 8
@@ -38,6 +39,7 @@ class Outcome:
         objective: reward - beta * kl, what GVPO's optimum maximises.
         explained_variance, best_log_ratio, reweighted_reward, log_mass: of held-out groups, as
             `GroupStatistics.metrics` names them.
+        score: what `gvpo-offline tune` makes of these metrics.
         trained_explained_variance: of a hundred groups that were trained on.
     """
 
@@ -50,6 +52,7 @@ class Outcome:
     best_log_ratio: float
     reweighted_reward: float
     log_mass: float
+    score: float
     trained_explained_variance: float
 
 
@@ -174,6 +177,7 @@ def judged(
         best_log_ratio=held_out["best_log_ratio_mean"],
         reweighted_reward=held_out["reweighted_reward_mean"],
         log_mass=held_out["log_mass_mean"],
+        score=score(held_out),
         trained_explained_variance=fit(model, log[:100], beta)["explained_variance"],
     )
 

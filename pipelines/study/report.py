@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -45,6 +46,7 @@ def finish(
     verdict = {
         "losses": {task: _standing(task, labelled) for task in frames},
         "tune": tuned,
+        "judges": {task: _judges(task, labelled) for task in frames},
         "runs": len({json.dumps(row["job"], sort_keys=True) for _, _, row in labelled}),
     }
     whole = {"tables": tables, "frames": frames, "searches": list(searches), **verdict}
@@ -113,6 +115,17 @@ def _standing(task: str, labelled: Sequence[Labelled]) -> dict[str, Any]:
         "gvpo_behind": [round(value, 4) for value in behind] if best != "gvpo" else [0.0, 0.0],
         "gvpo_within_one_se": best == "gvpo" or behind[0] <= behind[1],
         "reward_minus_beta_kl": {loss: round(value, 4) for loss, value in means.items()},
+    }
+
+
+def _judges(task: str, labelled: Sequence[Labelled]) -> dict[str, float]:
+    """What logs alone say of a run, beside the verifier: of all pairs of the grid's runs, the share
+    that a figure of held-out groups orders as the reward of fresh answers does."""
+    grid = [row for sweep, _, row in labelled if sweep == "grid" and row["job"]["task"] == task]
+    pairs = [(a, b) for a, b in combinations(grid, 2) if a["reward"] != b["reward"]]
+    return {
+        name: mean((a[name] > b[name]) == (a["reward"] > b["reward"]) for a, b in pairs)
+        for name in ("score", "reweighted_reward", "explained_variance", "best_log_ratio")
     }
 
 

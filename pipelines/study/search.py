@@ -20,6 +20,7 @@ from gvpo_offline.train.objective import Objective
 from gvpo_offline.tune import (
     Metrics,
     RangePoint,
+    Trial,
     beta_candidates,
     beta_to_begin,
     diverged,
@@ -27,6 +28,7 @@ from gvpo_offline.tune import (
     misfit,
     propose,
     range_rate,
+    score,
 )
 
 
@@ -62,10 +64,10 @@ class Search:
             found[name] = {
                 "beta": done.beta,
                 "rate": done.learning_rate,
-                "trials": [[t.beta, t.learning_rate, *_short(t.metrics)] for t in done.trials],
+                "largest_rate": largest,
+                "trials": [_plain(own) for own in done.trials],
             }
         path.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"tune {task}: {found['rate']['rate']:g} at {BETA:g}; {found['both']}", flush=True)
         return found
 
     def _trial(
@@ -103,9 +105,13 @@ class Search:
         return points
 
 
-def _short(metrics: Metrics) -> list[float]:
-    names = ("explained_variance", "reweighted_reward_mean", "log_mass_mean")
-    return [round(metrics[name], 4) for name in names]
+def _plain(trial: Trial) -> dict[str, float]:
+    return {
+        "beta": trial.beta,
+        "rate": trial.learning_rate,
+        "score": score(trial.metrics),
+        "explained_variance": trial.metrics["explained_variance"],
+    }
 
 
 def reward_gap(groups: Sequence[Group]) -> float:

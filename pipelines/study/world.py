@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,8 +87,10 @@ def make_models(task: str, folder: Path, seed: int = 0) -> None:
     (folder / "done").touch()
 
 
-def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[float, float]]:
-    """What is possible: the optimum's reward - beta KL, and its reward, by beta, on test prompts.
+def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[Any, float]]:
+    """What there is, and what is possible: each sampler's mean reward and the share of groups of
+    unequal rewards in a log; the optimum's reward - beta KL, and its reward, by beta, on test
+    prompts.
 
     The largest of E[R] - beta KL is beta log E_ref[e^{R / beta}], and the optimum's reward is
     E_ref[R e^{R / beta}] / E_ref[e^{R / beta}]; both from 256 answers of the reference a prompt.
@@ -99,7 +102,13 @@ def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[float, floa
         tilt = np.exp(rewards / beta)
         objective[beta] = float(np.mean(beta * np.log(tilt.mean(1))))
         reward[beta] = float(np.mean((rewards * tilt).sum(1) / tilt.sum(1)))
-    return {"objective": objective, "reward": reward}
+    log = make_log(world, MIXED, seed=1)
+    logged = np.stack([group.rewards for group in log if group.rewards is not None])
+    names = log[0].samplers
+    of_sampler = {own: [i for i, name in enumerate(names) if name == own] for own in MIXED}
+    samplers = {own: float(logged[:, places].mean()) for own, places in of_sampler.items()}
+    samplers["groups of unequal rewards"] = float((np.ptp(logged, axis=1) > 0).mean())
+    return {"samplers": samplers, "objective": objective, "reward": reward}
 
 
 def load_world(name: str, folder: Path, seed: int = 0) -> World:
