@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from learn import cosine, in_rounds, judged, trained
-from world import MIXED, World, load_world, make_log
+from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
 from gvpo_offline.schema import Group
 from gvpo_offline.train.objective import Objective
@@ -38,6 +39,7 @@ class Job:
         rounds: of equal length, each with its own reference.
         start: "policy", or "rft": the policy after a run of rft with ten times the rate.
         anchor, weights: GVPO's.
+        equal_groups: whether groups of equal rewards are trained on.
         validate: judged on validation prompts, not on test prompts.
     """
 
@@ -52,6 +54,7 @@ class Job:
     start: str = "policy"
     anchor: float = 0.0
     weights: str = "equal"
+    equal_groups: bool = True
     validate: bool = False
 
     @property
@@ -93,6 +96,9 @@ class Runner:
 
     def _trained(self, job: Job, world: World, log: list[Group]) -> Any:
         objective = Objective(job.beta * job.rounds, job.loss, job.anchor, job.weights)
+        if not job.equal_groups:
+            n = len(log) - N_HELD_OUT
+            log = [group for group in log[:n] if _unequal(group)] + log[n:]
         if job.rounds > 1:
             return in_rounds(
                 world,
@@ -110,6 +116,10 @@ class Runner:
             start = trained(start, log, warm, rate=rate, steps=job.steps, seed=job.seed + 100)
         rate = cosine(job.rate, job.steps)
         return trained(start, log, objective, rate=rate, steps=job.steps, seed=job.seed)
+
+
+def _unequal(group: Group) -> bool:
+    return group.rewards is not None and bool(np.ptp(group.rewards))
 
 
 @functools.cache

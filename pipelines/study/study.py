@@ -118,7 +118,8 @@ def moved(task: str, best: Best) -> Iterator[Comparison]:
                     yield sweep, f"{job.loss}, {label}", replace(job, seed=seed, mix=given)
         for steps in (STEPS // 2, STEPS, 4 * STEPS):
             yield "steps", f"gvpo, {steps}", replace(gvpo, seed=seed, steps=steps)
-        yield "start", "gvpo after rft", replace(gvpo, seed=seed, start="rft")
+        yield "ways", "gvpo after rft", replace(gvpo, seed=seed, start="rft")
+        yield "ways", "gvpo, unequal groups alone", replace(gvpo, seed=seed, equal_groups=False)
     for seed in SEEDS:
         for rounds in (1, 2, 4):
             yield "rounds", f"gvpo, {rounds}", replace(gvpo, seed=seed, rounds=rounds)
