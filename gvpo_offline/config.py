@@ -172,7 +172,8 @@ class TuneSettings:
     most those of the run."""
     betas: list[float] = field(default_factory=list)
     """The betas to choose from; a single one is settled, and the learning rate alone is searched.
-    Default: those at which the optimum's median log-ratio gap is 1, 2, 4 or 8 nats."""
+    Default: those at which the optimum's median log-ratio gap is 1 to 16 nats, two for each
+    doubling."""
 
     def __post_init__(self) -> None:
         if self.tune_steps < MIN_TUNE_STEPS:

@@ -20,7 +20,7 @@ Metrics = Mapping[str, float]
 
 # Log-ratio gaps, in nats, that the optimum may ask for between a group's best and worst response:
 # (max R - min R) / beta. Which are tried, and at which the search begins.
-NATS_TRIED = (1.0, 2.0, 4.0, 8.0)
+NATS_TRIED = tuple(2.0 ** (step / 2) for step in range(9))  # 1 to 16
 NATS = 4.0
 # Rates of a range run, and the ladder of a search: two rungs a decade.
 LOWEST_RATE, HIGHEST_RATE = 1e-7, 1e-2
