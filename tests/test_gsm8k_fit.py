@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from gvpo_offline import gvpo_loss
 
 FIT = Path(__file__).parents[1] / "pipelines" / "gsm8k" / "fit.py"
 
@@ -121,3 +124,22 @@ def test_the_bootstrap_is_over_groups(fit: ModuleType) -> None:
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006)
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
     assert (fit.resampled(sums, times=2000)["pair_accuracy"] == samples).all()
+
+
+def test_the_figures_are_those_of_evaluate(fit: ModuleType) -> None:
+    """Groups of 2 and 3 drawn at random: what the package's own metrics say of beta l."""
+    rng = np.random.default_rng(0)
+    rewards = [rng.integers(0, 2, 2 + number % 2).astype(float).tolist() for number in range(20)]
+    answers = answers_of(fit, rewards)
+    ratios_N, beta = rng.normal(size=len(answers.group_N)), 0.3
+    own = gvpo_loss(
+        torch.tensor(ratios_N),
+        torch.zeros(len(ratios_N)),
+        torch.tensor(answers.rewards_N),
+        torch.tensor(answers.group_N),
+        beta=beta,
+    ).metrics
+    found = fit.overall(fit.group_sums(answers, predicted(fit, (beta * ratios_N).tolist())))
+    assert found["explained_variance"] == pytest.approx(own["explained_variance"])
+    assert found["pair_accuracy"] == pytest.approx(own["pair_accuracy"])
+    assert found["best"] == pytest.approx(beta * own["best_log_ratio_mean"])

@@ -216,7 +216,12 @@ def rows(study: Study, runs: Sequence[Run], beta: float, *, models_only: bool) -
     for run in runs:
         held_out_N = values[run.name][1]
         own = found[run.name]
-        own["log_ratio"] = mean_by_sampler(split.held_out, held_out_N)
+        for name, ratios_N in (
+            ("log_ratio", held_out_N),
+            ("order", split.held_out.centred(held_out_N)),
+        ):
+            means = mean_by_sampler(split.held_out, ratios_N)
+            own[name] = {sampler: rounded(mean) for sampler, mean in means.items()}
         own["best_log_ratio"] = rounded(own["figures"].pop("best")[0] / beta)
     named = {run.name: {"loss": run.loss, "rate": run.rate, "seed": run.seed} for run in runs}
     return [{**named.get(name, {"loss": name}), **own} for name, own in found.items()]
