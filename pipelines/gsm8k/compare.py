@@ -124,7 +124,7 @@ def compared(answers: Answers, predicted: Mapping[str, Prediction], first: str) 
                 figure: [rounded(v) for v in (value, *interval(samples[name][figure]))]
                 for figure, value in own.items()
             },
-            "less_" + first: {
+            "less_first": {
                 figure: [
                     rounded(v)
                     for v in (

@@ -45,7 +45,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             fit.plot(row["figures"]["explained_variance"][0], line, "x", color=colour, ms=5)
             for name, (own, _) in SAMPLERS.items():
                 samplers.plot(row["order"][name], line, "o", color=own, ms=5)
-    for name, (own, label) in SAMPLERS.items():
+    for own, label in SAMPLERS.values():
         samplers.plot([], [], "o", color=own, ms=5, label=label)
     samplers.legend(frameon=False, fontsize=8, loc="lower right", title="sampler")
     for axis, zero in ((fit, 0.0), (pairs, 0.5), (samplers, 0.0)):
