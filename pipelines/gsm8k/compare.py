@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def models(answers: Answers) -> Bools:
 def mean_by_sampler(answers: Answers, values_N: Floats) -> dict[str, float]:
     """The mean of each sampler's responses."""
     samplers = np.array(answers.samplers)
-    return {name: float(values_N[samplers == name].mean()) for name in sorted(set(samplers))}
+    names = sorted(set(answers.samplers))
+    return {name: float(values_N[samplers == name].mean()) for name in names}
 
 
 def who(split: Split, answers: Answers) -> Floats:
@@ -105,38 +106,38 @@ def baselines(split: Split) -> dict[str, Prediction]:
     for name, of in knowing.items():
         worth = fitted_scale(split.training, split.training.rewards_N, of(split.training))
         worth = 1.0 if name == WHO else worth
-        found[name] = prediction(split, worth * of(split.fitted), worth * of(split.held_out))
+        own = prediction(split, worth * of(split.fitted), worth * of(split.held_out))
+        found[name] = replace(own, scale=1.0)
     return found
 
 
 def compared(answers: Answers, predicted: Mapping[str, Prediction], first: str) -> dict[str, Row]:
     """The figures of each prediction with their 95% intervals, and those of it less `first`'s."""
-    found = {}
-    samples = {}
-    for name, own in predicted.items():
-        sums = group_sums(answers, own)
-        samples[name] = resampled(sums, times=RESAMPLES)
-        found[name] = overall(sums)
+    sums = {name: group_sums(answers, own) for name, own in predicted.items()}
+    found = {name: overall(own) for name, own in sums.items()}
+    samples = {name: resampled(own, times=RESAMPLES) for name, own in sums.items()}
+
+    def less_first(name: str, figure: str) -> list[float]:
+        samples_B = samples[name][figure] - samples[first][figure]
+        return with_interval(found[name][figure] - found[first][figure], samples_B)
+
     return {
         name: {
             "scale": rounded(predicted[name].scale),
             "figures": {
-                figure: [rounded(v) for v in (value, *interval(samples[name][figure]))]
-                for figure, value in own.items()
+                figure: with_interval(value, samples[name][figure]) for figure, value in own.items()
             },
             "less_first": {
-                figure: [
-                    rounded(v)
-                    for v in (
-                        found[name][figure] - found[first][figure],
-                        *interval(samples[name][figure] - samples[first][figure]),
-                    )
-                ]
-                for figure in ("fitted", "pair_accuracy")
+                figure: less_first(name, figure) for figure in ("fitted", "pair_accuracy")
             },
         }
         for name, own in found.items()
     }
+
+
+def with_interval(value: float, samples_B: Floats) -> list[float]:
+    """A figure, and the 95% interval of its bootstrap samples."""
+    return [rounded(number) for number in (value, *interval(samples_B))]
 
 
 def rounded(value: float) -> float:
@@ -148,22 +149,30 @@ def table(rows: Sequence[Row]) -> str:
     """The rows of one log as a Markdown table."""
     heads = (
         *("loss", "rate", "explained variance", "c", "of c times it", "beyond who answered"),
-        *("pair accuracy", "right one first", "order of the samplers", "best responses"),
+        *("pair accuracy", "less gvpo's", "order", "best responses"),
     )
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
-    for row in rows:
-        own = row["figures"]
+    lines = [heads, ("---",) * len(heads), *map(_cells, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-        def cell(name: str, digits: int = 3, own: Row = own) -> str:
-            value, low, high = own[name]
-            return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-        label = row["loss"] + (f", seed {row['seed']}" if row.get("seed") else "")
-        cells = (
-            *(label, f"{row['rate']:g}" if "rate" in row else "", cell("explained_variance", 2)),
-            *(f"{row['scale']:.2f}", cell("fitted"), cell("beyond_who"), cell("pair_accuracy")),
-            *(f"{own['first_right'][0]:.3f}", f"{own['kendall'][0]:+.2f}"),
-            f"{row['best_log_ratio']:+.2f}" if "best_log_ratio" in row else "",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _cells(row: Row) -> tuple[str, ...]:
+    """A row's cells; baselines have neither rate, scale nor log-ratios."""
+    own = row["figures"]
+
+    def cell(figure: Sequence[float], digits: int = 3) -> str:
+        value, low, high = (f"{number:.{digits}f}" for number in figure)
+        return f"{value} [{low}, {high}]"
+
+    policy = "rate" in row
+    return (
+        row["loss"] + (f", seed {row['seed']}" if row.get("seed") else ""),
+        f"{row['rate']:g}" if policy else "",
+        cell(own["explained_variance"], 2),
+        f"{row['scale']:.2f}" if policy else "",
+        cell(own["fitted"]),
+        cell(own["beyond_who"]),
+        cell(own["pair_accuracy"], 2),
+        cell(row["less_first"]["pair_accuracy"], 2),
+        f"{own['kendall'][0]:+.2f}",
+        f"{row['best_log_ratio']:+.2f}" if policy else "",
+    )
