@@ -52,12 +52,12 @@ from gvpo_offline.stream.view import View
 from gvpo_offline.train.evaluation import in_order, shares_of
 
 # All but topr, which this log cannot serve; in the order in which a study that is cut has them.
-LOSSES = ("gvpo", "dpo", "rft", "listwise", "rebel", "pmd_mean", "ipo", "rloo", "awr", "grpo")
+LOSSES = ("gvpo", "dpo", "rft", "listwise", "rebel", "rloo", "awr", "ipo", "grpo", "pmd_mean")
 REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")  # beta l is to be the reward
 WITH_PERSON = ("gvpo", "dpo", "rft")
 FURTHER_SEEDS = (("gvpo", 1),)  # of the order of training; 0 is everyone's first
 # For want of time these have no rates of their own, but those of their nearest kin.
-LIKE = {"rebel": "gvpo", "pmd_mean": "gvpo", "awr": "rft", "grpo": "rloo"}
+LIKE = dict.fromkeys(("rebel", "pmd_mean", "rloo", "grpo"), "gvpo") | {"awr": "rft", "ipo": "dpo"}
 TRIAL_FIGURES = ("explained_variance", "pair_accuracy")
 TABLES = ("four models", "all five", "all five, models scored")
 RATES = (1e-5, 3e-5, 1e-4)
@@ -229,15 +229,18 @@ def rows(study: Study, runs: Sequence[Run], beta: float, *, models_only: bool) -
     return [{**named.get(name, {"loss": name}), **own} for name, own in found.items()]
 
 
-def studied(study: Study, beta: float) -> dict[str, Any]:
-    """All runs, those that are there not again, and what they came to."""
+def studied(study: Study, losses: Sequence[str], beta: float) -> dict[str, Any]:
+    """The runs of these losses, those that are there not again, and what they came to.
+
+    The first is what the others are compared with; one whose rate is another's comes after it.
+    """
     refused = {"topr": refusal(study)}
     trials: dict[str, list[dict[str, float]]] = {}
     rates: dict[str, float] = {}
     runs: list[Run] = []
     with_person: list[Run] = []
     second = Split.read(study.dataset("models"), HELD_OUT, NOT_TRAINED).fitted
-    for loss in LOSSES:
+    for loss in losses:
         if loss in LIKE:
             rates[loss] = rates[LIKE[loss]]
         else:
@@ -248,6 +251,8 @@ def studied(study: Study, beta: float) -> dict[str, Any]:
             with_person.append(Run("all", loss, rates[loss]))
             study.log_ratios(with_person[-1])
     for loss, seed in FURTHER_SEEDS:
+        if loss not in losses:
+            continue
         runs.append(Run("models", loss, rates[loss], seed))
         study.log_ratios(runs[-1])
     held_out = Split.read(study.dataset("all"), HELD_OUT, NOT_TRAINED).held_out
@@ -267,14 +272,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the three files")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k"))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="default: all")
     given = parser.parse_args(arguments)
+    losses = [loss for loss in LOSSES if loss in given.losses]
+    for loss in losses:
+        if LIKE.get(loss, loss) not in losses:
+            parser.error(f"the rate of {loss} is that of {LIKE[loss]}: name both")
     study = Study(given.output_dir)
     pretrained(given.data, study.folder)
     for log in ("models", "all"):
         policy = study.folder / "policy"
         scored(given.data, study.folder / log, policy, with_person=log == "all")
     beta = float(yaml.safe_load((HERE / "train.yaml").read_text())["beta"])
-    found = studied(study, beta)
+    found = studied(study, losses, beta)
     file = study.folder / "losses.json"
     file.write_text(json.dumps(found, separators=(",", ":")) + "\n")
     for log in TABLES:
