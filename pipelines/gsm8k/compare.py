@@ -123,7 +123,7 @@ def compared(answers: Answers, predicted: Mapping[str, Prediction], first: str) 
 
     return {
         name: {
-            "scale": rounded(predicted[name].scale),
+            "scale": predicted[name].scale,
             "figures": {
                 figure: with_interval(value, samples[name][figure]) for figure, value in own.items()
             },
@@ -137,12 +137,16 @@ def compared(answers: Answers, predicted: Mapping[str, Prediction], first: str) 
 
 def with_interval(value: float, samples_B: Floats) -> list[float]:
     """A figure, and the 95% interval of its bootstrap samples."""
-    return [rounded(number) for number in (value, *interval(samples_B))]
+    return [value, *interval(samples_B)]
 
 
-def rounded(value: float) -> float:
-    """Four digits after the point, which is more than an interval warrants."""
-    return round(float(value), 4)
+def rounded(found: Any) -> Any:
+    """The same with five digits of each number, which is more than an interval warrants."""
+    if isinstance(found, dict):
+        return {name: rounded(own) for name, own in found.items()}
+    if isinstance(found, list):
+        return [rounded(own) for own in found]
+    return float(f"{found:.5g}") if isinstance(found, float) else found
 
 
 def table(rows: Sequence[Row]) -> str:

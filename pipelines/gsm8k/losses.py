@@ -55,7 +55,6 @@ from gvpo_offline.train.evaluation import in_order, shares_of
 LOSSES = ("gvpo", "dpo", "rft", "listwise", "rebel", "rloo", "awr", "ipo", "grpo", "pmd_mean")
 REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")  # beta l is to be the reward
 WITH_PERSON = ("gvpo", "dpo", "rft")
-FURTHER_SEEDS = (("gvpo", 1),)  # of the order of training; 0 is everyone's first
 # For want of time these have no rates of their own, but those of their nearest kin.
 LIKE = dict.fromkeys(("rebel", "pmd_mean", "rloo", "grpo"), "gvpo") | {"awr": "rft", "ipo": "dpo"}
 TRIAL_FIGURES = ("explained_variance", "pair_accuracy")
@@ -185,7 +184,7 @@ def chosen_rate(
             break
         values_N = beta * second.flat(study.log_ratios(Run("models", loss, rate)))
         found = overall(group_sums(second, Prediction(values_N, 1.0, 0 * values_N, 0.0)))
-        tried[rate] = {name: rounded(found[name]) for name in TRIAL_FIGURES}
+        tried[rate] = {name: found[name] for name in TRIAL_FIGURES}
         print(f"{loss} {rate:g}: {tried[rate]}", flush=True)
     best = max(tried, key=lambda rate: tried[rate][figure])
     return best, [{"rate": rate, **own} for rate, own in tried.items()]
@@ -218,21 +217,22 @@ def rows(study: Study, runs: Sequence[Run], beta: float, *, models_only: bool) -
     for run in runs:
         held_out_N = values[run.name][1]
         own = found[run.name]
-        for name, ratios_N in (
-            ("log_ratio", held_out_N),
-            ("order", split.held_out.centred(held_out_N)),
-        ):
-            means = mean_by_sampler(split.held_out, ratios_N)
-            own[name] = {sampler: rounded(mean) for sampler, mean in means.items()}
-        own["best_log_ratio"] = rounded(own["figures"].pop("best")[0] / beta)
+        own["log_ratio"] = mean_by_sampler(split.held_out, held_out_N)
+        own["order"] = mean_by_sampler(split.held_out, split.held_out.centred(held_out_N))
+        own["best_log_ratio"] = own["figures"].pop("best")[0] / beta
     named = {run.name: {"loss": run.loss, "rate": run.rate, "seed": run.seed} for run in runs}
     return [{**named.get(name, {"loss": name}), **own} for name, own in found.items()]
 
 
-def studied(study: Study, losses: Sequence[str], beta: float) -> dict[str, Any]:
+def studied(study: Study, losses: Sequence[str], seeds: int, beta: float) -> dict[str, Any]:
     """The runs of these losses, those that are there not again, and what they came to.
 
-    The first is what the others are compared with; one whose rate is another's comes after it.
+    Args:
+        study: where they lie.
+        losses: gvpo, which the others are compared with, comes first; one whose rate is another's
+            after that one.
+        seeds: orders of training for gvpo; the others have one.
+        beta: as `rows`.
     """
     refused = {"topr": refusal(study)}
     trials: dict[str, list[dict[str, float]]] = {}
@@ -250,10 +250,8 @@ def studied(study: Study, losses: Sequence[str], beta: float) -> dict[str, Any]:
         if loss in WITH_PERSON:
             with_person.append(Run("all", loss, rates[loss]))
             study.log_ratios(with_person[-1])
-    for loss, seed in FURTHER_SEEDS:
-        if loss not in losses:
-            continue
-        runs.append(Run("models", loss, rates[loss], seed))
+    for seed in range(1, seeds):
+        runs.append(Run("models", "gvpo", rates["gvpo"], seed))
         study.log_ratios(runs[-1])
     held_out = Split.read(study.dataset("all"), HELD_OUT, NOT_TRAINED).held_out
     return {
@@ -272,9 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the three files")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k"))
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="default: all")
+    parser.add_argument(
+        "--losses", nargs="*", choices=LOSSES, default=LOSSES, help="besides gvpo; default: all"
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="orders of training for gvpo")
     given = parser.parse_args(arguments)
-    losses = [loss for loss in LOSSES if loss in given.losses]
+    losses = [loss for loss in LOSSES if loss in {"gvpo", *given.losses}]
     for loss in losses:
         if LIKE.get(loss, loss) not in losses:
             parser.error(f"the rate of {loss} is that of {LIKE[loss]}: name both")
@@ -284,9 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         policy = study.folder / "policy"
         scored(given.data, study.folder / log, policy, with_person=log == "all")
     beta = float(yaml.safe_load((HERE / "train.yaml").read_text())["beta"])
-    found = studied(study, losses, beta)
+    found = studied(study, losses, given.seeds, beta)
     file = study.folder / "losses.json"
-    file.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    file.write_text(json.dumps(rounded(found), separators=(",", ":")) + "\n")
     for log in TABLES:
         print(f"\n{log}\n\n{table(found[log])}")
     print(f"\n{file}; picture.py draws it")

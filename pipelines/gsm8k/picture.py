@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-LEFTMOST = -0.4  # what is further to the left is not drawn
+LEFTMOST = -0.1  # crosses further to the left are not drawn
 GREY, BLUE, ORANGE = "#9aa0a6", "#1a73e8", "#e8710a"
 SAMPLERS = {  # from the worst to the best
     "6b_finetuning": ("#fbbc04", "6B"),
@@ -42,9 +42,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.plot([low, high], [line, line], color=colour, lw=1.5)
             axis.plot(value, line, "o", color=colour, ms=5)
         if "rate" in row:
-            fit.plot(row["figures"]["explained_variance"][0], line, "x", color=colour, ms=5)
+            unscaled = row["figures"]["explained_variance"][0]
+            if unscaled > LEFTMOST:
+                fit.plot(unscaled, line, "x", color="black", ms=5, zorder=3)
+            largest = max(abs(value) for value in row["order"].values())
             for name, (own, _) in SAMPLERS.items():
-                samplers.plot(row["order"][name], line, "o", color=own, ms=5)
+                samplers.plot(row["order"][name] / largest, line, "o", color=own, ms=5)
     for own, label in SAMPLERS.values():
         samplers.plot([], [], "o", color=own, ms=5, label=label)
     samplers.legend(frameon=False, fontsize=8, loc="lower right", title="sampler")
@@ -53,9 +56,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     fit.set_yticks(list(lines), [row["loss"] for row in rows])
     fit.set_xlim(left=LEFTMOST)
+    samplers.set_xticks([-1, 0, 1], ["-1", "0", "1"])
     fit.set(title="explained variance (x: not rescaled)")
     pairs.set(title="pairs of right and wrong in order")
-    samplers.set(title="log-ratio less the question's mean (nats)")
+    samplers.set(title="log-ratio by sampler, of the largest")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
