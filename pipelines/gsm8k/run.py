@@ -90,23 +90,23 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse()
-    policy, out = options.output_dir / "policy", options.output_dir / options.log
-    dataset, trained = out / "dataset", out / "trained"
+def pretrained(data: Path, output_dir: Path) -> Line:
+    """The policy in `output_dir`/policy. Both logs share it, it is the reference, and it owns the
+    tokenizer.
+    """
+    line = Line(output_dir)
+    flags = ("--data", data, "--output_dir", output_dir / "policy")
+    line.stage("pretrain", [sys.executable, HERE / "pretrain.py", *flags])
+    return line
 
-    # The policy is shared by both logs; it is also the reference, and owns the tokenizer.
-    before = Line(options.output_dir)
-    pretrain = HERE / "pretrain.py"
-    before.stage(
-        "pretrain",
-        [sys.executable, pretrain, "--data", options.data, "--output_dir", policy],
-    )
 
-    # Responses that none of our policies wrote, one row each, as a user would have logged them.
-    line = Line(out, before.seconds)
-    write_log(options.data, out / "log.jsonl", with_person=options.log == "all")
+def scored(data: Path, out: Path, policy: Path, *, with_person: bool) -> Line:
+    """The dataset in `out`/dataset, with its reference.
 
+    Responses that none of our policies wrote, one row each, as a user would have logged them.
+    """
+    line, dataset = Line(out), out / "dataset"
+    write_log(data, out / "log.jsonl", with_person=with_person)
     line.gvpo(
         "import",
         "import",
@@ -115,6 +115,17 @@ def main() -> None:
         tokenizer_name_or_path=policy,
     )
     line.gvpo("reference", "reference", dataset=dataset, model_name_or_path=policy)
+    return line
+
+
+def main() -> None:
+    options = parse()
+    policy, out = options.output_dir / "policy", options.output_dir / options.log
+    dataset, trained = out / "dataset", out / "trained"
+
+    before = pretrained(options.data, options.output_dir)
+    line = scored(options.data, out, policy, with_person=options.log == "all")
+    line.seconds = before.seconds | line.seconds
     line.stage("validate", [*COMMAND, "validate", "--dataset", dataset])
     results = {"before": (policy, out / "before.json"), "after": (trained, out / "after.json")}
 
