@@ -75,7 +75,7 @@ def test_what_is_proposed_trains_and_a_search_goes_on(
     output = run(server, "tune", settings, config, "--tune_steps", STEPS)
     summary = json.loads(output.splitlines()[-1])
     assert summary["reward_gap"] == pytest.approx(2.0, rel=0.012)
-    assert summary["betas"] == list(beta_candidates(2.0))
+    assert summary["betas"] == list(beta_candidates(summary["reward_gap"]))
     assert summary["steps"] == STEPS
     kept = json.loads((out / "tune" / "tune.json").read_text())
     assert {name: kept[name] for name in summary} == summary
