@@ -18,8 +18,6 @@ SWEEPS = {
     "person": "responses by the person",
     "rounds": "rounds",
 }
-# Far worse losses would press the others into a line.
-LOWEST = -0.5
 
 
 def draw(whole: Mapping[str, Any], folder: Path) -> None:
@@ -53,16 +51,16 @@ def _losses(axis: Any, task: str, whole: Mapping[str, Any]) -> None:
     table = whole["tables"][f"{task}: losses"]
     items = sorted(table.items(), key=lambda item: item[1]["objective"][0])
     for place, (label, cells) in enumerate(items):
+        colour = BLUE if label.startswith("gvpo") else ORANGE if label == "rft" else GREY
         value, error = cells["objective"]
-        colour = BLUE if label.startswith("gvpo") else GREY
-        axis.barh(place, max(value, LOWEST), xerr=error, color=colour, height=0.7)
-        if value < LOWEST:
-            axis.text(LOWEST, place, f" {value:.1f}", va="center", color="white")
+        axis.errorbar(value, place, xerr=error, color=colour, marker="o", ms=5, capsize=3)
     axis.set_yticks(range(len(items)), [label for label, _ in items])
+    axis.grid(axis="y", lw=0.3)
     best = whole["frames"][task]["objective"][f"{BETA:g}"]
-    axis.axvline(best, color="black", lw=1, ls=":")
-    axis.text(best, -0.9, "optimum", ha="center", va="top", fontsize=8)
-    axis.set(xlim=(LOWEST, None), title=f"{task}: reward - {BETA:g} KL on test prompts")
+    for name, value in (("untouched", table["untouched"]["objective"][0]), ("optimum", best)):
+        axis.axvline(value, color="black", lw=0.8, ls=":")
+        axis.annotate(name, (value, 1), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+    axis.set_xlabel(f"{task}: reward - {BETA:g} KL on test prompts")
 
 
 def _moves(axis: Any, task: str, sweep: str, table: Mapping[str, Any]) -> None:
