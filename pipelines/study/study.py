@@ -118,6 +118,9 @@ def moved(task: str, best: Best) -> Iterator[Comparison]:
                     yield sweep, f"{job.loss}, {label}", replace(job, seed=seed, mix=given)
         for steps in (STEPS // 2, STEPS, 4 * STEPS):
             yield "steps", f"gvpo, {steps}", replace(gvpo, seed=seed, steps=steps)
+        for rounds in (1, 2, 4):
+            far = replace(gvpo, seed=seed, beta=BETA / 4, rounds=rounds)
+            yield "rounds at a quarter of beta", f"gvpo, {rounds}", far
         yield "ways", "gvpo after rft", replace(gvpo, seed=seed, start="rft")
         yield "ways", "gvpo, unequal groups alone", replace(gvpo, seed=seed, equal_groups=False)
     for seed in SEEDS:
