@@ -136,6 +136,8 @@ def in_processes(work: Callable[[Any], Any], items: Iterable[Any], workers: int)
     """`work` on each item, by processes of their own, as they finish."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(work, items)
+        pool.close()
+        pool.join()
 
 
 def run_all(jobs: Iterable[Job], runner: Runner, path: Path, workers: int) -> list[Row]:
