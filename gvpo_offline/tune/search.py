@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gvpo_offline.errors import ConfigError, DataError
 
@@ -206,14 +205,11 @@ def propose(
     ladder = sorted(betas)
     done: dict[tuple[float, float], Trial] = {}
 
-    def metrics(beta: float, rung: int) -> Metrics:
+    def scored(beta: float, rung: int) -> float:
         rate = _rate(largest_rate, rung)
         if (beta, rate) not in done:
             done[beta, rate] = Trial(beta, rate, steps, trial(beta, rate, steps))
-        return done[beta, rate].metrics
-
-    def scored(beta: float, rung: int) -> float:
-        return score(metrics(beta, rung))
+        return score(done[beta, rate].metrics)
 
     lowest = math.floor(_RUNGS_PER_DECADE * math.log10(LOWEST_RATE / largest_rate))
     first = [-3, -2, -1]
@@ -233,7 +229,7 @@ def propose(
     return Proposal(beta, _rate(largest_rate, rung), tuple(done.values()))
 
 
-def _climb(value: Callable[[int], Any], first: Sequence[int], low: int, high: int) -> int:
+def _climb(value: Callable[[int], float], first: Sequence[int], low: int, high: int) -> int:
     """The best of consecutive numbers, `first` and then past the end where the best is.
 
     Of equals the lowest. All lie in low..high.

@@ -47,6 +47,7 @@ from gvpo_offline.tune.search import (
     diverged,
     misfit,
     range_rate,
+    score,
 )
 
 logger = logging.getLogger(__name__)
@@ -166,8 +167,8 @@ class Trials:
 
         metrics = self._kept("trial", beta, learning_rate, steps, figures)
         self.say(
-            f"beta {beta:g}, learning rate {learning_rate:g}: held-out explained variance "
-            f"{metrics['explained_variance']:.4g}, loss {metrics['loss']:.4g}"
+            f"beta {beta:g}, learning rate {learning_rate:g}: score {score(metrics):.4g}, "
+            f"held-out explained variance {metrics['explained_variance']:.4g}"
         )
         return metrics
 
