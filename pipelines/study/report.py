@@ -27,8 +27,8 @@ FIGURES = {
     "best_log_ratio": "best log-ratio",
     "log_mass": "log-mass",
 }
-# Losses that beta does nothing to: what they are worth at another beta follows from reward and KL.
-WITHOUTBETA = ("rft", "awr")
+# Beta does nothing to this loss: what it is worth at another follows from reward and KL.
+WITHOUT_BETA = "rft"
 Cell = tuple[float, float]
 Table = dict[str, dict[str, Cell]]
 
@@ -72,20 +72,18 @@ def tables_of(labelled: Sequence[Labelled]) -> dict[str, Table]:
     for name, table in tables.items():
         task, sweep = name.split(": ")
         if sweep == "beta":
-            table.update(_at_other_betas(rows[f"{task}: losses"], list(table)))
+            table.update(_at_other_betas(rows[f"{task}: losses"][WITHOUT_BETA], list(table)))
     return tables
 
 
-def _at_other_betas(rows: Mapping[str, list[Row]], labels: Sequence[str]) -> Table:
+def _at_other_betas(rows: Sequence[Row], labels: Sequence[str]) -> Table:
     betas = sorted({float(label.split(", ")[1]) for label in labels})
     return {
-        f"{loss}, {beta:g}": {
-            "objective": _cell([row["reward"] - beta * row["kl"] for row in rows[loss]]),
-            "reward": _cell([row["reward"] for row in rows[loss]]),
-            "kl": _cell([row["kl"] for row in rows[loss]]),
+        f"{WITHOUT_BETA}, {beta:g}": {
+            "objective": _cell([row["reward"] - beta * row["kl"] for row in rows]),
+            "reward": _cell([row["reward"] for row in rows]),
+            "kl": _cell([row["kl"] for row in rows]),
         }
-        for loss in WITHOUTBETA
-        if loss in rows
         for beta in betas
     }
 

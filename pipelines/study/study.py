@@ -109,7 +109,7 @@ def moved(task: str, best: Best) -> Iterator[Comparison]:
     }
     for seed in FEW:
         for beta in BETAS:
-            for job in (gvpo, best[task, "listwise"]):
+            for job in (gvpo, best[task, "listwise"], best[task, "awr"]):
                 yield "beta", f"{job.loss}, {beta:g}", replace(job, seed=seed, beta=beta)
         for sweep, own in mixes.items():
             for label, mix in own.items():
