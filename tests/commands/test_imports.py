@@ -159,7 +159,7 @@ def test_the_public_names_are_there() -> None:
 
 SOURCES = [
     path
-    for folder in ("gvpo_offline", "pipelines", "benchmarks")
+    for folder in ("gvpo_offline", "pipelines", "research", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
