@@ -104,7 +104,8 @@ def rloo(terms: GroupTerms) -> Tensor:
     """RLOO (arXiv 2402.14740) without importance weights, plus beta times the KL.
 
     A control: it assumes responses of the policy. -A log pi, with A = R minus the mean reward of
-    the group's other responses. (With beta l inside the reward, its gradient would be GVPO's / beta.)
+    the group's other responses. (With beta l inside the reward, its gradient would be GVPO's
+    divided by beta.)
     """
     scale_G = terms.group_sizes_G / (terms.group_sizes_G - 1)
     advantages_N = terms.centre(terms.rewards_N) * scale_G[terms.group_N]
@@ -132,7 +133,7 @@ def _preference(terms: GroupTerms) -> tuple[Tensor, Tensor]:
 
 
 def _kl_estimate(terms: GroupTerms) -> Tensor:
-    """exp(-l) + l - 1, (N,): an estimate of the KL, unbiased for responses of the policy."""
+    """exp(-l) + l - 1, (N,): an estimate of the KL, unbiased for the policy's own responses."""
     return _exp(-terms.log_ratios_N) + terms.log_ratios_N - 1
 
 
