@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json, text_keys
 from gvpo_offline.store.arrow import column_array, split_list
 from gvpo_offline.store.choice import WeightedReward
@@ -35,7 +35,7 @@ _COUNTED = ("n_tokens", "prompt_length", "response_lengths")
 GROUP_COLUMNS = tuple(column for column in GROUPS_COLUMNS if column.name not in _COUNTED)
 PLACE_COLUMNS = ("key", "input", "row_group", "row")
 
-Rename = Callable[[Sequence[str], Sequence[IntArray]], list[str]]
+Rename = Callable[[Sequence[str], Sequence[Int32Array]], list[str]]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.settings import OnFew
 from gvpo_offline.store.arrow import column_array, split_list, split_nested_list
 from gvpo_offline.store.columns import Place
-from gvpo_offline.store.pick import Indices, Pick
+from gvpo_offline.store.pick import Indices, ResponseIndex
 
 # What a plan is made of, rewards aside.
 PLAN_COLUMNS = (*PLACE_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")
@@ -47,7 +47,7 @@ class Planner:
         """The columns that `plan` needs."""
         return [*PLAN_COLUMNS, *(self.rewards if self.duplicates != "keep" else ())]
 
-    def plan(self, table: pa.Table) -> Pick | None:
+    def plan(self, table: pa.Table) -> ResponseIndex | None:
         """The groups of a table of whole groups, by hash of their id, then by id; None for none.
 
         Responses are in the order of the inputs, of the rows within one, and within a row.
@@ -68,7 +68,7 @@ class Planner:
         rows = np.repeat(order, k)
         items = np.arange(len(rows)) - np.repeat(np.cumsum(k) - k, k)
         sizes = np.add.reduceat(k, starts)
-        pick = Pick(order[starts], sizes, rows, items)
+        pick = ResponseIndex(order[starts], sizes, rows, items)
         return self._enough(table, pick, self._keep(table, pick))
 
     def _check_prompts(self, table: pa.Table, order: Indices, starts: Indices) -> None:
@@ -93,7 +93,7 @@ class Planner:
         group = table.column("group_id")[row].as_py()
         return {"file": place.file, "row": place.first_row + local, "group": group}
 
-    def _keep(self, table: pa.Table, pick: Pick) -> npt.NDArray[np.bool_]:
+    def _keep(self, table: pa.Table, pick: ResponseIndex) -> npt.NDArray[np.bool_]:
         """Which of the responses stay: (R,) bool."""
         keep = np.ones(len(pick.rows), bool)
         if self.duplicates == "keep":
@@ -113,7 +113,9 @@ class Planner:
             self.counts["dropped_duplicates"] += len(doubled)
         return keep
 
-    def _enough(self, table: pa.Table, pick: Pick, keep: npt.NDArray[np.bool_]) -> Pick | None:
+    def _enough(
+        self, table: pa.Table, pick: ResponseIndex, keep: npt.NDArray[np.bool_]
+    ) -> ResponseIndex | None:
         """The pick of what stays, held to the least group size."""
         sizes = np.add.reduceat(keep.astype(np.int64), pick.starts)
         few = sizes < MIN_GROUP_SIZE
@@ -129,10 +131,10 @@ class Planner:
         keep = keep & ~np.repeat(few, pick.sizes)
         if not keep.any():
             return None
-        return Pick(pick.first[~few], sizes[~few], pick.rows[keep], pick.items[keep])
+        return ResponseIndex(pick.first[~few], sizes[~few], pick.rows[keep], pick.items[keep])
 
 
-def _twins(table: pa.Table, pick: Pick) -> Indices:
+def _twins(table: pa.Table, pick: ResponseIndex) -> Indices:
     """For each response the first of its group with the same token ids; -1: it is the first."""
     ids = split_nested_list(column_array(table, "response_token_ids"))
     twins = np.full(len(pick.rows), -1, np.int64)

@@ -28,7 +28,7 @@ from gvpo_offline.merging.settings import RewriteSettings
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import Sidecar
-from gvpo_offline.store.pick import Pick, n_partly_known, picked
+from gvpo_offline.store.pick import ResponseIndex, n_partly_null, picked
 from gvpo_offline.store.schema import arrow_schema
 from gvpo_offline.store.spill import TableSpill, power_of_two
 from gvpo_offline.store.tables import groups_from_table
@@ -133,7 +133,7 @@ class Rewrite:
 
     def _write(self, stage: str, spill: TableSpill, part: int, buckets: range) -> TaskRecord:
         counts: Counter[str] = Counter()
-        plans: list[tuple[int, Pick]] = []
+        plans: list[tuple[int, ResponseIndex]] = []
         groups = self._groups(spill, buckets, plans, counts)
         head = next(groups, None)
         record = TaskRecord(stage=stage, task=task_name(part))
@@ -158,7 +158,7 @@ class Rewrite:
         self,
         spill: TableSpill,
         buckets: range,
-        plans: list[tuple[int, Pick]],
+        plans: list[tuple[int, ResponseIndex]],
         counts: Counter[str],
     ) -> Iterator[Group]:
         """The groups of some buckets; the plan of each bucket is added to `plans`."""
@@ -178,7 +178,7 @@ class Rewrite:
                 continue
             plans.append((bucket, pick))
             for name in ("responses", "response_ids"):
-                counts[f"dropped_{name}"] += n_partly_known(table, name, pick)
+                counts[f"dropped_{name}"] += n_partly_null(table, name, pick)
             for piece in pick.pieces(_RESPONSES_AT_ONCE):
                 for group in groups_from_table(picked(table, GROUP_COLUMNS, piece)):
                     yield self._with_unique_ids(group, counts)
@@ -204,7 +204,7 @@ class Rewrite:
         spill: TableSpill,
         family: Family,
         record: TaskRecord,
-        plans: Sequence[tuple[int, Pick]],
+        plans: Sequence[tuple[int, ResponseIndex]],
     ) -> Sidecar:
         base = record.groups[0]
         columns = [GROUP_COLUMNS[0], *family.columns]

@@ -20,7 +20,7 @@ _DERIVED: dict[str, Callable[[Group], Any]] = {
 }
 
 
-def light_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
+def summary_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
     """Some columns of a row group, whole even where a file does not store them.
 
     A foreign file may lack lengths, samplers and sources, in some rows or in all; they are then

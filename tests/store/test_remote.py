@@ -37,12 +37,12 @@ from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.passes import Pass
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
-from gvpo_offline.store.schema import LIGHT_COLUMNS, TRAINING_COLUMNS
+from gvpo_offline.store.schema import SUMMARY_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.survey import survey
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.train.checkpoint import RUN_FILE
 
-TRAINED = {*TRAINING_COLUMNS, *LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"}
+TRAINED = {*TRAINING_COLUMNS, *SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"}
 
 
 def same_groups(one: GroupDataset, other: GroupDataset) -> bool:
@@ -226,7 +226,7 @@ def test_a_pass_fetches_ahead_and_says_what_is_wrong_where_it_is_read(
     """16 groups in row groups of 4 in files of 8: with the first in hand, the others are on their
     way.
     """
-    columns = [*LIGHT_COLUMNS, "rewards"]
+    columns = [*SUMMARY_COLUMNS, "rewards"]
     assert list(Pass(local, columns)) == [0, 1, 2, 3]
     there = open_dataset(url, remote=s3.settings(tmp_path / "cache"))
     numbers = iter(Pass(there, columns))
