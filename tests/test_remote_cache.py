@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from test_remote_failures import opened, read_all
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.remote.cache import MARK, RangeCache
+from gvpo_offline.store.remote.cache import RangeCache
 
 URL = "s3://bucket/data"
 FILE = "ab" * 32
@@ -28,7 +28,7 @@ OTHER = "cd" * 32
 
 
 def entries(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def held(folder: Path) -> int:
@@ -150,39 +150,45 @@ def test_a_cache_on_a_full_disk_is_given_up_and_the_run_goes_on(
         dataset = opened(server)
         monkeypatch.setattr("gvpo_offline.store.remote.cache.os.replace", full)
         read_all(dataset, tmp_path / "data")
-    assert caplog.text.count("the cache takes no more") == 1
+    assert caplog.text.count("nothing more is cached") == 1
     assert not entries(tmp_path / "cache")
 
 
-# Whose folder it is.
+# The folder.
 
 
-def test_a_folder_that_is_no_cache_of_this_dataset_is_refused(tmp_path: Path) -> None:
-    RangeCache(tmp_path / "cache", URL, 10**6).put(FILE, "x", b"x")
-    own = next((tmp_path / "cache").iterdir())
+def test_other_files_in_the_cache_folder_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    """A dataset's folder as cache_dir: a mistake, but one that costs nothing."""
+    build_dataset(tmp_path / "cache", 12, response_tokens=40)
+    (tmp_path / "cache" / ("a" * 16)).mkdir()
+    (tmp_path / "cache" / ("a" * 16) / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in entries(tmp_path / "cache")}
+    assert sum(map(len, before.values())) > 1000
+    long_ago = time.time() - 100
+    for path in before:
+        os.utime(path, (long_ago, long_ago))
+    cache = RangeCache(tmp_path / "cache", URL, 1000)
+    for number in range(20):
+        cache.put(FILE, str(number), bytes(68))  # 100 bytes with its hash
+    # Ten entries fit, less at most one for the share that a process claims at once.
+    assert sum(cache.get(FILE, str(number))[0] is not None for number in range(20)) in (9, 10)
+    assert all(path.read_bytes() == content for path, content in before.items())
 
-    def refused(folder: Path, said: str) -> None:
-        with pytest.raises(ConfigError, match=said) as found:
-            RangeCache(folder, URL, 10**6)
-        assert str(folder) in str(found.value.file)
 
-    refused(own, "the folder of all caches")  # one level too deep
-    build_dataset(tmp_path / "data", 8)
-    refused(tmp_path / "data", "holds a cache and nothing else")  # a dataset's own folder
+def test_a_cache_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    refused(tmp_path / "file", "can be written")
-    mark = json.loads((own / MARK).read_text())
-    (own / MARK).write_text(json.dumps({**mark, "url": "s3://bucket/other"}))
-    refused(tmp_path / "cache", "belongs to one dataset; received the cache of s3://bucket/other")
-    (own / MARK).write_text(json.dumps({**mark, "format": 2}))
-    refused(tmp_path / "cache", "of format 1")
-    (own / MARK).unlink()
-    refused(tmp_path / "cache", "received the cache of nobody")
-    (own / MARK).write_text(json.dumps(mark))
-    (own / "notes.txt").write_text("mine")
-    refused(tmp_path / "cache", "nothing else; received notes.txt")
-    (own / "notes.txt").unlink()
-    assert RangeCache(tmp_path / "cache", URL, 10**6).get(FILE, "x")[0] == b"x"
+    with pytest.raises(ConfigError, match="the cache folder can be written") as found:
+        RangeCache(tmp_path / "file", URL, 10**6)
+    assert found.value.file == str(tmp_path / "file")
+
+
+def test_a_cache_deleted_meanwhile_is_written_again(tmp_path: Path) -> None:
+    cache = RangeCache(tmp_path / "cache", URL, 10**6)
+    cache.put(FILE, "x", b"x")
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.get(FILE, "x") == (None, False)
+    cache.put(FILE, "x", b"x")
+    assert cache.get(FILE, "x") == (b"x", False)
 
 
 def test_datasets_share_a_cache_folder_and_its_bound(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_server_that_forbids_is_asked_once(server: FolderServer) -> None:
     dataset = opened(server)
     server.fault = lambda request: "403" if request.path.endswith(".parquet") else None
     server.requests.clear()
-    with pytest.raises(StorageError, match=r"lets this machine read the dataset; .*403"):
+    with pytest.raises(StorageError, match=r"allows this machine to read the dataset; .*403"):
         dataset.groups(0)
     assert len([r for r in server.reads() if r.start is not None]) == 1
 

@@ -17,9 +17,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gvpo_offline.errors import IntegrityError, StorageError
+from gvpo_offline.errors import StorageError
 from gvpo_offline.hashing import sha256_file
-from gvpo_offline.store.manifest import BaseFile, FileEntry, Sidecar
+from gvpo_offline.store.manifest import (
+    BaseFile,
+    FileEntry,
+    Sidecar,
+    damaged,
+    missing,
+    read_twice,
+)
 from gvpo_offline.store.sealed import read_json, sealed_text, unsealed
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -162,33 +169,19 @@ def verify_file(root: Path, entry: FileEntry, *, content: bool = True) -> None:
             before it is reported, so that a passing read fault does not end a run.
     """
     path = root / entry.path
-    remedy = "restore the file from a copy; the manifest is not to be edited to fit it"
     if not path.is_file():
-        raise IntegrityError("every file that the manifest names exists", file=path, remedy=remedy)
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise IntegrityError(
-            f"the file is {entry.bytes} bytes long",
-            received=f"{size} bytes",
-            file=path,
-            remedy=remedy,
-        )
-    if not content:
-        return
-    found = ""
-    for _ in range(2):
+        raise missing(path)
+    entry.check_size(path.stat().st_size, path)
+
+    def check() -> None:
         try:
             found = sha256_file(path)
         except OSError as error:
-            found = str(error)
-        if found == entry.sha256:
-            return
-    raise IntegrityError(
-        f"the file's SHA-256 is {entry.sha256[:16]}…",
-        received=found if " " in found else f"{found[:16]}…",
-        file=path,
-        remedy=remedy,
-    )
+            raise damaged("the file can be read", error, path) from error
+        entry.check_sha256(found, path)
+
+    if content:
+        read_twice(check)
 
 
 class TaskLog:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, PlainSerializer
 from pydantic_core import core_schema
@@ -20,8 +20,10 @@ from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.schema import SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
+Result = TypeVar("Result")
+
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
-_RESTORE = "restore the file from a copy"
+RESTORE = "restore the file from a copy"
 _LONGEST_RUN = 2**24  # more row groups than a Parquet footer has room for
 
 
@@ -74,6 +76,48 @@ class FileEntry(_Record):
     def rows(self) -> int:
         """Rows of the file: one per group."""
         return sum(self.row_groups)
+
+    def check_size(self, size: int, file: Path | str) -> None:
+        """Raise IntegrityError unless `size` is the length of the file in the manifest."""
+        if size != self.bytes:
+            raise damaged(f"the file is {self.bytes} bytes long", f"{size} bytes", file)
+
+    def check_sha256(self, found: str, file: Path | str) -> None:
+        """Raise IntegrityError unless `found` is the file's SHA-256 in the manifest."""
+        _check_hash("the file's SHA-256", self.sha256, found, file)
+
+
+def check_footer(expected: str | None, found: str, file: Path | str) -> None:
+    """Raise IntegrityError unless a footer's SHA-256 is the expected one; None: any."""
+    if expected is not None:
+        _check_hash("the SHA-256 of the file's footer", expected, found, file)
+
+
+def _check_hash(what: str, expected: str, found: str, file: Path | str) -> None:
+    if found != expected:
+        raise damaged(f"{what} is {expected[:16]}…", f"{found[:16]}…", file)
+
+
+def missing(file: Path | str) -> IntegrityError:
+    """The error about a file that does not exist."""
+    return damaged("every file that the manifest names exists", "no such file", file)
+
+
+def damaged(rule: str, received: object, file: Path | str) -> IntegrityError:
+    """An error about a file that is not as it was written; the remedy is a copy of it."""
+    return IntegrityError(rule, received=str(received), remedy=RESTORE, file=file)
+
+
+def read_twice(read: Callable[[], Result]) -> Result:
+    """`read()`, called again after an IntegrityError: the bytes may have been damaged on their way.
+
+    Raises:
+        IntegrityError: the second call fails too.
+    """
+    try:
+        return read()
+    except IntegrityError:
+        return read()
 
 
 class BaseFile(FileEntry):
@@ -232,9 +276,9 @@ def choose_version(versions: Sequence[int], version: int | None, root: Path | st
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     """The manifest that a file holds; IntegrityError as `load_manifest`."""
     rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
-    sealed = parse_json(data, path, rule, _RESTORE)
+    sealed = parse_json(data, path, rule, RESTORE)
     _refuse_newer(sealed, path)
-    return unsealed(Manifest, "manifest", sealed, path, rule, _RESTORE)
+    return unsealed(Manifest, "manifest", sealed, path, rule, RESTORE)
 
 
 def _refuse_newer(sealed: Any, path: Path | str) -> None:

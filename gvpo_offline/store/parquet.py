@@ -18,16 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gvpo_offline.errors import GVPOError, IntegrityError
+from gvpo_offline.errors import GVPOError
 from gvpo_offline.schema import as_numpy
 from gvpo_offline.store.commit import write_hashed
-from gvpo_offline.store.manifest import FileEntry
+from gvpo_offline.store.manifest import FileEntry, check_footer, damaged
 
 ROWS_PER_ROW_GROUP = 256
 _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
 _ZSTD_LEVEL = 3
 _TAIL_BYTES = 8  # length of the footer, and "PAR1"
-_RESTORE = "restore the file from a copy"
+# Raised by pyarrow where a footer or a page does not decode.
+UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 
 
 class Shard(Protocol):
@@ -112,24 +113,14 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
         IntegrityError: the file is missing, its footer is another, or cannot be read.
     """
     try:
-        if footer is not None and footer_sha256(path) != footer:
-            raise IntegrityError(
-                f"the SHA-256 of the file's footer is {footer[:16]}…",
-                received="another",
-                remedy=_RESTORE,
-                file=path,
-            )
+        check_footer(footer, footer_sha256(path) if footer else "", path)
         file = pq.ParquetFile(path, page_checksum_verification=True)
         file.schema_arrow  # noqa: B018 - names of columns are decoded here
         return file
     except FileNotFoundError as error:
-        raise IntegrityError(
-            "the file exists", received="no such file", remedy=_RESTORE, file=path
-        ) from error
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            "a shard is a readable Parquet file", received=str(error), remedy=_RESTORE, file=path
-        ) from error
+        raise damaged("the file exists", "no such file", path) from error
+    except UNREADABLE as error:
+        raise damaged("a shard is a readable Parquet file", error, path) from error
 
 
 def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[str]) -> pa.Table:
@@ -149,11 +140,8 @@ def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[
             raise
         except (OSError, pa.ArrowException) as error:
             failure = error
-    raise IntegrityError(
-        f"row group {index} decodes and its pages match their checksums",
-        received=str(failure),
-        remedy=_RESTORE,
-        file=path,
+    raise damaged(
+        f"row group {index} decodes and its pages match their checksums", failure, path
     ) from failure
 
 
