@@ -20,7 +20,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 
-IntArray = npt.NDArray[np.int32]
+Int32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
@@ -161,8 +161,8 @@ class Group:
     """
 
     group_id: str
-    prompt_token_ids: IntArray
-    response_token_ids: tuple[IntArray, ...]
+    prompt_token_ids: Int32Array
+    response_token_ids: tuple[Int32Array, ...]
     samplers: tuple[str, ...]
     truncated: tuple[bool, ...]
     loss_mask: tuple[BoolArray, ...] | None = None

@@ -19,7 +19,7 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import light_table
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
-IntArray = npt.NDArray[np.int64]
+Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -166,7 +166,7 @@ class _Counts:
     """How often each small number occurred."""
 
     def __init__(self) -> None:
-        self.counts: IntArray = np.zeros(1, np.int64)
+        self.counts: Int64Array = np.zeros(1, np.int64)
 
     def add(self, values: npt.NDArray[Any]) -> None:
         new = np.bincount(values.astype(np.int64), minlength=len(self.counts))

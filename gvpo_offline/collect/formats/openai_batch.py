@@ -35,7 +35,7 @@ from gvpo_offline.collect.shapes.trainer_logs import (
     part,
 )
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.schema import IntArray
+from gvpo_offline.schema import Int32Array
 
 _ID = "custom_id"
 
@@ -58,7 +58,7 @@ class _Request:
     place: Place
     tools: Any
     prompt: values.Prompt
-    prompt_ids: IntArray | None
+    prompt_ids: Int32Array | None
     answered: bool = False
 
 

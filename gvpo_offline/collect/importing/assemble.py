@@ -14,7 +14,7 @@ from gvpo_offline.collect.importing.encode import Encoder
 from gvpo_offline.collect.importing.regroup import Spilled
 from gvpo_offline.errors import DataError
 from gvpo_offline.rules import MIN_GROUP_SIZE
-from gvpo_offline.schema import BoolArray, Group, IntArray
+from gvpo_offline.schema import BoolArray, Group, Int32Array
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Response:
 
     fragment: Fragment
     text: str | None
-    ids: IntArray | None
+    ids: Int32Array | None
     mask: BoolArray | None
     reward: float | None
     components: list[float | None]
@@ -48,7 +48,7 @@ class _Draft:
 
     group_id: str
     first: Fragment
-    prompt_ids: IntArray | None
+    prompt_ids: Int32Array | None
     responses: list[_Response]
     logged: int
 

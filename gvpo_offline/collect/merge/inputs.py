@@ -17,7 +17,7 @@ from gvpo_offline.schema import (
     REFERENCE_COLUMNS,
     REWARDS_COLUMNS,
     Column,
-    IntArray,
+    Int32Array,
     column_array,
     split_list,
 )
@@ -41,7 +41,7 @@ _COUNTED = ("n_tokens", "prompt_length", "response_lengths")
 GROUP_COLUMNS = tuple(column for column in GROUPS_COLUMNS if column.name not in _COUNTED)
 PLACE_COLUMNS = ("key", "input", "row_group", "row")
 
-Rename = Callable[[Sequence[str], Sequence[IntArray]], list[str]]
+Rename = Callable[[Sequence[str], Sequence[Int32Array]], list[str]]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Group, IntArray
+from gvpo_offline.schema import Group, Int32Array
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
 
@@ -37,7 +37,7 @@ class Case:
     messages: list[Message] | None
     responses: tuple[str, ...]
     metadata: dict[str, Any]
-    response_token_ids: tuple[IntArray, ...] | None = None
+    response_token_ids: tuple[Int32Array, ...] | None = None
     row_group: int = 0
     place: dict[str, Any] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ class CaseReader:
             place=place,
         )
 
-    def _decoded(self, ids: IntArray, place: dict[str, Any]) -> str:
+    def _decoded(self, ids: Int32Array, place: dict[str, Any]) -> str:
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer(place)
         text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)

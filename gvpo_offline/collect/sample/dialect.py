@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gvpo_offline.collect.importing.encode import Encoder
 from gvpo_offline.collect.sample.prompts import Prompt
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.schema import IntArray
+from gvpo_offline.schema import Int32Array
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Speech:
         self.shared = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
         self._encoder = Encoder(own, append_eos=False)
 
-    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[IntArray]:
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[Int32Array]:
         """Token ids of the model's tokenizer: (P,) int32 each.
 
         Raises:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from gvpo_offline.collect.engine.rounds import committed_rounds, round_name
 from gvpo_offline.collect.reading.arrays import from_arrays, to_rows
-from gvpo_offline.schema import IntArray, column_array, split_list
+from gvpo_offline.schema import Int32Array, column_array, split_list
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
 
@@ -58,7 +58,7 @@ class Sample:
     number: int
     seed: int
     text: str | None = None
-    token_ids: IntArray | None = None
+    token_ids: Int32Array | None = None
     token_logprobs: npt.NDArray[np.float32] | None = None
     finish_reason: str | None = None
     error: str | None = None

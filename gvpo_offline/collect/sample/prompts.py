@@ -29,7 +29,7 @@ from gvpo_offline.collect.shapes.values import plain
 from gvpo_offline.collect.shapes.values import prompt as prompt_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.schema import IntArray
+from gvpo_offline.schema import Int32Array
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import FileEntry
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
@@ -76,7 +76,7 @@ class Prompt:
     prompt: str | None
     messages: str | None
     metadata: str | None
-    token_ids: IntArray
+    token_ids: Int32Array
 
 
 @dataclass(frozen=True)
@@ -329,11 +329,11 @@ class _Reader:
         ids = {id(row): own for row, own in zip([*texts, *chats], found, strict=True)}
         return [self._prompt(row, ids[id(row)]) for row in rows if self._fits(row, ids[id(row)])]
 
-    def _prompt(self, row: _Row, ids: IntArray) -> Prompt:
+    def _prompt(self, row: _Row, ids: Int32Array) -> Prompt:
         file, number = row.source.file_name, row.number
         return Prompt(0, row.key, file, number, row.prompt, row.messages, row.metadata, ids)
 
-    def _fits(self, row: _Row, ids: IntArray) -> bool:
+    def _fits(self, row: _Row, ids: Int32Array) -> bool:
         if not len(ids):
             raise DataError("a prompt needs at least 1 token", received=row.prompt, **row.place)
         tight = [name for name, limit in self._limits.items() if len(ids) > limit]

@@ -28,7 +28,7 @@ from gvpo_offline.collect.shapes.log_format import InputInfo
 from gvpo_offline.collect.shapes.parts import part_weights, weighted_sum
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_text
-from gvpo_offline.schema import BoolArray, IntArray
+from gvpo_offline.schema import BoolArray, Int32Array
 
 __all__ = [
     "Place",
@@ -82,9 +82,9 @@ def one_response(
     *,
     reward: float | None,
     prompt: values.Prompt = (None, None),
-    prompt_ids: IntArray | None = None,
+    prompt_ids: Int32Array | None = None,
     text: str | None = None,
-    ids: IntArray | None = None,
+    ids: Int32Array | None = None,
     mask: BoolArray | None = None,
     sampler: str | None = None,
     truncated: bool = False,
@@ -130,12 +130,12 @@ class Trajectory:
         mask: (T,) bool, or None where the policy wrote all of them.
     """
 
-    prompt_ids: IntArray
-    ids: IntArray
+    prompt_ids: Int32Array
+    ids: Int32Array
     mask: BoolArray | None
 
 
-def trajectory(ids: IntArray, mask: BoolArray) -> Trajectory:
+def trajectory(ids: Int32Array, mask: BoolArray) -> Trajectory:
     """Cut a sequence where the policy's first token stands.
 
     What follows its last token (padding, an environment's last word) is nobody's response and goes.
