@@ -30,12 +30,12 @@ def chosen_items(rows: list[dict[str, Any]], responses: ResponseSettings) -> lis
     """What `choose` takes of each row."""
     kinds = {"samplers": pa.list_(pa.string()), "rewards": pa.list_(pa.float64())}
     table = pa.table({n: pa.array([r[n] for r in rows], kind) for n, kind in kinds.items()})
-    pick = choose(table, responses)
+    index = choose(table, responses)
     items: list[list[int]] = [[] for _ in rows]
-    for row, item in zip(pick.rows.tolist(), pick.items.tolist(), strict=True):
+    for row, item in zip(index.rows.tolist(), index.items.tolist(), strict=True):
         items[row].append(item)
-    assert pick.first.tolist() == [row for row, kept in enumerate(items) if kept]
-    assert pick.sizes.tolist() == [len(kept) for kept in items if kept]
+    assert index.first.tolist() == [row for row, kept in enumerate(items) if kept]
+    assert index.sizes.tolist() == [len(kept) for kept in items if kept]
     return items
 
 

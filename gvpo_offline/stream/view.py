@@ -10,7 +10,7 @@ from gvpo_offline.schema import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
 from gvpo_offline.stream.order import GroupOrder, Selection
-from gvpo_offline.stream.selecting.responses import choose, with_pick, with_responses
+from gvpo_offline.stream.selecting.responses import choose, take_all_columns, with_responses
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class View:
         rows = self.selection.rows(row_group)
         table = table.take(pa.array(rows))
         if self.selection.responses is not None:
-            table = with_pick(table, choose(table, self.selection.responses))
+            table = take_all_columns(table, choose(table, self.selection.responses))
         return table, rows
 
     def survey(self, part: slice = slice(None)) -> Survey:
