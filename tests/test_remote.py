@@ -35,7 +35,7 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.schema import LIGHT_COLUMNS, TRAINING_COLUMNS, Group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
 from gvpo_offline.store.survey import survey
 from gvpo_offline.stream.config import DatasetSettings, DataSettings
@@ -225,13 +225,13 @@ def test_a_pass_fetches_ahead_and_says_what_is_wrong_where_it_is_read(
     way.
     """
     columns = [*LIGHT_COLUMNS, "rewards"]
-    assert list(Pass(local, columns)) == [0, 1, 2, 3]
+    assert list(PrefetchedRowGroups(local, columns)) == [0, 1, 2, 3]
     there = open_dataset(url, remote=s3.settings(tmp_path / "cache"))
-    numbers = iter(Pass(there, columns))
+    numbers = iter(PrefetchedRowGroups(there, columns))
     next(numbers)
     numbers.close()  # waits for what is under way
-    assert len(Pass(there, columns)) == 4
-    assert list(Pass(there, columns, slice(1, None, 2))) == [1, 3]
+    assert len(PrefetchedRowGroups(there, columns)) == 4
+    assert list(PrefetchedRowGroups(there, columns, slice(1, None, 2))) == [1, 3]
     s3.proxy.requests.clear()
     there.table(0, columns)
     assert not s3.proxy.reads()

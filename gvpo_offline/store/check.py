@@ -15,7 +15,7 @@ from gvpo_offline.hashing import text_keys
 from gvpo_offline.rules import check_group
 from gvpo_offline.schema import Group, groups_from_table
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.passes import PrefetchedRowGroups
 
 _LENGTHS = ("n_tokens", "prompt_length", "response_lengths")
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -34,7 +34,7 @@ def check_groups(
         DataError: naming file, row and group.
         IntegrityError: a file is damaged.
     """
-    numbers: Iterable[int] = Pass(dataset, [*columns, *_LENGTHS])
+    numbers: Iterable[int] = PrefetchedRowGroups(dataset, [*columns, *_LENGTHS])
     keys = [np.zeros(0, np.uint64)]
     for row_group in progress(numbers) if progress else numbers:
         table = dataset.table(row_group, [*columns, *_LENGTHS])

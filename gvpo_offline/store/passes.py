@@ -15,7 +15,7 @@ _AHEAD = 8
 
 
 @dataclass(frozen=True)
-class Pass:
+class PrefetchedRowGroups:
     """The numbers of a dataset's row groups in order, for a pass that reads some columns of each.
 
     Over a network the next ones are brought into the cache meanwhile, so that a pass takes the time

@@ -17,7 +17,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.schema import LIGHT_COLUMNS, column_array
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.passes import PrefetchedRowGroups
 
 # Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
 _BINS_PER_DECADE = 100
@@ -187,7 +187,9 @@ def survey(
             looked at, so that what is wrong with one is said before the first step.
     """
     result = Survey()
-    numbers: Iterable[int] = Pass(dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"], part)
+    numbers: Iterable[int] = PrefetchedRowGroups(
+        dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"], part
+    )
     for row_group in progress(numbers) if progress else numbers:
         table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
         if table.num_rows:

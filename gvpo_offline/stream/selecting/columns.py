@@ -23,7 +23,7 @@ from gvpo_offline.schema import (
 )
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.passes import PrefetchedRowGroups
 
 if TYPE_CHECKING:
     import polars as pl
@@ -81,9 +81,9 @@ class LightColumns:
         return self._framed(arrow_schema(wanted).empty_table(), []).schema
 
     @property
-    def numbers(self) -> Pass:
+    def numbers(self) -> PrefetchedRowGroups:
         """The dataset's row groups, in order."""
-        return Pass(self._dataset, [*self._stored, "response_lengths"])
+        return PrefetchedRowGroups(self._dataset, [*self._stored, "response_lengths"])
 
     def frame(self, row_group: int) -> pl.DataFrame:
         """The columns of one row group: (n, names)."""
