@@ -125,7 +125,7 @@ TRAINING_COLUMNS: tuple[str, ...] = (
     "loss_mask",
     "sampler_seq_logprobs",
 )
-LIGHT_COLUMNS: tuple[str, ...] = (
+SUMMARY_COLUMNS: tuple[str, ...] = (
     "group_id",
     "samplers",
     "truncated",

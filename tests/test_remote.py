@@ -33,7 +33,7 @@ from training import State, same_weights, score, trainer_of, unscored_dataset, w
 from gvpo_offline import RemoteSettings, open_dataset
 from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, StorageError
-from gvpo_offline.schema import LIGHT_COLUMNS, TRAINING_COLUMNS, Group
+from gvpo_offline.schema import SUMMARY_COLUMNS, TRAINING_COLUMNS, Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
@@ -41,7 +41,7 @@ from gvpo_offline.store.survey import survey
 from gvpo_offline.stream.config import DatasetSettings, DataSettings
 from gvpo_offline.train.checkpoint import RUN_FILE
 
-TRAINED = {*TRAINING_COLUMNS, *LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"}
+TRAINED = {*TRAINING_COLUMNS, *SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"}
 
 
 def same_groups(one: GroupDataset, other: GroupDataset) -> bool:
@@ -224,7 +224,7 @@ def test_a_pass_fetches_ahead_and_says_what_is_wrong_where_it_is_read(
     """16 groups in row groups of 4 in files of 8: with the first in hand, the others are on their
     way.
     """
-    columns = [*LIGHT_COLUMNS, "rewards"]
+    columns = [*SUMMARY_COLUMNS, "rewards"]
     assert list(PrefetchedRowGroups(local, columns)) == [0, 1, 2, 3]
     there = open_dataset(url, remote=s3.settings(tmp_path / "cache"))
     numbers = iter(PrefetchedRowGroups(there, columns))

@@ -153,7 +153,7 @@ CHOICES = (
 def test_a_view_shows_the_chosen_responses_alone(
     dataset: GroupDataset, responses: ResponseSettings
 ) -> None:
-    """Every field that training reads, the light columns and the counts agree with picking by
+    """Every field that training reads, the summary columns and the counts agree with picking by
     hand.
     """
     view = View(dataset, resolved(dataset, responses))
@@ -178,8 +178,8 @@ def test_a_view_shows_the_chosen_responses_alone(
         if whole.loss_mask is not None:
             masks = [whole.loss_mask[i].tolist() for i in items]
             assert [mask.tolist() for mask in group.loss_mask] == masks
-    light = [view.light_table(i)[0] for i in range(dataset.n_row_groups)]
-    table = pa.concat_tables(light)
+    summary = [view.summary_table(i)[0] for i in range(dataset.n_row_groups)]
+    table = pa.concat_tables(summary)
     assert table.column("response_lengths").to_pylist() == [g.response_lengths for g in found]
     assert table.column("samplers").to_pylist() == [list(g.samplers) for g in found]
     assert table.column("rewards").to_pylist() == [g.rewards.tolist() for g in found]

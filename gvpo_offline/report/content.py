@@ -1,4 +1,4 @@
-"""What the groups of a dataset are like, counted from the light columns in one pass and in memory
+"""What the groups of a dataset are like, counted from the summary columns in one pass and in memory
 that does not grow with the dataset.
 """
 
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from gvpo_offline.report.holding import reward_label
 from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.survey import light_table
+from gvpo_offline.store.survey import summary_table
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 Int64Array = npt.NDArray[np.int64]
@@ -93,9 +93,9 @@ def content(dataset: GroupDataset, progress: Progress | None = None) -> Content:
     numbers: Iterable[int] = range(dataset.n_row_groups)
     for row_group in progress(numbers) if progress else numbers:
         values = {
-            label: _flat(light_table(one, row_group), "rewards") for label, one in joined.items()
+            label: _flat(summary_table(one, row_group), "rewards") for label, one in joined.items()
         }
-        tally.add(light_table(dataset, row_group), values)
+        tally.add(summary_table(dataset, row_group), values)
     return tally.content()
 
 

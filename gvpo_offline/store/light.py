@@ -1,4 +1,4 @@
-"""The light columns of a row group: what a group is like, without its tokens."""
+"""The summary columns of a row group: what a group is like, without its tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DERIVED: dict[str, Callable[[Group], Any]] = {
 }
 
 
-def light_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
+def summary_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
     """Some columns of a row group, whole even where a file does not store them.
 
     A foreign file may lack lengths, samplers and sources, in some rows or in all; they are then

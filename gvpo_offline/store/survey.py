@@ -1,4 +1,4 @@
-"""What a dataset holds, counted from its light columns in one pass and constant memory."""
+"""What a dataset holds, counted from its summary columns in one pass and constant memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import LIGHT_COLUMNS, column_array
+from gvpo_offline.schema import SUMMARY_COLUMNS, column_array
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.light import summary_columns
 from gvpo_offline.store.passes import PrefetchedRowGroups
 
 # Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
@@ -24,7 +24,7 @@ _BINS_PER_DECADE = 100
 _LOWEST_DECADE = -9
 _N_BINS = 24 * _BINS_PER_DECADE
 Progress = Callable[[Iterable[int]], Iterable[int]]
-LightRows = tuple[pa.Table, npt.NDArray[np.int64] | None]
+SummaryRows = tuple[pa.Table, npt.NDArray[np.int64] | None]
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Survey:
     def add(
         self, table: pa.Table, row_group: int = 0, rows: npt.NDArray[np.int64] | None = None
     ) -> None:
-        """Count the rows of a table with the light columns and, if there, rewards.
+        """Count the rows of a table with the summary columns and, if there, rewards.
 
         Args:
             table: some rows of a row group.
@@ -159,26 +159,26 @@ def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.
     return column.flatten().to_numpy(zero_copy_only=False), np.cumsum(sizes) - sizes
 
 
-def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
-    """The light columns of a row group, with rewards and reference log-probs where joined.
+def summary_table(dataset: GroupDataset, row_group: int) -> pa.Table:
+    """The summary columns of a row group, with rewards and reference log-probs where joined.
 
     A foreign file may lack the stored lengths, in some rows or in all; they are then counted from
     its tokens, which is right and slow.
     """
-    return light_columns(dataset, row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
+    return summary_columns(dataset, row_group, [*SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"])
 
 
 def survey(
     dataset: GroupDataset,
-    light: Callable[[int], LightRows] | None = None,
+    summary: Callable[[int], SummaryRows] | None = None,
     progress: Progress | None = None,
     part: slice = slice(None),
 ) -> Survey:
-    """Count a dataset, or what `light(row_group)` gives of it.
+    """Count a dataset, or what `summary(row_group)` gives of it.
 
     Args:
         dataset: which.
-        light: the light columns of some rows of a row group, and their numbers (None: all of them).
+        summary: summary columns of some rows of a row group, and their numbers (None: all rows).
         progress: shows how far it is.
         part: of the row groups.
 
@@ -188,10 +188,10 @@ def survey(
     """
     result = Survey()
     numbers: Iterable[int] = PrefetchedRowGroups(
-        dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"], part
+        dataset, [*SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"], part
     )
     for row_group in progress(numbers) if progress else numbers:
-        table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
+        table, rows = summary(row_group) if summary else (summary_table(dataset, row_group), None)
         if table.num_rows:
             result.add(table, row_group, rows)
     return result

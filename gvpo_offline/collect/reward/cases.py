@@ -1,4 +1,4 @@
-"""Groups as scorers see them, read from the light columns of a row group."""
+"""Groups as scorers see them, read from the summary columns of a row group."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Rows:
 
     Attributes:
         row_group: its number.
-        stored: light columns of all of its rows.
+        stored: summary columns of all of its rows.
         numbers: (n,) int64, the rows that are left.
         table: the columns of these, with the responses that are left.
     """
@@ -65,7 +65,7 @@ class Condition(Protocol):
     """Something that groups must fulfil. It sees every row group once, in order.
 
     Attributes:
-        columns: the light columns that it looks at.
+        columns: the summary columns that it looks at.
     """
 
     columns: tuple[str, ...]
