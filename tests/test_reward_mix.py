@@ -15,7 +15,7 @@ from rewarding import answered, answered_dataset, functions, reward
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.schema import FloatArray
-from gvpo_offline.store.choice import choose_rewards
+from gvpo_offline.store.choice import choose_reward_families
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest
 from gvpo_offline.store.survey import survey
@@ -187,7 +187,7 @@ def test_the_order_of_a_manifest_means_nothing(root: Path) -> None:
     manifest = open_dataset(root, reward="correct", join=("reward",)).manifest
     turned = manifest.model_copy(update={"rewards": manifest.rewards[::-1]})
     choice = {"correct": 1.0, "tokens": 2.0}
-    assert choose_rewards(turned, choice) == choose_rewards(manifest, choice)
+    assert choose_reward_families(turned, choice) == choose_reward_families(manifest, choice)
 
 
 # ---- one of several references ----

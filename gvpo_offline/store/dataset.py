@@ -30,8 +30,8 @@ from gvpo_offline.schema import (
 from gvpo_offline.store.choice import (
     RewardChoice,
     WeightedReward,
-    choose_reference,
-    choose_rewards,
+    choose_reference_family,
+    choose_reward_families,
 )
 from gvpo_offline.store.columns import (
     Place,
@@ -59,7 +59,7 @@ Progress = Callable[[Sequence[FileEntry]], Iterator[FileEntry]]
 
 
 @dataclass(frozen=True)
-class _Joined:
+class _JoinedSidecars:
     """The sidecars of one family, in the order of the groups files."""
 
     columns: Sequence[Column]
@@ -98,7 +98,7 @@ class GroupDataset:
         self.rewards = tuple(rewards)
         self.reference = reference
         self._joined = [
-            _Joined(
+            _JoinedSidecars(
                 REWARDS_COLUMNS if len(self.rewards) == 1 else _REWARDS_ALONE,
                 _aligned(self.storage, manifest, reward.family.files, "reward"),
                 reward.weight,
@@ -107,7 +107,7 @@ class GroupDataset:
         ]
         if reference is not None:
             aligned = _aligned(self.storage, manifest, reference.files, "reference")
-            self._joined.append(_Joined(REFERENCE_COLUMNS, aligned))
+            self._joined.append(_JoinedSidecars(REFERENCE_COLUMNS, aligned))
         self._handles: OrderedDict[str, Shard] = OrderedDict()
 
     @property
@@ -209,7 +209,7 @@ class GroupDataset:
     def _join(
         self,
         table: pa.Table,
-        joined: _Joined,
+        joined: _JoinedSidecars,
         file: int,
         local: int,
         wanted: Sequence[str],
@@ -377,6 +377,6 @@ def open_dataset(
     return GroupDataset(
         storage,
         manifest,
-        choose_rewards(manifest, reward, file=file) if "reward" in join else (),
-        choose_reference(manifest, reference, file=file) if "reference" in join else None,
+        choose_reward_families(manifest, reward, file=file) if "reward" in join else (),
+        choose_reference_family(manifest, reference, file=file) if "reference" in join else None,
     )

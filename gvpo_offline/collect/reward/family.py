@@ -11,7 +11,7 @@ from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import RewardSettings
 from gvpo_offline.collect.reward.scorer import SimpleScorer
 from gvpo_offline.schema import FloatArray, column_array, split_list
-from gvpo_offline.store.choice import choose_rewards
+from gvpo_offline.store.choice import choose_reward_families
 from gvpo_offline.store.dataset import GroupDataset
 
 
@@ -24,7 +24,7 @@ class FamilyScorer(SimpleScorer):
 
     def __init__(self, settings: RewardSettings, dataset: GroupDataset) -> None:
         super().__init__()
-        rewards = choose_rewards(dataset.manifest, settings.reward, file=dataset.root)
+        rewards = choose_reward_families(dataset.manifest, settings.reward, file=dataset.root)
         family = rewards[0].family
         self._label = f"{family.name}@{family.version}"
         self._dataset = GroupDataset(dataset.folder.resolve(), dataset.manifest, rewards)
