@@ -119,7 +119,7 @@ def test_a_slice_of_a_column_is_read_where_it_lies() -> None:
 def test_parts_that_differ_within_a_group_are_refused() -> None:
     rows = [{"group_id": "g", "components": [[0.5]] * (n + 1)} for n in range(2)]
     index = ResponseIndex(*(np.array(values, np.int64) for values in ([0], [2], [0, 1], [0, 0])))
-    with pytest.raises(DataError, match=r"group 'g'.*same parts in components"):
+    with pytest.raises(DataError, match=r"group 'g'.*same number of lists in components"):
         take_responses(make_table(rows), [COLUMNS["group_id"], COMPONENTS], index)
 
 

@@ -1,5 +1,6 @@
-"""Every group of a dataset held to the rules, row group by row group, in constant memory but for
-eight bytes a group.
+"""Check every group of a dataset against the rules, one row group at a time.
+
+Memory: one row group, and eight bytes per group of the dataset.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def check_groups(
     vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Check `columns` of every group, the stored lengths, and that ids occur once.
+    """Check `columns` and the stored lengths of every group, and that group ids are unique.
 
     Raises:
         DataError: naming file, row and group.
@@ -46,10 +47,10 @@ def check_groups(
             if name in table.column_names:
                 _check_lengths(table, name, groups, place.of)
         keys.append(text_keys(group.group_id for group in groups))
-    # Hashes instead of the ids themselves: two ids with one 64-bit hash do not happen.
+    # 64-bit hashes of the ids save memory; a collision is improbable at any dataset size here.
     values, counts = np.unique(np.concatenate(keys), return_counts=True)
     if (counts > 1).any():
-        _raise_doubled(dataset, int(values[counts > 1][0]))
+        _raise_duplicate(dataset, int(values[counts > 1][0]))
 
 
 def _check_lengths(
@@ -63,23 +64,23 @@ def _check_lengths(
         actual = len(group.prompt_token_ids) if name == "prompt_length" else getattr(group, name)
         if value is not None and value != actual:
             raise DataError(
-                f"{name} counts the tokens of the group",
-                received=f"{value} where the tokens give {actual}",
+                f"{name} is the number of tokens of the group",
+                received=f"{value}, but the tokens number {actual}",
                 remedy=f"correct the column {name}, or leave it out",
                 **place_of(table, row),
             )
 
 
-def _raise_doubled(dataset: GroupDataset, doubled: int) -> None:
+def _raise_duplicate(dataset: GroupDataset, duplicate: int) -> None:
     first: dict[str, Any] | None = None
     for row_group in range(dataset.n_row_groups):
         table = dataset.table(row_group, ["group_id"])
-        for row in np.flatnonzero(text_keys(table.column("group_id").to_pylist()) == doubled):
+        for row in np.flatnonzero(text_keys(table.column("group_id").to_pylist()) == duplicate):
             place = dataset.place(row_group).of(table, int(row))
             if first is not None:
                 raise DataError(
                     "a group id occurs once in a dataset",
-                    received=f"an id that {first['file']}, row {first['row']} has too",
+                    received=f"the same id in {first['file']}, row {first['row']}",
                     remedy="merge the rows into one group, or give them different ids",
                     **place,
                 )

@@ -1,7 +1,7 @@
-"""Columns as they come off a file, held to the rules that concern a column and not a group.
+"""Checks of single columns that are read from a Parquet file.
 
-Checked at every read, at the cost of a glance per column: sidecars and shards may come from other
-programs, and pass no gate of ours before they are trained on.
+They run at every read, vectorised per column, because shards and sidecars may be written by other
+programs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where rows come from: a file, and the number of the first of them within it."""
+    """The location of a row group: its file, and the number of its first row within the file."""
 
     file: Path | str
     first_row: int
 
     def of(self, table: pa.Table, row: int) -> dict[str, Any]:
-        """The keywords of an error about one row of a table with group ids."""
+        """The `file`, `row` and `group` of an error about one row of a table with group ids."""
         group = table.column("group_id")[row].as_py()
         return {"file": self.file, "row": self.first_row + row, "group": group}
 
@@ -41,16 +41,16 @@ def check_present(present: Sequence[str], known: Sequence[Column], file: Path | 
         raise DataError(
             "a file has the required columns of schemas/",
             received=f"no column {', '.join(missing)}",
-            remedy="write the missing columns, or bring the log in with `gvpo-offline import`",
+            remedy="write the missing columns, or convert the log with `gvpo-offline import`",
             file=file,
         )
 
 
 def conformed(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Table:
-    """The table with the types of `known`.
+    """The table, cast to the types of `known`.
 
     Raises:
-        DataError: a column has a type that does not fit, or a list holds a null.
+        DataError: a column cannot be cast, or a list holds a null.
     """
     kinds = {column.name: column.type for column in known}
     columns = []
@@ -91,13 +91,13 @@ def _holds_null(value: Any) -> bool:
 
 
 def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Place) -> None:
-    """Hold the lists of a joined column (rewards, ref_seq_logprobs) against the groups' sizes.
+    """Check that a joined column (rewards, ref_seq_logprobs) has one finite number per response.
 
     Args:
         table: with `group_id` and `name`.
         name: the column.
         sizes: responses of each row.
-        place: of the file that holds the column.
+        place: location of the column's row group.
 
     Raises:
         DataError: a list has another length than its group, or holds a number that is not finite.
@@ -130,7 +130,7 @@ def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Pla
 def add_weighted(
     before: pa.ChunkedArray | None, rewards: pa.ChunkedArray, weight: float
 ) -> pa.ChunkedArray:
-    """`before + weight * rewards`, response by response; columns of lists of one length each."""
+    """`before + weight * rewards` per response; both columns have lists of the same lengths."""
     values = pc.multiply(pc.list_flatten(rewards), weight)
     if before is not None:
         values = pc.add(pc.list_flatten(before), values)
@@ -142,13 +142,13 @@ def add_weighted(
 
 
 def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, place: Place) -> None:
-    """Hold the column `components` against the groups' sizes and the names of the parts.
+    """Check the shape (C, k) of the column `components` in each row.
 
     Args:
         table: with `group_id` and `components`.
-        sizes: responses of each row.
-        n_parts: C, how many names the reward family has.
-        place: of the file that holds the column.
+        sizes: k, responses of each row.
+        n_parts: C, number of components that the reward family names.
+        place: location of the column's row group.
 
     Raises:
         DataError: a row is not null and not (C, k), or holds an infinite number.
@@ -175,7 +175,7 @@ def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, plac
 
 
 def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
-    """Responses of each row, from the tokens or, where all rows store them, their lengths."""
+    """Responses of each row, from the tokens or the lengths; None if the table has neither."""
     if "response_token_ids" in table.column_names:
         return _lengths(table.column("response_token_ids"))
     stored = "response_lengths" in table.column_names
@@ -185,6 +185,6 @@ def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
 
 
 def _lengths(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # Of a null: 0. Not filled where there is none, since that imports pandas.
+    # Null counts as 0. `fill_null` is only called where needed: it imports pandas.
     lengths = pc.list_value_length(column)
     return pc.fill_null(lengths, 0) if lengths.null_count else lengths

@@ -1,7 +1,8 @@
-"""The manifest: which files are a dataset, what made them, and what they may be used with.
+"""The manifest: the files of a dataset, their hashes, and how they were made.
 
-Manifests are numbered and immutable (`manifest-000001.json` …); a stage that adds to a dataset
-writes the next one, create-only. The highest number is the dataset; every older one still opens.
+Manifests are numbered and immutable (`manifest-000001.json` …). A stage that adds to a dataset
+creates the next one, never overwriting. The highest number is the current version; older versions
+can still be opened.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ Result = TypeVar("Result")
 
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
 RESTORE = "restore the file from a copy"
-_LONGEST_RUN = 2**24  # more row groups than a Parquet footer has room for
+_LONGEST_RUN = 2**24  # more row groups than fit into a Parquet footer
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-@functools.lru_cache(maxsize=256)  # most files of a dataset are cut alike
+@functools.lru_cache(maxsize=256)  # most files of a dataset have the same row group sizes
 def _written_out(sizes: tuple[int | tuple[int, int], ...]) -> tuple[int, ...]:
     pairs = ((size, 1) if isinstance(size, int) else size for size in sizes)
     return tuple(itertools.chain.from_iterable([size] * times for size, times in pairs))
 
 
 def _in_runs(sizes: tuple[int, ...]) -> list[int | tuple[int, int]]:
-    """Equal sizes in a row as `[size, times]`: 4 million row groups then take no line each."""
+    """Run-length encoding: consecutive equal sizes become `[size, times]`."""
     runs = ((size, len(list(same))) for size, same in itertools.groupby(sizes))
     return [size if times == 1 else (size, times) for size, times in runs]
 
@@ -224,12 +225,12 @@ def manifest_path(root: Path, version: int) -> Path:
 
 
 def manifest_name(version: int) -> str:
-    """The name of that file."""
+    """The file name of one manifest version."""
     return f"manifest-{version:06d}.json"
 
 
 def version_of(name: str) -> int | None:
-    """The version whose manifest a file of that name is; None: it is no manifest."""
+    """The version in the file name of a manifest; None if it is not one."""
     found = _NAME.match(name)
     return None if found is None else int(found.group(1))
 
@@ -259,8 +260,10 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
 
 
 def choose_version(versions: Sequence[int], version: int | None, root: Path | str) -> int:
-    """The version that is asked for, by default the newest of `versions`; DataError if there is no
-    such one.
+    """`version` if it exists, by default the newest of `versions`.
+
+    Raises:
+        DataError: there is no such version.
     """
     if not versions or (version is not None and version not in versions):
         raise DataError(
@@ -274,7 +277,7 @@ def choose_version(versions: Sequence[int], version: int | None, root: Path | st
 
 
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
-    """The manifest that a file holds; IntegrityError as `load_manifest`."""
+    """The manifest in the bytes of a file; IntegrityError as `load_manifest`."""
     rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
     sealed = parse_json(data, path, rule, RESTORE)
     _refuse_newer(sealed, path)
@@ -282,7 +285,7 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
 
 
 def _refuse_newer(sealed: Any, path: Path | str) -> None:
-    """Raise IntegrityError if a manifest says that it follows a schema that is yet to come."""
+    """Raise IntegrityError if a manifest has a newer schema version."""
     manifest = sealed.get("manifest") if isinstance(sealed, dict) else None
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if isinstance(found, int) and found > SCHEMA_VERSION:
