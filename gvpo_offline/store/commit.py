@@ -26,7 +26,7 @@ from gvpo_offline.store.manifest import (
     missing,
     read_twice,
 )
-from gvpo_offline.store.sealed import read_json, sealed_text, unsealed
+from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -235,5 +235,5 @@ def read_record(path: Path) -> TaskRecord:
     """
     rule = "a commit record follows schemas/commit.schema.json"
     remedy = "delete it: its task will be done again"
-    sealed = read_json(path, rule, remedy)
+    sealed = parse_json(path.read_bytes(), path, rule, remedy)
     return unsealed(TaskRecord, "record", sealed, path, rule, remedy)

@@ -42,6 +42,7 @@ from gvpo_offline.store.columns import (
 )
 from gvpo_offline.store.location import RemoteSettings, local_folder
 from gvpo_offline.store.manifest import (
+    RESTORE,
     FileEntry,
     Manifest,
     ReferenceFamily,
@@ -289,14 +290,14 @@ class GroupDataset:
         shard = self._handles.pop(entry.path, None)
         if shard is None:
             shard = self.storage.open(entry)
-            numbers = range(shard.num_row_groups)
-            sizes = tuple(shard.metadata.row_group(i).num_rows for i in numbers)
+            footer = shard.metadata
+            sizes = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
             if sizes != entry.row_groups:
                 raise IntegrityError(
                     "the file has the row groups in the manifest",
                     received=f"{len(sizes)} with {sum(sizes)} rows instead of "
                     f"{len(entry.row_groups)} with {entry.rows}",
-                    remedy="restore the file from a copy",
+                    remedy=RESTORE,
                     file=self.storage.name(entry.path),
                 )
         yield shard

@@ -40,9 +40,6 @@ class Shard(Protocol):
     @property
     def schema_arrow(self) -> pa.Schema: ...
 
-    @property
-    def num_row_groups(self) -> int: ...
-
     def read_row_group(
         self, index: int, columns: Sequence[str], use_threads: bool = False
     ) -> pa.Table: ...

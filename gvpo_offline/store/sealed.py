@@ -42,13 +42,8 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def read_json(path: Path, rule: str, remedy: str) -> Any:
-    """The JSON of a file; IntegrityError with `rule` if it does not parse."""
-    return parse_json(path.read_bytes(), path, rule, remedy)
-
-
 def parse_json(data: bytes, path: Path | str, rule: str, remedy: str) -> Any:
-    """The JSON in the bytes of a file; errors as `read_json`."""
+    """The JSON in the bytes of a file; IntegrityError with `rule` if it does not parse."""
     try:
         with _without_collecting():
             return json.loads(data)

@@ -236,13 +236,11 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> 
             assert newest is not None
             return newest
         manifest = built.model_copy(update={"version": version})
-        for entry in manifest.groups:
+        for entry in manifest.files():
             verify_file(root, entry, content=False)
         families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
         for sidecars in families:
             _check_covered(root, manifest, sidecars)
-            for sidecar in sidecars:
-                verify_file(root, sidecar.file, content=False)
         if create_only(manifest_path(root, version), dump_manifest(manifest)):
             return manifest
 

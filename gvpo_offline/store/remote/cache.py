@@ -48,8 +48,8 @@ class RangeCache:
         self.folder = folder
         self.limit = limit
         self._own = folder / sha256_text(url)[:_URL_DIGITS]
-        self._left = 0  # bytes that may be written before the folder is scanned again
-        self._skip = 0  # bytes that are not cached before the folder is scanned again
+        self._budget = 0  # bytes to store, or to turn away, before the folder is scanned again
+        self._has_room = True
         self._writes = True
         try:
             self._own.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,11 @@ class RangeCache:
 
     def put(self, sha256: str, name: str, content: bytes) -> None:
         """Store an entry, if there is room or room can be made."""
-        if not self._writes or not self._room(len(content) + _DIGEST_BYTES):
+        size = len(content) + _DIGEST_BYTES
+        if size > self._budget and self._writes:
+            self._scan(size)
+        self._budget -= size
+        if not self._has_room or not self._writes:
             return
         folder = self._own / sha256
         temporary = temporary_name(folder, name)
@@ -113,18 +117,6 @@ class RangeCache:
         except OSError as error:
             logger.warning("%s: %s", self._own / sha256 / name, error)
 
-    def _room(self, size: int) -> bool:
-        if size > self._left and self._skip > 0:
-            self._skip -= size
-            return False
-        if size > self._left:
-            self._scan(size)
-        if size > self._left:
-            self._skip = self.limit // 64
-            return False
-        self._left -= size
-        return True
-
     def _scan(self, size: int) -> None:
         """Count the entries of all processes, and evict some if there is no room for `size`."""
         entries = list(_entries(self.folder))
@@ -135,9 +127,10 @@ class RangeCache:
                 break
             path.unlink(missing_ok=True)
             free += n_bytes
+        self._has_room = free >= size
         # Other processes write at the same time, so this one takes a part of the room only.
-        share = max(free // 32, self.limit // 256, size)
-        self._left = min(share, max(free, 0))
+        share = min(max(free // 32, self.limit // 256, size), free)
+        self._budget = share if self._has_room else self.limit // 64
 
 
 def _digest(sha256: str, name: str, content: bytes) -> bytes:

@@ -197,6 +197,7 @@ class RemoteFolder:
             return getattr(state.fs, method)(full, **keywords)
         from fsspec.asyn import sync
 
+        # Not through the synchronous methods: some file systems define them without a timeout.
         call = getattr(state.fs, f"_{method}")
         return sync(state.fs.loop, call, full, timeout=self._settings.timeout, **keywords)
 

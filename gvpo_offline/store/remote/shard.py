@@ -40,11 +40,6 @@ class RemoteShard:
         self._fetch = fetch
         self._forget = forget
 
-    @property
-    def num_row_groups(self) -> int:
-        """Row groups of the file."""
-        return int(self.metadata.num_row_groups)
-
     def read_row_group(
         self, index: int, columns: Sequence[str], use_threads: bool = False
     ) -> pa.Table:
