@@ -108,7 +108,7 @@ def test_several_files_open_as_one_dataset(tmp_path: Path) -> None:
     dataset = adopt_parquet(paths, need=NEED)
     ids = [g.group_id for number in range(dataset.n_row_groups) for g in dataset.groups(number)]
     assert ids == [row["group_id"] for row in rows]
-    assert dataset.place(dataset.n_row_groups - 1).file == paths[3]
+    assert dataset.location(dataset.n_row_groups - 1).file == paths[3]
 
 
 def test_optional_columns_may_be_null_in_some_rows(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Opens Parquet files of other programs, and in-memory tables, as a dataset.
 
 Such a file follows `schemas/training_file.schema.json` and has tokens, `rewards` and
-`ref_seq_logprobs` in one place. It is not copied: the manifest exists in memory only. All groups
+`ref_seq_logprobs` in one file. It is not copied: the manifest exists in memory only. All groups
 are checked first, because the file was not written by this package.
 """
 

@@ -39,13 +39,15 @@ def check_groups(
     keys = [np.zeros(0, np.uint64)]
     for row_group in progress(numbers) if progress else numbers:
         table = dataset.table(row_group, [*columns, *_LENGTHS])
-        place = dataset.place(row_group)
+        location = dataset.location(row_group)
         groups = groups_from_table(table)
         for row, group in enumerate(groups):
-            check_group(group, file=place.file, row=place.first_row + row, vocab_size=vocab_size)
+            check_group(
+                group, file=location.file, row=location.first_row + row, vocab_size=vocab_size
+            )
         for name in _LENGTHS:
             if name in table.column_names:
-                _check_lengths(table, name, groups, place.of)
+                _check_lengths(table, name, groups, location.of_row)
         keys.append(text_keys(group.group_id for group in groups))
     # 64-bit hashes of the ids save memory; a collision is improbable at any dataset size here.
     values, counts = np.unique(np.concatenate(keys), return_counts=True)
@@ -57,7 +59,7 @@ def _check_lengths(
     table: pa.Table,
     name: str,
     groups: Sequence[Group],
-    place_of: Callable[[pa.Table, int], dict[str, Any]],
+    location_of: Callable[[pa.Table, int], dict[str, Any]],
 ) -> None:
     stored = table.column(name).to_pylist()
     for row, (group, value) in enumerate(zip(groups, stored, strict=True)):
@@ -67,7 +69,7 @@ def _check_lengths(
                 f"{name} is the number of tokens of the group",
                 received=f"{value}, but the tokens number {actual}",
                 remedy=f"correct the column {name}, or leave it out",
-                **place_of(table, row),
+                **location_of(table, row),
             )
 
 
@@ -76,12 +78,12 @@ def _raise_duplicate(dataset: GroupDataset, duplicate: int) -> None:
     for row_group in range(dataset.n_row_groups):
         table = dataset.table(row_group, ["group_id"])
         for row in np.flatnonzero(text_keys(table.column("group_id").to_pylist()) == duplicate):
-            place = dataset.place(row_group).of(table, int(row))
+            location = dataset.location(row_group).of_row(table, int(row))
             if first is not None:
                 raise DataError(
                     "a group id occurs once in a dataset",
                     received=f"the same id in {first['file']}, row {first['row']}",
                     remedy="merge the rows into one group, or give them different ids",
-                    **place,
+                    **location,
                 )
-            first = place
+            first = location

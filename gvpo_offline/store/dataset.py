@@ -32,13 +32,13 @@ from gvpo_offline.store.choice import (
     choose_reward_families,
 )
 from gvpo_offline.store.columns import (
-    Place,
+    RowGroupLocation,
     add_weighted,
+    cast_columns,
     check_components,
     check_present,
     check_scalars,
-    conformed,
-    sizes_of,
+    response_counts,
 )
 from gvpo_offline.store.location import RemoteSettings, local_folder
 from gvpo_offline.store.manifest import (
@@ -200,7 +200,7 @@ class GroupDataset:
         file, local = self.locate(row_group)
         base = self.manifest.groups[file]
         table = self._read(base, local, columns, GROUPS_COLUMNS)
-        sizes = sizes_of(table)
+        sizes = response_counts(table)
         for joined in self._joined:
             wanted = joined.wanted(columns)
             if wanted:
@@ -219,26 +219,26 @@ class GroupDataset:
         """The table with the columns of one sidecar; the rewards of several families are summed."""
         sidecar = joined.sidecars[file]
         read = self._read(sidecar.file, local, wanted, joined.columns, sidecar.base_sha256)
-        place = self._place_in(sidecar.file, local)
+        location = self._location_in(sidecar.file, local)
         if not read.column("group_id").equals(table.column("group_id")):
             raise IntegrityError(
                 "the rows of a sidecar have the group ids of its groups file",
                 received=f"other ids in row group {local}",
                 remedy="write the sidecar again for this dataset",
-                file=place.file,
+                file=location.file,
             )
         for name in read.column_names[1:]:
             column = read.column(name)
             if sizes is not None and name == "components":
-                check_components(read, sizes, self._n_components, place)
+                check_components(read, sizes, self._n_components, location)
             elif sizes is not None and name != "ref_token_logprobs":
-                check_scalars(read, name, sizes, place)
+                check_scalars(read, name, sizes, location)
             if name == "rewards" and (joined.weight != 1.0 or len(self.rewards) > 1):
                 before = table.column(name) if name in table.column_names else None
                 column = add_weighted(before, column, joined.weight)
                 if sizes is not None:  # finite rewards may have a sum that is not
                     number = read.column_names.index(name)
-                    check_scalars(read.set_column(number, name, column), name, sizes, place)
+                    check_scalars(read.set_column(number, name, column), name, sizes, location)
                 if before is not None:
                     table = table.drop_columns([name])
             table = table.append_column(name, column)
@@ -253,17 +253,17 @@ class GroupDataset:
         extra = [name for name in ("rewards", "ref_seq_logprobs") if name not in columns]
         return groups_from_table(self.table(row_group, [*columns, *extra]))
 
-    def place(self, row_group: int, column: str = "group_id") -> Place:
+    def location(self, row_group: int, column: str = "group_id") -> RowGroupLocation:
         """The location of a column of a row group: its file, and its first row in the file."""
         number, local = self.locate(row_group)
         entry: FileEntry = self.manifest.groups[number]
         for joined in self._joined:
             if joined.wanted([column]):
                 entry = joined.sidecars[number].file
-        return self._place_in(entry, local)
+        return self._location_in(entry, local)
 
-    def _place_in(self, entry: FileEntry, local: int) -> Place:
-        return Place(self.storage.name(entry.path), sum(entry.row_groups[:local]))
+    def _location_in(self, entry: FileEntry, local: int) -> RowGroupLocation:
+        return RowGroupLocation(self.storage.name(entry.path), sum(entry.row_groups[:local]))
 
     def _read(
         self,
@@ -274,15 +274,15 @@ class GroupDataset:
         base_sha256: str | None = None,
     ) -> pa.Table:
         """Some columns of a row group of one file; `base_sha256`: groups file of a sidecar."""
-        place = self._place_in(entry, local)
+        location = self._location_in(entry, local)
         with self._opened(entry) as shard:
             if base_sha256 is not None:
-                _check_bound(shard, base_sha256, place.file)
+                _check_bound(shard, base_sha256, location.file)
             present = shard.schema_arrow.names
-            check_present(present, known, place.file)
+            check_present(present, known, location.file)
             wanted = [c.name for c in known if c.name in {*columns, "group_id"} & set(present)]
-            table = read_row_group(shard, place.file, local, wanted).select(wanted)
-        return conformed(table, known, place)
+            table = read_row_group(shard, location.file, local, wanted).select(wanted)
+        return cast_columns(table, known, location)
 
     @contextmanager
     def _opened(self, entry: FileEntry) -> Iterator[Shard]:

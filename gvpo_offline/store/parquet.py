@@ -151,7 +151,7 @@ def _check_counts(table: pa.Table, metadata: pq.RowGroupMetaData) -> None:
         while _is_list(innermost):
             innermost = innermost.value_type
         if pa.types.is_nested(innermost):
-            continue  # not a column of the schema; `conformed` refuses its type
+            continue  # not a column of the schema; `cast_columns` refuses its type
         found = sum(_n_values(chunk) for chunk in column.chunks)
         if found != said[name]:
             raise pa.ArrowInvalid(f"column {name} has {said[name]} values, but {found} were read")

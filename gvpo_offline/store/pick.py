@@ -175,7 +175,7 @@ def _check_parts(table: pa.Table, name: str, index: ResponseIndex) -> None:
         )
 
 
-def n_partly_known(table: pa.Table, name: str, index: ResponseIndex) -> int:
+def n_partly_null(table: pa.Table, name: str, index: ResponseIndex) -> int:
     """The number of groups whose rows have a value in a column in part, so that it becomes null."""
     valid = _valid(column_array(table, name))
     return int((~_every(valid, index) & ~_every(~valid, index)).sum())

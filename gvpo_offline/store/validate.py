@@ -129,7 +129,7 @@ def _check_sums(dataset: GroupDataset, row_group: int, table: pa.Table) -> None:
                 "ref_seq_logprobs is the sum of ref_token_logprobs over the unmasked tokens",
                 received=problem,
                 remedy="score the reference again",
-                **dataset.place(row_group, "ref_token_logprobs").of(table, row),
+                **dataset.location(row_group, "ref_token_logprobs").of_row(table, row),
             )
 
 

@@ -18,7 +18,7 @@ from gvpo_offline.config import OnFew
 from gvpo_offline.errors import DataError
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.schema import column_array, split_list, split_nested_list
-from gvpo_offline.store.columns import Place
+from gvpo_offline.store.columns import RowGroupLocation
 from gvpo_offline.store.pick import Indices, ResponseIndex
 
 # What a plan is made of, rewards aside.
@@ -32,14 +32,14 @@ class Planner:
     Attributes:
         duplicates, singletons: as in `RewriteSettings`.
         rewards: names of the columns that hold rewards.
-        place: of a row group of an input, for messages.
+        location: of a row group of an input, for messages.
         counts: what was found so far; `plan` adds to it.
     """
 
     duplicates: Literal["keep", "drop", "count"]
     singletons: OnFew
     rewards: Sequence[str]
-    place: Callable[[int, int], Place]
+    location: Callable[[int, int], RowGroupLocation]
     counts: Counter[str]
 
     @property
@@ -89,9 +89,9 @@ class Planner:
     def _where(self, table: pa.Table, row: int) -> dict[str, Any]:
         """The keywords of an error about one spilled row."""
         number, row_group, local = (table.column(n)[row].as_py() for n in PLACE_COLUMNS[1:])
-        place = self.place(number, row_group)
+        location = self.location(number, row_group)
         group = table.column("group_id")[row].as_py()
-        return {"file": place.file, "row": place.first_row + local, "group": group}
+        return {"file": location.file, "row": location.first_row + local, "group": group}
 
     def _keep(self, table: pa.Table, index: ResponseIndex) -> npt.NDArray[np.bool_]:
         """Which of the responses stay: (R,) bool."""

@@ -30,7 +30,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.schema import Group, arrow_schema, groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import Sidecar
-from gvpo_offline.store.pick import ResponseIndex, n_partly_known, take_responses
+from gvpo_offline.store.pick import ResponseIndex, n_partly_null, take_responses
 from gvpo_offline.store.writer import write_groups, write_sidecar
 
 _BUCKET_BYTES = 8 << 20  # as stored; a bucket takes some eight times that in memory
@@ -166,7 +166,7 @@ class Rewrite:
             self.settings.duplicates,
             self.settings.singletons,
             rewards,
-            lambda number, row_group: self.inputs[number].place(row_group),
+            lambda number, row_group: self.inputs[number].location(row_group),
             counts,
         )
         names = dict.fromkeys([*planner.columns, *(column.name for column in GROUP_COLUMNS)])
@@ -177,7 +177,7 @@ class Rewrite:
                 continue
             plans.append((bucket, index))
             for name in ("responses", "response_ids"):
-                counts[f"dropped_{name}"] += n_partly_known(table, name, index)
+                counts[f"dropped_{name}"] += n_partly_null(table, name, index)
             for piece in index.pieces(_RESPONSES_AT_ONCE):
                 for group in groups_from_table(take_responses(table, GROUP_COLUMNS, piece)):
                     yield self._with_unique_ids(group, counts)

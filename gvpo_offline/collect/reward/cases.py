@@ -103,7 +103,7 @@ class CaseReader:
         groups = self._dataset.groups(row_group, columns)
         if not all(map(_has_texts, groups)):
             groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
-        place = self._dataset.place(row_group)
+        place = self._dataset.location(row_group)
         return [
             self._case(
                 group,

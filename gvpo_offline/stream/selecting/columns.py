@@ -156,7 +156,7 @@ def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[di
                 "a group's metadata is a JSON object, or null",
                 received=text,
                 remedy="write the column again, or leave metadata out of `where`",
-                **dataset.place(row_group).of(table, number),
+                **dataset.location(row_group).of_row(table, number),
             )
         rows.append(row)
     return rows
