@@ -1,4 +1,4 @@
-"""The cache: bounded, shared, never wrong."""
+"""The range cache: bounded, shared between processes, verified."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def held(folder: Path) -> int:
     limit=st.integers(100, 3000),
     puts=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 400)), max_size=30),
 )
-def test_the_bound_holds_and_what_is_found_is_what_was_put(
+def test_the_limit_holds_and_get_returns_what_was_put(
     tmp_path_factory: pytest.TempPathFactory, limit: int, puts: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
@@ -48,14 +48,14 @@ def test_the_bound_holds_and_what_is_found_is_what_was_put(
     for number, (process, size) in enumerate(puts):
         content = bytes([number]) * size
         processes[process].put(FILE, f"{number}", content)
-        # Three processes share the room; each may write a 256th part of it, or one entry, unseen.
+        # Each of the three processes may write one entry, or 1/256 of the limit, between two scans.
         assert held(folder) <= limit + 2 * 432
         found, damaged = processes[0].get(FILE, f"{number}")
         assert found in (None, content)
         assert not damaged
 
 
-def test_room_is_made_by_what_nobody_used_since_the_run_began(tmp_path: Path) -> None:
+def test_only_entries_unused_since_the_run_began_are_evicted(tmp_path: Path) -> None:
     before = RangeCache(tmp_path, URL, 1000)
     for number in range(9):
         before.put(FILE, f"{number}", bytes(68))  # 100 bytes with its hash
@@ -70,16 +70,16 @@ def test_room_is_made_by_what_nobody_used_since_the_run_began(tmp_path: Path) ->
         run.put(FILE, f"{number}", bytes(68))
     found = {path.name for path in entries(tmp_path)}
     assert "0" in found
-    assert not found & set("12345678"), "unused in this run, they made room"
+    assert not found & set("12345678"), "unused in this run, they are evicted"
     new = sorted(int(name) for name in found if int(name) >= 100)
     assert len(new) == 9, "ten entries fit"
-    # What this run put there first is what it keeps: the next epoch finds it.
+    # The first entries of this run are kept: the next epoch reads them.
     assert new == list(range(100, 109))
 
 
 def test_a_cache_of_half_the_data_serves_half_of_the_next_epoch(tmp_path: Path) -> None:
-    """With the least recently used thrown out it would serve 15%: of two random orders of n items,
-    the share whose last use is less than n/2 other items ago is (1 - ln 2) / 2.
+    """Least-recently-used eviction would serve 15%: of two random orders of n items, the share
+    whose last use is less than n/2 other items ago is (1 - ln 2) / 2.
     """
     n, rng = 400, random.Random(1)
     cache = RangeCache(tmp_path, URL, n // 2 * 100)
@@ -120,7 +120,7 @@ def test_a_damaged_entry_is_never_served(tmp_path: Path, abuse: str) -> None:
         assert cache.get(FILE, "0-256") == (content, False)
 
 
-def test_entries_that_rot_are_fetched_again_and_counted(tmp_path: Path) -> None:
+def test_damaged_entries_are_fetched_again_and_counted(tmp_path: Path) -> None:
     build_dataset(tmp_path / "data", 12)
     with serving(FolderServer(tmp_path)) as server:
         read_all(opened(server), tmp_path / "data")
@@ -215,7 +215,7 @@ def test_the_default_folder_is_the_environments(
         assert entries(tmp_path / "home" / ".cache" / "gvpo_offline")
 
 
-# Processes that are killed at it.
+# Killed processes.
 
 READER = """
 import sys, random
@@ -230,7 +230,7 @@ while True:
 
 
 def test_processes_that_share_a_cache_may_be_killed_at_any_time(tmp_path: Path) -> None:
-    """Twelve deaths, four readers at a time, in a cache that holds half of what they read."""
+    """Kills twelve readers, four at a time, that share a cache of half the data."""
     build_dataset(tmp_path / "data", 48, response_tokens=40)
     rng = random.Random(1)
     with serving(FolderServer(tmp_path)) as server:

@@ -169,9 +169,9 @@ def groups_sha256(files: Sequence[BaseFile]) -> str:
 
 def spill_schema(families: Sequence[Family]) -> pa.Schema:
     """Rows with where they came from, their groups' columns and those of every family."""
-    location = [("key", pa.uint64()), *((name, pa.int32()) for name in PLACE_COLUMNS[1:])]
+    place = [("key", pa.uint64()), *((name, pa.int32()) for name in PLACE_COLUMNS[1:])]
     sidecars = [(f.field(c.name), c.type) for f in families for c in f.columns]
-    return pa.schema([*location, *((c.name, c.type) for c in GROUP_COLUMNS), *sidecars])
+    return pa.schema([*place, *((c.name, c.type) for c in GROUP_COLUMNS), *sidecars])
 
 
 def _values(

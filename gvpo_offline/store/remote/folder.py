@@ -80,10 +80,10 @@ class _ProcessState:
 
 
 class RemoteFolder:
-    """A folder at a URL. The methods that read raise:
+    """A folder at a URL.
 
-        FileNotFoundError: there is no such file.
-        StorageError: it cannot be read, at once or after all attempts.
+    Every method that makes a request raises FileNotFoundError if there is no such file, and
+    StorageError if the server refuses, or the last attempt fails.
 
     Args:
         url: of the folder.
@@ -159,20 +159,21 @@ class RemoteFolder:
         """`function` of each item, in parallel; `function` must not call `map` itself."""
         return list(self._state.pool.map(function, items))
 
-    def size(self, path: str, attempts: int | None = None) -> int | None:
+    def size(self, path: str, *, recheck: bool = False) -> int | None:
         """Length of a file in bytes; None where the server does not say.
 
         Args:
             path: of the file.
-            attempts: None: those of the settings.
+            recheck: make one attempt, past the file system's own cache of listings.
         """
 
         def size(state: _ProcessState) -> int | None:
-            state.fs.invalidate_cache()
+            if recheck:
+                state.fs.invalidate_cache()
             found = self._call(state, "info", path).get("size")
             return None if found is None else int(found)
 
-        return self._retried(path, size, attempts)
+        return self._retried(path, size, attempts=1 if recheck else None)
 
     def names(self) -> list[str]:
         """Names of the folder's files and subfolders; empty if it does not exist.

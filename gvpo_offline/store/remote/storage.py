@@ -224,7 +224,7 @@ class RemoteStorage:
             raise missing(self.name(entry.path)) from error
         except StorageError:
             with contextlib.suppress(StorageError, FileNotFoundError):
-                self._check_size(entry, attempts=1)
+                self._check_size(entry, recheck=True)
             raise
 
     def _footer(self, entry: FileEntry) -> bytes:
@@ -240,8 +240,8 @@ class RemoteStorage:
         self._keep(entry, _FOOTER, footer)
         return footer
 
-    def _check_size(self, entry: FileEntry, attempts: int | None = None) -> None:
-        size = self.folder.size(entry.path, attempts)
+    def _check_size(self, entry: FileEntry, *, recheck: bool = False) -> None:
+        size = self.folder.size(entry.path, recheck=recheck)
         if size is not None:
             entry.check_size(size, self.name(entry.path))
 
