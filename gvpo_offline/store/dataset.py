@@ -123,9 +123,8 @@ class GroupDataset:
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
         """Groups in each row group: (n_row_groups,) int64."""
         files = self.manifest.groups
-        array = functools.cache(
-            lambda sizes: np.array(sizes, np.int64)
-        )  # most files have the same sizes
+        # Cached because most files have the same sizes.
+        array = functools.cache(lambda sizes: np.array(sizes, np.int64))
         return np.concatenate([np.zeros(0, np.int64), *(array(f.row_groups) for f in files)])
 
     @functools.cached_property

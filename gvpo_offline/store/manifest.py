@@ -110,7 +110,7 @@ def damaged(rule: str, received: object, file: Path | str) -> IntegrityError:
 
 
 def read_twice(read: Callable[[], Result]) -> Result:
-    """`read()`, called again after an IntegrityError: the bytes may have been damaged on their way.
+    """`read()`, called again after an IntegrityError: the bytes may have been damaged in transit.
 
     Raises:
         IntegrityError: the second call fails too.

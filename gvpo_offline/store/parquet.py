@@ -145,7 +145,7 @@ def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[
 def _check_counts(table: pa.Table, metadata: pq.RowGroupMetaData) -> None:
     """Raise ArrowInvalid unless every column has the number of values in the footer."""
     chunks = (metadata.column(i) for i in range(metadata.num_columns))
-    said = {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
+    stated = {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
     for name, column in zip(table.column_names, table.columns, strict=True):
         innermost = column.type
         while _is_list(innermost):
@@ -153,8 +153,8 @@ def _check_counts(table: pa.Table, metadata: pq.RowGroupMetaData) -> None:
         if pa.types.is_nested(innermost):
             continue  # not a column of the schema; `cast_columns` refuses its type
         found = sum(_n_values(chunk) for chunk in column.chunks)
-        if found != said[name]:
-            raise pa.ArrowInvalid(f"column {name} has {said[name]} values, but {found} were read")
+        if found != stated[name]:
+            raise pa.ArrowInvalid(f"column {name} has {stated[name]} values, but {found} were read")
 
 
 def _n_values(array: pa.Array) -> int:

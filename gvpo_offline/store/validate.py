@@ -95,11 +95,11 @@ def validate(
 
 
 def _check_totals(root: Path | str, groups: Sequence[BaseFile], counted: Survey) -> None:
-    said = (sum(file.n_responses for file in groups), sum(file.n_tokens for file in groups))
+    stated = (sum(file.n_responses for file in groups), sum(file.n_tokens for file in groups))
     found = (counted.n_responses, counted.n_tokens)
-    if said != found:
+    if stated != found:
         raise DataError(
-            f"the dataset has {said[0]} responses and {said[1]} tokens, as in its manifest",
+            f"the dataset has {stated[0]} responses and {stated[1]} tokens, as in its manifest",
             received=f"{found[0]} and {found[1]}",
             remedy="import the log again, or fix the program that wrote the manifest",
             file=root,

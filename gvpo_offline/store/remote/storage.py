@@ -192,7 +192,7 @@ class RemoteStorage:
                 self._keep(entry, _name((start, stop)), content)
                 found[start, stop] = content
         return {
-            span: b"".join(found[piece] or b"" for piece in cut([span], _PIECE_BYTES))
+            span: b"".join(found.pop(piece) or b"" for piece in cut([span], _PIECE_BYTES))
             for span in ranges
         }
 
