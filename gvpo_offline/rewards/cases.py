@@ -1,4 +1,4 @@
-"""Groups as scorers see them, read from the light columns of a row group."""
+"""Groups as scorers see them, read from the summary columns of a row group."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class ScoringInputReader:
         groups = self._dataset.groups(row_group, columns)
         if not all(map(_has_texts, groups)):
             groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
-        place = self._dataset.place(row_group)
+        place = self._dataset.location(row_group)
         return [
             self._case(
                 group,

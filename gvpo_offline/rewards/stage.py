@@ -1,6 +1,6 @@
 """The reward stage: one task and one sidecar for each file of groups.
 
-    light columns -> cases -> scorers -> weighted sum and components -> sidecar -> manifest
+    summary columns -> cases -> scorers -> weighted sum and components -> sidecar -> manifest
 
 The family's configuration holds all that its numbers depend on: the scorers' settings, the hashes
 of their code and weights, their weights in the sum. The same name with another configuration is a
