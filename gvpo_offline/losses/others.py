@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from gvpo_offline.losses.terms import GroupTerms
 
-# AWR's largest weight, and the ratios that PPO's clipping leaves alone; both as published.
+# The published constants: AWR clips its weights at omega_max = 20 (arXiv 1910.00177; weight_clip in
+# the authors' code), and PPO clips ratios to [1 - 0.2, 1 + 0.2] (arXiv 1707.06347).
 AWR_LARGEST_WEIGHT = 20.0
 CLIP = 0.2
 # exp of more nats than this says nothing, and soon is infinite.
@@ -73,6 +74,8 @@ def rft(terms: GroupTerms) -> Tensor:
 
 def awr(terms: GroupTerms) -> Tensor:
     """Log-likelihood weighted by min(exp((R - mean R) / beta), 20) (AWR, arXiv 1910.00177).
+
+    The cap of 20 is the paper's omega_max.
 
     The reference is not used: the optimum is the sampler's distribution, reweighed.
     """
