@@ -184,9 +184,9 @@ def test_awr_caps_its_weights_at_20() -> None:
     """The cap is 20 (arXiv 1910.00177 clips exp(A / beta) at omega_max = 20), reached at
     A / beta = ln 20 = 2.9957.
 
-    Rewards 1 and 0 have A = 1/2 and -1/2. At beta = 0.25 the weights are exp(2) = 7.389 and exp(-2),
-    below the cap; at beta = 0.1 exp(5) = 148.4 is replaced by 20 and exp(-5) stays. The gradient of
-    the group's loss -(w_0 s_0 + w_1 s_1) / 2 by the log-probs is -w / 2.
+    Rewards 1 and 0 have A = 1/2 and -1/2. At beta = 0.25 the weights are exp(2) = 7.389 and
+    exp(-2), below the cap; at beta = 0.1 exp(5) = 148.4 is replaced by 20 and exp(-5) stays. The
+    gradient of the group's loss -(w_0 s_0 + w_1 s_1) / 2 by the log-probs is -w / 2.
     """
     group = torch.zeros(2, dtype=torch.long)
     for beta, largest in ((0.25, math.exp(2)), (0.1, 20.0)):
