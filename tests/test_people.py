@@ -20,6 +20,7 @@ from rewarding import answered_dataset, read, reward
 from gvpo_offline.collect.reward.people.bradley_terry import connected, log_strengths
 from gvpo_offline.collect.reward.people.scorers import share_beaten
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.hashing import sha256_json
 from gvpo_offline.schema import FloatArray
 from gvpo_offline.store.dataset import open_dataset
 
@@ -102,6 +103,24 @@ def test_the_files_content_is_the_version(root: Path, tmp_path: Path) -> None:
     assert reward(root, people("ratings", moved), missing=0.0).family.version == 2
 
 
+# SHA-256 of the identities that version 0.1.0 gave: another one would make a new version of every
+# reward that datasets hold, and leave half-done stages behind.
+IDENTITIES = {
+    "ratings": "e4cb58680e61510782710fb607f961d8e6e1e472c38b6686e2c9beee5dfb3fdd",
+    "ranks": "bd9ec70fd87265777c0ad9717dcdf71de090bf201a1480fd2f0e64a79324b0e7",
+    "votes": "6a3458f3533576e17682eb136e62cd9479df466fb895b4ff6d6e60b5de8780a6",
+}
+
+
+@pytest.mark.parametrize("kind", IDENTITIES)
+def test_identities_stay_as_they_were(root: Path, tmp_path: Path, kind: str) -> None:
+    rows = [{**rating(0, "0.0", 1), "rank": 1, **vote(0, 0, 1, "a")}]
+    path = write(tmp_path / "said.jsonl", rows)
+    more = {"estimate": "win_rate"} if kind == "votes" else {"rater_column": "rater"}
+    result = reward(root, people(kind, path, **more), missing=0.0)
+    assert sha256_json(result.family.config) == IDENTITIES[kind]
+
+
 def test_responses_go_by_index_or_sampler(root: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "by_index.jsonl", [rating(0, 1, 5.0), rating(1, "0", 2.0)])
     reward(root, people("ratings", path, response_by="index"), missing=0.0)
@@ -130,11 +149,23 @@ def test_responses_go_by_index_or_sampler(root: Path, tmp_path: Path) -> None:
         (rating(99, "99.0", 1), r"row 1, group 'group-00099': every group .* is in the dataset"),
         (rating(0, "0.9", 1), r"row 1, group 'group-00000'.*'0\.9', which is none of 0\.0, 0\.1"),
         (rating(0, "0.0", 1), r"row 1.*judges one response twice.*response 0 by ann"),
-        (rating(0, "0.1", "good"), r"row 1: column rating holds a finite number.*'good'"),
-        (rating(0, "0.1", float("inf")), r"row 1: column rating holds a finite number"),
-        (rating(0, None, 1), r"row 1: column response_id holds text"),
-        (rating(0, "0.1", True), r"row 1: column rating holds a finite number.*True"),
-        ({"group_id": group(0), "response": "x"}, r"row 1: column response_id .*the columns group"),
+        (
+            rating(0, "0.1", "good"),
+            r"row 1, group 'group-00000': column rating .*a finite number.*'good'",
+        ),
+        (
+            rating(0, "0.1", float("inf")),
+            r"row 1, group 'group-00000': column rating holds a finite number",
+        ),
+        (rating(0, None, 1), r"row 1, group 'group-00000': column response_id holds text"),
+        (
+            rating(0, "0.1", True),
+            r"row 1, group 'group-00000': column rating .*a finite number.*True",
+        ),
+        (
+            {"group_id": group(0), "response": "x"},
+            r"row 1, group 'group-00000': column response_id .*the columns group",
+        ),
         ({"id": 3}, r"row 1: column group_id"),
     ],
 )

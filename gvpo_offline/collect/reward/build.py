@@ -22,7 +22,7 @@ from gvpo_offline.collect.reward.kinds import (
 from gvpo_offline.collect.reward.match import ExactScorer, NumericScorer
 from gvpo_offline.collect.reward.maths import MathScorer
 from gvpo_offline.collect.reward.model import ModelScorer
-from gvpo_offline.collect.reward.people.scorers import RanksScorer, RatingsScorer, VotesScorer
+from gvpo_offline.collect.reward.people.scorers import PeopleScorer
 from gvpo_offline.collect.reward.scorer import Scorer
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -50,11 +50,7 @@ def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
             return RatingJudge(settings, dataset)
         case JudgePairsSettings():
             return PairsJudge(settings, dataset)
-        case RatingsSettings():
-            return RatingsScorer(settings, dataset)
-        case RanksSettings():
-            return RanksScorer(settings, dataset)
-        case VotesSettings():
-            return VotesScorer(settings, dataset)
+        case RatingsSettings() | RanksSettings() | VotesSettings():
+            return PeopleScorer(settings, dataset)
         case _:
             return FamilyScorer(settings, dataset)

@@ -185,7 +185,7 @@ class JudgePairsSettings(_JudgeSettings):
     )
 
 
-class _PeopleSettings(_Settings):
+class _TableSettings(_Settings):
     inputs: str | tuple[str, ...] = Field(
         description="Files or globs (.jsonl, .csv, .parquet …); docs/rewards.md has their columns."
     )
@@ -197,7 +197,7 @@ class _PeopleSettings(_Settings):
     )
 
 
-class RatingsSettings(_PeopleSettings):
+class RatingsSettings(_TableSettings):
     """The mean of what people rated a response."""
 
     kind: Literal["ratings"]
@@ -208,7 +208,7 @@ class RatingsSettings(_PeopleSettings):
     )
 
 
-class RanksSettings(_PeopleSettings):
+class RanksSettings(_TableSettings):
     """The share of the others in a person's ranking that a response beats; the mean over people."""
 
     kind: Literal["ranks"]
@@ -219,7 +219,7 @@ class RanksSettings(_PeopleSettings):
     )
 
 
-class VotesSettings(_PeopleSettings):
+class VotesSettings(_TableSettings):
     """Votes between two responses, made into a number for each."""
 
     kind: Literal["votes"]
@@ -239,6 +239,9 @@ class VotesSettings(_PeopleSettings):
         description="bradley_terry: ties that are added to each pair that was voted on, so that "
         "one who never lost has a finite strength.",
     )
+
+
+PeopleSettings = RatingsSettings | RanksSettings | VotesSettings
 
 
 class RewardSettings(_Settings):

@@ -59,8 +59,6 @@ def _log_likelihood(wins: FloatArray, strengths: FloatArray) -> float:
 
 def connected(compared: FloatArray) -> bool:
     """Whether comparisons link all n responses: (n, n), positive where there is one."""
-    reached = np.zeros(len(compared), bool)
-    reached[:1] = True
-    for _ in compared:
-        reached |= ((compared + compared.T) > 0)[reached].any(axis=0)
-    return bool(reached.all())
+    n = len(compared)
+    linked = (compared + compared.T > 0) | np.eye(n, dtype=bool)
+    return bool(np.linalg.matrix_power(linked, n).all())  # of bools: paths of at most n links
