@@ -93,6 +93,7 @@ def run_train(
         "data": data.public(),
         "lora": asdict(lora),
         "training": args.to_sanitized_dict(),
+        "reference": trainer.data.reference.fingerprint,
         "identity": trainer.identity(),
     }
     trainer.add_callback(_RunFile(settings))
