@@ -24,7 +24,7 @@ __all__ = [
     "Fragment",
     "check_fragment",
     "flags",
-    "located",
+    "with_location",
     "prompt_key",
     "token_ids",
     "tokens_key",
@@ -93,8 +93,8 @@ class Fragment:
         return None if self.loss_mask is None else self.loss_mask[index]
 
 
-def located(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
-    """The same error, naming its place where it does not yet."""
+def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
+    """A copy of `error` that names file, row and group where it does not yet."""
     return DataError(
         error.rule,
         received=error.received,

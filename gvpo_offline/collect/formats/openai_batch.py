@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo_offline.collect.fragment import Fragment, located, token_ids
+from gvpo_offline.collect.fragment import Fragment, token_ids, with_location
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.inputs import find_sources
 from gvpo_offline.collect.reading.rows import Record, Row
@@ -158,7 +158,7 @@ def _keyed(pattern: str) -> Iterator[tuple[str, Record, Place]]:
                 if key in seen:
                     raise DataError("a custom_id is given once", received=repr(key))
             except DataError as error:
-                raise located(error, file=source.label, row=row) from None
+                raise with_location(error, file=source.label, row=row) from None
             seen.add(key)
             yield key, record, place
 
@@ -170,7 +170,7 @@ def _request(record: Record, place: Place) -> _Request:
         body = record["body"]
         return _Request(place, body.get("tools"), *request_prompt(body))
     except DataError as error:
-        raise located(error, file=place.label, row=place.row) from None
+        raise with_location(error, file=place.label, row=place.row) from None
 
 
 def _cause(record: Record) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.fragment import Fragment, with_location
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes import values
@@ -85,7 +85,7 @@ class TrlFormat(TrainerFormat):
                 advantages = [record.get(_ADVANTAGE) for _, record in rows]
                 check_batch(fragments, advantages, self._weights)
             except DataError as error:
-                raise located(error, file=source.label, row=rows[0][0]) from None
+                raise with_location(error, file=source.label, row=rows[0][0]) from None
         yield from fragments
 
     def parse(self, record: Record, place: Place) -> Iterable[Fragment]:

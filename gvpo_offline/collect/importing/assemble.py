@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.fragment import Fragment, with_location
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.importing.encode import Encoder
 from gvpo_offline.collect.importing.regroup import Spilled
@@ -99,7 +99,7 @@ class Assembler:
 
     def _error(self, draft: _Draft, fragment: Fragment, error: DataError) -> DataError:
         label = self._inputs[fragment.file].label
-        return located(error, file=label, row=fragment.row, group=draft.group_id)
+        return with_location(error, file=label, row=fragment.row, group=draft.group_id)
 
     def _place(self, fragment: Fragment) -> str:
         return f"{self._inputs[fragment.file].label}, row {fragment.row}"

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from gvpo_offline.collect.fragment import Fragment, located, prompt_key
+from gvpo_offline.collect.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.collect.importing.encode import Encoder
 from gvpo_offline.collect.reading.arrays import from_arrays, to_rows
 from gvpo_offline.collect.reading.inputs import find_sources
@@ -249,7 +249,9 @@ class _Reader:
                     try:
                         yield self._parsed(source, number, record)
                     except DataError as error:
-                        raise located(error, file=source.label, row=number) from error.__cause__
+                        raise with_location(
+                            error, file=source.label, row=number
+                        ) from error.__cause__
                 source.check_unchanged()
 
     def _parsed(self, source: Source, number: int, record: Mapping[str, Any]) -> _Row:
@@ -323,7 +325,9 @@ class _Reader:
             try:
                 rendered.append(self._encoder.render(row.messages or ""))
             except DataError as error:
-                raise located(error, file=row.source.label, row=row.number) from error.__cause__
+                raise with_location(
+                    error, file=row.source.label, row=row.number
+                ) from error.__cause__
         found = self._encoder.prompts([r.prompt or "" for r in texts])
         found += self._encoder.rendered(rendered)
         ids = {id(row): own for row, own in zip([*texts, *chats], found, strict=True)}

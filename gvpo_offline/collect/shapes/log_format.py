@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.fragment import Fragment, with_location
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.reading.sources import Source
 from gvpo_offline.errors import DataError
@@ -78,7 +78,7 @@ def per_row(
         try:
             fragment = parse(record, source)
         except DataError as error:
-            raise located(error, file=source.label, row=row) from error.__cause__
+            raise with_location(error, file=source.label, row=row) from error.__cause__
         fragment.row = row
         yield fragment
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from gvpo_offline.collect.fragment import Fragment, located
+from gvpo_offline.collect.fragment import Fragment, with_location
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes import values
@@ -61,7 +61,7 @@ class RowFormat:
                 metadata = self._known.metadata(record, source.columns)
                 fragments = self._parse(record)
             except DataError as error:
-                raise located(error, file=source.label, row=row) from error.__cause__
+                raise with_location(error, file=source.label, row=row) from error.__cause__
             for fragment in fragments:
                 fragment.row, fragment.metadata = row, metadata
                 if fragment.components is not None:

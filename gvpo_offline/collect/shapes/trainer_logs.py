@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect.fragment import Fragment, located, prompt_key
+from gvpo_offline.collect.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record, Row
 from gvpo_offline.collect.shapes import values
@@ -249,7 +249,7 @@ def check_batch(
         try:
             check_advantages([r for r, _ in known], [a for _, a in known], parts)
         except DataError as error:
-            raise located(error, file=None, row=members[0][0].row) from None
+            raise with_location(error, file=None, row=members[0][0].row) from None
 
 
 class TrainerFormat(ABC):
@@ -301,7 +301,7 @@ class TrainerFormat(ABC):
             metadata = self._known.metadata(record, None)
             fragments = list(self.parse(record, place))
         except DataError as error:
-            raise located(error, file=place.label, row=place.row) from error.__cause__
+            raise with_location(error, file=place.label, row=place.row) from error.__cause__
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"a row of format: {self.config.format} is nested as its producer writes it",
