@@ -11,7 +11,7 @@ from typing import Any
 from builders import build_dataset, make_groups
 
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.reward.cases import Case
+from gvpo_offline.collect.reward.cases import ScoringInput
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.stage import RewardResult, run_reward
 from gvpo_offline.schema import Group
@@ -74,10 +74,10 @@ def functions(folder: Path, text: str = FUNCTIONS) -> str:
     return str(path)
 
 
-def case(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> Case:
+def scoring_input(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> ScoringInput:
     """A group as scorers see it."""
     chat = isinstance(prompt, list)
-    return Case(
+    return ScoringInput(
         group_id="g",
         prompt=None if chat else prompt,
         messages=prompt if chat else None,

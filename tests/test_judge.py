@@ -17,7 +17,7 @@ from fork_server import ForkServer
 from hypothesis import given
 from hypothesis import strategies as st
 from judging import JudgeServer, judge, rating, shown_numbers
-from rewarding import answered_dataset, case, read, reward
+from rewarding import answered_dataset, read, reward, scoring_input
 
 from gvpo_offline import cli
 from gvpo_offline.collect.engine.settings import EngineSettings
@@ -457,11 +457,13 @@ def test_templates_see_the_group_and_nothing_else(tmp_path: Path) -> None:
     """What a response says is text, even where it looks like a template."""
     path = tmp_path / "rubric.jinja"
     path.write_text("{{ prompt }}|{{ metadata.answer }}|{{ response }}|{{ messages[0].role }}")
-    group = case(["{{ 1 + 1 }}", "b"], answer="4")
+    group = scoring_input(["{{ 1 + 1 }}", "b"], answer="4")
     asked = ratings(template=str(path)).messages(group, 0, None)
     assert asked == [{"role": "user", "content": "What?|4|{{ 1 + 1 }}|user"}]
     chat = [{"role": "system", "content": "Sums."}, {"role": "user", "content": "2 + 2?"}]
-    text = ratings(template="{{ prompt }}").messages(case(["a"], chat), 0, None)[0]["content"]
+    text = ratings(template="{{ prompt }}").messages(scoring_input(["a"], chat), 0, None)[0][
+        "content"
+    ]
     assert text == "system: Sums.\n\nuser: 2 + 2?"
     pair = Rubric(JudgePairsSettings(kind="judge_pairs", **BASE)).messages(group, 1, 0)
     assert pair[0]["content"].index("\nb\n") < pair[0]["content"].index("{{ 1 + 1 }}")

@@ -148,7 +148,7 @@ def test_the_sum_is_over_what_is_there(
     """For any weights and any missing numbers, against a sum in plain Python."""
     from collections import Counter
 
-    from rewarding import case
+    from rewarding import scoring_input
 
     from gvpo_offline.collect.reward.stage import RewardStage
 
@@ -166,9 +166,11 @@ def test_the_sum_is_over_what_is_there(
     counts: Counter[str] = Counter()
     if None in expected:
         with pytest.raises(DataError):
-            stage._total(case(["x"] * 3), numbers, counts)
+            stage._total(scoring_input(["x"] * 3), numbers, counts)
         return
-    np.testing.assert_allclose(stage._total(case(["x"] * 3), numbers, counts), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        stage._total(scoring_input(["x"] * 3), numbers, counts), expected, atol=1e-6
+    )
 
 
 # ---- names and versions ----
@@ -178,7 +180,7 @@ def test_the_same_settings_are_there_already(root: Path, monkeypatch: pytest.Mon
     first = reward(root, {"right": NUMERIC, "level": EXACT})
     before = open_dataset(root, join=()).manifest
     monkeypatch.delattr(
-        "gvpo_offline.collect.reward.match.NumericScorer.score_case"
+        "gvpo_offline.collect.reward.match.NumericScorer.score_group"
     )  # no work is left
     # In another order, too.
     assert reward(root, {"level": EXACT, "right": NUMERIC}).family == first.family

@@ -18,7 +18,7 @@ _IDS = ("prompt_token_ids", "response_token_ids")
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ScoringInput:
     """A group as scorers see it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Case:
         responses: k texts.
         metadata: the further columns of the log.
         response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
-        row_group: number of the row group; the cases of a call are all those of one, in order.
+        row_group: number of the row group; those of a call are all of one, in order.
         place: file, row and group, for errors.
     """
 
@@ -72,15 +72,15 @@ class Case:
         return value
 
 
-class CaseReader:
-    """Reads the cases of a dataset.
+class ScoringInputReader:
+    """Reads the groups of a dataset as scorers see them.
 
     A log of token ids alone has no texts: they are decoded, without special tokens, by the
     tokenizer that the manifest names.
 
     Args:
         dataset: whose groups.
-        token_ids: whether cases have response_token_ids; otherwise no tokens are read where the
+        token_ids: whether groups have response_token_ids; otherwise no tokens are read where the
             log has texts.
         tokenizer: folder or hub name of the dataset's tokenizer, where it has moved.
     """
@@ -91,7 +91,7 @@ class CaseReader:
         self._tokenizer_name = tokenizer
         self._tokenizer: Any = None
 
-    def cases(self, row_group: int) -> list[Case]:
+    def read(self, row_group: int) -> list[ScoringInput]:
         """All groups of a row group, in order.
 
         Raises:
@@ -105,7 +105,7 @@ class CaseReader:
             groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
         place = self._dataset.place(row_group)
         return [
-            self._case(
+            self._input(
                 group,
                 row_group,
                 {"file": place.file, "row": place.first_row + row, "group": group.group_id},
@@ -113,7 +113,7 @@ class CaseReader:
             for row, group in enumerate(groups)
         ]
 
-    def _case(self, group: Group, row_group: int, place: dict[str, Any]) -> Case:
+    def _input(self, group: Group, row_group: int, place: dict[str, Any]) -> ScoringInput:
         prompt, responses = group.prompt, group.responses
         if group.messages is not None:
             prompt = None  # the text is what the template made of them
@@ -121,7 +121,7 @@ class CaseReader:
             prompt = self._decoded(group.prompt_token_ids, place)
         if responses is None:
             responses = tuple(self._decoded(ids, place) for ids in group.response_token_ids)
-        return Case(
+        return ScoringInput(
             group_id=group.group_id,
             prompt=prompt,
             messages=None if group.messages is None else json.loads(group.messages),

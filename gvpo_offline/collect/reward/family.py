@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect.reward.cases import Case
+from gvpo_offline.collect.reward.cases import ScoringInput
 from gvpo_offline.collect.reward.kinds import RewardSettings
 from gvpo_offline.collect.reward.scorer import SimpleScorer
 from gvpo_offline.schema import FloatArray, column_array, split_list
@@ -33,8 +33,8 @@ class FamilyScorer(SimpleScorer):
         """Name and version, which never change what they stand for."""
         return {"kind": "reward", "reward": self._label}
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        table = self._dataset.table(cases[0].row_group, ["response_lengths", "rewards"])
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1, k) for each group."""
+        table = self._dataset.table(groups[0].row_group, ["response_lengths", "rewards"])
         rows = split_list(column_array(table, "rewards"))
         return [np.array(row, np.float64)[np.newaxis] for row in rows]

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect.reward.cases import Case
+from gvpo_offline.collect.reward.cases import ScoringInput
 from gvpo_offline.collect.reward.kinds import FunctionSettings, VerlSettings
-from gvpo_offline.collect.reward.scorer import CaseScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import GroupScorer, numbers, settings_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.schema import FloatArray
@@ -26,7 +26,7 @@ from gvpo_offline.schema import FloatArray
 _OWN = ("prompt", "completion", "completion_ids", "prompts", "completions")
 
 
-class _FunctionScorer(CaseScorer):
+class _FunctionScorer(GroupScorer):
     """A function that each process loads for itself, told apart by the hash of its file."""
 
     def __init__(self, settings: FunctionSettings | VerlSettings) -> None:
@@ -55,14 +55,14 @@ class _FunctionScorer(CaseScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}
 
-    def _call(self, case: Case, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, group: ScoringInput, *args: Any, **kwargs: Any) -> Any:
         assert self._function is not None  # start has been called
-        with self._blamed(case):
+        with self._blamed(group):
             result = self._function(*args, **kwargs)
             return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     @contextmanager
-    def _blamed(self, case: Case) -> Iterator[None]:
+    def _blamed(self, group: ScoringInput) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -71,10 +71,12 @@ class _FunctionScorer(CaseScorer):
                 received=f"{type(error).__name__}: {error}",
                 remedy="correct the function, or the columns that it reads; to say that a response "
                 "has no reward, return None",
-                **case.place,
+                **group.place,
             ) from error
 
-    def _number(self, value: Any, case: Case, index: int, what: str = "number") -> float | None:
+    def _number(
+        self, value: Any, group: ScoringInput, index: int, what: str = "number"
+    ) -> float | None:
         """`value` as a number; None is missing."""
         if value is None:
             return None
@@ -85,7 +87,7 @@ class _FunctionScorer(CaseScorer):
                 f"the reward function {self._name} returns a finite {what}, or None, per response",
                 received=f"{value!r} for response {index}",
                 remedy="return None where a response has no reward",
-                **case.place,
+                **group.place,
             )
         return float(value)
 
@@ -101,18 +103,18 @@ class TrlScorer(_FunctionScorer):
 
     needs_token_ids = True
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        k = case.size
-        completions: list[Any] = list(case.responses)
-        if case.messages is not None:
+        k = group.size
+        completions: list[Any] = list(group.responses)
+        if group.messages is not None:
             completions = [[{"role": "assistant", "content": text}] for text in completions]
-        columns = {name: [value] * k for name, value in case.metadata.items() if name not in _OWN}
+        columns = {name: [value] * k for name, value in group.metadata.items() if name not in _OWN}
         found = self._call(
-            case,
-            prompts=[case.prompt if case.messages is None else case.messages] * k,
+            group,
+            prompts=[group.prompt if group.messages is None else group.messages] * k,
             completions=completions,
-            completion_ids=[ids.tolist() for ids in case.response_token_ids or ()],
+            completion_ids=[ids.tolist() for ids in group.response_token_ids or ()],
             **{"log_extra": _ignore, "log_metric": _ignore, **columns},
         )
         try:
@@ -124,9 +126,9 @@ class TrlScorer(_FunctionScorer):
                 f"the reward function {self._name} returns one number, or None, per response",
                 received=f"{found!r} for {k} responses",
                 remedy="return a list as long as completions",
-                **case.place,
+                **group.place,
             )
-        return numbers([self._number(value, case, index) for index, value in enumerate(values)])
+        return numbers([self._number(value, group, index) for index, value in enumerate(values)])
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -143,20 +145,20 @@ class VerlScorer(_FunctionScorer):
         self._settings = settings
         self.further = settings.keep
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1 + F, k)."""
-        truth = case.column(self._settings.ground_truth)
+        truth = group.column(self._settings.ground_truth)
         given = {
-            "data_source": case.metadata.get(self._settings.data_source),
+            "data_source": group.metadata.get(self._settings.data_source),
             "ground_truth": truth,
-            "extra_info": case.metadata.get(self._settings.extra_info),
+            "extra_info": group.metadata.get(self._settings.extra_info),
         }
         rows = []
-        for index, text in enumerate(case.responses):
-            found = self._call(case, solution_str=text, **given)
+        for index, text in enumerate(group.responses):
+            found = self._call(group, solution_str=text, **given)
             parts = found if isinstance(found, dict) else {"score": found}
             names = ("score", *self.further)
-            row = [self._number(parts.get(n), case, index, f"number as {n}") for n in names]
+            row = [self._number(parts.get(n), group, index, f"number as {n}") for n in names]
             rows.append(row)
         return np.array(rows, np.float64).T
 

@@ -6,9 +6,9 @@ import math
 import re
 from typing import Any
 
-from gvpo_offline.collect.reward.cases import Case
+from gvpo_offline.collect.reward.cases import ScoringInput
 from gvpo_offline.collect.reward.kinds import ExactSettings, NumericSettings
-from gvpo_offline.collect.reward.scorer import CaseScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import GroupScorer, numbers, settings_of
 from gvpo_offline.schema import FloatArray
 
 # 1,234.5 and 1234.5 and .5; a comma counts where it sets three digits apart, a sign where it is not
@@ -18,7 +18,7 @@ _NUMBER = re.compile(
 )
 
 
-class ExactScorer(CaseScorer):
+class ExactScorer(GroupScorer):
     """1 where two texts are the same, space around them aside; 0 where they differ.
 
     A group whose column is null has no right answer: its numbers are missing.
@@ -32,14 +32,14 @@ class ExactScorer(CaseScorer):
         """Its settings."""
         return settings_of(self._settings)
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = case.column(self._settings.column)
+        gold = group.column(self._settings.column)
         if gold is None:
-            return numbers([None] * case.size)
+            return numbers([None] * group.size)
         # The column may hold the bare answer.
         wanted = self._read(str(gold), otherwise=str(gold))
-        return numbers([float(self._read(text) == wanted) for text in case.responses])
+        return numbers([float(self._read(text) == wanted) for text in group.responses])
 
     def _read(self, text: str, otherwise: str | None = None) -> str | None:
         found = last_match(self._settings.pattern, text)
@@ -49,7 +49,7 @@ class ExactScorer(CaseScorer):
         return found.strip().casefold() if self._settings.ignore_case else found.strip()
 
 
-class NumericScorer(CaseScorer):
+class NumericScorer(GroupScorer):
     """1 where two numbers are the same within a tolerance; 0 where they differ or there is none.
 
     A group whose column is null, or has no number, has no right answer: its numbers are missing.
@@ -63,16 +63,16 @@ class NumericScorer(CaseScorer):
         """Its settings."""
         return settings_of(self._settings)
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = case.column(self._settings.column)
+        gold = group.column(self._settings.column)
         text = "" if gold is None else str(gold)
         matched = last_match(self._settings.pattern, text)
         wanted = last_number(text if matched is None else matched)
         if wanted is None:
-            return numbers([None] * case.size)
+            return numbers([None] * group.size)
         found = [
-            last_number(last_match(self._settings.pattern, text) or "") for text in case.responses
+            last_number(last_match(self._settings.pattern, text) or "") for text in group.responses
         ]
         return numbers([float(n is not None and self._same(n, wanted)) for n in found])
 

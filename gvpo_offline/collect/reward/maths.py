@@ -15,10 +15,10 @@ import signal
 from typing import Any
 
 from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
-from gvpo_offline.collect.reward.cases import Case
+from gvpo_offline.collect.reward.cases import ScoringInput
 from gvpo_offline.collect.reward.kinds import MathSettings
 from gvpo_offline.collect.reward.match import last_match
-from gvpo_offline.collect.reward.scorer import CaseScorer, numbers, settings_of
+from gvpo_offline.collect.reward.scorer import GroupScorer, numbers, settings_of
 from gvpo_offline.errors import ConfigError, WorkerError
 from gvpo_offline.schema import FloatArray
 
@@ -31,7 +31,7 @@ _IN_FORMULAS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"(?!(?:sin|cos|tan|cot|log|exp|sqrt|max|min|gcd|lcm|mod)\b)\b[A-Za-z]{3,}")
 
 
-class MathScorer(CaseScorer):
+class MathScorer(GroupScorer):
     """1 where math-verify shows that the answers are equal, 0 where it does not.
 
     A group whose gold answer is null or cannot be read has no right answer: its numbers are
@@ -62,14 +62,14 @@ class MathScorer(CaseScorer):
                 remedy="pip install 'gvpo-offline[math]'",
             ) from error
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = case.column(self._settings.column)
+        gold = group.column(self._settings.column)
         if gold is None:
-            return numbers([None] * case.size)
+            return numbers([None] * group.size)
         # The column may hold the bare answer.
         wanted = last_match(self._settings.pattern, str(gold)) or str(gold)
-        found = [last_match(self._settings.pattern, response) for response in case.responses]
+        found = [last_match(self._settings.pattern, response) for response in group.responses]
         return numbers(
             [0.0 if answer is None else self._verified(wanted, answer) for answer in found]
         )

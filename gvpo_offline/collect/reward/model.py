@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect.reward.cases import Case
+from gvpo_offline.collect.reward.cases import ScoringInput
 from gvpo_offline.collect.reward.kinds import ModelSettings
 from gvpo_offline.collect.reward.scorer import SimpleScorer, settings_of
 from gvpo_offline.errors import ConfigError, DataError
@@ -88,17 +88,17 @@ class ModelScorer(SimpleScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_tokenizer": None}
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        rows = [ids for case in cases for ids in self._encoded(case)]
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1, k) for each group."""
+        rows = [ids for group in groups for ids in self._encoded(group)]
         scores = np.zeros(len(rows))
         for members in self._batches([len(row) for row in rows]):
             scores[members] = self._logits([rows[i] for i in members])
-        ends = np.cumsum([case.size for case in cases])[:-1]
+        ends = np.cumsum([group.size for group in groups])[:-1]
         return [piece[np.newaxis] for piece in np.split(scores, ends)]
 
-    def _encoded(self, case: Case) -> list[list[int]]:
-        texts = [self._text(case, response) for response in case.responses]
+    def _encoded(self, group: ScoringInput) -> list[list[int]]:
+        texts = [self._text(group, response) for response in group.responses]
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         limit = getattr(self._model.config, "max_position_embeddings", None)
         longest = max(map(len, found))
@@ -107,14 +107,14 @@ class ModelScorer(SimpleScorer):
                 f"prompt and response fit the reward model's {limit} positions",
                 received=f"{longest} tokens",
                 remedy="use another reward model, or import with a smaller max_length",
-                **case.place,
+                **group.place,
             )
         return found
 
-    def _text(self, case: Case, response: str) -> str:
-        if case.messages is None and not self._settings.as_chat:
-            return f"{case.prompt}{response}"
-        messages = [*case.conversation, {"role": "assistant", "content": response}]
+    def _text(self, group: ScoringInput, response: str) -> str:
+        if group.messages is None and not self._settings.as_chat:
+            return f"{group.prompt}{response}"
+        messages = [*group.conversation, {"role": "assistant", "content": response}]
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template may raise anything
@@ -123,7 +123,7 @@ class ModelScorer(SimpleScorer):
                 received=f"{type(error).__name__}: {error}",
                 remedy="use a model that has a chat template, or as_chat: false for prompts that "
                 "are text",
-                **case.place,
+                **group.place,
             ) from error
         return text
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gvpo_offline.collect.reward.cases import Case, CaseReader
+from gvpo_offline.collect.reward.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.schema import FloatArray
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Scorer(Protocol):
 
     Attributes:
         further: names of numbers that are kept beside the one that counts.
-        needs_token_ids: whether cases must have response_token_ids.
+        needs_token_ids: whether groups must have response_token_ids.
         counts: what it counts while it scores (answers that took too long).
     """
 
@@ -36,7 +36,7 @@ class Scorer(Protocol):
             ConfigError: the settings name something that is not there.
         """
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Do what must be done over the whole dataset before any of it is scored; called once, in
         the process that the command runs in.
 
@@ -50,8 +50,8 @@ class Scorer(Protocol):
     def start(self) -> None:
         """Get ready in the process that is about to score."""
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1 + F, k) float64 for each case: the number that counts, then the further ones; NaN
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1 + F, k) float64 for each group: the number that counts, then the further ones; NaN
         where one is missing.
 
         Raises:
@@ -71,7 +71,7 @@ class SimpleScorer:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Nothing to do beforehand."""
         return True
 
@@ -82,16 +82,16 @@ class SimpleScorer:
         """Nothing to end."""
 
 
-class CaseScorer(SimpleScorer, ABC):
-    """A scorer to which each case stands for itself."""
+class GroupScorer(SimpleScorer, ABC):
+    """A scorer to which each group stands for itself."""
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """`score_case` of each."""
-        return [self.score_case(case) for case in cases]
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """`score_group` of each."""
+        return [self.score_group(group) for group in groups]
 
     @abstractmethod
-    def score_case(self, case: Case) -> FloatArray:
-        """(1 + F, k), as `Scorer.score` for one case."""
+    def score_group(self, group: ScoringInput) -> FloatArray:
+        """(1 + F, k), as `Scorer.score` for one group."""
 
 
 def settings_of(settings: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The reward stage: one task and one sidecar for each file of groups.
 
-    light columns -> cases -> scorers -> weighted sum and components -> sidecar -> manifest
+    light columns -> groups -> scorers -> weighted sum and components -> sidecar -> manifest
 
 The family's configuration holds all that its numbers depend on: the scorers' settings, the hashes
 of their code and weights, their weights in the sum. The same name with another configuration is a
@@ -22,7 +22,7 @@ from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
 from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.collect.reward.build import build_scorer
-from gvpo_offline.collect.reward.cases import Case, CaseReader
+from gvpo_offline.collect.reward.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.kinds import RewardSettings, ScorerSettings
 from gvpo_offline.collect.reward.scorer import Scorer
@@ -177,7 +177,7 @@ class RewardStage:
         self._config = config
         self._scorers = scorers
         self._weights = np.array(weights)
-        self.reader = CaseReader(
+        self.reader = ScoringInputReader(
             self._dataset,
             token_ids=any(scorer.needs_token_ids for scorer in scorers.values()),
             tokenizer=config.tokenizer_name_or_path,
@@ -212,7 +212,7 @@ class RewardStage:
 
         def tables() -> Iterator[pa.Table]:
             for row_group in range(first, first + len(files[number].row_groups)):
-                yield self._table(self.reader.cases(row_group), counts)
+                yield self._table(self.reader.read(row_group), counts)
 
         sidecar = write_sidecar(
             self.root,
@@ -228,16 +228,16 @@ class RewardStage:
             stage=self.name, task=task.name, sidecars=[sidecar], counts=dict(sorted(counts.items()))
         )
 
-    def _table(self, cases: Sequence[Case], counts: Counter[str]) -> pa.Table:
-        scored = [scorer.score(cases) for scorer in self._scorers.values()]
+    def _table(self, groups: Sequence[ScoringInput], counts: Counter[str]) -> pa.Table:
+        scored = [scorer.score(groups) for scorer in self._scorers.values()]
         rewards, components = [], []
-        for case, parts in zip(cases, zip(*scored, strict=True), strict=True):
+        for group, parts in zip(groups, zip(*scored, strict=True), strict=True):
             # The first row of each scorer's numbers counts.
-            rewards.append(self._total(case, np.stack([part[0] for part in parts]), counts))
+            rewards.append(self._total(group, np.stack([part[0] for part in parts]), counts))
             components.append(np.concatenate(parts))
-        return rewards_to_table([case.group_id for case in cases], rewards, components)
+        return rewards_to_table([group.group_id for group in groups], rewards, components)
 
-    def _total(self, case: Case, values: FloatArray, counts: Counter[str]) -> FloatArray:
+    def _total(self, group: ScoringInput, values: FloatArray, counts: Counter[str]) -> FloatArray:
         """The weighted sum over the scorers that have a number: (n_scorers, k) to (k,)."""
         lacking = np.isnan(values).all(axis=0)
         total: FloatArray = np.nansum(self._weights[:, np.newaxis] * values, axis=0)
@@ -250,7 +250,7 @@ class RewardStage:
                 received=f"none for response {int(np.flatnonzero(lacking)[0])}",
                 remedy="add a scorer that knows such responses, correct the column of the right "
                 "answers, or say with `missing` what their reward is",
-                **case.place,
+                **group.place,
             )
         total[lacking] = self._config.missing
         return total

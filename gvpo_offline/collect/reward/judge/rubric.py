@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.collect.reward.cases import Case, Message
+from gvpo_offline.collect.reward.cases import Message, ScoringInput
 from gvpo_offline.collect.reward.kinds import JudgePairsSettings, JudgeSettings
 from gvpo_offline.collect.server.answer import BadAnswerError
 from gvpo_offline.errors import ConfigError, DataError
@@ -88,22 +88,22 @@ class Rubric:
         asked = {"system": self._settings.system, "template": self.text}
         return {**asked, "pattern": self.pattern, "rubric_sha256": sha256_json(asked)}
 
-    def messages(self, case: Case, first: int, second: int | None) -> list[Message]:
+    def messages(self, group: ScoringInput, first: int, second: int | None) -> list[Message]:
         """The question about a response, or about a pair in the order in which it is shown.
 
         Raises:
             DataError: the template does not fit the group.
         """
-        shown: dict[str, Any] = {"response": case.responses[first]}
+        shown: dict[str, Any] = {"response": group.responses[first]}
         if second is not None:
-            shown = {"response_a": case.responses[first], "response_b": case.responses[second]}
+            shown = {"response_a": group.responses[first], "response_b": group.responses[second]}
         if isinstance(self._settings, JudgeSettings):
             shown["scale"] = [f"{end:g}" for end in self._settings.scale]
         try:
             text = _compiled(self.text).render(
-                prompt=_prompt_text(case),
-                messages=case.conversation,
-                metadata=case.metadata,
+                prompt=_prompt_text(group),
+                messages=group.conversation,
+                metadata=group.metadata,
                 **shown,
             )
         except Exception as error:  # a template may raise anything
@@ -112,7 +112,7 @@ class Rubric:
                 received=f"{type(error).__name__}: {error}",
                 remedy="correct the template; it knows prompt, messages, metadata, and "
                 + ("response_a and response_b" if self._pairs else "response and scale"),
-                **case.place,
+                **group.place,
             ) from error
         system = self._settings.system
         start = [] if system is None else [{"role": "system", "content": system}]
@@ -189,10 +189,10 @@ def _compiled(text: str) -> Any:
         ) from error
 
 
-def _prompt_text(case: Case) -> str:
-    if case.messages is None:
-        return case.prompt or ""
-    turns = [(turn.get("role"), turn.get("content")) for turn in case.messages]
+def _prompt_text(group: ScoringInput) -> str:
+    if group.messages is None:
+        return group.prompt or ""
+    turns = [(turn.get("role"), turn.get("content")) for turn in group.messages]
     if len(turns) == 1 and isinstance(turns[0][1], str):
         return turns[0][1]
     return "\n\n".join(

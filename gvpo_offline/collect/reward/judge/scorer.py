@@ -7,7 +7,7 @@ from typing import Any
 
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.reward.cases import Case, CaseReader
+from gvpo_offline.collect.reward.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.collect.reward.judge.log import Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.pairs import pairs_of, win_rates
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
@@ -44,7 +44,7 @@ class _Judge(SimpleScorer):
             del described[name]
         return {**described, **Rubric(self._settings).identity()}
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Ask the judge whatever it has not answered yet.
 
         Raises:
@@ -60,21 +60,21 @@ class _Judge(SimpleScorer):
             self._log.remove_journals()
         return done
 
-    def items(self, case: Case) -> list[Item]:
+    def items(self, group: ScoringInput) -> list[Item]:
         """What to ask about."""
         raise NotImplementedError
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1 + F, k) for each case.
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1 + F, k) for each group.
 
         Raises:
             DataError: two models answered about one group.
         """
-        found = self._log.read(self._log.rounds(task_of(self._dataset, cases[0].row_group)))
-        return [self._score(case, self._of(case, found)) for case in cases]
+        found = self._log.read(self._log.rounds(task_of(self._dataset, groups[0].row_group)))
+        return [self._score(group, self._of(group, found)) for group in groups]
 
-    def _of(self, case: Case, found: Mapping[Key, Judgement]) -> dict[Item, float]:
-        asked = {item: found[(case.group_id, *item)] for item in self.items(case)}
+    def _of(self, group: ScoringInput, found: Mapping[Key, Judgement]) -> dict[Item, float]:
+        asked = {item: found[(group.group_id, *item)] for item in self.items(group)}
         own = {item: said for item, said in asked.items() if said.error is None}
         if len(own) < len(asked):
             self.counts["failed"] += len(asked) - len(own)
@@ -84,11 +84,11 @@ class _Judge(SimpleScorer):
                 "one model judges all responses of a group",
                 received=", ".join(sorted(map(str, models))),
                 remedy="name the model's exact version in `model`, and judge with that",
-                **case.place,
+                **group.place,
             )
         return {item: said.value for item, said in own.items() if said.value is not None}
 
-    def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
+    def _score(self, group: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
         raise NotImplementedError
 
 
@@ -98,12 +98,12 @@ class RatingJudge(_Judge):
     def __init__(self, settings: JudgeSettings, dataset: GroupDataset) -> None:
         super().__init__(settings, dataset)
 
-    def items(self, case: Case) -> list[Item]:
+    def items(self, group: ScoringInput) -> list[Item]:
         """Each response."""
-        return [(i, None) for i in range(case.size)]
+        return [(i, None) for i in range(group.size)]
 
-    def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
-        return numbers([values.get(item) for item in self.items(case)])
+    def _score(self, group: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
+        return numbers([values.get(item) for item in self.items(group)])
 
 
 class PairsJudge(_Judge):
@@ -119,15 +119,15 @@ class PairsJudge(_Judge):
         self._opponents = settings.opponents
         super().__init__(settings, dataset)
 
-    def items(self, case: Case) -> list[Item]:
+    def items(self, group: ScoringInput) -> list[Item]:
         """Each pair, in both orders."""
-        pairs = pairs_of(case.size, self._opponents, case.group_id)
+        pairs = pairs_of(group.size, self._opponents, group.group_id)
         return [shown for i, j in pairs for shown in ((i, j), (j, i))]
 
-    def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
+    def _score(self, group: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
         # A pair counts where both of its orders were judged.
         wins = {(i, j): won for (i, j), won in values.items() if j is not None and (j, i) in values}
         self.counts["swayed_by_order"] += sum(
             won + wins[j, i] != 1 for (i, j), won in wins.items() if i < j
         )
-        return win_rates(case.size, wins)
+        return win_rates(group.size, wins)

@@ -8,7 +8,7 @@ from typing import Any
 
 from gvpo_offline.collect.engine.rounds import round_name
 from gvpo_offline.collect.engine.stage import Task
-from gvpo_offline.collect.reward.cases import Case, CaseReader, Message
+from gvpo_offline.collect.reward.cases import Message, ScoringInput, ScoringInputReader
 from gvpo_offline.collect.reward.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
 from gvpo_offline.collect.server.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
@@ -17,7 +17,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
 
-Items = Callable[[Case], list[tuple[int, int | None]]]
+Items = Callable[[ScoringInput], list[tuple[int, int | None]]]
 _TASK_DIGITS = 16
 _CAUSES_SHOWN = 3
 
@@ -44,7 +44,7 @@ class JudgeStage:
     def __init__(
         self,
         dataset: GroupDataset,
-        reader: CaseReader,
+        reader: ScoringInputReader,
         log: JudgementLog,
         settings: AnyJudgeSettings,
         items: Items,
@@ -91,8 +91,8 @@ class JudgeStage:
         with self._log.journal(task.name) as journal:
             questions = {
                 question.key: question
-                for case in self._reader.cases(row_group)
-                for question in self._questions(case, before, journal)
+                for group in self._reader.read(row_group)
+                for question in self._questions(group, before, journal)
             }
             open_ = [each for key, each in questions.items() if key not in journal.known]
             causes = self._server.ask(open_)
@@ -100,16 +100,16 @@ class JudgeStage:
         return self._log.write(task.name, [(failed | journal.known)[key] for key in questions])
 
     def _questions(
-        self, case: Case, before: dict[Key, Judgement], journal: Journal
+        self, group: ScoringInput, before: dict[Key, Judgement], journal: Journal
     ) -> list[_Question]:
         """The questions about a group that rounds before have no answer to."""
         questions = []
-        for first, second in self._items(case):
-            last = before.get((case.group_id, first, second))
+        for first, second in self._items(group):
+            last = before.get((group.group_id, first, second))
             if last is None or last.error is not None:
-                messages = self._rubric.messages(case, first, second)
+                messages = self._rubric.messages(group, first, second)
                 seed = self._settings.seed if last is None else last.seed + 1
-                key = (case.group_id, first, second)
+                key = (group.group_id, first, second)
                 questions.append(
                     _Question(key, self._settings, self._rubric, messages, seed, journal)
                 )

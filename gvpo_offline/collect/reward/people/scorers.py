@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.reward.cases import Case, CaseReader
+from gvpo_offline.collect.reward.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.collect.reward.kinds import PeopleSettings, RanksSettings, VotesSettings
 from gvpo_offline.collect.reward.people.bradley_terry import connected, log_strengths
 from gvpo_offline.collect.reward.people.opinions import (
@@ -45,7 +45,7 @@ class PeopleScorer(SimpleScorer):
         del described["inputs"]
         return {**described, "inputs_sha256": self._sha256}
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Compute the numbers of every judged group, before any other scorer begins its work.
 
         Raises:
@@ -59,11 +59,11 @@ class PeopleScorer(SimpleScorer):
             self._numbers[str(group)] = _aggregate(settings, rows)
         return True
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """(1, k) for each case; NaN where nobody judged."""
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1, k) for each group; NaN where nobody judged."""
         return [
-            self._numbers.get(case.group_id, np.full(case.size, np.nan))[np.newaxis]
-            for case in cases
+            self._numbers.get(group.group_id, np.full(group.size, np.nan))[np.newaxis]
+            for group in groups
         ]
 
     def __getstate__(self) -> dict[str, Any]:
