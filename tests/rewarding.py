@@ -83,7 +83,7 @@ def scoring_input(responses: Sequence[str], prompt: Any = "What?", **metadata: A
         messages=prompt if chat else None,
         responses=tuple(responses),
         metadata=metadata,
-        place={"file": "f", "row": 3, "group": "g"},
+        location={"file": "f", "row": 3, "group": "g"},
     )
 
 

@@ -29,7 +29,7 @@ class ScoringInput:
         metadata: the further columns of the log.
         response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
         row_group: number of the row group; those of a call are all of one, in order.
-        place: file, row and group, for errors.
+        location: file, row and group, for errors.
     """
 
     group_id: str
@@ -39,7 +39,7 @@ class ScoringInput:
     metadata: dict[str, Any]
     response_token_ids: tuple[IntArray, ...] | None = None
     row_group: int = 0
-    place: dict[str, Any] = field(default_factory=dict)
+    location: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -66,7 +66,7 @@ class ScoringInput:
                     f"the group's metadata has the column {name}",
                     received=f"{', '.join(self.metadata) or 'no metadata'}",
                     remedy="name a column that was kept at import (columns.keep)",
-                    **self.place,
+                    **self.location,
                 )
             value = value[step]
         return value
@@ -113,32 +113,32 @@ class ScoringInputReader:
             for row, group in enumerate(groups)
         ]
 
-    def _input(self, group: Group, row_group: int, place: dict[str, Any]) -> ScoringInput:
+    def _input(self, group: Group, row_group: int, location: dict[str, Any]) -> ScoringInput:
         prompt, responses = group.prompt, group.responses
         if group.messages is not None:
             prompt = None  # the text is what the template made of them
         elif prompt is None:
-            prompt = self._decoded(group.prompt_token_ids, place)
+            prompt = self._decoded(group.prompt_token_ids, location)
         if responses is None:
-            responses = tuple(self._decoded(ids, place) for ids in group.response_token_ids)
+            responses = tuple(self._decoded(ids, location) for ids in group.response_token_ids)
         return ScoringInput(
             group_id=group.group_id,
             prompt=prompt,
             messages=None if group.messages is None else json.loads(group.messages),
             responses=responses,
-            metadata=_metadata(group.metadata, place),
+            metadata=_metadata(group.metadata, location),
             response_token_ids=group.response_token_ids if self._token_ids else None,
             row_group=row_group,
-            place=place,
+            location=location,
         )
 
-    def _decoded(self, ids: IntArray, place: dict[str, Any]) -> str:
+    def _decoded(self, ids: IntArray, location: dict[str, Any]) -> str:
         if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer(place)
+            self._tokenizer = self._load_tokenizer(location)
         text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
-    def _load_tokenizer(self, place: dict[str, Any]) -> Any:
+    def _load_tokenizer(self, location: dict[str, Any]) -> Any:
         made_by = self._dataset.manifest.tokenizer
         name = self._tokenizer_name or (made_by.name_or_path if made_by else None)
         if name is None:
@@ -146,7 +146,7 @@ class ScoringInputReader:
                 "scorers read text, or token ids that a known tokenizer decodes",
                 received="a group without text in a dataset that names no tokenizer",
                 remedy="set tokenizer_name_or_path to the tokenizer that made the ids",
-                **place,
+                **location,
             )
         tokenizer = load_tokenizer(name)
         if made_by is not None:
@@ -168,7 +168,7 @@ def _has_texts(group: Group) -> bool:
     return has_prompt and group.responses is not None
 
 
-def _metadata(text: str | None, place: dict[str, Any]) -> dict[str, Any]:
+def _metadata(text: str | None, location: dict[str, Any]) -> dict[str, Any]:
     if text is None:
         return {}
     try:
@@ -176,5 +176,5 @@ def _metadata(text: str | None, place: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise DataError("metadata is a JSON object", received=text, **place)
+        raise DataError("metadata is a JSON object", received=text, **location)
     return found

@@ -71,7 +71,7 @@ class _FunctionScorer(GroupScorer):
                 received=f"{type(error).__name__}: {error}",
                 remedy="correct the function, or the columns that it reads; to say that a response "
                 "has no reward, return None",
-                **group.place,
+                **group.location,
             ) from error
 
     def _number(
@@ -87,7 +87,7 @@ class _FunctionScorer(GroupScorer):
                 f"the reward function {self._name} returns a finite {what}, or None, per response",
                 received=f"{value!r} for response {index}",
                 remedy="return None where a response has no reward",
-                **group.place,
+                **group.location,
             )
         return float(value)
 
@@ -126,7 +126,7 @@ class TrlScorer(_FunctionScorer):
                 f"the reward function {self._name} returns one number, or None, per response",
                 received=f"{found!r} for {k} responses",
                 remedy="return a list as long as completions",
-                **group.place,
+                **group.location,
             )
         return numbers([self._number(value, group, index) for index, value in enumerate(values)])
 

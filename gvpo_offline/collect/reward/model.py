@@ -107,7 +107,7 @@ class ModelScorer(SimpleScorer):
                 f"prompt and response fit the reward model's {limit} positions",
                 received=f"{longest} tokens",
                 remedy="use another reward model, or import with a smaller max_length",
-                **group.place,
+                **group.location,
             )
         return found
 
@@ -123,7 +123,7 @@ class ModelScorer(SimpleScorer):
                 received=f"{type(error).__name__}: {error}",
                 remedy="use a model that has a chat template, or as_chat: false for prompts that "
                 "are text",
-                **group.place,
+                **group.location,
             ) from error
         return text
 

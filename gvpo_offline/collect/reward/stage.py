@@ -250,7 +250,7 @@ class RewardStage:
                 received=f"none for response {int(np.flatnonzero(lacking)[0])}",
                 remedy="add a scorer that knows such responses, correct the column of the right "
                 "answers, or say with `missing` what their reward is",
-                **group.place,
+                **group.location,
             )
         total[lacking] = self._config.missing
         return total

@@ -112,7 +112,7 @@ class Rubric:
                 received=f"{type(error).__name__}: {error}",
                 remedy="correct the template; it knows prompt, messages, metadata, and "
                 + ("response_a and response_b" if self._pairs else "response and scale"),
-                **group.place,
+                **group.location,
             ) from error
         system = self._settings.system
         start = [] if system is None else [{"role": "system", "content": system}]

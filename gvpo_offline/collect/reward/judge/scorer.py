@@ -84,7 +84,7 @@ class _Judge(SimpleScorer):
                 "one model judges all responses of a group",
                 received=", ".join(sorted(map(str, models))),
                 remedy="name the model's exact version in `model`, and judge with that",
-                **group.place,
+                **group.location,
             )
         return {item: said.value for item, said in own.items() if said.value is not None}
 
