@@ -272,7 +272,7 @@ def test_verl_functions_as_they_are(tmp_path: Path) -> None:
 
     assert score(verl("compute_score"), one) == [[[1, 0]]]
     kept = verl("compute_score", keep=["length", "index"])
-    assert kept.further == ("length", "index")
+    assert kept.extra_components == ("length", "index")
     assert score(kept, one) == [[[1, 0], [4, 7], [7, 7]]]
     flat = verl("plain_score", ground_truth="answer")
     assert score(flat, scoring_input(["4", "5"], answer="4")) == [[[1, 0]]]

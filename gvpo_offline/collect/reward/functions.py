@@ -143,7 +143,7 @@ class VerlScorer(_FunctionScorer):
     def __init__(self, settings: VerlSettings) -> None:
         super().__init__(settings)
         self._settings = settings
-        self.further = settings.keep
+        self.extra_components = settings.keep
 
     def score_group(self, group: ScoringInput) -> FloatArray:
         """(1 + F, k)."""
@@ -157,7 +157,7 @@ class VerlScorer(_FunctionScorer):
         for index, text in enumerate(group.responses):
             found = self._call(group, solution_str=text, **given)
             parts = found if isinstance(found, dict) else {"score": found}
-            names = ("score", *self.further)
+            names = ("score", *self.extra_components)
             row = [self._number(parts.get(n), group, index, f"number as {n}") for n in names]
             rows.append(row)
         return np.array(rows, np.float64).T

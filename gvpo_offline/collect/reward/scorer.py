@@ -20,12 +20,12 @@ class Scorer(Protocol):
     """One number, or a missing one, for each response of a group. Picklable; `start` loads.
 
     Attributes:
-        further: names of numbers that are kept beside the one that counts.
+        extra_components: names of numbers that are kept beside the one that counts.
         needs_token_ids: whether groups must have response_token_ids.
         counts: what it counts while it scores (answers that took too long).
     """
 
-    further: tuple[str, ...]
+    extra_components: tuple[str, ...]
     needs_token_ids: bool
     counts: Counter[str]
 
@@ -36,7 +36,7 @@ class Scorer(Protocol):
             ConfigError: the settings name something that is not there.
         """
 
-    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Do what must be done over the whole dataset before any of it is scored; called once, in
         the process that the command runs in.
 
@@ -65,13 +65,13 @@ class Scorer(Protocol):
 class SimpleScorer:
     """What most scorers have in common: nothing to load, nothing to count, one number."""
 
-    further: tuple[str, ...] = ()
+    extra_components: tuple[str, ...] = ()
     needs_token_ids = False
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Nothing to do beforehand."""
         return True
 

@@ -101,8 +101,8 @@ def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | N
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
     try:
-        gathered = [scorer.gather(stage.reader, engine) for scorer in scorers.values()]
-        records = run_stage(stage, engine) if all(gathered) else None
+        prepared = [scorer.prepare(stage.reader, engine) for scorer in scorers.values()]
+        records = run_stage(stage, engine) if all(prepared) else None
     finally:
         for scorer in scorers.values():
             scorer.stop()
@@ -189,7 +189,7 @@ class RewardStage:
         return [
             f"{name}{suffix}"
             for name, scorer in self._scorers.items()
-            for suffix in ("", *(f".{further}" for further in scorer.further))
+            for suffix in ("", *(f".{extra}" for extra in scorer.extra_components))
         ]
 
     def tasks(self) -> Sequence[Task]:

@@ -44,7 +44,7 @@ class _Judge(SimpleScorer):
             del described[name]
         return {**described, **Rubric(self._settings).identity()}
 
-    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Ask the judge whatever it has not answered yet.
 
         Raises:
@@ -113,7 +113,7 @@ class PairsJudge(_Judge):
     `swayed_by_order`: pairs of which the two orders gave verdicts that contradict each other.
     """
 
-    further: tuple[str, ...] = ("shown_first", "shown_second")
+    extra_components: tuple[str, ...] = ("shown_first", "shown_second")
 
     def __init__(self, settings: JudgePairsSettings, dataset: GroupDataset) -> None:
         self._opponents = settings.opponents

@@ -45,7 +45,7 @@ class PeopleScorer(SimpleScorer):
         del described["inputs"]
         return {**described, "inputs_sha256": self._sha256}
 
-    def gather(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, engine: EngineSettings) -> bool:
         """Compute the numbers of every judged group, before any other scorer begins its work.
 
         Raises:
