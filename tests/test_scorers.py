@@ -23,8 +23,8 @@ from gvpo_offline.collect.reward.kinds import (
     ExactSettings,
     FunctionSettings,
     MathSettings,
-    ModelSettings,
     NumericSettings,
+    RewardModelSettings,
     VerlSettings,
 )
 from gvpo_offline.collect.reward.match import ExactScorer, NumericScorer, last_number
@@ -334,7 +334,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: P
 
 def classifier(path: Path, **settings: Any) -> ModelScorer:
     given = {"kind": "model", "model_name_or_path": str(path), "use_cpu": True, **settings}
-    return ModelScorer(ModelSettings(**given))
+    return ModelScorer(RewardModelSettings(**given))
 
 
 def test_a_reward_model_scores_prompt_and_response(reward_model: Path) -> None:

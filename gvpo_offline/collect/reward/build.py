@@ -11,10 +11,10 @@ from gvpo_offline.collect.reward.kinds import (
     JudgePairsSettings,
     JudgeSettings,
     MathSettings,
-    ModelSettings,
     NumericSettings,
     RanksSettings,
     RatingsSettings,
+    RewardModelSettings,
     ScorerSettings,
     VerlSettings,
     VotesSettings,
@@ -44,7 +44,7 @@ def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
             return ExactScorer(settings)
         case NumericSettings():
             return NumericScorer(settings)
-        case ModelSettings():
+        case RewardModelSettings():
             return ModelScorer(settings)
         case JudgeSettings():
             return RatingJudge(settings, dataset)

@@ -95,7 +95,7 @@ class NumericSettings(_Settings):
     tolerance: float = Field(default=1e-6, ge=0, description="Relative, and absolute below 1.")
 
 
-class ModelSettings(_Settings):
+class RewardModelSettings(_Settings):
     """A reward model: the single logit of a sequence classifier, after the whole conversation."""
 
     kind: Literal["model"]
@@ -257,7 +257,7 @@ ScorerSettings = Annotated[
     | MathSettings
     | ExactSettings
     | NumericSettings
-    | ModelSettings
+    | RewardModelSettings
     | RewardSettings
     | JudgeSettings
     | JudgePairsSettings

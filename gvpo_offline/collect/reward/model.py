@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.reward.cases import ScoringInput
-from gvpo_offline.collect.reward.kinds import ModelSettings
+from gvpo_offline.collect.reward.kinds import RewardModelSettings
 from gvpo_offline.collect.reward.scorer import SimpleScorer, settings_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.schema import FloatArray
@@ -23,7 +23,7 @@ class ModelScorer(SimpleScorer):
     they do not depend on who computes them.
     """
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: RewardModelSettings) -> None:
         super().__init__()
         self._settings = settings
         self._model: Any = None
