@@ -101,7 +101,7 @@ class JudgeStage:
 
     def _questions(
         self, group: ScoringInput, before: dict[Key, Judgement], journal: Journal
-    ) -> list[_Question]:
+    ) -> list[_JudgeRequest]:
         """The questions about a group that rounds before have no answer to."""
         questions = []
         for first, second in self._items(group):
@@ -111,7 +111,7 @@ class JudgeStage:
                 seed = self._settings.seed if last is None else last.seed + 1
                 key = (group.group_id, first, second)
                 questions.append(
-                    _Question(key, self._settings, self._rubric, messages, seed, journal)
+                    _JudgeRequest(key, self._settings, self._rubric, messages, seed, journal)
                 )
         return questions
 
@@ -137,7 +137,7 @@ class JudgeStage:
         )
 
 
-class _Question:
+class _JudgeRequest:
     """One question, asked until its answer can be read; see `server.client.Question`."""
 
     chat = True
