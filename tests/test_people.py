@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rewarding import answered_dataset, read, reward
 
@@ -83,7 +83,7 @@ def test_ratings_are_averaged_over_people(root: Path, tmp_path: Path, suffix: st
     """
     rows = [rating(3, "3.0", 4.0), rating(3, "3.0", 2.0, "bob"), rating(3, "3.1", -1.5)]
     path = write(tmp_path / f"ratings{suffix}", rows)
-    with pytest.raises(DataError, match="number of at least one scorer"):
+    with pytest.raises(DataError, match="at least one scorer has a number for every response"):
         reward(root, people("ratings", path, rater_column="rater"))
     result = reward(root, people("ratings", path, rater_column="rater"), missing=0.0)
     k = sizes(root)[group(3)]
@@ -219,6 +219,7 @@ def test_ranks_are_shares_of_others_beaten(root: Path, tmp_path: Path) -> None:
         reward(root, people("ranks", path), missing=0.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=6))
 def test_shares_beaten(ranks: list[int]) -> None:
     """Against counting in plain Python; a ranking shares out 1/2 on average."""
@@ -279,6 +280,7 @@ def test_votes_that_fit_nowhere(root: Path, tmp_path: Path) -> None:
 _COUNTS = st.integers(0, 200).map(lambda n: n / 2)
 
 
+@settings(deadline=None)
 @given(_COUNTS, _COUNTS, st.floats(0.001, 10))
 def test_two_responses_in_closed_form(won: float, lost: float, prior: float) -> None:
     """s_0 - s_1 = log((won + prior / 2) / (lost + prior / 2)), around 0."""
@@ -328,6 +330,7 @@ def test_the_optimum_that_brute_force_finds(seed: int, prior: float) -> None:
     np.testing.assert_allclose(found, brute_force(wins, prior), atol=1e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 6), st.data())
 def test_laws_of_strengths(n: int, data: st.DataObject) -> None:
     """Renaming the responses renames the strengths, and turning all votes round turns the signs."""

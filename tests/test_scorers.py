@@ -246,8 +246,8 @@ def test_trl_functions_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", "raises scores every group; received KeyError: 'solution'"),
-        ("right", "right scores every group; received TypeError.*'answer'"),
+        ("raises", "raises must not raise; received KeyError: 'solution'"),
+        ("right", "right must not raise; received TypeError.*'answer'"),
         ("short", "one number, or None, per response; received .1.0. for 2 responses"),
         ("one_number", "one number, or None, per response; received 1.0 for 2"),
         ("nan", "finite number, or None, per response; received nan for response 1"),
@@ -400,7 +400,9 @@ def test_a_reward_model_is_told_apart_by_its_weights(reward_model: Path, tmp_pat
 def test_what_a_reward_model_refuses(
     reward_model: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"fit the reward model's 96 positions.*tokens") as error:
+    with pytest.raises(
+        DataError, match=r"fit into the reward model's 96 positions.*tokens"
+    ) as error:
         score(classifier(reward_model), scoring_input(["cat " * 100]))
     assert error.value.group == "g"
     with pytest.raises(ConfigError, match=r"has one label; received .* with 2"):
@@ -417,7 +419,7 @@ def test_what_a_reward_model_refuses(
     [
         ({}, "scorers must be set"),
         ({"a b": {"kind": "math", "column": "x"}}, "the name of a scorer"),
-        ({"a.b": {"kind": "math", "column": "x"}}, "has no dot; received a.b"),
+        ({"a.b": {"kind": "math", "column": "x"}}, "contains no dot; received a.b"),
         ({"a": {"column": "x"}}, "scorers.a: .*kind"),
         ({"a": {"kind": "oracle"}}, "scorers.a: .*'oracle'"),
         ({"a": {"kind": "math"}}, "scorers.a.math.column: .*required"),

@@ -1,4 +1,4 @@
-"""From settings to scorers."""
+"""Constructs scorers from their settings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from gvpo_offline.store.dataset import GroupDataset
 
 
 def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
-    """The scorer of some settings, not started yet.
+    """Construct a scorer; `start` is not called.
 
     Raises:
-        ConfigError: the dataset lacks what it builds on.
+        ConfigError: the dataset lacks a reward that the scorer uses.
+        DataError: a file of people's judgements cannot be read.
     """
     match settings:
         case FunctionSettings():

@@ -1,4 +1,4 @@
-"""Groups as scorers see them, read from the light columns of a row group."""
+"""What scorers read of a group: texts, messages and metadata, without rewards or log-probs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _IDS = ("prompt_token_ids", "response_token_ids")
 
 @dataclass(frozen=True, slots=True)
 class ScoringInput:
-    """A group as scorers see it.
+    """What scorers read of a group.
 
     Attributes:
         group_id: its id.
         prompt: the prompt as text, or None where it is messages.
         messages: the prompt as chat messages, or None where it is text.
         responses: k texts.
-        metadata: the further columns of the log.
+        metadata: the columns of the log that were kept at import.
         response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
-        row_group: number of the row group; those of a call are all of one, in order.
+        row_group: number of the row group. One call of `Scorer.score` gets all groups of a row
+            group, in order.
         location: file, row and group, for errors.
     """
 
@@ -48,11 +49,11 @@ class ScoringInput:
 
     @property
     def conversation(self) -> list[Message]:
-        """The prompt as messages; one that is text is what a user says."""
+        """The prompt as messages; a text becomes one user message."""
         return self.messages or [{"role": "user", "content": self.prompt}]
 
     def column(self, name: str) -> Any:
-        """A column of the metadata: its name, or the way down to it (`reward_model.ground_truth`).
+        """A metadata column by name, or a nested field by path (`reward_model.ground_truth`).
 
         Raises:
             DataError: the group has no such column.
@@ -75,14 +76,15 @@ class ScoringInput:
 class ScoringInputReader:
     """Reads the groups of a dataset as scorers see them.
 
-    A log of token ids alone has no texts: they are decoded, without special tokens, by the
+    If the log has token ids and no texts, the ids are decoded, without special tokens, by the
     tokenizer that the manifest names.
 
     Args:
-        dataset: whose groups.
-        token_ids: whether groups have response_token_ids; otherwise no tokens are read where the
-            log has texts.
-        tokenizer: folder or hub name of the dataset's tokenizer, where it has moved.
+        dataset: the dataset to read.
+        token_ids: read response_token_ids as well; otherwise token ids are read only if a group
+            has no texts.
+        tokenizer: folder or hub name of the dataset's tokenizer, if it is no longer at the path
+            in the manifest.
     """
 
     def __init__(self, dataset: GroupDataset, *, token_ids: bool, tokenizer: str | None) -> None:
@@ -95,7 +97,8 @@ class ScoringInputReader:
         """All groups of a row group, in order.
 
         Raises:
-            DataError: a group has no text, and no tokenizer is known; or its metadata is no JSON.
+            DataError: a group has no texts and no tokenizer is known, or its metadata is not a
+                JSON object.
             ConfigError: the tokenizer cannot be loaded.
             IntegrityError: the file is damaged, or the tokenizer is not the dataset's.
         """
@@ -116,7 +119,7 @@ class ScoringInputReader:
     def _input(self, group: Group, row_group: int, location: dict[str, Any]) -> ScoringInput:
         prompt, responses = group.prompt, group.responses
         if group.messages is not None:
-            prompt = None  # the text is what the template made of them
+            prompt = None  # the text is the rendered chat template
         elif prompt is None:
             prompt = self._decoded(group.prompt_token_ids, location)
         if responses is None:
@@ -143,9 +146,9 @@ class ScoringInputReader:
         name = self._tokenizer_name or (made_by.name_or_path if made_by else None)
         if name is None:
             raise DataError(
-                "scorers read text, or token ids that a known tokenizer decodes",
-                received="a group without text in a dataset that names no tokenizer",
-                remedy="set tokenizer_name_or_path to the tokenizer that made the ids",
+                "scorers read texts, or token ids that a known tokenizer decodes",
+                received="a group without texts in a dataset that names no tokenizer",
+                remedy="set tokenizer_name_or_path to the tokenizer that produced the ids",
                 **location,
             )
         tokenizer = load_tokenizer(name)

@@ -1,4 +1,4 @@
-"""A reward that the dataset has already, as a part of another."""
+"""A reward that the dataset already has, as a component of another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gvpo_offline.store.dataset import GroupDataset
 
 
 class FamilyScorer(SimpleScorer):
-    """The numbers of one version of a reward.
+    """Returns the numbers of one version of a reward.
 
     Raises:
         ConfigError: the dataset has no such reward.
@@ -30,7 +30,7 @@ class FamilyScorer(SimpleScorer):
         self._dataset = GroupDataset(dataset.folder.resolve(), dataset.manifest, rewards)
 
     def identity(self) -> dict[str, Any]:
-        """Name and version, which never change what they stand for."""
+        """Name and version; the numbers of a version never change."""
         return {"kind": "reward", "reward": self._label}
 
     def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:

@@ -1,4 +1,4 @@
-"""The rubric: what a judge is asked about a response or a pair, and how its answer is read."""
+"""The rubric of a judge: renders the prompt about a response or a pair, parses the answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Verdict: A
 Verdict: B
 Verdict: tie
 """
-# At the very end, so that neither a number in the reasons nor "7/10" is taken for it.
+# Anchored at the end, so that numbers in the reasoning and "7/10" do not match.
 _SCORE = r"Score:[\s*]*(-?\d+(?:\.\d+)?)[\s*.]*\Z"
 _VERDICT = r"Verdict:[\s*]*(A|B|[Tt]ie)[\s*.]*\Z"
 _VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -65,13 +65,13 @@ _FILES = (".jinja", ".jinja2", ".j2")
 
 
 class Rubric:
-    """A template, and a strict way to read what it leads to.
+    """A prompt template and a strict parser of the answers.
 
     Args:
-        settings: of the judge.
+        settings: settings of the judge.
 
     Raises:
-        ConfigError: the template cannot be read.
+        ConfigError: the template cannot be read or compiled.
     """
 
     def __init__(self, settings: AnyJudgeSettings) -> None:
@@ -84,15 +84,15 @@ class Rubric:
         _compiled(self.text)
 
     def identity(self) -> dict[str, Any]:
-        """All that a judgement depends on beside group and model, as JSON."""
+        """All that a judgement depends on apart from group and model, as JSON."""
         asked = {"system": self._settings.system, "template": self.text}
         return {**asked, "pattern": self.pattern, "rubric_sha256": sha256_json(asked)}
 
     def messages(self, group: ScoringInput, first: int, second: int | None) -> list[Message]:
-        """The question about a response, or about a pair in the order in which it is shown.
+        """The chat messages about a response, or about a pair in the order shown.
 
         Raises:
-            DataError: the template does not fit the group.
+            DataError: the template cannot be rendered for the group.
         """
         shown: dict[str, Any] = {"response": group.responses[first]}
         if second is not None:
@@ -108,9 +108,9 @@ class Rubric:
             )
         except Exception as error:  # a template may raise anything
             raise DataError(
-                "the judge's template fits every group",
+                "the judge's template can be rendered for every group",
                 received=f"{type(error).__name__}: {error}",
-                remedy="correct the template; it knows prompt, messages, metadata, and "
+                remedy="correct the template; its variables are prompt, messages, metadata, and "
                 + ("response_a and response_b" if self._pairs else "response and scale"),
                 **group.location,
             ) from error
@@ -119,16 +119,16 @@ class Rubric:
         return [*start, {"role": "user", "content": text}]
 
     def value(self, answer: str) -> float:
-        """The rating; or what the response that is shown first gets: 1, 0, or 0.5 for a tie.
+        """The rating; or the result of the response shown first: 1 won, 0 lost, 0.5 tie.
 
         Raises:
-            BadAnswerError: the answer says none, several, or one off the scale.
+            BadAnswerError: the answer has no judgement, several, or a rating outside the scale.
         """
         said = self._field(answer) if self.pattern is None else self._match(answer, self.pattern)
         if self._pairs:
             verdict = _VERDICTS.get(str(said).strip().lower())
             if verdict is None:
-                raise BadAnswerError(f"the verdict {said!r}, which is none of A, B, tie")
+                raise BadAnswerError(f"the verdict {said!r}, which is not A, B or tie")
             return verdict
         assert isinstance(self._settings, JudgeSettings)
         low, high = self._settings.scale
@@ -138,7 +138,7 @@ class Rubric:
             number = math.nan
         if not low <= number <= high:
             raise BadAnswerError(
-                f"the rating {said!r}, which is no number from {low:g} to {high:g}"
+                f"the rating {said!r}, which is not a number from {low:g} to {high:g}"
             )
         return number
 
@@ -183,9 +183,9 @@ def _compiled(text: str) -> Any:
         return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
     except TemplateError as error:
         raise ConfigError(
-            "the judge's template is one of Jinja",
+            "the judge's template is valid Jinja",
             received=f"{type(error).__name__}: {error}",
-            remedy="correct scorers.….template",
+            remedy="correct the setting `template` of the scorer",
         ) from error
 
 
