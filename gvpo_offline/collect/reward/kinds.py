@@ -127,7 +127,7 @@ class RewardModelSettings(_Settings):
     use_cpu: bool = False
 
 
-class _JudgeSettings(_Settings):
+class _JudgeServerSettings(_Settings):
     """A language model behind an OpenAI-compatible server."""
 
     # Settings of the connection, which do not change the answers: not part of the identity.
@@ -194,7 +194,7 @@ class _JudgeSettings(_Settings):
         return self
 
 
-class JudgeSettings(_JudgeSettings):
+class JudgeSettings(_JudgeServerSettings):
     """A rating of each response by a language model."""
 
     kind: Literal["judge"]
@@ -203,7 +203,7 @@ class JudgeSettings(_JudgeSettings):
     )
 
 
-class JudgePairsSettings(_JudgeSettings):
+class JudgePairsSettings(_JudgeServerSettings):
     """The share of its comparisons that a response wins, judged by a language model."""
 
     kind: Literal["judge_pairs"]

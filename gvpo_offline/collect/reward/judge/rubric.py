@@ -124,21 +124,21 @@ class Rubric:
         Raises:
             BadAnswerError: the answer has no judgement, several, or a rating outside the scale.
         """
-        said = self._field(answer) if self.pattern is None else self._match(answer, self.pattern)
+        found = self._field(answer) if self.pattern is None else self._match(answer, self.pattern)
         if self._pairs:
-            verdict = _VERDICTS.get(str(said).strip().lower())
+            verdict = _VERDICTS.get(str(found).strip().lower())
             if verdict is None:
-                raise BadAnswerError(f"the verdict {said!r}, which is not A, B or tie")
+                raise BadAnswerError(f"the verdict {found!r}, which is not A, B or tie")
             return verdict
         assert isinstance(self._settings, JudgeSettings)
         low, high = self._settings.scale
         try:
-            number = math.nan if isinstance(said, bool) else float(said)
+            number = math.nan if isinstance(found, bool) else float(found)
         except (TypeError, ValueError):
             number = math.nan
         if not low <= number <= high:
             raise BadAnswerError(
-                f"the rating {said!r}, which is not a number from {low:g} to {high:g}"
+                f"the rating {found!r}, which is not a number from {low:g} to {high:g}"
             )
         return number
 
@@ -196,6 +196,6 @@ def _prompt_text(group: ScoringInput) -> str:
     if len(turns) == 1 and isinstance(turns[0][1], str):
         return turns[0][1]
     return "\n\n".join(
-        f"{role}: {said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)}"
-        for role, said in turns
+        f"{role}: {text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)}"
+        for role, text in turns
     )

@@ -75,7 +75,7 @@ class _Judge(SimpleScorer):
 
     def _values(self, group: ScoringInput, found: Mapping[Key, Judgement]) -> dict[Item, float]:
         asked = {item: found[(group.group_id, *item)] for item in self.items(group)}
-        own = {item: said for item, said in asked.items() if said.error is None}
+        own = {item: judgement for item, judgement in asked.items() if judgement.error is None}
         if len(own) < len(asked):
             self.counts["failed"] += len(asked) - len(own)
         models = {judgement.model for judgement in own.values()}
@@ -86,7 +86,9 @@ class _Judge(SimpleScorer):
                 remedy="set `model` to the exact version of the model",
                 **group.location,
             )
-        return {item: said.value for item, said in own.items() if said.value is not None}
+        return {
+            item: judgement.value for item, judgement in own.items() if judgement.value is not None
+        }
 
     def _score(self, group: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
         raise NotImplementedError

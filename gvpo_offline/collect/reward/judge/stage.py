@@ -182,8 +182,8 @@ class _JudgeRequest:
             raise BadAnswerError("an empty text")
         value, model = self._rubric.value(text), answer.get("model")
         seed = self._next_seed - 1
-        said = str(model) if model is not None else None
-        self._journal.add(Judgement(*self.key, seed=seed, model=said, text=text, value=value))
+        name = None if model is None else str(model)
+        self._journal.add(Judgement(*self.key, seed=seed, model=name, text=text, value=value))
 
     def failed(self, cause: str) -> Judgement:
         """The record of a failed request and its cause."""
