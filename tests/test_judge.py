@@ -161,7 +161,7 @@ def test_win_rates_add_up(size: int, data: st.DataObject) -> None:
     [
         ("prose", "no judgement in the answer …Both are fine."),
         ("empty", "an empty text"),
-        ("off", "the rating '11', which is no number from 1 to 10"),
+        ("off", "the rating '11', which is not a number from 1 to 10"),
         ("fraction", "no judgement"),
         ("length", "cut at 1024 tokens"),
         ("json", "no JSON"),

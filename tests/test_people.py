@@ -146,9 +146,12 @@ def test_responses_go_by_index_or_sampler(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (rating(99, "99.0", 1), r"row 1, group 'group-00099': every group .* is in the dataset"),
+        (
+            rating(99, "99.0", 1),
+            r"row 1, group 'group-00099': the group of every .* is in the dataset",
+        ),
         (rating(0, "0.9", 1), r"row 1, group 'group-00000'.*'0\.9', which is none of 0\.0, 0\.1"),
-        (rating(0, "0.0", 1), r"row 1.*judges one response twice.*response 0 by ann"),
+        (rating(0, "0.0", 1), r"row 1.*judges a response once.*response 0 by ann"),
         (
             rating(0, "0.1", "good"),
             r"row 1, group 'group-00000': column rating .*a finite number.*'good'",
@@ -215,7 +218,7 @@ def test_ranks_are_shares_of_others_beaten(root: Path, tmp_path: Path) -> None:
     found = component(root, number)
     assert found[:3] == [0.5, 0.625, 0.25]
     assert np.isnan(found[3:]).all()
-    with pytest.raises(DataError, match=r"row 3.*nobody judges one response twice"):
+    with pytest.raises(DataError, match=r"row 3.*a rater judges a response once"):
         reward(root, people("ranks", path), missing=0.0)
 
 

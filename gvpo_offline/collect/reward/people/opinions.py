@@ -85,7 +85,9 @@ def _cell(values: Mapping[str, Any], column: str, kind: type, row: dict[str, Any
     raise DataError(
         f"column {column} holds {what} in every row",
         received=repr(value) if there else f"the columns {', '.join(values)}",
-        remedy="correct the row" if there else "name the column in the scorer's settings",
+        remedy="correct the row"
+        if there
+        else "set the name of the column in the scorer's settings",
         file=row["file"],
         row=row["row"],
         group=row.get("group"),
@@ -143,9 +145,9 @@ def join_responses(table: pl.DataFrame, dataset: GroupDataset, response_by: str)
     check_rows(
         table,
         pl.col("names").is_not_null(),
-        "every group that people judged is in the dataset",
+        "the group of every judgement is in the dataset",
         received=lambda row: f"{row['group']!r} (and {n_unknown - 1} more that are not)",
-        remedy="remove the rows, or name the column of the group's id in group_column",
+        remedy="remove the rows, or set group_column to the column with the id of the group",
     )
     responses = (
         groups.explode("names")
@@ -164,7 +166,7 @@ def join_responses(table: pl.DataFrame, dataset: GroupDataset, response_by: str)
         check_rows(
             table,
             pl.col("matches").eq_missing(1),
-            "what people judged is one response of the group",
+            "a judgement names one response of its group",
             received=lambda row, column=column: (  # type: ignore[misc]
                 f"{row[column]!r}, which is {'several' if row['matches'] else 'none'} of "
                 + ", ".join(row["names"])

@@ -140,10 +140,10 @@ def _check_judged_once(table: pl.DataFrame) -> None:
     check_rows(
         table,
         pl.struct(who).is_first_distinct(),
-        "nobody judges one response twice",
+        "a rater judges a response once",
         received=lambda row: (
             f"a second judgement of response {row['first']}"
             + (f" by {row['rater']}" if "rater" in row else "")
         ),
-        remedy="remove one of the rows, or name the column that tells people apart in rater_column",
+        remedy="remove one of the rows, or set rater_column to the column that names the rater",
     )
