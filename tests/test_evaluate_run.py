@@ -93,8 +93,8 @@ def test_the_model_alone_is_enough(run: GVPOTrainer) -> None:
 
     The two evaluations differ in the rounding of float32 log-probs only. A response has at most 8
     tokens of about 6 nats, a sum of 48 nats: 4 roundings of 2^-24 x 48 are 1.1e-5 nats. Explained
-    variance is 1 - Var(R - beta l) / Var(R), which moves by at most about 2 beta x 1.1e-5 / std(R) =
-    3e-5 for std(R) of 0.35; the others move by less. Another beta moves it by 1e-3 and more.
+    variance is 1 - Var(R - beta l) / Var(R), which moves by at most about 2 beta x 1.1e-5 / std(R)
+    = 3e-5 for std(R) of 0.35; the others move by less. Another beta moves it by 1e-3 and more.
     """
     report = evaluate(folder_of(run))
     for name in ("loss", "explained_variance", "log_ratio_mean"):
