@@ -39,8 +39,8 @@ class Taken:
     """What a run takes of a dataset: which groups, which of their responses, which scores."""
 
     where: str | None = None
-    """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
-    reward_gap, metadata.<key> … (docs/selecting.md)."""
+    """Only groups for which this SQL condition is true. Its columns are group_size, source,
+    reward_gap, metadata.<key> … (docs/selecting.md). In Python also a polars.Expr."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     """Which responses of each group take part."""
     reward: dict[str, float] | str | None = None

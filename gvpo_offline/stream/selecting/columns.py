@@ -38,6 +38,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt_length": ("prompt_length",),
     "group_size": ("response_lengths",),
     "response_lengths": ("response_lengths",),
+    "response_length_min": ("response_lengths",),
+    "response_length_max": ("response_lengths",),
     "samplers": ("samplers",),
     "truncated": ("truncated",),
     "rewards": ("rewards",),
@@ -112,6 +114,8 @@ def _expressions() -> dict[str, pl.Expr]:
     return {
         "prompt_length": prompt,
         "response_lengths": lengths,
+        "response_length_min": lengths.list.min(),
+        "response_length_max": lengths.list.max(),
         "n_tokens": prompt + lengths.list.sum(),
         "group_size": lengths.list.len().cast(pl.Int64),
         "reward_mean": rewards.mean(),

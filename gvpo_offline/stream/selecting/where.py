@@ -40,7 +40,7 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
 
     Args:
         dataset: with its rewards and reference where the predicate names them.
-        where: as SQL, as text of a polars expression, or as an expression.
+        where: an SQL condition, or a `polars.Expr`.
 
     Yields:
         (n,) bool, and of how many groups it is neither true nor false (null); they count as false.
