@@ -23,8 +23,8 @@ from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityErro
 from gvpo_offline.hub import push as pushing
 from gvpo_offline.hub.card import BEGIN, END, size_category
 from gvpo_offline.hub.config import PullConfig, PushConfig
-from gvpo_offline.hub.pull import Pulled, pull
-from gvpo_offline.hub.push import Pushed, push
+from gvpo_offline.hub.pull import PullResult, pull
+from gvpo_offline.hub.push import PushResult, push
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import (
     LineageStep,
@@ -63,11 +63,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     server.close()
 
 
-def pushed(root: Path, **changes: Any) -> Pushed:
+def pushed(root: Path, **changes: Any) -> PushResult:
     return push(PushConfig(str(root), **{"repo_id": REPO, "show_progress": False, **changes}))
 
 
-def pulled(root: Path, **changes: Any) -> Pulled:
+def pulled(root: Path, **changes: Any) -> PullResult:
     return pull(
         PullConfig(output_dir=str(root), **{"repo_id": REPO, "show_progress": False, **changes})
     )
@@ -136,7 +136,7 @@ def test_what_is_pulled_is_what_was_pushed(hub: HubServer, tmp_path: Path) -> No
 def test_again_is_nothing_to_do(hub: HubServer, tmp_path: Path) -> None:
     data = build_dataset(tmp_path / "data", 8).root
     pushed(data)
-    assert pushed(data) == Pushed(f"{hub.endpoint}/datasets/{REPO}", 1, 0, 0, 0)
+    assert pushed(data) == PushResult(f"{hub.endpoint}/datasets/{REPO}", 1, 0, 0, 0)
     pulled(tmp_path / "back")
     assert pulled(tmp_path / "back").files == 0
     assert len(hub.repos[REPO].messages) == 2
