@@ -407,7 +407,7 @@ def test_without_permission(
     with pytest.raises(ConfigError, match=r"log in|Log in") as caught:
         pushed(data)
     assert caught.value.file == f"datasets/{REPO}"
-    with pytest.raises(ConfigError, match=r"log in|Log in"):
+    with pytest.raises(ConfigError, match=r"(log in|Log in).*that may (write to|read) it"):
         pushed(data, repo_id="somebody/new")
 
 

@@ -1,4 +1,4 @@
-"""Settings of `evaluate` and `validate`."""
+"""Settings of `evaluate`, `validate` and `ls`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.config import ModelSettings, positive, required
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.config import DatasetChoice
 
@@ -51,3 +52,27 @@ class EvaluateConfig(DatasetChoice, ModelSettings):
         required("dataset", self.dataset)
         required("model_name_or_path", self.model_name_or_path)
         positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
+
+
+@dataclass
+class ListConfig:
+    """What datasets hold."""
+
+    dataset: list[str] | str = field(default_factory=list)
+    """Folders or URLs of datasets; `gvpo-offline ls data more` says the same. Several get a line
+    each."""
+    dataset_version: int | None = None
+    """An older version of the dataset; null: the newest."""
+    content: bool = False
+    """Also read the light columns of every group: what the samplers wrote, mean rewards, sizes and
+    lengths. Without it, manifests are all that is read, however large the dataset."""
+    json: bool = False
+    """One JSON object per dataset and line, for programs."""
+
+    def __post_init__(self) -> None:
+        self.dataset = [self.dataset] if isinstance(self.dataset, str) else list(self.dataset)
+        required("dataset", self.dataset)
+        if self.dataset_version is not None and len(self.dataset) > 1:
+            raise ConfigError(
+                "dataset_version is a version of one dataset", received=", ".join(self.dataset)
+            )

@@ -16,7 +16,7 @@ from gvpo_offline.collect.importing.config import Columns, ImportConfig
 from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.sample.config import SampleConfig
-from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
+from gvpo_offline.commands.config import EvaluateConfig, ListConfig, ValidateConfig
 from gvpo_offline.config import (
     CommonTrainingSettings,
     GVPOSettings,
@@ -28,7 +28,6 @@ from gvpo_offline.config import (
 )
 from gvpo_offline.errors import DataError
 from gvpo_offline.hub.config import PullConfig, PushConfig
-from gvpo_offline.report.config import ListConfig
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.config import DatasetSettings, DataSettings, ResponseSettings
 
@@ -145,32 +144,26 @@ def _run_validate(values: dict[str, Any]) -> None:
 
 
 def _run_ls(values: dict[str, Any]) -> None:
-    from gvpo_offline.report.content import content
-    from gvpo_offline.report.holding import holding
-    from gvpo_offline.report.listing import listing_lines, overview_lines
-    from gvpo_offline.store.dataset import open_dataset
+    from gvpo_offline.info.dataset import dataset_info
+    from gvpo_offline.info.text import info_lines, overview_lines
 
     config = filled(ListConfig, values)
-    version = config.dataset_version
-    holdings = [holding(path, version) for path in config.dataset]
-    contents = [
-        content(open_dataset(path, version=version, join=())) if config.content else None
+    infos = [
+        dataset_info(path, config.dataset_version, content=config.content)
         for path in config.dataset
     ]
     if config.json:
-        for held, counted in zip(holdings, contents, strict=True):
-            found = {"content": counted.as_dict()} if counted else {}
-            print(json.dumps({**held.as_dict(), **found}))
-    elif len(holdings) > 1 and not config.content:
-        print("\n".join(overview_lines(holdings)))
+        for info in infos:
+            print(json.dumps(info.as_dict()))
+    elif len(infos) > 1 and not config.content:
+        print("\n".join(overview_lines(infos)))
     else:
-        texts = map(listing_lines, holdings, contents)
-        print("\n\n".join("\n".join(lines) for lines in texts))
+        print("\n\n".join("\n".join(info_lines(info)) for info in infos))
 
 
 def _run_push(values: dict[str, Any]) -> None:
     from gvpo_offline.hub.push import push
-    from gvpo_offline.report.listing import size_text
+    from gvpo_offline.info.text import size_text
 
     config = filled(PushConfig, values)
     done = push(config)
@@ -185,7 +178,7 @@ def _run_push(values: dict[str, Any]) -> None:
 
 def _run_pull(values: dict[str, Any]) -> None:
     from gvpo_offline.hub.pull import pull
-    from gvpo_offline.report.listing import size_text
+    from gvpo_offline.info.text import size_text
 
     config = filled(PullConfig, values)
     done = pull(config)

@@ -134,21 +134,24 @@ def hub_errors(repo_id: str, *, writing: bool = False) -> Iterator[None]:
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # The HTTP library under huggingface_hub has changed before; its errors have one base class.
-    transport = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    known = (HfHubHTTPError, HFValidationError, _transport_error(), OSError)
     try:
         yield
     except GVPOError:
         raise
-    except (HfHubHTTPError, HFValidationError, transport, OSError, RuntimeError) as error:
-        cause = (
-            error.__cause__ if isinstance(error, RuntimeError) else error
-        )  # of a thread's upload
-        if not isinstance(cause, (HfHubHTTPError, HFValidationError, transport, OSError)):
-            raise
-        if isinstance(cause, OSError) and getattr(cause, "filename", None) is not None:
-            raise  # of a local file
+    except (*known, RuntimeError) as error:
+        # A thread's upload that failed is the cause of a RuntimeError.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, known) or getattr(cause, "filename", None) is not None:
+            raise  # a fault of the program, or an error of a local file
         raise _translated(cause, repo_id, writing=writing) from error
+
+
+def _transport_error() -> type[Exception]:
+    """The base class of errors of huggingface_hub's HTTP library, which differs by version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 
 def _translated(error: BaseException, repo_id: str, *, writing: bool) -> GVPOError:
@@ -158,7 +161,7 @@ def _translated(error: BaseException, repo_id: str, *, writing: bool) -> GVPOErr
     received: str | None = None
     remedy: str | None = None
     status = getattr(getattr(error, "response", None), "status_code", None)
-    permission = "write to it" if writing else "read it"
+    access = "write to" if writing else "read"
     if isinstance(error, errors.HFValidationError):
         rule, received = "repo_id is owner/name, as the hub names repositories", repo_id
     elif isinstance(error, errors.GatedRepoError):
@@ -171,8 +174,8 @@ def _translated(error: BaseException, repo_id: str, *, writing: bool) -> GVPOErr
         rule = "the revision is a branch, tag or commit of the repository"
         received = "no such revision"
     elif status in (401, 403):
-        rule = f"you may {permission.replace('it', 'the repository')}"
-        received, remedy = f"status {status}", _LOG_IN + permission
+        rule = f"you may {access} the repository"
+        received, remedy = f"status {status}", f"{_LOG_IN}{access} it"
     elif status in (409, 412):
         kind, rule = DataError, "no other commit is made to the repository during a push"
         received, remedy = f"status {status}", "run the same command again"
