@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from training import score, unscored_dataset
 
 from gvpo_offline import cli
-from gvpo_offline.commands.table import filled
+from gvpo_offline.commands.command import filled
 from gvpo_offline.config import CommonTrainingSettings, GVPOSettings, LoraSettings, RunSettings
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.version import __version__

@@ -204,7 +204,7 @@ def rewards(group: Group) -> np.ndarray[Any, Any]:
     return np.asarray(group.rewards)
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=60))
 def test_quantiles_of_lengths(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:
     """As NumPy's inverted_cdf has them: the smallest value that a share q does not exceed."""

@@ -13,38 +13,38 @@ from gvpo_offline.stream.config import DatasetChoice
 
 @dataclass
 class ValidateConfig:
-    """Check a dataset, whole: every file's hash, every page, every group, every sidecar."""
+    """Check all of a dataset: the hash of every file, every page, group and sidecar."""
 
     dataset: str
     """The dataset's folder or URL, or a Parquet file in the group shape."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
-    """How a dataset at a URL is read: all of it, whole files and then their columns."""
+    """How a dataset at a URL is read. All of it is read."""
     show_progress: bool = True
     """Show progress bars."""
 
 
 @dataclass
 class EvaluateConfig(DatasetChoice, ModelSettings):
-    """How well a policy fits held-out groups: explained variance, log-ratios, order of rewards."""
+    """Fit of a policy on held-out groups: explained variance, log-ratios, ranking."""
 
     model_name_or_path: str = ""
     """The policy: a folder or a hub name."""
     beta: float = 0.1
     """The beta that the policy was trained with."""
     eval_fraction: float = 0.0
-    """Evaluate on this held-out share only, as `train` chose it; 0: on every group."""
+    """Evaluate only on this held-out fraction, as `train` chose it; 0: on every group."""
     max_tokens_per_micro_batch: int = 16_384
-    """Tokens of one forward pass, as laid out."""
+    """Most tokens of one forward pass."""
     layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"
-    """How groups are laid out for the model, as in `train`."""
+    """Layout of groups in the model's input, as in `train`."""
     bf16: bool = False
     """Autocast matrix products to bfloat16."""
     fp16: bool = False
     """Autocast matrix products to float16."""
     use_cpu: bool = False
-    """Stay on the CPU where there is a GPU."""
+    """Use the CPU even if there is a GPU."""
     output_file: str | None = None
-    """Write the metrics to this JSON file as well."""
+    """Also write the metrics to this JSON file."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -56,18 +56,18 @@ class EvaluateConfig(DatasetChoice, ModelSettings):
 
 @dataclass
 class ListConfig:
-    """What datasets hold."""
+    """Describe datasets."""
 
     dataset: list[str] | str = field(default_factory=list)
-    """Folders or URLs of datasets; `gvpo-offline ls data more` says the same. Several get a line
-    each."""
+    """Folders or URLs of datasets; also as words, `gvpo-offline ls data more`. Several are shown as
+    a table."""
     dataset_version: int | None = None
     """An older version of the dataset; null: the newest."""
     content: bool = False
-    """Also read the light columns of every group: what the samplers wrote, mean rewards, sizes and
-    lengths. Without it, manifests are all that is read, however large the dataset."""
+    """Also read the light columns of every group: responses per sampler, mean rewards, group sizes,
+    lengths. By default only manifests are read."""
     json: bool = False
-    """One JSON object per dataset and line, for programs."""
+    """Print one JSON object per dataset and line."""
 
     def __post_init__(self) -> None:
         self.dataset = [self.dataset] if isinstance(self.dataset, str) else list(self.dataset)
