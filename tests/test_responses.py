@@ -21,7 +21,7 @@ from gvpo_offline.stream.config import ResponseSettings
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.responses import choose, with_responses
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 REWARDS = st.sampled_from([-1.0, 0.0, 0.0, 0.25, 0.5, 1.0, 1e308, -1e308])
 
@@ -127,7 +127,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> GroupDataset:
     return build_dataset(tmp_path_factory.mktemp("responses"), 30)
 
 
-def taking_part(view: View) -> list[Group]:
+def taking_part(view: DatasetView) -> list[Group]:
     assert view.selection is not None
     return [
         view.groups(row_group)[row]
@@ -156,7 +156,7 @@ def test_a_view_shows_the_chosen_responses_alone(
     """Every field that training reads, the light columns and the counts agree with picking by
     hand.
     """
-    view = View(dataset, resolved(dataset, responses))
+    view = DatasetView(dataset, resolved(dataset, responses))
     stored = {g.group_id: g for i in range(dataset.n_row_groups) for g in dataset.groups(i)}
     expected = {}
     for group in stored.values():
@@ -261,7 +261,7 @@ def test_the_fingerprint_covers_responses(tmp_path: Path) -> None:
     assert again.fingerprint == spread.fingerprint
     sent = pickle.loads(pickle.dumps(spread))
     assert (sent.fingerprint, sent.notes) == (spread.fingerprint, spread.notes)
-    assert View(dataset, sent).groups(0)[0].rewards.tolist() == [0.0, 1.0]
+    assert DatasetView(dataset, sent).groups(0)[0].rewards.tolist() == [0.0, 1.0]
 
 
 def test_where_files_are_cut_has_no_say(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_where_files_are_cut_has_no_say(tmp_path: Path) -> None:
             groups_per_shard=shard,
             rows_per_row_group=rows_,
         )
-        seen.append(taking_part(View(dataset, resolved(dataset, responses))))
+        seen.append(taking_part(DatasetView(dataset, resolved(dataset, responses))))
     for other in seen[1:]:
         for one, two in zip(seen[0], other, strict=True):
             assert differences(one, two) == []

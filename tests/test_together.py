@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import start_processes
 from gvpo_offline.errors import DataError, GVPOError, IntegrityError, WorkerError
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.survey import Survey, survey
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.preflight import surveys, verify
 from gvpo_offline.train.together import (
     all_or_none,
@@ -104,7 +104,7 @@ def _attempts(rank: int, root: Path) -> dict[str, Any]:
             )
         ),
         "damaged": _caught(lambda: verify([open_dataset(root / "bad")], content=True)),
-        "survey": surveys([View(open_dataset(root / "good"))])[0],
+        "survey": surveys([DatasetView(open_dataset(root / "good"))])[0],
         "after": on_each(lambda: rank),
     }
 

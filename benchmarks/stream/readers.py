@@ -40,9 +40,9 @@ def ours(
     from gvpo_offline.stream.mix import MixedOrder
     from gvpo_offline.stream.plan import CostModel
     from gvpo_offline.stream.steps import StepDataset
-    from gvpo_offline.stream.view import View
+    from gvpo_offline.stream.view import DatasetView
 
-    view = View(open_dataset(root))
+    view = DatasetView(open_dataset(root))
     order = MixedOrder([view.order(seed=1, window=WINDOW, shuffle=shuffle)])
     steps = StepDataset(
         [view],

@@ -14,7 +14,7 @@ from gvpo_offline.stream.selecting.responses import choose, with_pick, with_resp
 
 
 @dataclass(frozen=True)
-class View:
+class DatasetView:
     """Some groups of a dataset, with some of their responses.
 
     Attributes:

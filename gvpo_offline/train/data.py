@@ -22,7 +22,7 @@ from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.together import on_first
@@ -48,11 +48,11 @@ class TrainingData:
         held_out: views for evaluation, by name ("" for a single one).
     """
 
-    views: tuple[View, ...]
+    views: tuple[DatasetView, ...]
     weights: tuple[float | None, ...]
     order: MixedOrder
     n_draws: int
-    held_out: dict[str, View]
+    held_out: dict[str, DatasetView]
 
     @classmethod
     def prepare(
@@ -247,17 +247,17 @@ def check_together(datasets: Iterable[GroupDataset]) -> None:
             )
 
 
-def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, View]:
+def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, DatasetView]:
     """A dataset for evaluation, or several, opened; a single one is named ""."""
     opened = open_all(eval_dataset, scratch)
     return {name: _view(name, item) for name, item in opened.items()}
 
 
-def _view(name: str, item: Opened, **conditions: Any) -> View:
+def _view(name: str, item: Opened, **conditions: Any) -> DatasetView:
     """What takes part of a dataset; `conditions`: further ones of `select`."""
     where, responses = item.settings.where, item.settings.responses
     selection = _select(item.dataset, where=where, responses=responses, **conditions)
-    return View(item.dataset, selection, name)
+    return DatasetView(item.dataset, selection, name)
 
 
 def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
@@ -267,7 +267,7 @@ def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
 
 def _held_out(
     opened: Mapping[str, Opened], eval_dataset: Any, args: GVPOConfig, scratch: Path
-) -> dict[str, View]:
+) -> dict[str, DatasetView]:
     if eval_dataset is not None:
         return open_held_out(eval_dataset, scratch)
     if args.eval_fraction == 0.0:

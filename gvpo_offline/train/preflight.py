@@ -18,7 +18,7 @@ from gvpo_offline.rules import check_group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 from gvpo_offline.train.together import on_each, own_part, own_part_of_machine
 
@@ -216,26 +216,26 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
     )
 
 
-def check_held_out(held_out: Mapping[str, View], max_tokens: int) -> None:
+def check_held_out(held_out: Mapping[str, DatasetView], max_tokens: int) -> None:
     """`check_row_tokens` of datasets for evaluation."""
     views = tuple(held_out.values())
     for view, counts in zip(views, surveys(views), strict=True):
         check_row_tokens(view.dataset, counts, max_tokens)
 
 
-def surveys(views: Sequence[View]) -> list[Survey]:
+def surveys(views: Sequence[DatasetView]) -> list[Survey]:
     """The survey of each view; every rank of a run looks at a part of the row groups."""
     parts = on_each(lambda: [view.survey(own_part()) for view in views])
     return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
 
 
-def check_sampler_logprobs(views: Sequence[View]) -> None:
+def check_sampler_logprobs(views: Sequence[DatasetView]) -> None:
     """Raise DataError, naming file, row and group, if a response's sampler has no log-prob."""
     for view in views:
         on_each(functools.partial(_check_sampler_logprobs, view))
 
 
-def _check_sampler_logprobs(view: View) -> None:
+def _check_sampler_logprobs(view: DatasetView) -> None:
     name = "sampler_seq_logprobs"
     for row_group in range(view.dataset.n_row_groups)[own_part()]:
         table = view.dataset.table(row_group, [name])

@@ -35,7 +35,7 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.ahead import ReadAhead
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.engine import training_engine
@@ -329,7 +329,7 @@ class GVPOTrainer(SealingTrainer):
         )
         return metrics
 
-    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, View]:
+    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, DatasetView]:
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
