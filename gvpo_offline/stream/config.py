@@ -35,7 +35,7 @@ class ResponseSettings:
 
 
 @dataclass(kw_only=True)
-class Taken:
+class SelectionSettings:
     """What a run takes of a dataset: which groups, which of their responses, which scores."""
 
     where: str | None = None
@@ -53,7 +53,7 @@ class Taken:
 
 
 @dataclass
-class DatasetSettings(Taken):
+class DatasetSettings(SelectionSettings):
     """One dataset of a run."""
 
     path: str = ""
@@ -80,7 +80,7 @@ class DatasetSettings(Taken):
 
 
 @dataclass
-class DatasetChoice(Taken):
+class DatasetChoice(SelectionSettings):
     """A single dataset, as flags give it."""
 
     dataset: str = ""
@@ -96,7 +96,7 @@ class DatasetChoice(Taken):
             path=self.dataset,
             version=self.dataset_version,
             remote=self.remote,
-            **{own.name: getattr(self, own.name) for own in fields(Taken)},
+            **{own.name: getattr(self, own.name) for own in fields(SelectionSettings)},
         )
 
     def public(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class DataSettings(DatasetChoice):
         single = DatasetChoice()
         misplaced = [
             name
-            for name in ("dataset_version", *(own.name for own in fields(Taken)))
+            for name in ("dataset_version", *(own.name for own in fields(SelectionSettings)))
             if getattr(self, name) != getattr(single, name)
         ]
         if self.datasets and misplaced:
