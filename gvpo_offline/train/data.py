@@ -29,7 +29,7 @@ from gvpo_offline.train.together import on_first
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedDataset:
     """A dataset, and what is to be taken of it."""
 
     dataset: GroupDataset
@@ -159,12 +159,12 @@ def scratch_folder(owner: object) -> Path:
     return path
 
 
-def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
+def open_all(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
     """One dataset or several, opened; a single one that has no name of its own is named "".
 
     Args:
-        data: as `resolve_dataset` takes it, `DatasetSettings`, or what is `Opened` already; a list
-            of such; or a dictionary, by name.
+        data: as `resolve_dataset` takes it, `DatasetSettings`, or an `OpenedDataset`; a list of
+            these; or a dictionary of them, by name.
         scratch: a folder for in-memory datasets; made if it is needed.
 
     Raises:
@@ -192,7 +192,7 @@ def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
 
 
 def _name_of(data: Any, number: int) -> str:
-    if isinstance(data, Opened):
+    if isinstance(data, OpenedDataset):
         data = data.settings
     if isinstance(data, DatasetSettings) and data.name:
         return data.name
@@ -200,7 +200,7 @@ def _name_of(data: Any, number: int) -> str:
     return Path(path).stem if isinstance(path, str | Path) else f"dataset{number}"
 
 
-def open_settings(settings: DatasetSettings) -> Opened:
+def open_settings(settings: DatasetSettings) -> OpenedDataset:
     """The dataset that settings name; errors as `open_for_training`."""
     dataset = open_for_training(
         settings.path,
@@ -209,16 +209,16 @@ def open_settings(settings: DatasetSettings) -> Opened:
         version=settings.version,
         remote=settings.remote,
     )
-    return Opened(dataset, settings)
+    return OpenedDataset(dataset, settings)
 
 
-def _open(data: Any, scratch: Path) -> Opened:
-    if isinstance(data, Opened):
+def _open(data: Any, scratch: Path) -> OpenedDataset:
+    if isinstance(data, OpenedDataset):
         return data
     if isinstance(data, DatasetSettings):
         return open_settings(data)
     dataset = resolve_dataset(data, scratch / uuid.uuid4().hex)
-    return Opened(dataset, DatasetSettings(path=str(dataset.root)))
+    return OpenedDataset(dataset, DatasetSettings(path=str(dataset.root)))
 
 
 def check_together(datasets: Iterable[GroupDataset]) -> None:
@@ -253,7 +253,7 @@ def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, DatasetView]:
     return {name: _view(name, item) for name, item in opened.items()}
 
 
-def _view(name: str, item: Opened, **conditions: Any) -> DatasetView:
+def _view(name: str, item: OpenedDataset, **conditions: Any) -> DatasetView:
     """What takes part of a dataset; `conditions`: further ones of `select`."""
     where, responses = item.settings.where, item.settings.responses
     selection = _select(item.dataset, where=where, responses=responses, **conditions)
@@ -266,7 +266,7 @@ def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
 
 
 def _held_out(
-    opened: Mapping[str, Opened], eval_dataset: Any, args: GVPOConfig, scratch: Path
+    opened: Mapping[str, OpenedDataset], eval_dataset: Any, args: GVPOConfig, scratch: Path
 ) -> dict[str, DatasetView]:
     if eval_dataset is not None:
         return open_held_out(eval_dataset, scratch)
