@@ -15,7 +15,7 @@ from gvpo_offline.errors import GVPOError
 from gvpo_offline.stream.steps import StepDataset, StepShare
 
 
-class ReadAhead(Dataset[StepShare]):
+class PrefetchDataset(Dataset[StepShare]):
     """The steps of a `StepDataset`, with those that follow the one last asked for being read.
 
     The results are the same, whatever is asked for in whatever order; a reader that goes from step
@@ -31,7 +31,7 @@ class ReadAhead(Dataset[StepShare]):
     def __init__(self, steps: StepDataset, ahead: int) -> None:
         self.steps = steps
         self.ahead = ahead
-        self._thread: _Thread | None = None
+        self._thread: _PrefetchThread | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -41,7 +41,7 @@ class ReadAhead(Dataset[StepShare]):
         if not self.ahead or get_worker_info() is not None or not 0 <= step < len(self):
             return self.steps[step]
         if self._thread is None or self._thread.process != os.getpid():
-            self._thread = _Thread(_reader_of_its_own(self.steps).__getitem__)
+            self._thread = _PrefetchThread(_reader_of_its_own(self.steps).__getitem__)
         return self._thread.get(step, range(step, min(step + 1 + self.ahead, len(self))))
 
     def __getitems__(self, steps: list[int]) -> list[StepShare | GVPOError]:
@@ -61,7 +61,7 @@ class ReadAhead(Dataset[StepShare]):
         return {**self.__dict__, "_thread": None}
 
 
-class _Thread:
+class _PrefetchThread:
     """One thread that reads steps in the order in which they were last asked for."""
 
     def __init__(self, read: Callable[[int], StepShare]) -> None:

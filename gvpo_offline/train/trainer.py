@@ -32,7 +32,7 @@ from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_
 from gvpo_offline.config import ModelSettings
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.ahead import ReadAhead
+from gvpo_offline.stream.ahead import PrefetchDataset
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
 from gvpo_offline.stream.view import DatasetView
@@ -207,7 +207,7 @@ class GVPOTrainer(SealingTrainer):
         """A loader whose batch s is this rank's share of step s; not sharded any further."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            ReadAhead(self.train_dataset, self.args.read_ahead),
+            PrefetchDataset(self.train_dataset, self.args.read_ahead),
             batch_size=1,
             shuffle=False,
             collate_fn=_only_item,
