@@ -8,7 +8,7 @@ from typing import Literal
 from gvpo_offline.config import ModelSettings, positive, required
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.location import RemoteSettings
-from gvpo_offline.stream.config import DatasetChoice
+from gvpo_offline.stream.config import SingleDatasetSettings
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ValidateConfig:
 
 
 @dataclass
-class EvaluateConfig(DatasetChoice, ModelSettings):
+class EvaluateConfig(SingleDatasetSettings, ModelSettings):
     """Fit of a policy on held-out groups: explained variance, log-ratios, ranking."""
 
     model_name_or_path: str = ""
