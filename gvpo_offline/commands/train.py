@@ -38,7 +38,7 @@ Kind = TypeVar("Kind", bound=GVPOTrainer)
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainerInputs:
     """What trainers of a run are made of: its settings, with the datasets opened."""
 
     model: ModelSettings
@@ -47,7 +47,7 @@ class Parts:
     held_out: list[DatasetSettings | OpenedDataset]
 
     @classmethod
-    def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> Parts:
+    def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> TrainerInputs:
         """Open the datasets, before any model is loaded; errors as `open_settings`."""
         train, held_out = all_or_none(
             lambda: [
@@ -86,7 +86,7 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
-    trainer = Parts.opened(model, data, lora).trainer(args, GVPOTrainer)
+    trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
     settings: dict[str, Any] = {
         "package_version": __version__,
         "model": asdict(model),
