@@ -92,12 +92,12 @@ class MicroBatchPlan:
 
     Attributes:
         members: indices of its groups; none where other ranks have more micro-batches.
-        passes: forward passes that every rank makes for the micro-batches at this place: 1, or as
-            many as the largest of them has pieces.
+        n_forwards: forward passes that every rank makes for this micro-batch number: the largest
+            number of pieces over all ranks.
     """
 
     members: tuple[int, ...]
-    passes: int = 1
+    n_forwards: int = 1
 
 
 def share_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
@@ -194,7 +194,7 @@ def plan_step(
 ) -> list[MicroBatchPlan]:
     """The micro-batches of one rank for one step.
 
-    All ranks get the same number of micro-batches with the same number of passes (sharded models
+    All ranks get the same number of micro-batches with the same n_forwards (sharded models
     compute in lockstep); a rank with fewer gets empty ones. The last has one pass on every rank, so
     that gradients can be exchanged with it.
     """
@@ -205,11 +205,11 @@ def plan_step(
     ]
     pieces = [[n_pieces(shapes, members, model) for members in plan] for plan in plans]
     length = max(len(plan) for plan in plans)
-    passes = [max((p[i] for p in pieces if i < len(p)), default=1) for i in range(length)]
-    if passes[-1] > 1:
-        passes.append(1)
+    n_forwards = [max((p[i] for p in pieces if i < len(p)), default=1) for i in range(length)]
+    if n_forwards[-1] > 1:
+        n_forwards.append(1)
     own = plans[rank]
     return [
         MicroBatchPlan(tuple(own[i]) if i < len(own) else (), count)
-        for i, count in enumerate(passes)
+        for i, count in enumerate(n_forwards)
     ]

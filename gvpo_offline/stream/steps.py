@@ -32,11 +32,11 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         groups: none where other ranks have more micro-batches than this one.
-        passes: forward passes to make at least, as on the rank that needs the most.
+        n_forwards: forward passes to make at least, as on the rank that needs the most.
     """
 
     groups: tuple[Group, ...]
-    passes: int = 1
+    n_forwards: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class StepDataset(Dataset[StepShare]):
         return StepShare(
             step=step,
             micro_batches=tuple(
-                MicroBatch(tuple(groups[i] for i in own.members), own.passes) for own in plan
+                MicroBatch(tuple(groups[i] for i in own.members), own.n_forwards) for own in plan
             ),
             n_groups=len(groups),
             read_seconds=time.perf_counter() - started,
