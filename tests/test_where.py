@@ -32,10 +32,10 @@ from gvpo_offline.schema import Group
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.config import DatasetSettings, ResponseSettings
-from gvpo_offline.stream.selecting.columns import COLUMNS, LightColumns, metadata_kinds
+from gvpo_offline.stream.selecting.columns import COLUMNS, LightColumns, metadata_types
 from gvpo_offline.stream.selecting.predicate import parse
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.selecting.where import _one_by_one, truths
+from gvpo_offline.stream.selecting.where import _is_row_wise, predicate_masks
 from gvpo_offline.train.data import TrainingData
 
 Answers = list[bool | None]
@@ -43,7 +43,7 @@ Answers = list[bool | None]
 
 def answers(dataset: GroupDataset, where: Any) -> tuple[list[bool], int]:
     """What a predicate selects, group by group, and for how many it is null."""
-    found = list(truths(dataset, where))
+    found = list(predicate_masks(dataset, where))
     assert [len(mask) for mask, _ in found] == dataset.row_group_sizes.tolist()
     return [bool(b) for mask, _ in found for b in mask], sum(n for _, n in found)
 
@@ -216,7 +216,7 @@ def test_what_looks_at_each_group_alone_is_known(
     """So that only what needs the whole dataset holds more of it than a row group."""
     expression = parse(where)
     schema = LightColumns(dataset, expression.meta.root_names()).schema
-    assert _one_by_one(schema, expression) is expected
+    assert _is_row_wise(schema, expression) is expected
 
 
 class ListeningDataset(GroupDataset):
@@ -269,7 +269,7 @@ def test_types_of_metadata_are_those_of_the_whole_dataset(tmp_path: Path) -> Non
     row = {"int": 1, "float": 1, "flag": True, "text": "1", "mixed": 1, "nested": [1], "big": 1}
     last = {"float": 0.5, "mixed": "x", "big": 2**63, "late": None, "int": None, "a.b": 2}
     dataset = with_metadata(tmp_path, [row, None, row, row, {}, last], rows_per_row_group=2)
-    assert metadata_kinds(dataset) == {
+    assert metadata_types(dataset) == {
         "a.b": pl.Int64,
         "big": pl.String,
         "flag": pl.Boolean,

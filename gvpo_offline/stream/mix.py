@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import permutation
-from gvpo_offline.stream.order import GroupOrder
+from gvpo_offline.stream.order import GroupOrder, IndexArray
 
-IndexArray = npt.NDArray[np.int64]
 _BLOCK = 1024
 _LONGEST_CYCLE = 1_000_000
 _MIX_KEY = 3

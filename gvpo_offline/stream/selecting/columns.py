@@ -51,7 +51,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "ref_seq_logprobs": ("ref_seq_logprobs",),
 }
 _INT64 = range(-(2**63), 2**63)
-Kinds = dict[str, "type[pl.DataType]"]
+MetadataTypes = dict[str, "type[pl.DataType]"]
 
 
 class LightColumns:
@@ -62,7 +62,7 @@ class LightColumns:
         names: of `COLUMNS`, or `metadata.<key>`, or `metadata`: a struct of all keys.
 
     Attributes:
-        kinds: the type of every key of the metadata; empty where no name asks for one.
+        types: the type of every key of the metadata; empty where no name asks for one.
 
     Raises:
         DataError: a row's metadata is not a JSON object.
@@ -73,7 +73,7 @@ class LightColumns:
         self._names = tuple(dict.fromkeys(["group_id", *names]))
         stored = {part for name in self._names for part in COLUMNS.get(name, (METADATA,))}
         self._stored = sorted(stored)
-        self.kinds = metadata_kinds(dataset) if METADATA in stored else {}
+        self.types = metadata_types(dataset) if METADATA in stored else {}
 
     @property
     def schema(self) -> pl.Schema:
@@ -90,7 +90,7 @@ class LightColumns:
     def frame(self, row_group: int) -> pl.DataFrame:
         """The columns of one row group: (n, names)."""
         table = light_columns(self._dataset, row_group, self._stored)
-        keys = _metadata(self._dataset, row_group, table) if self.kinds else []
+        keys = _metadata(self._dataset, row_group, table) if self.types else []
         return self._framed(table, keys)
 
     def _framed(self, table: pa.Table, metadata: list[dict[str, Any]]) -> pl.DataFrame:
@@ -98,9 +98,9 @@ class LightColumns:
 
         frame = pl.DataFrame(table).with_columns(
             pl.Series(KEY_PREFIX + key, [_value(row.get(key), kind) for row in metadata], kind)
-            for key, kind in self.kinds.items()
+            for key, kind in self.types.items()
         )
-        keys = [pl.col(KEY_PREFIX + key).alias(key) for key in self.kinds]
+        keys = [pl.col(KEY_PREFIX + key).alias(key) for key in self.types]
         made = _expressions() | ({METADATA: pl.struct(keys)} if keys else {})
         return frame.select(made.get(name, pl.col(name)).alias(name) for name in self._names)
 
@@ -126,7 +126,7 @@ def _expressions() -> dict[str, pl.Expr]:
     }
 
 
-def metadata_kinds(dataset: GroupDataset, row_groups: Iterable[int] | None = None) -> Kinds:
+def metadata_types(dataset: GroupDataset, row_groups: Iterable[int] | None = None) -> MetadataTypes:
     """The polars type of every key of the metadata, made out from all rows.
 
     Whole numbers are Int64, numbers Float64, flags Boolean, text String. Nulls have no say. What is

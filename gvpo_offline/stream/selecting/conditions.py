@@ -14,12 +14,17 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import splitmix64, text_keys
 from gvpo_offline.rules import MIN_GROUP_SIZE
-from gvpo_offline.schema import column_array, split_list
+from gvpo_offline.schema import BoolArray, column_array, split_list
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.config import ResponseSettings
 from gvpo_offline.stream.selecting.predicate import shown
-from gvpo_offline.stream.selecting.responses import check_patterns, choose, described, with_pick
-from gvpo_offline.stream.selecting.where import nothing_selected, truths
+from gvpo_offline.stream.selecting.responses import (
+    check_sampler_patterns,
+    choose,
+    response_summary,
+    with_pick,
+)
+from gvpo_offline.stream.selecting.where import nothing_selected, predicate_masks
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,11 +32,10 @@ if TYPE_CHECKING:
 # Shards are ordered by the plain hash of the id; without this the held-out groups would be the
 # first ones of the dataset.
 _HELD_OUT_KEY = np.uint64(0x48454C444F555421)
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Rows:
+class SelectedRows:
     """What is left of a row group.
 
     Attributes:
@@ -47,11 +51,11 @@ class Rows:
     table: pa.Table
 
     @classmethod
-    def whole(cls, row_group: int, stored: pa.Table) -> Rows:
+    def whole(cls, row_group: int, stored: pa.Table) -> SelectedRows:
         """All rows of a row group."""
         return cls(row_group, stored, np.arange(stored.num_rows, dtype=np.int64), stored)
 
-    def only(self, mask: BoolArray) -> Rows:
+    def only(self, mask: BoolArray) -> SelectedRows:
         """Those of the rows that are left for which a (n,) mask is true."""
         return replace(self, numbers=self.numbers[mask], table=self.table.filter(pa.array(mask)))
 
@@ -65,7 +69,7 @@ class Condition(Protocol):
 
     columns: tuple[str, ...]
 
-    def keep(self, rows: Rows) -> Rows:
+    def keep(self, rows: SelectedRows) -> SelectedRows:
         """The rows that fulfil it."""
 
     def note(self) -> str | None:
@@ -76,7 +80,7 @@ class Condition(Protocol):
         """
 
 
-class Where:
+class WhereCondition:
     """A predicate on groups as they are stored. Comes first; it reads what it names for itself."""
 
     columns: tuple[str, ...] = ()
@@ -84,12 +88,12 @@ class Where:
     def __init__(self, dataset: GroupDataset, where: str | pl.Expr) -> None:
         self._dataset = dataset
         self._where = where
-        self._truths = truths(dataset, where)
+        self._masks = predicate_masks(dataset, where)
         self._n_true = self._n_null = 0
 
-    def keep(self, rows: Rows) -> Rows:
+    def keep(self, rows: SelectedRows) -> SelectedRows:
         """The rows of which the predicate is true."""
-        mask, n_null = next(self._truths)
+        mask, n_null = next(self._masks)
         self._n_true += int(mask.sum())
         self._n_null += n_null
         return rows.only(mask)
@@ -113,7 +117,7 @@ def held_out_mask(group_ids: list[str], fraction: float) -> BoolArray:
     return np.asarray(hashes.astype(np.float64) < fraction * 2.0**64)
 
 
-class HeldOut:
+class HeldOutCondition:
     """The held-out fraction, or all other groups."""
 
     columns: tuple[str, ...] = ("group_id",)
@@ -122,7 +126,7 @@ class HeldOut:
         self._fraction = fraction
         self._held_out = held_out
 
-    def keep(self, rows: Rows) -> Rows:
+    def keep(self, rows: SelectedRows) -> SelectedRows:
         """The rows on one side of the split."""
         ids = rows.table.column("group_id").to_pylist()
         return rows.only(held_out_mask(ids, self._fraction) == self._held_out)
@@ -131,7 +135,7 @@ class HeldOut:
         """Nothing: the counts of both sides are shown anyway."""
 
 
-class Responses:
+class ResponseCondition:
     """Enough responses of those that are asked for."""
 
     def __init__(self, dataset: GroupDataset, settings: ResponseSettings) -> None:
@@ -150,7 +154,7 @@ class Responses:
         """Hash of the chosen responses so far."""
         return self._hash.hexdigest()
 
-    def keep(self, rows: Rows) -> Rows:
+    def keep(self, rows: SelectedRows) -> SelectedRows:
         """The rows that keep two responses or more, and no others than these responses."""
         names = column_array(rows.stored, "samplers").flatten()
         self._samplers.update(names.unique().to_pylist())
@@ -166,8 +170,8 @@ class Responses:
 
     def note(self) -> str:
         """How many responses are left, and how many groups had too few."""
-        said = described(self.settings)
-        check_patterns(self.settings.samplers, self._samplers, self._dataset.root)
+        said = response_summary(self.settings)
+        check_sampler_patterns(self.settings.samplers, self._samplers, self._dataset.root)
         if self._groups and not self._groups_left:
             raise ConfigError(
                 f"a group that takes part keeps at least {MIN_GROUP_SIZE} responses",
@@ -180,7 +184,7 @@ class Responses:
         return f"responses {said}: {self._responses_left:,} of {self._responses:,}{fallen}"
 
 
-class UnequalRewards:
+class UnequalRewardsCondition:
     """More than one reward among the responses that are left."""
 
     columns: tuple[str, ...] = ("rewards",)
@@ -189,7 +193,7 @@ class UnequalRewards:
         _check_rewards(dataset, "drop_equal_rewards")
         self._n_equal = 0
 
-    def keep(self, rows: Rows) -> Rows:
+    def keep(self, rows: SelectedRows) -> SelectedRows:
         """The rows whose rewards differ."""
         lists = split_list(column_array(rows.table, "rewards"))
         mask = np.array([row.max() > row.min() for row in lists], dtype=bool)

@@ -71,7 +71,7 @@ def shown(where: object) -> str:
     return " ".join(str(where).split())
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
     """A remedy for an unknown name: the most similar known name, and all known names."""
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

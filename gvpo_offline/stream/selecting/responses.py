@@ -21,29 +21,28 @@ from gvpo_offline.schema import (
     Group,
     column_array,
 )
-from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
+from gvpo_offline.store.pick import RESPONSE_AXIS, Indices, Pick, picked
 from gvpo_offline.stream.config import ResponseSettings
-from gvpo_offline.stream.selecting.predicate import nearest
+from gvpo_offline.stream.selecting.predicate import suggestion
 
-Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _COLUMNS = {c.name: c for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS[1:], *REFERENCE_COLUMNS[1:])}
 _FIELDS = tuple(field.name for field in fields(Group) if field.name in RESPONSE_AXIS)
 
 
-def takes_all(settings: ResponseSettings) -> bool:
+def keeps_all_responses(settings: ResponseSettings) -> bool:
     """Whether every response of every group takes part."""
     return not settings.samplers and settings.max_responses is None
 
 
-def described(settings: ResponseSettings) -> str:
+def response_summary(settings: ResponseSettings) -> str:
     """The settings in words."""
     of = f"of {', '.join(settings.samplers)}" if settings.samplers else ""
     few = f"at most {settings.max_responses}, {settings.prefer}" if settings.max_responses else ""
     return "; ".join(part for part in (of, few) if part)
 
 
-def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | str) -> None:
+def check_sampler_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | str) -> None:
     """Raise ConfigError if a pattern fits none of a dataset's samplers."""
     known = sorted(names)
     for pattern in patterns:
@@ -51,7 +50,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | s
             raise ConfigError(
                 "responses.samplers names samplers of the dataset, or patterns that fit one",
                 received=pattern,
-                remedy=nearest(pattern, known),
+                remedy=suggestion(pattern, known),
                 file=file,
             )
 

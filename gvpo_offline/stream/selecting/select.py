@@ -15,13 +15,13 @@ from gvpo_offline.stream.config import ResponseSettings
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.conditions import (
     Condition,
-    HeldOut,
-    Responses,
-    Rows,
-    UnequalRewards,
-    Where,
+    HeldOutCondition,
+    ResponseCondition,
+    SelectedRows,
+    UnequalRewardsCondition,
+    WhereCondition,
 )
-from gvpo_offline.stream.selecting.responses import takes_all
+from gvpo_offline.stream.selecting.responses import keeps_all_responses
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,19 +56,19 @@ def select(
         None where that is all groups, whole.
 
     Raises:
-        ConfigError: the predicate breaks a rule of `truths`, or it or `responses` leave nothing.
+        ConfigError: as `predicate_masks`; or the predicate or `responses` leave no group.
         DataError, IntegrityError: as `GroupDataset.table`.
     """
-    chosen = None if takes_all(responses) else Responses(dataset, responses)
+    chosen = None if keeps_all_responses(responses) else ResponseCondition(dataset, responses)
     conditions: list[Condition] = []
     if where is not None:
-        conditions.append(Where(dataset, where))
+        conditions.append(WhereCondition(dataset, where))
     if eval_fraction:
-        conditions.append(HeldOut(eval_fraction, held_out=held_out))
+        conditions.append(HeldOutCondition(eval_fraction, held_out=held_out))
     if chosen is not None:
         conditions.append(chosen)
     if drop_equal_rewards:
-        conditions.append(UnequalRewards(dataset))
+        conditions.append(UnequalRewardsCondition(dataset))
     if not conditions:
         return None
     selection = _fulfilling(dataset, conditions)
@@ -84,9 +84,9 @@ def _fulfilling(dataset: GroupDataset, conditions: list[Condition]) -> Selection
     def mask_of(row_group: int) -> npt.NDArray[np.bool_]:
         size = int(dataset.row_group_sizes[row_group])
         if columns:
-            rows = Rows.whole(row_group, light_columns(dataset, row_group, columns))
+            rows = SelectedRows.whole(row_group, light_columns(dataset, row_group, columns))
         else:  # a predicate reads for itself
-            rows = Rows.whole(row_group, pa.table({"row": np.arange(size)}))
+            rows = SelectedRows.whole(row_group, pa.table({"row": np.arange(size)}))
         for condition in conditions:
             rows = condition.keep(rows)
         mask = np.zeros(size, dtype=bool)

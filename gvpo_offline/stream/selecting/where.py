@@ -22,18 +22,18 @@ from gvpo_offline.stream.selecting.columns import (
     KEY_PREFIX,
     METADATA,
     LightColumns,
-    metadata_kinds,
+    metadata_types,
 )
-from gvpo_offline.stream.selecting.predicate import nearest, parse, refused, shown
+from gvpo_offline.stream.selecting.predicate import parse, refused, shown, suggestion
 
 if TYPE_CHECKING:
     import polars as pl
 
 _MASK = "__selected"
-Truths = tuple[npt.NDArray[np.bool_], int]
+PredicateMask = tuple[npt.NDArray[np.bool_], int]
 
 
-def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
+def predicate_masks(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[PredicateMask]:
     """What a predicate says of each row group, in order.
 
     Pages are verified as at every read: polars is given columns, and reads no file of its own.
@@ -61,7 +61,7 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
     _check_boolean(columns, where, expression)
     schema = columns.schema
     numbers = columns.numbers
-    if _one_by_one(schema, expression):
+    if _is_row_wise(schema, expression):
         for row_group in numbers:
             yield _counted(_evaluated(columns.frame(row_group), where, expression))
         return
@@ -90,11 +90,11 @@ def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None
     for name in names:
         if name not in COLUMNS and name != METADATA and not name.startswith(KEY_PREFIX):
             # The keys of the whole metadata would be another pass, for a word of advice.
-            keys = metadata_kinds(dataset, range(min(1, dataset.n_row_groups)))
+            keys = metadata_types(dataset, range(min(1, dataset.n_row_groups)))
             known = [*COLUMNS, *(KEY_PREFIX + key for key in keys)]
             quoted = "text stands in single quotes; " if f'"{name}"' in shown(where) else ""
             raise refused(
-                "a predicate names columns", where, repr(name), quoted + nearest(name, known)
+                "a predicate names columns", where, repr(name), quoted + suggestion(name, known)
             )
         if "rewards" in COLUMNS.get(name, ()) and not dataset.rewards:
             raise refused("a predicate on rewards needs a dataset that has them", where, name)
@@ -105,9 +105,9 @@ def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None
 def _check_keys(columns: LightColumns, where: object, names: list[str]) -> None:
     """Raise ConfigError if a name is no key of the metadata."""
     for name in names:
-        if name.startswith(KEY_PREFIX) and name.removeprefix(KEY_PREFIX) not in columns.kinds:
-            keys = [KEY_PREFIX + key for key in columns.kinds]
-            remedy = nearest(name, keys) if keys else "the dataset has no metadata"
+        if name.startswith(KEY_PREFIX) and name.removeprefix(KEY_PREFIX) not in columns.types:
+            keys = [KEY_PREFIX + key for key in columns.types]
+            remedy = suggestion(name, keys) if keys else "the dataset has no metadata"
             raise refused("a predicate names keys of the metadata", where, f"{name!r}", remedy)
 
 
@@ -121,7 +121,7 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
     try:
         (kind,) = pl.DataFrame(schema=columns.schema).select(expression).dtypes
     except pl.exceptions.PolarsError as error:
-        keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.kinds.items())
+        keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.types.items())
         raise refused(
             "a predicate fits the types of its columns",
             where,
@@ -132,7 +132,7 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
         raise refused("a predicate is true or false", where, f"a value of type {kind}")
 
 
-def _one_by_one(schema: pl.Schema, expression: pl.Expr) -> bool:
+def _is_row_wise(schema: pl.Schema, expression: pl.Expr) -> bool:
     """Whether an expression looks at each row alone.
 
     Polars knows: such a filter, and no other, is handed down to where the rows come from.
@@ -173,5 +173,5 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n\n")[0]
 
 
-def _counted(answers: pl.Series) -> Truths:
+def _counted(answers: pl.Series) -> PredicateMask:
     return answers.fill_null(False).to_numpy(), answers.null_count()
