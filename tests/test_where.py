@@ -314,7 +314,7 @@ def test_null_is_not_selected_and_is_counted(tmp_path: Path) -> None:
     selection = select(dataset, where="metadata.level  >=\n2")
     assert selection is not None
     assert selection.notes == (
-        "where metadata.level >= 2: 2 of 6 groups; for 2 it is null, and they are left out",
+        "where metadata.level >= 2: 2 of 6 groups; it is null for 2, which are left out",
     )
     sent = pickle.loads(pickle.dumps(selection))
     assert sent.rows(0).tolist() == [2, 3]
@@ -348,7 +348,7 @@ def test_every_column_of_the_list_can_be_named(dataset: GroupDataset) -> None:
             "group_siez > 3",
             r"received 'group_siez'.*Did you mean group_size\? there are .*samplers",
         ),
-        ('source = "math"', "'math'.*Text stands in single quotes"),
+        ('source = "math"', "'math'.*Text is written in single quotes"),
         ("level > 3", r"Did you mean metadata\.level\?"),
         (
             pl.col("metadata.lvel") > 3,
@@ -415,9 +415,9 @@ def test_the_identity_of_a_selection_is_the_selected_groups(tmp_path: Path) -> N
 
 def test_scores_that_a_dataset_lacks(tmp_path: Path) -> None:
     dataset = build_dataset(tmp_path, 4, reward=None, reference=False)
-    with pytest.raises(ConfigError, match=r"on rewards needs a dataset that has them.*reward_std"):
+    with pytest.raises(ConfigError, match=r"on rewards needs a dataset with rewards.*reward_std"):
         select(dataset, where="reward_std > 0")
-    with pytest.raises(ConfigError, match="reference needs its log-probs"):
+    with pytest.raises(ConfigError, match="needs a dataset with a reference"):
         select(dataset, where="ARRAY_GET(ref_seq_logprobs, 1) > 0")
     assert select(dataset, where="n_tokens > 0") is not None
 
@@ -522,7 +522,8 @@ def test_a_run_sees_the_chosen_responses_and_says_so(
         (counts,) = trainer.preflight()
     assert re.search(rf"where {re.escape(WHERE)}: \d+ of 40 groups", caplog.text)
     assert re.search(
-        r"responses of base, hot; at most 3, spread: \d+ of \d+; \d+ groups fall out", caplog.text
+        r"responses of base, hot; at most 3, spread: \d+ of \d+; \d+ groups are left out",
+        caplog.text,
     )
     assert set(counts.samplers) == {"base", "hot"}
     assert counts.n_groups == len(groups)

@@ -1,8 +1,8 @@
-"""What a predicate may name: the light columns of a dataset, as polars frames.
+"""The columns that a predicate may name, as polars frames.
 
-Beside what is stored these are statistics of each group's rewards, and the keys of the user's
-metadata as `metadata.<key>`, each of one type in the whole dataset. The types are made out from all
-of its rows, so nothing depends on how its files are cut.
+These are the stored columns without tokens, statistics of each group, and the keys of the metadata
+as `metadata.<key>`. A key has one type in the whole dataset, inferred from all rows, so that
+results do not depend on how the dataset is cut into files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 METADATA = "metadata"
 KEY_PREFIX = METADATA + "."
-# Each column, and the stored ones that it is made from.
+# Each column, and the stored columns that it is computed from.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "group_id": (),
     "source": ("source",),
@@ -55,14 +55,14 @@ MetadataTypes = dict[str, "type[pl.DataType]"]
 
 
 class LightColumns:
-    """Some columns of a dataset as frames, one for each row group.
+    """Some columns of a dataset as frames, one per row group.
 
     Args:
-        dataset: where they lie.
-        names: of `COLUMNS`, or `metadata.<key>`, or `metadata`: a struct of all keys.
+        dataset: the dataset.
+        names: keys of `COLUMNS`, `metadata.<key>`, or `metadata`: a struct of all keys.
 
     Attributes:
-        types: the type of every key of the metadata; empty where no name asks for one.
+        types: the type of every key of the metadata; empty if no name needs the metadata.
 
     Raises:
         DataError: a row's metadata is not a JSON object.
@@ -106,7 +106,7 @@ class LightColumns:
 
 
 def _expressions() -> dict[str, pl.Expr]:
-    """The columns that are not stored under their own names and types."""
+    """The columns that are computed from stored ones."""
     import polars as pl
 
     rewards, prompt = pl.col("rewards").list, pl.col("prompt_length").cast(pl.Int64)
@@ -127,14 +127,15 @@ def _expressions() -> dict[str, pl.Expr]:
 
 
 def metadata_types(dataset: GroupDataset, row_groups: Iterable[int] | None = None) -> MetadataTypes:
-    """The polars type of every key of the metadata, made out from all rows.
+    """The polars type of every key of the metadata, inferred from all rows.
 
-    Whole numbers are Int64, numbers Float64, flags Boolean, text String. Nulls have no say. What is
-    mixed, nested, or larger than 64 bits is text: a string as it is, anything else as JSON.
+    Integers are Int64, other numbers Float64, flags Boolean, text String; nulls are ignored. Mixed
+    and nested values and integers beyond 64 bits make a key String: strings as they are, all other
+    values as JSON.
 
     Args:
-        dataset: where the metadata lies.
-        row_groups: where to look; by default in all.
+        dataset: the dataset.
+        row_groups: numbers of the row groups to read; by default all.
     """
     found: defaultdict[str, set[str]] = defaultdict(set)
     for row_group in range(dataset.n_row_groups) if row_groups is None else row_groups:
@@ -146,7 +147,7 @@ def metadata_types(dataset: GroupDataset, row_groups: Iterable[int] | None = Non
 
 
 def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[dict[str, Any]]:
-    """The metadata of each row; nothing where there is none."""
+    """The metadata of each row; an empty dictionary if there is none."""
     if METADATA not in table.column_names:
         return [{}] * table.num_rows
     rows = []
@@ -159,7 +160,7 @@ def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[di
             raise DataError(
                 "a group's metadata is a JSON object, or null",
                 received=text,
-                remedy="write the column again, or leave metadata out of `where`",
+                remedy="rewrite the column, or leave metadata out of `where`",
                 **dataset.place(row_group).of(table, number),
             )
         rows.append(row)
@@ -182,7 +183,7 @@ def _joined(kinds: set[str]) -> type[pl.DataType]:
 
 
 def _value(value: Any, kind: type[pl.DataType]) -> Any:
-    """A value of the metadata as one of its key's type."""
+    """A value of the metadata, converted to its key's type."""
     import polars as pl
 
     if value is None or isinstance(value, str) or kind != pl.String:

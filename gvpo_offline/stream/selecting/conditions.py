@@ -1,4 +1,4 @@
-"""What a group must fulfil to take part: conditions, one after the other, each with its counts."""
+"""The conditions that select groups. They are applied in order, and each reports its counts."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from gvpo_offline.stream.selecting.where import nothing_selected, predicate_mask
 if TYPE_CHECKING:
     import polars as pl
 
-# Shards are ordered by the plain hash of the id; without this the held-out groups would be the
-# first ones of the dataset.
+# Datasets are sorted by the hash of the id; without this key the held-out groups would be the first
+# ones of the dataset.
 _HELD_OUT_KEY = np.uint64(0x48454C444F555421)
 
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """What is left of a row group.
+    """The rows of a row group that fulfil the conditions so far.
 
     Attributes:
         row_group: its number.
         stored: light columns of all of its rows.
-        numbers: (n,) int64, the rows that are left.
-        table: the columns of these, with the responses that are left.
+        numbers: (n,) int64, numbers of the selected rows.
+        table: (n,) rows, the columns of the selected rows, with their selected responses.
     """
 
     row_group: int
@@ -56,15 +56,15 @@ class SelectedRows:
         return cls(row_group, stored, np.arange(stored.num_rows, dtype=np.int64), stored)
 
     def only(self, mask: BoolArray) -> SelectedRows:
-        """Those of the rows that are left for which a (n,) mask is true."""
+        """The rows for which `mask`, (n,) bool, is true."""
         return replace(self, numbers=self.numbers[mask], table=self.table.filter(pa.array(mask)))
 
 
 class Condition(Protocol):
-    """Something that groups must fulfil. It sees every row group once, in order.
+    """A condition on groups. It is applied to every row group once, in order.
 
     Attributes:
-        columns: the light columns that it looks at.
+        columns: the light columns that it reads.
     """
 
     columns: tuple[str, ...]
@@ -73,15 +73,15 @@ class Condition(Protocol):
         """The rows that fulfil it."""
 
     def note(self) -> str | None:
-        """What came of it, in a line for people; None: nothing to say.
+        """A line for the log with its counts; None: nothing to report.
 
         Raises:
-            ConfigError: it left nothing.
+            ConfigError: no group fulfils it.
         """
 
 
 class WhereCondition:
-    """A predicate on groups as they are stored. Comes first; it reads what it names for itself."""
+    """A predicate on groups as they are stored. It comes first, and reads its own columns."""
 
     columns: tuple[str, ...] = ()
 
@@ -92,33 +92,33 @@ class WhereCondition:
         self._n_true = self._n_null = 0
 
     def keep(self, rows: SelectedRows) -> SelectedRows:
-        """The rows of which the predicate is true."""
+        """The rows for which the predicate is true."""
         mask, n_null = next(self._masks)
         self._n_true += int(mask.sum())
         self._n_null += n_null
         return rows.only(mask)
 
     def note(self) -> str:
-        """How many groups it is true of, and how many null."""
+        """The number of groups for which it is true, and for which it is null."""
         total, n_null = self._dataset.n_groups, self._n_null
         if not self._n_true:
             raise nothing_selected(self._where, total, n_null, self._dataset.root)
-        null = f"; for {n_null:,} it is null, and they are left out" if n_null else ""
+        null = f"; it is null for {n_null:,}, which are left out" if n_null else ""
         return f"where {shown(self._where)}: {self._n_true:,} of {total:,} groups{null}"
 
 
 def held_out_mask(group_ids: list[str], fraction: float) -> BoolArray:
-    """Which groups belong to the held-out `fraction`: (n,) bool, by a hash of the id alone.
+    """Whether groups belong to the held-out `fraction`: (n,) bool.
 
-    The same group is held out in every run, whatever its seed, and in every later version of the
-    dataset.
+    A hash of the id alone decides, so that a group is held out in every run, with any seed, and in
+    every later version of the dataset.
     """
     hashes = splitmix64(text_keys(group_ids) ^ _HELD_OUT_KEY)
     return np.asarray(hashes.astype(np.float64) < fraction * 2.0**64)
 
 
 class HeldOutCondition:
-    """The held-out fraction, or all other groups."""
+    """The held-out fraction of the groups, or all other groups."""
 
     columns: tuple[str, ...] = ("group_id",)
 
@@ -132,11 +132,11 @@ class HeldOutCondition:
         return rows.only(held_out_mask(ids, self._fraction) == self._held_out)
 
     def note(self) -> None:
-        """Nothing: the counts of both sides are shown anyway."""
+        """None: the trainer logs the counts of both sides."""
 
 
 class ResponseCondition:
-    """Enough responses of those that are asked for."""
+    """At least two responses that fulfil the settings."""
 
     def __init__(self, dataset: GroupDataset, settings: ResponseSettings) -> None:
         spreads = settings.prefer == "spread"
@@ -151,11 +151,11 @@ class ResponseCondition:
 
     @property
     def sha256(self) -> str:
-        """Hash of the chosen responses so far."""
+        """Hash of the responses selected so far."""
         return self._hash.hexdigest()
 
     def keep(self, rows: SelectedRows) -> SelectedRows:
-        """The rows that keep two responses or more, and no others than these responses."""
+        """The rows that keep two responses or more, with only these responses."""
         names = column_array(rows.stored, "samplers").flatten()
         self._samplers.update(names.unique().to_pylist())
         pick = choose(rows.table, self.settings).at_least(MIN_GROUP_SIZE)
@@ -169,23 +169,23 @@ class ResponseCondition:
         return replace(rows, numbers=rows.numbers[pick.first], table=with_pick(rows.table, pick))
 
     def note(self) -> str:
-        """How many responses are left, and how many groups had too few."""
+        """The number of selected responses, and of groups with too few of them."""
         said = response_summary(self.settings)
         check_sampler_patterns(self.settings.samplers, self._samplers, self._dataset.root)
         if self._groups and not self._groups_left:
             raise ConfigError(
-                f"a group that takes part keeps at least {MIN_GROUP_SIZE} responses",
+                f"a selected group keeps at least {MIN_GROUP_SIZE} responses",
                 received=f"responses {said}: none of {self._groups:,} groups does",
                 remedy="loosen responses",
                 file=self._dataset.root,
             )
         few = self._groups - self._groups_left
-        fallen = f"; {few:,} groups fall out, left with fewer than two" if few else ""
+        fallen = f"; {few:,} groups are left out, with fewer than two" if few else ""
         return f"responses {said}: {self._responses_left:,} of {self._responses:,}{fallen}"
 
 
 class UnequalRewardsCondition:
-    """More than one reward among the responses that are left."""
+    """Different rewards among the selected responses."""
 
     columns: tuple[str, ...] = ("rewards",)
 
@@ -201,14 +201,14 @@ class UnequalRewardsCondition:
         return rows.only(mask)
 
     def note(self) -> str:
-        """How many groups are left out."""
+        """The number of groups that are left out."""
         return f"drop_equal_rewards: {self._n_equal:,} groups left out"
 
 
 def _check_rewards(dataset: GroupDataset, setting: str) -> None:
     if not dataset.rewards:
         raise ConfigError(
-            "to choose by rewards, a dataset has rewards",
+            "a selection by rewards needs a dataset with rewards",
             received=setting,
             remedy="open the dataset with a reward",
             file=dataset.root,

@@ -1,4 +1,4 @@
-"""Which groups train and which are held out, and with which of their responses."""
+"""Selection of training groups and held-out groups, and of their responses."""
 
 from __future__ import annotations
 
@@ -41,19 +41,18 @@ def select(
     """The groups of a dataset to train on, or (`held_out`) those kept for evaluation.
 
     A function of its arguments and the dataset's content alone. The result is small and can be
-    pickled, so one process can resolve it for all.
+    pickled, so that one process can compute it for all ranks.
 
     Args:
-        dataset: with rewards where a condition needs them.
-        where: only groups for which this holds; see docs/selecting.md. It is asked of groups as
-            they are stored, before any of their responses are left out.
-        responses: which of their responses take part; a group that is left with fewer than two
-            falls out.
+        dataset: with rewards if a condition needs them.
+        where: only groups for which this is true; see docs/selecting.md. It is evaluated on groups
+            with all of their responses.
+        responses: which of their responses to use; a group with fewer than two is left out.
         eval_fraction, held_out: of those, the groups that are held out, or all others.
-        drop_equal_rewards: leave out groups whose remaining responses all have one reward.
+        drop_equal_rewards: leave out groups whose selected responses all have one reward.
 
     Returns:
-        None where that is all groups, whole.
+        The selection; None: all groups with all responses.
 
     Raises:
         ConfigError: as `predicate_masks`; or the predicate or `responses` leave no group.
@@ -78,14 +77,14 @@ def select(
 
 
 def _fulfilling(dataset: GroupDataset, conditions: list[Condition]) -> Selection:
-    """The groups that fulfil all conditions, in one pass over what they look at."""
+    """The groups that fulfil all conditions, in one pass over the columns that these read."""
     columns = sorted({name for condition in conditions for name in condition.columns})
 
     def mask_of(row_group: int) -> npt.NDArray[np.bool_]:
         size = int(dataset.row_group_sizes[row_group])
         if columns:
             rows = SelectedRows.whole(row_group, light_columns(dataset, row_group, columns))
-        else:  # a predicate reads for itself
+        else:  # a predicate reads its own columns
             rows = SelectedRows.whole(row_group, pa.table({"row": np.arange(size)}))
         for condition in conditions:
             rows = condition.keep(rows)
