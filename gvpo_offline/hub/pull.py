@@ -17,7 +17,7 @@ from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.hub.config import PullConfig
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
-from gvpo_offline.hub.versions import check_goes_on, is_partial, newest_of, without_parts
+from gvpo_offline.hub.versions import check_continues, is_partial, choose_version, without_parts
 from gvpo_offline.store.commit import create_only, fsync_folder, make_folder, storage_errors
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
@@ -61,7 +61,7 @@ def pull(config: PullConfig) -> PullResult:
     bars = progress_bars(shown=config.show_progress)
     with bars, hub_errors(config.repo_id), storage_errors(root):
         repo = Repo.open(config.repo_id, config.revision)
-        version = newest_of(repo.manifest_versions(), config.dataset_version, repo.label)
+        version = choose_version(repo.manifest_versions(), config.dataset_version, repo.label)
         claim_folder(root)
         with _staging(root) as staging:
             whole = repo.manifest(version, staging)
@@ -124,7 +124,7 @@ def _check_folder(root: Path, manifest: Manifest) -> None:
         return
     held = load_manifest(root)
     if not _is_held(root, manifest):
-        check_goes_on(manifest, held, root, "choose another output_dir")
+        check_continues(manifest, held, root, "choose another output_dir")
 
 
 def _is_held(root: Path, manifest: Manifest) -> bool:

@@ -16,7 +16,7 @@ from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hub.card import card
 from gvpo_offline.hub.config import PushConfig
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
-from gvpo_offline.hub.versions import check_goes_on, is_partial
+from gvpo_offline.hub.versions import check_continues, is_partial
 from gvpo_offline.store.commit import verify_file
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import FileEntry, Manifest, load_manifest, manifest_path
@@ -127,7 +127,7 @@ def _is_there(repo: Repo, manifest: Manifest) -> bool:
     if newest == manifest:
         return True
     remedy = "pull that one into another folder and add to it, or choose another repo_id"
-    check_goes_on(manifest, newest, repo.label, remedy)
+    check_continues(manifest, newest, repo.label, remedy)
     return False
 
 

@@ -14,7 +14,7 @@ from gvpo_offline.version import __version__
 PULL = "pull"
 
 
-def goes_on_from(newer: Manifest, older: Manifest) -> bool:
+def continues(newer: Manifest, older: Manifest) -> bool:
     """Whether `newer` is a later version of the same dataset as `older`.
 
     It is if its number is higher and its lineage begins with that of `older`; the steps that mark
@@ -67,9 +67,9 @@ def without_parts(manifest: Manifest, config: PullConfig, commit: str) -> Manife
     )
 
 
-def check_goes_on(newer: Manifest, held: Manifest, place: Any, remedy: str) -> None:
+def check_continues(newer: Manifest, held: Manifest, place: Any, remedy: str) -> None:
     """Raise DataError unless `newer` is a later version of `held`, which lies at `place`."""
-    if goes_on_from(newer, held):
+    if continues(newer, held):
         return
     theirs = ", ".join(step.stage for step in held.lineage) or "nothing"
     raise DataError(
@@ -81,7 +81,7 @@ def check_goes_on(newer: Manifest, held: Manifest, place: Any, remedy: str) -> N
     )
 
 
-def newest_of(versions: Sequence[int], wanted: int | None, place: Any) -> int:
+def choose_version(versions: Sequence[int], wanted: int | None, place: Any) -> int:
     """The version `wanted`, by default the newest.
 
     Raises:
