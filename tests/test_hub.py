@@ -493,6 +493,30 @@ def test_a_body_that_is_cut_is_taken_up_again(hub: HubServer, tmp_path: Path) ->
     assert len(gets) == 2
 
 
+def test_a_pull_that_fails_continues(hub: HubServer, tmp_path: Path) -> None:
+    """The hub refuses one of 9 files. The second pull requests only what the first did not get."""
+    dataset = build_dataset(tmp_path / "data", 24)
+    pushed(dataset.root)
+    bad = dataset.files()[-1].path
+    hub.faults = lambda method, path: 403 if path.startswith(f"/cdn/{bad}") else None
+    with pytest.raises(ConfigError, match="status 403"):
+        pulled(tmp_path / "back")
+    assert not list((tmp_path / "back").glob("manifest*"))
+    staging = tmp_path / "back" / ".pull.tmp"
+    kept = {path.relative_to(staging).as_posix() for path in staging.rglob("*.parquet")}
+    assert kept
+    hub.faults = lambda method, path: None
+    hub.requests.clear()
+    pulled(tmp_path / "back")
+    gets = [
+        path for method, path, _ in hub.requests if method == "GET" and path.startswith("/cdn/")
+    ]
+    requested = {path.removeprefix("/cdn/").rpartition("/")[0] for path in gets}
+    assert requested == {entry.path for entry in dataset.files()} - kept
+    assert not staging.exists()
+    check(tmp_path / "back")
+
+
 def test_a_damaged_copy_is_restored(hub: HubServer, tmp_path: Path) -> None:
     pushed(build_dataset(tmp_path / "data", 24).root)
     back = pulled(tmp_path / "back")

@@ -17,7 +17,7 @@ from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.hub.config import PullConfig
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
-from gvpo_offline.hub.versions import check_continues, is_partial, choose_version, without_parts
+from gvpo_offline.hub.versions import check_continues, choose_version, is_partial, without_parts
 from gvpo_offline.store.commit import create_only, fsync_folder, make_folder, storage_errors
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
