@@ -39,7 +39,7 @@ Kind = TypeVar("Kind", bound=GVPOTrainer)
 
 @dataclass(frozen=True)
 class TrainerInputs:
-    """What trainers of a run are made of: its settings, with the datasets opened."""
+    """The settings of a run with its datasets opened; `trainer` builds a trainer from them."""
 
     model: ModelSettings
     lora: LoraSettings
@@ -57,7 +57,7 @@ class TrainerInputs:
         return cls(model, lora, train, held_out)
 
     def trainer(self, args: GVPOConfig, kind: type[Kind]) -> Kind:
-        """A trainer of a policy that is loaded for it."""
+        """Load the policy and build a trainer of it."""
         adapter = adapter_config(self.model)
         check_loading(self.model, adapter, new_adapter=self.lora.use_peft)
         quantised = self.model.load_in_4bit or self.model.load_in_8bit
