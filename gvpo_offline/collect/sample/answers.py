@@ -14,7 +14,7 @@ import numpy as np
 from gvpo_offline.collect.sample.config import RequestSettings
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.prompts import Prompt
-from gvpo_offline.collect.sample.stage import Wanted
+from gvpo_offline.collect.sample.stage import SampleRequest
 from gvpo_offline.collect.server.answer import (
     CUT,
     BadAnswerError,
@@ -44,7 +44,7 @@ def is_chat(settings: RequestSettings, prompt: Prompt) -> bool:
     return prompt.messages is not None and settings.api != "completions"
 
 
-def request_body(settings: RequestSettings, wanted: Sequence[Wanted]) -> dict[str, Any]:
+def request_body(settings: RequestSettings, wanted: Sequence[SampleRequest]) -> dict[str, Any]:
     """The JSON of one request for some responses to one prompt; its seed is the first one's.
 
     Raises:
@@ -77,7 +77,7 @@ def request_body(settings: RequestSettings, wanted: Sequence[Wanted]) -> dict[st
     return body | settings.extra_body
 
 
-def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[Wanted]) -> list[Sample]:
+def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[SampleRequest]) -> list[Sample]:
     """One sample for each response that was asked for, good or failed.
 
     Args:
@@ -102,7 +102,7 @@ def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[Wanted]
 
 
 def _sample(
-    settings: RequestSettings, answer: Mapping[str, Any], choice: Mapping[str, Any], wanted: Wanted
+    settings: RequestSettings, answer: Mapping[str, Any], choice: Mapping[str, Any], wanted: SampleRequest
 ) -> Sample:
     finish = finish_of(choice)
     text = _text(choice)

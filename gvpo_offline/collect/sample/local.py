@@ -12,7 +12,7 @@ import numpy as np
 from gvpo_offline.collect.sample.config import SamplingSettings, TransformersSettings
 from gvpo_offline.collect.sample.dialect import Dialect, Speech
 from gvpo_offline.collect.sample.log import Sample
-from gvpo_offline.collect.sample.stage import Facts, Wanted
+from gvpo_offline.collect.sample.stage import Facts, SampleRequest
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.tokenizer import load_policy_tokenizer
@@ -104,7 +104,7 @@ class TransformersSampler:
         )
         self._decoder.probe()
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them.
 
         Raises:
@@ -133,7 +133,7 @@ class TransformersSampler:
         return [_sample(w, d, self._speech) for w, d in zip(wanted, drafts, strict=True)]
 
 
-def _sample(wanted: Wanted, draft: Any, speech: Speech) -> Sample:
+def _sample(wanted: SampleRequest, draft: Any, speech: Speech) -> Sample:
     text = speech.text(draft.ids)
     if not (speech.shared or text):
         return wanted.failed("an empty text, in tokens that are not the dataset's")

@@ -8,7 +8,7 @@ from typing import Any
 from gvpo_offline.collect.sample.answers import is_chat, read_answer, request_body
 from gvpo_offline.collect.sample.config import OpenAISettings
 from gvpo_offline.collect.sample.log import Sample
-from gvpo_offline.collect.sample.stage import Facts, Wanted
+from gvpo_offline.collect.sample.stage import Facts, SampleRequest
 from gvpo_offline.collect.server.answer import BadAnswerError
 from gvpo_offline.collect.server.client import Server
 
@@ -32,13 +32,13 @@ class ServerSampler:
         """
         self._server.start()
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them, or the causes of their failures.
 
         Raises:
             ConfigError: the server refuses the key or does not know the model.
         """
-        by_prompt: dict[int, list[Wanted]] = {}
+        by_prompt: dict[int, list[SampleRequest]] = {}
         for each in wanted:
             by_prompt.setdefault(each.prompt.index, []).append(each)
         n = self._settings.n_per_request
@@ -58,7 +58,7 @@ class ServerSampler:
 class _Draw:
     """Some responses to one prompt; see `server.client.Question`."""
 
-    def __init__(self, settings: OpenAISettings, wanted: Sequence[Wanted]) -> None:
+    def __init__(self, settings: OpenAISettings, wanted: Sequence[SampleRequest]) -> None:
         self._settings = settings
         self._left = {each.number: each for each in wanted}
         self._done: list[Sample] = []

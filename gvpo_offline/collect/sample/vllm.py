@@ -15,7 +15,7 @@ from gvpo_offline.collect.sample.config import VllmSettings
 from gvpo_offline.collect.sample.dialect import Dialect, Speech
 from gvpo_offline.collect.sample.local import model_facts
 from gvpo_offline.collect.sample.log import Sample
-from gvpo_offline.collect.sample.stage import Facts, Wanted
+from gvpo_offline.collect.sample.stage import Facts, SampleRequest
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.tokenizer import load_tokenizer
 
@@ -61,7 +61,7 @@ class VllmSampler:
         own = load_tokenizer(settings.model_name_or_path, revision=settings.model_revision)
         self._speech = Speech(own, self._dialect)
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them."""
         assert self._speech is not None
         prompts = {w.prompt.index: w.prompt for w in wanted}
@@ -92,7 +92,7 @@ class VllmSampler:
             logprobs=0,
         )
 
-    def _sample(self, wanted: Wanted, output: Any) -> Sample:
+    def _sample(self, wanted: SampleRequest, output: Any) -> Sample:
         assert self._speech is not None
         ids = list(output.token_ids)
         text = self._speech.text(ids)
