@@ -77,7 +77,9 @@ def request_body(settings: RequestSettings, wanted: Sequence[SampleRequest]) -> 
     return body | settings.extra_body
 
 
-def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[SampleRequest]) -> list[Sample]:
+def read_answer(
+    settings: RequestSettings, answer: Any, wanted: Sequence[SampleRequest]
+) -> list[Sample]:
     """One sample for each response that was asked for, good or failed.
 
     Args:
@@ -102,7 +104,10 @@ def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[SampleR
 
 
 def _sample(
-    settings: RequestSettings, answer: Mapping[str, Any], choice: Mapping[str, Any], wanted: SampleRequest
+    settings: RequestSettings,
+    answer: Mapping[str, Any],
+    choice: Mapping[str, Any],
+    wanted: SampleRequest,
 ) -> Sample:
     finish = finish_of(choice)
     text = _text(choice)

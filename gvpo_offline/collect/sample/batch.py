@@ -24,7 +24,7 @@ from gvpo_offline.collect.sample.answers import (
 )
 from gvpo_offline.collect.sample.config import BatchSettings
 from gvpo_offline.collect.sample.log import Sample
-from gvpo_offline.collect.sample.stage import Facts, SampleRequest
+from gvpo_offline.collect.sample.stage import SampleRequest, SamplerInfo
 from gvpo_offline.collect.server.answer import BadAnswerError
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import text_key
@@ -38,7 +38,9 @@ def custom_id(wanted: SampleRequest) -> str:
     return f"{wanted.prompt.key[:24]}-{wanted.number}"
 
 
-def write_requests(folder: Path, settings: BatchSettings, wanted: Iterable[SampleRequest]) -> list[Path]:
+def write_requests(
+    folder: Path, settings: BatchSettings, wanted: Iterable[SampleRequest]
+) -> list[Path]:
     """Write request files, named by their content.
 
     Raises:
@@ -76,9 +78,9 @@ class BatchSampler:
         self._settings = settings
         self._results: _Results | None = None
 
-    def facts(self) -> Facts:
+    def info(self) -> SamplerInfo:
         """The context, as the settings say."""
-        return Facts(self._settings.context_length)
+        return SamplerInfo(self._settings.context_length)
 
     def start(self) -> None:
         """Find out where in the result files each answer is.

@@ -12,7 +12,7 @@ import numpy as np
 from gvpo_offline.collect.sample.config import SamplingSettings, TransformersSettings
 from gvpo_offline.collect.sample.dialect import Dialect, Speech
 from gvpo_offline.collect.sample.log import Sample
-from gvpo_offline.collect.sample.stage import Facts, SampleRequest
+from gvpo_offline.collect.sample.stage import SampleRequest, SamplerInfo
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.tokenizer import load_policy_tokenizer
@@ -27,7 +27,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 _TAIL_TOKENS = 8
 
 
-def model_facts(name_or_path: str, revision: str | None, *, remote_code: bool) -> Facts:
+def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) -> SamplerInfo:
     """The context of a transformers model, and which weights exactly it has.
 
     Raises:
@@ -53,7 +53,7 @@ def model_facts(name_or_path: str, revision: str | None, *, remote_code: bool) -
     else:
         weights = str(getattr(config, "_commit_hash", None))
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Facts(context, {"model": weights})
+    return SamplerInfo(context, {"model": weights})
 
 
 class TransformersSampler:
@@ -66,17 +66,17 @@ class TransformersSampler:
         self._speech: Speech | None = None
         self._context: int | None = None
 
-    def facts(self) -> Facts:
+    def info(self) -> SamplerInfo:
         """The model's context and its weights."""
         settings = self._settings
-        facts = model_facts(
+        info = model_info(
             settings.model_name_or_path,
             settings.model_revision,
             remote_code=settings.trust_remote_code,
         )
         template = load_policy_tokenizer(settings).chat_template
-        return Facts(
-            facts.context_length, {**facts.identity, "chat_template": sha256_json(template)}
+        return SamplerInfo(
+            info.context_length, {**info.identity, "chat_template": sha256_json(template)}
         )
 
     def start(self) -> None:

@@ -113,13 +113,13 @@ class _Run:
         self.settings = config.parsed()
         dialect = Dialect(config.tokenizer_name_or_path, config.chat_template)
         self.samplers = {name: open_sampler(s, dialect) for name, s in self.settings.items()}
-        self.facts = {name: sampler.facts() for name, sampler in self.samplers.items()}
+        self.info = {name: sampler.info() for name, sampler in self.samplers.items()}
         encoder = load_encoder(self._import_config())
         assert encoder is not None
         limits = {
-            name: facts.context_length - self.settings[name].max_new_tokens
-            for name, facts in self.facts.items()
-            if facts.context_length is not None
+            name: info.context_length - self.settings[name].max_new_tokens
+            for name, info in self.info.items()
+            if info.context_length is not None
         }
         self.prompts = prepare_prompts(config, encoder, limits)
         self.stages = {name: self._stage(name, self.samplers[name]) for name in self.settings}
@@ -134,7 +134,7 @@ class _Run:
 
     def _import_config(self) -> ImportConfig:
         samplers = {
-            name: {**recorded(settings), **self.facts[name].identity}
+            name: {**recorded(settings), **self.info[name].identity}
             for name, settings in self.settings.items()
         }
         return ImportConfig(
@@ -148,7 +148,7 @@ class _Run:
         )
 
     def _stage(self, name: str, sampler: Sampler) -> SampleStage:
-        settings, facts = self.settings[name], self.facts[name]
+        settings, info = self.settings[name], self.info[name]
         identity = sha256_json(
             {
                 "version": _VERSION,
@@ -156,7 +156,7 @@ class _Run:
                 "name": name,
                 "kind": type(settings).__name__,
                 "settings": settings.identity(),
-                "facts": dict(facts.identity),
+                "facts": dict(info.identity),
             }
         )
         log = SampleLog(self.root, name, f"sample-{name}-{identity[:12]}")

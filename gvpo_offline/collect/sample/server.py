@@ -8,7 +8,7 @@ from typing import Any
 from gvpo_offline.collect.sample.answers import is_chat, read_answer, request_body
 from gvpo_offline.collect.sample.config import OpenAISettings
 from gvpo_offline.collect.sample.log import Sample
-from gvpo_offline.collect.sample.stage import Facts, SampleRequest
+from gvpo_offline.collect.sample.stage import SampleRequest, SamplerInfo
 from gvpo_offline.collect.server.answer import BadAnswerError
 from gvpo_offline.collect.server.client import Server
 
@@ -20,9 +20,9 @@ class ServerSampler:
         self._settings = settings
         self._server = Server(settings)
 
-    def facts(self) -> Facts:
+    def info(self) -> SamplerInfo:
         """The context, as the settings say."""
-        return Facts(self._settings.context_length)
+        return SamplerInfo(self._settings.context_length)
 
     def start(self) -> None:
         """Find the package and the key.

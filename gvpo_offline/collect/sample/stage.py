@@ -29,7 +29,7 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SamplerInfo:
     """What a sampler is, beyond its settings.
 
     Attributes:
@@ -44,7 +44,7 @@ class Facts:
 class Sampler(Protocol):
     """Who responds. Picklable before `start`."""
 
-    def facts(self) -> Facts:
+    def info(self) -> SamplerInfo:
         """What it is, found out without starting it.
 
         Raises:

@@ -13,9 +13,9 @@ import numpy as np
 
 from gvpo_offline.collect.sample.config import VllmSettings
 from gvpo_offline.collect.sample.dialect import Dialect, Speech
-from gvpo_offline.collect.sample.local import model_facts
+from gvpo_offline.collect.sample.local import model_info
 from gvpo_offline.collect.sample.log import Sample
-from gvpo_offline.collect.sample.stage import Facts, SampleRequest
+from gvpo_offline.collect.sample.stage import SampleRequest, SamplerInfo
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.tokenizer import load_tokenizer
 
@@ -29,14 +29,14 @@ class VllmSampler:
         self._engine: Any = None
         self._speech: Speech | None = None
 
-    def facts(self) -> Facts:
+    def info(self) -> SamplerInfo:
         """The model's context, or what `engine` limits it to, and its weights."""
         settings = self._settings
         remote = bool(settings.engine.get("trust_remote_code"))
-        facts = model_facts(
-            settings.model_name_or_path, settings.model_revision, remote_code=remote
+        info = model_info(settings.model_name_or_path, settings.model_revision, remote_code=remote)
+        return SamplerInfo(
+            settings.engine.get("max_model_len") or info.context_length, info.identity
         )
-        return Facts(settings.engine.get("max_model_len") or facts.context_length, facts.identity)
 
     def start(self) -> None:
         """Load the model.
