@@ -37,11 +37,11 @@ _PROBE_TOLERANCE = 0.25  # of the logits' standard deviation: above bfloat16's r
 
 
 @dataclass(slots=True, eq=False)
-class Draft:
+class Completion:
     """A response in the making.
 
     Attributes:
-        prompt: (P,) int32 token ids; drafts of one prompt hold one and the same array.
+        prompt: (P,) int32 token ids; completions of one prompt hold one and the same array.
         seed: decides every draw.
         ids: what was drawn so far, end token included.
         logprobs: of each id, in nats: what it was drawn with, after temperature and filters.
@@ -56,7 +56,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Rules:
+class DecodingRules:
     """What is done to the logits, and when a response ends.
 
     Attributes:
@@ -73,11 +73,11 @@ class Rules:
     max_new_tokens: int
     stops: Callable[[Sequence[int]], bool] | None = None
 
-    def finish_reason(self, draft: Draft) -> str:
-        """Why the draft ends with its last token; empty if it does not."""
-        if draft.ids[-1] in self.end_ids or (self.stops and self.stops(draft.ids)):
+    def finish_reason(self, completion: Completion) -> str:
+        """Why the completion ends with its last token; empty if it does not."""
+        if completion.ids[-1] in self.end_ids or (self.stops and self.stops(completion.ids)):
             return "stop"
-        return "length" if len(draft.ids) >= self.max_new_tokens else ""
+        return "length" if len(completion.ids) >= self.max_new_tokens else ""
 
 
 def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> Tensor:
@@ -119,7 +119,7 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor
 
 
 class Decoder:
-    """A model at work on a queue of drafts.
+    """A model at work on a queue of completions.
 
     Args:
         model: on its device, in eval mode.
@@ -129,7 +129,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, rules: Rules, *, batch_size: int, max_batch_tokens: int
+        self,
+        model: PreTrainedModel,
+        rules: DecodingRules,
+        *,
+        batch_size: int,
+        max_batch_tokens: int,
     ) -> None:
         self._model = model
         self._rules = rules
@@ -149,11 +154,11 @@ class Decoder:
         """
         prompts = [_PROBE[:3], _PROBE]
         try:
-            rows = self._prefill([Draft(prompt, seed=0) for prompt in prompts])
+            rows = self._prefill([Completion(prompt, seed=0) for prompt in prompts])
             positions_B1 = rows.mask_BT.sum(-1, keepdim=True) - 1
             found_BV = self._forward(rows.ids_BT[:, -1:], rows.mask_BT, positions_B1, rows.cache)
-            for row, draft in enumerate(rows.drafts):
-                text_1T = torch.tensor([[*draft.prompt.tolist(), *draft.ids]])
+            for row, completion in enumerate(rows.completions):
+                text_1T = torch.tensor([[*completion.prompt.tolist(), *completion.ids]])
                 logits = self._model(input_ids=text_1T.to(self._model.device), use_cache=False)
                 expected_V = logits.logits[0, -1].float()
                 off = float((found_BV[row] - expected_V).abs().max() / expected_V.std())
@@ -169,28 +174,28 @@ class Decoder:
             ) from error
 
     @torch.inference_mode()
-    def run(self, drafts: Sequence[Draft]) -> Iterator[Draft]:
-        """The drafts, each as soon as it is finished."""
+    def run(self, completions: Sequence[Completion]) -> Iterator[Completion]:
+        """The completions, each as soon as it is finished."""
         # Longest prompts first, so that rows of one batch are padded little.
-        order = sorted(range(len(drafts)), key=lambda i: (-len(drafts[i].prompt), i))
-        queue = [drafts[i] for i in reversed(order)]
-        rows: _Rows | None = None
+        order = sorted(range(len(completions)), key=lambda i: (-len(completions[i].prompt), i))
+        queue = [completions[i] for i in reversed(order)]
+        rows: _DecodingBatch | None = None
         while queue or rows is not None:
             rows = self._filled(queue, rows)
             self._decode(rows)
-            yield from (draft for draft in rows.drafts if draft.finish_reason)
+            yield from (completion for completion in rows.completions if completion.finish_reason)
             rows = rows.without_finished()
 
-    def _filled(self, queue: list[Draft], rows: _Rows | None) -> _Rows:
-        """The rows, and more for as many drafts as there is room for."""
+    def _filled(self, queue: list[Completion], rows: _DecodingBatch | None) -> _DecodingBatch:
+        """The rows, and more for as many completions as there is room for."""
         if rows is None:
             return self._prefill(self._admitted(queue, 0, 0))
         if rows.mergeable and (taken := self._admitted(queue, *rows.mask_BT.shape)):
             return rows.merged(self._prefill(taken))
         return rows
 
-    def _admitted(self, queue: list[Draft], n_rows: int, length: int) -> list[Draft]:
-        taken: list[Draft] = []
+    def _admitted(self, queue: list[Completion], n_rows: int, length: int) -> list[Completion]:
+        taken: list[Completion] = []
         while queue and n_rows < self._batch_size:
             n_rows, length = n_rows + 1, max(length, len(queue[-1].prompt))
             if n_rows > 1 and n_rows * (length + self._rules.max_new_tokens) > self._max_tokens:
@@ -198,8 +203,10 @@ class Decoder:
             taken.append(queue.pop())
         return taken
 
-    def _prefill(self, drafts: list[Draft]) -> _Rows:
-        prompts = list({id(draft.prompt): draft.prompt for draft in drafts}.values())
+    def _prefill(self, completions: list[Completion]) -> _DecodingBatch:
+        prompts = list(
+            {id(completion.prompt): completion.prompt for completion in completions}.values()
+        )
         number = {id(prompt): i for i, prompt in enumerate(prompts)}
         longest = max(map(len, prompts))
         # A row is padded with its own first token, so that a penalty on tokens that were seen
@@ -212,16 +219,18 @@ class Decoder:
         cache = DynamicCache(config=self._model.config)
         positions_UT = (mask_UT.cumsum(-1) - 1).clamp(min=0)
         logits_UV = self._forward(ids_UT, mask_UT, positions_UT, cache)
-        index_B = torch.tensor([number[id(draft.prompt)] for draft in drafts], device=device)
+        index_B = torch.tensor(
+            [number[id(completion.prompt)] for completion in completions], device=device
+        )
         cache.reorder_cache(index_B)
-        rows = _Rows(drafts, ids_UT[index_B], mask_UT[index_B], cache)
+        rows = _DecodingBatch(completions, ids_UT[index_B], mask_UT[index_B], cache)
         self._take(rows, logits_UV[index_B])
         return rows
 
-    def _decode(self, rows: _Rows) -> None:
+    def _decode(self, rows: _DecodingBatch) -> None:
         """Go on until enough rows are finished."""
-        idle = sum(bool(draft.finish_reason) for draft in rows.drafts)
-        while idle * _IDLE < len(rows.drafts):
+        idle = sum(bool(completion.finish_reason) for completion in rows.completions)
+        while idle * _IDLE < len(rows.completions):
             positions_B1 = rows.mask_BT.sum(-1, keepdim=True) - 1
             logits_BV = self._forward(rows.ids_BT[:, -1:], rows.mask_BT, positions_B1, rows.cache)
             idle += self._take(rows, logits_BV)
@@ -239,31 +248,31 @@ class Decoder:
         logits: Tensor = found.logits[:, -1].float()
         return logits
 
-    def _take(self, rows: _Rows, logits_BV: Tensor) -> int:
+    def _take(self, rows: _DecodingBatch, logits_BV: Tensor) -> int:
         """Draw each row's next token; returns how many rows have ended with it."""
         scores_BV = self._rules.processors(rows.ids_BT, logits_BV)
-        steps = [len(draft.ids) for draft in rows.drafts]
-        uniforms_B = uniforms([draft.seed for draft in rows.drafts], steps)
+        steps = [len(completion.ids) for completion in rows.completions]
+        uniforms_B = uniforms([completion.seed for completion in rows.completions], steps)
         ids_B, logprobs_B = draw(scores_BV, uniforms_B, greedy=self._rules.greedy)
         rows.append(ids_B)
         ended = 0
-        pairs = zip(rows.drafts, ids_B.tolist(), logprobs_B.tolist(), strict=True)
-        for draft, token, logprob in pairs:
-            if not draft.finish_reason:
-                draft.ids.append(token)
-                draft.logprobs.append(logprob)
-                draft.finish_reason = self._rules.finish_reason(draft)
-                ended += bool(draft.finish_reason)
+        pairs = zip(rows.completions, ids_B.tolist(), logprobs_B.tolist(), strict=True)
+        for completion, token, logprob in pairs:
+            if not completion.finish_reason:
+                completion.ids.append(token)
+                completion.logprobs.append(logprob)
+                completion.finish_reason = self._rules.finish_reason(completion)
+                ended += bool(completion.finish_reason)
         return ended
 
 
-class _Rows:
+class _DecodingBatch:
     """A batch in the making: ids and mask of all tokens, the cache of all but the last."""
 
     def __init__(
-        self, drafts: list[Draft], ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache
+        self, completions: list[Completion], ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache
     ) -> None:
-        self.drafts = drafts
+        self.completions = completions
         self.ids_BT = ids_BT
         self.mask_BT = mask_BT
         self.cache = cache
@@ -278,12 +287,12 @@ class _Rows:
         self.ids_BT = torch.cat([self.ids_BT, ids_B[:, None]], -1)
         self.mask_BT = pad(self.mask_BT, (0, 1), value=1)
 
-    def without_finished(self) -> _Rows | None:
+    def without_finished(self) -> _DecodingBatch | None:
         """The rows that go on, without the columns that only the others needed."""
-        kept = [i for i, draft in enumerate(self.drafts) if not draft.finish_reason]
+        kept = [i for i, completion in enumerate(self.completions) if not completion.finish_reason]
         if not kept:
             return None
-        if len(kept) == len(self.drafts):
+        if len(kept) == len(self.completions):
             return self
         index_B = torch.tensor(kept, device=self.ids_BT.device)
         self.cache.reorder_cache(index_B)
@@ -291,14 +300,14 @@ class _Rows:
         unused = int(mask_BT.argmax(-1).min()) if self.mergeable else 0
         for layer in self.cache.layers if unused else ():
             _crop(layer, unused)
-        return _Rows(
-            [self.drafts[i] for i in kept],
+        return _DecodingBatch(
+            [self.completions[i] for i in kept],
             self.ids_BT[index_B, unused:],
             mask_BT[:, unused:],
             self.cache,
         )
 
-    def merged(self, other: _Rows) -> _Rows:
+    def merged(self, other: _DecodingBatch) -> _DecodingBatch:
         """Both, the shorter padded on the left."""
         lengths = self.mask_BT.shape[-1], other.mask_BT.shape[-1]
         ids, masks = [], []
@@ -309,7 +318,9 @@ class _Rows:
             masks.append(pad(rows.mask_BT, (missing, 0)))
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             _join(mine, theirs)
-        return _Rows([*self.drafts, *other.drafts], torch.cat(ids), torch.cat(masks), self.cache)
+        return _DecodingBatch(
+            [*self.completions, *other.completions], torch.cat(ids), torch.cat(masks), self.cache
+        )
 
 
 def _crop(layer: Any, columns: int) -> None:

@@ -20,7 +20,7 @@ from gvpo_offline.tokenizer import load_policy_tokenizer
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
-    from gvpo_offline.collect.sample.decode import Decoder, Rules
+    from gvpo_offline.collect.sample.decode import Decoder, DecodingRules
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 # Tokens at the end of a response that a stop string is looked for in, beyond its own length.
@@ -110,7 +110,7 @@ class TransformersSampler:
         Raises:
             DataError: a prompt is longer than the model's context leaves room for, in its tokens.
         """
-        from gvpo_offline.collect.sample.decode import Draft
+        from gvpo_offline.collect.sample.decode import Completion
 
         assert self._decoder is not None
         assert self._speech is not None
@@ -127,14 +127,14 @@ class TransformersSampler:
                     file=prompt.source,
                     row=prompt.row,
                 )
-        drafts = [Draft(ids[w.prompt.index], w.seed) for w in wanted]
-        for _ in self._decoder.run(drafts):
+        completions = [Completion(ids[w.prompt.index], w.seed) for w in wanted]
+        for _ in self._decoder.run(completions):
             pass
-        return [_sample(w, d, self._speech) for w, d in zip(wanted, drafts, strict=True)]
+        return [_sample(w, d, self._speech) for w, d in zip(wanted, completions, strict=True)]
 
 
-def _sample(wanted: SampleRequest, draft: Any, speech: Speech) -> Sample:
-    text = speech.text(draft.ids)
+def _sample(wanted: SampleRequest, completion: Any, speech: Speech) -> Sample:
+    text = speech.text(completion.ids)
     if not (speech.shared or text):
         return wanted.failed("an empty text, in tokens that are not the dataset's")
     return Sample(
@@ -142,14 +142,14 @@ def _sample(wanted: SampleRequest, draft: Any, speech: Speech) -> Sample:
         number=wanted.number,
         seed=wanted.seed,
         text=text,
-        token_ids=np.array(draft.ids, np.int32) if speech.shared else None,
-        token_logprobs=np.array(draft.logprobs, np.float32),
-        finish_reason=draft.finish_reason,
+        token_ids=np.array(completion.ids, np.int32) if speech.shared else None,
+        token_logprobs=np.array(completion.logprobs, np.float32),
+        finish_reason=completion.finish_reason,
     )
 
 
-def _rules(settings: SamplingSettings, generation: Any, speech: Speech) -> Rules:
-    from gvpo_offline.collect.sample.decode import Rules
+def _rules(settings: SamplingSettings, generation: Any, speech: Speech) -> DecodingRules:
+    from gvpo_offline.collect.sample.decode import DecodingRules
 
     said = [generation.eos_token_id if generation else None, speech.tokenizer.eos_token_id]
     ends = {i for ids in said if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
@@ -159,7 +159,7 @@ def _rules(settings: SamplingSettings, generation: Any, speech: Speech) -> Rules
             received="a model and a tokenizer without one (eos_token_id)",
             remedy="set it in the model's generation_config.json",
         )
-    return Rules(
+    return DecodingRules(
         processors=_processors(settings),
         greedy=settings.temperature == 0,
         end_ids=frozenset(ends),
