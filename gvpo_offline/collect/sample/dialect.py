@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class DatasetTokenizer:
     """How the dataset writes: its tokenizer, and the template where that is not its own."""
 
     tokenizer_name_or_path: str
@@ -29,7 +29,7 @@ class Dialect:
         return load_tokenizer(self.tokenizer_name_or_path, chat_template=self.chat_template)
 
 
-class Speech:
+class SamplerTokenizer:
     """A model's tokenizer, and whether it is the dataset's.
 
     The template does not count in that: with the tokens of the dataset, prompts are given as the
@@ -37,15 +37,15 @@ class Speech:
 
     Args:
         own: the model's tokenizer, with the template of its settings.
-        dialect: the dataset's.
+        dataset_tokenizer: the dataset's.
     """
 
-    def __init__(self, own: PreTrainedTokenizerBase, dialect: Dialect) -> None:
+    def __init__(self, own: PreTrainedTokenizerBase, dataset_tokenizer: DatasetTokenizer) -> None:
         self.tokenizer = own
         dataset = dialect.load()
         alike = copy.deepcopy(own)
         alike.chat_template = dataset.chat_template
-        self.shared = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
+        self.same_as_dataset = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
         self._encoder = Encoder(own, append_eos=False)
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[IntArray]:
@@ -55,7 +55,7 @@ class Speech:
             ConfigError: there are chat messages, and the model's tokenizer has no template.
             DataError: the template refuses a prompt's messages.
         """
-        if self.shared:
+        if self.same_as_dataset:
             return [prompt.token_ids for prompt in prompts]
         if any(p.messages for p in prompts) and not self.tokenizer.chat_template:
             raise ConfigError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gvpo_offline.collect.sample.config import SamplingSettings, TransformersSettings
-from gvpo_offline.collect.sample.dialect import Dialect, Speech
+from gvpo_offline.collect.sample.dialect import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.stage import SampleRequest, SamplerInfo
 from gvpo_offline.errors import ConfigError, DataError
@@ -59,11 +59,11 @@ def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) ->
 class TransformersSampler:
     """Draws from a model by `decode.Decoder`; see `Sampler`."""
 
-    def __init__(self, settings: TransformersSettings, dialect: Dialect) -> None:
+    def __init__(self, settings: TransformersSettings, dataset_tokenizer: DatasetTokenizer) -> None:
         self._settings = settings
-        self._dialect = dialect
+        self._dataset_tokenizer = dialect
         self._decoder: Decoder | None = None
-        self._speech: Speech | None = None
+        self._tokenizer: SamplerTokenizer | None = None
         self._context: int | None = None
 
     def info(self) -> SamplerInfo:
@@ -94,8 +94,8 @@ class TransformersSampler:
         disable_dropout(model)
         model.to(default_device(use_cpu=settings.use_cpu)).eval()
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._speech = Speech(load_policy_tokenizer(settings), self._dialect)
-        rules = _rules(settings, model.generation_config, self._speech)
+        self._tokenizer = SamplerTokenizer(load_policy_tokenizer(settings), self._dataset_tokenizer)
+        rules = _rules(settings, model.generation_config, self._tokenizer)
         self._decoder = Decoder(
             model,
             rules,
@@ -113,9 +113,9 @@ class TransformersSampler:
         from gvpo_offline.collect.sample.decode import Completion
 
         assert self._decoder is not None
-        assert self._speech is not None
+        assert self._tokenizer is not None
         prompts = list({id(w.prompt): w.prompt for w in wanted}.values())
-        found = self._speech.prompt_ids(prompts)
+        found = self._tokenizer.prompt_ids(prompts)
         ids = {prompt.index: own for prompt, own in zip(prompts, found, strict=True)}
         for prompt in prompts:
             n_tokens = len(ids[prompt.index]) + self._settings.max_new_tokens
@@ -130,28 +130,30 @@ class TransformersSampler:
         completions = [Completion(ids[w.prompt.index], w.seed) for w in wanted]
         for _ in self._decoder.run(completions):
             pass
-        return [_sample(w, d, self._speech) for w, d in zip(wanted, completions, strict=True)]
+        return [_sample(w, d, self._tokenizer) for w, d in zip(wanted, completions, strict=True)]
 
 
-def _sample(wanted: SampleRequest, completion: Any, speech: Speech) -> Sample:
-    text = speech.text(completion.ids)
-    if not (speech.shared or text):
+def _sample(wanted: SampleRequest, completion: Any, tokenizer: SamplerTokenizer) -> Sample:
+    text = tokenizer.text(completion.ids)
+    if not (tokenizer.same_as_dataset or text):
         return wanted.failed("an empty text, in tokens that are not the dataset's")
     return Sample(
         prompt=wanted.prompt.index,
         number=wanted.number,
         seed=wanted.seed,
         text=text,
-        token_ids=np.array(completion.ids, np.int32) if speech.shared else None,
+        token_ids=np.array(completion.ids, np.int32) if tokenizer.same_as_dataset else None,
         token_logprobs=np.array(completion.logprobs, np.float32),
         finish_reason=completion.finish_reason,
     )
 
 
-def _rules(settings: SamplingSettings, generation: Any, speech: Speech) -> DecodingRules:
+def _rules(
+    settings: SamplingSettings, generation: Any, tokenizer: SamplerTokenizer
+) -> DecodingRules:
     from gvpo_offline.collect.sample.decode import DecodingRules
 
-    said = [generation.eos_token_id if generation else None, speech.tokenizer.eos_token_id]
+    said = [generation.eos_token_id if generation else None, tokenizer.tokenizer.eos_token_id]
     ends = {i for ids in said if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
     if not ends:
         raise ConfigError(
@@ -164,7 +166,7 @@ def _rules(settings: SamplingSettings, generation: Any, speech: Speech) -> Decod
         greedy=settings.temperature == 0,
         end_ids=frozenset(ends),
         max_new_tokens=settings.max_new_tokens,
-        stops=_stops(settings.stop, speech) if settings.stop else None,
+        stops=_stops(settings.stop, tokenizer) if settings.stop else None,
     )
 
 
@@ -186,12 +188,12 @@ def _processors(settings: SamplingSettings) -> LogitsProcessorList:
     return hf.LogitsProcessorList(found)
 
 
-def _stops(strings: Sequence[str], speech: Speech) -> Callable[[Sequence[int]], bool]:
+def _stops(strings: Sequence[str], tokenizer: SamplerTokenizer) -> Callable[[Sequence[int]], bool]:
     # A token is at least a byte long, and a character at most four.
     tail = 4 * max(map(len, strings)) + _TAIL_TOKENS
 
     def stops(ids: Sequence[int]) -> bool:
-        text = speech.text(ids[-tail:])
+        text = tokenizer.text(ids[-tail:])
         return any(string in text for string in strings)
 
     return stops

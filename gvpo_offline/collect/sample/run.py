@@ -14,7 +14,7 @@ from gvpo_offline.collect.importing.encode import load_encoder
 from gvpo_offline.collect.importing.folder import SAMPLING_STAGES
 from gvpo_offline.collect.importing.importer import import_log
 from gvpo_offline.collect.sample.config import BatchSettings, SampleConfig, recorded
-from gvpo_offline.collect.sample.dialect import Dialect
+from gvpo_offline.collect.sample.dialect import DatasetTokenizer
 from gvpo_offline.collect.sample.gather import SampledFormat, SampledRows
 from gvpo_offline.collect.sample.log import SampleLog
 from gvpo_offline.collect.sample.prompts import prepare_prompts
@@ -111,8 +111,10 @@ class _Run:
         self.config = config
         self.root = root
         self.settings = config.parsed()
-        dialect = Dialect(config.tokenizer_name_or_path, config.chat_template)
-        self.samplers = {name: open_sampler(s, dialect) for name, s in self.settings.items()}
+        dataset_tokenizer = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
+        self.samplers = {
+            name: open_sampler(s, dataset_tokenizer) for name, s in self.settings.items()
+        }
         self.info = {name: sampler.info() for name, sampler in self.samplers.items()}
         encoder = load_encoder(self._import_config())
         assert encoder is not None

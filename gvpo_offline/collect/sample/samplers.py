@@ -9,16 +9,16 @@ from gvpo_offline.collect.sample.config import (
     TransformersSettings,
     VllmSettings,
 )
-from gvpo_offline.collect.sample.dialect import Dialect
+from gvpo_offline.collect.sample.dialect import DatasetTokenizer
 from gvpo_offline.collect.sample.stage import Sampler
 
 
-def open_sampler(settings: SamplingSettings, dialect: Dialect) -> Sampler:
+def open_sampler(settings: SamplingSettings, dataset_tokenizer: DatasetTokenizer) -> Sampler:
     """The sampler that `settings` describe.
 
     Args:
         settings: of one of the kinds of `config.KINDS`.
-        dialect: the dataset's tokenizer and template.
+        dataset_tokenizer: the dataset's tokenizer and template.
 
     Raises:
         ConfigError: the kind's package is not installed.
@@ -26,11 +26,11 @@ def open_sampler(settings: SamplingSettings, dialect: Dialect) -> Sampler:
     if isinstance(settings, TransformersSettings):
         from gvpo_offline.collect.sample.local import TransformersSampler
 
-        return TransformersSampler(settings, dialect)
+        return TransformersSampler(settings, dataset_tokenizer)
     if isinstance(settings, VllmSettings):
         from gvpo_offline.collect.sample.vllm import VllmSampler
 
-        return VllmSampler(settings, dialect)
+        return VllmSampler(settings, dataset_tokenizer)
     if isinstance(settings, OpenAISettings):
         from gvpo_offline.collect.sample.server import ServerSampler
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.sample.config import VllmSettings
-from gvpo_offline.collect.sample.dialect import Dialect, Speech
+from gvpo_offline.collect.sample.dialect import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.collect.sample.local import model_info
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.stage import SampleRequest, SamplerInfo
@@ -23,11 +23,11 @@ from gvpo_offline.tokenizer import load_tokenizer
 class VllmSampler:
     """Draws from a model by vLLM; see `Sampler`."""
 
-    def __init__(self, settings: VllmSettings, dialect: Dialect) -> None:
+    def __init__(self, settings: VllmSettings, dataset_tokenizer: DatasetTokenizer) -> None:
         self._settings = settings
-        self._dialect = dialect
+        self._dataset_tokenizer = dialect
         self._engine: Any = None
-        self._speech: Speech | None = None
+        self._tokenizer: SamplerTokenizer | None = None
 
     def info(self) -> SamplerInfo:
         """The model's context, or what `engine` limits it to, and its weights."""
@@ -59,13 +59,13 @@ class VllmSampler:
             model=settings.model_name_or_path, revision=settings.model_revision, **options
         )
         own = load_tokenizer(settings.model_name_or_path, revision=settings.model_revision)
-        self._speech = Speech(own, self._dialect)
+        self._tokenizer = SamplerTokenizer(own, self._dataset_tokenizer)
 
     def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them."""
-        assert self._speech is not None
+        assert self._tokenizer is not None
         prompts = {w.prompt.index: w.prompt for w in wanted}
-        found = self._speech.prompt_ids(list(prompts.values()))
+        found = self._tokenizer.prompt_ids(list(prompts.values()))
         ids = dict(zip(prompts, found, strict=True))
         outputs = self._engine.generate(
             [{"prompt_token_ids": ids[w.prompt.index].tolist()} for w in wanted],
@@ -93,12 +93,12 @@ class VllmSampler:
         )
 
     def _sample(self, wanted: SampleRequest, output: Any) -> Sample:
-        assert self._speech is not None
+        assert self._tokenizer is not None
         ids = list(output.token_ids)
-        text = self._speech.text(ids)
+        text = self._tokenizer.text(ids)
         if output.finish_reason not in ("stop", "length"):
             return wanted.failed(f"the finish reason {output.finish_reason!r}")
-        if not (ids and (self._speech.shared or text)):
+        if not (ids and (self._tokenizer.same_as_dataset or text)):
             return wanted.failed("an empty text")
         logprobs = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
         return Sample(
@@ -106,7 +106,7 @@ class VllmSampler:
             number=wanted.number,
             seed=wanted.seed,
             text=text,
-            token_ids=np.array(ids, np.int32) if self._speech.shared else None,
+            token_ids=np.array(ids, np.int32) if self._tokenizer.same_as_dataset else None,
             token_logprobs=np.array(logprobs, np.float32),
             finish_reason=output.finish_reason,
         )
