@@ -13,7 +13,7 @@ from pathlib import Path
 from builders import make_groups
 
 from gvpo_offline.collect.engine.run import run_stage
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
@@ -71,5 +71,5 @@ class Writing:
 if __name__ == "__main__":  # root, trouble, workers
     run_stage(
         Writing(Path(sys.argv[1]), trouble=sys.argv[2]),
-        EngineSettings(workers=int(sys.argv[3]), show_progress=False),
+        WorkerSettings(workers=int(sys.argv[3]), show_progress=False),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from builders import build_dataset, make_groups
 
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.stage import RewardResult, run_reward
@@ -112,7 +112,7 @@ def reward(
 ) -> RewardResult:
     """Run the stage, to its end."""
     config = RewardConfig(str(root), scorers=scorers, **settings)
-    result = run_reward(config, EngineSettings(**{"show_progress": False, **(engine or {})}))
+    result = run_reward(config, WorkerSettings(**{"show_progress": False, **(engine or {})}))
     assert result is not None
     return result
 

@@ -20,7 +20,7 @@ from judging import JudgeServer, judge, rating, shown_numbers
 from rewarding import answered_dataset, case, read, reward
 
 from gvpo_offline import cli
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.judge.log import Journal, Judgement
 from gvpo_offline.collect.reward.judge.pairs import pairs_of, win_rates
@@ -288,7 +288,7 @@ def test_the_same_sidecars_on_workers_and_shards(tmp_path: Path, served: JudgeSe
     reward(roots[1], scorers, engine={"workers": 2})
     config = RewardConfig(str(roots[2]), scorers=scorers)
     results = [
-        run_reward(config, EngineSettings(shard=f"{i}/2", show_progress=False)) for i in (0, 1, 0)
+        run_reward(config, WorkerSettings(shard=f"{i}/2", show_progress=False)) for i in (0, 1, 0)
     ]
     assert [result is None for result in results] == [True, True, False]
     assert sidecars(roots[0]) == sidecars(roots[1]) == sidecars(roots[2])

@@ -16,7 +16,7 @@ from training import longest_row, place_of, score, scored_dataset, unscored_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_offline.collect import reference as reference_module
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.reference import run_reference
 from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.probe import prepare_engine
@@ -317,11 +317,11 @@ def test_workers_write_the_same_reference(
     config = ReferenceConfig(
         str(tiny_model_dir), dataset=str(root), use_cpu=True, show_progress=False
     )
-    run_reference(config, EngineSettings(workers=2, show_progress=False))
+    run_reference(config, WorkerSettings(workers=2, show_progress=False))
     assert sidecars(root) == sidecars(scored.root)
     root = copy_of(unscored, tmp_path / "shards")
     config = replace(config, dataset=str(root))
-    assert run_reference(config, EngineSettings(shard="0/2", show_progress=False)) is None
+    assert run_reference(config, WorkerSettings(shard="0/2", show_progress=False)) is None
     assert open_dataset(root, join=()).manifest.references == []
-    assert run_reference(config, EngineSettings(shard="1/2", show_progress=False)) is not None
+    assert run_reference(config, WorkerSettings(shard="1/2", show_progress=False)) is not None
     assert sidecars(root) == sidecars(scored.root)

@@ -17,7 +17,7 @@ from rewarding import answered, answered_dataset, functions, read, reward
 from transformers import AutoTokenizer
 
 from gvpo_offline import cli
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.reward.config import RewardConfig
 from gvpo_offline.collect.reward.stage import run_reward
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
@@ -285,8 +285,8 @@ def test_groups_that_came_meanwhile(root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_module, "run_stage", meanwhile)
         with pytest.raises(DataError, match="groups stay the same while they are scored"):
-            run_reward(config, EngineSettings(show_progress=False))
-    result = run_reward(config, EngineSettings(show_progress=False))
+            run_reward(config, WorkerSettings(show_progress=False))
+    result = run_reward(config, WorkerSettings(show_progress=False))
     assert result is not None
     assert result.survey.n_groups == 8
 

@@ -19,7 +19,7 @@ from fork_server import ForkServer
 from importing import content, read_groups, write_jsonl
 from sampling import all_samples, config, local, prompt_rows
 
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.sample.log import SampleLog
 from gvpo_offline.collect.sample.run import SampleResult, _Run, run_sample
 from gvpo_offline.errors import ConfigError, DataError, StorageError
@@ -392,7 +392,7 @@ def test_every_engine_gives_the_same_bytes(tmp_path: Path, tiny_model_dir: Path)
     def run(name: str, **engine: Any) -> SampleResult:
         samplers = {"s": local(tiny_model_dir)}
         settings = {"output_dir": str(tmp_path / name), "prompts_per_task": 2}
-        given = EngineSettings(show_progress=False, **engine)
+        given = WorkerSettings(show_progress=False, **engine)
         return run_sample(config(tmp_path, tiny_model_dir, samplers, **settings), given)
 
     here = run("here").manifest

@@ -21,7 +21,7 @@ from rewarding import answered_dataset, functions, reward
 from gvpo_offline.collect.engine.on_ray import connect
 from gvpo_offline.collect.engine.process import Worker, WorkerDeathError
 from gvpo_offline.collect.engine.run import run_stage
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.errors import ConfigError, DataError, WorkerError
 from gvpo_offline.store.dataset import open_dataset
 
@@ -34,15 +34,15 @@ def cluster() -> Iterator[None]:
     """The Ray that a run starts on this machine, started once for all of them."""
     import ray
 
-    connect(ray, EngineSettings(engine="ray", workers=2))
+    connect(ray, WorkerSettings(engine="ray", workers=2))
     yield
     ray.shutdown()
 
 
-def settings(engine: str = "one", **changes: Any) -> EngineSettings:
+def settings(engine: str = "one", **changes: Any) -> WorkerSettings:
     workers, kind = ENGINES[engine]
     given = {"engine": kind, "workers": workers, "show_progress": False, **changes}
-    return EngineSettings(**given)
+    return WorkerSettings(**given)
 
 
 def written(root: Path) -> dict[str, bytes]:
@@ -244,7 +244,7 @@ def test_each_local_worker_has_gpus_to_itself(
 )
 def test_settings_that_mean_nothing(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EngineSettings(**changes)
+        WorkerSettings(**changes)
 
 
 def sidecars(root: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.reference import score
 from gvpo_offline.compute.adapters import adapter_off
 from gvpo_offline.config import ReferenceConfig
@@ -54,7 +54,7 @@ def base_reference(
             compute.
         GVPOError: as `run_reference`; what one rank meets, every rank raises.
     """
-    engine = EngineSettings(
+    engine = WorkerSettings(
         shard=f"{rank}/{world_size}", show_progress=config.show_progress and rank == 0
     )
     found = on_each(lambda: _score_on(device, model, tokenizer, config, engine))
@@ -72,7 +72,7 @@ def _score_on(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: EngineSettings,
+    engine: WorkerSettings,
 ) -> str:
     if Path(config.dataset).is_file() or is_url(config.dataset):
         raise ConfigError(

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gvpo_offline.collect.engine.run import run_stage
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, disable_dropout
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 _NAME_DIGITS = 16
 
 
-def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None) -> Manifest | None:
+def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None) -> Manifest | None:
     """Score a dataset under a reference policy and publish the sidecar.
 
     Shards that an interrupted run committed are kept. Scoring a dataset twice with one reference is
@@ -84,7 +84,7 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
         DataError: the model gives a log-prob that is not finite; names file and group.
         StorageError: no room; what is committed stays.
     """
-    engine = engine or EngineSettings(show_progress=config.show_progress)
+    engine = engine or WorkerSettings(show_progress=config.show_progress)
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     tokenizer = load_policy_tokenizer(config)
     return score(dataset, lambda: _load(config), tokenizer, config, engine).manifest
@@ -104,7 +104,7 @@ def score(
     load: Callable[[], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: EngineSettings,
+    engine: WorkerSettings,
 ) -> Scored:
     """`run_reference` for an open dataset and a model from wherever it is.
 

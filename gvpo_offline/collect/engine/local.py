@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.engine.stage import Stage, Task
 from gvpo_offline.errors import WorkerError
 from gvpo_offline.store.commit import TaskLog, TaskRecord
@@ -18,7 +18,7 @@ _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def run_local(
-    stage: Stage, tasks: Sequence[Task], settings: EngineSettings
+    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Iterator[tuple[Task, TaskRecord]]:
     """Do tasks in this process, or in `workers` others, and yield each as it is done.
 

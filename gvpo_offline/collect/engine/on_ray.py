@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gvpo_offline.collect.engine.local import died, do
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.engine.stage import Stage, Task
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.commit import TaskRecord
@@ -38,7 +38,7 @@ class _Actor:
 
 
 def run_ray(
-    stage: Stage, tasks: Sequence[Task], settings: EngineSettings
+    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Iterator[tuple[Task, TaskRecord]]:
     """Do tasks in `workers` actors, and yield each as it is done.
 
@@ -107,7 +107,7 @@ def _ray() -> Any:
     return ray
 
 
-def connect(ray: Any, settings: EngineSettings) -> None:
+def connect(ray: Any, settings: WorkerSettings) -> None:
     """Connect to the cluster that the settings, or RAY_ADDRESS, name; or start Ray here.
 
     Raises:

@@ -13,7 +13,7 @@ from gvpo_offline.collect.reward.cases import Case, CaseReader
 from gvpo_offline.schema import FloatArray
 
 if TYPE_CHECKING:
-    from gvpo_offline.collect.engine.settings import EngineSettings
+    from gvpo_offline.collect.engine.settings import WorkerSettings
 
 
 class Scorer(Protocol):
@@ -36,7 +36,7 @@ class Scorer(Protocol):
             ConfigError: the settings name something that is not there.
         """
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
         """Do what must be done over the whole dataset before any of it is scored; called once, in
         the process that the command runs in.
 
@@ -71,7 +71,7 @@ class SimpleScorer:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
         """Nothing to do beforehand."""
         return True
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from gvpo_offline.collect.engine.run import run_stage
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.collect.reward.build import build_scorer
 from gvpo_offline.collect.reward.cases import Case, CaseReader
@@ -70,7 +70,7 @@ class RewardResult:
         return [head, *(f"  {what}: {n:,}" for what, n in sorted(self.counts.items()) if n)]
 
 
-def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | None:
+def run_reward(config: RewardConfig, engine: WorkerSettings) -> RewardResult | None:
     """Score a dataset, and publish the reward as a sidecar.
 
     Returns:

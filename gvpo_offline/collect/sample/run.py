@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gvpo_offline.collect.engine.run import run_stage
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.importing.encode import load_encoder
 from gvpo_offline.collect.importing.folder import SAMPLING_STAGES
@@ -72,7 +72,7 @@ class SampleResult:
         return lines
 
 
-def run_sample(config: SampleConfig, engine: EngineSettings | None = None) -> SampleResult:
+def run_sample(config: SampleConfig, engine: WorkerSettings | None = None) -> SampleResult:
     """Sample what is not sampled yet; make the dataset once nothing is missing.
 
     Responses that failed are asked for again by the next run, and by it alone. An interrupted run
@@ -96,7 +96,7 @@ def run_sample(config: SampleConfig, engine: EngineSettings | None = None) -> Sa
         return run.result(finished)
     for name, stage in run.stages.items():
         if run.settings[name].ready:
-            run_stage(stage, engine or EngineSettings(show_progress=config.show_progress))
+            run_stage(stage, engine or WorkerSettings(show_progress=config.show_progress))
     found = run.result(None)
     # What was never asked for is not what `gaps: drop` means.
     if found.n_gaps and not (config.gaps == "drop" and found.asked):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gvpo_offline.collect.engine.run import run_stage
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.reward.cases import Case, CaseReader
 from gvpo_offline.collect.reward.judge.log import Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.pairs import pairs_of, win_rates
@@ -44,7 +44,7 @@ class _Judge(SimpleScorer):
             del described[name]
         return {**described, **Rubric(self._settings).identity()}
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
         """Ask the judge whatever it has not answered yet.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.reward.cases import Case, CaseReader
 from gvpo_offline.collect.reward.kinds import RanksSettings, RatingsSettings, VotesSettings
 from gvpo_offline.collect.reward.people.bradley_terry import connected, log_strengths
@@ -48,7 +48,7 @@ class _People(SimpleScorer):
         described = {name: value for name, value in self._described.items() if name != "inputs"}
         return {**described, "inputs_sha256": self._opinions.sha256}
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
         """Find every row's group and response, before any other scorer begins its work.
 
         Raises:
