@@ -19,7 +19,7 @@ from engine_stage import Writing
 from rewarding import answered_dataset, functions, reward
 
 from gvpo_offline.collect.engine.on_ray import connect
-from gvpo_offline.collect.engine.process import Worker, WorkerDeathError
+from gvpo_offline.collect.engine.process import WorkerDeathError, WorkerProcess
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.errors import ConfigError, DataError, WorkerError
@@ -207,12 +207,12 @@ def _sleep() -> Any:
 
 
 def test_a_worker_answers_and_can_be_killed() -> None:
-    worker = Worker(_double)
+    worker = WorkerProcess(_double)
     assert worker.receive() == "ready"
     worker.send(21)
     assert worker.receive() == 42
     worker.kill()
-    hanging = Worker(_sleep)
+    hanging = WorkerProcess(_sleep)
     hanging.receive()
     hanging.send(60)
     with pytest.raises(TimeoutError):

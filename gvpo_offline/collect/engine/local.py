@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
-from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
+from gvpo_offline.collect.engine.process import MAIN_GUARD, Handler, WorkerDeathError, WorkerProcess
 from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.engine.stage import Stage, Task
 from gvpo_offline.errors import WorkerError
@@ -23,34 +23,34 @@ def run_local(
     """Do tasks in this process, or in `workers` others, and yield each as it is done.
 
     Raises:
-        WorkerError: a worker died; names its task.
+        WorkerError: a worker worker_died; names its task.
         Exception: whatever a task raised.
     """
     n_workers = min(settings.workers, len(tasks))
     if n_workers == 1 and not settings.gpus_per_worker:
         stage.start()
         for task in tasks:
-            yield task, do(stage, task)
+            yield task, run_task(stage, task)
         return
-    workers: dict[Any, Worker] = {}
+    workers: dict[Any, WorkerProcess] = {}
     try:
         for number in range(n_workers):
-            devices = _devices(number, int(settings.gpus_per_worker))
-            worker = Worker(functools.partial(_prepare, stage, devices))
+            devices = _visible_devices(number, int(settings.gpus_per_worker))
+            worker = WorkerProcess(functools.partial(_prepare, stage, devices))
             workers[worker.connection] = worker
-        yield from _share_out(stage, workers, tasks)
+        yield from _dispatch(stage, workers, tasks)
     finally:
         for worker in workers.values():
             worker.kill()
 
 
-def do(stage: Stage, task: Task) -> TaskRecord:
+def run_task(stage: Stage, task: Task) -> TaskRecord:
     """A task's record: what another run has committed by now, or else the work done here."""
     return TaskLog(stage.root, stage.name).committed(task.name) or stage.work(task)
 
 
-def _share_out(
-    stage: Stage, workers: dict[Any, Worker], tasks: Sequence[Task]
+def _dispatch(
+    stage: Stage, workers: dict[Any, WorkerProcess], tasks: Sequence[Task]
 ) -> Iterator[tuple[Task, TaskRecord]]:
     """Give every worker that is free the next task."""
     waiting = list(reversed(tasks))
@@ -62,7 +62,7 @@ def _share_out(
             try:
                 answer = workers[connection].receive()
             except WorkerDeathError as death:
-                raise died(stage, task, str(death)) from None
+                raise worker_died(stage, task, str(death)) from None
             if waiting:
                 doing[connection] = waiting.pop()
                 workers[connection].send(doing[connection])
@@ -70,11 +70,13 @@ def _share_out(
                 yield task, answer
 
 
-def died(stage: Stage, task: Task | None, how: str) -> WorkerError:
+def worker_died(stage: Stage, task: Task | None, how: str) -> WorkerError:
     """The error for a worker that died at a task, or (None) before its first."""
     rule = f"a worker of {stage.name} lives until its tasks are done"
     if task is None:
-        return WorkerError(rule, received=f"one that died as it began: {how}", remedy=UNGUARDED)
+        return WorkerError(
+            rule, received=f"one that worker_died as it began: {how}", remedy=MAIN_GUARD
+        )
     return WorkerError(
         rule,
         received=f"one that died at task {task.name}: {how}",
@@ -83,14 +85,14 @@ def died(stage: Stage, task: Task | None, how: str) -> WorkerError:
     )
 
 
-def _prepare(stage: Stage, devices: str | None) -> Answer:
+def _prepare(stage: Stage, devices: str | None) -> Handler:
     if devices is not None:
         os.environ[_DEVICES] = devices
     stage.start()
-    return functools.partial(do, stage)
+    return functools.partial(run_task, stage)
 
 
-def _devices(number: int, each: int) -> str | None:
+def _visible_devices(number: int, each: int) -> str | None:
     """What CUDA_VISIBLE_DEVICES is for worker `number`; None: as it is."""
     if not each:
         return None

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gvpo_offline.collect.engine.local import died, do
+from gvpo_offline.collect.engine.local import run_task, worker_died
 from gvpo_offline.collect.engine.settings import WorkerSettings
 from gvpo_offline.collect.engine.stage import Stage, Task
 from gvpo_offline.errors import ConfigError, GVPOError
@@ -32,7 +32,7 @@ class _Actor:
             if not self._started:
                 self._stage.start()
                 self._started = True
-            return do(self._stage, task)
+            return run_task(self._stage, task)
         except GVPOError as error:
             return error
 
@@ -44,7 +44,7 @@ def run_ray(
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
-        WorkerError: an actor died again and again; names its task.
+        WorkerError: an actor worker_died again and again; names its task.
         Exception: whatever a task raised.
     """
     ray = _ray()
@@ -60,7 +60,7 @@ def run_ray(
         )
         actors = [kind.remote(stage) for _ in range(min(settings.workers, len(tasks)))]
         try:
-            yield from _share_out(ray, stage, actors, tasks)
+            yield from _dispatch(ray, stage, actors, tasks)
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -69,7 +69,7 @@ def run_ray(
             ray.shutdown()
 
 
-def _share_out(
+def _dispatch(
     ray: Any, stage: Stage, actors: Sequence[Any], tasks: Sequence[Task]
 ) -> Iterator[tuple[Task, TaskRecord]]:
     waiting = list(reversed(tasks))
@@ -88,7 +88,7 @@ def _share_out(
             try:
                 answer = ray.get(reference)
             except ray.exceptions.RayActorError as error:
-                raise died(stage, task, str(error).splitlines()[0]) from error
+                raise worker_died(stage, task, str(error).splitlines()[0]) from error
             if isinstance(answer, GVPOError):
                 raise answer
             give(actor)

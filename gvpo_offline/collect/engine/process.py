@@ -20,8 +20,8 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
 _GRACE_S = 1.0
 _READY = "ready"
-UNGUARDED = "a script of your own starts its work under `if __name__ == '__main__':`"
-Answer = Callable[[Any], Any]
+MAIN_GUARD = "a script of your own starts its work under `if __name__ == '__main__':`"
+Handler = Callable[[Any], Any]
 
 
 class WorkerDeathError(Exception):
@@ -34,7 +34,7 @@ class WorkerDeathError(Exception):
         super().__init__(f"{by} (exit status {exitcode})")
 
 
-class Worker:
+class WorkerProcess:
     """A process of its own.
 
     Args:
@@ -44,7 +44,7 @@ class Worker:
         connection: readable when there is an answer, or when the process died.
     """
 
-    def __init__(self, prepare: Callable[[], Answer]) -> None:
+    def __init__(self, prepare: Callable[[], Handler]) -> None:
         self.connection, child = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_serve, args=(child, prepare))
         self._process.start()
@@ -83,7 +83,7 @@ class Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, prepare: Callable[[], Answer]) -> None:
+def _serve(connection: Connection, prepare: Callable[[], Handler]) -> None:
     # An interrupt from the keyboard reaches the whole process group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -35,7 +35,7 @@ def run_stage(stage: Stage, settings: WorkerSettings) -> list[TaskRecord] | None
     """
     tasks = stage.tasks()
     log = TaskLog(stage.root, stage.name)
-    index, count = settings.part
+    index, count = settings.shard_index_and_count
     mine = tasks[index::count]
     records = {task.name: log.committed(task.name) for task in mine}
     left = [task for task in mine if records[task.name] is None]

@@ -47,10 +47,10 @@ class WorkerSettings:
                 received=f"engine: local with {self.ray_address}",
                 remedy="set engine: ray",
             )
-        self.part  # noqa: B018 - checked here, not when work begins
+        self.shard_index_and_count  # noqa: B018 - checked here, not when work begins
 
     @property
-    def part(self) -> tuple[int, int]:
+    def shard_index_and_count(self) -> tuple[int, int]:
         """i and n of `shard`; 0 and 1 without one."""
         if self.shard is None:
             return 0, 1

@@ -14,7 +14,7 @@ import resource
 import signal
 from typing import Any
 
-from gvpo_offline.collect.engine.process import UNGUARDED, Answer, Worker, WorkerDeathError
+from gvpo_offline.collect.engine.process import MAIN_GUARD, Handler, WorkerDeathError, WorkerProcess
 from gvpo_offline.collect.reward.cases import Case
 from gvpo_offline.collect.reward.kinds import MathSettings
 from gvpo_offline.collect.reward.match import last_match
@@ -43,7 +43,7 @@ class MathScorer(CaseScorer):
     def __init__(self, settings: MathSettings) -> None:
         super().__init__()
         self._settings = settings
-        self._worker: Worker | None = None
+        self._worker: WorkerProcess | None = None
 
     def identity(self) -> dict[str, Any]:
         """Its settings, and the version of math-verify.
@@ -88,8 +88,8 @@ class MathScorer(CaseScorer):
         self.stop()
         return self._settings.on_failure
 
-    def _started(self) -> Worker:
-        worker = Worker(functools.partial(_prepare, self._settings.timeout_s))
+    def _started(self) -> WorkerProcess:
+        worker = WorkerProcess(functools.partial(_prepare, self._settings.timeout_s))
         try:
             worker.receive(_START_S)
         except (TimeoutError, WorkerDeathError) as error:
@@ -97,7 +97,7 @@ class MathScorer(CaseScorer):
             raise WorkerError(
                 f"the process of math-verify begins within {_START_S:g} s",
                 received=str(error) or "one that did not",
-                remedy=UNGUARDED,
+                remedy=MAIN_GUARD,
             ) from error
         return worker
 
@@ -118,7 +118,7 @@ def is_formula(answer: str) -> bool:
     return not (_MARKS.search(answer) or _WORD.search(_IN_FORMULAS.sub(" ", answer)))
 
 
-def _prepare(timeout_s: float) -> Answer:
+def _prepare(timeout_s: float) -> Handler:
     """What the process answers: 1.0, 0.0, or None where the gold answer cannot be read."""
     from math_verify import parse, verify
 

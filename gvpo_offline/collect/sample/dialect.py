@@ -42,7 +42,7 @@ class SamplerTokenizer:
 
     def __init__(self, own: PreTrainedTokenizerBase, dataset_tokenizer: DatasetTokenizer) -> None:
         self.tokenizer = own
-        dataset = dialect.load()
+        dataset = dataset_tokenizer.load()
         alike = copy.deepcopy(own)
         alike.chat_template = dataset.chat_template
         self.same_as_dataset = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)

@@ -61,7 +61,7 @@ class TransformersSampler:
 
     def __init__(self, settings: TransformersSettings, dataset_tokenizer: DatasetTokenizer) -> None:
         self._settings = settings
-        self._dataset_tokenizer = dialect
+        self._dataset_tokenizer = dataset_tokenizer
         self._decoder: Decoder | None = None
         self._tokenizer: SamplerTokenizer | None = None
         self._context: int | None = None

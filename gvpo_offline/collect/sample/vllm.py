@@ -25,7 +25,7 @@ class VllmSampler:
 
     def __init__(self, settings: VllmSettings, dataset_tokenizer: DatasetTokenizer) -> None:
         self._settings = settings
-        self._dataset_tokenizer = dialect
+        self._dataset_tokenizer = dataset_tokenizer
         self._engine: Any = None
         self._tokenizer: SamplerTokenizer | None = None
 
