@@ -10,7 +10,7 @@ from gvpo_offline.collect.sample.config import OpenAISettings
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.stage import SampleRequest, SamplerInfo
 from gvpo_offline.collect.server.answer import BadAnswerError
-from gvpo_offline.collect.server.client import Server
+from gvpo_offline.collect.server.client import OpenAIClient
 
 
 class ServerSampler:
@@ -18,7 +18,7 @@ class ServerSampler:
 
     def __init__(self, settings: OpenAISettings) -> None:
         self._settings = settings
-        self._server = Server(settings)
+        self._client = OpenAIClient(settings)
 
     def info(self) -> SamplerInfo:
         """The context, as the settings say."""
@@ -30,7 +30,7 @@ class ServerSampler:
         Raises:
             ConfigError: one of them is not there.
         """
-        self._server.start()
+        self._client.start()
 
     def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them, or the causes of their failures.
@@ -43,11 +43,11 @@ class ServerSampler:
             by_prompt.setdefault(each.prompt.index, []).append(each)
         n = self._settings.n_per_request
         draws = [
-            _Draw(self._settings, own[i : i + n])
+            _CompletionsRequest(self._settings, own[i : i + n])
             for own in by_prompt.values()
             for i in range(0, len(own), n)
         ]
-        causes = self._server.ask(draws)
+        causes = self._client.send(draws)
         return [
             sample
             for draw, cause in zip(draws, causes, strict=True)
@@ -55,8 +55,8 @@ class ServerSampler:
         ]
 
 
-class _Draw:
-    """Some responses to one prompt; see `server.client.Question`."""
+class _CompletionsRequest:
+    """Some responses to one prompt; see `server.client.ServerRequest`."""
 
     def __init__(self, settings: OpenAISettings, wanted: Sequence[SampleRequest]) -> None:
         self._settings = settings

@@ -53,7 +53,7 @@ class ServerSettings(Protocol):
     def max_wait(self) -> float: ...
 
 
-class Question(Protocol):
+class ServerRequest(Protocol):
     """What is asked until it is answered; it keeps its answers itself."""
 
     @property
@@ -72,7 +72,7 @@ class Question(Protocol):
         """
 
 
-class Server:
+class OpenAIClient:
     """Asks through the `openai` package. Picklable before `start`."""
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -102,7 +102,7 @@ class Server:
                 remedy=f"export {name}=…",
             )
 
-    def ask(self, questions: Sequence[Question]) -> list[str | None]:
+    def send(self, questions: Sequence[ServerRequest]) -> list[str | None]:
         """Why each was not answered; None where it was.
 
         Raises:
@@ -110,7 +110,7 @@ class Server:
         """
         return asyncio.run(self._all(questions))
 
-    async def _all(self, questions: Sequence[Question]) -> list[str | None]:
+    async def _all(self, questions: Sequence[ServerRequest]) -> list[str | None]:
         from openai import AsyncOpenAI
 
         async with AsyncOpenAI(
@@ -119,11 +119,11 @@ class Server:
             max_retries=0,
             timeout=self._settings.request_timeout,
         ) as client:
-            conversation = _Conversation(client, self._settings, self._key)
-            return list(await asyncio.gather(*map(conversation.patiently, questions)))
+            conversation = _RequestRunner(client, self._settings, self._key)
+            return list(await asyncio.gather(*map(conversation.with_retries, questions)))
 
 
-class _Conversation:
+class _RequestRunner:
     """The requests of one call: how many at a time, and when not before."""
 
     def __init__(self, client: AsyncOpenAI, settings: ServerSettings, key: str | None) -> None:
@@ -133,12 +133,12 @@ class _Conversation:
         self._turns = asyncio.Semaphore(settings.concurrency)
         self._not_before = 0.0
 
-    async def patiently(self, question: Question) -> str | None:
+    async def with_retries(self, question: ServerRequest) -> str | None:
         """The last cause of failure, after as many attempts as the settings grant."""
         cause = None
         for attempt in range(1, self._settings.max_attempts + 1):
             try:
-                await self._once(question)
+                await self._attempt(question)
                 return None
             except _FailedError as failure:
                 cause = str(failure)
@@ -149,7 +149,7 @@ class _Conversation:
                 await asyncio.sleep(random.uniform(longest / 2, longest))
         return cause
 
-    async def _once(self, question: Question) -> None:
+    async def _attempt(self, question: ServerRequest) -> None:
         import openai
 
         async with self._turns:
@@ -172,7 +172,7 @@ class _Conversation:
         except BadAnswerError as error:
             raise self._failed(str(error)) from error
 
-    async def _post(self, question: Question) -> str:
+    async def _post(self, question: ServerRequest) -> str:
         body = question.body()
         api = self._client.chat if question.chat else self._client
         # `create` names what it requires; the rest goes through as it is.

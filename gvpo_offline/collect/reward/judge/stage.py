@@ -12,7 +12,7 @@ from gvpo_offline.collect.reward.cases import Case, CaseReader, Message
 from gvpo_offline.collect.reward.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
 from gvpo_offline.collect.server.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
-from gvpo_offline.collect.server.client import Server
+from gvpo_offline.collect.server.client import OpenAIClient
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
@@ -56,7 +56,7 @@ class JudgeStage:
         self._settings = settings
         self._items = items
         self._rubric = Rubric(settings)
-        self._server = Server(settings)
+        self._client = OpenAIClient(settings)
         # Decided once, so that an engine's processes agree on what there is to do.
         self._rounds: dict[str, tuple[int, str, int]] = {}
         self._tasks = []
@@ -76,7 +76,7 @@ class JudgeStage:
 
     def start(self) -> None:
         """Find the server's key."""
-        self._server.start()
+        self._client.start()
 
     def work(self, task: Task) -> TaskRecord:
         """Ask what neither the rounds before nor an attempt that was cut off have answers to.
@@ -95,13 +95,13 @@ class JudgeStage:
                 for question in self._questions(case, before, journal)
             }
             open_ = [each for key, each in questions.items() if key not in journal.known]
-            causes = self._server.ask(open_)
+            causes = self._client.send(open_)
         failed = {q.key: q.failed(cause) for q, cause in zip(open_, causes, strict=True) if cause}
         return self._log.write(task.name, [(failed | journal.known)[key] for key in questions])
 
     def _questions(
         self, case: Case, before: dict[Key, Judgement], journal: Journal
-    ) -> list[_Question]:
+    ) -> list[_JudgeRequest]:
         """The questions about a group that rounds before have no answer to."""
         questions = []
         for first, second in self._items(case):
@@ -111,7 +111,7 @@ class JudgeStage:
                 seed = self._settings.seed if last is None else last.seed + 1
                 key = (case.group_id, first, second)
                 questions.append(
-                    _Question(key, self._settings, self._rubric, messages, seed, journal)
+                    _JudgeRequest(key, self._settings, self._rubric, messages, seed, journal)
                 )
         return questions
 
@@ -137,8 +137,8 @@ class JudgeStage:
         )
 
 
-class _Question:
-    """One question, asked until its answer can be read; see `server.client.Question`."""
+class _JudgeRequest:
+    """One question, asked until its answer can be read; see `server.client.ServerRequest`."""
 
     chat = True
 
