@@ -17,8 +17,9 @@ from typing import Any
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
+from gvpo_offline.collect.server.answer import Choice
 from gvpo_offline.collect.shapes import values
-from gvpo_offline.collect.shapes.openai_shapes import chat, choice_text
+from gvpo_offline.collect.shapes.openai_shapes import answer_errors, chat
 from gvpo_offline.collect.shapes.trainer_logs import (
     Place,
     TrainerFormat,
@@ -100,7 +101,9 @@ class PrimeRLFormat(TrainerFormat):
                 remedy="sample with the renderer's client, which logs token ids",
             )
         prompt = chat([node["message"] for node in path[:-1]])
-        return one_response(prompt=prompt, text=choice_text(path[-1]), **common)
+        with answer_errors("a trace's answer is one text"):
+            text = Choice({"message": path[-1]["message"]}).whole_text()
+        return one_response(prompt=prompt, text=text, **common)
 
     def _rewards(
         self, rewards: Mapping[str, Any]

@@ -11,7 +11,7 @@ from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.collect.reward.cases import Case, CaseReader, Message
 from gvpo_offline.collect.reward.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
-from gvpo_offline.collect.server.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
+from gvpo_offline.collect.server.answer import BadAnswerError, choice_of
 from gvpo_offline.collect.server.client import OpenAIClient
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
@@ -140,7 +140,7 @@ class JudgeStage:
 class _JudgeRequest:
     """One question, asked until its answer can be read; see `server.client.ServerRequest`."""
 
-    chat = True
+    endpoint = "chat/completions"
 
     def __init__(
         self,
@@ -171,12 +171,12 @@ class _JudgeRequest:
 
     def read(self, answer: Any) -> None:
         """Keep an answer that ends by itself and says a judgement."""
-        choice = choices_of(answer).get(0)
-        if choice is None:
-            raise BadAnswerError("an answer without a first choice")
-        if finish_of(choice) == CUT:
+        choice = choice_of(answer, 0)
+        if choice.truncated:
             raise BadAnswerError(f"an answer cut at {self._settings.max_tokens} tokens")
-        text = text_of(choice)
+        text = choice.whole_text(reasoning=True)
+        if text is None:
+            raise BadAnswerError(choice.refusal or "a text that is null")
         if not text.strip():
             raise BadAnswerError("an empty text")
         value, model = self._rubric.value(text), answer.get("model")
