@@ -1,4 +1,4 @@
-"""A transformers model in this process."""
+"""The sampler of `kind: transformers`: a model in this process."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from gvpo_offline.tokenizer import load_policy_tokenizer
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
-    from gvpo_offline.collect.sample.decode import Decoder, DecodingRules
+    from gvpo_offline.collect.sample.decode import Completion, Decoder, DecodingRules
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
-# Tokens at the end of a response that a stop string is looked for in, beyond its own length.
+# Tokens at the end of a response that are searched for a stop string, beyond the string's length.
 _TAIL_TOKENS = 8
 
 
 def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) -> SamplerInfo:
-    """The context of a transformers model, and which weights exactly it has.
+    """The context length of a transformers model, and a hash or commit of its weights.
 
     Raises:
         ConfigError: there is no such model.
@@ -52,12 +52,15 @@ def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) ->
         weights = hashlib.sha256(content.encode()).hexdigest()
     else:
         weights = str(getattr(config, "_commit_hash", None))
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return SamplerInfo(context, {"model": weights})
+    return SamplerInfo(_context_length(config), {"model": weights})
+
+
+def _context_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 class TransformersSampler:
-    """Draws from a model by `decode.Decoder`; see `Sampler`."""
+    """Samples from a model with `decode.Decoder`; see `Sampler`."""
 
     def __init__(self, settings: TransformersSettings, dataset_tokenizer: DatasetTokenizer) -> None:
         self._settings = settings
@@ -67,7 +70,7 @@ class TransformersSampler:
         self._context: int | None = None
 
     def info(self) -> SamplerInfo:
-        """The model's context and its weights."""
+        """The model's context length and its weights."""
         settings = self._settings
         info = model_info(
             settings.model_name_or_path,
@@ -84,7 +87,7 @@ class TransformersSampler:
 
         Raises:
             ConfigError: it cannot be loaded, has no end token, or keeps its state in a way that
-                batches cannot be made of.
+                does not allow batches.
         """
         from gvpo_offline.collect.sample.decode import Decoder
         from gvpo_offline.compute.model import default_device, disable_dropout, load_model
@@ -93,28 +96,28 @@ class TransformersSampler:
         model = load_model(settings)
         disable_dropout(model)
         model.to(default_device(use_cpu=settings.use_cpu)).eval()
-        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._context = _context_length(model.config)
         self._tokenizer = SamplerTokenizer(load_policy_tokenizer(settings), self._dataset_tokenizer)
-        rules = _rules(settings, model.generation_config, self._tokenizer)
         self._decoder = Decoder(
             model,
-            rules,
+            _rules(settings, model.generation_config, self._tokenizer),
             batch_size=settings.batch_size,
             max_batch_tokens=settings.max_batch_tokens,
         )
         self._decoder.probe()
 
-    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
-        """All of them.
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """A response to each request.
 
         Raises:
-            DataError: a prompt is longer than the model's context leaves room for, in its tokens.
+            DataError: a prompt in the model's own tokens leaves no room for max_new_tokens in its
+                context.
         """
         from gvpo_offline.collect.sample.decode import Completion
 
         assert self._decoder is not None
         assert self._tokenizer is not None
-        prompts = list({id(w.prompt): w.prompt for w in wanted}.values())
+        prompts = list({id(request.prompt): request.prompt for request in requests}.values())
         found = self._tokenizer.prompt_ids(prompts)
         ids = {prompt.index: own for prompt, own in zip(prompts, found, strict=True)}
         for prompt in prompts:
@@ -127,20 +130,21 @@ class TransformersSampler:
                     file=prompt.source,
                     row=prompt.row,
                 )
-        completions = [Completion(ids[w.prompt.index], w.seed) for w in wanted]
+        completions = [Completion(ids[r.prompt.index], r.seed) for r in requests]
         for _ in self._decoder.run(completions):
             pass
-        return [_sample(w, d, self._tokenizer) for w, d in zip(wanted, completions, strict=True)]
+        pairs = zip(requests, completions, strict=True)
+        return [_sample(request, completion, self._tokenizer) for request, completion in pairs]
 
 
-def _sample(wanted: SampleRequest, completion: Any, tokenizer: SamplerTokenizer) -> Sample:
+def _sample(request: SampleRequest, completion: Completion, tokenizer: SamplerTokenizer) -> Sample:
     text = tokenizer.text(completion.ids)
     if not (tokenizer.same_as_dataset or text):
-        return wanted.failed("an empty text, in tokens that are not the dataset's")
+        return request.failed("an empty text from a model whose tokenizer is not the dataset's")
     return Sample(
-        prompt=wanted.prompt.index,
-        number=wanted.number,
-        seed=wanted.seed,
+        prompt=request.prompt.index,
+        number=request.number,
+        seed=request.seed,
         text=text,
         token_ids=np.array(completion.ids, np.int32) if tokenizer.same_as_dataset else None,
         token_logprobs=np.array(completion.logprobs, np.float32),
@@ -149,12 +153,15 @@ def _sample(wanted: SampleRequest, completion: Any, tokenizer: SamplerTokenizer)
 
 
 def _rules(
-    settings: SamplingSettings, generation: Any, tokenizer: SamplerTokenizer
+    settings: SamplingSettings, generation_config: Any, tokenizer: SamplerTokenizer
 ) -> DecodingRules:
     from gvpo_offline.collect.sample.decode import DecodingRules
 
-    said = [generation.eos_token_id if generation else None, tokenizer.tokenizer.eos_token_id]
-    ends = {i for ids in said if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
+    named = [
+        generation_config.eos_token_id if generation_config else None,
+        tokenizer.tokenizer.eos_token_id,
+    ]
+    ends = {i for ids in named if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
     if not ends:
         raise ConfigError(
             "a response ends with an end token",
@@ -171,7 +178,7 @@ def _rules(
 
 
 def _processors(settings: SamplingSettings) -> LogitsProcessorList:
-    """transformers' own, in the order in which `generate` applies them."""
+    """transformers' logits processors, in the order in which `generate` applies them."""
     import transformers as hf
 
     found: list[Any] = []
@@ -189,6 +196,10 @@ def _processors(settings: SamplingSettings) -> LogitsProcessorList:
 
 
 def _stops(strings: Sequence[str], tokenizer: SamplerTokenizer) -> Callable[[Sequence[int]], bool]:
+    """Whether the text at the end of some token ids holds a stop string.
+
+    Not transformers' StopStringCriteria, which also finds strings that begin in the prompt.
+    """
     # A token is at least a byte long, and a character at most four.
     tail = 4 * max(map(len, strings)) + _TAIL_TOKENS
 
