@@ -54,10 +54,10 @@ def base_reference(
             compute.
         GVPOError: as `run_reference`; what one rank meets, every rank raises.
     """
-    engine = WorkerSettings(
+    worker_settings = WorkerSettings(
         shard=f"{rank}/{world_size}", show_progress=config.show_progress and rank == 0
     )
-    found = on_each(lambda: _score_on(device, model, tokenizer, config, engine))
+    found = on_each(lambda: _score_on(device, model, tokenizer, config, worker_settings))
     if len(set(found)) > 1:
         raise ConfigError(
             "all ranks compute the reference in one way",
@@ -72,7 +72,7 @@ def _score_on(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: WorkerSettings,
+    worker_settings: WorkerSettings,
 ) -> str:
     if Path(config.dataset).is_file() or is_url(config.dataset):
         raise ConfigError(
@@ -88,7 +88,7 @@ def _score_on(
         with adapter_off(model) as base:
             base.train(False)
             on_device = base.to(device) if moved else base
-            return score(dataset, lambda: on_device, tokenizer, config, engine).fingerprint
+            return score(dataset, lambda: on_device, tokenizer, config, worker_settings).fingerprint
     finally:
         if moved:
             model.to(before)

@@ -64,7 +64,9 @@ logger = logging.getLogger(__name__)
 _NAME_DIGITS = 16
 
 
-def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None) -> Manifest | None:
+def run_reference(
+    config: ReferenceConfig, worker_settings: WorkerSettings | None = None
+) -> Manifest | None:
     """Score a dataset under a reference policy and publish the sidecar.
 
     Shards that an interrupted run committed are kept. Scoring a dataset twice with one reference is
@@ -72,7 +74,7 @@ def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None)
 
     Args:
         config: what to score, and under which model.
-        engine: where; by default in this process. Other workers load the model for themselves.
+        worker_settings: where; by default in this process. Other workers each load the model.
 
     Returns:
         The manifest that holds the reference; None where other shards of the work are still to be
@@ -84,10 +86,10 @@ def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None)
         DataError: the model gives a log-prob that is not finite; names file and group.
         StorageError: no room; what is committed stays.
     """
-    engine = engine or WorkerSettings(show_progress=config.show_progress)
+    worker_settings = worker_settings or WorkerSettings(show_progress=config.show_progress)
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     tokenizer = load_policy_tokenizer(config)
-    return score(dataset, lambda: _load(config), tokenizer, config, engine).manifest
+    return score(dataset, lambda: _load(config), tokenizer, config, worker_settings).manifest
 
 
 class Scored(NamedTuple):
@@ -104,7 +106,7 @@ def score(
     load: Callable[[], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: WorkerSettings,
+    worker_settings: WorkerSettings,
 ) -> Scored:
     """`run_reference` for an open dataset and a model from wherever it is.
 
@@ -113,7 +115,7 @@ def score(
         load: gives the model, on its device, dropout off; called once in this process.
         tokenizer: the model's.
         config: how; workers of other processes load the model that it names.
-        engine: where.
+        worker_settings: where.
     """
     model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
@@ -127,12 +129,12 @@ def score(
     if _held(dataset, family):
         return Scored(family.fingerprint, dataset.manifest)
     _check_writable(dataset.folder)
-    here = engine.engine == "local" and engine.workers == 1
+    here = worker_settings.engine == "local" and worker_settings.workers == 1
     stage = _ReferenceStage(dataset, config, family, scorer if here else None)
     del model, scorer
     if not here and torch.cuda.is_available():
         torch.cuda.empty_cache()  # workers have models of their own; this one makes room
-    records = run_stage(stage, engine)
+    records = run_stage(stage, worker_settings)
     if records is None:
         return Scored(family.fingerprint, None)
     sidecars = [sidecar for record in records for sidecar in record.sidecars]

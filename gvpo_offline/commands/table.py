@@ -66,10 +66,10 @@ def _run_import(values: dict[str, Any]) -> None:
 def _run_sample(values: dict[str, Any]) -> None:
     from gvpo_offline.collect.sample.run import run_sample
 
-    engine = filled(WorkerSettings, values)
-    result = run_sample(filled(SampleConfig, values), engine)
+    worker_settings = filled(WorkerSettings, values)
+    result = run_sample(filled(SampleConfig, values), worker_settings)
     print("\n".join(result.lines()))
-    if result.manifest is None and engine.shard and not result.asked:
+    if result.manifest is None and worker_settings.shard and not result.asked:
         print("this shard is done; whichever draws the last responses makes the dataset")
         return
     if result.manifest is None:

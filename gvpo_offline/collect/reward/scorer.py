@@ -36,7 +36,7 @@ class Scorer(Protocol):
             ConfigError: the settings name something that is not there.
         """
 
-    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
+    def gather(self, reader: CaseReader, worker_settings: WorkerSettings) -> bool:
         """Do what must be done over the whole dataset before any of it is scored; called once, in
         the process that the command runs in.
 
@@ -71,7 +71,7 @@ class SimpleScorer:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
+    def gather(self, reader: CaseReader, worker_settings: WorkerSettings) -> bool:
         """Nothing to do beforehand."""
         return True
 

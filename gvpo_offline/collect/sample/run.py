@@ -72,7 +72,7 @@ class SampleResult:
         return lines
 
 
-def run_sample(config: SampleConfig, engine: WorkerSettings | None = None) -> SampleResult:
+def run_sample(config: SampleConfig, worker_settings: WorkerSettings | None = None) -> SampleResult:
     """Sample what is not sampled yet; make the dataset once nothing is missing.
 
     Responses that failed are asked for again by the next run, and by it alone. An interrupted run
@@ -80,7 +80,7 @@ def run_sample(config: SampleConfig, engine: WorkerSettings | None = None) -> Sa
 
     Args:
         config: the settings.
-        engine: where responses are drawn; default: in this process.
+        worker_settings: where responses are drawn; default: in this process.
 
     Raises:
         DataError: a prompt breaks a rule, or the folder holds something else. Nothing was asked.
@@ -96,7 +96,7 @@ def run_sample(config: SampleConfig, engine: WorkerSettings | None = None) -> Sa
         return run.result(finished)
     for name, stage in run.stages.items():
         if run.settings[name].ready:
-            run_stage(stage, engine or WorkerSettings(show_progress=config.show_progress))
+            run_stage(stage, worker_settings or WorkerSettings(show_progress=config.show_progress))
     found = run.result(None)
     # What was never asked for is not what `gaps: drop` means.
     if found.n_gaps and not (config.gaps == "drop" and found.asked):

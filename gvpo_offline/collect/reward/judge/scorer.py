@@ -44,7 +44,7 @@ class _Judge(SimpleScorer):
             del described[name]
         return {**described, **Rubric(self._settings).identity()}
 
-    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
+    def gather(self, reader: CaseReader, worker_settings: WorkerSettings) -> bool:
         """Ask the judge whatever it has not answered yet.
 
         Raises:
@@ -53,7 +53,7 @@ class _Judge(SimpleScorer):
             ConfigError: the server refuses the key or does not know the model.
         """
         stage = JudgeStage(self._dataset, reader, self._log, self._settings, self.items)
-        done = run_stage(stage, engine) is not None
+        done = run_stage(stage, worker_settings) is not None
         if self._settings.gaps == "error":
             stage.gaps()
         if done:

@@ -48,7 +48,7 @@ class _People(SimpleScorer):
         described = {name: value for name, value in self._described.items() if name != "inputs"}
         return {**described, "inputs_sha256": self._opinions.sha256}
 
-    def gather(self, reader: CaseReader, engine: WorkerSettings) -> bool:
+    def gather(self, reader: CaseReader, worker_settings: WorkerSettings) -> bool:
         """Find every row's group and response, before any other scorer begins its work.
 
         Raises:
