@@ -238,7 +238,7 @@ def test_each_local_worker_has_gpus_to_itself(
         ({"workers": 0}, "workers is at least 1"),
         ({"shard": "2/2"}, "i from 0 to n - 1; received 2/2"),
         ({"shard": "half"}, "shard is i/n"),
-        ({"gpus_per_worker": 0.5}, "a local worker has whole GPUs"),
+        ({"gpus_per_worker": 0.5}, "each worker has a whole number of GPUs"),
         ({"ray_address": "auto"}, "ray_address goes with engine: ray"),
     ],
 )
