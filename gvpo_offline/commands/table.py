@@ -70,7 +70,7 @@ def _run_sample(values: dict[str, Any]) -> None:
     result = run_sample(filled(SampleConfig, values), worker_settings)
     print("\n".join(result.lines()))
     if result.manifest is None and worker_settings.shard and not result.asked:
-        print("this shard is done; whichever draws the last responses makes the dataset")
+        print("this shard is done; the shard that finishes last makes the dataset")
         return
     if result.manifest is None:
         asked = result.n_gaps + sum(result.responses.values())

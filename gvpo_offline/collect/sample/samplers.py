@@ -1,4 +1,4 @@
-"""From a sampler's settings to the sampler; only the kind at hand is imported."""
+"""Makes samplers from their settings; imports a kind's module only when it is used."""
 
 from __future__ import annotations
 

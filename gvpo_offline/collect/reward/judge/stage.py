@@ -1,4 +1,4 @@
-"""Asking a judge about a whole dataset, as a stage that an engine runs task by task."""
+"""One judge on all groups of a dataset, as a stage that workers run task by task."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class JudgeStage:
         self._items = items
         self._rubric = Rubric(settings)
         self._client = OpenAIClient(settings)
-        # Decided once, so that an engine's processes agree on what there is to do.
+        # Determined once, so that all workers see the same tasks.
         self._rounds: dict[str, tuple[int, str, int]] = {}
         self._tasks = []
         for row_group, size in enumerate(dataset.row_group_sizes.tolist()):
