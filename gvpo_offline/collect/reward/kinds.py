@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from gvpo_offline.collect.server.client import OPERATIONAL
+
 
 def _regular(pattern: str) -> str:
     try:
@@ -114,10 +116,8 @@ class ModelSettings(_Settings):
 class _JudgeSettings(_Settings):
     """A language model behind an OpenAI-compatible server."""
 
-    # Settings that decide how the judge is asked, and nothing of what it says.
-    operational: ClassVar[frozenset[str]] = frozenset(
-        {"base_url", "api_key_env", "concurrency", "max_attempts", "request_timeout", "max_wait"}
-    )
+    # Settings that change no answer.
+    operational: ClassVar[frozenset[str]] = OPERATIONAL
 
     model: str = Field(description="The model, as the server calls it.")
     base_url: Annotated[str, AfterValidator(_no_secret)] = Field(

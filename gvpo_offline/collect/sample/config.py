@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
+from gvpo_offline.collect.server.client import OPERATIONAL
 from gvpo_offline.config import ModelSettings, required
 from gvpo_offline.errors import ConfigError
 
@@ -153,9 +154,7 @@ class OpenAISettings(RequestSettings):
     max_wait: float = 60.0
     """Maximum seconds between two attempts, unless the server asks for more (Retry-After)."""
 
-    operational: ClassVar[frozenset[str]] = frozenset(
-        {"base_url", "api_key_env", "concurrency", "max_attempts", "request_timeout", "max_wait"}
-    )
+    operational: ClassVar[frozenset[str]] = OPERATIONAL
 
     def __post_init__(self) -> None:
         super().__post_init__()

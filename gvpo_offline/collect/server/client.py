@@ -23,6 +23,10 @@ from gvpo_offline.errors import ConfigError
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
+# Names of `ServerSettings`, which change no answer.
+OPERATIONAL = frozenset(
+    {"base_url", "api_key_env", "concurrency", "max_attempts", "request_timeout", "max_wait"}
+)
 _FATAL = (401, 403, 404)
 _TRANSIENT = (408, 409, 425, 429)
 _FIRST_WAIT = 0.5  # seconds
