@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo_offline.collect.server.answer import (
+    BESIDE_TEXT,
+    REASONING,
     BadAnswerError,
     Choice,
     choice_of,
@@ -60,9 +62,9 @@ def test_any_json_is_read_or_is_a_bad_answer(answer: Any) -> None:
     if isinstance(choice, BadAnswerError):
         assert str(choice)
         return
-    text = outcome(lambda: choice.text)
+    text = outcome(lambda: choice.text(beside=BESIDE_TEXT))
     assert text is None or isinstance(text, str | BadAnswerError)
-    whole = outcome(choice.whole_text)
+    whole = outcome(choice.text)
     assert isinstance(whole, BadAnswerError) or whole == text
     assert isinstance(outcome(lambda: choice.truncated), bool | BadAnswerError)
     assert isinstance(outcome(lambda: choice.logprobs), list | BadAnswerError)
@@ -87,7 +89,7 @@ def test_the_parts_of_a_chat_completion() -> None:
     message = {"role": "assistant", "content": "ab", "tool_calls": [], "refusal": None}
     raw = {"index": 0, "message": message, "finish_reason": "length", "logprobs": logprobs}
     choice = choice_of({"choices": [raw], "prompt_token_ids": [1, 2]}, 0)
-    assert (choice.whole_text(), choice.truncated, choice.refusal) == ("ab", True, None)
+    assert (choice.text(), choice.truncated, choice.refusal) == ("ab", True, None)
     assert (choice.token_ids, choice.prompt_token_ids) == (None, [1, 2])
     assert choice.logprobs == [-0.5, 0]
 
@@ -97,15 +99,15 @@ def test_the_parts_of_a_completion() -> None:
     logprobs = {"tokens": ["token_id:4", "token_id:2"], "token_logprobs": [-1.0, -2.0]}
     raw = {"index": 1, "text": "x", "finish_reason": "eos_token", "logprobs": logprobs}
     choice = choice_of({"choices": [{"index": 0, "text": "y"}, raw]}, 1)
-    assert (choice.whole_text(), choice.truncated) == ("x", False)
+    assert (choice.text(), choice.truncated) == ("x", False)
     assert (choice.token_ids, choice.logprobs) == ([4, 2], [-1.0, -2.0])
 
 
 def test_reasoning_is_refused_unless_it_is_allowed() -> None:
     choice = Choice({"message": {"content": "4", "reasoning": "2 and 2"}})
-    assert (choice.text, choice.whole_text(reasoning=True)) == ("4", "4")
+    assert choice.text(beside=REASONING) == "4"
     with pytest.raises(BadAnswerError, match="a message with reasoning apart from its text"):
-        choice.whole_text()
+        choice.text()
 
 
 def test_text_parts_are_joined() -> None:

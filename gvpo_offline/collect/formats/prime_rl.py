@@ -102,7 +102,7 @@ class PrimeRLFormat(TrainerFormat):
             )
         prompt = chat([node["message"] for node in path[:-1]])
         with answer_errors("a trace's answer is one text"):
-            text = Choice({"message": path[-1]["message"]}).whole_text()
+            text = Choice({"message": path[-1]["message"]}).text()
         return one_response(prompt=prompt, text=text, **common)
 
     def _rewards(

@@ -99,7 +99,7 @@ def read_answer(
 
 def _sample(settings: RequestSettings, choice: Choice, request: SampleRequest) -> Sample:
     truncated = choice.truncated
-    text = choice.whole_text()
+    text = choice.text()
     if text is None:
         raise BadAnswerError(choice.refusal or "a text that is null")
     ids = _token_ids(choice, request.prompt) if settings.return_token_ids else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from gvpo_offline.collect.server.client import OPERATIONAL
+from gvpo_offline.collect.server.client import OPERATIONAL, ServerSettings
 from gvpo_offline.config import ModelSettings, required
 from gvpo_offline.errors import ConfigError
 
@@ -138,36 +138,14 @@ class RequestSettings(SamplingSettings):
 
 
 @dataclass(kw_only=True)
-class OpenAISettings(RequestSettings):
+class OpenAISettings(ServerSettings, RequestSettings):
     """`kind: openai`: a server that answers over HTTP."""
-
-    base_url: str
-    """The server's address, as in http://localhost:8000/v1."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key. The key itself is never written."""
-    concurrency: int = 32
-    """Maximum number of requests in flight."""
-    max_attempts: int = 6
-    """Attempts of a request before its responses are recorded as failed."""
-    request_timeout: float = 600.0
-    """Seconds that one attempt may take as a whole."""
-    max_wait: float = 60.0
-    """Maximum seconds between two attempts, unless the server asks for more (Retry-After)."""
 
     operational: ClassVar[frozenset[str]] = OPERATIONAL
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        web = self.base_url.startswith(("http://", "https://"))
-        _check("base_url", self.base_url, web, "an address that begins with http:// or https://")
-        if "@" in self.base_url or "?" in self.base_url:
-            raise ConfigError(
-                "base_url, which the manifest records, holds no secret",
-                received="an address with a user or a query",
-                remedy="put the key into an environment variable and name that in api_key_env",
-            )
+        RequestSettings.__post_init__(self)
+        ServerSettings.__post_init__(self)
 
 
 @dataclass(kw_only=True)

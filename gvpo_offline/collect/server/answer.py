@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # As OpenAI says it, and as text-generation-inference does.
 _STOPPED = ("stop", "eos_token", "stop_sequence")
 _LENGTH = "length"
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_REASONING = ("reasoning", "reasoning_content")
+REASONING = ("reasoning", "reasoning_content")
+BESIDE_TEXT = ("tool_calls", "function_call", *REASONING)
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
@@ -70,28 +71,19 @@ class Choice:
             raise BadAnswerError(f"the finish reason {reason!r}, which is neither an end nor a cut")
         return bool(self.finish_reason == _LENGTH)
 
-    def whole_text(self, *, reasoning: bool = False) -> str | None:
-        """The text, where it is all that the model wrote; None where the server gave null.
+    def text(self, *, beside: Collection[str] = ()) -> str | None:
+        """The text; None where the server gave null.
 
         Args:
-            reasoning: whether the message may hold reasoning apart from its text.
+            beside: fields of the message that may hold more of what the model wrote.
 
         Raises:
-            BadAnswerError: the model wrote more than the text, or it is not valid text.
+            BadAnswerError: another field holds more, or the text is invalid (`content_text`).
         """
-        for name in ("tool_calls", "function_call", *_REASONING):
-            if self._message.get(name) and not (reasoning and name in _REASONING):
-                hint = ": start the server without a reasoning parser" if name in _REASONING else ""
+        for name in BESIDE_TEXT:
+            if self._message.get(name) and name not in beside:
+                hint = ": start the server without a reasoning parser" if name in REASONING else ""
                 raise BadAnswerError(f"a message with {name} apart from its text{hint}")
-        return self.text
-
-    @property
-    def text(self) -> str | None:
-        """The text, which may be a part of what the model wrote; None where the server gave null.
-
-        Raises:
-            BadAnswerError: as `content_text`.
-        """
         content = self._message.get("content")
         return None if content is None else content_text(content)
 
@@ -102,7 +94,7 @@ class Choice:
         None where the server gave none: tokens that are text do not determine ids.
 
         Raises:
-            BadAnswerError: they are no ids.
+            BadAnswerError: they are not valid ids.
         """
         ids = self._choice.get("token_ids")
         if ids is None:

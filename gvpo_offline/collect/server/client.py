@@ -15,6 +15,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gvpo_offline.collect.server.answer import BadAnswerError
@@ -23,40 +24,44 @@ from gvpo_offline.errors import ConfigError
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-# Names of `ServerSettings`, which change no answer.
-OPERATIONAL = frozenset(
-    {"base_url", "api_key_env", "concurrency", "max_attempts", "request_timeout", "max_wait"}
-)
 _FATAL = (401, 403, 404)
 _TRANSIENT = (408, 409, 425, 429)
 _FIRST_WAIT = 0.5  # seconds
 _CAUSE_CHARACTERS = 200
 
 
-class ServerSettings(Protocol):
-    """The server and the limits on requests to it; none of them changes an answer.
+@dataclass(kw_only=True)
+class ServerSettings:
+    """The server and the limits on requests to it; none of them changes an answer."""
 
-    Attributes:
-        base_url: its address, as in http://localhost:8000/v1.
-        api_key_env: name of the environment variable that holds the key, or None.
-        concurrency: maximum number of requests in flight.
-        max_attempts: attempts before a request is given up.
-        request_timeout: seconds that one attempt may take as a whole.
-        max_wait: maximum seconds between two attempts, unless the server asks for more.
-    """
+    base_url: str
+    """The server's address, as in http://localhost:8000/v1."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never written."""
+    concurrency: int = 32
+    """Maximum number of requests in flight."""
+    max_attempts: int = 6
+    """Attempts before a request is recorded as failed."""
+    request_timeout: float = 600.0
+    """Seconds that one attempt may take as a whole."""
+    max_wait: float = 60.0
+    """Maximum seconds between two attempts, unless the server asks for more (Retry-After)."""
 
-    @property
-    def base_url(self) -> str: ...
-    @property
-    def api_key_env(self) -> str | None: ...
-    @property
-    def concurrency(self) -> int: ...
-    @property
-    def max_attempts(self) -> int: ...
-    @property
-    def request_timeout(self) -> float: ...
-    @property
-    def max_wait(self) -> float: ...
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is positive", received=getattr(self, name))
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ConfigError("base_url begins with http:// or https://", received=self.base_url)
+        if "@" in self.base_url or "?" in self.base_url:
+            raise ConfigError(
+                "base_url, which the manifest records, holds no secret",
+                received="an address with a user or a query",
+                remedy="put the key into an environment variable and name that in api_key_env",
+            )
+
+
+OPERATIONAL = frozenset(field.name for field in fields(ServerSettings))
 
 
 class ServerRequest(Protocol):

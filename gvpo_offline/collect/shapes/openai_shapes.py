@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.fragment import token_ids
-from gvpo_offline.collect.server.answer import BadAnswerError, Choice, content_text
+from gvpo_offline.collect.server.answer import BESIDE_TEXT, BadAnswerError, Choice, content_text
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import IntArray
@@ -101,7 +101,7 @@ def choice_content(choice: Choice) -> tuple[str | None, IntArray | None]:
     """
     with answer_errors("a response is one text, or has token ids"):
         ids = choice.token_ids
-        text = choice.whole_text() if ids is None else choice.text
+        text = choice.text(beside=() if ids is None else BESIDE_TEXT)
     return text, None if ids is None else np.array(ids, np.int32)
 
 

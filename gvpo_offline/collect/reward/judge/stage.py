@@ -11,8 +11,8 @@ from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.collect.reward.cases import Case, CaseReader, Message
 from gvpo_offline.collect.reward.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.collect.reward.judge.rubric import AnyJudgeSettings, Rubric
-from gvpo_offline.collect.server.answer import BadAnswerError, choice_of
-from gvpo_offline.collect.server.client import OpenAIClient
+from gvpo_offline.collect.server.answer import REASONING, BadAnswerError, choice_of
+from gvpo_offline.collect.server.client import OPERATIONAL, OpenAIClient, ServerSettings
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
@@ -56,7 +56,8 @@ class JudgeStage:
         self._settings = settings
         self._items = items
         self._rubric = Rubric(settings)
-        self._client = OpenAIClient(settings)
+        server = ServerSettings(**{name: getattr(settings, name) for name in OPERATIONAL})
+        self._client = OpenAIClient(server)
         # Determined once, so that all workers see the same tasks.
         self._rounds: dict[str, tuple[int, str, int]] = {}
         self._tasks = []
@@ -174,7 +175,7 @@ class _JudgeRequest:
         choice = choice_of(answer, 0)
         if choice.truncated:
             raise BadAnswerError(f"an answer cut at {self._settings.max_tokens} tokens")
-        text = choice.whole_text(reasoning=True)
+        text = choice.text(beside=REASONING)
         if text is None:
             raise BadAnswerError(choice.refusal or "a text that is null")
         if not text.strip():
