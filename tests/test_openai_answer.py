@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from gvpo_offline.collect.server.answer import (
     BESIDE_TEXT,
     REASONING,
+    AnswerChoice,
     BadAnswerError,
-    Choice,
     choice_of,
     content_text,
     result_body,
@@ -104,7 +104,7 @@ def test_the_parts_of_a_completion() -> None:
 
 
 def test_reasoning_is_refused_unless_it_is_allowed() -> None:
-    choice = Choice({"message": {"content": "4", "reasoning": "2 and 2"}})
+    choice = AnswerChoice({"message": {"content": "4", "reasoning": "2 and 2"}})
     assert choice.text(beside=REASONING) == "4"
     with pytest.raises(BadAnswerError, match="a message with reasoning apart from its text"):
         choice.text()

@@ -17,7 +17,7 @@ from gvpo_offline.collect.fragment import Fragment, located, token_ids
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.inputs import find_sources
 from gvpo_offline.collect.reading.rows import Record, Row
-from gvpo_offline.collect.server.answer import BadAnswerError, Choice, choices_of, result_body
+from gvpo_offline.collect.server.answer import AnswerChoice, BadAnswerError, choices_of, result_body
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.log_format import InputInfo
 from gvpo_offline.collect.shapes.openai_shapes import (
@@ -132,7 +132,7 @@ class OpenAIBatchFormat(TrainerFormat):
                 fragment = _response(body, request)
             else:
                 with answer_errors("a choice has a message or a text"):
-                    read = Choice(choice, body)
+                    read = AnswerChoice(choice, body)
                 if read.refusal:
                     self.failed(place, f"request {key}: {read.refusal}")
                     continue
@@ -188,7 +188,7 @@ def _response(body: Mapping[str, Any], request: _Request) -> Fragment:
     )
 
 
-def _choice(choice: Choice, request: _Request) -> Fragment:
+def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
     sent = choice.prompt_token_ids
     if sent is None:
         values.no_tools({"tools": request.tools})

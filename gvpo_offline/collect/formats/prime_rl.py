@@ -17,7 +17,7 @@ from typing import Any
 from gvpo_offline.collect.fragment import Fragment, flags, token_ids
 from gvpo_offline.collect.importing.config import ImportConfig
 from gvpo_offline.collect.reading.rows import Record
-from gvpo_offline.collect.server.answer import Choice
+from gvpo_offline.collect.server.answer import AnswerChoice
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.collect.shapes.openai_shapes import answer_errors, chat
 from gvpo_offline.collect.shapes.trainer_logs import (
@@ -102,7 +102,7 @@ class PrimeRLFormat(TrainerFormat):
             )
         prompt = chat([node["message"] for node in path[:-1]])
         with answer_errors("a trace's answer is one text"):
-            text = Choice({"message": path[-1]["message"]}).text()
+            text = AnswerChoice({"message": path[-1]["message"]}).text()
         return one_response(prompt=prompt, text=text, **common)
 
     def _rewards(

@@ -15,7 +15,7 @@ from gvpo_offline.collect.sample.config import RequestSettings
 from gvpo_offline.collect.sample.log import Sample
 from gvpo_offline.collect.sample.prompts import Prompt
 from gvpo_offline.collect.sample.stage import SampleRequest
-from gvpo_offline.collect.server.answer import BadAnswerError, Choice, choice_of, choices_of
+from gvpo_offline.collect.server.answer import AnswerChoice, BadAnswerError, choice_of, choices_of
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.schema import IntArray
 
@@ -97,7 +97,7 @@ def read_answer(
     return samples
 
 
-def _sample(settings: RequestSettings, choice: Choice, request: SampleRequest) -> Sample:
+def _sample(settings: RequestSettings, choice: AnswerChoice, request: SampleRequest) -> Sample:
     truncated = choice.truncated
     text = choice.text()
     if text is None:
@@ -119,7 +119,7 @@ def _sample(settings: RequestSettings, choice: Choice, request: SampleRequest) -
     )
 
 
-def _token_ids(choice: Choice, prompt: Prompt) -> IntArray:
+def _token_ids(choice: AnswerChoice, prompt: Prompt) -> IntArray:
     ids = choice.token_ids
     if ids is None:
         raise ConfigError(

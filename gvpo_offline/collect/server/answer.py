@@ -25,7 +25,7 @@ class BadAnswerError(Exception):
     """An answer, or a part of it, that cannot be used; the message is the cause."""
 
 
-class Choice:
+class AnswerChoice:
     """One choice of a chat completion or a completion. Each part is checked when it is read.
 
     Args:
@@ -140,7 +140,7 @@ def choices_of(answer: Any) -> list[Any]:
     return choices
 
 
-def choice_of(answer: Any, number: int) -> Choice:
+def choice_of(answer: Any, number: int) -> AnswerChoice:
     """The choice whose `index` is `number`; choices without one are numbered in order.
 
     Raises:
@@ -149,7 +149,7 @@ def choice_of(answer: Any, number: int) -> Choice:
     choices = choices_of(answer)
     for position, choice in enumerate(choices):
         if isinstance(choice, dict) and choice.get("index", position) == number:
-            return Choice(choice, answer)
+            return AnswerChoice(choice, answer)
     raise BadAnswerError(f"{len(choices)} choices, none of them number {number}")
 
 

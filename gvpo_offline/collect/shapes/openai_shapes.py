@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.collect.fragment import token_ids
-from gvpo_offline.collect.server.answer import BESIDE_TEXT, BadAnswerError, Choice, content_text
+from gvpo_offline.collect.server.answer import (
+    BESIDE_TEXT,
+    AnswerChoice,
+    BadAnswerError,
+    content_text,
+)
 from gvpo_offline.collect.shapes import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.schema import IntArray
@@ -93,7 +98,7 @@ def responses_prompt(params: Mapping[str, Any]) -> values.Prompt:
     return chat(messages)
 
 
-def choice_content(choice: Choice) -> tuple[str | None, IntArray | None]:
+def choice_content(choice: AnswerChoice) -> tuple[str | None, IntArray | None]:
     """Text and (T,) int32 token ids of a choice of either completions API, None where it has none.
 
     Raises:
