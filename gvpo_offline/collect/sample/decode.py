@@ -6,8 +6,8 @@ work. Only rounding depends on the batch, whose size decides the last bits of th
 on one machine gives the same tokens each time.
 
 transformers' own continuous batching (tried with 5.17 and 5.23) draws all rows from the process's
-one generator, drops a repetition penalty with a log line, ignores stop strings, and raises for
-models with linear attention, convolutions or chunked attention. `generate` with these draws as a
+one generator, drops a repetition penalty with a log line, ignores stop strings, and fails for
+models with linear, chunked or latent attention or convolutions. `generate` with these draws as a
 logits processor gives the same tokens, but runs each row until the longest one ends and prefills a
 prompt once per response: 2.0 to 3.5 times the CPU time at lengths of mean 53 and maximum 256.
 """
