@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gvpo_offline.compute.model import load_model, tensors_sha256, weights_sha256
-from gvpo_offline.compute.quantised import keep_format, quantisation
+from gvpo_offline.compute.quantised import disable_cpu_repacking, quantisation
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 # Settings of an adapter that its weights' names and shapes say, or that no log-prob depends on.
-_NO_NUMBERS = {
+_IGNORED_SETTINGS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "runtime_config"),
     *("base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "lora_dropout"),
     *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying"),
@@ -155,7 +155,7 @@ def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module
 
 def check_trainable(model: nn.Module) -> None:
     """Raise ConfigError unless a model that is about to be trained has weights that can be."""
-    keep_format(model)
+    disable_cpu_repacking(model)
     if quantisation(model) and not hasattr(model, "peft_config"):
         raise _frozen(str(quantisation(model)))
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -172,7 +172,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
+def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it computes without an adapter: of a PEFT model its base, for this while."""
     if not is_adapted(model):
         yield model
@@ -207,7 +207,7 @@ def policy_sha256(model: nn.Module) -> str:
     base_hash = tensors_sha256(base)
     if _is_off(inner):
         return base_hash
-    how = {name: _numbers(config) for name, config in adapted.peft_config.items()}
+    how = {name: _relevant_settings(config) for name, config in adapted.peft_config.items()}
     return sha256_json([base_hash, tensors_sha256(own), how, _active(inner)])
 
 
@@ -231,11 +231,11 @@ def _active(inner: nn.Module) -> list[str]:
     return []
 
 
-def _numbers(config: PeftConfig) -> dict[str, str]:
+def _relevant_settings(config: PeftConfig) -> dict[str, str]:
     """The settings of an adapter that scale or shape what it adds, where they are not defaults."""
     usual = type(config)().to_dict()
     return {
         name: str(value)
         for name, value in config.to_dict().items()
-        if name not in _NO_NUMBERS and value != usual.get(name)
+        if name not in _IGNORED_SETTINGS and value != usual.get(name)
     }

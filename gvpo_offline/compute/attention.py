@@ -27,11 +27,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gvpo_offline.compute.pieces import PiecePlan, piecewise_attention
-from gvpo_offline.compute.settings import TREE_OVER
-from gvpo_offline.compute.tree import Rule, Tree, visible
+from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX
+from gvpo_offline.compute.tree import AttentionRule, Tree, visible
 
 Kernel = Literal["pieces", "flex", "dense"]
-States = dict[nn.Module, tuple[Tensor, Tensor]]
+KeyValueStates = dict[nn.Module, tuple[Tensor, Tensor]]
 
 _KINDS: tuple[Literal["full", "window", "chunk"], ...] = ("full", "window", "chunk")
 _in_packed_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("packed", default=False)
@@ -56,8 +56,8 @@ class PackedRow:
 
     tree: Tree
     kernel: str
-    prefix_states: States | None = None
-    recorded: States | None = None
+    prefix_states: KeyValueStates | None = None
+    recorded: KeyValueStates | None = None
     used: bool = False
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -82,9 +82,9 @@ def use_tree_attention(model: nn.Module) -> None:
         UnsupportedAttentionError: the model does not look its attention up by name.
     """
     current = str(getattr(model.config, "_attn_implementation", None))
-    if current.startswith(TREE_OVER):
+    if current.startswith(TREE_ATTENTION_PREFIX):
         return
-    name = TREE_OVER + current
+    name = TREE_ATTENTION_PREFIX + current
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(tree_attention, otherwise=current))
         AttentionMaskInterface.register(name, partial(_mask_or_rule, otherwise=current))
@@ -97,8 +97,8 @@ def use_tree_attention(model: nn.Module) -> None:
 def restore_attention(model: nn.Module) -> None:
     """Undo `use_tree_attention`."""
     current = str(getattr(model.config, "_attn_implementation", None))
-    if current.startswith(TREE_OVER):
-        model.set_attn_implementation(current.removeprefix(TREE_OVER))  # type: ignore[operator]
+    if current.startswith(TREE_ATTENTION_PREFIX):
+        model.set_attn_implementation(current.removeprefix(TREE_ATTENTION_PREFIX))  # type: ignore[operator]
 
 
 def kernels(device: torch.device) -> tuple[Kernel, ...]:
@@ -167,14 +167,14 @@ def tree_attention(
         prefix_key, prefix_value = packed_row.prefix_states[module]
         key, value = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    asked = Asked(query, key, value, scale, softcap, s_aux)
+    asked = AttentionInputs(query, key, value, scale, softcap, s_aux)
     return _KERNELS[packed_row.kernel](packed_row, rule, asked), None
 
 
 # ---- kernels: a row, a layer's rule and what it asks for -> (1, T, H, Dv) ----
 
 
-class Asked(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What a layer asks for: query (1, H, T, D), key and value (1, Hkv, P + T, ·), options."""
 
     query: Tensor
@@ -185,7 +185,7 @@ class Asked(NamedTuple):
     sinks: Tensor | None
 
 
-def _pieces(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
+def _pieces(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tensor:
     query, key, value, scale, softcap, sinks = asked
     if softcap:
         raise UnsupportedAttentionError("attention scores are soft-capped")
@@ -193,7 +193,7 @@ def _pieces(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     return piecewise_attention(query, key, value, plan, scale, sinks)
 
 
-def _flex(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
+def _flex(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tensor:
     from gvpo_offline.compute.flex import FlexPlan, flex_tree_attention
 
     query, key, value, scale, softcap, sinks = asked
@@ -201,7 +201,7 @@ def _flex(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     return flex_tree_attention(query, key, value, plan, scale, softcap, sinks)
 
 
-def _dense(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
+def _dense(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tensor:
     """The definition, in scores of (H, T, P + T)."""
     query, key, value, scale, softcap, sinks = asked
     seen: Tensor = row.plan(
@@ -225,7 +225,7 @@ def _dense(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     return torch.matmul(weights, value).transpose(1, 2)
 
 
-_Compute = Callable[[PackedRow, Rule, Asked], Tensor]
+_Compute = Callable[[PackedRow, AttentionRule, AttentionInputs], Tensor]
 _KERNELS: dict[str, _Compute] = {"pieces": _pieces, "flex": _flex, "dense": _dense}
 
 
@@ -242,7 +242,7 @@ def _mask_or_rule(*args: Any, otherwise: str, **kwargs: Any) -> Tensor | None:
     return torch.tensor([_KINDS.index(rule.kind), rule.size]).view(1, 1, 1, 2)
 
 
-def _rule_of(mask_function: Callable[..., Any], size: int | None) -> Rule:
+def _rule_of(mask_function: Callable[..., Any], size: int | None) -> AttentionRule:
     """The rule that a mask function follows, tried at its edges."""
 
     def sees(query: int, key: int) -> bool:
@@ -254,22 +254,22 @@ def _rule_of(mask_function: Callable[..., Any], size: int | None) -> Rule:
             raise UnsupportedAttentionError("a layer's attention is not causal")
         if size is None:
             if sees(1 << 20, 0):
-                return Rule()
+                return AttentionRule()
         elif sees(size - 1, 0) and not sees(size, 0):
             if sees(size, 1):
-                return Rule("window", size)
+                return AttentionRule("window", size)
             if not sees(size, size - 1):
-                return Rule("chunk", size)
+                return AttentionRule("chunk", size)
     except (IndexError, RuntimeError) as error:
         raise UnsupportedAttentionError("a layer's mask depends on more than positions") from error
     raise UnsupportedAttentionError("a layer's mask is neither causal nor a window nor chunks")
 
 
-def _rule_from(mask: Tensor | None) -> Rule:
+def _rule_from(mask: Tensor | None) -> AttentionRule:
     if mask is None or mask.shape != (1, 1, 1, 2) or mask.dtype != torch.int64:
         raise UnsupportedAttentionError("the model makes its attention masks itself")
     kind, size = mask.flatten().tolist()
-    return Rule(_KINDS[kind], size)
+    return AttentionRule(_KINDS[kind], size)
 
 
 # ---- the rest ----

@@ -29,7 +29,7 @@ from gvpo_offline.compute.forward import (
     prompt_states,
     token_logprobs,
 )
-from gvpo_offline.compute.layout import Layout, Targets, below_prompt, lay_out
+from gvpo_offline.compute.layout import Layout, Targets, lay_out, without_prompt
 from gvpo_offline.compute.model import float64_device
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError
@@ -37,7 +37,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, cut_group, shape_of
 
 
-class Piece(NamedTuple):
+class MicroBatchPiece(NamedTuple):
     """What one pass computes: a layout, and which of the micro-batch's responses it holds."""
 
     layout: Layout
@@ -50,7 +50,7 @@ class Engine:
 
     Models are those that `forward.install` was called for, possibly wrapped since. Groups are some
     that fit into the budget together, or one that does not; none at all gives passes over nothing,
-    because sharded models compute in lockstep. `passes` is the number of forward passes to make
+    because sharded models compute in lockstep. `n_forwards` is the number of forward passes to make
     where other ranks need more than this one.
 
     Attributes:
@@ -70,16 +70,18 @@ class Engine:
     prompt_once: bool = True
     on_entropy: Callable[[Tensor], None] | None = None
 
-    def seq_logprobs(self, model: nn.Module, groups: Sequence[Group], passes: int = 1) -> Tensor:
+    def seq_logprobs(
+        self, model: nn.Module, groups: Sequence[Group], n_forwards: int = 1
+    ) -> Tensor:
         """log pi(response | prompt) of every response, over the tokens that count.
 
         Returns:
             (R,) float64, nats; with a graph where gradients are on, and then in whatever memory
             that takes: `accumulate` keeps to the budget.
         """
-        pieces, prompt = self._begin(model, groups, passes)
+        pieces, prompt = self._begin(model, groups, n_forwards)
         sums = [self._sums(model, piece, prompt) for piece in pieces]
-        return _in_order(pieces, sums)
+        return _in_response_order(pieces, sums)
 
     def token_logprobs(self, model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
         """log pi of every token of every response, counted or not: (T_i,) float32 each, nats."""
@@ -97,51 +99,56 @@ class Engine:
         groups: Sequence[Group],
         objective: Callable[[Tensor], Tensor],
         backward: Callable[[Tensor], None],
-        passes: int = 1,
+        n_forwards: int = 1,
     ) -> Tensor:
         """Add the gradient of a loss of sequence log-probs to the model's gradients.
 
         Args:
-            model, groups, passes: as above.
+            model, groups, n_forwards: as above.
             objective: the loss, a scalar, of (R,) float64 sequence log-probs of all groups.
             backward: sends a scalar back through its graph.
 
         Returns:
             The loss, without its graph; 0 without groups.
         """
-        pieces, prompt = self._begin(model, groups, passes)
+        pieces, prompt = self._begin(model, groups, n_forwards)
         if len(pieces) == 1:
             sums_R = self._sums(model, pieces[0], None)
             loss = objective(sums_R) if groups else sums_R.sum() * 0.0
             backward(loss)
             return loss.detach()
-        leaves = _leaves(prompt)
+        leaves = _detached_states(prompt)
         with torch.no_grad():
             sums = [self._sums(model, piece, leaves) for piece in pieces[:-1]]
         last = self._sums(model, pieces[-1], leaves)
-        sums_R = _in_order(pieces, [*sums, last.detach()]).requires_grad_()
+        sums_R = _in_response_order(pieces, [*sums, last.detach()]).requires_grad_()
         loss = objective(sums_R) if groups else sums_R.sum() * 0.0
         (grad_R,) = torch.autograd.grad(loss, sums_R)
-        backward(_share(last, grad_R, pieces[-1]))
+        backward(_piece_loss(last, grad_R, pieces[-1]))
         quiet = replace(self, on_entropy=None)  # the first pass has told
         for piece in pieces[:-1]:
-            backward(_share(quiet._sums(model, piece, leaves), grad_R, piece))
-        _send_back(prompt, leaves)
+            backward(_piece_loss(quiet._sums(model, piece, leaves), grad_R, piece))
+        _backward_through_prompt(prompt, leaves)
         return loss.detach()
 
     def _begin(
-        self, model: nn.Module, groups: Sequence[Group], passes: int, *, counted_only: bool = True
-    ) -> tuple[list[Piece], PromptStates | None]:
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        n_forwards: int,
+        *,
+        counted_only: bool = True,
+    ) -> tuple[list[MicroBatchPiece], PromptStates | None]:
         """The pieces of a micro-batch, and the prompt's states if they go without their prompt."""
         whole = len(groups) != 1 or self.cost.fits(shape_of(groups[0]))
         if whole:
             n_responses = sum(group.group_size for group in groups)
             layout = lay_out(groups, self.path.layout, counted_only=counted_only)
-            pieces = [Piece(layout, tuple(range(n_responses)))]
+            pieces = [MicroBatchPiece(layout, tuple(range(n_responses)))]
         else:
             pieces = self._cut(groups[0], counted_only)
-        nothing = Piece(lay_out([], self.path.layout), ())
-        pieces = [nothing] * (passes - len(pieces)) + pieces
+        nothing = MicroBatchPiece(lay_out([], self.path.layout), ())
+        pieces = [nothing] * (n_forwards - len(pieces)) + pieces
         if whole or not self._goes_below_prompt:
             return pieces, None
         prompt_ids = groups[0].prompt_token_ids.astype("int64")
@@ -151,7 +158,7 @@ class Engine:
     def _goes_below_prompt(self) -> bool:
         return self.prompt_once and self.path.layout == "shared" and self.path.head == "fused"
 
-    def _cut(self, group: Group, counted_only: bool) -> list[Piece]:
+    def _cut(self, group: Group, counted_only: bool) -> list[MicroBatchPiece]:
         try:
             parts = cut_group(shape_of(group), self.cost)
         except DataError as error:
@@ -162,19 +169,23 @@ class Engine:
         for part in parts:
             some = _with_responses(group, part)
             if self._goes_below_prompt:
-                layout = below_prompt(some, counted_only=counted_only)
+                layout = without_prompt(some, counted_only=counted_only)
             else:
                 layout = lay_out([some], self.path.layout, counted_only=counted_only)
-            pieces.append(Piece(layout, tuple(part)))
+            pieces.append(MicroBatchPiece(layout, tuple(part)))
         return pieces
 
-    def _tokens(self, model: nn.Module, piece: Piece, prompt: PromptStates | None) -> TokenLogprobs:
+    def _tokens(
+        self, model: nn.Module, piece: MicroBatchPiece, prompt: PromptStates | None
+    ) -> TokenLogprobs:
         wanted = self.on_entropy is not None
         own = prompt if piece.responses else None
         call = LayoutCall(piece.layout, self.path, self.kept_bytes, wanted, own)
         return token_logprobs(model, call)
 
-    def _sums(self, model: nn.Module, piece: Piece, prompt: PromptStates | None) -> Tensor:
+    def _sums(
+        self, model: nn.Module, piece: MicroBatchPiece, prompt: PromptStates | None
+    ) -> Tensor:
         found = self._tokens(model, piece, prompt)
         if self.on_entropy and found.entropy_M is not None and piece.responses:
             self.on_entropy(found.entropy_M)
@@ -206,7 +217,7 @@ def _with_responses(group: Group, which: Sequence[int]) -> Group:
     )
 
 
-def _in_order(pieces: Sequence[Piece], sums: Sequence[Tensor]) -> Tensor:
+def _in_response_order(pieces: Sequence[MicroBatchPiece], sums: Sequence[Tensor]) -> Tensor:
     """(R,) sums of all pieces in the order of the responses; what nothing sums up to, for none."""
     if not pieces[-1].responses or len(pieces) == 1:
         return sums[-1]
@@ -215,14 +226,14 @@ def _in_order(pieces: Sequence[Piece], sums: Sequence[Tensor]) -> Tensor:
     return joined[torch.argsort(torch.tensor(order, device=joined.device))]
 
 
-def _share(sums: Tensor, grad_R: Tensor, piece: Piece) -> Tensor:
+def _piece_loss(sums: Tensor, grad_R: Tensor, piece: MicroBatchPiece) -> Tensor:
     """A scalar whose gradient is a piece's part of the loss's gradient."""
     if not piece.responses:
         return sums.sum() * 0.0
     return (sums * grad_R[list(piece.responses)]).sum()
 
 
-def _leaves(prompt: PromptStates | None) -> PromptStates | None:
+def _detached_states(prompt: PromptStates | None) -> PromptStates | None:
     """The prompt's states cut off from their graph, to gather gradients."""
     if prompt is None:
         return None
@@ -234,7 +245,7 @@ def _leaves(prompt: PromptStates | None) -> PromptStates | None:
     return PromptStates(states, leaf(prompt.last_hidden))
 
 
-def _send_back(prompt: PromptStates | None, leaves: PromptStates | None) -> None:
+def _backward_through_prompt(prompt: PromptStates | None, leaves: PromptStates | None) -> None:
     """What gathered at the leaves goes back through the prompt."""
     if prompt is None or leaves is None:
         return

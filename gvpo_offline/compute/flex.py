@@ -3,7 +3,7 @@
 A block mask says for every 128 queries which blocks of 128 keys they see in full, in part, or not
 at all. It follows from the tree's segments, cut where blocks end, so that neither here nor on the
 device anything of size (queries, keys) is ever made; within a block seen in part the kernel asks
-`_Rows`, three numbers a key and one a query.
+`_RowVisibility`, three numbers a key and one a query.
 
 One kernel takes whatever depth and breadth the tree has, windows, soft-capping and sinks. Flash
 attention's calls for sequences of varying length would take two calls (own segment, prompt) and
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from gvpo_offline.compute.tree import Int64Array, Rule, Tree
+from gvpo_offline.compute.tree import AttentionRule, Int64Array, Tree
 
 # What every configuration of the kernels, forward and backward, cuts into whole tiles.
 _BLOCK = 128
@@ -41,7 +41,7 @@ _KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
 _MAX_COMPILED = 64
 
 
-class _Rows(NamedTuple):
+class _RowVisibility(NamedTuple):
     """What tells whether query q sees key k, int32; queries count from the first after the prefix.
 
     seen_from[k] <= q < seen_until[k] and depth[k] >= least_depth[q].
@@ -53,7 +53,7 @@ class _Rows(NamedTuple):
     least_depth: Tensor  # (T,)
 
 
-class _Blocks(NamedTuple):
+class _BlockTables(NamedTuple):
     """Which blocks see which, in the terms of `BlockMask`: int32, with two dimensions of 1 before.
 
     For each of n blocks of queries, and for each of m blocks of keys, how many blocks of the other
@@ -77,16 +77,16 @@ class FlexPlan:
         rows, blocks: on the device.
     """
 
-    def __init__(self, tree: Tree, rule: Rule, device: torch.device) -> None:
-        partial, full = _met_blocks(tree, rule)
+    def __init__(self, tree: Tree, rule: AttentionRule, device: torch.device) -> None:
+        partial, full = _visible_blocks(tree, rule)
         tables = [*_ordered(partial), *_ordered(full), *_ordered(partial.T), *_ordered(full.T)]
         keys = np.arange(tree.n_rows)
         rows = [
             *(keys - tree.prefix, tree.row_ends - tree.prefix, tree.row_depths),
             _least_depths(tree, rule),
         ]
-        self.rows = _Rows(*(_dynamic(_on(device, array), 0) for array in rows))
-        self.blocks = _Blocks(
+        self.rows = _RowVisibility(*(_dynamic(_on(device, array), 0) for array in rows))
+        self.blocks = _BlockTables(
             *(_dynamic(_on(device, t)[None, None], *range(2, 2 + t.ndim)) for t in tables)
         )
 
@@ -133,8 +133,8 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: _Rows,
-    blocks: _Blocks,
+    rows: _RowVisibility,
+    blocks: _BlockTables,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -183,7 +183,7 @@ def _cap(limit: float) -> Callable[..., Tensor]:
 # ---- what sees what, block by block ----
 
 
-def _met_blocks(tree: Tree, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _visible_blocks(tree: Tree, rule: AttentionRule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(n, m) bool: blocks of keys that a block of queries sees, but not in full, and in full.
 
     Worked out on runs, what a block holds of one segment: within two of these the last key is the
@@ -215,7 +215,7 @@ def _runs(tree: Tree, start: int) -> tuple[Int64Array, Int64Array, Int64Array]:
     return first, np.append(first[1:], tree.n_rows), np.searchsorted(first, blocks)
 
 
-def _least_depths(tree: Tree, rule: Rule) -> Int64Array:
+def _least_depths(tree: Tree, rule: AttentionRule) -> Int64Array:
     """(T,) the smallest depth that each query sees."""
     depths = tree.row_depths[tree.prefix :]
     if rule.kind == "window":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gvpo_offline.compute.attention import PackedRow, States, packed_forward
+from gvpo_offline.compute.attention import KeyValueStates, PackedRow, packed_forward
 from gvpo_offline.compute.continued import continued_hidden
 from gvpo_offline.compute.head import find_head, pair_logprobs
 from gvpo_offline.compute.layout import ContinuedInput, Layout, PackedInput
@@ -49,7 +49,7 @@ class PromptStates:
         last_hidden: (1, D) hidden state of its last token.
     """
 
-    states: States
+    states: KeyValueStates
     last_hidden: Tensor
 
 
@@ -78,7 +78,7 @@ class PromptCall:
 
     prompt_ids: Int64Array
     path: ComputePath
-    states: States = field(default_factory=dict)
+    states: KeyValueStates = field(default_factory=dict)
 
 
 def install(model: nn.Module) -> None:
@@ -223,7 +223,7 @@ def _from_logits(
             remedy="set layout to shared, packed or padded",
         )
     targets = call.layout.targets
-    logits = _run(_Plain(model, plain), call).logits.flatten(0, 1)
+    logits = _run(_OriginalForward(model, plain), call).logits.flatten(0, 1)
     rows_H = torch.from_numpy(targets.hidden_rows_H).to(logits.device)
     log_softmax_HV = torch.log_softmax(logits[rows_H].float(), dim=-1)
     row_N = torch.from_numpy(targets.pair_rows_N).to(logits.device)
@@ -235,7 +235,7 @@ def _from_logits(
     return log_softmax_HV[row_N, token_N], entropy_H
 
 
-class _Plain:
+class _OriginalForward:
     """A model by the forward that it had before `install`."""
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:

@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gvpo_offline.compute.vocabulary import (
-    Block,
-    Kept,
-    Plan,
-    Space,
-    Sums,
+    KeptBlock,
+    LogitsBuffer,
+    LogprobPlan,
+    SoftmaxSums,
+    VocabularyBlock,
     cut_blocks,
     matmul,
     softmax_blocks,
@@ -40,7 +40,7 @@ from gvpo_offline.compute.vocabulary import (
 )
 
 
-class Part(NamedTuple):
+class LogitTerm(NamedTuple):
     """One product of the sum that makes logits: input_HK @ weight_VK.T."""
 
     input_HK: Tensor
@@ -62,7 +62,7 @@ class PairLogprobs:
 
 
 def fused_pair_logprobs(
-    parts: Sequence[Part],
+    parts: Sequence[LogitTerm],
     pair_row_N: Tensor,
     pair_token_N: Tensor,
     *,
@@ -97,10 +97,10 @@ def fused_pair_logprobs(
     # Indexing would take the -100 of a masked label for a token counted from the end.
     _check_range(pair_token_N, vocab_size, "token")
     if not (len(pair_row_N) or entropy):  # rows that predict nothing cost nothing
-        parts = [Part(x_HK[:0], weight_VK) for x_HK, weight_VK in parts]
+        parts = [LogitTerm(x_HK[:0], weight_VK) for x_HK, weight_VK in parts]
         n_rows = 0
     token_N, order_N = torch.sort(pair_token_N, stable=True)
-    plan = Plan(
+    plan = LogprobPlan(
         scale=scale,
         soft_cap=soft_cap,
         matmul_dtype=matmul_dtype,
@@ -130,17 +130,17 @@ class _PairLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, row_N: Tensor, token_N: Tensor, *tensors: Tensor
+        ctx: Any, plan: LogprobPlan, row_N: Tensor, token_N: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         inputs, weights = _factors(tensors, plan)
         need = [plan.grad and needed for needed in ctx.needs_input_grad[3:]]
         weights_need = any(need[1::2])
         of_means = [needed and not weights_need for needed in need[0::2]]
         n_kept = plan.n_kept(len(inputs[0])) if weights_need else 0
-        space = Space(plan, inputs[0])
-        kept: list[Kept | None] = []
+        space = LogitsBuffer(plan, inputs[0])
+        kept: list[KeptBlock | None] = []
         chosen: list[Tensor] = []
-        total: Sums | None = None
+        total: SoftmaxSums | None = None
         for number, (columns, pairs) in enumerate(plan.blocks):
             logits = space.of(plan.blocks[number], fresh=number < n_kept)
             block_weights = [weight[columns] for weight in weights]
@@ -150,7 +150,7 @@ class _PairLogprobs(torch.autograd.Function):
             sums, sloped = summed_(logits, factor, plan, block_weights, of_means)
             total = sums if total is None else total.merged(sums)
             exps = sloped.to(plan.matmul_dtype) if number < n_kept else None
-            kept.append(None if exps is None else Kept(exps, sums.top_H1))
+            kept.append(None if exps is None else KeptBlock(exps, sums.top_H1))
         assert total is not None
         log_sum_H1 = total.sum_H1.log().add_(total.top_H1)
         logprob_N, slope_N = _logprobs(torch.cat(chosen), log_sum_H1[row_N, 0], plan)
@@ -166,7 +166,7 @@ class _PairLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
+        plan: LogprobPlan = ctx.plan
         need: list[bool] = ctx.need
         saved = ctx.saved_tensors  # asked once: gradient checkpointing wants it so
         tensors, means_HK = saved[: len(need)], saved[len(need) : len(need) * 3 // 2]
@@ -174,7 +174,7 @@ class _PairLogprobs(torch.autograd.Function):
         row_grad_H1 = torch.zeros_like(log_sum_H1)
         _add_rows_(row_grad_H1, row_N, grad_N[:, None])
         row_grad_H1 *= -plan.scale
-        grads = _Grads(plan, tensors, need, row_N, token_N, (grad_N * slope_N)[:, None])
+        grads = _FactorGradients(plan, tensors, need, row_N, token_N, (grad_N * slope_N)[:, None])
         if any(need[1::2]):
             for block, exps, factor_H1 in softmax_blocks(
                 plan, grads.inputs, grads.weights, ctx.kept, log_sum_H1
@@ -186,12 +186,12 @@ class _PairLogprobs(torch.autograd.Function):
         return (None, None, None, *grads.finished())
 
 
-class _Grads:
+class _FactorGradients:
     """Gradients of inputs and weights, as they come together."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: LogprobPlan,
         tensors: Sequence[Tensor],
         need: Sequence[bool],
         row_N: Tensor,
@@ -207,7 +207,7 @@ class _Grads:
         self._tensors, self._need, self._dtype = tensors, need, plan.dtype
         self._row_N, self._token_N, self._own_grad_N1 = row_N, token_N, own_grad_N1
 
-    def add_block(self, block: Block, exps: Tensor, grad_H1: Tensor) -> None:
+    def add_block(self, block: VocabularyBlock, exps: Tensor, grad_H1: Tensor) -> None:
         """What the normalisers' gradient is in a block's columns, and the block's own pairs'."""
         for i, (x, weight) in enumerate(zip(self.inputs, self.weights, strict=True)):
             if self._need[2 * i]:
@@ -221,7 +221,7 @@ class _Grads:
                 self._write_rows_(of_weight[block.columns], block, exps, x, grad_H1)
 
     def _write_rows_(
-        self, out: Tensor, block: Block, exps: Tensor, x: Tensor, grad_H1: Tensor
+        self, out: Tensor, block: VocabularyBlock, exps: Tensor, x: Tensor, grad_H1: Tensor
     ) -> None:
         scaled = (grad_H1 * x).to(x.dtype)
         if out.dtype == x.dtype == self._dtype:
@@ -245,7 +245,7 @@ class _Grads:
             yield self._of_weights[i]
 
 
-def _factors(tensors: Sequence[Tensor], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+def _factors(tensors: Sequence[Tensor], plan: LogprobPlan) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and weights in the dtype of matrix products."""
     cast = [tensor.to(plan.matmul_dtype) for tensor in tensors]
     return cast[0::2], cast[1::2]
@@ -260,7 +260,7 @@ def _add_rows_(out: Tensor, index: Tensor, values: Tensor) -> None:
         out.index_add_(0, index, values)
 
 
-def _logprobs(squashed_N: Tensor, log_sum_N: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def _logprobs(squashed_N: Tensor, log_sum_N: Tensor, plan: LogprobPlan) -> tuple[Tensor, Tensor]:
     """The pairs' log-probs, and how these go with their sums of products."""
     slope_N = torch.full_like(squashed_N, plan.scale)
     if plan.soft_cap is None:
@@ -268,7 +268,7 @@ def _logprobs(squashed_N: Tensor, log_sum_N: Tensor, plan: Plan) -> tuple[Tensor
     return plan.soft_cap * squashed_N - log_sum_N, slope_N * (1.0 - squashed_N.square())
 
 
-def _entropy(total: Sums) -> Tensor:
+def _entropy(total: SoftmaxSums) -> Tensor:
     """(H,) nats; empty unless asked for."""
     if total.moment_H1 is None:
         return total.sum_H1[:0, 0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gvpo_offline.compute.fused import PairLogprobs, Part, fused_pair_logprobs
+from gvpo_offline.compute.fused import LogitTerm, PairLogprobs, fused_pair_logprobs
 from gvpo_offline.errors import ConfigError
 
 __all__ = ["Head", "PairLogprobs", "UnsupportedHeadError", "find_head", "pair_logprobs"]
@@ -257,19 +257,19 @@ def _linear(layer: nn.Module) -> nn.Linear:
     return linear
 
 
-def _parts(layer: nn.Module, hidden_HD: Tensor) -> list[Part]:
+def _parts(layer: nn.Module, hidden_HD: Tensor) -> list[LogitTerm]:
     """The products that sum up to the output layer's result; biases are products with ones."""
     layer = _active(layer)
     adapters, linear = _adapters(layer), _linear(layer)
-    parts = [Part(hidden_HD.to(linear.weight.dtype), linear.weight)]
+    parts = [LogitTerm(hidden_HD.to(linear.weight.dtype), linear.weight)]
     if linear.bias is not None:
         parts.append(_bias(hidden_HD, linear.bias, 1.0))
     for down, dropout, up, factor in adapters:
-        parts.append(Part(down(dropout(hidden_HD.to(down.weight.dtype))) * factor, up.weight))
+        parts.append(LogitTerm(down(dropout(hidden_HD.to(down.weight.dtype))) * factor, up.weight))
         if up.bias is not None:
             parts.append(_bias(hidden_HD, up.bias, factor))
     return parts
 
 
-def _bias(hidden_HD: Tensor, bias_V: Tensor, factor: float) -> Part:
-    return Part(bias_V.new_full((len(hidden_HD), 1), factor), bias_V[:, None])
+def _bias(hidden_HD: Tensor, bias_V: Tensor, factor: float) -> LogitTerm:
+    return LogitTerm(bias_V.new_full((len(hidden_HD), 1), factor), bias_V[:, None])

@@ -71,7 +71,7 @@ class PaddedInput:
     attention_mask: Int64Array
 
 
-class PromptAndRows(NamedTuple):
+class PromptAndResponses(NamedTuple):
     """A group: its prompt (P,), its responses right-padded (k, L), their lengths (k,)."""
 
     prompt_ids: Int64Array
@@ -88,7 +88,7 @@ class PromptAndRows(NamedTuple):
 class ContinuedInput:
     """Prompts and their responses, group by group: P output rows, then k x (L - 1), for each."""
 
-    groups: tuple[PromptAndRows, ...]
+    groups: tuple[PromptAndResponses, ...]
 
 
 Input = PackedInput | PaddedInput | ContinuedInput
@@ -162,13 +162,13 @@ def padded(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
 
 def continued(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
     """Each group's prompt alone, then its responses as right-padded rows."""
-    parts: list[PromptAndRows] = []
+    parts: list[PromptAndResponses] = []
     predicting: list[Int64Array] = []
     offset = 0
     for group in groups:
         lengths = np.array(group.response_lengths)
         ids = _right_padded(group.response_token_ids)
-        part = PromptAndRows(group.prompt_token_ids.astype(np.int64), ids, lengths)
+        part = PromptAndResponses(group.prompt_token_ids.astype(np.int64), ids, lengths)
         parts.append(part)
         prompt_end = offset + len(part.prompt_ids)
         for number, length in enumerate(lengths):
@@ -179,7 +179,7 @@ def continued(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
     return Layout(ContinuedInput(tuple(parts)), _targets(groups, predicting, counted_only))
 
 
-def below_prompt(group: Group, *, counted_only: bool = False) -> Layout:
+def without_prompt(group: Group, *, counted_only: bool = False) -> Layout:
     """A packed row of one group without the prompt, whose keys and values are there already.
 
     Rows of the output still count from the prompt's first token; the prompt's last is needed too.
@@ -345,7 +345,7 @@ def lay_out(groups: Sequence[Group], name: LayoutName, *, counted_only: bool = F
         name: which layout.
         counted_only: leave out targets that do not count.
     """
-    groups = groups or [_NOTHING]
+    groups = groups or [_DUMMY_GROUP]
     if name == "continued":
         return continued(groups, counted_only=counted_only)
     if name == "padded":
@@ -353,7 +353,7 @@ def lay_out(groups: Sequence[Group], name: LayoutName, *, counted_only: bool = F
     return packed(groups, share=name == "shared", counted_only=counted_only)
 
 
-_NOTHING = Group(
+_DUMMY_GROUP = Group(
     group_id="",
     prompt_token_ids=np.zeros(1, dtype=np.int32),
     response_token_ids=(np.zeros(2, dtype=np.int32),),

@@ -13,20 +13,20 @@ from torch import nn
 
 from gvpo_offline.compute.quantised import (
     compute_in_float32,
-    keep_format,
+    disable_cpu_repacking,
     quantisation,
     quantisation_options,
 )
-from gvpo_offline.compute.settings import TREE_OVER, ModelSettings
+from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX, ModelSettings
 from gvpo_offline.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PIECE_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 24
 # In names of rates that modules and configurations keep as plain numbers: attention_dropout,
 # attn_pdrop, hidden_dropout, layerdrop, router_jitter_noise …
-_CHANCE_NAMES = ("drop", "jitter")
+_RANDOM_RATE_NAMES = ("drop", "jitter")
 
 
 def load_model(
@@ -63,7 +63,7 @@ def load_model(
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct model_name_or_path",
         ) from error
-    keep_format(model)
+    disable_cpu_repacking(model)
     return model if device is None or quantisation(model) else model.to(device)
 
 
@@ -112,7 +112,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(getattr(holder, "__dict__", {}).items()):
-                if isinstance(value, float) and any(part in name for part in _CHANCE_NAMES):
+                if isinstance(value, float) and any(part in name for part in _RANDOM_RATE_NAMES):
                     setattr(holder, name, 0.0)
 
 
@@ -135,8 +135,8 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
-        for start in range(0, flat.numel(), _PIECE_ELEMENTS):
-            piece = flat[start : start + _PIECE_ELEMENTS].to("cpu", torch.float32)
+        for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
+            piece = flat[start : start + _CHUNK_ELEMENTS].to("cpu", torch.float32)
             digest.update(piece.contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -144,7 +144,7 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 def attention_of(model: nn.Module) -> str:
     """The attention implementation that a transformers model has of its own."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return str(name or "unknown").removeprefix(TREE_OVER)
+    return str(name or "unknown").removeprefix(TREE_ATTENTION_PREFIX)
 
 
 def dtype_of(model: nn.Module) -> str:

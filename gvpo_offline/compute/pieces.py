@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gvpo_offline.compute.tree import Piece, Rule, Tree, attention_pieces
+from gvpo_offline.compute.tree import AttentionPiece, AttentionRule, Tree, attention_pieces
 
 _STRIP = 128  # tokens
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -28,13 +28,13 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 class PiecePlan:
     """The pieces of a tree under a rule, with the masks of those that need one."""
 
-    def __init__(self, tree: Tree, rule: Rule, dtype: torch.dtype) -> None:
+    def __init__(self, tree: Tree, rule: AttentionRule, dtype: torch.dtype) -> None:
         self.pieces = list(_in_strips(attention_pieces(tree, rule)))
         self._window = 0 if tree.is_full(rule) or rule.kind != "window" else rule.size
         self._dtype = dtype
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
-    def mask(self, piece: Piece) -> tuple[bool, Tensor | None]:
+    def mask(self, piece: AttentionPiece) -> tuple[bool, Tensor | None]:
         """How the kernel is told what a piece sees: `is_causal` and an additive mask."""
         if piece.shift is None:
             return False, None
@@ -53,7 +53,7 @@ class PiecePlan:
         return False, self._masks[key]
 
 
-def _in_strips(pieces: list[Piece]) -> Iterator[Piece]:
+def _in_strips(pieces: list[AttentionPiece]) -> Iterator[AttentionPiece]:
     """Cut causal triangles into small ones and the rectangles left of them.
 
     The kernel computes whole blocks of some hundred keys, also where half of them are masked.
@@ -67,9 +67,9 @@ def _in_strips(pieces: list[Piece]) -> Iterator[Piece]:
         for start in range(0, length, _STRIP):
             first, stop = piece.query_start + start, piece.query_start + min(start + _STRIP, length)
             key, key_stop = piece.key_start + start, piece.key_start + stop - piece.query_start
-            yield Piece(first, stop, key, key_stop, 0, True)
+            yield AttentionPiece(first, stop, key, key_stop, 0, True)
             if start:
-                rectangles.append(Piece(first, stop, piece.key_start, key, None, False))
+                rectangles.append(AttentionPiece(first, stop, piece.key_start, key, None, False))
     yield from rectangles
 
 
@@ -188,7 +188,7 @@ def _heads_of(rows: Tensor, n_key_heads: int) -> Tensor:
     return by_head.permute(1, 2, 0, 3)
 
 
-def _slices(piece: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def _slices(piece: AttentionPiece) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     everything = slice(None)
     queries = (everything, everything, slice(piece.query_start, piece.query_stop))
     keys = (everything, everything, slice(piece.key_start, piece.key_stop))

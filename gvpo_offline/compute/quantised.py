@@ -64,7 +64,7 @@ def quantisation(model: nn.Module) -> str | None:
     return "int8" if found.get("load_in_8bit") else str(found.get("quant_method", "quantised"))
 
 
-def keep_format(model: nn.Module) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Have 4-bit weights computed on a CPU in evaluation as they are in training.
 
     Otherwise bitsandbytes repacks them, where the CPU can, for bfloat16 kernels that round more

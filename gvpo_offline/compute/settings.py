@@ -33,7 +33,7 @@ class ModelSettings:
 
 LayoutName = Literal["shared", "packed", "continued", "padded"]
 # Before the name of the attention implementation that computes a model's calls without a tree.
-TREE_OVER = "tree_over_"
+TREE_ATTENTION_PREFIX = "tree_over_"
 
 
 @dataclass(frozen=True)

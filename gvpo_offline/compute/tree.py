@@ -24,7 +24,7 @@ Int64Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Rule:
+class AttentionRule:
     """What a layer lets a token see of those before it, by depth (a token's position).
 
     Attributes:
@@ -91,7 +91,7 @@ class Tree:
         """(n_rows,) for each row the row up to which it is seen, exclusively."""
         return np.repeat(self.ends, self.stops - self.starts)
 
-    def is_full(self, rule: Rule) -> bool:
+    def is_full(self, rule: AttentionRule) -> bool:
         """Whether a rule takes nothing away from this tree."""
         return rule.kind == "full" or self.max_depth < rule.size
 
@@ -102,7 +102,7 @@ def one_segment(length: int) -> Tree:
     return Tree(start, stop, stop, start, np.full(1, -1, dtype=np.int64))
 
 
-class Piece(NamedTuple):
+class AttentionPiece(NamedTuple):
     """Rows [query_start, query_stop) look at keys [key_start, key_stop).
 
     Queries count from the first row after the prefix, keys from the first row of the prefix.
@@ -119,7 +119,7 @@ class Piece(NamedTuple):
     diagonal: bool
 
 
-def attention_pieces(tree: Tree, rule: Rule) -> list[Piece]:
+def attention_pieces(tree: Tree, rule: AttentionRule) -> list[AttentionPiece]:
     """All that a layer has to compute for a tree, diagonal pieces first."""
     cut = _whole_pieces(tree) if tree.is_full(rule) else _cut_pieces(tree, rule)
     pieces = [
@@ -131,7 +131,7 @@ def attention_pieces(tree: Tree, rule: Rule) -> list[Piece]:
     return sorted(pieces, key=lambda piece: not piece.diagonal)
 
 
-def _whole_pieces(tree: Tree) -> Iterator[Piece]:
+def _whole_pieces(tree: Tree) -> Iterator[AttentionPiece]:
     """Without a limit on depth: one triangle a chain of first children, one rectangle a fork.
 
     A segment and its first child are neighbours in the row, so a chain of them is one causal
@@ -154,9 +154,9 @@ def _whole_pieces(tree: Tree) -> Iterator[Piece]:
         else:
             branches_from = _end_of_first_child(tree, segment)
             if top == start:
-                yield Piece(start, last_stop[start], start, last_stop[start], 0, True)
+                yield AttentionPiece(start, last_stop[start], start, last_stop[start], 0, True)
         if branches_from < end:
-            yield Piece(branches_from, end, min(top, start), stop, None, False)
+            yield AttentionPiece(branches_from, end, min(top, start), stop, None, False)
 
 
 def _end_of_first_child(tree: Tree, segment: int) -> int:
@@ -165,7 +165,7 @@ def _end_of_first_child(tree: Tree, segment: int) -> int:
     return int(tree.ends[child]) if has_child else int(tree.ends[segment])
 
 
-def _cut_pieces(tree: Tree, rule: Rule) -> Iterator[Piece]:
+def _cut_pieces(tree: Tree, rule: AttentionRule) -> Iterator[AttentionPiece]:
     """With a limit: segment by segment, in blocks of queries that see about the same keys."""
     block = rule.size
     for segment in range(len(tree.starts)):
@@ -177,7 +177,9 @@ def _cut_pieces(tree: Tree, rule: Rule) -> Iterator[Piece]:
             above = int(tree.parents[above])
 
 
-def _segment_pieces(tree: Tree, rule: Rule, lower: int, upper: int, block: int) -> Iterator[Piece]:
+def _segment_pieces(
+    tree: Tree, rule: AttentionRule, lower: int, upper: int, block: int
+) -> Iterator[AttentionPiece]:
     """Queries of one segment on the keys of another above it, or its own."""
     query_row, query_depth = int(tree.starts[lower]), int(tree.depths[lower])
     key_row, key_depth = int(tree.starts[upper]), int(tree.depths[upper])
@@ -194,7 +196,7 @@ def _segment_pieces(tree: Tree, rule: Rule, lower: int, upper: int, block: int) 
         low = max(key_depth, rule.first_visible(first))
         high = stop - 1 if own else last_key
         masked = own or rule.first_visible(stop - 1) > low
-        yield Piece(
+        yield AttentionPiece(
             query_row + first - query_depth,
             query_row + stop - query_depth,
             key_row + low - key_depth,
@@ -205,7 +207,7 @@ def _segment_pieces(tree: Tree, rule: Rule, lower: int, upper: int, block: int) 
         first = stop
 
 
-def visible(tree: Tree, rule: Rule) -> NDArray[np.bool_]:
+def visible(tree: Tree, rule: AttentionRule) -> NDArray[np.bool_]:
     """(queries, keys) bool: which key each query sees; the definition, for small trees.
 
     Queries are the rows after the prefix, keys all rows.

@@ -23,7 +23,7 @@ _COLUMN_MULTIPLE = 64
 _MIN_COLUMNS = 1024
 
 
-class Block(NamedTuple):
+class VocabularyBlock(NamedTuple):
     """Columns of the logits, and the pairs whose tokens they are."""
 
     columns: slice
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LogprobPlan:
     """How the log-probs of one call are computed; the arguments of `fused_pair_logprobs`."""
 
     scale: float
@@ -45,7 +45,7 @@ class Plan:
     kept_bytes: int
     entropy: bool
     grad: bool
-    blocks: tuple[Block, ...]
+    blocks: tuple[VocabularyBlock, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,7 +58,7 @@ class Plan:
         return sum(block.columns.stop <= fit for block in self.blocks)
 
 
-def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[Block]:
+def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[VocabularyBlock]:
     """The vocabulary cut into blocks of about equal size, each with its run of pairs."""
     block_bytes = CPU_BLOCK_BYTES if token_N.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
     most = max(block_bytes // (4 * max(n_rows, 1)), _MIN_COLUMNS)
@@ -67,25 +67,25 @@ def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[Block]
     edges = [*range(0, vocab_size, width), vocab_size]
     pairs = torch.searchsorted(token_N, torch.tensor(edges, device=token_N.device)).tolist()
     for i in range(len(edges) - 1):
-        yield Block(slice(edges[i], edges[i + 1]), slice(pairs[i], pairs[i + 1]))
+        yield VocabularyBlock(slice(edges[i], edges[i + 1]), slice(pairs[i], pairs[i + 1]))
 
 
-class Kept(NamedTuple):
+class KeptBlock(NamedTuple):
     """What a block keeps: exp(logit - top), times the slope where there is a soft-cap."""
 
     exps: Tensor
     top_H1: Tensor
 
 
-class Space:
+class LogitsBuffer:
     """Room for the logits of one block at a time, or for those that are to stay."""
 
-    def __init__(self, plan: Plan, like: Tensor) -> None:
+    def __init__(self, plan: LogprobPlan, like: Tensor) -> None:
         self._plan = plan
         self._like = like
         self._shared: Tensor | None = None
 
-    def of(self, block: Block, *, fresh: bool = False) -> Tensor:
+    def of(self, block: VocabularyBlock, *, fresh: bool = False) -> Tensor:
         """(H, columns of the block), not filled; `fresh`: nobody else's."""
         n_rows, dtype = len(self._like), self._plan.dtype
         if fresh and self._plan.matmul_dtype == dtype:
@@ -96,7 +96,7 @@ class Space:
         return self._shared[: n_rows * block.width].view(n_rows, block.width)
 
 
-class Sums(NamedTuple):
+class SoftmaxSums(NamedTuple):
     """Sums over some columns of e = exp(logit - top), row by row.
 
     `moment` is of e · (logit - top), where entropies are asked for; `means` are of e · weight.
@@ -107,7 +107,7 @@ class Sums(NamedTuple):
     moment_H1: Tensor | None
     means_HK: list[Tensor | None]
 
-    def merged(self, other: Sums) -> Sums:
+    def merged(self, other: SoftmaxSums) -> SoftmaxSums:
         """The sums over the columns of both."""
         top_H1 = torch.maximum(self.top_H1, other.top_H1)
         moment_H1: Tensor | None = None
@@ -125,10 +125,10 @@ class Sums(NamedTuple):
                     mean_HK.mul_(factor_H1)
                     so_far = means_HK[i]
                     means_HK[i] = mean_HK if so_far is None else so_far.add_(mean_HK)
-        return Sums(top_H1, sum_H1, moment_H1, means_HK)
+        return SoftmaxSums(top_H1, sum_H1, moment_H1, means_HK)
 
 
-def squash_(sums: Tensor, plan: Plan) -> float:
+def squash_(sums: Tensor, plan: LogprobPlan) -> float:
     """Turn sums of products in place into logits but for a factor, which is returned."""
     if plan.soft_cap is None:
         return plan.scale
@@ -137,7 +137,7 @@ def squash_(sums: Tensor, plan: Plan) -> float:
 
 
 def _exponentials_(
-    squashed: Tensor, factor: float, shift_H1: Tensor, plan: Plan
+    squashed: Tensor, factor: float, shift_H1: Tensor, plan: LogprobPlan
 ) -> tuple[Tensor, Tensor]:
     """exp(logits - shift), and the same times the slope of the logits; uses up `squashed`.
 
@@ -155,10 +155,10 @@ def _exponentials_(
 def summed_(
     squashed: Tensor,
     factor: float,
-    plan: Plan,
+    plan: LogprobPlan,
     weights: Sequence[Tensor],
     of_means: Sequence[bool],
-) -> tuple[Sums, Tensor]:
+) -> tuple[SoftmaxSums, Tensor]:
     """Sums over a block, and its exponentials times slopes, in the memory of `squashed`."""
     top_H1 = factor * squashed.amax(dim=-1, keepdim=True)
     exps, sloped = _exponentials_(squashed, factor, top_H1, plan)
@@ -169,7 +169,7 @@ def summed_(
         matmul(sloped.to(weight.dtype), weight, plan.dtype) if needed else None
         for weight, needed in zip(weights, of_means, strict=True)
     ]
-    return Sums(top_H1, exps.sum(dim=-1, keepdim=True), moment_H1, means_HK), sloped
+    return SoftmaxSums(top_H1, exps.sum(dim=-1, keepdim=True), moment_H1, means_HK), sloped
 
 
 def write_logits_(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -197,17 +197,17 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def softmax_blocks(
-    plan: Plan,
+    plan: LogprobPlan,
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    kept: list[Kept | None],
+    kept: list[KeptBlock | None],
     log_sum_H1: Tensor,
-) -> Iterator[tuple[Block, Tensor, Tensor]]:
+) -> Iterator[tuple[VocabularyBlock, Tensor, Tensor]]:
     """Each block with a matrix and a factor per row whose product is slope · softmax.
 
     What was kept is taken out of `kept`, and held by nobody here while the consumer works with it.
     """
-    space = Space(plan, inputs[0])
+    space = LogitsBuffer(plan, inputs[0])
     for number, block in enumerate(plan.blocks):
         if kept[number] is not None:
             yield block, *_taken(kept, number, log_sum_H1)
@@ -219,7 +219,7 @@ def softmax_blocks(
         yield block, sloped.to(plan.matmul_dtype), torch.ones_like(log_sum_H1)
 
 
-def _taken(kept: list[Kept | None], number: int, log_sum_H1: Tensor) -> tuple[Tensor, Tensor]:
+def _taken(kept: list[KeptBlock | None], number: int, log_sum_H1: Tensor) -> tuple[Tensor, Tensor]:
     found, kept[number] = kept[number], None
     assert found is not None
     return found.exps, (found.top_H1 - log_sum_H1).exp_()

@@ -54,7 +54,7 @@ class PolicyFacts:
     n_embeddings: int | None = None
     layout: str = "padded"
 
-    def along(self, path: ComputePath) -> PolicyFacts:
+    def with_path(self, path: ComputePath) -> PolicyFacts:
         """The facts where log-probs are computed along a path."""
         return replace(self, layout=path.layout, attn_implementation=path.attention)
 

@@ -99,7 +99,7 @@ def assert_exact(model: nn.Module, groups: tuple[Group, ...] = (LARGE, MASKED)) 
         assert_near(measured_by(small, model, [group]), truth)
         if engine.prompt_once:
             again = replace(small, prompt_once=False)
-            assert_near(measured_by(again, model, [group], passes=9), truth)
+            assert_near(measured_by(again, model, [group], n_forwards=9), truth)
     return engine
 
 
@@ -322,17 +322,17 @@ def test_what_is_kept_of_the_logits_changes_nothing(kept_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "continued", "padded"])
-@pytest.mark.parametrize("passes", [1, 3])
-def test_no_groups_are_passes_over_nothing(layout: LayoutName, passes: int) -> None:
+@pytest.mark.parametrize("n_forwards", [1, 3])
+def test_no_groups_are_passes_over_nothing(layout: LayoutName, n_forwards: int) -> None:
     model = model_of("qwen3")
     path = choose_path(model, layout=layout).path
     engine = Engine(path, CostModel(layout, LARGE_BUDGET), prompt_once=False)
     seen = read_tokens(
-        model, lambda: engine.accumulate(model, [], objective, Tensor.backward, passes)
+        model, lambda: engine.accumulate(model, [], objective, Tensor.backward, n_forwards)
     )
     # Every rank makes as many calls of the model: the first passes, then all with gradients.
     calls = {"continued": 2}.get(layout, 1)
-    assert len(seen) == calls * (1 if passes == 1 else 2 * passes - 1)
+    assert len(seen) == calls * (1 if n_forwards == 1 else 2 * n_forwards - 1)
     assert gradient_of(model).abs().max() == 0
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gvpo_offline.compute import flex
 from gvpo_offline.compute.attention import (
-    Asked,
+    AttentionInputs,
     PackedRow,
     _dense,
     packed_forward,
@@ -37,10 +37,10 @@ from gvpo_offline.compute.attention import (
 )
 from gvpo_offline.compute.flex import FlexPlan, flex_tree_attention
 from gvpo_offline.compute.layout import PackedInput, packed
-from gvpo_offline.compute.tree import Rule, Tree, visible
+from gvpo_offline.compute.tree import AttentionRule, Tree, visible
 
 CPU = torch.device("cpu")
-RULES = (Rule(), Rule("window", 5), Rule("chunk", 4))
+RULES = (AttentionRule(), AttentionRule("window", 5), AttentionRule("chunk", 4))
 
 
 def _refuse_nothing(*_: Tensor) -> None:
@@ -95,7 +95,9 @@ def trees(draw: st.DrawFn) -> Tree:
     )
 
 
-rules = st.builds(Rule, st.sampled_from(["window", "chunk"]), st.integers(1, 12)) | st.just(Rule())
+rules = st.builds(
+    AttentionRule, st.sampled_from(["window", "chunk"]), st.integers(1, 12)
+) | st.just(AttentionRule())
 
 
 # ---- what sees what ----
@@ -111,7 +113,9 @@ def times_met(count: Tensor, indices: Tensor, shape: tuple[int, int]) -> NDArray
 
 @given(trees(), rules, st.sampled_from([2, 4, 16]))
 @settings(max_examples=150, deadline=None)
-def test_blocks_cover_what_is_seen_and_nothing_else(tree: Tree, rule: Rule, block: int) -> None:
+def test_blocks_cover_what_is_seen_and_nothing_else(
+    tree: Tree, rule: AttentionRule, block: int
+) -> None:
     with mock.patch.object(flex, "_BLOCK", block):
         blocks = FlexPlan(tree, rule, CPU).blocks
         n, m = blocks.kv_indices.shape[2:]
@@ -136,7 +140,7 @@ def test_blocks_cover_what_is_seen_and_nothing_else(tree: Tree, rule: Rule, bloc
 
 @given(trees(), rules)
 @settings(max_examples=60, deadline=None)
-def test_rows_tell_what_is_seen(tree: Tree, rule: Rule) -> None:
+def test_rows_tell_what_is_seen(tree: Tree, rule: AttentionRule) -> None:
     rows = FlexPlan(tree, rule, CPU).rows
     q = torch.arange(len(rows.least_depth))[:, None]
     seen = (rows.seen_from <= q) & (q < rows.seen_until)
@@ -149,7 +153,7 @@ def test_a_plan_holds_nothing_of_the_size_of_queries_times_keys() -> None:
     assert tree.n_rows == 20 * (800 + 8 * 99) == 31_840
     assert tree.row_ends.size == tree.row_depths.size == 31_840  # made before the count begins
     tracemalloc.start()
-    plan = FlexPlan(tree, Rule("window", 512), CPU)
+    plan = FlexPlan(tree, AttentionRule("window", 512), CPU)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     blocks = -(-31_840 // 128)
@@ -183,17 +187,17 @@ def inputs(
     return query, key, value
 
 
-def flexed(tree: Tree, rule: Rule, *given: Any) -> Tensor:
+def flexed(tree: Tree, rule: AttentionRule, *given: Any) -> Tensor:
     query, key, value, scale, softcap, sinks = given
     plan = FlexPlan(tree, rule, CPU)
     return flex_tree_attention(query, key, value, plan, scale, softcap, sinks)
 
 
-def dense(tree: Tree, rule: Rule, *given: Any) -> Tensor:
-    return _dense(PackedRow(tree, "dense"), rule, Asked(*given))
+def dense(tree: Tree, rule: AttentionRule, *given: Any) -> Tensor:
+    return _dense(PackedRow(tree, "dense"), rule, AttentionInputs(*given))
 
 
-def assert_same(tree: Tree, rule: Rule, *given: Any) -> None:
+def assert_same(tree: Tree, rule: AttentionRule, *given: Any) -> None:
     """Results and the gradients of everything that has one, in float32."""
     leaves = [tensor for tensor in given if isinstance(tensor, Tensor)]
     found, expected = flexed(tree, rule, *given), dense(tree, rule, *given)
@@ -208,7 +212,7 @@ def assert_same(tree: Tree, rule: Rule, *given: Any) -> None:
 
 @given(trees(), rules)
 @settings(max_examples=25, deadline=None)
-def test_any_tree_as_with_a_dense_mask(tree: Tree, rule: Rule) -> None:
+def test_any_tree_as_with_a_dense_mask(tree: Tree, rule: AttentionRule) -> None:
     with not_compiled():
         assert_same(tree, rule, *inputs(tree), 0.3, None, None)
 
@@ -227,7 +231,7 @@ def test_any_tree_as_with_a_dense_mask(tree: Tree, rule: Rule) -> None:
     ids=["capped", "sinks", "both-unlike-widths", "narrow", "narrow-sinks"],
 )
 def test_what_families_ask_for(
-    rule: Rule,
+    rule: AttentionRule,
     prefix_segments: int,
     softcap: float | None,
     sinks: bool,
@@ -246,7 +250,7 @@ def test_kernels_get_heads_of_at_least_16_numbers() -> None:
     tree = row_of(1)
     attend = mock.Mock(side_effect=flex._attend)
     with not_compiled(), mock.patch.object(flex, "_compiled", return_value=attend):
-        out = flexed(tree, Rule(), *inputs(tree, widths=(8, 4)), 0.25, None, None)
+        out = flexed(tree, AttentionRule(), *inputs(tree, widths=(8, 4)), 0.25, None, None)
     assert [tensor.shape[-1] for tensor in attend.call_args.args[:3]] == [16, 16, 16]
     assert out.shape == (1, tree.n_rows, 4, 4)
 
@@ -256,9 +260,11 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     exact = inputs(tree)
     rounded = [tensor.detach().bfloat16() for tensor in exact]
     with not_compiled():
-        found = flexed(tree, Rule(), *rounded, 0.25, None, torch.zeros(4))
+        found = flexed(tree, AttentionRule(), *rounded, 0.25, None, torch.zeros(4))
     assert found.dtype == torch.bfloat16
-    expected = dense(tree, Rule(), *(t.float() for t in rounded), 0.25, None, torch.zeros(4))
+    expected = dense(
+        tree, AttentionRule(), *(t.float() for t in rounded), 0.25, None, torch.zeros(4)
+    )
     # 8 bits of mantissa: relative steps of 2^-8, rounded once by the kernel and once by the sinks.
     torch.testing.assert_close(found.float(), expected, atol=4 * 2**-8, rtol=2 * 2**-8)
 
@@ -277,7 +283,7 @@ def test_rows_of_other_lengths_rules_and_prefixes_are_not_compiled_again(counter
             response_tokens=response,
             prefix_segments=prefix_segments,
         )
-        for rule in (Rule(), Rule("window", 50), Rule("chunk", 64)):
+        for rule in (AttentionRule(), AttentionRule("window", 50), AttentionRule("chunk", 64)):
             assert_same(tree, rule, *inputs(tree, heads=(2, 1), seed=number), 0.25, None, None)
         # Queries that all lie in one block are a case of their own to the compiler.
         n_queries = tree.n_rows - tree.prefix
@@ -289,7 +295,7 @@ def test_recomputed_layers_without_gradient_and_under_autocast_give_the_same_bit
     counter: Any,
 ) -> None:
     tree = row_of(5, 6, prompt_tokens=80, response_tokens=50, vocab_size=9999)
-    plan = FlexPlan(tree, Rule("window", 30), CPU)
+    plan = FlexPlan(tree, AttentionRule("window", 30), CPU)
     given = (*inputs(tree), torch.zeros(4, requires_grad=True))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
@@ -313,19 +319,19 @@ def test_recomputed_layers_without_gradient_and_under_autocast_give_the_same_bit
 
 def test_variants_are_compiled_beyond_what_the_compiler_grants(counter: Any) -> None:
     tree = row_of(1)
-    plan = FlexPlan(tree, Rule(), CPU)
+    plan = FlexPlan(tree, AttentionRule(), CPU)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         for width in (16, 17, 18):
             made = inputs(tree, heads=(1, 1), widths=(width, width))
             out = flex_tree_attention(*made, plan, 0.25, None, None)
-            torch.testing.assert_close(out, dense(tree, Rule(), *made, 0.25, None, None))
+            torch.testing.assert_close(out, dense(tree, AttentionRule(), *made, 0.25, None, None))
         assert counter.frame_count == 3
         assert torch._dynamo.config.recompile_limit == 1
 
 
 def test_a_plan_of_another_row_is_refused(counter: Any) -> None:
     tree, other = row_of(1, prompt_tokens=9), row_of(1, prompt_tokens=8)
-    plan = FlexPlan(other, Rule(), CPU)
+    plan = FlexPlan(other, AttentionRule(), CPU)
     with pytest.raises(RuntimeError):
         flex_tree_attention(*inputs(tree), plan, 0.25, None, None)
 

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from gvpo_offline.compute import vocabulary
-from gvpo_offline.compute.fused import Part, fused_pair_logprobs
+from gvpo_offline.compute.fused import LogitTerm, fused_pair_logprobs
 from gvpo_offline.compute.head import UnsupportedHeadError, find_head, pair_logprobs
 
 PLENTY = 1 << 30
@@ -128,7 +128,7 @@ class Case:
     def __init__(self, n_rows: int, vocab: int, widths: list[int], n_pairs: int, seed: int) -> None:
         random = torch.Generator().manual_seed(seed)
         self.parts = [
-            Part(
+            LogitTerm(
                 torch.randn(n_rows, width, dtype=torch.float64, generator=random) * 2,
                 torch.randn(vocab, width, dtype=torch.float64, generator=random),
             )
@@ -192,7 +192,7 @@ def test_the_gradient_of_one_pair_by_hand() -> None:
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], requires_grad=True)
     out = fused_pair_logprobs(
-        [Part(x, weight)],
+        [LogitTerm(x, weight)],
         torch.tensor([0]),
         torch.tensor([0]),
         matmul_dtype=torch.float32,
@@ -209,13 +209,15 @@ def test_the_gradient_of_one_pair_by_hand() -> None:
 def test_a_large_vocabulary_in_float32(frozen: bool) -> None:
     case = Case(40, 151_936, [48], 60, seed=3)
     x, weight = 0.2 * case.parts[0].input_HK.float(), case.parts[0].weight_VK.float()
-    single = [Part(x.requires_grad_(), weight.requires_grad_(not frozen))]
+    single = [LogitTerm(x.requires_grad_(), weight.requires_grad_(not frozen))]
     ours = fused_pair_logprobs(
         single, case.rows, case.tokens, matmul_dtype=torch.float32, kept_bytes=PLENTY
     )
     assert ours.logprobs_N.dtype == torch.float32
     # The same float32 numbers, in float64.
-    case.parts = [Part(*(t.detach().double().requires_grad_(t.requires_grad) for t in single[0]))]
+    case.parts = [
+        LogitTerm(*(t.detach().double().requires_grad_(t.requires_grad) for t in single[0]))
+    ]
     expected = torch.log_softmax(case.logits(1.0, None), dim=-1)[case.rows, case.tokens]
     assert expected.min() < -18.0
     assert (ours.logprobs_N - expected).abs().max() < 1e-5
@@ -254,7 +256,7 @@ def test_what_is_kept_for_the_backward_pass(trained: str, kept_columns: int, exp
     weight = torch.randn(vocab, width, requires_grad="weight" in trained)
     with small_blocks():
         out = fused_pair_logprobs(
-            [Part(x, weight)],
+            [LogitTerm(x, weight)],
             torch.arange(n_rows),
             torch.arange(n_rows),
             matmul_dtype=torch.float32,
@@ -306,7 +308,7 @@ def test_floating_point_operations(trained: str, kept_bytes: int, products: int)
         small_blocks(),
     ):
         out = fused_pair_logprobs(
-            [Part(x, weight)], rows, rows, matmul_dtype=torch.float32, kept_bytes=kept_bytes
+            [LogitTerm(x, weight)], rows, rows, matmul_dtype=torch.float32, kept_bytes=kept_bytes
         )
         if out.logprobs_N.requires_grad:
             out.logprobs_N.sum().backward()

@@ -18,14 +18,14 @@ from gvpo_offline.compute.layout import (
     Layout,
     PackedInput,
     PaddedInput,
-    below_prompt,
     continued,
     lay_out,
     packed,
     padded,
+    without_prompt,
 )
 from gvpo_offline.compute.settings import LayoutName
-from gvpo_offline.compute.tree import Rule, visible
+from gvpo_offline.compute.tree import AttentionRule, visible
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import shape_of
 
@@ -45,7 +45,7 @@ def contexts(layout: Layout) -> dict[int, tuple[int, ...]]:
     given_input = layout.input
     found: dict[int, tuple[int, ...]] = {}
     if isinstance(given_input, PackedInput):
-        ids, seen = given_input.input_ids[0], visible(given_input.tree, Rule())
+        ids, seen = given_input.input_ids[0], visible(given_input.tree, AttentionRule())
         assert given_input.position_ids.shape == given_input.input_ids.shape
         for row, own in enumerate(seen):
             # A sequence like any other: positions 0, 1, 2 … in the order of its rows.
@@ -198,7 +198,7 @@ def below_as_whole(group: Group, layout: Layout) -> Layout:
 @settings(max_examples=100, deadline=None)
 @given(group=grown_group(), counted_only=st.booleans())
 def test_below_a_prompt_is_the_same_row_without_it(group: Group, counted_only: bool) -> None:
-    layout = below_prompt(group, counted_only=counted_only)
+    layout = without_prompt(group, counted_only=counted_only)
     assert isinstance(layout.input, PackedInput)
     tree, n_prompt = layout.input.tree, len(group.prompt_token_ids)
     assert tree.prefix == n_prompt == tree.stops[0]

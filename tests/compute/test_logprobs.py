@@ -116,9 +116,9 @@ def test_bfloat16_is_near(family: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("n_forwards", [1, 3])
 def test_the_empty_micro_batch_touches_every_weight_and_moves_none(
-    layout: LayoutName, passes: int
+    layout: LayoutName, n_forwards: int
 ) -> None:
     """However many passes other ranks make, this one makes as many."""
     model = tiny_model("qwen3")
@@ -129,10 +129,10 @@ def test_the_empty_micro_batch_touches_every_weight_and_moves_none(
     def objective(logprobs: Tensor) -> Tensor:
         raise AssertionError("there is no loss of nothing")
 
-    loss = engine.accumulate(model, [], objective, torch.autograd.backward, passes=passes)
+    loss = engine.accumulate(model, [], objective, torch.autograd.backward, n_forwards=n_forwards)
     assert loss == 0.0
     # The last is computed once; what comes before it once without and once with a graph.
-    assert len(calls) == 2 * passes - 1
+    assert len(calls) == 2 * n_forwards - 1
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name

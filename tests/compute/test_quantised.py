@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from gvpo_offline.commands.evaluate import run_evaluate
 from gvpo_offline.commands.settings import EvaluateConfig
-from gvpo_offline.compute.adapters import adapter_off, check_trainable, policy_sha256
+from gvpo_offline.compute.adapters import adapter_disabled, check_trainable, policy_sha256
 from gvpo_offline.compute.model import dtype_of, load_model, weights_sha256
 from gvpo_offline.compute.probe import choose_path
 from gvpo_offline.compute.settings import ModelSettings
@@ -67,7 +67,7 @@ def test_an_adapter_is_trained_on_quantised_weights(
     spread = lines_of(run, "log_ratio_std")
     assert spread[0] < start
     assert spread[-1] > 0.1
-    with adapter_off(run.model) as base:
+    with adapter_disabled(run.model) as base:
         assert policy_sha256(base) == family.weights_sha256
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in run.model.named_parameters() if "lora_" in name}

@@ -117,7 +117,7 @@ def measured_by(
     groups: Sequence[Group],
     *,
     around: Callable[[], Any] | None = None,
-    passes: int = 1,
+    n_forwards: int = 1,
 ) -> Measured:
     """What the engine makes of them; `around` gives a context for it."""
     seen: list[Tensor] = []
@@ -128,10 +128,10 @@ def measured_by(
 
     model.zero_grad()
     if around is None:
-        loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, passes)
+        loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, n_forwards)
     else:
         with around():
-            loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, passes)
+            loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, n_forwards)
     return Measured(seen[0], loss, gradient_of(model))
 
 
