@@ -114,6 +114,6 @@ def test_what_cannot_be_quantised_or_trained(model_dir: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"through an adapter.*4-bit.*Set use_peft"):
         train(model_dir, tmp_path / "nowhere", tmp_path / "run", use_peft=False, load_in_4bit=True)
     model = load_model(ModelSettings(str(model_dir), load_in_4bit=True))
-    with pytest.raises(ConfigError, match="nf4 weights without one"):
+    with pytest.raises(ConfigError, match="nf4 weights without an adapter"):
         check_trainable(model)
     assert weights_sha256(model) != weights_sha256(load_model(ModelSettings(str(model_dir))))
