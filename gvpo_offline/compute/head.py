@@ -192,7 +192,8 @@ def _class_of(module: nn.Module) -> type:
 
 
 def _is_from_peft(module: nn.Module) -> bool:
-    return _class_of(module).__module__.startswith("peft.")  # checked by name, because importing PEFT is slow
+    # By name, because importing PEFT is slow.
+    return _class_of(module).__module__.startswith("peft.")
 
 
 def _active(layer: nn.Module) -> nn.Module:
