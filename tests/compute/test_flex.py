@@ -1,7 +1,7 @@
-"""Flex attention over a tree: its blocks element by element, its results against dense masks.
+"""Flex attention over a tree: block tables element by element, results against dense masks.
 
-torch has no backward of flex attention for the CPU, and refuses one; what it traces for the GPU can
-be run there all the same, once that refusal is out of the way. The kernels themselves are torch's.
+On CPUs torch raises an error for the backward pass of flex attention. The graph that it traces for
+GPUs also runs on a CPU, so the tests disable that error. The kernels themselves are torch's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RULES = (AttentionRule(), AttentionRule("window", 5), AttentionRule("chunk", 4))
 
 
 def _refuse_nothing(*_: Tensor) -> None:
-    """A function, because the compiler reads it, which it would not do with a mock."""
+    """Replaces torch's check; a function, because the compiler cannot trace a mock."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,7 +55,7 @@ def _backward_on_cpu() -> Iterator[None]:
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Compiles as on a GPU, up to the kernels, and counts how often."""
+    """A compiler backend that traces as for a GPU, without its kernels; counts compilations."""
     torch._dynamo.reset()
     counting = CompileCounterWithBackend("aot_eager")
     compiled = functools.cache(
@@ -67,7 +67,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @contextlib.contextmanager
 def not_compiled() -> Iterator[None]:
-    """The same operator, with nothing traced."""
+    """Within it, flex attention runs eagerly, without tracing."""
     with (
         mock.patch.object(flex, "_compiled", return_value=flex._attend),
         mock.patch.object(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
@@ -76,7 +76,7 @@ def not_compiled() -> Iterator[None]:
 
 
 def row_of(*seeds: int, vocab_size: int = 2, prefix_segments: int = 0, **options: Any) -> Tree:
-    """The tree of random groups; with so few tokens responses share their beginnings."""
+    """The tree of random groups, whose small vocabulary makes responses share prefixes."""
     groups = [make_group(seed, vocab_size=vocab_size, **options) for seed in seeds]
     row = packed(groups, min_shared_tokens=1).input
     assert isinstance(row, PackedInput)
@@ -100,11 +100,11 @@ rules = st.builds(
 ) | st.just(AttentionRule())
 
 
-# ---- what sees what ----
+# ---- visibility ----
 
 
 def times_met(count: Tensor, indices: Tensor, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """(queries, keys) in whole blocks: how often a table of blocks names each element's block."""
+    """(queries, keys) in whole blocks: how often a block table lists the block of each element."""
     met = np.zeros(shape, dtype=np.int64)
     for number, (n, columns) in enumerate(zip(count[0, 0], indices[0, 0], strict=True)):
         np.add.at(met[number], columns[: int(n)].numpy(), 1)
@@ -125,7 +125,7 @@ def test_blocks_cover_what_is_seen_and_nothing_else(
         full_for_keys = times_met(blocks.full_q_num_blocks, blocks.full_q_indices, (m, n)).T
     seen = visible(tree, rule)
     missing = [(0, -length % block) for length in seen.shape]
-    seen = np.pad(seen, missing)  # what a block has beyond the row's end is not seen
+    seen = np.pad(seen, missing)  # elements of a block beyond the row's end are not visible
     assert seen.shape == (n * block, m * block)
     assert (partial + full)[seen].min() == 1
     assert (partial + full).max() == 1, "a block met twice"
@@ -151,17 +151,17 @@ def test_rows_tell_what_is_seen(tree: Tree, rule: AttentionRule) -> None:
 def test_a_plan_holds_nothing_of_the_size_of_queries_times_keys() -> None:
     tree = row_of(*range(20), k=8, vocab_size=9999, prompt_tokens=800, response_tokens=100)
     assert tree.n_rows == 20 * (800 + 8 * 99) == 31_840
-    assert tree.row_ends.size == tree.row_depths.size == 31_840  # made before the count begins
+    assert tree.row_ends.size == tree.row_depths.size == 31_840  # cached before memory is measured
     tracemalloc.start()
     plan = FlexPlan(tree, AttentionRule("window", 512), CPU)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     blocks = -(-31_840 // 128)
-    # 4 tables of all pairs of blocks with their counts, 3 numbers a key, 1 a query: int32.
+    # int32: 4 tables of all pairs of blocks and their counts, 3 numbers per key, 1 per query.
     expected = 4 * (4 * blocks * (blocks + 1) + 4 * 31_840)
     assert sum(tensor.nbytes for tensor in (*plan.rows, *plan.blocks)) == expected
     assert expected < 31_840**2 / 500
-    assert peak < 31_840**2 / 50  # not even a bit a pair
+    assert peak < 31_840**2 / 50  # less than a bit per pair
 
 
 # ---- attention ----
@@ -181,7 +181,7 @@ def inputs(
         (tree.n_rows, heads[1], widths[0]),
         (tree.n_rows, heads[1], widths[1]),
     )
-    # As projections leave them: heads side by side in each row.
+    # In the memory layout of projections: heads side by side in each row.
     made = [torch.randn(*shape, generator=dice).transpose(0, 1)[None] for shape in shapes]
     query, key, value = (tensor.requires_grad_() for tensor in made)
     return query, key, value
@@ -198,7 +198,7 @@ def dense(tree: Tree, rule: AttentionRule, *given: Any) -> Tensor:
 
 
 def assert_same(tree: Tree, rule: AttentionRule, *given: Any) -> None:
-    """Results and the gradients of everything that has one, in float32."""
+    """Assert equal results and gradients, within float32 rounding."""
     leaves = [tensor for tensor in given if isinstance(tensor, Tensor)]
     found, expected = flexed(tree, rule, *given), dense(tree, rule, *given)
     assert found.shape == expected.shape
@@ -285,7 +285,7 @@ def test_rows_of_other_lengths_rules_and_prefixes_are_not_compiled_again(counter
         )
         for rule in (AttentionRule(), AttentionRule("window", 50), AttentionRule("chunk", 64)):
             assert_same(tree, rule, *inputs(tree, heads=(2, 1), seed=number), 0.25, None, None)
-        # Queries that all lie in one block are a case of their own to the compiler.
+        # The compiler specialises on queries that all lie in one block.
         n_queries = tree.n_rows - tree.prefix
         assert (n_queries > 128) == (number < 5)
         assert counter.frame_count == (1 if n_queries > 128 else 2)

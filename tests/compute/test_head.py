@@ -1,4 +1,4 @@
-"""Log-probs from hidden states, against the log-softmax of logits written out."""
+"""Log-probs from hidden states, compared with the log-softmax of explicit logits."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def hidden_of(model: nn.Module) -> Tensor:
 
 
 def own_logprobs(model: nn.Module) -> Tensor:
-    """The pairs' log-probs by the model's own logits: (8,) float64, nats."""
+    """(8,) float64 log-probs of the pairs from the model's own logits, nats."""
     logits = model(input_ids=IDS, use_cache=False).logits.flatten(0, 1)
     return torch.log_softmax(logits.double(), dim=-1)[ROWS, TOKENS]
 
@@ -105,7 +105,7 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
 def test_families_agree_with_their_own_logits(family: str) -> None:
     model = model_of(family)
     ours, own = our_logprobs(model), own_logprobs(model)
-    assert ours.min() < -3.0  # a wrong scale or cap would show
+    assert ours.min() < -3.0  # large enough that a wrong scale or cap is noticed
     torch.testing.assert_close(ours, own, atol=1e-5, rtol=0)
     assert relative_difference(gradients(model, ours), gradients(model, own)) < 1e-5
 
@@ -123,7 +123,7 @@ def test_tied_and_untied_heads(family: str, tied: bool) -> None:
 
 
 class Case:
-    """Random factors in float64, and what their logits written out say."""
+    """Random float64 inputs and weights, and log-probs from their explicit logits."""
 
     def __init__(self, n_rows: int, vocab: int, widths: list[int], n_pairs: int, seed: int) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -230,7 +230,7 @@ def test_a_large_vocabulary_in_float32(frozen: bool) -> None:
 
 @contextlib.contextmanager
 def saved_shapes() -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of the tensors that forward passes keep for their backward passes."""
+    """Shapes of the tensors that forward passes save for the backward pass."""
     shapes: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def saved_shapes() -> Iterator[list[tuple[int, ...]]]:
         ("hidden and weight", 777, 777),
         ("hidden and weight", 776, 768),  # blocks of 64 columns, the last of 9
         ("hidden and weight", 63, 0),
-        ("hidden", 777, 777),  # a frozen head needs none in the backward pass
+        ("hidden", 777, 777),  # with a frozen head the backward pass needs no logits
     ],
 )
 def test_what_is_kept_for_the_backward_pass(trained: str, kept_columns: int, expected: int) -> None:
@@ -266,7 +266,7 @@ def test_what_is_kept_for_the_backward_pass(trained: str, kept_columns: int, exp
     per_column = 2 * n_rows * width
     needed = len(leaves) if weight.requires_grad else 0
     grads = []
-    # What was kept is gone after a first backward pass; a second one computes all of it again.
+    # Kept blocks are released in the first backward pass; a second one recomputes all of them.
     for kept in (expected, 0 if needed else vocab):
         with FlopCounterMode(display=False) as counter:
             grads.append(torch.autograd.grad(out.sum(), leaves, retain_graph=True))
@@ -289,7 +289,7 @@ def small_blocks() -> Iterator[None]:
     ("trained", "kept_bytes", "products"),
     [
         ("hidden and weight", PLENTY, 3),  # logits, and a gradient of each factor
-        ("hidden and weight", 0, 4),  # logits once more
+        ("hidden and weight", 0, 4),  # the logits are recomputed
         ("weight", PLENTY, 2),
         ("hidden", 0, 2),
         ("nothing", 0, 1),
@@ -368,7 +368,7 @@ def test_gradient_checkpointing_around_it(kept_bytes: int) -> None:
 
     with saved_shapes() as saved:
         again = checkpoint(logprobs, hidden, use_reentrant=False)
-    assert all(VOCAB_SIZE not in shape for shape in saved)  # computed again
+    assert all(VOCAB_SIZE not in shape for shape in saved)  # recomputed
     inside = torch.autograd.grad((again * WEIGHTS).sum(), leaves)
     outside = torch.autograd.grad((logprobs(hidden) * WEIGHTS).sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
@@ -409,7 +409,7 @@ def test_autocast_rounds_the_factors() -> None:
 
 
 def with_lora(model: nn.Module, **changes: Any) -> PeftModel:
-    """LoRA on the head and elsewhere, with weights that show."""
+    """LoRA on the head and elsewhere, with weights large enough to affect log-probs."""
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(**(options | changes)))

@@ -1,4 +1,4 @@
-"""QLoRA: an adapter on a base of 4-bit or 8-bit weights, which is its reference."""
+"""QLoRA: an adapter on a 4-bit or 8-bit base model, which is also the reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytest.importorskip("bitsandbytes")
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
-    """A model whose layers are wide enough for blocks of 64 weights."""
+    """A model with layers wide enough for quantisation blocks of 64 weights."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
     config = Qwen3Config(
@@ -59,7 +59,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
 def test_an_adapter_is_trained_on_quantised_weights(
     model_dir: Path, tmp_path: Path, settings: dict[str, Any], dtype: str, start: float
 ) -> None:
-    """From log-ratios of 0 against the quantised base, which stays what it is."""
+    """Log-ratios against the quantised base start at 0, and the base does not change."""
     root = unscored_dataset(tmp_path / "data", model_dir)
     run = train(model_dir, root, tmp_path / "run", **settings)
     (family,) = open_dataset(root).manifest.references
@@ -76,7 +76,7 @@ def test_an_adapter_is_trained_on_quantised_weights(
 def test_evaluation_on_the_way_leaves_gradients_as_they_are(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    """Some CPUs have a format for evaluation alone, which training cannot go on in."""
+    """On some CPUs bitsandbytes repacks weights in evaluation mode, which breaks training."""
     root = unscored_dataset(tmp_path / "data", model_dir)
     options = {"load_in_4bit": True, "eval_dataset": str(root)}
     quiet = train(model_dir, root, tmp_path / "quiet", **options)
@@ -96,7 +96,7 @@ def test_evaluation_on_the_way_leaves_gradients_as_they_are(
 
 
 def test_layouts_are_judged_in_float32(model_dir: Path) -> None:
-    """bfloat16's rounding would pass what is wrong; its products are float32 meanwhile."""
+    """The probe computes products in float32, because bfloat16 rounding hides wrong layouts."""
     settings = ModelSettings(str(model_dir), load_in_4bit=True, dtype="bfloat16")
     model = load_model(settings, compute_dtype=torch.bfloat16)
     assert dtype_of(model) == "bfloat16+nf4"

@@ -1,4 +1,4 @@
-"""What of a packed row attends to what: pieces against the definition, and both by hand."""
+"""The attention mask of a packed row: pieces against its definition, and examples by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BoolArray = NDArray[np.bool_]
 
 @pytest.fixture(autouse=True, scope="module")
 def _short_strips() -> Iterator[None]:
-    """Triangles are cut into strips of 3 rows, so that those of a dozen have some."""
+    """Cut triangles into strips of 3 rows, so that small triangles have several strips."""
     with mock.patch.object(pieces, "_STRIP", 3):
         yield
 
@@ -53,7 +53,7 @@ def tree_of(groups: Sequence[Group], **options: int | bool) -> Tree:
 
 @st.composite
 def trees(draw: st.DrawFn) -> Tree:
-    """Rows of one to three groups, prompts repeated or shared; some begin with a prefix."""
+    """Trees of one to three groups, prompts repeated or shared, some with a prefix."""
     groups = draw(st.lists(grown_group(), min_size=1, max_size=3))
     if draw(st.integers(0, 4)) == 0:
         return tree_of(groups, share=False)
@@ -66,7 +66,7 @@ _BOOLEAN = st.booleans()
 
 
 def seen_in(plan: PiecePlan, piece: AttentionPiece) -> BoolArray:
-    """(queries, keys) of a piece: what the attention kernel is told to let through."""
+    """(queries, keys) of a piece: the mask that the attention kernel is given."""
     shape = (piece.query_stop - piece.query_start, piece.key_stop - piece.key_start)
     causal, mask = plan.mask(piece)
     if mask is None:
@@ -79,7 +79,7 @@ def seen_in(plan: PiecePlan, piece: AttentionPiece) -> BoolArray:
 
 
 def walked(tree: Tree, rule: AttentionRule) -> BoolArray:
-    """What each row sees, by walking from it up to its root, a token at a time."""
+    """The mask computed by walking from each row to its root, one token at a time."""
     above = [-1] * tree.n_rows
     for segment, parent in enumerate(tree.parents):
         start, stop = tree.starts[segment], tree.stops[segment]
@@ -126,7 +126,7 @@ def test_pieces_are_what_is_visible_each_pair_once(tree: Tree, rule: AttentionRu
 @settings(max_examples=100, deadline=None)
 @given(tree=trees(), rule=RULES)
 def test_diagonal_pieces_come_first(tree: Tree, rule: AttentionRule) -> None:
-    # They write a query's first result, which the others are merged into.
+    # A diagonal piece writes the first result of a query; the others are merged into it.
     for found in (attention_pieces(tree, rule), PiecePlan(tree, rule, torch.float32).pieces):
         diagonal = [piece.diagonal for piece in found]
         assert diagonal == sorted(diagonal, reverse=True)
@@ -137,7 +137,7 @@ def test_diagonal_pieces_come_first(tree: Tree, rule: AttentionRule) -> None:
 def test_without_a_limit_nothing_is_computed_in_vain(tree: Tree) -> None:
     plan = PiecePlan(tree, AttentionRule(), torch.float32)
     assert all(plan.mask(piece)[1] is None for piece in plan.pieces)
-    # No more pieces than a triangle and a rectangle for each segment.
+    # At most one triangle and one rectangle per segment.
     assert len(attention_pieces(tree, AttentionRule())) <= 2 * len(tree.starts)
 
 
@@ -149,15 +149,15 @@ def test_masks_are_no_larger_than_a_limit_asks_for(tree: Tree, size: int, kind: 
     if tree.is_full(rule):
         return
     for piece in plan.pieces:
-        # A block of `size` queries at most, each of which sees `size` keys: 2 * size - 1 together.
+        # At most `size` queries, each of which sees `size` keys: 2 * size - 1 distinct keys.
         assert piece.query_stop - piece.query_start <= size
         assert piece.key_stop - piece.key_start <= 2 * size - 1
 
 
 def example() -> Tree:
-    """Prompt 1 2 3; responses 4 5 6 7 and 4 5 8 9 9, which part after two tokens; and 9.
+    """Prompt 1 2 3; responses 4 5 6 7 and 4 5 8 9 9, which diverge after two tokens; and 9.
 
-    Without their last tokens: 4 5 6, 4 5 8 9, nothing. With what they share once:
+    Without their last tokens: 4 5 6; 4 5 8 9; empty. As a tree:
 
         row      0  1  2 | 3  4 | 5 | 6  7
         token    1  2  3 | 4  5 | 6 | 8  9
@@ -176,13 +176,13 @@ def test_an_example_by_hand() -> None:
     assert tree.depths.tolist() == [0, 3, 5, 5]
     assert tree.parents.tolist() == [-1, 0, 1, 1]
     assert tree.max_depth == 6
-    # The right branch does not see row 5, the left one.
+    # The right branch does not see row 5, which is the left branch.
     assert [np.flatnonzero(row).tolist() for row in visible(tree, AttentionRule())][5:] == [
         [0, 1, 2, 3, 4, 5],
         [0, 1, 2, 3, 4, 6],
         [0, 1, 2, 3, 4, 6, 7],
     ]
-    # Depth 6 less 3 or more is out of a window of 3: rows 0 to 3 (depths 0 to 3).
+    # From depth 6 a window of 3 hides depths of 6 - 3 or less: rows 0 to 3.
     assert np.flatnonzero(visible(tree, AttentionRule("window", 3))[7]).tolist() == [4, 6, 7]
     # Chunks of 4 hold depths 0..3 and 4..7.
     assert np.flatnonzero(visible(tree, AttentionRule("chunk", 4))[7]).tolist() == [4, 6, 7]
@@ -190,13 +190,13 @@ def test_an_example_by_hand() -> None:
 
 
 def test_the_example_in_pieces() -> None:
-    # Prompt, both and left are one causal stretch of 6; right is one of 2 and sees the other 5.
+    # Prompt, both and left are one causal triangle of 6 rows; right is one of 2 and sees 5 others.
     assert attention_pieces(example(), AttentionRule()) == [
         AttentionPiece(0, 6, 0, 6, 0, True),
         AttentionPiece(6, 8, 6, 8, 0, True),
         AttentionPiece(6, 8, 0, 5, None, False),
     ]
-    # With the prompt computed before, its rows are keys only.
+    # If the prompt is the prefix, its rows are keys only.
     assert attention_pieces(replace(example(), prefix=3), AttentionRule()) == [
         AttentionPiece(0, 3, 3, 6, 0, True),
         AttentionPiece(3, 5, 6, 8, 0, True),
@@ -209,7 +209,7 @@ def test_the_example_in_pieces() -> None:
     ("rule", "depth", "first", "last"),
     [
         (AttentionRule(), 7, 0, None),
-        (AttentionRule("window", 3), 7, 5, 9),  # 5 6 7 are 3 tokens; 9 sees 7 8 9
+        (AttentionRule("window", 3), 7, 5, 9),  # 7 sees 5 6 7; 9 sees 7 8 9
         (AttentionRule("window", 1), 7, 7, 7),
         (AttentionRule("chunk", 4), 7, 4, 7),  # 4..7
         (AttentionRule("chunk", 4), 8, 8, 11),
@@ -222,7 +222,7 @@ def test_rules(rule: AttentionRule, depth: int, first: int, last: int | None) ->
 
 @pytest.mark.parametrize("kind", ["window", "chunk"])
 def test_a_limit_that_reaches_everything_is_none(kind: str) -> None:
-    # Depths 0 to 6: a limit of 7 takes nothing away, one of 6 does.
+    # Depths 0 to 6: a limit of 7 hides nothing, one of 6 does.
     assert example().is_full(AttentionRule(kind, 7))  # type: ignore[arg-type]
     assert not example().is_full(AttentionRule(kind, 6))  # type: ignore[arg-type]
     assert one_segment(7).is_full(AttentionRule(kind, 7))  # type: ignore[arg-type]
@@ -234,7 +234,7 @@ def test_a_limit_that_reaches_everything_is_none(kind: str) -> None:
 def reference(
     q: Tensor, k: Tensor, v: Tensor, seen: BoolArray, scale: float, sinks: Tensor | None
 ) -> Tensor:
-    """Softmax attention by its definition: (1, T, H, Dv)."""
+    """(1, T, H, Dv) softmax attention by its definition."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = (q @ k.transpose(2, 3) * scale).masked_fill(~torch.from_numpy(seen), -torch.inf)
@@ -259,7 +259,7 @@ def test_pieces_merge_to_the_whole_softmax(
     dice = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
-        # Of deviation 2: scores of several nats, so that merging has something to weigh.
+        # Standard deviation 2 gives scores of several nats, so that merge weights differ.
         return (2 * torch.randn(shape, generator=dice)).requires_grad_()
 
     n_keys = tree.n_rows
@@ -289,5 +289,5 @@ def test_bfloat16_loses_no_more_than_one_softmax_does() -> None:
     plan = PiecePlan(tree, AttentionRule(), torch.bfloat16)
     merged = piecewise_attention(q, k, v, plan, 0.25, None)
     assert merged.dtype is torch.bfloat16
-    # Each of two more roundings (a piece's result, the merge) may add as much again.
+    # Two more roundings (a piece's result, the merge) may each add the same error.
     assert (merged - exact).abs().max() <= 3 * (once - exact).abs().max()
