@@ -1,4 +1,4 @@
-"""A trained tokenizer and a model of a few thousand weights: the policy of most tests."""
+"""The policy of most tests: a trained tokenizer and a model with a few thousand weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAINING_TEXT = (
 def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = True) -> Path:
     """Train a byte-level BPE of 400 entries and save it as a transformers tokenizer.
 
-    <pad> is 0, <bos> is 1, <eos> is 2; <bos> starts a text that is encoded with special tokens.
+    <pad> is 0, <bos> is 1, <eos> is 2; encoding with special tokens puts <bos> first.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = Tru
 
 
 def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
-    """Save a two-layer Qwen3 of seeded random weights, and the tokenizer beside it."""
+    """Save a two-layer Qwen3 with seeded random weights, and the tokenizer, in one folder."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 

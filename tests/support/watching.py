@@ -1,4 +1,4 @@
-"""What the ranks of a run compute, noted by themselves: groups step by step, whole gradients."""
+"""Records of what the ranks of a run compute: the groups of each step, whole gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def watch(folder: Path) -> None:
-    """Make this process note, in `folder`, what its trainer will compute.
+    """Make the trainer of this process record its computation in `folder`.
 
-    A line of `notes-*.jsonl` for each rank and step, written before anything else happens in it;
-    `gradients-STEP.pt` for each step, by the main process, as the optimizer will see them.
+    Each rank writes a line of `notes-*.jsonl` at the start of each step. With WATCH_GRADIENTS=1 the
+    main process writes `gradients-STEP.pt` for each step, with the gradients for the optimizer.
     """
     from gvpo_offline.train.trainer import GVPOTrainer
 
@@ -58,11 +58,11 @@ def _save_gradients(model: Any, path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """One process group's work on one step.
+    """One step, as computed by one process group.
 
     Attributes:
-        world_size: its ranks.
-        shares: the groups of each rank, by rank.
+        world_size: number of ranks.
+        shares: group ids of each rank, by rank.
     """
 
     world_size: int
@@ -70,17 +70,17 @@ class Attempt:
 
     @property
     def whole(self) -> bool:
-        """Whether every rank came to this step."""
+        """Whether every rank started this step."""
         return len(self.shares) == self.world_size
 
     @property
     def groups(self) -> list[str]:
-        """The global batch, in no particular order."""
+        """The group ids of the global batch, sorted."""
         return sorted(group for share in self.shares.values() for group in share)
 
 
 def read_notes(folder: Path) -> dict[int, Attempt]:
-    """What all ranks of one process group noted, by step."""
+    """The records of all ranks of one process group, by step."""
     found: dict[int, Attempt] = {}
     for path in folder.glob("notes-*.jsonl"):
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -92,7 +92,7 @@ def read_notes(folder: Path) -> dict[int, Attempt]:
 
 
 def micro_batches(folder: Path) -> dict[int, set[int]]:
-    """How many micro-batches the ranks computed, by step."""
+    """For each step the numbers of micro-batches that the ranks computed."""
     counts: dict[int, set[int]] = defaultdict(set)
     for path in folder.glob("notes-*.jsonl"):
         for text in path.read_text(encoding="utf-8").splitlines():
