@@ -57,7 +57,7 @@ class PromptCache(DynamicCache):
                 raise ConfigError(
                     "every layer stores the prompt's state in the cache",
                     received=f"nothing from layer {number}, a {type(layer).__name__}",
-                    remedy="compute whole rows for this model",
+                    remedy="set layout to padded for this model",
                 )
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 for states in (layer.conv_states, layer.recurrent_states):
@@ -158,7 +158,7 @@ def _accepted(decoder: nn.Module) -> tuple[str, bool]:
             raise ConfigError(
                 "gradient checkpointing drops the prompt's state, which responses continue from",
                 received=f"gradient checkpointing on in {name or 'the decoder'!r}",
-                remedy="turn gradient checkpointing off, or compute whole rows",
+                remedy="turn gradient checkpointing off, or set layout to padded",
             )
     parameters = inspect.signature(type(decoder).forward).parameters
     names = [name for name in _CACHE_NAMES if name in parameters]
@@ -166,7 +166,7 @@ def _accepted(decoder: nn.Module) -> tuple[str, bool]:
         raise ConfigError(
             f"the decoder's forward takes a cache as {' or '.join(_CACHE_NAMES)}",
             received=type(decoder).__name__,
-            remedy="compute whole rows for this model",
+            remedy="set layout to padded for this model",
         )
     return names[0], "position_ids" in parameters
 

@@ -75,7 +75,7 @@ def find_head(model: nn.Module) -> Head:
     vocab_size = len(_linear(_active(layer)).weight)
     real_size = getattr(settings, "unpadded_vocab_size", None) or vocab_size
     if real_size < vocab_size:
-        raise _unsupported("every row of the output layer is a token", f"{real_size} tokens")
+        raise _unsupported("every row of the output layer has a token", f"{real_size} tokens")
     return head
 
 
@@ -145,7 +145,7 @@ def _check_only_decoder_and(layer: nn.Module, causal: Any) -> None:
     """Reject models with weights outside decoder and output layer: they may act in between."""
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
     if decoder is None or decoder is causal:
-        raise _unsupported("the model says which of its modules is the decoder", type(causal))
+        raise _unsupported("the model has a get_decoder() that returns its decoder", type(causal))
     beside = [name for name, _ in causal.named_parameters(recurse=False)]
     beside += [name for name, _ in causal.named_buffers(recurse=False)]
     found = False
@@ -221,7 +221,7 @@ def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, f
 
     if _class_of(layer) is not Linear:
         raise _unsupported(
-            "an adapter of the output layer is LoRA's for linear layers", type(layer)
+            "an adapter of the output layer is a LoRA layer for nn.Linear", type(layer)
         )
     lora: Any = layer
     if lora.merged and lora.disable_adapters:
@@ -254,7 +254,9 @@ def _linear(layer: nn.Module) -> nn.Linear:
     if not linear.weight.is_floating_point():
         raise _unsupported("the output layer's weight is floating point", linear.weight.dtype)
     if hasattr(linear.weight, "to_local"):  # a DTensor
-        raise _unsupported("the output layer's weight is whole while the model runs", "a shard")
+        raise _unsupported(
+            "the output layer's weight is not sharded in the forward pass", "a shard"
+        )
     return linear
 
 
