@@ -35,13 +35,13 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, TRAINING_COLUMNS, arrow_schema
 from gvpo_offline.store.survey import survey
-from gvpo_offline.store.tables import reference_to_table
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.tokenizer import load_policy_tokenizer
