@@ -160,6 +160,7 @@ def test_responses_go_by_index_or_sampler(root: Path, tmp_path: Path) -> None:
             rating(0, "0.1", float("inf")),
             r"row 1, group 'group-00000': column rating holds a finite number",
         ),
+        (rating(0, "0.\ud800", 1), r"row 1, group 'group-00000': column response_id holds text"),
         (rating(0, None, 1), r"row 1, group 'group-00000': column response_id holds text"),
         (
             rating(0, "0.1", True),

@@ -91,7 +91,7 @@ def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
         training = run["training"]
         own = {name: training[name] for name in _OF_TRAINING if name in training}
-        trained, held_out = _datasets(run["data"], run.get("reference"))
+        trained, held_out = _datasets(run)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(
             "a run file holds the settings of a run as JSON",
@@ -111,15 +111,9 @@ def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:
     return own | candidates[0] if candidates else own
 
 
-def _datasets(
-    data: dict[str, Any], reference: str | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The run's training and held-out datasets; the latter are evaluated whole.
-
-    Args:
-        data: the run's `DataSettings`.
-        reference: fingerprint of the reference that it trained with, where the file has it.
-    """
+def _datasets(run: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The run's training and held-out datasets; the latter are evaluated whole."""
+    data, reference = run["data"], run.get("reference")
     trained = data.get("datasets") or [
         {**data, "path": data["dataset"], "version": data.get("dataset_version")}
     ]
@@ -127,6 +121,10 @@ def _datasets(
     if data.get("eval_dataset"):
         scores = {name: data.get(name) for name in ("reward", "reference")}
         held_out = [{"path": data["eval_dataset"], **scores}]
+    if "rewards" in run:  # by version: a dataset may have got newer ones since
+        trained = [
+            {**each, "reward": reward} for each, reward in zip(trained, run["rewards"], strict=True)
+        ]
     return (
         [_as_settings(each, reference) for each in trained],
         [{**_as_settings(each, reference), "eval_fraction": 0.0} for each in held_out],

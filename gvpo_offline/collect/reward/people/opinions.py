@@ -76,6 +76,7 @@ def _cell(values: Mapping[str, Any], column: str, kind: type, row: dict[str, Any
     convertible = kind is float or (isinstance(value, str | int) and value != "")
     try:
         found = kind(value) if convertible and not isinstance(value, bool) else None
+        str(found).encode()  # a lone surrogate, which JSON can hold and UTF-8 cannot, is an error
     except (TypeError, ValueError, OverflowError):
         found = None
     if found is not None and (kind is str or math.isfinite(found)):
