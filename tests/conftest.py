@@ -4,6 +4,7 @@ weights.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,16 @@ TRAINING_TEXT = (
     "Say hello to the person who asks, and be brief. Hello!",
     "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports made from garbage collection.
+
+    accelerate runs a full collection for each training: over the million objects of torch and
+    transformers that takes a quarter of a second, more than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = True) -> Path:
