@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # A child that let an exception through, which a shell would show as a traceback.
@@ -94,11 +96,14 @@ class ForkServer:
                 `kill_in_save` (the call of torch.save that it kills itself in, half-way), `kill_at`
                 ("module:name" of a function, the call of it, and the seconds after that call began
                 at which the child is killed, wherever it is by then), `watch` (a folder that the
-                child notes in what it computes, see `watching`).
+                child notes in what it computes, see `watching`), `program` ("module:function" to
+                call in place of gvpo-offline's, which finds `argv` in sys.argv).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
         request = {"argv": [str(word) for word in argv], "log": str(log), **options}
+        if "program" in options:
+            request["path"] = sys.path
         return Child(self, self.ask(request)["pid"], log)
 
     def run(self, argv: Sequence[Any], **options: Any) -> tuple[int, str]:
@@ -134,6 +139,30 @@ class ForkServer:
         self.ask({"close": True})
         self._process.wait()
         self._logs.cleanup()
+
+
+class Shell:
+    """Stands for `subprocess.run`: commands of gvpo-offline run in the fork server's children.
+
+    Attributes:
+        kills: by command and which call of it, counted from 1: where the child is killed.
+    """
+
+    def __init__(self, server: ForkServer, kills: dict[tuple[str, int], list[Any]]) -> None:
+        self.kills = kills
+        self._server = server
+        self._run = subprocess.run
+        self._calls: Counter[str] = Counter()
+
+    def __call__(self, argv: Sequence[str], **options: Any) -> Any:
+        if "gvpo_offline.cli" not in argv:
+            return self._run(argv, **options)
+        command = argv[argv.index("gvpo_offline.cli") + 1 :]
+        self._calls[command[0]] += 1
+        kill = self.kills.get((command[0], self._calls[command[0]]))
+        status, output = self._server.run(command, **({"kill_at": kill} if kill else {}))
+        assert status == (-9 if kill else 0), output
+        return SimpleNamespace(returncode=status)
 
 
 def _kill_in_save(call: int) -> None:
@@ -181,6 +210,13 @@ def _kill_in(seconds: float) -> None:
         os._exit(0)
 
 
+def _run_program(place: str, argv: list[str]) -> int:
+    module, _, name = place.partition(":")
+    sys.argv = [module, *argv]
+    getattr(importlib.import_module(module), name)()
+    return 0
+
+
 def _child(request: dict[str, Any]) -> int:
     from gvpo_offline import cli
 
@@ -197,6 +233,9 @@ def _child(request: dict[str, Any]) -> int:
     if "watch" in request:
         watching.watch(Path(request["watch"]))
     try:
+        if "program" in request:
+            sys.path[:] = request["path"]
+            return _run_program(request["program"], request["argv"])
         return cli.main(request["argv"])
     except SystemExit as end:
         return int(end.code or 0)
@@ -206,8 +245,9 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _prepare_parsers() -> None:
-    """Build the parsers of the commands that read many settings: half of what a short command costs
-    is its parser, which is the same for every child.
+    """Build the parsers of the commands with the most settings.
+
+    That takes a quarter of a second, as long as a short training, and is the same for every child.
     """
     from gvpo_offline import cli
     from gvpo_offline.errors import ConfigError
@@ -221,13 +261,16 @@ def _prepare_parsers() -> None:
         return built[key]
 
     cli._parser = prepared
-    for name in ("train", "reference", "evaluate", "tune"):
+    for name in ("train", "tune"):
         with contextlib.suppress(ConfigError):
             cli._parse(name, cli.COMMANDS[name], [])
 
 
 def _serve() -> None:
     import openai  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import gvpo_offline.collect.reference
     import gvpo_offline.collect.sample.local
@@ -237,6 +280,7 @@ def _serve() -> None:
     import gvpo_offline.commands.train  # noqa: F401
 
     _prepare_parsers()
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once a process
     # A child that collects garbage would go through all that was imported, and copy its pages.
     gc.collect()
     gc.freeze()

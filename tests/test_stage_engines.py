@@ -16,12 +16,15 @@ from typing import Any
 
 import pytest
 from engine_stage import Writing
+from importing import content
 from rewarding import answered_dataset, functions, reward
+from sampling import config, local
 
 from gvpo_offline.collect.engine.on_ray import connect
 from gvpo_offline.collect.engine.process import Worker, WorkerDeathError
 from gvpo_offline.collect.engine.run import run_stage
 from gvpo_offline.collect.engine.settings import EngineSettings
+from gvpo_offline.collect.sample.run import SampleResult, run_sample
 from gvpo_offline.errors import ConfigError, DataError, WorkerError
 from gvpo_offline.store.dataset import open_dataset
 
@@ -271,6 +274,30 @@ def test_every_engine_gives_the_same_reward(tmp_path: Path) -> None:
         shutil.rmtree(root)
     assert len(found[0][0]) == 2
     assert found[0] == found[1] == found[2]
+
+
+def test_every_engine_samples_the_same_bytes(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """6 prompts in tasks of 2: here, by two workers, on Ray, as shards; and a shard alone makes no
+    dataset yet, and says so.
+    """
+
+    def run(name: str, **engine: Any) -> SampleResult:
+        samplers = {"s": local(tiny_model_dir)}
+        settings = {"output_dir": str(tmp_path / name), "prompts_per_task": 2}
+        given = EngineSettings(show_progress=False, **engine)
+        return run_sample(config(tmp_path, tiny_model_dir, samplers, **settings), given)
+
+    here = run("here").manifest
+    assert here is not None
+    first = run("shards", shard="0/2")
+    assert (first.manifest, first.asked, first.n_gaps) == (None, False, 6)
+    for other in (
+        run("workers", workers=2),
+        run("ray", engine="ray", workers=2),
+        run("shards", shard="1/2"),
+    ):
+        assert other.manifest is not None
+        assert content(other.manifest) == content(here)
 
 
 def test_a_ray_job(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
