@@ -97,7 +97,8 @@ class ForkServer:
                 ("module:name" of a function, the call of it, and the seconds after that call began
                 at which the child is killed, wherever it is by then), `watch` (a folder that the
                 child notes in what it computes, see `watching`), `program` ("module:function" to
-                call in place of gvpo-offline's, which finds `argv` in sys.argv).
+                call in place of gvpo-offline's, which finds `argv` in sys.argv), `cwd` (the
+                working folder).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
@@ -224,6 +225,8 @@ def _child(request: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update({name: str(value) for name, value in request.get("env", {}).items()})
+    if "cwd" in request:
+        os.chdir(request["cwd"])
     if "file_bytes" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     if "kill_in_save" in request:
