@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -97,8 +98,8 @@ class ForkServer:
                 ("module:name" of a function, the call of it, and the seconds after that call began
                 at which the child is killed, wherever it is by then), `watch` (a folder that the
                 child notes in what it computes, see `watching`), `program` ("module:function" to
-                call in place of gvpo-offline's, which finds `argv` in sys.argv), `cwd` (the
-                working folder).
+                call in place of gvpo-offline's, or a script; it finds `argv` in sys.argv), `cwd`
+                (the working folder).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
@@ -143,7 +144,8 @@ class ForkServer:
 
 
 class Shell:
-    """Stands for `subprocess.run`: commands of gvpo-offline run in the fork server's children.
+    """Stands for `subprocess.run`: commands of gvpo-offline, and scripts in Python, run in the fork
+    server's children.
 
     Attributes:
         kills: by command and which call of it, counted from 1: where the child is killed.
@@ -156,6 +158,10 @@ class Shell:
         self._calls: Counter[str] = Counter()
 
     def __call__(self, argv: Sequence[str], **options: Any) -> Any:
+        if argv[0] == sys.executable and argv[1].endswith(".py"):
+            status, output = self._server.run(argv[2:], program=argv[1])
+            assert status == 0, output
+            return SimpleNamespace(returncode=status)
         if "gvpo_offline.cli" not in argv:
             return self._run(argv, **options)
         command = argv[argv.index("gvpo_offline.cli") + 1 :]
@@ -214,6 +220,9 @@ def _kill_in(seconds: float) -> None:
 def _run_program(place: str, argv: list[str]) -> int:
     module, _, name = place.partition(":")
     sys.argv = [module, *argv]
+    if not name:
+        runpy.run_path(place, run_name="__main__")
+        return 0
     getattr(importlib.import_module(module), name)()
     return 0
 

@@ -69,7 +69,7 @@ def launched(
     }
     words += [str(word) for name, value in changes.items() for word in (f"--{name}", value)]
     status, output = server.run(
-        words[1:], program=LAUNCHERS[words[0]], cwd=str(ROOT), env={"PYTHONPATH": ROOT}
+        words[1:], program=LAUNCHERS[words[0]], cwd=str(ROOT), env={"PYTHONPATH": str(ROOT)}
     )
     assert status == 0, output
     assert f"the trained policy: {out}" in output
