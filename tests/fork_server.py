@@ -221,6 +221,7 @@ def _run_program(place: str, argv: list[str]) -> int:
     module, _, name = place.partition(":")
     sys.argv = [module, *argv]
     if not name:
+        sys.path.insert(0, str(Path(place).parent))
         runpy.run_path(place, run_name="__main__")
         return 0
     getattr(importlib.import_module(module), name)()

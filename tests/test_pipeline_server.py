@@ -1,7 +1,7 @@
 """`pipelines/math_server`, whole: a model made on the spot, a real server, real math-verify.
 
-Its `main` runs here; the commands that it calls run in forked children, which spares each the
-seconds of importing torch.
+Its `main` runs here; the commands and the server that it starts run in forked children, which
+spares each the seconds of importing torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,22 @@ ROOT = Path(__file__).parents[1]
 N_PROMPTS, K = 24, 4
 
 
+class Forked:
+    """Stands for `subprocess.Popen`: `transformers ...` in a child of the fork server."""
+
+    def __init__(self, server: ForkServer, argv: Sequence[str]) -> None:
+        self._child = server.start(argv[1:], program="transformers.cli.transformers:main")
+
+    def poll(self) -> None:
+        """It is at work until it is told to end."""
+
+    def terminate(self) -> None:
+        self._child.kill()
+
+    def wait(self) -> int:
+        return self._child.wait()
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Path:
     """Where the demonstration has written; a short one."""
@@ -33,6 +50,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Path:
         for name in ("run", "demo"):  # other pipelines have files of the same names
             patch.delitem(sys.modules, name, raising=False)
         patch.setattr(subprocess, "run", Shell(server, {}))
+        patch.setattr(subprocess, "Popen", lambda argv, **_: Forked(server, argv))
         importlib.import_module("demo").main(list(map(str, argv)))
         for name in ("run", "demo"):
             del sys.modules[name]
