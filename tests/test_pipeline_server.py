@@ -44,7 +44,7 @@ class Forked:
 def out(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Path:
     """Where the demonstration has written; a short one."""
     folder = tmp_path_factory.mktemp("math_server")
-    argv = ["--output_dir", folder, "--prompts", N_PROMPTS, "--pretrain_steps", 300]
+    argv = ["--output_dir", folder, "--prompts", N_PROMPTS, "--pretrain_steps", 150]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "pipelines" / "math_server")
         for name in ("run", "demo"):  # other pipelines have files of the same names

@@ -293,7 +293,7 @@ def test_every_engine_samples_the_same_bytes(tmp_path: Path, tiny_model_dir: Pat
     assert (first.manifest, first.asked, first.n_gaps) == (None, False, 6)
     for other in (
         run("workers", workers=2),
-        run("ray", engine="ray", workers=2),
+        run("ray", engine="ray"),
         run("shards", shard="1/2"),
     ):
         assert other.manifest is not None
