@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from gvpo_offline.schema import LIGHT_COLUMNS
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import manifest_path
+from gvpo_offline.store.schema import SUMMARY_COLUMNS
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -40,7 +40,7 @@ def light_bytes(path: Path) -> int:
         for i in range(metadata.num_row_groups)
         for j in range(metadata.num_columns)
     ]
-    light = [c for c in chunks if c.path_in_schema.split(".")[0] in LIGHT_COLUMNS]
+    light = [c for c in chunks if c.path_in_schema.split(".")[0] in SUMMARY_COLUMNS]
     return int(sum(chunk.total_compressed_size for chunk in light))
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     stored = sum(file.bytes for file in dataset.files())
     million = 1e6 / n
     figures = {
-        "survey_cpu_s_per_million": cpu_seconds(View(dataset).survey) * million,
+        "survey_cpu_s_per_million": cpu_seconds(DatasetView(dataset).survey) * million,
         "held_out_cpu_s_per_million": cpu_seconds(lambda: select(dataset, eval_fraction=0.01))
         * million,
         "unequal_cpu_s_per_million": cpu_seconds(lambda: select(dataset, drop_equal_rewards=True))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.collect.base_reference import BASE, base_reference
+from gvpo_offline.collectives import raise_together
 from gvpo_offline.compute.adapters import (
     adapter_config,
     base_settings,
@@ -17,15 +17,17 @@ from gvpo_offline.compute.adapters import (
     load_policy,
 )
 from gvpo_offline.compute.model import autocast_dtype
-from gvpo_offline.config import LoraSettings, ModelSettings, ReferenceConfig, RunSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.stream.config import DatasetSettings, DataSettings
+from gvpo_offline.reference.base import BASE, base_reference
+from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.data import Opened, open_settings
-from gvpo_offline.train.parallelism import loaded_whole
-from gvpo_offline.train.together import all_or_none
+from gvpo_offline.train.data import OpenedDataset, open_settings
+from gvpo_offline.train.distributed import loaded_whole
+from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
 
@@ -43,13 +45,13 @@ class Parts:
 
     model: ModelSettings
     lora: LoraSettings
-    train: list[DatasetSettings | Opened]
-    held_out: list[DatasetSettings | Opened]
+    train: list[DatasetSettings | OpenedDataset]
+    held_out: list[DatasetSettings | OpenedDataset]
 
     @classmethod
     def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> Parts:
         """Open the datasets, before any model is loaded; errors as `open_settings`."""
-        train, held_out = all_or_none(
+        train, held_out = raise_together(
             lambda: [
                 [_ready(item) for item in part] for part in (data.training(), data.evaluation())
             ]
@@ -103,7 +105,7 @@ def run_train(
     return trainer
 
 
-def _ready(dataset: DatasetSettings) -> DatasetSettings | Opened:
+def _ready(dataset: DatasetSettings) -> DatasetSettings | OpenedDataset:
     """A dataset, opened unless the policy has to score it first."""
     return dataset if dataset.reference == BASE else open_settings(dataset)
 
@@ -117,9 +119,9 @@ class _Base:
     settings: ModelSettings
     args: GVPOConfig
 
-    def named(self, dataset: DatasetSettings | Opened) -> DatasetSettings | Opened:
+    def named(self, dataset: DatasetSettings | OpenedDataset) -> DatasetSettings | OpenedDataset:
         """A dataset as it was opened, or its settings with the base's fingerprint, once scored."""
-        if isinstance(dataset, Opened):
+        if isinstance(dataset, OpenedDataset):
             return dataset
         if dataset.version is not None:
             raise ConfigError(

@@ -25,9 +25,9 @@ from gvpo_offline.compute.attention import (
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import DEFAULT_KEPT_BYTES, causal_lm, install
 from gvpo_offline.compute.model import attention_of, in_float32, no_trace
-from gvpo_offline.compute.paths import ComputePath, LayoutName
+from gvpo_offline.compute.settings import ComputePath, LayoutName
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def choose_path(
     refused: list[str] = []
     head = probe.head(refused)
     names = _LAYOUTS if layout == "auto" else (layout,)
-    for name in _rightin_float32(model, names, head, gradients, refused):
+    for name in _layouts_right_in_float32(model, names, head, gradients, refused):
         for path in probe.paths(name, head, refused):
             error = probe.try_path(path, refused)
             if error is not None:
@@ -143,7 +143,7 @@ def choose_path(
     )
 
 
-def _rightin_float32(
+def _layouts_right_in_float32(
     model: nn.Module,
     names: Sequence[LayoutName],
     head: Literal["fused", "logits"],

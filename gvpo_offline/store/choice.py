@@ -21,7 +21,7 @@ class WeightedReward:
     weight: float = 1.0
 
 
-def choose_rewards(
+def choose_reward_families(
     manifest: Manifest, choice: RewardChoice, *, file: Any = None
 ) -> list[WeightedReward]:
     """The reward families that a choice names, each in its newest version unless it names one.
@@ -70,7 +70,7 @@ def _family(manifest: Manifest, name: str | None, file: Any) -> RewardFamily:
     return max(matching, key=lambda family: family.version)
 
 
-def choose_reference(
+def choose_reference_family(
     manifest: Manifest, fingerprint: str | None, *, file: Any = None
 ) -> ReferenceFamily:
     """The reference whose fingerprint starts with `fingerprint`; by default the only one."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Column
+from gvpo_offline.store.schema import Column
 
 _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 
@@ -46,7 +46,7 @@ def check_present(present: Sequence[str], known: Sequence[Column], file: Path | 
         )
 
 
-def conformed(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Table:
+def cast_columns(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Table:
     """The table with the types of `known`.
 
     Raises:
@@ -174,7 +174,7 @@ def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, plac
             )
 
 
-def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
+def response_counts(table: pa.Table) -> pa.ChunkedArray | None:
     """Responses of each row, from the tokens or, where all rows store them, their lengths."""
     if "response_token_ids" in table.column_names:
         return _lengths(table.column("response_token_ids"))

@@ -17,30 +17,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.errors import IntegrityError
+from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.schema import (
-    GROUPS_COLUMNS,
-    REFERENCE_COLUMNS,
-    REWARDS_COLUMNS,
-    TRAINING_COLUMNS,
-    Column,
-    Group,
-    groups_from_table,
-)
 from gvpo_offline.store.choice import (
     RewardChoice,
     WeightedReward,
-    choose_reference,
-    choose_rewards,
+    choose_reference_family,
+    choose_reward_families,
 )
 from gvpo_offline.store.columns import (
     Place,
     add_weighted,
+    cast_columns,
     check_components,
     check_present,
     check_scalars,
-    conformed,
-    sizes_of,
+    response_counts,
 )
 from gvpo_offline.store.location import RemoteSettings, local_folder
 from gvpo_offline.store.manifest import (
@@ -50,7 +42,15 @@ from gvpo_offline.store.manifest import (
     Sidecar,
 )
 from gvpo_offline.store.parquet import Shard, read_row_group
+from gvpo_offline.store.schema import (
+    GROUPS_COLUMNS,
+    REFERENCE_COLUMNS,
+    REWARDS_COLUMNS,
+    TRAINING_COLUMNS,
+    Column,
+)
 from gvpo_offline.store.storage import LocalStorage, Storage, open_storage
+from gvpo_offline.store.tables import groups_from_table
 
 BASE_SHA256_KEY = b"gvpo_offline.base_sha256"
 _OPEN_FILES = 32
@@ -59,7 +59,7 @@ Progress = Callable[[Sequence[FileEntry]], Iterator[FileEntry]]
 
 
 @dataclass(frozen=True)
-class _Joined:
+class _JoinedSidecars:
     """The sidecars of one family, in the order of the groups files."""
 
     columns: Sequence[Column]
@@ -98,7 +98,7 @@ class GroupDataset:
         self.rewards = tuple(rewards)
         self.reference = reference
         self._joined = [
-            _Joined(
+            _JoinedSidecars(
                 REWARDS_COLUMNS if len(self.rewards) == 1 else _REWARDS_ALONE,
                 _aligned(self.storage, manifest, reward.family.files, "reward"),
                 reward.weight,
@@ -107,7 +107,7 @@ class GroupDataset:
         ]
         if reference is not None:
             aligned = _aligned(self.storage, manifest, reference.files, "reference")
-            self._joined.append(_Joined(REFERENCE_COLUMNS, aligned))
+            self._joined.append(_JoinedSidecars(REFERENCE_COLUMNS, aligned))
         self._handles: OrderedDict[str, Shard] = OrderedDict()
 
     @property
@@ -199,7 +199,7 @@ class GroupDataset:
         file, local = self.locate(row_group)
         base = self.manifest.groups[file]
         table = self._read(base, local, columns, GROUPS_COLUMNS)
-        sizes = sizes_of(table)
+        sizes = response_counts(table)
         for joined in self._joined:
             wanted = joined.wanted(columns)
             if wanted:
@@ -209,7 +209,7 @@ class GroupDataset:
     def _join(
         self,
         table: pa.Table,
-        joined: _Joined,
+        joined: _JoinedSidecars,
         file: int,
         local: int,
         wanted: Sequence[str],
@@ -281,7 +281,7 @@ class GroupDataset:
             check_present(present, known, place.file)
             wanted = [c.name for c in known if c.name in {*columns, "group_id"} & set(present)]
             table = read_row_group(shard, place.file, local, wanted).select(wanted)
-        return conformed(table, known, place)
+        return cast_columns(table, known, place)
 
     @contextmanager
     def _opened(self, entry: FileEntry) -> Iterator[Shard]:
@@ -377,6 +377,6 @@ def open_dataset(
     return GroupDataset(
         storage,
         manifest,
-        choose_rewards(manifest, reward, file=file) if "reward" in join else (),
-        choose_reference(manifest, reference, file=file) if "reference" in join else None,
+        choose_reward_families(manifest, reward, file=file) if "reward" in join else (),
+        choose_reference_family(manifest, reference, file=file) if "reference" in join else None,
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from gvpo_offline.schema import GROUPS_COLUMNS, Group, arrow_schema
+from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema
 
 _DERIVED: dict[str, Callable[[Group], Any]] = {
     "source": lambda group: group.source,
@@ -19,7 +20,7 @@ _DERIVED: dict[str, Callable[[Group], Any]] = {
 }
 
 
-def light_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
+def summary_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
     """Some columns of a row group, whole even where a file does not store them.
 
     A foreign file may lack lengths, samplers and sources, in some rows or in all; they are then

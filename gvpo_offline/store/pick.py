@@ -11,13 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import (
-    Column,
-    arrow_schema,
-    column_array,
-    nested_list_array,
-    split_nested_list,
-)
+from gvpo_offline.store.arrow import column_array, nested_list_array, split_nested_list
+from gvpo_offline.store.schema import Column, arrow_schema
 
 # Which level of a column's lists goes through the responses: 0 for (k, ...), 1 for (C, k).
 # A column that is not here has one value for the whole group.
@@ -41,7 +36,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pick:
+class ResponseIndex:
     """Groups, each made of responses that lie in some rows of a table; no two share a row.
 
     Attributes:
@@ -61,20 +56,22 @@ class Pick:
         """Where each group's responses begin: (G,) int64."""
         return np.cumsum(self.sizes) - self.sizes
 
-    def at_least(self, size: int) -> Pick:
+    def at_least(self, size: int) -> ResponseIndex:
         """The groups that have so many responses."""
         keep = self.sizes >= size
         of_kept = np.repeat(keep, self.sizes)
-        return Pick(self.first[keep], self.sizes[keep], self.rows[of_kept], self.items[of_kept])
+        return ResponseIndex(
+            self.first[keep], self.sizes[keep], self.rows[of_kept], self.items[of_kept]
+        )
 
-    def pieces(self, responses_at_once: int) -> list[Pick]:
+    def pieces(self, responses_at_once: int) -> list[ResponseIndex]:
         """The same groups in runs of about so many responses."""
         starts = self.starts
         cuts = np.flatnonzero(np.diff(starts // responses_at_once)) + 1
         edges = [0, *cuts.tolist(), len(starts)]
         ends = np.append(starts, len(self.rows))
         return [
-            Pick(self.first[a:b], self.sizes[a:b], *self._responses(ends[a], ends[b]))
+            ResponseIndex(self.first[a:b], self.sizes[a:b], *self._responses(ends[a], ends[b]))
             for a, b in itertools.pairwise(edges)
             if b > a
         ]
@@ -83,7 +80,7 @@ class Pick:
         return self.rows[start:stop], self.items[start:stop]
 
 
-def picked(table: pa.Table, columns: Sequence[Column], pick: Pick) -> pa.Table:
+def picked(table: pa.Table, columns: Sequence[Column], pick: ResponseIndex) -> pa.Table:
     """The groups of a pick: (G,) rows of `columns`.
 
     A value that is null for one of a group's rows is null for the group, but for a loss mask: null
@@ -124,7 +121,7 @@ def _valid(array: pa.Array) -> Flags:
     return np.asarray(array.is_valid().to_numpy(zero_copy_only=False))
 
 
-def _every(flags: Flags, pick: Pick) -> Flags:
+def _every(flags: Flags, pick: ResponseIndex) -> Flags:
     """For each group whether a flag of rows holds for all of its rows: (G,) bool."""
     return np.asarray(np.logical_and.reduceat(flags[pick.rows], pick.starts))
 
@@ -135,7 +132,7 @@ def _lists(lengths: Indices, values: pa.Array, valid: Flags | None = None) -> pa
     return pa.ListArray.from_arrays(offsets, values, mask=mask)
 
 
-def _outer(array: pa.ListArray, pick: Pick) -> pa.ListArray:
+def _outer(array: pa.ListArray, pick: ResponseIndex) -> pa.ListArray:
     """(k, ...) lists: each response's entry."""
     valid = _every(_valid(array), pick)
     keep = np.repeat(valid, pick.sizes)
@@ -143,7 +140,7 @@ def _outer(array: pa.ListArray, pick: Pick) -> pa.ListArray:
     return _lists(np.where(valid, pick.sizes, 0), array.values.take(pa.array(flat)), valid)
 
 
-def _inner(array: pa.ListArray, pick: Pick) -> pa.ListArray:
+def _inner(array: pa.ListArray, pick: ResponseIndex) -> pa.ListArray:
     """(C, k) lists: of each of C lists, each response's entry. C is that of the group's rows."""
     valid = _every(_valid(array), pick)
     outer, inner = _offsets(array), _offsets(array.values)
@@ -158,7 +155,7 @@ def _inner(array: pa.ListArray, pick: Pick) -> pa.ListArray:
     return _lists(counts, _lists(np.repeat(pick.sizes, counts), values), valid)
 
 
-def _check_parts(table: pa.Table, name: str, pick: Pick) -> None:
+def _check_parts(table: pa.Table, name: str, pick: ResponseIndex) -> None:
     array = column_array(table, name)
     counts = np.diff(_offsets(array))
     wrong = (counts[pick.rows] != np.repeat(counts[pick.first], pick.sizes)) & _valid(array)[
@@ -174,13 +171,15 @@ def _check_parts(table: pa.Table, name: str, pick: Pick) -> None:
         )
 
 
-def n_partly_known(table: pa.Table, name: str, pick: Pick) -> int:
+def n_partly_null(table: pa.Table, name: str, pick: ResponseIndex) -> int:
     """The groups that lose what some of their rows, but not all, have in a column."""
     valid = _valid(column_array(table, name))
     return int((~_every(valid, pick) & ~_every(~valid, pick)).sum())
 
 
-def _with_full_masks(masks: pa.ListArray, tokens: pa.ListArray, pick: Pick) -> pa.ListArray:
+def _with_full_masks(
+    masks: pa.ListArray, tokens: pa.ListArray, pick: ResponseIndex
+) -> pa.ListArray:
     """Masks with every flag set for the rows that have none and join rows that have one."""
     valid = _valid(masks)
     mixed = ~_every(valid, pick) & ~_every(~valid, pick)

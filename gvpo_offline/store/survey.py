@@ -14,17 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import LIGHT_COLUMNS, column_array
+from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.light import summary_columns
 from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.schema import SUMMARY_COLUMNS
 
 # Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
 _BINS_PER_DECADE = 100
 _LOWEST_DECADE = -9
 _N_BINS = 24 * _BINS_PER_DECADE
 Progress = Callable[[Iterable[int]], Iterable[int]]
-LightRows = tuple[pa.Table, npt.NDArray[np.int64] | None]
+SummaryRows = tuple[pa.Table, npt.NDArray[np.int64] | None]
 
 
 @dataclass
@@ -159,18 +160,18 @@ def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.
     return column.flatten().to_numpy(zero_copy_only=False), np.cumsum(sizes) - sizes
 
 
-def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
+def summary_table(dataset: GroupDataset, row_group: int) -> pa.Table:
     """The light columns of a row group, with rewards and reference log-probs where joined.
 
     A foreign file may lack the stored lengths, in some rows or in all; they are then counted from
     its tokens, which is right and slow.
     """
-    return light_columns(dataset, row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
+    return summary_columns(dataset, row_group, [*SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"])
 
 
 def survey(
     dataset: GroupDataset,
-    light: Callable[[int], LightRows] | None = None,
+    light: Callable[[int], SummaryRows] | None = None,
     progress: Progress | None = None,
     part: slice = slice(None),
 ) -> Survey:
@@ -187,9 +188,9 @@ def survey(
             looked at, so that what is wrong with one is said before the first step.
     """
     result = Survey()
-    numbers: Iterable[int] = Pass(dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"], part)
+    numbers: Iterable[int] = Pass(dataset, [*SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"], part)
     for row_group in progress(numbers) if progress else numbers:
-        table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
+        table, rows = light(row_group) if light else (summary_table(dataset, row_group), None)
         if table.num_rows:
             result.add(table, row_group, rows)
     return result

@@ -13,14 +13,13 @@ from torch import nn
 
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
+from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss, GroupStatistics
-from gvpo_offline.schema import Group
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare
-from gvpo_offline.stream.view import View
-from gvpo_offline.train.meters import reduced_sum
-from gvpo_offline.train.objective import Objective
+from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.objective import Objective, reduced_sum
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +70,7 @@ class Evaluation:
 
 
 def in_order(
-    view: View,
+    view: DatasetView,
     *,
     groups_per_step: int,
     cost: CostModel,
@@ -138,7 +137,7 @@ def evaluate_policy(
 def held_out_metrics(
     model: nn.Module,
     engine: Engine,
-    held_out: View,
+    held_out: DatasetView,
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -155,7 +154,7 @@ def held_out_metrics(
 def held_out_statistics(
     model: nn.Module,
     engine: Engine,
-    held_out: View,
+    held_out: DatasetView,
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> GroupStatistics:

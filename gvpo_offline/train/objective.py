@@ -1,19 +1,22 @@
-"""What a run minimises, on groups as they come off the shards."""
+"""The loss of a micro-batch of groups, and the sums that are logged between two lines."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gvpo_offline.compute.batch import Constants
 from gvpo_offline.errors import DataError
-from gvpo_offline.losses import GroupLoss, group_loss
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
+from gvpo_offline.losses import GroupLoss, GroupStatistics, group_loss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Objective:
         beta: reward per nat.
         loss_type: as `losses.LOSS_TYPES`.
         anchor: as `gvpo_loss`.
-        response_weights: "equal", or "inverse_length": f = 1 / counted tokens of a response, as
-            `gvpo_loss` weighs squares.
+        response_weights: "equal", or "inverse_length": `gvpo_loss` with f = 1 / (number of tokens
+            of the response that count).
     """
 
     beta: float
@@ -37,13 +40,13 @@ class Objective:
         """The loss of whole groups.
 
         Args:
-            logprobs_N: (N,) the policy's, nats, response after response.
-            groups: whose responses they are.
+            logprobs_N: (N,) the policy's log-prob of each response, nats, in the order of groups.
+            groups: the groups of these responses.
 
         Raises:
-            DataError: as `group_loss`; it names the group by its id.
+            DataError: as `group_loss`; names the group by its id.
         """
-        own = Constants.of(groups)
+        own = LossInputs.of(groups)
         more: dict[str, Any] = {}
         if self.loss_type == "topr":
             held = [g.sampler_seq_logprobs for g in groups if g.sampler_seq_logprobs is not None]
@@ -72,10 +75,128 @@ class Objective:
 
 
 def _counted_tokens(groups: Sequence[Group]) -> Tensor:
-    """Tokens of each response that count, (N,) float64."""
+    """Number of tokens of each response that the loss mask counts, (N,) float64."""
     counts = [
         len(ids) if group.loss_mask is None else int(group.loss_mask[i].sum())
         for group in groups
         for i, ids in enumerate(group.response_token_ids)
     ]
     return torch.tensor(counts, dtype=torch.float64)
+
+
+class StepMeter:
+    """Sums since the last `drain`: group statistics, tokens, and time spent waiting for data."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Reset all sums."""
+        self._statistics = GroupStatistics.zeros(self._device)
+        self._entropy = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._tokens = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, statistics: GroupStatistics) -> None:
+        """Add the statistics of one micro-batch."""
+        self._statistics = self._statistics + statistics
+
+    def add_entropy(self, entropy_M: Tensor) -> None:
+        """Add the entropies of (M,) scored tokens, nats."""
+        own = entropy_M.to(self._entropy)
+        self._entropy += torch.stack([own.sum(), torch.ones_like(own).sum()])
+
+    def add_tokens(self, tokens: int) -> None:
+        """Add a number of tokens, each prompt counted once."""
+        self._tokens += tokens
+
+    def add_wait(self, seconds: float) -> None:
+        """Add seconds in which the device waited for data."""
+        self._waited += seconds
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics over all ranks since the last call; every rank must call this.
+
+        Those of `GroupStatistics.metrics` except the loss, which transformers logs, plus
+        `tokens_per_second` (over all ranks, each prompt counted once per group), `data_wait_share`
+        (share of wall time, mean over ranks), and `entropy` (nats, mean over scored tokens) if
+        entropies were added.
+        """
+        wall = max(time.perf_counter() - self._since, 1e-9)
+        own = self._statistics.to_tensor()
+        extra = torch.tensor([self._tokens, self._waited], dtype=own.dtype, device=own.device)
+        total = reduced_sum(accelerator, torch.cat([own, extra, self._entropy]))
+        tokens, waited, entropy, scored = total[-4:].tolist()
+        metrics = GroupStatistics.from_tensor(total[:-4]).metrics()
+        del metrics["loss"]
+        metrics["tokens_per_second"] = tokens / wall
+        metrics["data_wait_share"] = waited / wall / accelerator.num_processes
+        if scored:
+            metrics["entropy"] = entropy / scored
+        self.clear()
+        return metrics
+
+
+class ReferenceMeter:
+    """The largest and the mean |log-ratio| over the responses of the first step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._largest = torch.zeros((), dtype=torch.float64, device=device)
+        self._total = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, log_ratios: Tensor) -> None:
+        """Add (R,) log-ratios, nats."""
+        sizes = log_ratios.detach().abs().to(self._total)
+        self._largest = torch.maximum(self._largest, sizes.max())
+        self._total += torch.stack([sizes.sum(), torch.ones_like(sizes).sum()])
+
+    def result(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Largest and mean |log-ratio| over all ranks, nats; every rank must call this."""
+        largest = accelerator.gather(self._largest.reshape(1)).max()
+        total = reduced_sum(accelerator, self._total)
+        return float(largest), float(total[0] / total[1])
+
+
+def reduced_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks."""
+    summed: Tensor = accelerator.reduce(values, reduction="sum")
+    return summed
+
+
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """The constant inputs of a loss for groups with R responses in all, on the CPU.
+
+    Attributes:
+        group_index: (R,) int64, the index of each response's group.
+        rewards: (R,) float64; shape (0,) if the groups have none.
+        ref_seq_logprobs: (R,) float64, nats; shape (0,) if the groups have none.
+    """
+
+    group_index: Tensor
+    rewards: Tensor
+    ref_seq_logprobs: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> LossInputs:
+        """The inputs of at least one group.
+
+        Raises:
+            DataError: some groups have rewards or reference log-probs and others do not.
+        """
+        sizes = [group.group_size for group in groups]
+        index = torch.from_numpy(np.repeat(np.arange(len(groups)), sizes))
+        return cls(index, _scalars(groups, "rewards"), _scalars(groups, "ref_seq_logprobs"))
+
+
+def _scalars(groups: Sequence[Group], name: str) -> Tensor:
+    values = [getattr(group, name) for group in groups]
+    present = [value for value in values if value is not None]
+    if not present:
+        return torch.zeros(0, dtype=torch.float64)
+    if len(present) != len(values):
+        missing = next(g for g, value in zip(groups, values, strict=True) if value is None)
+        raise DataError(f"every group has {name}", received="none", group=missing.group_id)
+    return torch.from_numpy(np.concatenate(present).astype(np.float64))

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 MAX_TOKENS = 1 << 20  # a step's best responses are computed at once
 
@@ -60,7 +60,7 @@ def train_sft(
     warmup_steps: int = 10,
 ) -> None:
     """Train `model` in place on the mean token loss of the best responses."""
-    view = View(dataset, select(dataset, eval_fraction=eval_fraction))
+    view = DatasetView(dataset, select(dataset, eval_fraction=eval_fraction))
     order = MixedOrder([view.order(seed=seed, window=4)])
     model.train()
     engine = prepare_engine(model, max_tokens=MAX_TOKENS)

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import (
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.light import summary_columns
+from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
     REWARDS_COLUMNS,
     arrow_schema,
 )
-from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import light_columns
-from gvpo_offline.store.passes import Pass
 
 if TYPE_CHECKING:
     import polars as pl
@@ -87,7 +87,7 @@ class LightColumns:
 
     def frame(self, row_group: int) -> pl.DataFrame:
         """The columns of one row group: (n, names)."""
-        table = light_columns(self._dataset, row_group, self._stored)
+        table = summary_columns(self._dataset, row_group, self._stored)
         keys = _metadata(self._dataset, row_group, table) if self.kinds else []
         return self._framed(table, keys)
 
@@ -134,7 +134,7 @@ def metadata_kinds(dataset: GroupDataset, row_groups: Iterable[int] | None = Non
     """
     found: defaultdict[str, set[str]] = defaultdict(set)
     for row_group in range(dataset.n_row_groups) if row_groups is None else row_groups:
-        table = light_columns(dataset, row_group, [METADATA])
+        table = summary_columns(dataset, row_group, [METADATA])
         for row in _metadata(dataset, row_group, table):
             for key, value in row.items():
                 found[key].add(_kind(value))

@@ -14,16 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.schema import (
-    GROUPS_COLUMNS,
-    REFERENCE_COLUMNS,
-    REWARDS_COLUMNS,
-    Group,
-    column_array,
-)
-from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
-from gvpo_offline.stream.config import ResponseSettings
+from gvpo_offline.group import Group
+from gvpo_offline.store.arrow import column_array
+from gvpo_offline.store.pick import RESPONSE_AXIS, ResponseIndex, picked
+from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS
 from gvpo_offline.stream.selecting.predicate import nearest
+from gvpo_offline.stream.settings import ResponseSettings
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -56,7 +52,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | s
             )
 
 
-def choose(table: pa.Table, settings: ResponseSettings) -> Pick:
+def choose(table: pa.Table, settings: ResponseSettings) -> ResponseIndex:
     """The responses of each row that take part, in the order in which they are stored.
 
     First those of the samplers that are asked for; of these at most `max_responses`: the first
@@ -84,10 +80,10 @@ def choose(table: pa.Table, settings: ResponseSettings) -> Pick:
     elif settings.max_responses is not None:
         kept = kept[_ranks(rows[kept]) < settings.max_responses]
     first, counts = np.unique(rows[kept], return_counts=True)
-    return Pick(first, counts.astype(np.int64), rows[kept], items[kept])
+    return ResponseIndex(first, counts.astype(np.int64), rows[kept], items[kept])
 
 
-def with_pick(table: pa.Table, pick: Pick) -> pa.Table:
+def with_pick(table: pa.Table, pick: ResponseIndex) -> pa.Table:
     """The groups of a pick, with every column of a table: (G,) rows."""
     columns = [_COLUMNS[name] for name in table.column_names]
     return picked(table, columns, pick)

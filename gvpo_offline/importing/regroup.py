@@ -1,0 +1,177 @@
+"""Brings the fragments of each group together without holding the log in memory.
+
+Fragments are partitioned on disk by a hash of their group's id, so that a bucket fits in memory and
+holds whole groups only. Buckets in ascending order, sorted by hash inside, give the whole dataset
+in order of hash(group_id), independent of the order and the files in which fragments arrived. A
+shard is a range of buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gvpo_offline.hashing import text_key
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.store.arrow import from_array_lists, from_arrays, to_rows
+from gvpo_offline.store.spill import TableSpill
+
+_BUFFER_BYTES = 32 << 20
+_ROW_OVERHEAD = 1500  # bytes of Python objects per buffered fragment, about
+_TOKENS, _FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.uint64()),
+        ("prompt_key", pa.string()),
+        ("file", pa.int32()),
+        ("row", pa.int64()),
+        ("group_id", pa.string()),
+        ("prompt", pa.string()),
+        ("messages", pa.string()),
+        ("prompt_token_ids", _TOKENS),
+        ("responses", pa.list_(pa.string())),
+        ("response_token_ids", pa.list_(_TOKENS)),
+        ("loss_mask", pa.list_(_FLAGS)),
+        ("rewards", pa.list_(pa.float64())),
+        ("components", pa.map_(pa.string(), pa.list_(pa.float64()))),
+        ("samplers", pa.list_(pa.string())),
+        ("truncated", pa.list_(pa.bool_())),
+        ("response_ids", pa.list_(pa.string())),
+        ("sampler_logprobs", pa.list_(pa.float64())),
+        ("metadata", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+_BUILDERS: dict[str, Callable[[Sequence[Any]], pa.Array]] = {
+    "prompt_token_ids": lambda rows: from_arrays(rows, pa.int32()),
+    "response_token_ids": lambda rows: from_array_lists(rows, pa.int32()),
+    "loss_mask": lambda rows: from_array_lists(rows, pa.bool_()),
+    "components": lambda rows: pa.array(
+        [None if row is None else list(row.items()) for row in rows],
+        _SCHEMA.field("components").type,
+    ),
+}
+_PLAIN = [n for n in _SCHEMA.names if n not in _BUILDERS and n not in ("key", "prompt_key")]
+
+Spilled = tuple[Fragment, str]
+"""A fragment and the key of its prompt."""
+
+
+def _weight(fragment: Fragment) -> int:
+    texts = len(fragment.prompt or "") + len(fragment.messages or "") + len(fragment.metadata or "")
+    texts += sum(len(text) for text in fragment.responses if text)
+    tokens = 0 if fragment.prompt_token_ids is None else len(fragment.prompt_token_ids)
+    tokens += sum(len(ids) for ids in fragment.response_token_ids or () if ids is not None)
+    return _ROW_OVERHEAD * (1 + fragment.size // 4) + 2 * texts + 5 * tokens
+
+
+class FragmentSpill:
+    """Fragments on disk, by bucket of their group's hash.
+
+    Args:
+        folder: the folder of the bucket files; `open` creates it and `close` removes it.
+        n_buckets: a power of two.
+        skip: buckets whose fragments are discarded.
+
+    Attributes:
+        n_rows: fragments kept.
+    """
+
+    def __init__(self, folder: Path, n_buckets: int, skip: Collection[int] = ()) -> None:
+        self._spill = TableSpill(folder, _SCHEMA, n_buckets)
+        self._shift = 64 - (n_buckets.bit_length() - 1)
+        self._skip = set(skip)
+        self._buffer: list[tuple[int, str, Fragment]] = []
+        self._buffered = 0
+        self.n_rows = 0
+        self.open, self.close, self.remove = self._spill.open, self._spill.close, self._spill.remove
+
+    def add(self, fragment: Fragment, prompt_key: str) -> None:
+        """Buffer a fragment, whose group_id is set; write the buffer to disk when it is large.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        assert fragment.group_id is not None
+        key = text_key(fragment.group_id)
+        if key >> self._shift in self._skip:
+            return
+        self._buffer.append((key, prompt_key, fragment))
+        self.n_rows += 1
+        self._buffered += _weight(fragment)
+        if self._buffered > _BUFFER_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Append the buffered fragments to the files of their buckets.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        if self._buffer:
+            self._spill.add(pa.Table.from_batches([_to_batch(self._buffer)]))
+            self._spill.flush()
+        self._buffer, self._buffered = [], 0
+
+    def groups(self, bucket: int, responses_at_once: int) -> Iterator[list[list[Spilled]]]:
+        """The groups of a bucket in order of hash(group_id), some at a time.
+
+        Args:
+            bucket: its number.
+            responses_at_once: about how many responses one list holds.
+
+        Yields:
+            Lists of groups; a group is its fragments in order of input and row.
+        """
+        table = self._spill.read(bucket, _SCHEMA.names)
+        if table is None:
+            return
+        keys = [(name, "ascending") for name in ("key", "group_id", "file", "row")]
+        indices = pc.sort_indices(table, sort_keys=keys)
+        ids = table.column("group_id").take(indices).to_pylist()
+        starts = [i for i, group_id in enumerate(ids) if i == 0 or group_id != ids[i - 1]]
+        ends = [*starts[1:], len(ids)]
+        responses = pc.sum(pc.list_value_length(table.column("samplers"))).as_py()
+        per_row = max(1, responses // table.num_rows)
+        piece: list[tuple[int, int]] = []
+        for start, end in zip(starts, ends, strict=True):
+            piece.append((start, end))
+            if (end - piece[0][0]) * per_row >= responses_at_once:
+                yield _read_piece(table, indices, piece)
+                piece = []
+        if piece:
+            yield _read_piece(table, indices, piece)
+
+
+def _to_batch(rows: Sequence[tuple[int, str, Fragment]]) -> pa.RecordBatch:
+    fragments = [fragment for _, _, fragment in rows]
+    values: dict[str, pa.Array] = {
+        "key": pa.array([key for key, _, _ in rows], pa.uint64()),
+        "prompt_key": pa.array([prompt for _, prompt, _ in rows], pa.string()),
+    }
+    for name in _PLAIN:
+        values[name] = pa.array([getattr(f, name) for f in fragments], _SCHEMA.field(name).type)
+    for name, build in _BUILDERS.items():
+        values[name] = build([getattr(f, name) for f in fragments])
+    return pa.RecordBatch.from_arrays([values[name] for name in _SCHEMA.names], schema=_SCHEMA)
+
+
+def _read_piece(
+    table: pa.Table, indices: pa.Array, piece: Sequence[tuple[int, int]]
+) -> list[list[Spilled]]:
+    first, last = piece[0][0], piece[-1][1]
+    rows = table.take(indices[first:last]).combine_chunks()
+    columns = {name: to_rows(rows.column(name).chunk(0)) for name in _SCHEMA.names}
+    keys = columns.pop("prompt_key")
+    del columns["key"]
+    columns["components"] = [None if row is None else dict(row) for row in columns["components"]]
+    names = list(columns)
+    spilled = [
+        (Fragment(**dict(zip(names, values, strict=True))), key)
+        for values, key in zip(zip(*columns.values(), strict=True), keys, strict=True)
+    ]
+    return [spilled[start - first : end - first] for start, end in piece]
