@@ -278,6 +278,7 @@ def _prepare_parsers() -> None:
     That takes a quarter of a second, as long as a short training, and is the same for every child.
     """
     from gvpo_offline import cli
+    from gvpo_offline.commands.table import COMMANDS
     from gvpo_offline.errors import ConfigError
 
     build, built = cli._parser, {}
@@ -291,7 +292,7 @@ def _prepare_parsers() -> None:
     cli._parser = prepared
     for name in ("train", "tune"):
         with contextlib.suppress(ConfigError):
-            cli._parse(name, cli.COMMANDS[name], [])
+            cli._parse(name, COMMANDS[name], [])
 
 
 def _serve() -> None:
