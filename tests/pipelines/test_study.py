@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fork_server import ForkServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fork_server import ForkServer
 
 STUDY = Path(__file__).parents[2] / "research" / "study"
 OWN = ("draw", "jobs", "learn", "models", "report", "search", "tasks", "world")
