@@ -4,7 +4,7 @@
 
 Prints one JSON object: CPU seconds per million groups of the survey, of holding out a share by id
 and of dropping equal rewards; gigabytes a CPU second of verifying files; bytes a group on disk, of
-the light columns that survey and selection read, and in the manifest.
+the summary columns that survey and selection read, and in the manifest.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def light_bytes(path: Path) -> int:
-    """Compressed bytes of the light columns of a groups file."""
+def summary_bytes(path: Path) -> int:
+    """Compressed bytes of the summary columns of a groups file."""
     metadata = pq.ParquetFile(path).metadata
     chunks = [
         metadata.row_group(i).column(j)
         for i in range(metadata.num_row_groups)
         for j in range(metadata.num_columns)
     ]
-    light = [c for c in chunks if c.path_in_schema.split(".")[0] in SUMMARY_COLUMNS]
-    return int(sum(chunk.total_compressed_size for chunk in light))
+    summary = [c for c in chunks if c.path_in_schema.split(".")[0] in SUMMARY_COLUMNS]
+    return int(sum(chunk.total_compressed_size for chunk in summary))
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
         * million,
         "verify_gb_per_cpu_s": stored / cpu_seconds(dataset.verify) / 1e9,
         "bytes_per_group": stored / n,
-        "light_bytes_per_group": sum(light_bytes(root / file.path) for file in files) / n,
+        "summary_bytes_per_group": sum(summary_bytes(root / file.path) for file in files) / n,
         "manifest_bytes_per_file": manifest_path(root, 1).stat().st_size / len(dataset.files()),
         "tokens_per_group": sum(file.n_tokens for file in files) / n,
     }

@@ -1,4 +1,4 @@
-"""What the groups of a dataset are like, counted from the light columns in one pass and in memory
+"""What the groups of a dataset are like, counted from the summary columns in one pass and in memory
 that does not grow with the dataset.
 """
 

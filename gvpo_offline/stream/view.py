@@ -10,7 +10,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import SummaryRows, Survey, summary_table, survey
 from gvpo_offline.stream.order import GroupOrder, Selection
-from gvpo_offline.stream.selecting.responses import choose, with_pick, with_responses
+from gvpo_offline.stream.selecting.responses import choose, take_all_columns, with_responses
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class DatasetView:
         return with_responses(groups, self.selection.responses)
 
     def summary_table(self, row_group: int) -> SummaryRows:
-        """The light columns of what takes part in a row group, and its rows (None: all)."""
+        """The summary columns of what takes part in a row group, and its rows (None: all)."""
         table = summary_table(self.dataset, row_group)
         if self.selection is None:
             return table, None
         rows = self.selection.rows(row_group)
         table = table.take(pa.array(rows))
         if self.selection.responses is not None:
-            table = with_pick(table, choose(table, self.selection.responses))
+            table = take_all_columns(table, choose(table, self.selection.responses))
         return table, rows
 
     def survey(self, part: slice = slice(None)) -> Survey:

@@ -111,7 +111,7 @@ def _check_sampler_logprobs(view: DatasetView) -> None:
                 received="none",
                 remedy="import a log that has them (columns.sampler_logprob), leave such groups "
                 "out, or choose another loss_type",
-                **view.dataset.place(row_group).of(table, missing),
+                **view.dataset.location(row_group).of_row(table, missing),
             )
 
 

@@ -108,12 +108,12 @@ def test_counts_are_those_of_counting_by_hand(groups: list[Group], data: st.Data
         found = survey(dataset)
         assert place_of_longest(found) == found.longest_row[2]
 
-        def light(number: int) -> SummaryRows:
+        def summary(number: int) -> SummaryRows:
             rows = np.flatnonzero(chosen[starts[number] : starts[number + 1]])
             return summary_table(dataset, number).take(pa.array(rows)), rows
 
         subset = [group for group, take in zip(groups, chosen, strict=True) if take]
-        found = survey(dataset, light)
+        found = survey(dataset, summary)
         assert_counts(found, subset)
         assert not subset or place_of_longest(found) == found.longest_row[2]
 

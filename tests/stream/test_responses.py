@@ -30,12 +30,12 @@ def chosen_items(rows: list[dict[str, Any]], responses: ResponseSettings) -> lis
     """What `choose` takes of each row."""
     kinds = {"samplers": pa.list_(pa.string()), "rewards": pa.list_(pa.float64())}
     table = pa.table({n: pa.array([r[n] for r in rows], kind) for n, kind in kinds.items()})
-    pick = choose(table, responses)
+    index = choose(table, responses)
     items: list[list[int]] = [[] for _ in rows]
-    for row, item in zip(pick.rows.tolist(), pick.items.tolist(), strict=True):
+    for row, item in zip(index.rows.tolist(), index.items.tolist(), strict=True):
         items[row].append(item)
-    assert pick.first.tolist() == [row for row, kept in enumerate(items) if kept]
-    assert pick.sizes.tolist() == [len(kept) for kept in items if kept]
+    assert index.first.tolist() == [row for row, kept in enumerate(items) if kept]
+    assert index.sizes.tolist() == [len(kept) for kept in items if kept]
     return items
 
 
@@ -153,7 +153,7 @@ CHOICES = (
 def test_a_view_shows_the_chosen_responses_alone(
     dataset: GroupDataset, responses: ResponseSettings
 ) -> None:
-    """Every field that training reads, the light columns and the counts agree with picking by
+    """Every field that training reads, the summary columns and the counts agree with picking by
     hand.
     """
     view = DatasetView(dataset, resolved(dataset, responses))
@@ -178,8 +178,8 @@ def test_a_view_shows_the_chosen_responses_alone(
         if whole.loss_mask is not None:
             masks = [whole.loss_mask[i].tolist() for i in items]
             assert [mask.tolist() for mask in group.loss_mask] == masks
-    light = [view.summary_table(i)[0] for i in range(dataset.n_row_groups)]
-    table = pa.concat_tables(light)
+    summary = [view.summary_table(i)[0] for i in range(dataset.n_row_groups)]
+    table = pa.concat_tables(summary)
     assert table.column("response_lengths").to_pylist() == [g.response_lengths for g in found]
     assert table.column("samplers").to_pylist() == [list(g.samplers) for g in found]
     assert table.column("rewards").to_pylist() == [g.rewards.tolist() for g in found]
@@ -200,7 +200,14 @@ def test_every_field_of_a_group_goes_along() -> None:
     assert taken.sampler_seq_logprobs.tolist() == [-1.0, -3.0]
     assert taken.responses == ("response 0.1", "response 0.3")
     assert taken.response_ids == ("0.1", "0.3")
-    assert len(taken.loss_mask) == taken.group_size == 2
+    assert taken.group_size == 2
+    assert group.loss_mask is not None
+    assert [mask.tolist() for mask in taken.loss_mask] == [
+        group.loss_mask[1].tolist(),
+        group.loss_mask[3].tolist(),
+    ]
+    # Masks of other responses differ, so that a mask of the wrong response is noticed.
+    assert len({tuple(mask.tolist()) for mask in group.loss_mask}) == 4
     unchanged = {"group_id", "prompt_token_ids", "source", "prompt", "messages", "metadata"}
     assert set(differences(group, taken)) == set(Group.__slots__) - unchanged - {
         "truncated" if taken.truncated == group.truncated else ""

@@ -236,7 +236,7 @@ def test_only_the_columns_that_it_names_are_read(dataset: GroupDataset) -> None:
     )
 
 
-def test_a_flipped_bit_in_a_light_column_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_summary_column_is_found(tmp_path: Path) -> None:
     """Polars is given what was verified; a column that is not named is not looked at."""
     dataset = build_dataset(tmp_path, 8, groups_per_shard=8, rows_per_row_group=8)
     path = tmp_path / dataset.manifest.groups[0].path
@@ -312,7 +312,7 @@ def test_null_is_not_selected_and_is_counted(tmp_path: Path) -> None:
     assert sent.fingerprint == selection.fingerprint
 
 
-def test_a_foreign_file_without_light_columns(tmp_path: Path) -> None:
+def test_a_foreign_file_without_summary_columns(tmp_path: Path) -> None:
     """Lengths are counted; what nobody wrote is unknown."""
     groups = make_groups(6)
     columns = ["group_id", "prompt_token_ids", "response_token_ids", "rewards", "ref_seq_logprobs"]
@@ -550,7 +550,7 @@ def test_the_command_line(
 
     status, trained = run("train", output_dir=tmp_path / "run", max_steps=1, save_strategy="no")
     assert status == 0, trained
-    status, evaluated = run("evaluate", output_file=tmp_path / "fit.json")
+    status, evaluated = run("evaluate", output_file=tmp_path / "fit.json", beta=0.1)
     assert status == 0, evaluated
     counted = re.compile(rf"where {re.escape(WHERE)}: (\d+) of 40 groups")
     one, two = counted.search(trained), counted.search(evaluated)
@@ -568,7 +568,9 @@ def test_the_command_line(
     assert expected is not None
     assert fit["n_groups"] == expected.n_groups > 0
     assert sum(row["responses"] for row in fit["samplers"].values()) == 2 * fit["n_groups"]
-    status, output = run("evaluate", where="metadata.levle > 1", model_name_or_path="nowhere")
+    status, output = run(
+        "evaluate", where="metadata.levle > 1", model_name_or_path="nowhere", beta=0.1
+    )
     assert status == 1
     assert re.search(r"error: .*received levle.*the metadata has metadata\.level", output, re.I)
 

@@ -1,4 +1,4 @@
-"""What a predicate may name: the light columns of a dataset, as polars frames.
+"""What a predicate may name: the summary columns of a dataset, as polars frames.
 
 Beside what is stored these are statistics of each group's rewards, and the keys of the user's
 metadata as `metadata.<key>`, each of one type in the whole dataset. The types are made out from all
@@ -17,7 +17,7 @@ import pyarrow as pa
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import summary_columns
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
@@ -81,9 +81,9 @@ class LightColumns:
         return self._framed(arrow_schema(wanted).empty_table(), []).schema
 
     @property
-    def numbers(self) -> Pass:
+    def numbers(self) -> PrefetchedRowGroups:
         """The dataset's row groups, in order."""
-        return Pass(self._dataset, [*self._stored, "response_lengths"])
+        return PrefetchedRowGroups(self._dataset, [*self._stored, "response_lengths"])
 
     def frame(self, row_group: int) -> pl.DataFrame:
         """The columns of one row group: (n, names)."""
@@ -156,7 +156,7 @@ def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[di
                 "a group's metadata is a JSON object, or null",
                 received=text,
                 remedy="write the column again, or leave metadata out of `where`",
-                **dataset.place(row_group).of(table, number),
+                **dataset.location(row_group).of_row(table, number),
             )
         rows.append(row)
     return rows
