@@ -145,7 +145,7 @@ def test_shards_share_the_work_and_the_last_one_publishes(
 
 
 def start(root: Path, trouble: str, workers: int) -> subprocess.Popen[bytes]:
-    script = Path(__file__).parents[2] / "support" / "engine_stage.py"
+    script = Path(__file__).parents[1] / "support" / "engine_stage.py"
     argv = [sys.executable, str(script), str(root), trouble, str(workers)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
