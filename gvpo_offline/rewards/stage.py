@@ -72,7 +72,7 @@ class RewardResult:
         return [head, *(f"  {what}: {n:,}" for what, n in sorted(self.counts.items()) if n)]
 
 
-def run_reward(config: RewardConfig, engine: WorkerSettings) -> RewardResult | None:
+def run_reward(config: RewardConfig, worker_settings: WorkerSettings) -> RewardResult | None:
     """Score a dataset, and publish the reward as a sidecar.
 
     Returns:
@@ -103,8 +103,8 @@ def run_reward(config: RewardConfig, engine: WorkerSettings) -> RewardResult | N
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
     try:
-        prepared = [scorer.prepare(stage.reader, engine) for scorer in scorers.values()]
-        records = run_stage(stage, engine) if all(prepared) else None
+        prepared = [scorer.prepare(stage.reader, worker_settings) for scorer in scorers.values()]
+        records = run_stage(stage, worker_settings) if all(prepared) else None
     finally:
         for scorer in scorers.values():
             scorer.stop()

@@ -24,7 +24,7 @@ from gvpo_offline.errors import ConfigError, DataError, WorkerError
 from gvpo_offline.sampling.run import SampleResult, run_sample
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.workers.on_ray import connect
-from gvpo_offline.workers.process import Worker, WorkerDeathError
+from gvpo_offline.workers.process import WorkerDeathError, WorkerProcess
 from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
 
@@ -216,12 +216,12 @@ def _sleep() -> Any:
 
 
 def test_a_worker_answers_and_can_be_killed() -> None:
-    worker = Worker(_double)
+    worker = WorkerProcess(_double)
     assert worker.receive() == "ready"
     worker.send(21)
     assert worker.receive() == 42
     worker.kill()
-    hanging = Worker(_sleep)
+    hanging = WorkerProcess(_sleep)
     hanging.receive()
     hanging.send(60)
     with pytest.raises(TimeoutError):
@@ -247,7 +247,7 @@ def test_each_local_worker_has_gpus_to_itself(
         ({"workers": 0}, "workers is at least 1"),
         ({"shard": "2/2"}, "i from 0 to n - 1; received 2/2"),
         ({"shard": "half"}, "shard is i/n"),
-        ({"gpus_per_worker": 0.5}, "a local worker has whole GPUs"),
+        ({"gpus_per_worker": 0.5}, "each worker has a whole number of GPUs"),
         ({"ray_address": "auto"}, "ray_address goes with engine: ray"),
     ],
 )
