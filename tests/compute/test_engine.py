@@ -90,10 +90,11 @@ def assert_near(found: Measured, truth: Measured, gradient_error: float = GRADIE
 def assert_exact(model: nn.Module, groups: tuple[Group, ...] = (LARGE, MASKED)) -> Engine:
     """Together in one pass, then each in pieces, with the prompt once and with each piece."""
     # Before the model is touched.
-    truths = [measured_alone(model, chosen) for chosen in (groups, *((g,) for g in groups))]
+    together = measured_alone(model, groups)
+    apart = [measured_alone(model, [g]) for g in groups] if len(groups) > 1 else [together]
     engine = engine_of(model, LARGE_BUDGET)
-    assert_near(measured_by(engine, model, groups), truths[0])
-    for group, truth in zip(groups, truths[1:], strict=True):
+    assert_near(measured_by(engine, model, groups), together)
+    for group, truth in zip(groups, apart, strict=True):
         budget = shape_of(group).width + 1
         small = replace(engine, cost=replace(engine.cost, max_tokens=budget))
         assert_near(measured_by(small, model, [group]), truth)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import socket
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from support.fork_server import ForkServer
 from support.oracle import gradient_of, group_of, measured_alone, measured_by
 from support.tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import causal_lm
@@ -77,10 +78,11 @@ def accumulate(
     return total, calls[0]
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def run_rank() -> None:
+    """A process of the fixture `ranks`: its rank is in its environment, the folder in sys.argv."""
+    rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo")
     try:
         found = {
             (adapter, name): _in_shards(groups, rank, adapter)
@@ -116,13 +118,12 @@ Found = dict[tuple[bool, str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> list[Found]:
     """What each of two processes found, with an adapter and without."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(_rank, (port, str(folder)), nprocs=WORLD_SIZE)
+    program = f"{__name__}:{run_rank.__name__}"
+    for status, output in server.run_ranks([folder], WORLD_SIZE, program=program):
+        assert status == 0, output
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
 
 

@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "sharded adapter": {**SHARDED, **LORA},
 }
-CASES = [("sharded", n) for n in (1, 2, 3, 8)]
+CASES = [("sharded", n) for n in (1, 3, 6)]
 CASES += [("ddp", 3), ("full", 2), ("sharded adapter", 3)]
 
 
@@ -100,7 +100,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.mark.parametrize(("way", "n"), CASES)
 def test_a_checkpoint_of_four_ranks_resumes_on_any(way: str, n: int, elastic: Elastic) -> None:
-    """Same global batches, same loss curve, same weights; 8 ranks are more than a step's groups."""
+    """Same global batches, same loss curve, same weights; 6 ranks are more than a step's groups."""
     whole, resumed = elastic.whole(way), elastic.resumed(way, n)
     before, after = read_notes(whole), read_notes(resumed / "notes")
     assert sorted(before) == list(range(N_STEPS))
@@ -163,14 +163,14 @@ def test_deepspeed_resumes_on_the_ranks_that_took_it(tmp_path: Path) -> None:
 def test_killed_at_random_with_another_number_of_ranks_each_time(
     tmp_path: Path, data: Path, tiny_model_dir: Path, server: ForkServer
 ) -> None:
-    """10 kills of all ranks; `make bench-elastic` makes 20, or as many as it is told."""
+    """5 kills of all ranks; `make bench-elastic` makes 20, or as many as it is told."""
     seed = random.randrange(2**32)
-    found = run_storm(server, tmp_path, data, tiny_model_dir, kills=10, seed=seed)
+    found = run_storm(server, tmp_path, data, tiny_model_dir, kills=5, seed=seed)
     assert set(found.world_sizes) == {1, 2, 3, 4, 8}, f"seed {seed}"
     assert set(found.seen) == set(found.expected), f"seed {seed}"
     assert found.different == 0, f"seed {seed}"
     assert found.times_an_epoch == {1}, f"seed {seed}"
     assert len(found.expected) % STEPS_PER_EPOCH == 0
-    # The rounding of sums, over 30 steps of Adam with a learning rate of 1e-4.
+    # The rounding of sums, over 35 steps of Adam with a learning rate of 1e-4.
     assert found.weight_error < 1e-5, f"seed {seed}"
     assert found.loss_error < 1e-5, f"seed {seed}"
