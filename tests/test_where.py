@@ -23,7 +23,7 @@ from fork_server import ForkServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parquet_pages import pages
-from training import config_of, lines_of, scored_dataset, trainer_of
+from training import ADAM_EPSILON, config_of, lines_of, scored_dataset, trainer_of
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError, ResumeError
 from gvpo_offline.schema import Group
@@ -468,6 +468,7 @@ def test_training_with_a_predicate_is_training_on_those_groups(
     losses = []
     for number, data in enumerate((chosen, extract)):
         options: dict[str, Any] = {"groups_per_step": len(found), "num_train_epochs": 3}
+        options["adam_epsilon"] = ADAM_EPSILON
         trainer = trainer_of(tiny_model_dir, data, tmp_path / f"run{number}", **options)
         trainer.train()
         losses.append(lines_of(trainer))
