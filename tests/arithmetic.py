@@ -31,14 +31,42 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 
 # The files whose assertions depend on floating-point results of PyTorch.
-FILES = """
-    test_adapters test_cli test_continued test_convergence test_distributed test_elastic test_engine
-    test_flex test_head test_launch test_logprobs test_loss_types test_losses test_losses_metrics
-    test_losses_others test_memory_options test_probe test_quantised test_ranks test_reference
-    test_resume test_sample test_sample_decode test_scorers test_sharded test_study test_trainer
-    test_trainer_checks test_trainer_compute test_trainer_mix test_trainer_runs test_tree test_tune
-    test_where
-""".split()
+FILES = [
+    "test_adapters",
+    "test_cli",
+    "test_continued",
+    "test_convergence",
+    "test_distributed",
+    "test_elastic",
+    "test_engine",
+    "test_flex",
+    "test_head",
+    "test_launch",
+    "test_logprobs",
+    "test_loss_types",
+    "test_losses",
+    "test_losses_metrics",
+    "test_losses_others",
+    "test_memory_options",
+    "test_probe",
+    "test_quantised",
+    "test_ranks",
+    "test_reference",
+    "test_resume",
+    "test_sample",
+    "test_sample_decode",
+    "test_scorers",
+    "test_sharded",
+    "test_study",
+    "test_trainer",
+    "test_trainer_checks",
+    "test_trainer_compute",
+    "test_trainer_mix",
+    "test_trainer_runs",
+    "test_tree",
+    "test_tune",
+    "test_where",
+]
 
 
 def numeric_files() -> list[str]:
