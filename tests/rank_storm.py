@@ -21,7 +21,7 @@ N_GROUPS, GROUPS_PER_STEP = 25, 5
 STEPS_PER_EPOCH = N_GROUPS // GROUPS_PER_STEP
 MOST_STEPS = 5  # of an attempt, from the checkpoint that it begins with
 SAVE_STEPS = 2
-# The least denominator of Adam's updates bounds what rounding does; see `training.adam_rounding`.
+# The least denominator of Adam's updates bounds what rounding does; see `rounding.adam_rounding`.
 STORM_RATE, STORM_EPSILON = 1e-4, 1e-2
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
+from rounding import adam_rounding
 from safetensors.torch import load_file
-from training import adam_rounding, largest_difference, train_command, unequal_dataset
+from training import largest_difference, train_command, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 

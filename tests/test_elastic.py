@@ -18,8 +18,9 @@ from rank_storm import (
     run_storm,
     storm_dataset,
 )
+from rounding import ADAM_EPSILON, adam_rounding
 from safetensors.torch import load_file
-from training import ADAM_EPSILON, adam_rounding, largest_difference
+from training import largest_difference
 from watching import read_notes
 
 from gvpo_offline.errors import ResumeError

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 from rank_storm import N_GROUPS, storm_dataset
+from rounding import ADAM_EPSILON, adam_rounding
 from safetensors.torch import load_file
-from training import ADAM_EPSILON, adam_rounding, largest_difference
+from training import largest_difference
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "pipelines" / "distributed"

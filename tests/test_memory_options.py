@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
+from rounding import ROUNDING, relative_error
 from training import (
-    GRADIENT_ROUNDING,
     Recorder,
     config_of,
     largest_difference,
     lines_of,
     longest_row,
-    relative_error,
     score,
     scored_dataset,
     trainer_of,
@@ -94,7 +93,7 @@ def test_recomputed_activations_give_the_same_gradient(
     assert trainer.engine.prompt_once == (options != {"use_reentrant": True})
     # SGD's updates err by no more than the gradient, so the second step is bounded as the first.
     for own, whole in zip(recorder.gradients, truth.gradients, strict=True):
-        assert relative_error(own, whole) <= GRADIENT_ROUNDING
+        assert relative_error(own, whole) <= ROUNDING
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "adapter"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hybrid_models import CONTINUED, FORGETFUL, REFUSED, hybrid_model
 from oracle import group_of, measured_alone, measured_by
+from rounding import LOGPROB_ROUNDING, ROUNDING
 from tiny_models import ALIBI, FAMILIES, OTHER_ATTENTION, tiny_model
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ def test_attention_is_shared(family: str) -> None:
     attention = "dense" if family == "gemma2" else "pieces"
     assert choice.path == ComputePath("shared", attention, "fused")
     assert choice.prompt_once
-    assert choice.error < 1e-5
+    assert choice.error <= LOGPROB_ROUNDING
     assert [reason.split(":")[0] for reason in choice.refused] == (
         ["shared layout, pieces attention, fused head"] if family == "gemma2" else []
     )
@@ -100,8 +101,8 @@ def test_a_head_of_its_own_is_computed_through_the_models_logits() -> None:
     for budget in (1000, 9):
         engine = engine_for(model, choice, max_tokens=budget)
         nats, relative = measured_by(engine, model, [GROUP]).errors(truth)
-        assert nats < 1e-4
-        assert relative < 1e-5
+        assert nats <= LOGPROB_ROUNDING
+        assert relative <= ROUNDING
 
 
 def test_logits_that_a_forward_changes_at_the_end_are_noticed() -> None:
@@ -131,8 +132,8 @@ def test_a_layout_that_is_asked_for_is_taken_if_it_is_right(layout: LayoutName) 
     assert choice.path.layout == layout
     engine = engine_for(model, choice, max_tokens=1000)
     nats, relative = measured_by(engine, model, [GROUP]).errors(truth)
-    assert nats < 1e-4
-    assert relative < 1e-5
+    assert nats <= LOGPROB_ROUNDING
+    assert relative <= ROUNDING
 
 
 @pytest.mark.parametrize(

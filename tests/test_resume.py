@@ -17,14 +17,9 @@ import pytest
 import torch
 from builders import training_table
 from fork_server import ForkServer
+from rounding import adam_rounding
 from safetensors.torch import load_file
-from training import (
-    adam_rounding,
-    same_weights,
-    scored_dataset,
-    trainer_of,
-    weights_of,
-)
+from training import same_weights, scored_dataset, trainer_of, weights_of
 
 from gvpo_offline import GVPOTrainer
 from gvpo_offline.errors import ConfigError, ResumeError

@@ -8,16 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import (
-    GRADIENT_ROUNDING,
-    Recorder,
-    lines_of,
-    load,
-    longest_row,
-    relative_error,
-    scored_dataset,
-    trainer_of,
-)
+from rounding import ROUNDING, relative_error
+from training import Recorder, lines_of, load, longest_row, scored_dataset, trainer_of
 
 from gvpo_offline import GVPOConfig
 from gvpo_offline.schema import Group
@@ -59,9 +51,9 @@ def test_micro_batches_and_pieces_change_neither_loss_nor_gradient(
     assert all(set(step) == {1} and 1 < len(step) < 8 for step in several)
     assert whole == [[1]] * 2
     for _, gradients, losses in runs[:-1]:
-        assert losses == pytest.approx(runs[-1][2], abs=1e-6)
+        assert losses == pytest.approx(runs[-1][2], rel=ROUNDING)
         for mine, theirs in zip(gradients, runs[-1][1], strict=True):
-            assert relative_error(mine, theirs) <= GRADIENT_ROUNDING
+            assert relative_error(mine, theirs) <= ROUNDING
 
 
 def test_layouts_change_neither_loss_nor_gradient(
@@ -84,7 +76,7 @@ def test_layouts_change_neither_loss_nor_gradient(
     gradients, losses = runs["padded"]
     for mine, own_losses in runs.values():
         assert own_losses == pytest.approx(losses, rel=1e-5)
-        assert relative_error(mine, gradients) <= GRADIENT_ROUNDING
+        assert relative_error(mine, gradients) <= ROUNDING
 
 
 def test_logits_that_are_not_kept_change_neither_loss_nor_gradient(
@@ -98,7 +90,7 @@ def test_logits_that_are_not_kept_change_neither_loss_nor_gradient(
         assert trainer.engine.kept_bytes == megabytes * 2**20
         trainer.train()
         runs.append(recorder.gradients[0])
-    assert relative_error(*runs) <= GRADIENT_ROUNDING
+    assert relative_error(*runs) <= ROUNDING
 
 
 def mean_entropy(model: torch.nn.Module, groups: list[Group]) -> float:
@@ -154,4 +146,4 @@ def test_recomputing_activations_does_not_change_the_gradient(
         assert trainer.engine.path.layout == "shared"
         trainer.train()
         runs.append(recorder.gradients[0])
-    assert relative_error(*runs) <= GRADIENT_ROUNDING
+    assert relative_error(*runs) <= ROUNDING

@@ -23,7 +23,8 @@ from fork_server import ForkServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parquet_pages import pages
-from training import ADAM_EPSILON, config_of, lines_of, scored_dataset, trainer_of
+from rounding import ADAM_EPSILON
+from training import config_of, lines_of, scored_dataset, trainer_of
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError, ResumeError
 from gvpo_offline.schema import Group

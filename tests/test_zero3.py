@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rounding import adam_rounding
 from safetensors.torch import load_file
-from training import adam_rounding, largest_difference, train_command, unequal_dataset
+from training import largest_difference, train_command, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from builders import build_dataset, make_group
+from rounding import ADAM_EPSILON
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
@@ -19,25 +19,6 @@ from gvpo_offline.tokenizer import tokenizer_info
 
 VOCAB_SIZE = 300
 State = dict[str, torch.Tensor]
-
-# Relative rounding error of a float32 gradient of the tiny models, as a norm over all weights.
-# test_ranks measures that one unit in the last place of every weight moves it by 5 to 14 epsilon;
-# if all roundings of the longest sums, n = 400, had one sign, by sqrt(400) = 20 times as much.
-GRADIENT_ROUNDING = 20 * 16 * 2.0**-23
-# Adam's own 1e-8 makes updates of full size of gradients that are nothing but rounding.
-ADAM_EPSILON = 0.1
-
-
-def adam_rounding(
-    n_steps: int, learning_rate: float = 1e-3, epsilon: float = ADAM_EPSILON
-) -> float:
-    """The most that rounding moves a weight in some steps of Adam, for gradients clipped to norm 1.
-
-    An update is lr m / (sqrt(v) + epsilon). An error d of the gradient moves m and sqrt(v) by at
-    most d each, and |m| <= 2 sqrt(v) unless gradients differ in size by orders: 3 d lr / epsilon.
-    Errors of several steps are independent and add up as the square root of their number.
-    """
-    return 3 * math.sqrt(n_steps) * GRADIENT_ROUNDING * learning_rate / epsilon
 
 
 def unscored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options: Any) -> Path:
@@ -209,15 +190,6 @@ def largest_difference(one: State, other: State) -> float:
     """The largest difference of any weight."""
     assert one.keys() == other.keys()
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
-
-
-def relative_error(gradient: State, truth: State) -> float:
-    """|g - g'| / |g'|, norms over all tensors; to be compared with GRADIENT_ROUNDING."""
-    assert gradient.keys() == truth.keys()
-    errors = [(gradient[name].double() - truth[name].double()).norm() for name in truth]
-    whole = torch.stack([truth[name].double().norm() for name in truth]).norm()
-    assert whole > 0
-    return float(torch.stack(errors).norm() / whole)
 
 
 def lines_of(trainer: GVPOTrainer, key: str = "loss") -> list[float]:
