@@ -14,6 +14,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from support.fork_server import ForkServer
 from support.oracle import gradient_of, group_of, measured_alone, measured_by
+from support.rounding import ROUNDING
 from support.tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +30,6 @@ from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 WORLD_SIZE = 2
 # The prompt and the longest response: 6 + 9 - 1 tokens.
 MAX_TOKENS = 14
-GRADIENT_ERROR = 1e-5
 
 
 def _ids(first: int, n: int) -> list[int]:
@@ -145,7 +145,7 @@ def test_shards_have_the_gradients_of_one_whole_model(
         assert float(own["loss"]) == pytest.approx(float(loss), rel=1e-6)
         assert own["grads"].keys() == set(names)
         joined = torch.cat([own["grads"][name].flatten().double() for name in names])
-        assert (joined - whole).norm() / whole.norm() <= GRADIENT_ERROR
+        assert (joined - whole).norm() / whole.norm() <= ROUNDING
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "adapter"])
@@ -163,4 +163,4 @@ def test_one_process_is_one_response_at_a_time() -> None:
     engine = engine_for(model, choose_path(model), max_tokens=MAX_TOKENS)
     nats, relative = measured_by(engine, model, [LARGE]).errors(truth)
     assert nats <= 1e-4
-    assert relative <= GRADIENT_ERROR
+    assert relative <= ROUNDING

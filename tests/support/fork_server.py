@@ -87,8 +87,8 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
             env={
-                **os.environ,
                 "OMP_NUM_THREADS": "1",
+                **os.environ,
                 "HF_HUB_OFFLINE": "1",
                 "CUDA_VISIBLE_DEVICES": "",
             },
