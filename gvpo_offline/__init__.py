@@ -12,30 +12,30 @@ from typing import TYPE_CHECKING, Any
 from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
-    from gvpo_offline.collect.importing.config import ImportConfig
-    from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
-    from gvpo_offline.config import ReferenceConfig
+    from gvpo_offline.commands.settings import EvaluateConfig, ValidateConfig
+    from gvpo_offline.group import Group
+    from gvpo_offline.importing.settings import ImportConfig
     from gvpo_offline.losses import GroupLoss, group_loss, gvpo_loss
-    from gvpo_offline.schema import Group
+    from gvpo_offline.reference.settings import ReferenceConfig
     from gvpo_offline.store.dataset import GroupDataset, open_dataset
     from gvpo_offline.store.location import RemoteSettings
-    from gvpo_offline.stream.config import DatasetSettings, ResponseSettings
+    from gvpo_offline.stream.settings import DatasetSettings, ResponseSettings
     from gvpo_offline.train.config import GVPOConfig
     from gvpo_offline.train.trainer import GVPOTrainer
 
 _HOMES = {
-    "DatasetSettings": "stream.config",
-    "EvaluateConfig": "commands.config",
+    "DatasetSettings": "stream.settings",
+    "EvaluateConfig": "commands.settings",
     "GVPOConfig": "train.config",
     "GroupLoss": "losses",
     "GVPOTrainer": "train.trainer",
-    "Group": "schema",
+    "Group": "group",
     "GroupDataset": "store.dataset",
-    "ImportConfig": "collect.importing.config",
-    "ReferenceConfig": "config",
+    "ImportConfig": "importing.settings",
+    "ReferenceConfig": "reference.settings",
     "RemoteSettings": "store.location",
-    "ResponseSettings": "stream.config",
-    "ValidateConfig": "commands.config",
+    "ResponseSettings": "stream.settings",
+    "ValidateConfig": "commands.settings",
     "group_loss": "losses",
     "gvpo_loss": "losses",
     "open_dataset": "store.dataset",

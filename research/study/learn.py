@@ -1,0 +1,200 @@
+"""Training a policy on a log, and judging it: a plain loop on the trainer's engine and losses."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from models import answers
+from tasks import Words
+from transformers import PreTrainedModel
+from world import MAX_TOKENS, N_HELD_OUT, World, with_reference
+
+from gvpo_offline.compute.engine import Engine
+from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.group import FloatArray, Group
+from gvpo_offline.hashing import permutation
+from gvpo_offline.losses import GroupStatistics
+from gvpo_offline.train.objective import Objective
+from gvpo_offline.tune import score
+
+GROUPS_PER_STEP = 32
+ANSWERS = 8
+Rate = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy is worth on prompts that no log holds, and how well it fits logged groups.
+
+    Attributes:
+        reward: mean over answers.
+        pass_1, pass_k: share of answers, and of prompts with an answer of `ANSWERS`, that cannot be
+            better.
+        kl: to the reference, nats a response, estimated from the answers.
+        objective: reward - beta * kl, what GVPO's optimum maximises.
+        explained_variance, best_log_ratio, reweighted_reward, log_mass: of held-out groups, as
+            `GroupStatistics.metrics` names them.
+        score: what `gvpo-offline tune` makes of these metrics.
+        trained_explained_variance: of a hundred groups that were trained on.
+    """
+
+    reward: float
+    pass_1: float
+    pass_k: float
+    kl: float
+    objective: float
+    explained_variance: float
+    best_log_ratio: float
+    reweighted_reward: float
+    log_mass: float
+    score: float
+    trained_explained_variance: float
+
+
+def cosine(peak: float, steps: int) -> Rate:
+    """Ten steps of warm-up, then half a cosine down to zero."""
+    return lambda step: (
+        peak * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+
+
+def trained(
+    start: PreTrainedModel,
+    log: Sequence[Group],
+    objective: Objective,
+    *,
+    rate: Rate,
+    steps: int,
+    seed: int,
+    each_step: Callable[[int, GroupStatistics], bool] | None = None,
+) -> PreTrainedModel:
+    """A policy after so many steps of AdamW on the log, its held-out groups left out.
+
+    Args:
+        start: copied, not changed.
+        log: groups with rewards and reference log-probs.
+        objective: what is minimised.
+        rate: learning rate by step.
+        steps: optimizer steps of `GROUPS_PER_STEP` groups.
+        seed: of the order.
+        each_step: given the step and what was measured before its update; False ends the run.
+    """
+    model = copy.deepcopy(start).train()
+    engine = prepare_engine(model, max_tokens=MAX_TOKENS)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    n = len(log) - N_HELD_OUT
+    epochs = range(steps * GROUPS_PER_STEP // n + 1)
+    order = np.concatenate([permutation(n, seed, epoch) for epoch in epochs])
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate(step)
+        batch = [log[i] for i in order[step * GROUPS_PER_STEP : (step + 1) * GROUPS_PER_STEP]]
+        seen = [GroupStatistics.zeros()]
+
+        def loss(
+            logprobs: torch.Tensor,
+            batch: list[Group] = batch,
+            seen: list[GroupStatistics] = seen,
+        ) -> torch.Tensor:
+            found = objective(logprobs, batch)
+            seen[0] = found.statistics
+            return found.loss
+
+        optimizer.zero_grad(set_to_none=True)
+        engine.accumulate(model, batch, loss, torch.Tensor.backward)
+        if each_step and not each_step(step, seen[0]):
+            break
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def in_rounds(
+    world: World,
+    log: list[Group],
+    objective: Objective,
+    *,
+    peak: float,
+    steps: int,
+    seed: int,
+    rounds: int,
+) -> PreTrainedModel:
+    """The policy after rounds of equal length; the reference of each is the last one's policy."""
+    policy = world.policy
+    for number in range(rounds):
+        own = with_reference(policy, log) if number else log
+        policy = trained(
+            policy,
+            own,
+            objective,
+            rate=cosine(peak, steps // rounds),
+            steps=steps // rounds,
+            seed=seed + 100 * number,
+        )
+    return policy
+
+
+def judged(
+    world: World,
+    model: PreTrainedModel,
+    log: Sequence[Group],
+    prompts: Sequence[Words],
+    *,
+    beta: float,
+    seed: int,
+) -> Outcome:
+    """What a policy is worth on `prompts`, and its fit to the log."""
+    speech = world.speech
+    drawn = answers(model, speech, prompts, k=ANSWERS, seed=seed)
+    rewards = world.rewards(prompts, drawn)
+    asked = [
+        Group(
+            group_id=f"{number}",
+            prompt_token_ids=speech.ids(prompt),
+            response_token_ids=tuple(answer.ids for answer in own),
+            samplers=("policy",) * ANSWERS,
+            truncated=(False,) * ANSWERS,
+        )
+        for number, (prompt, own) in enumerate(zip(prompts, drawn, strict=True))
+    ]
+    engine = prepare_engine(model, max_tokens=MAX_TOKENS, gradients=False)
+    reference = prepare_engine(world.policy, max_tokens=MAX_TOKENS, gradients=False)
+    log_ratios = _logprobs(engine, model, asked) - _logprobs(reference, world.policy, asked)
+    kl = float(np.mean(log_ratios))
+    held_out = fit(model, log[len(log) - N_HELD_OUT :], beta)
+    perfect = rewards >= 1 - 1e-9
+    return Outcome(
+        reward=float(rewards.mean()),
+        pass_1=float(perfect.mean()),
+        pass_k=float(perfect.any(1).mean()),
+        kl=kl,
+        objective=float(rewards.mean()) - beta * kl,
+        explained_variance=held_out["explained_variance"],
+        best_log_ratio=held_out["best_log_ratio_mean"],
+        reweighted_reward=held_out["reweighted_reward_mean"],
+        log_mass=held_out["log_mass_mean"],
+        score=score(held_out),
+        trained_explained_variance=fit(model, log[:100], beta)["explained_variance"],
+    )
+
+
+@torch.no_grad()
+def fit(model: PreTrainedModel, groups: Sequence[Group], beta: float) -> dict[str, float]:
+    """Metrics of logged groups (`GroupStatistics.metrics`) under a policy, as GVPO sees them."""
+    engine = prepare_engine(model, max_tokens=MAX_TOKENS, gradients=False)
+    logprobs = torch.from_numpy(_logprobs(engine, model, groups))
+    return Objective(beta)(logprobs, groups).metrics
+
+
+@torch.no_grad()
+def _logprobs(engine: Engine, model: PreTrainedModel, groups: Sequence[Group]) -> FloatArray:
+    """(R,) nats."""
+    parts = [
+        engine.seq_logprobs(model, groups[start : start + 64]).double().numpy()
+        for start in range(0, len(groups), 64)
+    ]
+    return np.concatenate(parts)

@@ -1,0 +1,120 @@
+"""`gvpo-offline tune`'s search on a study's log: it never asks the verifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jobs import BETA, STEPS, Runner
+from learn import cosine, fit, trained
+from world import MIXED, N_HELD_OUT
+
+from gvpo_offline.group import Group
+from gvpo_offline.losses import GroupStatistics
+from gvpo_offline.train.objective import Objective
+from gvpo_offline.tune import (
+    Metrics,
+    RangePoint,
+    Trial,
+    beta_candidates,
+    beta_to_begin,
+    diverged,
+    largest_usable_rate,
+    misfit,
+    propose,
+    range_rate,
+    score,
+)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Proposes beta and rate for GVPO on a task's log of a seed, and writes them down.
+
+    Attributes:
+        runner: has the worlds.
+        folder: where `tune-TASK.json` goes.
+        seed: of log and order.
+    """
+
+    runner: Runner
+    folder: Path
+    seed: int = 1
+
+    def __call__(self, task: str) -> dict[str, Any]:
+        """Of `tune-TASK.json`, or searched: with beta settled, and with beta searched as well."""
+        path = self.folder / f"tune-{task}.json"
+        if path.exists():
+            return json.loads(path.read_text())  # type: ignore[no-any-return]
+        torch.set_num_threads(1)
+        world, log = self.runner.world(task), self.runner.log(task, MIXED, self.seed)
+        trial = self._trial(task, world.policy, log)
+        gap = reward_gap(log[: len(log) - N_HELD_OUT])
+        found: dict[str, Any] = {"task": task, "reward_gap": gap}
+        candidates = beta_candidates(gap)
+        for name, betas in (("rate", [BETA]), ("both", candidates)):
+            begin = beta_to_begin(betas, gap)
+            largest = largest_usable_rate(self._range(world.policy, log, begin))
+            done = propose(trial, betas=betas, begin=begin, largest_rate=largest, steps=STEPS)
+            found[name] = {
+                "beta": done.beta,
+                "rate": done.learning_rate,
+                "largest_rate": largest,
+                "trials": [_plain(own) for own in done.trials],
+            }
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        return found
+
+    def _trial(
+        self, task: str, policy: Any, log: list[Group]
+    ) -> Callable[[float, float, int], Metrics]:
+        known: dict[tuple[float, float], Metrics] = {}
+
+        def trial(beta: float, rate: float, steps: int) -> Metrics:
+            if (beta, rate) not in known:
+                schedule = cosine(rate, steps)
+                model = trained(
+                    policy, log, Objective(beta), rate=schedule, steps=steps, seed=self.seed
+                )
+                known[beta, rate] = fit(model, log[len(log) - N_HELD_OUT :], beta)
+            return known[beta, rate]
+
+        return trial
+
+    def _range(self, policy: Any, log: list[Group], beta: float) -> list[RangePoint]:
+        points: list[RangePoint] = []
+
+        def each_step(step: int, seen: GroupStatistics) -> bool:
+            points.append(RangePoint(range_rate(step, STEPS), misfit(seen.metrics())))
+            return not diverged(points)
+
+        trained(
+            policy,
+            log,
+            Objective(beta),
+            rate=lambda step: range_rate(step, STEPS),
+            steps=STEPS,
+            seed=self.seed,
+            each_step=each_step,
+        )
+        return points
+
+
+def _plain(trial: Trial) -> dict[str, float]:
+    return {
+        "beta": trial.beta,
+        "rate": trial.learning_rate,
+        "score": score(trial.metrics),
+        "explained_variance": trial.metrics["explained_variance"],
+    }
+
+
+def reward_gap(groups: Sequence[Group]) -> float:
+    """The median of best minus worst reward, over groups of unequal rewards."""
+    gaps = [float(np.ptp(group.rewards)) for group in groups if group.rewards is not None]
+    return float(np.median([gap for gap in gaps if gap > 0]))
