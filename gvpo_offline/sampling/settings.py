@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.identity import identity_settings
 from gvpo_offline.settings import required
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -45,6 +46,11 @@ class SamplingSettings:
     operational: ClassVar[frozenset[str]] = frozenset()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "responses seed temperature top_p top_k min_p repetition_penalty max_new_tokens stop"
+    )
+
     def __post_init__(self) -> None:
         for name in ("responses", "max_new_tokens", "repetition_penalty"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
@@ -67,7 +73,7 @@ class SamplingSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that the responses depend on."""
-        return {k: v for k, v in asdict(self).items() if k not in self.operational}
+        return {k: v for k, v in identity_settings(self).items() if k not in self.operational}
 
 
 @dataclass(kw_only=True)
@@ -84,6 +90,13 @@ class TransformersSettings(SamplingSettings, ModelSettings):
     """Stay on the CPU where there is a GPU."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"model_name_or_path", "chat_template"})
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "model_name_or_path model_revision tokenizer_name_or_path chat_template dtype "
+        "attn_implementation trust_remote_code load_in_4bit load_in_8bit batch_size "
+        "max_batch_tokens use_cpu"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +116,9 @@ class VllmSettings(SamplingSettings):
     """Further arguments of `vllm.LLM`: max_model_len, tensor_parallel_size …"""
 
     operational: ClassVar[frozenset[str]] = frozenset({"model_name_or_path"})
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = "model_name_or_path model_revision engine"
 
 
 @dataclass(kw_only=True)
@@ -131,6 +147,12 @@ class RequestSettings(SamplingSettings):
     context_length: int | None = None
     """Tokens of prompt and response that the server takes, to refuse longer prompts up front."""
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "model api return_token_ids logprobs send_seed n_per_request max_tokens_name extra_body "
+        "context_length"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("n_per_request", self.n_per_request, self.n_per_request > 0, "positive")
@@ -157,6 +179,11 @@ class OpenAISettings(RequestSettings):
         {"base_url", "api_key_env", "concurrency", "max_attempts", "request_timeout", "max_wait"}
     )
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "base_url api_key_env concurrency max_attempts request_timeout max_wait"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
@@ -181,6 +208,9 @@ class BatchSettings(RequestSettings):
     """Requests in one file."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"results", "requests_per_file"})
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = "results requests_per_file"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,9 +323,11 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
 
 
 def recorded(settings: SamplingSettings) -> dict[str, Any]:
-    """All settings with their kind, as the manifest has them."""
+    """The settings with their kind, as the manifest has them: without those that were added later
+    and have their default, for the identity of the dataset's import covers them.
+    """
     kind = next(name for name, of in KINDS.items() if type(settings) is of)
-    return {"kind": kind, **asdict(settings)}
+    return {"kind": kind, **identity_settings(settings)}
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:

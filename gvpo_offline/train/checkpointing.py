@@ -33,6 +33,10 @@ class SealingTrainer(ShardedTrainer):
         """What a checkpoint of this run continues: data, objective, model, optimization."""
         raise NotImplementedError
 
+    def identity_defaults(self) -> dict[str, dict[str, Any]]:
+        """What stands for a setting that `identity` or a checkpoint does not name, by part."""
+        return {}
+
     def found_checkpoint(self, wanted: str | bool | None) -> Path | None:
         """The checkpoint to begin with, or None; errors as `GVPOTrainer.train`."""
         output_dir = Path(self.args.output_dir)
@@ -40,7 +44,7 @@ class SealingTrainer(ShardedTrainer):
         if checkpoint is None:
             refuse_leftovers(output_dir)
             return None
-        check_identity(checkpoint, self.identity())
+        check_identity(checkpoint, self.identity(), self.identity_defaults())
         check_taken(checkpoint, read_taken(checkpoint), how_taken(self.accelerator))
         return checkpoint
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the ground up. A module imports from layers below its own, or from its own without a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "hashing", "yaml_settings"),
+    ("version", "errors", "hashing", "identity", "yaml_settings"),
     ("group", "settings", "loss_types"),
     ("rules", "values"),
     ("store", "contract"),
@@ -41,6 +41,7 @@ DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "opena
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "group", "rules", "values", "contract"),
     *("settings", "loss_types", "compute.settings", "reference.settings", "tune.settings"),
+    "identity",
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("store.arrow", "store.schema", "store.tables", "train.settings"),
     *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),

@@ -80,6 +80,42 @@ def killed(command: str, changes: dict[str, Any]) -> None:
     run(command, **changes)
 
 
+def write_identities() -> None:
+    """The hashes of the settings in `identities.json`, as stages and runs made them then."""
+    from dataclasses import asdict
+
+    from pydantic import TypeAdapter
+
+    from gvpo_offline.collect.importing.config import Columns, ImportConfig
+    from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
+    from gvpo_offline.collect.reward.kinds import ScorerSettings
+    from gvpo_offline.collect.reward.scorer import settings_of
+    from gvpo_offline.collect.sample.config import sampler_settings
+    from gvpo_offline.hashing import sha256_json
+    from gvpo_offline.train.objective import Objective
+
+    settings = json.loads((HERE / "identities.json").read_text())["settings"]
+    columns = Columns(**settings["import"]["columns"])
+    found: dict[str, Any] = {
+        "import": asdict(ImportConfig(**{**settings["import"], "columns": columns})),
+        "merge": asdict(MergeConfig(**settings["merge"])),
+        "compact": asdict(CompactConfig(**settings["compact"])),
+        "objective": asdict(Objective(**settings["objective"])),
+    }
+    hashes: dict[str, Any] = {name: sha256_json(own) for name, own in found.items()}
+    hashes["sampler"] = {
+        kind: sha256_json(sampler_settings("s", {"kind": kind, **own}).identity())
+        for kind, own in settings["sampler"].items()
+    }
+    scorers: Any = TypeAdapter(ScorerSettings)
+    hashes["scorer"] = {
+        kind: sha256_json(settings_of(scorers.validate_python({"kind": kind, **own})))
+        for kind, own in settings["scorer"].items()
+    }
+    text = json.dumps({"settings": settings, "sha256": hashes}, indent=1)
+    (HERE / "identities.json").write_text(text + "\n")
+
+
 def write_inputs() -> None:
     """The logs, the prompts, and a tokenizer with a model of about 3,000 weights."""
     rows, more, prompts = [], [], []
@@ -217,10 +253,11 @@ def main() -> None:
     import pyarrow
 
     os.chdir(HERE)
-    kept = {"commands.json", "make_before.py", "rewards.py", "README.md"}
+    kept = {"commands.json", "identities.json", "make_before.py", "rewards.py", "README.md"}
     for path in HERE.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_identities()
     write_inputs()
     write_results()
     expected: dict[str, Any] = {"commit": COMMIT, "pyarrow": pyarrow.__version__}

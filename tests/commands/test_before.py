@@ -18,8 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo_offline import GVPOTrainer, cli, open_dataset
+from gvpo_offline.importing import importer
+from gvpo_offline.store import lineage
+from gvpo_offline.version import IMPORT_VERSION
 
-BEFORE = Path(__file__).parent / "data" / "before"
+BEFORE = Path(__file__).parents[1] / "data" / "before"
 COMMANDS: dict[str, dict[str, Any]] = json.loads((BEFORE / "commands.json").read_text())
 COMMANDS["validate"] = {"show_progress": False}
 EXPECTED: dict[str, Any] = json.loads((BEFORE / "expected.json").read_text())
@@ -217,3 +220,34 @@ def test_a_half_done_search_goes_on(run: Run) -> None:
     # A trial's name ends in the hash of what decides its figures: none was made twice.
     assert len({name.rpartition("-")[0] for name in trials}) == len(trials)
     assert Path("tuned", "tune", "proposed.yaml").exists()
+
+
+def test_groups_of_an_earlier_import_version_are_warned_of_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run on the dataset of import version 2, as if the present version were 3; then as it is."""
+    for present, times in ((3, 1), (IMPORT_VERSION, 0)):
+        monkeypatch.setattr(lineage, "IMPORT_VERSION", present)
+        caplog.clear()
+        run("train", output_dir=f"run-{present}", max_steps=1, save_strategy="no")
+        lines = [r.getMessage() for r in caplog.records if "import version" in r.getMessage()]
+        assert len(lines) == times
+        assert all("import version 2;" in line and "import version 3," in line for line in lines)
+
+
+def test_the_import_version_is_recorded_and_follows_merged_groups(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Datasets of 849c9a7, which did not record it, are of version 2; a merge keeps both."""
+    assert lineage.import_versions(open_dataset("merged", join=()).manifest) == {2}
+    monkeypatch.setattr(importer, "IMPORT_VERSION", 3)
+    run("import", output_dir="more", inputs=["more.jsonl"])
+    run("import", output_dir="newer")
+    assert lineage.import_versions(open_dataset("newer", join=()).manifest) == {3}
+    shutil.copytree("half_reward", "older")
+    run("merge", dataset="older", add=["more"])
+    manifest = open_dataset("older", join=()).manifest
+    assert lineage.import_versions(manifest) == {2, 3}
+    monkeypatch.setattr(lineage, "IMPORT_VERSION", 3)
+    (line,) = lineage.import_warnings(manifest)
+    assert "import version 2;" in line
