@@ -24,6 +24,7 @@ from gvpo_offline.rewards.kinds import NumericSettings, ScorerSettings
 from gvpo_offline.rewards.scorer import settings_of
 from gvpo_offline.sampling.settings import sampler_settings
 from gvpo_offline.train.checkpoint import begin, check_identity, seal
+from gvpo_offline.train.identity import adapter_defaults, model_identity
 from gvpo_offline.train.objective import Objective
 
 STORED = json.loads((Path(__file__).parents[1] / "data" / "before" / "identities.json").read_text())
@@ -157,3 +158,16 @@ def test_a_checkpoint_without_a_setting_had_its_default(tmp_path: Path) -> None:
         check_identity(folder, now("5"), defaults)
     with pytest.raises(ResumeError, match="added: None then, 'None' now"):
         check_identity(folder, now("None"))
+
+
+def test_each_setting_of_an_adapter_has_its_default_beside_it(tiny_model_dir: Path) -> None:
+    """Under the same name, so that a checkpoint that lacks one is taken to have the default."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    own = {n: v for n, v in model_identity(model).items() if n.startswith("adapter.")}
+    defaults = adapter_defaults(model)["model"]
+    assert own.keys() <= defaults.keys()
+    assert (own["adapter.default.r"], defaults["adapter.default.r"]) == ("4", "8")
