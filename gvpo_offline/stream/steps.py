@@ -20,7 +20,7 @@ from gvpo_offline.errors import GVPOError
 from gvpo_offline.group import Group
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 # Row groups that are read at a time: from a disk, and over a network, where most of it is waiting.
 _READERS = 2
@@ -80,7 +80,7 @@ class StepDataset(Dataset[StepShare]):
 
     def __init__(
         self,
-        views: Sequence[View],
+        views: Sequence[DatasetView],
         order: MixedOrder,
         *,
         groups_per_step: int,
