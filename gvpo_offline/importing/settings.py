@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.settings import OnFew, check_name, positive
@@ -48,6 +48,12 @@ class Columns:
     Null: no."""
     keep: list[str] = field(default_factory=list)
     """Further columns to keep, as JSON, in the group's metadata (from the group's first row)."""
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "prompt response reward sampler group_id response_id prompt_token_ids "
+        "response_token_ids loss_mask sampler_logprob truncated keep"
+    )
 
     def __post_init__(self) -> None:
         for text, ids in (("prompt", "prompt_token_ids"), ("response", "response_token_ids")):
@@ -126,6 +132,14 @@ class ImportConfig:
     """Groups in one Parquet row group, the unit of reading."""
     show_progress: bool = True
     """Show progress bars."""
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "inputs output_dir tokenizer_name_or_path format columns sampler samplers source "
+        "reward_name reward_weights requests rewards max_length overlong singletons "
+        "failed_responses empty_responses missing_rewards append_eos chat_template shard_bytes "
+        "rows_per_row_group show_progress"
+    )
 
     def __post_init__(self) -> None:
         local_folder("output_dir", self.output_dir)
