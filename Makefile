@@ -47,7 +47,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py))); do MYPYPATH=$$folder $(BIN)/mypy $$folder*.py || exit 1; done
+	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py examples/*.py))); do MYPYPATH=$$folder $(BIN)/mypy $$folder*.py || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

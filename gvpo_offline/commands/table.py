@@ -6,7 +6,7 @@ What a command needs is imported when it runs, so that the table itself loads at
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,18 +119,11 @@ def _run_reward(values: dict[str, Any]) -> None:
 
 
 def _run_validate(values: dict[str, Any]) -> None:
-    from tqdm import tqdm
-
-    from gvpo_offline.store.validate import validate
+    from gvpo_offline.commands.validate import run_validate
 
     values["remote"] = RemoteSettings(**values["remote"])
     config = filled(ValidateConfig, values)
-
-    def progress(numbers: Iterable[int], label: str) -> Iterable[int]:
-        shown: Iterable[int] = tqdm(numbers, desc=label, disable=not config.show_progress)
-        return shown
-
-    found = validate(config.dataset, progress, config.remote)
+    found = run_validate(config)
     counts = found.survey
     print(
         f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "
