@@ -26,9 +26,9 @@ from pathlib import Path
 # The storm itself is the tests', which make a small one.
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from conftest import make_tiny_model, train_tokenizer
-from fork_server import ForkServer
-from rank_storm import Storm, run_storm, storm_dataset
+from support.fork_server import ForkServer
+from support.rank_storm import Storm, run_storm, storm_dataset
+from support.tiny_policy import make_tiny_model, train_tokenizer
 
 
 def found_by(root: Path, *, kills: int, seed: int) -> Storm:

@@ -48,7 +48,7 @@ def measure(length: int, recompute: str) -> dict[str, float]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from gvpo_offline.compute.probe import choose_path, engine_for
-    from gvpo_offline.schema import Group
+    from gvpo_offline.group import Group
 
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).train()

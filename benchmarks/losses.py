@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from builders import make_group, training_table
+from support.builders import make_group, training_table
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
+from gvpo_offline.group import Group
 from gvpo_offline.losses import LOSS_TYPES
-from gvpo_offline.schema import Group
 from gvpo_offline.train.objective import Objective
 
 OTHERS = LOSS_TYPES[1:]

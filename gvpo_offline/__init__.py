@@ -12,46 +12,46 @@ from typing import TYPE_CHECKING, Any
 from gvpo_offline.version import __version__
 
 if TYPE_CHECKING:
-    from gvpo_offline.collect.importing.config import ImportConfig
-    from gvpo_offline.collect.importing.importer import import_log
-    from gvpo_offline.collect.reference import run_reference as score_reference
-    from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
     from gvpo_offline.commands.evaluate import run_evaluate as evaluate
+    from gvpo_offline.commands.settings import EvaluateConfig, ValidateConfig
     from gvpo_offline.commands.validate import run_validate as validate
     from gvpo_offline.compute.model import disable_dropout
     from gvpo_offline.compute.probe import prepare_engine
-    from gvpo_offline.config import ReferenceConfig
+    from gvpo_offline.group import Group
+    from gvpo_offline.importing.importer import import_log
+    from gvpo_offline.importing.settings import ImportConfig
     from gvpo_offline.losses import GroupLoss, group_loss, gvpo_loss
-    from gvpo_offline.schema import Group
+    from gvpo_offline.reference.score import run_reference as score_reference
+    from gvpo_offline.reference.settings import ReferenceConfig
     from gvpo_offline.store.dataset import GroupDataset, open_dataset
     from gvpo_offline.store.location import RemoteSettings
-    from gvpo_offline.stream.config import DatasetSettings, ResponseSettings
+    from gvpo_offline.stream.settings import DatasetSettings, ResponseSettings
     from gvpo_offline.stream.steps import training_steps
     from gvpo_offline.train.config import GVPOConfig
     from gvpo_offline.train.trainer import GVPOTrainer
 
 # Public name -> the module that defines it, and its name there.
 _HOMES = {
-    "DatasetSettings": ("stream.config", "DatasetSettings"),
-    "EvaluateConfig": ("commands.config", "EvaluateConfig"),
+    "DatasetSettings": ("stream.settings", "DatasetSettings"),
+    "EvaluateConfig": ("commands.settings", "EvaluateConfig"),
     "GVPOConfig": ("train.config", "GVPOConfig"),
     "GVPOTrainer": ("train.trainer", "GVPOTrainer"),
-    "Group": ("schema", "Group"),
+    "Group": ("group", "Group"),
     "GroupDataset": ("store.dataset", "GroupDataset"),
     "GroupLoss": ("losses", "GroupLoss"),
-    "ImportConfig": ("collect.importing.config", "ImportConfig"),
-    "ReferenceConfig": ("config", "ReferenceConfig"),
+    "ImportConfig": ("importing.settings", "ImportConfig"),
+    "ReferenceConfig": ("reference.settings", "ReferenceConfig"),
     "RemoteSettings": ("store.location", "RemoteSettings"),
-    "ResponseSettings": ("stream.config", "ResponseSettings"),
-    "ValidateConfig": ("commands.config", "ValidateConfig"),
+    "ResponseSettings": ("stream.settings", "ResponseSettings"),
+    "ValidateConfig": ("commands.settings", "ValidateConfig"),
     "disable_dropout": ("compute.model", "disable_dropout"),
     "evaluate": ("commands.evaluate", "run_evaluate"),
     "group_loss": ("losses", "group_loss"),
     "gvpo_loss": ("losses", "gvpo_loss"),
-    "import_log": ("collect.importing.importer", "import_log"),
+    "import_log": ("importing.importer", "import_log"),
     "open_dataset": ("store.dataset", "open_dataset"),
     "prepare_engine": ("compute.probe", "prepare_engine"),
-    "score_reference": ("collect.reference", "run_reference"),
+    "score_reference": ("reference.score", "run_reference"),
     "training_steps": ("stream.steps", "training_steps"),
     "validate": ("commands.validate", "run_validate"),
 }

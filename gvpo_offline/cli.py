@@ -16,8 +16,8 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.table import COMMANDS, Command
-from gvpo_offline.config import CommonTrainingSettings, GVPOSettings, RunSettings
 from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, RunSettings
 from gvpo_offline.version import __version__
 
 _HELP_FLAGS = {"-h", "--help"}

@@ -14,15 +14,15 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_offline.rules import MIN_GROUP_SIZE
-from gvpo_offline.schema import (
+from gvpo_offline.store.commit import SealedRecord
+from gvpo_offline.store.manifest import SealedManifest
+from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
     REWARDS_COLUMNS,
     SCHEMA_VERSION,
     Column,
 )
-from gvpo_offline.store.commit import SealedRecord
-from gvpo_offline.store.manifest import SealedManifest
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _PER_RESPONSE = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import FloatArray, Group
+from gvpo_offline.group import FloatArray, Group
 
 MIN_GROUP_SIZE = 2
 

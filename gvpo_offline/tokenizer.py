@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gvpo_offline.config import ModelSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.manifest import TokenizerInfo

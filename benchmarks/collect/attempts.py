@@ -24,14 +24,14 @@ def load_everything() -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
     import gvpo_offline.cli
-    import gvpo_offline.collect.importing.importer
-    import gvpo_offline.collect.merge.stages
-    import gvpo_offline.collect.reference
-    import gvpo_offline.collect.reward.maths
-    import gvpo_offline.collect.reward.stage
-    import gvpo_offline.collect.sample.local
-    import gvpo_offline.collect.sample.run
-    import gvpo_offline.collect.sample.server
+    import gvpo_offline.importing.importer
+    import gvpo_offline.merging.stages
+    import gvpo_offline.reference.score
+    import gvpo_offline.rewards.maths
+    import gvpo_offline.rewards.stage
+    import gvpo_offline.sampling.local
+    import gvpo_offline.sampling.run
+    import gvpo_offline.sampling.server
     import gvpo_offline.store.validate  # noqa: F401
 
 
@@ -161,9 +161,9 @@ def _read(log: Path) -> list[Any]:
 
 def _note_begins(log: Path, name: str) -> None:
     """Have this process write down when it begins to work on which task of an engine's stage."""
-    from gvpo_offline.collect.reference import _ReferenceStage
-    from gvpo_offline.collect.reward.stage import RewardStage
-    from gvpo_offline.collect.sample.stage import SampleStage
+    from gvpo_offline.reference.score import _ReferenceStage
+    from gvpo_offline.rewards.stage import RewardStage
+    from gvpo_offline.sampling.stage import SampleStage
 
     handle = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.collect.engine.run import run_stage
-from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.engine.stage import Task
 from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.workers.run import run_stage
+from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.stage import Task
 
 N_TASKS, TASK_S = 60, 0.2
 

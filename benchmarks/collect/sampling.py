@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from gvpo_offline.collect.sample.decode import Decoder, Draft, Rules
+from gvpo_offline.sampling.decode import Decoder, Draft, Rules
 
 N_PROMPTS, K, MAX_NEW, BATCH = 16, 8, 256, 32
 VOCAB, HIDDEN, LAYERS = 2000, 256, 4

@@ -16,11 +16,11 @@ from typing import Any
 
 from parts import make_model, write_jsonl
 
-from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.importing.config import Columns, ImportConfig
-from gvpo_offline.collect.importing.importer import run_import
-from gvpo_offline.collect.reward.config import RewardConfig
-from gvpo_offline.collect.reward.stage import run_reward
+from gvpo_offline.importing.importer import run_import
+from gvpo_offline.importing.settings import Columns, ImportConfig
+from gvpo_offline.rewards.settings import RewardConfig
+from gvpo_offline.rewards.stage import run_reward
+from gvpo_offline.workers.settings import EngineSettings
 
 N_GROUPS, K, N_FILES, TURNS = 1_500, 8, 16, 4
 

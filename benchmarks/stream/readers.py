@@ -59,9 +59,9 @@ def ours(
 
 def decode(root: str, **_: Any) -> Iterator[int]:
     """Nothing but pyarrow decoding the same columns on one thread: the floor for any reader."""
-    from gvpo_offline.schema import TRAINING_COLUMNS
     from gvpo_offline.store.manifest import load_manifest
     from gvpo_offline.store.parquet import open_parquet
+    from gvpo_offline.store.schema import TRAINING_COLUMNS
 
     manifest = load_manifest(Path(root))
     sidecars = (manifest.rewards[0].files, manifest.references[0].files)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from gvpo_offline.schema import LIGHT_COLUMNS
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import manifest_path
+from gvpo_offline.store.schema import LIGHT_COLUMNS
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import View
 

@@ -8,23 +8,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gvpo_offline.commands.config import EvaluateConfig
+from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.store.adopt import open_for_training
-from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.view import View
-from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
-from gvpo_offline.train.objective import Objective
-from gvpo_offline.train.preflight import (
+from gvpo_offline.reference.checks import (
     check_row_tokens,
     check_token_ids,
     check_tokenizers,
     policy_facts,
     reference_warnings,
 )
+from gvpo_offline.store.adopt import open_for_training
+from gvpo_offline.stream.selecting.select import select
+from gvpo_offline.stream.view import View
+from gvpo_offline.tokenizer import load_policy_tokenizer
+from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
+from gvpo_offline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
 _GROUPS_PER_STEP = 64

@@ -11,26 +11,26 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.importing.config import Columns, ImportConfig
-from gvpo_offline.collect.merge.config import CompactConfig, MergeConfig
-from gvpo_offline.collect.reward.config import RewardConfig
-from gvpo_offline.collect.sample.config import SampleConfig
-from gvpo_offline.commands.config import EvaluateConfig, ValidateConfig
-from gvpo_offline.config import (
+from gvpo_offline.commands.settings import EvaluateConfig, ValidateConfig
+from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.errors import DataError
+from gvpo_offline.hub.settings import PullConfig, PushConfig
+from gvpo_offline.importing.settings import Columns, ImportConfig
+from gvpo_offline.merging.settings import CompactConfig, MergeConfig
+from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.report.config import ListConfig
+from gvpo_offline.rewards.settings import RewardConfig
+from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.store.location import RemoteSettings
+from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
+from gvpo_offline.train.settings import (
     CommonTrainingSettings,
     GVPOSettings,
     LoraSettings,
-    ModelSettings,
-    ReferenceConfig,
     RunSettings,
-    TuneSettings,
 )
-from gvpo_offline.errors import DataError
-from gvpo_offline.hub.config import PullConfig, PushConfig
-from gvpo_offline.report.config import ListConfig
-from gvpo_offline.store.location import RemoteSettings
-from gvpo_offline.stream.config import DatasetSettings, DataSettings, ResponseSettings
+from gvpo_offline.tune.settings import TuneSettings
+from gvpo_offline.workers.settings import EngineSettings
 
 Record = TypeVar("Record")
 
@@ -56,7 +56,7 @@ def filled(kind: type[Record], values: dict[str, Any]) -> Record:
 
 
 def _run_import(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.importing.importer import import_log
+    from gvpo_offline.importing.importer import import_log
 
     values["columns"] = Columns(**values["columns"])
     print("\n".join(import_log(filled(ImportConfig, values)).lines()))
@@ -64,7 +64,7 @@ def _run_import(values: dict[str, Any]) -> None:
 
 
 def _run_sample(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.sample.run import run_sample
+    from gvpo_offline.sampling.run import run_sample
 
     engine = filled(EngineSettings, values)
     result = run_sample(filled(SampleConfig, values), engine)
@@ -84,19 +84,19 @@ def _run_sample(values: dict[str, Any]) -> None:
 
 
 def _run_merge(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.merge.stages import merge
+    from gvpo_offline.merging.stages import merge
 
     print("\n".join(merge(filled(MergeConfig, values)).lines()))
 
 
 def _run_compact(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.merge.stages import compact
+    from gvpo_offline.merging.stages import compact
 
     print("\n".join(compact(filled(CompactConfig, values)).lines()))
 
 
 def _run_reference(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.reference import run_reference
+    from gvpo_offline.reference.score import run_reference
 
     config = filled(ReferenceConfig, values)
     manifest = run_reference(config, filled(EngineSettings, values))
@@ -108,7 +108,7 @@ def _run_reference(values: dict[str, Any]) -> None:
 
 
 def _run_reward(values: dict[str, Any]) -> None:
-    from gvpo_offline.collect.reward.stage import run_reward
+    from gvpo_offline.rewards.stage import run_reward
 
     config = filled(RewardConfig, values)
     result = run_reward(config, filled(EngineSettings, values))

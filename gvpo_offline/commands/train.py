@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.collect.base_reference import BASE, base_reference
+from gvpo_offline.collectives import all_or_none
 from gvpo_offline.compute.adapters import (
     adapter_config,
     base_settings,
@@ -17,15 +17,17 @@ from gvpo_offline.compute.adapters import (
     load_policy,
 )
 from gvpo_offline.compute.model import autocast_dtype
-from gvpo_offline.config import LoraSettings, ModelSettings, ReferenceConfig, RunSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.stream.config import DatasetSettings, DataSettings
+from gvpo_offline.reference.base import BASE, base_reference
+from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import Opened, open_settings
 from gvpo_offline.train.parallelism import loaded_whole
-from gvpo_offline.train.together import all_or_none
+from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
 

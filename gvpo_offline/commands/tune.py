@@ -13,14 +13,15 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 
 from gvpo_offline.commands.train import Parts
-from gvpo_offline.config import LoraSettings, ModelSettings, TuneSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.config import DataSettings
+from gvpo_offline.stream.settings import DataSettings
 from gvpo_offline.train.checkpoint import TUNE_FOLDER
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.preflight import surveys
+from gvpo_offline.train.settings import LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.search import (
     Proposal,
@@ -31,6 +32,7 @@ from gvpo_offline.tune.search import (
     propose,
     score,
 )
+from gvpo_offline.tune.settings import TuneSettings
 from gvpo_offline.tune.trials import Trials, finite_or_none
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from gvpo_offline.commands.config import ValidateConfig
+from gvpo_offline.commands.settings import ValidateConfig
 from gvpo_offline.store.validate import Validation, validate
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from gvpo_offline.compute.model import load_model, tensors_sha256, weights_sha256
 from gvpo_offline.compute.quantised import keep_format, quantisation
-from gvpo_offline.config import ModelSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gvpo_offline.compute.layout import Layout, continued, packed, padded
 from gvpo_offline.compute.paths import LayoutName
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ from gvpo_offline.compute.layout import Layout, Targets, below_prompt
 from gvpo_offline.compute.model import float64_device
 from gvpo_offline.compute.paths import ComputePath
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, cut_group, shape_of
 
 

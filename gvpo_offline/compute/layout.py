@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gvpo_offline.compute.tree import IntArray, Tree
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 
 TokenIds = NDArray[np.int32]
 

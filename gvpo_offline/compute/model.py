@@ -18,7 +18,7 @@ from gvpo_offline.compute.quantised import (
     quantisation,
     quantisation_options,
 )
-from gvpo_offline.config import ModelSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 
 if TYPE_CHECKING:

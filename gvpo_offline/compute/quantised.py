@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gvpo_offline.config import ModelSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 
 

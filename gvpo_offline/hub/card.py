@@ -20,8 +20,8 @@ from gvpo_offline.report.listing import (
     size_text,
     step_text,
 )
-from gvpo_offline.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 from gvpo_offline.store.manifest import FileEntry, LineageStep, Manifest, Sidecar
+from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 
 BEGIN = "<!-- gvpo-offline: each push writes this part anew -->"
 END = "<!-- gvpo-offline: end -->"

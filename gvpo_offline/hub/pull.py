@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file
-from gvpo_offline.hub.config import PullConfig
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
+from gvpo_offline.hub.settings import PullConfig
 from gvpo_offline.hub.versions import check_goes_on, is_partial, newest_of, without_parts
 from gvpo_offline.store.commit import create_only, fsync_folder, make_folder, storage_errors
 from gvpo_offline.store.location import local_folder

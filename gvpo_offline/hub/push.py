@@ -16,8 +16,8 @@ from pathlib import Path
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hub.card import card
-from gvpo_offline.hub.config import PushConfig
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
+from gvpo_offline.hub.settings import PushConfig
 from gvpo_offline.hub.versions import check_goes_on, is_partial
 from gvpo_offline.store.commit import verify_file
 from gvpo_offline.store.location import local_folder

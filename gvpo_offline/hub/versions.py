@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.hub.config import PullConfig
+from gvpo_offline.hub.settings import PullConfig
 from gvpo_offline.store.choice import choose_reference, choose_rewards
 from gvpo_offline.store.manifest import LineageStep, Manifest
 from gvpo_offline.version import __version__

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gvpo_offline.config import check_loss
 from gvpo_offline.errors import DataError
-from gvpo_offline.losses import others
+from gvpo_offline.loss_types import check_loss
+from gvpo_offline.losses import baselines
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
@@ -23,15 +23,15 @@ from gvpo_offline.losses.terms import GroupTerms
 __all__ = ["LOSS_TYPES", "GroupLoss", "GroupStatistics", "GroupTerms", "group_loss", "gvpo_loss"]
 
 OTHERS: dict[str, Callable[[GroupTerms], Tensor]] = {
-    "rebel": others.rebel,
-    "ipo": others.ipo,
-    "dpo": others.dpo,
-    "listwise": others.listwise,
-    "rft": others.rft,
-    "awr": others.awr,
-    "grpo": others.grpo,
-    "rloo": others.rloo,
-    "topr": others.topr,
+    "rebel": baselines.rebel,
+    "ipo": baselines.ipo,
+    "dpo": baselines.dpo,
+    "listwise": baselines.listwise,
+    "rft": baselines.rft,
+    "awr": baselines.awr,
+    "grpo": baselines.grpo,
+    "rloo": baselines.rloo,
+    "topr": baselines.topr,
 }
 LOSS_TYPES = ("gvpo", "pmd_mean", *OTHERS)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gvpo_offline.config import required
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.settings import required
 
 
 @dataclass

@@ -13,7 +13,6 @@ from typing import Any
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
-from gvpo_offline.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.check import check_groups
 from gvpo_offline.store.choice import RewardChoice, WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -26,6 +25,7 @@ from gvpo_offline.store.manifest import (
     Sidecar,
 )
 from gvpo_offline.store.parquet import footer_sha256, open_parquet
+from gvpo_offline.store.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
 
 # Columns that a self-contained file has beside those of a groups file.
 _INLINE = ("rewards", "ref_seq_logprobs")

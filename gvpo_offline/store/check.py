@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.group import Group
 from gvpo_offline.hashing import text_keys
 from gvpo_offline.rules import check_group
-from gvpo_offline.schema import Group, groups_from_table
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.tables import groups_from_table
 
 _LENGTHS = ("n_tokens", "prompt_length", "response_lengths")
 Progress = Callable[[Iterable[int]], Iterable[int]]

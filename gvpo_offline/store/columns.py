@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Column
+from gvpo_offline.store.schema import Column
 
 _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 

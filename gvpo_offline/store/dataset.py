@@ -17,16 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.errors import IntegrityError
+from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.schema import (
-    GROUPS_COLUMNS,
-    REFERENCE_COLUMNS,
-    REWARDS_COLUMNS,
-    TRAINING_COLUMNS,
-    Column,
-    Group,
-    groups_from_table,
-)
 from gvpo_offline.store.choice import (
     RewardChoice,
     WeightedReward,
@@ -50,7 +42,15 @@ from gvpo_offline.store.manifest import (
     Sidecar,
 )
 from gvpo_offline.store.parquet import Shard, read_row_group
+from gvpo_offline.store.schema import (
+    GROUPS_COLUMNS,
+    REFERENCE_COLUMNS,
+    REWARDS_COLUMNS,
+    TRAINING_COLUMNS,
+    Column,
+)
 from gvpo_offline.store.storage import LocalStorage, Storage, open_storage
+from gvpo_offline.store.tables import groups_from_table
 
 BASE_SHA256_KEY = b"gvpo_offline.base_sha256"
 _OPEN_FILES = 32

@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from gvpo_offline.schema import GROUPS_COLUMNS, Group, arrow_schema
+from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema
 
 _DERIVED: dict[str, Callable[[Group], Any]] = {
     "source": lambda group: group.source,

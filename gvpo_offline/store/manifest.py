@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, PlainSeria
 from pydantic_core import core_schema
 
 from gvpo_offline.errors import DataError, IntegrityError
-from gvpo_offline.schema import SCHEMA_VERSION
+from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gvpo_offline.errors import GVPOError, IntegrityError
-from gvpo_offline.schema import as_numpy
+from gvpo_offline.store.arrow import as_numpy
 from gvpo_offline.store.commit import write_hashed
 from gvpo_offline.store.manifest import FileEntry
 

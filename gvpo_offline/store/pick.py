@@ -11,13 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import (
-    Column,
-    arrow_schema,
-    column_array,
-    nested_list_array,
-    split_nested_list,
-)
+from gvpo_offline.store.arrow import column_array, nested_list_array, split_nested_list
+from gvpo_offline.store.schema import Column, arrow_schema
 
 # Which level of a column's lists goes through the responses: 0 for (k, ...), 1 for (C, k).
 # A column that is not here has one value for the whole group.

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import LIGHT_COLUMNS, column_array
+from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
 from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.schema import LIGHT_COLUMNS
 
 # Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
 _BINS_PER_DECADE = 100

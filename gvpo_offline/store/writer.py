@@ -11,15 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.group import Group
 from gvpo_offline.rules import check_group
-from gvpo_offline.schema import (
-    GROUPS_COLUMNS,
-    Group,
-    arrow_schema,
-    groups_to_table,
-    rewards_schema,
-    rewards_to_table,
-)
 from gvpo_offline.store.commit import TaskRecord, create_only, verify_file
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -31,6 +24,8 @@ from gvpo_offline.store.manifest import (
     manifest_versions,
 )
 from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet
+from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema, rewards_schema
+from gvpo_offline.store.tables import groups_to_table, rewards_to_table
 
 # Entries that a folder may hold and still count as ours to write into.
 _OWN_ENTRIES = {

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import permutation, sha256_json
-from gvpo_offline.stream.config import ResponseSettings
+from gvpo_offline.stream.settings import ResponseSettings
 
 IndexArray = npt.NDArray[np.int64]
 _ROW_GROUPS_KEY = 1

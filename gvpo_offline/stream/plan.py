@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 
 
 @dataclass(frozen=True, slots=True)

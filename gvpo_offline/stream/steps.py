@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from gvpo_offline.errors import GVPOError
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of

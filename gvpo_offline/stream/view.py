@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
 from gvpo_offline.stream.order import GroupOrder, Selection

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
 
-from gvpo_offline.config import GVPOSettings
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.parallelism import check_parallelism
+from gvpo_offline.train.settings import GVPOSettings
 
 # Settings of transformers that have no meaning here, and what says it instead.
 _REFUSED = {

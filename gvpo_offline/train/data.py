@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.collectives import on_first
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.adopt import open_for_training, resolve_dataset
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
-from gvpo_offline.stream.config import DatasetSettings
 from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.selecting.select import select
+from gvpo_offline.stream.settings import DatasetSettings
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import View
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.together import on_first
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import nn
 
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
+from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss, GroupStatistics
-from gvpo_offline.schema import Group
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gvpo_offline.compute.batch import Constants
 from gvpo_offline.errors import DataError
+from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss, group_loss
-from gvpo_offline.schema import Group
 
 
 @dataclass(frozen=True)

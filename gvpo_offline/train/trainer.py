@@ -25,17 +25,25 @@ from transformers import (
     TrainerControl,
 )
 
+from gvpo_offline.collectives import all_or_none, on_first
 from gvpo_offline.compute.adapters import check_trainable, load_policy, with_adapter
 from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_device
-from gvpo_offline.config import ModelSettings
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.reference.checks import (
+    check_log_ratios,
+    check_token_ids,
+    check_tokenizers,
+    policy_facts,
+)
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.ahead import ReadAhead
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
 from gvpo_offline.stream.view import View
+from gvpo_offline.train.checkpointing import SealingTrainer
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.engine import training_engine
@@ -44,18 +52,7 @@ from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
 from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.parallelism import loaded_whole
-from gvpo_offline.train.preflight import (
-    check_held_out,
-    check_log_ratios,
-    check_sampler_logprobs,
-    check_token_ids,
-    check_tokenizers,
-    inspect,
-    policy_facts,
-    verify,
-)
-from gvpo_offline.train.sealing import SealingTrainer
-from gvpo_offline.train.together import all_or_none, on_first
+from gvpo_offline.train.preflight import check_held_out, check_sampler_logprobs, inspect, verify
 from gvpo_offline.train.watch import WatchCallback
 
 if TYPE_CHECKING:

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from gvpo_offline.collectives import on_each, on_first
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.losses import GroupStatistics
@@ -37,7 +38,6 @@ from gvpo_offline.store.commit import create_only
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.evaluation import held_out_statistics
-from gvpo_offline.train.together import on_each, on_first
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.train.watch import WatchCallback
 from gvpo_offline.tune.search import (

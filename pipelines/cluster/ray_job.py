@@ -21,11 +21,11 @@ from pathlib import Path
 
 import yaml
 
-from gvpo_offline.collect.engine.settings import EngineSettings
-from gvpo_offline.collect.reference import run_reference
-from gvpo_offline.collect.reward.config import RewardConfig
-from gvpo_offline.collect.reward.stage import run_reward
-from gvpo_offline.config import ReferenceConfig
+from gvpo_offline.reference.score import run_reference
+from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.rewards.settings import RewardConfig
+from gvpo_offline.rewards.stage import run_reward
+from gvpo_offline.workers.settings import EngineSettings
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 
 from gvpo_offline import open_dataset
-from gvpo_offline.commands.config import EvaluateConfig
+from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, load_model
 from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import View
 from gvpo_offline.train.evaluation import in_order, shares_of

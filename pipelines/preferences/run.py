@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ranking import rank  # torch takes its seconds when it is needed
 
-    from gvpo_offline.commands.config import EvaluateConfig
+    from gvpo_offline.commands.settings import EvaluateConfig
 
     settings = yaml.safe_load((HERE / "evaluate.yaml").read_text(encoding="utf-8"))
     places = {"dataset": str(dataset), "model_name_or_path": str(trained)}

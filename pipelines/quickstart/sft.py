@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.selecting.select import select

@@ -16,7 +16,7 @@ import torch
 from learn import cosine, in_rounds, judged, trained
 from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
-from gvpo_offline.schema import Group
+from gvpo_offline.group import Group
 from gvpo_offline.train.objective import Objective
 
 BETA = 0.1

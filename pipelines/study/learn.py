@@ -16,9 +16,9 @@ from world import MAX_TOKENS, N_HELD_OUT, World, with_reference
 
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.group import FloatArray, Group
 from gvpo_offline.hashing import permutation
 from gvpo_offline.losses import GroupStatistics
-from gvpo_offline.schema import FloatArray, Group
 from gvpo_offline.train.objective import Objective
 from gvpo_offline.tune import score
 

@@ -21,8 +21,8 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from gvpo_offline.collect.sample.decode import Decoder, Draft, Rules
-from gvpo_offline.schema import IntArray
+from gvpo_offline.group import IntArray
+from gvpo_offline.sampling.decode import Decoder, Draft, Rules
 
 PAD, END = 0, 1
 SPECIAL = 2

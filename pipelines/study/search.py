@@ -14,8 +14,8 @@ from jobs import BETA, STEPS, Runner
 from learn import cosine, fit, trained
 from world import MIXED, N_HELD_OUT
 
+from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupStatistics
-from gvpo_offline.schema import Group
 from gvpo_offline.train.objective import Objective
 from gvpo_offline.tune import (
     Metrics,

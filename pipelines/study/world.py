@@ -15,7 +15,7 @@ from tasks import TASKS, Words
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.schema import FloatArray, Group
+from gvpo_offline.group import FloatArray, Group
 
 N_PROMPTS, N_VALIDATION, N_TEST, N_HELD_OUT = 900, 100, 200, 100
 MAX_TOKENS = 16_384

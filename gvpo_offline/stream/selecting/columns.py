@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.schema import (
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.light import light_columns
+from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
     REWARDS_COLUMNS,
     arrow_schema,
 )
-from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import light_columns
-from gvpo_offline.store.passes import Pass
 
 if TYPE_CHECKING:
     import polars as pl

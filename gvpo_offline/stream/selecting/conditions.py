@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import splitmix64, text_keys
 from gvpo_offline.rules import MIN_GROUP_SIZE
-from gvpo_offline.schema import column_array, split_list
+from gvpo_offline.store.arrow import column_array, split_list
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.config import ResponseSettings
 from gvpo_offline.stream.selecting.predicate import shown
 from gvpo_offline.stream.selecting.responses import check_patterns, choose, described, with_pick
 from gvpo_offline.stream.selecting.where import nothing_selected, truths
+from gvpo_offline.stream.settings import ResponseSettings
 
 if TYPE_CHECKING:
     import polars as pl

@@ -14,16 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.schema import (
-    GROUPS_COLUMNS,
-    REFERENCE_COLUMNS,
-    REWARDS_COLUMNS,
-    Group,
-    column_array,
-)
+from gvpo_offline.group import Group
+from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
-from gvpo_offline.stream.config import ResponseSettings
+from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS
 from gvpo_offline.stream.selecting.predicate import nearest
+from gvpo_offline.stream.settings import ResponseSettings
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

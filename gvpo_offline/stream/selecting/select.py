@@ -11,7 +11,6 @@ import pyarrow as pa
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.light import light_columns
 from gvpo_offline.store.passes import Pass
-from gvpo_offline.stream.config import ResponseSettings
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.conditions import (
     Condition,
@@ -22,6 +21,7 @@ from gvpo_offline.stream.selecting.conditions import (
     Where,
 )
 from gvpo_offline.stream.selecting.responses import takes_all
+from gvpo_offline.stream.settings import ResponseSettings
 
 if TYPE_CHECKING:
     import polars as pl

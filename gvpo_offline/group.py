@@ -1,0 +1,66 @@
+"""The record that every stage takes and gives: one prompt with its k >= 2 scored responses.
+
+How a group is stored is in `store.schema` (columns) and `store.tables` (conversion to Arrow).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """One prompt and its k responses; a field that was not read, or was not logged, is None.
+
+    Attributes:
+        group_id: unique within a dataset.
+        prompt_token_ids: (P,) int32.
+        response_token_ids: k arrays of (T_i,) int32, end token included.
+        samplers: k names.
+        truncated: k flags.
+        loss_mask: k arrays of (T_i,) bool, or None where every token counts.
+        rewards: (k,) float64.
+        components: (C, k) float64, NaN where missing; the reward family names the C parts.
+        ref_seq_logprobs: (k,) float64, nats.
+        sampler_seq_logprobs: (k,) float64, nats: under whoever wrote each response.
+        prompt, messages, responses, response_ids, metadata, source: as in `GROUPS_COLUMNS`.
+    """
+
+    group_id: str
+    prompt_token_ids: IntArray
+    response_token_ids: tuple[IntArray, ...]
+    samplers: tuple[str, ...]
+    truncated: tuple[bool, ...]
+    loss_mask: tuple[BoolArray, ...] | None = None
+    rewards: FloatArray | None = None
+    components: FloatArray | None = None
+    ref_seq_logprobs: FloatArray | None = None
+    sampler_seq_logprobs: FloatArray | None = None
+    source: str = ""
+    prompt: str | None = None
+    messages: str | None = None
+    responses: tuple[str, ...] | None = None
+    response_ids: tuple[str, ...] | None = None
+    metadata: str | None = None
+
+    @property
+    def group_size(self) -> int:
+        """k, the number of responses."""
+        return len(self.response_token_ids)
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """Length of each response, in tokens."""
+        return list(map(len, self.response_token_ids))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all responses."""
+        return len(self.prompt_token_ids) + sum(self.response_lengths)

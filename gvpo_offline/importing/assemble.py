@@ -1,0 +1,352 @@
+"""From the fragments of a group to the group: merged, tokenised, held to the import's settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.group import BoolArray, Group, IntArray
+from gvpo_offline.importing.encode import Encoder
+from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.regroup import Spilled
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.rules import MIN_GROUP_SIZE
+
+
+@dataclass(frozen=True)
+class InputNames:
+    """What an input is called: in messages, in `Group.source`, as a sampler."""
+
+    label: str
+    file_name: str
+    sampler: str
+
+
+@dataclass(slots=True)
+class _Response:
+    """One response on its way into a group."""
+
+    fragment: Fragment
+    text: str | None
+    ids: IntArray | None
+    mask: BoolArray | None
+    reward: float | None
+    components: list[float | None]
+    sampler: str
+    truncated: bool
+    response_id: str | None
+    sampler_logprob: float | None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A group in the making."""
+
+    group_id: str
+    first: Fragment
+    prompt_ids: IntArray | None
+    responses: list[_Response]
+    logged: int
+
+
+class Assembler:
+    """Makes groups of fragments.
+
+    Args:
+        config: the import's settings.
+        encoder: the tokenizer, or None where every fragment has its token ids.
+        inputs: names of the inputs; `Fragment.file` indexes them.
+        components: names of all parts of rewards that the fragments have, in the order of the
+            groups' `components`; a fragment without one has it missing.
+
+    Attributes:
+        counts: what was dropped or cut so far.
+    """
+
+    def __init__(
+        self,
+        config: ImportConfig,
+        encoder: Encoder | None,
+        inputs: Sequence[InputNames],
+        components: Sequence[str] = (),
+    ) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._inputs = inputs
+        self._components = components
+        self.counts: Counter[str] = Counter()
+
+    def groups(self, fragments: Sequence[Sequence[Spilled]]) -> list[Group]:
+        """The groups of lists of fragments, in their order; some may be dropped.
+
+        Raises:
+            DataError: a group breaks a rule, or a setting says to stop; names file, row and group.
+        """
+        drafts = [self._merge(group) for group in fragments]
+        self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
+        self._tokenize_responses([r for draft in drafts for r in draft.responses])
+        kept: list[Group] = []
+        for draft in drafts:
+            self._drop_unrewarded(draft)
+            self._drop_empty(draft)
+            if self._fit(draft) and self._enough(draft):
+                kept.append(self._finish(draft))
+        return kept
+
+    def _error(self, draft: _Draft, fragment: Fragment, error: DataError) -> DataError:
+        label = self._inputs[fragment.file].label
+        return located(error, file=label, row=fragment.row, group=draft.group_id)
+
+    def _place(self, fragment: Fragment) -> str:
+        return f"{self._inputs[fragment.file].label}, row {fragment.row}"
+
+    def _merge(self, spilled: Sequence[Spilled]) -> _Draft:
+        first, first_key = spilled[0]
+        assert first.group_id is not None
+        with_ids = next((f for f, _ in spilled if f.prompt_token_ids is not None), None)
+        prompt_ids = None if with_ids is None else with_ids.prompt_token_ids
+        draft = _Draft(first.group_id, first, prompt_ids, [], sum(f.size for f, _ in spilled))
+        for fragment, key in spilled:
+            if key != first_key:
+                raise self._error(
+                    draft,
+                    fragment,
+                    DataError(
+                        "rows of one group have one and the same prompt",
+                        received=f"another prompt than at {self._place(first)}: "
+                        f"{fragment.messages or fragment.prompt!r} "
+                        f"for {first.messages or first.prompt!r}",
+                        remedy="give different prompts different group ids, or unset "
+                        "columns.group_id to group by the prompt",
+                    ),
+                )
+            ids = fragment.prompt_token_ids
+            if ids is not None and prompt_ids is not None and not np.array_equal(ids, prompt_ids):
+                assert with_ids is not None
+                raise self._error(
+                    draft,
+                    fragment,
+                    DataError(
+                        "rows of one group have one and the same prompt",
+                        received=f"other prompt token ids than at {self._place(with_ids)}",
+                        remedy="give different prompts different group ids, or unset "
+                        "columns.prompt so that the ids alone tell prompts apart",
+                    ),
+                )
+            draft.responses += self._responses(fragment)
+        self._check_response_ids(draft)
+        return draft
+
+    def _responses(self, fragment: Fragment) -> list[_Response]:
+        default = self._config.sampler or self._inputs[fragment.file].sampler
+        held = fragment.components or {}
+        parts = [held.get(name) for name in self._components]
+        return [
+            _Response(
+                fragment=fragment,
+                text=text,
+                ids=fragment.ids_of(i),
+                mask=fragment.mask_of(i),
+                reward=None if fragment.rewards is None else fragment.rewards[i],
+                components=[None if part is None else part[i] for part in parts],
+                sampler=fragment.samplers[i] or default,
+                truncated=bool(fragment.truncated[i]),
+                response_id=None if fragment.response_ids is None else fragment.response_ids[i],
+                sampler_logprob=fragment.sampler_logprobs[i] if fragment.sampler_logprobs else None,
+            )
+            for i, text in enumerate(fragment.responses)
+        ]
+
+    def _check_response_ids(self, draft: _Draft) -> None:
+        seen: dict[str, Fragment] = {}
+        for response in draft.responses:
+            if response.response_id is None:
+                continue
+            other = seen.get(response.response_id)
+            if other is not None:
+                raise self._error(
+                    draft,
+                    response.fragment,
+                    DataError(
+                        "response ids are unique within a group",
+                        received=f"{response.response_id!r}, which {self._place(other)} has too",
+                        remedy="remove the duplicate rows, or leave columns.response_id out",
+                    ),
+                )
+            seen[response.response_id] = response.fragment
+
+    def _tokenize_prompts(self, drafts: Sequence[_Draft]) -> None:
+        if not drafts:
+            return
+        assert self._encoder is not None  # Needs has seen to it
+        chats = [draft for draft in drafts if draft.first.messages is not None]
+        texts = [draft for draft in drafts if draft.first.messages is None]
+        rendered = []
+        for draft in chats:
+            try:
+                rendered.append(self._encoder.render(draft.first.messages or ""))
+            except DataError as error:
+                raise self._error(draft, draft.first, error) from error.__cause__
+        for draft, ids in zip(chats, self._encoder.rendered(rendered), strict=True):
+            draft.prompt_ids = ids
+        prompts = [draft.first.prompt or "" for draft in texts]
+        for draft, ids in zip(texts, self._encoder.prompts(prompts), strict=True):
+            draft.prompt_ids = ids
+        for draft in drafts:
+            if draft.prompt_ids is None or not len(draft.prompt_ids):
+                raise self._error(
+                    draft,
+                    draft.first,
+                    DataError(
+                        "a prompt needs at least 1 token",
+                        received=draft.first.messages or draft.first.prompt,
+                        remedy="use a tokenizer that knows these characters",
+                    ),
+                )
+
+    def _tokenize_responses(self, responses: Sequence[_Response]) -> None:
+        texts = [r for r in responses if r.ids is None]
+        if not texts:
+            return
+        assert self._encoder is not None
+        bodies = self._encoder.responses([r.text or "" for r in texts])
+        for response, body in zip(texts, bodies, strict=True):
+            bare = not len(body)
+            if response.truncated or (bare and self._config.empty_responses != "keep"):
+                response.ids = body
+            else:
+                response.ids = self._encoder.ended(body)
+
+    def _drop(self, draft: _Draft, what: str, keep: Callable[[_Response], bool]) -> None:
+        before = len(draft.responses)
+        draft.responses = [response for response in draft.responses if keep(response)]
+        self.counts[what] += before - len(draft.responses)
+
+    def _drop_unrewarded(self, draft: _Draft) -> None:
+        if draft.first.rewards is not None:  # the log has rewards, in every row
+            self._drop(draft, "dropped_unrewarded_responses", lambda r: r.reward is not None)
+
+    def _drop_empty(self, draft: _Draft) -> None:
+        empty = next((r for r in draft.responses if not _length(r)), None)
+        if empty is None:
+            return
+        if self._config.empty_responses != "drop":
+            cut = ", cut before its first token" if empty.truncated else ""
+            raise self._error(
+                draft,
+                empty.fragment,
+                DataError(
+                    "a response needs at least 1 token",
+                    received=f"{'no ids' if empty.text is None else repr(empty.text)}{cut}",
+                    remedy="drop such responses (empty_responses: drop)",
+                ),
+            )
+        self._drop(draft, "dropped_empty_responses", lambda r: _length(r) > 0)
+
+    def _fit(self, draft: _Draft) -> bool:
+        """Apply max_length; False if the group goes."""
+        limit = self._config.max_length
+        if limit is None or draft.prompt_ids is None:
+            return True
+        prompt = len(draft.prompt_ids)
+        room = limit - prompt
+        over = next((r for r in draft.responses if _length(r) > room), None)
+        if over is None:
+            return True
+        if self._config.overlong == "error":
+            raise self._error(
+                draft,
+                over.fragment,
+                DataError(
+                    f"prompt and response have at most {limit} tokens (max_length)",
+                    received=f"{prompt + _length(over)} ({prompt} + {_length(over)})",
+                    remedy="raise max_length, or choose overlong: drop or overlong: truncate",
+                ),
+            )
+        if room < 1:
+            self.counts["dropped_overlong_prompts"] += 1
+            self.counts["dropped_overlong_responses"] += len(draft.responses)
+            return False
+        if self._config.overlong == "truncate":
+            self._cut(draft, room)
+        self._drop(draft, "dropped_overlong_responses", lambda r: _length(r) <= room)
+        return True
+
+    def _cut(self, draft: _Draft, room: int) -> None:
+        for response in draft.responses:
+            if response.ids is None or len(response.ids) <= room:
+                continue
+            mask = None if response.mask is None else response.mask[:room]
+            if mask is not None and not mask.any():
+                continue  # nothing is left that the policy wrote: it is dropped as overlong
+            response.ids, response.mask, response.truncated = response.ids[:room], mask, True
+            response.sampler_logprob = None  # that of the whole
+            self.counts["cut_overlong_responses"] += 1
+
+    def _enough(self, draft: _Draft) -> bool:
+        """Apply the least group size; False if the group goes."""
+        k = len(draft.responses)
+        if k >= MIN_GROUP_SIZE:
+            return True
+        if k == 0:
+            self.counts["dropped_groups_without_responses"] += 1
+            return False
+        if self._config.singletons == "drop":
+            self.counts["dropped_singletons"] += 1
+            return False
+        left = "" if draft.logged == k else f" of {draft.logged} that were logged"
+        raise self._error(
+            draft,
+            draft.first,
+            DataError(
+                f"a group needs at least {MIN_GROUP_SIZE} responses",
+                received=f"{k}{left} for the prompt {draft.first.messages or draft.first.prompt!r}",
+                remedy="add responses for this prompt, or drop such groups (singletons: drop)",
+            ),
+        )
+
+    def _finish(self, draft: _Draft) -> Group:
+        first, responses = draft.first, draft.responses
+        ids = tuple(r.ids for r in responses if r.ids is not None)
+        assert len(ids) == len(responses)
+        assert draft.prompt_ids is not None
+        self.counts["truncated_responses"] += sum(r.truncated for r in responses)
+        masks = None
+        if any(r.mask is not None for r in responses):
+            masks = tuple(
+                np.ones(_length(r), bool) if r.mask is None else r.mask for r in responses
+            )
+        texts = tuple(r.text for r in responses if r.text is not None)
+        response_ids = tuple(r.response_id for r in responses if r.response_id is not None)
+        rewards = [r.reward for r in responses if r.reward is not None]
+        logprobs = [r.sampler_logprob for r in responses if r.sampler_logprob is not None]
+        source = self._config.source or first.source or self._inputs[first.file].file_name
+        return Group(
+            group_id=draft.group_id,
+            prompt_token_ids=draft.prompt_ids,
+            response_token_ids=ids,
+            samplers=tuple(r.sampler for r in responses),
+            truncated=tuple(r.truncated for r in responses),
+            loss_mask=masks,
+            rewards=np.array(rewards) if rewards else None,
+            # None becomes NaN.
+            components=np.array([r.components for r in responses], np.float64).T
+            if self._components
+            else None,
+            source=source,
+            prompt=first.prompt,
+            messages=first.messages,
+            # A text (an id) for each of them, or none at all.
+            responses=texts if len(texts) == len(responses) else None,
+            response_ids=response_ids if len(response_ids) == len(responses) else None,
+            metadata=first.metadata,
+            sampler_seq_logprobs=np.array(logprobs) if len(logprobs) == len(responses) else None,
+        )
+
+
+def _length(response: _Response) -> int:
+    return 0 if response.ids is None else len(response.ids)

@@ -1,0 +1,189 @@
+"""A flat table: one row a response or one row a group, columns named by the user.
+
+A row is a group's when its response column holds a list (of texts, of one-message lists, of lists
+of ids); its reward, id, mask and truncation columns then hold lists of the same length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.log_format import InputInfo, per_row
+from gvpo_offline.importing.formats.shared.parts import part_weights
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.values import flags, token_ids
+
+
+def open_format(config: ImportConfig) -> FlatFormat:
+    """The format for `config.columns`."""
+    part_weights(config, {})
+    return FlatFormat(config)
+
+
+class FlatFormat:
+    """Rows of a table whose columns `config.columns` names."""
+
+    def __init__(self, config: ImportConfig) -> None:
+        self._names = config.columns
+        self._default_sampler = config.sampler
+        roles = (
+            "prompt",
+            "response",
+            "reward",
+            "sampler",
+            "group_id",
+            "response_id",
+            "prompt_token_ids",
+            "response_token_ids",
+            "loss_mask",
+            "truncated",
+            "sampler_logprob",
+        )
+        named = [getattr(self._names, role) for role in roles]
+        self._columns = list(dict.fromkeys([*(n for n in named if n), *self._names.keep]))
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that are read."""
+        return self._columns
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """One fragment per row; see `LogFormat.read`."""
+        return per_row(rows, source, self._parse)
+
+    def _parse(self, record: Record, source: InputInfo) -> Fragment:
+        names = self._names
+
+        def value(role: str, *, optional: bool = False) -> Any:
+            name = getattr(names, role)
+            if name is None:
+                return None
+            if name not in record:
+                if optional:
+                    return None
+                raise _missing(f"columns.{role}", name, record, source)
+            return record[name]
+
+        prompt_ids = value("prompt_token_ids")
+        prompt, messages = values.prompt(value("prompt", optional=prompt_ids is not None))
+        ids = value("response_token_ids")
+        texts, all_ids, many = _responses(value("response", optional=ids is not None), ids)
+        n = len(texts)
+
+        def each(role: str, parse: Callable[[Any], Any], *, shared: bool = False) -> list[Any]:
+            return _spread(value(role), getattr(names, role), n, many, parse, shared=shared)
+
+        return Fragment(
+            prompt=prompt,
+            messages=messages,
+            prompt_token_ids=None if prompt_ids is None else token_ids(prompt_ids, "a prompt"),
+            responses=texts,
+            response_token_ids=all_ids,
+            rewards=each("reward", values.number) if names.reward else None,
+            samplers=each("sampler", self._sampler, shared=True) if names.sampler else [None] * n,
+            truncated=each("truncated", values.truncated) if names.truncated else [False] * n,
+            loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
+            response_ids=each("response_id", values.identifier) if names.response_id else None,
+            sampler_logprobs=each("sampler_logprob", values.number)
+            if names.sampler_logprob
+            else None,
+            group_id=values.identifier(value("group_id")) if names.group_id else None,
+            metadata=self._metadata(record, source),
+        )
+
+    def _sampler(self, value: Any) -> str | None:
+        if isinstance(value, str) and value:
+            return values.valid_text(value)
+        if value is None and self._default_sampler:
+            return None
+        raise DataError(
+            "a sampler is named by text",
+            received=repr(value),
+            remedy="name it in the log; where the log has null, set `sampler` to what null means",
+        )
+
+    def _metadata(self, record: Record, source: InputInfo) -> str | None:
+        for name in self._names.keep:
+            if name not in record:
+                raise _missing("columns.keep", name, record, source)
+        return values.metadata(record, self._names.keep)
+
+
+def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:
+    present = ", ".join(source.columns if source.columns is not None else record) or "none"
+    return DataError(
+        f"the log has the column {name!r} that {setting} names",
+        received=f"the columns {present}",
+        remedy=f"set {setting} to one of them, or to null if the log does not have it"
+        if setting != "columns.keep"
+        else "take the name out of columns.keep",
+    )
+
+
+def _is_many(value: Any) -> bool:
+    """Whether a response column holds a group's responses and not one."""
+    return isinstance(value, list) and not (value and all(map(values.is_message, value)))
+
+
+def _is_many_ids(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(v, list | np.ndarray) for v in value)
+
+
+def _responses(text: Any, ids: Any) -> tuple[list[str | None], list[Any] | None, bool]:
+    """Texts, token ids, and whether the row is a group's."""
+    many = _is_many(text) if text is not None else _is_many_ids(ids)
+    if text is not None and ids is not None and len(ids) and many != _is_many_ids(ids):
+        raise DataError(
+            "text and token ids of a row are both one response's or both a group's",
+            received=f"text {text!r}, token ids {ids!r}",
+        )
+    all_ids: list[Any] | None = None
+    if ids is not None:
+        all_ids = [
+            None if row is None else token_ids(row, "a response")
+            for row in (ids if many else [ids])
+        ]
+    if text is None:
+        return [None] * (1 if all_ids is None else len(all_ids)), all_ids, many
+    return [values.response(part) for part in (text if many else [text])], all_ids, many
+
+
+def _spread(
+    value: Any, name: str, n: int, many: bool, parse: Callable[[Any], Any], *, shared: bool
+) -> list[Any]:
+    """`parse` of the value of each of n responses; a `shared` scalar stands for all of them."""
+    if not many:
+        return [parse(value)]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list):
+        if shared:
+            return [parse(value)] * n
+        raise DataError(
+            f"in a row that holds a group, column {name!r} holds a list, one entry per response",
+            received=value,
+        )
+    if len(value) != n:
+        raise DataError(
+            f"column {name!r} has one entry per response of its row",
+            received=f"{len(value)} for {n} responses",
+        )
+    return [parse(part) for part in value]
+
+
+def _masks(value: Any, name: str | None, n: int, many: bool) -> list[Any] | None:
+    if name is None or value is None:
+        return None
+    rows = value if many else [value]
+    if many and not _is_many_ids(rows) and n:
+        raise DataError(
+            f"in a row that holds a group, column {name!r} holds a list of lists", received=value
+        )
+    return [None if row is None else flags(row, "a loss mask") for row in rows]

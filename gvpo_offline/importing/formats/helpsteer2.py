@@ -1,0 +1,56 @@
+"""HelpSteer2 (and HelpSteer): a prompt, a response, five attributes rated 0 to 4 by people.
+
+A prompt of several turns has turn markers in its text. The pair of responses to a prompt stands in
+consecutive rows; grouping by the prompt brings it together wherever its rows are.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record
+
+# The weights that the data set's authors give for one reward from the five attributes, in the
+# model card of nvidia/Llama3-70B-SteerLM-RM.
+WEIGHTS = {
+    "helpfulness": 0.65,
+    "correctness": 0.8,
+    "coherence": 0.45,
+    "complexity": 0.55,
+    "verbosity": -0.4,
+}
+_MARKER = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
+
+
+def open_format(config: ImportConfig) -> RowFormat:
+    """One row a response; the reward is the weighted sum of the attributes."""
+    return RowFormat(config, required=("prompt", "response", *WEIGHTS), parse=_parse, parts=WEIGHTS)
+
+
+def _parse(record: Record) -> list[Fragment]:
+    return [
+        text_fragment(
+            _prompt(record["prompt"]),
+            [record["response"]],
+            parts={name: [values.number(record[name], name)] for name in WEIGHTS},
+        )
+    ]
+
+
+def _prompt(text: object) -> values.Prompt:
+    if not isinstance(text, str):
+        return values.conversation([text])
+    first, *rest = _MARKER.split(text)
+    roles = rest[::2]
+    if roles != ["Assistant", "User"] * (len(roles) // 2):
+        raise DataError(
+            "the turns of a prompt are the user's and the assistant's in turn, the user's last",
+            received=text,
+            remedy="correct or remove the row",
+        )
+    return values.conversation([first, *rest[1::2]])

@@ -1,0 +1,78 @@
+"""Nectar: a prompt, seven answers of several models, ranked by GPT-4; rank 1 is the best."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.row_format import RowFormat, comparison_id, text_fragment
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record
+
+_MARKER = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+def open_format(config: ImportConfig) -> RowFormat:
+    """One row a group; the reward is the share of the row's other answers that an answer beats."""
+    return RowFormat(config, required=("prompt", "answers"), parse=_parse)
+
+
+def _parse(record: Record) -> list[Fragment]:
+    answers = values.structs(record["answers"], "answers")
+    ranks = [_rank(answer) for answer in answers]
+    prompt = _prompt(record["prompt"])
+    responses = [values.field(a, "answer", "an answer") for a in answers]
+    return [
+        text_fragment(
+            prompt,
+            responses,
+            win_rates(ranks),
+            samplers=[values.sampler(answer.get("model")) for answer in answers],
+            group_id=comparison_id(prompt, responses),
+        )
+    ]
+
+
+def _rank(answer: Record) -> float | None:
+    rank = values.number(values.field(answer, "rank", "an answer"), "a rank")
+    if rank is not None and not rank >= 1:
+        raise DataError("a rank counts from 1, the best", received=rank)
+    return rank
+
+
+def win_rates(ranks: Sequence[float | None]) -> list[float | None]:
+    """The share of the others that each beats, by ranks of which 1 is the best; ties count half.
+
+    Without ties it is (k - rank) / (k - 1) for k ranks: ranks 1, 2, 3 give 1, 0.5, 0. What has no
+    rank has no share and is nobody's rival.
+    """
+    ranked = [rank for rank in ranks if rank is not None]
+    rivals = max(1, len(ranked) - 1)
+    return [
+        None
+        if rank is None
+        else (sum(other > rank for other in ranked) + (ranked.count(rank) - 1) / 2) / rivals
+        for rank in ranks
+    ]
+
+
+def _prompt(text: object) -> values.Prompt:
+    if not isinstance(text, str):
+        return values.conversation([text])
+    before, *rest = _MARKER.split(text)
+    roles, turns = rest[::2], rest[1::2]
+    if (
+        before
+        or not turns
+        or turns[-1].strip()
+        or roles != ["Human", "Assistant"] * (len(roles) // 2)
+    ):
+        raise DataError(
+            'a prompt is "\\n\\nHuman: ...\\n\\nAssistant: ", perhaps of several turns in turn',
+            received=repr(text),
+            remedy="correct or remove the row",
+        )
+    return values.conversation(turns[:-1])

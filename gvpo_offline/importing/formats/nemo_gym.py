@@ -1,0 +1,96 @@
+"""NeMo-Gym: what its collection of rollouts writes, `rollouts.jsonl`, in whatever order.
+
+Rollouts of one task (`_ng_task_index`) with one prompt are a group. Where the rollout holds token
+ids they are read as they are, over all its turns: what tools said in between is masked. Without
+them a rollout must be one message of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.trainer_logs import (
+    Place,
+    TrainerFormat,
+    Trajectory,
+    group_id,
+    one_response,
+    trajectory,
+)
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.openai.shapes import output_text, responses_prompt, was_cut
+from gvpo_offline.values import token_ids
+
+_PROMPT, _GENERATED = "prompt_token_ids", "generation_token_ids"
+
+
+def open_format(config: ImportConfig) -> NemoGymFormat:
+    """The format; the reward is `reward`."""
+    return NemoGymFormat(config)
+
+
+class NemoGymFormat(TrainerFormat):
+    """Rows of NeMo-Gym's rollouts."""
+
+    def __init__(self, config: ImportConfig) -> None:
+        super().__init__(config, required=("responses_create_params", "response", "reward"))
+
+    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+        """See `TrainerFormat.parse`."""
+        for mark in ("_ng_failure_class", "mask_sample"):
+            if record.get(mark):
+                self.failed(place, f"{mark} is {record[mark]}")
+                return []
+        response = record["response"]
+        output = response.get("output") if isinstance(response, dict) else None
+        if not isinstance(output, list):
+            raise DataError("response.output is a list of items", received=repr(response))
+        task, rollout = record.get("_ng_task_index"), record.get("_ng_rollout_index")
+        cut = _trajectory(output)
+        common: dict[str, Any] = {
+            "reward": values.number(record["reward"], "reward"),
+            "truncated": was_cut(response),
+            "sampler": values.sampler(response.get("model")),
+            "response_id": None if rollout is None else values.identifier(rollout),
+        }
+        if cut is None:
+            params = record["responses_create_params"]
+            values.no_tools(params)
+            fragment = one_response(
+                prompt=responses_prompt(params), text=output_text(output), **common
+            )
+        else:
+            fragment = one_response(prompt_ids=cut.prompt_ids, ids=cut.ids, mask=cut.mask, **common)
+        fragment.group_id = group_id(fragment, place.run, *([] if task is None else [task]))
+        return [fragment]
+
+
+def _trajectory(output: Sequence[Mapping[str, Any]]) -> Trajectory | None:
+    """The tokens of all turns, or None if the items hold none.
+
+    Each item's prompt holds all that came before it, so what it adds to that is what tools said.
+    """
+    items = [item for item in output if item.get(_GENERATED)]
+    if not items:
+        return None
+    seen = np.empty(0, np.int32)
+    masks = []
+    for number, item in enumerate(items):
+        prompt = token_ids(item.get(_PROMPT) or [], _PROMPT)
+        written = token_ids(item[_GENERATED], _GENERATED)
+        if not np.array_equal(prompt[: len(seen)], seen):
+            raise DataError(
+                "each turn's prompt_token_ids begin with all tokens before it",
+                received=f"others in turn {number}: the context was rewritten between turns",
+                remedy="remove the rollout",
+            )
+        masks += [np.zeros(len(prompt) - len(seen), bool), np.ones(len(written), bool)]
+        seen = np.concatenate([prompt, written])
+    return trajectory(seen, np.concatenate(masks))

@@ -1,0 +1,225 @@
+"""Batch APIs, OpenAI's and those made after it (vLLM's `run-batch` and others): the result file,
+joined by `custom_id` with the request file (`requests`) and, if there is one, a file of rewards
+(`rewards`).
+
+Choices of one request, and of requests with one prompt, are a group; the model is the sampler. The
+inputs are result files and, if the API writes failures apart, error files. A failed request, and
+one without a result, is a failed response. The request file is held in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gvpo_offline import values
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.group import IntArray
+from gvpo_offline.importing.formats.shared.log_format import InputInfo
+from gvpo_offline.importing.formats.shared.parts import part_weights
+from gvpo_offline.importing.formats.shared.trainer_logs import (
+    Place,
+    TrainerFormat,
+    add_parts,
+    one_response,
+    part,
+)
+from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.openai.shapes import (
+    choice_ids,
+    choice_text,
+    output_text,
+    request_prompt,
+    was_cut,
+)
+from gvpo_offline.values import token_ids
+
+_ID = "custom_id"
+
+
+def open_format(config: ImportConfig) -> OpenAIBatchFormat:
+    """The format; `reward_weights` names columns of the file of rewards."""
+    if config.requests is None:
+        raise ConfigError(
+            "the result file of a batch holds no prompts",
+            received="no requests",
+            remedy="set requests to the file that was sent",
+        )
+    return OpenAIBatchFormat(config, config.requests)
+
+
+@dataclass
+class _Request:
+    """A request, where it stands, and whether it has a result."""
+
+    place: Place
+    tools: Any
+    prompt: values.Prompt
+    prompt_ids: IntArray | None
+    answered: bool = False
+
+
+class OpenAIBatchFormat(TrainerFormat):
+    """Lines of a batch's result and error files."""
+
+    def __init__(self, config: ImportConfig, requests: str) -> None:
+        super().__init__(config, required=(_ID, "response"), in_parts=True)
+        self._files = {"requests": requests}
+        if config.rewards is not None:
+            self._files["rewards"] = config.rewards
+        elif config.reward_weights:
+            part_weights(config, {})
+        self._requests: dict[str, _Request] = {}
+        self._rewards: dict[str, Record] = {}
+        self._weights: Mapping[str, float] = {}
+
+    def beside(self, source: InputInfo) -> Mapping[str, str]:
+        """The SHA-256 of the other files."""
+        return {
+            name: " ".join(s.sha256(lambda _: None) for s in find_sources(pattern))
+            for name, pattern in self._files.items()
+        }
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """The fragments of each line; see `LogFormat.read`."""
+        if not self._requests:
+            self._requests = {
+                key: _request(record, place)
+                for key, record, place in _keyed(self._files["requests"])
+            }
+            if "rewards" in self._files:
+                self._read_rewards(self._files["rewards"])
+        yield from super().read(rows, source)
+
+    def _read_rewards(self, pattern: str) -> None:
+        names: dict[str, float] = {}
+        for key, record, _ in _keyed(pattern):
+            self._rewards[key] = {n: v for n, v in record.items() if n != _ID}
+            names.update(dict.fromkeys(self._rewards[key], 1.0))
+        self._weights = part_weights(self.config, names)
+
+    def finish(self) -> Mapping[str, int]:
+        """See `LeavesOut.finish`; requests without a result count as failed."""
+        for key, request in self._requests.items():
+            if not request.answered:
+                self.failed(request.place, f"request {key} has no result")
+        return super().finish()
+
+    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+        """See `TrainerFormat.parse`."""
+        key = values.identifier(record[_ID])
+        request = self._requests.get(key)
+        if request is None or request.answered:
+            raise DataError(
+                "each result answers a request, and each request has one result",
+                received=f"{'a second' if request else 'no request for the'} result of {key!r}",
+                remedy="set requests to the files that were sent, and name each result file once",
+            )
+        request.answered = True
+        response = record["response"] or {}
+        if record.get("error") or response.get("status_code") != 200:
+            self.failed(place, f"request {key}: {_cause(record)}")
+            return
+        body = response.get("body") or {}
+        choices = [body] if "output" in body else body.get("choices")
+        if not (isinstance(choices, list) and choices):
+            raise DataError("a response's body has choices, or output", received=repr(body))
+        for index, choice in enumerate(choices):
+            if "output" not in choice and _refused(choice):
+                self.failed(place, f"request {key}: {_refused(choice)}")
+                continue
+            fragment = _response(choice, body, request)
+            fragment.samplers = [values.sampler(body.get("model"))]
+            fragment.response_ids = [key if len(choices) == 1 else f"{key}#{index}"]
+            self._score(fragment, key, index, len(choices))
+            yield fragment
+
+    def _score(self, fragment: Fragment, key: str, index: int, n: int) -> None:
+        if "rewards" not in self._files:
+            fragment.rewards = None
+            return
+        row = self._rewards.get(key, {})
+        parts = {name: part(_of(row.get(name), index, n), name) for name in self._weights}
+        fragment.rewards = [add_parts(parts, self._weights)]
+        fragment.components = {name: [value] for name, value in parts.items()}
+
+
+def _keyed(pattern: str) -> Iterator[tuple[str, Record, Place]]:
+    """The rows of files by their custom_id, which is given once."""
+    seen: set[str] = set()
+    for source in find_sources(pattern):
+        for row, record in source.rows(None, lambda _: None):
+            place = Place(source.label, row, "")
+            try:
+                key = values.identifier(record.get(_ID))
+                if key in seen:
+                    raise DataError("a custom_id is given once", received=repr(key))
+            except DataError as error:
+                raise located(error, file=source.label, row=row) from None
+            seen.add(key)
+            yield key, record, place
+
+
+def _request(record: Record, place: Place) -> _Request:
+    try:
+        if not isinstance(record.get("body"), dict):
+            raise DataError("a request has a body", received=", ".join(record))
+        body = record["body"]
+        return _Request(place, body.get("tools"), *request_prompt(body))
+    except DataError as error:
+        raise located(error, file=place.label, row=place.row) from None
+
+
+def _cause(record: Record) -> str:
+    response = record["response"] or {}
+    error = record.get("error") or (response.get("body") or {}).get("error")
+    while isinstance(error, dict):
+        error = error.get("error") or error.get("message") or str(error)
+    return f"status {response.get('status_code')}, {error}"
+
+
+def _refused(choice: Mapping[str, Any]) -> str | None:
+    message = choice.get("message") or {}
+    if choice.get("finish_reason") == "content_filter":
+        return "cut by the content filter"
+    return f"refused ({message['refusal']})" if message.get("refusal") else None
+
+
+def _response(choice: Mapping[str, Any], body: Mapping[str, Any], request: _Request) -> Fragment:
+    sent = choice.get("prompt_token_ids", body.get("prompt_token_ids"))
+    if sent is None:
+        values.no_tools({"tools": request.tools})
+    if "output" in choice:
+        return one_response(
+            prompt=request.prompt,
+            text=output_text(choice["output"]),
+            truncated=was_cut(choice),
+            reward=None,
+        )
+    ids = choice_ids(choice)
+    return one_response(
+        prompt=request.prompt,
+        prompt_ids=request.prompt_ids if sent is None else token_ids(sent, "prompt_token_ids"),
+        ids=ids,
+        text=choice_text(choice, whole=ids is None),
+        truncated=values.truncated(choice.get("finish_reason")),
+        reward=None,
+    )
+
+
+def _of(value: Any, index: int, n: int) -> Any:
+    """The entry for one of n choices of a reward's column."""
+    if n == 1 and not isinstance(value, list):
+        return value
+    if value is None:
+        return None
+    if not (isinstance(value, list) and len(value) == n):
+        raise DataError(
+            "a reward is a number, or a list with one for each choice",
+            received=f"{value!r} for {n} choices",
+        )
+    return value[index]

@@ -1,0 +1,118 @@
+"""Preferences, TRL's shape for DPO: a chosen and a rejected response, with or without the prompt.
+
+Texts or chat messages; without a prompt, or where `chosen` and `rejected` repeat it, the prompt is
+what the two begin with in common.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.row_format import RowFormat, comparison_id, text_fragment
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record
+
+_SCORES = ("score_chosen", "score_rejected")
+_TURN = "\n\nAssistant:"
+_NEXT_TURN = "\n\nHuman:"
+
+Messages = list[dict[str, Any]]
+Pair = list[str]
+
+
+def open_format(config: ImportConfig) -> RowFormat:
+    """One row a pair; the rewards are the scores where there are any, else 1 and 0.
+
+    Scores are on one scale, so pairs with one prompt are a group. 1 and 0 only say which of the
+    pair is better, so each pair is a group.
+    """
+    return RowFormat(
+        config,
+        required=("chosen", "rejected"),
+        optional=("prompt", "tools", *_SCORES),
+        parse=_parse,
+    )
+
+
+def _parse(record: Record) -> list[Fragment]:
+    values.no_tools(record)
+    chosen, rejected, given = record["chosen"], record["rejected"], record.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, pair = _from_texts(chosen, rejected, given)
+    else:
+        prompt, pair = _from_messages(
+            values.structs(chosen, "the messages of chosen"),
+            values.structs(rejected, "the messages of rejected"),
+            given,
+        )
+    if any(name in record for name in _SCORES):
+        return [text_fragment(prompt, pair, [values.number(record.get(n), n) for n in _SCORES])]
+    return [text_fragment(prompt, pair, [1.0, 0.0], group_id=comparison_id(prompt, pair))]
+
+
+def _from_texts(chosen: str, rejected: str, given: Any) -> tuple[values.Prompt, Pair]:
+    if given is not None:
+        return values.prompt(given), [chosen, rejected]
+    end = _prompt_end(_shared(chosen, rejected))
+    pair = [chosen[end:], rejected[end:]]
+    if not end or chosen == rejected or any(_NEXT_TURN in text for text in pair):
+        raise _without_prompt([chosen, rejected])
+    return values.prompt(chosen[:end]), pair
+
+
+def _shared(a: str, b: str) -> str:
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[: next(differ, min(len(a), len(b)))]
+
+
+def _prompt_end(shared: str) -> int:
+    """Where the prompt ends in what both texts begin with."""
+    if shared.startswith(_NEXT_TURN):
+        # A conversation: two answers may begin alike, but a turn begins where it begins.
+        start = shared.rfind(_TURN)
+        return 0 if start < 0 else start + len(_TURN)
+    return len(shared.removesuffix(" "))  # a space belongs to the word behind it
+
+
+def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[values.Prompt, Pair]:
+    shared, most = 0, min(len(chosen), len(rejected)) - 1
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    pair = [values.response(chosen[shared:]) or "", values.response(rejected[shared:]) or ""]
+    if not shared:
+        if given is None:
+            raise _without_prompt([chosen, rejected])
+        return values.prompt(given), pair
+    head = chosen[:shared]
+    if not _same(given, head):
+        raise DataError(
+            "the prompt is what chosen and rejected begin with",
+            received=f"{given!r} and {head!r}",
+            remedy="remove the prompt column, or what chosen and rejected begin with",
+        )
+    return values.prompt(head), pair
+
+
+def _same(given: Any, head: Messages) -> bool:
+    """Whether the prompt column agrees with the messages that both responses follow."""
+    if given is None:
+        return True
+    if isinstance(given, str):  # as text it is one of the user's turns, the first or the last
+        return any(given.strip() == str(message.get("content")).strip() for message in head)
+    turns = [(message.get("role"), message.get("content")) for message in head]
+    return turns == [
+        (message.get("role"), message.get("content"))
+        for message in values.structs(given, "the messages of prompt")
+    ]
+
+
+def _without_prompt(received: Any) -> DataError:
+    return DataError(
+        "without a prompt column, chosen and rejected begin with the prompt and go on with one "
+        "answer each, not the same",
+        received=received,
+        remedy="add the prompt column, or remove the row",
+    )

@@ -1,0 +1,153 @@
+"""prime-rl: the episodes that it writes to `rollouts/step_<n>/<train|eval>/<all|effective>/`,
+`traces.jsonl`.
+
+An episode holds a trace per agent, of which the trainable ones are read. A trace is a graph of
+messages with their token ids; it must be one path. Where the sampler gave token ids they are read
+as they are, and what the policy did not write is masked; otherwise a trace must have one answer.
+Traces of one group id and agent are a group, sampled by `run@step`. A reward's parts are named and
+weighted in the log; `reward_weights` replaces those weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gvpo_offline import values
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.importing.formats.shared.trainer_logs import (
+    Place,
+    TrainerFormat,
+    add_parts,
+    group_id,
+    one_response,
+    part,
+    trajectory,
+)
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.openai.shapes import chat, choice_text
+from gvpo_offline.values import flags, token_ids
+
+_STEP = re.compile(r"step_(\d+)")
+_CUT = ("max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens", "context_length")
+Node = Mapping[str, Any]
+
+
+def open_format(config: ImportConfig) -> PrimeRLFormat:
+    """The format; `reward_weights` names rewards of the environments."""
+    return PrimeRLFormat(config)
+
+
+class PrimeRLFormat(TrainerFormat):
+    """Episodes of prime-rl."""
+
+    def __init__(self, config: ImportConfig) -> None:
+        super().__init__(config, required=("id", "traces", "ok"), in_parts=True)
+        self._parts: set[str] = set()
+
+    def finish(self) -> Mapping[str, int]:
+        """See `LeavesOut.finish`."""
+        unknown = sorted(set(self.config.reward_weights) - self._parts)
+        if unknown:
+            raise ConfigError(
+                "reward_weights names rewards that the log has",
+                received=", ".join(unknown),
+                remedy=f"choose among {', '.join(sorted(self._parts)) or 'none'}",
+            )
+        return super().finish()
+
+    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+        """See `TrainerFormat.parse`."""
+        traces = [t for t in record["traces"] if t.get("agent", {}).get("trainable", True)]
+        if not traces:
+            self.failed(place, f"episode {record['id']} has no trace of the policy")
+        for trace in traces:
+            if not trace.get("ok"):
+                self.failed(place, _cause(trace))
+                continue
+            fragment = self._response(trace, place, record)
+            group = record.get("group")
+            if group is None:
+                fragment.group_id = group_id(fragment, *_sampler(record, place))
+            else:
+                agent = trace.get("agent", {}).get("name", "agent")
+                fragment.group_id = f"{place.run}/{group['id']}/{agent}"
+            yield fragment
+
+    def _response(self, trace: Record, place: Place, episode: Record) -> Fragment:
+        path = _path(trace)
+        parts, weights = self._rewards(trace.get("rewards") or {})
+        common: dict[str, Any] = {
+            "reward": add_parts(parts, weights),
+            "parts": parts,
+            "sampler": "@".join(_sampler(episode, place)),
+            "truncated": _truncated(trace),
+            "response_id": values.identifier(trace["id"]),
+        }
+        sampled = [node for node in path if node.get("sampled")]
+        if any(node.get("token_ids") for node in sampled):
+            cut = trajectory(
+                token_ids([i for node in path for i in node["token_ids"]], "token_ids"),
+                flags([m for node in path for m in node["mask"]], "mask"),
+            )
+            return one_response(prompt_ids=cut.prompt_ids, ids=cut.ids, mask=cut.mask, **common)
+        if len(sampled) != 1 or path[-1] is not sampled[0]:
+            raise DataError(
+                "a trace without token ids has one answer, and ends with it",
+                received=f"{len(sampled)} answers among {len(path)} messages",
+                remedy="sample with the renderer's client, which logs token ids",
+            )
+        prompt = chat([node["message"] for node in path[:-1]])
+        return one_response(prompt=prompt, text=choice_text(path[-1]), **common)
+
+    def _rewards(
+        self, rewards: Mapping[str, Any]
+    ) -> tuple[dict[str, float | None], Mapping[str, float]]:
+        parts = {name: part(r and r["score"], name) for name, r in rewards.items()}
+        self._parts.update(parts)
+        logged = {name: float(r["weight"]) if r else 1.0 for name, r in rewards.items()}
+        chosen = self.config.reward_weights
+        return parts, {n: chosen[n] for n in parts if n in chosen} if chosen else logged
+
+
+def _sampler(episode: Record, place: Place) -> tuple[str, ...]:
+    """The run and, where the log knows it, the step."""
+    run = episode.get("run") or {}
+    name = str(run.get("name") or run.get("id") or place.run)
+    step = (run.get("work") or {}).get("step")
+    if step is None and (found := _STEP.search(place.label)):
+        step = found[1]
+    return (name,) if step is None else (name, str(step))
+
+
+def _cause(trace: Record) -> str:
+    errors = trace.get("errors") or [{"message": trace.get("stop_condition")}]
+    return f"trace {trace['id']} failed ({errors[-1].get('message')})"
+
+
+def _truncated(trace: Record) -> bool:
+    ended = [c.get("finish_reason") for c in trace.get("calls") or () if not c.get("error")]
+    return trace.get("stop_condition") in _CUT or ended[-1:] == ["length"]
+
+
+def _path(trace: Record) -> Sequence[Node]:
+    """The messages of a trace in order."""
+    nodes: list[Node] = trace.get("nodes") or []
+    parents = [node.get("parent") for node in nodes]
+    leaves = sorted(set(range(len(nodes))) - set(parents))
+    if len(leaves) != 1:
+        raise DataError(
+            "a trace is one path of messages",
+            received=f"{len(leaves)} ends in trace {trace.get('id')}",
+            remedy="remove traces that branch (compaction, sub-agents): their reward is not that "
+            "of one response",
+        )
+    order = []
+    at: int | None = leaves[0]
+    while at is not None:
+        order.append(nodes[at])
+        at = parents[at]
+    return order[::-1]

@@ -1,0 +1,63 @@
+"""The columns of a format that knows them, so that the user names none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from gvpo_offline import values
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.importing.settings import Columns, ImportConfig
+
+__all__ = ["KnownColumns"]
+
+
+class KnownColumns:
+    """The columns that each row of a format has, and those that the user wants kept.
+
+    Args:
+        config: the import's settings; of `columns` only `keep` has a meaning here.
+        required: the columns that each row has.
+
+    Attributes:
+        names: all of them.
+
+    Raises:
+        ConfigError: another column is set.
+    """
+
+    def __init__(self, config: ImportConfig, required: Sequence[str]) -> None:
+        default = Columns()
+        named = [f.name for f in fields(Columns) if f.name != "keep"]
+        changed = [n for n in named if getattr(config.columns, n) != getattr(default, n)]
+        if changed:
+            raise ConfigError(
+                f"format: {config.format} knows its columns, so that only columns.keep is set",
+                received=", ".join(f"columns.{name}" for name in changed),
+                remedy="leave it out, or choose format: flat",
+            )
+        self._format = config.format
+        self._keep = config.columns.keep
+        self.names = [*required, *self._keep]
+
+    def metadata(self, record: Mapping[str, Any], present: Sequence[str] | None) -> str | None:
+        """What is kept of a row, as JSON, or None.
+
+        Args:
+            record: the row, which must have all columns.
+            present: the columns of the input, or None where each row names its own.
+
+        Raises:
+            DataError: a column is missing.
+        """
+        missing = [name for name in self.names if name not in record]
+        if missing:
+            there = ", ".join(record if present is None else present) or "none"
+            raise DataError(
+                f"a row of format: {self._format} has the columns {', '.join(self.names)}",
+                received=f"no {', '.join(missing)} among {there}",
+                remedy="choose the format that the log has, or format: flat with the names of its "
+                "columns",
+            )
+        return values.metadata(record, self._keep)

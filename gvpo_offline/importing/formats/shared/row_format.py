@@ -1,0 +1,120 @@
+"""Formats whose column names are known and whose rows each stand for themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
+from gvpo_offline.importing.formats.shared.log_format import InputInfo
+from gvpo_offline.importing.formats.shared.parts import Parts, part_weights, weighted_sum
+from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record, Row
+
+__all__ = ["RowFormat", "comparison_id", "text_fragment"]
+
+_ID_DIGITS = 16
+
+
+class RowFormat:
+    """A format of known columns.
+
+    Args:
+        config: the import's settings; of `columns` only `keep` has a meaning here.
+        required: the columns that each row has.
+        optional: further columns that are read where they exist.
+        parse: from a row to its fragments: one as a rule, two where its responses turn out not to
+            share a prompt.
+        parts: the parts that the reward is made of and their default weights, if it has parts:
+            the rewards are then computed here, from what the fragments have in `components`.
+
+    Raises:
+        ConfigError: a setting that has no meaning for the format.
+    """
+
+    def __init__(
+        self,
+        config: ImportConfig,
+        *,
+        required: Sequence[str],
+        optional: Sequence[str] = (),
+        parse: Callable[[Record], Sequence[Fragment]],
+        parts: Mapping[str, float] | None = None,
+    ) -> None:
+        self._weights = part_weights(config, parts or {})
+        self._known = KnownColumns(config, required)
+        self._columns = list(dict.fromkeys([*self._known.names, *optional]))
+        self._parse = parse
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that are read."""
+        return self._columns
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """The fragments of each row; see `LogFormat.read`."""
+        for row, record in rows:
+            try:
+                metadata = self._known.metadata(record, source.columns)
+                fragments = self._parse(record)
+            except DataError as error:
+                raise located(error, file=source.label, row=row) from error.__cause__
+            for fragment in fragments:
+                fragment.row, fragment.metadata = row, metadata
+                if fragment.components is not None:
+                    fragment.rewards = weighted_sum(
+                        fragment.components, self._weights, fragment.size
+                    )
+                yield fragment
+
+
+def text_fragment(
+    prompt: values.Prompt,
+    responses: Sequence[str | None],
+    rewards: Sequence[float | None] | None = None,
+    *,
+    samplers: Sequence[str | None] | None = None,
+    truncated: Sequence[bool] | None = None,
+    parts: Parts | None = None,
+    group_id: str | None = None,
+    response_ids: Sequence[str] | None = None,
+) -> Fragment:
+    """A fragment of n responses given as text.
+
+    Args:
+        prompt: as `values.prompt` returns it.
+        responses: n texts; None, where the log has null, is an empty text.
+        rewards: n numbers, None where a response lacks its reward; or None if it has `parts`.
+        samplers: n names, or None where the log does not say.
+        truncated: n flags, or None if no response was cut.
+        parts: what the rewards are made of.
+        group_id: the group's id; None: responses to one prompt are a group.
+        response_ids: n ids, or None.
+    """
+    n = len(responses)
+    text, messages = prompt
+    return Fragment(
+        prompt=text,
+        messages=messages,
+        prompt_token_ids=None,
+        responses=[values.response(text) or "" for text in responses],
+        response_token_ids=None,
+        rewards=rewards,
+        samplers=[None] * n if samplers is None else list(samplers),
+        truncated=[False] * n if truncated is None else list(truncated),
+        response_ids=None if response_ids is None else list(response_ids),
+        group_id=group_id,
+        components=None if parts is None else {name: list(part) for name, part in parts.items()},
+    )
+
+
+def comparison_id(prompt: values.Prompt, responses: Sequence[str | None]) -> str:
+    """A group id for a row whose rewards compare its own responses with each other.
+
+    Such rewards mean nothing beside those of another row, even one with the same prompt, so each
+    row is a group: the id is a hash of all that was compared.
+    """
+    return sha256_json([*prompt, *responses])[:_ID_DIGITS]

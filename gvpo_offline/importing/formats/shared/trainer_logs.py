@@ -1,0 +1,347 @@
+"""What the logs of RL trainers have in common: a run and its steps, samples that failed, batches
+that are logged twice, rewards in parts.
+
+A trainer samples a prompt k times at a step with the weights of that step. So responses to one
+prompt at one step of one run are a group, and `run@step` is their sampler.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.group import BoolArray, IntArray
+from gvpo_offline.hashing import sha256_text
+from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
+from gvpo_offline.importing.formats.shared.log_format import InputInfo
+from gvpo_offline.importing.formats.shared.parts import part_weights, weighted_sum
+from gvpo_offline.importing.fragment import Fragment, located, prompt_key
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record, Row
+
+__all__ = [
+    "Place",
+    "Repeats",
+    "TrainerFormat",
+    "Trajectory",
+    "add_parts",
+    "check_advantages",
+    "check_batch",
+    "group_id",
+    "one_response",
+    "part",
+    "run_name",
+    "trajectory",
+]
+
+# Folders that producers name themselves, between a run's folder and its logs.
+_INNER_FOLDER = re.compile(r"completions|rollouts|step_\d+|train|eval|all|effective")
+_NAMED_FAILURES = 3
+_PROMPT_DIGITS = 16
+# Below this spread of a group's rewards, relative to their size, rounding decides an advantage.
+_MIN_SPREAD = 1e-3
+_MIN_CORRELATION = 0.999
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands: its input, its number, and the run that wrote it."""
+
+    label: str
+    row: int
+    run: str
+
+
+def run_name(source: InputInfo) -> str:
+    """What to call the run that wrote an input: its folder, or the data set's name on the hub."""
+    if source.label.startswith("hf:"):
+        return source.label.split(":")[1].split("/")[-1]
+    for folder in Path(source.label).absolute().parents:
+        if not _INNER_FOLDER.fullmatch(folder.name):
+            return folder.name or "run"
+    return "run"
+
+
+def group_id(fragment: Fragment, *names: object) -> str:
+    """An id for all fragments with the same names (run, step ...) and the same prompt."""
+    return "/".join([*map(str, names), prompt_key(fragment)[:_PROMPT_DIGITS]])
+
+
+def one_response(
+    *,
+    reward: float | None,
+    prompt: values.Prompt = (None, None),
+    prompt_ids: IntArray | None = None,
+    text: str | None = None,
+    ids: IntArray | None = None,
+    mask: BoolArray | None = None,
+    sampler: str | None = None,
+    truncated: bool = False,
+    response_id: str | None = None,
+    parts: Mapping[str, float | None] | None = None,
+) -> Fragment:
+    """A fragment of one response, given as text or token ids.
+
+    Args:
+        reward: its reward, or None if it lacks one.
+        prompt: as `values.prompt` returns it.
+        prompt_ids: (P,) int32, or None to tokenise the prompt.
+        text: the response as text.
+        ids: (T,) int32, or None to tokenise the text.
+        mask: (T,) bool, or None where every token counts.
+        sampler: who wrote it.
+        truncated: whether it was cut.
+        response_id: its id.
+        parts: what the reward is made of.
+    """
+    return Fragment(
+        prompt=prompt[0],
+        messages=prompt[1],
+        prompt_token_ids=prompt_ids,
+        responses=[text],
+        response_token_ids=None if ids is None else [ids],
+        rewards=[reward],
+        samplers=[sampler],
+        truncated=[truncated],
+        loss_mask=None if mask is None else [mask],
+        response_ids=None if response_id is None else [response_id],
+        components=None if parts is None else {name: [part] for name, part in parts.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A prompt and a response cut out of one sequence of tokens.
+
+    Attributes:
+        prompt_ids: (P,) int32, up to the first token that the policy wrote.
+        ids: (T,) int32, up to the last one.
+        mask: (T,) bool, or None where the policy wrote all of them.
+    """
+
+    prompt_ids: IntArray
+    ids: IntArray
+    mask: BoolArray | None
+
+
+def trajectory(ids: IntArray, mask: BoolArray) -> Trajectory:
+    """Cut a sequence where the policy's first token stands.
+
+    What follows its last token (padding, an environment's last word) is nobody's response and goes.
+
+    Args:
+        ids: (L,) int32.
+        mask: (L,) bool, true where the policy wrote the token.
+
+    Raises:
+        DataError: the two differ in length, or the policy wrote nothing.
+    """
+    if len(ids) != len(mask):
+        raise DataError(
+            "a loss mask has one flag per token", received=f"{len(mask)} flags, {len(ids)} tokens"
+        )
+    own = np.flatnonzero(mask)
+    if not len(own):
+        raise DataError(
+            "a response needs at least 1 token that counts",
+            received="a loss mask that is all 0",
+            remedy="remove the row",
+        )
+    first, end = int(own[0]), int(own[-1]) + 1
+    inner = mask[first:end]
+    return Trajectory(ids[:first], ids[first:end], None if inner.all() else inner)
+
+
+def part(value: Any, name: str) -> float | None:
+    """A part of a reward; null and NaN are a part that is missing.
+
+    Raises:
+        DataError: it is no number.
+    """
+    found = values.number(value, f"the reward {name!r}")
+    return None if found is None or math.isnan(found) else found
+
+
+def add_parts(parts: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """The weighted sum of the parts that a response has, or None if it has none that counts."""
+    return weighted_sum({name: [value] for name, value in parts.items()}, weights, 1)[0]
+
+
+class Repeats:
+    """Finds batches that a trainer logged again at a later step, without sampling anew."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, str]] = set()
+        self.responses = 0
+
+    def again(self, run: str, batch: Any, size: int) -> bool:
+        """Whether `run` logged this batch of `size` responses before; then they are counted."""
+        key = run, sha256_text(json.dumps(batch, sort_keys=True, default=values.plain))
+        if key in self._seen:
+            self.responses += size
+            return True
+        self._seen.add(key)
+        return False
+
+
+def check_advantages(
+    rewards: Sequence[float], advantages: Sequence[float], parts: Collection[str]
+) -> None:
+    """Hold a group's summed rewards against the advantages that the trainer made of them.
+
+    Within a group an advantage is a rising straight line of the reward, however it was scaled. If
+    it is not, the parts were weighted, or a logged number is no part of the reward.
+
+    Args:
+        rewards: n sums of the parts, each with weight 1.
+        advantages: n numbers.
+        parts: names of the parts, for the message.
+
+    Raises:
+        DataError: the advantages say otherwise.
+    """
+    r, a = np.asarray(rewards, np.float64), np.asarray(advantages, np.float64)
+    if len(r) < 2 or np.ptp(r) <= _MIN_SPREAD * max(1.0, float(np.abs(r).max())):
+        return
+    if np.ptp(a) > 0 and np.corrcoef(r, a)[0, 1] > _MIN_CORRELATION:
+        return
+    raise DataError(
+        "the logged advantages follow from the sum of the reward columns",
+        received=f"others, so {', '.join(parts)} were weighted or normalised, or are not all "
+        "rewards",
+        remedy="set reward_weights to the weights that the run had; a column that it does not name "
+        "is no part of the reward",
+    )
+
+
+def check_batch(
+    fragments: Sequence[Fragment], advantages: Sequence[Any], parts: Collection[str]
+) -> None:
+    """`check_advantages` on each group of a batch, as it stands in one piece.
+
+    Args:
+        fragments: n fragments of one response, in the log's order.
+        advantages: what the log has for each.
+        parts: names of the parts of the reward.
+
+    Raises:
+        DataError: the advantages of a group say otherwise; names its first row.
+    """
+    pairs = zip(fragments, advantages, strict=True)
+    for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].group_id):
+        members = list(group)
+        known = [
+            (f.rewards[0], a)
+            for f, a in members
+            if f.rewards and f.rewards[0] is not None and isinstance(a, int | float)
+        ]
+        try:
+            check_advantages([r for r, _ in known], [a for _, a in known], parts)
+        except DataError as error:
+            raise located(error, file=None, row=members[0][0].row) from None
+
+
+class TrainerFormat(ABC):
+    """A format whose rows are samples of a run.
+
+    Args:
+        config: the import's settings; of `columns` only `keep` has a meaning here.
+        required: the columns that each row has.
+        in_parts: whether rewards come in parts, whose names the rows know.
+
+    Raises:
+        ConfigError: a setting that has no meaning for the format.
+    """
+
+    columns: Sequence[str] | None = None
+
+    def __init__(
+        self, config: ImportConfig, *, required: Sequence[str], in_parts: bool = False
+    ) -> None:
+        if not in_parts:
+            part_weights(config, {})
+        self.config = config
+        self.repeats = Repeats()
+        self._known = KnownColumns(config, required)
+        self._failed: list[tuple[Place, str]] = []
+        self._n_failed = 0
+
+    @abstractmethod
+    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+        """The fragments of a row.
+
+        Raises:
+            DataError: the row is not of this format.
+        """
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """The fragments of each row; see `LogFormat.read`."""
+        run = self.run_of(source)
+        for row, record in rows:
+            yield from self.read_row(record, Place(source.label, row, run))
+
+    def run_of(self, source: InputInfo) -> str:
+        """What to call the run that wrote an input."""
+        return run_name(source)
+
+    def read_row(self, record: Record, place: Place) -> list[Fragment]:
+        """The fragments of one row, with what is common to all formats filled in."""
+        try:
+            metadata = self._known.metadata(record, None)
+            fragments = list(self.parse(record, place))
+        except DataError as error:
+            raise located(error, file=place.label, row=place.row) from error.__cause__
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"a row of format: {self.config.format} is nested as its producer writes it",
+                received=f"{type(error).__name__}: {error}",
+                remedy="correct or remove the row",
+                file=place.label,
+                row=place.row,
+            ) from error
+        for fragment in fragments:
+            fragment.row, fragment.metadata = place.row, metadata
+            if self.config.sampler is not None:
+                fragment.samplers = [None] * fragment.size
+        return fragments
+
+    def beside(self, source: InputInfo) -> Mapping[str, str]:
+        """What fragments depend on besides rows and settings; see `formats.ReadsBeside`."""
+        return {"run": self.run_of(source)}
+
+    def failed(self, place: Place, cause: str) -> None:
+        """Note a response that its log marks as failed; `finish` refuses or counts them."""
+        self._n_failed += 1
+        if len(self._failed) < _NAMED_FAILURES:
+            self._failed.append((place, cause))
+
+    def finish(self) -> Mapping[str, int]:
+        """How many responses were left out, by reason; see `formats.LeavesOut`."""
+        if self._n_failed and self.config.failed_responses == "error":
+            first = self._failed[0][0]
+            named = [
+                f"{'' if p.label == first.label else f'{p.label}, '}row {p.row}: {cause}"
+                for p, cause in self._failed
+            ]
+            raise DataError(
+                "no response of the log failed",
+                received=f"{self._n_failed} that failed: {'; '.join(named)}",
+                remedy="sample them again, or leave them out (failed_responses: drop)",
+                file=first.label,
+                row=first.row,
+            )
+        return {
+            "dropped_failed_responses": self._n_failed,
+            "dropped_repeated_responses": self.repeats.responses,
+        }

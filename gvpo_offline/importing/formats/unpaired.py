@@ -1,0 +1,29 @@
+"""Unpaired preferences, TRL's shape for KTO: a prompt, a completion, whether it is desirable."""
+
+from __future__ import annotations
+
+from gvpo_offline import values
+from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.rows import Record
+
+
+def open_format(config: ImportConfig) -> RowFormat:
+    """One row a response, grouped by the prompt; the reward is 1 or 0."""
+    return RowFormat(
+        config, required=("prompt", "completion", "label"), optional=("tools",), parse=_parse
+    )
+
+
+def _parse(record: Record) -> list[Fragment]:
+    values.no_tools(record)
+    label = values.number(record["label"], "a label")
+    if label not in (None, 0.0, 1.0):
+        raise DataError(
+            "a label is true or false",
+            received=record["label"],
+            remedy="import scores with format: flat and columns.reward: label",
+        )
+    return [text_fragment(values.prompt(record["prompt"]), [record["completion"]], [label])]

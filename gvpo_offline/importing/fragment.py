@@ -1,0 +1,253 @@
+"""A fragment: what one row of a log says about a group. Every format ends in it.
+
+A row that holds one response and a row that holds a whole group differ in the number of responses
+only. All fragments of a group are brought together later, whichever files they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.group import BoolArray, IntArray
+from gvpo_offline.hashing import sha256_json, sha256_text
+from gvpo_offline.importing.settings import ImportConfig
+
+__all__ = [
+    "Fragment",
+    "check_fragment",
+    "located",
+    "prompt_key",
+    "tokens_key",
+]
+
+GROUP_ID_DIGITS = 16
+
+
+@dataclass(slots=True)
+class Fragment:
+    """A prompt and n >= 1 of its responses, from one row of a log.
+
+    Attributes:
+        prompt: the prompt as text, or None.
+        messages: the prompt as JSON chat messages, or None.
+        prompt_token_ids: (P,) int32, or None where the text is to be tokenised.
+        responses: n texts, each None where the log has ids only.
+        response_token_ids: n arrays of (T_i,) int32, each None where the text is to be tokenised;
+            or None for all.
+        rewards: n numbers, each None where a response lacks its reward; or None if the log has
+            no reward.
+        components: n numbers of each part that the rewards are made of, by name, None where a
+            response has no such part; or None if the log has no parts.
+        samplers: n names, each None where the log does not say.
+        truncated: n flags.
+        loss_mask: n arrays of (T_i,) bool, each None where every token counts; or None for all.
+        response_ids: n ids, or None.
+        sampler_logprobs: n log-probs of a whole response under who wrote it, nats, each None where
+            the log does not say; or None for all.
+        group_id: the log's own id of the group, or None: responses to one prompt are a group.
+        metadata: a JSON object, or None.
+        source: what the log calls itself, or None.
+        file: number of the input; filled in by the importer.
+        row: zero-based row of the input, of the first row where a format joins several.
+    """
+
+    prompt: str | None
+    messages: str | None
+    prompt_token_ids: IntArray | None
+    responses: list[str | None]
+    response_token_ids: Sequence[IntArray | None] | None
+    rewards: Sequence[float | None] | None
+    samplers: list[str | None]
+    truncated: list[bool]
+    loss_mask: Sequence[BoolArray | None] | None = None
+    response_ids: list[str] | None = None
+    group_id: str | None = None
+    metadata: str | None = None
+    source: str | None = None
+    components: dict[str, list[float | None]] | None = None
+    sampler_logprobs: Sequence[float | None] | None = None
+    file: int = 0
+    row: int = 0
+
+    @property
+    def size(self) -> int:
+        """n, the number of responses."""
+        return len(self.responses)
+
+    def ids_of(self, index: int) -> IntArray | None:
+        """Token ids of response `index`, or None where its text is to be tokenised."""
+        return None if self.response_token_ids is None else self.response_token_ids[index]
+
+    def mask_of(self, index: int) -> BoolArray | None:
+        """Loss mask of response `index`, or None where every token counts."""
+        return None if self.loss_mask is None else self.loss_mask[index]
+
+
+def located(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
+    """The same error, naming its place where it does not yet."""
+    return DataError(
+        error.rule,
+        received=error.received,
+        remedy=error.remedy,
+        file=error.file or file,
+        row=row if error.row is None else error.row,
+        group=error.group or group,
+    )
+
+
+def prompt_key(fragment: Fragment) -> str:
+    """SHA-256 (hexadecimal) of what the prompt *is*: its messages, else its text, else its ids."""
+    if fragment.messages is not None:
+        # Columnar files may order the keys of a message differently.
+        return sha256_json({"messages": json.loads(fragment.messages)})
+    if fragment.prompt is not None:
+        return sha256_text("text\0" + fragment.prompt)
+    assert fragment.prompt_token_ids is not None  # check_fragment has seen to it
+    return tokens_key(fragment.prompt_token_ids)
+
+
+def tokens_key(ids: IntArray) -> str:
+    """SHA-256 (hexadecimal) of token ids."""
+    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
+
+
+def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int | None) -> None:
+    """Hold one row to every rule that it can break alone.
+
+    Args:
+        fragment: the row.
+        config: the import's settings. What `empty_responses`, `missing_rewards` and `singletons`
+            let pass is dealt with later.
+        vocab_size: upper bound of token ids, where a tokenizer is known.
+
+    Raises:
+        DataError: without a place, which the caller knows.
+    """
+    allow_empty = config.empty_responses != "error"
+    ids = fragment.prompt_token_ids
+    if not (fragment.prompt or fragment.messages) and (ids is None or not len(ids)):
+        raise DataError(
+            "a prompt is not empty",
+            received=fragment.prompt,
+            remedy="log what the sampler was given, or remove the row",
+        )
+    if ids is not None:
+        _check_ids(ids, "prompt_token_ids", vocab_size)
+    _check_lengths(fragment, allow_none=config.singletons != "error")
+    for index, text in enumerate(fragment.responses):
+        _check_response(fragment, index, text, vocab_size, allow_empty)
+    _check_components(fragment)
+    for index, reward in enumerate(fragment.rewards or ()):
+        if reward is None:
+            if config.missing_rewards == "error":
+                raise DataError(
+                    "in a log with rewards each response has one",
+                    received=f"none for response {index}",
+                    remedy="score the response, or drop such responses (missing_rewards: drop)",
+                )
+        elif not math.isfinite(reward):
+            raise DataError(
+                "a reward is a finite number",
+                received=f"{reward} for response {index}",
+                remedy="score the response again, or leave it out of the log",
+            )
+
+
+def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
+    n = fragment.size
+    if n == 0 and not allow_none:
+        raise DataError(
+            "a row holds at least 1 response",
+            received="an empty list",
+            remedy="remove the row, or drop such groups (singletons: drop)",
+        )
+    for name in (
+        "response_token_ids",
+        "rewards",
+        "samplers",
+        "truncated",
+        "loss_mask",
+        "response_ids",
+        "sampler_logprobs",
+    ):
+        values = getattr(fragment, name)
+        if values is not None and len(values) != n:
+            raise DataError(
+                f"{name} has one entry per response",
+                received=f"{len(values)} for {n} responses",
+                remedy="log lists of one length in a row",
+            )
+
+
+def _check_components(fragment: Fragment) -> None:
+    if fragment.components and fragment.rewards is None:
+        raise DataError(
+            "components are parts of a reward, so the row has the reward too",
+            received=f"{', '.join(fragment.components)} without a reward",
+            remedy="name the column of the reward, or say how the parts make one",
+        )
+    for name, values in (fragment.components or {}).items():
+        if len(values) != fragment.size:
+            raise DataError(
+                f"the reward's component {name} has one entry per response",
+                received=f"{len(values)} for {fragment.size} responses",
+                remedy="log lists of one length in a row",
+            )
+        for index, value in enumerate(values):
+            if value is not None and math.isinf(value):
+                raise DataError(
+                    f"the reward's component {name} is a finite number, or missing",
+                    received=f"{value} for response {index}",
+                    remedy="score the response again, or leave the component out of the log",
+                )
+
+
+def _check_response(
+    fragment: Fragment, index: int, text: str | None, vocab_size: int | None, allow_empty: bool
+) -> None:
+    ids, mask = fragment.ids_of(index), fragment.mask_of(index)
+    if ids is None and text is None:
+        raise DataError("a response is text or token ids", received=f"neither for response {index}")
+    if not allow_empty and not (text if ids is None else len(ids)):
+        raise DataError(
+            "a response needs at least 1 token",
+            received=f"response {index}, which is empty",
+            remedy="drop such responses (empty_responses: drop), or, if the sampler did end at "
+            "once, keep the end token alone (empty_responses: keep)",
+        )
+    if ids is not None:
+        _check_ids(ids, "response_token_ids", vocab_size)
+    if mask is None:
+        return
+    if ids is None:
+        raise DataError(
+            "a loss mask has one flag per token, so the row must hold the tokens",
+            received=f"a mask without token ids for response {index}",
+            remedy="log the response's token ids, or null for its mask",
+        )
+    if len(mask) != len(ids):
+        raise DataError(
+            "a loss mask has one flag per response token",
+            received=f"{len(mask)} flags for {len(ids)} tokens of response {index}",
+        )
+    if len(mask) and not mask.any():
+        raise DataError(
+            "a response needs at least 1 token that counts",
+            received=f"response {index} whose loss mask is all 0",
+            remedy="remove the response, or correct its mask",
+        )
+
+
+def _check_ids(ids: IntArray, what: str, vocab_size: int | None) -> None:
+    if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
+        raise DataError(
+            f"{what} lie below the tokenizer's {vocab_size} entries",
+            received=int(ids.max()),
+            remedy="set tokenizer_name_or_path to the tokenizer that made the ids",
+        )

@@ -1,0 +1,365 @@
+"""The import stage: logged, scored responses to a dataset of Parquet shards.
+
+    inputs -> fragments -> spilled in buckets of hash(group_id) -> groups -> shards -> manifest
+
+The first pass reads every row once and holds it to every rule that a row can break alone, before
+anything is written that could become part of a dataset. The second makes groups of one bucket at a
+time and commits shard by shard. Neither holds more than a bucket, so memory does not depend on the
+log's length. The result's bytes depend on the inputs and settings alone; a killed run leaves its
+committed shards, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.group import Group
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.importing.assemble import Assembler, InputNames
+from gvpo_offline.importing.encode import Encoder, Needs, load_encoder
+from gvpo_offline.importing.folder import OutputFolder
+from gvpo_offline.importing.formats import find_format
+from gvpo_offline.importing.formats.shared.log_format import LeavesOut, Log, LogFormat, ReadsBeside
+from gvpo_offline.importing.fragment import (
+    GROUP_ID_DIGITS,
+    Fragment,
+    check_fragment,
+    located,
+    prompt_key,
+)
+from gvpo_offline.importing.outcome import SAID, ImportResult
+from gvpo_offline.importing.regroup import Spill, power_of_two
+from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.files import Source
+from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
+from gvpo_offline.store.schema import SCHEMA_VERSION
+from gvpo_offline.store.writer import publish, write_groups
+from gvpo_offline.tokenizer import tokenizer_info
+from gvpo_offline.version import __version__
+
+__all__ = ["ImportResult", "import_log", "run_import"]
+
+# Raise it whenever the same inputs and settings would give other bytes than before.
+_IMPORT_VERSION = 2
+_BUCKET_BYTES = 16 << 20
+_RESPONSES_AT_ONCE = 2048
+_log = logging.getLogger(__name__)
+
+
+def run_import(config: ImportConfig) -> Manifest:
+    """`import_log` for callers who want the dataset only."""
+    return import_log(config).manifest
+
+
+def import_log(config: ImportConfig, log: Log | None = None) -> ImportResult:
+    """Import logs as `config` says, or find that this was done before.
+
+    A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
+    is an empty response all the same, and not a bare end token, unless `empty_responses: keep` says
+    so: in most logs it stands for a request that failed.
+
+    Args:
+        config: the settings.
+        log: what to import instead of `config.inputs`.
+
+    Returns:
+        The dataset's manifest and counts.
+
+    Raises:
+        DataError: an input, row or group breaks a rule, or the output folder holds something else.
+            Nothing is published then, and nothing is left behind.
+        ConfigError: the settings do not suit the inputs.
+        IntegrityError: an input is damaged.
+        StorageError: no room; committed shards are kept, and the same command goes on from there.
+    """
+    return _Import(config, log).run()
+
+
+@dataclass
+class _FirstPass:
+    """What the rows told while they were read."""
+
+    rows: list[int]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    samplers: set[str] = field(default_factory=set)
+    components: set[str] = field(default_factory=set)
+    rewarded: str | None = None
+    unrewarded: str | None = None
+
+
+class _Import:
+    """One run of the stage."""
+
+    def __init__(self, config: ImportConfig, log: Log | None) -> None:
+        self.config = config
+        self.log = log
+        self.format: LogFormat = log.format if log else find_format(config)
+        self.encoder: Encoder | None = load_encoder(config)
+        self.sources: list[Source] = list(log.sources if log else find_sources(config.inputs))
+        total = sum(source.text_bytes for source in self.sources)
+        self.n_shards = power_of_two(total, config.shard_bytes)
+        # Buckets bound the memory; how many there are changes nothing in the result.
+        self.buckets_per_shard = max(1, power_of_two(total, _BUCKET_BYTES) // self.n_shards)
+        self.digests: list[str] = []
+        self.beside = [self._beside(source) for source in self.sources]
+
+    def run(self) -> ImportResult:
+        """See `import_log`."""
+        # Of several processes that end a stage together, one makes the dataset.
+        wait = self.log is not None
+        with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
+            self._hash_inputs()
+            identity = self._identity()
+            finished = folder.finished(identity)
+            if finished is not None:
+                step = next(s for s in finished.lineage if s.config.get("identity") == identity)
+                return ImportResult(finished, step.counts, already_imported=True)
+            log = TaskLog(folder.root, f"import-{identity[:12]}")
+            records = folder.prepare(log)
+            with folder.discarding(log.stage):
+                return self._import(folder.root, log, records, identity)
+
+    def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
+        bar: AbstractContextManager[Any] = tqdm(
+            desc=what,
+            total=total,
+            unit=unit,
+            unit_scale=True,
+            disable=not self.config.show_progress,
+        )
+        return bar
+
+    def _hash_inputs(self) -> None:
+        with self._bar("checking inputs", sum(s.size for s in self.sources), "B") as bar:
+            self.digests = [source.sha256(bar.update) for source in self.sources]
+
+    def _beside(self, source: Source) -> dict[str, str]:
+        return dict(self.format.beside(source)) if isinstance(self.format, ReadsBeside) else {}
+
+    def _identity(self) -> str:
+        """SHA-256 over everything that the dataset's bytes depend on."""
+        settings = self._settings()
+        for name in ("inputs", "tokenizer_name_or_path", "chat_template"):
+            del settings[name]
+        tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
+        return sha256_json(
+            {
+                "versions": [_IMPORT_VERSION, SCHEMA_VERSION],
+                "settings": settings,
+                "inputs": [
+                    [source.file_name, digest, *([beside] if beside else [])]
+                    for source, digest, beside in zip(
+                        self.sources, self.digests, self.beside, strict=True
+                    )
+                ],
+                "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+            }
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.config)
+        for name in ("output_dir", "show_progress"):
+            del settings[name]
+        return settings
+
+    def _import(
+        self, root: Path, log: TaskLog, records: dict[str, TaskRecord], identity: str
+    ) -> ImportResult:
+        tasks = [_task(shard) for shard in range(self.n_shards)]
+        done = {
+            b for shard, task in enumerate(tasks) if task in records for b in self._buckets(shard)
+        }
+        spill = Spill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
+        try:
+            spill.open()
+            first = self._read(spill)
+            self._check_first_pass(first)
+            with self._bar("writing groups", sum(spill.rows_in), "row") as bar:
+                for shard, task in enumerate(tasks):
+                    if task not in records:
+                        record = self._write(root, log, spill, shard, first, bar.update)
+                        records[task] = log.commit(record)
+        finally:
+            spill.close()
+        return self._publish(root, [records[task] for task in tasks], first, identity)
+
+    def _read(self, spill: Spill) -> _FirstPass:
+        first = _FirstPass(rows=[0] * len(self.sources))
+        with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
+            for number, source in enumerate(self.sources):
+                self._read_source(number, source, spill, first, bar.update)
+                source.check_unchanged()
+            spill.flush()
+        if isinstance(self.format, LeavesOut):
+            first.left_out = self.format.finish()
+        return first
+
+    def _read_source(
+        self,
+        number: int,
+        source: Source,
+        spill: Spill,
+        first: _FirstPass,
+        advance: Callable[[int], Any],
+    ) -> None:
+        vocab_size = None if self.encoder is None else self.encoder.vocab_size
+        needs = Needs(self.encoder)
+        default = self.config.sampler or source.name
+        for fragment in self.format.read(source.rows(self.format.columns, advance), source):
+            fragment.file = number
+            try:
+                check_fragment(fragment, self.config, vocab_size=vocab_size)
+            except DataError as error:
+                place = {"file": source.label, "row": fragment.row}
+                raise located(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]
+            needs.check(fragment, source.label)
+            key = prompt_key(fragment)
+            if fragment.group_id is None:
+                fragment.group_id = key[:GROUP_ID_DIGITS]
+            self._note(fragment, source, default, first)
+            spill.add(fragment, key)
+
+    def _note(self, fragment: Fragment, source: Source, default: str, first: _FirstPass) -> None:
+        first.rows[fragment.file] += 1
+        first.samplers.update(name or default for name in fragment.samplers)
+        first.components.update(fragment.components or ())
+        if fragment.rewards is None:
+            first.unrewarded = first.unrewarded or f"{source.label}, row {fragment.row}"
+        else:
+            first.rewarded = first.rewarded or f"{source.label}, row {fragment.row}"
+
+    def _check_first_pass(self, first: _FirstPass) -> None:
+        if not sum(first.rows):
+            raise DataError(
+                "an import yields at least 1 group",
+                received="inputs without a row",
+                remedy="check the inputs",
+                file=self.sources[0].label,
+            )
+        if first.rewarded and first.unrewarded:
+            raise DataError(
+                "every row has a reward, or none has",
+                received=f"rewards at {first.rewarded} and none at {first.unrewarded}",
+                remedy="score the rest, or import the two logs as two datasets",
+            )
+        unknown = sorted(set(self.config.samplers) - first.samplers)
+        if unknown:
+            raise ConfigError(
+                "samplers describes samplers that the log has",
+                received=f"{', '.join(unknown)}; the log has {', '.join(sorted(first.samplers))}",
+                remedy="correct the names, or set `sampler` or columns.sampler",
+            )
+
+    def _buckets(self, shard: int) -> range:
+        return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
+
+    def _groups(
+        self, spill: Spill, shard: int, assembler: Assembler, advance: Callable[[int], Any]
+    ) -> Iterator[Group]:
+        for bucket in self._buckets(shard):
+            for piece in spill.groups(bucket, _RESPONSES_AT_ONCE):
+                yield from assembler.groups(piece)
+                advance(sum(len(fragments) for fragments in piece))
+            spill.remove(bucket)
+
+    def _write(
+        self,
+        root: Path,
+        log: TaskLog,
+        spill: Spill,
+        shard: int,
+        first: _FirstPass,
+        advance: Callable[[int], Any],
+    ) -> TaskRecord:
+        names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
+        components = sorted(first.components)
+        assembler = Assembler(self.config, self.encoder, names, components)
+        groups = self._groups(spill, shard, assembler, advance)
+        record = TaskRecord(stage=log.stage, task=_task(shard))
+        head = next(groups, None)
+        if head is not None:
+            record = write_groups(
+                root,
+                log.stage,
+                _task(shard),
+                itertools.chain([head], groups),
+                reward=self.config.reward_name if first.rewarded else None,
+                components=components,
+                vocab_size=None if self.encoder is None else self.encoder.vocab_size,
+                rows_per_row_group=self.config.rows_per_row_group,
+            )
+        return record.model_copy(update={"counts": dict(sorted(assembler.counts.items()))})
+
+    def _publish(
+        self, root: Path, records: list[TaskRecord], first: _FirstPass, identity: str
+    ) -> ImportResult:
+        counts = _counts(records, first)
+        if not counts["groups"]:
+            raise DataError(
+                "an import yields at least 1 group",
+                received=", ".join(f"{name} {n}" for name, n in counts.items() if n),
+                remedy="the settings (singletons, empty_responses, missing_rewards, overlong) "
+                "dropped everything",
+                file=self.sources[0].label,
+            )
+        sidecars = [sidecar for record in records for sidecar in record.sidecars]
+        family = RewardFamily(
+            name=self.config.reward_name, components=sorted(first.components), files=sidecars
+        )
+        read = [
+            {"path": source.file_name, "sha256": digest, "rows": rows, **beside}
+            for source, digest, rows, beside in zip(
+                self.sources, self.digests, first.rows, self.beside, strict=True
+            )
+        ]
+        settings = self.log.config if self.log else self._settings()
+        step = LineageStep(
+            stage=self.log.stage if self.log else "import",
+            package_version=__version__,
+            config={**settings, "identity": identity},
+            inputs=[*(self.log.inputs if self.log else ()), *read],
+            counts=counts,
+        )
+
+        def build(newest: Manifest | None) -> Manifest:
+            assert newest is None  # the folder is locked, and held no manifest
+            return Manifest(
+                tokenizer=None if self.encoder is None else tokenizer_info(self.encoder.tokenizer),
+                samplers={s: self.config.samplers.get(s, {}) for s in sorted(first.samplers)},
+                groups=[entry for record in records for entry in record.groups],
+                rewards=[family] if first.rewarded else [],
+                lineage=[step],
+            )
+
+        return ImportResult(publish(root, build), counts, already_imported=False)
+
+
+def _task(shard: int) -> str:
+    return f"{shard:05d}"
+
+
+def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
+    files = [entry for record in records for entry in record.groups]
+    counts = {
+        "rows": sum(first.rows),
+        "groups": sum(entry.rows for entry in files),
+        "responses": sum(entry.n_responses for entry in files),
+        "tokens": sum(entry.n_tokens for entry in files),
+    }
+    dropped: Counter[str] = Counter(first.left_out)
+    for record in records:
+        dropped.update(record.counts)
+    return {**counts, **{name: dropped[name] for name in SAID}}

@@ -1,0 +1,275 @@
+"""The inputs of an import: naming their content by hash, streaming their rows.
+
+Every input is read from front to back in pieces of bounded size, whatever its own size.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.hashing import sha256_file, sha256_json
+from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.store.arrow import to_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Advance = Callable[[int], Any]
+
+_GZIP_FACTOR = 5
+_BATCH_BYTES = 4 << 20
+_MAX_BATCH_ROWS = 4096
+_REPORT_LINES = 256
+
+
+class Source(ABC):
+    """One input.
+
+    Attributes:
+        label: the input as the user knows it, for messages.
+        name: what it is called without folder and suffix: the default sampler.
+        size: its length in bytes, as progress counts it.
+        text_bytes: about how many bytes of plain rows it holds.
+        columns: its columns, or None where each row names its own.
+        floats: those of them that hold floating-point numbers, or None likewise.
+    """
+
+    def __init__(self, label: str, name: str, files: Sequence[Path]) -> None:
+        self.label = label
+        self.name = name
+        self.files = list(files)
+        self.size = sum(path.stat().st_size for path in self.files)
+        self.text_bytes = self.size
+        self.columns: list[str] | None = None
+        self.floats: list[str] | None = None
+        self._stamp = self._stat()
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the label."""
+        return Path(self.label).name or self.label
+
+    def _describe(self, schema: pa.Schema) -> None:
+        self.columns = list(schema.names)
+        self.floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+
+    def _stat(self) -> list[tuple[int, int]]:
+        return [(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in self.files)]
+
+    def sha256(self, advance: Advance) -> str:
+        """SHA-256 of the content."""
+        digests = []
+        for path in self.files:
+            digests.append(sha256_file(path))
+            advance(path.stat().st_size)
+        return digests[0] if len(digests) == 1 else sha256_json(digests)
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if the input was written to since it was found."""
+        if self._stat() != self._stamp:
+            raise DataError(
+                "an input does not change while it is imported",
+                received="another size or time of change than at the start",
+                remedy="wait until its writer is done and import again",
+                file=self.label,
+            )
+
+    @abstractmethod
+    def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+        """Row numbers and rows, with at least those of `columns` (None: all) that exist.
+
+        Raises:
+            DataError: a row cannot be parsed.
+            IntegrityError: the file is damaged or ends early.
+        """
+
+
+class JsonLines(Source):
+    """A file of JSON objects, one a line, perhaps compressed with gzip."""
+
+    def __init__(self, label: str, name: str, path: Path) -> None:
+        super().__init__(label, name, [path])
+        self._gzip = path.suffix == ".gz"
+        self.text_bytes = self.size * (_GZIP_FACTOR if self._gzip else 1)
+
+    def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+        """See `Source.rows`. Blank lines are no rows, but count in the numbering."""
+        with self.files[0].open("rb") as raw:
+            read = reported = 0
+            for number, line in self._lines(raw):
+                read += len(line)
+                if not line.isspace():
+                    yield number, self._parse(number, line)
+                if number % _REPORT_LINES == 0:
+                    position = raw.tell() if self._gzip else read
+                    advance(position - reported)
+                    reported = position
+            advance(self.size - reported)
+
+    def _lines(self, raw: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+        number = -1
+        try:
+            stream = gzip.GzipFile(fileobj=raw) if self._gzip else raw
+            for number, line in enumerate(stream):
+                yield number, line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise IntegrityError(
+                "a .gz file is whole",
+                received=str(error),
+                remedy="copy or compress the file again",
+                file=self.label,
+                row=number + 1,
+            ) from error
+
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                "each line is one JSON object in UTF-8",
+                received=f"{error}, in the line {line[:80]!r}",
+                remedy="correct or remove the line; a file that is one JSON array has to be "
+                "written with one element per line",
+                file=self.label,
+                row=number,
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(
+                "each line is one JSON object",
+                received=f"{type(record).__name__}: {line[:80]!r}",
+                remedy="write one object per line",
+                file=self.label,
+                row=number,
+            )
+        return record
+
+
+def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[Row]:
+    names = batch.schema.names
+    columns = [to_rows(column) for column in batch.columns]
+    for offset, values in enumerate(zip(*columns, strict=True)):
+        yield first + offset, dict(zip(names, values, strict=True))
+
+
+class ParquetRows(Source):
+    """A Parquet file."""
+
+    def __init__(self, label: str, name: str, path: Path) -> None:
+        super().__init__(label, name, [path])
+        with self._open() as file:
+            self._describe(file.schema_arrow)
+            metadata = file.metadata
+            self.n_rows = metadata.num_rows
+            self.text_bytes = sum(
+                metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)
+            )
+
+    def _open(self) -> pq.ParquetFile:
+        try:
+            # Buffered, so that a row group of any size is decoded page by page.
+            return pq.ParquetFile(
+                self.files[0], page_checksum_verification=True, buffer_size=1 << 20
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(error, None) from error
+
+    def _damaged(self, error: Exception, row: int | None) -> IntegrityError:
+        return IntegrityError(
+            "an input with this suffix is a whole Parquet file",
+            received=str(error),
+            remedy="copy or write the file again",
+            file=self.label,
+            row=row,
+        )
+
+    def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+        """See `Source.rows`."""
+        assert self.columns is not None
+        wanted = [c for c in self.columns if columns is None or c in columns]
+        width = max(1, self.text_bytes // max(1, self.n_rows))
+        batch_rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // width))
+        done = 0
+        with self._open() as file:
+            batches = file.iter_batches(batch_rows, columns=wanted, use_threads=False)
+            while True:
+                try:
+                    batch = next(batches, None)
+                except (OSError, pa.ArrowException) as error:
+                    raise self._damaged(error, done) from error
+                if batch is None:
+                    break
+                if wanted:
+                    yield from _batch_rows(batch, done)
+                else:  # nothing that is asked for: let the format say so
+                    yield from ((done + i, {}) for i in range(batch.num_rows))
+                done += batch.num_rows
+                advance(self.size * batch.num_rows // max(1, self.n_rows))
+
+
+class DatasetRows(Source):
+    """A `datasets.Dataset`, read from its Arrow files."""
+
+    def __init__(self, label: str, name: str, dataset: Dataset, *, whole: bool = True) -> None:
+        files = [Path(entry["filename"]) for entry in dataset.cache_files]
+        super().__init__(label, name, files)
+        self._describe(dataset.data.schema)
+        self._dataset = dataset
+        # In memory, with an index over its rows or cut to a slice, the files are not the data set.
+        self._direct = whole and bool(files) and dataset._indices is None
+        if not self._direct:
+            self.size = self.text_bytes = int(dataset.data.nbytes)
+
+    def sha256(self, advance: Advance) -> str:
+        """SHA-256 of the Arrow files, or the data set's own fingerprint where it has none."""
+        if self._direct:
+            return super().sha256(advance)
+        advance(self.size)
+        return sha256_json([self._dataset._fingerprint, len(self._dataset)])
+
+    def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+        """See `Source.rows`."""
+        assert self.columns is not None
+        wanted = [c for c in self.columns if columns is None or c in columns]
+        total, done = max(1, len(self._dataset)), 0
+        for batch in self._batches():
+            rows = batch.select(wanted) if wanted else batch
+            yield from _batch_rows(rows, done)
+            done += batch.num_rows
+            advance(self.size * batch.num_rows // total)
+        if done != len(self._dataset):
+            raise IntegrityError(
+                f"the data set has {len(self._dataset)} rows",
+                received=f"{done} in its Arrow files",
+                remedy="save the data set again",
+                file=self.label,
+            )
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        if not self._direct:
+            table = self._dataset.with_format("arrow")
+            for start in range(0, len(table), _REPORT_LINES):
+                yield from table[start : start + _REPORT_LINES].combine_chunks().to_batches()
+            return
+        for path in self.files:
+            # Not memory-mapped: mapped pages count as ours.
+            try:
+                with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
+                    yield from reader
+            except (OSError, pa.ArrowException) as error:
+                raise IntegrityError(
+                    "the Arrow files of a saved data set are whole",
+                    received=str(error),
+                    remedy="save the data set again",
+                    file=path,
+                ) from error

@@ -1,0 +1,131 @@
+"""Finding inputs: files, globs, folders that `datasets` saved, data sets of the hub."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.importing.sources.csv_rows import CsvRows
+from gvpo_offline.importing.sources.files import DatasetRows, JsonLines, ParquetRows, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+_HUB_PREFIX = "hf:"
+
+
+def find_sources(inputs: Sequence[str] | str, *, csv: bool = False) -> list[Source]:
+    """The inputs that paths, globs and hub names stand for, in order; one file is read once.
+
+    Args:
+        inputs: which.
+        csv: whether CSV files will do, whose values are all text.
+
+    Raises:
+        DataError: a path or glob that matches nothing.
+        ConfigError: an input of a kind that is not read here.
+        IntegrityError: a Parquet file whose footer cannot be read.
+    """
+    sources: list[Source] = []
+    seen: set[str] = set()
+    for pattern in [inputs] if isinstance(inputs, str) else inputs:
+        if pattern.startswith(_HUB_PREFIX):
+            sources.append(_hub(pattern))
+            continue
+        for path in _matches(pattern):
+            if (real := os.path.realpath(path)) not in seen:
+                seen.add(real)
+                sources.append(CsvRows(path) if csv and path.suffix == ".csv" else _open_path(path))
+    return sources
+
+
+def _matches(pattern: str) -> list[Path]:
+    expanded = os.path.expanduser(pattern)
+    if os.path.exists(expanded):
+        return [Path(expanded)]
+    found = sorted(glob.glob(expanded, recursive=True))
+    if not found:
+        raise DataError(
+            "an input names at least one file",
+            received=f"{pattern!r}, which matches nothing under {os.getcwd()}",
+            remedy="correct the path or the pattern",
+            file=pattern,
+        )
+    return [Path(path) for path in found]
+
+
+def _open_path(path: Path) -> Source:
+    if path.is_dir():
+        return _saved(path)
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    if plain.suffix in _JSON_SUFFIXES:
+        return JsonLines(str(path), plain.stem, path)
+    if path.suffix in _PARQUET_SUFFIXES:
+        return ParquetRows(str(path), path.stem, path)
+    raise ConfigError(
+        "an input is JSON lines (.jsonl, .ndjson, .json, each perhaps with .gz), Parquet "
+        "(.parquet, .pq), or a folder saved by `datasets`",
+        received=path.name,
+        remedy="convert or rename the file, or narrow the pattern",
+        file=path,
+    )
+
+
+def _saved(path: Path) -> Source:
+    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ConfigError(
+            "a folder among the inputs was saved by `datasets` (save_to_disk)",
+            received="a folder without state.json or dataset_dict.json",
+            remedy=f"name the files in it, as in {path}/*.parquet",
+            file=path,
+        )
+    import datasets
+
+    try:
+        return DatasetRows(str(path), path.name, _one_split(datasets.load_from_disk(path), path))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise IntegrityError(
+            "a saved data set is whole", received=str(error), file=path, remedy="save it again"
+        ) from error
+
+
+def _hub(pattern: str) -> Source:
+    """`hf:name` or `hf:name:split`: a data set of the hub, or a folder that `datasets` can
+    build."""
+    import datasets
+
+    name, _, split = pattern.removeprefix(_HUB_PREFIX).partition(":")
+    try:
+        loaded = datasets.load_dataset(name, split=split or None)
+    except Exception as error:  # the hub client's exceptions are many and share no base
+        raise ConfigError(
+            "hf:name or hf:name:split names a data set that `datasets` can load",
+            received=f"{pattern} ({type(error).__name__}: {str(error).splitlines()[0]})",
+            remedy="correct the name, log in to the hub, or download the files and name those",
+        ) from error
+    dataset = _one_split(loaded, pattern)
+    return DatasetRows(pattern, Path(name).name, dataset, whole="[" not in split)
+
+
+def _one_split(loaded: Any, place: Any) -> Dataset:
+    if not isinstance(loaded, dict):
+        return loaded
+    if len(loaded) != 1:
+        raise ConfigError(
+            "an input is one split of a data set",
+            received=f"the splits {', '.join(loaded)}",
+            remedy="name one: a sub-folder of a saved data set, or hf:name:split",
+            file=place,
+        )
+    dataset: Dataset = next(iter(loaded.values()))
+    return dataset

@@ -1,0 +1,56 @@
+"""Which id each group bears once datasets are joined by their prompts.
+
+The table of prompts lies in an SQLite file beside the spilled rows: it may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from gvpo_offline.group import IntArray
+from gvpo_offline.importing.fragment import GROUP_ID_DIGITS, tokens_key
+
+_TABLE = """
+create table names (prompt blob primary key, group_id text unique) without rowid
+"""
+
+
+class PromptNames:
+    """The id of every prompt so far: that of the first group with it.
+
+    Where another prompt bears that id already, the new one is named by the hash of its tokens, as
+    at import.
+
+    Args:
+        path: a file that is made, and belongs to the caller.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None)
+        # The file lives no longer than this process: nothing in it is ever committed.
+        self._database.execute("pragma journal_mode = off")
+        self._database.execute("pragma synchronous = off")
+        self._database.execute("begin")
+        self._database.execute(_TABLE)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._database.close()
+
+    def __call__(self, group_ids: Sequence[str], prompts: Sequence[IntArray]) -> list[str]:
+        """The ids of groups with these own ids and these prompts, (P,) int32 each."""
+        return [self._name(own, ids) for own, ids in zip(group_ids, prompts, strict=True)]
+
+    def _name(self, own: str, prompt: IntArray) -> str:
+        digest = tokens_key(prompt)
+        key = bytes.fromhex(digest)
+        insert = "insert or ignore into names values (?, ?)"
+        self._database.execute(insert, (key, own))
+        found = self._database.execute("select group_id from names where prompt = ?", (key,))
+        row = found.fetchone()
+        if row is None:  # `own` belongs to another prompt
+            row = (digest[:GROUP_ID_DIGITS],)
+            self._database.execute("insert into names values (?, ?)", (key, *row))
+        return str(row[0])

@@ -1,0 +1,146 @@
+"""Which responses make up each group, once the rows of a group lie beside one another."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.merging.inputs import PLACE_COLUMNS
+from gvpo_offline.rules import MIN_GROUP_SIZE
+from gvpo_offline.settings import OnFew
+from gvpo_offline.store.arrow import column_array, split_list, split_nested_list
+from gvpo_offline.store.columns import Place
+from gvpo_offline.store.pick import Indices, Pick
+
+# What a plan is made of, rewards aside.
+PLAN_COLUMNS = (*PLACE_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the groups of spilled rows.
+
+    Attributes:
+        duplicates, singletons: as in `RewriteSettings`.
+        rewards: names of the columns that hold rewards.
+        place: of a row group of an input, for messages.
+        counts: what was found so far; `plan` adds to it.
+    """
+
+    duplicates: Literal["keep", "drop", "count"]
+    singletons: OnFew
+    rewards: Sequence[str]
+    place: Callable[[int, int], Place]
+    counts: Counter[str]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that `plan` needs."""
+        return [*PLAN_COLUMNS, *(self.rewards if self.duplicates != "keep" else ())]
+
+    def plan(self, table: pa.Table) -> Pick | None:
+        """The groups of a table of whole groups, by hash of their id, then by id; None for none.
+
+        Responses are in the order of the inputs, of the rows within one, and within a row.
+
+        Raises:
+            DataError: rows of one group have different prompts, or a group is left with a single
+                response; names file, row and group.
+        """
+        keys = [(name, "ascending") for name in ("key", "group_id", *PLACE_COLUMNS[1:])]
+        order = pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64)
+        ids = column_array(table, "group_id").take(pa.array(order))
+        new = np.append(True, pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False))
+        starts = np.flatnonzero(new)
+        self._check_prompts(table, order, starts)
+        self.counts["joined_groups"] += int((np.diff(np.append(starts, len(order))) > 1).sum())
+        k = pc.list_value_length(column_array(table, "response_token_ids")).to_numpy()
+        k = k.astype(np.int64)[order]
+        rows = np.repeat(order, k)
+        items = np.arange(len(rows)) - np.repeat(np.cumsum(k) - k, k)
+        sizes = np.add.reduceat(k, starts)
+        pick = Pick(order[starts], sizes, rows, items)
+        return self._enough(table, pick, self._keep(table, pick))
+
+    def _check_prompts(self, table: pa.Table, order: Indices, starts: Indices) -> None:
+        prompts = split_list(column_array(table, "prompt_token_ids"))
+        for a, b in itertools.pairwise([*starts.tolist(), len(order)]):
+            for row in order[a + 1 : b]:
+                if np.array_equal(prompts[row], prompts[order[a]]):
+                    continue
+                first = self._where(table, int(order[a]))
+                raise DataError(
+                    "rows of one group have one and the same prompt",
+                    received=f"other prompt token ids than at {first['file']}, row {first['row']}",
+                    remedy="if the two logs gave this id to different prompts, merge with "
+                    "match: prompt",
+                    **self._where(table, int(row)),
+                )
+
+    def _where(self, table: pa.Table, row: int) -> dict[str, Any]:
+        """The keywords of an error about one spilled row."""
+        number, row_group, local = (table.column(n)[row].as_py() for n in PLACE_COLUMNS[1:])
+        place = self.place(number, row_group)
+        group = table.column("group_id")[row].as_py()
+        return {"file": place.file, "row": place.first_row + local, "group": group}
+
+    def _keep(self, table: pa.Table, pick: Pick) -> npt.NDArray[np.bool_]:
+        """Which of the responses stay: (R,) bool."""
+        keep = np.ones(len(pick.rows), bool)
+        if self.duplicates == "keep":
+            return keep
+        twins = _twins(table, pick)
+        doubled = np.flatnonzero(twins >= 0)
+        self.counts["duplicates"] += len(doubled)
+        differ = np.zeros(len(doubled), bool)
+        for name in self.rewards:
+            array = column_array(table, name)
+            at = array.offsets.to_numpy().astype(np.int64)[pick.rows] + pick.items
+            values = array.values.to_numpy()[at]
+            differ |= values[doubled] != values[twins[doubled]]
+        self.counts["differing_rewards"] += int(differ.sum())
+        if self.duplicates == "drop":
+            keep[doubled] = False
+            self.counts["dropped_duplicates"] += len(doubled)
+        return keep
+
+    def _enough(self, table: pa.Table, pick: Pick, keep: npt.NDArray[np.bool_]) -> Pick | None:
+        """The pick of what stays, held to the least group size."""
+        sizes = np.add.reduceat(keep.astype(np.int64), pick.starts)
+        few = sizes < MIN_GROUP_SIZE
+        if few.any() and self.singletons == "error":
+            group = int(np.flatnonzero(few)[0])
+            raise DataError(
+                f"a group needs at least {MIN_GROUP_SIZE} responses",
+                received=f"{sizes[group]} of {pick.sizes[group]}, the others being duplicates",
+                remedy="keep duplicates, or drop such groups (singletons: drop)",
+                **self._where(table, int(pick.first[group])),
+            )
+        self.counts["dropped_singletons"] += int(few.sum())
+        keep = keep & ~np.repeat(few, pick.sizes)
+        if not keep.any():
+            return None
+        return Pick(pick.first[~few], sizes[~few], pick.rows[keep], pick.items[keep])
+
+
+def _twins(table: pa.Table, pick: Pick) -> Indices:
+    """For each response the first of its group with the same token ids; -1: it is the first."""
+    ids = split_nested_list(column_array(table, "response_token_ids"))
+    twins = np.full(len(pick.rows), -1, np.int64)
+    for start, size in zip(pick.starts.tolist(), pick.sizes.tolist(), strict=True):
+        seen: dict[bytes, int] = {}
+        for at in range(start, start + size):
+            responses = ids[pick.rows[at]]
+            assert responses is not None  # a required column
+            first = seen.setdefault(responses[pick.items[at]].tobytes(), at)
+            twins[at] = first if first < at else -1
+    return twins

@@ -1,0 +1,242 @@
+"""Shards written anew from the rows of datasets: what merging and compacting come down to.
+
+    rows with all their sidecars -> spilled in buckets of hash(group_id) -> planned -> shards
+
+A part of the hashes' range is a shard and a task. Its groups go first; each sidecar follows from
+the same plan, since it is bound to the finished file of groups. Neither pass holds more than a
+bucket of rows, and of a shard only its plan: 16 bytes a response.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.group import Group
+from gvpo_offline.importing.regroup import power_of_two
+from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, Input, Rename, spill_schema
+from gvpo_offline.merging.plan import Planner
+from gvpo_offline.merging.settings import RewriteSettings
+from gvpo_offline.merging.spill import TableSpill
+from gvpo_offline.merging.work import task_name
+from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.manifest import Sidecar
+from gvpo_offline.store.pick import Pick, n_partly_known, picked
+from gvpo_offline.store.schema import arrow_schema
+from gvpo_offline.store.tables import groups_from_table
+from gvpo_offline.store.writer import write_groups, write_sidecar
+
+_BUCKET_BYTES = 8 << 20  # as stored; a bucket takes some eight times that in memory
+_RESPONSES_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One writing of datasets into shards.
+
+    Attributes:
+        root: the folder that the shards go to.
+        inputs: the datasets, joined with `families`.
+        families: what every response has.
+        settings: which duplicates go, and how many groups a row group has.
+        n_parts: shards, a power of two; some may turn out empty.
+        response_ids: as in `MergeConfig`.
+        rename: the ids that groups bear in the result; None: their own.
+        done: shards that need no writing, by part.
+    """
+
+    root: Path
+    inputs: Sequence[Input]
+    families: Sequence[Family]
+    settings: RewriteSettings
+    n_parts: int
+    response_ids: Literal["error", "drop"] = "error"
+    rename: Rename | None = None
+    done: Mapping[int, TaskRecord] = field(default_factory=dict)
+
+    def run(self, log: TaskLog, spilled: Path) -> list[TaskRecord]:
+        """Write and commit every shard that is neither done nor committed.
+
+        Args:
+            log: where the shards are committed. The record of a shard lists its sidecars in the
+                order of `families`.
+            spilled: a folder that is made, and removed again.
+
+        Returns:
+            The records of the parts that hold groups, or did before any were dropped, in order.
+
+        Raises:
+            DataError: the rows of a group do not go together; names file, row and group.
+            IntegrityError: a file is damaged.
+            StorageError: no room; committed shards stay.
+        """
+        records = dict(self.done)
+        for part in range(self.n_parts):
+            record = None if part in records else log.committed(task_name(part))
+            if record is not None:
+                records[part] = record
+        per_part = self._buckets_per_part()
+        skip = [b for part in records for b in self._buckets(part, per_part)]
+        spill = TableSpill(spilled, spill_schema(self.families), self.n_parts * per_part, skip)
+        try:
+            if len(records) < self.n_parts:
+                spill.open()
+                self._spill(spill)
+            with self._bar("writing shards", self.n_parts, len(records)) as bar:
+                for part in range(self.n_parts):
+                    if part in records:
+                        continue
+                    buckets = self._buckets(part, per_part)
+                    if any(spill.holds(bucket) for bucket in buckets):
+                        records[part] = log.commit(self._write(log.stage, spill, part, buckets))
+                    bar.update()
+        finally:
+            spill.close()
+        if not any(record.groups for record in records.values()):
+            raise DataError(
+                "a dataset has at least 1 group",
+                received="duplicates dropped until no group had two responses left",
+                remedy="keep duplicates",
+                file=self.root,
+            )
+        return [records[part] for part in sorted(records)]
+
+    def _bar(self, what: str, total: int, initial: int = 0) -> AbstractContextManager[Any]:
+        quiet = not self.settings.show_progress
+        bar: AbstractContextManager[Any] = tqdm(
+            desc=what, total=total, initial=initial, disable=quiet
+        )
+        return bar
+
+    def _buckets_per_part(self) -> int:
+        total = sum(item.bytes for item in self.inputs)
+        return max(1, power_of_two(total, _BUCKET_BYTES) // self.n_parts)
+
+    def _buckets(self, part: int, per_part: int) -> range:
+        return range(part * per_part, (part + 1) * per_part)
+
+    def _spill(self, spill: TableSpill) -> None:
+        with self._bar("reading", sum(i.groups.n_row_groups for i in self.inputs)) as bar:
+            for item in self.inputs:
+                for row_group in range(item.groups.n_row_groups):
+                    spill.add(item.rows(row_group, self.rename))
+                    bar.update()
+        spill.flush()
+
+    def _write(self, stage: str, spill: TableSpill, part: int, buckets: range) -> TaskRecord:
+        counts: Counter[str] = Counter()
+        plans: list[tuple[int, Pick]] = []
+        groups = self._groups(spill, buckets, plans, counts)
+        head = next(groups, None)
+        record = TaskRecord(stage=stage, task=task_name(part))
+        if head is not None:
+            tokenizer = self.inputs[0].manifest.tokenizer
+            record = write_groups(
+                self.root,
+                stage,
+                task_name(part),
+                itertools.chain([head], groups),
+                reward=None,
+                vocab_size=tokenizer.vocab_size if tokenizer else None,
+                rows_per_row_group=self.settings.rows_per_row_group,
+            )
+            sidecars = [self._sidecar(spill, family, record, plans) for family in self.families]
+            record = record.model_copy(update={"sidecars": sidecars})
+        for bucket in buckets:
+            spill.remove(bucket)
+        return record.model_copy(update={"counts": dict(sorted(counts.items()))})
+
+    def _groups(
+        self,
+        spill: TableSpill,
+        buckets: range,
+        plans: list[tuple[int, Pick]],
+        counts: Counter[str],
+    ) -> Iterator[Group]:
+        """The groups of some buckets; the plan of each bucket is added to `plans`."""
+        rewards = [f.field("rewards") for f in self.families if f.columns[0].name == "rewards"]
+        planner = Planner(
+            self.settings.duplicates,
+            self.settings.singletons,
+            rewards,
+            lambda number, row_group: self.inputs[number].place(row_group),
+            counts,
+        )
+        names = dict.fromkeys([*planner.columns, *(column.name for column in GROUP_COLUMNS)])
+        for bucket in buckets:
+            table = spill.read(bucket, list(names))
+            pick = None if table is None else planner.plan(table)
+            if table is None or pick is None:
+                continue
+            plans.append((bucket, pick))
+            for name in ("responses", "response_ids"):
+                counts[f"dropped_{name}"] += n_partly_known(table, name, pick)
+            for piece in pick.pieces(_RESPONSES_AT_ONCE):
+                for group in groups_from_table(picked(table, GROUP_COLUMNS, piece)):
+                    yield self._with_unique_ids(group, counts)
+
+    def _with_unique_ids(self, group: Group, counts: Counter[str]) -> Group:
+        ids = group.response_ids
+        if ids is None or len(set(ids)) == len(ids):
+            return group
+        if self.response_ids == "error":
+            raise DataError(
+                "response ids are unique within a group",
+                received=", ".join(sorted({i for i in ids if ids.count(i) > 1})),
+                remedy="if the logs numbered their responses each for itself, leave the ids of "
+                "such groups out (response_ids: drop); if these are one response twice, drop the "
+                "second (duplicates: drop)",
+                group=group.group_id,
+            )
+        counts["dropped_response_ids"] += 1
+        return replace(group, response_ids=None)
+
+    def _sidecar(
+        self,
+        spill: TableSpill,
+        family: Family,
+        record: TaskRecord,
+        plans: Sequence[tuple[int, Pick]],
+    ) -> Sidecar:
+        base = record.groups[0]
+        columns = [GROUP_COLUMNS[0], *family.columns]
+        assert columns[0].name == "group_id"
+        names = {column.name: family.field(column.name) for column in family.columns}
+
+        def tables() -> Iterator[pa.Table]:
+            for bucket, pick in plans:
+                table = spill.read(bucket, ["group_id", *names.values()])
+                assert table is not None  # its groups came from there
+                fields = table.schema.names
+                own = {field: name for name, field in names.items()}
+                yield picked(
+                    table.rename_columns([own.get(name, name) for name in fields]), columns, pick
+                )
+
+        return write_sidecar(
+            self.root,
+            family.folder,
+            record.task,
+            base,
+            arrow_schema(columns),
+            _cut(tables(), base.row_groups),
+        )
+
+
+def _cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
+    """The rows of some tables in tables of the given sizes."""
+    held = next(tables)
+    for size in sizes:
+        while held.num_rows < size:
+            held = pa.concat_tables([held, next(tables)])
+        yield held.slice(0, size).combine_chunks()
+        held = held.slice(size)

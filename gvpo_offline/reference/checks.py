@@ -1,0 +1,202 @@
+"""Checks of a policy against a dataset and its reference: tokenizer, token ids, lengths, log-probs.
+
+The reference stage and training hold the same rules.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from gvpo_offline.collectives import on_each, own_part
+from gvpo_offline.compute.adapters import policy_sha256
+from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
+from gvpo_offline.compute.paths import ComputePath
+from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.rules import check_group
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.store.survey import Survey
+from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Largest |log-ratio| of a response, in nats, that rounding alone explains where policy and
+# reference are one. bfloat16 products move a sequence by up to half a nat on any path; in int8 what
+# is computed together decides which activations are rounded.
+TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0, "int8": 1.0}
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """The policy as far as it can be compared with a reference.
+
+    Attributes:
+        weights_sha256: hash of its weights, or None where it was not taken.
+        dtype, autocast_dtype, attn_implementation: how its log-probs are computed.
+        layout: how groups are laid out for it.
+        tokenizer_fingerprint: or None where no tokenizer was given.
+        n_embeddings: token ids that it has an embedding for, or None where it does not say.
+    """
+
+    weights_sha256: str | None
+    dtype: str
+    autocast_dtype: str | None
+    attn_implementation: str
+    tokenizer_fingerprint: str | None
+    n_embeddings: int | None = None
+    layout: str = "padded"
+
+    def along(self, path: ComputePath) -> PolicyFacts:
+        """The facts where log-probs are computed along a path."""
+        return replace(self, layout=path.layout, attn_implementation=path.attention)
+
+    @property
+    def coarsest_dtype(self) -> str:
+        """The data type that limits the precision of log-probs."""
+        return _coarsest(self.dtype, self.autocast_dtype)
+
+
+def _coarsest(*dtypes: str | None) -> str:
+    found = {part for name in dtypes if name for part in name.split("+")}
+    return next((d for d in ("int8", "bfloat16", "float16") if d in found), "float32")
+
+
+def policy_facts(
+    model: torch.nn.Module,
+    *,
+    hash_weights: bool,
+    autocast: torch.dtype | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PolicyFacts:
+    """The facts of a model that is about to compute log-probs."""
+    return PolicyFacts(
+        weights_sha256=policy_sha256(model) if hash_weights else None,
+        dtype=dtype_of(model),
+        autocast_dtype=dtype_name(autocast),
+        attn_implementation=attention_of(model),
+        tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        n_embeddings=_n_embeddings(model),
+    )
+
+
+def _n_embeddings(model: torch.nn.Module) -> int | None:
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def check_tokenizers(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> None:
+    """Raise IntegrityError unless token ids, reference and policy are of one tokenizer."""
+    for dataset in datasets:
+        made_by = dataset.manifest.tokenizer
+        base = made_by.fingerprint if made_by else None
+        if dataset.reference is not None:
+            check_same_tokenizer(
+                base,
+                "the dataset",
+                dataset.reference.tokenizer_fingerprint,
+                f"reference {dataset.reference.fingerprint[:12]}",
+                file=dataset.root,
+            )
+        check_same_tokenizer(
+            base, "the dataset", policy.tokenizer_fingerprint, "the policy", file=dataset.root
+        )
+        if base is None or policy.tokenizer_fingerprint is None:
+            why = "the dataset names none" if base is None else "no processing_class was given"
+            logger.warning(
+                "the tokenizers of %s and the policy are not compared: %s", dataset.root, why
+            )
+
+
+def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> None:
+    """Raise DataError, naming file, row and group, if the policy has no embedding for a token id.
+
+    Ids of a dataset with a tokenizer were held to its size when they were written; those of other
+    files are read for this, once.
+    """
+    if policy.n_embeddings is None:
+        return
+    for dataset in datasets:
+        made_by = dataset.manifest.tokenizer
+        if made_by is not None and made_by.vocab_size <= policy.n_embeddings:
+            continue
+        on_each(functools.partial(_check_token_ids, dataset, policy.n_embeddings))
+
+
+def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
+    for row_group in range(dataset.n_row_groups)[own_part()]:
+        place = dataset.place(row_group)
+        for row, group in enumerate(dataset.groups(row_group), place.first_row):
+            check_group(group, file=place.file, row=row, vocab_size=vocab_size)
+
+
+def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> None:
+    """Raise DataError, naming file, row and group, if a prompt with a response fits in no pass."""
+    # A response's last token predicts nothing and is not computed.
+    if counts.max_row_tokens - 1 <= max_tokens:
+        return
+    row_group, row, group_id = counts.longest_row
+    place = dataset.place(row_group)
+    raise DataError(
+        "a prompt and one of its responses fit into max_tokens_per_micro_batch",
+        received=f"{counts.max_row_tokens - 1:,} tokens, more than {max_tokens:,}",
+        remedy="raise max_tokens_per_micro_batch, or leave responses of that length out at import",
+        file=place.file,
+        row=place.first_row + row,
+        group=group_id,
+    )
+
+
+def reference_warnings(policy: PolicyFacts, reference: ReferenceFamily) -> list[str]:
+    """In what the policy's log-probs are computed otherwise than the reference's were."""
+    pairs = [
+        ("dtype", reference.dtype, policy.dtype),
+        ("autocast dtype", reference.autocast_dtype, policy.autocast_dtype),
+    ]
+    if policy.coarsest_dtype != "float32":  # in float32 they differ by no more than its rounding
+        pairs += [
+            ("attention", reference.attn_implementation, policy.attn_implementation),
+            ("layout", reference.layout, policy.layout),
+        ]
+    return [
+        f"the reference was scored with {name} {theirs}, the policy runs with {ours}: log-ratios "
+        "carry the difference as noise; score the reference again with the same setting"
+        for name, theirs, ours in pairs
+        if reference.dtype != "unknown" and theirs not in ("unknown", ours)
+    ]
+
+
+def check_log_ratios(
+    largest: float, mean_abs: float, policy: PolicyFacts, reference: ReferenceFamily
+) -> None:
+    """Stop if a policy that starts as the reference does not have the reference's log-probs.
+
+    Args:
+        largest: the largest |log-ratio| of a response in the first step, nats.
+        mean_abs: their mean, nats.
+
+    Raises:
+        IntegrityError: `largest` is more than rounding explains.
+    """
+    dtype = _coarsest(policy.coarsest_dtype, reference.dtype, reference.autocast_dtype)
+    tolerance = TOLERANCE_NATS[dtype]
+    if largest <= tolerance:
+        return
+    raise IntegrityError(
+        "a policy that starts as the reference has log-ratios of 0 before the first update, within "
+        f"{tolerance} nats in {dtype}",
+        received=f"up to {largest:.3g} nats (mean {mean_abs:.3g}) against reference "
+        f"{reference.fingerprint[:12]} ({reference.model_name_or_path})",
+        remedy="score the reference again with this model, dtype, attention implementation and "
+        "tokenizer; or set reference_check to off if the policy is meant to differ",
+    )

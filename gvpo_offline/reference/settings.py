@@ -1,0 +1,33 @@
+"""Settings of `gvpo-offline reference`. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.settings import positive, required
+
+
+@dataclass
+class ReferenceConfig(ModelSettings):
+    """Log-probs of every response under the reference, into a sidecar of the dataset."""
+
+    dataset: str = ""
+    """The dataset's folder."""
+    bf16: bool = False
+    """Autocast matrix products to bfloat16, as `train` does with the same flag. Keep them equal."""
+    fp16: bool = False
+    """Autocast matrix products to float16, as `train` does with the same flag."""
+    max_tokens_per_micro_batch: int = 16_384
+    """Tokens of one forward pass, as laid out."""
+    layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"
+    """How groups are laid out for the model, as in `train`. Keep them equal."""
+    use_cpu: bool = False
+    """Stay on the CPU where there is a GPU."""
+    show_progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        required("dataset", self.dataset)
+        positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)

@@ -1,0 +1,180 @@
+"""Groups as scorers see them, read from the light columns of a row group."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.group import Group, IntArray
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
+
+Message = dict[str, Any]
+
+_TEXT = ("response_lengths", "prompt", "messages", "responses", "metadata")
+_IDS = ("prompt_token_ids", "response_token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A group as scorers see it.
+
+    Attributes:
+        group_id: its id.
+        prompt: the prompt as text, or None where it is messages.
+        messages: the prompt as chat messages, or None where it is text.
+        responses: k texts.
+        metadata: the further columns of the log.
+        response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
+        row_group: number of the row group; the cases of a call are all those of one, in order.
+        place: file, row and group, for errors.
+    """
+
+    group_id: str
+    prompt: str | None
+    messages: list[Message] | None
+    responses: tuple[str, ...]
+    metadata: dict[str, Any]
+    response_token_ids: tuple[IntArray, ...] | None = None
+    row_group: int = 0
+    place: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """k, the number of responses."""
+        return len(self.responses)
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The prompt as messages; one that is text is what a user says."""
+        return self.messages or [{"role": "user", "content": self.prompt}]
+
+    def column(self, name: str) -> Any:
+        """A column of the metadata: its name, or the way down to it (`reward_model.ground_truth`).
+
+        Raises:
+            DataError: the group has no such column.
+        """
+        if name in self.metadata:
+            return self.metadata[name]
+        value: Any = self.metadata
+        for step in name.split("."):
+            if not isinstance(value, dict) or step not in value:
+                raise DataError(
+                    f"the group's metadata has the column {name}",
+                    received=f"{', '.join(self.metadata) or 'no metadata'}",
+                    remedy="name a column that was kept at import (columns.keep)",
+                    **self.place,
+                )
+            value = value[step]
+        return value
+
+
+class CaseReader:
+    """Reads the cases of a dataset.
+
+    A log of token ids alone has no texts: they are decoded, without special tokens, by the
+    tokenizer that the manifest names.
+
+    Args:
+        dataset: whose groups.
+        token_ids: whether cases have response_token_ids; otherwise no tokens are read where the
+            log has texts.
+        tokenizer: folder or hub name of the dataset's tokenizer, where it has moved.
+    """
+
+    def __init__(self, dataset: GroupDataset, *, token_ids: bool, tokenizer: str | None) -> None:
+        self._dataset = dataset
+        self._token_ids = token_ids
+        self._tokenizer_name = tokenizer
+        self._tokenizer: Any = None
+
+    def cases(self, row_group: int) -> list[Case]:
+        """All groups of a row group, in order.
+
+        Raises:
+            DataError: a group has no text, and no tokenizer is known; or its metadata is no JSON.
+            ConfigError: the tokenizer cannot be loaded.
+            IntegrityError: the file is damaged, or the tokenizer is not the dataset's.
+        """
+        columns = [*_TEXT, *(_IDS if self._token_ids else ())]
+        groups = self._dataset.groups(row_group, columns)
+        if not all(map(_has_texts, groups)):
+            groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
+        place = self._dataset.place(row_group)
+        return [
+            self._case(
+                group,
+                row_group,
+                {"file": place.file, "row": place.first_row + row, "group": group.group_id},
+            )
+            for row, group in enumerate(groups)
+        ]
+
+    def _case(self, group: Group, row_group: int, place: dict[str, Any]) -> Case:
+        prompt, responses = group.prompt, group.responses
+        if group.messages is not None:
+            prompt = None  # the text is what the template made of them
+        elif prompt is None:
+            prompt = self._decoded(group.prompt_token_ids, place)
+        if responses is None:
+            responses = tuple(self._decoded(ids, place) for ids in group.response_token_ids)
+        return Case(
+            group_id=group.group_id,
+            prompt=prompt,
+            messages=None if group.messages is None else json.loads(group.messages),
+            responses=responses,
+            metadata=_metadata(group.metadata, place),
+            response_token_ids=group.response_token_ids if self._token_ids else None,
+            row_group=row_group,
+            place=place,
+        )
+
+    def _decoded(self, ids: IntArray, place: dict[str, Any]) -> str:
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer(place)
+        text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return text
+
+    def _load_tokenizer(self, place: dict[str, Any]) -> Any:
+        made_by = self._dataset.manifest.tokenizer
+        name = self._tokenizer_name or (made_by.name_or_path if made_by else None)
+        if name is None:
+            raise DataError(
+                "scorers read text, or token ids that a known tokenizer decodes",
+                received="a group without text in a dataset that names no tokenizer",
+                remedy="set tokenizer_name_or_path to the tokenizer that made the ids",
+                **place,
+            )
+        tokenizer = load_tokenizer(name)
+        if made_by is not None:
+            check_same_tokenizer(
+                made_by.fingerprint,
+                "the dataset",
+                tokenizer_fingerprint(tokenizer),
+                f"tokenizer_name_or_path {name}",
+                file=self._dataset.root,
+            )
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokenizer": None}
+
+
+def _has_texts(group: Group) -> bool:
+    has_prompt = group.prompt is not None or group.messages is not None
+    return has_prompt and group.responses is not None
+
+
+def _metadata(text: str | None, place: dict[str, Any]) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DataError("metadata is a JSON object", received=text, **place)
+    return found

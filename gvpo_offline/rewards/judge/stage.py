@@ -1,0 +1,189 @@
+"""Asking a judge about a whole dataset, as a stage that an engine runs task by task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.openai.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
+from gvpo_offline.openai.client import Server
+from gvpo_offline.rewards.cases import Case, CaseReader, Message
+from gvpo_offline.rewards.judge.log import Journal, Judgement, JudgementLog, Key
+from gvpo_offline.rewards.judge.rubric import AnyJudgeSettings, Rubric
+from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.workers.rounds import round_name
+from gvpo_offline.workers.stage import Task
+
+Items = Callable[[Case], list[tuple[int, int | None]]]
+_TASK_DIGITS = 16
+_CAUSES_SHOWN = 3
+
+
+def task_of(dataset: GroupDataset, row_group: int) -> str:
+    """The name of a row group's task: its file's hash, and its number there."""
+    file, local = dataset.locate(row_group)
+    return f"{dataset.manifest.groups[file].sha256[:_TASK_DIGITS]}.{local:05d}"
+
+
+class JudgeStage:
+    """All questions to one judge, a task for each row group; see `Stage`.
+
+    Args:
+        dataset: whose responses are judged.
+        reader: of its groups.
+        log: where the answers go.
+        settings: of the judge.
+        items: which responses, or pairs in the order in which they are shown, to ask about.
+    """
+
+    unit = "groups"
+
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        reader: CaseReader,
+        log: JudgementLog,
+        settings: AnyJudgeSettings,
+        items: Items,
+    ) -> None:
+        self.root = log.root
+        self.name = log.tasks.stage
+        self._reader = reader
+        self._log = log
+        self._settings = settings
+        self._items = items
+        self._rubric = Rubric(settings)
+        self._server = Server(settings)
+        # Decided once, so that an engine's processes agree on what there is to do.
+        self._rounds: dict[str, tuple[int, str, int]] = {}
+        self._tasks = []
+        for row_group, size in enumerate(dataset.row_group_sizes.tolist()):
+            task = task_of(dataset, row_group)
+            rounds = log.rounds(task)
+            whole = settings.gaps == "missing" or not (rounds and rounds[-1].counts["failed"])
+            done = bool(rounds) and whole
+            number = len(rounds) - done
+            name = round_name(task, number)
+            self._rounds[name] = (row_group, task, number)
+            self._tasks.append(Task(name, size))
+
+    def tasks(self) -> Sequence[Task]:
+        """The next round of every task; of one whose gaps, if any, do not matter, its last."""
+        return self._tasks
+
+    def start(self) -> None:
+        """Find the server's key."""
+        self._server.start()
+
+    def work(self, task: Task) -> TaskRecord:
+        """Ask what neither the rounds before nor an attempt that was cut off have answers to.
+
+        Raises:
+            ConfigError: the server refuses the key or does not know the model.
+            DataError: the template does not fit a group.
+            StorageError: no room.
+        """
+        row_group, name, number = self._rounds[task.name]
+        before = self._log.read(self._log.rounds(name)[:number])
+        with self._log.journal(task.name) as journal:
+            questions = {
+                question.key: question
+                for case in self._reader.cases(row_group)
+                for question in self._questions(case, before, journal)
+            }
+            open_ = [each for key, each in questions.items() if key not in journal.known]
+            causes = self._server.ask(open_)
+        failed = {q.key: q.failed(cause) for q, cause in zip(open_, causes, strict=True) if cause}
+        return self._log.write(task.name, [(failed | journal.known)[key] for key in questions])
+
+    def _questions(
+        self, case: Case, before: dict[Key, Judgement], journal: Journal
+    ) -> list[_Question]:
+        """The questions about a group that rounds before have no answer to."""
+        questions = []
+        for first, second in self._items(case):
+            last = before.get((case.group_id, first, second))
+            if last is None or last.error is not None:
+                messages = self._rubric.messages(case, first, second)
+                seed = self._settings.seed if last is None else last.seed + 1
+                key = (case.group_id, first, second)
+                questions.append(
+                    _Question(key, self._settings, self._rubric, messages, seed, journal)
+                )
+        return questions
+
+    def gaps(self) -> None:
+        """Raise DataError if questions of committed tasks have no answer; counts the causes."""
+        causes: Counter[str] = Counter()
+        asked = 0
+        for _, name, _ in self._rounds.values():
+            rounds = self._log.rounds(name)
+            asked += sum(record.counts["judgements"] for record in rounds)
+            if rounds and rounds[-1].counts["failed"]:
+                last = self._log.read(rounds[-1:]).values()
+                causes.update(each.error for each in last if each.error is not None)
+        if not causes:
+            return
+        failed = causes.total()
+        shown = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(_CAUSES_SHOWN))
+        raise DataError(
+            "the judge answers every question, in the form that is asked for",
+            received=f"{failed:,} of {asked + failed:,} failed: {shown}",
+            remedy="run the same command again: it asks these questions alone",
+            file=self.root,
+        )
+
+
+class _Question:
+    """One question, asked until its answer can be read; see `server.client.Question`."""
+
+    chat = True
+
+    def __init__(
+        self,
+        key: Key,
+        settings: AnyJudgeSettings,
+        rubric: Rubric,
+        messages: list[Message],
+        seed: int,
+        journal: Journal,
+    ) -> None:
+        self.key = key
+        self._settings = settings
+        self._rubric = rubric
+        self._messages = messages
+        self._next_seed = seed
+        self._journal = journal
+
+    def body(self) -> dict[str, Any]:
+        """The request; at temperature 0 the same seed would lead to the same answer."""
+        settings = self._settings
+        body: dict[str, Any] = {"model": settings.model, "messages": self._messages}
+        body["temperature"] = settings.temperature
+        body[settings.max_tokens_name] = settings.max_tokens
+        if settings.send_seed:
+            body["seed"] = self._next_seed
+        self._next_seed += 1
+        return body | settings.extra_body
+
+    def read(self, answer: Any) -> None:
+        """Keep an answer that ends by itself and says a judgement."""
+        choice = choices_of(answer).get(0)
+        if choice is None:
+            raise BadAnswerError("an answer without a first choice")
+        if finish_of(choice) == CUT:
+            raise BadAnswerError(f"an answer cut at {self._settings.max_tokens} tokens")
+        text = text_of(choice)
+        if not text.strip():
+            raise BadAnswerError("an empty text")
+        value, model = self._rubric.value(text), answer.get("model")
+        seed = self._next_seed - 1
+        said = str(model) if model is not None else None
+        self._journal.add(Judgement(*self.key, seed=seed, model=said, text=text, value=value))
+
+    def failed(self, cause: str) -> Judgement:
+        """The record that there is no answer, and why."""
+        return Judgement(*self.key, seed=self._next_seed - 1, error=cause)

@@ -1,0 +1,162 @@
+"""Reward models: sequence classifiers of one logit, over the whole conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.group import FloatArray
+from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.kinds import ModelSettings
+from gvpo_offline.rewards.scorer import SimpleScorer, settings_of
+from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+
+class ModelScorer(SimpleScorer):
+    """logits[:, 0] of a sequence classifier with one label, padded on the right.
+
+    The text is the model's own chat template over prompt and response; for a prompt that is text
+    and `as_chat: false`, one after the other. Batches are cut by length within a row group, so that
+    they do not depend on who computes them.
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self._settings = settings
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def identity(self) -> dict[str, Any]:
+        """Its settings, and the fingerprints of weights and tokenizer.
+
+        Raises:
+            ConfigError: there is no such model, or it does not give one number.
+        """
+        from gvpo_offline.compute.model import dtype_name, weights_sha256
+
+        self._load()
+        described = settings_of(self._settings)
+        for name in ("model_name_or_path", "model_revision", "trust_remote_code", "use_cpu"):
+            del described[name]  # the weights' hash says which model it is
+        return {
+            **described,
+            "dtype": dtype_name(next(self._model.parameters()).dtype),
+            "weights_sha256": weights_sha256(self._model),
+            "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer),
+        }
+
+    def start(self) -> None:
+        """Load the model, and put it on a GPU where there is one."""
+        from gvpo_offline.compute.model import default_device
+
+        self._load()
+        self._model.to(default_device(use_cpu=self._settings.use_cpu)).eval()
+
+    def _load(self) -> None:
+        if self._model is not None:
+            return
+        from transformers import AutoModelForSequenceClassification
+
+        settings = self._settings
+        options = {
+            "revision": settings.model_revision,
+            "trust_remote_code": settings.trust_remote_code,
+        }
+        tokenizer = load_tokenizer(settings.model_name_or_path, **options)  # type: ignore[arg-type]
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                settings.model_name_or_path, dtype=settings.dtype, **options
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(
+                "a reward model loads as a sequence classifier",
+                received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
+                remedy="correct model_name_or_path",
+            ) from error
+        if model.config.num_labels != 1:
+            raise ConfigError(
+                "a reward model has one label",
+                received=f"{settings.model_name_or_path} with {model.config.num_labels}",
+                remedy="use a model that was trained as a reward model (num_labels=1)",
+            )
+        _agree_on_padding(model, tokenizer)
+        self._model, self._tokenizer = model, tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_tokenizer": None}
+
+    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+        """(1, k) for each case."""
+        rows = [ids for case in cases for ids in self._encoded(case)]
+        scores = np.zeros(len(rows))
+        for members in self._batches([len(row) for row in rows]):
+            scores[members] = self._logits([rows[i] for i in members])
+        ends = np.cumsum([case.size for case in cases])[:-1]
+        return [piece[np.newaxis] for piece in np.split(scores, ends)]
+
+    def _encoded(self, case: Case) -> list[list[int]]:
+        texts = [self._text(case, response) for response in case.responses]
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        longest = max(map(len, found))
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"prompt and response fit the reward model's {limit} positions",
+                received=f"{longest} tokens",
+                remedy="use another reward model, or import with a smaller max_length",
+                **case.place,
+            )
+        return found
+
+    def _text(self, case: Case, response: str) -> str:
+        if case.messages is None and not self._settings.as_chat:
+            return f"{case.prompt}{response}"
+        messages = [*case.conversation, {"role": "assistant", "content": response}]
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template may raise anything
+            raise DataError(
+                "the reward model's chat template takes prompt and response",
+                received=f"{type(error).__name__}: {error}",
+                remedy="use a model that has a chat template, or as_chat: false for prompts that "
+                "are text",
+                **case.place,
+            ) from error
+        return text
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of rows, the longest first, under max_tokens_per_batch; one row always fits."""
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        while order:
+            width = max(1, self._settings.max_tokens_per_batch // max(1, lengths[order[0]]))
+            yield order[:width]
+            order = order[width:]
+
+    def _logits(self, rows: Sequence[list[int]]) -> FloatArray:
+        import torch
+
+        batch = self._tokenizer.pad(
+            {"input_ids": list(rows)}, padding=True, padding_side="right", return_tensors="pt"
+        ).to(self._model.device)
+        with torch.no_grad():
+            logits = self._model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits
+        found: FloatArray = logits[:, 0].to("cpu", torch.float64).numpy()
+        return found
+
+
+def _agree_on_padding(model: Any, tokenizer: Any) -> None:
+    """The classifier finds the last token by the padding id: both must have the same one."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            "a reward model's tokenizer has a padding or an end token",
+            received="neither",
+            remedy="save the tokenizer with one",
+        )
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

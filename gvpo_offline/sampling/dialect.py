@@ -1,0 +1,77 @@
+"""Whether a sampler's tokens are the dataset's, and its prompts in tokens of its own if not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.group import IntArray
+from gvpo_offline.importing.encode import Encoder
+from gvpo_offline.sampling.prompts import Prompt
+from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the dataset writes: its tokenizer, and the template where that is not its own."""
+
+    tokenizer_name_or_path: str
+    chat_template: str | None = None
+
+    def load(self) -> PreTrainedTokenizerBase:
+        """The dataset's tokenizer, with its template."""
+        return load_tokenizer(self.tokenizer_name_or_path, chat_template=self.chat_template)
+
+
+class Speech:
+    """A model's tokenizer, and whether it is the dataset's.
+
+    The template does not count in that: with the tokens of the dataset, prompts are given as the
+    dataset has them.
+
+    Args:
+        own: the model's tokenizer, with the template of its settings.
+        dialect: the dataset's.
+    """
+
+    def __init__(self, own: PreTrainedTokenizerBase, dialect: Dialect) -> None:
+        self.tokenizer = own
+        dataset = dialect.load()
+        alike = copy.deepcopy(own)
+        alike.chat_template = dataset.chat_template
+        self.shared = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
+        self._encoder = Encoder(own, append_eos=False)
+
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[IntArray]:
+        """Token ids of the model's tokenizer: (P,) int32 each.
+
+        Raises:
+            ConfigError: there are chat messages, and the model's tokenizer has no template.
+            DataError: the template refuses a prompt's messages.
+        """
+        if self.shared:
+            return [prompt.token_ids for prompt in prompts]
+        if any(p.messages for p in prompts) and not self.tokenizer.chat_template:
+            raise ConfigError(
+                "chat messages are rendered with a chat template",
+                received=f"{self.tokenizer.name_or_path}, which has none",
+                remedy="set chat_template in the sampler's settings",
+            )
+        return [
+            self._encoder.rendered([self._encoder.render(prompt.messages)])[0]
+            if prompt.messages
+            else self._encoder.prompts([prompt.prompt or ""])[0]
+            for prompt in prompts
+        ]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Token ids as text, without special tokens."""
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )

@@ -1,0 +1,102 @@
+"""The log of a sampling run as inputs of an import: one input for each sampler.
+
+The rows of an input are in order of prompt and number, whichever rounds they came in, so that a run
+with failures ends in the same bytes as one without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from gvpo_offline.importing.formats.shared.log_format import InputInfo, per_row
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.sources.files import Advance, Source
+from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.sampling.log import Sample, SampleLog
+from gvpo_offline.sampling.prompts import Prompt, PromptFile
+
+
+class SampledRows(Source):
+    """The responses of one sampler, as rows of a prompt and a response.
+
+    Args:
+        prompts: the prompts.
+        log: the sampler's log, whose tasks are all committed.
+    """
+
+    def __init__(self, prompts: PromptFile, log: SampleLog) -> None:
+        super().__init__(f"samples/{log.name}", log.name, [])
+        self._prompts = prompts
+        self._log = log
+        self._chunks = range(len(prompts.entry.row_groups))
+        # Shards and buckets are cut by size: by that of the content, since rounds change that of
+        # the files. Every response's row holds its prompt, which may be most of it.
+        digest, self.text_bytes, self.size = hashlib.sha256(), 0, 0
+        for chunk in self._chunks:
+            beside = {prompt.index: _plain_bytes(prompt) for prompt in prompts.read(chunk)}
+            for sample in self._samples(chunk, self._measure):
+                ids = None if sample.token_ids is None else sample.token_ids.tolist()
+                content = [*sample.key, sample.seed, sample.text, ids, sample.finish_reason]
+                encoded = json.dumps(content).encode()
+                digest.update(encoded)
+                self.text_bytes += len(encoded) + beside[sample.prompt]
+        self._sha256 = digest.hexdigest()
+
+    def _measure(self, n_bytes: int) -> None:
+        self.size += n_bytes
+
+    def sha256(self, advance: Advance) -> str:
+        """SHA-256 over the responses, whichever rounds they came in."""
+        advance(self.size)
+        return self._sha256
+
+    def _samples(self, chunk: int, advance: Advance) -> list[Sample]:
+        rounds = self._log.rounds(chunk)
+        found = self._log.read(rounds)
+        advance(sum(record.files[0].bytes for record in rounds))
+        return [sample for sample in found.values() if sample.error is None]
+
+    def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+        """See `Source.rows`."""
+        row = 0
+        for chunk in self._chunks:
+            prompts = {prompt.index: prompt for prompt in self._prompts.read(chunk)}
+            for sample in self._samples(chunk, advance):
+                yield row, {"prompt": prompts[sample.prompt], "sample": sample}
+                row += 1
+
+
+class SampledFormat:
+    """Rows of `SampledRows`."""
+
+    columns: Sequence[str] | None = None
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """One fragment per row; see `LogFormat.read`."""
+        return per_row(rows, source, _fragment)
+
+
+def _plain_bytes(prompt: Prompt) -> int:
+    """About how many bytes a prompt takes in a row, its metadata and token ids included."""
+    texts = (prompt.prompt, prompt.messages, prompt.metadata)
+    return sum(len(text) for text in texts if text) + prompt.token_ids.nbytes
+
+
+def _fragment(record: Record, source: InputInfo) -> Fragment:
+    prompt: Any = record["prompt"]
+    sample: Sample = record["sample"]
+    return Fragment(
+        prompt=prompt.prompt,
+        messages=prompt.messages,
+        prompt_token_ids=prompt.token_ids,
+        responses=[sample.text],
+        response_token_ids=[sample.token_ids],
+        rewards=None,
+        samplers=[None],
+        truncated=[sample.finish_reason == "length"],
+        metadata=prompt.metadata,
+        source=prompt.source,
+    )

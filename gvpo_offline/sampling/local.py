@@ -1,0 +1,197 @@
+"""A transformers model in this process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.hashing import sha256_file, sha256_json
+from gvpo_offline.sampling.dialect import Dialect, Speech
+from gvpo_offline.sampling.log import Sample
+from gvpo_offline.sampling.settings import SamplingSettings, TransformersSettings
+from gvpo_offline.sampling.stage import Facts, Wanted
+from gvpo_offline.tokenizer import load_policy_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
+
+    from gvpo_offline.sampling.decode import Decoder, Rules
+
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
+# Tokens at the end of a response that a stop string is looked for in, beyond its own length.
+_TAIL_TOKENS = 8
+
+
+def model_facts(name_or_path: str, revision: str | None, *, remote_code: bool) -> Facts:
+    """The context of a transformers model, and which weights exactly it has.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "the model is a folder or hub name that transformers loads as a causal language model",
+            received=f"{name_or_path!r} ({str(error).splitlines()[0]})",
+            remedy="correct model_name_or_path",
+        ) from error
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+        content = "".join(f"{path.name}:{sha256_file(path)}\n" for path in paths)
+        weights = hashlib.sha256(content.encode()).hexdigest()
+    else:
+        weights = str(getattr(config, "_commit_hash", None))
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Facts(context, {"model": weights})
+
+
+class TransformersSampler:
+    """Draws from a model by `decode.Decoder`; see `Sampler`."""
+
+    def __init__(self, settings: TransformersSettings, dialect: Dialect) -> None:
+        self._settings = settings
+        self._dialect = dialect
+        self._decoder: Decoder | None = None
+        self._speech: Speech | None = None
+        self._context: int | None = None
+
+    def facts(self) -> Facts:
+        """The model's context and its weights."""
+        settings = self._settings
+        facts = model_facts(
+            settings.model_name_or_path,
+            settings.model_revision,
+            remote_code=settings.trust_remote_code,
+        )
+        template = load_policy_tokenizer(settings).chat_template
+        return Facts(
+            facts.context_length, {**facts.identity, "chat_template": sha256_json(template)}
+        )
+
+    def start(self) -> None:
+        """Load the model.
+
+        Raises:
+            ConfigError: it cannot be loaded, has no end token, or keeps its state in a way that
+                batches cannot be made of.
+        """
+        from gvpo_offline.compute.model import default_device, disable_dropout, load_model
+        from gvpo_offline.sampling.decode import Decoder
+
+        settings = self._settings
+        model = load_model(settings)
+        disable_dropout(model)
+        model.to(default_device(use_cpu=settings.use_cpu)).eval()
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._speech = Speech(load_policy_tokenizer(settings), self._dialect)
+        rules = _rules(settings, model.generation_config, self._speech)
+        self._decoder = Decoder(
+            model,
+            rules,
+            batch_size=settings.batch_size,
+            max_batch_tokens=settings.max_batch_tokens,
+        )
+        self._decoder.probe()
+
+    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+        """All of them.
+
+        Raises:
+            DataError: a prompt is longer than the model's context leaves room for, in its tokens.
+        """
+        from gvpo_offline.sampling.decode import Draft
+
+        assert self._decoder is not None
+        assert self._speech is not None
+        prompts = list({id(w.prompt): w.prompt for w in wanted}.values())
+        found = self._speech.prompt_ids(prompts)
+        ids = {prompt.index: own for prompt, own in zip(prompts, found, strict=True)}
+        for prompt in prompts:
+            n_tokens = len(ids[prompt.index]) + self._settings.max_new_tokens
+            if self._context is not None and n_tokens > self._context:
+                raise DataError(
+                    f"prompt and max_new_tokens fit in the model's context of {self._context}",
+                    received=f"{n_tokens} tokens",
+                    remedy="shorten the prompt, or lower max_new_tokens",
+                    file=prompt.source,
+                    row=prompt.row,
+                )
+        drafts = [Draft(ids[w.prompt.index], w.seed) for w in wanted]
+        for _ in self._decoder.run(drafts):
+            pass
+        return [_sample(w, d, self._speech) for w, d in zip(wanted, drafts, strict=True)]
+
+
+def _sample(wanted: Wanted, draft: Any, speech: Speech) -> Sample:
+    text = speech.text(draft.ids)
+    if not (speech.shared or text):
+        return wanted.failed("an empty text, in tokens that are not the dataset's")
+    return Sample(
+        prompt=wanted.prompt.index,
+        number=wanted.number,
+        seed=wanted.seed,
+        text=text,
+        token_ids=np.array(draft.ids, np.int32) if speech.shared else None,
+        token_logprobs=np.array(draft.logprobs, np.float32),
+        finish_reason=draft.finish_reason,
+    )
+
+
+def _rules(settings: SamplingSettings, generation: Any, speech: Speech) -> Rules:
+    from gvpo_offline.sampling.decode import Rules
+
+    said = [generation.eos_token_id if generation else None, speech.tokenizer.eos_token_id]
+    ends = {i for ids in said if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
+    if not ends:
+        raise ConfigError(
+            "a response ends with an end token",
+            received="a model and a tokenizer without one (eos_token_id)",
+            remedy="set it in the model's generation_config.json",
+        )
+    return Rules(
+        processors=_processors(settings),
+        greedy=settings.temperature == 0,
+        end_ids=frozenset(ends),
+        max_new_tokens=settings.max_new_tokens,
+        stops=_stops(settings.stop, speech) if settings.stop else None,
+    )
+
+
+def _processors(settings: SamplingSettings) -> LogitsProcessorList:
+    """transformers' own, in the order in which `generate` applies them."""
+    import transformers as hf
+
+    found: list[Any] = []
+    if settings.repetition_penalty != 1:
+        found.append(hf.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.temperature not in (0, 1):
+        found.append(hf.TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        found.append(hf.TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        found.append(hf.TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        found.append(hf.MinPLogitsWarper(settings.min_p))
+    return hf.LogitsProcessorList(found)
+
+
+def _stops(strings: Sequence[str], speech: Speech) -> Callable[[Sequence[int]], bool]:
+    # A token is at least a byte long, and a character at most four.
+    tail = 4 * max(map(len, strings)) + _TAIL_TOKENS
+
+    def stops(ids: Sequence[int]) -> bool:
+        text = speech.text(ids[-tail:])
+        return any(string in text for string in strings)
+
+    return stops

@@ -1,0 +1,145 @@
+"""What a sampler gave: one row for each response that was asked for, or why there is none.
+
+A task is done in rounds. The first asks for every response of its prompts, each later one for those
+that the rounds before recorded as failed. A round is a committed file and never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from gvpo_offline.group import IntArray
+from gvpo_offline.store.arrow import column_array, from_arrays, split_list, to_rows
+from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
+from gvpo_offline.workers.rounds import committed_rounds, round_name
+
+_SCHEMA = pa.schema(
+    [
+        ("prompt", pa.int64()),
+        ("number", pa.int32()),
+        ("seed", pa.int64()),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+Key = tuple[int, int]
+_LOGPROBS = "token_logprobs"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One response, or why there is none.
+
+    Attributes:
+        prompt: the prompt's index.
+        number: which of the prompt's responses by this sampler.
+        seed: what it was drawn from.
+        text: as text, or None.
+        token_ids: (T,) int32 of the dataset's tokenizer, end token included; or None where the
+            sampler gave text, or has another tokenizer.
+        token_logprobs: (T,) float32, the log-prob that each token was drawn with, in nats, as the
+            sampler tells it; or None.
+        finish_reason: "stop", or "length" where it was cut.
+        error: why there is no response; None if there is one.
+    """
+
+    prompt: int
+    number: int
+    seed: int
+    text: str | None = None
+    token_ids: IntArray | None = None
+    token_logprobs: npt.NDArray[np.float32] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """What tells responses of one sampler apart."""
+        return self.prompt, self.number
+
+
+class SampleLog:
+    """The rounds of one sampler under `samples/<name>/`, committed in the stage `stage`."""
+
+    def __init__(self, root: Path, name: str, stage: str) -> None:
+        self.root = root
+        self.name = name
+        self.tasks = TaskLog(root, stage)
+
+    def rounds(self, chunk: int) -> list[TaskRecord]:
+        """The records of a task's committed rounds, in order."""
+        return committed_rounds(self.tasks, task_name(chunk, 0))
+
+    def read(self, records: Sequence[TaskRecord], *, logprobs: bool = False) -> dict[Key, Sample]:
+        """The newest word on every response of some rounds, in order of prompt and number.
+
+        Args:
+            records: of the rounds, in order.
+            logprobs: whether to read the tokens' log-probs too.
+
+        Raises:
+            IntegrityError: a file is missing or was altered.
+        """
+        found: dict[Key, Sample] = {}
+        names = [name for name in _SCHEMA.names if logprobs or name != _LOGPROBS]
+        for record in records:
+            entry = record.files[0]
+            path = self.root / entry.path
+            with open_parquet(path, entry.footer_sha256) as file:
+                for number in range(len(entry.row_groups)):
+                    table = read_row_group(file, path, number, names)
+                    found.update((sample.key, sample) for sample in _samples(table))
+        return dict(sorted(found.items()))
+
+    def write(self, task: str, samples: Sequence[Sample]) -> TaskRecord:
+        """Write a round; the record is to be committed.
+
+        Raises:
+            StorageError: no room.
+        """
+        ordered = sorted(samples, key=lambda sample: sample.key)
+        failed = sum(sample.error is not None for sample in ordered)
+        folder = f"samples/{self.name}"
+        entry = write_parquet(self.root, folder, task, _SCHEMA, [_table(ordered)])
+        counts = {"responses": len(ordered) - failed, "failed": failed}
+        return TaskRecord(stage=self.tasks.stage, task=task, files=[entry], counts=counts)
+
+
+def task_name(chunk: int, round_: int) -> str:
+    """The name of a round of a task in the commit log."""
+    return round_name(f"{chunk:06d}", round_)
+
+
+def _samples(table: pa.Table) -> Iterator[Sample]:
+    columns = {}
+    for name in table.column_names:
+        column = column_array(table, name)
+        columns[name] = to_rows(column)
+        if name == _LOGPROBS:
+            valid = column.is_valid().to_pylist()
+            pairs = zip(split_list(column), valid, strict=True)
+            columns[name] = [row if ok else None for row, ok in pairs]
+    for row in zip(*columns.values(), strict=True):
+        yield Sample(**dict(zip(columns, row, strict=True)))
+
+
+def _table(samples: Sequence[Sample]) -> pa.Table:
+    values: dict[str, Any] = {
+        name: pa.array([getattr(s, name) for s in samples], _SCHEMA.field(name).type)
+        for name in _SCHEMA.names
+        if not pa.types.is_list(_SCHEMA.field(name).type)
+    }
+    values["token_ids"] = from_arrays([s.token_ids for s in samples], pa.int32())
+    values["token_logprobs"] = from_arrays([s.token_logprobs for s in samples], pa.float32())
+    return pa.Table.from_pydict({n: values[n] for n in _SCHEMA.names}, schema=_SCHEMA)

@@ -1,0 +1,362 @@
+"""The prompts of a run: normalised, tokenised and held to the rules once, before anything is asked.
+
+They go into one Parquet file under `prompts/`, in the order of the inputs, a row group for each
+task, so that a task reads its own and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.group import IntArray
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.importing.encode import Encoder
+from gvpo_offline.importing.fragment import Fragment, located, prompt_key
+from gvpo_offline.importing.sources.files import Source
+from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.store.arrow import from_arrays, to_rows
+from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.manifest import FileEntry
+from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
+from gvpo_offline.tokenizer import tokenizer_info
+from gvpo_offline.values import plain
+from gvpo_offline.values import prompt as prompt_of
+
+_VERSION = 1
+_TASK = "prompts"
+_AT_ONCE = 256
+_LONGEST = "longest_prompt_tokens"
+T = TypeVar("T")
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+        ("prompt", pa.string()),
+        ("messages", pa.string()),
+        ("metadata", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        index: its number among all prompts.
+        key: SHA-256 (hexadecimal) of what it is.
+        source: name of the input that it came from.
+        row: zero-based row of that input.
+        prompt: its text, or None.
+        messages: its chat messages in JSON, or None.
+        metadata: the input's other columns, a JSON object, or None.
+        token_ids: (P,) int32 of the dataset's tokenizer, template included.
+    """
+
+    index: int
+    key: str
+    source: str
+    row: int
+    prompt: str | None
+    messages: str | None
+    metadata: str | None
+    token_ids: IntArray
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a run on disk.
+
+    Attributes:
+        root: the dataset's folder.
+        entry: the file; each of its row groups is a task.
+        counts: what was left out, by reason.
+        inputs: the inputs, as the manifest lists them.
+    """
+
+    root: Path
+    entry: FileEntry
+    counts: dict[str, int]
+    inputs: list[dict[str, Any]]
+
+    def read(self, chunk: int) -> list[Prompt]:
+        """The prompts of one task.
+
+        Raises:
+            IntegrityError: the file was damaged.
+        """
+        path = self.root / self.entry.path
+        with open_parquet(path, self.entry.footer_sha256) as file:
+            table = read_row_group(file, path, chunk, _SCHEMA.names).combine_chunks()
+        columns = [to_rows(table.column(name).chunk(0)) for name in _SCHEMA.names]
+        return [Prompt(*row) for row in zip(*columns, strict=True)]
+
+
+def prepare_prompts(
+    config: SampleConfig, encoder: Encoder, limits: Mapping[str, int]
+) -> PromptFile:
+    """Write the prompts of `config`, or find that this was done before.
+
+    Args:
+        config: the run's settings.
+        encoder: the dataset's tokenizer.
+        limits: tokens that a prompt has at most, by sampler, where known.
+
+    Raises:
+        DataError: a row is no prompt, a template fails, a prompt is too long or occurs twice; names
+            file and row. Or the folder holds the prompts of other inputs.
+        IntegrityError: an input is damaged.
+    """
+    root = Path(config.output_dir)
+    sources = find_sources(config.inputs)
+    with _bar("checking inputs", sources, config) as bar:
+        digests = [source.sha256(bar.update) for source in sources]
+    drops = config.overlong_prompts == "drop"
+    identity = sha256_json(
+        {
+            "version": _VERSION,
+            "inputs": [[s.file_name, digest] for s, digest in zip(sources, digests, strict=True)],
+            "settings": [getattr(config, name) for name in _SETTINGS],
+            "limit": min(limits.values(), default=None) if drops else None,
+            "tokenizer": tokenizer_info(encoder.tokenizer).fingerprint,
+        }
+    )
+    log = TaskLog(root, f"prompts-{identity[:12]}")
+    _refuse_others(log)
+    record = log.committed(_TASK)
+    reader = _Reader(config, encoder, limits, sources)
+    if record is None:
+        entry = write_parquet(root, "prompts", _TASK, _SCHEMA, map(_table, reader.chunks()))
+        if not entry.row_groups:
+            raise DataError(
+                "there is at least 1 prompt",
+                received=", ".join(f"{k} {n}" for k, n in reader.counts.items()) or "none",
+                remedy="check the inputs",
+                file=sources[0].label,
+            )
+        counts = dict(sorted(reader.counts.items()))
+        record = TaskRecord(stage=log.stage, task=_TASK, files=[entry], counts=counts)
+        record = log.commit(record)
+    elif record.counts[_LONGEST] > min(limits.values(), default=record.counts[_LONGEST]):
+        for _ in reader.chunks():  # a sampler was added: says which prompt is too long for it
+            pass
+    inputs = [
+        {"path": source.file_name, "sha256": digest}
+        for source, digest in zip(sources, digests, strict=True)
+    ]
+    dropped = {name: n for name, n in record.counts.items() if name != _LONGEST}
+    return PromptFile(root, record.files[0], dropped, inputs)
+
+
+_SETTINGS = (
+    "prompt_column",
+    "as_chat",
+    "system_prompt",
+    "duplicate_prompts",
+    "overlong_prompts",
+    "prompts_per_task",
+)
+
+
+def _refuse_others(log: TaskLog) -> None:
+    commits = log.folder.parent
+    names = [path.name for path in commits.iterdir()] if commits.exists() else []
+    if any(name.startswith("prompts-") and name != log.stage for name in names):
+        raise DataError(
+            "the output folder is empty, or holds what an earlier run over these prompts left",
+            received="prompts of other inputs, settings or another tokenizer",
+            remedy="repeat that run, choose another output_dir, or remove the folder",
+            file=log.root,
+        )
+
+
+def _bar(what: str, sources: Sequence[Source], config: SampleConfig) -> tqdm[Any]:
+    total = sum(source.size for source in sources)
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not config.show_progress)
+
+
+def _table(prompts: Sequence[Prompt]) -> pa.Table:
+    values = {
+        name: pa.array([getattr(p, name) for p in prompts], _SCHEMA.field(name).type)
+        for name in _SCHEMA.names[:-1]
+    }
+    values["token_ids"] = from_arrays([p.token_ids for p in prompts], pa.int32())
+    return pa.Table.from_pydict(values, schema=_SCHEMA)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A prompt before it is tokenised, and where it stands."""
+
+    source: Source
+    number: int
+    key: str
+    prompt: str | None
+    messages: str | None
+    metadata: str | None
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The keywords of an error about the row."""
+        return {"file": self.source.label, "row": self.number}
+
+
+class _Reader:
+    """Reads the inputs twice: for which prompts occur twice, and for the prompts."""
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        encoder: Encoder,
+        limits: Mapping[str, int],
+        sources: Sequence[Source],
+    ) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._limits = limits
+        self._sources = sources
+        self.counts: Counter[str] = Counter()  # prompts left out, and the longest of the rest
+
+    def chunks(self) -> Iterator[list[Prompt]]:
+        """The prompts, those of one task at a time."""
+        keys = np.array(array("Q", (_short(row.key) for row in self._rows("looking for doubles"))))
+        found, times = np.unique(keys, return_counts=True)
+        rows = self._once(self._rows("reading prompts"), set(found[times > 1].tolist()))
+        prompts = itertools.chain.from_iterable(map(self._tokenized, _pieces(rows, _AT_ONCE)))
+        numbered = (replace(prompt, index=i) for i, prompt in enumerate(prompts))
+        yield from _pieces(numbered, self._config.prompts_per_task)
+
+    def _rows(self, what: str) -> Iterator[_Row]:
+        with _bar(what, self._sources, self._config) as bar:
+            for source in self._sources:
+                for number, record in source.rows(None, bar.update):
+                    try:
+                        yield self._parsed(source, number, record)
+                    except DataError as error:
+                        raise located(error, file=source.label, row=number) from error.__cause__
+                source.check_unchanged()
+
+    def _parsed(self, source: Source, number: int, record: Mapping[str, Any]) -> _Row:
+        name = self._config.prompt_column
+        if name not in record:
+            raise DataError(
+                f"a row has the column {name!r} that prompt_column names",
+                received=f"the columns {', '.join(record)}",
+                remedy="set prompt_column to the column that holds the prompt",
+            )
+        text, messages = prompt_of(record[name])
+        if not (text or messages):
+            raise DataError("a prompt is not empty", received=repr(text), remedy="remove the row")
+        text, messages = self._as_chat(text, messages)
+        rest = {column: value for column, value in record.items() if column != name}
+        bare = Fragment(text, messages, None, [], None, None, [], [])
+        return _Row(
+            source=source,
+            number=number,
+            key=prompt_key(bare),
+            prompt=text,
+            messages=messages,
+            metadata=json.dumps(rest, default=plain, allow_nan=True) if rest else None,
+        )
+
+    def _as_chat(self, text: str | None, messages: str | None) -> tuple[str | None, str | None]:
+        system = self._config.system_prompt
+        if text is not None and not self._config.as_chat:
+            if system is not None:
+                raise DataError(
+                    "a system prompt goes before chat messages",
+                    received=f"text: {text}",
+                    remedy="set as_chat: true, or leave system_prompt out",
+                )
+            return text, None
+        chat = json.loads(messages) if messages else [{"role": "user", "content": text}]
+        if system is not None and chat[0]["role"] != "system":
+            chat = [{"role": "system", "content": system}, *chat]
+        return None, json.dumps(chat, ensure_ascii=False)
+
+    def _once(self, rows: Iterator[_Row], doubled: set[int]) -> Iterator[_Row]:
+        """The rows, without those whose prompt occurred before."""
+        seen: dict[str, _Row] = {}
+        for row in rows:
+            first = seen.get(row.key)
+            if first is None:
+                if _short(row.key) in doubled:
+                    seen[row.key] = row
+                yield row
+            elif self._config.duplicate_prompts == "error":
+                raise DataError(
+                    "a prompt occurs once, since responses to one prompt are one group",
+                    received=f"the prompt of {first.source.label}, row {first.number}, again",
+                    remedy="remove the row, or leave such rows out (duplicate_prompts: drop)",
+                    **row.place,
+                )
+            else:
+                self.counts["dropped_duplicate_prompts"] += 1
+
+    def _tokenized(self, rows: Sequence[_Row]) -> list[Prompt]:
+        texts, chats = [r for r in rows if r.messages is None], [r for r in rows if r.messages]
+        if chats and not self._encoder.tokenizer.chat_template:
+            raise ConfigError(
+                "chat messages are rendered with a chat template",
+                received="a tokenizer without one",
+                remedy="set chat_template to the path of a Jinja template",
+                **chats[0].place,
+            )
+        rendered = []
+        for row in chats:
+            try:
+                rendered.append(self._encoder.render(row.messages or ""))
+            except DataError as error:
+                raise located(error, file=row.source.label, row=row.number) from error.__cause__
+        found = self._encoder.prompts([r.prompt or "" for r in texts])
+        found += self._encoder.rendered(rendered)
+        ids = {id(row): own for row, own in zip([*texts, *chats], found, strict=True)}
+        return [self._prompt(row, ids[id(row)]) for row in rows if self._fits(row, ids[id(row)])]
+
+    def _prompt(self, row: _Row, ids: IntArray) -> Prompt:
+        file, number = row.source.file_name, row.number
+        return Prompt(0, row.key, file, number, row.prompt, row.messages, row.metadata, ids)
+
+    def _fits(self, row: _Row, ids: IntArray) -> bool:
+        if not len(ids):
+            raise DataError("a prompt needs at least 1 token", received=row.prompt, **row.place)
+        tight = [name for name, limit in self._limits.items() if len(ids) > limit]
+        if not tight:
+            self.counts[_LONGEST] = max(self.counts[_LONGEST], len(ids))
+            return True
+        if self._config.overlong_prompts == "error":
+            limit = self._limits[tight[0]]
+            raise DataError(
+                f"a prompt leaves room for max_new_tokens: for sampler {tight[0]!r} it has at most "
+                f"{limit} tokens",
+                received=f"{len(ids)} tokens: {row.prompt or row.messages}",
+                remedy="shorten the prompt, lower max_new_tokens, or leave such prompts out "
+                "(overlong_prompts: drop)",
+                **row.place,
+            )
+        self.counts["dropped_overlong_prompts"] += 1
+        return False
+
+
+def _short(key: str) -> int:
+    return int(key[:16], 16)
+
+
+def _pieces(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    return iter(lambda: list(itertools.islice(items, size)), [])

@@ -1,0 +1,141 @@
+"""Arrow list columns to NumPy arrays and back, without a Python object per token."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+_EMPTY = np.empty(0, np.int32)
+_LISTS = (pa.ListArray, pa.LargeListArray)
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    # Arrow checks the range here; a cast of NumPy's would wrap around past 2**31 tokens.
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
+
+
+def _flat(arrays: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.Array:
+    if not arrays:
+        return pa.array([], type=value_type)
+    return pa.array(np.concatenate(arrays), type=value_type)
+
+
+def list_array(rows: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.ListArray:
+    """Rows of numbers as one list column, without a Python object per number."""
+    return pa.ListArray.from_arrays(_offsets([len(row) for row in rows]), _flat(rows, value_type))
+
+
+def nested_list_array(
+    rows: Sequence[Sequence[npt.NDArray[Any]] | None], value_type: pa.DataType
+) -> pa.ListArray:
+    """Rows of lists of numbers as one list-of-lists column; None becomes null."""
+    inner = list_array([item for row in rows if row is not None for item in row], value_type)
+    offsets = _offsets([0 if row is None else len(row) for row in rows])
+    missing = pa.array([row is None for row in rows]) if any(r is None for r in rows) else None
+    return pa.ListArray.from_arrays(offsets, inner, mask=missing)
+
+
+def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
+    """The values of an Arrow array: a read-only view; of bits, and with nulls, a copy."""
+    if array.null_count:
+        return np.asarray(array.to_numpy(zero_copy_only=False))
+    # Not by to_numpy, which imports pandas and takes a quarter of a second for it.
+    if pa.types.is_boolean(array.type):
+        return np.array(np.from_dlpack(array.cast(pa.uint8())), np.bool_)
+    return np.from_dlpack(array)
+
+
+def column_array(table: pa.Table, name: str) -> pa.Array:
+    """A column of a table in one piece."""
+    column = table.column(name).combine_chunks()
+    return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+
+
+def split_list(array: pa.ListArray) -> list[npt.NDArray[Any]]:
+    """A list column as one NumPy view per row."""
+    values = as_numpy(array.values)
+    return [values[a:b] for a, b in itertools.pairwise(as_numpy(array.offsets).tolist())]
+
+
+def split_nested_list(array: pa.ListArray) -> list[list[npt.NDArray[Any]] | None]:
+    """A list-of-lists column as NumPy views; null rows become None."""
+    if array.null_count == len(array):
+        return [None] * len(array)
+    offsets = as_numpy(array.offsets).tolist()
+    items = split_list(array.values)
+    valid = array.is_valid().to_pylist()
+    return [
+        items[a:b] if ok else None
+        for (a, b), ok in zip(itertools.pairwise(offsets), valid, strict=True)
+    ]
+
+
+def repetitive_rows(array: pa.ListArray) -> list[tuple[Any, ...] | None]:
+    """A list column whose rows are much alike, as tuples, each distinct one made once."""
+    encoded = array.values.dictionary_encode(null_encoding="encode")
+    names = encoded.dictionary.to_pylist()
+    codes = as_numpy(encoded.indices).astype(np.int32).tobytes()
+
+    @functools.cache
+    def row(key: bytes) -> tuple[Any, ...]:
+        return tuple(map(names.__getitem__, memoryview(key).cast("i")))
+
+    spans = itertools.pairwise((4 * as_numpy(array.offsets)).tolist())
+    valid = array.is_valid().to_pylist()
+    return [row(codes[a:b]) if ok else None for (a, b), ok in zip(spans, valid, strict=True)]
+
+
+def _is_tokens(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
+def _is_token_lists(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    return _is_tokens(kind.value_type) or _is_token_lists(kind.value_type)
+
+
+def to_rows(array: pa.Array) -> list[Any]:
+    """The rows of a column; see the module's description."""
+    if not (isinstance(array, _LISTS) and _is_token_lists(array.type)):
+        rows: list[Any] = array.to_pylist()
+        return rows
+    offsets = array.offsets.to_numpy(zero_copy_only=False)
+    first, last = int(offsets[0]), int(offsets[-1])
+    values = array.values.slice(first, last - first)
+    if _is_tokens(values.type):
+        if values.null_count:
+            rows = array.to_pylist()
+            return rows
+        items: Any = values.to_numpy(zero_copy_only=False)
+    else:
+        items = to_rows(values)
+    pieces = [items[a - first : b - first] for a, b in itertools.pairwise(offsets.tolist())]
+    if not array.null_count:
+        return pieces
+    valid = array.is_valid().to_pylist()
+    return [piece if ok else None for piece, ok in zip(pieces, valid, strict=True)]
+
+
+def from_arrays(rows: Sequence[Any], value_type: pa.DataType) -> pa.ListArray:
+    """Rows of (T,) arrays, or None, as a list column."""
+    column = list_array([row if row is not None else _EMPTY for row in rows], value_type)
+    if all(row is not None for row in rows):
+        return column
+    missing = pa.array([row is None for row in rows])
+    return pa.ListArray.from_arrays(column.offsets, column.values, mask=missing)
+
+
+def from_array_lists(rows: Sequence[Any], value_type: pa.DataType) -> pa.ListArray:
+    """Rows of lists of (T,) arrays, with None at either level, as a list-of-lists column."""
+    inner = from_arrays([item for row in rows if row is not None for item in row], value_type)
+    lengths = [0 if row is None else len(row) for row in rows]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    missing = pa.array([row is None for row in rows]) if any(r is None for r in rows) else None
+    return pa.ListArray.from_arrays(offsets, inner, mask=missing)

@@ -1,0 +1,74 @@
+"""A Trainer whose checkpoints are whole, and of the very run that they are resumed in.
+
+What that means, and the files, stand in `checkpoint`; here it is made to happen on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import rotate_checkpoints
+
+from gvpo_offline.collectives import all_or_none
+from gvpo_offline.train.checkpoint import (
+    begin,
+    check_identity,
+    find_checkpoint,
+    read_taken,
+    refuse_leftovers,
+    save_errors,
+    seal,
+)
+from gvpo_offline.train.distributed import ShardedTrainer
+from gvpo_offline.train.resharding import check_taken, how_taken
+
+
+class SealingTrainer(ShardedTrainer):
+    """A Trainer that seals its checkpoints, and resumes from sealed ones of the same run."""
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint of this run continues: data, objective, model, optimization."""
+        raise NotImplementedError
+
+    def found_checkpoint(self, wanted: str | bool | None) -> Path | None:
+        """The checkpoint to begin with, or None; errors as `GVPOTrainer.train`."""
+        output_dir = Path(self.args.output_dir)
+        checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
+        if checkpoint is None:
+            refuse_leftovers(output_dir)
+            return None
+        check_identity(checkpoint, self.identity())
+        check_taken(checkpoint, read_taken(checkpoint), how_taken(self.accelerator))
+        return checkpoint
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers, then sealed; older checkpoints go only once the new one is whole."""
+        output_dir = Path(self._get_output_dir(trial=trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
+                all_or_none(lambda: begin(folder) if self.args.should_save else None)
+                all_or_none(lambda: super(SealingTrainer, self)._save_checkpoint(model, trial))
+                all_or_none(lambda: self._seal(folder) if self.args.should_save else None)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _seal(self, folder: Path) -> None:
+        seal(
+            folder,
+            self.state.global_step,
+            self.identity(),
+            taken=how_taken(self.accelerator),
+            resumable=not self.args.save_only_model,
+        )

@@ -1,0 +1,321 @@
+"""From the values of a log's row to what a fragment holds: prompts, responses, rewards, ids.
+
+Every format reads its rows with these. Each function refuses what it cannot read; the caller adds
+file and row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.group import BoolArray, IntArray
+
+Prompt = tuple[str | None, str | None]
+"""A prompt as (text, chat messages in JSON), of which at least one is None."""
+
+_CUT = ("length",)
+_NO_NUMBER = ("", "n/a", "none", "null", "nan")
+
+
+def plain(value: Any) -> Any:
+    """What `json.dumps` is to write for a value that is none of JSON's own."""
+    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+
+
+def valid_text(value: str) -> str:
+    """`value`, which must be valid Unicode: JSON can spell half of a surrogate pair."""
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "text is valid Unicode",
+                received=f"{value!a} ({error.reason})",
+                remedy="write the log again with a UTF-8 writer, or remove the row",
+            ) from error
+    return value
+
+
+def is_message(value: Any) -> bool:
+    """Whether `value` looks like a chat message."""
+    return isinstance(value, dict) and "role" in value
+
+
+def entries(value: Any, what: str) -> list[Any]:
+    """A list column's value as a list, whichever kind of file it comes from.
+
+    Raises:
+        DataError: it is no list; `what` says what it should be a list of.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list):
+        raise DataError(f"{what} are a list", received=repr(value))
+    return value
+
+
+def structs(value: Any, what: str) -> list[dict[str, Any]]:
+    """A list of records; `datasets` may have stored it as a record of lists.
+
+    Raises:
+        DataError: it is neither; `what` says what it should be a list of.
+    """
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        if len({len(part) for part in value.values()}) > 1:
+            raise DataError(f"{what} have one entry in each list", received=repr(value))
+        value = [
+            dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)
+        ]
+    if not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
+        raise DataError(f"{what} are a list of records", received=repr(value))
+    return value
+
+
+def struct(value: Any, what: str) -> dict[str, Any]:
+    """A nested record, empty where the log has null.
+
+    Raises:
+        DataError: it is something else; `what` says what it should be.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise DataError(f"{what} is a record", received=repr(value))
+    return value
+
+
+def field(record: Mapping[str, Any], name: str, what: str) -> Any:
+    """The field `name` of a nested record.
+
+    Raises:
+        DataError: it has none; `what` says what the record is.
+    """
+    if name not in record:
+        raise DataError(
+            f"{what} has the field {name!r}", received=f"the fields {', '.join(record) or 'none'}"
+        )
+    return record[name]
+
+
+def sampler(value: Any) -> str | None:
+    """Who wrote a response, or None where the log does not say.
+
+    Raises:
+        DataError: it is neither text nor null.
+    """
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise DataError("a sampler is named by text", received=repr(value))
+    return valid_text(value)
+
+
+def messages(value: Sequence[Mapping[str, Any]]) -> str:
+    """Chat messages as JSON, without the keys that columnar files fill with null."""
+    kept = [
+        {key: part for key, part in message.items() if part is not None or key == "content"}
+        for message in value
+    ]
+    return valid_text(json.dumps(kept, ensure_ascii=False, default=plain))
+
+
+def conversation(turns: Sequence[Any]) -> Prompt:
+    """The prompt of a chat from its texts: user and assistant in turn, the user first and last.
+
+    Raises:
+        DataError: a turn is no text, the number of turns is even, or the last one is empty.
+    """
+    if not (len(turns) % 2 and all(isinstance(text, str) for text in turns) and turns[-1]):
+        raise DataError(
+            "a prompt is text that is not empty; of several turns, the user's come first and last",
+            received=turns[0] if len(turns) == 1 else turns,
+            remedy="correct or remove the row",
+        )
+    roles = itertools.cycle(("user", "assistant"))
+    return None, messages(
+        [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    )
+
+
+def no_tools(record: Mapping[str, Any]) -> None:
+    """Refuse a row of a chat with tools, whose definitions belong to the prompt.
+
+    Raises:
+        DataError: the row has some.
+    """
+    if record.get("tools"):
+        raise DataError(
+            "a prompt is rendered without definitions of tools",
+            received=f"tools: {record['tools']}",
+            remedy="log the prompt's token ids (format: flat, columns.prompt_token_ids)",
+        )
+
+
+def prompt(value: Any) -> Prompt:
+    """A prompt given as text or chat messages.
+
+    Raises:
+        DataError: it is neither, or has no messages.
+    """
+    if value is None:
+        return None, None
+    if isinstance(value, str):
+        return valid_text(value), None
+    if isinstance(value, dict) and isinstance(value.get("role"), list):
+        value = structs(value, "chat messages")
+    if not (isinstance(value, list) and all(map(is_message, value))):
+        raise DataError(
+            'a prompt is text or a list of chat messages, {"role": ..., "content": ...}',
+            received=value,
+            remedy="set columns.prompt to the column that holds the prompt",
+        )
+    if not value:
+        raise DataError("a prompt is not empty", received="no messages", remedy="remove the row")
+    return None, messages(value)
+
+
+def response(value: Any) -> str | None:
+    """A response given as text or as a list with one assistant message, or None.
+
+    Raises:
+        DataError: it is anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list) and len(value) == 1 and is_message(value[0]):
+        content = value[0].get("content")
+        if value[0]["role"] == "assistant" and isinstance(content, str):
+            return valid_text(content)
+    raise DataError(
+        "a response is text, or a list with one assistant message whose content is text",
+        received=value,
+        remedy="for responses with tool turns log token ids and a loss mask "
+        "(columns.response_token_ids, columns.loss_mask)",
+    )
+
+
+def number(value: Any, what: str = "a reward") -> float | None:
+    """A number, or None where the log has null.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, int | float):
+        raise DataError(f"{what} is a number", received=repr(value), remedy="log the number itself")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise DataError(f"{what} is a finite number", received=value) from error
+
+
+def rating(value: Any, what: str = "a rating") -> float | None:
+    """A number that may be written as text, as judges' answers are; None for null and "N/A".
+
+    Raises:
+        DataError: it is neither.
+    """
+    if not isinstance(value, str):
+        return number(value, what)
+    if value.strip().lower() in _NO_NUMBER:
+        return None
+    try:
+        return float(value)
+    except ValueError as error:
+        raise DataError(f"{what} is a number, or N/A", received=repr(value)) from error
+
+
+def truncated(value: Any) -> bool:
+    """Whether a response was cut, from a flag or a finish reason; null is no.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if value is None:
+        return False
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, str) and value.lower() not in ("true", "false"):
+        return value in _CUT
+    raise DataError(
+        "truncated is a flag or a finish reason (such as stop, length)", received=repr(value)
+    )
+
+
+def identifier(value: Any) -> str:
+    """An id given as text or an integer.
+
+    Raises:
+        DataError: it is neither, or empty.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value:
+        return valid_text(value)
+    raise DataError(
+        "an id is text or an integer",
+        received=repr(value),
+        remedy="give every row an id, or leave the column out",
+    )
+
+
+def metadata(record: Mapping[str, Any], keep: Sequence[str]) -> str | None:
+    """The columns `keep` of a row as JSON, or None where there are none to keep."""
+    if not keep:
+        return None
+    return json.dumps({name: record[name] for name in keep}, default=plain, allow_nan=True)
+
+
+def token_ids(value: Any, what: str) -> IntArray:
+    """`value` as token ids.
+
+    Args:
+        value: a sequence of integers.
+        what: what they are, for the message ("prompt_token_ids").
+
+    Returns:
+        (T,) int32.
+
+    Raises:
+        DataError: `value` is anything else.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = np.empty((0, 0))
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise DataError(
+            f"{what} is a list of integers",
+            received=value,
+            remedy="log the ids as integers, or leave the column out and log text",
+        )
+    if array.size and not (array.min() >= 0 and array.max() < 2**31):
+        raise DataError(f"{what} holds ids from 0 to 2^31 - 1", received=value)
+    return array.astype(np.int32)
+
+
+def flags(value: Any, what: str) -> BoolArray:
+    """`value`, a sequence of 0/1 or booleans, as (T,) bool.
+
+    Raises:
+        DataError: `value` is anything else.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "biuf"):
+        raise DataError(f"{what} is a list of 0/1 flags", received=value)
+    mask = array.astype(bool)
+    if array.size and not bool((array == mask).all()):
+        raise DataError(f"{what} is a list of 0/1 flags", received=value)
+    return mask

@@ -1,0 +1,174 @@
+"""The shape of the house: imports go down, what needs no torch loads none, rooms stay small."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.builders import build_dataset
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "gvpo_offline"
+# From the ground up. A module imports from layers below its own, or from its own without a circle.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("version", "errors", "hashing", "yaml_settings"),
+    ("group", "settings", "loss_types"),
+    ("rules", "values"),
+    ("store", "contract"),
+    ("report",),
+    ("hub",),
+    ("workers", "openai", "collectives"),
+    ("stream",),
+    ("compute",),
+    ("tokenizer",),
+    ("importing",),
+    ("merging",),
+    ("sampling", "rewards", "reference"),
+    ("losses",),
+    ("train",),
+    ("tune",),
+    ("commands",),
+    ("cli",),
+)
+# What makes and scores data; none of it may load what trains on it.
+DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "openai", "workers")
+# What runs where no torch is installed, or must start at once.
+WITHOUT_TORCH = (
+    *("version", "errors", "hashing", "yaml_settings", "group", "rules", "values", "contract"),
+    *("settings", "loss_types", "compute.settings", "reference.settings", "tune.settings"),
+    *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
+    *("store.arrow", "store.schema", "store.tables", "train.settings"),
+    *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),
+    *("stream.selecting.select", "stream.selecting.where", "stream.view"),
+    *("train.checkpoint", "tokenizer", "tune.search", "commands.table", "cli"),
+    *("report.content", "report.listing", "hub.push", "hub.pull"),
+    *("compute.layout", "compute.paths", "compute.tree"),
+    *("importing.importer", "merging.stages", "sampling.run"),
+    *("workers.settings", "workers.run", "rewards.stage"),
+)
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def module_name(path: Path) -> str:
+    """`store.commit` for gvpo_offline/store/commit.py; a package goes by its own name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def layer_of(module: str) -> int:
+    found = [i for i, names in enumerate(LAYERS) if module.split(".")[0] in names]
+    assert len(found) == 1, f"{module} belongs to {len(found)} layers: give it one in LAYERS"
+    return found[0]
+
+
+def imported(path: Path, *, at_the_top: bool = False) -> Iterator[str]:
+    """The package's modules that a file imports; not those for type checkers alone.
+
+    Args:
+        path: the file.
+        at_the_top: leave out imports inside functions.
+    """
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+            continue
+        if at_the_top and isinstance(node, ast.FunctionDef):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("gvpo_offline"))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gvpo_offline"):
+            module = (node.module or "").removeprefix("gvpo_offline").lstrip(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                yield inner if inner in MODULES else module
+        pending += ast.iter_child_nodes(node)
+
+
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+    used = {layer_of(module) for module in MODULES if module}
+    assert used == set(range(len(LAYERS)))
+    tops = {module.split(".")[0] for module in MODULES}
+    assert {name for names in LAYERS for name in names} <= tops
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_imports_go_down(module: str) -> None:
+    for other in imported(MODULES[module]):
+        assert layer_of(other) <= layer_of(module), f"{module} imports {other} from above"
+
+
+@pytest.mark.parametrize("room", DATA_ROOMS)
+def test_making_data_never_imports_train(room: str) -> None:
+    """Directly or through anything that it imports, inside functions too."""
+    pending = [module for module in MODULES if module.split(".")[0] == room]
+    seen = set(pending)
+    while pending:
+        for other in set(imported(MODULES[pending.pop()])) - seen:
+            seen.add(other)
+            pending.append(other)
+    assert not {module for module in seen if module.split(".")[0] in ("train", "tune", "losses")}
+
+
+def test_there_are_no_circles() -> None:
+    """Not even with the imports that functions make."""
+    graph = {module: set(imported(path)) - {module} for module, path in MODULES.items() if module}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_what_needs_no_torch_loads_none(tmp_path: Path) -> None:
+    """Neither the package itself, nor reading a dataset, nor planning a run's steps."""
+    build_dataset(tmp_path, 8)
+    script = f"""
+import importlib, sys
+import gvpo_offline
+assert not {{"numpy", "pyarrow", "torch"}} & set(sys.modules), "by import gvpo_offline"
+for module in {WITHOUT_TORCH!r}:
+    importlib.import_module("gvpo_offline." + module)
+    heavy = {{"torch", "transformers", "datasets", "peft", "polars"}} & set(sys.modules)
+    assert not heavy, (module, heavy)
+dataset = gvpo_offline.open_dataset({str(tmp_path)!r})
+order = gvpo_offline.stream.order.GroupOrder(dataset.row_group_sizes, seed=1, window=2)
+dataset.verify()
+assert len(dataset.groups(int(order.take(3, 4)[0][0]))) == 4
+assert not {{"torch", "pandas"}} & set(sys.modules), "by open_dataset"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_names_are_there() -> None:
+    import gvpo_offline
+
+    for name in gvpo_offline.__all__:
+        assert getattr(gvpo_offline, name) is not None
+    assert set(gvpo_offline.__all__) <= set(dir(gvpo_offline))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        gvpo_offline.nothing  # noqa: B018
+
+
+SOURCES = [
+    path
+    for folder in ("gvpo_offline", "pipelines", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"

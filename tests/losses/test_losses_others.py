@@ -1,0 +1,218 @@
+"""The other losses: worked values, laws that hold for all, what they share with GVPO."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.loss_batches import Batch, batches
+from torch import Tensor
+
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.losses import LOSS_TYPES, GroupLoss, group_loss
+
+examples = settings(max_examples=20, deadline=None)  # of eleven losses each
+
+# One group: rewards 1, 0, 0.5; log-ratios 0.4, -0.2, 0.1 on a reference of -1, -2, -3; beta 0.5.
+REWARDS = [1.0, 0.0, 0.5]
+RATIOS = [0.4, -0.2, 0.1]
+REFERENCE = [-1.0, -2.0, -3.0]
+BETA = 0.5
+LOGPROBS = [-0.6, -2.2, -2.9]
+SAMPLER = [-0.5, -2.0, -3.0]
+
+# DPO: -log sigmoid(0.5 * 0.6). TOPR: A = 0.5, -0.5, 0, and the worst is tapered by exp(-0.2).
+WORKED = {
+    "gvpo": (0.35**2 + 0.35**2) / 4,  # residuals 0.8, 0.1, 0.45, mean 0.45
+    "pmd_mean": (0.35**2 + 0.35**2 + 3 * (0.5 * 0.1) ** 2) / 4,
+    "rebel": 0.7**2 / 4,
+    "ipo": (0.6 - 1) ** 2,
+    "dpo": math.log1p(math.exp(-0.3)),
+    "rft": 0.6,
+    "awr": (math.e * 0.6 + math.exp(-1) * 2.2 + 2.9) / 3,
+    "topr": -(0.5 * -0.6 - math.exp(-0.2) * 0.5 * -2.2) / 3,
+}
+
+
+def tensor(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def loss_of(name: str, batch: Batch, seq: Tensor | None = None) -> GroupLoss:
+    """A loss of a batch, with made-up sampler log-probs for the one that takes them."""
+    return group_loss(
+        name,
+        batch.seq if seq is None else seq,
+        batch.ref,
+        batch.rewards,
+        batch.group,
+        beta=batch.beta,
+        sampler_logprobs=batch.ref - 0.3 if name == "topr" else None,
+    )
+
+
+def gradient_of(name: str, batch: Batch) -> Tensor:
+    seq = batch.seq.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(name, batch, seq).loss, seq)
+    return gradient
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_a_worked_group(name: str) -> None:
+    result = group_loss(
+        name,
+        tensor(LOGPROBS),
+        tensor(REFERENCE),
+        tensor(REWARDS),
+        torch.zeros(3, dtype=torch.long),
+        beta=BETA,
+        sampler_logprobs=tensor(SAMPLER) if name == "topr" else None,
+    )
+    assert float(result.loss) == pytest.approx(WORKED.get(name) or by_hand(name), abs=1e-12)
+
+
+def by_hand(name: str) -> float:
+    """Listwise, GRPO and RLOO written out."""
+    if name == "listwise":
+        q = torch.softmax(tensor(REFERENCE) + tensor(REWARDS) / BETA, 0)
+        p = torch.softmax(tensor(LOGPROBS), 0)
+        return float((q * (q / p).log()).sum())
+    kl = [math.exp(-ratio) + ratio - 1 for ratio in RATIOS]
+    if name == "grpo":
+        # A = 0.5, -0.5, 0 over a deviation of 0.5 (and 1e-4); ratios exp(0.4) clipped to 1.2, and
+        # exp(-0.2) = 0.819, inside.
+        a = 0.5 / 0.5001
+        gains = [a * 1.2, -a * math.exp(-0.2), 0.0]
+        return sum(BETA * k - gain for k, gain in zip(kl, gains, strict=True)) / 3
+    assert name == "rloo"
+    advantages = [1 - 0.25, 0 - 0.75, 0.0]
+    terms = zip(kl, advantages, LOGPROBS, strict=True)
+    return sum(BETA * k - a * logprob for k, a, logprob in terms) / 3
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+@examples
+@given(batch=batches(), random=st.randoms(use_true_random=False))
+def test_rows_may_come_in_any_order_and_groups_in_any_number_of_calls(
+    name: str, batch: Batch, random: Any
+) -> None:
+    whole = loss_of(name, batch)
+    rows = list(range(len(batch.seq)))
+    random.shuffle(rows)
+    # Best of several best is the first: ties are broken by position, so only untied rows move.
+    untied = all(
+        len(set(batch.rewards[own].tolist())) == len(own) for own in batch.rows_of_groups()
+    )
+    if untied or name not in ("rebel", "ipo", "dpo"):
+        shuffled = loss_of(name, batch.take(torch.tensor(rows)))
+        assert shuffled.group_losses.tolist() == pytest.approx(
+            whole.group_losses.tolist(), rel=1e-9
+        )
+    parts = [loss_of(name, batch.take(own)).loss for own in batch.rows_of_groups()]
+    assert [float(part) for part in parts] == pytest.approx(whole.group_losses.tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+@examples
+@given(batch=batches())
+def test_weights_are_the_gradient(name: str, batch: Batch) -> None:
+    result = loss_of(name, batch)
+    sizes = torch.bincount(result.terms.group_N)[result.terms.group_N]
+    expected = -batch.beta / (sizes - 1) * result.weights / result.n_groups
+    assert torch.allclose(gradient_of(name, batch), expected.to(batch.seq), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in LOSS_TYPES if n != "topr"])
+def test_gradients_against_differences(name: str) -> None:
+    """Of TOPR the taper is held constant, so its loss is no antiderivative of its gradient."""
+    generator = torch.Generator().manual_seed(3)
+    seq, ref, rewards = (torch.randn(7, generator=generator).double() for _ in range(3))
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+
+    def loss(values: Tensor) -> Tensor:
+        return group_loss(name, values, ref, rewards, group, beta=0.7).loss
+
+    assert torch.autograd.gradcheck(loss, seq.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["gvpo", "rebel", "listwise"])
+@examples
+@given(batch=batches())
+def test_losses_with_gvpos_optimum_rest_there(name: str, batch: Batch) -> None:
+    """At seq = ref + R / beta + a constant per group the gradient is zero."""
+    optimum = batch.ref.double() + batch.rewards.double() / batch.beta + 0.25
+    resting = Batch(optimum, batch.ref, batch.rewards, batch.group, batch.beta, 0.0, None)
+    scale = 1 + float(optimum.abs().max())
+    assert float(gradient_of(name, resting).abs().max()) <= 1e-9 * scale
+
+
+@examples
+@given(batch=batches())
+def test_rebel_is_gvpo_for_groups_of_two(batch: Batch) -> None:
+    pairs = batch.take(torch.cat([own[:2] for own in batch.rows_of_groups()]))
+    plain = Batch(pairs.seq, pairs.ref, pairs.rewards, pairs.group, pairs.beta, 0.0, None)
+    one, other = loss_of("rebel", plain), loss_of("gvpo", plain)
+    assert one.group_losses.tolist() == pytest.approx(other.group_losses.tolist(), rel=1e-9)
+    assert one.weights.tolist() == pytest.approx(other.weights.tolist(), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ipo", "dpo", "rft"])
+def test_equal_rewards_prefer_nothing(name: str) -> None:
+    equal = torch.ones(3, dtype=torch.float64)
+    group = torch.zeros(3, dtype=torch.long)
+    result = group_loss(name, tensor(LOGPROBS), tensor(REFERENCE), equal, group, beta=BETA)
+    assert float(result.loss) == 0
+    assert not result.weights.any()
+
+
+def test_listwise_has_a_bounded_gradient() -> None:
+    """p - q lies between -1 and 1 whatever the rewards; GVPO's grows with them."""
+    rewards = 1e6 * tensor(REWARDS)
+    group = torch.zeros(3, dtype=torch.long)
+    seq = tensor(LOGPROBS).requires_grad_()
+    result = group_loss("listwise", seq, tensor(REFERENCE), rewards, group, beta=BETA)
+    (gradient,) = torch.autograd.grad(result.loss, seq)
+    assert float(gradient.abs().max()) <= 1
+    assert float(result.loss.detach()) < 10
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_a_policy_far_from_the_reference_stays_finite(name: str) -> None:
+    seq = tensor([-900.0, 900.0, 0.0]).requires_grad_()
+    group = torch.zeros(3, dtype=torch.long)
+    result = group_loss(name, seq, tensor(REFERENCE), tensor(REWARDS), group, beta=BETA)
+    (gradient,) = torch.autograd.grad(result.loss, seq)
+    assert torch.isfinite(result.loss)
+    assert torch.isfinite(gradient).all()
+
+
+def call(name: str, **changes: Any) -> GroupLoss:
+    group = torch.zeros(3, dtype=torch.long)
+    return group_loss(
+        name, tensor(LOGPROBS), tensor(REFERENCE), tensor(REWARDS), group, beta=BETA, **changes
+    )
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ConfigError, match="loss_type is one of gvpo, pmd_mean, rebel"):
+        call("ppo")
+    with pytest.raises(DataError, match="topr needs the log-probs of the samplers"):
+        call("topr")
+    for changes in ({"anchor": 0.5}, {"response_weights": torch.ones(3)}):
+        with pytest.raises(ConfigError, match="anchor and response weights are GVPO's"):
+            call("dpo", **changes)
+    with pytest.raises(DataError, match=r"sampler_logprobs must be finite.*nan"):
+        call("topr", sampler_logprobs=tensor([0.0, math.nan, 0.0]))
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_evaluation_needs_no_graph(name: str) -> None:
+    sampler = tensor(SAMPLER) if name == "topr" else None
+    with torch.no_grad():
+        result = call(name, sampler_logprobs=sampler)
+    assert not result.loss.requires_grad
+    assert math.isfinite(result.metrics["explained_variance"])

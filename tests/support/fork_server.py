@@ -1,0 +1,234 @@
+"""Command lines in processes of their own, without the seconds that importing torch takes each.
+
+Run as a script, this is a server: it imports everything once and forks a child for each request, in
+which `gvpo_offline.cli.main` runs as it would from a shell. `ForkServer` is the tests' side. A
+child can be killed from outside at any moment, or told to kill itself in the middle of a save.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A child that let an exception through, which a shell would show as a traceback.
+CRASHED = 70
+
+
+@dataclass
+class Child:
+    """A command in its own process.
+
+    Attributes:
+        pid: its process.
+        log: the file that its output goes to.
+    """
+
+    server: ForkServer
+    pid: int
+    log: Path
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its exit status; minus the signal's number if it was killed."""
+        return int(self.server.ask({"wait": self.pid})["status"])
+
+    @property
+    def output(self) -> str:
+        """What it printed so far, without progress bars."""
+        lines = re.split(r"[\r\n]+", self.log.read_text(encoding="utf-8", errors="replace"))
+        return "\n".join(line for line in lines if line and "it/s]" not in line)
+
+
+class ForkServer:
+    """Starts children, until it is closed."""
+
+    def __init__(self) -> None:
+        self._logs = tempfile.TemporaryDirectory()
+        self._n_started = 0
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and read the answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def start(self, argv: Sequence[Any], **options: Any) -> Child:
+        """Start a command.
+
+        Args:
+            argv: as after `gvpo-offline`.
+            options: `env` (variables to set), `file_bytes` (largest file that it may write),
+                `kill_in_save` (the call of torch.save that it kills itself in, half-way), `kill_at`
+                ("module:name" of a function, the call of it, and the seconds after that call began
+                at which the child is killed, wherever it is by then), `watch` (a folder that the
+                child notes in what it computes, see `watching`).
+        """
+        log = Path(self._logs.name) / f"{self._n_started:03d}.log"
+        self._n_started += 1
+        request = {"argv": [str(word) for word in argv], "log": str(log), **options}
+        return Child(self, self.ask(request)["pid"], log)
+
+    def run(self, argv: Sequence[Any], **options: Any) -> tuple[int, str]:
+        """Run a command to its end: exit status and output."""
+        child = self.start(argv, **options)
+        return child.wait(), child.output
+
+    def run_ranks(
+        self, argv: Sequence[Any], world_size: int, **options: Any
+    ) -> list[tuple[int, str]]:
+        """Run a command as torchrun would, on `world_size` processes of this machine."""
+        children = self.start_ranks(argv, world_size, **options)
+        return [(child.wait(), child.output) for child in children]
+
+    def start_ranks(self, argv: Sequence[Any], world_size: int, **options: Any) -> list[Child]:
+        """Start a command as torchrun would; `options` as of `start`."""
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"LOCAL_WORLD_SIZE": world_size}
+        shared |= options.pop("env", {})
+        return [
+            self.start(argv, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, **options)
+            for rank in range(world_size)
+        ]
+
+    def close(self) -> None:
+        """End the server; children must have been waited for."""
+        # Said, not left to the end of the pipe: whatever else was forked meanwhile holds it too.
+        self.ask({"close": True})
+        self._process.wait()
+        self._logs.cleanup()
+
+
+def _kill_in_save(call: int) -> None:
+    import torch
+
+    save, calls = torch.save, 0
+
+    def counting(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        save(content, file, *args, **kwargs)
+        if calls == call:
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = counting  # type: ignore[assignment]
+
+
+def _kill_at(place: str, call: int, seconds: float) -> None:
+    module, _, name = place.partition(":")
+    *parents, name = name.split(".")
+    holder = importlib.import_module(module)
+    for parent in parents:
+        holder = getattr(holder, parent)
+    function, calls = getattr(holder, name), 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            _kill_in(seconds)
+        return function(*args, **kwargs)
+
+    setattr(holder, name, counting)
+
+
+def _kill_in(seconds: float) -> None:
+    if not seconds:
+        os.kill(os.getpid(), signal.SIGKILL)
+    victim = os.getpid()
+    if os.fork() == 0:
+        time.sleep(seconds)
+        if os.getppid() == victim:
+            os.kill(victim, signal.SIGKILL)
+        os._exit(0)
+
+
+def _child(request: dict[str, Any]) -> int:
+    from gvpo_offline import cli
+
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update({name: str(value) for name, value in request.get("env", {}).items()})
+    if "file_bytes" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
+    if "kill_in_save" in request:
+        _kill_in_save(request["kill_in_save"])
+    if "kill_at" in request:
+        _kill_at(*request["kill_at"])
+    if "watch" in request:
+        watching.watch(Path(request["watch"]))
+    try:
+        return cli.main(request["argv"])
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return CRASHED
+
+
+def _serve() -> None:
+    import openai  # noqa: F401
+
+    answers = os.dup(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "close" in request:
+            os.write(answers, b"{}\n")
+            return
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = {"status": os.waitstatus_to_exitcode(status)}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                code = _child(request)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            answer = {"pid": pid}
+        os.write(answers, (json.dumps(answer) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # tests/, where `support` is found
+    from support import watching
+
+    del sys.path[0]
+    _serve()

@@ -1,0 +1,46 @@
+"""What the tests of formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.importing import config
+
+from gvpo_offline.errors import GVPOError
+from gvpo_offline.importing.formats import find_format
+from gvpo_offline.importing.formats.shared.log_format import LeavesOut
+from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.importer import import_log
+from gvpo_offline.importing.sources.inputs import find_sources
+
+
+def fragments(
+    inputs: Path | Sequence[Path], name: str, **settings: Any
+) -> tuple[list[Fragment], Mapping[str, int]]:
+    """What format `name` makes of `inputs`, and what it says that it left out."""
+    made = config(inputs, Path("never-written"), format=name, **settings)
+    log_format = find_format(made)
+    found = [
+        fragment
+        for source in find_sources(made.inputs)
+        for fragment in log_format.read(source.rows(log_format.columns, lambda _: None), source)
+    ]
+    return found, log_format.finish() if isinstance(log_format, LeavesOut) else {}
+
+
+def refused(
+    inputs: Path | Sequence[Path],
+    name: str,
+    kind: type[GVPOError],
+    match: str,
+    output: Path,
+    **settings: Any,
+) -> GVPOError:
+    """The error of an import that is refused, after which nothing is left behind."""
+    with pytest.raises(kind, match=match) as caught:
+        import_log(config(inputs, output, format=name, **settings))
+    assert not output.exists()
+    return caught.value

@@ -1,0 +1,201 @@
+"""What ranks do together: parts that add up, results that all know, errors that end all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from support.builders import build_dataset
+from torch.multiprocessing.spawn import start_processes
+
+from gvpo_offline.collectives import (
+    all_or_none,
+    on_each,
+    on_first,
+    own_part,
+    own_part_of_machine,
+)
+from gvpo_offline.errors import DataError, GVPOError, IntegrityError, WorkerError
+from gvpo_offline.store.dataset import open_dataset
+from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.stream.view import View
+from gvpo_offline.train.preflight import surveys, verify
+
+N_RANKS = 3
+
+
+# ---- one process ----
+
+
+def test_one_process_looks_at_everything_and_raises_what_it_finds() -> None:
+    assert own_part() == own_part_of_machine() == slice(None)
+    assert all_or_none(lambda: 1) == on_first(lambda: 1) == 1
+    assert on_each(lambda: 1) == [1]
+    for together in (all_or_none, on_first, on_each):
+        with pytest.raises(KeyError):
+            together(lambda: {}[0])  # type: ignore[operator]
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_parts_make_up_the_whole(n_items: int, n_parts: int) -> None:
+    """Whatever their number; also where it exceeds the items'."""
+    parts = [list(range(n_items)[slice(i, None, n_parts)]) for i in range(n_parts)]
+    assert sorted(item for part in parts for item in part) == list(range(n_items))
+
+
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 7])
+def test_surveys_of_parts_add_up_to_the_survey(tmp_path: Path, n_parts: int) -> None:
+    """Row group by row group, dealt to parts; 7 parts for 5 row groups leave some without any."""
+    build_dataset(tmp_path, 20)
+    dataset = open_dataset(tmp_path)
+    assert dataset.n_row_groups == 5
+    whole = survey(dataset)
+    total = Survey()
+    for part in reversed(range(n_parts)):  # in any order
+        total = total + survey(dataset, part=slice(part, None, n_parts))
+    assert_same(total, whole)
+
+
+def assert_same(one: Survey, other: Survey) -> None:
+    mine, theirs = vars(one).copy(), vars(other).copy()
+    assert np.array_equal(mine.pop("gap_bins"), theirs.pop("gap_bins"))
+    # Sums of floats in another order.
+    assert mine.pop("sampler_rewards") == pytest.approx(theirs.pop("sampler_rewards"))
+    assert mine == theirs
+
+
+def test_of_several_longest_rows_the_first_is_named() -> None:
+    first, second = (Survey(max_row_tokens=9, longest_row=(n, 0, "g")) for n in (1, 2))
+    assert (second + first).longest_row == (1, 0, "g")
+    assert (Survey(max_row_tokens=8) + second).longest_row == (2, 0, "g")
+
+
+# ---- three processes ----
+
+
+def _raising(error: Exception) -> Any:
+    raise error
+
+
+def _attempts(rank: int, root: Path) -> dict[str, Any]:
+    """Every way to fail and not to, in a row: a rank that hangs, or is out of step, fails later."""
+    return {
+        "each": on_each(lambda: rank),
+        "first": on_first(lambda: rank),
+        "own": all_or_none(lambda: rank),
+        "one fails": _caught(
+            lambda: on_each(lambda: _raising(DataError("rule", row=7)) if rank == 1 else rank)
+        ),
+        "first fails": _caught(lambda: on_first(lambda: _raising(DataError(f"by {rank}")))),
+        "all fail": _caught(lambda: on_each(lambda: _raising(DataError(f"by {rank}")))),
+        "a bug": _caught(lambda: all_or_none(lambda: _raising(KeyError(5)) if rank == 2 else 0)),
+        # Rank 1 fails before the exchange inside, the others in it.
+        "nested": _caught(
+            lambda: all_or_none(
+                lambda: _raising(DataError("early")) if rank == 1 else on_first(lambda: rank)
+            )
+        ),
+        "damaged": _caught(lambda: verify([open_dataset(root / "bad")], content=True)),
+        "survey": surveys([View(open_dataset(root / "good"))])[0],
+        "after": on_each(lambda: rank),
+    }
+
+
+def _caught(work: Any) -> tuple[str, str]:
+    try:
+        return "nothing", str(work())
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def _rank(rank: int, port: int, root: str) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(N_RANKS)}
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=N_RANKS)
+    try:
+        found = _attempts(rank, Path(root))
+        (Path(root) / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good dataset, and one with a flipped bit in one of its files."""
+    root = tmp_path_factory.mktemp("together")
+    for name in ("good", "bad"):
+        build_dataset(root / name, 20)
+    dataset = open_dataset(root / "bad")
+    damaged = dataset.root / dataset.files()[-1].path
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(root: Path) -> list[dict[str, Any]]:
+    """What each of three processes saw."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked: importing everything again takes each process seconds.
+    start_processes(_rank, (port, str(root)), nprocs=N_RANKS, start_method="fork")
+    return [pickle.loads((root / f"{rank}.pickle").read_bytes()) for rank in range(N_RANKS)]
+
+
+def test_results_are_known_to_all(ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(ranks):
+        assert found["each"] == found["after"] == [0, 1, 2]
+        assert found["first"] == 0
+        assert found["own"] == rank
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "message"),
+    [
+        ("one fails", DataError, "row 7: rule."),
+        ("first fails", DataError, "by 0."),
+        ("nested", DataError, "early."),
+    ],
+)
+def test_an_error_of_one_rank_is_raised_by_all(
+    ranks: list[dict[str, Any]], case: str, kind: type[GVPOError], message: str
+) -> None:
+    for found in ranks:
+        assert found[case] == (kind.__name__, message)
+
+
+def test_errors_of_all_ranks_are_told_as_one(ranks: list[dict[str, Any]]) -> None:
+    assert [found["all fail"] for found in ranks] == [("DataError", "by 0.")] * N_RANKS
+
+
+def test_a_bug_shows_where_it_is(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[2]["a bug"] == ("KeyError", "5")
+    for found in ranks[:2]:
+        kind, message = found["a bug"]
+        assert kind == WorkerError.__name__
+        assert "KeyError on rank 2: 5" in message
+
+
+def test_a_damaged_file_that_one_rank_finds_ends_all(
+    ranks: list[dict[str, Any]], root: Path
+) -> None:
+    with pytest.raises(IntegrityError) as alone:
+        open_dataset(root / "bad").verify()
+    for found in ranks:
+        assert found["damaged"] == (IntegrityError.__name__, str(alone.value))
+
+
+def test_ranks_survey_a_dataset_together(ranks: list[dict[str, Any]], root: Path) -> None:
+    whole = survey(open_dataset(root / "good"))
+    for found in ranks:
+        assert_same(found["survey"], whole)
