@@ -24,10 +24,7 @@ from gvpo_offline import (
     training_steps,
 )
 
-EXAMPLES = Path(__file__).parent
-while not (EXAMPLES / "examples").is_dir():
-    EXAMPLES = EXAMPLES.parent
-EXAMPLES = EXAMPLES / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BETA, GROUPS_PER_STEP, SEED = 0.1, 8, 3
 EPSILON = torch.finfo(torch.float32).eps
 
