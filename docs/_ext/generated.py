@@ -1,0 +1,117 @@
+"""Writes docs/reference/generated/ before each build, from the code that is installed.
+
+- commands/NAME.md: every setting of every command.
+- api.md: what `gvpo_offline.__all__` exports.
+- files.md: the on-disk contract, from schemas/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repository import rewrite
+from settings_pages import page_of, prose
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+
+def write_pages(docs: Path, url: str) -> None:
+    """Write all generated pages; files that would not change are left alone."""
+    folder = docs / "reference" / "generated"
+    pages = {
+        **command_pages(),
+        "api.md": api_page(),
+        "files.md": files_page(docs.parent / "schemas", docs, url),
+    }
+    for stale in {p for p in folder.rglob("*.md")} - {folder / name for name in pages}:
+        stale.unlink()
+    for name, text in pages.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def command_pages() -> dict[str, str]:
+    """A page for each command, and their list."""
+    from gvpo_offline.commands.table import COMMANDS
+
+    pages = {f"commands/{name}.md": page_of(name, command) for name, command in COMMANDS.items()}
+    lines = ["# Commands and their settings", ""]
+    lines += [
+        "Each setting is a flag (`--beta 0.1`) and a key of the YAML file that `--config` names. "
+        "A flag overrides the file, and a later `--config` overrides an earlier one. A setting "
+        "inside another is written with a dot: `--columns.reward score`.",
+        "",
+    ]
+    lines += [f"- [{n}](commands/{n}.md): {prose(c.says)}" for n, c in COMMANDS.items()]
+    lines += ["", "```{toctree}", ":hidden:", "", *(f"commands/{n}" for n in COMMANDS), "```", ""]
+    return {**pages, "commands.md": "\n".join(lines)}
+
+
+def api_page() -> str:
+    """The public names, each with its docstring."""
+    import gvpo_offline
+
+    functions, classes, settings = [], [], []
+    for name in sorted(gvpo_offline.__all__, key=str.lower):
+        value = getattr(gvpo_offline, name)
+        if isinstance(value, str):
+            continue
+        if not isinstance(value, type):
+            functions += [f".. autofunction:: gvpo_offline.{name}", ""]
+        elif dataclasses.is_dataclass(value) and name.endswith(("Config", "Settings")):
+            settings += [f".. autoclass:: gvpo_offline.{name}", "   :no-members:", ""]
+        else:
+            classes += [f".. autoclass:: gvpo_offline.{name}", "   :members:", ""]
+    lines = ["# Python API", "", "What `from gvpo_offline import …` gives.", ""]
+    for title, entries in (("Functions", functions), ("Classes", classes)):
+        lines += [f"## {title}", "", "```{eval-rst}", *entries, "```", ""]
+    lines += ["## Settings", ""]
+    lines += ["The fields of these classes are documented under [commands](commands.md).", ""]
+    return "\n".join([*lines, "```{eval-rst}", *settings, "```", ""])
+
+
+def files_page(schemas: Path, docs: Path, url: str) -> str:
+    """schemas/README.md, then a table for each JSON Schema."""
+    page = docs / "reference" / "generated" / "files.md"
+    text, _ = rewrite((schemas / "README.md").read_text("utf-8"), schemas / "README.md", docs, url)
+    lines = [text.rstrip(), "", "## Columns and records", ""]
+    for path in sorted(schemas.glob("*.schema.json")):
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        lines += [f"### {path.name}", "", prose(schema.get("title", "")) + ".", ""]
+        lines += _table(schema)
+        for name, part in schema.get("$defs", {}).items():
+            lines += [f"**{name}**. {prose(_one_line(part.get('description', '')))}", ""]
+            lines += _table(part)
+    assert page.suffix == ".md"
+    return "\n".join(lines) + "\n"
+
+
+def _table(schema: dict[str, Any]) -> list[str]:
+    required = schema.get("required", [])
+    lines = ["| name | type | required | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in schema.get("properties", {}).items():
+        kind = field.get("x-arrow-type") or field.get("$ref", "").rpartition("/")[2]
+        kind = kind or str(field.get("type", "see the schema"))
+        text = prose(_one_line(field.get("description", ""))).replace("|", r"\|")
+        lines.append(f"| `{name}` | {prose(kind)} | {'yes' if name in required else ''} | {text} |")
+    return [*lines, ""]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _before_reading(app: Sphinx) -> None:
+    write_pages(Path(app.srcdir), app.config.repository_url)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx; pages must be there before it lists the sources."""
+    app.connect("builder-inited", _before_reading)
+    return {"version": "1", "parallel_read_safe": True}
