@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test lint format schemas bench-memory bench-stream bench-compute \
+.PHONY: help venv quickstart test lint format docs schemas bench-memory bench-stream bench-compute \
 	bench-collect bench-elastic bench-convergence bench-losses study \
 	clean
 
@@ -16,6 +16,7 @@ help:
 	@echo "make test         run the tests (under 10 minutes on two cores)"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
+	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
@@ -32,7 +33,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make venv PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,report]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,report]'
 	@touch $(STAMP)
 
 # One thread: these models are so small that a second one costs more than it brings.
@@ -52,6 +53,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# -n -W: what leads nowhere is an error. -E: read every page, or a second build would miss it.
+docs: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -n -E -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas

@@ -18,6 +18,12 @@ from settings_pages import page_of, prose
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
+_HOW_TO_SET = (
+    "Each setting is a flag (`--beta 0.1`) and a key of the YAML file that `--config` names. A "
+    "flag overrides the file, and a later `--config` overrides an earlier one. A setting inside "
+    "another is written with a dot: `--columns.reward score`."
+)
+
 
 def write_pages(docs: Path, url: str) -> None:
     """Write all generated pages; files that would not change are left alone."""
@@ -27,7 +33,7 @@ def write_pages(docs: Path, url: str) -> None:
         "api.md": api_page(),
         "files.md": files_page(docs.parent / "schemas", docs, url),
     }
-    for stale in {p for p in folder.rglob("*.md")} - {folder / name for name in pages}:
+    for stale in set(folder.rglob("*.md")) - {folder / name for name in pages}:
         stale.unlink()
     for name, text in pages.items():
         path = folder / name
@@ -42,12 +48,7 @@ def command_pages() -> dict[str, str]:
 
     pages = {f"commands/{name}.md": page_of(name, command) for name, command in COMMANDS.items()}
     lines = ["# Commands and their settings", ""]
-    lines += [
-        "Each setting is a flag (`--beta 0.1`) and a key of the YAML file that `--config` names. "
-        "A flag overrides the file, and a later `--config` overrides an earlier one. A setting "
-        "inside another is written with a dot: `--columns.reward score`.",
-        "",
-    ]
+    lines += [_HOW_TO_SET, ""]
     lines += [f"- [{n}](commands/{n}.md): {prose(c.says)}" for n, c in COMMANDS.items()]
     lines += ["", "```{toctree}", ":hidden:", "", *(f"commands/{n}" for n in COMMANDS), "```", ""]
     return {**pages, "commands.md": "\n".join(lines)}
@@ -78,7 +79,6 @@ def api_page() -> str:
 
 def files_page(schemas: Path, docs: Path, url: str) -> str:
     """schemas/README.md, then a table for each JSON Schema."""
-    page = docs / "reference" / "generated" / "files.md"
     text, _ = rewrite((schemas / "README.md").read_text("utf-8"), schemas / "README.md", docs, url)
     lines = [text.rstrip(), "", "## Columns and records", ""]
     for path in sorted(schemas.glob("*.schema.json")):
@@ -88,7 +88,6 @@ def files_page(schemas: Path, docs: Path, url: str) -> str:
         for name, part in schema.get("$defs", {}).items():
             lines += [f"**{name}**. {prose(_one_line(part.get('description', '')))}", ""]
             lines += _table(part)
-    assert page.suffix == ".md"
     return "\n".join(lines) + "\n"
 
 

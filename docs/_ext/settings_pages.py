@@ -18,6 +18,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _PAGE = re.compile(r"docs/([\w/-]+)\.md")
+_INSIDE = "its own settings"
+_TRANSFORMERS = (
+    "They mean the same as in transformers; its documentation of [TrainingArguments]"
+    "(https://huggingface.co/docs/transformers/main_classes/trainer) explains them."
+)
+_REFUSED = "Refused, because groups replace transformers' batching, or the objective needs it:"
 
 
 class Setting(NamedTuple):
@@ -42,12 +48,13 @@ def page_of(name: str, command: Any) -> str:
     if command.epilog:
         lines += [prose(command.epilog), ""]
     shown: set[str] = set()
+    inside: dict[type, str] = {}
     for kind in command.settings:
         own = [setting for setting in settings_of(kind) if setting.name not in shown]
         lines += section(kind, own, level=2)
         shown |= {setting.name for setting in own}
         for setting in own:
-            lines += nested(setting)
+            lines += nested(setting, inside)
     lines += kinds(command.settings)
     lines += trainer_settings(command.settings, shown)
     return "\n".join(lines) + "\n"
@@ -66,21 +73,31 @@ def section(kind: type, settings: list[Setting], *, level: int, prefix: str = ""
 
 def signature(setting: Setting) -> str:
     """Type and default in one line."""
-    default = "required" if setting.default is None else f"default `{setting.default}`"
-    return f"`{setting.type}`, {default}"
+    if setting.default is None:
+        return f"`{setting.type}`, required"
+    if setting.default == _INSIDE:
+        return f"`{setting.type}`, whose settings are listed below"
+    return f"`{setting.type}`, default `{setting.default}`"
 
 
-def nested(setting: Setting) -> list[str]:
-    """The settings inside a setting that is a dataclass, or a list of one."""
+def nested(setting: Setting, seen: dict[type, str]) -> list[str]:
+    """The settings inside a setting that is a dataclass, or a list of one.
+
+    Args:
+        setting: any setting.
+        seen: the dataclasses that the page has listed, with the setting that they were listed for.
+    """
     inner = [kind for kind in _parts(setting.kind) if dataclasses.is_dataclass(kind)]
     lines: list[str] = []
     for kind in inner:
         listed = setting.type.startswith("list")
-        prefix = f"{setting.name}[].." if listed else f"{setting.name}."
+        prefix = "" if listed else f"{setting.name}."
         lines += [f"## Inside `{setting.name}`: {first_line(kind)}", ""]
-        if listed:
-            lines += [f"Each item of `{setting.name}` has these settings.", ""]
-            prefix = ""
+        if kind in seen:
+            lines += [f"The same settings as inside `{seen[kind]}`.", ""]
+            continue
+        seen[kind] = setting.name
+        lines += [f"Each item of `{setting.name}` has these settings.", ""] if listed else []
         for own in settings_of(kind):
             lines += [f"### `{prefix}{own.name}`", "", signature(own), ""]
             lines += [prose(own.text), ""] if own.text else []
@@ -116,7 +133,7 @@ def _kind(what: str, name: str, kind: type) -> list[str]:
 
 def trainer_settings(settings: tuple[type, ...], shown: set[str]) -> list[str]:
     """The names of transformers' own settings, where a command takes them."""
-    if not any("GVPOSettings" == kind.__name__ for kind in settings):
+    if not any(kind.__name__ == "GVPOSettings" for kind in settings):
         return []
     from transformers import TrainingArguments
 
@@ -126,16 +143,8 @@ def trainer_settings(settings: tuple[type, ...], shown: set[str]) -> list[str]:
     names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
     rest = [name for name in names if name not in shown and name not in refused]
     lines = ["## All other settings of transformers.TrainingArguments", ""]
-    lines += [
-        "They mean what they mean in transformers; its documentation of "
-        "[TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer"
-        "#transformers.TrainingArguments) explains them.",
-        "",
-        ", ".join(f"`{name}`" for name in rest) + ".",
-        "",
-        "Refused, because groups replace transformers' batching or the objective forbids them:",
-        "",
-    ]
+    lines += [_TRANSFORMERS, "", ", ".join(f"`{name}`" for name in rest) + ".", ""]
+    lines += [_REFUSED, ""]
     lines += [f"- `{name}`: {prose(remedy)}." for name, remedy in refused.items()]
     return [*lines, ""]
 
@@ -171,7 +180,7 @@ def _default(field: dataclasses.Field[Any]) -> str | None:
         return shown_value(field.default)
     if field.default_factory is not dataclasses.MISSING:
         made = field.default_factory()
-        return "see below" if dataclasses.is_dataclass(made) else shown_value(made)
+        return _INSIDE if dataclasses.is_dataclass(made) else shown_value(made)
     return None
 
 

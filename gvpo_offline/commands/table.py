@@ -271,7 +271,7 @@ COMMANDS: dict[str, Command] = {
         _run_sample,
         (SampleConfig, EngineSettings),
         "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
-        "settings: docs/sampling.md",
+        "settings: docs/howto/sampling.md",
     ),
     "reward": Command(
         "Score every response by functions, rules or models; the result is kept with the dataset.",
@@ -336,7 +336,7 @@ COMMANDS: dict[str, Command] = {
             TuneSettings,
         ),
         _OTHER_FLAGS + " Example: gvpo-offline tune --config train.yaml, then gvpo-offline train "
-        "--config train.yaml --config run/tune/proposed.yaml. More: docs/tuning.md",
+        "--config train.yaml --config run/tune/proposed.yaml. More: docs/howto/tuning.md",
     ),
     "train": Command(
         "Train a policy with GVPO from the shards alone.",

@@ -187,7 +187,8 @@ class JudgePairsSettings(_JudgeSettings):
 
 class _PeopleSettings(_Settings):
     inputs: str | tuple[str, ...] = Field(
-        description="Files or globs (.jsonl, .csv, .parquet …); docs/rewards.md has their columns."
+        description="Files or globs (.jsonl, .csv, .parquet …); docs/howto/rewards.md lists their "
+        "columns."
     )
     group_column: str = Field(default="group_id", description="Column of the group's id.")
     response_by: Literal["id", "index", "sampler"] = Field(

@@ -26,7 +26,7 @@ class RewardConfig:
     # make nothing of one that begins with a #.
     scorers: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
     """What scores a response, by a name of your choice: `kind`, `weight` (default 1) and the kind's
-    own settings; docs/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward,
+    own settings; docs/howto/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward,
     judge, judge_pairs, ratings, ranks, votes."""
     missing: float | None = None
     """Reward of a response for which every scorer's number is missing. Null: stop, and name it."""
@@ -64,5 +64,5 @@ class RewardConfig:
             raise ConfigError(
                 "a scorer has a kind, and settings that this kind knows",
                 received=f"scorers.{'.'.join(map(str, first['loc']))}: {first['msg']}",
-                remedy="docs/rewards.md lists them",
+                remedy="docs/howto/rewards.md lists them",
             ) from error

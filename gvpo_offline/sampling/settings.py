@@ -287,7 +287,7 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
         raise ConfigError(
             f"the settings of a sampler are those of its kind ({kind}), with values of their types",
             received=f"{first['msg']} at samplers.{place}",
-            remedy="see docs/sampling.md",
+            remedy="see docs/howto/sampling.md",
         ) from error
     return parsed
 

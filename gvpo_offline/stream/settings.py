@@ -40,7 +40,7 @@ class Taken:
 
     where: str | None = None
     """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
-    reward_gap, metadata.<key> … (docs/selecting.md)."""
+    reward_gap, metadata.<key> … (docs/howto/selecting.md)."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     """Which responses of each group take part."""
     reward: dict[str, float] | str | None = None

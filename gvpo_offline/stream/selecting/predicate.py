@@ -125,7 +125,7 @@ def _check(node: ast.AST, text: str) -> None:
         raise refused("polars joins conditions by &, | and ~", text, "and, or, not", _PARENTHESES)
     if isinstance(node, ast.Compare):
         _check_compare(node, text)
-    rule = "a predicate uses columns, comparisons, and the methods in docs/selecting.md"
+    rule = "a predicate uses columns, comparisons, and the methods in docs/howto/selecting.md"
     if not isinstance(node, _NODES):
         raise refused(rule, text, type(node).__name__)
     if isinstance(node, ast.Name) and node.id not in {*_FUNCTIONS, "pl"}:

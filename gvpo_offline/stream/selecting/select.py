@@ -45,8 +45,8 @@ def select(
 
     Args:
         dataset: with rewards where a condition needs them.
-        where: only groups for which this holds; see docs/selecting.md. It is asked of groups as
-            they are stored, before any of their responses are left out.
+        where: only groups for which this holds; see docs/howto/selecting.md. It is asked of groups
+            as they are stored, before any of their responses are left out.
         responses: which of their responses take part; a group that is left with fewer than two
             falls out.
         eval_fraction, held_out: of those, the groups that are held out, or all others.
