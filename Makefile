@@ -48,7 +48,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py examples/*.py))); do MYPYPATH=$$folder $(BIN)/mypy $$folder*.py || exit 1; done
+	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py research/*/*.py examples/*.py))); do \
+		MYPYPATH=$$folder:pipelines/gsm8k $(BIN)/mypy $$folder*.py || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -87,7 +88,7 @@ bench-elastic: $(STAMP)
 
 # Each of its processes has one thread, so that the same seeds give the same tables.
 study: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python pipelines/study/study.py $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python research/study/study.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,7 +43,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.losses import LOSS_TYPES
 from gvpo_offline.train.objective import Objective
 
-OTHERS = LOSS_TYPES[1:]
+BASELINES = LOSS_TYPES[1:]
 BETA = 0.1
 GROUPS, RESPONSES, PROMPT = 4, 8, 32
 MANY_GROUPS = 64  # of one call, where what a call costs is shared by many
@@ -126,7 +126,7 @@ def made_up(number: int) -> Group:
 
 def step_seconds(groups: list[Group], rounds: int, folder: Path) -> dict[str, list[list[Seconds]]]:
     """By loss, for each round its step and GVPO's steps just before and after."""
-    order = ("gvpo", *(name for loss in OTHERS for name in (loss, "gvpo")))
+    order = ("gvpo", *(name for loss in BASELINES for name in (loss, "gvpo")))
     warm_up = 2
     turns = (*("gvpo",) * warm_up, *order * rounds)
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def step_seconds(groups: list[Group], rounds: int, folder: Path) -> dict[str, li
     trainer = TurnsTrainer(model, args, train_dataset=str(data), callbacks=[times])
     trainer.turns = turns
     trainer.train()
-    found: dict[str, list[list[Seconds]]] = {loss: [] for loss in OTHERS}
+    found: dict[str, list[list[Seconds]]] = {loss: [] for loss in BASELINES}
     for place in range(warm_up, len(turns)):
         if turns[place] != "gvpo":
             before, own, after = times.steps[place - 1 : place + 2]

@@ -1,11 +1,10 @@
-"""Work that the ranks of a run do together before its first step, and when it saves.
+"""Collectives of a run's ranks that exchange Python objects and errors.
 
-Each does a part and all know the results; and what one of them raises, all of them raise. Without
-that, an error on one rank would leave the others waiting for it.
+Each rank does its part and all ranks get the results. An error that one rank raises is raised on
+every rank: otherwise the other ranks would wait for it until their timeout.
 
-Every function here is one exchange, or several. A rank that fails goes to its next exchange with
-its error in hand, wherever the others are by then; so these may be nested in each other, but not
-with other collectives in between.
+A rank that fails takes its error to its next exchange, wherever the other ranks are by then.
+Therefore these functions may be nested in each other, but no other collective may lie in between.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ import torch.distributed as dist
 from gvpo_offline.errors import GVPOError, WorkerError
 
 Result = TypeVar("Result")
-_TOLD = "_told_to_all_ranks"
+_SHARED = "_shared_with_all_ranks"
 
 
-def own_part() -> slice:
-    """Of a sequence that every rank sees: what this rank looks at."""
+def rank_slice() -> slice:
+    """This rank's slice of a sequence that all ranks hold."""
     if not dist.is_initialized():
         return slice(None)
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
-def own_part_of_machine() -> slice:
-    """Of what lies on each machine: what this rank looks at, so that the machine's ranks see all.
+def local_rank_slice() -> slice:
+    """This rank's slice of what each machine holds: the ranks of one machine cover all of it.
 
-    By the variables that launchers set; without them a rank looks at everything.
+    Uses LOCAL_RANK and LOCAL_WORLD_SIZE, which launchers set; without them the slice is everything.
     """
     if not dist.is_initialized():
         return slice(None)
@@ -40,32 +39,39 @@ def own_part_of_machine() -> slice:
     return slice(rank, None, n_ranks) if 0 <= rank < n_ranks else slice(None)
 
 
-def all_or_none(work: Callable[[], Result]) -> Result:
-    """This rank's result of `work`, once every rank has one; every rank has to call.
+def raise_together(work: Callable[[], Result]) -> Result:
+    """Run `work` on this rank, and raise on all ranks if it raised on any.
+
+    Every rank must call this.
+
+    Returns:
+        This rank's result.
 
     Raises:
-        GVPOError: of the first rank that raised one.
-        WorkerError: a rank raised something else, which it shows itself.
+        GVPOError: the error of the lowest rank that raised one.
+        WorkerError: a rank raised another exception; that rank raises its own.
     """
     result, error = _attempt(work)
     _exchange(None, error)
     return result  # type: ignore[return-value]
 
 
-def on_each(work: Callable[[], Result]) -> list[Result]:
-    """What `work` gives on each rank, in their order; every rank has to call.
+def gather_results(work: Callable[[], Result]) -> list[Result]:
+    """Run `work` on each rank and gather the results, in the order of ranks.
+
+    Every rank must call this.
 
     Raises:
-        GVPOError, WorkerError: as `all_or_none`.
+        GVPOError, WorkerError: as `raise_together`.
     """
     return _exchange(*_attempt(work))
 
 
-def on_first(work: Callable[[], Result]) -> Result:
-    """What `work` gives on the first rank, which alone does it; every rank has to call.
+def broadcast_from_rank0(work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 alone and broadcast its result; every rank must call this.
 
     Raises:
-        GVPOError, WorkerError: as `all_or_none`.
+        GVPOError, WorkerError: as `raise_together`.
     """
     if not dist.is_initialized():
         return work()
@@ -82,7 +88,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | Non
     try:
         return work(), None
     except Exception as error:
-        if hasattr(error, _TOLD):  # in an exchange inside: no rank is waiting for this one
+        if hasattr(error, _SHARED):  # raised by a nested exchange: no rank waits for this error
             raise
         return None, error
 
@@ -91,18 +97,18 @@ def _exchange(result: Any, failure: Exception | None) -> list[Any]:
     """The results of all ranks, or the error of one."""
     if not dist.is_initialized():
         return [result]
-    told: Exception | None = failure
+    shared: Exception | None = failure
     if failure is not None and not isinstance(failure, GVPOError):
-        told = WorkerError(
+        shared = WorkerError(
             "every rank does its part",
             received=f"{type(failure).__name__} on rank {dist.get_rank()}: {failure}",
             remedy="see that rank's traceback",
         )
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (result, told))
+    dist.all_gather_object(found, (result, shared))
     failures = [error for _, error in found if error is not None]
     if failures:
-        raised = failures[0] if failure is None or failure is told else failure
-        setattr(raised, _TOLD, True)
+        raised = failures[0] if failure is None or failure is shared else failure
+        setattr(raised, _SHARED, True)
         raise raised
     return [result for result, _ in found]

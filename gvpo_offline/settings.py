@@ -1,10 +1,13 @@
-"""Checks of settings that several rooms share. Each room has its dataclasses in its `settings`."""
+"""Names of losses and checks of settings, which several rooms share.
+
+Each room has its dataclasses in its own `settings` module. Loads no torch.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gvpo_offline.errors import ConfigError
 
@@ -30,3 +33,22 @@ def required(name: str, value: str | Sequence[Any]) -> None:
     """Raise ConfigError if a setting that has no default was not set."""
     if not value:
         raise ConfigError(f"{name} must be set", received="nothing", remedy=f"pass --{name}")
+
+
+LossType = Literal[
+    "gvpo", "pmd_mean", "rebel", "ipo", "dpo", "listwise", "rft", "awr", "grpo", "rloo", "topr"
+]
+
+
+def check_loss(loss_type: str, *, anchor: float, weighted: bool) -> None:
+    """Raise ConfigError unless there is such a loss, and it knows the settings that are set."""
+    if loss_type not in get_args(LossType):
+        raise ConfigError(
+            f"loss_type is one of {', '.join(get_args(LossType))}", received=loss_type
+        )
+    if loss_type != "gvpo" and (anchor or weighted):
+        raise ConfigError(
+            "anchor and response weights are GVPO's",
+            received=f"loss_type {loss_type}",
+            remedy="leave them out, or set loss_type to gvpo",
+        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.collectives import all_or_none
+from gvpo_offline.collectives import raise_together
 from gvpo_offline.compute.adapters import (
     adapter_config,
     base_settings,
@@ -26,7 +26,7 @@ from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import Opened, open_settings
-from gvpo_offline.train.parallelism import loaded_whole
+from gvpo_offline.train.distributed import loaded_whole
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
@@ -51,7 +51,7 @@ class Parts:
     @classmethod
     def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> Parts:
         """Open the datasets, before any model is loaded; errors as `open_settings`."""
-        train, held_out = all_or_none(
+        train, held_out = raise_together(
             lambda: [
                 [_ready(item) for item in part] for part in (data.training(), data.evaluation())
             ]

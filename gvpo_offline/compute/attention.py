@@ -26,8 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gvpo_offline.compute.paths import TREE_OVER
 from gvpo_offline.compute.pieces import PiecePlan, piecewise_attention
+from gvpo_offline.compute.settings import TREE_OVER
 from gvpo_offline.compute.tree import Rule, Tree, visible
 
 Kernel = Literal["pieces", "flex", "dense"]

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gvpo_offline.compute.batch import lay_out
 from gvpo_offline.compute.forward import (
     DEFAULT_KEPT_BYTES,
     LayoutCall,
@@ -30,9 +29,9 @@ from gvpo_offline.compute.forward import (
     prompt_states,
     token_logprobs,
 )
-from gvpo_offline.compute.layout import Layout, Targets, below_prompt
+from gvpo_offline.compute.layout import Layout, Targets, below_prompt, lay_out
 from gvpo_offline.compute.model import float64_device
-from gvpo_offline.compute.paths import ComputePath
+from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, cut_group, shape_of

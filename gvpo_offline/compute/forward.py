@@ -20,7 +20,7 @@ from gvpo_offline.compute.continued import continued_hidden
 from gvpo_offline.compute.head import find_head, pair_logprobs
 from gvpo_offline.compute.layout import ContinuedInput, Layout, PackedInput
 from gvpo_offline.compute.model import device_of
-from gvpo_offline.compute.paths import ComputePath
+from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.compute.tree import IntArray, one_segment
 from gvpo_offline.errors import ConfigError
 

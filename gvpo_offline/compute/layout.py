@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gvpo_offline.compute.settings import LayoutName
 from gvpo_offline.compute.tree import IntArray, Tree
 from gvpo_offline.group import Group
 
@@ -334,3 +335,28 @@ def _right_padded(rows: Sequence[TokenIds]) -> IntArray:
     for number, row in enumerate(rows):
         padded_rows[number, : len(row)] = row
     return padded_rows
+
+
+def lay_out(groups: Sequence[Group], name: LayoutName, *, counted_only: bool = False) -> Layout:
+    """Groups in the layout of a name; none at all: something to compute of which nothing counts.
+
+    Args:
+        groups: any number.
+        name: which layout.
+        counted_only: leave out targets that do not count.
+    """
+    groups = groups or [_NOTHING]
+    if name == "continued":
+        return continued(groups, counted_only=counted_only)
+    if name == "padded":
+        return padded(groups, counted_only=counted_only)
+    return packed(groups, share=name == "shared", counted_only=counted_only)
+
+
+_NOTHING = Group(
+    group_id="",
+    prompt_token_ids=np.zeros(1, dtype=np.int32),
+    response_token_ids=(np.zeros(2, dtype=np.int32),),
+    samplers=("",),
+    truncated=(False,),
+)

@@ -11,14 +11,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gvpo_offline.compute.paths import TREE_OVER
 from gvpo_offline.compute.quantised import (
     compute_in_float32,
     keep_format,
     quantisation,
     quantisation_options,
 )
-from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.compute.settings import TREE_OVER, ModelSettings
 from gvpo_offline.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from gvpo_offline.compute.attention import (
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import DEFAULT_KEPT_BYTES, causal_lm, install
 from gvpo_offline.compute.model import attention_of, in_float32, no_trace
-from gvpo_offline.compute.paths import ComputePath, LayoutName
+from gvpo_offline.compute.settings import ComputePath, LayoutName
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel

@@ -39,13 +39,14 @@ from gvpo_offline.importing.fragment import (
     prompt_key,
 )
 from gvpo_offline.importing.outcome import SAID, ImportResult
-from gvpo_offline.importing.regroup import Spill, power_of_two
+from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
+from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish, write_groups
 from gvpo_offline.tokenizer import tokenizer_info
 from gvpo_offline.version import __version__
@@ -182,12 +183,12 @@ class _Import:
         done = {
             b for shard, task in enumerate(tasks) if task in records for b in self._buckets(shard)
         }
-        spill = Spill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
+        spill = FragmentSpill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
         try:
             spill.open()
             first = self._read(spill)
             self._check_first_pass(first)
-            with self._bar("writing groups", sum(spill.rows_in), "row") as bar:
+            with self._bar("writing groups", spill.n_rows, "row") as bar:
                 for shard, task in enumerate(tasks):
                     if task not in records:
                         record = self._write(root, log, spill, shard, first, bar.update)
@@ -196,7 +197,7 @@ class _Import:
             spill.close()
         return self._publish(root, [records[task] for task in tasks], first, identity)
 
-    def _read(self, spill: Spill) -> _FirstPass:
+    def _read(self, spill: FragmentSpill) -> _FirstPass:
         first = _FirstPass(rows=[0] * len(self.sources))
         with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
             for number, source in enumerate(self.sources):
@@ -211,7 +212,7 @@ class _Import:
         self,
         number: int,
         source: Source,
-        spill: Spill,
+        spill: FragmentSpill,
         first: _FirstPass,
         advance: Callable[[int], Any],
     ) -> None:
@@ -267,7 +268,7 @@ class _Import:
         return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
 
     def _groups(
-        self, spill: Spill, shard: int, assembler: Assembler, advance: Callable[[int], Any]
+        self, spill: FragmentSpill, shard: int, assembler: Assembler, advance: Callable[[int], Any]
     ) -> Iterator[Group]:
         for bucket in self._buckets(shard):
             for piece in spill.groups(bucket, _RESPONSES_AT_ONCE):
@@ -279,7 +280,7 @@ class _Import:
         self,
         root: Path,
         log: TaskLog,
-        spill: Spill,
+        spill: FragmentSpill,
         shard: int,
         first: _FirstPass,
         advance: Callable[[int], Any],

@@ -1,14 +1,13 @@
-"""Bringing the fragments of a group together without holding the log in memory.
+"""Brings the fragments of each group together without holding the log in memory.
 
-A group's place is decided by a hash of its id alone. Fragments are spilled to one file per bucket
-of hashes (its leading bits); a bucket then fits in memory and holds whole groups only. Buckets in
-order, sorted by hash inside, are the whole dataset ordered by hash(group_id), wherever and in which
-pieces the fragments came in; a shard is a run of them.
+Fragments are partitioned on disk by a hash of their group's id, so that a bucket fits in memory and
+holds whole groups only. Buckets in ascending order, sorted by hash inside, give the whole dataset
+in order of hash(group_id), independent of the order and the files in which fragments arrived. A
+shard is a range of buckets.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,9 @@ import pyarrow.compute as pc
 from gvpo_offline.hashing import text_key
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.store.arrow import from_array_lists, from_arrays, to_rows
-from gvpo_offline.store.commit import storage_errors
-
-__all__ = ["Spill", "Spilled", "power_of_two"]
+from gvpo_offline.store.spill import TableSpill
 
 _BUFFER_BYTES = 32 << 20
-_MAX_BITS = 16
 _ROW_OVERHEAD = 1500  # bytes of Python objects per buffered fragment, about
 _TOKENS, _FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
 _SCHEMA = pa.schema(
@@ -65,14 +61,6 @@ Spilled = tuple[Fragment, str]
 """A fragment and the key of its prompt."""
 
 
-def power_of_two(total_bytes: int, part_bytes: int) -> int:
-    """Into how many parts, a power of two up to 65,536, to cut for parts of up to `part_bytes`."""
-    bits = 0
-    while bits < _MAX_BITS and (total_bytes >> bits) > part_bytes:
-        bits += 1
-    return 1 << bits
-
-
 def _weight(fragment: Fragment) -> int:
     texts = len(fragment.prompt or "") + len(fragment.messages or "") + len(fragment.metadata or "")
     texts += sum(len(text) for text in fragment.responses if text)
@@ -81,67 +69,53 @@ def _weight(fragment: Fragment) -> int:
     return _ROW_OVERHEAD * (1 + fragment.size // 4) + 2 * texts + 5 * tokens
 
 
-class Spill:
-    """Fragments on disk, by bucket.
+class FragmentSpill:
+    """Fragments on disk, by bucket of their group's hash.
 
     Args:
-        folder: where to; made by `open`, removed by `close`.
+        folder: the folder of the bucket files; `open` creates it and `close` removes it.
         n_buckets: a power of two.
-        skip: buckets whose fragments are not needed.
+        skip: buckets whose fragments are discarded.
+
+    Attributes:
+        n_rows: fragments kept.
     """
 
     def __init__(self, folder: Path, n_buckets: int, skip: Collection[int] = ()) -> None:
-        self.folder = folder
-        self.rows_in = [0] * n_buckets
+        self._spill = TableSpill(folder, _SCHEMA, n_buckets)
         self._shift = 64 - (n_buckets.bit_length() - 1)
         self._skip = set(skip)
-        self._buffers: dict[int, list[tuple[int, str, Fragment]]] = {}
+        self._buffer: list[tuple[int, str, Fragment]] = []
         self._buffered = 0
-
-    def open(self) -> None:
-        """Start empty, whatever an earlier run left."""
-        self.close()
-        self.folder.mkdir()
-
-    def close(self) -> None:
-        """Remove what was spilled."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.n_rows = 0
+        self.open, self.close, self.remove = self._spill.open, self._spill.close, self._spill.remove
 
     def add(self, fragment: Fragment, prompt_key: str) -> None:
-        """Take a fragment, whose group_id is set.
+        """Buffer a fragment, whose group_id is set; write the buffer to disk when it is large.
 
         Raises:
-            StorageError: no room.
+            StorageError: the disk is full.
         """
         assert fragment.group_id is not None
         key = text_key(fragment.group_id)
-        bucket = key >> self._shift
-        if bucket in self._skip:
+        if key >> self._shift in self._skip:
             return
-        self._buffers.setdefault(bucket, []).append((key, prompt_key, fragment))
-        self.rows_in[bucket] += 1
+        self._buffer.append((key, prompt_key, fragment))
+        self.n_rows += 1
         self._buffered += _weight(fragment)
         if self._buffered > _BUFFER_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Append what is buffered to the buckets' files.
+        """Append the buffered fragments to the files of their buckets.
 
         Raises:
-            StorageError: no room.
+            StorageError: the disk is full.
         """
-        for bucket, rows in self._buffers.items():
-            path = self._path(bucket)
-            batch = _to_batch(rows)
-            # One short stream after another in a file: no file stays open however many there are.
-            with (
-                storage_errors(path),
-                path.open("ab") as file,
-                pa.ipc.new_stream(file, _SCHEMA) as stream,
-            ):
-                stream.write_batch(batch)
-        self._buffers.clear()
-        self._buffered = 0
+        if self._buffer:
+            self._spill.add(pa.Table.from_batches([_to_batch(self._buffer)]))
+            self._spill.flush()
+        self._buffer, self._buffered = [], 0
 
     def groups(self, bucket: int, responses_at_once: int) -> Iterator[list[list[Spilled]]]:
         """The groups of a bucket in order of hash(group_id), some at a time.
@@ -153,7 +127,7 @@ class Spill:
         Yields:
             Lists of groups; a group is its fragments in order of input and row.
         """
-        table = self._table(bucket)
+        table = self._spill.read(bucket, _SCHEMA.names)
         if table is None:
             return
         keys = [(name, "ascending") for name in ("key", "group_id", "file", "row")]
@@ -171,26 +145,6 @@ class Spill:
                 piece = []
         if piece:
             yield _read_piece(table, indices, piece)
-
-    def remove(self, bucket: int) -> None:
-        """Remove one bucket's file."""
-        self._path(bucket).unlink(missing_ok=True)
-
-    def _path(self, bucket: int) -> Path:
-        return self.folder / f"{bucket:05d}.arrows"
-
-    def _table(self, bucket: int) -> pa.Table | None:
-        path = self._path(bucket)
-        if not path.exists():
-            return None
-        batches: list[pa.RecordBatch] = []
-        size = path.stat().st_size
-        with pa.OSFile(str(path)) as file:
-            while file.tell() < size:
-                with pa.ipc.open_stream(file) as stream:
-                    batches.extend(stream)
-        # One chunk per column: taking rows from many chunks would join them every time.
-        return pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
 
 
 def _to_batch(rows: Sequence[tuple[int, str, Fragment]]) -> pa.RecordBatch:

@@ -2,7 +2,7 @@
 
 All of it is float64, on one device, without a loop over groups. A loss needs its groups whole in
 one call, while the groups may be cut into calls and spread over ranks in any way. A further loss is
-a function of `GroupTerms` in `others`, a line in `OTHERS`, and its test.
+a function of `GroupTerms` in `others`, a line in `BASELINES`, and its test.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.loss_types import check_loss
 from gvpo_offline.losses import baselines
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
+from gvpo_offline.settings import check_loss
 
 __all__ = ["LOSS_TYPES", "GroupLoss", "GroupStatistics", "GroupTerms", "group_loss", "gvpo_loss"]
 
-OTHERS: dict[str, Callable[[GroupTerms], Tensor]] = {
+BASELINES: dict[str, Callable[[GroupTerms], Tensor]] = {
     "rebel": baselines.rebel,
     "ipo": baselines.ipo,
     "dpo": baselines.dpo,
@@ -33,7 +33,7 @@ OTHERS: dict[str, Callable[[GroupTerms], Tensor]] = {
     "rloo": baselines.rloo,
     "topr": baselines.topr,
 }
-LOSS_TYPES = ("gvpo", "pmd_mean", *OTHERS)
+LOSS_TYPES = ("gvpo", "pmd_mean", *BASELINES)
 
 
 def group_loss(
@@ -78,7 +78,9 @@ def group_loss(
         response_weights=response_weights,
         sampler_logprobs=sampler_logprobs if loss_type == "topr" else None,
     )
-    return gvpo(terms) if loss_type in ("gvpo", "pmd_mean") else _finished(terms, OTHERS[loss_type])
+    return (
+        gvpo(terms) if loss_type in ("gvpo", "pmd_mean") else _finished(terms, BASELINES[loss_type])
+    )
 
 
 def _finished(terms: GroupTerms, loss: Callable[[GroupTerms], Tensor]) -> GroupLoss:

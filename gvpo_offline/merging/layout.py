@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from gvpo_offline.hashing import UInt64Array, text_keys
 from gvpo_offline.merging.inputs import Family, Input, Rename
-from gvpo_offline.merging.spill import leading_bits
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskRecord
+from gvpo_offline.store.spill import leading_bits
 
 _FINEST = 1 << 16
 

@@ -22,16 +22,15 @@ from tqdm import tqdm
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.importing.regroup import power_of_two
 from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, Input, Rename, spill_schema
 from gvpo_offline.merging.plan import Planner
 from gvpo_offline.merging.settings import RewriteSettings
-from gvpo_offline.merging.spill import TableSpill
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import Sidecar
 from gvpo_offline.store.pick import Pick, n_partly_known, picked
 from gvpo_offline.store.schema import arrow_schema
+from gvpo_offline.store.spill import TableSpill, power_of_two
 from gvpo_offline.store.tables import groups_from_table
 from gvpo_offline.store.writer import write_groups, write_sidecar
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.importing.regroup import power_of_two
 from gvpo_offline.merging.inputs import (
     Family,
     Input,
@@ -40,6 +39,7 @@ from gvpo_offline.store.manifest import (
     load_manifest,
 )
 from gvpo_offline.store.schema import SCHEMA_VERSION
+from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish
 from gvpo_offline.version import __version__
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gvpo_offline.collectives import on_each
+from gvpo_offline.collectives import gather_results
 from gvpo_offline.compute.adapters import adapter_off
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.score import score
@@ -57,7 +57,7 @@ def base_reference(
     engine = EngineSettings(
         shard=f"{rank}/{world_size}", show_progress=config.show_progress and rank == 0
     )
-    found = on_each(lambda: _score_on(device, model, tokenizer, config, engine))
+    found = gather_results(lambda: _score_on(device, model, tokenizer, config, engine))
     if len(set(found)) > 1:
         raise ConfigError(
             "all ranks compute the reference in one way",

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gvpo_offline.collectives import on_each, own_part
+from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.compute.adapters import policy_sha256
 from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
-from gvpo_offline.compute.paths import ComputePath
+from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.dataset import GroupDataset
@@ -130,11 +130,11 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
         made_by = dataset.manifest.tokenizer
         if made_by is not None and made_by.vocab_size <= policy.n_embeddings:
             continue
-        on_each(functools.partial(_check_token_ids, dataset, policy.n_embeddings))
+        gather_results(functools.partial(_check_token_ids, dataset, policy.n_embeddings))
 
 
 def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
-    for row_group in range(dataset.n_row_groups)[own_part()]:
+    for row_group in range(dataset.n_row_groups)[rank_slice()]:
         place = dataset.place(row_group)
         for row, group in enumerate(dataset.groups(row_group), place.first_row):
             check_group(group, file=place.file, row=row, vocab_size=vocab_size)

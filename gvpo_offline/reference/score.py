@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, disable_dropout
-from gvpo_offline.compute.paths import ComputePath
 from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray, Group
 from gvpo_offline.hashing import sha256_json

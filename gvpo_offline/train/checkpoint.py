@@ -193,7 +193,7 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def read_taken(folder: Path) -> dict[str, Any] | None:
+def read_sharding_state(folder: Path) -> dict[str, Any] | None:
     """How the ranks of a whole checkpoint held the model; None: its seal does not say."""
     taken: dict[str, Any] | None = _read_seal(folder)["taken"]
     return taken

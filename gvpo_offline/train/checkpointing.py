@@ -12,21 +12,21 @@ from typing import Any
 from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 
-from gvpo_offline.collectives import all_or_none
+from gvpo_offline.collectives import raise_together
 from gvpo_offline.train.checkpoint import (
     begin,
     check_identity,
     find_checkpoint,
-    read_taken,
+    read_sharding_state,
     refuse_leftovers,
     save_errors,
     seal,
 )
 from gvpo_offline.train.distributed import ShardedTrainer
-from gvpo_offline.train.resharding import check_taken, how_taken
+from gvpo_offline.train.resharding import check_sharding_state, sharding_state
 
 
-class SealingTrainer(ShardedTrainer):
+class CheckpointingTrainer(ShardedTrainer):
     """A Trainer that seals its checkpoints, and resumes from sealed ones of the same run."""
 
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -41,7 +41,9 @@ class SealingTrainer(ShardedTrainer):
             refuse_leftovers(output_dir)
             return None
         check_identity(checkpoint, self.identity())
-        check_taken(checkpoint, read_taken(checkpoint), how_taken(self.accelerator))
+        check_sharding_state(
+            checkpoint, read_sharding_state(checkpoint), sharding_state(self.accelerator)
+        )
         return checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -51,9 +53,11 @@ class SealingTrainer(ShardedTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
-                all_or_none(lambda: begin(folder) if self.args.should_save else None)
-                all_or_none(lambda: super(SealingTrainer, self)._save_checkpoint(model, trial))
-                all_or_none(lambda: self._seal(folder) if self.args.should_save else None)
+                raise_together(lambda: begin(folder) if self.args.should_save else None)
+                raise_together(
+                    lambda: super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
+                )
+                raise_together(lambda: self._seal(folder) if self.args.should_save else None)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -69,6 +73,6 @@ class SealingTrainer(ShardedTrainer):
             folder,
             self.state.global_step,
             self.identity(),
-            taken=how_taken(self.accelerator),
+            taken=sharding_state(self.accelerator),
             resumable=not self.args.save_only_model,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.collectives import on_first
+from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.adopt import open_for_training, resolve_dataset
 from gvpo_offline.store.dataset import GroupDataset
@@ -262,7 +262,7 @@ def _view(name: str, item: Opened, **conditions: Any) -> View:
 
 def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
     """`select`, by one rank for all."""
-    return on_first(lambda: select(dataset, **how))
+    return broadcast_from_rank0(lambda: select(dataset, **how))
 
 
 def _held_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -150,3 +151,28 @@ def _check_fsdp(plugin: Any) -> None:
         plugin.mixed_precision_policy = replace(
             policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+@contextlib.contextmanager
+def loaded_whole(args: TrainingArguments) -> Iterator[None]:
+    """Models that are loaded meanwhile are whole in every process.
+
+    Under ZeRO-3 transformers would load a model in shards, which cannot be probed, nor scored with;
+    DeepSpeed cuts it when training begins.
+    """
+    plugin = getattr(args, "deepspeed_plugin", None)
+    # From a DeepSpeed file, or from `accelerate launch`.
+    config = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "dschf", None)
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import (
+        set_hf_deepspeed_config,
+        unset_hf_deepspeed_config,
+    )
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)

@@ -19,8 +19,7 @@ from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare
 from gvpo_offline.stream.view import View
-from gvpo_offline.train.meters import reduced_sum
-from gvpo_offline.train.objective import Objective
+from gvpo_offline.train.objective import Objective, reduced_sum
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

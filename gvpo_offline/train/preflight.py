@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gvpo_offline.collectives import on_each, own_part, own_part_of_machine
+from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slice
 from gvpo_offline.errors import DataError
 from gvpo_offline.reference.checks import PolicyFacts, check_row_tokens, reference_warnings
 from gvpo_offline.store.dataset import GroupDataset
@@ -88,19 +88,19 @@ def check_held_out(held_out: Mapping[str, View], max_tokens: int) -> None:
 
 def surveys(views: Sequence[View]) -> list[Survey]:
     """The survey of each view; every rank of a run looks at a part of the row groups."""
-    parts = on_each(lambda: [view.survey(own_part()) for view in views])
+    parts = gather_results(lambda: [view.survey(rank_slice()) for view in views])
     return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
 
 
 def check_sampler_logprobs(views: Sequence[View]) -> None:
     """Raise DataError, naming file, row and group, if a response's sampler has no log-prob."""
     for view in views:
-        on_each(functools.partial(_check_sampler_logprobs, view))
+        gather_results(functools.partial(_check_sampler_logprobs, view))
 
 
 def _check_sampler_logprobs(view: View) -> None:
     name = "sampler_seq_logprobs"
-    for row_group in range(view.dataset.n_row_groups)[own_part()]:
+    for row_group in range(view.dataset.n_row_groups)[rank_slice()]:
         table = view.dataset.table(row_group, [name])
         rows = range(table.num_rows) if view.selection is None else view.selection.rows(row_group)
         held = table.column(name).is_valid().to_pylist() if name in table.column_names else None
@@ -124,9 +124,9 @@ def verify(datasets: Iterable[GroupDataset], *, content: bool) -> None:
 
     def own() -> None:
         for dataset in datasets:
-            dataset.verify(content=content, part=own_part_of_machine())
+            dataset.verify(content=content, part=local_rank_slice())
 
-    on_each(own)
+    gather_results(own)
 
 
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:

@@ -11,14 +11,14 @@ from gvpo_offline.errors import ResumeError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Taken = Mapping[str, Any]
+ShardingState = Mapping[str, Any]
 _NEW_RUN = (
     "or begin a new run from its weights, with model_name_or_path set to its folder and another "
     "output_dir"
 )
 
 
-def how_taken(accelerator: Accelerator) -> dict[str, Any]:
+def sharding_state(accelerator: Accelerator) -> dict[str, Any]:
     """What a checkpoint's seal says of the ranks that took it, as plain data.
 
     `backend`: `replicated` (one process, or DDP), `fsdp2`, or `zero-N` (DeepSpeed); `state`: how
@@ -34,13 +34,13 @@ def how_taken(accelerator: Accelerator) -> dict[str, Any]:
     return {"backend": backend, "state": kept, "world_size": accelerator.num_processes}
 
 
-def check_taken(folder: Path, saved: Taken | None, now: Taken) -> None:
+def check_sharding_state(folder: Path, saved: ShardingState | None, now: ShardingState) -> None:
     """Raise ResumeError unless ranks as they are now can take over.
 
     Args:
         folder: of the checkpoint.
         saved: what its seal says; None: nothing.
-        now: `how_taken` of this run.
+        now: `sharding_state` of this run.
     """
     if saved is None:
         return
@@ -68,12 +68,12 @@ def check_taken(folder: Path, saved: Taken | None, now: Taken) -> None:
         )
 
 
-def _shown(taken: Taken) -> str:
+def _shown(taken: ShardingState) -> str:
     n = taken["world_size"]
     return f"{taken['backend']} on {n} rank{'' if n == 1 else 's'}"
 
 
-def _again(saved: Taken) -> str:
+def _again(saved: ShardingState) -> str:
     if saved["backend"] == "fsdp2":
         return "launch with FSDP2 again, on any number of ranks (torchrun also starts one)"
     if saved["backend"] == "replicated":

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.loss_types import LossType, check_loss
-from gvpo_offline.settings import positive
+from gvpo_offline.settings import LossType, check_loss, positive
 
 
 @dataclass

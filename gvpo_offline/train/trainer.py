@@ -25,9 +25,8 @@ from transformers import (
     TrainerControl,
 )
 
-from gvpo_offline.collectives import all_or_none, on_first
+from gvpo_offline.collectives import broadcast_from_rank0, raise_together
 from gvpo_offline.compute.adapters import check_trainable, load_policy, with_adapter
-from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_device
 from gvpo_offline.compute.settings import ModelSettings
@@ -43,17 +42,16 @@ from gvpo_offline.stream.ahead import ReadAhead
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
 from gvpo_offline.stream.view import View
-from gvpo_offline.train.checkpointing import SealingTrainer
+from gvpo_offline.train.callbacks import EpochCallback, WatchCallback
+from gvpo_offline.train.checkpointing import CheckpointingTrainer
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
+from gvpo_offline.train.distributed import loaded_whole
 from gvpo_offline.train.engine import training_engine
-from gvpo_offline.train.epochs import EpochCallback
 from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
-from gvpo_offline.train.meters import ReferenceMeter, StepMeter, reduced_sum
-from gvpo_offline.train.parallelism import loaded_whole
+from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import check_held_out, check_sampler_logprobs, inspect, verify
-from gvpo_offline.train.watch import WatchCallback
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -61,7 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GVPOTrainer(SealingTrainer):
+class GVPOTrainer(CheckpointingTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -99,7 +97,7 @@ class GVPOTrainer(SealingTrainer):
     ) -> None:
         args = copy.copy(args or GVPOConfig())  # max_steps is set below; the caller's stay
         self._scratch = scratch_folder(self)
-        self.data = all_or_none(
+        self.data = raise_together(
             lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
         if isinstance(model, str):
@@ -158,7 +156,7 @@ class GVPOTrainer(SealingTrainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no room for a checkpoint; the earlier ones stay.
         """
-        checkpoint = on_first(lambda: self.found_checkpoint(resume_from_checkpoint))
+        checkpoint = broadcast_from_rank0(lambda: self.found_checkpoint(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -261,7 +259,7 @@ class GVPOTrainer(SealingTrainer):
 
         def objective(logprobs: Tensor) -> Tensor:
             if self._reference_meter is not None:
-                reference = Constants.of(groups).ref_seq_logprobs.to(logprobs.device)
+                reference = LossInputs.of(groups).ref_seq_logprobs.to(logprobs.device)
                 self._reference_meter.add(logprobs.detach() - reference)
             loss = self._objective(logprobs, groups)
             self._meter.add(loss.statistics)

@@ -30,16 +30,16 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from gvpo_offline.collectives import on_each, on_first
+from gvpo_offline.collectives import broadcast_from_rank0, gather_results
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.losses import GroupStatistics
 from gvpo_offline.store.commit import create_only
 from gvpo_offline.store.survey import Survey
+from gvpo_offline.train.callbacks import WatchCallback
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.evaluation import held_out_statistics
 from gvpo_offline.train.trainer import GVPOTrainer
-from gvpo_offline.train.watch import WatchCallback
 from gvpo_offline.tune.search import (
     LOWEST_RATE,
     Metrics,
@@ -136,7 +136,7 @@ def _stays_finite(work: Callable[[], Any]) -> bool:
     except DataError as error:
         logger.info("the policy broke down: %s", error)
         failed = True
-    return not any(on_each(lambda: failed))
+    return not any(gather_results(lambda: failed))
 
 
 @dataclass(frozen=True)
@@ -220,13 +220,13 @@ class Trials:
         }
         name = f"{kind}-beta-{beta:g}-rate-{learning_rate:g}-{sha256_json(key)[:12]}.json"
         path = self.folder / "trials" / name
-        if not on_first(path.exists):
+        if not broadcast_from_rank0(path.exists):
             with tempfile.TemporaryDirectory(prefix="gvpo-offline-tune-") as scratch:
                 made = finite_or_none(figures(Path(scratch)))
             clear_device_cache(garbage_collection=True)
             text = json.dumps({**key, "figures": made}, indent=1) + "\n"
-            on_first(lambda: create_only(path, text))
-        held = on_first(lambda: _read(path))
+            broadcast_from_rank0(lambda: create_only(path, text))
+        held = broadcast_from_rank0(lambda: _read(path))
         return {name: math.nan if own is None else own for name, own in held.items()}
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "gvpo_offline"
 # From the ground up. A module imports from layers below its own, or from its own without a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "hashing", "yaml_settings"),
-    ("group", "settings", "loss_types"),
+    ("group", "settings"),
     ("rules", "values"),
     ("store", "contract"),
     ("report",),
@@ -40,14 +40,14 @@ DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "opena
 # What runs where no torch is installed, or must start at once.
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "group", "rules", "values", "contract"),
-    *("settings", "loss_types", "compute.settings", "reference.settings", "tune.settings"),
+    *("settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("store.arrow", "store.schema", "store.tables", "train.settings"),
     *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),
     *("stream.selecting.select", "stream.selecting.where", "stream.view"),
     *("train.checkpoint", "tokenizer", "tune.search", "commands.table", "cli"),
     *("report.content", "report.listing", "hub.push", "hub.pull"),
-    *("compute.layout", "compute.paths", "compute.tree"),
+    *("compute.layout", "compute.tree"),
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
 )
@@ -159,7 +159,7 @@ def test_the_public_names_are_there() -> None:
 
 SOURCES = [
     path
-    for folder in ("gvpo_offline", "pipelines", "benchmarks")
+    for folder in ("gvpo_offline", "pipelines", "research", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 

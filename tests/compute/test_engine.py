@@ -34,8 +34,8 @@ from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import install
 from gvpo_offline.compute.layout import packed
 from gvpo_offline.compute.model import attention_of, disable_dropout
-from gvpo_offline.compute.paths import ComputePath, LayoutName
 from gvpo_offline.compute.probe import choose_path, engine_for
+from gvpo_offline.compute.settings import ComputePath, LayoutName
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, shape_of

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.oracle import group_of, grown_group, sequences
 
-from gvpo_offline.compute.batch import lay_out
 from gvpo_offline.compute.layout import (
     MIN_SHARED_TOKENS,
     ContinuedInput,
@@ -21,10 +20,11 @@ from gvpo_offline.compute.layout import (
     PaddedInput,
     below_prompt,
     continued,
+    lay_out,
     packed,
     padded,
 )
-from gvpo_offline.compute.paths import LayoutName
+from gvpo_offline.compute.settings import LayoutName
 from gvpo_offline.compute.tree import Rule, visible
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import shape_of

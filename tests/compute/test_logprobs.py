@@ -12,13 +12,13 @@ from support.oracle import response_alone
 from support.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import Tensor, nn
 
-from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast
-from gvpo_offline.compute.paths import LayoutName
 from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.compute.settings import LayoutName
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
+from gvpo_offline.train.objective import LossInputs
 
 GROUPS = [make_group(i, masked=i == 2, vocab_size=VOCAB_SIZE) for i in range(5)]
 LAYOUTS: tuple[LayoutName, ...] = ("shared", "packed", "continued", "padded")
@@ -140,7 +140,7 @@ def test_the_empty_micro_batch_touches_every_weight_and_moves_none(
 
 def test_the_constants_of_groups() -> None:
     groups = [make_group(0, k=2), make_group(1, k=3)]
-    found = Constants.of(groups)
+    found = LossInputs.of(groups)
     assert found.group_index.tolist() == [0, 0, 1, 1, 1]
     assert found.rewards.tolist() == [*groups[0].rewards, *groups[1].rewards]
     assert found.rewards.dtype == found.ref_seq_logprobs.dtype == torch.float64
@@ -151,8 +151,8 @@ def test_the_constants_of_groups() -> None:
 def test_groups_of_which_some_lack_a_reference_are_refused() -> None:
     without = make_group(4, scored=False)
     with pytest.raises(DataError, match=r"group 'group-00004': every group has ref_seq_logprobs"):
-        Constants.of([GROUPS[0], without])
-    assert Constants.of([without]).ref_seq_logprobs.shape == (0,)
+        LossInputs.of([GROUPS[0], without])
+    assert LossInputs.of([without]).ref_seq_logprobs.shape == (0,)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import attention_of, disable_dropout
-from gvpo_offline.compute.paths import ComputePath, LayoutName
 from gvpo_offline.compute.probe import Choice, choose_path, engine_for, prepare_engine
+from gvpo_offline.compute.settings import ComputePath, LayoutName
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.stream.plan import CostModel
 

@@ -19,7 +19,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing import formats
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.importer import run_import
-from gvpo_offline.importing.regroup import Spill
+from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import RewardFamily
 from gvpo_offline.store.schema import rewards_schema
@@ -103,7 +103,7 @@ _VALUES = st.lists(st.none() | st.floats(allow_nan=False), min_size=2, max_size=
 def test_components_survive_the_spill(
     tmp_path_factory: pytest.TempPathFactory, parts: list[dict[str, list[float | None]] | None]
 ) -> None:
-    spill = Spill(tmp_path_factory.mktemp("spill") / "s", 1)
+    spill = FragmentSpill(tmp_path_factory.mktemp("spill") / "s", 1)
     spill.open()
     for row, components in enumerate(parts):
         spill.add(fragment(components=components, row=row), "key")

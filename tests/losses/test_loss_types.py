@@ -15,8 +15,8 @@ from support.training import VOCAB_SIZE, config_of, scored_dataset, trainer_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns, ImportConfig
-from gvpo_offline.loss_types import LossType
 from gvpo_offline.losses import LOSS_TYPES
+from gvpo_offline.settings import LossType
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.tables import groups_from_table, groups_to_table
 from gvpo_offline.train.objective import Objective

@@ -544,11 +544,11 @@ def test_a_sidecar_of_groups_that_were_merged_meanwhile(tmp_path: Path) -> None:
 # ---- the command, killed ----
 
 MOMENTS = (
-    ("spill:TableSpill.flush", 1),  # nothing is spilled
-    ("rewrite:write_sidecar", 2),  # a shard's groups lie there, and one sidecar of two
-    ("rewrite:TaskLog.commit", 1),  # all files of a shard, and no record
-    ("rewrite:TaskLog.commit", 3),  # after two further shards
-    ("stages:publish", 1),  # all shards, and no manifest
+    ("store.spill:TableSpill.flush", 1),  # nothing is spilled
+    ("merging.rewrite:write_sidecar", 2),  # a shard's groups lie there, and one sidecar of two
+    ("merging.rewrite:TaskLog.commit", 1),  # all files of a shard, and no record
+    ("merging.rewrite:TaskLog.commit", 3),  # after two further shards
+    ("merging.stages:publish", 1),  # all shards, and no manifest
 )
 
 
@@ -567,7 +567,7 @@ def test_the_command_killed_and_repeated(tmp_path: Path, server: ForkServer) -> 
     d, before = tmp_path / "d", responses(tmp_path / "d")
     argv = ["merge", "--dataset", d, "--add", json.dumps([str(tmp_path / "e")])]
     for place, call in MOMENTS:
-        at = (f"gvpo_offline.merging.{place}", call, 0.0)
+        at = (f"gvpo_offline.{place}", call, 0.0)
         status, output = server.run(argv, kill_at=at)
         assert status == -9, output
         assert manifest_versions(d) == [1, 2]

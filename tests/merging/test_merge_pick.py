@@ -15,9 +15,9 @@ from gvpo_offline import contract
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import Fragment, prompt_key
 from gvpo_offline.merging.names import PromptNames
-from gvpo_offline.merging.spill import TableSpill, leading_bits
 from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
+from gvpo_offline.store.spill import TableSpill, leading_bits
 
 COLUMNS = {c.name: c for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS, *REFERENCE_COLUMNS)}
 COMPONENTS = Column("components", pa.list_(pa.list_(pa.float64())), False, "(C, k)")

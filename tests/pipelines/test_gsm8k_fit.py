@@ -1,4 +1,4 @@
-"""The arithmetic of pipelines/gsm8k/losses.py: scales, orders, intervals over groups."""
+"""The arithmetic of research/gsm8k/losses.py: scales, orders, intervals over groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from gvpo_offline import gvpo_loss
 
-FIT = Path(__file__).parents[2] / "pipelines" / "gsm8k" / "fit.py"
+FIT = Path(__file__).parents[2] / "research" / "gsm8k" / "fit.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`pipelines/study`: its tasks, what its tables say, and the whole of it at its smallest."""
+"""`research/study`: its tasks, what its tables say, and the whole of it at its smallest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-STUDY = Path(__file__).parents[2] / "pipelines" / "study"
+STUDY = Path(__file__).parents[2] / "research" / "study"
 OWN = ("draw", "jobs", "learn", "models", "report", "search", "tasks", "world")
 
 

@@ -22,7 +22,6 @@ from support.training import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gvpo_offline.compute.batch import Constants
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.reference import score as reference_module
@@ -32,6 +31,7 @@ from gvpo_offline.store.arrow import split_nested_list
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.stream.plan import CostModel, cut_group, shape_of
 from gvpo_offline.tokenizer import tokenizer_info
+from gvpo_offline.train.objective import LossInputs
 from gvpo_offline.workers.settings import EngineSettings
 
 
@@ -57,7 +57,7 @@ def test_a_policy_that_is_the_reference_has_log_ratios_of_zero(
     engine = prepare_engine(model, max_tokens=10**6, gradients=False)
     for row_group in range(scored.n_row_groups):
         groups = scored.groups(row_group)
-        reference = Constants.of(groups).ref_seq_logprobs
+        reference = LossInputs.of(groups).ref_seq_logprobs
         with torch.no_grad():
             ratios = engine.seq_logprobs(model, groups) - reference
         assert float(ratios.abs().max()) <= 1e-4

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.builders import make_group
 
-from gvpo_offline.compute.batch import lay_out
-from gvpo_offline.compute.paths import LayoutName
+from gvpo_offline.compute.layout import lay_out
+from gvpo_offline.compute.settings import LayoutName
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import (

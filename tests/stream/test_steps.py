@@ -12,8 +12,8 @@ import pytest
 from support.builders import build_dataset, differences, make_group
 from torch.utils.data import DataLoader
 
-from gvpo_offline.compute.batch import lay_out
-from gvpo_offline.compute.paths import LayoutName
+from gvpo_offline.compute.layout import lay_out
+from gvpo_offline.compute.settings import LayoutName
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset

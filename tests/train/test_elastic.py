@@ -17,7 +17,7 @@ from support.watching import read_notes
 
 from gvpo_offline.errors import ResumeError
 from gvpo_offline.train.checkpoint import SEAL_NAME
-from gvpo_offline.train.resharding import check_taken
+from gvpo_offline.train.resharding import check_sharding_state
 
 N_STEPS, SAVED_AT = 6, 3
 SHARDED = {"fsdp": "true", "fsdp_config": json.dumps({"state_dict_type": "SHARDED_STATE_DICT"})}
@@ -150,12 +150,14 @@ def test_another_backend_is_one_clear_error(
 
 def test_deepspeed_resumes_on_the_ranks_that_took_it(tmp_path: Path) -> None:
     taken = {"backend": "zero-3", "state": None, "world_size": 4}
-    check_taken(tmp_path, taken, taken)
-    check_taken(tmp_path, None, taken)
+    check_sharding_state(tmp_path, taken, taken)
+    check_sharding_state(tmp_path, None, taken)
     with pytest.raises(ResumeError, match="on as many ranks as it was taken on; received 4 then"):
-        check_taken(tmp_path, taken, {**taken, "world_size": 2})
+        check_sharding_state(tmp_path, taken, {**taken, "world_size": 2})
     with pytest.raises(ResumeError, match=r"zero-3 on 4 ranks then, replicated on 1 rank now"):
-        check_taken(tmp_path, taken, {"backend": "replicated", "state": None, "world_size": 1})
+        check_sharding_state(
+            tmp_path, taken, {"backend": "replicated", "state": None, "world_size": 1}
+        )
 
 
 def test_killed_at_random_with_another_number_of_ranks_each_time(

@@ -40,7 +40,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 CASES = [(way, n, what) for what in ("all weights", "adapter") for way in WAYS for n in (2, 4)]
 CASES = [case for case in CASES if case[0] != "fsdp2 recomputed"] + [("fsdp2", 1, "all weights")]
-OTHERS = [
+BASELINES = [
     ("fsdp2 recomputed", 2, "untied weights"),
     ("fsdp2 recomputed", 2, "untied adapter"),
     ("fsdp2", 2, "untied adapter on the head"),
@@ -146,7 +146,7 @@ def test_global_batches_are_the_same(way: str, n: int, what: str, runs: Runs) ->
     assert all(len(counts) == 1 for counts in micro_batches(runs(way, n, what)).values())
 
 
-@pytest.mark.parametrize(("way", "n", "what"), CASES + OTHERS)
+@pytest.mark.parametrize(("way", "n", "what"), CASES + BASELINES)
 def test_gradients_are_the_same(way: str, n: int, what: str, runs: Runs) -> None:
     """Relative norm of the difference to one process, before clipping, at every step."""
     for step in range(N_STEPS):
@@ -172,7 +172,7 @@ def test_lines_of_the_log_are_the_same(way: str, n: int, what: str, runs: Runs) 
         assert mine == pytest.approx(theirs, abs=1e-4, rel=1e-4)
 
 
-@pytest.mark.parametrize(("way", "n", "what"), CASES + OTHERS)
+@pytest.mark.parametrize(("way", "n", "what"), CASES + BASELINES)
 def test_the_same_policy_is_saved(way: str, n: int, what: str, runs: Runs) -> None:
     """Whole, in the files that one process writes, and loadable as it is."""
     one, many = (runs(*run) / "out" for run in (("one", 1, what), (way, n, what)))

@@ -17,11 +17,11 @@ from support.builders import build_dataset
 from torch.multiprocessing.spawn import start_processes
 
 from gvpo_offline.collectives import (
-    all_or_none,
-    on_each,
-    on_first,
-    own_part,
-    own_part_of_machine,
+    broadcast_from_rank0,
+    gather_results,
+    local_rank_slice,
+    raise_together,
+    rank_slice,
 )
 from gvpo_offline.errors import DataError, GVPOError, IntegrityError, WorkerError
 from gvpo_offline.store.dataset import open_dataset
@@ -36,10 +36,10 @@ N_RANKS = 3
 
 
 def test_one_process_looks_at_everything_and_raises_what_it_finds() -> None:
-    assert own_part() == own_part_of_machine() == slice(None)
-    assert all_or_none(lambda: 1) == on_first(lambda: 1) == 1
-    assert on_each(lambda: 1) == [1]
-    for together in (all_or_none, on_first, on_each):
+    assert rank_slice() == local_rank_slice() == slice(None)
+    assert raise_together(lambda: 1) == broadcast_from_rank0(lambda: 1) == 1
+    assert gather_results(lambda: 1) == [1]
+    for together in (raise_together, broadcast_from_rank0, gather_results):
         with pytest.raises(KeyError):
             together(lambda: {}[0])  # type: ignore[operator]
 
@@ -88,24 +88,32 @@ def _raising(error: Exception) -> Any:
 def _attempts(rank: int, root: Path) -> dict[str, Any]:
     """Every way to fail and not to, in a row: a rank that hangs, or is out of step, fails later."""
     return {
-        "each": on_each(lambda: rank),
-        "first": on_first(lambda: rank),
-        "own": all_or_none(lambda: rank),
+        "each": gather_results(lambda: rank),
+        "first": broadcast_from_rank0(lambda: rank),
+        "own": raise_together(lambda: rank),
         "one fails": _caught(
-            lambda: on_each(lambda: _raising(DataError("rule", row=7)) if rank == 1 else rank)
+            lambda: gather_results(
+                lambda: _raising(DataError("rule", row=7)) if rank == 1 else rank
+            )
         ),
-        "first fails": _caught(lambda: on_first(lambda: _raising(DataError(f"by {rank}")))),
-        "all fail": _caught(lambda: on_each(lambda: _raising(DataError(f"by {rank}")))),
-        "a bug": _caught(lambda: all_or_none(lambda: _raising(KeyError(5)) if rank == 2 else 0)),
+        "first fails": _caught(
+            lambda: broadcast_from_rank0(lambda: _raising(DataError(f"by {rank}")))
+        ),
+        "all fail": _caught(lambda: gather_results(lambda: _raising(DataError(f"by {rank}")))),
+        "a bug": _caught(lambda: raise_together(lambda: _raising(KeyError(5)) if rank == 2 else 0)),
         # Rank 1 fails before the exchange inside, the others in it.
         "nested": _caught(
-            lambda: all_or_none(
-                lambda: _raising(DataError("early")) if rank == 1 else on_first(lambda: rank)
+            lambda: raise_together(
+                lambda: (
+                    _raising(DataError("early"))
+                    if rank == 1
+                    else broadcast_from_rank0(lambda: rank)
+                )
             )
         ),
         "damaged": _caught(lambda: verify([open_dataset(root / "bad")], content=True)),
         "survey": surveys([View(open_dataset(root / "good"))])[0],
-        "after": on_each(lambda: rank),
+        "after": gather_results(lambda: rank),
     }
 
 

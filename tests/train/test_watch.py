@@ -10,7 +10,7 @@ import pytest
 from support.training import scored_dataset, trainer_of
 
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.train.watch import Watch
+from gvpo_offline.train.callbacks import Watch
 
 
 def said(*lines: dict[str, float], loss_type: str = "gvpo") -> list[list[str]]:
@@ -109,7 +109,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
-    texts = [r.message for r in caplog.records if r.name == "gvpo_offline.train.watch"]
+    texts = [r.message for r in caplog.records if r.name == "gvpo_offline.train.callbacks"]
     caplog.clear()
     return texts
 
@@ -123,7 +123,7 @@ def test_a_run_warns_once_and_a_resumed_one_remembers(
     """A rate of 0.03 throws the policy off; after the first step of the resumed run, nothing is
     said that was said before and is not twice as bad.
     """
-    caplog.set_level(logging.WARNING, "gvpo_offline.train.watch")
+    caplog.set_level(logging.WARNING, "gvpo_offline.train.callbacks")
     settings = {
         "learning_rate": 0.03,
         "lr_scheduler_type": "constant",

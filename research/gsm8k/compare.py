@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import on_path  # noqa: F401
 from fit import (
     Answers,
     Bools,

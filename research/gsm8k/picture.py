@@ -1,6 +1,6 @@
 """A picture of losses.json: the fit to held-out answers, their order, and that of who wrote them.
 
-    python pipelines/gsm8k/picture.py --figures pipelines/gsm8k/losses.json --output gsm8k.svg
+    python research/gsm8k/picture.py --figures research/gsm8k/losses.json --output gsm8k.svg
 
 Needs matplotlib: the extra gvpo-offline[report].
 """

@@ -1,6 +1,6 @@
 """Every loss on the same logs, from the same policy: which of them learn what was right?
 
-    python pipelines/gsm8k/losses.py --data FOLDER --output_dir runs/gsm8k
+    python research/gsm8k/losses.py --data FOLDER --output_dir runs/gsm8k
 
     run.py's policy and datasets -> a run for each loss and rate -> a rate a loss -> losses.json
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import on_path  # noqa: F401
 import torch
 import yaml
 from compare import (

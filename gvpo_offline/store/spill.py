@@ -1,7 +1,8 @@
-"""Rows of tables brought together by a hash, on disk, whatever order they come in.
+"""Tables on disk, partitioned by a hash of their rows, in any order of arrival.
 
-A row's bucket is the leading bits of its `key`, so that buckets in order, sorted inside, are all
-rows in order of their key. A bucket fits in memory; how many rows there are in all does not matter.
+The bucket of a row is the leading bits of its `key`. Buckets in ascending order, sorted inside, are
+therefore all rows in ascending order of key. Memory holds one bucket at a time, however many rows
+there are.
 """
 
 from __future__ import annotations
@@ -20,8 +21,27 @@ _BUFFER_BYTES = 48 << 20
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
+_MAX_BITS = 16
+
+
+def power_of_two(total_bytes: int, part_bytes: int) -> int:
+    """The number of parts, a power of two up to 65,536, at which a part is at most `part_bytes`."""
+    bits = 0
+    while bits < _MAX_BITS and (total_bytes >> bits) > part_bytes:
+        bits += 1
+    return 1 << bits
+
+
 def leading_bits(keys: UInt64Array, n_parts: int) -> UInt64Array:
-    """The part of each key where the keys' range is cut into `n_parts`, a power of two."""
+    """The index of each key's part when the range of uint64 is cut into `n_parts` equal parts.
+
+    Args:
+        keys: (N,) uint64.
+        n_parts: a power of two.
+
+    Returns:
+        (N,) uint64 in [0, n_parts).
+    """
     bits = n_parts.bit_length() - 1
     return keys >> np.uint64(64 - bits) if bits else np.zeros_like(keys)
 
@@ -30,10 +50,10 @@ class TableSpill:
     """Rows on disk, by bucket.
 
     Args:
-        folder: where to; made by `open`, removed by `close`.
-        schema: of the rows, with `key`, a uint64.
+        folder: the folder of the bucket files; `open` creates it and `close` removes it.
+        schema: schema of the rows, with a uint64 column `key`.
         n_buckets: a power of two.
-        skip: buckets whose rows are not needed.
+        skip: buckets whose rows are discarded.
     """
 
     def __init__(
@@ -47,19 +67,19 @@ class TableSpill:
         self._buffered = 0
 
     def open(self) -> None:
-        """Start empty, whatever an earlier run left."""
+        """Create an empty folder; files of an earlier run are removed."""
         self.close()
         self.folder.mkdir(parents=True)
 
     def close(self) -> None:
-        """Remove what was spilled."""
+        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, table: pa.Table) -> None:
-        """Take some rows.
+        """Buffer rows; write the buffer to disk when it is large.
 
         Raises:
-            StorageError: no room.
+            StorageError: the disk is full.
         """
         self._buffer.append(table)
         self._buffered += table.nbytes
@@ -67,10 +87,10 @@ class TableSpill:
             self.flush()
 
     def flush(self) -> None:
-        """Append what is buffered to the buckets' files.
+        """Append the buffered rows to the files of their buckets.
 
         Raises:
-            StorageError: no room.
+            StorageError: the disk is full.
         """
         if not self._buffer:
             return
@@ -86,7 +106,7 @@ class TableSpill:
 
     def _append(self, bucket: int, table: pa.Table) -> None:
         path = self._path(bucket)
-        # One short stream after another in a file: no file stays open however many there are.
+        # A file holds one short stream per flush, so that no file stays open between flushes.
         with (
             storage_errors(path),
             path.open("ab") as file,
@@ -99,7 +119,7 @@ class TableSpill:
         return self._path(bucket).exists()
 
     def read(self, bucket: int, columns: Sequence[str]) -> pa.Table | None:
-        """Some columns of a bucket's rows, in one chunk each, or None if it has no rows."""
+        """The given columns of a bucket's rows, one chunk each, or None if it has no rows."""
         if not self.holds(bucket):
             return None
         path = self._path(bucket)

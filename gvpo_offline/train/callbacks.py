@@ -1,7 +1,9 @@
-"""Warnings while a run trains: what its logged lines say that a person should not miss.
+"""Callbacks of a run: warnings about what its metrics show, and epochs counted in groups.
 
-`matters` looks at the lines of one set of groups (those in training, or one held-out dataset);
-`Watch` tells them apart and says each matter once, and again when it is twice as bad.
+`matters` reads the metrics of one set of groups (the training groups, or one held-out dataset).
+`Watch` separates the sets and logs each warning once, and again when its value is twice as bad.
+The loader makes one pass over all steps of a run, which transformers by itself would count as one
+epoch; `EpochCallback` counts epochs in groups drawn.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from gvpo_offline.stream.mix import MixedOrder
 
 logger = logging.getLogger(__name__)
 
@@ -185,3 +195,61 @@ class WatchCallback(TrainerCallback):
         texts = self._watch.read(state.global_step, logs or {})
         for text in texts if state.is_world_process_zero else ():
             logger.warning(text)
+
+
+class EpochCallback(TrainerCallback):
+    """Counts epochs in groups drawn.
+
+    Args:
+        groups_per_step: groups of a step.
+        order: the run's draws; those of an epoch are as many as all its datasets have groups.
+        n_draws: groups of the run.
+    """
+
+    def __init__(self, groups_per_step: int, order: MixedOrder, n_draws: int) -> None:
+        self._groups_per_step = groups_per_step
+        self._n_groups = order.n_groups
+        self._n_draws = n_draws
+
+    def epochs_after(self, step: int) -> float:
+        """Epochs completed, in whole and in part, after `step` steps."""
+        return min(step * self._groups_per_step, self._n_draws) / self._n_groups
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        state.num_train_epochs = math.ceil(self._n_draws / self._n_groups)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        before = self.epochs_after(state.global_step - 1)
+        state.epoch = self.epochs_after(state.global_step)
+        if int(before) == int(state.epoch):
+            return
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            control.should_log = True
+        if args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch:
+            control.should_evaluate = True
+        if args.save_strategy == SaveStrategy.EPOCH:
+            control.should_save = True
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # transformers' one epoch ends with the run; an epoch that ended there was announced above.
+        state.epoch = self.epochs_after(state.global_step)
+        if state.epoch == int(state.epoch):
+            control.should_log = control.should_evaluate = control.should_save = False

@@ -1,6 +1,6 @@
 """Which loss to take, and what moves it: every loss on the same logs, with a rate of its own.
 
-    python pipelines/study/study.py --output_dir runs/study
+    python research/study/study.py --output_dir runs/study
 
  1. For each task of `tasks.py` models are made and pretrained, and 900 prompts are answered by an
     older checkpoint, another model, the policy while hot, and a scripted person (`world.py`).
