@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,3 +159,37 @@ def test_the_loop_runs_by_itself_and_learns(
     assert len(losses) == 30  # 10 epochs of 24 groups, 8 a step
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
     assert (tmp_path / "policy" / "config.json").is_file()
+
+
+def _python_blocks(page: str) -> list[str]:
+    text = (EXAMPLES.parent / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if "training_steps" in block or "batch_loss" in block]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start/loop.md"])
+def test_the_loop_that_the_documentation_shows_runs(
+    page: str, made: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands on the page, beside imports, a model and an optimizer; the loss falls."""
+    dataset, folder = made
+    (tmp_path / "data").symlink_to(dataset)
+    monkeypatch.chdir(tmp_path)
+    model = _model(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    names = {"torch": torch, "np": np, "partial": partial, "model": model, "optimizer": optimizer}
+    blocks = sorted(_python_blocks(page), key=lambda block: "training_steps" in block)
+    before = _loss(model, dataset)
+    for block in blocks:
+        exec(block, names)
+    assert _loss(model, dataset) < 0.5 * before
+
+
+def _loss(model: nn.Module, dataset: str) -> float:
+    """Mean loss over all groups."""
+    opened = open_dataset(dataset)
+    engine = prepare_engine(model, max_tokens=4096, gradients=False)
+    groups = [group for number in range(opened.n_row_groups) for group in opened.groups(number)]
+    with torch.no_grad():
+        logprobs = engine.seq_logprobs(model, groups)
+    return float(_module("loop").batch_loss(logprobs, groups, BETA, len(groups)))
