@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gvpo_offline.commands.evaluate import run_evaluate as evaluate
     from gvpo_offline.commands.settings import EvaluateConfig, ValidateConfig
     from gvpo_offline.commands.validate import run_validate as validate
+    from gvpo_offline.compute.engine import Engine
     from gvpo_offline.compute.model import disable_dropout
     from gvpo_offline.compute.probe import prepare_engine
     from gvpo_offline.group import Group
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it, and its name there.
 _HOMES = {
     "DatasetSettings": ("stream.settings", "DatasetSettings"),
+    "Engine": ("compute.engine", "Engine"),
     "EvaluateConfig": ("commands.settings", "EvaluateConfig"),
     "GVPOConfig": ("train.config", "GVPOConfig"),
     "GVPOTrainer": ("train.trainer", "GVPOTrainer"),
@@ -58,6 +60,7 @@ _HOMES = {
 
 __all__ = [
     "DatasetSettings",
+    "Engine",
     "EvaluateConfig",
     "GVPOConfig",
     "GVPOTrainer",

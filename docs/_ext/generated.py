@@ -18,6 +18,8 @@ from settings_pages import page_of, prose
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
+# Of a class that overrides methods of transformers' own: those that users call.
+_MEMBERS = {"GVPOTrainer": "train, evaluate, preflight"}
 _HOW_TO_SET = (
     "Each setting is a flag (`--beta 0.1`) and a key of the YAML file that `--config` names. A "
     "flag overrides the file, and a later `--config` overrides an earlier one. A setting inside "
@@ -68,10 +70,13 @@ def api_page() -> str:
         elif dataclasses.is_dataclass(value) and name.endswith(("Config", "Settings")):
             settings += [f".. autoclass:: gvpo_offline.{name}", "   :no-members:", ""]
         else:
-            classes += [f".. autoclass:: gvpo_offline.{name}", "   :members:", ""]
+            members = _MEMBERS.get(name, "")
+            classes += [f".. autoclass:: gvpo_offline.{name}", f"   :members: {members}", ""]
     lines = ["# Python API", "", "What `from gvpo_offline import …` gives.", ""]
     for title, entries in (("Functions", functions), ("Classes", classes)):
         lines += [f"## {title}", "", "```{eval-rst}", *entries, "```", ""]
+    lines += ["## Errors", "", "```{eval-rst}", ".. automodule:: gvpo_offline.errors"]
+    lines += ["   :members:", "   :exclude-members: with_traceback, add_note", "```", ""]
     lines += ["## Settings", ""]
     lines += ["The fields of these classes are documented under [commands](commands.md).", ""]
     return "\n".join([*lines, "```{eval-rst}", *settings, "```", ""])
@@ -95,11 +100,19 @@ def _table(schema: dict[str, Any]) -> list[str]:
     required = schema.get("required", [])
     lines = ["| name | type | required | meaning |", "| --- | --- | --- | --- |"]
     for name, field in schema.get("properties", {}).items():
-        kind = field.get("x-arrow-type") or field.get("$ref", "").rpartition("/")[2]
-        kind = kind or str(field.get("type", "see the schema"))
+        kind = field.get("x-arrow-type") or _json_type(field)
         text = prose(_one_line(field.get("description", ""))).replace("|", r"\|")
         lines.append(f"| `{name}` | {prose(kind)} | {'yes' if name in required else ''} | {text} |")
     return [*lines, ""]
+
+
+def _json_type(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        return str(field["$ref"]).rpartition("/")[2]
+    if "anyOf" in field:
+        return " or ".join(_json_type(part) for part in field["anyOf"])
+    inside = f" of {_json_type(field['items'])}" if field.get("items") else ""
+    return str(field.get("type", "any")) + inside
 
 
 def _one_line(text: str) -> str:

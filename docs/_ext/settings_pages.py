@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _PAGE = re.compile(r"docs/([\w/-]+)\.md")
+# A command line within a sentence, up to what goes on after it.
+_COMMAND = re.compile(r"gvpo-offline [a-z]+ .*?(?=, then |; or, |\.? [A-Z][a-z]+[: ]|\.?$)")
 _INSIDE = "its own settings"
 _TRANSFORMERS = (
     "They mean the same as in transformers; its documentation of [TrainingArguments]"
@@ -46,7 +48,7 @@ def page_of(name: str, command: Any) -> str:
     lines = [f"# gvpo-offline {name}", "", prose(command.says), ""]
     lines += ["```sh", f"gvpo-offline {name} --config FILE.yaml --setting value", "```", ""]
     if command.epilog:
-        lines += [prose(command.epilog), ""]
+        lines += [prose(_COMMAND.sub(r"`\g<0>`", command.epilog)), ""]
     shown: set[str] = set()
     inside: dict[type, str] = {}
     for kind in command.settings:

@@ -112,17 +112,17 @@ class GroupDataset:
 
     @property
     def root(self) -> Path | str:
-        """Where it lies: what messages call it."""
+        """The dataset's folder or URL, as messages name it."""
         return self.storage.root
 
     @property
     def folder(self) -> Path:
-        """Where it lies, for those who write there; ConfigError if that is a URL."""
+        """The dataset's local folder, to write into; ConfigError if it is at a URL."""
         return local_folder("dataset", self.root)
 
     @functools.cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
-        """Groups in each row group: (n_row_groups,) int64."""
+        """(n_row_groups,) int64, the number of groups in each row group."""
         files = self.manifest.groups
         array = functools.cache(lambda sizes: np.array(sizes, np.int64))  # most are cut alike
         return np.concatenate([np.zeros(0, np.int64), *(array(f.row_groups) for f in files)])
@@ -144,7 +144,7 @@ class GroupDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the content of all files in use: what a run's data *is*."""
+        """SHA-256 over the content of all files in use; it identifies a run's data."""
         files: list[Any] = [file.sha256 for file in self.manifest.groups]
         for joined in self._joined:
             files += [sidecar.file.sha256 for sidecar in joined.sidecars]
