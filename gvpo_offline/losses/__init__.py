@@ -1,8 +1,9 @@
-"""Losses as pure functions: flat tensors of whole groups in, loss, weights and sums out.
+"""Losses as pure functions: flat tensors of whole groups in; loss, weights and sums out.
 
-All of it is float64, on one device, without a loop over groups. A loss needs its groups whole in
-one call, while the groups may be cut into calls and spread over ranks in any way. A further loss is
-a function of `GroupTerms` in `others`, a line in `BASELINES`, and its test.
+Losses are computed in float64 on one device, without a loop over groups. All responses of a group
+must be in one call; groups may be distributed over calls and ranks in any way. A new loss is a
+function of `GroupTerms` in `baselines`, a line in `BASELINES` and in `settings.LossType`, and a
+test.
 """
 
 from __future__ import annotations
@@ -48,18 +49,18 @@ def group_loss(
     response_weights: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
 ) -> GroupLoss:
-    """A loss of whole groups by its name.
+    """Compute the loss named `loss_type` on whole groups.
 
     Args:
         loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
         seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
-        anchor, response_weights: as `gvpo_loss`, which alone knows them.
-        sampler_logprobs: (N,) the log-probability of each response under who wrote it, nats, over
-            the same tokens; needed by topr, and not looked at by others. Constant.
+        anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
+        sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
+            the same tokens. Required by topr, ignored by the other losses. Constant.
 
     Raises:
-        ConfigError: no such loss, or a setting that it does not know.
-        DataError: as `gvpo_loss`, or topr without sampler_logprobs.
+        ConfigError: there is no such loss, or it does not accept a setting that was passed.
+        DataError: as `gvpo_loss`; or topr was called without sampler_logprobs.
     """
     check_loss(loss_type, anchor=anchor, weighted=response_weights is not None)
     if loss_type == "topr" and sampler_logprobs is None:
@@ -84,16 +85,18 @@ def group_loss(
 
 
 def _finished(terms: GroupTerms, loss: Callable[[GroupTerms], Tensor]) -> GroupLoss:
-    """The result of a loss that gives one number a group.
+    """The `GroupLoss` of a function that returns one loss per group.
 
-    Its gradient in the log-ratios is taken here, once, as the weights are that gradient; what flows
-    on to the policy is the same numbers.
+    The weights are the gradient with respect to the log-ratios. It is computed once, here, and the
+    same numbers are passed on to the policy.
     """
     with torch.enable_grad():
         leaf_N = terms.log_ratios_N.detach().requires_grad_()
         losses_G = loss(replace(terms, log_ratios_N=leaf_N))
         (gradient_N,) = torch.autograd.grad(losses_G.sum(), leaf_N)
-    moves_N = terms.log_ratios_N - terms.log_ratios_N.detach()  # zeros that have the gradient
+    moves_N = (
+        terms.log_ratios_N - terms.log_ratios_N.detach()
+    )  # zeros, with the gradient of log_ratios_N
     group_losses_G = losses_G.detach() + terms.sum(gradient_N * moves_N)
     weights_N = -gradient_N * (terms.group_sizes_G[terms.group_N] - 1) / terms.beta
     return GroupLoss(group_losses_G.mean(), weights_N, group_losses_G, terms)

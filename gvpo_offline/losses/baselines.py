@@ -1,8 +1,8 @@
-"""Other losses on the same rows, to compare with on one's own data.
+"""Baselines: other published losses on the same groups, to compare GVPO with.
 
-Each takes checked terms and returns one loss per group, (G,), whose gradient flows into
-`log_ratios_N`; a batch's loss is the mean over groups, as for GVPO. None of them needs the
-responses to come from the policy but for what its docstring says. beta is GVPO's: reward per nat.
+Each function takes checked terms and returns one loss per group, (G,), with a gradient in
+`log_ratios_N`. A batch's loss is the mean over groups, as for GVPO. Losses that assume responses
+sampled from the policy say so in their docstring. beta has GVPO's unit: reward per nat.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch.nn import functional
 
 from gvpo_offline.losses.terms import GroupTerms
 
-# AWR's largest weight, and the ratios that PPO's clipping leaves alone; both as published.
+# AWR's cap on weights and PPO's clipping range, as published.
 AWR_LARGEST_WEIGHT = 20.0
 CLIP = 0.2
-# exp of more nats than this says nothing, and soon is infinite.
+# Exponents are clamped to this many nats, so that exp does not overflow.
 _LARGEST_EXPONENT = 20.0
 
 
 def rebel(terms: GroupTerms) -> Tensor:
     """Square of the best-against-worst pair's residual, over 4 (REBEL, arXiv 2404.16767).
 
-    ((R_b - R_w) - beta (l_b - l_w))^2 / 4: GVPO for groups of two. Its optimum is GVPO's; of larger
-    groups it uses two responses.
+    ((R_b - R_w) - beta (l_b - l_w))^2 / 4, which is GVPO for groups of two. The optimum is GVPO's.
+    Of larger groups it uses two responses only.
     """
     best_G, worst_G = terms.best_and_worst()
     residuals_N = terms.residuals_N
@@ -34,7 +34,7 @@ def rebel(terms: GroupTerms) -> Tensor:
 def ipo(terms: GroupTerms) -> Tensor:
     """(l_b - l_w - 1 / (2 beta))^2 of best against worst (IPO, arXiv 2310.12036), in nats^2.
 
-    How much better the best is does not matter. Groups of equal rewards prefer nothing: 0.
+    It ignores the size of the reward difference. The loss of a group with equal rewards is 0.
     """
     gaps_G, preferred_G = _preference(terms)
     return preferred_G * (gaps_G - 1 / (2 * terms.beta)).square()
@@ -43,7 +43,8 @@ def ipo(terms: GroupTerms) -> Tensor:
 def dpo(terms: GroupTerms) -> Tensor:
     """-log sigmoid(beta (l_b - l_w)) of best against worst (DPO, arXiv 2305.18290), in nats.
 
-    Its gap has no finite optimum on fixed pairs. Groups of equal rewards prefer nothing: 0.
+    On fixed pairs the gap l_b - l_w has no finite optimum. The loss of a group with equal rewards
+    is 0.
     """
     gaps_G, preferred_G = _preference(terms)
     return preferred_G * functional.softplus(-terms.beta * gaps_G)
@@ -53,8 +54,8 @@ def listwise(terms: GroupTerms) -> Tensor:
     """KL of the policy within the group to pi_ref exp(R / beta) within the group, in nats.
 
     With q = softmax(ref_logprob + R / beta) and p = softmax(seq_logprob) over a group, sum q log
-    (q / p): ListNet's cross-entropy (Cao et al., ICML 2007) with GVPO's optimum as target, less the
-    target's entropy. It is zero where GVPO's loss is, and its gradient p - q is bounded.
+    (q / p): ListNet's cross-entropy (Cao et al., ICML 2007) with GVPO's optimum as target, minus
+    the target's entropy. It is zero where GVPO's loss is zero, and its gradient p - q is bounded.
     """
     target_N = terms.log_softmax(terms.ref_logprobs_N + terms.rewards_N / terms.beta)
     own_N = terms.log_softmax(terms.seq_logprobs_N)
@@ -64,7 +65,8 @@ def listwise(terms: GroupTerms) -> Tensor:
 def rft(terms: GroupTerms) -> Tensor:
     """Mean negative log-probability of a group's best responses (RFT, arXiv 2308.01825), in nats.
 
-    Ties count alike. A group of equal rewards has no best: 0. beta and the reference are not used.
+    Tied best responses count equally. The loss of a group with equal rewards is 0. beta and the
+    reference are not used.
     """
     best_N = (terms.rewards_N == terms.max(terms.rewards_N)[terms.group_N]).double()
     unequal_G = (terms.sum(best_N) < terms.group_sizes_G).double()
@@ -74,7 +76,7 @@ def rft(terms: GroupTerms) -> Tensor:
 def awr(terms: GroupTerms) -> Tensor:
     """Log-likelihood weighted by min(exp((R - mean R) / beta), 20) (AWR, arXiv 1910.00177).
 
-    The reference is not used: the optimum is the sampler's distribution, reweighed.
+    The reference is not used: the optimum is the reweighted distribution of the sampler.
     """
     advantages_N = terms.centre(terms.rewards_N)
     weights_N = (advantages_N / terms.beta).exp().clamp(max=AWR_LARGEST_WEIGHT)
@@ -82,10 +84,12 @@ def awr(terms: GroupTerms) -> Tensor:
 
 
 def grpo(terms: GroupTerms) -> Tensor:
-    """GRPO (arXiv 2402.03300) with the reference in the place of the unknown sampler; a control.
+    """GRPO (arXiv 2402.03300) with the reference in place of the unknown sampler.
+
+    A control: off-policy, its optimum is not GVPO's. Computed by sequence:
 
     -min(A rho, A clip(rho, 0.8, 1.2)) + beta KL, with rho = exp(l), A = (R - mean R) / std R and
-    the estimate exp(-l) + l - 1 of the KL; by sequence.
+    the estimate exp(-l) + l - 1 of the KL.
     """
     centred_N = terms.centre(terms.rewards_N)
     std_G = (terms.sum(centred_N.square()) / (terms.group_sizes_G - 1)).sqrt()
@@ -97,10 +101,11 @@ def grpo(terms: GroupTerms) -> Tensor:
 
 
 def rloo(terms: GroupTerms) -> Tensor:
-    """RLOO (arXiv 2402.14740) without importance weights, and beta times the KL; a control.
+    """RLOO (arXiv 2402.14740) without importance weights, plus beta times the KL.
 
-    -A log pi with A = R less the mean of the other responses' rewards, as if the policy had written
-    them. (With beta l inside the reward instead, its gradient would be GVPO's over beta.)
+    A control: it assumes responses of the policy. -A log pi, with A = R minus the mean reward of
+    the group's other responses. (With beta l inside the reward, its gradient would be GVPO's
+    divided by beta.)
     """
     scale_G = terms.group_sizes_G / (terms.group_sizes_G - 1)
     advantages_N = terms.centre(terms.rewards_N) * scale_G[terms.group_N]
@@ -110,8 +115,8 @@ def rloo(terms: GroupTerms) -> Tensor:
 def topr(terms: GroupTerms) -> Tensor:
     """Tapered off-policy REINFORCE (TOPR, arXiv 2503.14286): -c A log pi with A = R - mean R.
 
-    c is 1 where A > 0, and min(pi / mu, 1), held constant, elsewhere, mu being the sampler: the log
-    must hold its log-probs. Neither beta nor the reference is used.
+    c is 1 where A > 0, else min(pi / mu, 1), held constant. mu is the sampler, whose log-probs the
+    log must hold. Neither beta nor the reference is used.
     """
     assert terms.sampler_logprobs_N is not None  # group_loss saw to it
     advantages_N = terms.centre(terms.rewards_N)
@@ -121,14 +126,14 @@ def topr(terms: GroupTerms) -> Tensor:
 
 
 def _preference(terms: GroupTerms) -> tuple[Tensor, Tensor]:
-    """Gap in log-ratio of best and worst, (G,) nats, and 1 where their rewards differ, else 0."""
+    """Log-ratio gap of best and worst response, (G,) nats; and (G,) 1.0 if their rewards differ."""
     best_G, worst_G = terms.best_and_worst()
     preferred_G = (terms.rewards_N[best_G] > terms.rewards_N[worst_G]).double()
     return terms.log_ratios_N[best_G] - terms.log_ratios_N[worst_G], preferred_G
 
 
 def _kl_estimate(terms: GroupTerms) -> Tensor:
-    """exp(-l) + l - 1 of each response, (N,): not negative, and unbiased for the policy's own."""
+    """exp(-l) + l - 1, (N,): an estimate of the KL, unbiased for the policy's own responses."""
     return _exp(-terms.log_ratios_N) + terms.log_ratios_N - 1
 
 

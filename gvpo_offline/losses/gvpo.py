@@ -1,4 +1,4 @@
-"""GVPO's own loss, with its two documented variants: an anchor, and weights of responses.
+"""The GVPO loss and its two variants: an anchor, and response weights.
 
 Group Variance Policy Optimization (arXiv 2504.19599). A group is one prompt with k responses; with
 
@@ -29,27 +29,27 @@ def gvpo_loss(
     anchor: float = 0.0,
     response_weights: Tensor | None = None,
 ) -> GroupLoss:
-    """GVPO's loss of whole groups (arXiv 2504.19599), and its two documented variants.
+    """The GVPO loss of whole groups (arXiv 2504.19599), optionally with its two variants.
 
     Args:
         seq_logprobs: (N,) float, the policy's log-probability of each response in nats, summed over
             its trained tokens. The gradient flows here, in this tensor's dtype.
         ref_logprobs: (N,) the fixed reference's, over the same tokens. Constant.
-        rewards: (N,) as they are: dividing them by their spread moves the optimum. Constant.
-        group_index: (N,) integers; equal numbers are one group. Any numbers, rows in any order,
-            k >= 2 rows each, k free to differ. Sorting is cheapest when it lies on the CPU.
+        rewards: (N,) unnormalised: dividing by their deviation moves the optimum. Constant.
+        group_index: (N,) integers; rows with equal numbers are one group. Numbers and the order of
+            rows are free; a group has k >= 2 rows, and k may differ. Cheapest on the CPU.
         beta: > 0, reward per nat: the optimum's log-ratio gap is (max R - min R) / beta nats.
         anchor: 0 <= a <= 1 adds a * k * beta^2 / 2 * (mean l)^2 to the group's squares before the
-            division by k - 1. It holds log-ratios near zero in the mean and **biases the optimum**;
+            division by k - 1. It keeps the mean log-ratio near zero and **biases the optimum**;
             a = 1 is the PMD-mean loss (Kimi k1.5, arXiv 2501.12599).
         response_weights: (N,) f > 0, fixed per prompt and response (GVPO++, arXiv 2609.21432).
-            Scaled to mean 1 in each group, they weigh the squares and both means:
+            Scaled to mean 1 in each group, they weight the squares and both means:
             r_bar = sum(f r) / sum(f), w = f * (r - r_bar), loss sum(f (r - r_bar)^2) / (2 (k - 1)).
-            The optimum stays where it is. All equal is the plain loss.
+            The optimum does not move. Equal weights give the plain loss.
 
     Returns:
-        `GroupLoss`; with an anchor its weights are f * (r - r_bar - a * beta * mean l), which are
-        those of the gradient and no longer sum to zero.
+        `GroupLoss`. With an anchor, its weights are f * (r - r_bar - a * beta * mean l), those of
+        the gradient, which no longer sum to zero.
 
     Raises:
         ConfigError: beta or anchor out of range.
@@ -72,7 +72,7 @@ def gvpo_loss(
 
 
 def gvpo(terms: GroupTerms) -> GroupLoss:
-    """`gvpo_loss` of terms that are there already."""
+    """`gvpo_loss` of checked terms."""
     factors_N = terms.response_weights_N
     centred_N = terms.centre(terms.residuals_N, factors_N)
     squares_G = terms.sum(factors_N * centred_N.square())

@@ -1,4 +1,4 @@
-"""What a loss on groups returns, and the sums that metrics are made of."""
+"""The result of a loss on groups, and the sums from which metrics are computed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from gvpo_offline.losses.terms import GroupTerms
 
 @dataclass(frozen=True, eq=False)
 class GroupStatistics:
-    """Sums over groups and responses, from which `metrics` are defined, here and nowhere else.
+    """Sums over groups and responses; all metrics are computed from them, in `metrics`.
 
-    They add: over micro-batches with `+`, over ranks by all-reducing `to_tensor()`. Means of
-    metrics would depend on how the groups were cut.
-    `sums` is (18,) float64 in the order of `NAMES`; only `as_dict` and `metrics` ask the device.
+    Sums are added over micro-batches with `+` and over ranks by all-reducing `to_tensor()`. Means
+    of metrics would depend on how groups are distributed over micro-batches.
+    `sums` is (18,) float64 in the order of `NAMES`; only `as_dict` and `metrics`
+    synchronise with the device.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = (
@@ -105,12 +106,12 @@ class GroupStatistics:
 
 @dataclass(frozen=True, eq=False)
 class GroupLoss:
-    """What a loss on groups returns.
+    """The result of a loss on groups.
 
     Attributes:
         loss: scalar float64, the mean over this call's groups, with the gradient.
         weights: (N,) float64, detached, by input row, in units of reward: the gradient of the loss
-            in seq_logprobs is -beta / (k - 1) * weights / n_groups.
+            with respect to seq_logprobs is -beta / (k - 1) * weights / n_groups.
         group_losses: (G,) float64 with the gradient, in ascending order of the group ids. A step of
             several micro-batches backpropagates `group_losses.sum()` over the step's group count.
         terms: the checked inputs.
@@ -123,17 +124,17 @@ class GroupLoss:
 
     @property
     def n_groups(self) -> int:
-        """Groups in this call, known without asking the device."""
+        """Number of groups in this call; does not synchronise with the device."""
         return self.group_losses.shape[0]
 
     @cached_property
     def statistics(self) -> GroupStatistics:
-        """This call's sums, computed when first asked for; add them up over calls and ranks."""
+        """The sums of this call, computed on first access; add them over calls and ranks."""
         return _statistics(self)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """This call's own metrics (`GroupStatistics.metrics`); asks the device when first read."""
+        """The metrics of this call (`GroupStatistics.metrics`); synchronises with the device."""
         return self.statistics.metrics()
 
 
@@ -171,9 +172,10 @@ def _statistics(result: GroupLoss) -> GroupStatistics:
 
 
 def _pair_counts(terms: GroupTerms, log_ratios_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of unequal reward that the log-ratios put in the same order, and all such pairs.
+    """The number of pairs with unequal rewards whose log-ratios are in the same order, and of all
+    pairs with unequal rewards.
 
-    Lists the sum of k^2 ordered pairs of all groups: exact for any mixture of k, no padding.
+    Enumerates the k^2 ordered pairs of every group, so it is exact for any mixture of k.
     """
     order_N = torch.argsort(terms.group_N, stable=True)
     rewards_N, log_ratios_N = terms.rewards_N[order_N], log_ratios_N[order_N]

@@ -1,4 +1,4 @@
-"""What every loss on groups starts from: rows checked, in float64, and sums over groups."""
+"""The inputs of every loss: checked rows in float64, and reductions over groups."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gvpo_offline.errors import ConfigError, DataError
 
 @dataclass(frozen=True, eq=False)
 class GroupTerms:
-    """What a loss on groups starts from: checked, float64, on one device.
+    """The checked inputs of a loss: float64, on one device.
 
-    `group_N` (int64) numbers the groups 0..G-1 in ascending order of the ids that came in. Only
-    `log_ratios_N` has a gradient. `response_weights_N` has mean 1 per group; ones without weights.
-    `sampler_logprobs_N` is None where the log does not hold them.
+    `group_N` (int64) numbers the groups 0..G-1 in ascending order of the input ids. Only
+    `log_ratios_N` has a gradient. `response_weights_N` has mean 1 in each group (all ones if no
+    weights were given). `sampler_logprobs_N` is None if the log does not hold them.
     """
 
     log_ratios_N: Tensor
@@ -58,13 +58,13 @@ class GroupTerms:
         _check_settings(beta, anchor)
         _check_shapes(named)
         group_index = named["group_index"].long()
-        # Sorting and counting happen where the ids live: ids kept on the CPU spare a GPU the wait.
+        # Sorting runs on the device of the ids: ids on the CPU avoid a GPU synchronisation.
         ids_G, group_N, sizes_G = torch.unique(group_index, return_inverse=True, return_counts=True)
         _check_group_sizes(ids_G, group_N, sizes_G)
-        # Apple's MPS has no float64; these are a few numbers per response, so the CPU takes them.
+        # Apple's MPS has no float64; these few numbers per response are moved to the CPU.
         policy_N = named["seq_logprobs"]
         device = torch.device("cpu") if policy_N.is_mps else policy_N.device
-        # Sizes as float64 too: a Python float times an integer tensor would be float32.
+        # Sizes are float64 too: a Python float times an integer tensor would be float32.
         group_N, sizes_G = group_N.to(device), sizes_G.to(device).double()
         float_N = {name: values.to(device).double() for name, values in named.items()}
         rewards_N = float_N["rewards"].detach()
@@ -84,7 +84,7 @@ class GroupTerms:
             anchor=float(anchor),
             sampler_logprobs_N=sampler_N,
         )
-        # The one question per call to the device: a bad input shows in the residual or the weight.
+        # The only synchronisation per call: a bad input makes residual or weight non-finite.
         sound_N = torch.isfinite(terms.residuals_N.detach() * weights_N) & (weights_N > 0)
         if sampler_N is not None:
             sound_N &= torch.isfinite(sampler_N)
@@ -118,10 +118,10 @@ class GroupTerms:
         return self.sum(weights_N * values_N) / self.sum(weights_N)
 
     def centre(self, values_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
-        """`values_N` less their group's (weighted) mean, (N,).
+        """`values_N` minus the (weighted) mean of their group, (N,).
 
-        The group's largest value is taken off first: equal values then give exact zeros, and a
-        large constant common to a group costs no precision.
+        The largest value of the group is subtracted first: equal values then give exact zeros, and
+        a large constant common to the group costs no precision.
         """
         shifted_N = values_N - self.max(values_N)[self.group_N]
         return shifted_N - self.mean(shifted_N, weights_N)[self.group_N]
@@ -132,9 +132,9 @@ class GroupTerms:
         return shifted_N - self.sum(shifted_N.exp()).log()[self.group_N]
 
     def best_and_worst(self) -> tuple[Tensor, Tensor]:
-        """Rows of each group's best and worst response by reward, two (G,) int64.
+        """The rows of each group's best and worst response by reward, two (G,) int64.
 
-        Of several best the first and of several worst the last, so that they always differ.
+        Ties take the first best and the last worst response, so that the two always differ.
         """
         rows_N = torch.arange(self.rewards_N.shape[0], device=self.rewards_N.device)
         best_N = self.rewards_N == self.max(self.rewards_N)[self.group_N]
@@ -147,8 +147,8 @@ class GroupTerms:
 
 
 def _relative(weights_N: Tensor, group_N: Tensor, sizes_G: Tensor) -> Tensor:
-    """Weights over their group's mean, (N,)."""
-    # abs: two negative weights must stay negative, to be found as such.
+    """Weights divided by the mean of their group, (N,)."""
+    # abs: negative weights must stay negative, so that the check finds them.
     mean_G = _group_sum(weights_N.abs(), group_N, sizes_G) / sizes_G
     return weights_N / mean_G[group_N]
 
@@ -186,7 +186,7 @@ def _check_shapes(named: Mapping[str, Tensor]) -> None:
 
 
 def _check_group_sizes(ids_G: Tensor, group_N: Tensor, sizes_G: Tensor) -> None:
-    """No group of a single response: it has no contrast, and k - 1 would be 0."""
+    """Raise DataError for a group of one response, for which k - 1 is 0."""
     if bool((sizes_G >= 2).all()):
         return
     lonely = int((sizes_G < 2).nonzero()[0])
@@ -197,7 +197,7 @@ def _check_group_sizes(ids_G: Tensor, group_N: Tensor, sizes_G: Tensor) -> None:
 
 
 def _raise_unsound(sound_N: Tensor, named: Mapping[str, Tensor]) -> None:
-    """Name the first value that made a row's residual or weight unsound; the slow path."""
+    """Raise DataError naming the first bad value; slow, called only after the check failed."""
     rule, bad_N = "a row's inputs must stay finite in float64 when combined", ~sound_N
     received: object = "an overflow"
     for name, values in named.items():

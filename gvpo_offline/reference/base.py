@@ -1,8 +1,8 @@
-"""The policy's own base as reference: scored by the model that a run has loaded already.
+"""The policy's base model as reference, scored by the model that a training run has loaded.
 
-A policy that is an adapter has its reference inside: its base, which is what it computes with the
-adapter switched off. The same holds of a policy whose weights are all trained, before its first
-step. So no second model is needed, and no command before `train`.
+With its adapter disabled, a LoRA policy computes the log-probs of its base model. A policy whose
+weights are all trained is its own base before the first step. So `train --reference base` needs no
+second model and no command before it.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ def base_reference(
     rank: int = 0,
     world_size: int = 1,
 ) -> str:
-    """Have a dataset hold log-probs under the base of a policy; free if it does.
+    """Score a dataset under the base model of a policy, unless the dataset has these log-probs.
 
-    The stage is that of `gvpo-offline reference`, which would find everything done afterwards: it
-    goes on where it was cut off, and ranks share its files out. Every rank has to call.
+    This runs the stage of `gvpo-offline reference`: it resumes after an interruption, its files are
+    distributed over the ranks, and the command would find everything done afterwards. Every rank
+    must call this.
 
     Args:
-        model: the policy, as it was loaded; an adapter on it is switched off meanwhile.
-        tokenizer: the policy's.
-        config: as for `run_reference`; names the dataset, and the base.
-        device: where to compute; the model is back where it was afterwards.
-        rank, world_size: this process among those that train.
+        model: the policy as it was loaded; its adapter, if any, is disabled while scoring.
+        tokenizer: the policy's tokenizer.
+        config: as for `run_reference`; names the dataset and the base model.
+        device: the device to compute on; afterwards the model is on its former device.
+        rank, world_size: of the training run.
 
     Returns:
-        The reference's fingerprint.
+        The fingerprint of the reference.
 
     Raises:
-        ConfigError: the dataset is no folder that can be written to; or ranks differ in how they
-            compute.
-        GVPOError: as `run_reference`; what one rank meets, every rank raises.
+        ConfigError: the dataset is not a writable local folder, or ranks compute log-probs with
+            different layouts or attention implementations.
+        GVPOError: as `run_reference`; an error of one rank is raised on every rank.
     """
     engine = EngineSettings(
         shard=f"{rank}/{world_size}", show_progress=config.show_progress and rank == 0
@@ -60,7 +61,7 @@ def base_reference(
     found = gather_results(lambda: _score_on(device, model, tokenizer, config, engine))
     if len(set(found)) > 1:
         raise ConfigError(
-            "all ranks compute the reference in one way",
+            "all ranks score the reference with the same layout and attention implementation",
             received=f"fingerprints {', '.join(each[:12] for each in found)}",
             remedy="use machines of one kind, or set layout and attn_implementation",
         )
@@ -76,10 +77,10 @@ def _score_on(
 ) -> str:
     if Path(config.dataset).is_file() or is_url(config.dataset):
         raise ConfigError(
-            f"reference: {BASE} scores a dataset's folder on this machine",
+            f"reference: {BASE} needs a dataset in a local folder, to store log-probs in it",
             received=config.dataset,
-            remedy="score a copy with `gvpo-offline reference` and name that reference, or leave "
-            "`reference` out for a file that brings its own",
+            remedy="score a local copy with `gvpo-offline reference` and pass the name of that "
+            "reference, or leave `reference` out if the file contains reference log-probs",
         )
     dataset = open_dataset(config.dataset, join=())
     before, training = next(model.parameters()).device, model.training

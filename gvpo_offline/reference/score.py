@@ -70,14 +70,13 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
         engine: where; by default in this process. Other workers load the model for themselves.
 
     Returns:
-        The manifest that holds the reference; None where other shards of the work are still to be
-        done.
+        The manifest with the reference; None if other shards (`shard: i/n`) are not done yet.
 
     Raises:
         ConfigError: the model or its tokenizer cannot be loaded.
         IntegrityError: the tokenizer is not the dataset's, or a shard is damaged.
         DataError: the model gives a log-prob that is not finite; names file and group.
-        StorageError: no room; what is committed stays.
+        StorageError: the disk is full; committed files stay.
     """
     engine = engine or EngineSettings(show_progress=config.show_progress)
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
@@ -86,9 +85,7 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
 
 
 class Scored(NamedTuple):
-    """A reference's fingerprint, and the manifest that holds it, or None while shards of the work
-    are still to be done by others.
-    """
+    """A reference's fingerprint, and the manifest with it; None while shards are not done."""
 
     fingerprint: str
     manifest: Manifest | None
@@ -101,14 +98,14 @@ def score(
     config: ReferenceConfig,
     engine: EngineSettings,
 ) -> Scored:
-    """`run_reference` for an open dataset and a model from wherever it is.
+    """`run_reference` for an open dataset and a model that the caller provides.
 
     Args:
-        dataset: what to score.
-        load: gives the model, on its device, dropout off; called once in this process.
-        tokenizer: the model's.
-        config: how; workers of other processes load the model that it names.
-        engine: where.
+        dataset: the dataset to score.
+        load: returns the model, on its device, with dropout off; called once in this process.
+        tokenizer: the model's tokenizer.
+        config: the settings; other worker processes load the model that it names.
+        engine: where the tasks run.
     """
     model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
@@ -126,7 +123,7 @@ def score(
     stage = _ReferenceStage(dataset, config, family, scorer if here else None)
     del model, scorer
     if not here and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # workers have models of their own; this one makes room
+        torch.cuda.empty_cache()  # free the memory for the models of the workers
     records = run_stage(stage, engine)
     if records is None:
         return Scored(family.fingerprint, None)
@@ -136,7 +133,7 @@ def score(
 
 
 def _family(facts: PolicyFacts, model: nn.Module, name: str) -> ReferenceFamily:
-    """The reference that a model is, without its files; its fingerprint leaves out its name."""
+    """The manifest entry of a reference, without files; its fingerprint excludes the name."""
     described = {
         **{name: value for name, value in asdict(facts).items() if name != "n_embeddings"},
         "model_class": type(model).__name__,
@@ -149,26 +146,25 @@ def _family(facts: PolicyFacts, model: nn.Module, name: str) -> ReferenceFamily:
 def _check_writable(root: Path) -> None:
     if not os.access(root, os.W_OK):
         raise ConfigError(
-            "log-probs are kept in the dataset's folder",
-            received="a folder that cannot be written to",
-            remedy="score the dataset where it can be written to, with `gvpo-offline reference`, "
-            "or copy it",
+            "reference log-probs are stored in the dataset's folder",
+            received="a folder that is not writable",
+            remedy="score a writable copy of the dataset with `gvpo-offline reference`",
             file=root,
         )
 
 
 def _held(dataset: GroupDataset, family: ReferenceFamily) -> bool:
-    """Whether the dataset has the reference already; merging and compacting carry it along."""
+    """Whether the dataset has this reference for all groups, also after a merge or a compaction."""
     held = [f for f in dataset.manifest.references if f.fingerprint == family.fingerprint]
     for sidecar in held[0].files if held else ():
         verify_file(dataset.folder, sidecar.file)
     if held:
-        logger.info("reference %s is in the dataset already", family.fingerprint[:12])
+        logger.info("the dataset already has reference %s", family.fingerprint[:12])
     return bool(held)
 
 
 def _load(config: ReferenceConfig) -> nn.Module:
-    """The model, ready to score."""
+    """Load the model on its device, with dropout off."""
     compute_dtype = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     model = load_policy(config, default_device(use_cpu=config.use_cpu), compute_dtype)
     disable_dropout(model)
@@ -176,13 +172,14 @@ def _load(config: ReferenceConfig) -> nn.Module:
 
 
 class _ReferenceStage:
-    """Scores one file of groups a task; see `workers.stage.Stage`.
+    """A stage whose task scores one groups file; see `workers.stage.Stage`.
 
     Args:
-        dataset: what to score.
-        config: under which model.
-        family: the reference.
-        scorer: the model where it is loaded already, and then shows how far it is in a file.
+        dataset: the dataset to score.
+        config: the settings, which name the model.
+        family: the manifest entry of the reference.
+        scorer: the loaded model if tasks run in this process, which then shows a progress bar per
+            file; None: `start` loads the model.
     """
 
     unit = "groups"
@@ -203,14 +200,15 @@ class _ReferenceStage:
         self._show_file = config.show_progress and scorer is not None
 
     def tasks(self) -> Sequence[Task]:
-        """One for each file, named by its hash."""
+        """One task per groups file, named by the file's hash."""
         return [Task(b.sha256[:_NAME_DIGITS], b.rows) for b in self._dataset.manifest.groups]
 
     def start(self) -> None:
         """Load the model.
 
         Raises:
-            ConfigError: here, it would be computed in another way than where the run began.
+            ConfigError: this worker would use another layout or attention implementation than the
+                process that started the run.
         """
         if self._scorer is not None:
             return
@@ -219,9 +217,9 @@ class _ReferenceStage:
         expected = (self._family.layout, self._family.attn_implementation)
         if (path.layout, path.attention) != expected:
             raise ConfigError(
-                f"every worker computes log-probs with {expected[0]} layout and {expected[1]}",
-                received=f"{path.layout} and {path.attention} on this machine",
-                remedy="use machines of one kind, the one that starts the run included, or set "
+                f"all workers compute with layout {expected[0]} and attention {expected[1]}",
+                received=f"layout {path.layout} and attention {path.attention} on this machine",
+                remedy="use machines of one kind, including the one that starts the run, or set "
                 "layout and attn_implementation",
             )
 
@@ -265,7 +263,7 @@ def _publish(root: Path, family: ReferenceFamily, config: ReferenceConfig) -> Ma
     def build(newest: Manifest | None) -> Manifest | None:
         assert newest is not None  # the dataset was opened from it
         if family in newest.references:
-            logger.info("reference %s is in the dataset already", family.fingerprint[:12])
+            logger.info("the dataset already has reference %s", family.fingerprint[:12])
             return None
         others = [f for f in newest.references if f.fingerprint != family.fingerprint]
         return newest.model_copy(
@@ -276,7 +274,7 @@ def _publish(root: Path, family: ReferenceFamily, config: ReferenceConfig) -> Ma
 
 
 class _Scorer:
-    """Log-probs of groups under one model, in the order of the groups."""
+    """Computes the log-probs of groups under one model."""
 
     def __init__(self, model: nn.Module, config: ReferenceConfig) -> None:
         self._model = model
@@ -290,7 +288,7 @@ class _Scorer:
 
     @property
     def path(self) -> ComputePath:
-        """How groups are laid out for the model."""
+        """The layout and kernels that the probe chose."""
         return self._engine.path
 
     def table(self, groups: Sequence[Group], file: Path) -> pa.Table:
@@ -307,7 +305,7 @@ class _Scorer:
                     raise DataError(
                         "a reference log-prob is a finite number",
                         received=sums[index].tolist(),
-                        remedy="check the model: its logits overflow or are no numbers",
+                        remedy="check the model: its logits overflow or are NaN",
                         file=file,
                         group=group.group_id,
                     )
@@ -321,7 +319,7 @@ class _Scorer:
 
 
 def _sums(group: Group, tokens: Sequence[TokenLogprobs]) -> FloatArray:
-    """Over the tokens that count, in float64, as the trainer sums them."""
+    """Sums over the tokens that the loss mask counts, in float64, as in training. (k,)"""
     if group.loss_mask is not None:
         tokens = [own[mask] for own, mask in zip(tokens, group.loss_mask, strict=True)]
     return np.array([own.sum(dtype=np.float64) for own in tokens])

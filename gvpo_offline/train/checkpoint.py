@@ -1,9 +1,9 @@
-"""Checkpoints that are whole, and of this very run.
+"""Sealed checkpoints: complete, and bound to the run that wrote them.
 
-transformers writes a checkpoint file by file. A mark is written first and the seal last: a folder
-with the mark alone was cut off and does not exist as far as resuming goes; one with neither is
-somebody else's and is left as it is. The seal also holds the run's identity, so that a run
-continues exactly or says why it cannot.
+transformers writes a checkpoint file by file. Here a marker file is written first and the seal
+last. A folder with a marker and no seal is an interrupted save and is ignored when resuming; a
+folder with neither was written by another program and is never touched. The seal also holds the
+run's identity, so that a run either continues exactly or reports what differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUN_FILE = "gvpo_run.json"
 _BEGUN_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"
-# What a run may leave before its first checkpoint, and the trials from which its rate was chosen.
+# What a run may write before its first checkpoint, and the trials of `tune`.
 _HARMLESS = {RUN_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _HASH = re.compile(r"^'[0-9a-f]{64}'$")
@@ -34,7 +34,7 @@ Identity = Mapping[str, Mapping[str, Any]]
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The checkpoint folders under `output_dir`, oldest step first, sealed or not."""
+    """The checkpoint folders under `output_dir`, sealed or not, in ascending order of step."""
     if not output_dir.is_dir():
         return []
     found = [(int(m.group(1)), p) for p in output_dir.iterdir() if (m := _FOLDER.match(p.name))]
@@ -42,22 +42,22 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the checkpoint was written to its end."""
+    """Whether the checkpoint is complete."""
     return (folder / SEAL_NAME).is_file()
 
 
 def begin(folder: Path) -> None:
-    """Mark a new checkpoint's folder as being written; an older one of the same step goes.
+    """Create and mark the folder of a new checkpoint; remove an older one of the same step.
 
     Raises:
-        ConfigError: the folder was not written by a run of ours.
+        ConfigError: the folder exists and was not written by this package.
     """
     for gone in folder.parent.glob(".checkpoint-*.tmp"):
         shutil.rmtree(gone)
     if folder.exists():
         if not (is_sealed(folder) or _is_cut_off(folder)):
             raise ConfigError(
-                "a checkpoint's folder does not exist yet",
+                "the folder of a new checkpoint does not exist yet",
                 received="a folder that this package did not write",
                 remedy="move it away, or choose another output_dir",
                 file=folder,
@@ -68,14 +68,14 @@ def begin(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # By another name first: killed half-way, it must be neither a checkpoint nor a stranger.
+    # Renamed first: if the removal is interrupted, the rest must not look like a checkpoint.
     doomed = temporary_name(folder.parent, folder.name)
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def _is_cut_off(folder: Path) -> bool:
-    """Whether the folder is what an interrupted save of ours left."""
+    """Whether the folder holds an interrupted save of this package."""
     entries = {path.name for path in folder.iterdir()}
     return SEAL_NAME not in entries and (_BEGUN_NAME in entries or not entries)
 
@@ -88,14 +88,14 @@ def seal(
     taken: Mapping[str, Any] | None = None,
     resumable: bool = True,
 ) -> None:
-    """Flush the checkpoint's files to disk, then mark it whole.
+    """Flush the checkpoint's files to disk, then write the seal.
 
     Args:
-        folder: what `begin` marked and transformers filled.
-        step: optimizer steps done.
-        identity: what a run must have in common with this one to continue it.
-        taken: how the ranks held the model; see `elastic`.
-        resumable: False if the optimizer's state was left out on demand.
+        folder: the folder that `begin` marked and transformers filled.
+        step: number of optimizer steps done.
+        identity: the settings that a resumed run must share.
+        taken: the ranks' `resharding.sharding_state`.
+        resumable: False if the optimizer state was not saved (save_only_model).
     """
     begun = folder / _BEGUN_NAME
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != begun)
@@ -126,11 +126,12 @@ def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
-        output_dir: the run's folder.
-        wanted: True for the newest whole checkpoint, "auto" for the same or None, or a folder.
+        output_dir: the folder of the run.
+        wanted: True: the newest complete checkpoint; "auto": the same, or None if there is none;
+            or the folder of a checkpoint.
 
     Raises:
-        ResumeError: there is none, or the named one was cut off or altered.
+        ResumeError: there is none, or the named one is incomplete or was altered.
     """
     if wanted is True or wanted == "auto":
         whole = [folder for folder in checkpoint_folders(output_dir) if is_sealed(folder)]
@@ -138,7 +139,7 @@ def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path | None:
             return None
         if not whole:
             raise ResumeError(
-                "resuming needs a checkpoint that was written to its end",
+                "resuming needs a complete checkpoint",
                 received="none",
                 remedy="start without resume_from_checkpoint, or with auto",
                 file=output_dir,
@@ -148,9 +149,9 @@ def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path | None:
         folder = Path(str(wanted))
         if not is_sealed(folder):
             raise ResumeError(
-                f"a checkpoint that was written to its end holds {SEAL_NAME}",
+                f"a complete checkpoint contains {SEAL_NAME}",
                 received="no such file" if folder.is_dir() else "no such folder",
-                remedy="name another checkpoint, or pass true for the newest whole one",
+                remedy="name another checkpoint, or pass true for the newest complete one",
                 file=folder,
             )
     _check_files(folder)
@@ -165,7 +166,7 @@ def _read_seal(folder: Path) -> dict[str, Any]:
         return {**found, "taken": content.get("taken")}
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(
-            "a checkpoint's seal is the JSON that was written",
+            "the seal of a checkpoint is valid JSON with identity and files",
             received=f"{type(error).__name__}: {error}",
             remedy="resume from another checkpoint",
             file=path,
@@ -176,9 +177,9 @@ def _check_files(folder: Path) -> None:
     content = _read_seal(folder)
     if not content["resumable"]:
         raise ResumeError(
-            "a run resumes from weights and the optimizer's state",
+            "resuming needs weights and optimizer state",
             received="weights alone (save_only_model)",
-            remedy="begin a new run from them, with model_name_or_path set to this folder",
+            remedy="start a new run from the weights: set model_name_or_path to this folder",
             file=folder,
         )
     for name, size in content["files"].items():
@@ -194,13 +195,13 @@ def _check_files(folder: Path) -> None:
 
 
 def read_sharding_state(folder: Path) -> dict[str, Any] | None:
-    """How the ranks of a whole checkpoint held the model; None: its seal does not say."""
+    """The `sharding_state` of a complete checkpoint; None if its seal has none."""
     taken: dict[str, Any] | None = _read_seal(folder)["taken"]
     return taken
 
 
 def check_identity(folder: Path, identity: Identity) -> None:
-    """Raise ResumeError, listing what differs, unless the checkpoint is of this very run."""
+    """Raise ResumeError, listing the differences, unless the checkpoint is of this run."""
     saved = _read_seal(folder)["identity"]
     now = json.loads(json.dumps(identity))
     differences = []
@@ -213,9 +214,9 @@ def check_identity(folder: Path, identity: Identity) -> None:
         ]
     if differences:
         raise ResumeError(
-            "a run resumes with the data and settings it began with",
+            "a run resumes with the data and settings that it started with",
             received="; ".join(differences),
-            remedy="restore them; or begin a new run from the checkpoint's weights, with "
+            remedy="restore them; or start a new run from the checkpoint's weights, with "
             "model_name_or_path set to its folder and another output_dir",
             file=folder,
         )
@@ -227,10 +228,10 @@ def _shown(value: Any) -> str:
 
 
 def refuse_leftovers(output_dir: Path) -> None:
-    """Raise ConfigError if a new run would write among what something else left.
+    """Raise ConfigError unless `output_dir` is free for a new run.
 
-    No hindrance: a checkpoint that was cut off (it does not exist), the settings of a run that did
-    not come to its first checkpoint, loggers' folders.
+    Interrupted checkpoints, the settings of a run without a checkpoint, and the folders of loggers
+    are allowed.
     """
     entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     leftovers = [
@@ -251,10 +252,10 @@ def refuse_leftovers(output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def save_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk during a save into a StorageError and remove what was begun.
+    """Turn a full disk during a save into a StorageError and remove the incomplete checkpoint.
 
-    The libraries that write weights and optimizer state report a full disk each in its own way, so
-    the disk itself is asked.
+    The libraries that write weights and optimizer state report a full disk in different ways, so
+    free space is probed after any error.
     """
     try:
         with storage_errors(folder):
@@ -269,13 +270,13 @@ def save_errors(folder: Path) -> Iterator[None]:
         raise StorageError(
             "there must be room on the disk for what is written",
             received=f"none ({type(error).__name__})",
-            remedy="free some space and resume: the earlier checkpoints are whole",
+            remedy="free some space and resume: the earlier checkpoints are complete",
             file=folder,
         ) from error
 
 
 def _has_room(folder: Path) -> bool:
-    """Whether some megabytes can still be written: no full disk, no quota, no file-size limit."""
+    """Whether some megabytes can be written: the disk, a quota and file-size limits allow it."""
     probe = temporary_name(folder, "probe")
     try:
         with probe.open("wb") as file:

@@ -1,6 +1,7 @@
-"""A Trainer whose checkpoints are whole, and of the very run that they are resumed in.
+"""A Trainer that writes sealed checkpoints and resumes from sealed checkpoints of the same run.
 
-What that means, and the files, stand in `checkpoint`; here it is made to happen on all ranks.
+`checkpoint` defines the files of a sealed checkpoint; this module writes and reads them on all
+ranks.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from gvpo_offline.train.resharding import check_sharding_state, sharding_state
 
 
 class CheckpointingTrainer(ShardedTrainer):
-    """A Trainer that seals its checkpoints, and resumes from sealed ones of the same run."""
+    """A Trainer that seals its checkpoints and resumes from sealed ones of the same run."""
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint of this run continues: data, objective, model, optimization."""
+        """The settings that a resumed run must share: data, objective, model, optimization."""
         raise NotImplementedError
 
     def found_checkpoint(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to begin with, or None; errors as `GVPOTrainer.train`."""
+        """The checkpoint to resume from, or None; errors as `GVPOTrainer.train`."""
         output_dir = Path(self.args.output_dir)
         checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
         if checkpoint is None:
@@ -47,7 +48,7 @@ class CheckpointingTrainer(ShardedTrainer):
         return checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers, then sealed; older checkpoints go only once the new one is whole."""
+        """Save as transformers does, then seal; older checkpoints are removed after that."""
         output_dir = Path(self._get_output_dir(trial=trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,14 +13,10 @@ from torch import Tensor
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.losses import GroupStatistics
+from gvpo_offline.losses import GroupLoss, GroupStatistics, group_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-from typing import Any
-
-from gvpo_offline.losses import GroupLoss, group_loss
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,8 @@ class Objective:
         beta: reward per nat.
         loss_type: as `losses.LOSS_TYPES`.
         anchor: as `gvpo_loss`.
-        response_weights: "equal", or "inverse_length": f = 1 / counted tokens of a response, as
-            `gvpo_loss` weighs squares.
+        response_weights: "equal", or "inverse_length": `gvpo_loss` with f = 1 / (number of tokens
+            of the response that count).
     """
 
     beta: float
@@ -44,11 +40,11 @@ class Objective:
         """The loss of whole groups.
 
         Args:
-            logprobs_N: (N,) the policy's, nats, response after response.
-            groups: whose responses they are.
+            logprobs_N: (N,) the policy's log-prob of each response, nats, in the order of groups.
+            groups: the groups of these responses.
 
         Raises:
-            DataError: as `group_loss`; it names the group by its id.
+            DataError: as `group_loss`; names the group by its id.
         """
         own = LossInputs.of(groups)
         more: dict[str, Any] = {}
@@ -79,7 +75,7 @@ class Objective:
 
 
 def _counted_tokens(groups: Sequence[Group]) -> Tensor:
-    """Tokens of each response that count, (N,) float64."""
+    """Number of tokens of each response that the loss mask counts, (N,) float64."""
     counts = [
         len(ids) if group.loss_mask is None else int(group.loss_mask[i].sum())
         for group in groups
@@ -89,14 +85,14 @@ def _counted_tokens(groups: Sequence[Group]) -> Tensor:
 
 
 class StepMeter:
-    """Sums since the last `drain`: statistics of the groups, tokens, and time spent on data."""
+    """Sums since the last `drain`: group statistics, tokens, and time spent waiting for data."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.clear()
 
     def clear(self) -> None:
-        """Begin again."""
+        """Reset all sums."""
         self._statistics = GroupStatistics.zeros(self._device)
         self._entropy = torch.zeros(2, dtype=torch.float64, device=self._device)
         self._tokens = 0
@@ -104,28 +100,29 @@ class StepMeter:
         self._since = time.perf_counter()
 
     def add(self, statistics: GroupStatistics) -> None:
-        """Count one micro-batch's groups."""
+        """Add the statistics of one micro-batch."""
         self._statistics = self._statistics + statistics
 
     def add_entropy(self, entropy_M: Tensor) -> None:
-        """Count the entropies of (M,) scored tokens, nats."""
+        """Add the entropies of (M,) scored tokens, nats."""
         own = entropy_M.to(self._entropy)
         self._entropy += torch.stack([own.sum(), torch.ones_like(own).sum()])
 
     def add_tokens(self, tokens: int) -> None:
-        """Count tokens, each prompt once."""
+        """Add a number of tokens, each prompt counted once."""
         self._tokens += tokens
 
     def add_wait(self, seconds: float) -> None:
-        """Count time in which the device waited for data."""
+        """Add seconds in which the device waited for data."""
         self._waited += seconds
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics over all ranks since the last call; every rank has to call.
+        """The metrics over all ranks since the last call; every rank must call this.
 
-        Beside those of `GroupStatistics.metrics` (but the loss, which transformers logs):
-        `tokens_per_second` (prompt counted once per group, all ranks) and `data_wait_share` (of the
-        wall time, mean over ranks); `entropy` (nats, mean over scored tokens) if it was counted.
+        Those of `GroupStatistics.metrics` except the loss, which transformers logs, plus
+        `tokens_per_second` (over all ranks, each prompt counted once per group), `data_wait_share`
+        (share of wall time, mean over ranks), and `entropy` (nats, mean over scored tokens) if
+        entropies were added.
         """
         wall = max(time.perf_counter() - self._since, 1e-9)
         own = self._statistics.to_tensor()
@@ -143,20 +140,20 @@ class StepMeter:
 
 
 class ReferenceMeter:
-    """Log-ratios of the responses of the first step: the largest, and their mean, in size."""
+    """The largest and the mean |log-ratio| over the responses of the first step."""
 
     def __init__(self, device: torch.device) -> None:
         self._largest = torch.zeros((), dtype=torch.float64, device=device)
         self._total = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, log_ratios: Tensor) -> None:
-        """Count (R,) log-ratios, nats."""
+        """Add (R,) log-ratios, nats."""
         sizes = log_ratios.detach().abs().to(self._total)
         self._largest = torch.maximum(self._largest, sizes.max())
         self._total += torch.stack([sizes.sum(), torch.ones_like(sizes).sum()])
 
     def result(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Largest and mean |log-ratio| over all ranks, nats; every rank has to call."""
+        """Largest and mean |log-ratio| over all ranks, nats; every rank must call this."""
         largest = accelerator.gather(self._largest.reshape(1)).max()
         total = reduced_sum(accelerator, self._total)
         return float(largest), float(total[0] / total[1])
@@ -170,12 +167,12 @@ def reduced_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LossInputs:
-    """What a loss takes of groups, R responses in all, on the CPU.
+    """The constant inputs of a loss for groups with R responses in all, on the CPU.
 
     Attributes:
-        group_index: (R,) int64, which of the groups a response belongs to.
-        rewards: (R,) float64; empty (0,) where groups have none.
-        ref_seq_logprobs: (R,) float64, nats; empty (0,) where groups have none.
+        group_index: (R,) int64, the index of each response's group.
+        rewards: (R,) float64; shape (0,) if the groups have none.
+        ref_seq_logprobs: (R,) float64, nats; shape (0,) if the groups have none.
     """
 
     group_index: Tensor
@@ -184,7 +181,7 @@ class LossInputs:
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> LossInputs:
-        """The constants of at least one group.
+        """The inputs of at least one group.
 
         Raises:
             DataError: some groups have rewards or reference log-probs and others do not.

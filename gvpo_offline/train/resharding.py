@@ -1,4 +1,4 @@
-"""Which checkpoints a run can go on from, by how its ranks held the model when they were taken."""
+"""Whether a run may resume a checkpoint that was saved with another number of ranks or backend."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 ShardingState = Mapping[str, Any]
 _NEW_RUN = (
-    "or begin a new run from its weights, with model_name_or_path set to its folder and another "
+    "or start a new run from its weights, with model_name_or_path set to its folder and another "
     "output_dir"
 )
 
 
 def sharding_state(accelerator: Accelerator) -> dict[str, Any]:
-    """What a checkpoint's seal says of the ranks that took it, as plain data.
+    """How the ranks of this run hold model and optimizer, as stored in a checkpoint's seal.
 
-    `backend`: `replicated` (one process, or DDP), `fsdp2`, or `zero-N` (DeepSpeed); `state`: how
-    FSDP2 keeps it, `sharded` or `full`; `world_size`.
+    Keys: `backend`: `replicated` (one process, or DDP), `fsdp2` or `zero-N` (DeepSpeed); `state`:
+    FSDP2's state dict type, `sharded` or `full`; `world_size`.
     """
     state = accelerator.state
     backend, kept = "replicated", None
@@ -35,32 +35,32 @@ def sharding_state(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def check_sharding_state(folder: Path, saved: ShardingState | None, now: ShardingState) -> None:
-    """Raise ResumeError unless ranks as they are now can take over.
+    """Raise ResumeError unless this run's ranks can load the checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        saved: what its seal says; None: nothing.
-        now: `sharding_state` of this run.
+        folder: the folder of the checkpoint.
+        saved: the `sharding_state` in its seal, or None if it has none.
+        now: the `sharding_state` of this run.
     """
     if saved is None:
         return
     if saved["backend"] != now["backend"]:
         raise ResumeError(
-            "a checkpoint resumes with the backend that took it",
+            "a checkpoint resumes with the backend that saved it",
             received=f"{_shown(saved)} then, {_shown(now)} now",
             remedy=f"{_again(saved)}; {_NEW_RUN}",
             file=folder,
         )
     if saved["state"] != now["state"]:
         raise ResumeError(
-            "FSDP2 resumes from state kept as it is configured to keep it",
+            "FSDP2 resumes with the state dict type that saved the checkpoint",
             received=f"{saved['state']} then, {now['state']} now",
             remedy=f"set state_dict_type to {saved['state'].upper()}_STATE_DICT",
             file=folder,
         )
     if saved["backend"].startswith("zero-") and saved["world_size"] != now["world_size"]:
         raise ResumeError(
-            "a DeepSpeed checkpoint resumes on as many ranks as it was taken on",
+            "a DeepSpeed checkpoint resumes on the number of ranks that saved it",
             received=f"{saved['world_size']} then, {now['world_size']} now",
             remedy=f"launch {saved['world_size']} ranks; {_NEW_RUN}; FSDP2 and DDP resume on any "
             "number",

@@ -1,8 +1,8 @@
-"""`GVPOTrainer`: transformers' Trainer on groups.
+"""`GVPOTrainer`: a transformers Trainer whose batches are groups.
 
-Ours are the step dataset, the loop over a step's micro-batches, the loss, what is checked before
-the first update, and what is watched after it. Optimizers, schedulers, loggers, callbacks, PEFT,
-mixed precision and distribution are transformers' and accelerate's.
+This class adds the step dataset, the loop over the micro-batches of a step, the loss, the checks
+before the first update, and warnings during training. Optimizers, schedulers, loggers, callbacks,
+PEFT, mixed precision and distribution are those of transformers and accelerate.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ class GVPOTrainer(CheckpointingTrainer):
             float32).
         args: the configuration.
         train_dataset: a dataset's folder, a Parquet file or `datasets.Dataset` in the group shape,
-            what `open_dataset` returns, or `DatasetSettings`; a list or dictionary of such is a
-            mix, in which each has the share that its `weight` says.
+            the result of `open_dataset`, or `DatasetSettings`; a list or dictionary of these is a
+            mix, in which each dataset has a share proportional to its `weight`.
         eval_dataset: likewise; default: `args.eval_fraction` of each training dataset.
-        processing_class: the policy's tokenizer, compared with the one that made the token ids and
+        processing_class: the policy's tokenizer. It must be the one that made the token ids, and is
             saved with the model.
         callbacks: transformers callbacks.
-        optimizers: an optimizer and a scheduler instead of those that `args` describe.
+        optimizers: an optimizer and a scheduler that replace those of `args`.
         peft_config: train this PEFT adapter instead of the whole model.
 
     Raises:
-        DataError, ConfigError, IntegrityError: something about data, settings or files; before any
+        DataError, ConfigError, IntegrityError: data, settings or files are invalid; raised before
             training.
     """
 
@@ -95,7 +95,7 @@ class GVPOTrainer(CheckpointingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = copy.copy(args or GVPOConfig())  # max_steps is set below; the caller's stay
+        args = copy.copy(args or GVPOConfig())  # max_steps is set below, not in the caller's object
         self._scratch = scratch_folder(self)
         self.data = raise_together(
             lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
@@ -146,15 +146,16 @@ class GVPOTrainer(CheckpointingTrainer):
         """Check data and reference, then train.
 
         Args:
-            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, "auto" for
-                the same if there is one, or the folder of one. The run continues exactly or not at
-                all: bit for bit on like devices, up to rounding on another number of ranks.
-            kwargs: as transformers' Trainer.
+            resume_from_checkpoint: True: the newest complete checkpoint in `output_dir`; "auto":
+                the same if there is one, else a new run; or the folder of a checkpoint. A resumed
+                run is bit-identical on devices of the same kind, and identical up to rounding on
+                another number of ranks; otherwise it is refused.
+            kwargs: as for transformers' Trainer.
 
         Raises:
-            ResumeError: the checkpoint was cut off, or is of other data or settings.
+            ResumeError: the checkpoint is incomplete, or belongs to other data or settings.
             IntegrityError: a file was altered, or the reference is not the policy's.
-            StorageError: no room for a checkpoint; the earlier ones stay.
+            StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
         checkpoint = broadcast_from_rank0(lambda: self.found_checkpoint(resume_from_checkpoint))
         self.preflight()
@@ -165,10 +166,13 @@ class GVPOTrainer(CheckpointingTrainer):
         )
 
     def preflight(self, *, say: bool = True) -> list[Survey]:
-        """Verify the files and look at what the run trains on; one survey per dataset.
+        """Verify the files and summarise the training data.
 
         Args:
-            say: log on the main process what was found.
+            say: log the summary on the main process.
+
+        Returns:
+            One survey per training dataset.
         """
         verify(self.data.datasets(), content=self.args.verify == "full")
         if self.args.loss_type == "topr":
@@ -182,7 +186,7 @@ class GVPOTrainer(CheckpointingTrainer):
         )
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint of this run continues: data, objective, model, optimization."""
+        """The settings that a resumed run must share: data, objective, model, optimization."""
         return run_identity(self.data, self.args, self._model_identity)
 
     def _start_reference_check(self) -> ReferenceMeter | None:
@@ -191,7 +195,7 @@ class GVPOTrainer(CheckpointingTrainer):
             return ReferenceMeter(float64_device(self.args.device))
         if self.args.reference_check == "auto":
             logger.info(
-                "the policy's weights are not the reference's (%s): log-ratios do not start at 0",
+                "the policy is not the reference (%s): log-ratios do not start at 0",
                 self.data.reference.model_name_or_path,
             )
         return None
@@ -199,7 +203,7 @@ class GVPOTrainer(CheckpointingTrainer):
     # ---- steps ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """A loader whose batch s is this rank's share of step s; not sharded any further."""
+        """A loader whose batch s is this rank's share of step s; not sharded by accelerate."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
             ReadAhead(self.train_dataset, self.args.read_ahead),
@@ -214,7 +218,7 @@ class GVPOTrainer(CheckpointingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """The next step's share, timed."""
+        """This rank's share of the next step; measures the time spent waiting for it."""
         started = time.perf_counter()
         samples = [item for _, item in zip(range(num_batches), epoch_iterator, strict=False)]
         self._meter.add_wait(time.perf_counter() - started)
@@ -229,8 +233,8 @@ class GVPOTrainer(CheckpointingTrainer):
         """Accumulate the gradient of one optimizer step, micro-batch by micro-batch.
 
         Returns:
-            Scalar: this rank's part of the step's loss times the number of ranks, so that the mean
-            over ranks, of losses as of gradients, is the mean over the step's groups.
+            Scalar: this rank's part of the step's loss times the number of ranks. The mean over
+            ranks of this loss, and of its gradient, is then the mean over the step's groups.
         """
         share: StepShare = inputs["share"]
         model.train()
@@ -240,7 +244,7 @@ class GVPOTrainer(CheckpointingTrainer):
         total = torch.zeros((), device=self.args.device)
         last = len(share.micro_batches) - 1
         for number, micro_batch in enumerate(share.micro_batches):
-            # Ranks exchange gradients once a step, with the last micro-batch; DeepSpeed then steps.
+            # Ranks reduce gradients once per step, at the last micro-batch, where DeepSpeed steps.
             sync = number == last
             self.accelerator.gradient_state._set_sync_gradients(sync)
             with contextlib.nullcontext() if sync else self.gradients_stay(model):
@@ -254,7 +258,7 @@ class GVPOTrainer(CheckpointingTrainer):
         return total
 
     def _accumulate(self, model: nn.Module, micro_batch: MicroBatch, scale: float) -> Tensor:
-        """Add the gradient of a micro-batch's sum of losses, times `scale`; returns that sum."""
+        """Accumulate the gradient of a micro-batch's summed loss times `scale`; return it."""
         groups, passes = micro_batch
 
         def objective(logprobs: Tensor) -> Tensor:
@@ -270,11 +274,11 @@ class GVPOTrainer(CheckpointingTrainer):
         )
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """What transformers counts a step as, in its summary: groups."""
+        """The batch size in groups, which transformers prints in its summary."""
         return self.args.groups_per_step
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x parameters x tokens as laid out, as transformers estimates it."""
+        """6 x parameters x laid-out tokens, the estimate that transformers uses."""
         share: StepShare = inputs["share"]
         layout = self.engine.cost.layout
         tokens = sum(shape_of(group).tokens(layout) for group in share.groups)
@@ -287,7 +291,7 @@ class GVPOTrainer(CheckpointingTrainer):
         self.state.num_input_tokens_seen += int(reduced_sum(self.accelerator, own))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the steps since the last line to transformers' own."""
+        """Add the metrics since the previous log line to those of transformers."""
         if "loss" in logs:
             draws = min(self.state.global_step * self.args.groups_per_step, self.data.n_draws)
             logs = {**logs, **self._meter.drain(self.accelerator), **self.data.epochs_at(draws)}
@@ -301,13 +305,13 @@ class GVPOTrainer(CheckpointingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Metrics of held-out groups; several datasets are told apart by their name in the key.
+        """Metrics of held-out groups; with several datasets, keys contain the dataset's name.
 
         Args:
-            eval_dataset: a name among those given (its keys then go without the name), or a
+            eval_dataset: the name of one held-out dataset (its keys then omit the name), or a
                 dataset; default: all held-out groups.
-            ignore_keys: no meaning here.
-            metric_key_prefix: first part of each key.
+            ignore_keys: ignored.
+            metric_key_prefix: prefix of each key.
         """
         self.check_can_evaluate()
         chosen = self._chosen_held_out(eval_dataset)

@@ -291,13 +291,13 @@ def test_what_one_rank_meets_ends_all(
 def test_bases_that_cannot_be_scored(
     unscored: Path, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="a dataset's folder on this machine"):
+    with pytest.raises(ConfigError, match="a dataset in a local folder"):
         train(tiny_model_dir, "s3://bucket/data", tmp_path / "run")
     file = next((unscored / "groups").glob("*.parquet"))
-    with pytest.raises(ConfigError, match=r"a dataset's folder.*\.parquet.*brings its own"):
+    with pytest.raises(ConfigError, match=r"a dataset in a local folder.*\.parquet.*leave `reference` out"):
         train(tiny_model_dir, file, tmp_path / "run")
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ConfigError, match=r"cannot be written to.*gvpo-offline reference"):
+    with pytest.raises(ConfigError, match=r"not writable.*gvpo-offline reference"):
         train(tiny_model_dir, unscored, tmp_path / "run")
     assert sidecars(unscored) == {}
 

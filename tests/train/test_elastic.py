@@ -152,7 +152,7 @@ def test_deepspeed_resumes_on_the_ranks_that_took_it(tmp_path: Path) -> None:
     taken = {"backend": "zero-3", "state": None, "world_size": 4}
     check_sharding_state(tmp_path, taken, taken)
     check_sharding_state(tmp_path, None, taken)
-    with pytest.raises(ResumeError, match="on as many ranks as it was taken on; received 4 then"):
+    with pytest.raises(ResumeError, match="on the number of ranks that saved it; received 4 then"):
         check_sharding_state(tmp_path, taken, {**taken, "world_size": 2})
     with pytest.raises(ResumeError, match=r"zero-3 on 4 ranks then, replicated on 1 rank now"):
         check_sharding_state(

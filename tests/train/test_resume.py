@@ -325,7 +325,7 @@ def test_a_checkpoint_without_seal_does_not_exist(resuming: tuple[GVPOTrainer, P
     trainer, out = resuming
     (out / "checkpoint-6" / SEAL_NAME).unlink()
     assert find_checkpoint(out, True) == out / "checkpoint-4"
-    with pytest.raises(ResumeError, match="checkpoint-6: a checkpoint that was written to its end"):
+    with pytest.raises(ResumeError, match="checkpoint-6: a complete checkpoint"):
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-6"))
     with pytest.raises(ResumeError, match="received no such folder"):
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-8"))
@@ -347,7 +347,7 @@ def test_auto_begins_where_there_is_nothing_to_resume(
 def test_a_damaged_seal_is_named(resuming: tuple[GVPOTrainer, Path]) -> None:
     trainer, out = resuming
     (out / "checkpoint-6" / SEAL_NAME).write_text('{"step": 6, "resum')
-    with pytest.raises(ResumeError, match="a checkpoint's seal is the JSON"):
+    with pytest.raises(ResumeError, match="the seal of a checkpoint is valid JSON"):
         trainer.train(resume_from_checkpoint=True)
 
 
