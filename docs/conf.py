@@ -33,8 +33,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-default_role = "code"  # docstrings quote code in single backticks
-smartquotes = False  # flags begin with two dashes
+smartquotes_action = "D"  # dashes only, which docstrings' parameters have; quotes stay as typed
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures; many belong to other packages
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from settings_pages import page_of, prose
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
+_CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 # Of a class that overrides methods of transformers' own: those that users call.
 _MEMBERS = {"GVPOTrainer": "train, evaluate, preflight"}
 _HOW_TO_SET = (
@@ -119,6 +121,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _quote_code(*event: Any) -> None:
+    """Double the backticks of a docstring: a colon in code is then no end of a field's name."""
+    lines: list[str] = event[-1]
+    lines[:] = _CODE.sub(r"``\1``", "\n".join(lines)).split("\n")
+
+
 def _before_reading(app: Sphinx) -> None:
     write_pages(Path(app.srcdir), app.config.repository_url)
 
@@ -126,4 +134,5 @@ def _before_reading(app: Sphinx) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx; pages must be there before it lists the sources."""
     app.connect("builder-inited", _before_reading)
+    app.connect("autodoc-process-docstring", _quote_code, priority=400)  # napoleon's is 500
     return {"version": "1", "parallel_read_safe": True}
