@@ -26,6 +26,7 @@ PAGES = [
 ]
 PAGES = [page for page in PAGES if "generated" not in page.parts]
 README_WORDS = 1200
+EXAMPLE_FILES = {"path.py"}  # a reader's own
 _LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s#]*)(#[^)\s]+)?\)")
 
 
@@ -84,3 +85,15 @@ def test_every_setting_has_a_text_and_a_place_on_its_page(name: str) -> None:
         for setting in settings:
             assert setting.text, f"{kind.__name__}.{setting.name}"
             assert f"### `{setting.name}`" in page
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=str
+)
+def test_the_source_files_that_a_page_names_exist(page: Path) -> None:
+    """`engine.py` somewhere, `compute/layout.py` under its folder; of this repository's code."""
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text)) - EXAMPLE_FILES
+    folders = ("gvpo_offline", "docs", "benchmarks", "pipelines", "research", "examples")
+    known = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert [n for n in sorted(names) if not any(p.endswith(f"/{n}") for p in known)] == []
