@@ -25,6 +25,35 @@ language = "en"
 # Files of the repository that are no pages are linked there. Set DOCS_REPOSITORY for a fork.
 repository_url = os.environ.get("DOCS_REPOSITORY", "https://github.com/OWNER/gvpo_offline")
 
+# The navigation, by page. It is not written into the pages, where GitHub would show it as code.
+toctrees = {
+    "index": {
+        "Start": ["start/install", "start/quickstart", "start/your-logs", "start/loop"],
+        "How to": [
+            "howto/formats",
+            "howto/formats-hub",
+            "howto/sampling",
+            "howto/rewards",
+            "howto/reference",
+            "howto/merging",
+            "howto/selecting",
+            "howto/mixing",
+            "howto/remote",
+            "howto/sharing",
+            "howto/tuning",
+            "howto/distributed",
+            "howto/adapters",
+        ],
+        "Reference": ["reference/index", "reference/losses"],
+        "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],
+        "Evidence": ["evidence/results", "evidence/convergence", "evidence/scale"],
+        "Appendix": ["appendix/results-study", "appendix/documentation"],
+    },
+    "reference/index": {
+        "": ["generated/commands", "generated/api", "generated/files"],
+    },
+}
+
 myst_heading_anchors = 4  # the anchors that GitHub gives headings
 myst_enable_extensions = []
 

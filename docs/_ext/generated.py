@@ -127,12 +127,21 @@ def _quote_code(*event: Any) -> None:
     lines[:] = _CODE.sub(r"``\1``", "\n".join(lines)).split("\n")
 
 
+def _add_toctrees(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Append a page's part of the navigation; where it has a caption, for the sidebar only."""
+    for caption, pages in app.config.toctrees.get(docname, {}).items():
+        options = [":hidden:", f":caption: {caption}"] if caption else []
+        source[0] += "\n".join(["", "```{toctree}", *options, "", *pages, "```", ""])
+
+
 def _before_reading(app: Sphinx) -> None:
     write_pages(Path(app.srcdir), app.config.repository_url)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx; pages must be there before it lists the sources."""
+    app.add_config_value("toctrees", {}, "env", dict)
     app.connect("builder-inited", _before_reading)
+    app.connect("source-read", _add_toctrees)
     app.connect("autodoc-process-docstring", _quote_code, priority=400)  # napoleon's is 500
     return {"version": "1", "parallel_read_safe": True}
