@@ -47,7 +47,11 @@ toctrees = {
         "Reference": ["reference/index", "reference/losses"],
         "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],
         "Evidence": ["evidence/results", "evidence/convergence", "evidence/scale"],
-        "Appendix": ["appendix/results-study", "appendix/documentation"],
+        "Appendix": [
+            "appendix/results-study",
+            "appendix/alternatives",
+            "appendix/documentation",
+        ],
     },
     "reference/index": {
         "": ["generated/commands", "generated/api", "generated/files"],

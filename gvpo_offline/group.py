@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int32]
+Int32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
@@ -34,8 +34,8 @@ class Group:
     """
 
     group_id: str
-    prompt_token_ids: IntArray
-    response_token_ids: tuple[IntArray, ...]
+    prompt_token_ids: Int32Array
+    response_token_ids: tuple[Int32Array, ...]
     samplers: tuple[str, ...]
     truncated: tuple[bool, ...]
     loss_mask: tuple[BoolArray, ...] | None = None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import BoolArray, IntArray
+from gvpo_offline.group import BoolArray, Int32Array
 
 Prompt = tuple[str | None, str | None]
 """A prompt as (text, chat messages in JSON), of which at least one is None."""
@@ -275,7 +275,7 @@ def metadata(record: Mapping[str, Any], keep: Sequence[str]) -> str | None:
     return json.dumps({name: record[name] for name in keep}, default=plain, allow_nan=True)
 
 
-def token_ids(value: Any, what: str) -> IntArray:
+def token_ids(value: Any, what: str) -> Int32Array:
     """`value` as token ids.
 
     Args:

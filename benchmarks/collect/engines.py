@@ -19,7 +19,7 @@ from typing import Any
 
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
 N_TASKS, TASK_S = 60, 0.2
@@ -67,7 +67,7 @@ def measure(engine: str, workers: int) -> dict[str, float]:
     """Overhead of an engine, and the seconds until its first task began."""
     with tempfile.TemporaryDirectory(prefix="gvpo-offline-engines-") as folder:
         started = time.time_ns()
-        settings = EngineSettings(engine=engine, workers=workers, show_progress=False)  # type: ignore[arg-type]
+        settings = WorkerSettings(engine=engine, workers=workers, show_progress=False)  # type: ignore[arg-type]
         records = run_stage(Waiting(Path(folder)), settings)
     assert records is not None
     first = min(record.counts["begin"] for record in records)

@@ -20,7 +20,7 @@ from gvpo_offline.importing.importer import run_import
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.stage import run_reward
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 N_GROUPS, K, N_FILES, TURNS = 1_500, 8, 16, 4
 
@@ -67,7 +67,7 @@ def seconds(dataset: Path, name: str, workers: int) -> float:
     scorers = {"right": {"kind": "math", "column": "answer", "pattern": "A: *(.*)"}}
     started = time.perf_counter()
     config = RewardConfig(str(dataset), name=name, scorers=scorers)
-    run_reward(config, EngineSettings(workers=workers, show_progress=False))
+    run_reward(config, WorkerSettings(workers=workers, show_progress=False))
     return time.perf_counter() - started
 
 

@@ -39,7 +39,7 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
 from gvpo_offline.stream.order import GroupOrder
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 FILES, ROW_GROUPS, ROWS = 6_250, 625, 256
 WINDOW, STEP, LATE = 4, 1_024, 1_000_000
@@ -103,7 +103,7 @@ def take_batches(manifest: Manifest, clock: Clock) -> None:
     """The first batch, a late one, and a late one of a mix of two such datasets."""
     with clock.timed("first_batch"):
         rewards = [WeightedReward(manifest.rewards[0])]
-        view = View(GroupDataset(Path(), manifest, rewards, manifest.references[0]))
+        view = DatasetView(GroupDataset(Path(), manifest, rewards, manifest.references[0]))
         MixedOrder([view.order(seed=1, window=WINDOW)]).take(0, STEP)
     late = (LATE * STEP, (LATE + 1) * STEP)
     with clock.timed("late_batch"):

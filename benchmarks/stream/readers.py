@@ -36,13 +36,13 @@ def ours(
 ) -> Iterator[int]:
     """Whole steps of a `StepDataset`, pages verified, scores joined and checked."""
     from gvpo_offline.store.dataset import open_dataset
-    from gvpo_offline.stream.ahead import ReadAhead
+    from gvpo_offline.stream.ahead import PrefetchDataset
     from gvpo_offline.stream.mix import MixedOrder
     from gvpo_offline.stream.plan import CostModel
     from gvpo_offline.stream.steps import StepDataset
-    from gvpo_offline.stream.view import View
+    from gvpo_offline.stream.view import DatasetView
 
-    view = View(open_dataset(root))
+    view = DatasetView(open_dataset(root))
     order = MixedOrder([view.order(seed=1, window=WINDOW, shuffle=shuffle)])
     steps = StepDataset(
         [view],
@@ -51,7 +51,7 @@ def ours(
         n_draws=epochs * view.n_groups,
         cost=CostModel("shared", 32_768),
     )
-    reading = ReadAhead(steps, ahead)
+    reading = PrefetchDataset(steps, ahead)
     yield OPENED
     for step in range(9 * len(steps) // 10 if resume else 0, len(steps)):
         yield len(reading[step].groups)

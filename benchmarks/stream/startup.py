@@ -4,7 +4,7 @@
 
 Prints one JSON object: CPU seconds per million groups of the survey, of holding out a share by id
 and of dropping equal rewards; gigabytes a CPU second of verifying files; bytes a group on disk, of
-the light columns that survey and selection read, and in the manifest.
+the summary columns that survey and selection read, and in the manifest.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import manifest_path
-from gvpo_offline.store.schema import LIGHT_COLUMNS
+from gvpo_offline.store.schema import SUMMARY_COLUMNS
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -32,16 +32,16 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def light_bytes(path: Path) -> int:
-    """Compressed bytes of the light columns of a groups file."""
+def summary_bytes(path: Path) -> int:
+    """Compressed bytes of the summary columns of a groups file."""
     metadata = pq.ParquetFile(path).metadata
     chunks = [
         metadata.row_group(i).column(j)
         for i in range(metadata.num_row_groups)
         for j in range(metadata.num_columns)
     ]
-    light = [c for c in chunks if c.path_in_schema.split(".")[0] in LIGHT_COLUMNS]
-    return int(sum(chunk.total_compressed_size for chunk in light))
+    summary = [c for c in chunks if c.path_in_schema.split(".")[0] in SUMMARY_COLUMNS]
+    return int(sum(chunk.total_compressed_size for chunk in summary))
 
 
 def main() -> None:
@@ -52,14 +52,14 @@ def main() -> None:
     stored = sum(file.bytes for file in dataset.files())
     million = 1e6 / n
     figures = {
-        "survey_cpu_s_per_million": cpu_seconds(View(dataset).survey) * million,
+        "survey_cpu_s_per_million": cpu_seconds(DatasetView(dataset).survey) * million,
         "held_out_cpu_s_per_million": cpu_seconds(lambda: select(dataset, eval_fraction=0.01))
         * million,
         "unequal_cpu_s_per_million": cpu_seconds(lambda: select(dataset, drop_equal_rewards=True))
         * million,
         "verify_gb_per_cpu_s": stored / cpu_seconds(dataset.verify) / 1e9,
         "bytes_per_group": stored / n,
-        "light_bytes_per_group": sum(light_bytes(root / file.path) for file in files) / n,
+        "summary_bytes_per_group": sum(summary_bytes(root / file.path) for file in files) / n,
         "manifest_bytes_per_file": manifest_path(root, 1).stat().st_size / len(dataset.files()),
         "tokens_per_group": sum(file.n_tokens for file in files) / n,
     }

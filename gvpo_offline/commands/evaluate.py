@@ -21,7 +21,7 @@ from gvpo_offline.reference.checks import (
 )
 from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
 from gvpo_offline.train.objective import Objective
@@ -105,7 +105,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     )
 
 
-def _view(config: EvaluateConfig) -> View:
+def _view(config: EvaluateConfig) -> DatasetView:
     """What to evaluate on, its files verified."""
     dataset = open_for_training(
         config.dataset,
@@ -122,7 +122,7 @@ def _view(config: EvaluateConfig) -> View:
         eval_fraction=config.eval_fraction,
         held_out=config.eval_fraction > 0,
     )
-    view = View(dataset, selection)
+    view = DatasetView(dataset, selection)
     for line in view.notes:
         logger.info(line)
     return view

@@ -8,7 +8,7 @@ from typing import Literal
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.settings import positive, required
 from gvpo_offline.store.location import RemoteSettings
-from gvpo_offline.stream.settings import DatasetChoice
+from gvpo_offline.stream.settings import SingleDatasetSettings
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ValidateConfig:
 
 
 @dataclass
-class EvaluateConfig(DatasetChoice, ModelSettings):
+class EvaluateConfig(SingleDatasetSettings, ModelSettings):
     """How well a policy fits held-out groups: explained variance, log-ratios, order of rewards."""
 
     model_name_or_path: str = ""

@@ -30,7 +30,7 @@ from gvpo_offline.train.settings import (
     RunSettings,
 )
 from gvpo_offline.tune.settings import TuneSettings
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 Record = TypeVar("Record")
 
@@ -66,7 +66,7 @@ def _run_import(values: dict[str, Any]) -> None:
 def _run_sample(values: dict[str, Any]) -> None:
     from gvpo_offline.sampling.run import run_sample
 
-    engine = filled(EngineSettings, values)
+    engine = filled(WorkerSettings, values)
     result = run_sample(filled(SampleConfig, values), engine)
     print("\n".join(result.lines()))
     if result.manifest is None and engine.shard and not result.asked:
@@ -99,7 +99,7 @@ def _run_reference(values: dict[str, Any]) -> None:
     from gvpo_offline.reference.score import run_reference
 
     config = filled(ReferenceConfig, values)
-    manifest = run_reference(config, filled(EngineSettings, values))
+    manifest = run_reference(config, filled(WorkerSettings, values))
     if manifest is None:
         return
     held = ", ".join(f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references)
@@ -111,7 +111,7 @@ def _run_reward(values: dict[str, Any]) -> None:
     from gvpo_offline.rewards.stage import run_reward
 
     config = filled(RewardConfig, values)
-    result = run_reward(config, filled(EngineSettings, values))
+    result = run_reward(config, filled(WorkerSettings, values))
     if result is None:
         return
     print("\n".join(result.lines()))
@@ -269,21 +269,21 @@ COMMANDS: dict[str, Command] = {
     "sample": Command(
         "Draw k responses to each prompt, from models, servers or batch files.",
         _run_sample,
-        (SampleConfig, EngineSettings),
+        (SampleConfig, WorkerSettings),
         "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
         "settings: docs/howto/sampling.md",
     ),
     "reward": Command(
         "Score every response by functions, rules or models; the result is kept with the dataset.",
         _run_reward,
-        (RewardConfig, EngineSettings),
+        (RewardConfig, WorkerSettings),
         "Example: gvpo-offline reward --dataset data --name correct "
         "--scorers '{correct: {kind: math, column: answer}}'",
     ),
     "reference": Command(
         "Score every response under the reference policy; the result is kept with the dataset.",
         _run_reference,
-        (ReferenceConfig, EngineSettings),
+        (ReferenceConfig, WorkerSettings),
         "Example: gvpo-offline reference --dataset data --model_name_or_path model",
     ),
     "merge": Command(

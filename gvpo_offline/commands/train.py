@@ -25,7 +25,7 @@ from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.data import Opened, open_settings
+from gvpo_offline.train.data import OpenedDataset, open_settings
 from gvpo_offline.train.distributed import loaded_whole
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
@@ -45,8 +45,8 @@ class Parts:
 
     model: ModelSettings
     lora: LoraSettings
-    train: list[DatasetSettings | Opened]
-    held_out: list[DatasetSettings | Opened]
+    train: list[DatasetSettings | OpenedDataset]
+    held_out: list[DatasetSettings | OpenedDataset]
 
     @classmethod
     def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> Parts:
@@ -105,7 +105,7 @@ def run_train(
     return trainer
 
 
-def _ready(dataset: DatasetSettings) -> DatasetSettings | Opened:
+def _ready(dataset: DatasetSettings) -> DatasetSettings | OpenedDataset:
     """A dataset, opened unless the policy has to score it first."""
     return dataset if dataset.reference == BASE else open_settings(dataset)
 
@@ -119,9 +119,9 @@ class _Base:
     settings: ModelSettings
     args: GVPOConfig
 
-    def named(self, dataset: DatasetSettings | Opened) -> DatasetSettings | Opened:
+    def named(self, dataset: DatasetSettings | OpenedDataset) -> DatasetSettings | OpenedDataset:
         """A dataset as it was opened, or its settings with the base's fingerprint, once scored."""
-        if isinstance(dataset, Opened):
+        if isinstance(dataset, OpenedDataset):
             return dataset
         if dataset.version is not None:
             raise ConfigError(

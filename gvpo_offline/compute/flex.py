@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from gvpo_offline.compute.tree import IntArray, Rule, Tree
+from gvpo_offline.compute.tree import Int64Array, Rule, Tree
 
 # What every configuration of the kernels, forward and backward, cuts into whole tiles.
 _BLOCK = 128
@@ -208,14 +208,14 @@ def _met_blocks(tree: Tree, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.b
     return some & ~full, full
 
 
-def _runs(tree: Tree, start: int) -> tuple[IntArray, IntArray, IntArray]:
+def _runs(tree: Tree, start: int) -> tuple[Int64Array, Int64Array, Int64Array]:
     """First rows of runs from `start` on, the rows after their last, and each block's first run."""
     blocks = np.arange(start, tree.n_rows, _BLOCK)
     first = np.union1d(blocks, tree.starts[tree.starts >= start])
     return first, np.append(first[1:], tree.n_rows), np.searchsorted(first, blocks)
 
 
-def _least_depths(tree: Tree, rule: Rule) -> IntArray:
+def _least_depths(tree: Tree, rule: Rule) -> Int64Array:
     """(T,) the smallest depth that each query sees."""
     depths = tree.row_depths[tree.prefix :]
     if rule.kind == "window":
@@ -223,7 +223,7 @@ def _least_depths(tree: Tree, rule: Rule) -> IntArray:
     return depths // rule.size * rule.size if rule.kind == "chunk" else np.zeros_like(depths)
 
 
-def _ordered(met: NDArray[np.bool_]) -> tuple[IntArray, IntArray]:
+def _ordered(met: NDArray[np.bool_]) -> tuple[Int64Array, Int64Array]:
     """For each row of (n, m): how many are set, and their columns, ascending, before the others."""
     return met.sum(1), np.argsort(~met, axis=1, kind="stable")
 
@@ -231,7 +231,7 @@ def _ordered(met: NDArray[np.bool_]) -> tuple[IntArray, IntArray]:
 # ---- tensors ----
 
 
-def _on(device: torch.device, array: IntArray) -> Tensor:
+def _on(device: torch.device, array: Int64Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
 
 

@@ -21,7 +21,7 @@ from gvpo_offline.compute.head import find_head, pair_logprobs
 from gvpo_offline.compute.layout import ContinuedInput, Layout, PackedInput
 from gvpo_offline.compute.model import device_of
 from gvpo_offline.compute.settings import ComputePath
-from gvpo_offline.compute.tree import IntArray, one_segment
+from gvpo_offline.compute.tree import Int64Array, one_segment
 from gvpo_offline.errors import ConfigError
 
 DEFAULT_KEPT_BYTES = 1 << 30
@@ -76,7 +76,7 @@ class LayoutCall:
 class PromptCall:
     """What a model is asked for: what one prompt, (P,) int64 ids, leaves for its responses."""
 
-    prompt_ids: IntArray
+    prompt_ids: Int64Array
     path: ComputePath
     states: States = field(default_factory=dict)
 

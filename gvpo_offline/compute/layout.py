@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gvpo_offline.compute.settings import LayoutName
-from gvpo_offline.compute.tree import IntArray, Tree
+from gvpo_offline.compute.tree import Int64Array, Tree
 from gvpo_offline.group import Group
 
 TokenIds = NDArray[np.int32]
@@ -40,11 +40,11 @@ class Targets:
         counts_M: (M,) bool, whether the token counts in its response's sum.
     """
 
-    hidden_rows_H: IntArray
-    pair_rows_N: IntArray
-    pair_tokens_N: IntArray
-    token_pairs_M: IntArray
-    lengths_R: IntArray
+    hidden_rows_H: Int64Array
+    pair_rows_N: Int64Array
+    pair_tokens_N: Int64Array
+    token_pairs_M: Int64Array
+    lengths_R: Int64Array
     counts_M: NDArray[np.bool_]
 
 
@@ -58,8 +58,8 @@ class PackedInput:
         tree: the row's segments.
     """
 
-    input_ids: IntArray
-    position_ids: IntArray
+    input_ids: Int64Array
+    position_ids: Int64Array
     tree: Tree
 
 
@@ -67,16 +67,16 @@ class PackedInput:
 class PaddedInput:
     """R right-padded rows of L tokens: (R, L) int64 ids, and a mask that is 1 where a token is."""
 
-    input_ids: IntArray
-    attention_mask: IntArray
+    input_ids: Int64Array
+    attention_mask: Int64Array
 
 
 class PromptAndRows(NamedTuple):
     """A group: its prompt (P,), its responses right-padded (k, L), their lengths (k,)."""
 
-    prompt_ids: IntArray
-    response_ids: IntArray
-    lengths: IntArray
+    prompt_ids: Int64Array
+    response_ids: Int64Array
+    lengths: Int64Array
 
     @property
     def width(self) -> int:
@@ -132,7 +132,7 @@ def packed(
         prompt_apart: the prompt is a segment of its own even where all responses begin alike.
     """
     builder = _RowBuilder()
-    predicting: list[IntArray] = []
+    predicting: list[Int64Array] = []
     for group in groups:
         if share:
             predicting += builder.add_tree(group, min_shared_tokens, prompt_apart)
@@ -151,7 +151,7 @@ def padded(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
     input_ids = _right_padded(rows)
     width = input_ids.shape[1]
     lengths = np.array([len(row) for row in rows])
-    predicting: list[IntArray] = []
+    predicting: list[Int64Array] = []
     for group in groups:
         for ids in group.response_token_ids:
             first = len(predicting) * width + len(group.prompt_token_ids) - 1
@@ -163,7 +163,7 @@ def padded(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
 def continued(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
     """Each group's prompt alone, then its responses as right-padded rows."""
     parts: list[PromptAndRows] = []
-    predicting: list[IntArray] = []
+    predicting: list[Int64Array] = []
     offset = 0
     for group in groups:
         lengths = np.array(group.response_lengths)
@@ -203,13 +203,13 @@ class _RowBuilder:
         self._starts: list[int] = []
         self._n_rows = 0
 
-    def add_chain(self, group: Group, response: TokenIds) -> IntArray:
+    def add_chain(self, group: Group, response: TokenIds) -> Int64Array:
         """A sequence of its own; returns the rows that predict the response's tokens."""
         tokens = np.concatenate([group.prompt_token_ids, response[:-1]])
         start = self._starts[self._add(tokens, 0, -1)]
         return np.arange(start + len(group.prompt_token_ids) - 1, start + len(tokens))
 
-    def add_tree(self, group: Group, min_shared: int, prompt_apart: bool) -> list[IntArray]:
+    def add_tree(self, group: Group, min_shared: int, prompt_apart: bool) -> list[Int64Array]:
         """A group as a tree; returns for each response the rows that predict its tokens."""
         prompt = group.prompt_token_ids
         responses, which = _sorted_unique(group.response_token_ids)
@@ -261,7 +261,7 @@ class _RowBuilder:
         self._n_rows += len(tokens)
         return len(self._starts) - 1
 
-    def _rows_down_to(self, segment: int) -> IntArray:
+    def _rows_down_to(self, segment: int) -> Int64Array:
         parts = []
         while segment >= 0:
             start = self._starts[segment]
@@ -281,7 +281,7 @@ def _sorted_unique(responses: Sequence[TokenIds]) -> tuple[list[TokenIds], list[
     return unique, [place[key] for key in keys]
 
 
-def _shared_beginnings(responses: Sequence[TokenIds]) -> IntArray:
+def _shared_beginnings(responses: Sequence[TokenIds]) -> Int64Array:
     """(n,) tokens that each response begins with alike its predecessor; 0 for the first."""
     shared = np.zeros(len(responses), dtype=np.int64)
     for number in range(1, len(responses)):
@@ -292,7 +292,7 @@ def _shared_beginnings(responses: Sequence[TokenIds]) -> IntArray:
     return shared
 
 
-def _parts(shared: IntArray, low: int, high: int, common: int) -> list[tuple[int, int]]:
+def _parts(shared: Int64Array, low: int, high: int, common: int) -> list[tuple[int, int]]:
     """Responses [low, high), which share `common` tokens, cut where they share no more; reversed,
     to be put on a stack.
     """
@@ -303,7 +303,7 @@ def _parts(shared: IntArray, low: int, high: int, common: int) -> list[tuple[int
 
 
 def _targets(
-    groups: Sequence[Group], predicting: Sequence[IntArray], counted_only: bool
+    groups: Sequence[Group], predicting: Sequence[Int64Array], counted_only: bool
 ) -> Targets:
     tokens = [ids for group in groups for ids in group.response_token_ids]
     counts = [
@@ -329,7 +329,7 @@ def _targets(
     )
 
 
-def _right_padded(rows: Sequence[TokenIds]) -> IntArray:
+def _right_padded(rows: Sequence[TokenIds]) -> Int64Array:
     width = max(len(row) for row in rows)
     padded_rows = np.zeros((len(rows), width), dtype=np.int64)
     for number, row in enumerate(rows):

@@ -137,7 +137,7 @@ def choose_path(
     refused: list[str] = []
     head = probe.head(refused)
     names = _LAYOUTS if layout == "auto" else (layout,)
-    for name in _rightin_float32(model, names, head, gradients, refused):
+    for name in _layouts_right_in_float32(model, names, head, gradients, refused):
         for path in probe.paths(name, head, refused):
             error = probe.try_path(path, refused)
             if error is not None:
@@ -153,7 +153,7 @@ def choose_path(
     )
 
 
-def _rightin_float32(
+def _layouts_right_in_float32(
     model: nn.Module,
     names: Sequence[LayoutName],
     head: Literal["fused", "logits"],

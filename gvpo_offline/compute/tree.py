@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+Int64Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Tree:
             computed before: they are seen and do not look.
     """
 
-    starts: IntArray
-    stops: IntArray
-    ends: IntArray
-    depths: IntArray
-    parents: IntArray
+    starts: Int64Array
+    stops: Int64Array
+    ends: Int64Array
+    depths: Int64Array
+    parents: Int64Array
     prefix: int = 0
 
     @property
@@ -81,13 +81,13 @@ class Tree:
         return int((self.depths + self.stops - self.starts).max(initial=1)) - 1
 
     @cached_property
-    def row_depths(self) -> IntArray:
+    def row_depths(self) -> Int64Array:
         """(n_rows,) position of each row's token in its sequence."""
         lengths = self.stops - self.starts
         return np.arange(self.n_rows) - np.repeat(self.starts - self.depths, lengths)
 
     @cached_property
-    def row_ends(self) -> IntArray:
+    def row_ends(self) -> Int64Array:
         """(n_rows,) for each row the row up to which it is seen, exclusively."""
         return np.repeat(self.ends, self.stops - self.starts)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hub.settings import PullConfig
-from gvpo_offline.store.choice import choose_reference, choose_rewards
+from gvpo_offline.store.choice import choose_reference_family, choose_reward_families
 from gvpo_offline.store.manifest import LineageStep, Manifest
 from gvpo_offline.version import __version__
 
@@ -43,10 +43,12 @@ def without_parts(manifest: Manifest, config: PullConfig, commit: str) -> Manife
     place = f"datasets/{config.repo_id}"
     rewards, references = manifest.rewards, manifest.references
     if config.rewards is not None:
-        named = [choose_rewards(manifest, name, file=place)[0].family for name in config.rewards]
+        named = [
+            choose_reward_families(manifest, name, file=place)[0].family for name in config.rewards
+        ]
         rewards = [family for family in rewards if family in named]
     if config.references is not None:
-        found = [choose_reference(manifest, each, file=place) for each in config.references]
+        found = [choose_reference_family(manifest, each, file=place) for each in config.references]
         references = [family for family in references if family in found]
     if rewards == manifest.rewards and references == manifest.references:
         return manifest

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import BoolArray, Group, IntArray
+from gvpo_offline.group import BoolArray, Group, Int32Array
 from gvpo_offline.importing.encode import Encoder
-from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.regroup import Spilled
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.rules import MIN_GROUP_SIZE
@@ -32,7 +32,7 @@ class _Response:
 
     fragment: Fragment
     text: str | None
-    ids: IntArray | None
+    ids: Int32Array | None
     mask: BoolArray | None
     reward: float | None
     components: list[float | None]
@@ -48,7 +48,7 @@ class _Draft:
 
     group_id: str
     first: Fragment
-    prompt_ids: IntArray | None
+    prompt_ids: Int32Array | None
     responses: list[_Response]
     logged: int
 
@@ -99,7 +99,7 @@ class Assembler:
 
     def _error(self, draft: _Draft, fragment: Fragment, error: DataError) -> DataError:
         label = self._inputs[fragment.file].label
-        return located(error, file=label, row=fragment.row, group=draft.group_id)
+        return with_location(error, file=label, row=fragment.row, group=draft.group_id)
 
     def _place(self, fragment: Fragment) -> str:
         return f"{self._inputs[fragment.file].label}, row {fragment.row}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.tokenizer import load_tokenizer
@@ -52,8 +52,8 @@ class Encoder:
                 return full[:start], len(full) - start - len(bare)
         return [], 0
 
-    def _tokenize(self, texts: Sequence[str], *, special: bool) -> list[IntArray]:
-        ids: list[IntArray] = []
+    def _tokenize(self, texts: Sequence[str], *, special: bool) -> list[Int32Array]:
+        ids: list[Int32Array] = []
         for piece in _pieces(texts):
             batch: Any = self.tokenizer(
                 piece,
@@ -67,14 +67,14 @@ class Encoder:
             ids += [np.array(row, np.int32) for row in batch["input_ids"]]
         return ids
 
-    def prompts(self, texts: Sequence[str]) -> list[IntArray]:
+    def prompts(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of prompts given as text: (P,) int32 each."""
         n = len(self._prefix)
         full = [ids[: len(ids) - self._suffix] for ids in self._tokenize(texts, special=True)]
         # Logs of trainers hold rendered prompts, which begin with these tokens already.
         return [ids[n:] if n and ids[n : 2 * n].tolist() == self._prefix else ids for ids in full]
 
-    def rendered(self, texts: Sequence[str]) -> list[IntArray]:
+    def rendered(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of prompts that a chat template rendered: (P,) int32 each."""
         return self._tokenize(texts, special=False)
 
@@ -96,11 +96,11 @@ class Encoder:
             ) from error
         return str(text)
 
-    def responses(self, texts: Sequence[str]) -> list[IntArray]:
+    def responses(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of responses, without the end token: (T,) int32 each."""
         return self._tokenize(texts, special=False)
 
-    def ended(self, ids: IntArray) -> IntArray:
+    def ended(self, ids: Int32Array) -> Int32Array:
         """`ids` with the end token behind them, unless it is already there: (T,) int32."""
         if not self.append_eos or (len(ids) and ids[-1] == self._eos):
             return ids

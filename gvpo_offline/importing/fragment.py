@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import BoolArray, IntArray
+from gvpo_offline.group import BoolArray, Int32Array
 from gvpo_offline.hashing import sha256_json, sha256_text
 from gvpo_offline.importing.settings import ImportConfig
 
 __all__ = [
     "Fragment",
     "check_fragment",
-    "located",
+    "with_location",
     "prompt_key",
     "tokens_key",
 ]
@@ -59,9 +59,9 @@ class Fragment:
 
     prompt: str | None
     messages: str | None
-    prompt_token_ids: IntArray | None
+    prompt_token_ids: Int32Array | None
     responses: list[str | None]
-    response_token_ids: Sequence[IntArray | None] | None
+    response_token_ids: Sequence[Int32Array | None] | None
     rewards: Sequence[float | None] | None
     samplers: list[str | None]
     truncated: list[bool]
@@ -80,7 +80,7 @@ class Fragment:
         """n, the number of responses."""
         return len(self.responses)
 
-    def ids_of(self, index: int) -> IntArray | None:
+    def ids_of(self, index: int) -> Int32Array | None:
         """Token ids of response `index`, or None where its text is to be tokenised."""
         return None if self.response_token_ids is None else self.response_token_ids[index]
 
@@ -89,7 +89,7 @@ class Fragment:
         return None if self.loss_mask is None else self.loss_mask[index]
 
 
-def located(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
+def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
     """The same error, naming its place where it does not yet."""
     return DataError(
         error.rule,
@@ -112,7 +112,7 @@ def prompt_key(fragment: Fragment) -> str:
     return tokens_key(fragment.prompt_token_ids)
 
 
-def tokens_key(ids: IntArray) -> str:
+def tokens_key(ids: Int32Array) -> str:
     """SHA-256 (hexadecimal) of token ids."""
     return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
 
@@ -244,7 +244,7 @@ def _check_response(
         )
 
 
-def _check_ids(ids: IntArray, what: str, vocab_size: int | None) -> None:
+def _check_ids(ids: Int32Array, what: str, vocab_size: int | None) -> None:
     if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
         raise DataError(
             f"{what} lie below the tokenizer's {vocab_size} entries",

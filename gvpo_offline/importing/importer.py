@@ -35,8 +35,8 @@ from gvpo_offline.importing.fragment import (
     GROUP_ID_DIGITS,
     Fragment,
     check_fragment,
-    located,
     prompt_key,
+    with_location,
 )
 from gvpo_offline.importing.outcome import SAID, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
@@ -225,7 +225,7 @@ class _Import:
                 check_fragment(fragment, self.config, vocab_size=vocab_size)
             except DataError as error:
                 place = {"file": source.label, "row": fragment.row}
-                raise located(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]
+                raise with_location(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]
             needs.check(fragment, source.label)
             key = prompt_key(fragment)
             if fragment.group_id is None:

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json, text_keys
 from gvpo_offline.store.arrow import column_array, split_list
 from gvpo_offline.store.choice import WeightedReward
-from gvpo_offline.store.columns import Place
+from gvpo_offline.store.columns import RowGroupLocation
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -35,7 +35,7 @@ _COUNTED = ("n_tokens", "prompt_length", "response_lengths")
 GROUP_COLUMNS = tuple(column for column in GROUPS_COLUMNS if column.name not in _COUNTED)
 PLACE_COLUMNS = ("key", "input", "row_group", "row")
 
-Rename = Callable[[Sequence[str], Sequence[IntArray]], list[str]]
+Rename = Callable[[Sequence[str], Sequence[Int32Array]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class Input:
             for sidecar in family.members[self.number].files
         )
 
-    def place(self, row_group: int) -> Place:
+    def location(self, row_group: int) -> RowGroupLocation:
         """The file of a row group, and the row that it begins with there."""
-        return self.groups.place(row_group)
+        return self.groups.location(row_group)
 
     def ids(self, row_group: int, rename: Rename | None) -> tuple[list[str], list[str]]:
         """The own ids of a row group's groups, and those that they bear in the result."""
@@ -133,7 +133,7 @@ class Input:
         """
         groups = self.groups.table(row_group, [column.name for column in GROUP_COLUMNS])
         sizes = pc.list_value_length(groups.column("response_token_ids"))
-        _check_lengths(groups, sizes, self.place(row_group))
+        _check_lengths(groups, sizes, self.location(row_group))
         values = _values(groups, GROUP_COLUMNS, lambda name: name)
         if rename is not None:
             prompts = split_list(column_array(groups, "prompt_token_ids"))
@@ -150,7 +150,7 @@ class Input:
             table = table.select(
                 [name for name in ("group_id", *names) if name in table.schema.names]
             )
-            _check_lengths(table, sizes, dataset.place(row_group, names[0]))
+            _check_lengths(table, sizes, dataset.location(row_group, names[0]))
             values |= _values(table, family.columns, family.field)
         schema = spill_schema([family for family, _ in self._joined])
         return pa.Table.from_arrays([values[name] for name in schema.names], schema=schema)
@@ -180,7 +180,7 @@ def _values(
     }
 
 
-def _check_lengths(table: pa.Table, sizes: pa.ChunkedArray, place: Place) -> None:
+def _check_lengths(table: pa.Table, sizes: pa.ChunkedArray, location: RowGroupLocation) -> None:
     """Raise DataError unless every list that goes through the responses is as long as the group is
     large: picking would go on in the next group's.
     """
@@ -203,7 +203,7 @@ def _check_lengths(table: pa.Table, sizes: pa.ChunkedArray, place: Place) -> Non
                 f"{name} has one entry per response",
                 received=f"another number than the group's {sizes[int(bad[0])].as_py()} responses",
                 remedy="write the column again for these groups",
-                **place.of(table, int(bad[0])),
+                **location.of_row(table, int(bad[0])),
             )
 
 

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.importing.fragment import GROUP_ID_DIGITS, tokens_key
 
 _TABLE = """
@@ -39,11 +39,11 @@ class PromptNames:
         """Let go of the file."""
         self._database.close()
 
-    def __call__(self, group_ids: Sequence[str], prompts: Sequence[IntArray]) -> list[str]:
+    def __call__(self, group_ids: Sequence[str], prompts: Sequence[Int32Array]) -> list[str]:
         """The ids of groups with these own ids and these prompts, (P,) int32 each."""
         return [self._name(own, ids) for own, ids in zip(group_ids, prompts, strict=True)]
 
-    def _name(self, own: str, prompt: IntArray) -> str:
+    def _name(self, own: str, prompt: Int32Array) -> str:
         digest = tokens_key(prompt)
         key = bytes.fromhex(digest)
         insert = "insert or ignore into names values (?, ?)"

@@ -18,8 +18,8 @@ from gvpo_offline.merging.inputs import PLACE_COLUMNS
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.settings import OnFew
 from gvpo_offline.store.arrow import column_array, split_list, split_nested_list
-from gvpo_offline.store.columns import Place
-from gvpo_offline.store.pick import Indices, Pick
+from gvpo_offline.store.columns import RowGroupLocation
+from gvpo_offline.store.pick import Indices, ResponseIndex
 
 # What a plan is made of, rewards aside.
 PLAN_COLUMNS = (*PLACE_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")
@@ -32,14 +32,14 @@ class Planner:
     Attributes:
         duplicates, singletons: as in `RewriteSettings`.
         rewards: names of the columns that hold rewards.
-        place: of a row group of an input, for messages.
+        location: of a row group of an input, for messages.
         counts: what was found so far; `plan` adds to it.
     """
 
     duplicates: Literal["keep", "drop", "count"]
     singletons: OnFew
     rewards: Sequence[str]
-    place: Callable[[int, int], Place]
+    location: Callable[[int, int], RowGroupLocation]
     counts: Counter[str]
 
     @property
@@ -47,7 +47,7 @@ class Planner:
         """The columns that `plan` needs."""
         return [*PLAN_COLUMNS, *(self.rewards if self.duplicates != "keep" else ())]
 
-    def plan(self, table: pa.Table) -> Pick | None:
+    def plan(self, table: pa.Table) -> ResponseIndex | None:
         """The groups of a table of whole groups, by hash of their id, then by id; None for none.
 
         Responses are in the order of the inputs, of the rows within one, and within a row.
@@ -68,8 +68,8 @@ class Planner:
         rows = np.repeat(order, k)
         items = np.arange(len(rows)) - np.repeat(np.cumsum(k) - k, k)
         sizes = np.add.reduceat(k, starts)
-        pick = Pick(order[starts], sizes, rows, items)
-        return self._enough(table, pick, self._keep(table, pick))
+        index = ResponseIndex(order[starts], sizes, rows, items)
+        return self._enough(table, index, self._keep(table, index))
 
     def _check_prompts(self, table: pa.Table, order: Indices, starts: Indices) -> None:
         prompts = split_list(column_array(table, "prompt_token_ids"))
@@ -89,22 +89,22 @@ class Planner:
     def _where(self, table: pa.Table, row: int) -> dict[str, Any]:
         """The keywords of an error about one spilled row."""
         number, row_group, local = (table.column(n)[row].as_py() for n in PLACE_COLUMNS[1:])
-        place = self.place(number, row_group)
+        location = self.location(number, row_group)
         group = table.column("group_id")[row].as_py()
-        return {"file": place.file, "row": place.first_row + local, "group": group}
+        return {"file": location.file, "row": location.first_row + local, "group": group}
 
-    def _keep(self, table: pa.Table, pick: Pick) -> npt.NDArray[np.bool_]:
+    def _keep(self, table: pa.Table, index: ResponseIndex) -> npt.NDArray[np.bool_]:
         """Which of the responses stay: (R,) bool."""
-        keep = np.ones(len(pick.rows), bool)
+        keep = np.ones(len(index.rows), bool)
         if self.duplicates == "keep":
             return keep
-        twins = _twins(table, pick)
+        twins = _twins(table, index)
         doubled = np.flatnonzero(twins >= 0)
         self.counts["duplicates"] += len(doubled)
         differ = np.zeros(len(doubled), bool)
         for name in self.rewards:
             array = column_array(table, name)
-            at = array.offsets.to_numpy().astype(np.int64)[pick.rows] + pick.items
+            at = array.offsets.to_numpy().astype(np.int64)[index.rows] + index.items
             values = array.values.to_numpy()[at]
             differ |= values[doubled] != values[twins[doubled]]
         self.counts["differing_rewards"] += int(differ.sum())
@@ -113,34 +113,36 @@ class Planner:
             self.counts["dropped_duplicates"] += len(doubled)
         return keep
 
-    def _enough(self, table: pa.Table, pick: Pick, keep: npt.NDArray[np.bool_]) -> Pick | None:
-        """The pick of what stays, held to the least group size."""
-        sizes = np.add.reduceat(keep.astype(np.int64), pick.starts)
+    def _enough(
+        self, table: pa.Table, index: ResponseIndex, keep: npt.NDArray[np.bool_]
+    ) -> ResponseIndex | None:
+        """The index of the responses that stay, held to the least group size."""
+        sizes = np.add.reduceat(keep.astype(np.int64), index.starts)
         few = sizes < MIN_GROUP_SIZE
         if few.any() and self.singletons == "error":
             group = int(np.flatnonzero(few)[0])
             raise DataError(
                 f"a group needs at least {MIN_GROUP_SIZE} responses",
-                received=f"{sizes[group]} of {pick.sizes[group]}, the others being duplicates",
+                received=f"{sizes[group]} of {index.sizes[group]}, the others being duplicates",
                 remedy="keep duplicates, or drop such groups (singletons: drop)",
-                **self._where(table, int(pick.first[group])),
+                **self._where(table, int(index.first[group])),
             )
         self.counts["dropped_singletons"] += int(few.sum())
-        keep = keep & ~np.repeat(few, pick.sizes)
+        keep = keep & ~np.repeat(few, index.sizes)
         if not keep.any():
             return None
-        return Pick(pick.first[~few], sizes[~few], pick.rows[keep], pick.items[keep])
+        return ResponseIndex(index.first[~few], sizes[~few], index.rows[keep], index.items[keep])
 
 
-def _twins(table: pa.Table, pick: Pick) -> Indices:
+def _twins(table: pa.Table, index: ResponseIndex) -> Indices:
     """For each response the first of its group with the same token ids; -1: it is the first."""
     ids = split_nested_list(column_array(table, "response_token_ids"))
-    twins = np.full(len(pick.rows), -1, np.int64)
-    for start, size in zip(pick.starts.tolist(), pick.sizes.tolist(), strict=True):
+    twins = np.full(len(index.rows), -1, np.int64)
+    for start, size in zip(index.starts.tolist(), index.sizes.tolist(), strict=True):
         seen: dict[bytes, int] = {}
         for at in range(start, start + size):
-            responses = ids[pick.rows[at]]
+            responses = ids[index.rows[at]]
             assert responses is not None  # a required column
-            first = seen.setdefault(responses[pick.items[at]].tobytes(), at)
+            first = seen.setdefault(responses[index.items[at]].tobytes(), at)
             twins[at] = first if first < at else -1
     return twins

@@ -28,7 +28,7 @@ from gvpo_offline.merging.settings import RewriteSettings
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import Sidecar
-from gvpo_offline.store.pick import Pick, n_partly_known, picked
+from gvpo_offline.store.pick import ResponseIndex, n_partly_null, take_responses
 from gvpo_offline.store.schema import arrow_schema
 from gvpo_offline.store.spill import TableSpill, power_of_two
 from gvpo_offline.store.tables import groups_from_table
@@ -133,7 +133,7 @@ class Rewrite:
 
     def _write(self, stage: str, spill: TableSpill, part: int, buckets: range) -> TaskRecord:
         counts: Counter[str] = Counter()
-        plans: list[tuple[int, Pick]] = []
+        plans: list[tuple[int, ResponseIndex]] = []
         groups = self._groups(spill, buckets, plans, counts)
         head = next(groups, None)
         record = TaskRecord(stage=stage, task=task_name(part))
@@ -158,7 +158,7 @@ class Rewrite:
         self,
         spill: TableSpill,
         buckets: range,
-        plans: list[tuple[int, Pick]],
+        plans: list[tuple[int, ResponseIndex]],
         counts: Counter[str],
     ) -> Iterator[Group]:
         """The groups of some buckets; the plan of each bucket is added to `plans`."""
@@ -167,20 +167,20 @@ class Rewrite:
             self.settings.duplicates,
             self.settings.singletons,
             rewards,
-            lambda number, row_group: self.inputs[number].place(row_group),
+            lambda number, row_group: self.inputs[number].location(row_group),
             counts,
         )
         names = dict.fromkeys([*planner.columns, *(column.name for column in GROUP_COLUMNS)])
         for bucket in buckets:
             table = spill.read(bucket, list(names))
-            pick = None if table is None else planner.plan(table)
-            if table is None or pick is None:
+            index = None if table is None else planner.plan(table)
+            if table is None or index is None:
                 continue
-            plans.append((bucket, pick))
+            plans.append((bucket, index))
             for name in ("responses", "response_ids"):
-                counts[f"dropped_{name}"] += n_partly_known(table, name, pick)
-            for piece in pick.pieces(_RESPONSES_AT_ONCE):
-                for group in groups_from_table(picked(table, GROUP_COLUMNS, piece)):
+                counts[f"dropped_{name}"] += n_partly_null(table, name, index)
+            for piece in index.pieces(_RESPONSES_AT_ONCE):
+                for group in groups_from_table(take_responses(table, GROUP_COLUMNS, piece)):
                     yield self._with_unique_ids(group, counts)
 
     def _with_unique_ids(self, group: Group, counts: Counter[str]) -> Group:
@@ -204,7 +204,7 @@ class Rewrite:
         spill: TableSpill,
         family: Family,
         record: TaskRecord,
-        plans: Sequence[tuple[int, Pick]],
+        plans: Sequence[tuple[int, ResponseIndex]],
     ) -> Sidecar:
         base = record.groups[0]
         columns = [GROUP_COLUMNS[0], *family.columns]
@@ -212,13 +212,13 @@ class Rewrite:
         names = {column.name: family.field(column.name) for column in family.columns}
 
         def tables() -> Iterator[pa.Table]:
-            for bucket, pick in plans:
+            for bucket, index in plans:
                 table = spill.read(bucket, ["group_id", *names.values()])
                 assert table is not None  # its groups came from there
                 fields = table.schema.names
                 own = {field: name for name, field in names.items()}
-                yield picked(
-                    table.rename_columns([own.get(name, name) for name in fields]), columns, pick
+                yield take_responses(
+                    table.rename_columns([own.get(name, name) for name in fields]), columns, index
                 )
 
         return write_sidecar(

@@ -15,7 +15,7 @@ import numpy as np
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.values import token_ids
 
 __all__ = [
@@ -65,7 +65,7 @@ def chat(messages: Any) -> values.Prompt:
     return values.prompt(plain)
 
 
-def request_prompt(body: Mapping[str, Any]) -> tuple[values.Prompt, IntArray | None]:
+def request_prompt(body: Mapping[str, Any]) -> tuple[values.Prompt, Int32Array | None]:
     """The prompt of a request to any of the three APIs, and its token ids if it was sent so.
 
     Raises:
@@ -126,7 +126,7 @@ def choice_text(choice: Mapping[str, Any], *, whole: bool = True) -> str | None:
     return None if content is None else values.valid_text(content_text(content))
 
 
-def choice_ids(choice: Mapping[str, Any]) -> IntArray | None:
+def choice_ids(choice: Mapping[str, Any]) -> Int32Array | None:
     """The token ids of a choice, where the server gave them: (T,) int32.
 
     As `token_ids`, or as log-probs' tokens of the form token_id:123, both vLLM's; tokens that are

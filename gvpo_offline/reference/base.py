@@ -20,7 +20,7 @@ from gvpo_offline.reference.score import score
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.location import is_url
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 BASE = "base"
 
@@ -55,7 +55,7 @@ def base_reference(
             different layouts or attention implementations.
         GVPOError: as `run_reference`; an error of one rank is raised on every rank.
     """
-    engine = EngineSettings(
+    engine = WorkerSettings(
         shard=f"{rank}/{world_size}", show_progress=config.show_progress and rank == 0
     )
     found = gather_results(lambda: _score_on(device, model, tokenizer, config, engine))
@@ -73,7 +73,7 @@ def _score_on(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: EngineSettings,
+    engine: WorkerSettings,
 ) -> str:
     if Path(config.dataset).is_file() or is_url(config.dataset):
         raise ConfigError(

@@ -135,7 +135,7 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
 
 def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
     for row_group in range(dataset.n_row_groups)[rank_slice()]:
-        place = dataset.place(row_group)
+        place = dataset.location(row_group)
         for row, group in enumerate(dataset.groups(row_group), place.first_row):
             check_group(group, file=place.file, row=row, vocab_size=vocab_size)
 
@@ -146,7 +146,7 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
     if counts.max_row_tokens - 1 <= max_tokens:
         return
     row_group, row, group_id = counts.longest_row
-    place = dataset.place(row_group)
+    place = dataset.location(row_group)
     raise DataError(
         "a prompt and one of its responses fit into max_tokens_per_micro_batch",
         received=f"{counts.max_row_tokens - 1:,} tokens, more than {max_tokens:,}",

@@ -47,7 +47,7 @@ from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.version import __version__
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 _NAME_DIGITS = 16
 
 
-def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None) -> Manifest | None:
+def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None) -> Manifest | None:
     """Score a dataset under a reference policy and publish the sidecar.
 
     Shards that an interrupted run committed are kept. Scoring a dataset twice with one reference is
@@ -78,7 +78,7 @@ def run_reference(config: ReferenceConfig, engine: EngineSettings | None = None)
         DataError: the model gives a log-prob that is not finite; names file and group.
         StorageError: the disk is full; committed files stay.
     """
-    engine = engine or EngineSettings(show_progress=config.show_progress)
+    engine = engine or WorkerSettings(show_progress=config.show_progress)
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     tokenizer = load_policy_tokenizer(config)
     return score(dataset, lambda: _load(config), tokenizer, config, engine).manifest
@@ -96,7 +96,7 @@ def score(
     load: Callable[[], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: EngineSettings,
+    engine: WorkerSettings,
 ) -> Scored:
     """`run_reference` for an open dataset and a model that the caller provides.
 

@@ -18,7 +18,7 @@ class ListConfig:
     dataset_version: int | None = None
     """An older version of the dataset; null: the newest."""
     content: bool = False
-    """Also read the light columns of every group: what the samplers wrote, mean rewards, sizes and
+    """Also read the summary columns of every group: responses per sampler, mean rewards, sizes and
     lengths. Without it, manifests are all that is read, however large the dataset."""
     json: bool = False
     """One JSON object per dataset and line, for programs."""

@@ -1,4 +1,4 @@
-"""What the groups of a dataset are like, counted from the light columns in one pass and in memory
+"""What the groups of a dataset are like, counted from the summary columns in one pass and in memory
 that does not grow with the dataset.
 """
 
@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from gvpo_offline.report.holding import reward_label
 from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.survey import light_table
+from gvpo_offline.store.survey import summary_table
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
-IntArray = npt.NDArray[np.int64]
+Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -93,9 +93,9 @@ def content(dataset: GroupDataset, progress: Progress | None = None) -> Content:
     numbers: Iterable[int] = range(dataset.n_row_groups)
     for row_group in progress(numbers) if progress else numbers:
         values = {
-            label: _flat(light_table(one, row_group), "rewards") for label, one in joined.items()
+            label: _flat(summary_table(one, row_group), "rewards") for label, one in joined.items()
         }
-        tally.add(light_table(dataset, row_group), values)
+        tally.add(summary_table(dataset, row_group), values)
     return tally.content()
 
 
@@ -166,7 +166,7 @@ class _Counts:
     """How often each small number occurred."""
 
     def __init__(self) -> None:
-        self.counts: IntArray = np.zeros(1, np.int64)
+        self.counts: Int64Array = np.zeros(1, np.int64)
 
     def add(self, values: npt.NDArray[Any]) -> None:
         new = np.bincount(values.astype(np.int64), minlength=len(self.counts))

@@ -1,4 +1,4 @@
-"""Groups as scorers see them, read from the light columns of a row group."""
+"""Groups as scorers see them, read from the summary columns of a row group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import Group, IntArray
+from gvpo_offline.group import Group, Int32Array
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
 
@@ -18,7 +18,7 @@ _IDS = ("prompt_token_ids", "response_token_ids")
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ScoringInput:
     """A group as scorers see it.
 
     Attributes:
@@ -37,7 +37,7 @@ class Case:
     messages: list[Message] | None
     responses: tuple[str, ...]
     metadata: dict[str, Any]
-    response_token_ids: tuple[IntArray, ...] | None = None
+    response_token_ids: tuple[Int32Array, ...] | None = None
     row_group: int = 0
     place: dict[str, Any] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ class Case:
         return value
 
 
-class CaseReader:
+class ScoringInputReader:
     """Reads the cases of a dataset.
 
     A log of token ids alone has no texts: they are decoded, without special tokens, by the
@@ -91,7 +91,7 @@ class CaseReader:
         self._tokenizer_name = tokenizer
         self._tokenizer: Any = None
 
-    def cases(self, row_group: int) -> list[Case]:
+    def cases(self, row_group: int) -> list[ScoringInput]:
         """All groups of a row group, in order.
 
         Raises:
@@ -103,7 +103,7 @@ class CaseReader:
         groups = self._dataset.groups(row_group, columns)
         if not all(map(_has_texts, groups)):
             groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
-        place = self._dataset.place(row_group)
+        place = self._dataset.location(row_group)
         return [
             self._case(
                 group,
@@ -113,7 +113,7 @@ class CaseReader:
             for row, group in enumerate(groups)
         ]
 
-    def _case(self, group: Group, row_group: int, place: dict[str, Any]) -> Case:
+    def _case(self, group: Group, row_group: int, place: dict[str, Any]) -> ScoringInput:
         prompt, responses = group.prompt, group.responses
         if group.messages is not None:
             prompt = None  # the text is what the template made of them
@@ -121,7 +121,7 @@ class CaseReader:
             prompt = self._decoded(group.prompt_token_ids, place)
         if responses is None:
             responses = tuple(self._decoded(ids, place) for ids in group.response_token_ids)
-        return Case(
+        return ScoringInput(
             group_id=group.group_id,
             prompt=prompt,
             messages=None if group.messages is None else json.loads(group.messages),
@@ -132,7 +132,7 @@ class CaseReader:
             place=place,
         )
 
-    def _decoded(self, ids: IntArray, place: dict[str, Any]) -> str:
+    def _decoded(self, ids: Int32Array, place: dict[str, Any]) -> str:
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer(place)
         text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import RewardSettings
 from gvpo_offline.rewards.scorer import SimpleScorer
 from gvpo_offline.store.arrow import column_array, split_list
-from gvpo_offline.store.choice import choose_rewards
+from gvpo_offline.store.choice import choose_reward_families
 from gvpo_offline.store.dataset import GroupDataset
 
 
@@ -25,7 +25,7 @@ class FamilyScorer(SimpleScorer):
 
     def __init__(self, settings: RewardSettings, dataset: GroupDataset) -> None:
         super().__init__()
-        rewards = choose_rewards(dataset.manifest, settings.reward, file=dataset.root)
+        rewards = choose_reward_families(dataset.manifest, settings.reward, file=dataset.root)
         family = rewards[0].family
         self._label = f"{family.name}@{family.version}"
         self._dataset = GroupDataset(dataset.folder.resolve(), dataset.manifest, rewards)
@@ -34,7 +34,7 @@ class FamilyScorer(SimpleScorer):
         """Name and version, which never change what they stand for."""
         return {"kind": "reward", "reward": self._label}
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
         """(1, k) for each case."""
         table = self._dataset.table(cases[0].row_group, ["response_lengths", "rewards"])
         rows = split_list(column_array(table, "rewards"))

@@ -19,14 +19,14 @@ import numpy as np
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.hashing import sha256_file
-from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import FunctionSettings, VerlSettings
-from gvpo_offline.rewards.scorer import CaseScorer, numbers, settings_of
+from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
 
 _OWN = ("prompt", "completion", "completion_ids", "prompts", "completions")
 
 
-class _FunctionScorer(CaseScorer):
+class _FunctionScorer(GroupScorer):
     """A function that each process loads for itself, told apart by the hash of its file."""
 
     def __init__(self, settings: FunctionSettings | VerlSettings) -> None:
@@ -55,14 +55,14 @@ class _FunctionScorer(CaseScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}
 
-    def _call(self, case: Case, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, case: ScoringInput, *args: Any, **kwargs: Any) -> Any:
         assert self._function is not None  # start has been called
         with self._blamed(case):
             result = self._function(*args, **kwargs)
             return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     @contextmanager
-    def _blamed(self, case: Case) -> Iterator[None]:
+    def _blamed(self, case: ScoringInput) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -74,7 +74,9 @@ class _FunctionScorer(CaseScorer):
                 **case.place,
             ) from error
 
-    def _number(self, value: Any, case: Case, index: int, what: str = "number") -> float | None:
+    def _number(
+        self, value: Any, case: ScoringInput, index: int, what: str = "number"
+    ) -> float | None:
         """`value` as a number; None is missing."""
         if value is None:
             return None
@@ -101,7 +103,7 @@ class TrlScorer(_FunctionScorer):
 
     needs_token_ids = True
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, case: ScoringInput) -> FloatArray:
         """(1, k)."""
         k = case.size
         completions: list[Any] = list(case.responses)
@@ -143,7 +145,7 @@ class VerlScorer(_FunctionScorer):
         self._settings = settings
         self.further = settings.keep
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, case: ScoringInput) -> FloatArray:
         """(1 + F, k)."""
         truth = case.column(self._settings.ground_truth)
         given = {

@@ -7,9 +7,9 @@ import re
 from typing import Any
 
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import ExactSettings, NumericSettings
-from gvpo_offline.rewards.scorer import CaseScorer, numbers, settings_of
+from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
 
 # 1,234.5 and 1234.5 and .5; a comma counts where it sets three digits apart, a sign where it is not
 # a difference's.
@@ -18,7 +18,7 @@ _NUMBER = re.compile(
 )
 
 
-class ExactScorer(CaseScorer):
+class ExactScorer(GroupScorer):
     """1 where two texts are the same, space around them aside; 0 where they differ.
 
     A group whose column is null has no right answer: its numbers are missing.
@@ -32,7 +32,7 @@ class ExactScorer(CaseScorer):
         """Its settings."""
         return settings_of(self._settings)
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, case: ScoringInput) -> FloatArray:
         """(1, k)."""
         gold = case.column(self._settings.column)
         if gold is None:
@@ -49,7 +49,7 @@ class ExactScorer(CaseScorer):
         return found.strip().casefold() if self._settings.ignore_case else found.strip()
 
 
-class NumericScorer(CaseScorer):
+class NumericScorer(GroupScorer):
     """1 where two numbers are the same within a tolerance; 0 where they differ or there is none.
 
     A group whose column is null, or has no number, has no right answer: its numbers are missing.
@@ -63,7 +63,7 @@ class NumericScorer(CaseScorer):
         """Its settings."""
         return settings_of(self._settings)
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, case: ScoringInput) -> FloatArray:
         """(1, k)."""
         gold = case.column(self._settings.column)
         text = "" if gold is None else str(gold)

@@ -16,11 +16,11 @@ from typing import Any
 
 from gvpo_offline.errors import ConfigError, WorkerError
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import MathSettings
 from gvpo_offline.rewards.match import last_match
-from gvpo_offline.rewards.scorer import CaseScorer, numbers, settings_of
-from gvpo_offline.workers.process import UNGUARDED, Answer, Worker, WorkerDeathError
+from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
+from gvpo_offline.workers.process import MAIN_GUARD, Answer, Worker, WorkerDeathError
 
 _START_S = 120.0
 _ORPHAN_FACTOR = 4
@@ -31,7 +31,7 @@ _IN_FORMULAS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"(?!(?:sin|cos|tan|cot|log|exp|sqrt|max|min|gcd|lcm|mod)\b)\b[A-Za-z]{3,}")
 
 
-class MathScorer(CaseScorer):
+class MathScorer(GroupScorer):
     """1 where math-verify shows that the answers are equal, 0 where it does not.
 
     A group whose gold answer is null or cannot be read has no right answer: its numbers are
@@ -62,7 +62,7 @@ class MathScorer(CaseScorer):
                 remedy="pip install 'gvpo-offline[math]'",
             ) from error
 
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, case: ScoringInput) -> FloatArray:
         """(1, k)."""
         gold = case.column(self._settings.column)
         if gold is None:
@@ -97,7 +97,7 @@ class MathScorer(CaseScorer):
             raise WorkerError(
                 f"the process of math-verify begins within {_START_S:g} s",
                 received=str(error) or "one that did not",
-                remedy=UNGUARDED,
+                remedy=MAIN_GUARD,
             ) from error
         return worker
 

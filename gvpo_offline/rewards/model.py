@@ -9,7 +9,7 @@ import numpy as np
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import ModelSettings
 from gvpo_offline.rewards.scorer import SimpleScorer, settings_of
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -88,7 +88,7 @@ class ModelScorer(SimpleScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_tokenizer": None}
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
         """(1, k) for each case."""
         rows = [ids for case in cases for ids in self._encoded(case)]
         scores = np.zeros(len(rows))
@@ -97,7 +97,7 @@ class ModelScorer(SimpleScorer):
         ends = np.cumsum([case.size for case in cases])[:-1]
         return [piece[np.newaxis] for piece in np.split(scores, ends)]
 
-    def _encoded(self, case: Case) -> list[list[int]]:
+    def _encoded(self, case: ScoringInput) -> list[list[int]]:
         texts = [self._text(case, response) for response in case.responses]
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         limit = getattr(self._model.config, "max_position_embeddings", None)
@@ -111,7 +111,7 @@ class ModelScorer(SimpleScorer):
             )
         return found
 
-    def _text(self, case: Case, response: str) -> str:
+    def _text(self, case: ScoringInput, response: str) -> str:
         if case.messages is None and not self._settings.as_chat:
             return f"{case.prompt}{response}"
         messages = [*case.conversation, {"role": "assistant", "content": response}]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import Case, CaseReader
+from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 
 if TYPE_CHECKING:
-    from gvpo_offline.workers.settings import EngineSettings
+    from gvpo_offline.workers.settings import WorkerSettings
 
 
 class Scorer(Protocol):
@@ -36,7 +36,7 @@ class Scorer(Protocol):
             ConfigError: the settings name something that is not there.
         """
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
         """Do what must be done over the whole dataset before any of it is scored; called once, in
         the process that the command runs in.
 
@@ -50,7 +50,7 @@ class Scorer(Protocol):
     def start(self) -> None:
         """Get ready in the process that is about to score."""
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
         """(1 + F, k) float64 for each case: the number that counts, then the further ones; NaN
         where one is missing.
 
@@ -71,7 +71,7 @@ class SimpleScorer:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
         """Nothing to do beforehand."""
         return True
 
@@ -82,15 +82,15 @@ class SimpleScorer:
         """Nothing to end."""
 
 
-class CaseScorer(SimpleScorer, ABC):
+class GroupScorer(SimpleScorer, ABC):
     """A scorer to which each case stands for itself."""
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
-        """`score_case` of each."""
-        return [self.score_case(case) for case in cases]
+    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
+        """`score_group` of each."""
+        return [self.score_group(case) for case in cases]
 
     @abstractmethod
-    def score_case(self, case: Case) -> FloatArray:
+    def score_group(self, case: ScoringInput) -> FloatArray:
         """(1 + F, k), as `Scorer.score` for one case."""
 
 

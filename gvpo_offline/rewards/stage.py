@@ -1,6 +1,6 @@
 """The reward stage: one task and one sidecar for each file of groups.
 
-    light columns -> cases -> scorers -> weighted sum and components -> sidecar -> manifest
+    summary columns -> cases -> scorers -> weighted sum and components -> sidecar -> manifest
 
 The family's configuration holds all that its numbers depend on: the scorers' settings, the hashes
 of their code and weights, their weights in the sum. The same name with another configuration is a
@@ -22,7 +22,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.rewards.build import build_scorer
-from gvpo_offline.rewards.cases import Case, CaseReader
+from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings
 from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.rewards.settings import RewardConfig
@@ -37,7 +37,7 @@ from gvpo_offline.store.tables import rewards_to_table
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.version import __version__
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
 __all__ = ["RewardResult", "run_reward"]
@@ -72,7 +72,7 @@ class RewardResult:
         return [head, *(f"  {what}: {n:,}" for what, n in sorted(self.counts.items()) if n)]
 
 
-def run_reward(config: RewardConfig, engine: EngineSettings) -> RewardResult | None:
+def run_reward(config: RewardConfig, engine: WorkerSettings) -> RewardResult | None:
     """Score a dataset, and publish the reward as a sidecar.
 
     Returns:
@@ -179,7 +179,7 @@ class RewardStage:
         self._config = config
         self._scorers = scorers
         self._weights = np.array(weights)
-        self.reader = CaseReader(
+        self.reader = ScoringInputReader(
             self._dataset,
             token_ids=any(scorer.needs_token_ids for scorer in scorers.values()),
             tokenizer=config.tokenizer_name_or_path,
@@ -230,7 +230,7 @@ class RewardStage:
             stage=self.name, task=task.name, sidecars=[sidecar], counts=dict(sorted(counts.items()))
         )
 
-    def _table(self, cases: Sequence[Case], counts: Counter[str]) -> pa.Table:
+    def _table(self, cases: Sequence[ScoringInput], counts: Counter[str]) -> pa.Table:
         scored = [scorer.score(cases) for scorer in self._scorers.values()]
         rewards, components = [], []
         for case, parts in zip(cases, zip(*scored, strict=True), strict=True):
@@ -239,7 +239,7 @@ class RewardStage:
             components.append(np.concatenate(parts))
         return rewards_to_table([case.group_id for case in cases], rewards, components)
 
-    def _total(self, case: Case, values: FloatArray, counts: Counter[str]) -> FloatArray:
+    def _total(self, case: ScoringInput, values: FloatArray, counts: Counter[str]) -> FloatArray:
         """The weighted sum over the scorers that have a number: (n_scorers, k) to (k,)."""
         lacking = np.isnan(values).all(axis=0)
         total: FloatArray = np.nansum(self._weights[:, np.newaxis] * values, axis=0)

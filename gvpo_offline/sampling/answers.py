@@ -22,7 +22,7 @@ from gvpo_offline.openai.answer import (
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.prompts import Prompt
 from gvpo_offline.sampling.settings import RequestSettings
-from gvpo_offline.sampling.stage import Wanted
+from gvpo_offline.sampling.stage import SampleRequest
 
 _REASONING = ("reasoning_content", "reasoning")
 # Settings of ours that are no fields of OpenAI's API, and their values that need no mention.
@@ -44,7 +44,7 @@ def is_chat(settings: RequestSettings, prompt: Prompt) -> bool:
     return prompt.messages is not None and settings.api != "completions"
 
 
-def request_body(settings: RequestSettings, wanted: Sequence[Wanted]) -> dict[str, Any]:
+def request_body(settings: RequestSettings, wanted: Sequence[SampleRequest]) -> dict[str, Any]:
     """The JSON of one request for some responses to one prompt; its seed is the first one's.
 
     Raises:
@@ -77,7 +77,9 @@ def request_body(settings: RequestSettings, wanted: Sequence[Wanted]) -> dict[st
     return body | settings.extra_body
 
 
-def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[Wanted]) -> list[Sample]:
+def read_answer(
+    settings: RequestSettings, answer: Any, wanted: Sequence[SampleRequest]
+) -> list[Sample]:
     """One sample for each response that was asked for, good or failed.
 
     Args:
@@ -102,7 +104,10 @@ def read_answer(settings: RequestSettings, answer: Any, wanted: Sequence[Wanted]
 
 
 def _sample(
-    settings: RequestSettings, answer: Mapping[str, Any], choice: Mapping[str, Any], wanted: Wanted
+    settings: RequestSettings,
+    answer: Mapping[str, Any],
+    choice: Mapping[str, Any],
+    wanted: SampleRequest,
 ) -> Sample:
     finish = finish_of(choice)
     text = _text(choice)

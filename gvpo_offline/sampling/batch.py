@@ -27,18 +27,20 @@ from gvpo_offline.sampling.answers import (
 )
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import BatchSettings
-from gvpo_offline.sampling.stage import Facts, Wanted
+from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
 from gvpo_offline.store.commit import write_hashed
 
 _CAUSE_CHARACTERS = 200
 
 
-def custom_id(wanted: Wanted) -> str:
+def custom_id(wanted: SampleRequest) -> str:
     """What names a request in both files: the prompt's hash and the response's number."""
     return f"{wanted.prompt.key[:24]}-{wanted.number}"
 
 
-def write_requests(folder: Path, settings: BatchSettings, wanted: Iterable[Wanted]) -> list[Path]:
+def write_requests(
+    folder: Path, settings: BatchSettings, wanted: Iterable[SampleRequest]
+) -> list[Path]:
     """Write request files, named by their content.
 
     Raises:
@@ -58,7 +60,7 @@ def write_requests(folder: Path, settings: BatchSettings, wanted: Iterable[Wante
     return paths
 
 
-def _request(settings: BatchSettings, wanted: Wanted) -> str:
+def _request(settings: BatchSettings, wanted: SampleRequest) -> str:
     endpoint = "chat/completions" if is_chat(settings, wanted.prompt) else "completions"
     request = {
         "custom_id": custom_id(wanted),
@@ -76,9 +78,9 @@ class BatchSampler:
         self._settings = settings
         self._results: _Results | None = None
 
-    def facts(self) -> Facts:
+    def facts(self) -> SamplerInfo:
         """The context, as the settings say."""
-        return Facts(self._settings.context_length)
+        return SamplerInfo(self._settings.context_length)
 
     def start(self) -> None:
         """Find out where in the result files each answer is.
@@ -88,11 +90,11 @@ class BatchSampler:
         """
         self._results = _Results(self._settings.results)
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """The responses that the files have, and why they have not the others."""
         return [self._look_up(each) for each in wanted]
 
-    def _look_up(self, wanted: Wanted) -> Sample:
+    def _look_up(self, wanted: SampleRequest) -> Sample:
         assert self._results is not None
         cause = "not in the result files"
         for result in self._results.lines(custom_id(wanted)):
@@ -102,7 +104,7 @@ class BatchSampler:
                 cause = str(error)[:_CAUSE_CHARACTERS]
         return wanted.failed(cause)
 
-    def _read(self, result: dict[str, Any], wanted: Wanted) -> Sample:
+    def _read(self, result: dict[str, Any], wanted: SampleRequest) -> Sample:
         response = result.get("response") or {}
         body, status = response.get("body"), response.get("status_code")
         if result.get("error") or status != 200:

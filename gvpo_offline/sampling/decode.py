@@ -22,7 +22,7 @@ from transformers import DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import splitmix64
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Draft:
         finish_reason: "stop" or "length"; empty while it goes on.
     """
 
-    prompt: IntArray
+    prompt: Int32Array
     seed: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.sampling.prompts import Prompt
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class DatasetTokenizer:
     """How the dataset writes: its tokenizer, and the template where that is not its own."""
 
     tokenizer_name_or_path: str
@@ -29,7 +29,7 @@ class Dialect:
         return load_tokenizer(self.tokenizer_name_or_path, chat_template=self.chat_template)
 
 
-class Speech:
+class SamplerTokenizer:
     """A model's tokenizer, and whether it is the dataset's.
 
     The template does not count in that: with the tokens of the dataset, prompts are given as the
@@ -40,7 +40,7 @@ class Speech:
         dialect: the dataset's.
     """
 
-    def __init__(self, own: PreTrainedTokenizerBase, dialect: Dialect) -> None:
+    def __init__(self, own: PreTrainedTokenizerBase, dialect: DatasetTokenizer) -> None:
         self.tokenizer = own
         dataset = dialect.load()
         alike = copy.deepcopy(own)
@@ -48,7 +48,7 @@ class Speech:
         self.shared = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
         self._encoder = Encoder(own, append_eos=False)
 
-    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[IntArray]:
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[Int32Array]:
         """Token ids of the model's tokenizer: (P,) int32 each.
 
         Raises:

@@ -11,10 +11,10 @@ import numpy as np
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
-from gvpo_offline.sampling.dialect import Dialect, Speech
+from gvpo_offline.sampling.dialect import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import SamplingSettings, TransformersSettings
-from gvpo_offline.sampling.stage import Facts, Wanted
+from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
 from gvpo_offline.tokenizer import load_policy_tokenizer
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 _TAIL_TOKENS = 8
 
 
-def model_facts(name_or_path: str, revision: str | None, *, remote_code: bool) -> Facts:
+def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) -> SamplerInfo:
     """The context of a transformers model, and which weights exactly it has.
 
     Raises:
@@ -53,29 +53,29 @@ def model_facts(name_or_path: str, revision: str | None, *, remote_code: bool) -
     else:
         weights = str(getattr(config, "_commit_hash", None))
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Facts(context, {"model": weights})
+    return SamplerInfo(context, {"model": weights})
 
 
 class TransformersSampler:
     """Draws from a model by `decode.Decoder`; see `Sampler`."""
 
-    def __init__(self, settings: TransformersSettings, dialect: Dialect) -> None:
+    def __init__(self, settings: TransformersSettings, dialect: DatasetTokenizer) -> None:
         self._settings = settings
         self._dialect = dialect
         self._decoder: Decoder | None = None
-        self._speech: Speech | None = None
+        self._speech: SamplerTokenizer | None = None
         self._context: int | None = None
 
-    def facts(self) -> Facts:
+    def facts(self) -> SamplerInfo:
         """The model's context and its weights."""
         settings = self._settings
-        facts = model_facts(
+        facts = model_info(
             settings.model_name_or_path,
             settings.model_revision,
             remote_code=settings.trust_remote_code,
         )
         template = load_policy_tokenizer(settings).chat_template
-        return Facts(
+        return SamplerInfo(
             facts.context_length, {**facts.identity, "chat_template": sha256_json(template)}
         )
 
@@ -94,7 +94,7 @@ class TransformersSampler:
         disable_dropout(model)
         model.to(default_device(use_cpu=settings.use_cpu)).eval()
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._speech = Speech(load_policy_tokenizer(settings), self._dialect)
+        self._speech = SamplerTokenizer(load_policy_tokenizer(settings), self._dialect)
         rules = _rules(settings, model.generation_config, self._speech)
         self._decoder = Decoder(
             model,
@@ -104,7 +104,7 @@ class TransformersSampler:
         )
         self._decoder.probe()
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them.
 
         Raises:
@@ -133,7 +133,7 @@ class TransformersSampler:
         return [_sample(w, d, self._speech) for w, d in zip(wanted, drafts, strict=True)]
 
 
-def _sample(wanted: Wanted, draft: Any, speech: Speech) -> Sample:
+def _sample(wanted: SampleRequest, draft: Any, speech: SamplerTokenizer) -> Sample:
     text = speech.text(draft.ids)
     if not (speech.shared or text):
         return wanted.failed("an empty text, in tokens that are not the dataset's")
@@ -148,7 +148,7 @@ def _sample(wanted: Wanted, draft: Any, speech: Speech) -> Sample:
     )
 
 
-def _rules(settings: SamplingSettings, generation: Any, speech: Speech) -> Rules:
+def _rules(settings: SamplingSettings, generation: Any, speech: SamplerTokenizer) -> Rules:
     from gvpo_offline.sampling.decode import Rules
 
     said = [generation.eos_token_id if generation else None, speech.tokenizer.eos_token_id]
@@ -186,7 +186,7 @@ def _processors(settings: SamplingSettings) -> LogitsProcessorList:
     return hf.LogitsProcessorList(found)
 
 
-def _stops(strings: Sequence[str], speech: Speech) -> Callable[[Sequence[int]], bool]:
+def _stops(strings: Sequence[str], speech: SamplerTokenizer) -> Callable[[Sequence[int]], bool]:
     # A token is at least a byte long, and a character at most four.
     tail = 4 * max(map(len, strings)) + _TAIL_TOKENS
 

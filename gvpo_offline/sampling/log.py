@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.store.arrow import column_array, from_arrays, split_list, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
@@ -58,7 +58,7 @@ class Sample:
     number: int
     seed: int
     text: str | None = None
-    token_ids: IntArray | None = None
+    token_ids: Int32Array | None = None
     token_logprobs: npt.NDArray[np.float32] | None = None
     finish_reason: str | None = None
     error: str | None = None

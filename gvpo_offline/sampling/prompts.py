@@ -20,10 +20,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.encode import Encoder
-from gvpo_offline.importing.fragment import Fragment, located, prompt_key
+from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.sampling.settings import SampleConfig
@@ -76,7 +76,7 @@ class Prompt:
     prompt: str | None
     messages: str | None
     metadata: str | None
-    token_ids: IntArray
+    token_ids: Int32Array
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,9 @@ class _Reader:
                     try:
                         yield self._parsed(source, number, record)
                     except DataError as error:
-                        raise located(error, file=source.label, row=number) from error.__cause__
+                        raise with_location(
+                            error, file=source.label, row=number
+                        ) from error.__cause__
                 source.check_unchanged()
 
     def _parsed(self, source: Source, number: int, record: Mapping[str, Any]) -> _Row:
@@ -323,17 +325,19 @@ class _Reader:
             try:
                 rendered.append(self._encoder.render(row.messages or ""))
             except DataError as error:
-                raise located(error, file=row.source.label, row=row.number) from error.__cause__
+                raise with_location(
+                    error, file=row.source.label, row=row.number
+                ) from error.__cause__
         found = self._encoder.prompts([r.prompt or "" for r in texts])
         found += self._encoder.rendered(rendered)
         ids = {id(row): own for row, own in zip([*texts, *chats], found, strict=True)}
         return [self._prompt(row, ids[id(row)]) for row in rows if self._fits(row, ids[id(row)])]
 
-    def _prompt(self, row: _Row, ids: IntArray) -> Prompt:
+    def _prompt(self, row: _Row, ids: Int32Array) -> Prompt:
         file, number = row.source.file_name, row.number
         return Prompt(0, row.key, file, number, row.prompt, row.messages, row.metadata, ids)
 
-    def _fits(self, row: _Row, ids: IntArray) -> bool:
+    def _fits(self, row: _Row, ids: Int32Array) -> bool:
         if not len(ids):
             raise DataError("a prompt needs at least 1 token", received=row.prompt, **row.place)
         tight = [name for name, limit in self._limits.items() if len(ids) > limit]

@@ -14,7 +14,7 @@ from gvpo_offline.importing.folder import SAMPLING_STAGES
 from gvpo_offline.importing.formats.shared.log_format import Log
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import ImportConfig
-from gvpo_offline.sampling.dialect import Dialect
+from gvpo_offline.sampling.dialect import DatasetTokenizer
 from gvpo_offline.sampling.gather import SampledFormat, SampledRows
 from gvpo_offline.sampling.log import SampleLog
 from gvpo_offline.sampling.prompts import prepare_prompts
@@ -26,7 +26,7 @@ from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 # Raise it whenever the same prompts and settings would give other responses than before.
 _VERSION = 1
@@ -72,7 +72,7 @@ class SampleResult:
         return lines
 
 
-def run_sample(config: SampleConfig, engine: EngineSettings | None = None) -> SampleResult:
+def run_sample(config: SampleConfig, engine: WorkerSettings | None = None) -> SampleResult:
     """Sample what is not sampled yet; make the dataset once nothing is missing.
 
     Responses that failed are asked for again by the next run, and by it alone. An interrupted run
@@ -96,7 +96,7 @@ def run_sample(config: SampleConfig, engine: EngineSettings | None = None) -> Sa
         return run.result(finished)
     for name, stage in run.stages.items():
         if run.settings[name].ready:
-            run_stage(stage, engine or EngineSettings(show_progress=config.show_progress))
+            run_stage(stage, engine or WorkerSettings(show_progress=config.show_progress))
     found = run.result(None)
     # What was never asked for is not what `gaps: drop` means.
     if found.n_gaps and not (config.gaps == "drop" and found.asked):
@@ -111,7 +111,7 @@ class _Run:
         self.config = config
         self.root = root
         self.settings = config.parsed()
-        dialect = Dialect(config.tokenizer_name_or_path, config.chat_template)
+        dialect = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
         self.samplers = {name: open_sampler(s, dialect) for name, s in self.settings.items()}
         self.facts = {name: sampler.facts() for name, sampler in self.samplers.items()}
         encoder = load_encoder(self._import_config())

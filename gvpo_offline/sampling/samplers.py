@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gvpo_offline.sampling.dialect import Dialect
+from gvpo_offline.sampling.dialect import DatasetTokenizer
 from gvpo_offline.sampling.settings import (
     BatchSettings,
     OpenAISettings,
@@ -13,7 +13,7 @@ from gvpo_offline.sampling.settings import (
 from gvpo_offline.sampling.stage import Sampler
 
 
-def open_sampler(settings: SamplingSettings, dialect: Dialect) -> Sampler:
+def open_sampler(settings: SamplingSettings, dialect: DatasetTokenizer) -> Sampler:
     """The sampler that `settings` describe.
 
     Args:

@@ -10,7 +10,7 @@ from gvpo_offline.openai.client import Server
 from gvpo_offline.sampling.answers import is_chat, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import OpenAISettings
-from gvpo_offline.sampling.stage import Facts, Wanted
+from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
 
 
 class ServerSampler:
@@ -20,9 +20,9 @@ class ServerSampler:
         self._settings = settings
         self._server = Server(settings)
 
-    def facts(self) -> Facts:
+    def facts(self) -> SamplerInfo:
         """The context, as the settings say."""
-        return Facts(self._settings.context_length)
+        return SamplerInfo(self._settings.context_length)
 
     def start(self) -> None:
         """Find the package and the key.
@@ -32,18 +32,18 @@ class ServerSampler:
         """
         self._server.start()
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them, or the causes of their failures.
 
         Raises:
             ConfigError: the server refuses the key or does not know the model.
         """
-        by_prompt: dict[int, list[Wanted]] = {}
+        by_prompt: dict[int, list[SampleRequest]] = {}
         for each in wanted:
             by_prompt.setdefault(each.prompt.index, []).append(each)
         n = self._settings.n_per_request
         draws = [
-            _Draw(self._settings, own[i : i + n])
+            _CompletionsRequest(self._settings, own[i : i + n])
             for own in by_prompt.values()
             for i in range(0, len(own), n)
         ]
@@ -55,10 +55,10 @@ class ServerSampler:
         ]
 
 
-class _Draw:
+class _CompletionsRequest:
     """Some responses to one prompt; see `server.client.Question`."""
 
-    def __init__(self, settings: OpenAISettings, wanted: Sequence[Wanted]) -> None:
+    def __init__(self, settings: OpenAISettings, wanted: Sequence[SampleRequest]) -> None:
         self._settings = settings
         self._left = {each.number: each for each in wanted}
         self._done: list[Sample] = []

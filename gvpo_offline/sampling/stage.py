@@ -16,7 +16,7 @@ _SEED_BITS = 31  # what every server takes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Wanted:
+class SampleRequest:
     """A response to be drawn: to which prompt, which of its responses, from which seed."""
 
     prompt: Prompt
@@ -29,7 +29,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SamplerInfo:
     """What a sampler is, beyond its settings.
 
     Attributes:
@@ -44,7 +44,7 @@ class Facts:
 class Sampler(Protocol):
     """Who responds. Picklable before `start`."""
 
-    def facts(self) -> Facts:
+    def facts(self) -> SamplerInfo:
         """What it is, found out without starting it.
 
         Raises:
@@ -58,7 +58,7 @@ class Sampler(Protocol):
             ConfigError: there is no such model, key or package.
         """
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """A response to each, or the cause of its failure; in any order.
 
         Raises:
@@ -125,7 +125,7 @@ class SampleStage:
         chunks = range(len(self._tasks))
         return all(self.log.tasks.peek(task_name(chunk, 0)) for chunk in chunks)
 
-    def gaps(self) -> Iterator[tuple[Wanted, str]]:
+    def gaps(self) -> Iterator[tuple[SampleRequest, str]]:
         """What no committed round gave, in order, each with the cause."""
         for chunk in range(len(self._tasks)):
             rounds = self.log.rounds(chunk)
@@ -136,10 +136,10 @@ class SampleStage:
                 sample = have.get((wanted.prompt.index, wanted.number))
                 yield wanted, (sample.error if sample else None) or "not asked for yet"
 
-    def _missing(self, chunk: int, rounds: Sequence[TaskRecord]) -> list[Wanted]:
+    def _missing(self, chunk: int, rounds: Sequence[TaskRecord]) -> list[SampleRequest]:
         have = self.log.read(rounds)
         return [
-            Wanted(prompt, number, self._seed_of(prompt, number))
+            SampleRequest(prompt, number, self._seed_of(prompt, number))
             for prompt in self._prompts.read(chunk)
             for number in range(self._responses)
             if not _given(have.get((prompt.index, number)))

@@ -12,31 +12,31 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.sampling.dialect import Dialect, Speech
-from gvpo_offline.sampling.local import model_facts
+from gvpo_offline.sampling.dialect import DatasetTokenizer, SamplerTokenizer
+from gvpo_offline.sampling.local import model_info
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import VllmSettings
-from gvpo_offline.sampling.stage import Facts, Wanted
+from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
 from gvpo_offline.tokenizer import load_tokenizer
 
 
 class VllmSampler:
     """Draws from a model by vLLM; see `Sampler`."""
 
-    def __init__(self, settings: VllmSettings, dialect: Dialect) -> None:
+    def __init__(self, settings: VllmSettings, dialect: DatasetTokenizer) -> None:
         self._settings = settings
         self._dialect = dialect
         self._engine: Any = None
-        self._speech: Speech | None = None
+        self._speech: SamplerTokenizer | None = None
 
-    def facts(self) -> Facts:
+    def facts(self) -> SamplerInfo:
         """The model's context, or what `engine` limits it to, and its weights."""
         settings = self._settings
         remote = bool(settings.engine.get("trust_remote_code"))
-        facts = model_facts(
-            settings.model_name_or_path, settings.model_revision, remote_code=remote
+        facts = model_info(settings.model_name_or_path, settings.model_revision, remote_code=remote)
+        return SamplerInfo(
+            settings.engine.get("max_model_len") or facts.context_length, facts.identity
         )
-        return Facts(settings.engine.get("max_model_len") or facts.context_length, facts.identity)
 
     def start(self) -> None:
         """Load the model.
@@ -59,9 +59,9 @@ class VllmSampler:
             model=settings.model_name_or_path, revision=settings.model_revision, **options
         )
         own = load_tokenizer(settings.model_name_or_path, revision=settings.model_revision)
-        self._speech = Speech(own, self._dialect)
+        self._speech = SamplerTokenizer(own, self._dialect)
 
-    def sample(self, wanted: Sequence[Wanted]) -> list[Sample]:
+    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
         """All of them."""
         assert self._speech is not None
         prompts = {w.prompt.index: w.prompt for w in wanted}
@@ -92,7 +92,7 @@ class VllmSampler:
             logprobs=0,
         )
 
-    def _sample(self, wanted: Wanted, output: Any) -> Sample:
+    def _sample(self, wanted: SampleRequest, output: Any) -> Sample:
         assert self._speech is not None
         ids = list(output.token_ids)
         text = self._speech.text(ids)

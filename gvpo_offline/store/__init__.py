@@ -1,5 +1,5 @@
-"""The group store: Parquet shards, row-aligned sidecars, and the manifest that names them.
+"""The group store: Parquet shards, row-aligned sidecars, and the manifest that lists them.
 
-Bottom up: `commit` writes files that are whole or absent, `manifest` says which belong together,
-`parquet` is the encoding, `dataset` reads, `writer` writes, `survey` counts.
+Bottom up: `manifest` lists the files of a dataset, `commit` writes files atomically, `parquet`
+encodes them, `dataset` reads, `writer` writes, `survey` counts.
 """

@@ -1,8 +1,8 @@
-"""Foreign Parquet files and in-memory tables in the group shape, opened as a dataset in place.
+"""Opens Parquet files of other programs, and in-memory tables, as a dataset.
 
-A file that another program wrote to the contract in `schemas/` holds everything in one place:
-tokens, `rewards`, `ref_seq_logprobs`. It is opened where it lies, under a manifest that exists in
-memory only, and held to every rule first, because no gate of ours has seen it.
+Such a file follows `schemas/training_file.schema.json` and has tokens, `rewards` and
+`ref_seq_logprobs` in one file. It is not copied: the manifest exists in memory only. All groups
+are checked first, because the file was not written by this package.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from gvpo_offline.store.manifest import (
 from gvpo_offline.store.parquet import footer_sha256, open_parquet
 from gvpo_offline.store.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
 
-# Columns that a self-contained file has beside those of a groups file.
+# Columns of a training file that a dataset keeps in sidecars.
 _INLINE = ("rewards", "ref_seq_logprobs")
 
 
 def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> GroupDataset:
-    """Open Parquet files in the group shape as one dataset, without copying them.
+    """Open Parquet files with the columns of a groups file as one dataset, without copying them.
 
     Args:
         paths: files with at least the required columns of `schemas/groups.schema.json`.
-        need: further columns that must be there: `rewards`, `ref_seq_logprobs`.
+        need: further required columns: `rewards`, `ref_seq_logprobs`.
 
     Raises:
-        DataError: a column is missing or a group breaks a rule; names file, row and group.
+        DataError: a column is missing, or a group breaks a rule; names file, row and group.
         IntegrityError: a file cannot be read.
     """
     files = [Path(path).resolve() for path in paths]
@@ -52,11 +52,11 @@ def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> G
         missing = [name for name in required if name not in present]
         if missing:
             raise DataError(
-                "a file in the group shape has the columns of schemas/training_file.schema.json"
+                "a training file has the columns of schemas/training_file.schema.json"
                 if need
-                else "a file in the group shape has the columns of schemas/groups.schema.json",
+                else "a groups file has the columns of schemas/groups.schema.json",
                 received=f"no column {', '.join(missing)}",
-                remedy="write the missing columns, or bring the file in with `gvpo-offline import`",
+                remedy="write the missing columns, or convert the file with `gvpo-offline import`",
                 file=path,
             )
         names &= present
@@ -67,7 +67,7 @@ def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> G
 
 
 def _base_file(path: Path) -> tuple[set[str], BaseFile]:
-    """Names of the columns of a file, and its entry in a manifest."""
+    """The column names of a file, and its manifest entry."""
     with open_parquet(path) as file:
         metadata = file.metadata
         entry = BaseFile(
@@ -85,7 +85,7 @@ def _base_file(path: Path) -> tuple[set[str], BaseFile]:
 
 
 def _in_memory(files: list[Path], bases: list[BaseFile], names: set[str]) -> GroupDataset:
-    # The sidecar of an inline column is the groups file itself.
+    # The file is its own sidecar.
     inline = [Sidecar(base_sha256=base.sha256, file=base) for base in bases]
     rewards = RewardFamily(name="rewards", files=inline) if "rewards" in names else None
     reference = None
@@ -119,11 +119,12 @@ def open_for_training(
     version: int | None = None,
     remote: RemoteSettings | None = None,
 ) -> GroupDataset:
-    """A dataset's folder or URL, or a Parquet file in the group shape, with reward and reference.
+    """Open a dataset's folder or URL, or a training file in Parquet, with reward and reference.
 
     Args:
-        path: which.
-        reward, reference, version, remote: as in `open_dataset`; a file holds one of each.
+        path: of the dataset or file.
+        reward, reference, version, remote: as in `open_dataset`; a file has one reward and one
+            reference.
 
     Raises:
         DataError, ConfigError, IntegrityError: as `open_dataset` and `adopt_parquet`.
@@ -131,9 +132,9 @@ def open_for_training(
     if not is_url(path) and local_path(path).is_file():
         if isinstance(reward, Mapping):
             raise ConfigError(
-                "rewards are combined where a dataset holds several",
+                "only the rewards of a dataset can be combined",
                 received=f"{dict(reward)} of a file with the one column `rewards`",
-                remedy="leave reward out, or bring the file in with `gvpo-offline import`",
+                remedy="leave reward out, or convert the file with `gvpo-offline import`",
                 file=path,
             )
         return adopt_parquet([local_path(path)], need=("rewards", "ref_seq_logprobs"))
@@ -141,15 +142,15 @@ def open_for_training(
 
 
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
-    """Whatever a user may pass as a training dataset, opened.
+    """Open any supported kind of training dataset.
 
     Args:
-        data: a `GroupDataset`; the path of a dataset's folder, its URL, or the path of a Parquet
-            file in the group shape; or a `datasets.Dataset` with its columns.
-        scratch: the folder that an in-memory dataset is written to; made if it is needed.
+        data: a `GroupDataset`; the path or URL of a dataset; the path of a training file in
+            Parquet; or a `datasets.Dataset` with the columns of one.
+        scratch: folder to write an in-memory dataset to; created if needed.
 
     Raises:
-        ConfigError: it is none of these, or lacks rewards or reference log-probs.
+        ConfigError: `data` is none of these, or lacks rewards or reference log-probs.
         DataError, IntegrityError: as `open_dataset` and `adopt_parquet`.
     """
     if isinstance(data, str | Path):
@@ -161,8 +162,8 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
         return open_for_training(path)
     if not isinstance(data, GroupDataset):
         raise ConfigError(
-            "a dataset is a folder, a Parquet file or a datasets.Dataset in the group shape, the "
-            "URL of a folder, or what open_dataset returns",
+            "a dataset is a folder or its URL, a Parquet file or datasets.Dataset with the columns "
+            "of schemas/training_file.schema.json, or the result of open_dataset",
             received=type(data).__name__,
         )
     if not data.rewards or data.reference is None:

@@ -1,5 +1,6 @@
-"""Every group of a dataset held to the rules, row group by row group, in constant memory but for
-eight bytes a group.
+"""Check every group of a dataset against the rules, one row group at a time.
+
+Memory: one row group, and eight bytes per group of the dataset.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.hashing import text_keys
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.store.tables import groups_from_table
 
 _LENGTHS = ("n_tokens", "prompt_length", "response_lengths")
@@ -29,59 +30,61 @@ def check_groups(
     vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Check `columns` of every group, the stored lengths, and that ids occur once.
+    """Check `columns` and the stored lengths of every group, and that group ids are unique.
 
     Raises:
         DataError: naming file, row and group.
         IntegrityError: a file is damaged.
     """
-    numbers: Iterable[int] = Pass(dataset, [*columns, *_LENGTHS])
+    numbers: Iterable[int] = PrefetchedRowGroups(dataset, [*columns, *_LENGTHS])
     keys = [np.zeros(0, np.uint64)]
     for row_group in progress(numbers) if progress else numbers:
         table = dataset.table(row_group, [*columns, *_LENGTHS])
-        place = dataset.place(row_group)
+        location = dataset.location(row_group)
         groups = groups_from_table(table)
         for row, group in enumerate(groups):
-            check_group(group, file=place.file, row=place.first_row + row, vocab_size=vocab_size)
+            check_group(
+                group, file=location.file, row=location.first_row + row, vocab_size=vocab_size
+            )
         for name in _LENGTHS:
             if name in table.column_names:
-                _check_lengths(table, name, groups, place.of)
+                _check_lengths(table, name, groups, location.of_row)
         keys.append(text_keys(group.group_id for group in groups))
-    # Hashes instead of the ids themselves: two ids with one 64-bit hash do not happen.
+    # 64-bit hashes of the ids save memory; a collision is improbable at any dataset size here.
     values, counts = np.unique(np.concatenate(keys), return_counts=True)
     if (counts > 1).any():
-        _raise_doubled(dataset, int(values[counts > 1][0]))
+        _raise_duplicate(dataset, int(values[counts > 1][0]))
 
 
 def _check_lengths(
     table: pa.Table,
     name: str,
     groups: Sequence[Group],
-    place_of: Callable[[pa.Table, int], dict[str, Any]],
+    location_of: Callable[[pa.Table, int], dict[str, Any]],
 ) -> None:
     stored = table.column(name).to_pylist()
     for row, (group, value) in enumerate(zip(groups, stored, strict=True)):
         actual = len(group.prompt_token_ids) if name == "prompt_length" else getattr(group, name)
         if value is not None and value != actual:
             raise DataError(
-                f"{name} counts the tokens of the group",
-                received=f"{value} where the tokens give {actual}",
+                f"{name} is the number of tokens of the group",
+                received=f"{value}, but the tokens number {actual}",
                 remedy=f"correct the column {name}, or leave it out",
-                **place_of(table, row),
+                **location_of(table, row),
             )
 
 
-def _raise_doubled(dataset: GroupDataset, doubled: int) -> None:
+def _raise_duplicate(dataset: GroupDataset, duplicate: int) -> None:
     first: dict[str, Any] | None = None
     for row_group in range(dataset.n_row_groups):
         table = dataset.table(row_group, ["group_id"])
-        for row in np.flatnonzero(text_keys(table.column("group_id").to_pylist()) == doubled):
-            place = dataset.place(row_group).of(table, int(row))
+        for row in np.flatnonzero(text_keys(table.column("group_id").to_pylist()) == duplicate):
+            location = dataset.location(row_group).of_row(table, int(row))
             if first is not None:
                 raise DataError(
                     "a group id occurs once in a dataset",
-                    received=f"an id that {first['file']}, row {first['row']} has too",
+                    received=f"the same id in {first['file']}, row {first['row']}",
                     remedy="merge the rows into one group, or give them different ids",
-                    **place,
+                    **location,
                 )
-            first = place
+            first = location

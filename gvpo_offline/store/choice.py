@@ -1,4 +1,4 @@
-"""Which of a dataset's rewards and references a reader gets."""
+"""Selects the reward and reference sidecars of a dataset by name, version or fingerprint."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ RewardChoice = str | Mapping[str, float] | None
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A reward family and its weight in the sum that training sees."""
+    """A reward family and its weight in `Group.rewards`."""
 
     family: RewardFamily
     weight: float = 1.0
 
 
-def choose_rewards(
+def choose_reward_families(
     manifest: Manifest, choice: RewardChoice, *, file: Any = None
 ) -> list[WeightedReward]:
-    """The reward families that a choice names, each in its newest version unless it names one.
+    """The reward families of a choice, each in its newest version unless a version is named.
 
     Args:
         manifest: of the dataset.
-        choice: `name` or `name@version`; several of them with weights; None: the only one there is.
-        file: what an error names.
+        choice: `name` or `name@version`; a mapping of several to their weights; None: the only one.
+        file: the path or URL for errors.
 
     Raises:
-        ConfigError: there is no such reward, there are several and none was named, one is named
-            twice, or the weights are not finite or all 0.
+        ConfigError: there is no such reward, there are several and none is named, one is named
+            twice, a weight is not finite, or all weights are 0.
     """
     if not isinstance(choice, Mapping):
         return [WeightedReward(_family(manifest, choice, file))]
     weights = list(choice.values())
     if not all(map(math.isfinite, weights)) or not any(weights):
         raise ConfigError(
-            "rewards are combined with finite weights, not all of them 0",
+            "the weights of rewards are finite, and not all of them are 0",
             received=dict(choice),
             remedy="set reward to one name, or to {name: weight}",
             file=file,
@@ -49,7 +49,7 @@ def choose_rewards(
     labels = [f"{reward.family.name}@{reward.family.version}" for reward in found]
     if len(set(labels)) < len(labels):
         raise ConfigError(
-            "rewards are combined with one weight each",
+            "each reward is named once in a combination",
             received=f"{dict(choice)}, which are {', '.join(labels)}",
             remedy="name each reward once",
             file=file,
@@ -70,7 +70,7 @@ def _family(manifest: Manifest, name: str | None, file: Any) -> RewardFamily:
     return max(matching, key=lambda family: family.version)
 
 
-def choose_reference(
+def choose_reference_family(
     manifest: Manifest, fingerprint: str | None, *, file: Any = None
 ) -> ReferenceFamily:
     """The reference whose fingerprint starts with `fingerprint`; by default the only one."""

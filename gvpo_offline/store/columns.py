@@ -1,7 +1,7 @@
-"""Columns as they come off a file, held to the rules that concern a column and not a group.
+"""Checks of single columns that are read from a Parquet file.
 
-Checked at every read, at the cost of a glance per column: sidecars and shards may come from other
-programs, and pass no gate of ours before they are trained on.
+They run at every read, vectorised per column, because shards and sidecars may be written by other
+programs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where rows come from: a file, and the number of the first of them within it."""
+class RowGroupLocation:
+    """The location of a row group: its file, and the number of its first row within the file."""
 
     file: Path | str
     first_row: int
 
-    def of(self, table: pa.Table, row: int) -> dict[str, Any]:
-        """The keywords of an error about one row of a table with group ids."""
+    def of_row(self, table: pa.Table, row: int) -> dict[str, Any]:
+        """The `file`, `row` and `group` of an error about one row of a table with group ids."""
         group = table.column("group_id")[row].as_py()
         return {"file": self.file, "row": self.first_row + row, "group": group}
 
@@ -41,16 +41,16 @@ def check_present(present: Sequence[str], known: Sequence[Column], file: Path | 
         raise DataError(
             "a file has the required columns of schemas/",
             received=f"no column {', '.join(missing)}",
-            remedy="write the missing columns, or bring the log in with `gvpo-offline import`",
+            remedy="write the missing columns, or convert the log with `gvpo-offline import`",
             file=file,
         )
 
 
-def conformed(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Table:
-    """The table with the types of `known`.
+def cast_columns(table: pa.Table, known: Sequence[Column], location: RowGroupLocation) -> pa.Table:
+    """The table, cast to the types of `known`.
 
     Raises:
-        DataError: a column has a type that does not fit, or a list holds a null.
+        DataError: a column cannot be cast, or a list holds a null.
     """
     kinds = {column.name: column.type for column in known}
     columns = []
@@ -63,15 +63,15 @@ def conformed(table: pa.Table, known: Sequence[Column], place: Place) -> pa.Tabl
                 f"column {name} has the type {kind} of schemas/, or one that converts to it",
                 received=f"{table.column(name).type}: {error}",
                 remedy="write the column with that type",
-                file=place.file,
+                file=location.file,
             ) from error
     result = pa.Table.from_arrays(columns, names=table.column_names)
     for name in result.column_names:
-        _check_no_nulls(result, name, place)
+        _check_no_nulls(result, name, location)
     return result
 
 
-def _check_no_nulls(table: pa.Table, name: str, place: Place) -> None:
+def _check_no_nulls(table: pa.Table, name: str, location: RowGroupLocation) -> None:
     for chunk in table.column(name).chunks:
         while pa.types.is_list(chunk.type):
             chunk = chunk.flatten()
@@ -82,7 +82,7 @@ def _check_no_nulls(table: pa.Table, name: str, place: Place) -> None:
                     f"a list in column {name} holds no nulls",
                     received="null",
                     remedy="write a value, or null instead of the whole list where schemas/ allow",
-                    **place.of(table, row),
+                    **location.of_row(table, row),
                 )
 
 
@@ -90,14 +90,16 @@ def _holds_null(value: Any) -> bool:
     return isinstance(value, list) and any(item is None or _holds_null(item) for item in value)
 
 
-def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Place) -> None:
-    """Hold the lists of a joined column (rewards, ref_seq_logprobs) against the groups' sizes.
+def check_scalars(
+    table: pa.Table, name: str, sizes: pa.ChunkedArray, location: RowGroupLocation
+) -> None:
+    """Check that a joined column (rewards, ref_seq_logprobs) has one finite number per response.
 
     Args:
         table: with `group_id` and `name`.
         name: the column.
         sizes: responses of each row.
-        place: of the file that holds the column.
+        location: location of the column's row group.
 
     Raises:
         DataError: a list has another length than its group, or holds a number that is not finite.
@@ -110,7 +112,7 @@ def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Pla
             f"there is one {_SCALARS[name]} per response",
             received=f"{lengths[row].as_py()} for {sizes[row].as_py()} responses",
             remedy="write the column again for these groups",
-            **place.of(table, row),
+            **location.of_row(table, row),
         )
     finite = pc.is_finite(pc.list_flatten(table.column(name)))
     if not pc.all(finite).as_py() and len(finite):
@@ -123,14 +125,14 @@ def check_scalars(table: pa.Table, name: str, sizes: pa.ChunkedArray, place: Pla
             f"a {_SCALARS[name]} is a finite number",
             received=f"{value} for response {response}",
             remedy="score the response again, or leave it out of the log",
-            **place.of(table, row),
+            **location.of_row(table, row),
         )
 
 
 def add_weighted(
     before: pa.ChunkedArray | None, rewards: pa.ChunkedArray, weight: float
 ) -> pa.ChunkedArray:
-    """`before + weight * rewards`, response by response; columns of lists of one length each."""
+    """`before + weight * rewards` per response; both columns have lists of the same lengths."""
     values = pc.multiply(pc.list_flatten(rewards), weight)
     if before is not None:
         values = pc.add(pc.list_flatten(before), values)
@@ -141,14 +143,16 @@ def add_weighted(
     return pa.chunked_array([pa.ListArray.from_arrays(offsets_array, flat)])
 
 
-def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, place: Place) -> None:
-    """Hold the column `components` against the groups' sizes and the names of the parts.
+def check_components(
+    table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, location: RowGroupLocation
+) -> None:
+    """Check the shape (C, k) of the column `components` in each row.
 
     Args:
         table: with `group_id` and `components`.
-        sizes: responses of each row.
-        n_parts: C, how many names the reward family has.
-        place: of the file that holds the column.
+        sizes: k, responses of each row.
+        n_parts: C, number of components that the reward family names.
+        location: location of the column's row group.
 
     Raises:
         DataError: a row is not null and not (C, k), or holds an infinite number.
@@ -163,19 +167,19 @@ def check_components(table: pa.Table, sizes: pa.ChunkedArray, n_parts: int, plac
                 f"there is one number per response of each of the reward's {n_parts} components",
                 received=f"lists of {lengths} numbers for {k} responses",
                 remedy="write the column again for these groups",
-                **place.of(table, number),
+                **location.of_row(table, number),
             )
         if any(np.isinf(part).any() for part in parts):
             raise DataError(
                 "a component of a reward is a finite number, or NaN where it is missing",
                 received=parts,
                 remedy="score the group again",
-                **place.of(table, number),
+                **location.of_row(table, number),
             )
 
 
-def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
-    """Responses of each row, from the tokens or, where all rows store them, their lengths."""
+def response_counts(table: pa.Table) -> pa.ChunkedArray | None:
+    """Responses of each row, from the tokens or the lengths; None if the table has neither."""
     if "response_token_ids" in table.column_names:
         return _lengths(table.column("response_token_ids"))
     stored = "response_lengths" in table.column_names
@@ -185,6 +189,6 @@ def sizes_of(table: pa.Table) -> pa.ChunkedArray | None:
 
 
 def _lengths(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # Of a null: 0. Not filled where there is none, since that imports pandas.
+    # Null counts as 0. `fill_null` is only called where needed: it imports pandas.
     lengths = pc.list_value_length(column)
     return pc.fill_null(lengths, 0) if lengths.null_count else lengths

@@ -1,9 +1,8 @@
-"""Files that are whole or absent, and tasks that are done once.
+"""Atomic files, and commit records that make each task count once.
 
-A file is written under a temporary name, flushed to disk, hashed, and renamed to a name that holds
-its hash. A task then creates its commit record, create-only: of two attempts at one task the first
-wins, and the other takes over the winner's files. Nothing that a reader can reach is ever
-half-written.
+A file is written under a temporary name, synced to disk, hashed, and renamed to a name with its
+hash. A task then creates its commit record, never overwriting one: of two attempts at one task the
+first wins, and the second uses the winner's files. Readers never see a partly written file.
 """
 
 from __future__ import annotations
@@ -17,10 +16,17 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gvpo_offline.errors import IntegrityError, StorageError
+from gvpo_offline.errors import StorageError
 from gvpo_offline.hashing import sha256_file
-from gvpo_offline.store.manifest import BaseFile, FileEntry, Sidecar
-from gvpo_offline.store.sealed import read_json, sealed_text, unsealed
+from gvpo_offline.store.manifest import (
+    BaseFile,
+    FileEntry,
+    Sidecar,
+    damaged,
+    missing,
+    read_twice,
+)
+from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -28,7 +34,7 @@ _HASH_DIGITS = 12
 
 
 class TaskRecord(BaseModel):
-    """What one committed task added to a dataset."""
+    """The files and counts that one committed task added to a dataset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +51,7 @@ class TaskRecord(BaseModel):
 
 
 class SealedRecord(BaseModel):
-    """What a commit record's file holds: the record and the hash of its content."""
+    """The content of a commit record's file: the record and its hash."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,7 +76,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and what is missing above it, and make the new entries durable."""
+    """Create `folder` with its parents, and sync the new directory entries to disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -78,7 +84,7 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries durable."""
+    """Sync the entries of a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -87,20 +93,20 @@ def fsync_folder(folder: Path) -> None:
 
 
 def temporary_name(folder: Path, stem: str) -> Path:
-    """A name in `folder` that no other attempt uses."""
+    """A unique temporary path in `folder`."""
     return folder / f".{stem}.{uuid.uuid4().hex}.tmp"
 
 
 def write_hashed(
     folder: Path, stem: str, suffix: str, write: Callable[[Path], None]
 ) -> tuple[Path, str]:
-    """Let `write` fill a temporary file, then give it the durable name `stem-<hash><suffix>`.
+    """Let `write` fill a temporary file, then rename it to `stem-<hash><suffix>`.
 
     Returns:
         The path, and the SHA-256 of the content.
 
     Raises:
-        StorageError: no room; the temporary file is removed.
+        StorageError: the disk is full; the temporary file is removed.
     """
     temporary = temporary_name(folder, stem)
     try:
@@ -121,11 +127,10 @@ def write_hashed(
 def create_only(path: Path, content: str) -> bool:
     """Create `path` with `content` unless it exists. True if this call created it.
 
-    A hard link to a finished temporary file: the name appears with its whole content, or not at
-    all.
+    It is a hard link to a complete temporary file, so that `path` never has partial content.
 
     Raises:
-        StorageError: no room, or a file system without hard links.
+        StorageError: the disk is full, or the file system has no hard links.
     """
     temporary = temporary_name(path.parent, path.name)
     try:
@@ -158,37 +163,23 @@ def verify_file(root: Path, entry: FileEntry, *, content: bool = True) -> None:
     """Check a file's presence, size and (with `content`) SHA-256 against its entry.
 
     Raises:
-        IntegrityError: the file is missing, shortened or altered. A mismatch is read once more
-            before it is reported, so that a passing read fault does not end a run.
+        IntegrityError: the file is missing, shortened or altered. After a mismatch the file is read
+            a second time, so that a transient read error does not end a run.
     """
     path = root / entry.path
-    remedy = "restore the file from a copy; the manifest is not to be edited to fit it"
     if not path.is_file():
-        raise IntegrityError("every file that the manifest names exists", file=path, remedy=remedy)
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise IntegrityError(
-            f"the file is {entry.bytes} bytes long",
-            received=f"{size} bytes",
-            file=path,
-            remedy=remedy,
-        )
-    if not content:
-        return
-    found = ""
-    for _ in range(2):
+        raise missing(path)
+    entry.check_size(path.stat().st_size, path)
+
+    def check() -> None:
         try:
             found = sha256_file(path)
         except OSError as error:
-            found = str(error)
-        if found == entry.sha256:
-            return
-    raise IntegrityError(
-        f"the file's SHA-256 is {entry.sha256[:16]}…",
-        received=found if " " in found else f"{found[:16]}…",
-        file=path,
-        remedy=remedy,
-    )
+            raise damaged("the file can be read", error, path) from error
+        entry.check_sha256(found, path)
+
+    if content:
+        read_twice(check)
 
 
 class TaskLog:
@@ -200,15 +191,14 @@ class TaskLog:
         self.folder = root / "commits" / stage
 
     def exists(self, task: str) -> bool:
-        """Whether a task is committed; its files are not looked at."""
+        """Whether a task is committed; its files are not checked."""
         return (self.folder / f"{task}.json").exists()
 
     def committed(self, task: str) -> TaskRecord | None:
-        """The record of a finished task whose files are all still good, or None.
+        """The record of a committed task, its files verified; None if it is not committed.
 
         Raises:
-            IntegrityError: it was committed, but the record or a file of its has been damaged
-                since.
+            IntegrityError: the record or one of its files is damaged.
         """
         path = self.folder / f"{task}.json"
         if not path.exists():
@@ -219,31 +209,31 @@ class TaskLog:
         return record
 
     def peek(self, task: str) -> TaskRecord | None:
-        """As `committed`, without reading the task's files.
+        """As `committed`, without verifying the task's files.
 
         Raises:
-            IntegrityError: the record has been damaged.
+            IntegrityError: the record is damaged.
         """
         path = self.folder / f"{task}.json"
         return read_record(path) if path.exists() else None
 
     def commit(self, record: TaskRecord) -> TaskRecord:
-        """Commit `record`; returns the record that holds, the winner's where two attempts raced."""
+        """Commit `record`; returns the committed record, which may be that of another attempt."""
         path = self.folder / f"{record.task}.json"
         if create_only(path, sealed_text("record", record)):
             return record
         winner = self.committed(record.task)
-        assert winner is not None  # the record exists: creating it just failed
+        assert winner is not None  # creating the record just failed because it exists
         return winner
 
 
 def read_record(path: Path) -> TaskRecord:
-    """A commit record as it stands; its files are not looked at.
+    """A commit record; its files are not checked.
 
     Raises:
-        IntegrityError: it was damaged.
+        IntegrityError: it is damaged.
     """
     rule = "a commit record follows schemas/commit.schema.json"
-    remedy = "remove it: its task is then done again"
-    sealed = read_json(path, rule, remedy)
+    remedy = "delete it: its task will be done again"
+    sealed = parse_json(path.read_bytes(), path, rule, remedy)
     return unsealed(TaskRecord, "record", sealed, path, rule, remedy)

@@ -1,6 +1,4 @@
-"""Reading a dataset: a manifest, one of its rewards and one of its references, row group by row
-group.
-"""
+"""Reads a dataset: groups joined with a reward and a reference, one row group at a time."""
 
 from __future__ import annotations
 
@@ -22,20 +20,21 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.choice import (
     RewardChoice,
     WeightedReward,
-    choose_reference,
-    choose_rewards,
+    choose_reference_family,
+    choose_reward_families,
 )
 from gvpo_offline.store.columns import (
-    Place,
+    RowGroupLocation,
     add_weighted,
+    cast_columns,
     check_components,
     check_present,
     check_scalars,
-    conformed,
-    sizes_of,
+    response_counts,
 )
 from gvpo_offline.store.location import RemoteSettings, local_folder
 from gvpo_offline.store.manifest import (
+    RESTORE,
     FileEntry,
     Manifest,
     ReferenceFamily,
@@ -59,30 +58,30 @@ Progress = Callable[[Sequence[FileEntry]], Iterator[FileEntry]]
 
 
 @dataclass(frozen=True)
-class _Joined:
-    """The sidecars of one family, in the order of the groups files."""
+class _JoinedSidecars:
+    """The sidecars of one reward or reference family, in the order of the groups files."""
 
     columns: Sequence[Column]
     sidecars: Sequence[Sidecar]
     weight: float = 1.0
 
     def wanted(self, columns: Sequence[str]) -> list[str]:
-        """Which of `columns` these files hold, the group's id aside."""
+        """Those of `columns` that these files hold, without `group_id`."""
         return [c.name for c in self.columns if c.name in columns and c.name != "group_id"]
 
 
 class GroupDataset:
-    """A dataset as training sees it: groups joined with their reward and one reference.
+    """A dataset for reading: groups joined with their reward and one reference.
 
-    A *row group* is the unit of reading; they are numbered through all files in manifest order.
-    Opening reads the manifest only. The object is cheap to pickle: open files are left behind. Any
-    thread may read, and several at once.
+    A *row group* is the unit of reading; row groups are numbered across all files in manifest
+    order. Opening reads the manifest only. The object pickles cheaply, without its open files.
+    It is thread-safe.
 
     Args:
-        root: the dataset's folder, or the storage that holds it.
-        manifest: one version of it.
-        rewards: the reward families to join: `Group.rewards` is their weighted sum. Components come
-            along where there is a single family. Empty: none.
+        root: the dataset's folder, or its storage.
+        manifest: one version of the dataset.
+        rewards: the reward families to join; `Group.rewards` is their weighted sum. Components are
+            joined if there is a single family. Empty: none.
         reference: the reference family to join, or None.
     """
 
@@ -98,7 +97,7 @@ class GroupDataset:
         self.rewards = tuple(rewards)
         self.reference = reference
         self._joined = [
-            _Joined(
+            _JoinedSidecars(
                 REWARDS_COLUMNS if len(self.rewards) == 1 else _REWARDS_ALONE,
                 _aligned(self.storage, manifest, reward.family.files, "reward"),
                 reward.weight,
@@ -107,24 +106,25 @@ class GroupDataset:
         ]
         if reference is not None:
             aligned = _aligned(self.storage, manifest, reference.files, "reference")
-            self._joined.append(_Joined(REFERENCE_COLUMNS, aligned))
+            self._joined.append(_JoinedSidecars(REFERENCE_COLUMNS, aligned))
         self._handles: OrderedDict[str, Shard] = OrderedDict()
 
     @property
     def root(self) -> Path | str:
-        """The dataset's folder or URL, as messages name it."""
+        """The dataset's folder, or its URL."""
         return self.storage.root
 
     @property
     def folder(self) -> Path:
-        """The dataset's local folder, to write into; ConfigError if it is at a URL."""
+        """The dataset's local folder, for writing; ConfigError if it is at a URL."""
         return local_folder("dataset", self.root)
 
     @functools.cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
         """(n_row_groups,) int64, the number of groups in each row group."""
         files = self.manifest.groups
-        array = functools.cache(lambda sizes: np.array(sizes, np.int64))  # most are cut alike
+        # Cached because most files have the same sizes.
+        array = functools.cache(lambda sizes: np.array(sizes, np.int64))
         return np.concatenate([np.zeros(0, np.int64), *(array(f.row_groups) for f in files)])
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class GroupDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the content of all files in use; it identifies a run's data."""
+        """SHA-256 over the hashes of all files in use, which identifies the training data."""
         files: list[Any] = [file.sha256 for file in self.manifest.groups]
         for joined in self._joined:
             files += [sidecar.file.sha256 for sidecar in joined.sidecars]
@@ -166,40 +166,40 @@ class GroupDataset:
         progress: Progress | None = None,
         part: slice = slice(None),
     ) -> None:
-        """Check every file in use, or a part of them.
+        """Check the files in use.
 
         Args:
-            content: the SHA-256 of local files, the footers of remote ones, and not the size alone.
-                Pages are verified whenever they are read, whatever was checked before.
-            whole: the SHA-256 of remote files as well, which reads them whole.
+            content: check the SHA-256 of local files and the footers of remote ones as well as the
+                sizes. Pages are verified at every read in any case.
+            whole: check the SHA-256 of remote files too, which downloads them.
             progress: wraps the list of files.
-            part: of `files()`.
+            part: slice of `files()` to check.
 
         Raises:
-            IntegrityError: naming a file that is missing, shortened or altered.
+            IntegrityError: a file is missing, shortened or altered.
         """
         files = self.files()[part]
         self.storage.verify(progress(files) if progress else files, content=content, whole=whole)
 
     def locate(self, row_group: int) -> tuple[int, int]:
-        """File number, and number of the row group within that file."""
+        """Index of a row group's file, and of the row group within that file."""
         file = int(np.searchsorted(self._first_row_group, row_group, side="right")) - 1
         return file, row_group - int(self._first_row_group[file])
 
     def table(self, row_group: int, columns: Sequence[str]) -> pa.Table:
-        """Some columns of one row group, sidecars joined; `group_id` is always among them.
+        """Some columns of one row group, sidecars joined; `group_id` is always included.
 
-        Columns of the schema that a file does not have are left out of the result.
+        Columns of the schema that a file does not have are missing from the result.
 
         Raises:
-            IntegrityError: a page fails its checksum, or a sidecar is not this groups file's.
-            DataError: a column is missing or of another type, a reward or reference log-prob is
-                not finite, or there is not one per response.
+            IntegrityError: a page fails its checksum, or a sidecar belongs to another groups file.
+            DataError: a required column is missing, a column has another type, or there is not one
+                finite reward and reference log-prob per response.
         """
         file, local = self.locate(row_group)
         base = self.manifest.groups[file]
         table = self._read(base, local, columns, GROUPS_COLUMNS)
-        sizes = sizes_of(table)
+        sizes = response_counts(table)
         for joined in self._joined:
             wanted = joined.wanted(columns)
             if wanted:
@@ -209,35 +209,35 @@ class GroupDataset:
     def _join(
         self,
         table: pa.Table,
-        joined: _Joined,
+        joined: _JoinedSidecars,
         file: int,
         local: int,
         wanted: Sequence[str],
         sizes: pa.ChunkedArray | None,
     ) -> pa.Table:
-        """The table with the columns of one sidecar; a further reward is added to those before."""
+        """The table with the columns of one sidecar; the rewards of several families are summed."""
         sidecar = joined.sidecars[file]
         read = self._read(sidecar.file, local, wanted, joined.columns, sidecar.base_sha256)
-        place = self._place_in(sidecar.file, local)
+        location = self._location_in(sidecar.file, local)
         if not read.column("group_id").equals(table.column("group_id")):
             raise IntegrityError(
-                "a sidecar's rows bear the group ids of its groups file",
+                "the rows of a sidecar have the group ids of its groups file",
                 received=f"other ids in row group {local}",
                 remedy="write the sidecar again for this dataset",
-                file=place.file,
+                file=location.file,
             )
         for name in read.column_names[1:]:
             column = read.column(name)
             if sizes is not None and name == "components":
-                check_components(read, sizes, self._n_components, place)
+                check_components(read, sizes, self._n_components, location)
             elif sizes is not None and name != "ref_token_logprobs":
-                check_scalars(read, name, sizes, place)
+                check_scalars(read, name, sizes, location)
             if name == "rewards" and (joined.weight != 1.0 or len(self.rewards) > 1):
                 before = table.column(name) if name in table.column_names else None
                 column = add_weighted(before, column, joined.weight)
                 if sizes is not None:  # finite rewards may have a sum that is not
                     number = read.column_names.index(name)
-                    check_scalars(read.set_column(number, name, column), name, sizes, place)
+                    check_scalars(read.set_column(number, name, column), name, sizes, location)
                 if before is not None:
                     table = table.drop_columns([name])
             table = table.append_column(name, column)
@@ -248,21 +248,21 @@ class GroupDataset:
         return len(self.rewards[0].family.components) if len(self.rewards) == 1 else 0
 
     def groups(self, row_group: int, columns: Sequence[str] = TRAINING_COLUMNS) -> list[Group]:
-        """The groups of one row group with rewards and reference log-probs where joined."""
+        """The groups of one row group, with rewards and reference log-probs where joined."""
         extra = [name for name in ("rewards", "ref_seq_logprobs") if name not in columns]
         return groups_from_table(self.table(row_group, [*columns, *extra]))
 
-    def place(self, row_group: int, column: str = "group_id") -> Place:
-        """The file that holds a column of a row group, and the row that it begins with there."""
+    def location(self, row_group: int, column: str = "group_id") -> RowGroupLocation:
+        """The location of a column of a row group: its file, and its first row in the file."""
         number, local = self.locate(row_group)
         entry: FileEntry = self.manifest.groups[number]
         for joined in self._joined:
             if joined.wanted([column]):
                 entry = joined.sidecars[number].file
-        return self._place_in(entry, local)
+        return self._location_in(entry, local)
 
-    def _place_in(self, entry: FileEntry, local: int) -> Place:
-        return Place(self.storage.name(entry.path), sum(entry.row_groups[:local]))
+    def _location_in(self, entry: FileEntry, local: int) -> RowGroupLocation:
+        return RowGroupLocation(self.storage.name(entry.path), sum(entry.row_groups[:local]))
 
     def _read(
         self,
@@ -272,37 +272,37 @@ class GroupDataset:
         known: Sequence[Column],
         base_sha256: str | None = None,
     ) -> pa.Table:
-        """Some columns of a row group of one file; `base_sha256`: what a sidecar is bound to."""
-        place = self._place_in(entry, local)
+        """Some columns of a row group of one file; `base_sha256`: groups file of a sidecar."""
+        location = self._location_in(entry, local)
         with self._opened(entry) as shard:
             if base_sha256 is not None:
-                _check_bound(shard, base_sha256, place.file)
+                _check_bound(shard, base_sha256, location.file)
             present = shard.schema_arrow.names
-            check_present(present, known, place.file)
+            check_present(present, known, location.file)
             wanted = [c.name for c in known if c.name in {*columns, "group_id"} & set(present)]
-            table = read_row_group(shard, place.file, local, wanted).select(wanted)
-        return conformed(table, known, place)
+            table = read_row_group(shard, location.file, local, wanted).select(wanted)
+        return cast_columns(table, known, location)
 
     @contextmanager
     def _opened(self, entry: FileEntry) -> Iterator[Shard]:
-        """An open file, for this thread alone; it is kept for later where it read well."""
+        """An open file for this thread alone, returned to the pool unless reading it failed."""
         shard = self._handles.pop(entry.path, None)
         if shard is None:
             shard = self.storage.open(entry)
-            numbers = range(shard.num_row_groups)
-            sizes = tuple(shard.metadata.row_group(i).num_rows for i in numbers)
+            footer = shard.metadata
+            sizes = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
             if sizes != entry.row_groups:
                 raise IntegrityError(
-                    "the file's row groups are those that the manifest names",
+                    "the file has the row groups in the manifest",
                     received=f"{len(sizes)} with {sum(sizes)} rows instead of "
                     f"{len(entry.row_groups)} with {entry.rows}",
-                    remedy="restore the file from a copy",
+                    remedy=RESTORE,
                     file=self.storage.name(entry.path),
                 )
         yield shard
         self._handles[entry.path] = shard
         while len(self._handles) > _OPEN_FILES:
-            with suppress(KeyError):  # another thread was faster
+            with suppress(KeyError):  # another thread removed it
                 self._handles.popitem(last=False)[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -310,13 +310,13 @@ class GroupDataset:
 
 
 def _check_bound(shard: Shard, base_sha256: str, file: Path | str) -> None:
-    """Raise IntegrityError if a sidecar's footer names another groups file."""
+    """Raise IntegrityError if a sidecar's footer has the hash of another groups file."""
     metadata = shard.schema_arrow.metadata or {}
     bound_to = metadata.get(BASE_SHA256_KEY, base_sha256.encode()).decode("ascii", "replace")
     if bound_to != base_sha256:
         raise IntegrityError(
             f"the sidecar is bound to the groups file {base_sha256[:16]}…",
-            received=f"one of {bound_to[:16]}…",
+            received=f"a sidecar of {bound_to[:16]}…",
             remedy="restore the file from a copy, or write the sidecar again for this dataset",
             file=file,
         )
@@ -325,8 +325,10 @@ def _check_bound(shard: Shard, base_sha256: str, file: Path | str) -> None:
 def _aligned(
     storage: Storage, manifest: Manifest, files: Sequence[Sidecar], label: str
 ) -> list[Sidecar]:
-    """The sidecars in the order of the groups files, or IntegrityError if one is missing or
-    foreign.
+    """The sidecars in the order of the groups files.
+
+    Raises:
+        IntegrityError: a groups file has no sidecar, or one with other row groups.
     """
     by_base = {sidecar.base_sha256: sidecar for sidecar in files}
     aligned = []
@@ -355,20 +357,21 @@ def open_dataset(
     """Open a dataset for reading.
 
     Args:
-        path: a folder with a manifest, as `gvpo-offline import` writes; or the URL of one, in any
-            file system of fsspec: s3://, gs://, hf://, https:// …
-        reward: which reward to join (`name` or `name@version`), or several with weights
-            (`{name: weight}`); may be left out if there is one.
-        reference: which reference to join, by the first digits of its fingerprint; likewise.
-        version: an older manifest version; by default the newest.
-        join: what must be joined; leave one out to read a dataset that does not have it yet.
-        remote: how a URL is read: cache, patience, options of the file system.
+        path: a dataset's folder, as `gvpo-offline import` writes it; or its URL in any fsspec file
+            system: s3://, gs://, hf://, https:// …
+        reward: the reward to join (`name` or `name@version`), or several with weights
+            (`{name: weight}`); may be omitted if there is one.
+        reference: the reference to join, by the first digits of its fingerprint; may be omitted if
+            there is one.
+        version: manifest version; by default the newest.
+        join: what to join; leave one out for a dataset that does not have it yet.
+        remote: how a URL is read: cache, timeout, attempts, options of the file system.
 
     Raises:
         DataError: there is no dataset at `path`.
-        ConfigError: the reward or reference does not exist, or several do and none was named; or
-            nothing here reads the URL.
-        IntegrityError: the manifest was altered, or a sidecar does not fit its groups file.
+        ConfigError: the reward or reference does not exist, or there are several and none is named;
+            or no installed file system reads the URL.
+        IntegrityError: the manifest was altered, or a sidecar does not match its groups file.
         StorageError: the URL cannot be read.
     """
     storage = open_storage(path, remote)
@@ -377,6 +380,6 @@ def open_dataset(
     return GroupDataset(
         storage,
         manifest,
-        choose_rewards(manifest, reward, file=file) if "reward" in join else (),
-        choose_reference(manifest, reference, file=file) if "reference" in join else None,
+        choose_reward_families(manifest, reward, file=file) if "reward" in join else (),
+        choose_reference_family(manifest, reference, file=file) if "reference" in join else None,
     )

@@ -1,4 +1,4 @@
-"""The light columns of a row group: what a group is like, without its tokens."""
+"""The summary columns of a row group: those that describe a group without its tokens."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _DERIVED: dict[str, Callable[[Group], Any]] = {
 }
 
 
-def light_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a row group, whole even where a file does not store them.
+def summary_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a row group, complete even where the file does not store them.
 
-    A foreign file may lack lengths, samplers and sources, in some rows or in all; they are then
-    made out from its groups, which is right, and slow for the lengths.
+    A file from another program may lack lengths, samplers or sources, in some rows or in all. They
+    are then computed from the groups; for the lengths that reads all tokens.
 
     Args:
-        dataset: where from.
-        row_group: its number.
+        dataset: the dataset.
+        row_group: number of the row group.
         columns: those of `_DERIVED`, rewards and reference log-probs where joined, metadata.
 
     Returns:
         The columns, and `group_id`.
 
     Raises:
-        IntegrityError, DataError: as `GroupDataset.table`; rewards and reference log-probs are held
-            against the lengths whether those were asked for or not.
+        IntegrityError, DataError: as `GroupDataset.table`; rewards and reference log-probs are
+            compared with the response lengths even if those are not among `columns`.
     """
     table = dataset.table(row_group, [*columns, "response_lengths"])
     missing = [

@@ -1,4 +1,4 @@
-"""Where a dataset lies: a folder of this machine, or a URL; and how a URL is read."""
+"""Locations of datasets: local paths and URLs, and the settings for reading URLs."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from urllib.parse import unquote, urlsplit
 
 from gvpo_offline.errors import ConfigError
 
-# Also chained file systems, as fsspec writes them: `zip::s3://…`.
+# Chained fsspec file systems as well: `zip::s3://…`.
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 _FILE = "file://"
 
 
 @dataclass
 class RemoteSettings:
-    """How datasets at a URL are read. Local ones take no notice."""
+    """How datasets at a URL are read; without effect on local ones."""
 
     cache_dir: str | None = None
-    """Folder of the cache, for datasets of any number and processes of any number. Default: the
-    environment's GVPO_OFFLINE_CACHE, or ~/.cache/gvpo_offline."""
+    """Folder of the cache, shared by all datasets and processes. Default: the environment variable
+    GVPO_OFFLINE_CACHE, or ~/.cache/gvpo_offline."""
     cache_gb: float = 50.0
-    """What the cache may hold, in gigabytes (10^9 bytes). 0: no cache."""
+    """Size limit of the cache in gigabytes (10^9 bytes). 0: no cache."""
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Options of the fsspec file system, such as endpoint_url for s3. Credentials are better left
-    to the environment; what stands here is not written to the run's files."""
+    """Options of the fsspec file system, such as endpoint_url for s3. Values are not written to the
+    run's files; credentials are better set in the environment."""
     timeout: float = 60.0
-    """Seconds that a request for at most 8 MB may take before it is made again."""
+    """Timeout in seconds of a request for at most 8 MB; the request is then retried."""
     attempts: int = 6
-    """Times that a request is made, with growing pauses, before the run stops."""
+    """Attempts per request, with growing pauses, before the run stops."""
 
     def __post_init__(self) -> None:
         if not self.cache_gb >= 0:
@@ -41,19 +41,19 @@ class RemoteSettings:
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path is a URL that only a remote file system can read; `file://` is not."""
+    """Whether a path is a URL of a remote file system; `file://` is not."""
     return isinstance(path, str) and bool(_URL.match(path)) and not path.startswith(_FILE)
 
 
 def local_path(path: str | Path) -> Path:
-    """The path of a local file or folder; `file://` is understood."""
+    """The path of a local file or folder, given as a path or a `file://` URL."""
     if isinstance(path, str) and path.startswith(_FILE):
         return Path(unquote(urlsplit(path).path))
     return Path(path)
 
 
 def local_folder(setting: str, path: str | Path) -> Path:
-    """The path of a folder that a command writes into.
+    """The path of a local folder that a command writes to.
 
     Raises:
         ConfigError: it is a URL.

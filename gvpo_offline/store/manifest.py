@@ -1,7 +1,8 @@
-"""The manifest: which files are a dataset, what made them, and what they may be used with.
+"""The manifest: the files of a dataset, their hashes, and how they were made.
 
-Manifests are numbered and immutable (`manifest-000001.json` …); a stage that adds to a dataset
-writes the next one, create-only. The highest number is the dataset; every older one still opens.
+Manifests are numbered and immutable (`manifest-000001.json` …). A stage that adds to a dataset
+creates the next one, never overwriting. The highest number is the current version; older versions
+can still be opened.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, PlainSerializer
 from pydantic_core import core_schema
@@ -20,23 +21,25 @@ from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
+Result = TypeVar("Result")
+
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
-_RESTORE = "restore the file from a copy"
-_LONGEST_RUN = 2**24  # more row groups than a Parquet footer has room for
+RESTORE = "restore the file from a copy"
+_LONGEST_RUN = 2**24  # more row groups than fit into a Parquet footer
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-@functools.lru_cache(maxsize=256)  # most files of a dataset are cut alike
+@functools.lru_cache(maxsize=256)  # most files of a dataset have the same row group sizes
 def _written_out(sizes: tuple[int | tuple[int, int], ...]) -> tuple[int, ...]:
     pairs = ((size, 1) if isinstance(size, int) else size for size in sizes)
     return tuple(itertools.chain.from_iterable([size] * times for size, times in pairs))
 
 
 def _in_runs(sizes: tuple[int, ...]) -> list[int | tuple[int, int]]:
-    """Equal sizes in a row as `[size, times]`: 4 million row groups then take no line each."""
+    """Run-length encoding: consecutive equal sizes become `[size, times]`."""
     runs = ((size, len(list(same))) for size, same in itertools.groupby(sizes))
     return [size if times == 1 else (size, times) for size, times in runs]
 
@@ -74,6 +77,48 @@ class FileEntry(_Record):
     def rows(self) -> int:
         """Rows of the file: one per group."""
         return sum(self.row_groups)
+
+    def check_size(self, size: int, file: Path | str) -> None:
+        """Raise IntegrityError unless `size` is the length of the file in the manifest."""
+        if size != self.bytes:
+            raise damaged(f"the file is {self.bytes} bytes long", f"{size} bytes", file)
+
+    def check_sha256(self, found: str, file: Path | str) -> None:
+        """Raise IntegrityError unless `found` is the file's SHA-256 in the manifest."""
+        _check_hash("the file's SHA-256", self.sha256, found, file)
+
+
+def check_footer(expected: str | None, found: str, file: Path | str) -> None:
+    """Raise IntegrityError unless a footer's SHA-256 is the expected one; None: any."""
+    if expected is not None:
+        _check_hash("the SHA-256 of the file's footer", expected, found, file)
+
+
+def _check_hash(what: str, expected: str, found: str, file: Path | str) -> None:
+    if found != expected:
+        raise damaged(f"{what} is {expected[:16]}…", f"{found[:16]}…", file)
+
+
+def missing(file: Path | str) -> IntegrityError:
+    """The error about a file that does not exist."""
+    return damaged("every file that the manifest names exists", "no such file", file)
+
+
+def damaged(rule: str, received: object, file: Path | str) -> IntegrityError:
+    """An error about a file that is not as it was written; the remedy is a copy of it."""
+    return IntegrityError(rule, received=str(received), remedy=RESTORE, file=file)
+
+
+def read_twice(read: Callable[[], Result]) -> Result:
+    """`read()`, called again after an IntegrityError: the bytes may have been damaged in transit.
+
+    Raises:
+        IntegrityError: the second call fails too.
+    """
+    try:
+        return read()
+    except IntegrityError:
+        return read()
 
 
 class BaseFile(FileEntry):
@@ -180,12 +225,12 @@ def manifest_path(root: Path, version: int) -> Path:
 
 
 def manifest_name(version: int) -> str:
-    """The name of that file."""
+    """The file name of one manifest version."""
     return f"manifest-{version:06d}.json"
 
 
 def version_of(name: str) -> int | None:
-    """The version whose manifest a file of that name is; None: it is no manifest."""
+    """The version in the file name of a manifest; None if it is not one."""
     found = _NAME.match(name)
     return None if found is None else int(found.group(1))
 
@@ -215,8 +260,10 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
 
 
 def choose_version(versions: Sequence[int], version: int | None, root: Path | str) -> int:
-    """The version that is asked for, by default the newest of `versions`; DataError if there is no
-    such one.
+    """`version` if it exists, by default the newest of `versions`.
+
+    Raises:
+        DataError: there is no such version.
     """
     if not versions or (version is not None and version not in versions):
         raise DataError(
@@ -230,15 +277,15 @@ def choose_version(versions: Sequence[int], version: int | None, root: Path | st
 
 
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
-    """The manifest that a file holds; IntegrityError as `load_manifest`."""
+    """The manifest in the bytes of a file; IntegrityError as `load_manifest`."""
     rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
-    sealed = parse_json(data, path, rule, _RESTORE)
+    sealed = parse_json(data, path, rule, RESTORE)
     _refuse_newer(sealed, path)
-    return unsealed(Manifest, "manifest", sealed, path, rule, _RESTORE)
+    return unsealed(Manifest, "manifest", sealed, path, rule, RESTORE)
 
 
 def _refuse_newer(sealed: Any, path: Path | str) -> None:
-    """Raise IntegrityError if a manifest says that it follows a schema that is yet to come."""
+    """Raise IntegrityError if a manifest has a newer schema version."""
     manifest = sealed.get("manifest") if isinstance(sealed, dict) else None
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if isinstance(found, int) and found > SCHEMA_VERSION:

@@ -1,9 +1,9 @@
-"""The encoding of every Parquet file here, and the only place that reads one.
+"""Reading and writing of Parquet files.
 
-Token lists take no dictionary: PLAIN with zstd needs 1.2 bytes a token where the writer's default
-needs 2. Every page carries a checksum and every read verifies it: without, a flipped bit in a token
-list comes back as a different token and nobody is told. Checksums cover neither the footer, whose
-hash is in the manifest, nor the headers of pages, whose counts are held against the footer's.
+Token lists are not dictionary-encoded: PLAIN with zstd takes 1.2 bytes per token, the writer's
+default 2. Every page has a checksum that every read verifies; without it, a flipped bit in a token
+list would be read as another token. Page checksums do not cover the footer, whose hash is in the
+manifest, nor the page headers, whose value counts are compared with the footer's.
 """
 
 from __future__ import annotations
@@ -18,29 +18,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gvpo_offline.errors import GVPOError, IntegrityError
+from gvpo_offline.errors import GVPOError
 from gvpo_offline.store.arrow import as_numpy
 from gvpo_offline.store.commit import write_hashed
-from gvpo_offline.store.manifest import FileEntry
+from gvpo_offline.store.manifest import FileEntry, check_footer, damaged
 
 ROWS_PER_ROW_GROUP = 256
 _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
 _ZSTD_LEVEL = 3
 _TAIL_BYTES = 8  # length of the footer, and "PAR1"
-_RESTORE = "restore the file from a copy"
+# Raised by pyarrow where a footer or a page does not decode.
+UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 
 
 class Shard(Protocol):
-    """An open Parquet file: as much of `pyarrow.parquet.ParquetFile` as is used here."""
+    """An open Parquet file: the part of `pyarrow.parquet.ParquetFile` that is used here."""
 
     @property
     def metadata(self) -> pq.FileMetaData: ...
 
     @property
     def schema_arrow(self) -> pa.Schema: ...
-
-    @property
-    def num_row_groups(self) -> int: ...
 
     def read_row_group(
         self, index: int, columns: Sequence[str], use_threads: bool = False
@@ -59,7 +57,7 @@ def write_parquet(
     """Write `root/folder/stem-<hash>.parquet`, one Parquet row group per table.
 
     Raises:
-        StorageError: no room; nothing is left behind.
+        StorageError: the disk is full; the temporary file is removed.
     """
     sizes: list[int] = []
 
@@ -89,9 +87,9 @@ def write_parquet(
 
 
 def footer_sha256(path: Path) -> str:
-    """SHA-256 of a Parquet file's footer, its length and the closing magic number included.
+    """SHA-256 of a Parquet file's footer, with its length and the final magic number.
 
-    What is not a Parquet file gets the hash of some of its last bytes.
+    Of any other file: the SHA-256 of some of its last bytes.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -106,38 +104,28 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
 
     Args:
         path: the file.
-        footer: what `footer_sha256` gave when the file was written, if known.
+        footer: `footer_sha256` of the file when it was written, if known.
 
     Raises:
-        IntegrityError: the file is missing, its footer is another, or cannot be read.
+        IntegrityError: the file is missing, or its footer is another or does not decode.
     """
     try:
-        if footer is not None and footer_sha256(path) != footer:
-            raise IntegrityError(
-                f"the SHA-256 of the file's footer is {footer[:16]}…",
-                received="another",
-                remedy=_RESTORE,
-                file=path,
-            )
+        check_footer(footer, footer_sha256(path) if footer else "", path)
         file = pq.ParquetFile(path, page_checksum_verification=True)
-        file.schema_arrow  # noqa: B018 - names of columns are decoded here
+        file.schema_arrow  # noqa: B018 - decodes the column names
         return file
     except FileNotFoundError as error:
-        raise IntegrityError(
-            "the file exists", received="no such file", remedy=_RESTORE, file=path
-        ) from error
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            "a shard is a readable Parquet file", received=str(error), remedy=_RESTORE, file=path
-        ) from error
+        raise damaged("the file exists", "no such file", path) from error
+    except UNREADABLE as error:
+        raise damaged("a shard is a readable Parquet file", error, path) from error
 
 
 def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[str]) -> pa.Table:
-    """Read some columns of one row group of an open file; a failed read is tried once more.
+    """Read some columns of one row group of an open file; a failed read is repeated once.
 
     Raises:
-        IntegrityError: a page fails its checksum, does not decode, or holds fewer values than the
-            footer says.
+        IntegrityError: a page fails its checksum, does not decode, or has another number of values
+            than the footer says.
     """
     failure: Exception | None = None
     for _ in range(2):
@@ -149,31 +137,28 @@ def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[
             raise
         except (OSError, pa.ArrowException) as error:
             failure = error
-    raise IntegrityError(
-        f"row group {index} decodes and its pages match their checksums",
-        received=str(failure),
-        remedy=_RESTORE,
-        file=path,
+    raise damaged(
+        f"row group {index} decodes and its pages match their checksums", failure, path
     ) from failure
 
 
 def _check_counts(table: pa.Table, metadata: pq.RowGroupMetaData) -> None:
-    """Raise ArrowInvalid unless every column has as many values as the footer says."""
+    """Raise ArrowInvalid unless every column has the number of values in the footer."""
     chunks = (metadata.column(i) for i in range(metadata.num_columns))
-    said = {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
+    stated = {chunk.path_in_schema.split(".")[0]: chunk.num_values for chunk in chunks}
     for name, column in zip(table.column_names, table.columns, strict=True):
         innermost = column.type
         while _is_list(innermost):
             innermost = innermost.value_type
         if pa.types.is_nested(innermost):
-            continue  # no column of ours: its type is refused elsewhere
+            continue  # not a column of the schema; `cast_columns` refuses its type
         found = sum(_n_values(chunk) for chunk in column.chunks)
-        if found != said[name]:
-            raise pa.ArrowInvalid(f"column {name} has {said[name]} values, but {found} were read")
+        if found != stated[name]:
+            raise pa.ArrowInvalid(f"column {name} has {stated[name]} values, but {found} were read")
 
 
 def _n_values(array: pa.Array) -> int:
-    """Values as Parquet counts them: those of the innermost lists, an empty or null list as one."""
+    """Number of values as Parquet counts them: an empty or null list counts as one."""
     if not _is_list(array.type):
         return len(array)
     lengths = pc.list_value_length(array).drop_null()

@@ -1,4 +1,4 @@
-"""Passes over a dataset, one row group after the other."""
+"""Sequential passes over a dataset's row groups, with prefetching."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _AHEAD = 8
 
 
 @dataclass(frozen=True)
-class Pass:
-    """The numbers of a dataset's row groups in order, for a pass that reads some columns of each.
+class PrefetchedRowGroups:
+    """Iterates over the row group numbers of a dataset, and prefetches columns of the next ones.
 
-    Over a network the next ones are brought into the cache meanwhile, so that a pass takes the time
-    of its bytes and not of as many round trips. What is wrong with one is said when it is read.
+    With a remote dataset, threads read the next row groups into the cache, so that the pass is
+    bound by bandwidth and not by latency. Errors while prefetching are ignored: the caller's own
+    read raises them.
 
     Attributes:
-        dataset: which.
-        columns: what the pass reads.
-        part: of the row groups.
+        dataset: whose row groups.
+        columns: those that the caller reads.
+        part: slice of the row groups.
     """
 
     dataset: GroupDataset

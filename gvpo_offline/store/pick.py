@@ -1,4 +1,4 @@
-"""Responses picked out of any column of groups: what carries tokens and sidecars along alike."""
+"""Selects and regroups responses in the list columns of a table of groups and its sidecars."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.store.arrow import column_array, nested_list_array, split_nested_list
 from gvpo_offline.store.schema import Column, arrow_schema
 
-# Which level of a column's lists goes through the responses: 0 for (k, ...), 1 for (C, k).
-# A column that is not here has one value for the whole group.
+# Axis of a column's lists that runs over the responses: 0 for (k, ...), 1 for (C, k).
+# A column that is not listed has one value per group.
 RESPONSE_AXIS = {
     "response_lengths": 0,
     "samplers": 0,
@@ -36,14 +36,14 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pick:
-    """Groups, each made of responses that lie in some rows of a table; no two share a row.
+class ResponseIndex:
+    """Which rows' responses make up each of G new groups. No two groups share a row.
 
     Attributes:
-        first: (G,) int64: for each group the row that speaks for it (prompt, source, metadata).
-        sizes: (G,) int64: its responses, at least 1.
+        first: (G,) int64: for each group the row that gives its prompt, source and metadata.
+        sizes: (G,) int64: number of responses of each group, at least 1.
         rows: (R,) int64, R = sum(sizes): the row of each response, group after group.
-        items: (R,) int64: its place among the responses of that row.
+        items: (R,) int64: index of each response within that row.
     """
 
     first: Indices
@@ -53,23 +53,25 @@ class Pick:
 
     @property
     def starts(self) -> Indices:
-        """Where each group's responses begin: (G,) int64."""
+        """Offset of each group's first response: (G,) int64."""
         return np.cumsum(self.sizes) - self.sizes
 
-    def at_least(self, size: int) -> Pick:
-        """The groups that have so many responses."""
+    def at_least(self, size: int) -> ResponseIndex:
+        """The groups with at least `size` responses."""
         keep = self.sizes >= size
         of_kept = np.repeat(keep, self.sizes)
-        return Pick(self.first[keep], self.sizes[keep], self.rows[of_kept], self.items[of_kept])
+        return ResponseIndex(
+            self.first[keep], self.sizes[keep], self.rows[of_kept], self.items[of_kept]
+        )
 
-    def pieces(self, responses_at_once: int) -> list[Pick]:
-        """The same groups in runs of about so many responses."""
+    def pieces(self, responses_at_once: int) -> list[ResponseIndex]:
+        """The same groups, split into consecutive parts of about `responses_at_once` responses."""
         starts = self.starts
         cuts = np.flatnonzero(np.diff(starts // responses_at_once)) + 1
         edges = [0, *cuts.tolist(), len(starts)]
         ends = np.append(starts, len(self.rows))
         return [
-            Pick(self.first[a:b], self.sizes[a:b], *self._responses(ends[a], ends[b]))
+            ResponseIndex(self.first[a:b], self.sizes[a:b], *self._responses(ends[a], ends[b]))
             for a, b in itertools.pairwise(edges)
             if b > a
         ]
@@ -78,20 +80,19 @@ class Pick:
         return self.rows[start:stop], self.items[start:stop]
 
 
-def picked(table: pa.Table, columns: Sequence[Column], pick: Pick) -> pa.Table:
-    """The groups of a pick: (G,) rows of `columns`.
+def take_responses(table: pa.Table, columns: Sequence[Column], index: ResponseIndex) -> pa.Table:
+    """The groups of an index: (G,) rows of `columns`.
 
-    A value that is null for one of a group's rows is null for the group, but for a loss mask: null
-    means that every token counts, and that is said in full where another row has a mask.
+    A value that is null in one of a group's rows is null in the group. Loss masks are an exception:
+    null means that every token counts, so it becomes a mask of ones if another row has a mask.
 
     Args:
-        table: with `columns`; lists that go through the responses are as long as
-            their group is large.
+        table: with `columns`; a list over responses has one item per response of its row.
         columns: of the result.
-        pick: the groups.
+        index: the groups.
 
     Raises:
-        DataError: rows of one group have another number of parts, C.
+        DataError: rows of one group differ in their number of reward components, C.
     """
     schema = arrow_schema(columns)
     arrays = []
@@ -99,14 +100,14 @@ def picked(table: pa.Table, columns: Sequence[Column], pick: Pick) -> pa.Table:
         array = column_array(table, column.name)
         axis = RESPONSE_AXIS.get(column.name)
         if column.name == "loss_mask" and 0 < array.null_count < len(array):
-            array = _with_full_masks(array, column_array(table, "response_token_ids"), pick)
+            array = _with_full_masks(array, column_array(table, "response_token_ids"), index)
         if axis is None:
-            array = array.take(pa.array(pick.first))
+            array = array.take(pa.array(index.first))
         elif axis == 0:
-            array = _outer(array, pick)
+            array = _outer(array, index)
         else:
-            _check_parts(table, column.name, pick)
-            array = _inner(array, pick)
+            _check_parts(table, column.name, index)
+            array = _inner(array, index)
         arrays.append(array.cast(schema.field(column.name).type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -119,9 +120,9 @@ def _valid(array: pa.Array) -> Flags:
     return np.asarray(array.is_valid().to_numpy(zero_copy_only=False))
 
 
-def _every(flags: Flags, pick: Pick) -> Flags:
-    """For each group whether a flag of rows holds for all of its rows: (G,) bool."""
-    return np.asarray(np.logical_and.reduceat(flags[pick.rows], pick.starts))
+def _every(flags: Flags, index: ResponseIndex) -> Flags:
+    """For each group whether a flag is set for all of its rows: (G,) bool."""
+    return np.asarray(np.logical_and.reduceat(flags[index.rows], index.starts))
 
 
 def _lists(lengths: Indices, values: pa.Array, valid: Flags | None = None) -> pa.ListArray:
@@ -130,59 +131,61 @@ def _lists(lengths: Indices, values: pa.Array, valid: Flags | None = None) -> pa
     return pa.ListArray.from_arrays(offsets, values, mask=mask)
 
 
-def _outer(array: pa.ListArray, pick: Pick) -> pa.ListArray:
-    """(k, ...) lists: each response's entry."""
-    valid = _every(_valid(array), pick)
-    keep = np.repeat(valid, pick.sizes)
-    flat = _offsets(array)[pick.rows[keep]] + pick.items[keep]
-    return _lists(np.where(valid, pick.sizes, 0), array.values.take(pa.array(flat)), valid)
+def _outer(array: pa.ListArray, index: ResponseIndex) -> pa.ListArray:
+    """(k, ...) lists: the item of each response."""
+    valid = _every(_valid(array), index)
+    keep = np.repeat(valid, index.sizes)
+    flat = _offsets(array)[index.rows[keep]] + index.items[keep]
+    return _lists(np.where(valid, index.sizes, 0), array.values.take(pa.array(flat)), valid)
 
 
-def _inner(array: pa.ListArray, pick: Pick) -> pa.ListArray:
-    """(C, k) lists: of each of C lists, each response's entry. C is that of the group's rows."""
-    valid = _every(_valid(array), pick)
+def _inner(array: pa.ListArray, index: ResponseIndex) -> pa.ListArray:
+    """(C, k) lists: the item of each response in each of the C lists."""
+    valid = _every(_valid(array), index)
     outer, inner = _offsets(array), _offsets(array.values)
-    counts = np.where(valid, np.diff(outer)[pick.first], 0)
+    counts = np.where(valid, np.diff(outer)[index.first], 0)
     flat = [
-        inner[outer[pick.rows[a : a + size]] + c] + pick.items[a : a + size]
-        for a, size, count in zip(pick.starts, pick.sizes, counts, strict=True)
+        inner[outer[index.rows[a : a + size]] + c] + index.items[a : a + size]
+        for a, size, count in zip(index.starts, index.sizes, counts, strict=True)
         for c in range(count)
     ]
     indices = np.concatenate(flat) if flat else np.zeros(0, np.int64)
     values = array.values.values.take(pa.array(indices))
-    return _lists(counts, _lists(np.repeat(pick.sizes, counts), values), valid)
+    return _lists(counts, _lists(np.repeat(index.sizes, counts), values), valid)
 
 
-def _check_parts(table: pa.Table, name: str, pick: Pick) -> None:
+def _check_parts(table: pa.Table, name: str, index: ResponseIndex) -> None:
     array = column_array(table, name)
     counts = np.diff(_offsets(array))
-    wrong = (counts[pick.rows] != np.repeat(counts[pick.first], pick.sizes)) & _valid(array)[
-        pick.rows
+    wrong = (counts[index.rows] != np.repeat(counts[index.first], index.sizes)) & _valid(array)[
+        index.rows
     ]
     if wrong.any():
-        row = int(pick.rows[np.flatnonzero(wrong)[0]])
+        row = int(index.rows[np.flatnonzero(wrong)[0]])
         raise DataError(
-            f"all rows of a group have the same parts in {name}",
-            received=f"{counts[row]} parts in one of them, and another number in the first",
+            f"all rows of a group have the same number of lists in {name}",
+            received=f"{counts[row]} lists in one row, and another number in the first",
             remedy="score the datasets with one reward of one configuration",
             group=table.column("group_id")[row].as_py(),
         )
 
 
-def n_partly_known(table: pa.Table, name: str, pick: Pick) -> int:
-    """The groups that lose what some of their rows, but not all, have in a column."""
+def n_partly_null(table: pa.Table, name: str, index: ResponseIndex) -> int:
+    """The number of groups whose rows have a value in a column in part, so that it becomes null."""
     valid = _valid(column_array(table, name))
-    return int((~_every(valid, pick) & ~_every(~valid, pick)).sum())
+    return int((~_every(valid, index) & ~_every(~valid, index)).sum())
 
 
-def _with_full_masks(masks: pa.ListArray, tokens: pa.ListArray, pick: Pick) -> pa.ListArray:
-    """Masks with every flag set for the rows that have none and join rows that have one."""
+def _with_full_masks(
+    masks: pa.ListArray, tokens: pa.ListArray, index: ResponseIndex
+) -> pa.ListArray:
+    """The masks, with a mask of ones for each null row whose group has another row with a mask."""
     valid = _valid(masks)
-    mixed = ~_every(valid, pick) & ~_every(~valid, pick)
-    bare = np.repeat(mixed, pick.sizes) & ~valid[pick.rows]
+    mixed = ~_every(valid, index) & ~_every(~valid, index)
+    bare = np.repeat(mixed, index.sizes) & ~valid[index.rows]
     if not bare.any():
         return masks
     rows, ids = split_nested_list(masks), split_nested_list(tokens)
-    for row in np.unique(pick.rows[bare]):
+    for row in np.unique(index.rows[bare]):
         rows[row] = [np.ones(len(response), bool) for response in ids[row] or ()]
     return nested_list_array(rows, pa.bool_())

@@ -115,7 +115,7 @@ TRAINING_COLUMNS: tuple[str, ...] = (
     "loss_mask",
     "sampler_seq_logprobs",
 )
-LIGHT_COLUMNS: tuple[str, ...] = (
+SUMMARY_COLUMNS: tuple[str, ...] = (
     "group_id",
     "samplers",
     "truncated",

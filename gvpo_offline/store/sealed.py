@@ -1,7 +1,7 @@
-"""JSON files that carry the hash of their own content: manifests and commit records.
+"""JSON files that contain the SHA-256 of their own content: manifests and commit records.
 
-The hash is taken over the content as it stands in the file, not as this version of the code reads
-it, so that a writer in another language may leave out what has a default.
+The hash is over the JSON in the file, not over the parsed model, so that other writers may omit
+fields with defaults.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 def sealed_text(name: str, content: BaseModel) -> str:
-    """The text of a file: an object with `sha256` and, under `name`, `content`."""
-    # Through JSON: what it cannot say (a setting that is not a number) becomes null, and must hash
-    # as that.
+    """The text of a file: a JSON object with the keys `sha256` and `name`."""
+    # Through JSON, since it turns NaN into null, and the hash must be of what is in the file.
     plain = json.loads(content.model_dump_json())
     return json.dumps({"sha256": sha256_json(plain), name: plain}, indent=1, ensure_ascii=False)
 
 
 @contextlib.contextmanager
 def _without_collecting() -> Iterator[None]:
-    """Python's cycle collector off: walking a large manifest while it is built is all for nothing,
-    and takes longer than building it.
+    """Disable the garbage collector: its passes over a growing manifest free nothing, and take
+    longer than parsing.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -43,13 +42,8 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def read_json(path: Path, rule: str, remedy: str) -> Any:
-    """What a file holds; IntegrityError, stating `rule`, if that is not JSON."""
-    return parse_json(path.read_bytes(), path, rule, remedy)
-
-
 def parse_json(data: bytes, path: Path | str, rule: str, remedy: str) -> Any:
-    """The content of a file as JSON; as `read_json`."""
+    """The JSON in the bytes of a file; IntegrityError with `rule` if it does not parse."""
     try:
         with _without_collecting():
             return json.loads(data)
@@ -60,16 +54,16 @@ def parse_json(data: bytes, path: Path | str, rule: str, remedy: str) -> Any:
 def unsealed(
     kind: type[Content], name: str, sealed: Any, path: Path | str, rule: str, remedy: str
 ) -> Content:
-    """The content of a sealed file.
+    """The validated content of a sealed file.
 
     Args:
-        kind: what the content must be.
-        name: the key that it stands under.
-        sealed: what the file holds.
-        path, rule, remedy: for the message of an error.
+        kind: model of the content.
+        name: key of the content.
+        sealed: parsed JSON of the file.
+        path, rule, remedy: of an error.
 
     Raises:
-        IntegrityError: the content is not of that kind, or is not what was sealed.
+        IntegrityError: the content does not validate, or does not have the hash beside it.
     """
     if not isinstance(sealed, dict) or set(sealed) != {"sha256", name}:
         problem = f"no object of sha256 and {name}"

@@ -1,4 +1,4 @@
-"""What a dataset is read through: the same calls for a folder of this machine and for a URL."""
+"""The storage of a dataset: one interface for local folders and URLs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gvpo_offline.store.parquet import Shard, open_parquet
 
 
 class Storage(Protocol):
-    """A place that holds one dataset."""
+    """The files of one dataset."""
 
     @property
     def root(self) -> Path | str:
@@ -22,10 +22,10 @@ class Storage(Protocol):
 
     @property
     def fetches_ahead(self) -> bool:
-        """Whether it pays to read what is needed soon, because reading it again costs nothing."""
+        """Whether to read ahead: True where a cache keeps what was read."""
 
     def name(self, path: str) -> Path | str:
-        """What messages call a file, given its path within the dataset."""
+        """The full path or URL of a file, given its path within the dataset."""
 
     def manifest(self, version: int | None = None) -> Manifest:
         """One version of the dataset, by default the newest; errors as `load_manifest`."""
@@ -36,20 +36,24 @@ class Storage(Protocol):
     def verify(
         self, entries: Iterable[FileEntry], *, content: bool = True, whole: bool = False
     ) -> None:
-        """Check files: their size, with `content` what they hold, with `whole` every byte of it
-        even where that has to be downloaded. Errors as `verify_file`.
+        """Check files; errors as `verify_file`.
+
+        Args:
+            entries: which.
+            content: check the content as well as the size; at a URL only that of the footers.
+            whole: check every byte, also where that downloads the files.
         """
 
 
 @dataclass(frozen=True)
 class LocalStorage:
-    """A folder of this machine."""
+    """A local folder."""
 
     root: Path
 
     @property
     def fetches_ahead(self) -> bool:
-        """No: the system's page cache does it."""
+        """False: the operating system reads ahead by itself."""
         return False
 
     def name(self, path: str) -> Path:
@@ -67,16 +71,16 @@ class LocalStorage:
     def verify(
         self, entries: Iterable[FileEntry], *, content: bool = True, whole: bool = False
     ) -> None:
-        """As `verify_file`: `content` is every byte here."""
+        """As `verify_file`; `content` reads every byte."""
         for entry in entries:
             verify_file(self.root, entry, content=content or whole)
 
 
 def open_storage(path: str | Path, remote: RemoteSettings | None = None) -> Storage:
-    """The place that a path or URL names.
+    """The storage of the dataset at a path or URL.
 
     Raises:
-        ConfigError: no installed file system reads the URL, or the cache folder cannot serve it.
+        ConfigError: no installed file system reads the URL, or the cache folder cannot be written.
     """
     if is_url(path):
         from gvpo_offline.store.remote.storage import RemoteStorage

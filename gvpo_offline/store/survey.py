@@ -1,4 +1,4 @@
-"""What a dataset holds, counted from its light columns in one pass and constant memory."""
+"""Counts of a dataset's groups, in one pass over its summary columns and constant memory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import light_columns
-from gvpo_offline.store.passes import Pass
-from gvpo_offline.store.schema import LIGHT_COLUMNS
+from gvpo_offline.store.light import summary_columns
+from gvpo_offline.store.passes import PrefetchedRowGroups
+from gvpo_offline.store.schema import SUMMARY_COLUMNS
 
-# Reward gaps are kept in logarithmic bins, so that a billion groups need no more memory than ten.
+# Reward gaps are counted in logarithmic bins: constant memory for any number of groups.
 _BINS_PER_DECADE = 100
 _LOWEST_DECADE = -9
 _N_BINS = 24 * _BINS_PER_DECADE
 Progress = Callable[[Iterable[int]], Iterable[int]]
-LightRows = tuple[pa.Table, npt.NDArray[np.int64] | None]
+SummaryRows = tuple[pa.Table, npt.NDArray[np.int64] | None]
 
 
 @dataclass
@@ -33,17 +33,17 @@ class Survey:
     """Counts over some groups of a dataset.
 
     Attributes:
-        n_groups, n_responses, n_tokens: how many; tokens count each prompt once.
-        equal_reward_groups: groups whose responses all have one reward. They count: their target is
-            the reference, spread evenly.
-        truncated_responses: responses that were cut.
-        samplers: responses per sampler.
+        n_groups, n_responses, n_tokens: totals; each group's prompt tokens are counted once.
+        equal_reward_groups: groups whose responses all have the same reward. Training uses them:
+            their target is the reference.
+        truncated_responses: number of truncated responses.
+        samplers: number of responses per sampler.
         sampler_rewards: sum of rewards per sampler.
-        max_group_size, max_group_tokens: the largest group, in responses and in tokens, its prompt
+        max_group_size, max_group_tokens: the largest group in responses and in tokens, the prompt
             counted once.
-        max_row_tokens: the longest prompt with one of its responses.
-        longest_row: row group, row within it and id of the group where that is.
-        gap_bins: histogram of max reward - min reward of the unequal groups.
+        max_row_tokens: largest number of tokens of a prompt and one of its responses.
+        longest_row: row group, row within it, and group id of `max_row_tokens`.
+        gap_bins: histogram of max - min reward over groups of unequal rewards.
     """
 
     n_groups: int = 0
@@ -63,17 +63,17 @@ class Survey:
 
     @property
     def median_reward_gap(self) -> float:
-        """Median of max - min reward over groups of unequal rewards, within 1.2%; or nan."""
+        """Median of max - min reward over groups of unequal rewards, within 1.2%; NaN if none."""
         total = int(self.gap_bins.sum())
         if total == 0:
             return math.nan
-        middle = [(total + 1) // 2, total // 2 + 1]  # one and the same where the number is odd
+        middle = [(total + 1) // 2, total // 2 + 1]  # the same one if the total is odd
         bins = np.searchsorted(np.cumsum(self.gap_bins), middle)
         return float(np.mean(10.0 ** (_LOWEST_DECADE + (bins + 0.5) / _BINS_PER_DECADE)))
 
     def __add__(self, other: Survey) -> Survey:
         """Counts over the groups of both."""
-        # Of several longest rows the first, as in one pass.
+        # The first of several longest rows, as in a single pass.
         first = min(self, other, key=lambda own: (-own.max_row_tokens, own.longest_row))
         return Survey(
             n_groups=self.n_groups + other.n_groups,
@@ -93,12 +93,12 @@ class Survey:
     def add(
         self, table: pa.Table, row_group: int = 0, rows: npt.NDArray[np.int64] | None = None
     ) -> None:
-        """Count the rows of a table with the light columns and, if there, rewards.
+        """Count the rows of a table with the summary columns and, optionally, rewards.
 
         Args:
             table: some rows of a row group.
-            row_group: its number.
-            rows: which of its rows they are; None: all.
+            row_group: number of the row group.
+            rows: numbers of the rows within the row group; None: all.
         """
         lengths, starts = _flat(table, "response_lengths")
         sizes = np.diff(starts, append=len(lengths))
@@ -140,19 +140,19 @@ class Survey:
 
 
 def _summed(one: Counter[str], other: Counter[str]) -> Counter[str]:
-    # Not by +, which drops what is not positive.
+    # Not by +, which drops counts that are not positive.
     both = one.copy()
     both.update(other)
     return both
 
 
 def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """The values of a list column, and where each row's begin; rows hold at least one."""
+    """The values of a list column, and the offset of each row; DataError if a row has none."""
     column = column_array(table, name)
     sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
     if not sizes.all():
         raise DataError(
-            f"a group has responses, and each has its place in {name}",
+            f"a group has at least one response, and {name} one value for each",
             received="none",
             remedy="leave the group out of the log",
             group=table.column("group_id")[int(sizes.argmin())].as_py(),
@@ -160,37 +160,38 @@ def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.
     return column.flatten().to_numpy(zero_copy_only=False), np.cumsum(sizes) - sizes
 
 
-def light_table(dataset: GroupDataset, row_group: int) -> pa.Table:
-    """The light columns of a row group, with rewards and reference log-probs where joined.
+def summary_table(dataset: GroupDataset, row_group: int) -> pa.Table:
+    """The summary columns of a row group, with rewards and reference log-probs where joined.
 
-    A foreign file may lack the stored lengths, in some rows or in all; they are then counted from
-    its tokens, which is right and slow.
+    Lengths that a file does not store are computed from its tokens, which is slower.
     """
-    return light_columns(dataset, row_group, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"])
+    return summary_columns(dataset, row_group, [*SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"])
 
 
 def survey(
     dataset: GroupDataset,
-    light: Callable[[int], LightRows] | None = None,
+    summary: Callable[[int], SummaryRows] | None = None,
     progress: Progress | None = None,
     part: slice = slice(None),
 ) -> Survey:
-    """Count a dataset, or what `light(row_group)` gives of it.
+    """Count a dataset, or the rows that `summary(row_group)` returns.
 
     Args:
-        dataset: which.
-        light: the light columns of some rows of a row group, and their numbers (None: all of them).
-        progress: shows how far it is.
-        part: of the row groups.
+        dataset: the dataset.
+        summary: summary columns of some rows of a row group, and their numbers (None: all rows).
+        progress: wraps the row group numbers.
+        part: slice of the row groups.
 
     Raises:
         IntegrityError, DataError: as `GroupDataset.table`; every reward and reference log-prob is
-            looked at, so that what is wrong with one is said before the first step.
+            read, so that errors in them are raised before training.
     """
     result = Survey()
-    numbers: Iterable[int] = Pass(dataset, [*LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"], part)
+    numbers: Iterable[int] = PrefetchedRowGroups(
+        dataset, [*SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"], part
+    )
     for row_group in progress(numbers) if progress else numbers:
-        table, rows = light(row_group) if light else (light_table(dataset, row_group), None)
+        table, rows = summary(row_group) if summary else (summary_table(dataset, row_group), None)
         if table.num_rows:
             result.add(table, row_group, rows)
     return result

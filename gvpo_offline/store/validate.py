@@ -1,4 +1,4 @@
-"""A dataset checked whole: every file, every page, every group, every sidecar it names."""
+"""Validates a dataset: every file, page, group and sidecar of its manifest."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 @dataclass(frozen=True)
 class Validation:
-    """What was checked.
+    """Result of a validation.
 
     Attributes:
-        manifest: the version that was checked; None for a foreign file.
+        manifest: the version that was checked; None for a single Parquet file.
         survey: counts of the dataset.
-        n_files: files read, sidecars included.
+        n_files: number of files that were read, sidecars included.
     """
 
     manifest: Manifest | None
@@ -48,16 +48,16 @@ class Validation:
 def validate(
     path: str | Path, progress: Progress, remote: RemoteSettings | None = None
 ) -> Validation:
-    """Check a dataset, or a foreign Parquet file in the group shape.
+    """Validate a dataset, or a Parquet file with the columns of a groups file.
 
     Args:
-        path: what to check: a folder, a URL, a file.
-        progress: wraps the row-group numbers of a pass, which it is told the name of.
-        remote: how a URL is read; every byte of it is.
+        path: of a folder or file, or a URL.
+        progress: wraps the row group numbers of each pass; its second argument names the pass.
+        remote: how a URL is read; every byte is.
 
     Raises:
         DataError: a group breaks a rule.
-        IntegrityError: a file is missing or altered, or a sidecar does not fit.
+        IntegrityError: a file is missing or altered, or a sidecar does not match its groups file.
     """
     if not is_url(path) and local_path(path).is_file():
         foreign = adopt_parquet([local_path(path)])
@@ -92,13 +92,13 @@ def validate(
 
 
 def _check_totals(root: Path | str, groups: Sequence[BaseFile], counted: Survey) -> None:
-    said = (sum(file.n_responses for file in groups), sum(file.n_tokens for file in groups))
+    stated = (sum(file.n_responses for file in groups), sum(file.n_tokens for file in groups))
     found = (counted.n_responses, counted.n_tokens)
-    if said != found:
+    if stated != found:
         raise DataError(
-            f"the dataset has {said[0]} responses and {said[1]} tokens, as its manifest says",
+            f"the dataset has {stated[0]} responses and {stated[1]} tokens, as in its manifest",
             received=f"{found[0]} and {found[1]}",
-            remedy="import the log again, or correct the program that wrote the manifest",
+            remedy="import the log again, or fix the program that wrote the manifest",
             file=root,
         )
 
@@ -109,29 +109,29 @@ def _check_sidecar(
     dataset.verify(whole=True)
     columns = ["prompt_token_ids", "response_token_ids", "loss_mask", *joined]
     for row_group in progress(range(dataset.n_row_groups), label):
-        # Reading holds the sidecar against the groups: ids, lengths, finite numbers.
+        # `table` compares the sidecar with the groups: ids, lengths, finite numbers.
         table = dataset.table(row_group, columns)
         if "ref_token_logprobs" in table.column_names:
             _check_sums(dataset, row_group, table)
 
 
 def _check_sums(dataset: GroupDataset, row_group: int, table: pa.Table) -> None:
-    """Raise IntegrityError unless every ref_seq_logprob is the sum over its counting tokens."""
+    """Raise IntegrityError unless each ref_seq_logprob is the sum over the unmasked tokens."""
     groups = groups_from_table(table)
     logprobs = split_nested_list(column_array(table, "ref_token_logprobs"))
     for row, (group, values) in enumerate(zip(groups, logprobs, strict=True)):
         problem = None if values is None else _sum_problem(group, values)
         if problem is not None:
             raise IntegrityError(
-                "ref_seq_logprobs is the sum of ref_token_logprobs over the tokens that count",
+                "ref_seq_logprobs is the sum of ref_token_logprobs over the unmasked tokens",
                 received=problem,
                 remedy="score the reference again",
-                **dataset.place(row_group, "ref_token_logprobs").of(table, row),
+                **dataset.location(row_group, "ref_token_logprobs").of_row(table, row),
             )
 
 
 def _sum_problem(group: Group, logprobs: Sequence[npt.NDArray[np.float32]]) -> str | None:
-    """What is wrong with the per-token log-probs of a group, if anything is."""
+    """The problem with the per-token log-probs of a group, or None."""
     if [len(values) for values in logprobs] != group.response_lengths:
         return f"{[len(v) for v in logprobs]} log-probs for {group.response_lengths} tokens"
     assert group.ref_seq_logprobs is not None
@@ -139,7 +139,7 @@ def _sum_problem(group: Group, logprobs: Sequence[npt.NDArray[np.float32]]) -> s
         counting = values if group.loss_mask is None else values[group.loss_mask[index]]
         total = float(np.sum(counting, dtype=np.float64))
         expected = float(group.ref_seq_logprobs[index])
-        # The comparison is false for a sum that is not a number, too.
+        # Also true if the sum is NaN.
         if not abs(total - expected) <= _SUM_TOLERANCE * len(values):
-            return f"{expected} where the tokens sum to {total}, response {index}"
+            return f"{expected}, but the tokens sum to {total}, in response {index}"
     return None

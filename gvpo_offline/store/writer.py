@@ -1,4 +1,4 @@
-"""Adding to a dataset: shards of groups, sidecars, and the manifest version that names them."""
+"""Adds to a dataset: shards of groups, sidecars, and the manifest version that lists them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet
 from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema, rewards_schema
 from gvpo_offline.store.tables import groups_to_table, rewards_to_table
 
-# Entries that a folder may hold and still count as ours to write into.
+# Entries of a dataset's folder; a folder with others is not written to.
 _OWN_ENTRIES = {
     *("commits", "groups", "rewards", "reference", ".spill"),
     *("prompts", "samples", "batches", "judgements"),
@@ -49,38 +49,42 @@ def write_groups(
 
     Args:
         root: the dataset's folder.
-        stage, task: what the shard's files are named after in the commit log.
-        groups: the shard's rows, in order; each is held to `rules.check_group`. Only one row group
-            of them is held at a time.
-        reward: name of the reward family, whose values are `Group.rewards`.
-        components: names of the parts that the rewards were made of: `RewardFamily.components`, the
-            same ones for every shard. With any, each group has its `Group.components`.
-        vocab_size: upper bound of the token ids, where known.
-        rows_per_row_group: groups in a Parquet row group.
+        stage, task: of the commit record.
+        groups: the shard's rows, in order; each is checked by `rules.check_group`. One row group
+            of them is in memory at a time.
+        reward: name of the reward family of `Group.rewards`; None: no rewards are written.
+        components: names of the reward's components (`RewardFamily.components`), the same for every
+            shard. If there are any, each group has `Group.components`.
+        vocab_size: number of token ids, if known.
+        rows_per_row_group: groups per Parquet row group.
 
     Returns:
-        A record for `TaskLog.commit`; until then no reader sees the files.
+        A record for `TaskLog.commit`; no reader sees the files before that.
 
     Raises:
         DataError: a group breaks a rule, or its id occurs twice.
-        StorageError: no room.
+        StorageError: the disk is full.
     """
-    gate = _Gate(vocab_size, rewarded=reward is not None, n_components=len(components))
+    checker = _ShardChecker(vocab_size, rewarded=reward is not None, n_components=len(components))
     rows = iter(groups)
     pieces = iter(lambda: list(itertools.islice(rows, rows_per_row_group)), [])
     entry = write_parquet(
-        root, "groups", task, arrow_schema(GROUPS_COLUMNS), map(gate.admit, pieces)
+        root, "groups", task, arrow_schema(GROUPS_COLUMNS), map(checker.table, pieces)
     )
-    base = BaseFile(**entry.model_dump(), n_responses=gate.n_responses, n_tokens=gate.n_tokens)
+    base = BaseFile(
+        **entry.model_dump(), n_responses=checker.n_responses, n_tokens=checker.n_tokens
+    )
     sidecars = []
     if reward is not None:
         schema = rewards_schema(components=bool(components))
-        sidecars.append(write_sidecar(root, f"rewards/{reward}", task, base, schema, gate.rewards))
+        sidecars.append(
+            write_sidecar(root, f"rewards/{reward}", task, base, schema, checker.rewards)
+        )
     return TaskRecord(stage=stage, task=task, groups=[base], sidecars=sidecars)
 
 
-class _Gate:
-    """Checks the groups of one shard as they pass, and keeps what its sidecar and record need."""
+class _ShardChecker:
+    """Checks the groups of one shard while they are written, and keeps rewards and counts."""
 
     def __init__(self, vocab_size: int | None, *, rewarded: bool, n_components: int) -> None:
         self.n_responses = 0
@@ -91,8 +95,8 @@ class _Gate:
         self._n_components = n_components
         self._seen: set[str] = set()
 
-    def admit(self, groups: Sequence[Group]) -> pa.Table:
-        """The rows of one row group, or DataError if a group breaks a rule."""
+    def table(self, groups: Sequence[Group]) -> pa.Table:
+        """The rows of one row group; DataError if a group breaks a rule."""
         for group in groups:
             check_group(group, file=group.source or None, row=None, vocab_size=self._vocab_size)
             if group.group_id in self._seen:
@@ -119,7 +123,7 @@ def _rewards(groups: Sequence[Group], n_components: int) -> pa.Table:
         found = 0 if group.components is None else len(group.components)
         if found != n_components:
             raise DataError(
-                f"every group has the reward's {n_components} components",
+                f"every group has the {n_components} components of its reward",
                 received=f"{found}",
                 group=group.group_id,
             )
@@ -137,10 +141,10 @@ def write_sidecar(
     schema: pa.Schema,
     row_groups: Iterable[pa.Table],
 ) -> Sidecar:
-    """Write a sidecar of `base`, row group for row group; the footer names the base's hash.
+    """Write a sidecar with the row groups of `base`; its footer has the hash of `base`.
 
     Raises:
-        StorageError: no room.
+        StorageError: the disk is full.
     """
     bound = schema.with_metadata({"gvpo_offline.base_sha256": base.sha256})
     tables = (table.replace_schema_metadata(bound.metadata) for table in row_groups)
@@ -150,40 +154,40 @@ def write_sidecar(
 
 
 def claim_folder(root: Path) -> None:
-    """Make `root` a folder that a dataset may be written into.
+    """Create `root`, or check that a dataset may be written to it.
 
     Raises:
-        DataError: it holds files that no dataset of ours would.
+        DataError: it holds files that do not belong to a dataset.
     """
     if root.exists() and not root.is_dir():
         raise DataError("the output is a folder", received="a file", file=root)
     root.mkdir(parents=True, exist_ok=True)
-    strangers = sorted(
+    others = sorted(
         entry.name
         for entry in root.iterdir()
         if entry.name not in _OWN_ENTRIES
         and not entry.name.startswith("manifest-")
         and not entry.name.endswith(".tmp")
     )
-    if strangers:
+    if others:
         raise DataError(
             "the output folder is empty or holds a dataset",
-            received=", ".join(strangers[:5]),
+            received=", ".join(others[:5]),
             remedy="choose another output_dir, or empty this one",
             file=root,
         )
 
 
 def lock_folder(root: Path, *, wait: bool = False) -> int | None:
-    """Lock a dataset's folder against everybody else who writes groups into it.
+    """Lock a dataset's folder, so that no other process writes groups to it.
 
     Args:
         root: the folder.
-        wait: whether to wait for the lock, instead of refusing.
+        wait: wait for the lock instead of raising.
 
     Returns:
-        A handle; closing it, or the end of the process, frees the lock. None on a file system
-        without locks: commits still keep two runs apart.
+        A file descriptor; closing it, or the end of the process, releases the lock. None on a file
+        system without locks; there, commit records alone keep two runs apart.
 
     Raises:
         DataError: another process holds the lock.
@@ -194,9 +198,9 @@ def lock_folder(root: Path, *, wait: bool = False) -> int | None:
     except BlockingIOError as error:
         os.close(handle)
         raise DataError(
-            "one import at a time, or merge or compaction or pull, writes into a folder",
-            received="another process that is at work there",
-            remedy="wait until it is done, or choose another folder",
+            "one import, merge, compaction or pull at a time writes to a folder",
+            received="another process that holds the lock",
+            remedy="wait until it ends, or choose another folder",
             file=root,
         ) from error
     except OSError:
@@ -210,13 +214,13 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> 
 
     Args:
         root: the dataset's folder.
-        build: makes the next manifest from the newest (None if there is none), or returns None
-            where the newest has all that there is to add. Called again if another process
-            published in the meantime, so that neither addition is lost.
+        build: returns the next manifest, given the newest (None if there is none); or None if there
+            is nothing to add. Called again if another process published in the meantime, so that
+            neither addition is lost.
 
     Raises:
-        IntegrityError: a file that the new version names is missing or of another length.
-        DataError: a reward or reference of the new version does not cover all its groups.
+        IntegrityError: a file of the new version is missing or has another length.
+        DataError: a reward or reference of the new version does not cover all groups.
     """
     while True:
         versions = manifest_versions(root)
@@ -227,23 +231,21 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> 
             assert newest is not None
             return newest
         manifest = built.model_copy(update={"version": version})
-        for entry in manifest.groups:
+        for entry in manifest.files():
             verify_file(root, entry, content=False)
         families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
         for sidecars in families:
             _check_covered(root, manifest, sidecars)
-            for sidecar in sidecars:
-                verify_file(root, sidecar.file, content=False)
         if create_only(manifest_path(root, version), dump_manifest(manifest)):
             return manifest
 
 
 def _check_covered(root: Path, manifest: Manifest, sidecars: Sequence[Sidecar]) -> None:
-    """Raise DataError unless there is a sidecar for each groups file."""
+    """Raise DataError unless each groups file has a sidecar."""
     if {base.sha256 for base in manifest.groups} != {s.base_sha256 for s in sidecars}:
         raise DataError(
             "a reward or reference covers all groups of the version that it is added to",
-            received="other groups: the dataset was merged or compacted meanwhile",
+            received="other groups, because the dataset was merged or compacted in the meantime",
             remedy="run the same command again",
             file=root,
         )

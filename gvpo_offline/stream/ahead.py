@@ -15,7 +15,7 @@ from gvpo_offline.errors import GVPOError
 from gvpo_offline.stream.steps import StepDataset, StepShare
 
 
-class ReadAhead(Dataset[StepShare]):
+class PrefetchDataset(Dataset[StepShare]):
     """The steps of a `StepDataset`, with those that follow the one last asked for being read.
 
     The results are the same, whatever is asked for in whatever order; a reader that goes from step

@@ -80,7 +80,7 @@ class DatasetSettings(Taken):
 
 
 @dataclass
-class DatasetChoice(Taken):
+class SingleDatasetSettings(Taken):
     """A single dataset, as flags give it."""
 
     dataset: str = ""
@@ -106,7 +106,7 @@ class DatasetChoice(Taken):
 
 
 @dataclass
-class DataSettings(DatasetChoice):
+class DataSettings(SingleDatasetSettings):
     """What to train on, and what to evaluate on."""
 
     datasets: list[DatasetSettings] = field(default_factory=list)
@@ -125,7 +125,7 @@ class DataSettings(DatasetChoice):
                 received="both" if self.dataset else "neither",
                 remedy="pass --dataset, or list the datasets in the YAML file",
             )
-        single = DatasetChoice()
+        single = SingleDatasetSettings()
         misplaced = [
             name
             for name in ("dataset_version", *(own.name for own in fields(Taken)))

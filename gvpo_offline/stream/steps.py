@@ -21,7 +21,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 # Row groups that are read at a time: from a disk, and over a network, where most of it is waiting.
 _READERS = 2
@@ -81,7 +81,7 @@ class StepDataset(Dataset[StepShare]):
 
     def __init__(
         self,
-        views: Sequence[View],
+        views: Sequence[DatasetView],
         order: MixedOrder,
         *,
         groups_per_step: int,
@@ -198,7 +198,7 @@ def training_steps(
     Raises:
         DataError: the dataset has no group.
     """
-    view = View(dataset)
+    view = DatasetView(dataset)
     order = MixedOrder([view.order(seed=seed, window=shuffle_window)])
     return StepDataset(
         [view],

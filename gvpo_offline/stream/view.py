@@ -8,13 +8,13 @@ import pyarrow as pa
 
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
+from gvpo_offline.store.survey import SummaryRows, Survey, summary_table, survey
 from gvpo_offline.stream.order import GroupOrder, Selection
-from gvpo_offline.stream.selecting.responses import choose, with_pick, with_responses
+from gvpo_offline.stream.selecting.responses import choose, take_all_columns, with_responses
 
 
 @dataclass(frozen=True)
-class View:
+class DatasetView:
     """Some groups of a dataset, with some of their responses.
 
     Attributes:
@@ -62,17 +62,17 @@ class View:
             return groups
         return with_responses(groups, self.selection.responses)
 
-    def light_table(self, row_group: int) -> LightRows:
-        """The light columns of what takes part in a row group, and its rows (None: all)."""
-        table = light_table(self.dataset, row_group)
+    def summary_table(self, row_group: int) -> SummaryRows:
+        """The summary columns of what takes part in a row group, and its rows (None: all)."""
+        table = summary_table(self.dataset, row_group)
         if self.selection is None:
             return table, None
         rows = self.selection.rows(row_group)
         table = table.take(pa.array(rows))
         if self.selection.responses is not None:
-            table = with_pick(table, choose(table, self.selection.responses))
+            table = take_all_columns(table, choose(table, self.selection.responses))
         return table, rows
 
     def survey(self, part: slice = slice(None)) -> Survey:
         """Counts over what takes part, in all row groups or in a part of them."""
-        return survey(self.dataset, self.light_table, part=part)
+        return survey(self.dataset, self.summary_table, part=part)

@@ -23,13 +23,13 @@ from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.settings import DatasetSettings
 from gvpo_offline.stream.steps import StepDataset
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedDataset:
     """A dataset, and what is to be taken of it."""
 
     dataset: GroupDataset
@@ -48,11 +48,11 @@ class TrainingData:
         held_out: views for evaluation, by name ("" for a single one).
     """
 
-    views: tuple[View, ...]
+    views: tuple[DatasetView, ...]
     weights: tuple[float | None, ...]
     order: MixedOrder
     n_draws: int
-    held_out: dict[str, View]
+    held_out: dict[str, DatasetView]
 
     @classmethod
     def prepare(
@@ -159,11 +159,11 @@ def scratch_folder(owner: object) -> Path:
     return path
 
 
-def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
+def open_all(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
     """One dataset or several, opened; a single one that has no name of its own is named "".
 
     Args:
-        data: as `resolve_dataset` takes it, `DatasetSettings`, or what is `Opened` already; a list
+        data: as `resolve_dataset` takes it, `DatasetSettings`, or what is `OpenedDataset` already; a list
             of such; or a dictionary, by name.
         scratch: a folder for in-memory datasets; made if it is needed.
 
@@ -192,7 +192,7 @@ def open_all(data: Any, scratch: Path) -> dict[str, Opened]:
 
 
 def _name_of(data: Any, number: int) -> str:
-    if isinstance(data, Opened):
+    if isinstance(data, OpenedDataset):
         data = data.settings
     if isinstance(data, DatasetSettings) and data.name:
         return data.name
@@ -200,7 +200,7 @@ def _name_of(data: Any, number: int) -> str:
     return Path(path).stem if isinstance(path, str | Path) else f"dataset{number}"
 
 
-def open_settings(settings: DatasetSettings) -> Opened:
+def open_settings(settings: DatasetSettings) -> OpenedDataset:
     """The dataset that settings name; errors as `open_for_training`."""
     dataset = open_for_training(
         settings.path,
@@ -209,16 +209,16 @@ def open_settings(settings: DatasetSettings) -> Opened:
         version=settings.version,
         remote=settings.remote,
     )
-    return Opened(dataset, settings)
+    return OpenedDataset(dataset, settings)
 
 
-def _open(data: Any, scratch: Path) -> Opened:
-    if isinstance(data, Opened):
+def _open(data: Any, scratch: Path) -> OpenedDataset:
+    if isinstance(data, OpenedDataset):
         return data
     if isinstance(data, DatasetSettings):
         return open_settings(data)
     dataset = resolve_dataset(data, scratch / uuid.uuid4().hex)
-    return Opened(dataset, DatasetSettings(path=str(dataset.root)))
+    return OpenedDataset(dataset, DatasetSettings(path=str(dataset.root)))
 
 
 def check_together(datasets: Iterable[GroupDataset]) -> None:
@@ -247,17 +247,17 @@ def check_together(datasets: Iterable[GroupDataset]) -> None:
             )
 
 
-def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, View]:
+def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, DatasetView]:
     """A dataset for evaluation, or several, opened; a single one is named ""."""
     opened = open_all(eval_dataset, scratch)
     return {name: _view(name, item) for name, item in opened.items()}
 
 
-def _view(name: str, item: Opened, **conditions: Any) -> View:
+def _view(name: str, item: OpenedDataset, **conditions: Any) -> DatasetView:
     """What takes part of a dataset; `conditions`: further ones of `select`."""
     where, responses = item.settings.where, item.settings.responses
     selection = _select(item.dataset, where=where, responses=responses, **conditions)
-    return View(item.dataset, selection, name)
+    return DatasetView(item.dataset, selection, name)
 
 
 def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
@@ -266,8 +266,8 @@ def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
 
 
 def _held_out(
-    opened: Mapping[str, Opened], eval_dataset: Any, args: GVPOConfig, scratch: Path
-) -> dict[str, View]:
+    opened: Mapping[str, OpenedDataset], eval_dataset: Any, args: GVPOConfig, scratch: Path
+) -> dict[str, DatasetView]:
     if eval_dataset is not None:
         return open_held_out(eval_dataset, scratch)
     if args.eval_fraction == 0.0:

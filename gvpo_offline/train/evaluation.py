@@ -18,7 +18,7 @@ from gvpo_offline.losses import GroupLoss, GroupStatistics
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.objective import Objective, reduced_sum
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Evaluation:
 
 
 def in_order(
-    view: View,
+    view: DatasetView,
     *,
     groups_per_step: int,
     cost: CostModel,
@@ -137,7 +137,7 @@ def evaluate_policy(
 def held_out_metrics(
     model: nn.Module,
     engine: Engine,
-    held_out: View,
+    held_out: DatasetView,
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -154,7 +154,7 @@ def held_out_metrics(
 def held_out_statistics(
     model: nn.Module,
     engine: Engine,
-    held_out: View,
+    held_out: DatasetView,
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> GroupStatistics:

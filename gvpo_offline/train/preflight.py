@@ -14,7 +14,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.reference.checks import PolicyFacts, check_row_tokens, reference_warnings
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 if TYPE_CHECKING:
     from gvpo_offline.train.data import TrainingData
@@ -79,26 +79,26 @@ def _say(
             logger.info("held out %s: %s", name, line)
 
 
-def check_held_out(held_out: Mapping[str, View], max_tokens: int) -> None:
+def check_held_out(held_out: Mapping[str, DatasetView], max_tokens: int) -> None:
     """`check_row_tokens` of datasets for evaluation."""
     views = tuple(held_out.values())
     for view, counts in zip(views, surveys(views), strict=True):
         check_row_tokens(view.dataset, counts, max_tokens)
 
 
-def surveys(views: Sequence[View]) -> list[Survey]:
+def surveys(views: Sequence[DatasetView]) -> list[Survey]:
     """The survey of each view; every rank of a run looks at a part of the row groups."""
     parts = gather_results(lambda: [view.survey(rank_slice()) for view in views])
     return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
 
 
-def check_sampler_logprobs(views: Sequence[View]) -> None:
+def check_sampler_logprobs(views: Sequence[DatasetView]) -> None:
     """Raise DataError, naming file, row and group, if a response's sampler has no log-prob."""
     for view in views:
         gather_results(functools.partial(_check_sampler_logprobs, view))
 
 
-def _check_sampler_logprobs(view: View) -> None:
+def _check_sampler_logprobs(view: DatasetView) -> None:
     name = "sampler_seq_logprobs"
     for row_group in range(view.dataset.n_row_groups)[rank_slice()]:
         table = view.dataset.table(row_group, [name])
@@ -111,7 +111,7 @@ def _check_sampler_logprobs(view: View) -> None:
                 received="none",
                 remedy="import a log that has them (columns.sampler_logprob), leave such groups "
                 "out, or choose another loss_type",
-                **view.dataset.place(row_group).of(table, missing),
+                **view.dataset.location(row_group).of_row(table, missing),
             )
 
 

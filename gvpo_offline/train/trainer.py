@@ -38,10 +38,10 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.ahead import ReadAhead
+from gvpo_offline.stream.ahead import PrefetchDataset
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.callbacks import EpochCallback, WatchCallback
 from gvpo_offline.train.checkpointing import CheckpointingTrainer
 from gvpo_offline.train.config import GVPOConfig, settings_errors
@@ -206,7 +206,7 @@ class GVPOTrainer(CheckpointingTrainer):
         """A loader whose batch s is this rank's share of step s; not sharded by accelerate."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            ReadAhead(self.train_dataset, self.args.read_ahead),
+            PrefetchDataset(self.train_dataset, self.args.read_ahead),
             batch_size=1,
             shuffle=False,
             collate_fn=_only_item,
@@ -328,7 +328,7 @@ class GVPOTrainer(CheckpointingTrainer):
         )
         return metrics
 
-    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, View]:
+    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, DatasetView]:
         if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:

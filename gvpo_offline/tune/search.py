@@ -165,7 +165,7 @@ def score(metrics: Metrics) -> float:
     What the logged responses would earn beyond now if each were as much likelier as the policy made
     it (`reweighted_reward_mean` - `group_reward_mean`), times the share of probability that is
     still on logged responses (exp of `log_mass_mean`, 1 at most): of what went to responses that
-    nobody logged, nothing better is known than that it earns what the log does. Constants added to
+    nobody logged, nothing better is known than that it earns what the log does. LossInputs added to
     a prompt's rewards change nothing.
     """
     gain = metrics["reweighted_reward_mean"] - metrics["group_reward_mean"]

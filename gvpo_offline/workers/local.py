@@ -10,15 +10,15 @@ from typing import Any
 
 from gvpo_offline.errors import WorkerError
 from gvpo_offline.store.commit import TaskLog, TaskRecord
-from gvpo_offline.workers.process import UNGUARDED, Answer, Worker, WorkerDeathError
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.process import MAIN_GUARD, Answer, Worker, WorkerDeathError
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def run_local(
-    stage: Stage, tasks: Sequence[Task], settings: EngineSettings
+    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Iterator[tuple[Task, TaskRecord]]:
     """Do tasks in this process, or in `workers` others, and yield each as it is done.
 
@@ -74,7 +74,7 @@ def died(stage: Stage, task: Task | None, how: str) -> WorkerError:
     """The error for a worker that died at a task, or (None) before its first."""
     rule = f"a worker of {stage.name} lives until its tasks are done"
     if task is None:
-        return WorkerError(rule, received=f"one that died as it began: {how}", remedy=UNGUARDED)
+        return WorkerError(rule, received=f"one that died as it began: {how}", remedy=MAIN_GUARD)
     return WorkerError(
         rule,
         received=f"one that died at task {task.name}: {how}",

@@ -10,7 +10,7 @@ from typing import Any
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.workers.local import died, do
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
 # Machines of a cluster go away; an actor that was lost is made anew and its task done again.
@@ -38,7 +38,7 @@ class _Actor:
 
 
 def run_ray(
-    stage: Stage, tasks: Sequence[Task], settings: EngineSettings
+    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Iterator[tuple[Task, TaskRecord]]:
     """Do tasks in `workers` actors, and yield each as it is done.
 
@@ -107,7 +107,7 @@ def _ray() -> Any:
     return ray
 
 
-def connect(ray: Any, settings: EngineSettings) -> None:
+def connect(ray: Any, settings: WorkerSettings) -> None:
     """Connect to the cluster that the settings, or RAY_ADDRESS, name; or start Ray here.
 
     Raises:

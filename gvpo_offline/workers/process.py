@@ -20,7 +20,7 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
 _GRACE_S = 1.0
 _READY = "ready"
-UNGUARDED = "a script of your own starts its work under `if __name__ == '__main__':`"
+MAIN_GUARD = "a script of your own starts its work under `if __name__ == '__main__':`"
 Answer = Callable[[Any], Any]
 
 

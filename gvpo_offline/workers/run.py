@@ -9,13 +9,13 @@ from collections.abc import Generator, Sequence
 from tqdm import tqdm
 
 from gvpo_offline.store.commit import TaskLog, TaskRecord
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
 _log = logging.getLogger(__name__)
 
 
-def run_stage(stage: Stage, settings: EngineSettings) -> list[TaskRecord] | None:
+def run_stage(stage: Stage, settings: WorkerSettings) -> list[TaskRecord] | None:
     """Do the tasks of a stage that are not committed yet.
 
     Any number of runs may work on one stage at a time, on any machines that share its folder: a
@@ -57,7 +57,7 @@ def run_stage(stage: Stage, settings: EngineSettings) -> list[TaskRecord] | None
 
 
 def _engine(
-    stage: Stage, tasks: Sequence[Task], settings: EngineSettings
+    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Generator[tuple[Task, TaskRecord], None, None]:
     if not tasks:
         return

@@ -10,7 +10,7 @@ from gvpo_offline.errors import ConfigError
 
 
 @dataclass
-class EngineSettings:
+class WorkerSettings:
     """Where the tasks of a stage are done."""
 
     engine: Literal["local", "ray"] = "local"

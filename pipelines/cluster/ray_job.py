@@ -25,7 +25,7 @@ from gvpo_offline.reference.score import run_reference
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.stage import run_reward
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = yaml.safe_load(args.reward.read_text(encoding="utf-8"))
     scored = run_reward(
         RewardConfig(**{**settings, "dataset": args.dataset}),
-        EngineSettings(engine="ray", workers=args.cpu_workers),
+        WorkerSettings(engine="ray", workers=args.cpu_workers),
     )
     if scored is not None:
         print("\n".join(scored.lines()))
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # way it is computed name the reference. Then it lets go of it.
     run_reference(
         ReferenceConfig(args.model, dataset=args.dataset, use_cpu=not args.gpus_per_worker),
-        EngineSettings(
+        WorkerSettings(
             engine="ray", workers=args.gpu_workers, gpus_per_worker=args.gpus_per_worker
         ),
     )

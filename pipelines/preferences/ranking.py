@@ -15,7 +15,7 @@ from gvpo_offline.compute.model import autocast, autocast_dtype, default_device,
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.group import Group
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.evaluation import in_order, shares_of
 
 Floats = npt.NDArray[np.float64]
@@ -93,7 +93,7 @@ def log_ratios(config: EvaluateConfig) -> Iterator[tuple[Group, Floats]]:
     budget = config.max_tokens_per_micro_batch
     engine = prepare_engine(model, max_tokens=budget, layout=config.layout, gradients=False)
     held_out = select(dataset, eval_fraction=config.eval_fraction, held_out=True)
-    steps = in_order(View(dataset, held_out), groups_per_step=64, cost=engine.cost)
+    steps = in_order(DatasetView(dataset, held_out), groups_per_step=64, cost=engine.cost)
     with autocast(device, autocast_dtype(bf16=config.bf16, fp16=config.fp16)):
         for share in shares_of(steps):
             for groups, passes in share.micro_batches:

@@ -20,7 +20,7 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 MAX_TOKENS = 1 << 20  # a step's best responses are computed at once
 
@@ -60,7 +60,7 @@ def train_sft(
     warmup_steps: int = 10,
 ) -> None:
     """Train `model` in place on the mean token loss of the best responses."""
-    view = View(dataset, select(dataset, eval_fraction=eval_fraction))
+    view = DatasetView(dataset, select(dataset, eval_fraction=eval_fraction))
     order = MixedOrder([view.order(seed=seed, window=4)])
     model.train()
     engine = prepare_engine(model, max_tokens=MAX_TOKENS)

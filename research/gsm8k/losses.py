@@ -49,7 +49,7 @@ from gvpo_offline import GVPOConfig, GVPOTrainer, open_dataset
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.errors import DataError
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.evaluation import in_order, shares_of
 
 # All but topr, which this log cannot serve; in the order in which a study that is cut has them.
@@ -150,7 +150,7 @@ class Study:
         dataset = open_dataset(self.dataset(log))
         budget = trainer.args.max_tokens_per_micro_batch
         engine = prepare_engine(model, max_tokens=budget, gradients=False)
-        view = View(dataset, select(dataset, eval_fraction=NOT_TRAINED, held_out=True))
+        view = DatasetView(dataset, select(dataset, eval_fraction=NOT_TRAINED, held_out=True))
         for share in shares_of(in_order(view, groups_per_step=64, cost=engine.cost)):
             for groups, _ in share.micro_batches:
                 logprobs = engine.seq_logprobs(model, groups).tolist()

@@ -21,7 +21,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.sampling.decode import Decoder, Draft, Rules
 
 PAD, END = 0, 1
@@ -34,7 +34,7 @@ class Answer:
     """One response: its words and ids, end token included, and the log-prob it was drawn with."""
 
     words: Words
-    ids: IntArray
+    ids: Int32Array
     logprob: float
 
 
@@ -50,7 +50,7 @@ class Speech:
         self.words = ("<pad>", "<end>", *task.vocabulary)
         self._numbers = {word: i for i, word in enumerate(self.words)}
 
-    def ids(self, words: Words, *, end: bool = False) -> IntArray:
+    def ids(self, words: Words, *, end: bool = False) -> Int32Array:
         """(T,) int32, with the end token where asked for."""
         return np.array([self._numbers[w] for w in words] + [END] * end, np.int32)
 

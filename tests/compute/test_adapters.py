@@ -294,7 +294,9 @@ def test_bases_that_cannot_be_scored(
     with pytest.raises(ConfigError, match="a dataset in a local folder"):
         train(tiny_model_dir, "s3://bucket/data", tmp_path / "run")
     file = next((unscored / "groups").glob("*.parquet"))
-    with pytest.raises(ConfigError, match=r"a dataset in a local folder.*\.parquet.*leave `reference` out"):
+    with pytest.raises(
+        ConfigError, match=r"a dataset in a local folder.*\.parquet.*leave `reference` out"
+    ):
         train(tiny_model_dir, file, tmp_path / "run")
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ConfigError, match=r"not writable.*gvpo-offline reference"):

@@ -556,7 +556,7 @@ def test_nobody_else_writes_to_the_folder(hub: HubServer, tmp_path: Path) -> Non
     (tmp_path / "back").mkdir()
     handle = lock_folder(tmp_path / "back")
     assert handle is not None
-    with pytest.raises(DataError, match="one import at a time, or merge or compaction or pull"):
+    with pytest.raises(DataError, match="one import, merge, compaction or pull at a time"):
         pulled(tmp_path / "back")
     os.close(handle)
     pulled(tmp_path / "back")

@@ -1,4 +1,4 @@
-"""`ls`: what the manifests say, what the light columns add, for people and for programs."""
+"""`ls`: what the manifests say, what the summary columns add, for people and for programs."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_size_in_words_is_within_half_a_percent(n_bytes: int) -> None:
     assert float(number) * 1000**power == pytest.approx(n_bytes, rel=0.00501)
 
 
-# ---- from light columns ----
+# ---- from summary columns ----
 
 
 def test_content_is_what_the_groups_say(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def rewards(group: Group) -> np.ndarray[Any, Any]:
     return np.asarray(group.rewards)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=60))
 def test_quantiles_of_lengths(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:
     """As NumPy's inverted_cdf has them: the smallest value that a share q does not exceed."""

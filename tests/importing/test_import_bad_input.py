@@ -548,7 +548,7 @@ def test_two_imports_into_one_folder_at_a_time(tmp_path: Path) -> None:
     handle = os.open(out, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(DataError, match="one import at a time"):
+        with pytest.raises(DataError, match="one import, merge, compaction or pull at a time"):
             run_import(config(log, out, columns=Columns(**ID_COLUMNS)))
     finally:
         os.close(handle)

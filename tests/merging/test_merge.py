@@ -472,7 +472,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     handle = lock_folder(d)
     assert handle is not None
     try:
-        refused(d, e, DataError, "one import at a time, or merge or compaction")
+        refused(d, e, DataError, "one import, merge, compaction or pull at a time")
     finally:
         os.close(handle)
 

@@ -15,7 +15,7 @@ from gvpo_offline import contract
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import Fragment, prompt_key
 from gvpo_offline.merging.names import PromptNames
-from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
+from gvpo_offline.store.pick import RESPONSE_AXIS, ResponseIndex, take_responses
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 from gvpo_offline.store.spill import TableSpill, leading_bits
 
@@ -94,12 +94,12 @@ def test_a_pick_is_what_indexing_row_by_row_gives(
     flat = np.array([pair for group in groups for pair in group], np.int64)
     sizes = np.array([len(group) for group in groups], np.int64)
     firsts = np.array([group[0][0] for group in groups], np.int64)
-    pick = Pick(firsts, sizes, flat[:, 0], flat[:, 1])
+    index = ResponseIndex(firsts, sizes, flat[:, 0], flat[:, 1])
     columns = [*(COLUMNS[n] for n in rows[0] if n != "components"), COMPONENTS]
     wanted = [expected(rows, group) for group in groups]
     table = make_table(rows)
-    assert picked(table, columns, pick).to_pylist() == wanted
-    pieces = [picked(table, columns, piece) for piece in pick.pieces(2)]
+    assert take_responses(table, columns, index).to_pylist() == wanted
+    pieces = [take_responses(table, columns, piece) for piece in index.pieces(2)]
     assert pa.concat_tables(pieces).to_pylist() == wanted
 
 
@@ -107,18 +107,20 @@ def test_a_slice_of_a_column_is_read_where_it_lies() -> None:
     """Arrow's slices share their parent's values: rows 1 and 2 of three."""
     rows = [{"group_id": f"g{n}", "rewards": [n + 0.0, n + 0.5]} for n in range(3)]
     table = make_table(rows).slice(1)
-    pick = Pick(*(np.array(values, np.int64) for values in ([1], [3], [1, 0, 1], [1, 0, 0])))
+    index = ResponseIndex(
+        *(np.array(values, np.int64) for values in ([1], [3], [1, 0, 1], [1, 0, 0]))
+    )
     columns = [COLUMNS["group_id"], COLUMNS["rewards"]]
-    assert picked(table, columns, pick).to_pylist() == [
+    assert take_responses(table, columns, index).to_pylist() == [
         {"group_id": "g2", "rewards": [2.5, 1.0, 2.0]}
     ]
 
 
 def test_parts_that_differ_within_a_group_are_refused() -> None:
     rows = [{"group_id": "g", "components": [[0.5]] * (n + 1)} for n in range(2)]
-    pick = Pick(*(np.array(values, np.int64) for values in ([0], [2], [0, 1], [0, 0])))
-    with pytest.raises(DataError, match=r"group 'g'.*same parts in components"):
-        picked(make_table(rows), [COLUMNS["group_id"], COMPONENTS], pick)
+    index = ResponseIndex(*(np.array(values, np.int64) for values in ([0], [2], [0, 1], [0, 0])))
+    with pytest.raises(DataError, match=r"group 'g'.*same number of lists in components"):
+        take_responses(make_table(rows), [COLUMNS["group_id"], COMPONENTS], index)
 
 
 # ---- spill ----

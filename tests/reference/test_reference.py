@@ -32,7 +32,7 @@ from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.stream.plan import CostModel, cut_group, shape_of
 from gvpo_offline.tokenizer import tokenizer_info
 from gvpo_offline.train.objective import LossInputs
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +313,11 @@ def test_workers_write_the_same_reference(
     config = ReferenceConfig(
         str(tiny_model_dir), dataset=str(root), use_cpu=True, show_progress=False
     )
-    run_reference(config, EngineSettings(workers=2, show_progress=False))
+    run_reference(config, WorkerSettings(workers=2, show_progress=False))
     assert sidecars(root) == sidecars(scored.root)
     root = copy_of(unscored, tmp_path / "shards")
     config = replace(config, dataset=str(root))
-    assert run_reference(config, EngineSettings(shard="0/2", show_progress=False)) is None
+    assert run_reference(config, WorkerSettings(shard="0/2", show_progress=False)) is None
     assert open_dataset(root, join=()).manifest.references == []
-    assert run_reference(config, EngineSettings(shard="1/2", show_progress=False)) is not None
+    assert run_reference(config, WorkerSettings(shard="1/2", show_progress=False)) is not None
     assert sidecars(root) == sidecars(scored.root)

@@ -30,7 +30,7 @@ from gvpo_offline.rewards.kinds import JudgePairsSettings, JudgeSettings
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.stage import run_reward
 from gvpo_offline.store.dataset import open_dataset
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_the_same_sidecars_on_workers_and_shards(tmp_path: Path, served: JudgeSe
     reward(roots[1], scorers, engine={"workers": 2})
     config = RewardConfig(str(roots[2]), scorers=scorers)
     results = [
-        run_reward(config, EngineSettings(shard=f"{i}/2", show_progress=False)) for i in (0, 1, 0)
+        run_reward(config, WorkerSettings(shard=f"{i}/2", show_progress=False)) for i in (0, 1, 0)
     ]
     assert [result is None for result in results] == [True, True, False]
     assert sidecars(roots[0]) == sidecars(roots[1]) == sidecars(roots[2])

@@ -25,7 +25,7 @@ from gvpo_offline.store.manifest import Manifest
 from gvpo_offline.store.validate import validate
 from gvpo_offline.store.writer import publish
 from gvpo_offline.tokenizer import tokenizer_info
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 NUMERIC = {"kind": "numeric", "column": "answer"}
 EXACT = {"kind": "exact", "column": "level", "pattern": r"is (.*)"}
@@ -177,7 +177,7 @@ def test_the_sum_is_over_what_is_there(
 def test_the_same_settings_are_there_already(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = reward(root, {"right": NUMERIC, "level": EXACT})
     before = open_dataset(root, join=()).manifest
-    monkeypatch.delattr("gvpo_offline.rewards.match.NumericScorer.score_case")  # no work is left
+    monkeypatch.delattr("gvpo_offline.rewards.match.NumericScorer.score_group")  # no work is left
     # In another order, too.
     assert reward(root, {"level": EXACT, "right": NUMERIC}).family == first.family
     assert open_dataset(root, join=()).manifest == before
@@ -283,8 +283,8 @@ def test_groups_that_came_meanwhile(root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_module, "run_stage", meanwhile)
         with pytest.raises(DataError, match="groups stay the same while they are scored"):
-            run_reward(config, EngineSettings(show_progress=False))
-    result = run_reward(config, EngineSettings(show_progress=False))
+            run_reward(config, WorkerSettings(show_progress=False))
+    result = run_reward(config, WorkerSettings(show_progress=False))
     assert result is not None
     assert result.survey.n_groups == 8
 

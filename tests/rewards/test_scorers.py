@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support.rewarding import answered_dataset, case, functions, read, reward
 
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.functions import TrlScorer, VerlScorer, load_function
 from gvpo_offline.rewards.kinds import (
     ExactSettings,
@@ -36,7 +36,7 @@ from gvpo_offline.rewards.settings import RewardConfig
 NAN = float("nan")
 
 
-def score(scorer: Scorer, *cases: Case) -> list[list[list[float]]]:
+def score(scorer: Scorer, *cases: ScoringInput) -> list[list[list[float]]]:
     """What a scorer says, started in another process, as far as pickling goes."""
     scorer.identity()
     copied: Scorer = pickle.loads(pickle.dumps(scorer))
@@ -195,8 +195,8 @@ def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
     script.write_text(
         "from gvpo_offline.rewards.kinds import MathSettings\n"
         "from gvpo_offline.rewards.maths import MathScorer\n"
-        "from gvpo_offline.rewards.cases import Case\n"
-        "case = Case('g', 'p', None, ('1',), {'a': '1'})\n"
+        "from gvpo_offline.rewards.cases import ScoringInput\n"
+        "case = ScoringInput('g', 'p', None, ('1',), {'a': '1'})\n"
         "print(MathScorer(MathSettings(kind='math', column='a')).score([case]))\n"
     )
     root = str(Path(__file__).parents[2])

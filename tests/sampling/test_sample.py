@@ -25,7 +25,7 @@ from gvpo_offline.sampling.run import SampleResult, _Run, run_sample
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import load_manifest
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 
 def test_groups_of_two_samplers(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -392,7 +392,7 @@ def test_every_engine_gives_the_same_bytes(tmp_path: Path, tiny_model_dir: Path)
     def run(name: str, **engine: Any) -> SampleResult:
         samplers = {"s": local(tiny_model_dir)}
         settings = {"output_dir": str(tmp_path / name), "prompts_per_task": 2}
-        given = EngineSettings(show_progress=False, **engine)
+        given = WorkerSettings(show_progress=False, **engine)
         return run_sample(config(tmp_path, tiny_model_dir, samplers, **settings), given)
 
     here = run("here").manifest

@@ -462,7 +462,7 @@ def test_batch_results_that_are_none(tmp_path: Path, tiny_tokenizer_dir: Path) -
 def test_a_request_says_every_setting(tmp_path: Path) -> None:
     from gvpo_offline.sampling.prompts import Prompt
     from gvpo_offline.sampling.settings import sampler_settings
-    from gvpo_offline.sampling.stage import Wanted
+    from gvpo_offline.sampling.stage import SampleRequest
 
     settings: Any = sampler_settings(
         "s",
@@ -476,7 +476,7 @@ def test_a_request_says_every_setting(tmp_path: Path) -> None:
         ),
     )
     prompt = Prompt(0, "k", "file", 0, None, '[{"role": "user", "content": "hi"}]', None, None)  # type: ignore[arg-type]
-    assert request_body(settings, [Wanted(prompt, 0, 17)]) == {
+    assert request_body(settings, [SampleRequest(prompt, 0, 17)]) == {
         "model": "tiny",
         "messages": [{"role": "user", "content": "hi"}],
         "temperature": 1.0,

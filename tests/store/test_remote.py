@@ -1,4 +1,4 @@
-"""Datasets at a URL: the same groups, the same training, and no byte too many."""
+"""Datasets at a URL: same groups and same training as in a folder, and no unneeded bytes."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
-from gvpo_offline.store.schema import LIGHT_COLUMNS, TRAINING_COLUMNS
+from gvpo_offline.store.schema import SUMMARY_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.survey import survey
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.train.checkpoint import RUN_FILE
 
-TRAINED = {*TRAINING_COLUMNS, *LIGHT_COLUMNS, "rewards", "ref_seq_logprobs"}
+TRAINED = {*TRAINING_COLUMNS, *SUMMARY_COLUMNS, "rewards", "ref_seq_logprobs"}
 
 
 def same_groups(one: GroupDataset, other: GroupDataset) -> bool:
@@ -55,7 +55,7 @@ def same_groups(one: GroupDataset, other: GroupDataset) -> bool:
 
 
 def wordy_groups(n_groups: int, characters: int = 60_000) -> list[Group]:
-    """Groups with far more text than tokens; none of it compresses."""
+    """Groups with far more text than tokens; the text does not compress."""
     rng = random.Random(1)
     groups = []
     for group in make_groups(n_groups, vocab_size=300, response_tokens=60, scored=False):
@@ -83,7 +83,7 @@ def url(s3: S3, local: GroupDataset) -> str:
     return s3.upload(local.folder, "wordy")
 
 
-# Laws of ranges.
+# Byte ranges.
 
 CHUNKS = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 80)), max_size=12)
 
@@ -98,7 +98,7 @@ def apart(chunks: list[tuple[int, int]]) -> list[Range]:
 
 
 @given(CHUNKS, st.integers(0, 40), st.integers(1, 120))
-def test_requests_cover_exactly_what_is_asked_and_bridge_small_gaps_only(
+def test_requests_cover_exactly_the_ranges_and_bridge_small_gaps_only(
     chunks: list[tuple[int, int]], gap: int, limit: int
 ) -> None:
     ranges = apart(chunks)
@@ -106,14 +106,13 @@ def test_requests_cover_exactly_what_is_asked_and_bridge_small_gaps_only(
     bytes_of = [n for start, stop in ranges for n in range(start, stop)]
     assert [n for start, stop in pieces for n in range(start, stop)] == bytes_of
     requests = coalesce(pieces, gap=gap, limit=limit)
-    assert [piece for _, members in requests for piece in members] == pieces
-    for (start, stop), members in requests:
-        assert (start, stop) == (members[0][0], members[-1][1])
-        assert stop - start <= limit
+    assert [piece for members in requests for piece in members] == pieces
+    for members in requests:
+        assert members[-1][1] - members[0][0] <= limit
         assert all(b[0] - a[1] <= gap for a, b in itertools.pairwise(members))
-    for (one, _), (other, members) in itertools.pairwise(requests):
-        # No request could have taken the next one's first piece along.
-        assert other[0] - one[1] > gap or members[0][1] - one[0] > limit
+    for one, other in itertools.pairwise(requests):
+        # No request could have included the first range of the next one.
+        assert other[0][0] - one[-1][1] > gap or other[0][1] - one[0][0] > limit
 
 
 @settings(max_examples=25, deadline=None)
@@ -121,7 +120,7 @@ def test_requests_cover_exactly_what_is_asked_and_bridge_small_gaps_only(
     columns=st.sets(st.sampled_from(["prompt", "responses", *sorted(TRAINED)]), min_size=1),
     cut_at=st.sampled_from([64, 300, 2**23]),
 )
-def test_any_columns_come_as_they_do_from_a_folder(
+def test_any_columns_are_those_of_the_folder(
     tmp_path_factory: pytest.TempPathFactory, columns: set[str], cut_at: int
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "columns"
@@ -161,7 +160,7 @@ def weights_after(dataset: GroupDataset, model: Path, output: Path, **changes: A
 def test_training_from_s3_is_training_from_a_folder_bit_for_bit(
     s3: S3, url: str, local: GroupDataset, trained: State, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Each training column's bytes are fetched once in two epochs, and no text at all."""
+    """In two epochs the bytes of each training column are fetched once, and no text."""
     s3.proxy.requests.clear()
     there = open_dataset(url, remote=s3.settings(tmp_path / "cache"))
     assert same_weights(weights_after(there, tiny_model_dir, tmp_path / "run"), trained)
@@ -172,8 +171,8 @@ def test_training_from_s3_is_training_from_a_folder_bit_for_bit(
     footers = sum(footer_bytes(entry) for entry in local.files())
     reads = s3.proxy.reads()
     assert len({(r.path, r.start, r.stop) for r in reads}) == len(reads), "fetched twice"
-    # The footers are read to verify the files. Beside them come columns that lie between two that
-    # are needed: of a group its source and its number of tokens, less than a tenth here.
+    # The footers are read to verify the files. The columns between two needed ones are fetched too:
+    # source and number of tokens of each group, less than a tenth here.
     fetched = sum(request.sent for request in reads) - footers
     assert needed <= fetched < 1.1 * needed < 0.1 * text
     print(
@@ -187,12 +186,12 @@ def test_training_from_s3_is_training_from_a_folder_bit_for_bit(
 def test_training_over_a_bad_network_in_forked_workers_is_the_same(
     s3: S3, url: str, trained: State, tiny_model_dir: Path, tmp_path: Path, quick: None
 ) -> None:
-    """Every other range fails when it is first asked for, by turns in each of six ways."""
+    """The first request for every other range fails, in six ways by turns."""
     s3.proxy.requests.clear()
     s3.proxy.fault = every(2, "503", "truncate", "flip", "reset", "short", "stall")
     try:
         there = open_dataset(url, remote=s3.settings(tmp_path / "cache"))
-        there.groups(0)  # what fsspec runs in the background is running before the fork
+        there.groups(0)  # starts fsspec's event loop before the fork
         weights = weights_after(there, tiny_model_dir, tmp_path / "run", dataloader_num_workers=2)
         assert same_weights(weights, trained)
         asked = Counter((r.path, r.start, r.stop) for r in s3.proxy.reads())
@@ -203,7 +202,7 @@ def test_training_over_a_bad_network_in_forked_workers_is_the_same(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hardly any pause before a request is made again."""
+    """Retries after hardly any pause."""
     monkeypatch.setattr("gvpo_offline.store.remote.folder._FIRST_WAIT_SECONDS", 0.01)
 
 
@@ -220,20 +219,18 @@ def test_many_threads_and_copies_of_a_dataset_read_at_once(
                 assert all(same_group(a, b) for a, b in zip(groups, wanted, strict=True))
 
 
-def test_a_pass_fetches_ahead_and_says_what_is_wrong_where_it_is_read(
+def test_a_pass_prefetches_and_raises_errors_where_the_row_group_is_read(
     s3: S3, url: str, local: GroupDataset, tmp_path: Path
 ) -> None:
-    """16 groups in row groups of 4 in files of 8: with the first in hand, the others are on their
-    way.
-    """
-    columns = [*LIGHT_COLUMNS, "rewards"]
-    assert list(Pass(local, columns)) == [0, 1, 2, 3]
+    """16 groups in row groups of 4 in files of 8: at the first one, all others are prefetched."""
+    columns = [*SUMMARY_COLUMNS, "rewards"]
+    assert list(PrefetchedRowGroups(local, columns)) == [0, 1, 2, 3]
     there = open_dataset(url, remote=s3.settings(tmp_path / "cache"))
-    numbers = iter(Pass(there, columns))
+    numbers = iter(PrefetchedRowGroups(there, columns))
     next(numbers)
-    numbers.close()  # waits for what is under way
-    assert len(Pass(there, columns)) == 4
-    assert list(Pass(there, columns, slice(1, None, 2))) == [1, 3]
+    numbers.close()  # waits for pending requests
+    assert len(PrefetchedRowGroups(there, columns)) == 4
+    assert list(PrefetchedRowGroups(there, columns, slice(1, None, 2))) == [1, 3]
     s3.proxy.requests.clear()
     there.table(0, columns)
     assert not s3.proxy.reads()
@@ -241,7 +238,7 @@ def test_a_pass_fetches_ahead_and_says_what_is_wrong_where_it_is_read(
     s3.proxy.fault = lambda request: "403" if "rewards" in request.path else None
     try:
         again = open_dataset(url, remote=s3.settings(tmp_path / "another"))
-        with pytest.raises(StorageError, match="lets this machine read"):
+        with pytest.raises(StorageError, match="allows this machine to read"):
             survey(again)
     finally:
         s3.proxy.fault = lambda request: None
@@ -305,7 +302,7 @@ def test_the_commands_that_write_do_not(
     assert not list(tmp_path.iterdir())
 
 
-# http, which lists nothing.
+# http, which cannot list files.
 
 
 def test_a_folder_over_http_is_read_and_its_newest_version_found(tmp_path: Path) -> None:
@@ -320,11 +317,11 @@ def test_a_folder_over_http_is_read_and_its_newest_version_found(tmp_path: Path)
         open_dataset(f"{server.url}/data", remote=remote)
         names = [Path(r.path).stem[-1] for r in server.requests]
         assert names == ["1", "2", "4", "8", "6", "7", "7"]  # doubled, halved, read
-        # Object stores forbid strangers to know what is not there.
+        # Object stores answer 403 for missing files if the reader may not list.
         server.fault = lambda request: "403" if request.path.endswith("8.json") else None
         assert open_dataset(f"{server.url}/data", remote=remote).n_groups == 12
         server.fault = lambda request: "403"
-        with pytest.raises(StorageError, match="lets this machine read the dataset"):
+        with pytest.raises(StorageError, match="allows this machine to read"):
             open_dataset(f"{server.url}/data", remote=remote)
         server.fault = lambda request: None
         server.requests.clear()
@@ -332,7 +329,7 @@ def test_a_folder_over_http_is_read_and_its_newest_version_found(tmp_path: Path)
         assert [Path(r.path).stem[-1] for r in server.requests] == ["3", "3"]
 
 
-def test_over_http_older_versions_may_be_gone_where_the_server_shows_an_index(
+def test_over_http_old_versions_may_be_missing_if_the_server_shows_an_index(
     tmp_path: Path,
 ) -> None:
     here = build_dataset(tmp_path / "data", 12)
@@ -349,7 +346,7 @@ def test_over_http_older_versions_may_be_gone_where_the_server_shows_an_index(
 def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
     build_dataset(tmp_path / "data", 12)
     with serving(FolderServer(tmp_path, ranges=False)) as server:
-        with pytest.raises(StorageError, match="gives byte ranges") as found:
+        with pytest.raises(StorageError, match="supports byte ranges") as found:
             open_dataset(f"{server.url}/data", remote=RemoteSettings(cache_gb=0))
         assert found.value.file == f"{server.url}/data/manifest-000001.json"
 
@@ -357,7 +354,7 @@ def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
 # Settings.
 
 
-def test_a_run_says_once_how_urls_are_read_and_a_dataset_may_differ(tmp_path: Path) -> None:
+def test_remote_settings_of_a_run_and_of_single_datasets(tmp_path: Path) -> None:
     own = RemoteSettings(cache_gb=1)
     items = [DatasetSettings(path="s3://a/b"), DatasetSettings(path="s3://c/d", remote=own)]
     run = RemoteSettings(cache_dir="there", storage_options={"secret": "xyz"})
@@ -376,19 +373,19 @@ def test_a_run_says_once_how_urls_are_read_and_a_dataset_may_differ(tmp_path: Pa
     assert main(["train", "--config", str(yaml), "--remote.attempts", "0"]) == 1
 
 
-# What is no dataset.
+# URLs without a dataset.
 
 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
         ("nosuch://bucket/data", "knows the URL's protocol"),
-        ("gs://bucket/data", "an installed file system"),
+        ("gs://bucket/data", "an installed fsspec file system"),
         ("https://me:secret@host/data", "holds no credentials"),
         ("https://host/data?signature=1", "that of a folder"),
     ],
 )
-def test_a_url_that_nothing_reads_is_refused(url: str, said: str) -> None:
+def test_a_url_that_no_file_system_reads_is_refused(url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as found:
         open_dataset(url, remote=RemoteSettings(cache_gb=0))
     assert "secret" not in str(found.value)
@@ -401,7 +398,7 @@ def test_options_that_the_file_system_does_not_know_are_refused() -> None:
 
 
 @pytest.mark.parametrize("where", ["s3", "memory"])
-def test_a_place_without_a_manifest_is_no_dataset(s3: S3, where: str, tmp_path: Path) -> None:
+def test_a_url_without_a_manifest_is_not_a_dataset(s3: S3, where: str, tmp_path: Path) -> None:
     place = {"s3": "s3://bucket/nothing/here", "memory": "memory://nothing"}[where]
     remote = s3.settings(tmp_path) if where == "s3" else RemoteSettings(cache_gb=0)
     with pytest.raises(DataError, match="holds a manifest") as found:

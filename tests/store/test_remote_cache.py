@@ -1,10 +1,10 @@
-"""The cache: bounded, shared, never wrong."""
+"""The range cache: bounded, shared between processes, verified."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from test_remote_failures import opened, read_all
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.remote.cache import MARK, RangeCache
+from gvpo_offline.store.remote.cache import RangeCache
 
 URL = "s3://bucket/data"
 FILE = "ab" * 32
@@ -28,7 +28,7 @@ OTHER = "cd" * 32
 
 
 def entries(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def held(folder: Path) -> int:
@@ -40,7 +40,7 @@ def held(folder: Path) -> int:
     limit=st.integers(100, 3000),
     puts=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 400)), max_size=30),
 )
-def test_the_bound_holds_and_what_is_found_is_what_was_put(
+def test_the_limit_holds_and_get_returns_what_was_put(
     tmp_path_factory: pytest.TempPathFactory, limit: int, puts: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
@@ -48,14 +48,14 @@ def test_the_bound_holds_and_what_is_found_is_what_was_put(
     for number, (process, size) in enumerate(puts):
         content = bytes([number]) * size
         processes[process].put(FILE, f"{number}", content)
-        # Three processes share the room; each may write a 256th part of it, or one entry, unseen.
+        # Each of the three processes may write one entry, or 1/256 of the limit, between two scans.
         assert held(folder) <= limit + 2 * 432
         found, damaged = processes[0].get(FILE, f"{number}")
         assert found in (None, content)
         assert not damaged
 
 
-def test_room_is_made_by_what_nobody_used_since_the_run_began(tmp_path: Path) -> None:
+def test_only_entries_unused_since_the_run_began_are_evicted(tmp_path: Path) -> None:
     before = RangeCache(tmp_path, URL, 1000)
     for number in range(9):
         before.put(FILE, f"{number}", bytes(68))  # 100 bytes with its hash
@@ -70,16 +70,16 @@ def test_room_is_made_by_what_nobody_used_since_the_run_began(tmp_path: Path) ->
         run.put(FILE, f"{number}", bytes(68))
     found = {path.name for path in entries(tmp_path)}
     assert "0" in found
-    assert not found & set("12345678"), "unused in this run, they made room"
+    assert not found & set("12345678"), "unused in this run, they are evicted"
     new = sorted(int(name) for name in found if int(name) >= 100)
     assert len(new) == 9, "ten entries fit"
-    # What this run put there first is what it keeps: the next epoch finds it.
+    # The first entries of this run are kept: the next epoch reads them.
     assert new == list(range(100, 109))
 
 
 def test_a_cache_of_half_the_data_serves_half_of_the_next_epoch(tmp_path: Path) -> None:
-    """With the least recently used thrown out it would serve 15%: of two random orders of n items,
-    the share whose last use is less than n/2 other items ago is (1 - ln 2) / 2.
+    """Least-recently-used eviction would serve 15%: of two random orders of n items, the share
+    whose last use is less than n/2 other items ago is (1 - ln 2) / 2.
     """
     n, rng = 400, random.Random(1)
     cache = RangeCache(tmp_path, URL, n // 2 * 100)
@@ -120,7 +120,7 @@ def test_a_damaged_entry_is_never_served(tmp_path: Path, abuse: str) -> None:
         assert cache.get(FILE, "0-256") == (content, False)
 
 
-def test_entries_that_rot_are_fetched_again_and_counted(tmp_path: Path) -> None:
+def test_damaged_entries_are_fetched_again_and_counted(tmp_path: Path) -> None:
     build_dataset(tmp_path / "data", 12)
     with serving(FolderServer(tmp_path)) as server:
         read_all(opened(server), tmp_path / "data")
@@ -150,39 +150,45 @@ def test_a_cache_on_a_full_disk_is_given_up_and_the_run_goes_on(
         dataset = opened(server)
         monkeypatch.setattr("gvpo_offline.store.remote.cache.os.replace", full)
         read_all(dataset, tmp_path / "data")
-    assert caplog.text.count("the cache takes no more") == 1
+    assert caplog.text.count("nothing more is cached") == 1
     assert not entries(tmp_path / "cache")
 
 
-# Whose folder it is.
+# The folder.
 
 
-def test_a_folder_that_is_no_cache_of_this_dataset_is_refused(tmp_path: Path) -> None:
-    RangeCache(tmp_path / "cache", URL, 10**6).put(FILE, "x", b"x")
-    own = next((tmp_path / "cache").iterdir())
+def test_other_files_in_the_cache_folder_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    """A dataset's folder as cache_dir: a mistake, but one that costs nothing."""
+    build_dataset(tmp_path / "cache", 12, response_tokens=40)
+    (tmp_path / "cache" / ("a" * 16)).mkdir()
+    (tmp_path / "cache" / ("a" * 16) / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in entries(tmp_path / "cache")}
+    assert sum(map(len, before.values())) > 1000
+    long_ago = time.time() - 100
+    for path in before:
+        os.utime(path, (long_ago, long_ago))
+    cache = RangeCache(tmp_path / "cache", URL, 1000)
+    for number in range(20):
+        cache.put(FILE, str(number), bytes(68))  # 100 bytes with its hash
+    # Ten entries fit, less at most one for the share that a process claims at once.
+    assert sum(cache.get(FILE, str(number))[0] is not None for number in range(20)) in (9, 10)
+    assert all(path.read_bytes() == content for path, content in before.items())
 
-    def refused(folder: Path, said: str) -> None:
-        with pytest.raises(ConfigError, match=said) as found:
-            RangeCache(folder, URL, 10**6)
-        assert str(folder) in str(found.value.file)
 
-    refused(own, "the folder of all caches")  # one level too deep
-    build_dataset(tmp_path / "data", 8)
-    refused(tmp_path / "data", "holds a cache and nothing else")  # a dataset's own folder
+def test_a_cache_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    refused(tmp_path / "file", "can be written")
-    mark = json.loads((own / MARK).read_text())
-    (own / MARK).write_text(json.dumps({**mark, "url": "s3://bucket/other"}))
-    refused(tmp_path / "cache", "belongs to one dataset; received the cache of s3://bucket/other")
-    (own / MARK).write_text(json.dumps({**mark, "format": 2}))
-    refused(tmp_path / "cache", "of format 1")
-    (own / MARK).unlink()
-    refused(tmp_path / "cache", "received the cache of nobody")
-    (own / MARK).write_text(json.dumps(mark))
-    (own / "notes.txt").write_text("mine")
-    refused(tmp_path / "cache", "nothing else; received notes.txt")
-    (own / "notes.txt").unlink()
-    assert RangeCache(tmp_path / "cache", URL, 10**6).get(FILE, "x")[0] == b"x"
+    with pytest.raises(ConfigError, match="the cache folder can be written") as found:
+        RangeCache(tmp_path / "file", URL, 10**6)
+    assert found.value.file == str(tmp_path / "file")
+
+
+def test_a_cache_deleted_meanwhile_is_written_again(tmp_path: Path) -> None:
+    cache = RangeCache(tmp_path / "cache", URL, 10**6)
+    cache.put(FILE, "x", b"x")
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.get(FILE, "x") == (None, False)
+    cache.put(FILE, "x", b"x")
+    assert cache.get(FILE, "x") == (b"x", False)
 
 
 def test_datasets_share_a_cache_folder_and_its_bound(tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def test_the_default_folder_is_the_environments(
         assert entries(tmp_path / "home" / ".cache" / "gvpo_offline")
 
 
-# Processes that are killed at it.
+# Killed processes.
 
 READER = """
 import sys, random
@@ -224,7 +230,7 @@ while True:
 
 
 def test_processes_that_share_a_cache_may_be_killed_at_any_time(tmp_path: Path) -> None:
-    """Twelve deaths, four readers at a time, in a cache that holds half of what they read."""
+    """Kills twelve readers, four at a time, that share a cache of half the data."""
     build_dataset(tmp_path / "data", 48, response_tokens=40)
     rng = random.Random(1)
     with serving(FolderServer(tmp_path)) as server:

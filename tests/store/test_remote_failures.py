@@ -1,6 +1,4 @@
-"""What a network and a server may do to a reader, and what comes of it: the right groups, or one
-error that names the file.
-"""
+"""Failures of network and server: a reader gets the right groups, or an error with the file."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ def opened(server: FolderServer, **changes: object) -> GroupDataset:
 
 
 def read_all(dataset: GroupDataset, local: Path) -> None:
-    """Read every group, and see that it is the local one."""
+    """Read every group and compare it with the local one."""
     here = open_dataset(local)
     for number in range(here.n_row_groups):
         pairs = zip(dataset.groups(number), here.groups(number), strict=True)
@@ -58,51 +56,51 @@ def flip_in(path: Path, column: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["503", "truncate", "short", "reset", "flip"])
-def test_a_failure_that_passes_is_not_noticed(server: FolderServer, fault: str) -> None:
-    server.fault = every(1, fault)  # each range fails when it is first asked for
+def test_a_transient_failure_is_retried(server: FolderServer, fault: str) -> None:
+    server.fault = every(1, fault)  # the first request for each range fails
     dataset = opened(server)
     read_all(dataset, server.folder / "data")
-    # A flipped bit is found when the page is decoded, and is no failure to fetch; after a reset
-    # aiohttp asks again by itself.
+    # A flipped bit is found when the page is decoded, not by the request; aiohttp itself retries
+    # after a reset.
     if fault not in ("flip", "reset"):
         assert dataset.storage.traffic.retries == len({r[1:3] for r in server.reads()})
     server.fault = lambda request: None
     server.requests.clear()
     read_all(dataset, server.folder / "data")
-    assert not server.reads(), "what was damaged on its way is not in the cache"
+    assert not server.reads(), "damaged bytes are not in the cache"
 
 
-def test_a_read_that_stalls_is_cut_off_and_made_again(server: FolderServer) -> None:
+def test_a_stalled_request_is_cancelled_and_retried(server: FolderServer) -> None:
     server.fault = every(7, "stall")
     read_all(opened(server, timeout=0.5), server.folder / "data")
 
 
-def test_a_failure_that_stays_stops_with_the_files_name(server: FolderServer) -> None:
+def test_a_permanent_failure_raises_with_the_files_name(server: FolderServer) -> None:
     dataset = opened(server, attempts=3)
     sick = dataset.manifest.groups[1].path
     server.fault = lambda request: "503" if sick in request.path else None
     read = [number for number in range(3) if dataset.groups(number)]
-    assert read == [0, 1, 2]  # the other file is well
+    assert read == [0, 1, 2]  # of the other file
     server.requests.clear()
     with pytest.raises(StorageError, match="at the last of 3 attempts") as found:
         dataset.groups(3)
     assert found.value.file == f"{server.url}/data/{sick}"
     assert [r.method for r in server.requests if sick in r.path].count("GET") >= 3
     server.fault = lambda request: None
-    read_all(dataset, server.folder / "data")  # nothing of it stuck
+    read_all(dataset, server.folder / "data")  # the failure left no state
 
 
-def test_a_server_that_forbids_is_asked_once(server: FolderServer) -> None:
+def test_a_refused_request_is_not_retried(server: FolderServer) -> None:
     dataset = opened(server)
     server.fault = lambda request: "403" if request.path.endswith(".parquet") else None
     server.requests.clear()
-    with pytest.raises(StorageError, match=r"lets this machine read the dataset; .*403"):
+    with pytest.raises(StorageError, match=r"allows this machine to read the dataset; .*403"):
         dataset.groups(0)
     assert len([r for r in server.reads() if r.start is not None]) == 1
 
 
 @pytest.mark.parametrize("cache_gb", [0.0, 1.0])
-def test_a_page_that_is_damaged_there_is_fetched_twice_and_named(
+def test_a_page_damaged_on_the_server_is_fetched_twice_and_named(
     server: FolderServer, cache_gb: float
 ) -> None:
     dataset = opened(server, cache_gb=cache_gb)
@@ -110,7 +108,7 @@ def test_a_page_that_is_damaged_there_is_fetched_twice_and_named(
     path = server.folder / "data" / entry.path
     dataset.groups(1)  # the footer is here
     flip_in(path, "response_token_ids")
-    for _ in range(2):  # and again: the damage was not kept
+    for _ in range(2):  # the second time too: the damaged page was not cached
         server.requests.clear()
         with pytest.raises(IntegrityError, match="pages match their checksums") as found:
             dataset.groups(0)
@@ -184,7 +182,7 @@ def test_a_manifest_that_arrives_damaged_is_read_again(server: FolderServer) -> 
     assert str(found.value.file).startswith(f"{server.url}/data")
 
 
-def test_what_is_cached_needs_no_server(server: FolderServer) -> None:
+def test_cached_ranges_need_no_server(server: FolderServer) -> None:
     dataset = opened(server, attempts=1)
     read_all(dataset, server.folder / "data")
     server.fault = lambda request: "503"

@@ -108,7 +108,7 @@ def test_several_files_open_as_one_dataset(tmp_path: Path) -> None:
     dataset = adopt_parquet(paths, need=NEED)
     ids = [g.group_id for number in range(dataset.n_row_groups) for g in dataset.groups(number)]
     assert ids == [row["group_id"] for row in rows]
-    assert dataset.place(dataset.n_row_groups - 1).file == paths[3]
+    assert dataset.location(dataset.n_row_groups - 1).file == paths[3]
 
 
 def test_optional_columns_may_be_null_in_some_rows(tmp_path: Path) -> None:
@@ -200,15 +200,15 @@ BROKEN: dict[str, tuple[Callable[[Rows], None], str]] = {
     "truncated short": (put(6, truncated=[True]), "truncated has one entry per response"),
     "id empty": (put(6, group_id=""), "non-empty group_id"),
     "id null": (put(6, group_id=None), "non-empty group_id"),
-    "id twice": (put(6, group_id="group-00001"), "an id that .*, row 1 has too"),
-    "wrong prompt length": (put(6, prompt_length=99), "prompt_length counts the tokens"),
+    "id twice": (put(6, group_id="group-00001"), "the same id in .*, row 1"),
+    "wrong prompt length": (put(6, prompt_length=99), "prompt_length is the number of tokens"),
     "wrong response lengths": (
         change(6, "response_lengths", first_is(99)),
-        "response_lengths counts the tokens",
+        "response_lengths is the number of tokens",
     ),
     "wrong number of tokens": (
         put(6, n_tokens=1),
-        "n_tokens counts the tokens.*; received 1 where",
+        "n_tokens is the number of tokens.*; received 1, but",
     ),
 }
 
@@ -236,7 +236,7 @@ def test_an_id_in_two_files_is_named_with_both_places(tmp_path: Path) -> None:
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
     write_pyarrow(rows[:5], one)
     write_pyarrow(rows[5:], two)
-    with pytest.raises(DataError, match=f"an id that {one}, row 2 has too") as caught:
+    with pytest.raises(DataError, match=f"the same id in {one}, row 2") as caught:
         adopt_parquet([one, two])
     place = (caught.value.file, caught.value.row, caught.value.group)
     assert place == (str(two), 2, "group-00002")
@@ -343,7 +343,7 @@ def test_a_dataset_is_found_in_whatever_shape_it_is_passed(tmp_path: Path) -> No
 
 def test_a_dataset_in_no_shape_at_all_is_refused(tmp_path: Path) -> None:
     for data in ([1, 2], {"a": 1}, None):
-        with pytest.raises(ConfigError, match="a dataset is a folder, a Parquet file"):
+        with pytest.raises(ConfigError, match="a dataset is a folder or its URL, a Parquet file"):
             resolve_dataset(data, tmp_path)
     built = build_dataset(tmp_path / "data", 4)
     for rewards, reference, missing in (

@@ -111,7 +111,7 @@ def test_row_groups_are_numbered_through_all_files(tmp_path: Path) -> None:
     assert dataset.row_group_sizes.tolist() == [2, 2, 1, 2, 2, 1, 2]
     located = [dataset.locate(number) for number in range(7)]
     assert located == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
-    assert [dataset.place(number).first_row for number in range(7)] == [0, 2, 4, 0, 2, 4, 0]
+    assert [dataset.location(number).first_row for number in range(7)] == [0, 2, 4, 0, 2, 4, 0]
     ids = [group.group_id for group in read_all(dataset)]
     assert ids == [f"group-{number:05d}" for number in range(12)]
 

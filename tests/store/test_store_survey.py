@@ -20,7 +20,7 @@ from support.builders import build_dataset, group_strategy, make_group, make_gro
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.store.adopt import adopt_parquet
-from gvpo_offline.store.survey import LightRows, Survey, light_table, survey
+from gvpo_offline.store.survey import SummaryRows, Survey, summary_table, survey
 
 REQUIRED = ["group_id", "prompt_token_ids", "response_token_ids", "rewards", "ref_seq_logprobs"]
 
@@ -108,12 +108,12 @@ def test_counts_are_those_of_counting_by_hand(groups: list[Group], data: st.Data
         found = survey(dataset)
         assert place_of_longest(found) == found.longest_row[2]
 
-        def light(number: int) -> LightRows:
+        def summary(number: int) -> SummaryRows:
             rows = np.flatnonzero(chosen[starts[number] : starts[number + 1]])
-            return light_table(dataset, number).take(pa.array(rows)), rows
+            return summary_table(dataset, number).take(pa.array(rows)), rows
 
         subset = [group for group, take in zip(groups, chosen, strict=True) if take]
-        found = survey(dataset, light)
+        found = survey(dataset, summary)
         assert_counts(found, subset)
         assert not subset or place_of_longest(found) == found.longest_row[2]
 

@@ -213,13 +213,21 @@ UNGATED: dict[str, tuple[list[Group], dict[str, pa.Array], str]] = {
         {},
         "unique within a group",
     ),
-    "an id twice": (spoiled(6, group_id="group-00090"), {}, "once in a dataset; received an id"),
-    "prompt_length": (make_groups(10), lengths_of("prompt_length", 6, 77), "prompt_length counts"),
-    "n_tokens": (make_groups(10), lengths_of("n_tokens", 6, 7777), "n_tokens counts"),
+    "an id twice": (
+        spoiled(6, group_id="group-00090"),
+        {},
+        "once in a dataset; received the same id",
+    ),
+    "prompt_length": (
+        make_groups(10),
+        lengths_of("prompt_length", 6, 77),
+        "prompt_length is the number",
+    ),
+    "n_tokens": (make_groups(10), lengths_of("n_tokens", 6, 7777), "n_tokens is the number"),
     "response_lengths": (
         make_groups(10),
         lengths_of("response_lengths", 6, [1] * 7),
-        "response_lengths counts",
+        "response_lengths is the number",
     ),
 }
 
@@ -247,7 +255,7 @@ def test_totals_of_the_manifest_that_are_wrong_are_found(tmp_path: Path, field: 
     base = manifest.groups[0].model_copy(update={field: 1})
     edited = manifest.model_copy(update={"groups": [base]})
     manifest_path(tmp_path, 1).write_text(dump_manifest(edited))
-    with pytest.raises(DataError, match="as its manifest says") as caught:
+    with pytest.raises(DataError, match="as in its manifest") as caught:
         check(tmp_path)
     assert caught.value.file == str(tmp_path)
 

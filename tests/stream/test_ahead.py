@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.ahead import ReadAhead
+from gvpo_offline.stream.ahead import PrefetchDataset
 from gvpo_offline.stream.steps import StepShare
 
 
@@ -44,7 +44,7 @@ def test_any_steps_in_any_order_are_the_same(
     dataset: GroupDataset, ahead: int, asked: list[int]
 ) -> None:
     plain = steps_of(dataset)
-    reading = ReadAhead(steps_of(dataset), ahead)
+    reading = PrefetchDataset(steps_of(dataset), ahead)
     assert len(reading) == len(plain) == 15
     for step in [*asked, *range(3), 14]:
         assert same_share(reading[step], plain[step])
@@ -53,7 +53,7 @@ def test_any_steps_in_any_order_are_the_same(
 
 @pytest.mark.parametrize("step", [-1, 15])
 def test_there_are_no_steps_beyond_the_run(dataset: GroupDataset, step: int) -> None:
-    reading = ReadAhead(steps_of(dataset), 2)
+    reading = PrefetchDataset(steps_of(dataset), 2)
     with pytest.raises(IndexError):
         reading[step]
 
@@ -90,7 +90,7 @@ class Recorded:
 def test_it_reads_so_many_steps_ahead_and_no_more_in_one_thread(dataset: GroupDataset) -> None:
     """Asked for step 0: 1 and 2 follow, 3 does not before step 1 was asked for."""
     steps = Recorded(steps_of(dataset))
-    reading = ReadAhead(steps, 2)  # type: ignore[arg-type]
+    reading = PrefetchDataset(steps, 2)  # type: ignore[arg-type]
     reading[0]
     steps.wait_for(2)
     assert steps.read == [0, 1, 2]
@@ -106,7 +106,7 @@ def test_after_a_jump_what_was_ahead_is_given_up(dataset: GroupDataset) -> None:
     """Step 1 is being read, 2 and 3 are waiting: a jump to 9 leaves them unread."""
     steps = Recorded(steps_of(dataset))
     steps.gates = {1: threading.Event()}
-    reading = ReadAhead(steps, 3)  # type: ignore[arg-type]
+    reading = PrefetchDataset(steps, 3)  # type: ignore[arg-type]
     reading[0]
     steps.wait_for(1)
     threading.Timer(0.2, steps.gates[1].set).start()
@@ -121,7 +121,7 @@ def test_after_a_jump_what_was_ahead_is_given_up(dataset: GroupDataset) -> None:
 def test_its_files_are_not_the_evaluations(dataset: GroupDataset) -> None:
     """The thread may read while another reader of the same dataset closes its files."""
     counting = CountingDataset(dataset)
-    reading = ReadAhead(steps_of(counting), 2)
+    reading = PrefetchDataset(steps_of(counting), 2)
     for step in range(len(reading)):
         reading[step]
     assert counting.read
@@ -136,7 +136,7 @@ def test_an_error_comes_with_its_step_and_not_before(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(bytes(content))
-    reading = ReadAhead(steps_of(damaged, n_draws=16, groups_per_step=1), 4)
+    reading = PrefetchDataset(steps_of(damaged, n_draws=16, groups_per_step=1), 4)
     plain = steps_of(damaged, n_draws=16, groups_per_step=1)
     expected = [type(plain.__getitems__([step])[0]) for step in range(16)]
     assert set(expected) == {StepShare, IntegrityError}
@@ -151,7 +151,7 @@ def test_an_error_comes_with_its_step_and_not_before(tmp_path: Path) -> None:
 
 
 def test_it_pickles_without_its_thread(dataset: GroupDataset) -> None:
-    reading = ReadAhead(steps_of(dataset), 2)
+    reading = PrefetchDataset(steps_of(dataset), 2)
     expected = reading[4]
     copied = pickle.loads(pickle.dumps(reading))
     assert same_share(copied[4], expected)
@@ -162,7 +162,7 @@ def test_it_pickles_without_its_thread(dataset: GroupDataset) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_forked_process_reads_for_itself(dataset: GroupDataset) -> None:
     """The child has no thread of its parent's; it must not wait for it."""
-    reading = ReadAhead(steps_of(dataset), 2)
+    reading = PrefetchDataset(steps_of(dataset), 2)
     expected = reading[0]
     child = os.fork()
     if not child:
@@ -179,7 +179,7 @@ def test_a_forked_process_reads_for_itself(dataset: GroupDataset) -> None:
 def test_a_loader_gives_the_same_with_it(dataset: GroupDataset, workers: int) -> None:
     plain = steps_of(dataset)
     loader = DataLoader(
-        ReadAhead(steps_of(dataset), 2),
+        PrefetchDataset(steps_of(dataset), 2),
         batch_size=1,
         collate_fn=lambda items: items[0],
         num_workers=workers,

@@ -21,7 +21,7 @@ from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.responses import choose, with_responses
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.settings import ResponseSettings
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 REWARDS = st.sampled_from([-1.0, 0.0, 0.0, 0.25, 0.5, 1.0, 1e308, -1e308])
 
@@ -30,12 +30,12 @@ def chosen_items(rows: list[dict[str, Any]], responses: ResponseSettings) -> lis
     """What `choose` takes of each row."""
     kinds = {"samplers": pa.list_(pa.string()), "rewards": pa.list_(pa.float64())}
     table = pa.table({n: pa.array([r[n] for r in rows], kind) for n, kind in kinds.items()})
-    pick = choose(table, responses)
+    index = choose(table, responses)
     items: list[list[int]] = [[] for _ in rows]
-    for row, item in zip(pick.rows.tolist(), pick.items.tolist(), strict=True):
+    for row, item in zip(index.rows.tolist(), index.items.tolist(), strict=True):
         items[row].append(item)
-    assert pick.first.tolist() == [row for row, kept in enumerate(items) if kept]
-    assert pick.sizes.tolist() == [len(kept) for kept in items if kept]
+    assert index.first.tolist() == [row for row, kept in enumerate(items) if kept]
+    assert index.sizes.tolist() == [len(kept) for kept in items if kept]
     return items
 
 
@@ -127,7 +127,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> GroupDataset:
     return build_dataset(tmp_path_factory.mktemp("responses"), 30)
 
 
-def taking_part(view: View) -> list[Group]:
+def taking_part(view: DatasetView) -> list[Group]:
     assert view.selection is not None
     return [
         view.groups(row_group)[row]
@@ -153,10 +153,10 @@ CHOICES = (
 def test_a_view_shows_the_chosen_responses_alone(
     dataset: GroupDataset, responses: ResponseSettings
 ) -> None:
-    """Every field that training reads, the light columns and the counts agree with picking by
+    """Every field that training reads, the summary columns and the counts agree with picking by
     hand.
     """
-    view = View(dataset, resolved(dataset, responses))
+    view = DatasetView(dataset, resolved(dataset, responses))
     stored = {g.group_id: g for i in range(dataset.n_row_groups) for g in dataset.groups(i)}
     expected = {}
     for group in stored.values():
@@ -178,8 +178,8 @@ def test_a_view_shows_the_chosen_responses_alone(
         if whole.loss_mask is not None:
             masks = [whole.loss_mask[i].tolist() for i in items]
             assert [mask.tolist() for mask in group.loss_mask] == masks
-    light = [view.light_table(i)[0] for i in range(dataset.n_row_groups)]
-    table = pa.concat_tables(light)
+    summary = [view.summary_table(i)[0] for i in range(dataset.n_row_groups)]
+    table = pa.concat_tables(summary)
     assert table.column("response_lengths").to_pylist() == [g.response_lengths for g in found]
     assert table.column("samplers").to_pylist() == [list(g.samplers) for g in found]
     assert table.column("rewards").to_pylist() == [g.rewards.tolist() for g in found]
@@ -261,7 +261,7 @@ def test_the_fingerprint_covers_responses(tmp_path: Path) -> None:
     assert again.fingerprint == spread.fingerprint
     sent = pickle.loads(pickle.dumps(spread))
     assert (sent.fingerprint, sent.notes) == (spread.fingerprint, spread.notes)
-    assert View(dataset, sent).groups(0)[0].rewards.tolist() == [0.0, 1.0]
+    assert DatasetView(dataset, sent).groups(0)[0].rewards.tolist() == [0.0, 1.0]
 
 
 def test_where_files_are_cut_has_no_say(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_where_files_are_cut_has_no_say(tmp_path: Path) -> None:
             groups_per_shard=shard,
             rows_per_row_group=rows_,
         )
-        seen.append(taking_part(View(dataset, resolved(dataset, responses))))
+        seen.append(taking_part(DatasetView(dataset, resolved(dataset, responses))))
     for other in seen[1:]:
         for one, two in zip(seen[0], other, strict=True):
             assert differences(one, two) == []

@@ -15,7 +15,7 @@ from support.rewarding import answered, answered_dataset, functions, reward
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
-from gvpo_offline.store.choice import choose_rewards
+from gvpo_offline.store.choice import choose_reward_families
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest
 from gvpo_offline.store.survey import survey
@@ -136,17 +136,17 @@ def test_versions_are_named_and_the_newest_is_taken(tmp_path: Path) -> None:
     mixed = rewards_of(root, {"tokens": 1.0, "tokens@1": -1.0})
     for number, rewards in enumerate(mixed):
         assert np.array_equal(rewards, newest[number] - first[number])
-    with pytest.raises(ConfigError, match=r"one weight each.*tokens@2, tokens@2"):
+    with pytest.raises(ConfigError, match=r"named once.*tokens@2, tokens@2"):
         rewards_of(root, {"tokens": 1.0, "tokens@2": -1.0})
 
 
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"correct": 0.0, "tokens": 0}, "not all of them 0"),
-        ({}, "not all of them 0"),
-        ({"correct": float("nan")}, "finite weights"),
-        ({"correct": float("inf"), "tokens": 1.0}, "finite weights"),
+        ({"correct": 0.0, "tokens": 0}, "not all of them are 0"),
+        ({}, "not all of them are 0"),
+        ({"correct": float("nan")}, "weights of rewards are finite"),
+        ({"correct": float("inf"), "tokens": 1.0}, "weights of rewards are finite"),
         (
             {"correct": 1.0, "brevity": -0.2},
             r"reward='brevity', and the dataset holds \['correct@1', 'exact@1', 'tokens@1'\]",
@@ -187,7 +187,7 @@ def test_the_order_of_a_manifest_means_nothing(root: Path) -> None:
     manifest = open_dataset(root, reward="correct", join=("reward",)).manifest
     turned = manifest.model_copy(update={"rewards": manifest.rewards[::-1]})
     choice = {"correct": 1.0, "tokens": 2.0}
-    assert choose_rewards(turned, choice) == choose_rewards(manifest, choice)
+    assert choose_reward_families(turned, choice) == choose_reward_families(manifest, choice)
 
 
 # ---- one of several references ----

@@ -22,7 +22,7 @@ from gvpo_offline.stream.plan import CostModel, n_pieces, shape_of
 from gvpo_offline.stream.selecting.conditions import held_out_mask
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset, StepShare
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 
 N_GROUPS = 70
 COST = CostModel("shared", 60)
@@ -37,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> GroupDataset:
 
 def steps_of(dataset: GroupDataset, **changes: Any) -> StepDataset:
     """Two and a half epochs in steps of 12 groups, windows of 2 row groups."""
-    view = View(dataset)
+    view = DatasetView(dataset)
     order = MixedOrder([view.order(seed=changes.pop("seed", 5), window=2)])
     options: dict[str, Any] = {
         "groups_per_step": 12,
@@ -166,7 +166,7 @@ def test_resuming_reads_only_what_the_step_needs(dataset: GroupDataset) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_the_cache_holds_two_windows(dataset: GroupDataset, window: int) -> None:
-    view = View(dataset)
+    view = DatasetView(dataset)
     order = MixedOrder([view.order(seed=1, window=window)])
     steps = StepDataset([view], order, groups_per_step=5, n_draws=700, cost=COST)
     for step in range(len(steps)):

@@ -236,7 +236,7 @@ def test_only_the_columns_that_it_names_are_read(dataset: GroupDataset) -> None:
     )
 
 
-def test_a_flipped_bit_in_a_light_column_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_summary_column_is_found(tmp_path: Path) -> None:
     """Polars is given what was verified; a column that is not named is not looked at."""
     dataset = build_dataset(tmp_path, 8, groups_per_shard=8, rows_per_row_group=8)
     path = tmp_path / dataset.manifest.groups[0].path
@@ -312,7 +312,7 @@ def test_null_is_not_selected_and_is_counted(tmp_path: Path) -> None:
     assert sent.fingerprint == selection.fingerprint
 
 
-def test_a_foreign_file_without_light_columns(tmp_path: Path) -> None:
+def test_a_foreign_file_without_summary_columns(tmp_path: Path) -> None:
     """Lengths are counted; what nobody wrote is unknown."""
     groups = make_groups(6)
     columns = ["group_id", "prompt_token_ids", "response_token_ids", "rewards", "ref_seq_logprobs"]

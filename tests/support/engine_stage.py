@@ -16,7 +16,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.writer import write_groups
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
 GROUPS_PER_TASK = 4
@@ -71,5 +71,5 @@ class Writing:
 if __name__ == "__main__":  # root, trouble, workers
     run_stage(
         Writing(Path(sys.argv[1]), trouble=sys.argv[2]),
-        EngineSettings(workers=int(sys.argv[3]), show_progress=False),
+        WorkerSettings(workers=int(sys.argv[3]), show_progress=False),
     )

@@ -1,6 +1,6 @@
-"""Servers of datasets on loopback: a folder over http, and an S3-compatible one behind a proxy.
+"""Test servers of datasets on loopback: a folder over http, and moto's S3 server behind a proxy.
 
-Both count what they send, and fail when told to.
+Both record their requests and inject faults.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUCKET = "bucket"
 
 
 class Request(NamedTuple):
-    """A request as a server saw it; `start` and `stop` of the file's bytes, where it named any."""
+    """A received request; `start` and `stop` of its byte range, if it had one."""
 
     method: str
     path: str
@@ -46,13 +46,13 @@ Fault = Callable[[Request], str | None]
 
 
 class CountingServer(ABC):
-    """An HTTP server of files that keeps a list of its requests.
+    """An HTTP server of files that records its requests.
 
     Attributes:
-        requests: all of them.
-        fault: says of a request how it is to fail: `503`, `403`, `stall`, `truncate` (the
-            connection ends early), `short` (a whole answer with half of the bytes), `reset`,
-            `flip` (one bit); None: not at all.
+        requests: all requests.
+        fault: returns how a request fails: `503`, `403`, `stall`, `truncate` (the connection ends
+            early), `short` (a complete response with half of the bytes), `reset`, `flip` (one
+            bit); None: not at all.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class CountingServer(ABC):
             daemon_threads = True
 
             def handle_error(self, *args: object) -> None:
-                """Whoever asked may be gone."""
+                """Ignored: the client may have disconnected."""
 
         self._http = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
@@ -85,7 +85,7 @@ class CountingServer(ABC):
 
     @abstractmethod
     def answer(self, handler: BaseHTTPRequestHandler) -> Answer:
-        """What a server without faults says."""
+        """The response without faults."""
 
     def close(self) -> None:
         self.stopped.set()
@@ -138,7 +138,7 @@ class CountingServer(ABC):
 
 
 class FolderServer(CountingServer):
-    """A folder over http, with byte ranges unless told otherwise, with an index page if told so."""
+    """A folder over http, with byte ranges and an index page as configured."""
 
     def __init__(self, folder: Path, *, ranges: bool = True, index: bool = False) -> None:
         self.folder = folder
@@ -167,7 +167,7 @@ class FolderServer(CountingServer):
 
 
 class Proxy(CountingServer):
-    """In front of another HTTP server."""
+    """A proxy of another HTTP server."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream).netloc
@@ -189,10 +189,10 @@ class Proxy(CountingServer):
 
 
 class S3:
-    """A real S3-compatible server, behind a proxy that datasets are read through.
+    """moto's S3 server, and a proxy that readers connect to.
 
     Attributes:
-        proxy: what a reader sees.
+        proxy: the endpoint of readers.
         options: `storage_options` of a reader.
     """
 
@@ -222,18 +222,18 @@ class S3:
         ).create_bucket(Bucket=BUCKET)
 
     def files(self) -> Any:
-        """The server's file system, past the proxy."""
+        """A file system of the server itself, not of the proxy."""
         import s3fs
 
         return s3fs.S3FileSystem(**self.direct, skip_instance_cache=True)
 
     def upload(self, folder: Path, name: str) -> str:
-        """Copy a dataset there; returns its URL."""
+        """Upload a dataset; returns its URL."""
         self.files().put(str(folder), f"{BUCKET}/{name}", recursive=True)
         return f"s3://{BUCKET}/{name}"
 
     def settings(self, cache: Path, **changes: Any) -> RemoteSettings:
-        """How a reader sees it."""
+        """Settings of a reader."""
         return RemoteSettings(
             **{"cache_dir": str(cache), "storage_options": self.options, "timeout": 2.0, **changes}
         )
@@ -253,9 +253,9 @@ def serving(server: Any) -> Iterator[Any]:
 
 
 def every(n: int, *faults: str) -> Fault:
-    """Every n-th read of a Parquet file fails, by turns in each of these ways.
+    """Every n-th request for a Parquet file fails, in each of these ways by turns.
 
-    Whoever asks for a range again gets it, so that no reader meets two faults in a row.
+    A second request for the same range succeeds, so that no reader gets two faults in a row.
     """
     lock, seen, counts = threading.Lock(), set[tuple[Any, ...]](), iter(range(10**9))
 
@@ -274,7 +274,7 @@ def every(n: int, *faults: str) -> Fault:
 
 
 def chunk_bytes(path: Path, columns: set[str]) -> int:
-    """Bytes of the column chunks of some columns in a local Parquet file, counted one by one."""
+    """Total bytes of the column chunks of some columns in a local Parquet file."""
     metadata = pq.read_metadata(path)
     return sum(
         metadata.row_group(g).column(c).total_compressed_size
@@ -285,5 +285,5 @@ def chunk_bytes(path: Path, columns: set[str]) -> int:
 
 
 def footer_bytes(entry: FileEntry) -> int:
-    """Bytes that reading a file's footer takes: its last 64 KiB, or all of a shorter file."""
+    """Bytes that are fetched for a file's footer: the last 64 KiB, or all of a shorter file."""
     return min(entry.bytes, 64 * 2**10)

@@ -11,11 +11,11 @@ from typing import Any
 from support.builders import build_dataset, make_groups
 
 from gvpo_offline.group import Group
-from gvpo_offline.rewards.cases import Case
+from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.stage import RewardResult, run_reward
 from gvpo_offline.store.dataset import open_dataset
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 FUNCTIONS = '''
 import numpy as np
@@ -74,10 +74,10 @@ def functions(folder: Path, text: str = FUNCTIONS) -> str:
     return str(path)
 
 
-def case(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> Case:
+def case(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> ScoringInput:
     """A group as scorers see it."""
     chat = isinstance(prompt, list)
-    return Case(
+    return ScoringInput(
         group_id="g",
         prompt=None if chat else prompt,
         messages=prompt if chat else None,
@@ -112,7 +112,7 @@ def reward(
 ) -> RewardResult:
     """Run the stage, to its end."""
     config = RewardConfig(str(root), scorers=scorers, **settings)
-    result = run_reward(config, EngineSettings(**{"show_progress": False, **(engine or {})}))
+    result = run_reward(config, WorkerSettings(**{"show_progress": False, **(engine or {})}))
     assert result is not None
     return result
 

@@ -26,7 +26,7 @@ from gvpo_offline.collectives import (
 from gvpo_offline.errors import DataError, GVPOError, IntegrityError, WorkerError
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.survey import Survey, survey
-from gvpo_offline.stream.view import View
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.preflight import surveys, verify
 
 N_RANKS = 3
@@ -112,7 +112,7 @@ def _attempts(rank: int, root: Path) -> dict[str, Any]:
             )
         ),
         "damaged": _caught(lambda: verify([open_dataset(root / "bad")], content=True)),
-        "survey": surveys([View(open_dataset(root / "good"))])[0],
+        "survey": surveys([DatasetView(open_dataset(root / "good"))])[0],
         "after": gather_results(lambda: rank),
     }
 

@@ -233,7 +233,7 @@ def test_temporary_files_are_for_data_in_memory_alone(
 
 
 def test_anything_else_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a dataset is a folder, a Parquet file"):
+    with pytest.raises(ConfigError, match="a dataset is a folder or its URL, a Parquet file"):
         trainer_of(tiny_model_dir, [1, 2], tmp_path)
     with pytest.raises(DataError, match="folder that holds a manifest"):
         trainer_of(tiny_model_dir, str(tmp_path / "nowhere"), tmp_path)

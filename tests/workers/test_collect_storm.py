@@ -13,7 +13,7 @@ from support.engine_stage import Writing
 
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ class Beside(Writing):
 
 
 def test_what_another_run_has_done_meanwhile_is_not_begun(tmp_path: Path) -> None:
-    records = run_stage(Beside(tmp_path), EngineSettings(show_progress=False))
+    records = run_stage(Beside(tmp_path), WorkerSettings(show_progress=False))
     assert records is not None
     assert [record.task for record in records] == [f"{n:05d}" for n in range(5)]
     attempts = [line.split()[0] for line in (tmp_path / "attempts").read_text().splitlines()]

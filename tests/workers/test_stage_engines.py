@@ -23,7 +23,7 @@ from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.workers.on_ray import connect
 from gvpo_offline.workers.process import Worker, WorkerDeathError
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"one": (1, "local"), "two": (2, "local"), "ray": (2, "ray")}
@@ -34,15 +34,15 @@ def cluster() -> Iterator[None]:
     """The Ray that a run starts on this machine, started once for all of them."""
     import ray
 
-    connect(ray, EngineSettings(engine="ray", workers=2))
+    connect(ray, WorkerSettings(engine="ray", workers=2))
     yield
     ray.shutdown()
 
 
-def settings(engine: str = "one", **changes: Any) -> EngineSettings:
+def settings(engine: str = "one", **changes: Any) -> WorkerSettings:
     workers, kind = ENGINES[engine]
     given = {"engine": kind, "workers": workers, "show_progress": False, **changes}
-    return EngineSettings(**given)
+    return WorkerSettings(**given)
 
 
 def written(root: Path) -> dict[str, bytes]:
@@ -142,7 +142,7 @@ def test_shards_share_the_work_and_the_last_one_publishes(
 
 
 def start(root: Path, trouble: str, workers: int) -> subprocess.Popen[bytes]:
-    script = Path(__file__).parents[1] / "support" / "engine_stage.py"
+    script = Path(__file__).parents[2] / "support" / "engine_stage.py"
     argv = [sys.executable, str(script), str(root), trouble, str(workers)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
@@ -250,7 +250,7 @@ def test_each_local_worker_has_gpus_to_itself(
 )
 def test_settings_that_mean_nothing(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EngineSettings(**changes)
+        WorkerSettings(**changes)
 
 
 def sidecars(root: Path) -> dict[str, bytes]:

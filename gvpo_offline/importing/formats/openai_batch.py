@@ -15,7 +15,7 @@ from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.group import IntArray
+from gvpo_offline.group import Int32Array
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
@@ -25,7 +25,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     one_response,
     part,
 )
-from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.importing.sources.rows import Record, Row
@@ -59,7 +59,7 @@ class _Request:
     place: Place
     tools: Any
     prompt: values.Prompt
-    prompt_ids: IntArray | None
+    prompt_ids: Int32Array | None
     answered: bool = False
 
 
@@ -159,7 +159,7 @@ def _keyed(pattern: str) -> Iterator[tuple[str, Record, Place]]:
                 if key in seen:
                     raise DataError("a custom_id is given once", received=repr(key))
             except DataError as error:
-                raise located(error, file=source.label, row=row) from None
+                raise with_location(error, file=source.label, row=row) from None
             seen.add(key)
             yield key, record, place
 
@@ -171,7 +171,7 @@ def _request(record: Record, place: Place) -> _Request:
         body = record["body"]
         return _Request(place, body.get("tools"), *request_prompt(body))
     except DataError as error:
-        raise located(error, file=place.label, row=place.row) from None
+        raise with_location(error, file=place.label, row=place.row) from None
 
 
 def _cause(record: Record) -> str:

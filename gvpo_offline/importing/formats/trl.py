@@ -26,7 +26,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     one_response,
     part,
 )
-from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
 
@@ -85,7 +85,7 @@ class TrlFormat(TrainerFormat):
                 advantages = [record.get(_ADVANTAGE) for _, record in rows]
                 check_batch(fragments, advantages, self._weights)
             except DataError as error:
-                raise located(error, file=source.label, row=rows[0][0]) from None
+                raise with_location(error, file=source.label, row=rows[0][0]) from None
         yield from fragments
 
     def parse(self, record: Record, place: Place) -> Iterable[Fragment]:

@@ -12,7 +12,7 @@ from typing import Any
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.openai.answer import BadAnswerError
-from gvpo_offline.rewards.cases import Case, Message
+from gvpo_offline.rewards.cases import Message, ScoringInput
 from gvpo_offline.rewards.kinds import JudgePairsSettings, JudgeSettings
 
 AnyJudgeSettings = JudgeSettings | JudgePairsSettings
@@ -88,7 +88,7 @@ class Rubric:
         asked = {"system": self._settings.system, "template": self.text}
         return {**asked, "pattern": self.pattern, "rubric_sha256": sha256_json(asked)}
 
-    def messages(self, case: Case, first: int, second: int | None) -> list[Message]:
+    def messages(self, case: ScoringInput, first: int, second: int | None) -> list[Message]:
         """The question about a response, or about a pair in the order in which it is shown.
 
         Raises:
@@ -189,7 +189,7 @@ def _compiled(text: str) -> Any:
         ) from error
 
 
-def _prompt_text(case: Case) -> str:
+def _prompt_text(case: ScoringInput) -> str:
     if case.messages is None:
         return case.prompt or ""
     turns = [(turn.get("role"), turn.get("content")) for turn in case.messages]

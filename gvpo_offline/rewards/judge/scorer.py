@@ -8,7 +8,7 @@ from typing import Any
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.rewards.cases import Case, CaseReader
+from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.judge.log import Judgement, JudgementLog, Key
 from gvpo_offline.rewards.judge.pairs import pairs_of, win_rates
 from gvpo_offline.rewards.judge.rubric import AnyJudgeSettings, Rubric
@@ -17,7 +17,7 @@ from gvpo_offline.rewards.kinds import JudgePairsSettings, JudgeSettings
 from gvpo_offline.rewards.scorer import SimpleScorer, numbers, settings_of
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.workers.run import run_stage
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 _NAME_DIGITS = 16
 Item = tuple[int, int | None]
@@ -44,7 +44,7 @@ class _Judge(SimpleScorer):
             del described[name]
         return {**described, **Rubric(self._settings).identity()}
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
         """Ask the judge whatever it has not answered yet.
 
         Raises:
@@ -60,11 +60,11 @@ class _Judge(SimpleScorer):
             self._log.remove_journals()
         return done
 
-    def items(self, case: Case) -> list[Item]:
+    def items(self, case: ScoringInput) -> list[Item]:
         """What to ask about."""
         raise NotImplementedError
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
         """(1 + F, k) for each case.
 
         Raises:
@@ -73,7 +73,7 @@ class _Judge(SimpleScorer):
         found = self._log.read(self._log.rounds(task_of(self._dataset, cases[0].row_group)))
         return [self._score(case, self._of(case, found)) for case in cases]
 
-    def _of(self, case: Case, found: Mapping[Key, Judgement]) -> dict[Item, float]:
+    def _of(self, case: ScoringInput, found: Mapping[Key, Judgement]) -> dict[Item, float]:
         asked = {item: found[(case.group_id, *item)] for item in self.items(case)}
         own = {item: said for item, said in asked.items() if said.error is None}
         if len(own) < len(asked):
@@ -88,7 +88,7 @@ class _Judge(SimpleScorer):
             )
         return {item: said.value for item, said in own.items() if said.value is not None}
 
-    def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
+    def _score(self, case: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
         raise NotImplementedError
 
 
@@ -98,11 +98,11 @@ class RatingJudge(_Judge):
     def __init__(self, settings: JudgeSettings, dataset: GroupDataset) -> None:
         super().__init__(settings, dataset)
 
-    def items(self, case: Case) -> list[Item]:
+    def items(self, case: ScoringInput) -> list[Item]:
         """Each response."""
         return [(i, None) for i in range(case.size)]
 
-    def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
+    def _score(self, case: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
         return numbers([values.get(item) for item in self.items(case)])
 
 
@@ -119,12 +119,12 @@ class PairsJudge(_Judge):
         self._opponents = settings.opponents
         super().__init__(settings, dataset)
 
-    def items(self, case: Case) -> list[Item]:
+    def items(self, case: ScoringInput) -> list[Item]:
         """Each pair, in both orders."""
         pairs = pairs_of(case.size, self._opponents, case.group_id)
         return [shown for i, j in pairs for shown in ((i, j), (j, i))]
 
-    def _score(self, case: Case, values: Mapping[Item, float]) -> FloatArray:
+    def _score(self, case: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
         # A pair counts where both of its orders were judged.
         wins = {(i, j): won for (i, j), won in values.items() if j is not None and (j, i) in values}
         self.counts["swayed_by_order"] += sum(

@@ -9,7 +9,7 @@ from typing import Any
 from gvpo_offline.errors import DataError
 from gvpo_offline.openai.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
 from gvpo_offline.openai.client import Server
-from gvpo_offline.rewards.cases import Case, CaseReader, Message
+from gvpo_offline.rewards.cases import Message, ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.rewards.judge.rubric import AnyJudgeSettings, Rubric
 from gvpo_offline.store.commit import TaskRecord
@@ -17,7 +17,7 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.workers.rounds import round_name
 from gvpo_offline.workers.stage import Task
 
-Items = Callable[[Case], list[tuple[int, int | None]]]
+Items = Callable[[ScoringInput], list[tuple[int, int | None]]]
 _TASK_DIGITS = 16
 _CAUSES_SHOWN = 3
 
@@ -44,7 +44,7 @@ class JudgeStage:
     def __init__(
         self,
         dataset: GroupDataset,
-        reader: CaseReader,
+        reader: ScoringInputReader,
         log: JudgementLog,
         settings: AnyJudgeSettings,
         items: Items,
@@ -100,8 +100,8 @@ class JudgeStage:
         return self._log.write(task.name, [(failed | journal.known)[key] for key in questions])
 
     def _questions(
-        self, case: Case, before: dict[Key, Judgement], journal: Journal
-    ) -> list[_Question]:
+        self, case: ScoringInput, before: dict[Key, Judgement], journal: Journal
+    ) -> list[_JudgeRequest]:
         """The questions about a group that rounds before have no answer to."""
         questions = []
         for first, second in self._items(case):
@@ -111,7 +111,7 @@ class JudgeStage:
                 seed = self._settings.seed if last is None else last.seed + 1
                 key = (case.group_id, first, second)
                 questions.append(
-                    _Question(key, self._settings, self._rubric, messages, seed, journal)
+                    _JudgeRequest(key, self._settings, self._rubric, messages, seed, journal)
                 )
         return questions
 
@@ -137,7 +137,7 @@ class JudgeStage:
         )
 
 
-class _Question:
+class _JudgeRequest:
     """One question, asked until its answer can be read; see `server.client.Question`."""
 
     chat = True

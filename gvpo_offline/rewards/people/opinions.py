@@ -120,7 +120,7 @@ def response_names(dataset: GroupDataset, row_group: int, by: Naming) -> Names:
     rows = table.column(column).to_pylist() if column in table.column_names else missing
     for row, (group, values) in enumerate(zip(groups, rows, strict=True)):
         if values is None:
-            place = dataset.place(row_group)
+            place = dataset.location(row_group)
             raise DataError(
                 "responses that are called by their id have one in the dataset",
                 received="a group without response ids",

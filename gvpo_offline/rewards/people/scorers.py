@@ -14,7 +14,7 @@ import numpy as np
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import Case, CaseReader
+from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.kinds import RanksSettings, RatingsSettings, VotesSettings
 from gvpo_offline.rewards.people.bradley_terry import connected, log_strengths
 from gvpo_offline.rewards.people.opinions import (
@@ -25,7 +25,7 @@ from gvpo_offline.rewards.people.opinions import (
 )
 from gvpo_offline.rewards.scorer import SimpleScorer, settings_of
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.workers.settings import EngineSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 _WINNERS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
@@ -48,7 +48,7 @@ class _People(SimpleScorer):
         described = {name: value for name, value in self._described.items() if name != "inputs"}
         return {**described, "inputs_sha256": self._opinions.sha256}
 
-    def gather(self, reader: CaseReader, engine: EngineSettings) -> bool:
+    def gather(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
         """Find every row's group and response, before any other scorer begins its work.
 
         Raises:
@@ -69,7 +69,7 @@ class _People(SimpleScorer):
             )
         return True
 
-    def score(self, cases: Sequence[Case]) -> list[FloatArray]:
+    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
         """(1, k) for each case; NaN where nobody judged."""
         names = response_names(self._dataset, cases[0].row_group, self._by)
         return [

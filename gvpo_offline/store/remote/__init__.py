@@ -1,6 +1,5 @@
-"""Datasets at a URL: byte ranges through fsspec, tried again where the network fails, and kept in a
-bounded local cache.
+"""Datasets at a URL: byte ranges through fsspec, with retries and a bounded local cache.
 
-Bottom up: `ranges` is arithmetic, `folder` makes requests, `cache` keeps what came, `storage` is
-what a dataset reads through.
+Bottom up: `ranges` computes byte ranges, `folder` makes requests, `cache` keeps their bytes,
+`shard` is one Parquet file, and `storage` is the dataset.
 """

@@ -1,7 +1,7 @@
-"""The files under a URL: byte ranges of them, asked for again where the network fails.
+"""Byte ranges of the files under a URL, with timeouts and retries.
 
-Any thread may read, and several at once. The object crosses process borders, forks included: what
-fsspec runs in the background does not survive one, so each process makes its own.
+Any thread may read, and several at once. The object survives pickling and forks: each process opens
+its own fsspec file system, because the threads that run its event loop do not survive a fork.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ Result = TypeVar("Result")
 CONNECTIONS = 16
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 30.0
-# Of its own: ranks that were given one seed would all come back at once.
-_CHANCE = random.SystemRandom()
-_PASSING_STATUS = {408, 425, 429}
+# Independent of the training seed: ranks with one seed would all retry at the same moment.
+_JITTER = random.SystemRandom()
+_RETRIED_STATUS = {408, 425, 429}
 _FINAL_ERRNO = {errno.EINVAL, errno.EACCES, errno.EPERM}
-# botocore would try again by itself, several times within each of our attempts.
+# Without this botocore retries too, several times within each of our attempts.
 _SINGLE_ATTEMPT = {"config_kwargs": {"retries": {"total_max_attempts": 1, "mode": "standard"}}}
 _DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {"s3": _SINGLE_ATTEMPT, "s3a": _SINGLE_ATTEMPT}
 
 
 @dataclass
 class Traffic:
-    """What went over the network, and what did not have to, in this process.
+    """Counts of one process.
 
     Attributes:
-        requests: requests that were made, each attempt counted.
-        retries: how many of them were made again.
-        fetched_bytes: bytes of their answers, as far as those were whole.
-        cached_bytes: bytes that came from the cache instead.
-        damaged_entries: entries of the cache that were found damaged and dropped.
+        requests: requests for file contents, each attempt counted.
+        retries: attempts after the first.
+        fetched_bytes: bytes of complete response bodies.
+        cached_bytes: bytes read from the cache.
+        damaged_entries: damaged cache entries that were deleted.
     """
 
     requests: int = 0
@@ -57,217 +57,202 @@ class Traffic:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, **counts: int) -> None:
-        """Count; any thread may."""
+        """Add to some of the counts; thread-safe."""
         with self._lock:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
 
 
 class RefusedError(StorageError):
-    """A server that says no, and would say it again."""
+    """The server refuses the request, and would refuse it again."""
 
 
-class _ShortBodyError(OSError):
-    """A body that ended early."""
-
-
-class _Live:
-    """What one process needs to make requests."""
+class _ProcessState:
+    """The file system, threads, locks and counts of one process; none of them survives a fork."""
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         self.pid = os.getpid()
         self.fs, self.root = _file_system(url, options)
         self.pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="gvpo-remote")
         self.traffic = Traffic()
-        self.reached = False  # some options are only looked at with the first request
         self.locks: dict[str, threading.Lock] = {}
+        self.succeeded = False  # some options are only checked by the first request
 
 
 class RemoteFolder:
     """A folder at a URL.
 
+    Every method that makes a request raises FileNotFoundError if there is no such file, and
+    StorageError if the server refuses, or the last attempt fails.
+
     Args:
         url: of the folder.
-        settings: patience and the options of the file system.
+        settings: timeout, attempts and the options of the file system.
 
     Raises:
-        ConfigError: no file system reads this URL, or not with these options.
+        ConfigError: no installed file system reads this URL with these options.
     """
 
     def __init__(self, url: str, settings: RemoteSettings) -> None:
         self.url = _checked(url)
         self._settings = settings
-        self._process: _Live | None = _Live(self.url, settings.storage_options)
+        self._own: _ProcessState | None = _ProcessState(self.url, settings.storage_options)
 
     @property
-    def _live(self) -> _Live:
-        # Two threads may both make one after a fork; one of the two is then forgotten.
-        if self._process is None or self._process.pid != os.getpid():
-            self._process = _Live(self.url, self._settings.storage_options)
-        return self._process
+    def _state(self) -> _ProcessState:
+        # After a fork two threads may each create one; one of the two is then discarded.
+        if self._own is None or self._own.pid != os.getpid():
+            self._own = _ProcessState(self.url, self._settings.storage_options)
+        return self._own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_own": None}
 
     @property
     def traffic(self) -> Traffic:
         """Counts of this process."""
-        return self._live.traffic
+        return self._state.traffic
 
     @property
     def lists(self) -> bool:
-        """Whether the file system can say which files there are."""
+        """Whether the file system can list a folder; plain http cannot."""
         return not self.url.startswith(("http://", "https://"))
 
     def lock(self, path: str) -> threading.Lock:
-        """A lock of a file, for threads that would otherwise fetch the same."""
-        return self._live.locks.setdefault(path, threading.Lock())
+        """A lock per file, so that threads do not fetch the same bytes twice."""
+        return self._state.locks.setdefault(path, threading.Lock())
 
     def url_of(self, path: str) -> str:
-        """The URL of a file of the folder."""
-        return f"{self.url}/{path}"
+        """The URL of a file of the folder; of the folder itself for ``""``."""
+        return f"{self.url}/{path}" if path else self.url
 
-    def read(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file.
+    def read(self, path: str, span: Range | None = None) -> bytes:
+        """One byte range of a file, or the whole file."""
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            StorageError: it cannot be read, for good or after all attempts.
-        """
-        return self._patiently(path, lambda live: self._range(live, path, start, stop))
-
-    def read_whole(self, path: str) -> bytes:
-        """A small file whole; as `read`."""
-
-        def read(live: _Live) -> bytes:
-            data = self._cat(live, path)
-            live.traffic.add(fetched_bytes=len(data))
+        def read(state: _ProcessState) -> bytes:
+            options = {} if span is None else {"start": span[0], "end": span[1]}
+            if not state.fs.async_impl:
+                options["cache_type"] = "none"  # type: ignore[assignment] # no read-ahead
+            state.traffic.add(requests=1)
+            data = bytes(self._call(state, "cat_file", path, **options))
+            if span is not None and len(data) > span[1] - span[0]:
+                raise StorageError(
+                    "the server supports byte ranges",
+                    received=f"{len(data)} bytes where {span[1] - span[0]} were requested",
+                    remedy="serve the dataset from a server that does, or download it first",
+                    file=self.url_of(path),
+                )
+            if span is not None and len(data) < span[1] - span[0]:
+                raise OSError(f"{len(data)} of {span[1] - span[0]} bytes arrived")
+            state.traffic.add(fetched_bytes=len(data))
             return data
 
-        return self._patiently(path, read)
+        return self._retried(path, read)
 
-    def size(self, path: str) -> int | None:
-        """Length of a file in bytes, or None where the server does not say; as `read`."""
-        return self._patiently(path, lambda live: self._size(live, path))
+    def read_ranges(self, path: str, spans: list[Range]) -> list[bytes]:
+        """Several byte ranges of a file, requested in parallel."""
+        if len(spans) == 1:  # without a thread, so that `map` may call this method
+            return [self.read(path, spans[0])]
+        return self.map(lambda span: self.read(path, span), spans)
 
-    def size_at_once(self, path: str) -> int | None:
-        """As `size`, asked once; None where there is no answer either."""
-        try:
-            self._live.fs.invalidate_cache()
-            return self._size(self._live, path)
-        except Exception:
-            return None
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`function` of each item, in parallel; `function` must not call `map` itself."""
+        return list(self._state.pool.map(function, items))
 
-    def _size(self, live: _Live, path: str) -> int | None:
-        try:
-            found = self._run(live, "info", f"{live.root}/{path}").get("size")
-        except FileNotFoundError as error:
-            # fsspec's http says so whatever went wrong.
-            cause = error.__cause__
-            if self.lists or cause is None or isinstance(cause, FileNotFoundError):
-                raise
-            raise cause from None
-        return None if found is None else int(found)
+    def size(self, path: str, *, recheck: bool = False) -> int | None:
+        """Length of a file in bytes; None where the server does not say.
 
-    def names(self) -> list[str]:
-        """Names of the files and folders right under the URL; none where it does not exist.
-
-        Of http the links of the folder's index page, if it has one.
+        Args:
+            path: of the file.
+            recheck: make one attempt, past the file system's own cache of listings.
         """
 
-        def names(live: _Live) -> list[str]:
-            live.fs.invalidate_cache()
-            folder = live.root if self.lists else f"{live.root}/"
-            entries = self._run(live, "ls", folder, detail=False)
+        def size(state: _ProcessState) -> int | None:
+            if recheck:
+                state.fs.invalidate_cache()
+            found = self._call(state, "info", path).get("size")
+            return None if found is None else int(found)
+
+        return self._retried(path, size, attempts=1 if recheck else None)
+
+    def names(self) -> list[str]:
+        """Names of the folder's files and subfolders; empty if it does not exist.
+
+        Over http: the links of the folder's index page.
+        """
+
+        def names(state: _ProcessState) -> list[str]:
+            state.fs.invalidate_cache()
+            entries = self._call(state, "ls", "", detail=False)
             return [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries]
 
         try:
-            return self._patiently("", names)
+            return self._retried("", names)
         except FileNotFoundError:
             return []
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`function` of each item, several at once; `function` itself must not call `map`."""
-        return list(self._live.pool.map(function, items))
-
-    def read_ranges(self, path: str, ranges: list[Range]) -> list[bytes]:
-        """Several ranges of a file at once; as `read`."""
-        if len(ranges) == 1:
-            return [self.read(path, *ranges[0])]
-        return self.map(lambda span: self.read(path, *span), ranges)
-
-    def _range(self, live: _Live, path: str, start: int, stop: int) -> bytes:
-        data = self._cat(live, path, start=start, end=stop)
-        if len(data) > stop - start:
-            raise StorageError(
-                "the server gives byte ranges of a file",
-                received=f"{len(data)} bytes where {stop - start} were asked for",
-                remedy="serve the dataset from one that does, or download it first",
-                file=self.url_of(path),
-            )
-        if len(data) < stop - start:
-            raise _ShortBodyError(f"{len(data)} of {stop - start} bytes arrived")
-        live.traffic.add(fetched_bytes=len(data))
-        return data
-
-    def _cat(self, live: _Live, path: str, **limits: int) -> bytes:
-        if not live.fs.async_impl:
-            limits["cache_type"] = "none"  # type: ignore[assignment] # no read-ahead of its own
-        live.traffic.add(requests=1)
-        return bytes(self._run(live, "cat_file", f"{live.root}/{path}", **limits))
-
-    def _run(self, live: _Live, method: str, *args: Any, **keywords: Any) -> Any:
-        """Call a method of the file system; one that is asynchronous is cut off at the timeout."""
-        if not live.fs.async_impl:
-            return getattr(live.fs, method)(*args, **keywords)
+    def _call(self, state: _ProcessState, method: str, path: str, **keywords: Any) -> Any:
+        """Call a method of the file system; asynchronous ones are cancelled at the timeout."""
+        full = f"{state.root}/{path}" if path or not self.lists else state.root
+        if not state.fs.async_impl:
+            return getattr(state.fs, method)(full, **keywords)
         from fsspec.asyn import sync
 
-        call = getattr(live.fs, f"_{method}")
-        return sync(live.fs.loop, call, *args, timeout=self._settings.timeout, **keywords)
+        # Not through the synchronous methods: some file systems define them without a timeout.
+        call = getattr(state.fs, f"_{method}")
+        return sync(state.fs.loop, call, full, timeout=self._settings.timeout, **keywords)
 
-    def _patiently(self, path: str, call: Callable[[_Live], Result]) -> Result:
-        url = self.url_of(path) if path else self.url
+    def _retried(
+        self, path: str, call: Callable[[_ProcessState], Result], attempts: int | None = None
+    ) -> Result:
+        attempts = attempts or self._settings.attempts
+        url = self.url_of(path)
         failure: Exception | None = None
-        for attempt in range(self._settings.attempts):
-            live = self._live
+        for attempt in range(attempts):
+            state = self._state
             if attempt:
                 wait = min(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
-                logger.info("%s: %s; asking again", url, _said(failure))
-                time.sleep(wait * _CHANCE.uniform(0.5, 1.0))
-                live.traffic.add(retries=1)
+                logger.info("%s: %s; trying again", url, _described(failure))
+                time.sleep(wait * _JITTER.uniform(0.5, 1.0))
+                state.traffic.add(retries=1)
             try:
-                result = call(live)
+                result = call(state)
             except Exception as error:
-                _raise_if_final(error, url)
-                if isinstance(error, TypeError | ValueError) and not live.reached:
-                    raise _bad_options(url, error) from error
-                failure = error
+                failure = self._cause(error)
+                _raise_if_final(failure, url)
+                if isinstance(failure, TypeError | ValueError) and not state.succeeded:
+                    raise _bad_options(url, failure) from failure
             else:
-                live.reached = True
+                state.succeeded = True
                 return result
         raise StorageError(
             "a file of the dataset can be read",
-            received=f"{_said(failure)}, at the last of {self._settings.attempts} attempts",
-            remedy="run the same command again when the network and the server are well; "
-            "remote.attempts and remote.timeout decide how patient a run is",
+            received=f"{_described(failure)}, at the last of {attempts} attempts",
+            remedy="run the same command again when network and server work; remote.attempts and "
+            "remote.timeout set how often and how long a request is tried",
             file=url,
         ) from failure
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_process": None}
+    def _cause(self, error: Exception) -> Exception:
+        """The error behind fsspec's http `info`, which raises FileNotFoundError for every one."""
+        hidden = isinstance(error, FileNotFoundError) and not self.lists
+        return error.__cause__ if hidden and isinstance(error.__cause__, Exception) else error
 
 
 def _checked(url: str) -> str:
-    """The URL without its last slash, if it can be the folder of a dataset."""
+    """The URL without a trailing slash; ConfigError if it cannot be the folder of a dataset."""
     rest = url.split("://", 1)[1]
     if "@" in rest.split("/", 1)[0]:
         raise ConfigError(
-            "a dataset's URL holds no credentials, since it is written to logs and caches",
+            "a dataset's URL holds no credentials, since it is written to logs and run files",
             received=url.split("://", 1)[0] + "://…@…",
             remedy="set them in the environment, or in remote.storage_options",
         )
     if "?" in rest or "#" in rest:
         raise ConfigError(
-            "a dataset's URL is that of a folder, to which the names of files are added",
+            "a dataset's URL is that of a folder, to which file names are appended",
             received=url.split("?", 1)[0] + "?…" if "?" in rest else url,
-            remedy="leave out what follows ? and #; for signed URLs download the dataset first",
+            remedy="remove the part from ? or # on; with signed URLs, download the dataset first",
         )
     return url.rstrip("/")
 
@@ -281,7 +266,7 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
         fs, root = fsspec.core.url_to_fs(url, **{**defaults, **options})
     except ImportError as error:
         raise ConfigError(
-            "a dataset's URL is one that an installed file system of fsspec reads",
+            "an installed fsspec file system reads the dataset's URL",
             received=f"{url}: {error}",
             remedy='install it: for s3:// pip install "gvpo-offline[s3]", for gs:// gcsfs',
         ) from error
@@ -291,7 +276,7 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def _raise_if_final(error: Exception, url: str) -> None:
-    """Raise what no further attempt would mend."""
+    """Raise if another attempt would fail in the same way."""
     if isinstance(error, StorageError | FileNotFoundError):
         raise error
     status = getattr(error, "status", None) or getattr(
@@ -299,12 +284,12 @@ def _raise_if_final(error: Exception, url: str) -> None:
     )
     if status == 404:
         raise FileNotFoundError(url) from error
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUS
     forbidden = isinstance(error, PermissionError) or getattr(error, "errno", 0) in _FINAL_ERRNO
     if refused or forbidden or "Credential" in type(error).__name__:
         raise RefusedError(
-            "the server lets this machine read the dataset",
-            received=_said(error),
+            "the server allows this machine to read the dataset",
+            received=_described(error),
             remedy="check the URL and the credentials, in the environment or in "
             "remote.storage_options",
             file=url,
@@ -314,12 +299,12 @@ def _raise_if_final(error: Exception, url: str) -> None:
 def _bad_options(url: str, error: Exception) -> ConfigError:
     return ConfigError(
         "fsspec knows the URL's protocol and the options in remote.storage_options",
-        received=f"{url}: {_said(error)}",
+        received=f"{url}: {_described(error)}",
         remedy="correct the URL or the options",
     )
 
 
-def _said(error: Exception | None) -> str:
-    """An error in a few words; many of the network's have no text."""
+def _described(error: Exception | None) -> str:
+    """Type and text of an error; many network errors have no text."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,8 +1,8 @@
-"""Which bytes of a Parquet file hold some columns of a row group, and how to ask for them."""
+"""Byte ranges of the column chunks in a Parquet file, and the requests that fetch them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pyarrow.parquet as pq
 
@@ -11,7 +11,7 @@ Range = tuple[int, int]
 
 
 def column_ranges(row_group: pq.RowGroupMetaData, columns: Iterable[str]) -> list[Range]:
-    """The bytes of each column chunk of some top-level columns, in the order of the file."""
+    """The byte range of each column chunk of some top-level columns, in file order."""
     wanted = set(columns)
     ranges = []
     for number in range(row_group.num_columns):
@@ -31,23 +31,21 @@ def cut(ranges: Iterable[Range], limit: int) -> list[Range]:
     ]
 
 
-def coalesce(ranges: Sequence[Range], *, gap: int, limit: int) -> list[tuple[Range, list[Range]]]:
-    """Join ranges that lie near each other, so that one request brings several.
+def coalesce(ranges: Iterable[Range], *, gap: int, limit: int) -> list[list[Range]]:
+    """Group neighbouring ranges into requests.
 
     Args:
-        ranges: none overlaps another, none is longer than `limit`.
-        gap: bytes between two neighbours that may be fetched for nothing.
-        limit: bytes of one request.
+        ranges: non-overlapping, each at most `limit` bytes long.
+        gap: largest number of unneeded bytes between two neighbours of one request.
+        limit: largest length of a request, in bytes.
 
     Returns:
-        For each request its range, and those of `ranges` that it brings.
+        The ranges of each request, which spans from the start of the first to the end of the last.
     """
-    requests: list[tuple[Range, list[Range]]] = []
+    requests: list[list[Range]] = []
     for start, stop in sorted(ranges):
-        if requests:
-            (first, last), members = requests[-1]
-            if start - last <= gap and stop - first <= limit:
-                requests[-1] = ((first, stop), [*members, (start, stop)])
-                continue
-        requests.append(((start, stop), [(start, stop)]))
+        if requests and start - requests[-1][-1][1] <= gap and stop - requests[-1][0][0] <= limit:
+            requests[-1].append((start, stop))
+        else:
+            requests.append([(start, stop)])
     return requests

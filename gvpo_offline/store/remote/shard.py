@@ -1,101 +1,83 @@
-"""One remote Parquet file, read like a local one, of which only some bytes are here."""
+"""A remote Parquet file with the reading methods of `pyarrow.parquet.ParquetFile`."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gvpo_offline.errors import GVPOError
-from gvpo_offline.store.manifest import FileEntry
 from gvpo_offline.store.remote.ranges import Range, column_ranges
 
-
-class Source(Protocol):
-    """What brings the bytes of a file."""
-
-    def fetch(self, entry: FileEntry, ranges: Sequence[Range]) -> list[tuple[Range, bytes]]:
-        """Ranges of a file, perhaps in smaller pieces, in the order of the file."""
-
-    def forget(self, entry: FileEntry, ranges: Sequence[Range]) -> None:
-        """See that ranges are fetched anew when they are next asked for."""
+Fetch = Callable[[Sequence[Range]], dict[Range, bytes]]
 
 
 class RemoteShard:
-    """One Parquet file, read as `pyarrow.parquet.ParquetFile` reads a local one.
+    """One Parquet file of which only the requested column chunks are fetched.
 
-    Threads may share it: each read has its own bytes.
+    Threads may share it: each read keeps its own bytes.
 
     Args:
-        source: brings the bytes.
-        entry: which file.
-        metadata, schema_arrow: what its footer says.
+        footer: the file's footer with the magic number after it.
+        size: length of the file in bytes.
+        fetch: returns the bytes of ranges of the file.
+        forget: removes ranges from the cache, so that the next `fetch` downloads them.
+
+    Raises:
+        OSError, ArrowException, UnicodeDecodeError: the footer does not decode.
     """
 
     def __init__(
-        self,
-        source: Source,
-        entry: FileEntry,
-        metadata: pq.FileMetaData,
-        schema_arrow: pa.Schema,
+        self, footer: bytes, size: int, fetch: Fetch, forget: Callable[[Sequence[Range]], None]
     ) -> None:
-        self.metadata = metadata
-        self.schema_arrow = schema_arrow
-        self._source = source
-        self._entry = entry
-
-    @property
-    def num_row_groups(self) -> int:
-        """Row groups of the file."""
-        return int(self.metadata.num_row_groups)
+        with pq.ParquetFile(pa.BufferReader(footer)) as file:
+            self.metadata = file.metadata
+            self.schema_arrow = file.schema_arrow
+        self._size = size
+        self._fetch = fetch
+        self._forget = forget
 
     def read_row_group(
         self, index: int, columns: Sequence[str], use_threads: bool = False
     ) -> pa.Table:
-        """Some columns of one row group; what does not decode is not kept in the cache.
+        """Some columns of one row group; ranges that do not decode are removed from the cache.
 
         Raises:
-            IntegrityError, StorageError: as `Source.fetch`.
+            IntegrityError, StorageError: `fetch` failed.
             OSError, ArrowException: a page fails its checksum or does not decode.
         """
         ranges = column_ranges(self.metadata.row_group(index), columns)
-        pieces = self._source.fetch(self._entry, self._within(ranges))
-        opened = pa.PythonFile(_Pieces(self._source, self._entry, pieces), mode="r")
+        if any(not 0 <= start < stop <= self._size for start, stop in ranges):
+            raise pa.ArrowInvalid("the footer names bytes beyond the file")
+        chunks = _ColumnChunks(self._size, self._fetch, self._fetch(ranges))
         try:
             with pq.ParquetFile(
-                opened,
+                pa.PythonFile(chunks, mode="r"),
                 metadata=self.metadata,
                 page_checksum_verification=True,
-                pre_buffer=False,  # it would read what lies between the columns as well
+                pre_buffer=False,  # it would also read the bytes between the columns
             ) as file:
                 return file.read_row_group(index, columns=list(columns), use_threads=use_threads)
-        except GVPOError:
+        except (OSError, pa.ArrowException) as error:
+            if not isinstance(error, GVPOError):
+                self._forget(ranges)
             raise
-        except (OSError, pa.ArrowException):
-            self._source.forget(self._entry, ranges)
-            raise
-
-    def _within(self, ranges: list[Range]) -> list[Range]:
-        if any(not 0 <= start < stop <= self._entry.bytes for start, stop in ranges):
-            raise pa.ArrowInvalid("the footer names bytes beyond the file")
-        return ranges
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Nothing to close: every read has its own file object."""
 
 
-class _Pieces(io.RawIOBase):
-    """A file of which some ranges are here; others are fetched when asked for."""
+class _ColumnChunks(io.RawIOBase):
+    """A read-only file of which some ranges are in memory; any other read is fetched."""
 
-    def __init__(self, source: Source, entry: FileEntry, pieces: list[tuple[Range, bytes]]) -> None:
+    def __init__(self, size: int, fetch: Fetch, chunks: dict[Range, bytes]) -> None:
         super().__init__()
-        self._source = source
-        self._entry = entry
-        self._pieces = pieces
+        self._size = size
+        self._fetch = fetch
+        self._chunks = chunks
         self._at = 0
 
     def readable(self) -> bool:
@@ -108,20 +90,13 @@ class _Pieces(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._entry.bytes}[whence]
-        self._at = base + offset
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        end = self._entry.bytes if size < 0 else min(self._at + size, self._entry.bytes)
-        parts = []
-        for (start, stop), content in self._pieces:
-            if start <= self._at < stop:
-                part = content[self._at - start : end - start]
-                parts.append(part)
-                self._at += len(part)
-        if self._at < end:
-            rest = self._source.fetch(self._entry, [(self._at, end)])
-            parts += [content for _, content in rest]
-            self._at = end
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        start = self._at
+        self._at = stop = self._size if size < 0 else min(start + size, self._size)
+        for (first, last), content in self._chunks.items():
+            if first <= start and stop <= last:
+                return content[start - first : stop - first]
+        return self._fetch([(start, stop)])[start, stop] if start < stop else b""

@@ -1,4 +1,4 @@
-"""What a predicate may name: the light columns of a dataset, as polars frames.
+"""What a predicate may name: the summary columns of a dataset, as polars frames.
 
 Beside what is stored these are statistics of each group's rewards, and the keys of the user's
 metadata as `metadata.<key>`, each of one type in the whole dataset. The types are made out from all
@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import light_columns
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.light import summary_columns
+from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
@@ -81,13 +81,13 @@ class LightColumns:
         return self._framed(arrow_schema(wanted).empty_table(), []).schema
 
     @property
-    def numbers(self) -> Pass:
+    def numbers(self) -> PrefetchedRowGroups:
         """The dataset's row groups, in order."""
-        return Pass(self._dataset, [*self._stored, "response_lengths"])
+        return PrefetchedRowGroups(self._dataset, [*self._stored, "response_lengths"])
 
     def frame(self, row_group: int) -> pl.DataFrame:
         """The columns of one row group: (n, names)."""
-        table = light_columns(self._dataset, row_group, self._stored)
+        table = summary_columns(self._dataset, row_group, self._stored)
         keys = _metadata(self._dataset, row_group, table) if self.kinds else []
         return self._framed(table, keys)
 
@@ -134,7 +134,7 @@ def metadata_kinds(dataset: GroupDataset, row_groups: Iterable[int] | None = Non
     """
     found: defaultdict[str, set[str]] = defaultdict(set)
     for row_group in range(dataset.n_row_groups) if row_groups is None else row_groups:
-        table = light_columns(dataset, row_group, [METADATA])
+        table = summary_columns(dataset, row_group, [METADATA])
         for row in _metadata(dataset, row_group, table):
             for key, value in row.items():
                 found[key].add(_kind(value))
@@ -156,7 +156,7 @@ def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[di
                 "a group's metadata is a JSON object, or null",
                 received=text,
                 remedy="write the column again, or leave metadata out of `where`",
-                **dataset.place(row_group).of(table, number),
+                **dataset.location(row_group).of_row(table, number),
             )
         rows.append(row)
     return rows

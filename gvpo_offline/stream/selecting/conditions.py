@@ -17,7 +17,12 @@ from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.store.arrow import column_array, split_list
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.selecting.predicate import shown
-from gvpo_offline.stream.selecting.responses import check_patterns, choose, described, with_pick
+from gvpo_offline.stream.selecting.responses import (
+    check_patterns,
+    choose,
+    described,
+    take_all_columns,
+)
 from gvpo_offline.stream.selecting.where import nothing_selected, truths
 from gvpo_offline.stream.settings import ResponseSettings
 
@@ -36,7 +41,7 @@ class Rows:
 
     Attributes:
         row_group: its number.
-        stored: light columns of all of its rows.
+        stored: summary columns of all of its rows.
         numbers: (n,) int64, the rows that are left.
         table: the columns of these, with the responses that are left.
     """
@@ -60,7 +65,7 @@ class Condition(Protocol):
     """Something that groups must fulfil. It sees every row group once, in order.
 
     Attributes:
-        columns: the light columns that it looks at.
+        columns: the summary columns that it looks at.
     """
 
     columns: tuple[str, ...]
@@ -154,15 +159,17 @@ class Responses:
         """The rows that keep two responses or more, and no others than these responses."""
         names = column_array(rows.stored, "samplers").flatten()
         self._samplers.update(names.unique().to_pylist())
-        pick = choose(rows.table, self.settings).at_least(MIN_GROUP_SIZE)
+        index = choose(rows.table, self.settings).at_least(MIN_GROUP_SIZE)
         self._groups += len(rows.numbers)
-        self._groups_left += len(pick.first)
+        self._groups_left += len(index.first)
         self._responses += pc.sum(pc.list_value_length(rows.table.column("samplers"))).as_py() or 0
-        self._responses_left += len(pick.rows)
-        header = np.array([rows.row_group, len(pick.rows)])
-        for numbers in (header, rows.numbers[pick.rows], pick.items):
+        self._responses_left += len(index.rows)
+        header = np.array([rows.row_group, len(index.rows)])
+        for numbers in (header, rows.numbers[index.rows], index.items):
             self._hash.update(np.ascontiguousarray(numbers, dtype="<i8").tobytes())
-        return replace(rows, numbers=rows.numbers[pick.first], table=with_pick(rows.table, pick))
+        return replace(
+            rows, numbers=rows.numbers[index.first], table=take_all_columns(rows.table, index)
+        )
 
     def note(self) -> str:
         """How many responses are left, and how many groups had too few."""

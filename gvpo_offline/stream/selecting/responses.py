@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
 from gvpo_offline.store.arrow import column_array
-from gvpo_offline.store.pick import RESPONSE_AXIS, Pick, picked
+from gvpo_offline.store.pick import RESPONSE_AXIS, ResponseIndex, take_responses
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS
 from gvpo_offline.stream.selecting.predicate import nearest
 from gvpo_offline.stream.settings import ResponseSettings
@@ -52,7 +52,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | s
             )
 
 
-def choose(table: pa.Table, settings: ResponseSettings) -> Pick:
+def choose(table: pa.Table, settings: ResponseSettings) -> ResponseIndex:
     """The responses of each row that take part, in the order in which they are stored.
 
     First those of the samplers that are asked for; of these at most `max_responses`: the first
@@ -80,27 +80,27 @@ def choose(table: pa.Table, settings: ResponseSettings) -> Pick:
     elif settings.max_responses is not None:
         kept = kept[_ranks(rows[kept]) < settings.max_responses]
     first, counts = np.unique(rows[kept], return_counts=True)
-    return Pick(first, counts.astype(np.int64), rows[kept], items[kept])
+    return ResponseIndex(first, counts.astype(np.int64), rows[kept], items[kept])
 
 
-def with_pick(table: pa.Table, pick: Pick) -> pa.Table:
-    """The groups of a pick, with every column of a table: (G,) rows."""
+def take_all_columns(table: pa.Table, index: ResponseIndex) -> pa.Table:
+    """The groups of an index, with every column of a table: (G,) rows."""
     columns = [_COLUMNS[name] for name in table.column_names]
-    return picked(table, columns, pick)
+    return take_responses(table, columns, index)
 
 
 def with_responses(groups: Sequence[Group], settings: ResponseSettings) -> list[Group]:
     """Groups with the responses that take part; one that keeps none is left as it is.
 
-    The same as `choose` and `with_pick` of the table that the groups were read from.
+    The same as `choose` and `take_all_columns` of the table that the groups were read from.
     """
     names = pa.array([group.samplers for group in groups], pa.list_(pa.string()))
     scored = {}
     if settings.prefer == "spread":
         scored["rewards"] = pa.array([group.rewards for group in groups], pa.list_(pa.float64()))
-    pick = choose(pa.table({"samplers": names, **scored}), settings)
+    index = choose(pa.table({"samplers": names, **scored}), settings)
     result = list(groups)
-    for row, items in zip(pick.first, np.split(pick.items, pick.starts[1:]), strict=True):
+    for row, items in zip(index.first, np.split(index.items, index.starts[1:]), strict=True):
         if len(items) < groups[row].group_size:
             result[row] = _only(groups[row], items.tolist())
     return result

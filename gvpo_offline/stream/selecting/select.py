@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import light_columns
-from gvpo_offline.store.passes import Pass
+from gvpo_offline.store.light import summary_columns
+from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.conditions import (
     Condition,
@@ -84,7 +84,7 @@ def _fulfilling(dataset: GroupDataset, conditions: list[Condition]) -> Selection
     def mask_of(row_group: int) -> npt.NDArray[np.bool_]:
         size = int(dataset.row_group_sizes[row_group])
         if columns:
-            rows = Rows.whole(row_group, light_columns(dataset, row_group, columns))
+            rows = Rows.whole(row_group, summary_columns(dataset, row_group, columns))
         else:  # a predicate reads for itself
             rows = Rows.whole(row_group, pa.table({"row": np.arange(size)}))
         for condition in conditions:
@@ -93,7 +93,7 @@ def _fulfilling(dataset: GroupDataset, conditions: list[Condition]) -> Selection
         mask[rows.numbers] = True
         return mask
 
-    numbers = Pass(dataset, [*columns, "response_lengths"]) if columns else None
+    numbers = PrefetchedRowGroups(dataset, [*columns, "response_lengths"]) if columns else None
     selection = Selection(dataset.row_group_sizes, mask_of, numbers)
     notes = [condition.note() for condition in conditions]
     selection.notes = tuple(note for note in notes if note is not None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.rows import Record, Row
 
@@ -78,7 +78,7 @@ def per_row(
         try:
             fragment = parse(record, source)
         except DataError as error:
-            raise located(error, file=source.label, row=row) from error.__cause__
+            raise with_location(error, file=source.label, row=row) from error.__cause__
         fragment.row = row
         yield fragment
 

@@ -10,7 +10,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import Parts, part_weights, weighted_sum
-from gvpo_offline.importing.fragment import Fragment, located
+from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
 
@@ -61,7 +61,7 @@ class RowFormat:
                 metadata = self._known.metadata(record, source.columns)
                 fragments = self._parse(record)
             except DataError as error:
-                raise located(error, file=source.label, row=row) from error.__cause__
+                raise with_location(error, file=source.label, row=row) from error.__cause__
             for fragment in fragments:
                 fragment.row, fragment.metadata = row, metadata
                 if fragment.components is not None:

@@ -21,12 +21,12 @@ import numpy as np
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import BoolArray, IntArray
+from gvpo_offline.group import BoolArray, Int32Array
 from gvpo_offline.hashing import sha256_text
 from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights, weighted_sum
-from gvpo_offline.importing.fragment import Fragment, located, prompt_key
+from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
 
@@ -82,9 +82,9 @@ def one_response(
     *,
     reward: float | None,
     prompt: values.Prompt = (None, None),
-    prompt_ids: IntArray | None = None,
+    prompt_ids: Int32Array | None = None,
     text: str | None = None,
-    ids: IntArray | None = None,
+    ids: Int32Array | None = None,
     mask: BoolArray | None = None,
     sampler: str | None = None,
     truncated: bool = False,
@@ -130,12 +130,12 @@ class Trajectory:
         mask: (T,) bool, or None where the policy wrote all of them.
     """
 
-    prompt_ids: IntArray
-    ids: IntArray
+    prompt_ids: Int32Array
+    ids: Int32Array
     mask: BoolArray | None
 
 
-def trajectory(ids: IntArray, mask: BoolArray) -> Trajectory:
+def trajectory(ids: Int32Array, mask: BoolArray) -> Trajectory:
     """Cut a sequence where the policy's first token stands.
 
     What follows its last token (padding, an environment's last word) is nobody's response and goes.
@@ -249,7 +249,7 @@ def check_batch(
         try:
             check_advantages([r for r, _ in known], [a for _, a in known], parts)
         except DataError as error:
-            raise located(error, file=None, row=members[0][0].row) from None
+            raise with_location(error, file=None, row=members[0][0].row) from None
 
 
 class TrainerFormat(ABC):
@@ -301,7 +301,7 @@ class TrainerFormat(ABC):
             metadata = self._known.metadata(record, None)
             fragments = list(self.parse(record, place))
         except DataError as error:
-            raise located(error, file=place.label, row=place.row) from error.__cause__
+            raise with_location(error, file=place.label, row=place.row) from error.__cause__
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"a row of format: {self.config.format} is nested as its producer writes it",
