@@ -94,6 +94,6 @@ def test_the_source_files_that_a_page_names_exist(page: Path) -> None:
     """`engine.py` somewhere, `compute/layout.py` under its folder; of this repository's code."""
     text = page.read_text(encoding="utf-8")
     names = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text)) - EXAMPLE_FILES
-    folders = ("gvpo_offline", "docs", "benchmarks", "pipelines", "research", "examples")
+    folders = ("gvpo_offline", "docs", "benchmarks", "pipelines", "research", "examples", "tests")
     known = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert [n for n in sorted(names) if not any(p.endswith(f"/{n}") for p in known)] == []
