@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gvpo_offline.commands.run_file import objective_of, with_run_settings
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
@@ -24,7 +25,6 @@ from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
-from gvpo_offline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
 _GROUPS_PER_STEP = 64
@@ -32,8 +32,16 @@ _GROUPS_PER_STEP = 64
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Metrics over all evaluated groups, and means by sampler."""
+    """Metrics over all evaluated groups, and means by sampler.
 
+    Attributes:
+        config: the settings of the evaluation, those of the run included.
+        n_groups: number of evaluated groups.
+        metrics: as `GroupStatistics.metrics`.
+        samplers: `SamplerTotals.means` of each sampler.
+    """
+
+    config: EvaluateConfig
     n_groups: int
     metrics: dict[str, float]
     samplers: dict[str, dict[str, float]]
@@ -60,10 +68,16 @@ class EvaluationReport:
 def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     """Evaluate a policy on a dataset, or on the share of it that training held out.
 
+    Settings that are not given are those of the run that trained the policy; see
+    `with_run_settings`.
+
     Raises:
-        ConfigError: model, reward or reference cannot be found, or nothing is held out.
+        ConfigError: model, reward or reference cannot be found, beta is not known, or nothing is
+            held out.
         IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
     """
+    config = with_run_settings(config)
+    objective = objective_of(config)
     view = _view(config)
     dataset = view.dataset
     tokenizer = load_policy_tokenizer(config)
@@ -93,12 +107,13 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
             model,
             engine,
             shares_of(steps),
-            objective=Objective(config.beta),
+            objective=objective,
             device=device,
             autocast_dtype=autocasting,
             progress=bar.update,
         )
     return EvaluationReport(
+        config=config,
         n_groups=steps.n_draws,
         metrics=evaluation.statistics.metrics(),
         samplers={name: totals.means() for name, totals in sorted(evaluation.samplers.items())},
@@ -115,12 +130,13 @@ def _view(config: EvaluateConfig) -> DatasetView:
         remote=config.remote,
     )
     dataset.verify()
+    eval_fraction = config.eval_fraction or 0.0
     selection = select(
         dataset,
         where=config.where,
         responses=config.responses,
-        eval_fraction=config.eval_fraction,
-        held_out=config.eval_fraction > 0,
+        eval_fraction=eval_fraction,
+        held_out=eval_fraction > 0,
     )
     view = DatasetView(dataset, selection)
     for line in view.notes:

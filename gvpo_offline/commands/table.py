@@ -234,12 +234,8 @@ def _run_train(values: dict[str, Any]) -> None:
     )
     if trainer.is_world_process_zero():
         print(f"the trained policy: {trainer.args.output_dir}")
-        chosen = f" --reference {trainer.data.reference.fingerprint[:12]}"
-        print(
-            f"next: gvpo-offline evaluate --dataset {values['dataset'] or '…'} "
-            f"--model_name_or_path {trainer.args.output_dir} --beta {trainer.args.beta:g}"
-            + (chosen if values["reference"] else "")
-        )
+        # Settings that are left out are read from the run's folder.
+        print(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:
@@ -248,7 +244,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     config = filled(EvaluateConfig, _datasets(values))
     report = run_evaluate(config)
     print(report.table())
-    text = json.dumps({"config": config.public(), **report.as_dict()})
+    text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
     print(json.dumps(report.metrics))
@@ -356,6 +352,6 @@ COMMANDS: dict[str, Command] = {
         "Measure how well a policy fits held-out groups: explained variance, log-ratios, ranking.",
         _run_evaluate,
         (EvaluateConfig,),
-        "Example: gvpo-offline evaluate --dataset data --model_name_or_path run",
+        "Example: gvpo-offline evaluate --model_name_or_path run, on what the run held out",
     ),
 }

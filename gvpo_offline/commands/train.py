@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
@@ -95,6 +97,9 @@ def run_train(
         "data": data.public(),
         "lora": asdict(lora),
         "training": args.to_sanitized_dict(),
+        # What the settings stand for now; later versions of the datasets may hold more.
+        "reference": trainer.data.reference.fingerprint,
+        "rewards": [_reward_of(view.dataset.rewards) for view in trainer.data.views],
         "identity": trainer.identity(),
     }
     trainer.add_callback(_RunFile(settings))
@@ -103,6 +108,13 @@ def run_train(
         trainer.save_model()
         trainer.save_state()
     return trainer
+
+
+def _reward_of(rewards: Sequence[WeightedReward]) -> dict[str, float] | str:
+    """The rewards of a dataset with their versions, as the setting `reward` takes them."""
+    weights = {f"{each.family.name}@{each.family.version}": each.weight for each in rewards}
+    (label, weight), *others = weights.items()
+    return weights if others or weight != 1.0 else label
 
 
 def _ready(dataset: DatasetSettings) -> DatasetSettings | OpenedDataset:

@@ -90,7 +90,7 @@ class Fragment:
 
 
 def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
-    """The same error, naming its place where it does not yet."""
+    """A copy of `error` that names file, row and group where it does not yet."""
     return DataError(
         error.rule,
         received=error.received,

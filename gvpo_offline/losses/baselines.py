@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from gvpo_offline.losses.terms import GroupTerms
 
-# AWR's cap on weights and PPO's clipping range, as published.
+# The published constants: AWR clips its weights at omega_max = 20 (arXiv 1910.00177; weight_clip in
+# the authors' code), and PPO clips ratios to [1 - 0.2, 1 + 0.2] (arXiv 1707.06347).
 AWR_LARGEST_WEIGHT = 20.0
 CLIP = 0.2
 # Exponents are clamped to this many nats, so that exp does not overflow.
@@ -75,6 +76,8 @@ def rft(terms: GroupTerms) -> Tensor:
 
 def awr(terms: GroupTerms) -> Tensor:
     """Log-likelihood weighted by min(exp((R - mean R) / beta), 20) (AWR, arXiv 1910.00177).
+
+    The cap of 20 is the paper's omega_max.
 
     The reference is not used: the optimum is the reweighted distribution of the sampler.
     """

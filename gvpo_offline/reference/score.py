@@ -114,7 +114,7 @@ def score(
     check_token_ids([dataset], facts)
     dataset.verify()
     check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
-    scorer = _Scorer(model, config)
+    scorer = _ReferenceScorer(model, config)
     family = _family(facts.along(scorer.path), model, config.model_name_or_path)
     if _held(dataset, family):
         return Scored(family.fingerprint, dataset.manifest)
@@ -189,7 +189,7 @@ class _ReferenceStage:
         dataset: GroupDataset,
         config: ReferenceConfig,
         family: ReferenceFamily,
-        scorer: _Scorer | None,
+        scorer: _ReferenceScorer | None,
     ) -> None:
         self.root = dataset.folder.resolve()
         self.name = f"reference-{family.fingerprint[:_NAME_DIGITS]}"
@@ -212,7 +212,7 @@ class _ReferenceStage:
         """
         if self._scorer is not None:
             return
-        self._scorer = _Scorer(_load(self._config), self._config)
+        self._scorer = _ReferenceScorer(_load(self._config), self._config)
         path = self._scorer.path
         expected = (self._family.layout, self._family.attn_implementation)
         if (path.layout, path.attention) != expected:
@@ -273,7 +273,7 @@ def _publish(root: Path, family: ReferenceFamily, config: ReferenceConfig) -> Ma
     return publish(root, build)
 
 
-class _Scorer:
+class _ReferenceScorer:
     """Computes the log-probs of groups under one model."""
 
     def __init__(self, model: nn.Module, config: ReferenceConfig) -> None:

@@ -1,6 +1,5 @@
-"""Rewards: a named, versioned number for every response, made of what one or several scorers say.
+"""Rewards: a named, versioned number for every response, computed by one or several scorers.
 
-A scorer maps groups to one number, or a missing one, per response. `stage.run_reward` runs them
-over a dataset and adds the result as a sidecar: tokens are never written, and responses never
-sampled, again.
+A scorer returns one number, or none, for each response of a group. `stage.run_reward` runs the
+scorers over a dataset and adds the rewards as a sidecar; the token files are not rewritten.
 """

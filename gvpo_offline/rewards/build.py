@@ -1,4 +1,4 @@
-"""From settings to scorers."""
+"""Constructs scorers from their settings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gvpo_offline.rewards.kinds import (
     JudgePairsSettings,
     JudgeSettings,
     MathSettings,
-    ModelSettings,
     NumericSettings,
     RanksSettings,
     RatingsSettings,
+    RewardModelSettings,
     ScorerSettings,
     VerlSettings,
     VotesSettings,
@@ -22,16 +22,17 @@ from gvpo_offline.rewards.kinds import (
 from gvpo_offline.rewards.match import ExactScorer, NumericScorer
 from gvpo_offline.rewards.maths import MathScorer
 from gvpo_offline.rewards.model import ModelScorer
-from gvpo_offline.rewards.people.scorers import RanksScorer, RatingsScorer, VotesScorer
+from gvpo_offline.rewards.people.scorers import PeopleScorer
 from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.store.dataset import GroupDataset
 
 
 def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
-    """The scorer of some settings, not started yet.
+    """Construct a scorer; `start` is not called.
 
     Raises:
-        ConfigError: the dataset lacks what it builds on.
+        ConfigError: the dataset lacks a reward that the scorer uses.
+        DataError: a file of people's judgements cannot be read.
     """
     match settings:
         case FunctionSettings():
@@ -44,17 +45,13 @@ def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
             return ExactScorer(settings)
         case NumericSettings():
             return NumericScorer(settings)
-        case ModelSettings():
+        case RewardModelSettings():
             return ModelScorer(settings)
         case JudgeSettings():
             return RatingJudge(settings, dataset)
         case JudgePairsSettings():
             return PairsJudge(settings, dataset)
-        case RatingsSettings():
-            return RatingsScorer(settings, dataset)
-        case RanksSettings():
-            return RanksScorer(settings, dataset)
-        case VotesSettings():
-            return VotesScorer(settings, dataset)
+        case RatingsSettings() | RanksSettings() | VotesSettings():
+            return PeopleScorer(settings, dataset)
         case _:
             return FamilyScorer(settings, dataset)

@@ -1,4 +1,4 @@
-"""Groups as scorers see them, read from the summary columns of a row group."""
+"""What scorers read of a group: texts, messages and metadata, without rewards or log-probs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _IDS = ("prompt_token_ids", "response_token_ids")
 
 @dataclass(frozen=True, slots=True)
 class ScoringInput:
-    """A group as scorers see it.
+    """What scorers read of a group.
 
     Attributes:
         group_id: its id.
         prompt: the prompt as text, or None where it is messages.
         messages: the prompt as chat messages, or None where it is text.
         responses: k texts.
-        metadata: the further columns of the log.
+        metadata: the columns of the log that were kept at import.
         response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
-        row_group: number of the row group; the cases of a call are all those of one, in order.
-        place: file, row and group, for errors.
+        row_group: number of the row group. One call of `Scorer.score` gets all groups of a row
+            group, in order.
+        location: file, row and group, for errors.
     """
 
     group_id: str
@@ -39,7 +40,7 @@ class ScoringInput:
     metadata: dict[str, Any]
     response_token_ids: tuple[Int32Array, ...] | None = None
     row_group: int = 0
-    place: dict[str, Any] = field(default_factory=dict)
+    location: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -48,11 +49,11 @@ class ScoringInput:
 
     @property
     def conversation(self) -> list[Message]:
-        """The prompt as messages; one that is text is what a user says."""
+        """The prompt as messages; a text becomes one user message."""
         return self.messages or [{"role": "user", "content": self.prompt}]
 
     def column(self, name: str) -> Any:
-        """A column of the metadata: its name, or the way down to it (`reward_model.ground_truth`).
+        """A metadata column by name, or a nested field by path (`reward_model.ground_truth`).
 
         Raises:
             DataError: the group has no such column.
@@ -66,23 +67,24 @@ class ScoringInput:
                     f"the group's metadata has the column {name}",
                     received=f"{', '.join(self.metadata) or 'no metadata'}",
                     remedy="name a column that was kept at import (columns.keep)",
-                    **self.place,
+                    **self.location,
                 )
             value = value[step]
         return value
 
 
 class ScoringInputReader:
-    """Reads the cases of a dataset.
+    """Reads the groups of a dataset as scorers see them.
 
-    A log of token ids alone has no texts: they are decoded, without special tokens, by the
+    If the log has token ids and no texts, the ids are decoded, without special tokens, by the
     tokenizer that the manifest names.
 
     Args:
-        dataset: whose groups.
-        token_ids: whether cases have response_token_ids; otherwise no tokens are read where the
-            log has texts.
-        tokenizer: folder or hub name of the dataset's tokenizer, where it has moved.
+        dataset: the dataset to read.
+        token_ids: read response_token_ids as well; otherwise token ids are read only if a group
+            has no texts.
+        tokenizer: folder or hub name of the dataset's tokenizer, if it is no longer at the path
+            in the manifest.
     """
 
     def __init__(self, dataset: GroupDataset, *, token_ids: bool, tokenizer: str | None) -> None:
@@ -91,11 +93,12 @@ class ScoringInputReader:
         self._tokenizer_name = tokenizer
         self._tokenizer: Any = None
 
-    def cases(self, row_group: int) -> list[ScoringInput]:
+    def read(self, row_group: int) -> list[ScoringInput]:
         """All groups of a row group, in order.
 
         Raises:
-            DataError: a group has no text, and no tokenizer is known; or its metadata is no JSON.
+            DataError: a group has no texts and no tokenizer is known, or its metadata is not a
+                JSON object.
             ConfigError: the tokenizer cannot be loaded.
             IntegrityError: the file is damaged, or the tokenizer is not the dataset's.
         """
@@ -105,7 +108,7 @@ class ScoringInputReader:
             groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
         place = self._dataset.location(row_group)
         return [
-            self._case(
+            self._input(
                 group,
                 row_group,
                 {"file": place.file, "row": place.first_row + row, "group": group.group_id},
@@ -113,40 +116,40 @@ class ScoringInputReader:
             for row, group in enumerate(groups)
         ]
 
-    def _case(self, group: Group, row_group: int, place: dict[str, Any]) -> ScoringInput:
+    def _input(self, group: Group, row_group: int, location: dict[str, Any]) -> ScoringInput:
         prompt, responses = group.prompt, group.responses
         if group.messages is not None:
-            prompt = None  # the text is what the template made of them
+            prompt = None  # the text is the rendered chat template
         elif prompt is None:
-            prompt = self._decoded(group.prompt_token_ids, place)
+            prompt = self._decoded(group.prompt_token_ids, location)
         if responses is None:
-            responses = tuple(self._decoded(ids, place) for ids in group.response_token_ids)
+            responses = tuple(self._decoded(ids, location) for ids in group.response_token_ids)
         return ScoringInput(
             group_id=group.group_id,
             prompt=prompt,
             messages=None if group.messages is None else json.loads(group.messages),
             responses=responses,
-            metadata=_metadata(group.metadata, place),
+            metadata=_metadata(group.metadata, location),
             response_token_ids=group.response_token_ids if self._token_ids else None,
             row_group=row_group,
-            place=place,
+            location=location,
         )
 
-    def _decoded(self, ids: Int32Array, place: dict[str, Any]) -> str:
+    def _decoded(self, ids: Int32Array, location: dict[str, Any]) -> str:
         if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer(place)
+            self._tokenizer = self._load_tokenizer(location)
         text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
-    def _load_tokenizer(self, place: dict[str, Any]) -> Any:
+    def _load_tokenizer(self, location: dict[str, Any]) -> Any:
         made_by = self._dataset.manifest.tokenizer
         name = self._tokenizer_name or (made_by.name_or_path if made_by else None)
         if name is None:
             raise DataError(
-                "scorers read text, or token ids that a known tokenizer decodes",
-                received="a group without text in a dataset that names no tokenizer",
-                remedy="set tokenizer_name_or_path to the tokenizer that made the ids",
-                **place,
+                "scorers read texts, or token ids that a known tokenizer decodes",
+                received="a group without texts in a dataset that names no tokenizer",
+                remedy="set tokenizer_name_or_path to the tokenizer that produced the ids",
+                **location,
             )
         tokenizer = load_tokenizer(name)
         if made_by is not None:
@@ -168,7 +171,7 @@ def _has_texts(group: Group) -> bool:
     return has_prompt and group.responses is not None
 
 
-def _metadata(text: str | None, place: dict[str, Any]) -> dict[str, Any]:
+def _metadata(text: str | None, location: dict[str, Any]) -> dict[str, Any]:
     if text is None:
         return {}
     try:
@@ -176,5 +179,5 @@ def _metadata(text: str | None, place: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise DataError("metadata is a JSON object", received=text, **place)
+        raise DataError("metadata is a JSON object", received=text, **location)
     return found

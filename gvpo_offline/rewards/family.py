@@ -1,4 +1,4 @@
-"""A reward that the dataset has already, as a part of another."""
+"""A reward that the dataset already has, as a component of another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gvpo_offline.store.dataset import GroupDataset
 
 
 class FamilyScorer(SimpleScorer):
-    """The numbers of one version of a reward.
+    """Returns the numbers of one version of a reward.
 
     Raises:
         ConfigError: the dataset has no such reward.
@@ -31,11 +31,11 @@ class FamilyScorer(SimpleScorer):
         self._dataset = GroupDataset(dataset.folder.resolve(), dataset.manifest, rewards)
 
     def identity(self) -> dict[str, Any]:
-        """Name and version, which never change what they stand for."""
+        """Name and version; the numbers of a version never change."""
         return {"kind": "reward", "reward": self._label}
 
-    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        table = self._dataset.table(cases[0].row_group, ["response_lengths", "rewards"])
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1, k) for each group."""
+        table = self._dataset.table(groups[0].row_group, ["response_lengths", "rewards"])
         rows = split_list(column_array(table, "rewards"))
         return [np.array(row, np.float64)[np.newaxis] for row in rows]

@@ -1,4 +1,4 @@
-"""Python functions that users have already: TRL's reward functions and verl's compute_score."""
+"""Scorers that call Python functions with the signatures of TRL and verl."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OWN = ("prompt", "completion", "completion_ids", "prompts", "completions")
 
 
 class _FunctionScorer(GroupScorer):
-    """A function that each process loads for itself, told apart by the hash of its file."""
+    """A function that each process loads itself; the hash of its file is part of the identity."""
 
     def __init__(self, settings: FunctionSettings | VerlSettings) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class _FunctionScorer(GroupScorer):
         self._function: Callable[..., Any] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Its settings, and the SHA-256 of the file that defines the function.
+        """The settings, and the SHA-256 of the file that defines the function.
 
         Raises:
-            ConfigError: there is no such function.
+            ConfigError: the function does not exist.
         """
         source = inspect.getsourcefile(inspect.unwrap(load_function(self._name)))
         digest = None if source is None else sha256_file(Path(source))
-        # The file may lie anywhere: its content says which one it is.
+        # Without the folder: the content identifies the file.
         where, _, attribute = self._name.rpartition(":")
         name = f"{Path(where).name}:{attribute}"
         return {**self._described, "function": name, "source_sha256": digest}
@@ -55,66 +55,65 @@ class _FunctionScorer(GroupScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}
 
-    def _call(self, case: ScoringInput, *args: Any, **kwargs: Any) -> Any:
-        assert self._function is not None  # start has been called
-        with self._blamed(case):
+    def _call(self, group: ScoringInput, *args: Any, **kwargs: Any) -> Any:
+        assert self._function is not None  # loaded by `start`
+        with self._errors_named(group):
             result = self._function(*args, **kwargs)
             return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     @contextmanager
-    def _blamed(self, case: ScoringInput) -> Iterator[None]:
+    def _errors_named(self, group: ScoringInput) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             raise DataError(
-                f"the reward function {self._name} scores every group",
+                f"the reward function {self._name} must not raise",
                 received=f"{type(error).__name__}: {error}",
-                remedy="correct the function, or the columns that it reads; to say that a response "
-                "has no reward, return None",
-                **case.place,
+                remedy="correct the function, or the columns that it reads; return None for a "
+                "response without a reward",
+                **group.location,
             ) from error
 
     def _number(
-        self, value: Any, case: ScoringInput, index: int, what: str = "number"
+        self, value: Any, group: ScoringInput, index: int, what: str = "number"
     ) -> float | None:
         """`value` as a number; None is missing."""
         if value is None:
             return None
         if not isinstance(value, abstract.Real) and getattr(value, "ndim", None) == 0:
-            value = value.item()  # of an array, of a tensor
+            value = value.item()  # an array or a tensor
         if not isinstance(value, abstract.Real) or not math.isfinite(value):
             raise DataError(
                 f"the reward function {self._name} returns a finite {what}, or None, per response",
                 received=f"{value!r} for response {index}",
-                remedy="return None where a response has no reward",
-                **case.place,
+                remedy="return None for a response without a reward",
+                **group.location,
             )
         return float(value)
 
 
 class TrlScorer(_FunctionScorer):
-    """f(prompts, completions, completion_ids=..., **columns) -> list of float or None.
+    """Calls f(prompts, completions, completion_ids=..., **columns) -> list of float or None.
 
-    Called once for each group, with its prompt and every column of its metadata repeated k times.
-    Prompts and completions are lists of messages where the log has messages, else texts.
-    `log_extra` and `log_metric` are there and do nothing; there is no `trainer_state`, for nothing
-    is training.
+    One call per group, with the prompt and every metadata column repeated k times. Prompts and
+    completions are lists of messages if the log has messages, else texts. `log_extra` and
+    `log_metric` are passed and do nothing; `trainer_state` is not passed, as there is no trainer.
     """
 
     needs_token_ids = True
 
-    def score_group(self, case: ScoringInput) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        k = case.size
-        completions: list[Any] = list(case.responses)
-        if case.messages is not None:
+        k = group.size
+        completions: list[Any] = list(group.responses)
+        if group.messages is not None:
             completions = [[{"role": "assistant", "content": text}] for text in completions]
-        columns = {name: [value] * k for name, value in case.metadata.items() if name not in _OWN}
+        columns = {name: [value] * k for name, value in group.metadata.items() if name not in _OWN}
         found = self._call(
-            case,
-            prompts=[case.prompt if case.messages is None else case.messages] * k,
+            group,
+            prompts=[group.prompt if group.messages is None else group.messages] * k,
             completions=completions,
-            completion_ids=[ids.tolist() for ids in case.response_token_ids or ()],
+            completion_ids=[ids.tolist() for ids in group.response_token_ids or ()],
             **{"log_extra": _ignore, "log_metric": _ignore, **columns},
         )
         try:
@@ -126,60 +125,61 @@ class TrlScorer(_FunctionScorer):
                 f"the reward function {self._name} returns one number, or None, per response",
                 received=f"{found!r} for {k} responses",
                 remedy="return a list as long as completions",
-                **case.place,
+                **group.location,
             )
-        return numbers([self._number(value, case, index) for index, value in enumerate(values)])
+        return numbers([self._number(value, group, index) for index, value in enumerate(values)])
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """What TRL would log."""
+    """Stands in for TRL's log_extra and log_metric."""
 
 
 class VerlScorer(_FunctionScorer):
-    """compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or a dict whose
-    `score` counts.
+    """Calls compute_score(data_source, solution_str, ground_truth, extra_info) per response.
+
+    It returns a float, or a dict whose `score` is the number.
     """
 
     def __init__(self, settings: VerlSettings) -> None:
         super().__init__(settings)
         self._settings = settings
-        self.further = settings.keep
+        self.extra_components = settings.keep
 
-    def score_group(self, case: ScoringInput) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1 + F, k)."""
-        truth = case.column(self._settings.ground_truth)
+        truth = group.column(self._settings.ground_truth)
         given = {
-            "data_source": case.metadata.get(self._settings.data_source),
+            "data_source": group.metadata.get(self._settings.data_source),
             "ground_truth": truth,
-            "extra_info": case.metadata.get(self._settings.extra_info),
+            "extra_info": group.metadata.get(self._settings.extra_info),
         }
         rows = []
-        for index, text in enumerate(case.responses):
-            found = self._call(case, solution_str=text, **given)
+        for index, text in enumerate(group.responses):
+            found = self._call(group, solution_str=text, **given)
             parts = found if isinstance(found, dict) else {"score": found}
-            names = ("score", *self.further)
-            row = [self._number(parts.get(n), case, index, f"number as {n}") for n in names]
+            names = ("score", *self.extra_components)
+            row = [self._number(parts.get(n), group, index, f"number as {n}") for n in names]
             rows.append(row)
         return np.array(rows, np.float64).T
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function called `module:name` or `path.py:name`.
+    """Load a function by `module:name` or `path.py:name`.
 
     Raises:
-        ConfigError: the file, module or name is not there, or is no function.
+        ConfigError: the file, module or name does not exist, or is not a function.
     """
     where, _, attribute = name.rpartition(":")
-    rule = "a function is module:name or path.py:name"
+    rule = "a function is given as module:name or path.py:name"
     try:
         a_file = where.endswith(".py")
         module = _load_file(Path(where)) if a_file else importlib.import_module(where)
         function: Callable[..., Any] = getattr(module, attribute)
-    except Exception as error:  # a user's file may raise anything while it is imported
+    except Exception as error:  # importing a user's file may raise anything
         raise ConfigError(
             rule,
             received=f"{name} ({type(error).__name__}: {error})",
-            remedy="correct scorers.….function",
+            remedy="correct the setting `function` of the scorer",
         ) from error
     if not callable(function):
         raise ConfigError(rule, received=f"{name}, a {type(function).__name__}")
@@ -187,7 +187,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def _load_file(path: Path) -> Any:
-    """A file as a module; it may import what lies beside it."""
+    """Import a file as a module; its folder is added to sys.path for its own imports."""
     path = path.resolve()
     name = f"gvpo_offline_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -196,6 +196,6 @@ def _load_file(path: Path) -> Any:
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look there
+    sys.modules[name] = module  # dataclasses and pickle look modules up here
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""Answers held against a column of the log: as texts, as numbers."""
+"""Scorers that compare the answer in a response with a column of the log, as text or number."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import ExactSettings, NumericSettings
 from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
 
-# 1,234.5 and 1234.5 and .5; a comma counts where it sets three digits apart, a sign where it is not
-# a difference's.
+# 1,234.5 and 1234.5 and .5; a comma belongs to a number where it separates groups of three digits,
+# a sign where it is not that of a subtraction.
 _NUMBER = re.compile(
     r"(?:(?<![\d)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 )
 
 
 class ExactScorer(GroupScorer):
-    """1 where two texts are the same, space around them aside; 0 where they differ.
+    """1 if two texts are equal, ignoring whitespace around them; else 0.
 
-    A group whose column is null has no right answer: its numbers are missing.
+    A group whose column is null has no correct answer: its numbers are missing.
     """
 
     def __init__(self, settings: ExactSettings) -> None:
@@ -29,17 +29,17 @@ class ExactScorer(GroupScorer):
         self._settings = settings
 
     def identity(self) -> dict[str, Any]:
-        """Its settings."""
+        """The settings."""
         return settings_of(self._settings)
 
-    def score_group(self, case: ScoringInput) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = case.column(self._settings.column)
+        gold = group.column(self._settings.column)
         if gold is None:
-            return numbers([None] * case.size)
-        # The column may hold the bare answer.
+            return numbers([None] * group.size)
+        # Without a match, the column holds the answer alone.
         wanted = self._read(str(gold), otherwise=str(gold))
-        return numbers([float(self._read(text) == wanted) for text in case.responses])
+        return numbers([float(self._read(text) == wanted) for text in group.responses])
 
     def _read(self, text: str, otherwise: str | None = None) -> str | None:
         found = last_match(self._settings.pattern, text)
@@ -50,9 +50,9 @@ class ExactScorer(GroupScorer):
 
 
 class NumericScorer(GroupScorer):
-    """1 where two numbers are the same within a tolerance; 0 where they differ or there is none.
+    """1 if two numbers are equal within a tolerance; 0 if they differ or the response has none.
 
-    A group whose column is null, or has no number, has no right answer: its numbers are missing.
+    A group whose column is null, or has no number, has no correct answer: its numbers are missing.
     """
 
     def __init__(self, settings: NumericSettings) -> None:
@@ -60,19 +60,19 @@ class NumericScorer(GroupScorer):
         self._settings = settings
 
     def identity(self) -> dict[str, Any]:
-        """Its settings."""
+        """The settings."""
         return settings_of(self._settings)
 
-    def score_group(self, case: ScoringInput) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = case.column(self._settings.column)
+        gold = group.column(self._settings.column)
         text = "" if gold is None else str(gold)
         matched = last_match(self._settings.pattern, text)
         wanted = last_number(text if matched is None else matched)
         if wanted is None:
-            return numbers([None] * case.size)
+            return numbers([None] * group.size)
         found = [
-            last_number(last_match(self._settings.pattern, text) or "") for text in case.responses
+            last_number(last_match(self._settings.pattern, text) or "") for text in group.responses
         ]
         return numbers([float(n is not None and self._same(n, wanted)) for n in found])
 
@@ -82,13 +82,16 @@ class NumericScorer(GroupScorer):
 
 
 def last_number(text: str) -> float | None:
-    """The last number that stands in a text, or None."""
+    """The last number in a text, or None."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def last_match(pattern: str | None, text: str) -> str | None:
-    """The last match's first group, or all of it; the text itself without a pattern."""
+    """The last match of a pattern (its first group, if it has one), or None.
+
+    Without a pattern, the text itself.
+    """
     if pattern is None:
         return text
     matches = list(re.finditer(pattern, text))

@@ -1,8 +1,8 @@
-"""Mathematical answers, compared by math-verify in a process that is killed when it hangs.
+"""Compares mathematical answers with math-verify, in a process that is killed at a time limit.
 
-math-verify's own time-outs are alarms of the process: they do not work off the main thread, and do
-not interrupt a computation inside C. So they are switched off, and the process that it runs in has
-a hard limit instead.
+math-verify's own timeouts use SIGALRM: they work on the main thread only, and do not interrupt a
+computation inside C. They are switched off, and the process that math-verify runs in is killed
+instead.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from gvpo_offline.workers.process import MAIN_GUARD, Answer, Worker, WorkerDeath
 _START_S = 120.0
 _ORPHAN_FACTOR = 4
 _MEMORY_BYTES = 8 << 30
-# What only a text has: several lines, marks around a formula, words that are no functions.
+# What a formula does not contain: line breaks, formula delimiters, words that are not functions.
 _MARKS = re.compile(r"\n|(?<!\\)\$|\\boxed|\\\(|\\\[")
 _IN_FORMULAS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"(?!(?:sin|cos|tan|cot|log|exp|sqrt|max|min|gcd|lcm|mod)\b)\b[A-Za-z]{3,}")
 
 
 class MathScorer(GroupScorer):
-    """1 where math-verify shows that the answers are equal, 0 where it does not.
+    """1 if math-verify shows that the answers are equal, else 0.
 
-    A group whose gold answer is null or cannot be read has no right answer: its numbers are
-    missing. A comparison that takes longer than `timeout_s` is ended with its process, and the next
-    one gets a new process; its number is `on_failure`: by default 0, as nothing was shown. So is
-    that of one that breaks down. They are counted: `timed_out`, `broke_down`.
+    A group whose gold answer is null or cannot be parsed has no correct answer: its numbers are
+    missing. If a comparison takes longer than `timeout_s`, its process is killed and the next
+    comparison gets a new one; the number is then `on_failure` (default 0), as it is if the
+    comparison raises. Both are counted: `timed_out`, `broke_down`.
     """
 
     def __init__(self, settings: MathSettings) -> None:
@@ -46,7 +46,7 @@ class MathScorer(GroupScorer):
         self._worker: Worker | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Its settings, and the version of math-verify.
+        """The settings, and the version of math-verify.
 
         Raises:
             ConfigError: math-verify is not installed.
@@ -62,14 +62,14 @@ class MathScorer(GroupScorer):
                 remedy="pip install 'gvpo-offline[math]'",
             ) from error
 
-    def score_group(self, case: ScoringInput) -> FloatArray:
+    def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = case.column(self._settings.column)
+        gold = group.column(self._settings.column)
         if gold is None:
-            return numbers([None] * case.size)
-        # The column may hold the bare answer.
+            return numbers([None] * group.size)
+        # Without a match, the column holds the answer alone.
         wanted = last_match(self._settings.pattern, str(gold)) or str(gold)
-        found = [last_match(self._settings.pattern, response) for response in case.responses]
+        found = [last_match(self._settings.pattern, response) for response in group.responses]
         return numbers(
             [0.0 if answer is None else self._verified(wanted, answer) for answer in found]
         )
@@ -83,7 +83,7 @@ class MathScorer(GroupScorer):
             return verified
         except TimeoutError:
             self.counts["timed_out"] += 1
-        except Exception:  # of a foreign library, on text that a model made up
+        except Exception:  # math-verify may raise anything on text that a model wrote
             self.counts["broke_down"] += 1
         self.stop()
         return self._settings.on_failure
@@ -95,14 +95,14 @@ class MathScorer(GroupScorer):
         except (TimeoutError, WorkerDeathError) as error:
             worker.kill()
             raise WorkerError(
-                f"the process of math-verify begins within {_START_S:g} s",
-                received=str(error) or "one that did not",
+                f"the process of math-verify starts within {_START_S:g} s",
+                received=str(error) or "a timeout",
                 remedy=MAIN_GUARD,
             ) from error
         return worker
 
     def stop(self) -> None:
-        """Kill the process, if there is one."""
+        """Kill the process of math-verify, if it runs."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
@@ -112,19 +112,20 @@ class MathScorer(GroupScorer):
 
 
 def is_formula(answer: str) -> bool:
-    """Whether an answer that stands alone is a formula, such as `2\\pi`; else it is a text with the
-    answer in it, such as `18 eggs` or `$2\\pi$`.
+    """Whether a gold answer is a bare formula, such as `2\\pi`.
+
+    Otherwise it is text that contains the answer, such as `18 eggs` or `$2\\pi$`.
     """
     return not (_MARKS.search(answer) or _WORD.search(_IN_FORMULAS.sub(" ", answer)))
 
 
 def _prepare(timeout_s: float) -> Answer:
-    """What the process answers: 1.0, 0.0, or None where the gold answer cannot be read."""
+    """The request handler of the process: 1.0, 0.0, or None if the gold answer cannot be parsed."""
     from math_verify import parse, verify
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Should the parent be killed, nobody is left to end this process: the kernel is.
+    # If the parent is killed during a comparison, SIGALRM ends this process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, _MEMORY_BYTES)
@@ -132,7 +133,7 @@ def _prepare(timeout_s: float) -> Answer:
 
     @functools.lru_cache(maxsize=16)
     def parsed(text: str, answer_alone: bool) -> list[Any]:
-        # In text, a bare formula is not seen as one, but for the first number in it.
+        # Within text, math-verify reads only the first number of a formula without delimiters.
         ways = [f"${text}$", text] if answer_alone and is_formula(text) else [text]
         for way in ways:
             found: list[Any] = parse(way, parsing_timeout=None)

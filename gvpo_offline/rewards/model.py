@@ -1,4 +1,4 @@
-"""Reward models: sequence classifiers of one logit, over the whole conversation."""
+"""Reward models: sequence classifiers with one logit, applied to the whole conversation."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import numpy as np
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.rewards.cases import ScoringInput
-from gvpo_offline.rewards.kinds import ModelSettings
+from gvpo_offline.rewards.kinds import RewardModelSettings
 from gvpo_offline.rewards.scorer import SimpleScorer, settings_of
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
 class ModelScorer(SimpleScorer):
-    """logits[:, 0] of a sequence classifier with one label, padded on the right.
+    """Returns logits[:, 0] of a sequence classifier with one label; batches are right-padded.
 
-    The text is the model's own chat template over prompt and response; for a prompt that is text
-    and `as_chat: false`, one after the other. Batches are cut by length within a row group, so that
-    they do not depend on who computes them.
+    Prompt and response are rendered by the model's own chat template; with `as_chat: false` a
+    prompt that is text is followed by the response as it is. Responses of one row group are batched
+    by length, so that batches do not depend on the number of workers.
     """
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: RewardModelSettings) -> None:
         super().__init__()
         self._settings = settings
         self._model: Any = None
         self._tokenizer: Any = None
 
     def identity(self) -> dict[str, Any]:
-        """Its settings, and the fingerprints of weights and tokenizer.
+        """The settings, and the fingerprints of weights and tokenizer.
 
         Raises:
-            ConfigError: there is no such model, or it does not give one number.
+            ConfigError: the model does not exist, or has more than one label.
         """
         from gvpo_offline.compute.model import dtype_name, weights_sha256
 
         self._load()
         described = settings_of(self._settings)
         for name in ("model_name_or_path", "model_revision", "trust_remote_code", "use_cpu"):
-            del described[name]  # the weights' hash says which model it is
+            del described[name]  # the hash of the weights identifies the model
         return {
             **described,
             "dtype": dtype_name(next(self._model.parameters()).dtype),
@@ -49,7 +49,7 @@ class ModelScorer(SimpleScorer):
         }
 
     def start(self) -> None:
-        """Load the model, and put it on a GPU where there is one."""
+        """Load the model, onto a GPU if there is one."""
         from gvpo_offline.compute.model import default_device
 
         self._load()
@@ -72,7 +72,7 @@ class ModelScorer(SimpleScorer):
             )
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(
-                "a reward model loads as a sequence classifier",
+                "a reward model can be loaded as a sequence classifier",
                 received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
                 remedy="correct model_name_or_path",
             ) from error
@@ -88,47 +88,49 @@ class ModelScorer(SimpleScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_tokenizer": None}
 
-    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
-        """(1, k) for each case."""
-        rows = [ids for case in cases for ids in self._encoded(case)]
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1, k) for each group."""
+        rows = [ids for group in groups for ids in self._encoded(group)]
         scores = np.zeros(len(rows))
         for members in self._batches([len(row) for row in rows]):
             scores[members] = self._logits([rows[i] for i in members])
-        ends = np.cumsum([case.size for case in cases])[:-1]
+        ends = np.cumsum([group.size for group in groups])[:-1]
         return [piece[np.newaxis] for piece in np.split(scores, ends)]
 
-    def _encoded(self, case: ScoringInput) -> list[list[int]]:
-        texts = [self._text(case, response) for response in case.responses]
+    def _encoded(self, group: ScoringInput) -> list[list[int]]:
+        texts = [self._text(group, response) for response in group.responses]
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         limit = getattr(self._model.config, "max_position_embeddings", None)
         longest = max(map(len, found))
         if limit is not None and longest > limit:
             raise DataError(
-                f"prompt and response fit the reward model's {limit} positions",
+                f"prompt and response fit into the reward model's {limit} positions",
                 received=f"{longest} tokens",
                 remedy="use another reward model, or import with a smaller max_length",
-                **case.place,
+                **group.location,
             )
         return found
 
-    def _text(self, case: ScoringInput, response: str) -> str:
-        if case.messages is None and not self._settings.as_chat:
-            return f"{case.prompt}{response}"
-        messages = [*case.conversation, {"role": "assistant", "content": response}]
+    def _text(self, group: ScoringInput, response: str) -> str:
+        if group.messages is None and not self._settings.as_chat:
+            return f"{group.prompt}{response}"
+        messages = [*group.conversation, {"role": "assistant", "content": response}]
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template may raise anything
             raise DataError(
-                "the reward model's chat template takes prompt and response",
+                "the reward model's chat template can render prompt and response",
                 received=f"{type(error).__name__}: {error}",
-                remedy="use a model that has a chat template, or as_chat: false for prompts that "
-                "are text",
-                **case.place,
+                remedy="use a model with a chat template, or set as_chat: false for text prompts",
+                **group.location,
             ) from error
         return text
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of rows, the longest first, under max_tokens_per_batch; one row always fits."""
+        """Indices of rows in batches of at most max_tokens_per_batch tokens, the longest first.
+
+        A row that exceeds the limit is a batch of its own.
+        """
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
         while order:
             width = max(1, self._settings.max_tokens_per_batch // max(1, lengths[order[0]]))
@@ -150,12 +152,12 @@ class ModelScorer(SimpleScorer):
 
 
 def _agree_on_padding(model: Any, tokenizer: Any) -> None:
-    """The classifier finds the last token by the padding id: both must have the same one."""
+    """Give model and tokenizer one padding id, by which the classifier finds the last token."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(
-            "a reward model's tokenizer has a padding or an end token",
+            "a reward model's tokenizer has a padding or an end-of-sequence token",
             received="neither",
             remedy="save the tokenizer with one",
         )

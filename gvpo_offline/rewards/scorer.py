@@ -1,4 +1,4 @@
-"""The seam: what a scorer is given, and what it gives."""
+"""The interface of scorers, and base classes for them."""
 
 from __future__ import annotations
 
@@ -17,85 +17,93 @@ if TYPE_CHECKING:
 
 
 class Scorer(Protocol):
-    """One number, or a missing one, for each response of a group. Picklable; `start` loads.
+    """Computes one number, or none, for each response of a group.
+
+    A scorer is pickled to the worker processes; what cannot be pickled is loaded by `start`.
 
     Attributes:
-        further: names of numbers that are kept beside the one that counts.
-        needs_token_ids: whether cases must have response_token_ids.
-        counts: what it counts while it scores (answers that took too long).
+        extra_components: names of the numbers that are stored beside the one in the reward.
+        needs_token_ids: whether it reads response_token_ids.
+        counts: events counted during scoring, by name ("timed_out").
     """
 
-    further: tuple[str, ...]
+    extra_components: tuple[str, ...]
     needs_token_ids: bool
     counts: Counter[str]
 
     def identity(self) -> dict[str, Any]:
-        """What its numbers depend on, as JSON: its settings, the hash of its code or weights.
+        """All that the numbers depend on, as JSON: settings, the hash of code or weights.
+
+        A change of the identity makes a new version of the reward.
 
         Raises:
-            ConfigError: the settings name something that is not there.
+            ConfigError: the settings name a file, function or model that does not exist.
         """
 
-    def gather(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
-        """Do what must be done over the whole dataset before any of it is scored; called once, in
-        the process that the command runs in.
+    def prepare(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
+        """Work on the whole dataset that must be finished before any group is scored.
+
+        Called once, in the process of the command.
 
         Returns:
-            Whether all of it is done; False where other shards still have to do some.
+            Whether the work is finished; False if other shards still have to do their part.
 
         Raises:
-            GVPOError: it cannot be done. What has been done is kept.
+            GVPOError: the work failed. Finished parts are kept.
         """
 
     def start(self) -> None:
-        """Get ready in the process that is about to score."""
+        """Load what scoring needs, in the process that scores."""
 
-    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
-        """(1 + F, k) float64 for each case: the number that counts, then the further ones; NaN
-        where one is missing.
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """Score the groups of one row group.
+
+        Returns:
+            (1 + F, k) float64 for each group: the number that goes into the reward, then the F
+            extra components; NaN where a number is missing.
 
         Raises:
             DataError: names file, row and group.
         """
 
     def stop(self) -> None:
-        """End what `start` or `score` began; the end of the process ends it too."""
+        """Stop helper processes; they also stop when this process exits."""
 
 
 class SimpleScorer:
-    """What most scorers have in common: nothing to load, nothing to count, one number."""
+    """A scorer of one number that loads nothing and needs no preparation."""
 
-    further: tuple[str, ...] = ()
+    extra_components: tuple[str, ...] = ()
     needs_token_ids = False
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def gather(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
-        """Nothing to do beforehand."""
+    def prepare(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
+        """Does nothing."""
         return True
 
     def start(self) -> None:
-        """Nothing to load."""
+        """Does nothing."""
 
     def stop(self) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
 
 class GroupScorer(SimpleScorer, ABC):
-    """A scorer to which each case stands for itself."""
+    """A scorer that treats each group by itself."""
 
-    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
         """`score_group` of each."""
-        return [self.score_group(case) for case in cases]
+        return [self.score_group(group) for group in groups]
 
     @abstractmethod
-    def score_group(self, case: ScoringInput) -> FloatArray:
-        """(1 + F, k), as `Scorer.score` for one case."""
+    def score_group(self, group: ScoringInput) -> FloatArray:
+        """(1 + F, k), as `Scorer.score` for one group."""
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
-    """The settings as JSON, without the weight, which is no scorer's business."""
+    """The settings as JSON, without the weight, which the stage applies."""
     described: dict[str, Any] = settings.model_dump(mode="json", exclude={"weight"})
     return described
 

@@ -1,4 +1,4 @@
-"""The settings of `gvpo-offline reward`, and of each kind of scorer."""
+"""Settings of `gvpo-offline reward`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class RewardConfig:
-    """A reward for every response, into a sidecar of the dataset."""
+    """Score every response of a dataset; the rewards are written to sidecar files."""
 
     dataset: str = ""
     """The dataset's folder."""
     name: str = "reward"
-    """What to call the reward. The same name with other settings is a new version of it; with the
-    same settings it is there already, and nothing is done."""
-    # A bare dict: the command line would read texts inside a dict[str, Any] as YAML once more, and
-    # make nothing of one that begins with a #.
+    """Name of the reward. The same name with other settings is a new version; with the same
+    settings the reward exists already, and nothing is computed."""
+    # A bare dict: jsonargparse would parse strings inside a dict[str, Any] as YAML a second time,
+    # which turns a string that begins with # into null.
     scorers: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
-    """What scores a response, by a name of your choice: `kind`, `weight` (default 1) and the kind's
-    own settings; docs/howto/rewards.md. Kinds: function, verl, math, exact, numeric, model, reward,
-    judge, judge_pairs, ratings, ranks, votes."""
+    """The scorers, by names of your choice. Each has a `kind`, a `weight` (default 1) and the
+    settings of its kind (docs/howto/rewards.md). Kinds: function, verl, math, exact, numeric,
+    model, reward, judge, judge_pairs, ratings, ranks, votes."""
     missing: float | None = None
-    """Reward of a response for which every scorer's number is missing. Null: stop, and name it."""
+    """Reward of a response for which no scorer has a number. Null: stop with an error that names
+    the response."""
     tokenizer_name_or_path: str | None = None
-    """The tokenizer that made the dataset's ids, where the log has no texts and the manifest's own
-    is not where it was."""
+    """The tokenizer that produced the dataset's token ids. Needed if the log has no texts and the
+    tokenizer is no longer at the path that the manifest names."""
 
     def __post_init__(self) -> None:
         required("dataset", self.dataset)
@@ -42,11 +43,10 @@ class RewardConfig:
             raise ConfigError("missing is a finite number, or null", received=self.missing)
 
     def settings(self) -> dict[str, ScorerSettings]:
-        """The scorers' settings by name, each of its kind.
+        """Settings of the scorers, by name.
 
         Raises:
-            ConfigError: a kind that does not exist, a setting that it does not have, or a value of
-                another type.
+            ConfigError: an unknown kind, an unknown setting of a kind, or a value of a wrong type.
         """
         from pydantic import TypeAdapter, ValidationError
 
@@ -54,15 +54,15 @@ class RewardConfig:
 
         for name in self.scorers:
             check_name("the name of a scorer", name)
-            if "." in name:  # which sets off a scorer's further numbers in the components
-                raise ConfigError("the name of a scorer has no dot", received=name)
+            if "." in name:  # separates the scorer from the component: "judge.shown_first"
+                raise ConfigError("the name of a scorer contains no dot", received=name)
         try:
             kinds: TypeAdapter[dict[str, ScorerSettings]] = TypeAdapter(dict[str, ScorerSettings])
             return kinds.validate_python(self.scorers)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise ConfigError(
-                "a scorer has a kind, and settings that this kind knows",
+                "a scorer has a kind, and settings of that kind",
                 received=f"scorers.{'.'.join(map(str, first['loc']))}: {first['msg']}",
                 remedy="docs/howto/rewards.md lists them",
             ) from error

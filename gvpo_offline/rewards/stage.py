@@ -1,10 +1,10 @@
 """The reward stage: one task and one sidecar for each file of groups.
 
-    summary columns -> cases -> scorers -> weighted sum and components -> sidecar -> manifest
+    texts and metadata -> scorers -> weighted sum and components -> sidecar -> manifest
 
-The family's configuration holds all that its numbers depend on: the scorers' settings, the hashes
-of their code and weights, their weights in the sum. The same name with another configuration is a
-new version of the reward; with the same one, what is there is found and nothing is done.
+The configuration of a reward family holds all that its numbers depend on: the scorers' settings,
+the hashes of their code and model weights, and their weights in the sum. The same name with another
+configuration is a new version of the reward; with the same configuration, nothing is computed.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _NAME_DIGITS = 16
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What a run made.
+    """Result of a run of the reward stage.
 
     Attributes:
-        family: the reward, as the dataset has it now.
-        survey: the dataset counted with this reward.
-        counts: missing rewards, and what the scorers counted, by scorer.
+        family: the reward as published in the dataset.
+        survey: counts of the dataset with this reward.
+        counts: number of missing rewards, and the counts of each scorer.
     """
 
     family: RewardFamily
@@ -61,13 +61,13 @@ class RewardResult:
     counts: dict[str, int]
 
     def lines(self) -> list[str]:
-        """The result for people, one fact a line."""
+        """The result as lines of text."""
         counted = self.survey
         mean = sum(counted.sampler_rewards.values()) / max(1, counted.n_responses)
         head = (
             f"reward {self.family.name}@{self.family.version}: {counted.n_groups:,} groups, "
             f"{counted.n_responses:,} responses, mean {mean:.4f}, "
-            f"{counted.equal_reward_groups:,} groups of equal rewards"
+            f"{counted.equal_reward_groups:,} groups with equal rewards"
         )
         return [head, *(f"  {what}: {n:,}" for what, n in sorted(self.counts.items()) if n)]
 
@@ -76,20 +76,20 @@ def run_reward(config: RewardConfig, engine: WorkerSettings) -> RewardResult | N
     """Score a dataset, and publish the reward as a sidecar.
 
     Returns:
-        The result; None where other shards of the work are still to be done.
+        The result; None if other shards still have to do their part.
 
     Raises:
-        ConfigError: a scorer's settings, function or model are no good, or the reward builds on
-            itself.
-        DataError: a scorer's answer breaks a rule, or a response gets no number at all and
-            `missing` does not say what that is; names file, row and group.
+        ConfigError: a scorer's settings, function or model cannot be used, or the reward depends
+            on itself.
+        DataError: a scorer returns an invalid number, or no scorer has a number for a response and
+            `missing` is not set; names file, row and group.
         IntegrityError: a file is damaged.
-        StorageError: no room. Whatever happens, committed files stay.
+        StorageError: a file cannot be written. Files that were committed are kept.
     """
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
-    # Sorted: the order in which they are written down decides nothing.
+    # Sorted, so that the identity does not depend on the order in the settings.
     settings = dict(sorted(config.settings().items()))
-    _check_not_of_itself(config.name, settings)
+    _check_no_self_reference(config.name, settings)
     scorers = {name: build_scorer(given, dataset) for name, given in settings.items()}
     described: dict[str, Any] = {
         "scorers": {
@@ -98,13 +98,13 @@ def run_reward(config: RewardConfig, engine: WorkerSettings) -> RewardResult | N
         },
         "missing": config.missing,
     }
-    if (held := _held(dataset, config.name, described)) is not None:
-        return RewardResult(held, _counted(dataset, held), {})
+    if (existing := _existing(dataset, config.name, described)) is not None:
+        return RewardResult(existing, _counted(dataset, existing), {})
     weights = [given.weight for given in settings.values()]
     stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
     try:
-        gathered = [scorer.gather(stage.reader, engine) for scorer in scorers.values()]
-        records = run_stage(stage, engine) if all(gathered) else None
+        prepared = [scorer.prepare(stage.reader, engine) for scorer in scorers.values()]
+        records = run_stage(stage, engine) if all(prepared) else None
     finally:
         for scorer in scorers.values():
             scorer.stop()
@@ -123,13 +123,13 @@ def run_reward(config: RewardConfig, engine: WorkerSettings) -> RewardResult | N
     return RewardResult(published, _counted(dataset, published), dict(counts))
 
 
-def _held(dataset: GroupDataset, name: str, described: dict[str, Any]) -> RewardFamily | None:
-    """The reward if the dataset has it already; merging and compacting carry it along."""
+def _existing(dataset: GroupDataset, name: str, described: dict[str, Any]) -> RewardFamily | None:
+    """The reward with this configuration, if the dataset has it; its files are verified."""
     for family in dataset.manifest.rewards:
         if family.name == name and family.config == described:
             for sidecar in family.files:
                 verify_file(dataset.folder, sidecar.file)
-            _log.info("reward %s@%d is in the dataset already", name, family.version)
+            _log.info("reward %s@%d is already in the dataset", name, family.version)
             return family
     return None
 
@@ -138,29 +138,32 @@ def _counted(dataset: GroupDataset, family: RewardFamily) -> Survey:
     return survey(GroupDataset(dataset.folder, dataset.manifest, rewards=[WeightedReward(family)]))
 
 
-def _check_not_of_itself(name: str, settings: dict[str, ScorerSettings]) -> None:
-    """Raise ConfigError if a reward builds on the newest of its own name: on itself, next time."""
+def _check_no_self_reference(name: str, settings: dict[str, ScorerSettings]) -> None:
+    """Raise ConfigError if a reward uses the newest version of its own name.
+
+    That version would be itself in the next run.
+    """
     for scorer, given in settings.items():
         if isinstance(given, RewardSettings) and given.reward == name:
             raise ConfigError(
-                "a reward that builds on one of its own name says which version",
+                "a reward that uses an earlier version of itself names the version",
                 received=f"scorers.{scorer}.reward: {name}",
-                remedy=f"say {name}@1, or give the new reward a name of its own",
+                remedy=f"set {name}@1, or give the new reward another name",
             )
 
 
 class RewardStage:
-    """Scores one file of groups a task; see `workers.stage.Stage`.
+    """Scores one file of groups per task; see `workers.stage.Stage`.
 
     Args:
-        dataset: what to score.
+        dataset: the dataset to score.
         config: the run's settings.
         scorers: by name, in the order of the components.
         weights: one per scorer.
-        identity: hash of all that the sidecars depend on beside the groups.
+        identity: hash of all that the sidecars depend on, apart from the groups.
 
     Attributes:
-        reader: of the dataset's groups, as the scorers need them.
+        reader: reads what scorers need of the groups.
     """
 
     unit = "groups"
@@ -187,19 +190,19 @@ class RewardStage:
 
     @property
     def components(self) -> list[str]:
-        """Names of the components: each scorer's, and those of the numbers it keeps beside."""
+        """Names of the components: each scorer, followed by its extra components."""
         return [
             f"{name}{suffix}"
             for name, scorer in self._scorers.items()
-            for suffix in ("", *(f".{further}" for further in scorer.further))
+            for suffix in ("", *(f".{extra}" for extra in scorer.extra_components))
         ]
 
     def tasks(self) -> Sequence[Task]:
-        """One for each file, named by its hash: files that are added later are scored alone."""
+        """One per file, named by its hash, so that only files that were added later are scored."""
         return [Task(b.sha256[:_NAME_DIGITS], b.rows) for b in self._dataset.manifest.groups]
 
     def start(self) -> None:
-        """Load what the scorers need."""
+        """Start the scorers."""
         for scorer in self._scorers.values():
             scorer.start()
 
@@ -214,7 +217,7 @@ class RewardStage:
 
         def tables() -> Iterator[pa.Table]:
             for row_group in range(first, first + len(files[number].row_groups)):
-                yield self._table(self.reader.cases(row_group), counts)
+                yield self._table(self.reader.read(row_group), counts)
 
         sidecar = write_sidecar(
             self.root,
@@ -230,48 +233,48 @@ class RewardStage:
             stage=self.name, task=task.name, sidecars=[sidecar], counts=dict(sorted(counts.items()))
         )
 
-    def _table(self, cases: Sequence[ScoringInput], counts: Counter[str]) -> pa.Table:
-        scored = [scorer.score(cases) for scorer in self._scorers.values()]
+    def _table(self, groups: Sequence[ScoringInput], counts: Counter[str]) -> pa.Table:
+        scored = [scorer.score(groups) for scorer in self._scorers.values()]
         rewards, components = [], []
-        for case, parts in zip(cases, zip(*scored, strict=True), strict=True):
-            # The first row of each scorer's numbers counts.
-            rewards.append(self._total(case, np.stack([part[0] for part in parts]), counts))
+        for group, parts in zip(groups, zip(*scored, strict=True), strict=True):
+            # The first row of each scorer's numbers goes into the reward.
+            rewards.append(self._total(group, np.stack([part[0] for part in parts]), counts))
             components.append(np.concatenate(parts))
-        return rewards_to_table([case.group_id for case in cases], rewards, components)
+        return rewards_to_table([group.group_id for group in groups], rewards, components)
 
-    def _total(self, case: ScoringInput, values: FloatArray, counts: Counter[str]) -> FloatArray:
+    def _total(self, group: ScoringInput, values: FloatArray, counts: Counter[str]) -> FloatArray:
         """The weighted sum over the scorers that have a number: (n_scorers, k) to (k,)."""
-        lacking = np.isnan(values).all(axis=0)
+        missing = np.isnan(values).all(axis=0)
         total: FloatArray = np.nansum(self._weights[:, np.newaxis] * values, axis=0)
-        if not lacking.any():
+        if not missing.any():
             return total
-        counts["missing"] += int(lacking.sum())
+        counts["missing"] += int(missing.sum())
         if self._config.missing is None:
             raise DataError(
-                "every response has a number of at least one scorer",
-                received=f"none for response {int(np.flatnonzero(lacking)[0])}",
-                remedy="add a scorer that knows such responses, correct the column of the right "
-                "answers, or say with `missing` what their reward is",
-                **case.place,
+                "at least one scorer has a number for every response",
+                received=f"none for response {int(np.flatnonzero(missing)[0])}",
+                remedy="add a scorer that covers such responses, correct the column of the correct "
+                "answers, or set `missing` to the reward that they get",
+                **group.location,
             )
-        total[lacking] = self._config.missing
+        total[missing] = self._config.missing
         return total
 
 
 def _publish(
     dataset: GroupDataset, family: RewardFamily, config: RewardConfig, counts: dict[str, int]
 ) -> RewardFamily:
-    """Add the family to the newest manifest, as a new version where the name is taken."""
+    """Add the family to the newest manifest; as a new version if the name exists already."""
     published = family
 
     def build(newest: Manifest | None) -> Manifest | None:
         nonlocal published
-        assert newest is not None  # the dataset was opened from it
+        assert newest is not None  # the dataset was opened from a manifest
         if newest.groups != dataset.manifest.groups:
             raise DataError(
-                "the groups stay the same while they are scored",
-                received="other files in the newest version of the dataset",
-                remedy="run the same command again: what did not change is not scored again",
+                "the groups of a dataset do not change while they are scored",
+                received="different files in the newest version of the dataset",
+                remedy="run the same command again: it scores only the files that are new",
                 file=dataset.root,
             )
         same_name = [f for f in newest.rewards if f.name == family.name]
@@ -279,17 +282,17 @@ def _publish(
         version = found.version if found else 1 + max((f.version for f in same_name), default=0)
         published = family.model_copy(update={"version": version})
         if found == published:
-            _log.info("reward %s@%d is in the dataset already", family.name, version)
+            _log.info("reward %s@%d is already in the dataset", family.name, version)
             return None
         if same_name and not found:
             _log.info(
-                "reward %s@%d: the dataset has %s with other settings",
+                "reward %s@%d is a new version: %s in the dataset has other settings",
                 family.name,
                 version,
                 ", ".join(f"{f.name}@{f.version}" for f in same_name),
             )
         settings = asdict(config)
-        del settings["dataset"]  # a dataset may be moved
+        del settings["dataset"]  # the dataset may be moved
         step = LineageStep(
             stage="reward",
             package_version=__version__,

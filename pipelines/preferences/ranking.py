@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from gvpo_offline import open_dataset
+from gvpo_offline.commands.run_file import with_run_settings
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, load_model
 from gvpo_offline.compute.probe import prepare_engine
@@ -87,12 +88,13 @@ def mean_by_place(rewards: Sequence[Floats], scores: Sequence[Floats]) -> list[f
 @torch.no_grad()
 def log_ratios(config: EvaluateConfig) -> Iterator[tuple[Group, Floats]]:
     """Held-out groups, each with the log-ratio of its responses: (k,) float64, nats."""
+    config = with_run_settings(config)
     dataset = open_dataset(config.dataset, reward=config.reward, reference=config.reference)
     device = default_device(use_cpu=config.use_cpu)
     model = load_model(config).to(device).eval()
     budget = config.max_tokens_per_micro_batch
     engine = prepare_engine(model, max_tokens=budget, layout=config.layout, gradients=False)
-    held_out = select(dataset, eval_fraction=config.eval_fraction, held_out=True)
+    held_out = select(dataset, eval_fraction=config.eval_fraction or 0.0, held_out=True)
     steps = in_order(DatasetView(dataset, held_out), groups_per_step=64, cost=engine.cost)
     with autocast(device, autocast_dtype(bf16=config.bf16, fp16=config.fp16)):
         for share in shares_of(steps):

@@ -334,7 +334,8 @@ def test_the_whole_line(tmp_path: Path, tiny_model_dir: Path, server: ForkServer
         save_strategy="no",
         disable_tqdm=True,
     )
-    run("evaluate", model_name_or_path=out, output_file=tmp_path / "b.json", **judge)
+    # The rest is read from the run: dataset, beta and held-out share.
+    run("evaluate", model_name_or_path=out, output_file=tmp_path / "b.json", use_cpu=True)
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert one["metrics"]["explained_variance"] == pytest.approx(0, abs=1e-4)
     assert two["metrics"]["explained_variance"] > 0.1

@@ -15,6 +15,7 @@ from support import hub_shapes as hub
 from support.hub_shapes import TEXT, assistant, chat, fragments, save
 from support.importing import config, read_groups
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.nectar import win_rates
 from gvpo_offline.importing.formats.shared.parts import weighted_sum
 from gvpo_offline.importing.fragment import Fragment
@@ -256,6 +257,29 @@ def test_nectar_rows_with_one_prompt_stay_apart(tmp_path: Path) -> None:
     assert len(ids) == 2
 
 
+def test_a_lone_ranked_answer_has_no_reward(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """The only ranked answer of a row is compared with nothing: its reward is missing, as that of
+    an answer without a rank is, and `missing_rewards` decides what happens to the responses.
+    """
+    lone = hub.nectar_row(f"\n\nHuman: {SKY}\n\nAssistant: ", [("a", 3.0), ("b", None)])
+    two = hub.nectar_row("\n\nHuman: hi\n\nAssistant: ", [("c", 1.0), ("d", 2.0)])
+    path = save(tmp_path / "log", hub.NECTAR, [lone, two])
+    found = [list(fragment.rewards or ()) for fragment in fragments(path, "nectar")]
+    assert found == [[None, None], [1.0, 0.0]]
+    options: dict[str, Any] = {
+        "format": "nectar",
+        "singletons": "drop",
+        "tokenizer_name_or_path": str(tiny_tokenizer_dir),
+    }
+    with pytest.raises(DataError, match=r"each response has one.*none for response 0"):
+        import_log(config(path, tmp_path / "refused", **options))
+    result = import_log(config(path, tmp_path / "out", missing_rewards="drop", **options))
+    (group,) = read_groups(tmp_path / "out")
+    assert group.responses == ("c", "d")
+    assert result.counts["dropped_unrewarded_responses"] == 2
+    assert result.counts["dropped_groups_without_responses"] == 1
+
+
 @given(st.permutations(range(1, 8)))
 def test_win_rates_without_ties(ranks: list[int]) -> None:
     """(k - rank) / (k - 1), here with k = 7."""
@@ -266,9 +290,10 @@ def test_win_rates_without_ties(ranks: list[int]) -> None:
 def test_win_rates_are_shares_of_pairs(ranks: list[float | None]) -> None:
     """Each pair gives away one point, so they add up to k / 2 = k (k - 1) / 2 / (k - 1)."""
     rates = win_rates(ranks)
-    assert [rate is None for rate in rates] == [rank is None for rank in ranks]
+    lone = sum(rank is not None for rank in ranks) == 1
+    assert [rate is None for rate in rates] == [rank is None or lone for rank in ranks]
     given_rates = [rate for rate in rates if rate is not None]
-    assert sum(given_rates) == pytest.approx(len(given_rates) / 2 if len(given_rates) > 1 else 0)
+    assert sum(given_rates) == pytest.approx(len(given_rates) / 2)
     for (a, rate_a), (b, rate_b) in itertools.combinations(zip(ranks, rates, strict=True), 2):
         if a is not None and b is not None:
             assert rate_a is not None

@@ -180,6 +180,26 @@ def test_listwise_has_a_bounded_gradient() -> None:
     assert float(result.loss.detach()) < 10
 
 
+def test_awr_caps_its_weights_at_20() -> None:
+    """The cap is 20 (arXiv 1910.00177 clips exp(A / beta) at omega_max = 20), reached at
+    A / beta = ln 20 = 2.9957.
+
+    Rewards 1 and 0 have A = 1/2 and -1/2. At beta = 0.25 the weights are exp(2) = 7.389 and
+    exp(-2), below the cap; at beta = 0.1 exp(5) = 148.4 is replaced by 20 and exp(-5) stays. The
+    gradient of the group's loss -(w_0 s_0 + w_1 s_1) / 2 by the log-probs is -w / 2.
+    """
+    group = torch.zeros(2, dtype=torch.long)
+    for beta, largest in ((0.25, math.exp(2)), (0.1, 20.0)):
+        seq = tensor([-3.0, -4.0]).requires_grad_()
+        rewards, reference = tensor([1.0, 0.0]), tensor([-1.0, -2.0])
+        result = group_loss("awr", seq, reference, rewards, group, beta=beta)
+        (gradient,) = torch.autograd.grad(result.loss, seq)
+        smallest = math.exp(-0.5 / beta)
+        expected = (largest * 3.0 + smallest * 4.0) / 2
+        assert float(result.loss.detach()) == pytest.approx(expected, rel=1e-12)
+        assert gradient.tolist() == pytest.approx([-largest / 2, -smallest / 2], rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_a_policy_far_from_the_reference_stays_finite(name: str) -> None:
     seq = tensor([-900.0, 900.0, 0.0]).requires_grad_()

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fork_server import ForkServer
 from support.judging import JudgeServer, judge, rating, shown_numbers
-from support.rewarding import answered_dataset, case, read, reward
+from support.rewarding import answered_dataset, read, reward, scoring_input
 
 from gvpo_offline import cli
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
@@ -161,7 +161,7 @@ def test_win_rates_add_up(size: int, data: st.DataObject) -> None:
     [
         ("prose", "no judgement in the answer …Both are fine."),
         ("empty", "an empty text"),
-        ("off", "the rating '11', which is no number from 1 to 10"),
+        ("off", "the rating '11', which is not a number from 1 to 10"),
         ("fraction", "no judgement"),
         ("length", "cut at 1024 tokens"),
         ("json", "no JSON"),
@@ -251,9 +251,9 @@ def test_what_no_question_can_mend_stops_the_run(root: Path, served: JudgeServer
         reward(root, {"a": judge(served)})
     with pytest.raises(ConfigError, match="NO_SUCH_KEY, which is not set"):
         reward(root, {"a": judge(served, api_key_env="NO_SUCH_KEY")})
-    with pytest.raises(ConfigError, match="holds no user, key or query"):
+    with pytest.raises(ConfigError, match="has no user, key or query"):
         reward(root, {"a": judge(served, base_url="http://me:secret@host/v1")})
-    with pytest.raises(ConfigError, match="by pattern or by json_field"):
+    with pytest.raises(ConfigError, match="either pattern or json_field"):
         reward(root, {"a": judge(served, pattern="(.)", json_field="score")})
 
 
@@ -457,18 +457,20 @@ def test_templates_see_the_group_and_nothing_else(tmp_path: Path) -> None:
     """What a response says is text, even where it looks like a template."""
     path = tmp_path / "rubric.jinja"
     path.write_text("{{ prompt }}|{{ metadata.answer }}|{{ response }}|{{ messages[0].role }}")
-    group = case(["{{ 1 + 1 }}", "b"], answer="4")
+    group = scoring_input(["{{ 1 + 1 }}", "b"], answer="4")
     asked = ratings(template=str(path)).messages(group, 0, None)
     assert asked == [{"role": "user", "content": "What?|4|{{ 1 + 1 }}|user"}]
     chat = [{"role": "system", "content": "Sums."}, {"role": "user", "content": "2 + 2?"}]
-    text = ratings(template="{{ prompt }}").messages(case(["a"], chat), 0, None)[0]["content"]
+    text = ratings(template="{{ prompt }}").messages(scoring_input(["a"], chat), 0, None)[0][
+        "content"
+    ]
     assert text == "system: Sums.\n\nuser: 2 + 2?"
     pair = Rubric(JudgePairsSettings(kind="judge_pairs", **BASE)).messages(group, 1, 0)
     assert pair[0]["content"].index("\nb\n") < pair[0]["content"].index("{{ 1 + 1 }}")
     assert "from 1 (worst) to 10 (best)" in ratings().messages(group, 0, None)[0]["content"]
     with pytest.raises(DataError, match=r"row 3, group 'g'.*'nothing' is undefined"):
         ratings(template="{{ nothing }}").messages(group, 0, None)
-    with pytest.raises(ConfigError, match="one of Jinja"):
+    with pytest.raises(ConfigError, match="valid Jinja"):
         ratings(template="{% if %}")
     with pytest.raises(ConfigError, match="path of a file"):
         ratings(template="no.jinja")

@@ -120,7 +120,7 @@ def test_a_missing_number_is_no_zero_and_no_nan(root: Path, tmp_path: Path) -> N
 def test_a_response_that_no_scorer_knows(root: Path, tmp_path: Path) -> None:
     """Stops the run, with its place; unless the settings say what its reward is."""
     later = {"kind": "function", "function": sometimes_missing(tmp_path)}
-    with pytest.raises(DataError, match=r"number of at least one scorer.*response 0") as error:
+    with pytest.raises(DataError, match=r"at least one scorer has a number.*response 0") as error:
         reward(root, {"a": later})
     group = open_dataset(root, join=()).groups(0)[0]
     assert (error.value.row, error.value.group) == (0, group.group_id)
@@ -148,7 +148,7 @@ def test_the_sum_is_over_what_is_there(
     """For any weights and any missing numbers, against a sum in plain Python."""
     from collections import Counter
 
-    from support.rewarding import case
+    from support.rewarding import scoring_input
 
     from gvpo_offline.rewards.stage import RewardStage
 
@@ -166,9 +166,11 @@ def test_the_sum_is_over_what_is_there(
     counts: Counter[str] = Counter()
     if None in expected:
         with pytest.raises(DataError):
-            stage._total(case(["x"] * 3), numbers, counts)
+            stage._total(scoring_input(["x"] * 3), numbers, counts)
         return
-    np.testing.assert_allclose(stage._total(case(["x"] * 3), numbers, counts), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        stage._total(scoring_input(["x"] * 3), numbers, counts), expected, atol=1e-6
+    )
 
 
 # ---- names and versions ----
@@ -230,7 +232,7 @@ def test_rewards_that_are_there_make_others(root: Path) -> None:
         np.testing.assert_array_equal(both.rewards, 0.5 * one.rewards + 2 * other.rewards)
     with pytest.raises(ConfigError, match=r"reward='nothing'.*'level@1', 'mix@1', 'numeric@1'"):
         reward(root, {"a": {"kind": "reward", "reward": "nothing"}})
-    with pytest.raises(ConfigError, match=r"says which version.*scorers\.a\.reward: mix.*mix@1"):
+    with pytest.raises(ConfigError, match=r"names the version.*scorers\.a\.reward: mix.*mix@1"):
         reward(root, {"a": {"kind": "reward", "reward": "mix"}}, name="mix")
 
 
@@ -282,7 +284,9 @@ def test_groups_that_came_meanwhile(root: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_module, "run_stage", meanwhile)
-        with pytest.raises(DataError, match="groups stay the same while they are scored"):
+        with pytest.raises(
+            DataError, match="groups of a dataset do not change while they are scored"
+        ):
             run_reward(config, WorkerSettings(show_progress=False))
     result = run_reward(config, WorkerSettings(show_progress=False))
     assert result is not None
@@ -320,7 +324,7 @@ def test_a_log_of_ids_alone_is_decoded(tmp_path: Path, tiny_tokenizer_dir: Path)
         assert group.rewards is not None
         assert group.rewards.tolist() == [float(i == 1) for i in range(group.group_size)]
     build_dataset(tmp_path / "unnamed", groups=groups, **{**kept, "tokenizer": None})
-    with pytest.raises(DataError, match="a group without text in a dataset that names no token"):
+    with pytest.raises(DataError, match="a group without texts in a dataset that names no token"):
         reward(tmp_path / "unnamed", {"right": NUMERIC})
     named = {"tokenizer_name_or_path": str(tiny_tokenizer_dir)}
     reward(tmp_path / "unnamed", {"right": NUMERIC}, **named)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.rewarding import answered_dataset, case, functions, read, reward
+from support.rewarding import answered_dataset, functions, read, reward, scoring_input
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.rewards.cases import ScoringInput
@@ -23,8 +23,8 @@ from gvpo_offline.rewards.kinds import (
     ExactSettings,
     FunctionSettings,
     MathSettings,
-    ModelSettings,
     NumericSettings,
+    RewardModelSettings,
     VerlSettings,
 )
 from gvpo_offline.rewards.match import ExactScorer, NumericScorer, last_number
@@ -36,13 +36,13 @@ from gvpo_offline.rewards.settings import RewardConfig
 NAN = float("nan")
 
 
-def score(scorer: Scorer, *cases: ScoringInput) -> list[list[list[float]]]:
+def score(scorer: Scorer, *groups: ScoringInput) -> list[list[list[float]]]:
     """What a scorer says, started in another process, as far as pickling goes."""
     scorer.identity()
     copied: Scorer = pickle.loads(pickle.dumps(scorer))
     copied.start()
     try:
-        found = [numbers.tolist() for numbers in copied.score(cases)]
+        found = [numbers.tolist() for numbers in copied.score(groups)]
         scorer.counts.update(copied.counts)
         return found
     finally:
@@ -54,18 +54,20 @@ def score(scorer: Scorer, *cases: ScoringInput) -> list[list[list[float]]]:
 
 def test_exact_texts_are_the_same_but_for_space_around_them() -> None:
     settings = ExactSettings(kind="exact", column="answer")
-    found = score(ExactScorer(settings), case([" blue\n", "Blue", "blue sky"], answer="blue"))
+    found = score(
+        ExactScorer(settings), scoring_input([" blue\n", "Blue", "blue sky"], answer="blue")
+    )
     assert found == [[[1, 0, 0]]]
     careless = settings.model_copy(update={"ignore_case": True})
-    assert score(ExactScorer(careless), case(["Blue"], answer="blue")) == [[[1]]]
+    assert score(ExactScorer(careless), scoring_input(["Blue"], answer="blue")) == [[[1]]]
 
 
 def test_a_pattern_finds_the_answer_in_response_and_column() -> None:
     """The last match counts; a response without one is wrong, a column without one is bare."""
     settings = ExactSettings(kind="exact", column="a", pattern=r"#### *(.*)")
     texts = ["#### 4\n#### 5", "#### 5\n#### 4", "5"]
-    assert score(ExactScorer(settings), case(texts, a="2+3\n#### 5")) == [[[1, 0, 0]]]
-    assert score(ExactScorer(settings), case(texts, a=5)) == [[[1, 0, 0]]]
+    assert score(ExactScorer(settings), scoring_input(texts, a="2+3\n#### 5")) == [[[1, 0, 0]]]
+    assert score(ExactScorer(settings), scoring_input(texts, a=5)) == [[[1, 0, 0]]]
 
 
 @pytest.mark.parametrize(
@@ -97,13 +99,13 @@ def test_numbers_within_a_tolerance() -> None:
     column is no right answer at all.
     """
     settings = NumericSettings(kind="numeric", column="answer")
-    cases = [
-        case(["0.6666667", "0.667", "none"], answer=2 / 3),
-        case(["A: 18", "1,8"], answer="9 * 2 = 18\nA: 18"),
-        case(["1", "2"], answer=None),
-        case(["1", "2"], answer="unknown"),
+    groups = [
+        scoring_input(["0.6666667", "0.667", "none"], answer=2 / 3),
+        scoring_input(["A: 18", "1,8"], answer="9 * 2 = 18\nA: 18"),
+        scoring_input(["1", "2"], answer=None),
+        scoring_input(["1", "2"], answer="unknown"),
     ]
-    found = score(NumericScorer(settings), *cases)
+    found = score(NumericScorer(settings), *groups)
     np.testing.assert_array_equal(found[0], [[1, 0, 0]])
     np.testing.assert_array_equal(found[1], [[1, 0]])
     np.testing.assert_array_equal(found[2:], [[[NAN, NAN]]] * 2)
@@ -112,10 +114,10 @@ def test_numbers_within_a_tolerance() -> None:
 def test_a_column_that_the_group_has_not() -> None:
     """A way through nested columns is one too; what there is, is named."""
     settings = NumericSettings(kind="numeric", column="reward_model.ground_truth")
-    nested = case(["4"], reward_model={"ground_truth": "4"})
+    nested = scoring_input(["4"], reward_model={"ground_truth": "4"})
     assert score(NumericScorer(settings), nested) == [[[1]]]
     with pytest.raises(DataError, match=r"f, row 3, group 'g'.*ground_truth; received answer, l"):
-        score(NumericScorer(settings), case(["4"], answer="4", level=1))
+        score(NumericScorer(settings), scoring_input(["4"], answer="4", level=1))
 
 
 # ---- math-verify ----
@@ -127,14 +129,14 @@ def maths(**settings: Any) -> MathScorer:
 
 def test_answers_are_compared_as_mathematics() -> None:
     """The gold one first: a solution counts as the equation that it solves, not the reverse."""
-    cases = [
-        case([r"So it is $\frac{2}{4}$", "It is 0.5", r"\boxed{1/3}", "I do not know"],
+    groups = [
+        scoring_input([r"So it is $\frac{2}{4}$", "It is 0.5", r"\boxed{1/3}", "I do not know"],
              answer=r"\frac{1}{2}"),
-        case(["$x=2$", "$2$"], answer="2"),
-        case(["1"], answer=None),
-        case([r"$\{1,2\}$", r"$\{2,1\}$"], answer=r"\{2, 1\}"),
+        scoring_input(["$x=2$", "$2$"], answer="2"),
+        scoring_input(["1"], answer=None),
+        scoring_input([r"$\{1,2\}$", r"$\{2,1\}$"], answer=r"\{2, 1\}"),
     ]  # fmt: skip
-    found = score(maths(), *cases)
+    found = score(maths(), *groups)
     assert found[0] == [[1, 1, 0, 0]]
     assert found[1] == [[1, 1]]
     np.testing.assert_array_equal(found[2], [[NAN]])
@@ -156,16 +158,18 @@ def test_a_gold_answer_alone_is_a_formula(answer: str, formula: bool) -> None:
 
 def test_formulas_that_stand_alone_are_read_whole() -> None:
     golds = {r"2\pi": r"$2\pi$", r"1\frac{1}{2}": "1.5", "3x+2": "$2+3x$", "18 eggs": "18"}
-    cases = [case([right, "2", "$1/2$", "3"], answer=gold) for gold, right in golds.items()]
-    assert score(maths(), *cases) == [[[1, 0, 0, 0]]] * 4
+    groups = [
+        scoring_input([right, "2", "$1/2$", "3"], answer=gold) for gold, right in golds.items()
+    ]
+    assert score(maths(), *groups) == [[[1, 0, 0, 0]]] * 4
 
 
 def test_a_pattern_says_where_the_answer_is() -> None:
     """Without it, what stands between two amounts in dollars reads as a formula."""
     text = "That is $4.00 + $2.00, she answered 30 times\nA: 6"
     marked = maths(pattern=r"A: *(.*)")
-    assert score(marked, case([text, r"A: \sqrt{36}", "6"], answer="6")) == [[[1, 1, 0]]]
-    assert score(marked, case([r"A: (1,2)"], answer="(1,2)")) == [[[1]]]
+    assert score(marked, scoring_input([text, r"A: \sqrt{36}", "6"], answer="6")) == [[[1, 1, 0]]]
+    assert score(marked, scoring_input([r"A: (1,2)"], answer="(1,2)")) == [[[1]]]
 
 
 @pytest.mark.parametrize(("on_failure", "number"), [(0.0, 0.0), (None, NAN)])
@@ -175,16 +179,18 @@ def test_a_comparison_that_hangs_is_killed(on_failure: float | None, number: flo
     """
     scorer = maths(timeout_s=1.0, on_failure=on_failure)
     texts = ["$2$", "$9^{9^{9^{9}}}$", "$2$"]
-    np.testing.assert_array_equal(score(scorer, case(texts, answer="2")), [[[1, number, 1]]])
+    np.testing.assert_array_equal(
+        score(scorer, scoring_input(texts, answer="2")), [[[1, number, 1]]]
+    )
     assert scorer.counts == {"timed_out": 1}
 
 
 def test_a_process_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = maths()
-    assert scorer.score([case(["2"], answer="2")])[0].tolist() == [[1]]
+    assert scorer.score([scoring_input(["2"], answer="2")])[0].tolist() == [[1]]
     assert scorer._worker is not None
     scorer._worker._process.kill()
-    assert scorer.score([case(["2", "2"], answer="2")])[0].tolist() == [[0, 1]]
+    assert scorer.score([scoring_input(["2", "2"], answer="2")])[0].tolist() == [[0, 1]]
     assert scorer.counts == {"broke_down": 1}
     scorer.stop()
 
@@ -196,8 +202,8 @@ def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
         "from gvpo_offline.rewards.kinds import MathSettings\n"
         "from gvpo_offline.rewards.maths import MathScorer\n"
         "from gvpo_offline.rewards.cases import ScoringInput\n"
-        "case = ScoringInput('g', 'p', None, ('1',), {'a': '1'})\n"
-        "print(MathScorer(MathSettings(kind='math', column='a')).score([case]))\n"
+        "scoring_input = ScoringInput('g', 'p', None, ('1',), {'a': '1'})\n"
+        "print(MathScorer(MathSettings(kind='math', column='a')).score([scoring_input]))\n"
     )
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
@@ -226,20 +232,22 @@ def trl(path: str, name: str) -> TrlScorer:
 
 def test_trl_functions_as_they_are(tmp_path: Path) -> None:
     path = functions(tmp_path)
-    one = case(["is 4", "is 5!"], answer="4")
+    one = scoring_input(["is 4", "is 5!"], answer="4")
     assert score(trl(path, "length"), one) == [[[4, 5]]]
     assert score(trl(path, "right"), one) == [[[1, 0]]]
-    np.testing.assert_array_equal(score(trl(path, "right"), case(["4"], answer=None)), [[[NAN]]])
+    np.testing.assert_array_equal(
+        score(trl(path, "right"), scoring_input(["4"], answer=None)), [[[NAN]]]
+    )
     chat = [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief"}]
     # Two messages, eight letters, and one for the role.
-    assert score(trl(path, "chat"), case(["Hi there"], prompt=chat)) == [[[11]]]
+    assert score(trl(path, "chat"), scoring_input(["Hi there"], prompt=chat)) == [[[11]]]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", "raises scores every group; received KeyError: 'solution'"),
-        ("right", "right scores every group; received TypeError.*'answer'"),
+        ("raises", "raises must not raise; received KeyError: 'solution'"),
+        ("right", "right must not raise; received TypeError.*'answer'"),
         ("short", "one number, or None, per response; received .1.0. for 2 responses"),
         ("one_number", "one number, or None, per response; received 1.0 for 2"),
         ("nan", "finite number, or None, per response; received nan for response 1"),
@@ -249,7 +257,7 @@ def test_trl_functions_as_they_are(tmp_path: Path) -> None:
 def test_functions_that_do_not_keep_the_bargain(tmp_path: Path, name: str, message: str) -> None:
     path = functions(tmp_path)
     with pytest.raises(DataError, match=message) as error:
-        score(trl(path, name), case(["a", "b"]))
+        score(trl(path, name), scoring_input(["a", "b"]))
     assert (error.value.file, error.value.row, error.value.group) == ("f", 3, "g")
     assert f"{path}:{name}" in str(error.value)
 
@@ -257,17 +265,17 @@ def test_functions_that_do_not_keep_the_bargain(tmp_path: Path, name: str, messa
 def test_verl_functions_as_they_are(tmp_path: Path) -> None:
     path = functions(tmp_path)
     columns = {"data_source": "gsm8k", "reward_model": {"ground_truth": "4"}}
-    one = case(["is 4", "is five"], **columns, extra_info={"index": 7})
+    one = scoring_input(["is 4", "is five"], **columns, extra_info={"index": 7})
 
     def verl(name: str, **changes: Any) -> VerlScorer:
         return VerlScorer(VerlSettings(kind="verl", function=f"{path}:{name}", **changes))
 
     assert score(verl("compute_score"), one) == [[[1, 0]]]
     kept = verl("compute_score", keep=["length", "index"])
-    assert kept.further == ("length", "index")
+    assert kept.extra_components == ("length", "index")
     assert score(kept, one) == [[[1, 0], [4, 7], [7, 7]]]
     flat = verl("plain_score", ground_truth="answer")
-    assert score(flat, case(["4", "5"], answer="4")) == [[[1, 0]]]
+    assert score(flat, scoring_input(["4", "5"], answer="4")) == [[[1, 0]]]
     with pytest.raises(DataError, match=r"number as source, or None.*'gsm8k' for response 0"):
         score(verl("compute_score", keep=["source"]), one)
 
@@ -326,7 +334,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: P
 
 def classifier(path: Path, **settings: Any) -> ModelScorer:
     given = {"kind": "model", "model_name_or_path": str(path), "use_cpu": True, **settings}
-    return ModelScorer(ModelSettings(**given))
+    return ModelScorer(RewardModelSettings(**given))
 
 
 def test_a_reward_model_scores_prompt_and_response(reward_model: Path) -> None:
@@ -335,11 +343,14 @@ def test_a_reward_model_scores_prompt_and_response(reward_model: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     chat = [{"role": "user", "content": "Say hello"}]
-    cases = [case(["Hello!", "0 1 2 3 4 5 6 7 8 9", ""], prompt=chat), case(["cat", "5"])]
+    groups = [
+        scoring_input(["Hello!", "0 1 2 3 4 5 6 7 8 9", ""], prompt=chat),
+        scoring_input(["cat", "5"]),
+    ]
     model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     expected = []
-    for one in cases:
+    for one in groups:
         for text in one.responses:
             messages = [*one.conversation, {"role": "assistant", "content": text}]
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
@@ -347,7 +358,7 @@ def test_a_reward_model_scores_prompt_and_response(reward_model: Path) -> None:
                 expected.append(float(model(ids["input_ids"]).logits[0, 0]))
     assert len({round(value, 3) for value in expected}) == 5
     for budget in (10_000, 40):
-        found = score(classifier(reward_model, max_tokens_per_batch=budget), *cases)
+        found = score(classifier(reward_model, max_tokens_per_batch=budget), *groups)
         flat = [number for numbers in found for number in numbers[0]]
         np.testing.assert_allclose(flat, expected, atol=1e-5)
 
@@ -359,7 +370,7 @@ def test_a_reward_model_in_the_stage(reward_model: Path, tmp_path: Path) -> None
     result = reward(root, {"rm": settings})
     for group in read(root):
         number = int(group.group_id[-5:])
-        alone = case(group.responses or (), prompt=f"What is {number} + 1?")
+        alone = scoring_input(group.responses or (), prompt=f"What is {number} + 1?")
         np.testing.assert_allclose(
             group.rewards, score(classifier(reward_model), alone)[0][0], atol=1e-5
         )
@@ -369,8 +380,8 @@ def test_a_reward_model_in_the_stage(reward_model: Path, tmp_path: Path) -> None
 
 
 def test_a_prompt_that_is_text_may_stay_text(reward_model: Path) -> None:
-    with_turns = score(classifier(reward_model), case(["cat"]))
-    without = score(classifier(reward_model, as_chat=False), case(["cat"]))
+    with_turns = score(classifier(reward_model), scoring_input(["cat"]))
+    without = score(classifier(reward_model, as_chat=False), scoring_input(["cat"]))
     assert abs(with_turns[0][0][0] - without[0][0][0]) > 1e-3
 
 
@@ -389,8 +400,10 @@ def test_a_reward_model_is_told_apart_by_its_weights(reward_model: Path, tmp_pat
 def test_what_a_reward_model_refuses(
     reward_model: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"fit the reward model's 96 positions.*tokens") as error:
-        score(classifier(reward_model), case(["cat " * 100]))
+    with pytest.raises(
+        DataError, match=r"fit into the reward model's 96 positions.*tokens"
+    ) as error:
+        score(classifier(reward_model), scoring_input(["cat " * 100]))
     assert error.value.group == "g"
     with pytest.raises(ConfigError, match=r"has one label; received .* with 2"):
         classifier(tiny_model_dir).identity()
@@ -406,7 +419,7 @@ def test_what_a_reward_model_refuses(
     [
         ({}, "scorers must be set"),
         ({"a b": {"kind": "math", "column": "x"}}, "the name of a scorer"),
-        ({"a.b": {"kind": "math", "column": "x"}}, "has no dot; received a.b"),
+        ({"a.b": {"kind": "math", "column": "x"}}, "contains no dot; received a.b"),
         ({"a": {"column": "x"}}, "scorers.a: .*kind"),
         ({"a": {"kind": "oracle"}}, "scorers.a: .*'oracle'"),
         ({"a": {"kind": "math"}}, "scorers.a.math.column: .*required"),

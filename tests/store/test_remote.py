@@ -275,7 +275,7 @@ def test_the_commands_that_read_take_a_url(
     files = [path for path in run.rglob("*.json") if "testing" in path.read_text()]
     assert not files, "a credential was written down"
     out = tmp_path / "out.json"
-    assert main(["evaluate", *flags, *model, "--output_file", str(out)]) == 0
+    assert main(["evaluate", *flags, *model, "--beta", "0.1", "--output_file", str(out)]) == 0
     assert url in out.read_text()
     assert "testing" not in out.read_text()
 

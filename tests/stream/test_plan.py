@@ -245,6 +245,26 @@ def test_longest_first_is_within_a_third_of_the_best(costs: list[int], world_siz
     assert max(loads_of(costs, world_size)) <= (4 / 3 - 1 / (3 * world_size)) * best + 1e-9
 
 
+def test_ties_go_to_the_lower_index_and_the_lower_rank() -> None:
+    """Equal costs are taken in the order of their indices, and equal loads in the order of ranks.
+
+    Five items of cost 1 on two ranks: 0 goes to rank 0 (loads 0, 0), 1 to rank 1 (1, 0), 2 to
+    rank 0 (1, 1), 3 to rank 1 (2, 1), 4 to rank 0 (2, 2). Three ranks, costs 2, 3, 3, 2, 2: items 1
+    and 2 (cost 3) go to ranks 0 and 1, items 0 and 3 (cost 2) to rank 2, which has 0, and then to
+    rank 2 again, which has 2 against 3 and 3; item 4 goes to rank 0, the lower of two with load 3.
+    """
+    assert share_out([1, 1, 1, 1, 1], 2) == [[0, 2, 4], [1, 3]]
+    assert share_out([2, 3, 3, 2, 2], 3) == [[1, 4], [2], [0, 3]]
+    assert share_out([5.0], 3) == [[0], [], []]
+
+
+@given(st.integers(0, 12), world_sizes)
+def test_equal_costs_are_dealt_round_robin(n: int, world_size: int) -> None:
+    """Item i goes to rank i mod m where all n items cost the same."""
+    expected = [list(range(rank, n, world_size)) for rank in range(world_size)]
+    assert share_out([7.0] * n, world_size) == expected
+
+
 def test_a_plan_worked_by_hand() -> None:
     """Shared, so prompt + computed tokens: 4+3x12=40, 20+2x20=60, 6+2x12=30, 4+2x3=10.
 

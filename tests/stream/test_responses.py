@@ -200,7 +200,14 @@ def test_every_field_of_a_group_goes_along() -> None:
     assert taken.sampler_seq_logprobs.tolist() == [-1.0, -3.0]
     assert taken.responses == ("response 0.1", "response 0.3")
     assert taken.response_ids == ("0.1", "0.3")
-    assert len(taken.loss_mask) == taken.group_size == 2
+    assert taken.group_size == 2
+    assert group.loss_mask is not None
+    assert [mask.tolist() for mask in taken.loss_mask] == [
+        group.loss_mask[1].tolist(),
+        group.loss_mask[3].tolist(),
+    ]
+    # Masks of other responses differ, so that a mask of the wrong response is noticed.
+    assert len({tuple(mask.tolist()) for mask in group.loss_mask}) == 4
     unchanged = {"group_id", "prompt_token_ids", "source", "prompt", "messages", "metadata"}
     assert set(differences(group, taken)) == set(Group.__slots__) - unchanged - {
         "truncated" if taken.truncated == group.truncated else ""

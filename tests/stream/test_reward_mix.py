@@ -64,7 +64,9 @@ def test_the_sum_response_by_response(root: Path) -> None:
         np.testing.assert_allclose(rewards, expected, rtol=0, atol=1e-15)
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     weights=st.tuples(*[st.floats(-8, 8, allow_subnormal=False)] * 3).filter(
         lambda values: any(values)

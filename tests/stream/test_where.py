@@ -550,7 +550,7 @@ def test_the_command_line(
 
     status, trained = run("train", output_dir=tmp_path / "run", max_steps=1, save_strategy="no")
     assert status == 0, trained
-    status, evaluated = run("evaluate", output_file=tmp_path / "fit.json")
+    status, evaluated = run("evaluate", output_file=tmp_path / "fit.json", beta=0.1)
     assert status == 0, evaluated
     counted = re.compile(rf"where {re.escape(WHERE)}: (\d+) of 40 groups")
     one, two = counted.search(trained), counted.search(evaluated)
@@ -568,7 +568,9 @@ def test_the_command_line(
     assert expected is not None
     assert fit["n_groups"] == expected.n_groups > 0
     assert sum(row["responses"] for row in fit["samplers"].values()) == 2 * fit["n_groups"]
-    status, output = run("evaluate", where="metadata.levle > 1", model_name_or_path="nowhere")
+    status, output = run(
+        "evaluate", where="metadata.levle > 1", model_name_or_path="nowhere", beta=0.1
+    )
     assert status == 1
     assert re.search(r"error: .*received levle.*the metadata has metadata\.level", output, re.I)
 

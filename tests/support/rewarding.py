@@ -74,7 +74,7 @@ def functions(folder: Path, text: str = FUNCTIONS) -> str:
     return str(path)
 
 
-def case(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> ScoringInput:
+def scoring_input(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> ScoringInput:
     """A group as scorers see it."""
     chat = isinstance(prompt, list)
     return ScoringInput(
@@ -83,7 +83,7 @@ def case(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> Sc
         messages=prompt if chat else None,
         responses=tuple(responses),
         metadata=metadata,
-        place={"file": "f", "row": 3, "group": "g"},
+        location={"file": "f", "row": 3, "group": "g"},
     )
 
 

@@ -178,6 +178,7 @@ def test_evaluating_names_a_response_over_the_budget(
             EvaluateConfig(
                 str(policy),
                 dataset=str(dataset.root),
+                beta=0.1,
                 max_tokens_per_micro_batch=max_tokens,
                 use_cpu=True,
                 show_progress=False,

@@ -44,17 +44,24 @@ def _rank(answer: Record) -> float | None:
 
 
 def win_rates(ranks: Sequence[float | None]) -> list[float | None]:
-    """The share of the others that each beats, by ranks of which 1 is the best; ties count half.
+    """Share of the other ranked answers that each answer beats; a tie counts as half.
 
-    Without ties it is (k - rank) / (k - 1) for k ranks: ranks 1, 2, 3 give 1, 0.5, 0. What has no
-    rank has no share and is nobody's rival.
+    Without ties it is (k - rank) / (k - 1) for k ranks: ranks 1, 2, 3 give 1, 0.5, 0.
+
+    Args:
+        ranks: one per answer, 1 the best; None where an answer has no rank.
+
+    Returns:
+        One share per answer. None for an answer without a rank, which is also left out of the
+        comparisons of the others, and for the only ranked answer of a row, which is compared with
+        nothing.
     """
     ranked = [rank for rank in ranks if rank is not None]
-    rivals = max(1, len(ranked) - 1)
+    n_others = len(ranked) - 1
     return [
         None
-        if rank is None
-        else (sum(other > rank for other in ranked) + (ranked.count(rank) - 1) / 2) / rivals
+        if rank is None or n_others == 0
+        else (sum(other > rank for other in ranked) + (ranked.count(rank) - 1) / 2) / n_others
         for rank in ranks
     ]
 

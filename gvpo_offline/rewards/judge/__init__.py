@@ -1,6 +1,7 @@
-"""Language models as judges: questions, answers that are kept, and numbers made of them.
+"""Language models as judges: requests to a server, stored answers, and scorers that read them.
 
-    groups -> rubric -> questions -> server -> journal -> committed answers -> scorer
+    groups -> rubric -> requests -> server -> journal -> committed answers -> scorer
 
-Asking is a stage of its own, before the reward stage: it costs money, and is never done twice.
+The requests are a stage of their own, before the reward stage. They cost money, so every answer is
+stored and no request that was answered is sent again.
 """

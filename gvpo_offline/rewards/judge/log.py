@@ -1,8 +1,9 @@
-"""What a judge said: every answer is on disk before the next question, and committed by task.
+"""The stored answers of a judge.
 
-A task is the groups of one row group. It is done in rounds: the first asks every question, each
-later one those that failed before. A round is a committed file and never changes; until it is
-there, its answers are in a journal, one line each, so that a run that is cut off loses none.
+A task is the groups of one row group, and runs in rounds: the first round sends every request, each
+later round those that failed before. A round is a committed Parquet file and never changes. Until
+it is committed, its answers are in a journal, one JSON line each, which is synced to disk after
+every answer, so that an interrupted run loses none.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ Key = tuple[str, int, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One answer, or why there is none.
+    """One answer, or the cause of a failed request.
 
     Attributes:
-        group_id: which group.
-        first: which response, or the one that was shown first.
-        second: the one that was shown second; None for a rating.
-        seed: of the last attempt.
-        model: what the server says it is.
-        text: the answer, raw.
-        value: the rating; or what the first one won: 1, 0.5 or 0.
-        error: why there is no answer; None if there is one.
+        group_id: id of the group.
+        first: index of the response that is rated, or that was shown first.
+        second: index of the response that was shown second; None for a rating.
+        seed: seed of the last attempt.
+        model: name of the model in the server's answer.
+        text: raw text of the answer.
+        value: the rating; or the result of the first response: 1 won, 0.5 tie, 0 lost.
+        error: cause of the failure; None if there is an answer.
     """
 
     group_id: str
@@ -65,12 +66,12 @@ class Judgement:
 
     @property
     def key(self) -> Key:
-        """The question."""
+        """What identifies the request: group, first and second response."""
         return self.group_id, self.first, self.second
 
 
 class JudgementLog:
-    """The rounds of one judge under `judgements/<stage>/`, committed in the stage `stage`."""
+    """The rounds of one judge: files in `judgements/<stage>/`, committed as tasks of `stage`."""
 
     def __init__(self, root: Path, stage: str) -> None:
         self.root = root
@@ -82,7 +83,7 @@ class JudgementLog:
         return committed_rounds(self.tasks, task)
 
     def read(self, records: Sequence[TaskRecord]) -> dict[Key, Judgement]:
-        """The newest word on every question of some rounds.
+        """The newest answer or failure of every request of some rounds.
 
         Raises:
             IntegrityError: a file is missing or was altered.
@@ -100,10 +101,10 @@ class JudgementLog:
         return found
 
     def write(self, round_: str, judgements: Sequence[Judgement]) -> TaskRecord:
-        """Write a round, in the order given; the record is to be committed.
+        """Write a round, in the order given; the caller commits the record.
 
         Raises:
-            StorageError: no room.
+            StorageError: the file cannot be written.
         """
         failed = sum(each.error is not None for each in judgements)
         rows = pa.Table.from_pylist([asdict(each) for each in judgements], schema=_SCHEMA)
@@ -112,7 +113,7 @@ class JudgementLog:
         return TaskRecord(stage=self.tasks.stage, task=round_, files=[entry], counts=counts)
 
     def journal(self, round_: str) -> Journal:
-        """The journal of a round, with what attempts before this one have put there."""
+        """The journal of a round, with the answers of earlier, interrupted runs."""
         return Journal(self.root / self._folder, round_)
 
     def remove_journals(self) -> None:
@@ -122,17 +123,18 @@ class JudgementLog:
 
 
 class Journal:
-    """Answers as they came, in files that are only ever appended to, one for each attempt.
+    """The answers of a round that is not committed: one append-only file per run.
 
     Args:
-        folder: where they are.
-        round_: whose they are.
+        folder: the folder of the files.
+        round_: name of the round.
 
     Attributes:
-        known: the answers of attempts before this one; the first to a question holds.
+        known: the answers so far, those of earlier runs included. If a request was answered twice,
+            the first answer is kept.
 
     Raises:
-        IntegrityError: a line, other than one that a kill cut short, is damaged.
+        IntegrityError: a line is damaged, other than a last line without its end.
     """
 
     def __init__(self, folder: Path, round_: str) -> None:
@@ -144,10 +146,10 @@ class Journal:
         self._file: IO[str] | None = None
 
     def add(self, judgement: Judgement) -> None:
-        """Put an answer on disk; returns when it is there.
+        """Append an answer and sync it to disk.
 
         Raises:
-            StorageError: no room.
+            StorageError: the file cannot be written.
         """
         content = asdict(judgement)
         line = json.dumps({"sha256": sha256_json(content), "judgement": content})
@@ -171,22 +173,22 @@ class Journal:
 def _journalled(path: Path) -> Iterator[Judgement]:
     try:
         file = path.open(encoding="utf-8", errors="replace")
-    except FileNotFoundError:  # another attempt has committed all there is
+    except FileNotFoundError:  # another run has committed the round
         return
     with file:
         for row, line in enumerate(file):
             if not line.endswith("\n"):
-                return  # its writer was killed: the answer is as good as never given
+                return  # the writer was killed: the request is sent again
             try:
                 entry = json.loads(line)
                 if sha256_json(entry["judgement"]) != entry["sha256"]:
-                    raise ValueError("the SHA-256 is another")
+                    raise ValueError("its SHA-256 does not match")
                 yield Judgement(**entry["judgement"])
             except (ValueError, TypeError, KeyError) as error:
                 raise IntegrityError(
-                    "a line of a journal is an answer with its SHA-256",
+                    "a line of a journal is an answer and its SHA-256",
                     received=f"{type(error).__name__}: {error}",
-                    remedy="remove the line: its question is then asked again",
+                    remedy="remove the line; the request is then sent again",
                     file=path,
                     row=row,
                 ) from error

@@ -1,4 +1,4 @@
-"""Who meets whom within a group, and what comes of it."""
+"""Pairs of responses to compare within a group, and the win rates from the comparisons."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Pair = tuple[int, int]
 
 
 def pairs_of(size: int, opponents: int | None, group_id: str) -> list[Pair]:
-    """Pairs in which every response meets at least `opponents` others; None: all of them.
+    """Pairs in which every response is compared with at least `opponents` others; None: with all.
 
-    A ring in an order that is a hash of the group's id: everybody meets the next ones on either
-    side, and those across where the number is odd. All degrees are equal, and the pairs connect the
-    whole group where each meets two or more.
+    The responses form a ring, in an order given by a hash of the group's id. Each is compared with
+    its nearest neighbours on both sides, and for an odd number also with the opposite response. All
+    responses have equally many pairs; with two or more each, the pairs connect the whole group.
 
     Returns:
         Pairs (i, j), i < j, each once.
@@ -37,11 +37,12 @@ def pairs_of(size: int, opponents: int | None, group_id: str) -> list[Pair]:
 
 
 def win_rates(size: int, wins: Mapping[Pair, float]) -> FloatArray:
-    """What each response won on average: over both orders, when shown first, when shown second.
+    """Mean result of each response: over both orders, when shown first, when shown second.
 
     Args:
         size: k.
-        wins: for (i, j), i shown first: what i won, 1, 0.5 or 0. Both orders of each pair.
+        wins: result of i in (i, j), where i is shown first: 1 won, 0.5 tie, 0 lost. Both orders
+            of each pair.
 
     Returns:
         (3, k); NaN for a response in no pair.
@@ -50,6 +51,6 @@ def win_rates(size: int, wins: Mapping[Pair, float]) -> FloatArray:
     for (i, j), won in wins.items():
         first[i] += won
         second[j] += 1 - won
-        met[i] += 1  # and, as both orders are there, as often in second place
+        met[i] += 1  # as often shown second, since both orders are given
     met[met == 0] = np.nan
     return np.stack([(first + second) / (2 * met), first / met, second / met])

@@ -1,4 +1,4 @@
-"""The rubric: what a judge is asked about a response or a pair, and how its answer is read."""
+"""The rubric of a judge: renders the prompt about a response or a pair, parses the answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Verdict: A
 Verdict: B
 Verdict: tie
 """
-# At the very end, so that neither a number in the reasons nor "7/10" is taken for it.
+# Anchored at the end, so that numbers in the reasoning and "7/10" do not match.
 _SCORE = r"Score:[\s*]*(-?\d+(?:\.\d+)?)[\s*.]*\Z"
 _VERDICT = r"Verdict:[\s*]*(A|B|[Tt]ie)[\s*.]*\Z"
 _VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -65,13 +65,13 @@ _FILES = (".jinja", ".jinja2", ".j2")
 
 
 class Rubric:
-    """A template, and a strict way to read what it leads to.
+    """A prompt template and a strict parser of the answers.
 
     Args:
-        settings: of the judge.
+        settings: settings of the judge.
 
     Raises:
-        ConfigError: the template cannot be read.
+        ConfigError: the template cannot be read or compiled.
     """
 
     def __init__(self, settings: AnyJudgeSettings) -> None:
@@ -84,61 +84,61 @@ class Rubric:
         _compiled(self.text)
 
     def identity(self) -> dict[str, Any]:
-        """All that a judgement depends on beside group and model, as JSON."""
+        """All that a judgement depends on apart from group and model, as JSON."""
         asked = {"system": self._settings.system, "template": self.text}
         return {**asked, "pattern": self.pattern, "rubric_sha256": sha256_json(asked)}
 
-    def messages(self, case: ScoringInput, first: int, second: int | None) -> list[Message]:
-        """The question about a response, or about a pair in the order in which it is shown.
+    def messages(self, group: ScoringInput, first: int, second: int | None) -> list[Message]:
+        """The chat messages about a response, or about a pair in the order shown.
 
         Raises:
-            DataError: the template does not fit the group.
+            DataError: the template cannot be rendered for the group.
         """
-        shown: dict[str, Any] = {"response": case.responses[first]}
+        shown: dict[str, Any] = {"response": group.responses[first]}
         if second is not None:
-            shown = {"response_a": case.responses[first], "response_b": case.responses[second]}
+            shown = {"response_a": group.responses[first], "response_b": group.responses[second]}
         if isinstance(self._settings, JudgeSettings):
             shown["scale"] = [f"{end:g}" for end in self._settings.scale]
         try:
             text = _compiled(self.text).render(
-                prompt=_prompt_text(case),
-                messages=case.conversation,
-                metadata=case.metadata,
+                prompt=_prompt_text(group),
+                messages=group.conversation,
+                metadata=group.metadata,
                 **shown,
             )
         except Exception as error:  # a template may raise anything
             raise DataError(
-                "the judge's template fits every group",
+                "the judge's template can be rendered for every group",
                 received=f"{type(error).__name__}: {error}",
-                remedy="correct the template; it knows prompt, messages, metadata, and "
+                remedy="correct the template; its variables are prompt, messages, metadata, and "
                 + ("response_a and response_b" if self._pairs else "response and scale"),
-                **case.place,
+                **group.location,
             ) from error
         system = self._settings.system
         start = [] if system is None else [{"role": "system", "content": system}]
         return [*start, {"role": "user", "content": text}]
 
     def value(self, answer: str) -> float:
-        """The rating; or what the response that is shown first gets: 1, 0, or 0.5 for a tie.
+        """The rating; or the result of the response shown first: 1 won, 0 lost, 0.5 tie.
 
         Raises:
-            BadAnswerError: the answer says none, several, or one off the scale.
+            BadAnswerError: the answer has no judgement, several, or a rating outside the scale.
         """
-        said = self._field(answer) if self.pattern is None else self._match(answer, self.pattern)
+        found = self._field(answer) if self.pattern is None else self._match(answer, self.pattern)
         if self._pairs:
-            verdict = _VERDICTS.get(str(said).strip().lower())
+            verdict = _VERDICTS.get(str(found).strip().lower())
             if verdict is None:
-                raise BadAnswerError(f"the verdict {said!r}, which is none of A, B, tie")
+                raise BadAnswerError(f"the verdict {found!r}, which is not A, B or tie")
             return verdict
         assert isinstance(self._settings, JudgeSettings)
         low, high = self._settings.scale
         try:
-            number = math.nan if isinstance(said, bool) else float(said)
+            number = math.nan if isinstance(found, bool) else float(found)
         except (TypeError, ValueError):
             number = math.nan
         if not low <= number <= high:
             raise BadAnswerError(
-                f"the rating {said!r}, which is no number from {low:g} to {high:g}"
+                f"the rating {found!r}, which is not a number from {low:g} to {high:g}"
             )
         return number
 
@@ -183,19 +183,19 @@ def _compiled(text: str) -> Any:
         return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
     except TemplateError as error:
         raise ConfigError(
-            "the judge's template is one of Jinja",
+            "the judge's template is valid Jinja",
             received=f"{type(error).__name__}: {error}",
-            remedy="correct scorers.….template",
+            remedy="correct the setting `template` of the scorer",
         ) from error
 
 
-def _prompt_text(case: ScoringInput) -> str:
-    if case.messages is None:
-        return case.prompt or ""
-    turns = [(turn.get("role"), turn.get("content")) for turn in case.messages]
+def _prompt_text(group: ScoringInput) -> str:
+    if group.messages is None:
+        return group.prompt or ""
+    turns = [(turn.get("role"), turn.get("content")) for turn in group.messages]
     if len(turns) == 1 and isinstance(turns[0][1], str):
         return turns[0][1]
     return "\n\n".join(
-        f"{role}: {said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)}"
-        for role, said in turns
+        f"{role}: {text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)}"
+        for role, text in turns
     )

@@ -1,4 +1,4 @@
-"""Judges as scorers: numbers made of committed answers."""
+"""Scorers that compute numbers from the committed answers of a judge."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ class _Judge(SimpleScorer):
         super().__init__()
         self._settings = settings
         self._dataset = dataset
-        # What is done about gaps is no matter of the answers.
+        # `gaps` does not change the answers.
         asked = {name: value for name, value in self.identity().items() if name != "gaps"}
         stage = f"judge-{sha256_json(asked)[:_NAME_DIGITS]}"
         self._log = JudgementLog(dataset.folder.resolve(), stage)
 
     def identity(self) -> dict[str, Any]:
-        """The model, the rubric and its hash, and how answers are drawn and read.
+        """The model, the rubric and its hash, and the settings of sampling and parsing.
 
         Raises:
-            ConfigError: the template is none.
+            ConfigError: the template cannot be compiled.
         """
         described = settings_of(self._settings)
         for name in self._settings.operational:
             del described[name]
         return {**described, **Rubric(self._settings).identity()}
 
-    def gather(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
-        """Ask the judge whatever it has not answered yet.
+    def prepare(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
+        """Send all requests that have no answer yet.
 
         Raises:
-            DataError: questions failed, and `gaps` does not say to do without; counts them and
-                their causes. Every answer is kept, and the next run asks these alone.
+            DataError: requests failed, and `gaps` is "error"; names the number and the causes.
+                Answers are kept, and the next run sends only the failed requests.
             ConfigError: the server refuses the key or does not know the model.
         """
         stage = JudgeStage(self._dataset, reader, self._log, self._settings, self.items)
@@ -60,22 +60,22 @@ class _Judge(SimpleScorer):
             self._log.remove_journals()
         return done
 
-    def items(self, case: ScoringInput) -> list[Item]:
-        """What to ask about."""
+    def items(self, group: ScoringInput) -> list[Item]:
+        """The requests about a group: indices of the response(s) shown."""
         raise NotImplementedError
 
-    def score(self, cases: Sequence[ScoringInput]) -> list[FloatArray]:
-        """(1 + F, k) for each case.
+    def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
+        """(1 + F, k) for each group.
 
         Raises:
-            DataError: two models answered about one group.
+            DataError: the answers about one group are from two models.
         """
-        found = self._log.read(self._log.rounds(task_of(self._dataset, cases[0].row_group)))
-        return [self._score(case, self._of(case, found)) for case in cases]
+        found = self._log.read(self._log.rounds(task_of(self._dataset, groups[0].row_group)))
+        return [self._score(group, self._values(group, found)) for group in groups]
 
-    def _of(self, case: ScoringInput, found: Mapping[Key, Judgement]) -> dict[Item, float]:
-        asked = {item: found[(case.group_id, *item)] for item in self.items(case)}
-        own = {item: said for item, said in asked.items() if said.error is None}
+    def _values(self, group: ScoringInput, found: Mapping[Key, Judgement]) -> dict[Item, float]:
+        asked = {item: found[(group.group_id, *item)] for item in self.items(group)}
+        own = {item: judgement for item, judgement in asked.items() if judgement.error is None}
         if len(own) < len(asked):
             self.counts["failed"] += len(asked) - len(own)
         models = {judgement.model for judgement in own.values()}
@@ -83,51 +83,53 @@ class _Judge(SimpleScorer):
             raise DataError(
                 "one model judges all responses of a group",
                 received=", ".join(sorted(map(str, models))),
-                remedy="name the model's exact version in `model`, and judge with that",
-                **case.place,
+                remedy="set `model` to the exact version of the model",
+                **group.location,
             )
-        return {item: said.value for item, said in own.items() if said.value is not None}
+        return {
+            item: judgement.value for item, judgement in own.items() if judgement.value is not None
+        }
 
-    def _score(self, case: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
+    def _score(self, group: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
         raise NotImplementedError
 
 
 class RatingJudge(_Judge):
-    """The number that a judge gives each response by itself."""
+    """The rating of each response by itself."""
 
     def __init__(self, settings: JudgeSettings, dataset: GroupDataset) -> None:
         super().__init__(settings, dataset)
 
-    def items(self, case: ScoringInput) -> list[Item]:
-        """Each response."""
-        return [(i, None) for i in range(case.size)]
+    def items(self, group: ScoringInput) -> list[Item]:
+        """One request per response."""
+        return [(i, None) for i in range(group.size)]
 
-    def _score(self, case: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
-        return numbers([values.get(item) for item in self.items(case)])
+    def _score(self, group: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
+        return numbers([values.get(item) for item in self.items(group)])
 
 
 class PairsJudge(_Judge):
-    """The mean share of its comparisons that a response wins, each made in both orders.
+    """The share of its comparisons that a response wins; each pair is compared in both orders.
 
-    Beside it are kept what it wins when it is shown first and when second. Counted is
-    `swayed_by_order`: pairs of which the two orders gave verdicts that contradict each other.
+    Extra components are the shares won when shown first and when shown second. The count
+    `swayed_by_order` is the number of pairs whose verdict changed with the order.
     """
 
-    further: tuple[str, ...] = ("shown_first", "shown_second")
+    extra_components: tuple[str, ...] = ("shown_first", "shown_second")
 
     def __init__(self, settings: JudgePairsSettings, dataset: GroupDataset) -> None:
         self._opponents = settings.opponents
         super().__init__(settings, dataset)
 
-    def items(self, case: ScoringInput) -> list[Item]:
-        """Each pair, in both orders."""
-        pairs = pairs_of(case.size, self._opponents, case.group_id)
+    def items(self, group: ScoringInput) -> list[Item]:
+        """Two requests per pair, one in each order."""
+        pairs = pairs_of(group.size, self._opponents, group.group_id)
         return [shown for i, j in pairs for shown in ((i, j), (j, i))]
 
-    def _score(self, case: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
-        # A pair counts where both of its orders were judged.
+    def _score(self, group: ScoringInput, values: Mapping[Item, float]) -> FloatArray:
+        # Only pairs for which both orders have an answer.
         wins = {(i, j): won for (i, j), won in values.items() if j is not None and (j, i) in values}
         self.counts["swayed_by_order"] += sum(
             won + wins[j, i] != 1 for (i, j), won in wins.items() if i < j
         )
-        return win_rates(case.size, wins)
+        return win_rates(group.size, wins)

@@ -1,4 +1,4 @@
-"""Asking a judge about a whole dataset, as a stage that an engine runs task by task."""
+"""The stage that sends the requests about a whole dataset to a judge."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ _CAUSES_SHOWN = 3
 
 
 def task_of(dataset: GroupDataset, row_group: int) -> str:
-    """The name of a row group's task: its file's hash, and its number there."""
+    """Name of the task of a row group: the hash of its file, and its number in the file."""
     file, local = dataset.locate(row_group)
     return f"{dataset.manifest.groups[file].sha256[:_TASK_DIGITS]}.{local:05d}"
 
 
 class JudgeStage:
-    """All questions to one judge, a task for each row group; see `Stage`.
+    """All requests to one judge, one task per row group; see `Stage`.
 
     Args:
-        dataset: whose responses are judged.
-        reader: of its groups.
-        log: where the answers go.
-        settings: of the judge.
-        items: which responses, or pairs in the order in which they are shown, to ask about.
+        dataset: the dataset whose responses are judged.
+        reader: reads its groups.
+        log: stores the answers.
+        settings: settings of the judge.
+        items: the requests about a group: indices of the response, or of the pair in the order
+            shown.
     """
 
     unit = "groups"
@@ -57,7 +58,7 @@ class JudgeStage:
         self._items = items
         self._rubric = Rubric(settings)
         self._server = Server(settings)
-        # Decided once, so that an engine's processes agree on what there is to do.
+        # Fixed here, so that all processes have the same tasks.
         self._rounds: dict[str, tuple[int, str, int]] = {}
         self._tasks = []
         for row_group, size in enumerate(dataset.row_group_sizes.tolist()):
@@ -71,52 +72,52 @@ class JudgeStage:
             self._tasks.append(Task(name, size))
 
     def tasks(self) -> Sequence[Task]:
-        """The next round of every task; of one whose gaps, if any, do not matter, its last."""
+        """The next round of every task; the last round of a task that needs no further one."""
         return self._tasks
 
     def start(self) -> None:
-        """Find the server's key."""
+        """Read the API key of the server."""
         self._server.start()
 
     def work(self, task: Task) -> TaskRecord:
-        """Ask what neither the rounds before nor an attempt that was cut off have answers to.
+        """Send the requests that neither earlier rounds nor an interrupted run have answers to.
 
         Raises:
             ConfigError: the server refuses the key or does not know the model.
-            DataError: the template does not fit a group.
-            StorageError: no room.
+            DataError: the template cannot be rendered for a group.
+            StorageError: a file cannot be written.
         """
         row_group, name, number = self._rounds[task.name]
         before = self._log.read(self._log.rounds(name)[:number])
         with self._log.journal(task.name) as journal:
-            questions = {
-                question.key: question
-                for case in self._reader.cases(row_group)
-                for question in self._questions(case, before, journal)
+            requests = {
+                request.key: request
+                for group in self._reader.read(row_group)
+                for request in self._requests(group, before, journal)
             }
-            open_ = [each for key, each in questions.items() if key not in journal.known]
+            open_ = [each for key, each in requests.items() if key not in journal.known]
             causes = self._server.ask(open_)
         failed = {q.key: q.failed(cause) for q, cause in zip(open_, causes, strict=True) if cause}
-        return self._log.write(task.name, [(failed | journal.known)[key] for key in questions])
+        return self._log.write(task.name, [(failed | journal.known)[key] for key in requests])
 
-    def _questions(
-        self, case: ScoringInput, before: dict[Key, Judgement], journal: Journal
+    def _requests(
+        self, group: ScoringInput, before: dict[Key, Judgement], journal: Journal
     ) -> list[_JudgeRequest]:
-        """The questions about a group that rounds before have no answer to."""
-        questions = []
-        for first, second in self._items(case):
-            last = before.get((case.group_id, first, second))
+        """The requests about a group that have no answer in earlier rounds."""
+        requests = []
+        for first, second in self._items(group):
+            last = before.get((group.group_id, first, second))
             if last is None or last.error is not None:
-                messages = self._rubric.messages(case, first, second)
+                messages = self._rubric.messages(group, first, second)
                 seed = self._settings.seed if last is None else last.seed + 1
-                key = (case.group_id, first, second)
-                questions.append(
+                key = (group.group_id, first, second)
+                requests.append(
                     _JudgeRequest(key, self._settings, self._rubric, messages, seed, journal)
                 )
-        return questions
+        return requests
 
     def gaps(self) -> None:
-        """Raise DataError if questions of committed tasks have no answer; counts the causes."""
+        """Raise DataError if requests of committed tasks failed; names number and causes."""
         causes: Counter[str] = Counter()
         asked = 0
         for _, name, _ in self._rounds.values():
@@ -130,15 +131,15 @@ class JudgeStage:
         failed = causes.total()
         shown = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(_CAUSES_SHOWN))
         raise DataError(
-            "the judge answers every question, in the form that is asked for",
+            "the judge answers every request in the required form",
             received=f"{failed:,} of {asked + failed:,} failed: {shown}",
-            remedy="run the same command again: it asks these questions alone",
+            remedy="run the same command again: it sends only these requests",
             file=self.root,
         )
 
 
 class _JudgeRequest:
-    """One question, asked until its answer can be read; see `server.client.Question`."""
+    """One request, repeated until its answer can be parsed; see `server.client.Question`."""
 
     chat = True
 
@@ -159,7 +160,7 @@ class _JudgeRequest:
         self._journal = journal
 
     def body(self) -> dict[str, Any]:
-        """The request; at temperature 0 the same seed would lead to the same answer."""
+        """The request; each attempt has another seed, as the same one may give the same answer."""
         settings = self._settings
         body: dict[str, Any] = {"model": settings.model, "messages": self._messages}
         body["temperature"] = settings.temperature
@@ -170,10 +171,10 @@ class _JudgeRequest:
         return body | settings.extra_body
 
     def read(self, answer: Any) -> None:
-        """Keep an answer that ends by itself and says a judgement."""
+        """Store an answer that is complete and contains a judgement."""
         choice = choices_of(answer).get(0)
         if choice is None:
-            raise BadAnswerError("an answer without a first choice")
+            raise BadAnswerError("an answer without choices")
         if finish_of(choice) == CUT:
             raise BadAnswerError(f"an answer cut at {self._settings.max_tokens} tokens")
         text = text_of(choice)
@@ -181,9 +182,9 @@ class _JudgeRequest:
             raise BadAnswerError("an empty text")
         value, model = self._rubric.value(text), answer.get("model")
         seed = self._next_seed - 1
-        said = str(model) if model is not None else None
-        self._journal.add(Judgement(*self.key, seed=seed, model=said, text=text, value=value))
+        name = None if model is None else str(model)
+        self._journal.add(Judgement(*self.key, seed=seed, model=name, text=text, value=value))
 
     def failed(self, cause: str) -> Judgement:
-        """The record that there is no answer, and why."""
+        """The record of a failed request and its cause."""
         return Judgement(*self.key, seed=self._next_seed - 1, error=cause)

@@ -1,1 +1,1 @@
-"""People's ratings, rankings and votes, from files, made into numbers."""
+"""Scores from files of people's ratings, ranks and votes."""

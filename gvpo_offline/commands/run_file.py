@@ -1,0 +1,161 @@
+"""The settings that `evaluate` takes from the run that trained a policy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gvpo_offline.commands.settings import EvaluateConfig
+from gvpo_offline.errors import ConfigError, IntegrityError
+from gvpo_offline.reference.base import BASE
+from gvpo_offline.settings import required
+from gvpo_offline.stream.settings import ResponseSettings
+from gvpo_offline.train.checkpoint import RUN_FILE
+from gvpo_offline.train.objective import Objective
+from gvpo_offline.train.settings import GVPOSettings
+
+_logger = logging.getLogger(__name__)
+_OF_TRAINING = ("beta", "loss_type", "anchor", "response_weights", "eval_fraction")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
+    """Fill the settings that were not given with those of the run that trained the policy.
+
+    The objective and `eval_fraction` are the run's. So is the dataset, where none is given: the
+    run's `eval_dataset`, which is evaluated whole, else its training dataset. Its conditions,
+    reward, reference and version go with it; another dataset does not get them. A setting that is
+    given is used, and logged as a warning where the run had another value.
+
+    Raises:
+        ConfigError: no dataset is given, and the run has none or several.
+        IntegrityError: the run file cannot be read.
+    """
+    path = _path_of_run_file(config.model_name_or_path)
+    if path is None:
+        required("dataset", config.dataset)
+        return config
+    own = _settings_of_run(path, config.dataset)
+    missing = {name: value for name, value in own.items() if not _is_given(config, name)}
+    for name, value in own.items():
+        if name not in missing and name != "dataset" and _differs(getattr(config, name), value):
+            _logger.warning(
+                "%s %s is not that of the run, which had %s (%s)",
+                name,
+                getattr(config, name),
+                value,
+                path,
+            )
+    shown = ", ".join(
+        f"{name} {value}"
+        for name, value in missing.items()
+        if value not in (None, ResponseSettings())
+    )
+    if shown:
+        _logger.info("settings of the run (%s): %s", path, shown)
+    return replace(config, **missing)
+
+
+def objective_of(config: EvaluateConfig) -> Objective:
+    """The objective of an evaluation, its settings checked as those of training are.
+
+    Raises:
+        ConfigError: beta is not known, or a setting is out of range.
+    """
+    if config.beta is None:
+        raise ConfigError(
+            "beta must be given for a policy without a run file: the metrics depend on it",
+            received=f"no {RUN_FILE} in {config.model_name_or_path}",
+            remedy="pass --beta, the beta of the run that it is to be compared with",
+        )
+    given = {name: getattr(config, name) for name in _OF_TRAINING}
+    settings = GVPOSettings(**{name: value for name, value in given.items() if value is not None})
+    return Objective(settings.beta, settings.loss_type, settings.anchor, settings.response_weights)
+
+
+def _path_of_run_file(model: str) -> Path | None:
+    """The run file in a policy's folder; of a checkpoint, in the folder of its run."""
+    folder = Path(model)
+    if _CHECKPOINT.fullmatch(folder.resolve().name):
+        folder = folder.resolve().parent
+    path = folder / RUN_FILE
+    return path if path.is_file() else None
+
+
+def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:
+    """The run's settings by their names in `EvaluateConfig`."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        training = run["training"]
+        own = {name: training[name] for name in _OF_TRAINING if name in training}
+        trained, held_out = _datasets(run)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(
+            "a run file holds the settings of a run as JSON",
+            received=f"{type(error).__name__}: {error}",
+            remedy="restore it from the run's folder, or move it away and pass the settings",
+            file=path,
+        ) from error
+    candidates = [*held_out, *trained] if dataset else held_out or trained
+    if dataset:
+        candidates = [each for each in candidates if _same(each["dataset"], dataset)][:1]
+    elif len(candidates) > 1:
+        raise ConfigError(
+            "an evaluation is on one dataset",
+            received=", ".join(each["dataset"] for each in candidates),
+            remedy="pass --dataset, one of these",
+        )
+    return own | candidates[0] if candidates else own
+
+
+def _datasets(run: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The run's training and held-out datasets; the latter are evaluated whole."""
+    data, reference = run["data"], run.get("reference")
+    trained = data.get("datasets") or [
+        {**data, "path": data["dataset"], "version": data.get("dataset_version")}
+    ]
+    held_out = data.get("eval_datasets") or []
+    if data.get("eval_dataset"):
+        scores = {name: data.get(name) for name in ("reward", "reference")}
+        held_out = [{"path": data["eval_dataset"], **scores}]
+    if "rewards" in run:  # by version: a dataset may have got newer ones since
+        trained = [
+            {**each, "reward": reward} for each, reward in zip(trained, run["rewards"], strict=True)
+        ]
+    return (
+        [_as_settings(each, reference) for each in trained],
+        [{**_as_settings(each, reference), "eval_fraction": 0.0} for each in held_out],
+    )
+
+
+def _as_settings(dataset: dict[str, Any], reference: str | None) -> dict[str, Any]:
+    """One dataset of a run by the names of `EvaluateConfig`."""
+    named = dataset.get("reference")
+    return {
+        "dataset": dataset["path"],
+        "dataset_version": dataset.get("version"),
+        "where": dataset.get("where"),
+        "responses": ResponseSettings(**(dataset.get("responses") or {})),
+        "reward": dataset.get("reward"),
+        "reference": reference or (None if named == BASE else named),
+    }
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two paths or URLs name one dataset."""
+    paths = "://" not in one + other
+    return one == other or (paths and Path(one).resolve() == Path(other).resolve())
+
+
+def _is_given(config: EvaluateConfig, name: str) -> bool:
+    return getattr(config, name) not in (None, "", ResponseSettings())
+
+
+def _differs(given: Any, own: Any) -> bool:
+    """Whether a setting is not the run's; a reference may be given by its first digits."""
+    prefix = isinstance(given, str) and isinstance(own, str) and own.startswith(given)
+    return own not in (None, ResponseSettings()) and given != own and not prefix
