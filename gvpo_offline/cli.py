@@ -1,6 +1,6 @@
-"""`gvpo-offline`: one command per stage, each filled from a YAML file and flags.
+"""`gvpo-offline`: one subcommand per stage, with settings from YAML files and flags.
 
-Only the parser of the command at hand is built, and torch is imported when work begins.
+Only the parser of the chosen command is built; torch is imported when its work begins.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any
 
-from gvpo_offline.commands.table import COMMANDS, Command
+from gvpo_offline.commands.command import Command
+from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, RunSettings
 from gvpo_offline.version import __version__
@@ -35,7 +36,7 @@ def _parser(name: str, command: Command, settings: Sequence[type], skip: set[str
     jsonargparse.set_loader("yaml", load_yaml, exceptions=(YAMLError,))
     parser = jsonargparse.ArgumentParser(
         prog=f"gvpo-offline {name}",
-        description=command.says,
+        description=command.summary,
         epilog=command.epilog,
         exit_on_error=False,
     )
@@ -61,11 +62,11 @@ def _overview() -> str:
     lines = [
         "usage: gvpo-offline COMMAND [--config FILE.yaml] [--setting value ...]",
         "",
-        "Trains language models with GVPO on responses that you already have.",
+        "Trains language models with GVPO on logged groups of scored responses.",
         "",
-        *(f"  {name:<10} {command.says}" for name, command in COMMANDS.items()),
+        *(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()),
         "",
-        "gvpo-offline COMMAND --help explains a command's settings.",
+        "gvpo-offline COMMAND --help describes a command's settings.",
     ]
     return "\n".join(lines)
 
@@ -80,7 +81,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         settings = (*others, GVPOConfig)
     parser = _parser(name, command, settings, skip)
     try:
-        return _plain(parser.parse_args(_flags(command.words, settings, argv)))
+        return _plain(parser.parse_args(_flags(command.positional, settings, argv)))
     except ArgumentError as error:
         raise ConfigError(
             "flags and YAML keys are the command's settings, with values of their types",
@@ -89,13 +90,15 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         ) from error
 
 
-def _flags(words: str, settings: Sequence[type], argv: Sequence[str]) -> list[str]:
-    """The arguments as the parser takes them: words before the first flag go to the setting
-    `words`, and a flag that is on or off may stand alone for on.
+def _flags(positional: str, settings: Sequence[type], argv: Sequence[str]) -> list[str]:
+    """Arguments for the parser.
+
+    The words before the first flag become the value of the setting `positional`; a boolean flag
+    without a value becomes true.
     """
     first = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
-    if words and first:
-        argv = [f"--{words}", json.dumps(first), *argv[len(first) :]]
+    if positional and first:
+        argv = [f"--{positional}", json.dumps(first), *argv[len(first) :]]
     switches = {f"--{field.name}" for kind in settings for field in fields(kind) if _is_bool(field)}
     found = []
     for argument, following in itertools.pairwise([*argv, "--"]):
@@ -109,7 +112,7 @@ def _is_bool(field: Field[Any]) -> bool:
 
 
 def _complaint(text: str) -> str:
-    """A parser's complaint in short: of a value, its setting and itself."""
+    """A parser's error message, shortened: for a wrong value, the setting and the value."""
     key, value = _KEY.search(text), _VALUE.search(text)
     if key and value:
         return f"{key.group(1)}: {value.group(1)}"
@@ -117,7 +120,11 @@ def _complaint(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 after an error of the user's."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0; 1 after a `GVPOError`; 2 if there is no such command.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in _HELP_FLAGS:
         print(_overview())
@@ -134,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
     except GVPOError as error:
-        # One line, whatever was quoted.
+        # On one line, even if the error quotes several.
         print(f"gvpo-offline {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

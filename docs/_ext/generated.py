@@ -53,7 +53,7 @@ def command_pages() -> dict[str, str]:
     pages = {f"commands/{name}.md": page_of(name, command) for name, command in COMMANDS.items()}
     lines = ["# Commands and their settings", ""]
     lines += [_HOW_TO_SET, ""]
-    lines += [f"- [{n}](commands/{n}.md): {prose(c.says)}" for n, c in COMMANDS.items()]
+    lines += [f"- [{n}](commands/{n}.md): {prose(c.summary)}" for n, c in COMMANDS.items()]
     lines += ["", "```{toctree}", ":hidden:", "", *(f"commands/{n}" for n in COMMANDS), "```", ""]
     return {**pages, "commands.md": "\n".join(lines)}
 

@@ -45,7 +45,7 @@ def page_of(name: str, command: Any) -> str:
         name: the subcommand.
         command: its entry in the command table.
     """
-    lines = [f"# gvpo-offline {name}", "", prose(command.says), ""]
+    lines = [f"# gvpo-offline {name}", "", prose(command.summary), ""]
     lines += ["```sh", f"gvpo-offline {name} --config FILE.yaml --setting value", "```", ""]
     if command.epilog:
         lines += [prose(_COMMAND.sub(r"`\g<0>`", command.epilog)), ""]

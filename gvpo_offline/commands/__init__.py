@@ -1,1 +1,1 @@
-"""The commands that need more than one call: from settings to a finished run."""
+"""Subcommands of `gvpo-offline`: their settings, and the runs of `train`, `tune` and `evaluate`."""

@@ -42,8 +42,8 @@ Kind = TypeVar("Kind", bound=GVPOTrainer)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What trainers of a run are made of: its settings, with the datasets opened."""
+class TrainerInputs:
+    """The settings of a run with its datasets opened; `trainer` builds a trainer from them."""
 
     model: ModelSettings
     lora: LoraSettings
@@ -51,7 +51,7 @@ class Parts:
     held_out: list[DatasetSettings | OpenedDataset]
 
     @classmethod
-    def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> Parts:
+    def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> TrainerInputs:
         """Open the datasets, before any model is loaded; errors as `open_settings`."""
         train, held_out = raise_together(
             lambda: [
@@ -61,7 +61,7 @@ class Parts:
         return cls(model, lora, train, held_out)
 
     def trainer(self, args: GVPOConfig, kind: type[Kind]) -> Kind:
-        """A trainer of a policy that is loaded for it."""
+        """Load the policy and build a trainer of it."""
         adapter = adapter_config(self.model)
         check_loading(self.model, adapter, new_adapter=self.lora.use_peft)
         quantised = self.model.load_in_4bit or self.model.load_in_8bit
@@ -90,7 +90,7 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
-    trainer = Parts.opened(model, data, lora).trainer(args, GVPOTrainer)
+    trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
     settings: dict[str, Any] = {
         "package_version": __version__,
         "model": asdict(model),

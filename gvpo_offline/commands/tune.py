@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
-from gvpo_offline.commands.train import Parts
+from gvpo_offline.commands.train import TrainerInputs
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
@@ -134,7 +134,7 @@ def run_tune(
             received="none",
             remedy="set eval_fraction, or pass an eval_dataset",
         )
-    parts = Parts.opened(model, data, lora)
+    parts = TrainerInputs.opened(model, data, lora)
     run = parts.trainer(args, GVPOTrainer)  # of the whole run: what it is, and that it can be
     if run.is_deepspeed_enabled:
         raise ConfigError(

@@ -1,3 +1,1 @@
-"""Datasets to and from the Hugging Face Hub: the same files, the same manifests, a card beside
-them. Nothing here knows what a dataset is for.
-"""
+"""Upload and download of datasets on the Hugging Face Hub: files, manifests, a card."""

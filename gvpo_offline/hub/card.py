@@ -1,7 +1,7 @@
-"""The card of a dataset on the hub: what it holds, what its columns mean, how to train from it.
+"""The dataset card on the hub: contents, columns, and the commands that train from the dataset.
 
-What people write into the card stays: a push sets the parts of the front matter that it knows, and
-the text between two marks.
+A push replaces some fields of the front matter, and the text between two marks. The rest of a card
+stays as its authors wrote it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from gvpo_offline.report.holding import Held, held_by, reward_label
-from gvpo_offline.report.listing import (
+from gvpo_offline.info.dataset import reward_label
+from gvpo_offline.info.text import (
     reference_text,
     reward_text,
     sampler_text,
@@ -23,18 +23,19 @@ from gvpo_offline.report.listing import (
 from gvpo_offline.store.manifest import FileEntry, LineageStep, Manifest, Sidecar
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 
+# Part of the cards that earlier versions pushed: do not change.
 BEGIN = "<!-- gvpo-offline: each push writes this part anew -->"
 END = "<!-- gvpo-offline: end -->"
 _TAGS = ("gvpo", "offline-rl", "grouped-responses")
 
 
 def card(manifest: Manifest, repo_id: str, existing: str | None = None) -> str:
-    """The card.
+    """The text of the card.
 
     Args:
-        manifest: the version that it tells of.
+        manifest: the version that it describes.
         repo_id: the repository, owner/name.
-        existing: the card that is there already.
+        existing: the text of the card that the repository has.
     """
     import yaml
     from huggingface_hub import DatasetCard
@@ -45,17 +46,17 @@ def card(manifest: Manifest, repo_id: str, existing: str | None = None) -> str:
         data = there.data.to_dict()  # type: ignore[no-untyped-call]
     data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *_TAGS]))
     data["size_categories"] = [size_category(manifest.n_groups)]
-    data.pop("configs", None)  # so that they come last
+    data.pop("configs", None)  # appended again below, so that they come last
     data["configs"] = configs(manifest)
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n{_body(manifest, repo_id, there.text if there else '')}"
 
 
 def configs(manifest: Manifest) -> list[dict[str, Any]]:
-    """What `datasets.load_dataset` finds: groups, each reward, each reference, by name.
+    """The configurations of `datasets.load_dataset`: groups, each reward, each reference.
 
-    Files are listed one by one, in the manifest's order: row i of every configuration is of the
-    same group.
+    Files are listed one by one, in the manifest's order: row i of every configuration belongs to
+    the same group.
     """
     found = [_config("groups", manifest.groups, default=True)] if manifest.groups else []
     families = {
@@ -76,7 +77,7 @@ def _ordered(files: Sequence[Sidecar], manifest: Manifest) -> list[FileEntry]:
 
 
 def size_category(n_groups: int) -> str:
-    """The hub's word for a number of rows."""
+    """The value of the hub's `size_categories` for a number of rows."""
     bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     for power, (low, high) in enumerate(zip(["", *bounds], bounds, strict=False), 3):
         if n_groups < 10**power:
@@ -89,27 +90,30 @@ def _title(repo_id: str) -> str:
 
 
 def _body(manifest: Manifest, repo_id: str, text: str) -> str:
-    """The text with the part between the marks written anew, or with that part below it."""
-    part = f"{BEGIN}\n{_part(manifest, held_by(manifest), repo_id)}\n{END}"
+    """The card's text with the part between the marks replaced, or appended if there are none."""
+    part = f"{BEGIN}\n{_part(manifest, repo_id)}\n{END}"
     before, begun, rest = text.partition(BEGIN)
     if not begun:
         return f"{text.rstrip()}\n\n{part}\n" if text.strip() else f"\n{part}\n"
     return before + part + rest.partition(END)[2]
 
 
-def _part(manifest: Manifest, held: Held, repo_id: str) -> str:
-    counts = f"{held.responses:,} responses, {held.tokens:,} tokens, {size_text(held.total.bytes)}"
+def _part(manifest: Manifest, repo_id: str) -> str:
+    n_responses = sum(file.n_responses for file in manifest.groups)
+    n_tokens = sum(file.n_tokens for file in manifest.groups)
+    size = size_text(sum(entry.bytes for entry in manifest.files()))
+    counts = f"{n_responses:,} responses, {n_tokens:,} tokens, {size}"
     return "\n".join(
         [
             f"# {_title(repo_id)}\n",
-            f"{held.groups:,} groups, each the responses to one prompt: {counts}.\n",
+            f"{manifest.n_groups:,} groups, each the responses to one prompt: {counts}.\n",
             *_usage(manifest, repo_id),
-            *_contents(held),
+            *_contents(manifest),
             *_columns("groups", GROUPS_COLUMNS),
             *_columns("reward-…", REWARDS_COLUMNS),
             *_columns("reference-…", REFERENCE_COLUMNS),
-            f"## Lineage of version {held.version}\n",
-            *(_step(number, step) for number, step in enumerate(held.lineage, 1)),
+            f"## Lineage of version {manifest.version}\n",
+            *(_step(number, step) for number, step in enumerate(manifest.lineage, 1)),
         ]
     )
 
@@ -141,21 +145,26 @@ def _usage(manifest: Manifest, repo_id: str) -> list[str]:
         f'groups = load_dataset("{repo_id}", "groups", split="train")',
         *([f'rewards = load_dataset("{repo_id}", "{config}", split="train")'] if config else []),
         "```\n",
-        "Row i of every configuration is of the same group.\n",
+        "Row i of every configuration belongs to the same group.\n",
     ]
 
 
-def _contents(held: Held) -> list[str]:
-    samplers = [f"- {_cell(sampler_text(*item))}" for item in held.samplers.items()]
+def _contents(manifest: Manifest) -> list[str]:
+    samplers = [f"- {_cell(sampler_text(*item))}" for item in manifest.samplers.items()]
     rewards = [
-        (each.label, reward_text(each), ", ".join(each.components), size_text(each.size.bytes))
-        for each in held.rewards
+        (
+            reward_label(family),
+            reward_text(family),
+            ", ".join(family.components),
+            size_text(sum(sidecar.file.bytes for sidecar in family.files)),
+        )
+        for family in manifest.rewards
     ]
     references = [
-        (each.fingerprint[:12], each.model_name_or_path, reference_text(each))
-        for each in held.references
+        (family.fingerprint[:12], family.model_name_or_path, reference_text(family))
+        for family in manifest.references
     ]
-    tokenizer = held.tokenizer
+    tokenizer = manifest.tokenizer
     said = (
         f"`{tokenizer.name_or_path}`, {tokenizer.vocab_size:,} ids, fingerprint "
         f"`{tokenizer.fingerprint[:12]}`"
@@ -187,5 +196,5 @@ def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 
 
 def _cell(text: str) -> str:
-    """Text that stays within a line and a cell."""
+    """Text on one line, escaped for a cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

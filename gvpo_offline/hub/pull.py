@@ -1,5 +1,7 @@
-"""A dataset from the hub: its manifest, then the files asked for, each held against its hash; the
-manifest appears in the folder once everything that it names is there.
+"""Download of a dataset: its manifest, then its files through `snapshot_download`.
+
+A file is moved into the dataset's folder once its SHA-256 is the manifest's, and the manifest comes
+last: readers see all of a version or nothing of it.
 """
 
 from __future__ import annotations
@@ -7,16 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.settings import PullConfig
-from gvpo_offline.hub.versions import check_goes_on, is_partial, newest_of, without_parts
+from gvpo_offline.hub.versions import check_continues, choose_version, is_partial, without_parts
 from gvpo_offline.store.commit import create_only, fsync_folder, make_folder, storage_errors
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
@@ -29,17 +30,15 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.writer import claim_folder, lock_folder
 
-_AT_ONCE = 8
-
 
 @dataclass(frozen=True)
-class Pulled:
-    """What a pull did.
+class PullResult:
+    """Result of a pull.
 
     Attributes:
         manifest: the version that is in the folder now.
         commit: the commit of the repository that it came from.
-        files, bytes: files that were downloaded, and their length; 0 where all was there.
+        files, bytes: number and total length of the files that were downloaded; 0 if all existed.
     """
 
     manifest: Manifest
@@ -48,48 +47,56 @@ class Pulled:
     bytes: int
 
 
-def pull(config: PullConfig) -> Pulled:
+def pull(config: PullConfig) -> PullResult:
     """Download one version of a dataset.
 
     Raises:
         ConfigError: no such repository, revision, reward or reference, or no permission.
-        DataError: the repository has no manifest, or the folder holds something else.
+        DataError: the repository has no manifest or lacks a file, or the folder holds something
+            else.
         IntegrityError: a file is not the one that the manifest names.
-        StorageError: the hub does not answer, or there is no room.
+        StorageError: the hub does not answer, or the disk is full.
     """
     root = local_folder("output_dir", config.output_dir)
     bars = progress_bars(shown=config.show_progress)
     with bars, hub_errors(config.repo_id), storage_errors(root):
         repo = Repo.open(config.repo_id, config.revision)
-        version = newest_of(repo.manifest_versions(), config.dataset_version, repo.label)
+        version = choose_version(repo.manifest_versions(), config.dataset_version, repo.label)
         claim_folder(root)
         with _staging(root) as staging:
             whole = repo.manifest(version, staging)
             wanted = without_parts(whole, config, repo.commit)
             _check_paths(wanted, repo)
             _check_folder(root, wanted)
-            fetched = _fetch_all(repo, wanted.files(), root, staging)
+            missing = [entry for entry in wanted.files() if not _is(root / entry.path, entry)]
+            _download(repo, missing, root, staging)
             _publish(root, wanted, staging if wanted is whole else None)
-    n_bytes = sum(entry.bytes for entry in fetched)
-    return Pulled(wanted, repo.commit, files=len(fetched), bytes=n_bytes)
+    n_bytes = sum(entry.bytes for entry in missing)
+    return PullResult(wanted, repo.commit, files=len(missing), bytes=n_bytes)
 
 
 @contextmanager
 def _staging(root: Path) -> Iterator[Path]:
-    """A folder for what is not checked yet; DataError while another process writes to `root`."""
+    """A folder for unverified files; DataError if another process writes to `root`.
+
+    After an interruption or a network error it stays, and the next pull continues its downloads.
+    """
     handle = lock_folder(root)
     folder = root / ".pull.tmp"
     try:
         yield folder
-    finally:
         shutil.rmtree(folder, ignore_errors=True)
+    except (ConfigError, DataError, IntegrityError):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
         if handle is not None:
             os.close(handle)
 
 
 def _check_paths(manifest: Manifest, repo: Repo) -> None:
-    """Raise IntegrityError if a path would lie outside the folder, or where no dataset has files:
-    a manifest from the hub is whatever somebody wrote.
+    """Raise IntegrityError if a path lies outside the dataset's folders: a manifest from the hub is
+    untrusted input. Raise DataError if the repository lacks a file.
     """
     for entry in manifest.files():
         parts = PurePosixPath(entry.path).parts
@@ -101,69 +108,77 @@ def _check_paths(manifest: Manifest, repo: Repo) -> None:
                 remedy="do not use this repository",
                 file=repo.label,
             )
+        if entry.path not in repo.files:
+            raise DataError(
+                "every file that the manifest names is in the repository",
+                received=f"no {entry.path}",
+                remedy="push the dataset again",
+                file=repo.label,
+            )
 
 
 def _check_folder(root: Path, manifest: Manifest) -> None:
-    """Raise DataError if the folder holds a dataset that this is no later version of."""
+    """Raise DataError if the folder holds a dataset and `manifest` is no later version of it."""
     versions = manifest_versions(root)
     if not versions:
         return
     held = load_manifest(root)
     if not _is_held(root, manifest):
-        check_goes_on(manifest, held, root, "choose another output_dir")
+        check_continues(manifest, held, root, "choose another output_dir")
 
 
 def _is_held(root: Path, manifest: Manifest) -> bool:
-    """Whether the folder's newest version is this one: of partial copies, with the same parts."""
+    """Whether the folder's newest version is `manifest`, or a partial copy with the same parts."""
     held = load_manifest(root)
-    if is_partial(held) and is_partial(manifest):  # which may name different commits
+    if is_partial(held) and is_partial(manifest):  # their lineages may name different commits
         held = held.model_copy(update={"lineage": manifest.lineage})
     return held == manifest
 
 
-def _fetch_all(
-    repo: Repo, entries: Sequence[FileEntry], root: Path, staging: Path
-) -> list[FileEntry]:
-    """Fetch what the folder lacks, several files at once; those that were fetched."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        running = [pool.submit(_fetch, repo, entry, root, staging) for entry in entries]
-        try:
-            fetched = [future.result() for future in running]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [entry for entry, new in zip(entries, fetched, strict=True) if new]
+def _download(repo: Repo, missing: Sequence[FileEntry], root: Path, staging: Path) -> None:
+    """Download files into `staging` and move them to `root`; files that are wrong are retried once.
 
-
-def _fetch(repo: Repo, entry: FileEntry, root: Path, staging: Path) -> bool:
-    """Make sure that a file is in the folder; False if it was there already."""
-    final = root / entry.path
-    if final.is_file() and _is(final, entry):
-        return False
+    Raises:
+        IntegrityError: a file was wrong twice.
+    """
     for again in (False, True):
-        found = repo.download(entry.path, staging, again=again)
-        if _is(found, entry):
-            with found.open("rb") as file:
-                os.fsync(file.fileno())
-            make_folder(final.parent)
-            os.replace(found, final)
-            fsync_folder(final.parent)
-            return True
-    raise IntegrityError(
-        f"the file has {entry.bytes} bytes and the SHA-256 {entry.sha256[:16]}…, as the manifest "
-        "says",
-        received=f"{found.stat().st_size} bytes, {sha256_file(found)[:16]}…, twice",
-        remedy="ask whoever pushed the dataset to push it again",
-        file=f"{repo.label}/{entry.path}",
-    )
+        if missing:
+            repo.download([entry.path for entry in missing], staging, again=again)
+        missing = [entry for entry in missing if not _moved(entry, root, staging)]
+    for entry in missing:
+        found = staging / entry.path
+        raise IntegrityError(
+            f"the file has {entry.bytes} bytes and the SHA-256 {entry.sha256[:16]}…, as the "
+            "manifest says",
+            received=f"{found.stat().st_size} bytes, {sha256_file(found)[:16]}…, twice"
+            if found.is_file()
+            else "nothing",
+            remedy="run the same command again, or ask the owner of the repository to push again",
+            file=f"{repo.label}/{entry.path}",
+        )
+
+
+def _moved(entry: FileEntry, root: Path, staging: Path) -> bool:
+    """Move a file from `staging` to `root`; False if it is not the one that `entry` describes."""
+    found, final = staging / entry.path, root / entry.path
+    if not _is(found, entry):
+        return False
+    with found.open("rb") as file:
+        os.fsync(file.fileno())
+    make_folder(final.parent)
+    os.replace(found, final)
+    fsync_folder(final.parent)
+    return True
 
 
 def _is(path: Path, entry: FileEntry) -> bool:
-    return path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
+    """Whether a file exists and has the length and SHA-256 of `entry`."""
+    size = path.stat().st_size if path.is_file() else None
+    return size == entry.bytes and sha256_file(path) == entry.sha256
 
 
 def _publish(root: Path, manifest: Manifest, staging: Path | None) -> None:
-    """Create the manifest: the hub's own file, or that of a partial copy.
+    """Create the manifest: a copy of the hub's file, or (`staging` is None) a partial copy's own.
 
     Raises:
         DataError: another process has created one in the meantime.
@@ -176,7 +191,7 @@ def _publish(root: Path, manifest: Manifest, staging: Path | None) -> None:
     )
     if not create_only(path, text) and not _is_held(root, manifest):
         raise DataError(
-            "nobody else writes to the folder during a pull",
+            "no other process writes to the folder during a pull",
             received=f"another version {manifest.version}",
             remedy="choose another output_dir",
             file=root,

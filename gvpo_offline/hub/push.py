@@ -1,10 +1,8 @@
-"""A dataset to the hub: the files of one version, then its manifest and card.
+"""Upload of a dataset: the files of one version, then its manifest and card.
 
-Commits are made of named files rather than of a folder: what lies in a dataset's folder without
-being named by its manifest stays at home, and manifest and card come last, with or after all that
-they name. A dataset of few files is one commit. A larger one is several, as the hub recommends, and
-what was committed before an interruption is not uploaded again; files without a manifest are seen
-by no reader.
+Commits list their files, so that other files in the dataset's folder stay local. Manifest and card
+are in the last commit: until then no reader sees the version. A dataset of many files takes several
+commits; what was committed before an interruption is not sent again.
 """
 
 from __future__ import annotations
@@ -18,33 +16,26 @@ from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.hub.card import card
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.settings import PushConfig
-from gvpo_offline.hub.versions import check_goes_on, is_partial
+from gvpo_offline.hub.versions import check_continues, is_partial
 from gvpo_offline.store.commit import verify_file
 from gvpo_offline.store.location import local_folder
-from gvpo_offline.store.manifest import (
-    FileEntry,
-    Manifest,
-    load_manifest,
-    manifest_path,
-    version_of,
-)
+from gvpo_offline.store.manifest import FileEntry, Manifest, load_manifest, manifest_path
 
 CARD = "README.md"
 FILES_PER_COMMIT = 100  # as the hub recommends
-_ASKED_AT_ONCE = 500
 # What a repository may hold before the first push of a dataset.
-_HARMLESS = {CARD, ".gitattributes", "LICENSE", "groups", "rewards", "reference"}
+_ALLOWED = {CARD, ".gitattributes", "LICENSE", "groups", "rewards", "reference"}
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """What a push did.
+class PushResult:
+    """Result of a push.
 
     Attributes:
         url: the repository's page.
-        version: the version that is there now.
-        files, bytes: data files that were uploaded, and their length; 0 where all was there.
-        commits: commits that were made; 0 where the version was there already.
+        version: the version that was pushed.
+        files, bytes: number and total length of the data files that were uploaded.
+        commits: number of commits; 0 if the repository had the version already.
     """
 
     url: str
@@ -54,22 +45,22 @@ class Pushed:
     commits: int
 
 
-def push(config: PushConfig) -> Pushed:
+def push(config: PushConfig) -> PushResult:
     """Upload one version of a dataset.
 
     Raises:
         ConfigError: the repository may not be written to, or is public where private was asked for.
-        DataError: the hub has another dataset, or a version that this one does not go on from; or a
-            partial copy.
-        IntegrityError: a file is damaged here, or another one has its name there.
+        DataError: the repository holds another dataset, or a version that this one does not
+            continue; or the dataset is a partial copy.
+        IntegrityError: a local file is damaged, or the repository has another file of its name.
         StorageError: the hub does not answer.
     """
     root = local_folder("dataset", config.dataset)
     manifest = load_manifest(root, config.dataset_version)
     if is_partial(manifest):
         raise DataError(
-            "a dataset that is pushed is whole",
-            received="one that was pulled with some rewards or references left out",
+            "only a whole dataset is pushed",
+            received="one that was pulled without some of its rewards or references",
             remedy="pull all of it into another folder, and add to that",
             file=root,
         )
@@ -78,17 +69,17 @@ def push(config: PushConfig) -> Pushed:
         repo = _open(config)
         url = f"{repo.api.endpoint}/datasets/{config.repo_id}"
         if _is_there(repo, manifest):
-            return Pushed(url, manifest.version, files=0, bytes=0, commits=0)
+            return PushResult(url, manifest.version, files=0, bytes=0, commits=0)
         for entry in manifest.files():
             verify_file(root, entry)
         missing = _missing(repo, manifest.files())
         commits = _upload(repo, root, manifest, missing, config)
     n_bytes = sum(entry.bytes for entry in missing)
-    return Pushed(url, manifest.version, files=len(missing), bytes=n_bytes, commits=commits)
+    return PushResult(url, manifest.version, files=len(missing), bytes=n_bytes, commits=commits)
 
 
 def _open(config: PushConfig) -> Repo:
-    """The repository and branch, made if there is none."""
+    """The repository at the branch; both are created if they do not exist."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -115,13 +106,14 @@ def _open(config: PushConfig) -> Repo:
 
 
 def _is_there(repo: Repo, manifest: Manifest) -> bool:
-    """Whether the repository has this version; DataError if it has one that this does not go on
-    from.
+    """Whether the repository has this version.
+
+    Raises:
+        DataError: it has a version that this one does not continue, or other files.
     """
-    names = repo.top_names()
-    versions = sorted(v for v in map(version_of, names) if v is not None)
+    versions = repo.manifest_versions()
     if not versions:
-        strangers = sorted(set(names) - _HARMLESS)
+        strangers = sorted({path.partition("/")[0] for path in repo.files} - _ALLOWED)
         if strangers:
             raise DataError(
                 "the repository is empty or holds a dataset of this package",
@@ -135,37 +127,30 @@ def _is_there(repo: Repo, manifest: Manifest) -> bool:
     if newest == manifest:
         return True
     remedy = "pull that one into another folder and add to it, or choose another repo_id"
-    check_goes_on(manifest, newest, repo.label, remedy)
+    check_continues(manifest, newest, repo.label, remedy)
     return False
 
 
 def _missing(repo: Repo, entries: Sequence[FileEntry]) -> list[FileEntry]:
     """The files that the repository lacks; IntegrityError if it has another of the same name."""
-    missing = []
-    for start in range(0, len(entries), _ASKED_AT_ONCE):
-        asked = entries[start : start + _ASKED_AT_ONCE]
-        held = repo.lengths_and_hashes([entry.path for entry in asked])
-        for entry in asked:
-            length, digest = held.get(entry.path, (None, None))
-            if length is None:
-                missing.append(entry)
-            elif length != entry.bytes or digest not in (None, entry.sha256):
-                raise IntegrityError(
-                    "a file of a dataset never changes",
-                    received="another one of that name in the repository",
-                    remedy="choose another repo_id",
-                    file=f"{repo.label}/{entry.path}",
-                )
-    return missing
+    for entry in entries:
+        length, digest = repo.files.get(entry.path, (entry.bytes, None))
+        if length != entry.bytes or digest not in (None, entry.sha256):
+            raise IntegrityError(
+                "a file of a dataset never changes",
+                received="another file of that name in the repository",
+                remedy="choose another repo_id",
+                file=f"{repo.label}/{entry.path}",
+            )
+    return [entry for entry in entries if entry.path not in repo.files]
 
 
 def _upload(
     repo: Repo, root: Path, manifest: Manifest, missing: Sequence[FileEntry], config: PushConfig
 ) -> int:
-    """Commit the files, the last of them with manifest and card; how many commits that took.
+    """Commit the files, the last of them with manifest and card; returns the number of commits.
 
-    Each commit names the one that it follows, so that the hub refuses it if somebody else's came
-    between.
+    Each commit names its parent, so that the hub refuses it if another commit came between.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -191,7 +176,8 @@ def _upload(
 
 
 def _card_there(repo: Repo) -> str | None:
-    if CARD not in repo.top_names():
+    if CARD not in repo.files:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        return repo.download(CARD, Path(folder)).read_text(encoding="utf-8")
+        repo.download([CARD], Path(folder))
+        return (Path(folder) / CARD).read_text(encoding="utf-8")

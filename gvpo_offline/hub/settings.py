@@ -9,16 +9,16 @@ from gvpo_offline.settings import required
 
 @dataclass
 class PushConfig:
-    """A dataset's files, its manifest and a card, into a dataset repository of the hub."""
+    """Upload a dataset's files, its manifest and a card to a dataset repository of the hub."""
 
     dataset: str = ""
     """The dataset's folder."""
     repo_id: str = ""
-    """The repository, as owner/name; it is made if there is none."""
+    """The repository, as owner/name; it is created if it does not exist."""
     private: bool = False
-    """Make the repository a private one. A public repository that exists already is refused."""
+    """Create a private repository. An existing public repository is refused."""
     revision: str = "main"
-    """The branch to push to; it is made if there is none."""
+    """The branch to push to; it is created if it does not exist."""
     dataset_version: int | None = None
     """Which version of the dataset. Null: the newest."""
     show_progress: bool = True
@@ -31,24 +31,24 @@ class PushConfig:
 
 @dataclass
 class PullConfig:
-    """A dataset from the hub into a folder; nothing of it is seen there before all of it is whole.
+    """Download a dataset from the hub to a folder. Readers see it once all files are verified.
 
-    The same command again goes on where it stopped, and restores files that were damaged.
+    The same command again continues an interrupted download and restores damaged files.
     """
 
     repo_id: str = ""
     """The repository, as owner/name."""
     output_dir: str = ""
-    """Folder of the dataset: empty, or one that holds an older version of the same dataset."""
+    """Folder of the dataset: empty, or with an older version of the same dataset."""
     revision: str = "main"
     """Branch, tag or commit to pull from."""
     dataset_version: int | None = None
-    """Which version of the dataset. Null: the newest that the revision has."""
+    """Which version of the dataset. Null: the newest of the revision."""
     rewards: list[str] | str | None = None
-    """Only these rewards, as `name` or `name@version`; []: none. Null: all of them."""
+    """Download only these rewards, as `name` or `name@version`; []: none. Null: all."""
     references: list[str] | str | None = None
-    """Only these references, by the first digits of their fingerprints; []: none. Null: all of
-    them."""
+    """Download only these references, by the first digits of their fingerprints; []: none. Null:
+    all."""
     show_progress: bool = True
     """Show progress bars."""
 

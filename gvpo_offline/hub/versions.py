@@ -1,4 +1,4 @@
-"""Which versions of a dataset go on from which, and versions with parts left out."""
+"""Order of a dataset's versions, and partial copies."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from gvpo_offline.version import __version__
 PULL = "pull"
 
 
-def goes_on_from(newer: Manifest, older: Manifest) -> bool:
-    """Whether `newer` is a later version of the dataset that `older` is a version of: a higher
-    number, and a lineage that begins with that of `older`, partial copies aside.
+def continues(newer: Manifest, older: Manifest) -> bool:
+    """Whether `newer` is a later version of the same dataset as `older`.
+
+    It is if its number is higher and its lineage begins with that of `older`; the steps that mark
+    partial copies are ignored.
     """
     before, after = _own_steps(older), _own_steps(newer)
     return newer.version > older.version and after[: len(before)] == before
@@ -27,18 +29,18 @@ def _own_steps(manifest: Manifest) -> list[LineageStep]:
 
 
 def is_partial(manifest: Manifest) -> bool:
-    """Whether the dataset came from the hub with parts left out."""
+    """Whether the dataset is a partial copy: pulled without some rewards or references."""
     return len(_own_steps(manifest)) < len(manifest.lineage)
 
 
 def without_parts(manifest: Manifest, config: PullConfig, commit: str) -> Manifest:
-    """The manifest with the rewards and references that `config` asks for alone.
+    """The manifest with only the rewards and references that `config` selects.
 
-    Its lineage says what was left out, so that it never passes for the whole; with everything
-    asked for it is the manifest itself.
+    A step of its lineage marks it as a partial copy. If `config` selects everything, the manifest
+    is returned as it is.
 
     Raises:
-        ConfigError: a reward or reference that the dataset does not have, or that is ambiguous.
+        ConfigError: a reward or reference does not exist, or is ambiguous.
     """
     place = f"datasets/{config.repo_id}"
     rewards, references = manifest.rewards, manifest.references
@@ -67,13 +69,13 @@ def without_parts(manifest: Manifest, config: PullConfig, commit: str) -> Manife
     )
 
 
-def check_goes_on(newer: Manifest, held: Manifest, place: Any, remedy: str) -> None:
-    """Raise DataError unless `newer` goes on from `held`, which lies at `place`."""
-    if goes_on_from(newer, held):
+def check_continues(newer: Manifest, held: Manifest, place: Any, remedy: str) -> None:
+    """Raise DataError unless `newer` is a later version of `held`, which lies at `place`."""
+    if continues(newer, held):
         return
     theirs = ", ".join(step.stage for step in held.lineage) or "nothing"
     raise DataError(
-        f"version {newer.version} of a dataset goes on from the one that is there already",
+        f"version {newer.version} of a dataset continues the version that is there already",
         received=f"version {held.version} there, "
         + ("which is as new or newer" if held.version >= newer.version else f"made by {theirs}"),
         remedy=remedy,
@@ -81,15 +83,15 @@ def check_goes_on(newer: Manifest, held: Manifest, place: Any, remedy: str) -> N
     )
 
 
-def newest_of(versions: Sequence[int], wanted: int | None, place: Any) -> int:
-    """The version that is wanted, by default the newest.
+def choose_version(versions: Sequence[int], wanted: int | None, place: Any) -> int:
+    """The version `wanted`, by default the newest.
 
     Raises:
-        DataError: there is none.
+        DataError: it does not exist.
     """
     if not versions or (wanted is not None and wanted not in versions):
         raise DataError(
-            "the repository holds a dataset of this package, which has a manifest"
+            "the repository holds a dataset of this package, with a manifest"
             + ("" if wanted is None else f" of version {wanted}"),
             received=f"versions {list(versions)}" if versions else "no manifest",
             remedy="correct repo_id or revision, or make a dataset of its files with "

@@ -33,33 +33,67 @@ class Survey:
     """Counts over some groups of a dataset.
 
     Attributes:
-        n_groups, n_responses, n_tokens: totals; each group's prompt tokens are counted once.
-        equal_reward_groups: groups whose responses all have the same reward. Training uses them:
+        group_sizes: groups per number of responses.
+        prompt_lengths, response_lengths: prompts, and responses, per length in tokens.
+        samplers, sampler_tokens, sampler_truncated: responses, their tokens, and truncated
+            responses, per sampler.
+        sampler_rewards: sum of rewards per sampler; empty if the dataset has no rewards.
+        equal_reward_groups: groups whose responses all have one reward. They take part in training:
             their target is the reference.
-        truncated_responses: number of truncated responses.
-        samplers: number of responses per sampler.
-        sampler_rewards: sum of rewards per sampler.
-        max_group_size, max_group_tokens: the largest group in responses and in tokens, the prompt
-            counted once.
-        max_row_tokens: largest number of tokens of a prompt and one of its responses.
-        longest_row: row group, row within it, and group id of `max_row_tokens`.
-        gap_bins: histogram of max - min reward over groups of unequal rewards.
+        reward_range: lowest and highest reward; (inf, -inf) if there is none.
+        gap_bins: histogram of max reward - min reward of the groups with unequal rewards.
+        max_group_tokens: tokens of the largest group, its prompt counted once.
+        max_row_tokens: the longest prompt with one of its responses.
+        longest_row: row group, row within it and id of the group where that is.
     """
 
-    n_groups: int = 0
-    n_responses: int = 0
-    n_tokens: int = 0
-    equal_reward_groups: int = 0
-    truncated_responses: int = 0
+    group_sizes: Counter[int] = field(default_factory=Counter)
+    prompt_lengths: Counter[int] = field(default_factory=Counter)
+    response_lengths: Counter[int] = field(default_factory=Counter)
     samplers: Counter[str] = field(default_factory=Counter)
+    sampler_tokens: Counter[str] = field(default_factory=Counter)
+    sampler_truncated: Counter[str] = field(default_factory=Counter)
     sampler_rewards: Counter[str] = field(default_factory=Counter)
-    max_group_size: int = 0
-    max_group_tokens: int = 0
-    max_row_tokens: int = 0
-    longest_row: tuple[int, int, str] = (0, 0, "")
+    equal_reward_groups: int = 0
+    reward_range: tuple[float, float] = (math.inf, -math.inf)
     gap_bins: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(_N_BINS, dtype=np.int64)
     )
+    max_group_tokens: int = 0
+    max_row_tokens: int = 0
+    longest_row: tuple[int, int, str] = (0, 0, "")
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return self.group_sizes.total()
+
+    @property
+    def n_responses(self) -> int:
+        """Number of responses."""
+        return self.samplers.total()
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens, each prompt counted once."""
+        prompts = sum(length * count for length, count in self.prompt_lengths.items())
+        return prompts + self.sampler_tokens.total()
+
+    @property
+    def truncated_responses(self) -> int:
+        """Number of truncated responses."""
+        return self.sampler_truncated.total()
+
+    @property
+    def max_group_size(self) -> int:
+        """Responses of the group that has most."""
+        return max(self.group_sizes, default=0)
+
+    @property
+    def reward_mean(self) -> float:
+        """Mean reward of all responses; nan if there is none."""
+        n_responses = self.n_responses
+        return self.sampler_rewards.total() / n_responses if n_responses else math.nan
 
     @property
     def median_reward_gap(self) -> float:
@@ -75,19 +109,20 @@ class Survey:
         """Counts over the groups of both."""
         # The first of several longest rows, as in a single pass.
         first = min(self, other, key=lambda own: (-own.max_row_tokens, own.longest_row))
+        (low, high), (other_low, other_high) = self.reward_range, other.reward_range
+        counters = {
+            name: _summed(mine, getattr(other, name))
+            for name, mine in vars(self).items()
+            if isinstance(mine, Counter)
+        }
         return Survey(
-            n_groups=self.n_groups + other.n_groups,
-            n_responses=self.n_responses + other.n_responses,
-            n_tokens=self.n_tokens + other.n_tokens,
+            **counters,
             equal_reward_groups=self.equal_reward_groups + other.equal_reward_groups,
-            truncated_responses=self.truncated_responses + other.truncated_responses,
-            samplers=_summed(self.samplers, other.samplers),
-            sampler_rewards=_summed(self.sampler_rewards, other.sampler_rewards),
-            max_group_size=max(self.max_group_size, other.max_group_size),
+            reward_range=(min(low, other_low), max(high, other_high)),
+            gap_bins=self.gap_bins + other.gap_bins,
             max_group_tokens=max(self.max_group_tokens, other.max_group_tokens),
             max_row_tokens=first.max_row_tokens,
             longest_row=first.longest_row,
-            gap_bins=self.gap_bins + other.gap_bins,
         )
 
     def add(
@@ -97,38 +132,44 @@ class Survey:
 
         Args:
             table: some rows of a row group.
-            row_group: number of the row group.
-            rows: numbers of the rows within the row group; None: all.
+            row_group: its number.
+            rows: (n,) their row numbers in the row group; None: all of its rows.
         """
         lengths, starts = _flat(table, "response_lengths")
-        sizes = np.diff(starts, append=len(lengths))
         prompts = table.column("prompt_length").to_numpy()
-        self.n_groups += table.num_rows
-        self.n_responses += int(sizes.sum())
-        self.max_group_size = max(self.max_group_size, int(sizes.max(initial=0)))
+        _count(self.group_sizes, np.diff(starts, append=len(lengths)))
+        _count(self.prompt_lengths, prompts)
+        _count(self.response_lengths, lengths)
         tokens = prompts + np.add.reduceat(lengths, starts, dtype=np.int64)
         longest = prompts + np.maximum.reduceat(lengths, starts).astype(np.int64)
-        self.n_tokens += int(tokens.sum())
         self.max_group_tokens = max(self.max_group_tokens, int(tokens.max(initial=0)))
         if longest.max(initial=0) > self.max_row_tokens:
             self.max_row_tokens = int(longest.max())
             at = int(longest.argmax())
             row = at if rows is None else int(rows[at])
             self.longest_row = (row_group, row, table.column("group_id")[at].as_py())
-        samplers = column_array(table, "samplers").flatten().dictionary_encode()
-        names, codes = samplers.dictionary.to_pylist(), samplers.indices.to_numpy()
-        self.samplers.update(dict(zip(names, np.bincount(codes).tolist(), strict=True)))
-        self.truncated_responses += int(
-            pc.sum(pc.list_flatten(table.column("truncated"))).as_py() or 0
-        )
+        encoded = column_array(table, "samplers").flatten().dictionary_encode()
+        names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+        def per_sampler(values: npt.NDArray[Any] | None = None) -> dict[str, Any]:
+            sums = np.bincount(codes, weights=values, minlength=len(names))
+            return dict(zip(names, sums.tolist(), strict=True))
+
+        self.samplers.update(per_sampler())
+        cut = column_array(table, "truncated").flatten().fill_null(False)
+        for counter, values in (
+            (self.sampler_tokens, lengths),
+            (self.sampler_truncated, cut.to_numpy(zero_copy_only=False)),
+        ):  # sums of integers below 2^53, which float64 holds exactly
+            counter.update({name: int(total) for name, total in per_sampler(values).items()})
         if "rewards" in table.column_names:
             rewards, starts = _flat(table, "rewards")
+            self.sampler_rewards.update(per_sampler(rewards))
+            low, high = self.reward_range
+            self.reward_range = min(low, float(rewards.min())), max(high, float(rewards.max()))
             self._add_gaps(
                 np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
             )
-            sums = np.bincount(codes, weights=rewards)
-            for name, reward in zip(names, sums, strict=True):
-                self.sampler_rewards[name] += float(reward)  # type: ignore[assignment]
 
     def _add_gaps(self, best: npt.NDArray[np.float64], worst: npt.NDArray[np.float64]) -> None:
         with np.errstate(over="ignore"):  # an infinite gap counts in the last bin
@@ -139,11 +180,16 @@ class Survey:
         np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1).astype(int), 1)
 
 
-def _summed(one: Counter[str], other: Counter[str]) -> Counter[str]:
-    # Not by +, which drops counts that are not positive.
+def _summed(one: Counter[Any], other: Counter[Any]) -> Counter[Any]:
+    # Not by +, which drops entries that are not positive.
     both = one.copy()
     both.update(other)
     return both
+
+
+def _count(counter: Counter[int], values: npt.NDArray[Any]) -> None:
+    distinct, counts = np.unique(values, return_counts=True)
+    counter.update(dict(zip(distinct.tolist(), counts.tolist(), strict=True)))
 
 
 def _flat(table: pa.Table, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:

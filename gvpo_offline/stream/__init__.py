@@ -1,6 +1,6 @@
-"""From files to steps: which groups an optimizer step takes, and how ranks share them.
+"""From datasets to optimizer steps: which groups a step takes, and how ranks share them.
 
-`selecting` finds the groups that take part, and a `DatasetView` is a dataset seen so; `order` and `mix`
-are arithmetic on numbers of groups, `plan` on their lengths; `steps` reads, and `ahead` before it
-is asked. Nothing above knows about files, nothing below about ranks.
+`selecting` chooses groups and responses; a `DatasetView` is a dataset with such a selection.
+`order` and `mix` compute the order of training from numbers of groups, `plan` cuts a step into
+micro-batches by lengths, `steps` reads the groups, and `ahead` prefetches steps.
 """

@@ -1,4 +1,4 @@
-"""Reading ahead: while one step is computed, a thread reads the next ones."""
+"""Prefetching: while one step is computed, a thread reads the next ones."""
 
 from __future__ import annotations
 
@@ -16,43 +16,42 @@ from gvpo_offline.stream.steps import StepDataset, StepShare
 
 
 class PrefetchDataset(Dataset[StepShare]):
-    """The steps of a `StepDataset`, with those that follow the one last asked for being read.
+    """A `StepDataset` that prefetches the steps after the one that was requested last.
 
-    The results are the same, whatever is asked for in whatever order; a reader that goes from step
-    to step finds them ready. One thread reads, through open files of its own, so that whoever else
-    reads the same datasets (an evaluation, say) is not disturbed. Pickled or forked, it begins
-    again with nothing read.
+    Items are equal to those of `steps`, in any order of requests. One thread reads, through open
+    files of its own, so that other readers of the same datasets (for example an evaluation) are
+    unaffected. After pickling or a fork nothing is prefetched yet.
 
     Args:
-        steps: what to read.
-        ahead: steps to hold ready at most; 0: none.
+        steps: the steps to read.
+        ahead: greatest number of prefetched steps; 0: none.
     """
 
     def __init__(self, steps: StepDataset, ahead: int) -> None:
         self.steps = steps
         self.ahead = ahead
-        self._thread: _Thread | None = None
+        self._thread: _PrefetchThread | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, step: int) -> StepShare:
-        # A loader's worker processes are ahead as it is, and none of them sees every step.
+        # A loader's worker processes prefetch themselves, and none of them reads every step.
         if not self.ahead or get_worker_info() is not None or not 0 <= step < len(self):
             return self.steps[step]
         if self._thread is None or self._thread.process != os.getpid():
-            self._thread = _Thread(_reader_of_its_own(self.steps).__getitem__)
+            self._thread = _PrefetchThread(_with_own_files(self.steps).__getitem__)
         return self._thread.get(step, range(step, min(step + 1 + self.ahead, len(self))))
 
     def __getitems__(self, steps: list[int]) -> list[StepShare | GVPOError]:
-        """As `StepDataset.__getitems__`; an error comes with the step that it belongs to."""
+        """As `StepDataset.__getitems__`."""
         try:
             return [self[step] for step in steps]
         except GVPOError as error:
             return [error]
 
     def close(self) -> None:
-        """Stop reading; asked for another step, it begins again."""
+        """Stop the thread; the next request starts another."""
         if self._thread is not None and self._thread.process == os.getpid():
             self._thread.close()
         self._thread = None
@@ -61,17 +60,17 @@ class PrefetchDataset(Dataset[StepShare]):
         return {**self.__dict__, "_thread": None}
 
 
-class _Thread:
-    """One thread that reads steps in the order in which they were last asked for."""
+class _PrefetchThread:
+    """One thread that reads steps in the order of the last request."""
 
     def __init__(self, read: Callable[[int], StepShare]) -> None:
         self.process = os.getpid()
         self._read = read
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gvpo-prefetch")
         self._reads: dict[int, Future[StepShare]] = {}
 
     def get(self, step: int, wanted: range) -> StepShare:
-        """One step, the rest of `wanted` being read after it and all else given up."""
+        """One step; the rest of `wanted` is read after it, and all other reads are cancelled."""
         for other in self._reads.keys() - set(wanted):
             self._reads.pop(other).cancel()
         for number in wanted:
@@ -83,8 +82,8 @@ class _Thread:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _reader_of_its_own(steps: StepDataset) -> StepDataset:
-    """The same steps through other open files: copying a dataset leaves those behind."""
+def _with_own_files(steps: StepDataset) -> StepDataset:
+    """A copy with open files of its own: copies of a dataset do not share open files."""
     own = copy.copy(steps)
     own.views = tuple(replace(view, dataset=copy.copy(view.dataset)) for view in steps.views)
     return own

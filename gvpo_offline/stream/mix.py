@@ -1,9 +1,9 @@
-"""Several datasets in one run: which of them each draw goes to, in closed form.
+"""Mixes of several datasets: the dataset of each draw, in closed form.
 
-Draws come in *cycles*, each with a whole number of draws of every dataset (its quota). A cycle is
-cut into blocks of about a thousand draws in which the quotas are spread evenly; within a block a
-permutation decides. So at any draw every dataset is within a block of its exact share, and how
-often it was drawn before is arithmetic, not memory.
+Draws are divided into cycles with a fixed number of draws of each dataset (its quota). A cycle is
+divided into blocks of about a thousand draws, over which the quotas are spread evenly; a
+permutation orders the draws of a block. At any draw each dataset's count differs from its exact
+share by less than a block, and is computed without the draws before it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import permutation
-from gvpo_offline.stream.order import GroupOrder
+from gvpo_offline.stream.order import GroupOrder, IndexArray
 
-IndexArray = npt.NDArray[np.int64]
 _BLOCK = 1024
 _LONGEST_CYCLE = 1_000_000
 _MIX_KEY = 3
@@ -30,13 +28,13 @@ def quotas_of(weights: Sequence[float | None], sizes: Sequence[int]) -> list[int
     """Draws of each dataset in one cycle.
 
     Args:
-        weights: one per dataset, or None for all: then as many draws as it has groups, so that a
-            cycle is an epoch of them all.
+        weights: one per dataset; or None for all: then the quota of each is its number of groups,
+            so that a cycle is an epoch of all datasets.
         sizes: groups of each dataset.
 
     Raises:
         ConfigError: some datasets have a weight and others none, the weights sum to zero, or one of
-            them is too small to ever be drawn.
+            them is too small for a draw in the longest cycle.
     """
     given = [weight for weight in weights if weight is not None]
     if not given:
@@ -45,7 +43,7 @@ def quotas_of(weights: Sequence[float | None], sizes: Sequence[int]) -> list[int
         raise ConfigError(
             "either every dataset of a run has a weight or none has",
             received=f"{len(given)} weights for {len(weights)} datasets",
-            remedy="add the missing ones, or leave all out: then each group counts alike",
+            remedy="add the missing weights, or remove all: then each group has the same weight",
         )
     exact = [Fraction(repr(weight)) for weight in given]
     total = sum(exact)
@@ -58,7 +56,7 @@ def quotas_of(weights: Sequence[float | None], sizes: Sequence[int]) -> list[int
     whole = [int(weight * math.lcm(*(w.denominator for w in exact))) for weight in exact]
     whole = [count // math.gcd(*whole) for count in whole]
     if sum(whole) <= _LONGEST_CYCLE:
-        # Short cycles are drawn from several at once: as even, and quicker.
+        # Several short cycles are joined: as even, and faster.
         return [count * max(1, _BLOCK // 8 // sum(whole)) for count in whole]
     whole = [int(weight * _LONGEST_CYCLE / total) for weight in exact]
     for weight, count in zip(given, whole, strict=True):
@@ -72,11 +70,11 @@ def quotas_of(weights: Sequence[float | None], sizes: Sequence[int]) -> list[int
 
 
 class Mix:
-    """The endless sequence of datasets.
+    """The infinite sequence of dataset numbers.
 
     Args:
         quotas: (D,) draws of each dataset in one cycle; at least one is above 0.
-        seed: another seed, another sequence; the quotas hold for all.
+        seed: determines the order within blocks; the quotas hold for every seed.
     """
 
     def __init__(self, quotas: Sequence[int], *, seed: int) -> None:
@@ -90,8 +88,8 @@ class Mix:
         """Draws start to stop - 1.
 
         Returns:
-            (stop - start,) numbers of datasets, and (stop - start,) how often that dataset was
-            drawn before, both int64.
+            (stop - start,) dataset numbers, and (stop - start,) number of earlier draws of the same
+            dataset, both int64.
         """
         if len(self.quotas) == 1:
             return np.zeros(stop - start, np.int64), np.arange(start, stop, dtype=np.int64)
@@ -109,7 +107,7 @@ class Mix:
         return np.concatenate([empty, *members]), np.concatenate([empty, *draws])
 
     def counts_at(self, n_draws: int) -> IndexArray:
-        """How often each dataset is drawn in the first `n_draws`: (D,) int64."""
+        """Number of draws of each dataset among the first `n_draws`: (D,) int64."""
         cycle, offset = divmod(n_draws, self.cycle)
         block = self._block_at(offset)
         before = self._before(block)
@@ -118,11 +116,11 @@ class Mix:
         return cycle * self.quotas + before + np.bincount(rest, minlength=len(self.quotas))
 
     def _before(self, block: int) -> IndexArray:
-        """Draws of each dataset in the blocks of a cycle before this one."""
+        """Draws of each dataset in the blocks before this one of the same cycle: (D,) int64."""
         return np.asarray(block * self.quotas // self._n_blocks)
 
     def _block_at(self, offset: int) -> int:
-        # Rounding moves a block's begin by less than a draw a dataset, and always back.
+        # Rounding moves the begin of a block back by less than one draw per dataset.
         block = offset * self._n_blocks // self.cycle
         while block + 1 < self._n_blocks and int(self._before(block + 1).sum()) <= offset:
             block += 1
@@ -139,7 +137,7 @@ class Mix:
         return members, draws
 
     def __getstate__(self) -> dict[str, object]:
-        # lru_cache wrappers of bound methods do not pickle; they are rebuilt on arrival.
+        # lru_cache wrappers of bound methods cannot be pickled; __setstate__ makes new ones.
         return {k: v for k, v in self.__dict__.items() if k != "_block"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -148,11 +146,11 @@ class Mix:
 
 
 class MixedOrder:
-    """The endless sequence of groups over several datasets; each keeps the order that it has alone.
+    """The infinite sequence of groups of several datasets; each keeps its order of a run alone.
 
     Args:
         orders: (D,) the order of each dataset.
-        mix: which dataset each draw goes to. Default: there is one.
+        mix: the dataset of each draw. Default: for a single dataset.
     """
 
     def __init__(self, orders: Sequence[GroupOrder], mix: Mix | None = None) -> None:
@@ -161,14 +159,14 @@ class MixedOrder:
 
     @property
     def n_groups(self) -> int:
-        """Groups of all datasets: the draws of an epoch."""
+        """Number of groups of all datasets."""
         return sum(order.n_groups for order in self.orders)
 
     def take(self, start: int, stop: int) -> tuple[IndexArray, IndexArray, IndexArray]:
         """Draws start to stop - 1.
 
         Returns:
-            (stop - start,) numbers of datasets, of row groups in them, and of rows in those, int64.
+            (stop - start,) dataset numbers, row-group numbers, and rows in the row groups, int64.
         """
         members, draws = self.mix.take(start, stop)
         row_groups, rows = np.empty_like(members), np.empty_like(members)
@@ -180,6 +178,6 @@ class MixedOrder:
         return members, row_groups, rows
 
     def epochs_at(self, n_draws: int) -> list[float]:
-        """Epochs of each dataset, whole and in part, that the first `n_draws` make: (D,)."""
+        """Epochs of each dataset, as fractions, in the first `n_draws`: (D,)."""
         counts = self.mix.counts_at(n_draws)
         return [int(n) / order.n_groups for n, order in zip(counts, self.orders, strict=True)]

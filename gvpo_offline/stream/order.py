@@ -1,9 +1,9 @@
-"""The order of training: a pure function of dataset shape, selection, seed and draw.
+"""The order of training: a pure function of dataset shape, selection, seed and draw number.
 
-Draw n of a run is group n of an endless sequence: epoch after epoch, each a permutation of all
-selected groups. Row groups are permuted; then the groups of every few consecutive ones (a *window*)
-are permuted together. Reading in this order touches a window's row groups only, and any position is
-reached without what came before it. Hashes, not generators, decide: see `hashing`.
+Draw n of a run is element n of an infinite sequence of groups: epochs, each a permutation of all
+selected groups. An epoch permutes the row groups, then the groups of each window (a fixed number of
+consecutive row groups). A step therefore reads only the row groups of a window or two, and any
+position is computed without the ones before it. Permutations come from hashes: see `hashing`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _NONE: IndexArray = np.zeros(0, np.int64)
 
 
 class Selection:
-    """Which groups of a dataset take part: one bit a group.
+    """The selected groups of a dataset, as one bit per group.
 
     Args:
-        sizes: (n_row_groups,) groups in each row group.
-        mask_of: gives, for a row group's number, its (size,) bool mask; asked once each, in order.
-        numbers: all of these numbers in order, where iterating over them is of use.
+        sizes: (n_row_groups,) int64, groups in each row group.
+        mask_of: returns the (size,) bool mask of a row group; called once for each, in order.
+        numbers: all row-group numbers in order, as an iterable that prefetches; default: a range.
 
     Attributes:
-        counts: (n_row_groups,) selected groups in each row group.
-        responses: which responses of the selected groups take part; None: all.
-        responses_sha256: hash of what that came to.
-        notes: what came of each condition, in lines for people.
+        counts: (n_row_groups,) int64, selected groups in each row group.
+        responses: which responses of the selected groups are used; None: all.
+        responses_sha256: hash of the selected responses.
+        notes: lines for the log, the counts of each condition.
     """
 
     responses: ResponseSettings | None = None
@@ -65,7 +65,7 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the selection, down to responses."""
+        """SHA-256 of the selected groups and responses."""
         groups = [self._sizes.tolist(), self._bits.tobytes().hex()]
         return sha256_json(groups if self.responses is None else [*groups, self.responses_sha256])
 
@@ -78,21 +78,21 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Row groups in their order within one epoch, and the draws before each window."""
+    """Row groups in the order of one epoch, and the number of draws before each window."""
 
     row_groups: IndexArray
     window_starts: IndexArray
 
 
 class GroupOrder:
-    """The endless sequence of groups.
+    """The infinite sequence of the groups of one dataset.
 
     Args:
-        sizes: (n_row_groups,) groups in each row group of the dataset.
-        seed: any integer; another seed, another order.
-        window: row groups whose groups are permuted together.
-        selection: which groups take part; None: all.
-        shuffle: False keeps the dataset's own order, every epoch.
+        sizes: (n_row_groups,) int64, groups in each row group of the dataset.
+        seed: any integer; determines the order.
+        window: number of row groups whose groups are permuted together.
+        selection: the groups to use; None: all.
+        shuffle: False keeps the order of the dataset in every epoch.
 
     Raises:
         DataError: no group is left to train on.
@@ -115,7 +115,7 @@ class GroupOrder:
         self.n_groups = int(self._counts.sum())
         if self.n_groups == 0:
             raise DataError(
-                "there is at least one group to take",
+                "a run has at least one group",
                 received="0 groups",
                 remedy="loosen the selection: where, responses, eval_fraction, drop_equal_rewards",
             )
@@ -171,7 +171,7 @@ class GroupOrder:
         return np.arange(self._counts[row_group], dtype=np.int64)
 
     def __getstate__(self) -> dict[str, object]:
-        # lru_cache wrappers of bound methods do not pickle; they are rebuilt on arrival.
+        # lru_cache wrappers of bound methods cannot be pickled; __setstate__ makes new ones.
         return {k: v for k, v in self.__dict__.items() if k not in ("_epoch", "_rows")}
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -1,7 +1,6 @@
-"""How the groups of a step are shared over ranks and cut into micro-batches: arithmetic on lengths.
+"""Assignment of a step's groups to ranks and micro-batches, computed from lengths.
 
-Every rank plans for all of them from the same lengths, so no rank has to ask another how many
-micro-batches it has.
+Every rank computes the plan of all ranks from the same lengths, without communication.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ class GroupShape:
     """The lengths of a group, in tokens.
 
     Attributes:
-        prompt: of its prompt.
-        responses: of its responses. Their last tokens predict nothing and are not computed.
+        prompt: length of its prompt.
+        responses: (K,) lengths of its responses. The last token of each is not an input.
     """
 
     prompt: int
@@ -29,16 +28,16 @@ class GroupShape:
 
     @property
     def width(self) -> int:
-        """Computed tokens of its longest prompt-and-response row."""
+        """Input tokens of its longest prompt with one response."""
         return self.prompt + max(self.responses) - 1
 
     @property
     def rows(self) -> int:
-        """Its responses."""
+        """Number of responses."""
         return len(self.responses)
 
     def tokens(self, layout: str) -> int:
-        """Tokens that the group alone costs in a layout, as `compute.paths` names them."""
+        """Input tokens of the group alone in a layout of `compute.paths`."""
         if layout == "shared":
             return self.prompt + sum(self.responses) - self.rows
         if layout == "packed":
@@ -49,10 +48,11 @@ class GroupShape:
 
     @property
     def attended(self) -> int:
-        """Pairs of a token and one that it sees, each distinct token once."""
+        """Pairs of a query token and a key that it attends to, with each distinct token once."""
         total = sum(self.responses)
         squares: int = sum(map(operator.mul, self.responses, self.responses))
-        # n - 1 computed tokens of a response see the prompt, and n (n - 1) / 2 see one another.
+        # n - 1 input tokens of a response attend to the prompt, and to one another in n (n - 1) / 2
+        # pairs.
         own: int = self.prompt * (total - self.rows) + (squares - total) // 2
         return self.prompt * (self.prompt + 1) // 2 + own
 
@@ -64,13 +64,13 @@ def shape_of(group: Group) -> GroupShape:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a micro-batch may hold, and what a group's computation costs.
+    """Size limit of a micro-batch, and cost of a group.
 
     Attributes:
-        layout: how groups are laid out.
-        max_tokens: tokens of a micro-batch, as laid out.
-        pairs_per_token: pairs of attention that cost as much as the rest of a token: about six
-            times a model's width.
+        layout: layout of groups in the model's input.
+        max_tokens: input tokens of a micro-batch in that layout.
+        pairs_per_token: attention pairs that cost as much as all other computation of a token:
+            about six times a model's width.
     """
 
     layout: str
@@ -78,11 +78,11 @@ class CostModel:
     pairs_per_token: int = 6 * 2048
 
     def fits(self, shape: GroupShape) -> bool:
-        """Whether a group can be one micro-batch."""
+        """Whether a group fits into one micro-batch."""
         return shape.tokens(self.layout) <= self.max_tokens
 
     def work(self, shape: GroupShape) -> float:
-        """A group's cost, in tokens."""
+        """Cost of a group, in tokens."""
         return shape.tokens(self.layout) + shape.attended / self.pairs_per_token
 
 
@@ -91,24 +91,26 @@ class MicroBatchPlan:
     """One micro-batch of one rank.
 
     Attributes:
-        members: indices of its groups; none where other ranks have more micro-batches.
-        passes: forward passes that every rank makes for the micro-batches at this place: 1, or as
-            many as the largest of them has pieces.
+        members: indices of its groups; empty if other ranks have more micro-batches.
+        n_forwards: forward passes that every rank makes for this micro-batch number: the largest
+            number of pieces over all ranks.
     """
 
     members: tuple[int, ...]
-    passes: int = 1
+    n_forwards: int = 1
 
 
 def share_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
-    """Deal items to ranks, dearest first, each to the rank with the least so far.
+    """Assign items to ranks with balanced costs: by descending cost, to the least loaded rank.
+
+    This is Graham's LPT rule: the largest load is at most 4/3 of the optimum.
 
     Args:
         costs: one cost per item.
         world_size: number of ranks.
 
     Returns:
-        For each rank the indices of its items, ascending. Ties go to the lower index and rank.
+        For each rank the indices of its items, ascending. Ties go to the lower index, then rank.
     """
     loads = [(0.0, rank) for rank in range(world_size)]  # a heap
     shares: list[list[int]] = [[] for _ in range(world_size)]
@@ -120,10 +122,10 @@ def share_out(costs: Sequence[float], world_size: int) -> list[list[int]]:
 
 
 def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
-    """Cut whole groups into micro-batches of at most `model.max_tokens`.
+    """Pack whole groups into micro-batches of at most `model.max_tokens`.
 
-    First fit over groups from wide to narrow (padded) or from large to small. A group that is
-    larger than the budget is a micro-batch of its own, to be computed in pieces; those come first.
+    First fit over groups by descending width (padded layout) or tokens. A group above the limit is
+    a micro-batch of its own, which is computed in pieces; these come first.
 
     Returns:
         For each micro-batch the indices of its groups.
@@ -136,7 +138,7 @@ def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
     filled: list[int] = []  # rows of the widest member's width, or tokens
     limits: list[int] = []
     smallest = min(needs, default=0)
-    not_full: list[int] = []  # bins that a smallest group would still fit into
+    not_full: list[int] = []  # bins into which the smallest group still fits
     for index in sorted(range(len(shapes)), key=lambda i: (-size[i], -rows[i], i)):
         need = needs[index]
         number = next((n for n in not_full if filled[n] + need <= limits[n]), len(bins))
@@ -153,22 +155,22 @@ def pack(shapes: Sequence[GroupShape], model: CostModel) -> list[list[int]]:
 
 
 def n_pieces(shapes: Sequence[GroupShape], members: Sequence[int], model: CostModel) -> int:
-    """How many pieces a micro-batch is computed in."""
+    """Number of pieces in which a micro-batch is computed."""
     if len(members) != 1 or model.fits(shapes[members[0]]):
         return 1
     return len(cut_group(shapes[members[0]], model))
 
 
 def cut_group(shape: GroupShape, model: CostModel) -> list[list[int]]:
-    """Cut the responses of a group that is larger than the budget into pieces that are not.
+    """Divide the responses of a group above the limit into pieces that fit.
 
-    Each piece has the prompt and some of the responses.
+    Each piece consists of the prompt and some of the responses.
 
     Returns:
         For each piece the indices of its responses; the piece with the most tokens comes last.
 
     Raises:
-        DataError: the prompt and one response alone are larger than the budget.
+        DataError: the prompt and one response alone are above the limit.
     """
     if shape.width > model.max_tokens:
         raise DataError(
@@ -194,9 +196,9 @@ def plan_step(
 ) -> list[MicroBatchPlan]:
     """The micro-batches of one rank for one step.
 
-    All ranks get the same number of micro-batches with the same number of passes (sharded models
-    compute in lockstep); a rank with fewer gets empty ones. The last has one pass on every rank, so
-    that gradients can be exchanged with it.
+    All ranks get the same number of micro-batches with the same `n_forwards`, because sharded
+    models communicate in every forward pass; a rank with fewer gets empty ones. The last has one
+    forward pass on every rank, so that gradients can be synchronized in its backward pass.
     """
     shares = share_out([model.work(shape) for shape in shapes], world_size)
     plans = [
@@ -205,11 +207,11 @@ def plan_step(
     ]
     pieces = [[n_pieces(shapes, members, model) for members in plan] for plan in plans]
     length = max(len(plan) for plan in plans)
-    passes = [max((p[i] for p in pieces if i < len(p)), default=1) for i in range(length)]
-    if passes[-1] > 1:
-        passes.append(1)
+    n_forwards = [max((p[i] for p in pieces if i < len(p)), default=1) for i in range(length)]
+    if n_forwards[-1] > 1:
+        n_forwards.append(1)
     own = plans[rank]
     return [
         MicroBatchPlan(tuple(own[i]) if i < len(own) else (), count)
-        for i, count in enumerate(passes)
+        for i, count in enumerate(n_forwards)
     ]

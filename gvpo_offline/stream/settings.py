@@ -1,4 +1,4 @@
-"""What a run trains on: datasets, which of their groups and responses, which scores."""
+"""Settings of a run's data: datasets, selection of groups and responses, reward and reference."""
 
 from __future__ import annotations
 
@@ -13,66 +13,67 @@ from gvpo_offline.store.location import RemoteSettings
 
 @dataclass
 class ResponseSettings:
-    """Which responses of each group take part; a group that is left with one takes none."""
+    """Which responses of each group to use. A group with fewer than two of them is left out."""
 
     samplers: list[str] = field(default_factory=list)
-    """Only what these samplers wrote: names, or patterns such as gpt-*. Default: all of them."""
+    """Only responses of these samplers: names, or patterns such as gpt-*. Default: all."""
     max_responses: int | None = None
-    """At most so many responses of a group. Default: all of them."""
+    """Greatest number of responses of a group. Default: all."""
     prefer: Literal["first", "spread"] = "first"
-    """Which, where a group has more than max_responses: the first ones; or those whose rewards lie
-    farthest apart: best, worst, then whichever is farthest from all that were taken."""
+    """Which responses to use of a group with more than max_responses. first: in stored order.
+    spread: the best, the worst, then repeatedly the one whose reward is farthest from all rewards
+    selected so far."""
 
     def __post_init__(self) -> None:
         if self.max_responses is not None and self.max_responses < 2:
             raise ConfigError("max_responses is at least 2", received=self.max_responses)
         if self.prefer != "first" and self.max_responses is None:
             raise ConfigError(
-                "prefer says which of more than max_responses are taken",
+                "prefer needs max_responses",
                 received=f"prefer: {self.prefer} without max_responses",
                 remedy="set max_responses, or leave prefer out",
             )
 
 
 @dataclass(kw_only=True)
-class Taken:
-    """What a run takes of a dataset: which groups, which of their responses, which scores."""
+class SelectionSettings:
+    """Selection from a dataset: groups, responses, reward and reference."""
 
     where: str | None = None
-    """Only groups for which this holds, in SQL or as a polars expression on group_size, source,
-    reward_gap, metadata.<key> … (docs/howto/selecting.md)."""
+    """Only groups for which this SQL condition is true, on columns such as group_size, source,
+    reward_gap, metadata.<key> (docs/howto/selecting.md). In Python also a polars.Expr."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
-    """Which responses of each group take part."""
+    """Which responses of each group to use."""
     reward: dict[str, float] | str | None = None
-    """Which reward, as `name` or `name@version`; or several with weights, {name: weight}: their
-    weighted sum. May be left out if the dataset holds one."""
+    """The reward, as `name` or `name@version`; or the weighted sum of several, {name: weight}.
+    Default: the dataset's only reward."""
     reference: str | None = None
-    """Which reference, by the first digits of its fingerprint; may be left out if there is one.
-    base (in `train`): the model as it is loaded, without an adapter; scored before the first step
-    where the dataset lacks it."""
+    """The reference, by the first digits of its fingerprint. Default: the dataset's only one.
+    base (in `train`): the model as it is loaded, without an adapter; it scores the dataset before
+    the first step if the dataset lacks its log-probs."""
 
 
 @dataclass
-class DatasetSettings(Taken):
+class DatasetSettings(SelectionSettings):
     """One dataset of a run."""
 
     path: str = ""
     """The dataset's folder or URL, or a Parquet file in the group shape."""
     name: str | None = None
-    """What metrics and messages call it. Default: the last part of its path."""
+    """Its name in metrics and messages. Default: the last part of its path."""
     weight: float | None = None
-    """Its share of the draws is weight / sum of weights. Default, for all datasets or none: the
-    number of its groups, so that an epoch takes each group once."""
+    """Its share of the draws is weight / sum of weights. Set it for all datasets or for none.
+    Default: its number of groups, so that an epoch uses each group once."""
     version: int | None = None
     """An older version of the dataset: the number of its manifest. Default: the newest."""
     remote: RemoteSettings | None = None
-    """How it is read if it lies at a URL. Default: as the run's `remote` says."""
+    """How it is read if it is at a URL. Default: the run's `remote`."""
 
     def __post_init__(self) -> None:
         required("path", self.path)
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError(
-                "a dataset's weight is a number that is not negative",
+                "a dataset's weight is a non-negative number",
                 received=self.weight,
                 remedy="set it to a share of the draws, or leave it out for every dataset",
                 file=self.path,
@@ -80,8 +81,8 @@ class DatasetSettings(Taken):
 
 
 @dataclass
-class SingleDatasetSettings(Taken):
-    """A single dataset, as flags give it."""
+class SingleDatasetSettings(SelectionSettings):
+    """Settings of a single dataset, as flags."""
 
     dataset: str = ""
     """The dataset's folder or URL, or a Parquet file in the group shape."""
@@ -91,27 +92,27 @@ class SingleDatasetSettings(Taken):
     """How datasets at a URL (s3://, gs://, hf://, https:// …) are read."""
 
     def chosen(self) -> DatasetSettings:
-        """The same as an item of `datasets`."""
+        """The same settings as an item of `datasets`."""
         return DatasetSettings(
             path=self.dataset,
             version=self.dataset_version,
             remote=self.remote,
-            **{own.name: getattr(self, own.name) for own in fields(Taken)},
+            **{own.name: getattr(self, own.name) for own in fields(SelectionSettings)},
         )
 
     def public(self) -> dict[str, Any]:
-        """The settings as they may be written down: without the values of storage options."""
+        """The settings for files and logs, without the values of storage options."""
         plain: dict[str, Any] = _without_options(asdict(self))
         return plain
 
 
 @dataclass
 class DataSettings(SingleDatasetSettings):
-    """What to train on, and what to evaluate on."""
+    """Datasets for training and evaluation."""
 
     datasets: list[DatasetSettings] = field(default_factory=list)
-    """Several datasets instead of one: a list with, for each, path, weight, where, responses,
-    reward, reference, version, name."""
+    """Several datasets instead of one: a list of path, weight, where, responses, reward,
+    reference, version, name."""
     eval_dataset: str | None = None
     """A dataset of held-out groups, with the reward and reference of `dataset`. Default:
     `eval_fraction` of each training dataset."""
@@ -128,7 +129,7 @@ class DataSettings(SingleDatasetSettings):
         single = SingleDatasetSettings()
         misplaced = [
             name
-            for name in ("dataset_version", *(own.name for own in fields(Taken)))
+            for name in ("dataset_version", *(own.name for own in fields(SelectionSettings)))
             if getattr(self, name) != getattr(single, name)
         ]
         if self.datasets and misplaced:
@@ -145,7 +146,7 @@ class DataSettings(SingleDatasetSettings):
         return self._filled(self.datasets) or [self.chosen()]
 
     def evaluation(self) -> list[DatasetSettings]:
-        """The datasets to evaluate on; none: what training holds out."""
+        """The datasets to evaluate on; empty: the held-out groups of the training datasets."""
         if self.eval_dataset is None:
             return self._filled(self.eval_datasets)
         scores = {"reward": self.reward, "reference": self.reference}
@@ -158,7 +159,7 @@ class DataSettings(SingleDatasetSettings):
 
 
 def _without_options(settings: Any) -> Any:
-    """Plain settings with every value of a storage option hidden: it may be a password."""
+    """Plain settings with the values of storage options hidden, which may be passwords."""
     if isinstance(settings, list):
         return [_without_options(item) for item in settings]
     if not isinstance(settings, dict):

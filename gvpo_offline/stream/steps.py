@@ -1,7 +1,7 @@
 """Steps as items of a map-style dataset: item s is one rank's share of optimizer step s.
 
-A loader over it that skips to step s skips integers, not data; so the step number is all there is
-to the position of a run.
+The step number is the whole state of the data: to resume at step s, a loader starts at item s and
+reads nothing before it.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 from gvpo_offline.stream.view import DatasetView
 
-# Row groups that are read at a time: from a disk, and over a network, where most of it is waiting.
+# Threads that read row groups: from a disk, and over a network, where most time is latency.
 _READERS = 2
 _FETCHERS = 8
 
 
 class MicroBatch(NamedTuple):
-    """Whole groups that are computed together, or one that is computed in pieces.
+    """Whole groups that are computed together, or one group that is computed in pieces.
 
     Attributes:
-        groups: none where other ranks have more micro-batches than this one.
-        passes: forward passes to make at least, as on the rank that needs the most.
+        groups: its groups; empty if other ranks have more micro-batches than this one.
+        n_forwards: forward passes that every rank makes for this micro-batch number.
     """
 
     groups: tuple[Group, ...]
-    passes: int = 1
+    n_forwards: int = 1
 
 
 @dataclass(frozen=True)
 class StepShare:
-    """What one rank computes in one optimizer step.
+    """The micro-batches of one rank in one optimizer step.
 
     Attributes:
         step: the step's number.
-        micro_batches: the same number on every rank, some perhaps empty.
-        n_groups: groups of the step over all ranks: what the loss is a mean over.
+        micro_batches: the same number on every rank; some may be empty.
+        n_groups: groups of the step over all ranks; the loss is the mean over these.
         read_seconds: time spent reading.
     """
 
@@ -68,15 +68,15 @@ class StepShare:
 
 
 class StepDataset(Dataset[StepShare]):
-    """Steps 0 to n - 1 of a run, as seen by one rank.
+    """One rank's shares of steps 0 to n - 1 of a run.
 
     Args:
-        views: where the groups lie, one per dataset.
-        order: which group comes when.
+        views: one per dataset.
+        order: the order of training.
         groups_per_step: groups of a step, over all ranks.
-        n_draws: groups of the whole run; the last step takes what is left.
-        cost: what a micro-batch may hold.
-        rank, world_size: whose share.
+        n_draws: groups of the whole run; the last step may be smaller.
+        cost: size limit of micro-batches and cost of groups.
+        rank, world_size: this rank, and number of ranks.
     """
 
     def __init__(
@@ -116,21 +116,21 @@ class StepDataset(Dataset[StepShare]):
         return StepShare(
             step=step,
             micro_batches=tuple(
-                MicroBatch(tuple(groups[i] for i in own.members), own.passes) for own in plan
+                MicroBatch(tuple(groups[i] for i in own.members), own.n_forwards) for own in plan
             ),
             n_groups=len(groups),
             read_seconds=time.perf_counter() - started,
         )
 
     def __getitems__(self, steps: list[int]) -> list[StepShare | GVPOError]:
-        """As a loader asks; an error of the user's is a value, to leave a worker process whole."""
+        """Steps for a loader. Returns a `GVPOError`: raising it would end a worker process."""
         try:
             return [self[step] for step in steps]
         except GVPOError as error:
             return [error]
 
     def global_batch(self, step: int) -> list[Group]:
-        """All groups of a step, whatever the rank."""
+        """The groups of a step, of all ranks."""
         start = step * self.groups_per_step
         stop = min(start + self.groups_per_step, self.n_draws)
         views, row_groups, rows = (numbers.tolist() for numbers in self.order.take(start, stop))
@@ -139,14 +139,14 @@ class StepDataset(Dataset[StepShare]):
         return [read[place][row] for place, row in zip(places, rows, strict=True)]
 
     def _read(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[Group]]:
-        """The groups of (view, row group), several row groups at a time where they must be read."""
+        """The groups by (view, row group), from the cache or read, several row groups at a time."""
         read: dict[tuple[int, int], list[Group]] = {}
         for view, row_group in places:
             groups = self._row_groups[view].pop(row_group, None)
             if groups is not None:
                 read[view, row_group] = groups
         missing = [place for place in places if place not in read]
-        if len(missing) > 1:  # decoding lets other threads run, and so does waiting for a network
+        if len(missing) > 1:  # decoding releases the GIL, as does waiting for a network
             fetched = any(self.views[v].dataset.storage.fetches_ahead for v, _ in missing)
             with ThreadPoolExecutor(_FETCHERS if fetched else _READERS) as pool:
                 read.update(zip(missing, pool.map(self._read_one, missing), strict=True))
@@ -155,7 +155,7 @@ class StepDataset(Dataset[StepShare]):
         for view, row_group in places:
             kept = self._row_groups[view]
             kept[row_group] = read[view, row_group]
-            # Two windows' worth a dataset: a step may end one window and begin the next.
+            # Two windows per dataset: a step may end one window and begin the next.
             while len(kept) > 2 * self.order.orders[view].window:
                 kept.popitem(last=False)
         return read

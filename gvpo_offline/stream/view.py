@@ -1,4 +1,4 @@
-"""What a run sees of a dataset: some of its groups, with some of their responses."""
+"""The selected groups and responses of a dataset, as a run reads them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gvpo_offline.stream.selecting.responses import choose, take_all_columns, wi
 
 @dataclass(frozen=True)
 class DatasetView:
-    """Some groups of a dataset, with some of their responses.
+    """A dataset with a selection of its groups and responses.
 
     Attributes:
         dataset: groups with rewards and one reference.
-        selection: those that take part, and with which responses; None: all, whole.
-        name: what metrics and messages call it; "" where there is one dataset.
+        selection: the groups and responses to use; None: all.
+        name: its name in metrics and messages; "" for a run's only dataset.
     """
 
     dataset: GroupDataset
@@ -29,21 +29,21 @@ class DatasetView:
 
     @property
     def n_groups(self) -> int:
-        """Groups that take part."""
+        """Number of selected groups."""
         return self.dataset.n_groups if self.selection is None else self.selection.n_groups
 
     @property
     def fingerprint(self) -> str | None:
-        """SHA-256 of what takes part; None: everything."""
+        """SHA-256 of the selection; None: everything is selected."""
         return None if self.selection is None else self.selection.fingerprint
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What came of the conditions on what takes part, in lines for people."""
+        """Lines for the log: counts of each condition of the selection."""
         return () if self.selection is None else self.selection.notes
 
     def order(self, *, seed: int, window: int, shuffle: bool = True) -> GroupOrder:
-        """The endless sequence of its groups; see `GroupOrder`."""
+        """The order of its groups in training; see `GroupOrder`."""
         return GroupOrder(
             self.dataset.row_group_sizes,
             seed=seed,
@@ -53,9 +53,9 @@ class DatasetView:
         )
 
     def groups(self, row_group: int) -> list[Group]:
-        """All groups of a row group, whether they take part or not: rows keep their numbers.
+        """All groups of a row group, also those that are not selected, so that indices stay rows.
 
-        Those that do have the responses that do.
+        The selected ones have only their selected responses.
         """
         groups = self.dataset.groups(row_group)
         if self.selection is None or self.selection.responses is None:
@@ -63,7 +63,7 @@ class DatasetView:
         return with_responses(groups, self.selection.responses)
 
     def summary_table(self, row_group: int) -> SummaryRows:
-        """The summary columns of what takes part in a row group, and its rows (None: all)."""
+        """The summary columns of a row group's selected groups, and their row numbers (None: all)."""
         table = summary_table(self.dataset, row_group)
         if self.selection is None:
             return table, None
@@ -74,5 +74,5 @@ class DatasetView:
         return table, rows
 
     def survey(self, part: slice = slice(None)) -> Survey:
-        """Counts over what takes part, in all row groups or in a part of them."""
+        """Counts over the selection, in all row groups or in a slice of them."""
         return survey(self.dataset, self.summary_table, part=part)

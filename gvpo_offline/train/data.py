@@ -163,8 +163,8 @@ def open_all(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
     """One dataset or several, opened; a single one that has no name of its own is named "".
 
     Args:
-        data: as `resolve_dataset` takes it, `DatasetSettings`, or what is `OpenedDataset` already; a list
-            of such; or a dictionary, by name.
+        data: as `resolve_dataset` takes it, `DatasetSettings`, or an `OpenedDataset`; a list of
+            these; or a dictionary of them, by name.
         scratch: a folder for in-memory datasets; made if it is needed.
 
     Raises:

@@ -21,7 +21,7 @@ from support.fork_server import ForkServer
 from support.training import score, unscored_dataset
 
 from gvpo_offline import cli
-from gvpo_offline.commands.table import filled
+from gvpo_offline.commands.command import filled
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.settings import (
     CommonTrainingSettings,

@@ -72,7 +72,7 @@ def accumulate(
             parts = [part.var() / 2 for part in sums_R.split(sizes)]
             return torch.stack(parts).sum()
 
-        total += engine.accumulate(model, own, objective, Tensor.backward, batch.passes)
+        total += engine.accumulate(model, own, objective, Tensor.backward, batch.n_forwards)
     hook.remove()
     return total, calls[0]
 

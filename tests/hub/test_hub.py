@@ -22,8 +22,8 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError, StorageError
 from gvpo_offline.hub import push as pushing
 from gvpo_offline.hub.card import BEGIN, END, size_category
-from gvpo_offline.hub.pull import Pulled, pull
-from gvpo_offline.hub.push import Pushed, push
+from gvpo_offline.hub.pull import PullResult, pull
+from gvpo_offline.hub.push import PushResult, push
 from gvpo_offline.hub.settings import PullConfig, PushConfig
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import (
@@ -63,11 +63,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     server.close()
 
 
-def pushed(root: Path, **changes: Any) -> Pushed:
+def pushed(root: Path, **changes: Any) -> PushResult:
     return push(PushConfig(str(root), **{"repo_id": REPO, "show_progress": False, **changes}))
 
 
-def pulled(root: Path, **changes: Any) -> Pulled:
+def pulled(root: Path, **changes: Any) -> PullResult:
     return pull(
         PullConfig(output_dir=str(root), **{"repo_id": REPO, "show_progress": False, **changes})
     )
@@ -136,7 +136,7 @@ def test_what_is_pulled_is_what_was_pushed(hub: HubServer, tmp_path: Path) -> No
 def test_again_is_nothing_to_do(hub: HubServer, tmp_path: Path) -> None:
     data = build_dataset(tmp_path / "data", 8).root
     pushed(data)
-    assert pushed(data) == Pushed(f"{hub.endpoint}/datasets/{REPO}", 1, 0, 0, 0)
+    assert pushed(data) == PushResult(f"{hub.endpoint}/datasets/{REPO}", 1, 0, 0, 0)
     pulled(tmp_path / "back")
     assert pulled(tmp_path / "back").files == 0
     assert len(hub.repos[REPO].messages) == 2
@@ -407,7 +407,7 @@ def test_without_permission(
     with pytest.raises(ConfigError, match=r"log in|Log in") as caught:
         pushed(data)
     assert caught.value.file == f"datasets/{REPO}"
-    with pytest.raises(ConfigError, match=r"log in|Log in"):
+    with pytest.raises(ConfigError, match=r"(log in|Log in).*that may (write to|read) it"):
         pushed(data, repo_id="somebody/new")
 
 
@@ -491,6 +491,30 @@ def test_a_body_that_is_cut_is_taken_up_again(hub: HubServer, tmp_path: Path) ->
     check(tmp_path / "back")
     gets = [path for method, path, _ in hub.requests if method == "GET" and "/cdn/groups" in path]
     assert len(gets) == 2
+
+
+def test_a_pull_that_fails_continues(hub: HubServer, tmp_path: Path) -> None:
+    """The hub refuses one of 9 files. The second pull requests only what the first did not get."""
+    dataset = build_dataset(tmp_path / "data", 24)
+    pushed(dataset.root)
+    bad = dataset.files()[-1].path
+    hub.faults = lambda method, path: 403 if path.startswith(f"/cdn/{bad}") else None
+    with pytest.raises(ConfigError, match="status 403"):
+        pulled(tmp_path / "back")
+    assert not list((tmp_path / "back").glob("manifest*"))
+    staging = tmp_path / "back" / ".pull.tmp"
+    kept = {path.relative_to(staging).as_posix() for path in staging.rglob("*.parquet")}
+    assert kept
+    hub.faults = lambda method, path: None
+    hub.requests.clear()
+    pulled(tmp_path / "back")
+    gets = [
+        path for method, path, _ in hub.requests if method == "GET" and path.startswith("/cdn/")
+    ]
+    requested = {path.removeprefix("/cdn/").rpartition("/")[0] for path in gets}
+    assert requested == {entry.path for entry in dataset.files()} - kept
+    assert not staging.exists()
+    check(tmp_path / "back")
 
 
 def test_a_damaged_copy_is_restored(hub: HubServer, tmp_path: Path) -> None:

@@ -20,12 +20,10 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_text
+from gvpo_offline.info.dataset import QUANTILES, dataset_info
+from gvpo_offline.info.text import info_lines, overview_lines, size_text
 from gvpo_offline.merging.settings import CompactConfig
 from gvpo_offline.merging.stages import compact
-from gvpo_offline.report.content import QUANTILES, content
-from gvpo_offline.report.holding import Files, holding
-from gvpo_offline.report.listing import listing_lines, overview_lines, size_text
-from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import Manifest, TokenizerInfo, load_manifest
 from gvpo_offline.store.writer import publish
 from gvpo_offline.version import __version__
@@ -49,27 +47,29 @@ def test_counts_and_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     """24 groups in 3 shards, with one reward and one reference: 9 files."""
     dataset = build_dataset(tmp_path, 24, tokenizer=tokenizer("org/model"))
     groups = make_groups(24)
-    held = holding(tmp_path).held
-    assert (held.version, held.groups) == (1, 24)
-    assert held.responses == sum(group.group_size for group in groups)
-    assert held.tokens == sum(group.n_tokens for group in groups)
-    assert held.total.files == 9
-    assert held.total.bytes == sum(path.stat().st_size for path in tmp_path.rglob("*.parquet"))
-    parts = [held.base, held.rewards[0].size, held.references[0].size]
-    assert sum(part.bytes for part in parts) == held.total.bytes
+    info = dataset_info(tmp_path).as_dict()
+    assert (info["version"], info["groups"]) == (1, 24)
+    assert info["responses"] == sum(group.group_size for group in groups)
+    assert info["tokens"] == sum(group.n_tokens for group in groups)
+    assert info["total"]["files"] == 9
+    assert info["total"]["bytes"] == sum(
+        path.stat().st_size for path in tmp_path.rglob("*.parquet")
+    )
+    parts = [info["base"], info["rewards"][0]["size"], info["references"][0]["size"]]
+    assert sum(part["bytes"] for part in parts) == info["total"]["bytes"]
     sizes = [path.stat().st_size for path in (tmp_path / "groups").iterdir()]
-    assert held.base == Files(3, sum(sizes))
-    assert held.references[0].fingerprint == dataset.manifest.references[0].fingerprint
-    assert held.tokenizer == tokenizer("org/model")
+    assert info["base"] == {"files": 3, "bytes": sum(sizes)}
+    assert info["references"][0]["fingerprint"] == dataset.manifest.references[0].fingerprint
+    assert info["tokenizer"] == tokenizer("org/model").model_dump()
 
 
 def test_nothing_but_manifests_is_read(tmp_path: Path) -> None:
     """The listing is the same once every Parquet file is gone."""
     build_dataset(tmp_path, 24)
-    before = listing_lines(holding(tmp_path))
+    before = info_lines(dataset_info(tmp_path))
     for path in tmp_path.rglob("*.parquet"):
         path.unlink()
-    assert listing_lines(holding(tmp_path)) == before
+    assert info_lines(dataset_info(tmp_path)) == before
 
 
 def test_versions_say_what_each_brought(tmp_path: Path) -> None:
@@ -79,15 +79,18 @@ def test_versions_say_what_each_brought(tmp_path: Path) -> None:
     manifest = load_manifest(tmp_path)
     compact(CompactConfig(str(tmp_path), show_progress=False))
     publish(tmp_path, lambda new: new and new.model_copy(update={"references": []}))
-    found = holding(tmp_path).versions
+    found = dataset_info(tmp_path).as_dict()["versions"]
     reference = f"reference {manifest.references[0].fingerprint[:12]}"
     everything = ["groups", "reward reward@1", "reward length@2", reference]
-    added = [version.added for version in found]
+    added = [version["added"] for version in found]
     assert added == [everything[:2], everything[2:], everything, []]
-    assert [version.removed for version in found] == [[], [], [], [reference]]
-    assert [version.new.files for version in found] == [6, 6, 4, 0]
-    assert [version.version for version in holding(tmp_path, 2).versions] == [1, 2]
-    rows = section(listing_lines(holding(tmp_path)), "versions")
+    assert [version["removed"] for version in found] == [[], [], [], [reference]]
+    assert [version["new"]["files"] for version in found] == [6, 6, 4, 0]
+    assert [version["version"] for version in dataset_info(tmp_path, 2).as_dict()["versions"]] == [
+        1,
+        2,
+    ]
+    rows = section(info_lines(dataset_info(tmp_path)), "versions")
     assert [row.split()[0] for row in rows] == ["1", "2", "3", "4"]
     assert rows[3].split("24 groups")[1].split() == ["nothing", "new", *f"- {reference}".split()]
 
@@ -100,7 +103,7 @@ def test_a_reward_says_what_made_it(tmp_path: Path) -> None:
         "length": {"kind": "function", "function": f"{path}:length", "weight": -0.2},
     }
     reward(root, scorers, name="both")
-    lines = listing_lines(holding(root))
+    lines = info_lines(dataset_info(root))
     (row,) = section(lines, "rewards")
     assert row.startswith("both@1  ")
     assert "-0.2 * length (function), right (exact)" in row
@@ -128,14 +131,13 @@ def test_whether_a_reference_reads_the_datasets_tokens(
         return newest.model_copy(update={"references": [family]})
 
     publish(tmp_path, rename)
-    held = holding(tmp_path).held
-    assert held.references[0].tokenizer == said
-    assert section(listing_lines(holding(tmp_path)), "references")[0].endswith(said)
+    assert dataset_info(tmp_path).as_dict()["references"][0]["tokenizer"] == said
+    assert section(info_lines(dataset_info(tmp_path)), "references")[0].endswith(said)
 
 
 def test_a_dataset_with_nothing_but_groups(tmp_path: Path) -> None:
     build_dataset(tmp_path, 4, reward=None, reference=False)
-    lines = listing_lines(holding(tmp_path))
+    lines = info_lines(dataset_info(tmp_path))
     assert section(lines, "rewards") == section(lines, "references") == ["none"]
     assert section(lines, "tokenizer") == ["not said"]
 
@@ -143,7 +145,7 @@ def test_a_dataset_with_nothing_but_groups(tmp_path: Path) -> None:
 def test_several_datasets_are_a_table(tmp_path: Path) -> None:
     build_dataset(tmp_path / "a", 24)
     build_dataset(tmp_path / "much-longer", 4, reward=None, reference=False)
-    heading, *rows = overview_lines([holding(tmp_path / n) for n in ("a", "much-longer")])
+    heading, *rows = overview_lines([dataset_info(tmp_path / n) for n in ("a", "much-longer")])
     assert [row.split()[:3] for row in rows] == [
         [str(tmp_path / "a"), "1", "24"],
         [str(tmp_path / "much-longer"), "1", "4"],
@@ -179,21 +181,22 @@ def test_content_is_what_the_groups_say(tmp_path: Path) -> None:
     build_dataset(tmp_path, 24)
     add_sidecars(tmp_path)
     groups = make_groups(24)
-    found = content(open_dataset(tmp_path, join=()))
-    assert found.group_sizes == dict(sorted(Counter(g.group_size for g in groups).items()))
-    for name, own in found.samplers.items():
+    found = dataset_info(tmp_path, content=True).as_dict()["content"]
+    assert found["group_sizes"] == dict(sorted(Counter(g.group_size for g in groups).items()))
+    for name, own in found["samplers"].items():
         mine = [(g, i) for g in groups for i, s in enumerate(g.samplers) if s == name]
-        assert own.responses == len(mine)
-        assert own.truncated == sum(g.truncated[i] for g, i in mine)
-        assert own.mean_tokens == pytest.approx(np.mean([g.response_lengths[i] for g, i in mine]))
+        assert own["responses"] == len(mine)
+        assert own["truncated"] == sum(g.truncated[i] for g, i in mine)
+        mean_tokens = np.mean([g.response_lengths[i] for g, i in mine])
+        assert own["mean_tokens"] == pytest.approx(mean_tokens)
         mean = np.mean([rewards(g)[i] for g, i in mine])
-        assert own.mean_rewards["reward@1"] == pytest.approx(mean)
+        assert own["mean_rewards"]["reward@1"] == pytest.approx(mean)
     values = np.concatenate([rewards(g) for g in groups])
-    own = found.rewards["reward@1"]
-    assert (own.min, own.max) == (values.min(), values.max())
-    assert own.mean == pytest.approx(values.mean())
-    assert own.equal_groups == sum(np.ptp(rewards(g)) == 0 for g in groups)
-    assert list(found.rewards) == ["reward@1", "length@2"]
+    own = found["rewards"]["reward@1"]
+    assert (own["min"], own["max"]) == (values.min(), values.max())
+    assert own["mean"] == pytest.approx(values.mean())
+    assert own["equal_groups"] == sum(np.ptp(rewards(g)) == 0 for g in groups)
+    assert list(found["rewards"]) == ["reward@1", "length@2"]
 
 
 def rewards(group: Group) -> np.ndarray[Any, Any]:
@@ -201,27 +204,25 @@ def rewards(group: Group) -> np.ndarray[Any, Any]:
     return np.asarray(group.rewards)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=60))
 def test_quantiles_of_lengths(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:
     """As NumPy's inverted_cdf has them: the smallest value that a share q does not exceed."""
     root = tmp_path_factory.mktemp("lengths")
     groups = [make_group(n, k=2, response_tokens=length) for n, length in enumerate(lengths)]
     build_dataset(root, groups=groups, groups_per_shard=16, reward=None, reference=False)
-    found = content(open_dataset(root, join=()))
+    found = dataset_info(root, content=True).as_dict()["content"]
     expected = np.quantile(np.repeat(lengths, 2), QUANTILES, method="inverted_cdf")
-    assert found.lengths["response"] == expected.tolist()
+    assert found["lengths"]["response"] == expected.tolist()
 
 
 def test_content_of_nothing(tmp_path: Path) -> None:
     publish(tmp_path, lambda newest: Manifest(groups=[]))
-    found = content(open_dataset(tmp_path, join=()))
-    assert (found.samplers, found.group_sizes, found.lengths) == (
-        {},
-        {},
-        {"prompt": [], "response": []},
-    )
-    assert listing_lines(holding(tmp_path), found)
+    info = dataset_info(tmp_path, content=True)
+    found = info.as_dict()["content"]
+    assert (found["samplers"], found["group_sizes"], found["rewards"]) == ({}, {}, {})
+    assert found["lengths"] == {"prompt": [], "response": []}
+    assert info_lines(info)
 
 
 # ---- the command ----
@@ -245,7 +246,7 @@ def test_the_command(tmp_path: Path, run: Run) -> None:
     by_word, by_flag = run(root), run("--dataset", root)
     assert by_word == by_flag
     assert by_word[0] == 0
-    assert by_word[1].splitlines() == listing_lines(holding(Path(root)))
+    assert by_word[1].splitlines() == info_lines(dataset_info(Path(root)))
     counted = run(root, "--content")[1]
     assert counted.startswith(by_word[1].rstrip("\n"))
     assert section(counted.splitlines(), "mean reward")
@@ -301,4 +302,4 @@ def test_what_cannot_be_listed(
 def test_a_version_that_does_not_exist(tmp_path: Path) -> None:
     build_dataset(tmp_path, 4)
     with pytest.raises(DataError, match="of version 9"):
-        holding(tmp_path, 9)
+        dataset_info(tmp_path, 9)

@@ -31,7 +31,7 @@ def same_share(one: StepShare, other: StepShare) -> bool:
     """Whether two shares hold the same groups in the same micro-batches."""
     return (
         (one.step, one.n_groups) == (other.step, other.n_groups)
-        and [m.passes for m in one.micro_batches] == [m.passes for m in other.micro_batches]
+        and [m.n_forwards for m in one.micro_batches] == [m.n_forwards for m in other.micro_batches]
         and [len(m.groups) for m in one.micro_batches]
         == [len(m.groups) for m in other.micro_batches]
         and all(map(same_group, one.groups, other.groups))

@@ -144,14 +144,14 @@ def test_ranks_make_the_same_passes_and_none_for_nothing(
     """
     shapes, model = step
     plans = plans_of(shapes, model, world_size)
-    assert len({tuple(own.passes for own in plan) for plan in plans}) == 1
-    assert plans[0][-1].passes == 1
+    assert len({tuple(own.n_forwards for own in plan) for plan in plans}) == 1
+    assert plans[0][-1].n_forwards == 1
     for number, row in enumerate(zip(*plans, strict=True)):
         needed = [n_pieces(shapes, own.members, model) for own in row if own.members]
-        assert row[0].passes == max(needed, default=1)
+        assert row[0].n_forwards == max(needed, default=1)
         if not needed:
             assert number == len(plans[0]) - 1
-            assert plans[0][number - 1].passes > 1
+            assert plans[0][number - 1].n_forwards > 1
     for plan in plans:  # the empty ones come last
         filled = [bool(own.members) for own in plan]
         assert filled == sorted(filled, reverse=True)
@@ -282,7 +282,7 @@ def test_a_plan_worked_by_hand() -> None:
     def members_and_passes(budget: int, rank: int) -> list[tuple[tuple[int, ...], int]]:
         model = CostModel("shared", budget, pairs_per_token=10**9)
         plan = plan_step(shapes, model, world_size=2, rank=rank)
-        return [(own.members, own.passes) for own in plan]
+        return [(own.members, own.n_forwards) for own in plan]
 
     model = CostModel("shared", 60, pairs_per_token=10**9)
     assert [round(model.work(shape)) for shape in shapes] == [40, 60, 30, 10]
@@ -294,7 +294,7 @@ def test_a_plan_worked_by_hand() -> None:
     assert members_and_passes(45, 0) == [((1,), 2), ((3,), 1)]
     assert members_and_passes(45, 1) == [((0,), 2), ((2,), 1)]
     alone = plan_step([shapes[1]], CostModel("shared", 45), world_size=1, rank=0)
-    assert alone == [MicroBatchPlan((0,), passes=2), MicroBatchPlan(())]
+    assert alone == [MicroBatchPlan((0,), n_forwards=2), MicroBatchPlan(())]
 
 
 def test_more_ranks_than_groups() -> None:

@@ -222,7 +222,7 @@ def test_groups_left_with_one_response_fall_out_and_are_counted(tmp_path: Path) 
     selection = resolved(dataset, ResponseSettings(["a"]))
     assert [selection.rows(i).tolist() for i in range(dataset.n_row_groups)] == [[0, 3]]
     assert selection.notes == (
-        "responses of a: 4 of 10; 2 groups fall out, left with fewer than two",
+        "responses of a: 4 of 10; 2 groups are left out, with fewer than two",
     )
 
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_chosen_is_refused(dataset: GroupDataset, tmp_path: Path)
     with pytest.raises(ConfigError, match=r"at least 2 responses.*none of 3 groups"):
         select(singles, responses=ResponseSettings(["a"]))
     bare = build_dataset(tmp_path / "bare", 4, reward=None)
-    with pytest.raises(ConfigError, match="to choose by rewards, a dataset has rewards"):
+    with pytest.raises(ConfigError, match="a selection by rewards needs a dataset with rewards"):
         select(bare, responses=ResponseSettings(max_responses=2, prefer="spread"))
     with pytest.raises(ConfigError, match="max_responses is at least 2"):
         ResponseSettings(max_responses=1)

@@ -69,8 +69,8 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(
         assert sorted(found) == sorted(expected)
         assert {share.n_groups for share in shares} == {len(expected)}
         assert {share.step for share in shares} == {step}
-        assert len({tuple(own.passes for own in share.micro_batches) for share in shares}) == 1
-        assert shares[0].micro_batches[-1].passes == 1
+        assert len({tuple(own.n_forwards for own in share.micro_batches) for share in shares}) == 1
+        assert shares[0].micro_batches[-1].n_forwards == 1
         for share in shares:
             for groups, passes in share.micro_batches:
                 pieces = n_pieces([shape_of(g) for g in groups], range(len(groups)), cost)

@@ -51,7 +51,7 @@ def test_micro_batches_and_pieces_change_neither_loss_nor_gradient(
         plans = [trainer.train_dataset[step].micro_batches for step in range(2)]
         trainer.train()
         runs.append((plans, recorder.gradients, lines_of(trainer)))
-    pieces, several, whole = ([[own.passes for own in step] for step in run[0]] for run in runs)
+    pieces, several, whole = ([[own.n_forwards for own in step] for step in run[0]] for run in runs)
     assert all(sum(count > 1 for count in step) >= 3 for step in pieces)
     assert all(set(step) == {1} and 1 < len(step) < 8 for step in several)
     assert whole == [[1]] * 2

@@ -202,5 +202,5 @@ def test_weights_and_names_that_mean_nothing(
     twice = [datasets["one"], datasets["one"]]
     assert "a name of its own" in str(refused(twice, tiny_model_dir, tmp_path))
     assert "at least one dataset" in str(refused([], tiny_model_dir, tmp_path))
-    with pytest.raises(ConfigError, match="not negative"):
+    with pytest.raises(ConfigError, match="non-negative"):
         DatasetSettings(path="x", weight=-1.0)

@@ -265,7 +265,7 @@ def test_evaluation_without_groups_is_refused_before_training(
     ):
         with pytest.raises(ConfigError, match=message[1:]):
             trainer_of(tiny_model_dir, dataset, tmp_path, **options)
-    with pytest.raises(DataError, match="at least one group to take"):
+    with pytest.raises(DataError, match="a run has at least one group"):
         trainer_of(tiny_model_dir, dataset, tmp_path, eval_fraction=1 - 1e-9)
 
 

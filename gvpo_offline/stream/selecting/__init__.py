@@ -1,5 +1,5 @@
-"""Which groups of a dataset take part in a run, and with which of their responses.
+"""Selection of the groups of a dataset, and of the responses in them, that a run uses.
 
-`select` puts the conditions together; `where` asks a predicate (`predicate` parses it, `columns` is
-what it may name), `responses` chooses within groups.
+`select` combines the conditions. `predicate` parses `where`, `columns` computes the columns that it
+may name, `where` evaluates it; `responses` selects within groups.
 """

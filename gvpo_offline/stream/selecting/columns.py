@@ -1,8 +1,8 @@
-"""What a predicate may name: the summary columns of a dataset, as polars frames.
+"""The columns that a predicate may name, as polars frames.
 
-Beside what is stored these are statistics of each group's rewards, and the keys of the user's
-metadata as `metadata.<key>`, each of one type in the whole dataset. The types are made out from all
-of its rows, so nothing depends on how its files are cut.
+These are the stored columns without tokens, statistics of each group, and the keys of the metadata
+as `metadata.<key>`. A key has one type in the whole dataset, inferred from all rows, so that
+results do not depend on how the dataset is cut into files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 METADATA = "metadata"
 KEY_PREFIX = METADATA + "."
-# Each column, and the stored ones that it is made from.
+# Each column, and the stored columns that it is computed from.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "group_id": (),
     "source": ("source",),
@@ -38,6 +38,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt_length": ("prompt_length",),
     "group_size": ("response_lengths",),
     "response_lengths": ("response_lengths",),
+    "response_length_min": ("response_lengths",),
+    "response_length_max": ("response_lengths",),
     "samplers": ("samplers",),
     "truncated": ("truncated",),
     "rewards": ("rewards",),
@@ -49,18 +51,18 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "ref_seq_logprobs": ("ref_seq_logprobs",),
 }
 _INT64 = range(-(2**63), 2**63)
-Kinds = dict[str, "type[pl.DataType]"]
+MetadataTypes = dict[str, "type[pl.DataType]"]
 
 
 class LightColumns:
-    """Some columns of a dataset as frames, one for each row group.
+    """Some columns of a dataset as frames, one per row group.
 
     Args:
-        dataset: where they lie.
-        names: of `COLUMNS`, or `metadata.<key>`, or `metadata`: a struct of all keys.
+        dataset: the dataset.
+        names: keys of `COLUMNS`, `metadata.<key>`, or `metadata`: a struct of all keys.
 
     Attributes:
-        kinds: the type of every key of the metadata; empty where no name asks for one.
+        types: the type of every key of the metadata; empty if no name needs the metadata.
 
     Raises:
         DataError: a row's metadata is not a JSON object.
@@ -71,7 +73,7 @@ class LightColumns:
         self._names = tuple(dict.fromkeys(["group_id", *names]))
         stored = {part for name in self._names for part in COLUMNS.get(name, (METADATA,))}
         self._stored = sorted(stored)
-        self.kinds = metadata_kinds(dataset) if METADATA in stored else {}
+        self.types = metadata_types(dataset) if METADATA in stored else {}
 
     @property
     def schema(self) -> pl.Schema:
@@ -88,7 +90,7 @@ class LightColumns:
     def frame(self, row_group: int) -> pl.DataFrame:
         """The columns of one row group: (n, names)."""
         table = summary_columns(self._dataset, row_group, self._stored)
-        keys = _metadata(self._dataset, row_group, table) if self.kinds else []
+        keys = _metadata(self._dataset, row_group, table) if self.types else []
         return self._framed(table, keys)
 
     def _framed(self, table: pa.Table, metadata: list[dict[str, Any]]) -> pl.DataFrame:
@@ -96,15 +98,15 @@ class LightColumns:
 
         frame = pl.DataFrame(table).with_columns(
             pl.Series(KEY_PREFIX + key, [_value(row.get(key), kind) for row in metadata], kind)
-            for key, kind in self.kinds.items()
+            for key, kind in self.types.items()
         )
-        keys = [pl.col(KEY_PREFIX + key).alias(key) for key in self.kinds]
+        keys = [pl.col(KEY_PREFIX + key).alias(key) for key in self.types]
         made = _expressions() | ({METADATA: pl.struct(keys)} if keys else {})
         return frame.select(made.get(name, pl.col(name)).alias(name) for name in self._names)
 
 
 def _expressions() -> dict[str, pl.Expr]:
-    """The columns that are not stored under their own names and types."""
+    """The columns that are computed from stored ones."""
     import polars as pl
 
     rewards, prompt = pl.col("rewards").list, pl.col("prompt_length").cast(pl.Int64)
@@ -112,6 +114,8 @@ def _expressions() -> dict[str, pl.Expr]:
     return {
         "prompt_length": prompt,
         "response_lengths": lengths,
+        "response_length_min": lengths.list.min(),
+        "response_length_max": lengths.list.max(),
         "n_tokens": prompt + lengths.list.sum(),
         "group_size": lengths.list.len().cast(pl.Int64),
         "reward_mean": rewards.mean(),
@@ -122,15 +126,16 @@ def _expressions() -> dict[str, pl.Expr]:
     }
 
 
-def metadata_kinds(dataset: GroupDataset, row_groups: Iterable[int] | None = None) -> Kinds:
-    """The polars type of every key of the metadata, made out from all rows.
+def metadata_types(dataset: GroupDataset, row_groups: Iterable[int] | None = None) -> MetadataTypes:
+    """The polars type of every key of the metadata, inferred from all rows.
 
-    Whole numbers are Int64, numbers Float64, flags Boolean, text String. Nulls have no say. What is
-    mixed, nested, or larger than 64 bits is text: a string as it is, anything else as JSON.
+    Integers are Int64, other numbers Float64, flags Boolean, text String; nulls are ignored. Mixed
+    and nested values and integers beyond 64 bits make a key String: strings as they are, all other
+    values as JSON.
 
     Args:
-        dataset: where the metadata lies.
-        row_groups: where to look; by default in all.
+        dataset: the dataset.
+        row_groups: numbers of the row groups to read; by default all.
     """
     found: defaultdict[str, set[str]] = defaultdict(set)
     for row_group in range(dataset.n_row_groups) if row_groups is None else row_groups:
@@ -142,7 +147,7 @@ def metadata_kinds(dataset: GroupDataset, row_groups: Iterable[int] | None = Non
 
 
 def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[dict[str, Any]]:
-    """The metadata of each row; nothing where there is none."""
+    """The metadata of each row; an empty dictionary if there is none."""
     if METADATA not in table.column_names:
         return [{}] * table.num_rows
     rows = []
@@ -155,7 +160,7 @@ def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[di
             raise DataError(
                 "a group's metadata is a JSON object, or null",
                 received=text,
-                remedy="write the column again, or leave metadata out of `where`",
+                remedy="rewrite the column, or leave metadata out of `where`",
                 **dataset.location(row_group).of_row(table, number),
             )
         rows.append(row)
@@ -178,7 +183,7 @@ def _joined(kinds: set[str]) -> type[pl.DataType]:
 
 
 def _value(value: Any, kind: type[pl.DataType]) -> Any:
-    """A value of the metadata as one of its key's type."""
+    """A value of the metadata, converted to its key's type."""
     import polars as pl
 
     if value is None or isinstance(value, str) or kind != pl.String:

@@ -1,4 +1,4 @@
-"""Which responses of a group take part: by sampler, at most so many, the most different first."""
+"""Selection of responses within groups: by sampler, by number, by spread of rewards."""
 
 from __future__ import annotations
 
@@ -16,53 +16,52 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
 from gvpo_offline.store.arrow import column_array
-from gvpo_offline.store.pick import RESPONSE_AXIS, ResponseIndex, take_responses
+from gvpo_offline.store.pick import RESPONSE_AXIS, Indices, ResponseIndex, take_responses
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS
-from gvpo_offline.stream.selecting.predicate import nearest
+from gvpo_offline.stream.selecting.predicate import suggestion
 from gvpo_offline.stream.settings import ResponseSettings
 
-Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _COLUMNS = {c.name: c for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS[1:], *REFERENCE_COLUMNS[1:])}
 _FIELDS = tuple(field.name for field in fields(Group) if field.name in RESPONSE_AXIS)
 
 
-def takes_all(settings: ResponseSettings) -> bool:
-    """Whether every response of every group takes part."""
+def keeps_all_responses(settings: ResponseSettings) -> bool:
+    """Whether the settings select every response."""
     return not settings.samplers and settings.max_responses is None
 
 
-def described(settings: ResponseSettings) -> str:
-    """The settings in words."""
+def response_summary(settings: ResponseSettings) -> str:
+    """The settings, as log lines show them."""
     of = f"of {', '.join(settings.samplers)}" if settings.samplers else ""
     few = f"at most {settings.max_responses}, {settings.prefer}" if settings.max_responses else ""
     return "; ".join(part for part in (of, few) if part)
 
 
-def check_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | str) -> None:
-    """Raise ConfigError if a pattern fits none of a dataset's samplers."""
+def check_sampler_patterns(patterns: Sequence[str], names: Iterable[str], file: Path | str) -> None:
+    """Raise ConfigError if a pattern matches none of a dataset's samplers."""
     known = sorted(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise ConfigError(
-                "responses.samplers names samplers of the dataset, or patterns that fit one",
+                "responses.samplers holds samplers of the dataset, or patterns that match one",
                 received=pattern,
-                remedy=nearest(pattern, known),
+                remedy=suggestion(pattern, known),
                 file=file,
             )
 
 
 def choose(table: pa.Table, settings: ResponseSettings) -> ResponseIndex:
-    """The responses of each row that take part, in the order in which they are stored.
+    """The selected responses of each row, in stored order.
 
-    First those of the samplers that are asked for; of these at most `max_responses`: the first
-    ones, or (spread) the best, the worst, and then again and again the one whose reward is farthest
-    from all rewards taken so far. Of equally far ones the one whose reward was taken least often
-    comes first, then the one stored first. So rewards of 0 and 1 are taken in turn.
+    First the responses of the given samplers; of these at most `max_responses`: the first ones, or
+    (spread) the best, the worst, and then repeatedly the one whose reward is farthest from all
+    rewards selected so far. Ties go to the reward selected least often, then to the response stored
+    first. So of rewards 0 and 1 both are selected in turn.
 
     Args:
-        table: rows with `samplers` and, to spread, `rewards`; none of them null.
-        settings: what to choose.
+        table: rows with `samplers` and, for spread, `rewards`; none of them null.
+        settings: which responses to select.
 
     Returns:
         The rows that keep at least one response, as groups.
@@ -84,15 +83,15 @@ def choose(table: pa.Table, settings: ResponseSettings) -> ResponseIndex:
 
 
 def take_all_columns(table: pa.Table, index: ResponseIndex) -> pa.Table:
-    """The groups of an index, with every column of a table: (G,) rows."""
+    """The selected rows and responses of a table, in all of its columns: (G,) rows."""
     columns = [_COLUMNS[name] for name in table.column_names]
     return take_responses(table, columns, index)
 
 
 def with_responses(groups: Sequence[Group], settings: ResponseSettings) -> list[Group]:
-    """Groups with the responses that take part; one that keeps none is left as it is.
+    """Groups with their selected responses; a group without any is returned unchanged.
 
-    The same as `choose` and `take_all_columns` of the table that the groups were read from.
+    Equal to `choose` and `take_all_columns` on the table that the groups were read from.
     """
     names = pa.array([group.samplers for group in groups], pa.list_(pa.string()))
     scored = {}
@@ -129,14 +128,14 @@ def _of_samplers(names: pa.Array, patterns: Sequence[str]) -> npt.NDArray[np.boo
 
 
 def _ranks(rows: Indices) -> Indices:
-    """The place of each element among those of its row; row numbers ascend. (n,) int64"""
+    """The index of each element within its row, for ascending row numbers: (n,) int64."""
     return np.arange(len(rows), dtype=np.int64) - np.searchsorted(rows, rows)
 
 
 def _spread(rewards: Floats, rows: Indices, most: int) -> Indices:
-    """At most `most` elements of each row, chosen greedily: (n,) int64, ascending.
+    """At most `most` elements of each row, selected greedily: (n,) int64, ascending.
 
-    One round chooses one element of every row that has one left.
+    One round selects one element of every row that has one left.
 
     Args:
         rewards: (n,).
@@ -154,7 +153,7 @@ def _spread(rewards: Floats, rows: Indices, most: int) -> Indices:
         for score in (distance if number > 1 else value if number == 0 else -value, -often):
             open_score = np.where(best, score, -np.inf)
             best &= open_score == open_score.max(axis=1, keepdims=True)
-        at = (np.arange(shape[0]), best.argmax(axis=1))  # of equals the first one
+        at = (np.arange(shape[0]), best.argmax(axis=1))  # of equal ones the first
         left[at] = False
         chosen = value[at][:, None]
         with np.errstate(over="ignore"):

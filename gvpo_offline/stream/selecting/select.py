@@ -1,4 +1,4 @@
-"""Which groups train and which are held out, and with which of their responses."""
+"""Selection of training groups and held-out groups, and of their responses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.conditions import (
     Condition,
-    HeldOut,
-    Responses,
-    Rows,
-    UnequalRewards,
-    Where,
+    HeldOutCondition,
+    ResponseCondition,
+    SelectedRows,
+    UnequalRewardsCondition,
+    WhereCondition,
 )
-from gvpo_offline.stream.selecting.responses import takes_all
+from gvpo_offline.stream.selecting.responses import keeps_all_responses
 from gvpo_offline.stream.settings import ResponseSettings
 
 if TYPE_CHECKING:
@@ -41,34 +41,33 @@ def select(
     """The groups of a dataset to train on, or (`held_out`) those kept for evaluation.
 
     A function of its arguments and the dataset's content alone. The result is small and can be
-    pickled, so one process can resolve it for all.
+    pickled, so that one process can compute it for all ranks.
 
     Args:
-        dataset: with rewards where a condition needs them.
-        where: only groups for which this holds; see docs/howto/selecting.md. It is asked of groups
-            as they are stored, before any of their responses are left out.
-        responses: which of their responses take part; a group that is left with fewer than two
-            falls out.
+        dataset: with rewards if a condition needs them.
+        where: only groups for which this is true; see docs/howto/selecting.md. It is evaluated on
+            groups with all of their responses.
+        responses: which of their responses to use; a group with fewer than two is left out.
         eval_fraction, held_out: of those, the groups that are held out, or all others.
-        drop_equal_rewards: leave out groups whose remaining responses all have one reward.
+        drop_equal_rewards: leave out groups whose selected responses all have one reward.
 
     Returns:
-        None where that is all groups, whole.
+        The selection; None: all groups with all responses.
 
     Raises:
-        ConfigError: the predicate breaks a rule of `truths`, or it or `responses` leave nothing.
+        ConfigError: as `predicate_masks`; or the predicate or `responses` leave no group.
         DataError, IntegrityError: as `GroupDataset.table`.
     """
-    chosen = None if takes_all(responses) else Responses(dataset, responses)
+    chosen = None if keeps_all_responses(responses) else ResponseCondition(dataset, responses)
     conditions: list[Condition] = []
     if where is not None:
-        conditions.append(Where(dataset, where))
+        conditions.append(WhereCondition(dataset, where))
     if eval_fraction:
-        conditions.append(HeldOut(eval_fraction, held_out=held_out))
+        conditions.append(HeldOutCondition(eval_fraction, held_out=held_out))
     if chosen is not None:
         conditions.append(chosen)
     if drop_equal_rewards:
-        conditions.append(UnequalRewards(dataset))
+        conditions.append(UnequalRewardsCondition(dataset))
     if not conditions:
         return None
     selection = _fulfilling(dataset, conditions)
@@ -78,15 +77,15 @@ def select(
 
 
 def _fulfilling(dataset: GroupDataset, conditions: list[Condition]) -> Selection:
-    """The groups that fulfil all conditions, in one pass over what they look at."""
+    """The groups that fulfil all conditions, in one pass over the columns that these read."""
     columns = sorted({name for condition in conditions for name in condition.columns})
 
     def mask_of(row_group: int) -> npt.NDArray[np.bool_]:
         size = int(dataset.row_group_sizes[row_group])
         if columns:
-            rows = Rows.whole(row_group, summary_columns(dataset, row_group, columns))
-        else:  # a predicate reads for itself
-            rows = Rows.whole(row_group, pa.table({"row": np.arange(size)}))
+            rows = SelectedRows.whole(row_group, summary_columns(dataset, row_group, columns))
+        else:  # a predicate reads its own columns
+            rows = SelectedRows.whole(row_group, pa.table({"row": np.arange(size)}))
         for condition in conditions:
             rows = condition.keep(rows)
         mask = np.zeros(size, dtype=bool)

@@ -1,9 +1,8 @@
-"""Which groups a predicate is true of.
+"""Evaluation of a predicate on the groups of a dataset.
 
-It means what it means over the whole dataset: an average, a rank or a quantile in it is that of all
-groups. A predicate that looks at each group alone is evaluated row group by row group, in constant
-memory; for any other the columns that it names are read into memory, and evaluated there in one
-piece, so that sums do not depend on threads or files.
+Averages, ranks and quantiles in a predicate are over all groups. A predicate on each row alone is
+evaluated row group by row group, in constant memory. For any other, the columns that it names are
+read into memory and evaluated at once, so that sums do not depend on how the dataset is cut.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from gvpo_offline.stream.selecting.columns import (
     KEY_PREFIX,
     METADATA,
     LightColumns,
-    metadata_kinds,
+    metadata_types,
 )
-from gvpo_offline.stream.selecting.predicate import nearest, parse, refused, shown
+from gvpo_offline.stream.selecting.predicate import parse, refused, shown, suggestion
 
 if TYPE_CHECKING:
     import polars as pl
 
 _MASK = "__selected"
-Truths = tuple[npt.NDArray[np.bool_], int]
+PredicateMask = tuple[npt.NDArray[np.bool_], int]
 
 
-def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
-    """What a predicate says of each row group, in order.
+def predicate_masks(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[PredicateMask]:
+    """Evaluate a predicate on each row group, in order.
 
-    Pages are verified as at every read: polars is given columns, and reads no file of its own.
+    Polars gets columns that were read and verified by this package; it opens no file.
 
     Args:
-        dataset: with its rewards and reference where the predicate names them.
-        where: as SQL, as text of a polars expression, or as an expression.
+        dataset: with its rewards and reference if the predicate names them.
+        where: an SQL condition, or a `polars.Expr`.
 
     Yields:
-        (n,) bool, and of how many groups it is neither true nor false (null); they count as false.
+        (n,) bool, and the number of groups for which it is null; null counts as false.
 
     Raises:
         ConfigError: it does not parse, names no column, is not boolean, or fails on a value.
@@ -54,14 +53,14 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
     expression = parse(where)
     names = list(dict.fromkeys(expression.meta.root_names()))
     if not names or expression.meta.has_multiple_outputs():
-        raise refused("a predicate names columns, one by one", where, "none or a pattern")
+        raise refused("a predicate names columns, one by one", where, "no column, or a pattern")
     _check_names(dataset, where, names)
     columns = LightColumns(dataset, names)
     _check_keys(columns, where, names)
     _check_boolean(columns, where, expression)
     schema = columns.schema
     numbers = columns.numbers
-    if _one_by_one(schema, expression):
+    if _is_row_wise(schema, expression):
         for row_group in numbers:
             yield _counted(_evaluated(columns.frame(row_group), where, expression))
         return
@@ -75,53 +74,57 @@ def truths(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[Truths]:
 
 
 def nothing_selected(where: object, total: int, n_null: int, file: Path | str) -> ConfigError:
-    """The error of a predicate that is true of no group."""
+    """The error for a predicate that is true for no group."""
     null = f", and null for {n_null:,} of them" if n_null else ""
     return ConfigError(
         "a predicate selects at least one group",
         received=f"where: {shown(where)}, which is true for none of {total:,} groups{null}",
-        remedy="loosen it; its columns are explained in docs/howto/selecting.md",
+        remedy="loosen it; docs/howto/selecting.md describes its columns",
         file=file,
     )
 
 
 def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None:
-    """Raise ConfigError if a name is no column, or one that the dataset does not hold."""
+    """Raise ConfigError if a name is no column, or a column that the dataset lacks."""
     for name in names:
         if name not in COLUMNS and name != METADATA and not name.startswith(KEY_PREFIX):
-            # The keys of the whole metadata would be another pass, for a word of advice.
-            keys = metadata_kinds(dataset, range(min(1, dataset.n_row_groups)))
+            # Only the first row group: a suggestion is not worth a pass over the dataset.
+            keys = metadata_types(dataset, range(min(1, dataset.n_row_groups)))
             known = [*COLUMNS, *(KEY_PREFIX + key for key in keys)]
-            quoted = "text stands in single quotes; " if f'"{name}"' in shown(where) else ""
+            quoted = "text is written in single quotes; " if f'"{name}"' in shown(where) else ""
             raise refused(
-                "a predicate names columns", where, repr(name), quoted + nearest(name, known)
+                "a predicate names columns", where, repr(name), quoted + suggestion(name, known)
             )
         if "rewards" in COLUMNS.get(name, ()) and not dataset.rewards:
-            raise refused("a predicate on rewards needs a dataset that has them", where, name)
+            raise refused("a predicate on rewards needs a dataset with rewards", where, name)
         if name == "ref_seq_logprobs" and dataset.reference is None:
-            raise refused("a predicate on the reference needs its log-probs", where, name)
+            raise refused(
+                "a predicate on ref_seq_logprobs needs a dataset with a reference", where, name
+            )
 
 
 def _check_keys(columns: LightColumns, where: object, names: list[str]) -> None:
-    """Raise ConfigError if a name is no key of the metadata."""
+    """Raise ConfigError if a name is not a key of the metadata."""
     for name in names:
-        if name.startswith(KEY_PREFIX) and name.removeprefix(KEY_PREFIX) not in columns.kinds:
-            keys = [KEY_PREFIX + key for key in columns.kinds]
-            remedy = nearest(name, keys) if keys else "the dataset has no metadata"
-            raise refused("a predicate names keys of the metadata", where, f"{name!r}", remedy)
+        if name.startswith(KEY_PREFIX) and name.removeprefix(KEY_PREFIX) not in columns.types:
+            keys = [KEY_PREFIX + key for key in columns.types]
+            remedy = suggestion(name, keys) if keys else "the dataset has no metadata"
+            raise refused(
+                "a predicate names existing keys of the metadata", where, f"{name!r}", remedy
+            )
 
 
 def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) -> None:
     """Raise ConfigError unless an expression fits the types of its columns, and is boolean.
 
-    No group is looked at: polars is asked what comes of no rows.
+    It is evaluated on an empty frame with these types.
     """
     import polars as pl
 
     try:
         (kind,) = pl.DataFrame(schema=columns.schema).select(expression).dtypes
     except pl.exceptions.PolarsError as error:
-        keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.kinds.items())
+        keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.types.items())
         raise refused(
             "a predicate fits the types of its columns",
             where,
@@ -132,29 +135,29 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
         raise refused("a predicate is true or false", where, f"a value of type {kind}")
 
 
-def _one_by_one(schema: pl.Schema, expression: pl.Expr) -> bool:
-    """Whether an expression looks at each row alone.
+def _is_row_wise(schema: pl.Schema, expression: pl.Expr) -> bool:
+    """Whether the value of an expression in a row depends on that row alone.
 
-    Polars knows: such a filter, and no other, is handed down to where the rows come from.
+    Polars pushes a filter down to the source of the rows exactly if that is so.
     """
     import polars as pl
     from polars.io.plugins import register_io_source
 
-    handed_down = False
+    pushed_down = False
 
     def no_rows(
         with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: Any, batch_size: Any
     ) -> Iterator[pl.DataFrame]:
-        nonlocal handed_down
-        handed_down = predicate is not None
+        nonlocal pushed_down
+        pushed_down = predicate is not None
         frame = pl.DataFrame(schema=schema)
         yield frame if with_columns is None else frame.select(with_columns)
 
     try:
         register_io_source(no_rows, schema=schema).filter(expression).collect()
-    except pl.exceptions.PolarsError:  # such as Python functions, which cannot be handed down
+    except pl.exceptions.PolarsError:  # for example Python functions, which cannot be pushed down
         return False
-    return handed_down
+    return pushed_down
 
 
 def _evaluated(frame: pl.DataFrame, where: object, expression: pl.Expr) -> pl.Series:
@@ -173,5 +176,5 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n\n")[0]
 
 
-def _counted(answers: pl.Series) -> Truths:
+def _counted(answers: pl.Series) -> PredicateMask:
     return answers.fill_null(False).to_numpy(), answers.null_count()

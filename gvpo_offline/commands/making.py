@@ -1,0 +1,95 @@
+"""Commands that make data: `import`, `sample`, `reward`, `reference`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gvpo_offline.commands.command import Command, filled
+from gvpo_offline.errors import DataError
+from gvpo_offline.importing.settings import Columns, ImportConfig
+from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.rewards.settings import RewardConfig
+from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.workers.settings import WorkerSettings
+
+
+def _run_import(values: dict[str, Any]) -> None:
+    from gvpo_offline.importing.importer import import_log
+
+    values["columns"] = Columns(**values["columns"])
+    print("\n".join(import_log(filled(ImportConfig, values)).lines()))
+    print(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
+
+
+def _run_sample(values: dict[str, Any]) -> None:
+    from gvpo_offline.sampling.run import run_sample
+
+    engine = filled(WorkerSettings, values)
+    result = run_sample(filled(SampleConfig, values), engine)
+    print("\n".join(result.lines()))
+    if result.manifest is None and engine.shard and not result.asked:
+        print("this shard is done; the shard that finishes last writes the dataset")
+        return
+    if result.manifest is None:
+        asked = result.n_gaps + sum(result.responses.values())
+        raise DataError(
+            "the dataset is written once every response is there",
+            received=f"{result.n_gaps} of {asked} missing",
+            remedy="run the same command again, which requests only the missing ones, or leave "
+            "them out (gaps: drop)",
+        )
+    print(f"next: gvpo-offline reward --dataset {values['output_dir']} …")
+
+
+def _run_reward(values: dict[str, Any]) -> None:
+    from gvpo_offline.rewards.stage import run_reward
+
+    config = filled(RewardConfig, values)
+    result = run_reward(config, filled(WorkerSettings, values))
+    if result is None:
+        return
+    print("\n".join(result.lines()))
+    print(f"next: gvpo-offline train --dataset {config.dataset} --reward {config.name} …")
+
+
+def _run_reference(values: dict[str, Any]) -> None:
+    from gvpo_offline.reference.score import run_reference
+
+    config = filled(ReferenceConfig, values)
+    manifest = run_reference(config, filled(WorkerSettings, values))
+    if manifest is None:
+        return
+    held = ", ".join(f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references)
+    print(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
+    print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
+
+
+COMMANDS: dict[str, Command] = {
+    "import": Command(
+        "Convert logged, scored responses to a dataset of Parquet shards.",
+        _run_import,
+        (ImportConfig,),
+        "Example: gvpo-offline import --inputs 'logs/*.jsonl' --tokenizer_name_or_path model "
+        "--output_dir data --columns.reward score",
+    ),
+    "sample": Command(
+        "Sample k responses to each prompt from models, servers or batch files.",
+        _run_sample,
+        (SampleConfig, WorkerSettings),
+        "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
+        "settings: docs/howto/sampling.md",
+    ),
+    "reward": Command(
+        "Score every response by functions, rules or models; adds a reward to the dataset.",
+        _run_reward,
+        (RewardConfig, WorkerSettings),
+        "Example: gvpo-offline reward --dataset data --name correct "
+        "--scorers '{correct: {kind: math, column: answer}}'",
+    ),
+    "reference": Command(
+        "Score every response under a reference policy; adds its log-probs to the dataset.",
+        _run_reference,
+        (ReferenceConfig, WorkerSettings),
+        "Example: gvpo-offline reference --dataset data --model_name_or_path model",
+    ),
+}

@@ -1,0 +1,125 @@
+"""Commands that train and measure policies: `tune`, `train`, `evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gvpo_offline.commands.command import Command, filled
+from gvpo_offline.commands.settings import EvaluateConfig
+from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.store.location import RemoteSettings
+from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
+from gvpo_offline.train.settings import (
+    CommonTrainingSettings,
+    GVPOSettings,
+    LoraSettings,
+    RunSettings,
+)
+from gvpo_offline.tune.settings import TuneSettings
+
+_OTHER_FLAGS = (
+    "Every field of transformers.TrainingArguments is also a flag and a YAML key, except those "
+    "that groups_per_step and max_tokens_per_micro_batch replace."
+)
+
+
+def _run_tune(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.tune import run_tune
+    from gvpo_offline.train.config import GVPOConfig
+
+    found = run_tune(
+        model=filled(ModelSettings, values),
+        data=filled(DataSettings, _datasets(values)),
+        lora=filled(LoraSettings, values),
+        tune=filled(TuneSettings, values),
+        args=filled(GVPOConfig, values),
+    )
+    if found is not None:
+        print(found.table())
+        print(f"next: gvpo-offline train --config … --config {found.file}")
+        print(json.dumps(found.summary()))
+
+
+def _run_train(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.train import run_train
+    from gvpo_offline.train.config import GVPOConfig
+
+    trainer = run_train(
+        model=filled(ModelSettings, values),
+        data=filled(DataSettings, _datasets(values)),
+        lora=filled(LoraSettings, values),
+        run=filled(RunSettings, values),
+        args=filled(GVPOConfig, values),
+    )
+    if trainer.is_world_process_zero():
+        print(f"the trained policy: {trainer.args.output_dir}")
+        # Settings that are left out are read from the run's folder.
+        print(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
+
+
+def _run_evaluate(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.evaluate import run_evaluate
+
+    config = filled(EvaluateConfig, _datasets(values))
+    report = run_evaluate(config)
+    print(report.table())
+    text = json.dumps({"config": report.config.public(), **report.as_dict()})
+    if config.output_file:
+        Path(config.output_file).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(report.metrics))
+
+
+def _datasets(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with nested settings of datasets, responses and remote reading as dataclasses."""
+
+    def nested(item: dict[str, Any]) -> dict[str, Any]:
+        remote = None if item["remote"] is None else RemoteSettings(**item["remote"])
+        return {**item, "responses": ResponseSettings(**item["responses"]), "remote": remote}
+
+    lists: dict[str, Any] = {
+        name: [DatasetSettings(**nested(item)) for item in values[name]]
+        for name in ("datasets", "eval_datasets")
+        if name in values
+    }
+    return {**nested(values), **lists}
+
+
+COMMANDS: dict[str, Command] = {
+    "tune": Command(
+        "Choose beta and learning rate by short trials, before `train` with the same settings.",
+        _run_tune,
+        (
+            ModelSettings,
+            DataSettings,
+            GVPOSettings,
+            CommonTrainingSettings,
+            LoraSettings,
+            RunSettings,
+            TuneSettings,
+        ),
+        _OTHER_FLAGS + " Example: gvpo-offline tune --config train.yaml, then gvpo-offline train "
+        "--config train.yaml --config run/tune/proposed.yaml. More: docs/howto/tuning.md",
+    ),
+    "train": Command(
+        "Train a policy with GVPO on datasets.",
+        _run_train,
+        (
+            ModelSettings,
+            DataSettings,
+            GVPOSettings,
+            CommonTrainingSettings,
+            LoraSettings,
+            RunSettings,
+        ),
+        _OTHER_FLAGS + " Example: gvpo-offline train --dataset data --model_name_or_path model "
+        "--output_dir run --beta 0.1 --learning_rate 1e-6",
+    ),
+    "evaluate": Command(
+        "Measure the fit of a policy on held-out groups: explained variance, log-ratios, ranking.",
+        _run_evaluate,
+        (EvaluateConfig,),
+        "Example: gvpo-offline evaluate --model_name_or_path run, on what the run held out",
+    ),
+}

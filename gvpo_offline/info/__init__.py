@@ -1,0 +1,1 @@
+"""Descriptions of datasets, as `ls` prints them and the card on the hub shows them."""

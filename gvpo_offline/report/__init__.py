@@ -1,1 +1,0 @@
-"""Numbers and texts about what is on disk, from files alone."""
