@@ -97,3 +97,12 @@ def test_the_source_files_that_a_page_names_exist(page: Path) -> None:
     folders = ("gvpo_offline", "docs", "benchmarks", "pipelines", "research", "examples", "tests")
     known = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert [n for n in sorted(names) if not any(p.endswith(f"/{n}") for p in known)] == []
+
+
+def test_the_architecture_lists_every_package() -> None:
+    """As rows of its table; no row names a package that is gone."""
+    text = (ROOT / "docs" / "theory" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)/`", row)}
+    packages = {path.parent.name for path in (ROOT / "gvpo_offline").glob("*/__init__.py")}
+    assert listed == packages
