@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from gvpo_offline.sampling.decode import Decoder, Draft, Rules
+from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules
 
 N_PROMPTS, K, MAX_NEW, BATCH = 16, 8, 256, 32
 VOCAB, HIDDEN, LAYERS = 2000, 256, 4
@@ -82,10 +82,10 @@ def by_generate(model: Any, prompts: list[Any], ends: list[int]) -> int:
 
 def by_decoder(model: Any, prompts: list[Any], ends: list[int]) -> int:
     """The sampler's own loop, likewise."""
-    rules = Rules(transformers.LogitsProcessorList(), False, frozenset(ends), MAX_NEW)
+    rules = DecodingRules(transformers.LogitsProcessorList(), False, frozenset(ends), MAX_NEW)
     decoder = Decoder(model, rules, batch_size=BATCH, max_batch_tokens=1 << 20)
-    drafts = [Draft(p, seed=K * i + j) for i, p in enumerate(prompts) for j in range(K)]
-    return len(list(decoder.run(drafts)))
+    completions = [Completion(p, seed=K * i + j) for i, p in enumerate(prompts) for j in range(K)]
+    return len(list(decoder.run(completions)))
 
 
 def rate(work: Callable[[], int]) -> float:

@@ -1,63 +1,196 @@
-"""What counts as an answer of an OpenAI-compatible server."""
+"""Reads what an OpenAI-compatible server returns: chat completions, completions, batch results.
+
+Samplers, judges and the import of batch files read answers with this module alone. The types of the
+`openai` package are no help here: its client fills them without validation, and its validators
+refuse servers that leave out fields that nothing here needs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # As OpenAI says it, and as text-generation-inference does.
-ENDED = ("stop", "eos_token", "stop_sequence")
-CUT = "length"
-_SHOWN = 120
+_STOPPED = ("stop", "eos_token", "stop_sequence")
+_LENGTH = "length"
+_TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING = ("reasoning", "reasoning_content")
+BESIDE_TEXT = ("tool_calls", "function_call", *REASONING)
+_TOKEN_ID = re.compile(r"token_id:(\d+)")
 
 
 class BadAnswerError(Exception):
-    """An answer, or a part of one, that will not do; its text is the cause."""
+    """An answer, or a part of it, that cannot be used; the message is the cause."""
 
 
-def choices_of(answer: Any) -> dict[int, Mapping[str, Any]]:
-    """The choices of an answer's JSON, by number.
+class AnswerChoice:
+    """One choice of a chat completion or a completion. Each part is checked when it is read.
+
+    Args:
+        choice: its JSON.
+        answer: the JSON that it is part of.
+
+    Attributes:
+        prompt_token_ids: the prompt's token ids, unchecked; None where the server gave none.
+        finish_reason: as the server gave it.
+
+    Raises:
+        BadAnswerError: there is neither a `message` nor a `text`.
+    """
+
+    def __init__(self, choice: Any, answer: Any = None) -> None:
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(message, dict):
+            if not isinstance(choice, dict) or "text" not in choice:
+                raise BadAnswerError(f"a choice without a message or a text: {_shown(choice)}")
+            message = {"content": choice["text"]}
+        self._choice, self._message = choice, message
+        around = answer if isinstance(answer, dict) else {}
+        self.prompt_token_ids = choice.get("prompt_token_ids") or around.get("prompt_token_ids")
+        self.finish_reason = choice.get("finish_reason")
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the model or a filter withheld the response; None if neither did."""
+        if self.finish_reason == "content_filter":
+            return "the finish reason 'content_filter'"
+        refusal = self._message.get("refusal")
+        return f"refused ({refusal})" if refusal else None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response was cut at the token limit.
+
+        Raises:
+            BadAnswerError: it neither ended by itself nor was cut there.
+        """
+        if self.finish_reason not in (*_STOPPED, _LENGTH):
+            reason = self.finish_reason
+            raise BadAnswerError(f"the finish reason {reason!r}, which is neither an end nor a cut")
+        return bool(self.finish_reason == _LENGTH)
+
+    def text(self, *, beside: Collection[str] = ()) -> str | None:
+        """The text; None where the server gave null.
+
+        Args:
+            beside: fields of the message that may hold more of what the model wrote.
+
+        Raises:
+            BadAnswerError: another field holds more, or the text is invalid (`content_text`).
+        """
+        for name in BESIDE_TEXT:
+            if self._message.get(name) and name not in beside:
+                hint = ": start the server without a reasoning parser" if name in REASONING else ""
+                raise BadAnswerError(f"a message with {name} apart from its text{hint}")
+        content = self._message.get("content")
+        return None if content is None else content_text(content)
+
+    @property
+    def token_ids(self) -> list[int] | None:
+        """Token ids, as `token_ids` or as log-probs' tokens of the form token_id:123 (vLLM).
+
+        None where the server gave none: tokens that are text do not determine ids.
+
+        Raises:
+            BadAnswerError: they are not valid ids.
+        """
+        ids = self._choice.get("token_ids")
+        if ids is None:
+            tokens = self._of_tokens("tokens", "token")
+            found = [_TOKEN_ID.fullmatch(str(token)) for token in tokens]
+            ids = [int(match[1]) for match in found if match]
+            if not ids or len(ids) < len(found):
+                return None
+        if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+            raise BadAnswerError(f"token ids that are {_shown(ids)}")
+        return ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        """The log-prob of each token, in nats.
+
+        Raises:
+            BadAnswerError: there are none, or one is missing.
+        """
+        values = self._of_tokens("token_logprobs", "logprob")
+        if not values or not all(isinstance(value, int | float) for value in values):
+            raise BadAnswerError("no log-prob for some token")
+        return values
+
+    def _of_tokens(self, completions: str, chat: str) -> list[Any]:
+        """Values of all tokens, under their name in completions or in chat completions."""
+        found = self._choice.get("logprobs") or {}
+        try:
+            return list(found.get(completions) or [t.get(chat) for t in found.get("content") or ()])
+        except (AttributeError, TypeError) as error:
+            raise BadAnswerError(f"log-probs of another shape: {_shown(found)}") from error
+
+
+def choices_of(answer: Any) -> list[Any]:
+    """The JSON of an answer's choices; at least one.
 
     Raises:
         BadAnswerError: there are none.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices:
-        raise BadAnswerError(f"an answer without choices: {json.dumps(answer)[:_SHOWN]}")
-    return {
-        choice.get("index", position): choice
-        for position, choice in enumerate(choices)
-        if isinstance(choice, dict)
-    }
+        raise BadAnswerError(f"an answer without choices: {_shown(answer)}")
+    return choices
 
 
-def finish_of(choice: Mapping[str, Any]) -> str:
-    """One of `ENDED`, or `CUT`.
+def choice_of(answer: Any, number: int) -> AnswerChoice:
+    """The choice whose `index` is `number`; choices without one are numbered in order.
 
     Raises:
-        BadAnswerError: the choice came to neither.
+        BadAnswerError: there is none, or it is no choice.
     """
-    finish = choice.get("finish_reason")
-    if finish not in (*ENDED, CUT):
-        raise BadAnswerError(f"the finish reason {finish!r}, which is neither an end nor a cut")
-    return str(finish)
+    choices = choices_of(answer)
+    for position, choice in enumerate(choices):
+        if isinstance(choice, dict) and choice.get("index", position) == number:
+            return AnswerChoice(choice, answer)
+    raise BadAnswerError(f"{len(choices)} choices, none of them number {number}")
 
 
-def text_of(choice: Mapping[str, Any]) -> str:
-    """The text of a choice, of chat completions or of completions; may be empty.
+def content_text(content: Any) -> str:
+    """A message's content, text or a list of text parts, as text.
 
     Raises:
-        BadAnswerError: it has none, or what is none in Unicode.
+        BadAnswerError: it is neither, or not valid Unicode.
     """
-    message = choice.get("message")
-    if isinstance(message, dict) and message.get("tool_calls"):
-        raise BadAnswerError("a tool call")
-    text = message.get("content") if isinstance(message, dict) else choice.get("text")
-    if not isinstance(text, str):
-        raise BadAnswerError(f"a text that is {json.dumps(text)[:40]}")
+    if isinstance(content, list) and all(
+        isinstance(part, dict)
+        and part.get("type") in _TEXT_PARTS
+        and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadAnswerError(f"neither text nor a list of text parts: {_shown(content)}")
     try:
-        text.encode()
+        content.encode()
     except UnicodeEncodeError as error:
-        raise BadAnswerError(f"a text that is no Unicode ({error.reason})") from error
-    return text
+        raise BadAnswerError(f"a text that is not valid Unicode ({error.reason})") from error
+    return content
+
+
+def result_body(result: Mapping[str, Any]) -> Any:
+    """The answer in a line of a batch's result or error file.
+
+    Raises:
+        BadAnswerError: the request failed; with the status and the server's message.
+    """
+    response = result.get("response")
+    response = response if isinstance(response, dict) else {}
+    status, body = response.get("status_code"), response.get("body")
+    if status == 200 and not result.get("error"):
+        return body
+    problem = result.get("error") or body
+    while isinstance(problem, dict):
+        problem = problem.get("error") or problem.get("message") or str(problem)
+    raise BadAnswerError(f"status {status}, {problem}")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)[:120]

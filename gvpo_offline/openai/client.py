@@ -1,7 +1,9 @@
-"""An OpenAI-compatible server: asked many times at once, patiently, and never trusted.
+"""A client of OpenAI-compatible servers that sends many requests concurrently.
 
-Whatever goes wrong with a question ends in one of three ways: it is asked again after a while, it
-is given up with the cause, or, where no question can be answered, the run stops.
+An attempt that fails is repeated after a wait, or recorded with its cause, or, where every request
+would fail, ends the run. The `openai` package does the HTTP. Its own retries are switched off: they
+know neither answers that are unusable, nor a wait that holds all requests, nor a deadline for an
+attempt as a whole.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gvpo_offline.errors import ConfigError
@@ -21,75 +24,83 @@ from gvpo_offline.openai.answer import BadAnswerError
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-_REFUSED = (401, 403, 404)
-_PASSING = (408, 409, 425, 429)
+_FATAL = (401, 403, 404)
+_TRANSIENT = (408, 409, 425, 429)
 _FIRST_WAIT = 0.5  # seconds
 _CAUSE_CHARACTERS = 200
 
 
-class ServerSettings(Protocol):
-    """Which server, and how patiently it is asked; none of it changes an answer.
+@dataclass(kw_only=True)
+class ServerSettings:
+    """The server and the limits on requests to it; none of them changes an answer."""
 
-    Attributes:
-        base_url: its address, as in http://localhost:8000/v1.
-        api_key_env: name of the environment variable that holds the key, or None.
-        concurrency: questions under way at a time.
-        max_attempts: times that a question is asked before it is given up.
-        request_timeout: seconds that one attempt may take as a whole.
-        max_wait: seconds between two attempts, at most; a server that asks for more is given it.
-    """
+    base_url: str
+    """The server's address, as in http://localhost:8000/v1."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key. The key itself is never written."""
+    concurrency: int = 32
+    """Maximum number of requests in flight."""
+    max_attempts: int = 6
+    """Attempts before a request is recorded as failed."""
+    request_timeout: float = 600.0
+    """Seconds that one attempt may take as a whole."""
+    max_wait: float = 60.0
+    """Maximum seconds between two attempts, unless the server asks for more (Retry-After)."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is positive", received=getattr(self, name))
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ConfigError("base_url begins with http:// or https://", received=self.base_url)
+        if "@" in self.base_url or "?" in self.base_url:
+            raise ConfigError(
+                "base_url, which the manifest records, holds no secret",
+                received="an address with a user or a query",
+                remedy="put the key into an environment variable and name that in api_key_env",
+            )
+
+
+OPERATIONAL = frozenset(field.name for field in fields(ServerSettings))
+
+
+class ServerRequest(Protocol):
+    """A request that is sent until it is answered; it stores the answer itself."""
 
     @property
-    def base_url(self) -> str: ...
-    @property
-    def api_key_env(self) -> str | None: ...
-    @property
-    def concurrency(self) -> int: ...
-    @property
-    def max_attempts(self) -> int: ...
-    @property
-    def request_timeout(self) -> float: ...
-    @property
-    def max_wait(self) -> float: ...
-
-
-class Question(Protocol):
-    """What is asked until it is answered; it keeps its answers itself."""
-
-    @property
-    def chat(self) -> bool:
-        """Whether it goes to chat completions; otherwise to completions."""
+    def endpoint(self) -> str:
+        """chat/completions or completions."""
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the next request: of all that is still open."""
+        """The JSON of the next attempt, which asks for what is still missing."""
 
     def read(self, answer: Any) -> None:
-        """Take what the JSON of an answer gives.
+        """Store what an answer's JSON gives.
 
         Raises:
-            BadAnswerError: something is still open; says why.
-            ConfigError: no further answer can be any better.
+            BadAnswerError: something is still missing; the message is the cause.
+            ConfigError: no further attempt can succeed.
         """
 
 
-class Server:
-    """Asks through the `openai` package. Picklable before `start`."""
+class OpenAIClient:
+    """Sends requests with the `openai` package. Picklable before `start`."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._key: str | None = None
 
     def start(self) -> None:
-        """Find the package and the key.
+        """Check the package and read the key.
 
         Raises:
-            ConfigError: one of them is not there.
+            ConfigError: one of them is missing.
         """
         try:
             import openai  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                "asking a server needs the package openai",
+                "requests to a server need the package openai",
                 received=str(error),
                 remedy="pip install 'gvpo-offline[server]'",
             ) from error
@@ -102,15 +113,15 @@ class Server:
                 remedy=f"export {name}=…",
             )
 
-    def ask(self, questions: Sequence[Question]) -> list[str | None]:
-        """Why each was not answered; None where it was.
+    def send(self, requests: Sequence[ServerRequest]) -> list[str | None]:
+        """The cause of failure of each request; None where it was answered.
 
         Raises:
-            ConfigError: the server refuses the key or does not know the model.
+            ConfigError: the server rejects the key or does not know the model.
         """
-        return asyncio.run(self._all(questions))
+        return asyncio.run(self._send_all(requests))
 
-    async def _all(self, questions: Sequence[Question]) -> list[str | None]:
+    async def _send_all(self, requests: Sequence[ServerRequest]) -> list[str | None]:
         from openai import AsyncOpenAI
 
         async with AsyncOpenAI(
@@ -119,26 +130,26 @@ class Server:
             max_retries=0,
             timeout=self._settings.request_timeout,
         ) as client:
-            conversation = _Conversation(client, self._settings, self._key)
-            return list(await asyncio.gather(*map(conversation.patiently, questions)))
+            runner = _RequestRunner(client, self._settings, self._key)
+            return list(await asyncio.gather(*map(runner.with_retries, requests)))
 
 
-class _Conversation:
-    """The requests of one call: how many at a time, and when not before."""
+class _RequestRunner:
+    """Runs the requests of one call within the limits on concurrency and time."""
 
     def __init__(self, client: AsyncOpenAI, settings: ServerSettings, key: str | None) -> None:
         self._client = client
         self._settings = settings
         self._key = key
-        self._turns = asyncio.Semaphore(settings.concurrency)
-        self._not_before = 0.0
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._not_before = 0.0  # time.monotonic() seconds
 
-    async def patiently(self, question: Question) -> str | None:
-        """The last cause of failure, after as many attempts as the settings grant."""
+    async def with_retries(self, request: ServerRequest) -> str | None:
+        """The cause of the last failure after `max_attempts` attempts; None on success."""
         cause = None
         for attempt in range(1, self._settings.max_attempts + 1):
             try:
-                await self._once(question)
+                await self._attempt(request)
                 return None
             except _FailedError as failure:
                 cause = str(failure)
@@ -149,18 +160,21 @@ class _Conversation:
                 await asyncio.sleep(random.uniform(longest / 2, longest))
         return cause
 
-    async def _once(self, question: Question) -> None:
+    async def _attempt(self, request: ServerRequest) -> None:
         import openai
 
-        async with self._turns:
+        async with self._slots:
             while (wait := self._not_before - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             try:
-                # The client's own limit is for each read: a server that drips bytes outlives it.
+                # The client's own timeout is per read: a server that drips bytes outlasts it.
                 async with asyncio.timeout(self._settings.request_timeout):
-                    text = await self._post(question)
+                    # As text: the client's JSON parser depends on the content type.
+                    text = await self._client.post(
+                        f"/{request.endpoint}", body=request.body(), cast_to=str
+                    )
             except openai.APIStatusError as error:
-                raise self._status(error) from error
+                raise self._status_error(error) from error
             except (TimeoutError, openai.APITimeoutError) as error:
                 seconds = self._settings.request_timeout
                 raise _FailedError(f"no answer within {seconds:g} s") from error
@@ -168,46 +182,37 @@ class _Conversation:
                 cause = error.__cause__ or error
                 raise self._failed(f"connection: {type(cause).__name__}: {cause}") from error
         try:
-            question.read(_parsed(text))
+            request.read(_parsed(text))
         except BadAnswerError as error:
             raise self._failed(str(error)) from error
-
-    async def _post(self, question: Question) -> str:
-        body = question.body()
-        api = self._client.chat if question.chat else self._client
-        # `create` names what it requires; the rest goes through as it is.
-        named = {name: body.pop(name) for name in ("model", "messages", "prompt") if name in body}
-        create: Any = api.completions.with_raw_response.create
-        text: str = (await create(**named, extra_body=body)).text
-        return text
 
     def _failed(self, cause: str, *, final: bool = False) -> _FailedError:
         # A server may quote the key that it was sent.
         cause = cause.replace(self._key, "***") if self._key else cause
         return _FailedError(" ".join(cause.split())[:_CAUSE_CHARACTERS], final=final)
 
-    def _status(self, error: APIStatusError) -> Exception:
+    def _status_error(self, error: APIStatusError) -> Exception:
         status = error.status_code
         failure = self._failed(f"HTTP {status}: {error.message}")
-        if status in _REFUSED:
+        if status in _FATAL:
             return ConfigError(
-                "the server takes the key and knows the model and the address",
+                "the server accepts the key and knows the model and the address",
                 received=f"{failure} from {self._settings.base_url}",
-                remedy="correct api_key_env, model or base_url; what is committed stays",
+                remedy="correct api_key_env, model or base_url; committed tasks are kept",
             )
-        if status not in _PASSING and status < 500:
+        if status not in _TRANSIENT and status < 500:
             failure.final = True
             return failure
-        asked = retry_after(error.response.headers)
-        if asked > self._settings.request_timeout:
-            return self._failed(f"{failure} (to be asked again in {asked:g} s)", final=True)
-        if asked:
-            self._not_before = max(self._not_before, time.monotonic() + asked)
+        seconds = retry_after(error.response.headers)
+        if seconds > self._settings.request_timeout:
+            return self._failed(f"{failure} (Retry-After: {seconds:g} s)", final=True)
+        if seconds:
+            self._not_before = max(self._not_before, time.monotonic() + seconds)
         return failure
 
 
 class _FailedError(Exception):
-    """An attempt that failed; `final` if another one is of no use."""
+    """An attempt that failed; `final` if another attempt cannot succeed."""
 
     def __init__(self, cause: str, *, final: bool = False) -> None:
         super().__init__(cause)
@@ -218,7 +223,7 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadAnswerError(f"an answer that is no JSON: {error}") from error
+        raise BadAnswerError(f"an answer that is not JSON: {error}") from error
 
 
 def retry_after(headers: Any) -> float:

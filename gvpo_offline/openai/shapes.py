@@ -1,14 +1,13 @@
-"""Requests and responses in the shapes of OpenAI's APIs: chat completions, completions, responses.
+"""Logged requests and responses of OpenAI's APIs: chat completions, completions, responses.
 
-What is text stays text. A response that is more than one text (reasoning set apart, tool calls,
-pictures) cannot be put back together from what the API shows of it, and is refused: its token ids
-can, and are asked for.
+A response that is more than one text (reasoning apart from it, tool calls, images) cannot be put
+back together from its JSON, so it is refused, and the remedy asks for its token ids.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,36 +15,34 @@ import numpy as np
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Int32Array
+from gvpo_offline.openai.answer import (
+    BESIDE_TEXT,
+    AnswerChoice,
+    BadAnswerError,
+    content_text,
+)
 from gvpo_offline.values import token_ids
 
 __all__ = [
+    "answer_errors",
     "chat",
-    "choice_ids",
-    "choice_text",
+    "choice_content",
     "output_text",
     "request_prompt",
     "responses_prompt",
     "was_cut",
 ]
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
 _WITH_IDS = "sample again and have the server return token ids (vLLM: return_token_ids)"
 
 
-def content_text(content: Any) -> str:
-    """A message's content, text or a list of parts that are, as text.
-
-    Raises:
-        DataError: it is neither.
-    """
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") in _TEXT_PARTS for part in content
-    ):
-        return "".join(str(part["text"]) for part in content)
-    raise DataError("a message's content is text, or a list of text parts", received=repr(content))
+@contextmanager
+def answer_errors(rule: str) -> Iterator[None]:
+    """Raise a BadAnswerError of the block as a DataError with this rule."""
+    try:
+        yield
+    except BadAnswerError as error:
+        raise DataError(rule, received=str(error), remedy=_WITH_IDS) from error
 
 
 def chat(messages: Any) -> values.Prompt:
@@ -60,7 +57,8 @@ def chat(messages: Any) -> values.Prompt:
     for message in messages:
         kept = {k: v for k, v in message.items() if k not in ("id", "status", "type")}
         if kept.get("content") is not None or not kept.get("tool_calls"):
-            kept["content"] = content_text(kept.get("content"))
+            with answer_errors("the content of a prompt's message is text"):
+                kept["content"] = content_text(kept.get("content"))
         plain.append(kept)
     return values.prompt(plain)
 
@@ -100,46 +98,16 @@ def responses_prompt(params: Mapping[str, Any]) -> values.Prompt:
     return chat(messages)
 
 
-def choice_text(choice: Mapping[str, Any], *, whole: bool = True) -> str | None:
-    """The text of a choice of either completions API, or None if it has none.
-
-    Args:
-        choice: with a `message` or a `text`.
-        whole: whether the text has to be all that the model wrote.
+def choice_content(choice: AnswerChoice) -> tuple[str | None, Int32Array | None]:
+    """Text and (T,) int32 token ids of a choice of either completions API, None where it has none.
 
     Raises:
-        DataError: it is not.
+        DataError: they are invalid, or there are no ids and the text is not all that was written.
     """
-    if "text" in choice:
-        return values.response(choice["text"])
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise DataError("a choice has a message or a text", received=repr(choice))
-    for name in ("tool_calls", "function_call", "reasoning", "reasoning_content"):
-        if whole and message.get(name):
-            raise DataError(
-                "a response is one text",
-                received=f"a message with {name}",
-                remedy=_WITH_IDS,
-            )
-    content = message.get("content")
-    return None if content is None else values.valid_text(content_text(content))
-
-
-def choice_ids(choice: Mapping[str, Any]) -> Int32Array | None:
-    """The token ids of a choice, where the server gave them: (T,) int32.
-
-    As `token_ids`, or as log-probs' tokens of the form token_id:123, both vLLM's; tokens that are
-    text say nothing sure about ids.
-    """
-    if choice.get("token_ids") is not None:
-        return token_ids(choice["token_ids"], "token_ids")
-    logprobs = choice.get("logprobs") or {}
-    tokens = logprobs.get("tokens") or [t.get("token") for t in logprobs.get("content") or ()]
-    found = [_TOKEN_ID.fullmatch(str(token)) for token in tokens]
-    if not found or None in found:
-        return None
-    return np.array([int(match[1]) for match in found if match], np.int32)
+    with answer_errors("a response is one text, or has token ids"):
+        ids = choice.token_ids
+        text = choice.text(beside=() if ids is None else BESIDE_TEXT)
+    return text, None if ids is None else np.array(ids, np.int32)
 
 
 def output_text(output: Sequence[Mapping[str, Any]]) -> str:
@@ -155,7 +123,8 @@ def output_text(output: Sequence[Mapping[str, Any]]) -> str:
             received=f"the items {', '.join(kinds) or 'none'}",
             remedy=_WITH_IDS,
         )
-    return values.valid_text(content_text(output[0].get("content")))
+    with answer_errors("a response is one message of text"):
+        return content_text(output[0].get("content"))
 
 
 def was_cut(response: Mapping[str, Any]) -> bool:

@@ -55,10 +55,10 @@ def base_reference(
             different layouts or attention implementations.
         GVPOError: as `run_reference`; an error of one rank is raised on every rank.
     """
-    engine = WorkerSettings(
+    worker_settings = WorkerSettings(
         shard=f"{rank}/{world_size}", show_progress=config.show_progress and rank == 0
     )
-    found = gather_results(lambda: _score_on(device, model, tokenizer, config, engine))
+    found = gather_results(lambda: _score_on(device, model, tokenizer, config, worker_settings))
     if len(set(found)) > 1:
         raise ConfigError(
             "all ranks score the reference with the same layout and attention implementation",
@@ -73,7 +73,7 @@ def _score_on(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: WorkerSettings,
+    worker_settings: WorkerSettings,
 ) -> str:
     if Path(config.dataset).is_file() or is_url(config.dataset):
         raise ConfigError(
@@ -89,7 +89,7 @@ def _score_on(
         with adapter_off(model) as base:
             base.train(False)
             on_device = base.to(device) if moved else base
-            return score(dataset, lambda: on_device, tokenizer, config, engine).fingerprint
+            return score(dataset, lambda: on_device, tokenizer, config, worker_settings).fingerprint
     finally:
         if moved:
             model.to(before)

@@ -35,13 +35,13 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, TRAINING_COLUMNS, arrow_schema
 from gvpo_offline.store.survey import survey
-from gvpo_offline.store.tables import reference_to_table
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.tokenizer import load_policy_tokenizer
@@ -59,7 +59,9 @@ logger = logging.getLogger(__name__)
 _NAME_DIGITS = 16
 
 
-def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None) -> Manifest | None:
+def run_reference(
+    config: ReferenceConfig, worker_settings: WorkerSettings | None = None
+) -> Manifest | None:
     """Score a dataset under a reference policy and publish the sidecar.
 
     Shards that an interrupted run committed are kept. Scoring a dataset twice with one reference is
@@ -67,7 +69,7 @@ def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None)
 
     Args:
         config: what to score, and under which model.
-        engine: where; by default in this process. Other workers load the model for themselves.
+        worker_settings: where; by default in this process. Other workers each load the model.
 
     Returns:
         The manifest with the reference; None if other shards (`shard: i/n`) are not done yet.
@@ -78,10 +80,10 @@ def run_reference(config: ReferenceConfig, engine: WorkerSettings | None = None)
         DataError: the model gives a log-prob that is not finite; names file and group.
         StorageError: the disk is full; committed files stay.
     """
-    engine = engine or WorkerSettings(show_progress=config.show_progress)
+    worker_settings = worker_settings or WorkerSettings(show_progress=config.show_progress)
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     tokenizer = load_policy_tokenizer(config)
-    return score(dataset, lambda: _load(config), tokenizer, config, engine).manifest
+    return score(dataset, lambda: _load(config), tokenizer, config, worker_settings).manifest
 
 
 class Scored(NamedTuple):
@@ -96,7 +98,7 @@ def score(
     load: Callable[[], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
-    engine: WorkerSettings,
+    worker_settings: WorkerSettings,
 ) -> Scored:
     """`run_reference` for an open dataset and a model that the caller provides.
 
@@ -105,7 +107,7 @@ def score(
         load: returns the model, on its device, with dropout off; called once in this process.
         tokenizer: the model's tokenizer.
         config: the settings; other worker processes load the model that it names.
-        engine: where the tasks run.
+        worker_settings: where the tasks run.
     """
     model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
@@ -119,12 +121,12 @@ def score(
     if _held(dataset, family):
         return Scored(family.fingerprint, dataset.manifest)
     _check_writable(dataset.folder)
-    here = engine.engine == "local" and engine.workers == 1
+    here = worker_settings.engine == "local" and worker_settings.workers == 1
     stage = _ReferenceStage(dataset, config, family, scorer if here else None)
     del model, scorer
     if not here and torch.cuda.is_available():
         torch.cuda.empty_cache()  # free the memory for the models of the workers
-    records = run_stage(stage, engine)
+    records = run_stage(stage, worker_settings)
     if records is None:
         return Scored(family.fingerprint, None)
     sidecars = [sidecar for record in records for sidecar in record.sidecars]

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from gvpo_offline.openai.client import OPERATIONAL
+
 
 def _regular(pattern: str) -> str:
     try:
@@ -131,9 +133,7 @@ class _JudgeServerSettings(_Settings):
     """A language model behind an OpenAI-compatible server."""
 
     # Settings of the connection, which do not change the answers: not part of the identity.
-    operational: ClassVar[frozenset[str]] = frozenset(
-        {"base_url", "api_key_env", "concurrency", "max_attempts", "request_timeout", "max_wait"}
-    )
+    operational: ClassVar[frozenset[str]] = OPERATIONAL
 
     model: str = Field(description="Name of the model on the server.")
     base_url: Annotated[str, AfterValidator(_no_secret)] = Field(

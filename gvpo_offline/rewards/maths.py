@@ -20,7 +20,7 @@ from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import MathSettings
 from gvpo_offline.rewards.match import last_match
 from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
-from gvpo_offline.workers.process import MAIN_GUARD, Answer, Worker, WorkerDeathError
+from gvpo_offline.workers.process import MAIN_GUARD, Handler, WorkerDeathError, WorkerProcess
 
 _START_S = 120.0
 _ORPHAN_FACTOR = 4
@@ -43,7 +43,7 @@ class MathScorer(GroupScorer):
     def __init__(self, settings: MathSettings) -> None:
         super().__init__()
         self._settings = settings
-        self._worker: Worker | None = None
+        self._worker: WorkerProcess | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings, and the version of math-verify.
@@ -88,8 +88,8 @@ class MathScorer(GroupScorer):
         self.stop()
         return self._settings.on_failure
 
-    def _started(self) -> Worker:
-        worker = Worker(functools.partial(_prepare, self._settings.timeout_s))
+    def _started(self) -> WorkerProcess:
+        worker = WorkerProcess(functools.partial(_prepare, self._settings.timeout_s))
         try:
             worker.receive(_START_S)
         except (TimeoutError, WorkerDeathError) as error:
@@ -119,7 +119,7 @@ def is_formula(answer: str) -> bool:
     return not (_MARKS.search(answer) or _WORD.search(_IN_FORMULAS.sub(" ", answer)))
 
 
-def _prepare(timeout_s: float) -> Answer:
+def _prepare(timeout_s: float) -> Handler:
     """The request handler of the process: 1.0, 0.0, or None if the gold answer cannot be parsed."""
     from math_verify import parse, verify
 

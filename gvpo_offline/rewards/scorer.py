@@ -40,7 +40,7 @@ class Scorer(Protocol):
             ConfigError: the settings name a file, function or model that does not exist.
         """
 
-    def prepare(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, worker_settings: WorkerSettings) -> bool:
         """Work on the whole dataset that must be finished before any group is scored.
 
         Called once, in the process of the command.
@@ -79,7 +79,7 @@ class SimpleScorer:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def prepare(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, worker_settings: WorkerSettings) -> bool:
         """Does nothing."""
         return True
 

@@ -1,7 +1,8 @@
-"""OpenAI batch files: requests to hand in, results to read; in between, nothing runs here.
+"""The sampler of `kind: openai_batch`: writes request files and reads result files.
 
-A run writes request files for all that is missing. Once a later run is told of result files, it
-reads them; what failed there, or is not in them, is missing still, and asked for in new files.
+A run writes request files for all missing responses; the user uploads them and names the downloaded
+result files in a later run, which reads them. Responses that failed or are absent there are
+requested again, in new files.
 """
 
 from __future__ import annotations
@@ -19,12 +20,8 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import text_key
 from gvpo_offline.importing.sources.files import JsonLines
 from gvpo_offline.importing.sources.inputs import find_sources
-from gvpo_offline.openai.answer import BadAnswerError
-from gvpo_offline.sampling.answers import (
-    is_chat,
-    read_answer,
-    request_body,
-)
+from gvpo_offline.openai.answer import BadAnswerError, result_body
+from gvpo_offline.sampling.answers import endpoint, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import BatchSettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
@@ -33,42 +30,41 @@ from gvpo_offline.store.commit import write_hashed
 _CAUSE_CHARACTERS = 200
 
 
-def custom_id(wanted: SampleRequest) -> str:
-    """What names a request in both files: the prompt's hash and the response's number."""
-    return f"{wanted.prompt.key[:24]}-{wanted.number}"
+def custom_id(request: SampleRequest) -> str:
+    """The name of a request in both files: the prompt's hash and the response's number."""
+    return f"{request.prompt.key[:24]}-{request.number}"
 
 
 def write_requests(
-    folder: Path, settings: BatchSettings, wanted: Iterable[SampleRequest]
+    folder: Path, settings: BatchSettings, requests: Iterable[SampleRequest]
 ) -> list[Path]:
     """Write request files, named by their content.
 
     Raises:
-        ConfigError: a prompt does not go with the settings' api.
+        ConfigError: a prompt does not fit the settings' api.
         StorageError: no room.
     """
     paths: list[Path] = []
-    lines = (_request(settings, each) for each in wanted)
+    lines = (_request_line(settings, request) for request in requests)
     for head in lines:
-        piece = itertools.chain([head], itertools.islice(lines, settings.requests_per_file - 1))
+        chunk = itertools.chain([head], itertools.islice(lines, settings.requests_per_file - 1))
 
-        def write(path: Path, piece: Iterable[str] = piece) -> None:
+        def write(path: Path, chunk: Iterable[str] = chunk) -> None:
             with path.open("w", encoding="utf-8") as file:
-                file.writelines(piece)
+                file.writelines(chunk)
 
         paths.append(write_hashed(folder, f"requests-{len(paths):05d}", ".jsonl", write)[0])
     return paths
 
 
-def _request(settings: BatchSettings, wanted: SampleRequest) -> str:
-    endpoint = "chat/completions" if is_chat(settings, wanted.prompt) else "completions"
-    request = {
-        "custom_id": custom_id(wanted),
+def _request_line(settings: BatchSettings, request: SampleRequest) -> str:
+    line = {
+        "custom_id": custom_id(request),
         "method": "POST",
-        "url": f"/v1/{endpoint}",
-        "body": request_body(settings, [wanted]),
+        "url": f"/v1/{endpoint(settings, request.prompt)}",
+        "body": request_body(settings, [request]),
     }
-    return json.dumps(request, ensure_ascii=False) + "\n"
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 class BatchSampler:
@@ -76,48 +72,39 @@ class BatchSampler:
 
     def __init__(self, settings: BatchSettings) -> None:
         self._settings = settings
-        self._results: _Results | None = None
+        self._results: _ResultIndex | None = None
 
-    def facts(self) -> SamplerInfo:
-        """The context, as the settings say."""
+    def info(self) -> SamplerInfo:
+        """The context length that the settings give."""
         return SamplerInfo(self._settings.context_length)
 
     def start(self) -> None:
-        """Find out where in the result files each answer is.
+        """Index the result files.
 
         Raises:
-            DataError: a file does not exist, or a line is no result.
+            DataError: a file does not exist, or a line is not a result.
         """
-        self._results = _Results(self._settings.results)
+        self._results = _ResultIndex(self._settings.results)
 
-    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
-        """The responses that the files have, and why they have not the others."""
-        return [self._look_up(each) for each in wanted]
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """The responses in the files, and the causes of failure of the others."""
+        return [self._look_up(request) for request in requests]
 
-    def _look_up(self, wanted: SampleRequest) -> Sample:
+    def _look_up(self, request: SampleRequest) -> Sample:
         assert self._results is not None
-        cause = "not in the result files"
-        for result in self._results.lines(custom_id(wanted)):
+        sample = request.failed("not in the result files")
+        for result in self._results.lines(custom_id(request)):
             try:
-                return self._read(result, wanted)
+                (sample,) = read_answer(self._settings, result_body(result), [request])
             except BadAnswerError as error:
-                cause = str(error)[:_CAUSE_CHARACTERS]
-        return wanted.failed(cause)
-
-    def _read(self, result: dict[str, Any], wanted: SampleRequest) -> Sample:
-        response = result.get("response") or {}
-        body, status = response.get("body"), response.get("status_code")
-        if result.get("error") or status != 200:
-            problem = result.get("error") or (body or {}).get("error") or body
-            raise BadAnswerError(f"HTTP {status}: {json.dumps(problem)}")
-        sample = read_answer(self._settings, body, [wanted])[0]
-        if sample.error is not None:
-            raise BadAnswerError(sample.error)
+                sample = request.failed(str(error)[:_CAUSE_CHARACTERS])
+            if sample.error is None:
+                break
         return sample
 
 
-class _Results:
-    """Result files by custom_id: 20 bytes of memory a line."""
+class _ResultIndex:
+    """The position of each line of the result files by custom_id, in 24 bytes of memory a line."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._paths: list[Path] = []
@@ -127,13 +114,13 @@ class _Results:
                 raise DataError(
                     "a result file is JSON lines, not compressed", received=source.label
                 )
-            for offset, name in _ids(source.files[0]):
+            for offset, name in _custom_ids(source.files[0]):
                 keys.append(text_key(name))
                 places.extend((len(self._paths), offset))
             self._paths.append(source.files[0])
         self._keys = np.array(keys, np.uint64)
         self._places = np.array(places, np.int64).reshape(-1, 2)
-        # Stable: of several results the one that stands first is looked at first.
+        # Stable: several results of one request stay in the order of the files.
         order = np.argsort(self._keys, kind="stable")
         self._keys, self._places = self._keys[order], self._places[order]
 
@@ -147,20 +134,19 @@ class _Results:
                 yield json.loads(file.readline())
 
 
-def _ids(path: Path) -> Iterator[tuple[int, str]]:
-    """Where each line of a result file begins, and whose it is."""
+def _custom_ids(path: Path) -> Iterator[tuple[int, str]]:
+    """The byte offset and the custom_id of each line of a result file."""
     offset = 0
     with path.open("rb") as file:
         for row, line in enumerate(file):
             if not line.isspace():
                 try:
-                    record = json.loads(line)
-                    name = record["custom_id"]
+                    name = json.loads(line)["custom_id"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         "a line of a result file is a JSON object with a custom_id",
                         received=line[:80].decode(errors="replace"),
-                        remedy="name the files that the batch gave back (results)",
+                        remedy="name the result files of the batch (results)",
                         file=path,
                         row=row,
                     ) from error

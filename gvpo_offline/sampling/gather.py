@@ -1,7 +1,7 @@
 """The log of a sampling run as inputs of an import: one input for each sampler.
 
-The rows of an input are in order of prompt and number, whichever rounds they came in, so that a run
-with failures ends in the same bytes as one without.
+An input's rows are sorted by prompt and number and do not depend on rounds, so that a run with
+failures gives the same bytes as one without.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gvpo_offline.sampling.prompts import Prompt, PromptFile
 
 
 class SampledRows(Source):
-    """The responses of one sampler, as rows of a prompt and a response.
+    """The responses of one sampler as rows, each a prompt and a response.
 
     Args:
         prompts: the prompts.
@@ -32,8 +32,8 @@ class SampledRows(Source):
         self._prompts = prompts
         self._log = log
         self._chunks = range(len(prompts.entry.row_groups))
-        # Shards and buckets are cut by size: by that of the content, since rounds change that of
-        # the files. Every response's row holds its prompt, which may be most of it.
+        # The importer sizes shards and buckets by the content, since file sizes depend on rounds.
+        # Each response's row includes its prompt.
         digest, self.text_bytes, self.size = hashlib.sha256(), 0, 0
         for chunk in self._chunks:
             beside = {prompt.index: _plain_bytes(prompt) for prompt in prompts.read(chunk)}
@@ -49,7 +49,7 @@ class SampledRows(Source):
         self.size += n_bytes
 
     def sha256(self, advance: Advance) -> str:
-        """SHA-256 over the responses, whichever rounds they came in."""
+        """SHA-256 of the responses, independent of rounds."""
         advance(self.size)
         return self._sha256
 
@@ -80,7 +80,7 @@ class SampledFormat:
 
 
 def _plain_bytes(prompt: Prompt) -> int:
-    """About how many bytes a prompt takes in a row, its metadata and token ids included."""
+    """Approximate bytes of a prompt in a row, with its metadata and token ids."""
     texts = (prompt.prompt, prompt.messages, prompt.metadata)
     return sum(len(text) for text in texts if text) + prompt.token_ids.nbytes
 

@@ -1,4 +1,4 @@
-"""A transformers model in this process."""
+"""The sampler of `kind: transformers`: a model in this process."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy as np
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
-from gvpo_offline.sampling.dialect import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import SamplingSettings, TransformersSettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
+from gvpo_offline.sampling.tokenizers import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.tokenizer import load_policy_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
-    from gvpo_offline.sampling.decode import Decoder, Rules
+    from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
-# Tokens at the end of a response that a stop string is looked for in, beyond its own length.
+# Tokens at the end of a response that are searched for a stop string, beyond the string's length.
 _TAIL_TOKENS = 8
 
 
 def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) -> SamplerInfo:
-    """The context of a transformers model, and which weights exactly it has.
+    """The context length of a transformers model, and a hash or commit of its weights.
 
     Raises:
         ConfigError: there is no such model.
@@ -52,31 +52,34 @@ def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) ->
         weights = hashlib.sha256(content.encode()).hexdigest()
     else:
         weights = str(getattr(config, "_commit_hash", None))
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return SamplerInfo(context, {"model": weights})
+    return SamplerInfo(_context_length(config), {"model": weights})
+
+
+def _context_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 class TransformersSampler:
-    """Draws from a model by `decode.Decoder`; see `Sampler`."""
+    """Samples from a model with `decode.Decoder`; see `Sampler`."""
 
-    def __init__(self, settings: TransformersSettings, dialect: DatasetTokenizer) -> None:
+    def __init__(self, settings: TransformersSettings, dataset_tokenizer: DatasetTokenizer) -> None:
         self._settings = settings
-        self._dialect = dialect
+        self._dataset_tokenizer = dataset_tokenizer
         self._decoder: Decoder | None = None
-        self._speech: SamplerTokenizer | None = None
+        self._tokenizer: SamplerTokenizer | None = None
         self._context: int | None = None
 
-    def facts(self) -> SamplerInfo:
-        """The model's context and its weights."""
+    def info(self) -> SamplerInfo:
+        """The model's context length and its weights."""
         settings = self._settings
-        facts = model_info(
+        info = model_info(
             settings.model_name_or_path,
             settings.model_revision,
             remote_code=settings.trust_remote_code,
         )
         template = load_policy_tokenizer(settings).chat_template
         return SamplerInfo(
-            facts.context_length, {**facts.identity, "chat_template": sha256_json(template)}
+            info.context_length, {**info.identity, "chat_template": sha256_json(template)}
         )
 
     def start(self) -> None:
@@ -84,7 +87,7 @@ class TransformersSampler:
 
         Raises:
             ConfigError: it cannot be loaded, has no end token, or keeps its state in a way that
-                batches cannot be made of.
+                does not allow batches.
         """
         from gvpo_offline.compute.model import default_device, disable_dropout, load_model
         from gvpo_offline.sampling.decode import Decoder
@@ -93,29 +96,29 @@ class TransformersSampler:
         model = load_model(settings)
         disable_dropout(model)
         model.to(default_device(use_cpu=settings.use_cpu)).eval()
-        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._speech = SamplerTokenizer(load_policy_tokenizer(settings), self._dialect)
-        rules = _rules(settings, model.generation_config, self._speech)
+        self._context = _context_length(model.config)
+        self._tokenizer = SamplerTokenizer(load_policy_tokenizer(settings), self._dataset_tokenizer)
         self._decoder = Decoder(
             model,
-            rules,
+            _rules(settings, model.generation_config, self._tokenizer),
             batch_size=settings.batch_size,
             max_batch_tokens=settings.max_batch_tokens,
         )
         self._decoder.probe()
 
-    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
-        """All of them.
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """A response to each request.
 
         Raises:
-            DataError: a prompt is longer than the model's context leaves room for, in its tokens.
+            DataError: a prompt in the model's own tokens leaves no room for max_new_tokens in its
+                context.
         """
-        from gvpo_offline.sampling.decode import Draft
+        from gvpo_offline.sampling.decode import Completion
 
         assert self._decoder is not None
-        assert self._speech is not None
-        prompts = list({id(w.prompt): w.prompt for w in wanted}.values())
-        found = self._speech.prompt_ids(prompts)
+        assert self._tokenizer is not None
+        prompts = list({id(request.prompt): request.prompt for request in requests}.values())
+        found = self._tokenizer.prompt_ids(prompts)
         ids = {prompt.index: own for prompt, own in zip(prompts, found, strict=True)}
         for prompt in prompts:
             n_tokens = len(ids[prompt.index]) + self._settings.max_new_tokens
@@ -127,49 +130,55 @@ class TransformersSampler:
                     file=prompt.source,
                     row=prompt.row,
                 )
-        drafts = [Draft(ids[w.prompt.index], w.seed) for w in wanted]
-        for _ in self._decoder.run(drafts):
+        completions = [Completion(ids[r.prompt.index], r.seed) for r in requests]
+        for _ in self._decoder.run(completions):
             pass
-        return [_sample(w, d, self._speech) for w, d in zip(wanted, drafts, strict=True)]
+        pairs = zip(requests, completions, strict=True)
+        return [_sample(request, completion, self._tokenizer) for request, completion in pairs]
 
 
-def _sample(wanted: SampleRequest, draft: Any, speech: SamplerTokenizer) -> Sample:
-    text = speech.text(draft.ids)
-    if not (speech.shared or text):
-        return wanted.failed("an empty text, in tokens that are not the dataset's")
+def _sample(request: SampleRequest, completion: Completion, tokenizer: SamplerTokenizer) -> Sample:
+    text = tokenizer.text(completion.ids)
+    if not (tokenizer.same_as_dataset or text):
+        return request.failed("an empty text from a model whose tokenizer is not the dataset's")
     return Sample(
-        prompt=wanted.prompt.index,
-        number=wanted.number,
-        seed=wanted.seed,
+        prompt=request.prompt.index,
+        number=request.number,
+        seed=request.seed,
         text=text,
-        token_ids=np.array(draft.ids, np.int32) if speech.shared else None,
-        token_logprobs=np.array(draft.logprobs, np.float32),
-        finish_reason=draft.finish_reason,
+        token_ids=np.array(completion.ids, np.int32) if tokenizer.same_as_dataset else None,
+        token_logprobs=np.array(completion.logprobs, np.float32),
+        finish_reason=completion.finish_reason,
     )
 
 
-def _rules(settings: SamplingSettings, generation: Any, speech: SamplerTokenizer) -> Rules:
-    from gvpo_offline.sampling.decode import Rules
+def _rules(
+    settings: SamplingSettings, generation_config: Any, tokenizer: SamplerTokenizer
+) -> DecodingRules:
+    from gvpo_offline.sampling.decode import DecodingRules
 
-    said = [generation.eos_token_id if generation else None, speech.tokenizer.eos_token_id]
-    ends = {i for ids in said if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
+    named = [
+        generation_config.eos_token_id if generation_config else None,
+        tokenizer.tokenizer.eos_token_id,
+    ]
+    ends = {i for ids in named if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
     if not ends:
         raise ConfigError(
             "a response ends with an end token",
             received="a model and a tokenizer without one (eos_token_id)",
             remedy="set it in the model's generation_config.json",
         )
-    return Rules(
+    return DecodingRules(
         processors=_processors(settings),
         greedy=settings.temperature == 0,
         end_ids=frozenset(ends),
         max_new_tokens=settings.max_new_tokens,
-        stops=_stops(settings.stop, speech) if settings.stop else None,
+        stops=_stops(settings.stop, tokenizer) if settings.stop else None,
     )
 
 
 def _processors(settings: SamplingSettings) -> LogitsProcessorList:
-    """transformers' own, in the order in which `generate` applies them."""
+    """transformers' logits processors, in the order in which `generate` applies them."""
     import transformers as hf
 
     found: list[Any] = []
@@ -186,12 +195,16 @@ def _processors(settings: SamplingSettings) -> LogitsProcessorList:
     return hf.LogitsProcessorList(found)
 
 
-def _stops(strings: Sequence[str], speech: SamplerTokenizer) -> Callable[[Sequence[int]], bool]:
+def _stops(strings: Sequence[str], tokenizer: SamplerTokenizer) -> Callable[[Sequence[int]], bool]:
+    """Whether the text at the end of some token ids holds a stop string.
+
+    Not transformers' StopStringCriteria, which also finds strings that begin in the prompt.
+    """
     # A token is at least a byte long, and a character at most four.
     tail = 4 * max(map(len, strings)) + _TAIL_TOKENS
 
     def stops(ids: Sequence[int]) -> bool:
-        text = speech.text(ids[-tail:])
+        text = tokenizer.text(ids[-tail:])
         return any(string in text for string in strings)
 
     return stops

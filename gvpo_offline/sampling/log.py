@@ -1,7 +1,7 @@
-"""What a sampler gave: one row for each response that was asked for, or why there is none.
+"""The log of a sampler: one row for each requested response, or the cause of its failure.
 
-A task is done in rounds. The first asks for every response of its prompts, each later one for those
-that the rounds before recorded as failed. A round is a committed file and never changes.
+A task runs in rounds. The first requests all responses to its prompts, each later one those that
+failed in all rounds before. A round is a committed file and never changes.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _LOGPROBS = "token_logprobs"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One response, or why there is none.
+    """One response, or the cause of its failure.
 
     Attributes:
         prompt: the prompt's index.
-        number: which of the prompt's responses by this sampler.
-        seed: what it was drawn from.
-        text: as text, or None.
-        token_ids: (T,) int32 of the dataset's tokenizer, end token included; or None where the
-            sampler gave text, or has another tokenizer.
-        token_logprobs: (T,) float32, the log-prob that each token was drawn with, in nats, as the
-            sampler tells it; or None.
-        finish_reason: "stop", or "length" where it was cut.
-        error: why there is no response; None if there is one.
+        number: the response's number among those of this sampler to the prompt.
+        seed: of its draws.
+        text: the response's text, or None.
+        token_ids: (T,) int32 of the dataset's tokenizer, end token included; None if the sampler
+            returned text alone, or has another tokenizer.
+        token_logprobs: (T,) float32, the log-prob each token was drawn with, in nats, as the
+            sampler reports it; or None.
+        finish_reason: "stop", or "length" if it was cut.
+        error: the cause of the failure; None if there is a response.
     """
 
     prompt: int
@@ -65,7 +65,7 @@ class Sample:
 
     @property
     def key(self) -> Key:
-        """What tells responses of one sampler apart."""
+        """The response's identity within one sampler."""
         return self.prompt, self.number
 
 
@@ -82,7 +82,7 @@ class SampleLog:
         return committed_rounds(self.tasks, task_name(chunk, 0))
 
     def read(self, records: Sequence[TaskRecord], *, logprobs: bool = False) -> dict[Key, Sample]:
-        """The newest word on every response of some rounds, in order of prompt and number.
+        """The latest sample of each response in some rounds, by prompt and number.
 
         Args:
             records: of the rounds, in order.
@@ -103,7 +103,7 @@ class SampleLog:
         return dict(sorted(found.items()))
 
     def write(self, task: str, samples: Sequence[Sample]) -> TaskRecord:
-        """Write a round; the record is to be committed.
+        """Write a round, and return its record for the caller to commit.
 
         Raises:
             StorageError: no room.

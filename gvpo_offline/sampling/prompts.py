@@ -1,7 +1,7 @@
-"""The prompts of a run: normalised, tokenised and held to the rules once, before anything is asked.
+"""The prompts of a run: normalised, tokenised and checked once, before the first response.
 
-They go into one Parquet file under `prompts/`, in the order of the inputs, a row group for each
-task, so that a task reads its own and nothing else.
+They are written to one Parquet file under `prompts/`, in the order of the inputs, with a row group
+for each task, so that a task reads only its own prompts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gvpo_offline.values import prompt as prompt_of
 
 _VERSION = 1
 _TASK = "prompts"
-_AT_ONCE = 256
+_TOKENIZED_AT_ONCE = 256
 _LONGEST = "longest_prompt_tokens"
 T = TypeVar("T")
 _SCHEMA = pa.schema(
@@ -60,12 +60,12 @@ class Prompt:
 
     Attributes:
         index: its number among all prompts.
-        key: SHA-256 (hexadecimal) of what it is.
-        source: name of the input that it came from.
+        key: SHA-256 (hexadecimal) of its content.
+        source: name of its input.
         row: zero-based row of that input.
         prompt: its text, or None.
-        messages: its chat messages in JSON, or None.
-        metadata: the input's other columns, a JSON object, or None.
+        messages: its chat messages as JSON, or None.
+        metadata: the input's other columns as a JSON object, or None.
         token_ids: (P,) int32 of the dataset's tokenizer, template included.
     """
 
@@ -86,7 +86,7 @@ class PromptFile:
     Attributes:
         root: the dataset's folder.
         entry: the file; each of its row groups is a task.
-        counts: what was left out, by reason.
+        counts: number of dropped prompts, by reason.
         inputs: the inputs, as the manifest lists them.
     """
 
@@ -111,16 +111,16 @@ class PromptFile:
 def prepare_prompts(
     config: SampleConfig, encoder: Encoder, limits: Mapping[str, int]
 ) -> PromptFile:
-    """Write the prompts of `config`, or find that this was done before.
+    """Write the prompts of `config`, unless an earlier run did.
 
     Args:
         config: the run's settings.
         encoder: the dataset's tokenizer.
-        limits: tokens that a prompt has at most, by sampler, where known.
+        limits: maximum number of tokens of a prompt, by sampler, where known.
 
     Raises:
-        DataError: a row is no prompt, a template fails, a prompt is too long or occurs twice; names
-            file and row. Or the folder holds the prompts of other inputs.
+        DataError: a row has no valid prompt, a template fails, a prompt is too long or occurs
+            twice; names file and row. Or the folder holds the prompts of other inputs.
         IntegrityError: an input is damaged.
     """
     root = Path(config.output_dir)
@@ -154,7 +154,7 @@ def prepare_prompts(
         record = TaskRecord(stage=log.stage, task=_TASK, files=[entry], counts=counts)
         record = log.commit(record)
     elif record.counts[_LONGEST] > min(limits.values(), default=record.counts[_LONGEST]):
-        for _ in reader.chunks():  # a sampler was added: says which prompt is too long for it
+        for _ in reader.chunks():  # a sampler was added: raises for a prompt too long for it
             pass
     inputs = [
         {"path": source.file_name, "sha256": digest}
@@ -179,9 +179,9 @@ def _refuse_others(log: TaskLog) -> None:
     names = [path.name for path in commits.iterdir()] if commits.exists() else []
     if any(name.startswith("prompts-") and name != log.stage for name in names):
         raise DataError(
-            "the output folder is empty, or holds what an earlier run over these prompts left",
+            "the output folder is empty, or as an earlier run on these prompts left it",
             received="prompts of other inputs, settings or another tokenizer",
-            remedy="repeat that run, choose another output_dir, or remove the folder",
+            remedy="repeat the earlier run, choose another output_dir, or remove the folder",
             file=log.root,
         )
 
@@ -202,7 +202,7 @@ def _table(prompts: Sequence[Prompt]) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A prompt before it is tokenised, and where it stands."""
+    """A prompt before tokenisation, with its input and row."""
 
     source: Source
     number: int
@@ -213,12 +213,12 @@ class _Row:
 
     @property
     def place(self) -> dict[str, Any]:
-        """The keywords of an error about the row."""
+        """The location of an error in the row, as keywords."""
         return {"file": self.source.label, "row": self.number}
 
 
 class _Reader:
-    """Reads the inputs twice: for which prompts occur twice, and for the prompts."""
+    """Reads the inputs twice: to find duplicate prompts, and to tokenise the prompts."""
 
     def __init__(
         self,
@@ -231,16 +231,18 @@ class _Reader:
         self._encoder = encoder
         self._limits = limits
         self._sources = sources
-        self.counts: Counter[str] = Counter()  # prompts left out, and the longest of the rest
+        self.counts: Counter[str] = Counter()  # dropped prompts, and tokens of the longest other
 
     def chunks(self) -> Iterator[list[Prompt]]:
-        """The prompts, those of one task at a time."""
-        keys = np.array(array("Q", (_short(row.key) for row in self._rows("looking for doubles"))))
+        """The prompts, one task at a time."""
+        keys = np.array(array("Q", (_short(row.key) for row in self._rows("finding duplicates"))))
         found, times = np.unique(keys, return_counts=True)
         rows = self._once(self._rows("reading prompts"), set(found[times > 1].tolist()))
-        prompts = itertools.chain.from_iterable(map(self._tokenized, _pieces(rows, _AT_ONCE)))
+        prompts = itertools.chain.from_iterable(
+            map(self._tokenized, _chunked(rows, _TOKENIZED_AT_ONCE))
+        )
         numbered = (replace(prompt, index=i) for i, prompt in enumerate(prompts))
-        yield from _pieces(numbered, self._config.prompts_per_task)
+        yield from _chunked(numbered, self._config.prompts_per_task)
 
     def _rows(self, what: str) -> Iterator[_Row]:
         with _bar(what, self._sources, self._config) as bar:
@@ -284,7 +286,7 @@ class _Reader:
                 raise DataError(
                     "a system prompt goes before chat messages",
                     received=f"text: {text}",
-                    remedy="set as_chat: true, or leave system_prompt out",
+                    remedy="set as_chat: true, or remove system_prompt",
                 )
             return text, None
         chat = json.loads(messages) if messages else [{"role": "user", "content": text}]
@@ -293,7 +295,7 @@ class _Reader:
         return None, json.dumps(chat, ensure_ascii=False)
 
     def _once(self, rows: Iterator[_Row], doubled: set[int]) -> Iterator[_Row]:
-        """The rows, without those whose prompt occurred before."""
+        """The rows without duplicate prompts."""
         seen: dict[str, _Row] = {}
         for row in rows:
             first = seen.get(row.key)
@@ -305,7 +307,7 @@ class _Reader:
                 raise DataError(
                     "a prompt occurs once, since responses to one prompt are one group",
                     received=f"the prompt of {first.source.label}, row {first.number}, again",
-                    remedy="remove the row, or leave such rows out (duplicate_prompts: drop)",
+                    remedy="remove the row, or drop such rows (duplicate_prompts: drop)",
                     **row.place,
                 )
             else:
@@ -350,7 +352,7 @@ class _Reader:
                 f"a prompt leaves room for max_new_tokens: for sampler {tight[0]!r} it has at most "
                 f"{limit} tokens",
                 received=f"{len(ids)} tokens: {row.prompt or row.messages}",
-                remedy="shorten the prompt, lower max_new_tokens, or leave such prompts out "
+                remedy="shorten the prompt, lower max_new_tokens, or drop such prompts "
                 "(overlong_prompts: drop)",
                 **row.place,
             )
@@ -362,5 +364,5 @@ def _short(key: str) -> int:
     return int(key[:16], 16)
 
 
-def _pieces(items: Iterator[T], size: int) -> Iterator[list[T]]:
+def _chunked(items: Iterator[T], size: int) -> Iterator[list[T]]:
     return iter(lambda: list(itertools.islice(items, size)), [])

@@ -1,4 +1,4 @@
-"""The sampling stage as a whole: prompts, samplers one after the other, and the dataset."""
+"""The whole sampling run: the prompts, one stage for each sampler, and the dataset."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gvpo_offline.importing.folder import SAMPLING_STAGES
 from gvpo_offline.importing.formats.shared.log_format import Log
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import ImportConfig
-from gvpo_offline.sampling.dialect import DatasetTokenizer
 from gvpo_offline.sampling.gather import SampledFormat, SampledRows
 from gvpo_offline.sampling.log import SampleLog
 from gvpo_offline.sampling.prompts import prepare_prompts
 from gvpo_offline.sampling.samplers import open_sampler
 from gvpo_offline.sampling.settings import BatchSettings, SampleConfig, recorded
 from gvpo_offline.sampling.stage import Sampler, SampleStage
+from gvpo_offline.sampling.tokenizers import DatasetTokenizer
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
@@ -28,7 +28,7 @@ from gvpo_offline.store.writer import claim_folder
 from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
 
-# Raise it whenever the same prompts and settings would give other responses than before.
+# Increase it when the same prompts and settings give other responses than before.
 _VERSION = 1
 _CAUSES_SHOWN = 3
 _NOT_RECORDED = ("output_dir", "show_progress", "samplers")
@@ -36,15 +36,15 @@ _NOT_RECORDED = ("output_dir", "show_progress", "samplers")
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What a run came to.
+    """Result of a sampling run.
 
     Attributes:
-        manifest: the dataset's, or None where responses are missing still.
-        responses: how many there are, by sampler.
-        gaps: how many are missing and why, by sampler.
-        counts: prompts that were left out, by reason.
-        requests: request files that were written, to be handed in.
-        asked: whether every response was asked for, by whichever shard of the work.
+        manifest: of the dataset; None while responses are missing.
+        responses: number of responses, by sampler.
+        gaps: number of missing responses by cause, by sampler.
+        counts: number of dropped prompts, by reason.
+        requests: request files that were written, for the user to upload.
+        asked: whether each response was requested at least once, by this shard or another.
     """
 
     manifest: Manifest | None
@@ -56,39 +56,38 @@ class SampleResult:
 
     @property
     def n_gaps(self) -> int:
-        """Responses that are missing."""
+        """Number of missing responses."""
         return sum(causes.total() for causes in self.gaps.values())
 
     def lines(self) -> list[str]:
-        """The result for people, one fact a line."""
-        lines = [f"{n:,} prompts left out: {name}" for name, n in self.counts.items()]
+        """The result as lines of text."""
+        lines = [f"{n:,} prompts dropped: {name}" for name, n in self.counts.items()]
         for name, n in self.responses.items():
             causes = self.gaps[name]
             lines.append(f"sampler {name}: {n:,} responses, {causes.total():,} missing")
             lines += [f"  {n:,}x {cause}" for cause, n in causes.most_common(_CAUSES_SHOWN)]
-        lines += [f"to hand in: {path}" for path in self.requests]
+        lines += [f"requests to upload: {path}" for path in self.requests]
         if self.manifest is not None:
             lines.append(f"dataset: {self.manifest.n_groups:,} groups")
         return lines
 
 
-def run_sample(config: SampleConfig, engine: WorkerSettings | None = None) -> SampleResult:
-    """Sample what is not sampled yet; make the dataset once nothing is missing.
+def run_sample(config: SampleConfig, worker_settings: WorkerSettings | None = None) -> SampleResult:
+    """Sample the missing responses, and make the dataset once none is missing.
 
-    Responses that failed are asked for again by the next run, and by it alone. An interrupted run
-    keeps its committed tasks.
+    The next run repeats failed responses alone. An interrupted run keeps its committed tasks.
 
     Args:
         config: the settings.
-        engine: where responses are drawn; default: in this process.
+        worker_settings: where the samplers run; default: in this process.
 
     Raises:
-        DataError: a prompt breaks a rule, or the folder holds something else. Nothing was asked.
-        ConfigError: a sampler's model, key or package is missing, or a server refuses every
+        DataError: a prompt is invalid, or the folder holds something else; no sampler was started.
+        ConfigError: a sampler's model, key or package is missing, or a server rejects every
             request.
-        StorageError: no room; committed tasks stay.
+        StorageError: no room; committed tasks are kept.
     """
-    # Resolved: workers may have another working folder.
+    # Resolved, since workers may have another working directory.
     root = local_folder("output_dir", config.output_dir).resolve()
     claim_folder(root)
     run = _Run(config, root)
@@ -96,9 +95,9 @@ def run_sample(config: SampleConfig, engine: WorkerSettings | None = None) -> Sa
         return run.result(finished)
     for name, stage in run.stages.items():
         if run.settings[name].ready:
-            run_stage(stage, engine or WorkerSettings(show_progress=config.show_progress))
+            run_stage(stage, worker_settings or WorkerSettings(show_progress=config.show_progress))
     found = run.result(None)
-    # What was never asked for is not what `gaps: drop` means.
+    # `gaps: drop` concerns failed responses, not those that were never requested.
     if found.n_gaps and not (config.gaps == "drop" and found.asked):
         return run.with_requests(found)
     return replace(found, manifest=run.publish(found))
@@ -111,15 +110,17 @@ class _Run:
         self.config = config
         self.root = root
         self.settings = config.parsed()
-        dialect = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
-        self.samplers = {name: open_sampler(s, dialect) for name, s in self.settings.items()}
-        self.facts = {name: sampler.facts() for name, sampler in self.samplers.items()}
+        dataset_tokenizer = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
+        self.samplers = {
+            name: open_sampler(s, dataset_tokenizer) for name, s in self.settings.items()
+        }
+        self.info = {name: sampler.info() for name, sampler in self.samplers.items()}
         encoder = load_encoder(self._import_config())
         assert encoder is not None
         limits = {
-            name: facts.context_length - self.settings[name].max_new_tokens
-            for name, facts in self.facts.items()
-            if facts.context_length is not None
+            name: info.context_length - self.settings[name].max_new_tokens
+            for name, info in self.info.items()
+            if info.context_length is not None
         }
         self.prompts = prepare_prompts(config, encoder, limits)
         self.stages = {name: self._stage(name, self.samplers[name]) for name in self.settings}
@@ -134,7 +135,7 @@ class _Run:
 
     def _import_config(self) -> ImportConfig:
         samplers = {
-            name: {**recorded(settings), **self.facts[name].identity}
+            name: {**recorded(settings), **self.info[name].identity}
             for name, settings in self.settings.items()
         }
         return ImportConfig(
@@ -148,7 +149,7 @@ class _Run:
         )
 
     def _stage(self, name: str, sampler: Sampler) -> SampleStage:
-        settings, facts = self.settings[name], self.facts[name]
+        settings, info = self.settings[name], self.info[name]
         identity = sha256_json(
             {
                 "version": _VERSION,
@@ -156,17 +157,17 @@ class _Run:
                 "name": name,
                 "kind": type(settings).__name__,
                 "settings": settings.identity(),
-                "facts": dict(facts.identity),
+                "facts": dict(info.identity),
             }
         )
         log = SampleLog(self.root, name, f"sample-{name}-{identity[:12]}")
         return SampleStage(self.prompts, sampler, log, settings.responses, settings.seed)
 
     def finished(self) -> Manifest | None:
-        """The dataset that this very run made, or None if there is none yet.
+        """The dataset that a run with these prompts and settings made, or None.
 
         Raises:
-            DataError: the folder holds another.
+            DataError: the folder holds another dataset.
         """
         if not manifest_versions(self.root):
             return None
@@ -174,15 +175,15 @@ class _Run:
         if any(step.config.get("sampling") == self.identity for step in manifest.lineage):
             return manifest
         raise DataError(
-            "the output folder is empty, or holds what an earlier run of the same command left",
+            "the output folder is empty, or as an earlier run of the same command left it",
             received=f"a dataset of {manifest.n_groups} groups, made from other prompts, samplers "
             "or settings",
-            remedy="choose another output_dir, and merge the two datasets if you want both",
+            remedy="choose another output_dir, and merge both datasets if you need both",
             file=self.root,
         )
 
     def result(self, manifest: Manifest | None) -> SampleResult:
-        """What there is, and what is missing."""
+        """The result: which responses exist, and which are missing."""
         gaps = {
             name: Counter(cause for _, cause in stage.gaps()) for name, stage in self.stages.items()
         }
@@ -195,7 +196,7 @@ class _Run:
         return SampleResult(manifest, responses, gaps, self.prompts.counts, asked=asked)
 
     def publish(self, found: SampleResult) -> Manifest:
-        """Make the dataset of what there is, and remove what attempts left that lost."""
+        """Make the dataset of the existing responses, and remove uncommitted files."""
         given = [name for name, n in found.responses.items() if n]
         settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_RECORDED}
         missing = {name: causes.total() for name, causes in found.gaps.items()}
@@ -213,19 +214,19 @@ class _Run:
         return manifest
 
     def with_requests(self, result: SampleResult) -> SampleResult:
-        """The result, and request files for what batch samplers still miss."""
+        """The result, with request files for the responses that batch samplers miss."""
         paths: list[Path] = []
         for name, stage in self.stages.items():
             if isinstance(settings := self.settings[name], BatchSettings):
                 from gvpo_offline.sampling.batch import write_requests
 
                 folder = self.root / "batches" / name
-                paths += write_requests(folder, settings, (wanted for wanted, _ in stage.gaps()))
+                paths += write_requests(folder, settings, (request for request, _ in stage.gaps()))
         return replace(result, requests=paths)
 
 
 def _sweep(root: Path) -> None:
-    """Remove the files under `samples/` and `prompts/` that no commit record names."""
+    """Remove files under `samples/` and `prompts/` that no commit record names."""
     logs = [TaskLog(root, f.name) for f in (root / "commits").iterdir()]
     logs = [log for log in logs if log.stage.startswith(SAMPLING_STAGES)]
     records = [log.peek(path.stem) for log in logs for path in log.folder.glob("*.json")]

@@ -1,8 +1,7 @@
-"""From a sampler's settings to the sampler; only the kind at hand is imported."""
+"""Makes samplers from their settings; imports a kind's module only when it is used."""
 
 from __future__ import annotations
 
-from gvpo_offline.sampling.dialect import DatasetTokenizer
 from gvpo_offline.sampling.settings import (
     BatchSettings,
     OpenAISettings,
@@ -11,14 +10,15 @@ from gvpo_offline.sampling.settings import (
     VllmSettings,
 )
 from gvpo_offline.sampling.stage import Sampler
+from gvpo_offline.sampling.tokenizers import DatasetTokenizer
 
 
-def open_sampler(settings: SamplingSettings, dialect: DatasetTokenizer) -> Sampler:
+def open_sampler(settings: SamplingSettings, dataset_tokenizer: DatasetTokenizer) -> Sampler:
     """The sampler that `settings` describe.
 
     Args:
         settings: of one of the kinds of `config.KINDS`.
-        dialect: the dataset's tokenizer and template.
+        dataset_tokenizer: the dataset's tokenizer and template.
 
     Raises:
         ConfigError: the kind's package is not installed.
@@ -26,11 +26,11 @@ def open_sampler(settings: SamplingSettings, dialect: DatasetTokenizer) -> Sampl
     if isinstance(settings, TransformersSettings):
         from gvpo_offline.sampling.local import TransformersSampler
 
-        return TransformersSampler(settings, dialect)
+        return TransformersSampler(settings, dataset_tokenizer)
     if isinstance(settings, VllmSettings):
         from gvpo_offline.sampling.vllm import VllmSampler
 
-        return VllmSampler(settings, dialect)
+        return VllmSampler(settings, dataset_tokenizer)
     if isinstance(settings, OpenAISettings):
         from gvpo_offline.sampling.server import ServerSampler
 

@@ -1,4 +1,4 @@
-"""Responses of an OpenAI-compatible server."""
+"""The sampler of `kind: openai`: an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -6,80 +6,80 @@ from collections.abc import Sequence
 from typing import Any
 
 from gvpo_offline.openai.answer import BadAnswerError
-from gvpo_offline.openai.client import Server
-from gvpo_offline.sampling.answers import is_chat, read_answer, request_body
+from gvpo_offline.openai.client import OpenAIClient
+from gvpo_offline.sampling.answers import endpoint, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import OpenAISettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
 
 
 class ServerSampler:
-    """Asks a server for what is wanted; see `Sampler`."""
+    """Samples from a server; see `Sampler`."""
 
     def __init__(self, settings: OpenAISettings) -> None:
         self._settings = settings
-        self._server = Server(settings)
+        self._client = OpenAIClient(settings)
 
-    def facts(self) -> SamplerInfo:
-        """The context, as the settings say."""
+    def info(self) -> SamplerInfo:
+        """The context length that the settings give."""
         return SamplerInfo(self._settings.context_length)
 
     def start(self) -> None:
-        """Find the package and the key.
+        """Check the package and the key.
 
         Raises:
-            ConfigError: one of them is not there.
+            ConfigError: one of them is missing.
         """
-        self._server.start()
+        self._client.start()
 
-    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
-        """All of them, or the causes of their failures.
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """A response to each request, or the cause of its failure.
 
         Raises:
-            ConfigError: the server refuses the key or does not know the model.
+            ConfigError: the server rejects the key or does not know the model.
         """
         by_prompt: dict[int, list[SampleRequest]] = {}
-        for each in wanted:
-            by_prompt.setdefault(each.prompt.index, []).append(each)
+        for request in requests:
+            by_prompt.setdefault(request.prompt.index, []).append(request)
         n = self._settings.n_per_request
-        draws = [
+        calls = [
             _CompletionsRequest(self._settings, own[i : i + n])
             for own in by_prompt.values()
             for i in range(0, len(own), n)
         ]
-        causes = self._server.ask(draws)
+        causes = self._client.send(calls)
         return [
             sample
-            for draw, cause in zip(draws, causes, strict=True)
-            for sample in draw.samples(cause)
+            for call, cause in zip(calls, causes, strict=True)
+            for sample in call.samples(cause)
         ]
 
 
 class _CompletionsRequest:
-    """Some responses to one prompt; see `server.client.Question`."""
+    """One HTTP request for some responses to one prompt; see `server.client.ServerRequest`."""
 
-    def __init__(self, settings: OpenAISettings, wanted: Sequence[SampleRequest]) -> None:
+    def __init__(self, settings: OpenAISettings, requests: Sequence[SampleRequest]) -> None:
         self._settings = settings
-        self._left = {each.number: each for each in wanted}
+        self._open = {request.number: request for request in requests}
         self._done: list[Sample] = []
-        self.chat = is_chat(settings, wanted[0].prompt)
+        self.endpoint = endpoint(settings, requests[0].prompt)
 
     def body(self) -> dict[str, Any]:
-        """The request for those that are still open."""
-        return request_body(self._settings, list(self._left.values()))
+        """The JSON that asks for the responses still missing."""
+        return request_body(self._settings, list(self._open.values()))
 
     def read(self, answer: Any) -> None:
-        """Take the responses that are good."""
+        """Keep the valid responses; the next attempt asks for the others."""
         causes = []
-        for sample in read_answer(self._settings, answer, list(self._left.values())):
+        for sample in read_answer(self._settings, answer, list(self._open.values())):
             if sample.error is None:
                 self._done.append(sample)
-                del self._left[sample.number]
+                del self._open[sample.number]
             else:
                 causes.append(sample.error)
         if causes:
             raise BadAnswerError(causes[0])
 
     def samples(self, cause: str | None) -> list[Sample]:
-        """All of them; those that are still open failed for `cause`."""
-        return self._done + [each.failed(cause or "") for each in self._left.values()]
+        """A sample for each response; those still missing failed with `cause`."""
+        return self._done + [request.failed(cause or "") for request in self._open.values()]

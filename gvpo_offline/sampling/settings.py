@@ -1,7 +1,7 @@
-"""The settings of `sample`: what to ask, and for each sampler whom and how.
+"""The settings of `sample`: of the run, and of each kind of sampler.
 
-A sampler is a name and a mapping of settings; `kind` decides which of the dataclasses here it
-fills. All of them are recorded in the manifest.
+A sampler is a name and a mapping of settings, whose `kind` selects one of the dataclasses here. The
+manifest records all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.openai.client import OPERATIONAL, ServerSettings
 from gvpo_offline.settings import required
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -20,28 +21,28 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 @dataclass(kw_only=True)
 class SamplingSettings:
-    """How each response is drawn; a model's own defaults (generation_config) play no part."""
+    """How each response is drawn; of a model's generation_config only its end tokens are used."""
 
     responses: int = 8
-    """Responses to each prompt."""
+    """Number of responses to each prompt."""
     seed: int = 0
     """Each response's seed is a hash of this, the sampler's name, the prompt and its number."""
     temperature: float = 1.0
-    """Temperature; 0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the likeliest token."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that have this much probability together."""
+    """Draw from the likeliest tokens whose probabilities add up to this."""
     top_k: int = 0
-    """Draw from this many of the likeliest tokens; 0: from all."""
+    """Draw from this many likeliest tokens; 0: from all."""
     min_p: float = 0.0
-    """Draw from tokens that are at least this likely, as a share of the likeliest."""
+    """Draw from tokens whose probability is at least this share of the likeliest token's."""
     repetition_penalty: float = 1.0
-    """Divide the logits of tokens that occurred by this; 1: no penalty."""
+    """Penalty on tokens that occurred before, as in transformers; 1: none."""
     max_new_tokens: int = 1024
-    """Tokens of a response, at most."""
+    """Maximum number of tokens of a response."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a response."""
 
-    # Settings that decide how the work is done, and nothing of what comes out.
+    # Settings that change no response.
     operational: ClassVar[frozenset[str]] = frozenset()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -55,14 +56,14 @@ class SamplingSettings:
         _check("stop", self.stop, all(self.stop), "a list of strings that are not empty")
         if self.temperature == 0 and self.responses > 1:
             raise ConfigError(
-                "at temperature 0 all responses to a prompt are the same one",
+                "at temperature 0 all responses to a prompt are the same",
                 received=f"responses: {self.responses}",
                 remedy="set responses: 1, or a temperature",
             )
 
     @property
     def ready(self) -> bool:
-        """Whether there is anybody to respond yet."""
+        """Whether the sampler can respond yet."""
         return True
 
     def identity(self) -> dict[str, Any]:
@@ -75,13 +76,13 @@ class TransformersSettings(SamplingSettings, ModelSettings):
     """`kind: transformers`: a model in this process."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the weights; auto: as they were saved."""
+    """Data type of the weights; auto: that of the checkpoint."""
     batch_size: int = 64
-    """Responses in the making at a time."""
+    """Maximum number of responses in a batch."""
     max_batch_tokens: int = 131_072
-    """Tokens that the cache of a batch may hold, padding included; bounds memory."""
+    """Maximum number of tokens in the cache of a batch, padding included; limits memory."""
     use_cpu: bool = False
-    """Stay on the CPU where there is a GPU."""
+    """Run on the CPU even if there is a GPU."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"model_name_or_path", "chat_template"})
 
@@ -107,29 +108,30 @@ class VllmSettings(SamplingSettings):
 
 @dataclass(kw_only=True)
 class RequestSettings(SamplingSettings):
-    """What a request to an OpenAI-compatible server says."""
+    """Requests to an OpenAI-compatible server."""
 
     model: str
-    """The model, as the server calls it."""
+    """The server's name of the model."""
     api: Literal["auto", "chat", "completions"] = "auto"
-    """auto: messages go to chat completions, text to completions. completions: messages are
-    rendered with the dataset's chat template here and sent as token ids."""
+    """auto: chat messages go to chat completions, text to completions. completions: chat messages
+    are rendered here with the dataset's chat template and sent as token ids."""
     return_token_ids: bool = False
-    """Take token ids from the server, whose tokenizer is then the dataset's (vLLM). Without, the
+    """Take token ids from the server, whose tokenizer must be the dataset's (vLLM). Otherwise the
     text is tokenised here."""
     logprobs: bool = False
-    """Ask for the log-prob of each token."""
+    """Request the log-prob of each token."""
     send_seed: bool = True
-    """Send each response's seed; a server that honours it repeats itself."""
+    """Send each response's seed, so that a server that supports seeds is reproducible."""
     n_per_request: int = 1
-    """Responses to ask for in one request. More than 1 only where the server gives so many, and
-    where it is no matter that they share a seed."""
+    """Number of responses per HTTP request (the API's `n`). They share a seed, and the server must
+    support `n`."""
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls max_new_tokens."""
+    """The server's name of max_new_tokens."""
     extra_body: dict[str, Any] = field(default_factory=dict)
     """Further fields of every request."""
     context_length: int | None = None
-    """Tokens of prompt and response that the server takes, to refuse longer prompts up front."""
+    """Maximum number of tokens of prompt and response together; rejects longer prompts before any
+    request is sent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,48 +139,25 @@ class RequestSettings(SamplingSettings):
 
 
 @dataclass(kw_only=True)
-class OpenAISettings(RequestSettings):
-    """`kind: openai`: a server that answers now."""
+class OpenAISettings(ServerSettings, RequestSettings):
+    """`kind: openai`: a server that answers over HTTP."""
 
-    base_url: str
-    """The server's address, as in http://localhost:8000/v1."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key. The key itself is written nowhere."""
-    concurrency: int = 32
-    """Requests under way at a time."""
-    max_attempts: int = 6
-    """Times that a request is made before its responses are recorded as failed."""
-    request_timeout: float = 600.0
-    """Seconds that one attempt may take as a whole."""
-    max_wait: float = 60.0
-    """Seconds between two attempts, at most; a server that asks for more is given it."""
-
-    operational: ClassVar[frozenset[str]] = frozenset(
-        {"base_url", "api_key_env", "concurrency", "max_attempts", "request_timeout", "max_wait"}
-    )
+    operational: ClassVar[frozenset[str]] = OPERATIONAL
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        web = self.base_url.startswith(("http://", "https://"))
-        _check("base_url", self.base_url, web, "an address that begins with http:// or https://")
-        if "@" in self.base_url or "?" in self.base_url:
-            raise ConfigError(
-                "base_url, which the manifest records, holds no secret",
-                received="an address with a user or a query",
-                remedy="put the key into an environment variable and name that in api_key_env",
-            )
+        RequestSettings.__post_init__(self)
+        ServerSettings.__post_init__(self)
 
 
 @dataclass(kw_only=True)
 class BatchSettings(RequestSettings):
-    """`kind: openai_batch`: request files to hand in, result files to read."""
+    """`kind: openai_batch`: request files to upload, result files to read."""
 
     results: list[str] = field(default_factory=list)
-    """Result files or globs, once there are any. A run writes request files for what is missing."""
+    """Result files or globs, once you have them. Each run writes request files for the responses
+    that are still missing."""
     requests_per_file: int = 50_000
-    """Requests in one file."""
+    """Maximum number of requests in a file."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"results", "requests_per_file"})
 
@@ -203,37 +182,37 @@ KINDS: dict[str, type[SamplingSettings]] = {
 
 @dataclass
 class SampleConfig:
-    """Prompts to k responses each, from named samplers, into one dataset of groups."""
+    """Samples k responses to each prompt from named samplers, into one dataset of groups."""
 
     inputs: list[str] | str
     """Files or globs (.jsonl, .json, .parquet, .jsonl.gz …), folders saved by `datasets`, or
     `hf:name` and `hf:name:split` for a data set of the hub; a row is a prompt."""
     output_dir: str
-    """The dataset's folder: empty, or one that an earlier run of the same command left."""
+    """The dataset's folder: empty, or as an earlier run of the same command left it."""
     tokenizer_name_or_path: str
     """Tokenizer of the policy to train: a folder or a hub name."""
-    # A bare dict: the command line would read texts inside a dict[str, Any] as YAML once more.
+    # A bare dict: the command line would parse strings inside a dict[str, Any] as YAML again.
     samplers: dict[str, dict]  # type: ignore[type-arg]
     """Samplers by name: each a `kind` (transformers, openai, vllm, openai_batch) and the settings
     of that kind."""
     prompt_column: str = "prompt"
-    """Column of the prompt: text, or a list of chat messages. All others become metadata."""
+    """Column of the prompt: text, or a list of chat messages. All other columns become metadata."""
     as_chat: bool = False
-    """Make a prompt that is text the user's message of a chat."""
+    """Turn a text prompt into the user's message of a chat."""
     system_prompt: str | None = None
-    """System message to put before chats that have none."""
+    """System message for chats that have none."""
     chat_template: str | None = None
     """Path of a Jinja chat template to use instead of the tokenizer's own."""
     duplicate_prompts: Literal["error", "drop"] = "error"
-    """A prompt that occurred before: stop, or leave it out and say how many."""
+    """A prompt that occurred before: raise an error, or drop and count it."""
     overlong_prompts: Literal["error", "drop"] = "error"
-    """A prompt that leaves a sampler's context no room for max_new_tokens: stop, or leave it out
-    and say how many."""
+    """A prompt that leaves no room for max_new_tokens in a sampler's context: raise an error, or
+    drop and count it."""
     gaps: Literal["error", "drop"] = "error"
-    """Responses that failed: make no dataset until a later run has filled them in, or leave them
-    out, and groups with fewer than 2 responses with them, and say how many."""
+    """Responses that failed: make no dataset until a later run has sampled them, or drop and count
+    them, and groups with fewer than 2 responses with them."""
     prompts_per_task: int = 64
-    """Prompts of one task, the unit that is committed, and that an interrupted run repeats."""
+    """Number of prompts of a task, the unit of commits and of what an interrupted run repeats."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -260,7 +239,7 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
     """The settings of one sampler.
 
     Raises:
-        ConfigError: the name, the kind or a setting is none.
+        ConfigError: the name, the kind or a setting is invalid.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -285,7 +264,7 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
             raise own from None
         place = ".".join([name, *map(str, first["loc"])])
         raise ConfigError(
-            f"the settings of a sampler are those of its kind ({kind}), with values of their types",
+            f"a sampler's settings are those of its kind ({kind}), with values of their types",
             received=f"{first['msg']} at samplers.{place}",
             remedy="see docs/howto/sampling.md",
         ) from error
@@ -293,7 +272,7 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
 
 
 def recorded(settings: SamplingSettings) -> dict[str, Any]:
-    """All settings with their kind, as the manifest has them."""
+    """All settings with their kind, as the manifest records them."""
     kind = next(name for name, of in KINDS.items() if type(settings) is of)
     return {"kind": kind, **asdict(settings)}
 

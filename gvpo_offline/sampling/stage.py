@@ -1,4 +1,4 @@
-"""One sampler over all prompts, as a stage that an engine runs task by task."""
+"""One sampler on all prompts, as a stage that workers run task by task."""
 
 from __future__ import annotations
 
@@ -12,29 +12,35 @@ from gvpo_offline.sampling.prompts import Prompt, PromptFile
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.workers.stage import Task
 
-_SEED_BITS = 31  # what every server takes
+_SEED_BITS = 31  # the range that all servers accept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleRequest:
-    """A response to be drawn: to which prompt, which of its responses, from which seed."""
+    """A response to sample.
+
+    Attributes:
+        prompt: the prompt.
+        number: the response's number among those of this sampler to the prompt.
+        seed: of its draws.
+    """
 
     prompt: Prompt
     number: int
     seed: int
 
     def failed(self, cause: str) -> Sample:
-        """The record that there is no such response, and why."""
+        """The sample that records a failure and its cause."""
         return Sample(self.prompt.index, self.number, self.seed, error=cause)
 
 
 @dataclass(frozen=True)
 class SamplerInfo:
-    """What a sampler is, beyond its settings.
+    """What a sampler is besides its settings.
 
     Attributes:
-        context_length: tokens of prompt and response that it takes, or None if it is not known.
-        identity: what else the responses depend on; recorded in the manifest.
+        context_length: maximum number of tokens of prompt and response together; None if unknown.
+        identity: what the responses depend on besides the settings; recorded in the manifest.
     """
 
     context_length: int | None = None
@@ -42,27 +48,27 @@ class SamplerInfo:
 
 
 class Sampler(Protocol):
-    """Who responds. Picklable before `start`."""
+    """Responds to prompts. Picklable before `start`."""
 
-    def facts(self) -> SamplerInfo:
-        """What it is, found out without starting it.
+    def info(self) -> SamplerInfo:
+        """Context length and identity, without starting the sampler.
 
         Raises:
             ConfigError: there is no such model.
         """
 
     def start(self) -> None:
-        """Get ready: load the model, open the client.
+        """Load the model, or check the client.
 
         Raises:
-            ConfigError: there is no such model, key or package.
+            ConfigError: the model, the key or the package is missing.
         """
 
-    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
-        """A response to each, or the cause of its failure; in any order.
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """A response to each request, or the cause of its failure; in any order.
 
         Raises:
-            GVPOError: nothing that is asked of this sampler can succeed.
+            GVPOError: no request to this sampler can succeed.
         """
 
 
@@ -70,10 +76,10 @@ class SampleStage:
     """All responses of one sampler; see `Stage`.
 
     Args:
-        prompts: what is asked.
-        sampler: who is asked.
-        log: where the answers go.
-        responses: how many to each prompt.
+        prompts: the prompts.
+        sampler: the sampler.
+        log: its log.
+        responses: number of responses to each prompt.
         seed: the sampler's seed.
     """
 
@@ -89,7 +95,7 @@ class SampleStage:
         self._sampler = sampler
         self._responses = responses
         self._seed = seed
-        # Decided once, so that an engine's processes agree on what there is to do.
+        # Determined once, so that all workers see the same tasks.
         self._tasks = [self._task(chunk) for chunk in range(len(prompts.entry.row_groups))]
 
     def _task(self, chunk: int) -> Task:
@@ -101,15 +107,15 @@ class SampleStage:
         return Task(task_name(chunk, len(rounds)), failed or total)
 
     def tasks(self) -> Sequence[Task]:
-        """The next round of every task; of one without gaps, its last."""
+        """The next round of each task; the last round of a task without failures."""
         return self._tasks
 
     def start(self) -> None:
-        """Have the sampler get ready."""
+        """Start the sampler."""
         self._sampler.start()
 
     def work(self, task: Task) -> TaskRecord:
-        """Ask for what the rounds before did not give.
+        """Request the responses that failed in all rounds before.
 
         Raises:
             GVPOError: as `Sampler.sample`.
@@ -121,20 +127,20 @@ class SampleStage:
 
     @property
     def asked(self) -> bool:
-        """Whether every task has had its first round."""
+        """Whether each task has had its first round."""
         chunks = range(len(self._tasks))
         return all(self.log.tasks.peek(task_name(chunk, 0)) for chunk in chunks)
 
     def gaps(self) -> Iterator[tuple[SampleRequest, str]]:
-        """What no committed round gave, in order, each with the cause."""
+        """The responses that no committed round has, in order, each with the cause."""
         for chunk in range(len(self._tasks)):
             rounds = self.log.rounds(chunk)
             if rounds and not rounds[-1].counts["failed"]:
                 continue
             have = self.log.read(rounds)
-            for wanted in self._missing(chunk, rounds):
-                sample = have.get((wanted.prompt.index, wanted.number))
-                yield wanted, (sample.error if sample else None) or "not asked for yet"
+            for request in self._missing(chunk, rounds):
+                sample = have.get((request.prompt.index, request.number))
+                yield request, (sample.error if sample else None) or "not requested yet"
 
     def _missing(self, chunk: int, rounds: Sequence[TaskRecord]) -> list[SampleRequest]:
         have = self.log.read(rounds)
@@ -142,7 +148,7 @@ class SampleStage:
             SampleRequest(prompt, number, self._seed_of(prompt, number))
             for prompt in self._prompts.read(chunk)
             for number in range(self._responses)
-            if not _given(have.get((prompt.index, number)))
+            if not _succeeded(have.get((prompt.index, number)))
         ]
 
     def _seed_of(self, prompt: Prompt, number: int) -> int:
@@ -150,5 +156,5 @@ class SampleStage:
         return int(key) >> (64 - _SEED_BITS)
 
 
-def _given(sample: Sample | None) -> bool:
+def _succeeded(sample: Sample | None) -> bool:
     return sample is not None and sample.error is None

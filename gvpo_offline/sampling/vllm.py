@@ -1,4 +1,4 @@
-"""vLLM in this process: it batches by itself, and takes a seed for each response.
+"""The sampler of `kind: vllm`: vLLM in this process, which batches requests with a seed each.
 
 Written against vLLM's documented offline interface (`LLM.generate`, `SamplingParams`,
 `TokensPrompt`), which needs a GPU.
@@ -12,30 +12,30 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.sampling.dialect import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.sampling.local import model_info
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import VllmSettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
+from gvpo_offline.sampling.tokenizers import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.tokenizer import load_tokenizer
 
 
 class VllmSampler:
-    """Draws from a model by vLLM; see `Sampler`."""
+    """Samples from a model with vLLM; see `Sampler`."""
 
-    def __init__(self, settings: VllmSettings, dialect: DatasetTokenizer) -> None:
+    def __init__(self, settings: VllmSettings, dataset_tokenizer: DatasetTokenizer) -> None:
         self._settings = settings
-        self._dialect = dialect
-        self._engine: Any = None
-        self._speech: SamplerTokenizer | None = None
+        self._dataset_tokenizer = dataset_tokenizer
+        self._llm: Any = None
+        self._tokenizer: SamplerTokenizer | None = None
 
-    def facts(self) -> SamplerInfo:
-        """The model's context, or what `engine` limits it to, and its weights."""
+    def info(self) -> SamplerInfo:
+        """The model's context length, or the limit that `engine` sets, and its weights."""
         settings = self._settings
         remote = bool(settings.engine.get("trust_remote_code"))
-        facts = model_info(settings.model_name_or_path, settings.model_revision, remote_code=remote)
+        info = model_info(settings.model_name_or_path, settings.model_revision, remote_code=remote)
         return SamplerInfo(
-            settings.engine.get("max_model_len") or facts.context_length, facts.identity
+            settings.engine.get("max_model_len") or info.context_length, info.identity
         )
 
     def start(self) -> None:
@@ -53,27 +53,27 @@ class VllmSampler:
                 remedy="pip install 'gvpo-offline[vllm]'",
             ) from error
         settings = self._settings
-        # Log-probs of what was drawn from, as every sampler here gives them.
+        # Log-probs of the distribution drawn from, as all samplers report them.
         options = {"logprobs_mode": "processed_logprobs", **settings.engine}
-        self._engine = LLM(
+        self._llm = LLM(
             model=settings.model_name_or_path, revision=settings.model_revision, **options
         )
         own = load_tokenizer(settings.model_name_or_path, revision=settings.model_revision)
-        self._speech = SamplerTokenizer(own, self._dialect)
+        self._tokenizer = SamplerTokenizer(own, self._dataset_tokenizer)
 
-    def sample(self, wanted: Sequence[SampleRequest]) -> list[Sample]:
-        """All of them."""
-        assert self._speech is not None
-        prompts = {w.prompt.index: w.prompt for w in wanted}
-        found = self._speech.prompt_ids(list(prompts.values()))
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """A response to each request."""
+        assert self._tokenizer is not None
+        prompts = {request.prompt.index: request.prompt for request in requests}
+        found = self._tokenizer.prompt_ids(list(prompts.values()))
         ids = dict(zip(prompts, found, strict=True))
-        outputs = self._engine.generate(
-            [{"prompt_token_ids": ids[w.prompt.index].tolist()} for w in wanted],
-            [self._params(w.seed) for w in wanted],
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids[request.prompt.index].tolist()} for request in requests],
+            [self._params(request.seed) for request in requests],
             use_tqdm=False,
         )
-        pairs = zip(wanted, outputs, strict=True)
-        return [self._sample(w, output.outputs[0]) for w, output in pairs]
+        pairs = zip(requests, outputs, strict=True)
+        return [self._sample(request, output.outputs[0]) for request, output in pairs]
 
     def _params(self, seed: int) -> Any:
         from vllm import SamplingParams
@@ -92,21 +92,21 @@ class VllmSampler:
             logprobs=0,
         )
 
-    def _sample(self, wanted: SampleRequest, output: Any) -> Sample:
-        assert self._speech is not None
+    def _sample(self, request: SampleRequest, output: Any) -> Sample:
+        assert self._tokenizer is not None
         ids = list(output.token_ids)
-        text = self._speech.text(ids)
+        text = self._tokenizer.text(ids)
         if output.finish_reason not in ("stop", "length"):
-            return wanted.failed(f"the finish reason {output.finish_reason!r}")
-        if not (ids and (self._speech.shared or text)):
-            return wanted.failed("an empty text")
+            return request.failed(f"the finish reason {output.finish_reason!r}")
+        if not (ids and (self._tokenizer.same_as_dataset or text)):
+            return request.failed("an empty text")
         logprobs = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
         return Sample(
-            prompt=wanted.prompt.index,
-            number=wanted.number,
-            seed=wanted.seed,
+            prompt=request.prompt.index,
+            number=request.number,
+            seed=request.seed,
             text=text,
-            token_ids=np.array(ids, np.int32) if self._speech.shared else None,
+            token_ids=np.array(ids, np.int32) if self._tokenizer.same_as_dataset else None,
             token_logprobs=np.array(logprobs, np.float32),
             finish_reason=output.finish_reason,
         )

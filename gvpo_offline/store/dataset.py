@@ -17,12 +17,7 @@ import pyarrow as pa
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.store.choice import (
-    RewardChoice,
-    WeightedReward,
-    choose_reference_family,
-    choose_reward_families,
-)
+from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.columns import (
     RowGroupLocation,
     add_weighted,
@@ -48,8 +43,13 @@ from gvpo_offline.store.schema import (
     TRAINING_COLUMNS,
     Column,
 )
+from gvpo_offline.store.sidecar_choice import (
+    RewardChoice,
+    WeightedReward,
+    choose_reference_family,
+    choose_reward_families,
+)
 from gvpo_offline.store.storage import LocalStorage, Storage, open_storage
-from gvpo_offline.store.tables import groups_from_table
 
 BASE_SHA256_KEY = b"gvpo_offline.base_sha256"
 _OPEN_FILES = 32

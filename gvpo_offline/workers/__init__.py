@@ -1,5 +1,5 @@
-"""Where a stage's tasks are done: in this process, in several, on a cluster, or in a job array.
+"""Workers: a stage's tasks run in this process, in several, on a Ray cluster, or in a job array.
 
-`run.run_stage` is the one way in; `settings.WorkerSettings` says which engine. An engine does tasks
-and yields their records; it knows nothing of what a stage does, and a stage knows nothing of it.
+`run.run_stage` is the entry point, and `settings.WorkerSettings` chooses the backend. A backend
+runs tasks and yields their records; backends and stages know nothing of each other.
 """

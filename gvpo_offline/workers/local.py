@@ -1,4 +1,4 @@
-"""Processes of one machine."""
+"""The backend `local`: this process, or worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from gvpo_offline.errors import WorkerError
 from gvpo_offline.store.commit import TaskLog, TaskRecord
-from gvpo_offline.workers.process import MAIN_GUARD, Answer, Worker, WorkerDeathError
+from gvpo_offline.workers.process import MAIN_GUARD, Handler, WorkerDeathError, WorkerProcess
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
@@ -20,78 +20,78 @@ _DEVICES = "CUDA_VISIBLE_DEVICES"
 def run_local(
     stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Iterator[tuple[Task, TaskRecord]]:
-    """Do tasks in this process, or in `workers` others, and yield each as it is done.
+    """Run tasks in this process, or in `workers` others, and yield each when it is done.
 
     Raises:
-        WorkerError: a worker died; names its task.
-        Exception: whatever a task raised.
+        WorkerError: a worker process died; names its task.
+        Exception: as the task raised it.
     """
     n_workers = min(settings.workers, len(tasks))
     if n_workers == 1 and not settings.gpus_per_worker:
         stage.start()
         for task in tasks:
-            yield task, do(stage, task)
+            yield task, run_task(stage, task)
         return
-    workers: dict[Any, Worker] = {}
+    workers: dict[Any, WorkerProcess] = {}
     try:
         for number in range(n_workers):
-            devices = _devices(number, int(settings.gpus_per_worker))
-            worker = Worker(functools.partial(_prepare, stage, devices))
+            devices = _visible_devices(number, int(settings.gpus_per_worker))
+            worker = WorkerProcess(functools.partial(_prepare, stage, devices))
             workers[worker.connection] = worker
-        yield from _share_out(stage, workers, tasks)
+        yield from _dispatch(stage, workers, tasks)
     finally:
         for worker in workers.values():
             worker.kill()
 
 
-def do(stage: Stage, task: Task) -> TaskRecord:
-    """A task's record: what another run has committed by now, or else the work done here."""
+def run_task(stage: Stage, task: Task) -> TaskRecord:
+    """A task's record, which another run may have committed meanwhile."""
     return TaskLog(stage.root, stage.name).committed(task.name) or stage.work(task)
 
 
-def _share_out(
-    stage: Stage, workers: dict[Any, Worker], tasks: Sequence[Task]
+def _dispatch(
+    stage: Stage, workers: dict[Any, WorkerProcess], tasks: Sequence[Task]
 ) -> Iterator[tuple[Task, TaskRecord]]:
-    """Give every worker that is free the next task."""
-    waiting = list(reversed(tasks))
-    # The first answer of a worker says that it is ready.
-    doing: dict[Any, Task | None] = dict.fromkeys(workers)
-    while doing:
-        for connection in wait(list(doing)):
-            task = doing.pop(connection)
+    """Send the next task to each idle worker."""
+    pending = list(reversed(tasks))
+    # A worker's first reply says that it is ready, and belongs to no task.
+    running: dict[Any, Task | None] = dict.fromkeys(workers)
+    while running:
+        for connection in wait(list(running)):
+            task = running.pop(connection)
             try:
-                answer = workers[connection].receive()
+                reply = workers[connection].receive()
             except WorkerDeathError as death:
-                raise died(stage, task, str(death)) from None
-            if waiting:
-                doing[connection] = waiting.pop()
-                workers[connection].send(doing[connection])
+                raise worker_died(stage, task, str(death)) from None
+            if pending:
+                running[connection] = pending.pop()
+                workers[connection].send(running[connection])
             if task is not None:
-                yield task, answer
+                yield task, reply
 
 
-def died(stage: Stage, task: Task | None, how: str) -> WorkerError:
-    """The error for a worker that died at a task, or (None) before its first."""
-    rule = f"a worker of {stage.name} lives until its tasks are done"
+def worker_died(stage: Stage, task: Task | None, how: str) -> WorkerError:
+    """The error for a worker process that died during a task, or (None) before its first."""
+    rule = f"a worker process of {stage.name} runs until its tasks are done"
     if task is None:
-        return WorkerError(rule, received=f"one that died as it began: {how}", remedy=MAIN_GUARD)
+        return WorkerError(rule, received=f"one that died at its start: {how}", remedy=MAIN_GUARD)
     return WorkerError(
         rule,
         received=f"one that died at task {task.name}: {how}",
-        remedy="look for what killed it (memory, a crash of native code) and run the same command "
-        "again: committed tasks are kept",
+        remedy="find out what killed it (memory, a crash of native code) and run the same command "
+        "again; committed tasks are kept",
     )
 
 
-def _prepare(stage: Stage, devices: str | None) -> Answer:
+def _prepare(stage: Stage, devices: str | None) -> Handler:
     if devices is not None:
         os.environ[_DEVICES] = devices
     stage.start()
-    return functools.partial(do, stage)
+    return functools.partial(run_task, stage)
 
 
-def _devices(number: int, each: int) -> str | None:
-    """What CUDA_VISIBLE_DEVICES is for worker `number`; None: as it is."""
+def _visible_devices(number: int, each: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of worker `number`, with `each` GPUs; None to inherit it."""
     if not each:
         return None
     given = [name for name in os.environ.get(_DEVICES, "").split(",") if name]

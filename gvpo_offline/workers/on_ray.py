@@ -1,4 +1,4 @@
-"""Actors on a Ray cluster, or on a Ray of this machine that is started for the run."""
+"""The backend `ray`: actors on a Ray cluster, or on a Ray that the run starts on this machine."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from typing import Any
 
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.store.commit import TaskRecord
-from gvpo_offline.workers.local import died, do
+from gvpo_offline.workers.local import run_task, worker_died
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
-# Machines of a cluster go away; an actor that was lost is made anew and its task done again.
+# Clusters lose machines: Ray restarts a lost actor and runs its task again.
 _RESTARTS = 2
 
 
 class _Actor:
-    """A stage that is ready to work, in a process of the cluster's."""
+    """A stage in a worker process of the cluster."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._started = False
 
     def work(self, task: Task) -> TaskRecord | GVPOError:
-        """The task's record. Errors of the user's come as values: as exceptions, Ray would wrap
-        them.
-        """
+        """The task's record, or a GVPOError as a value, since Ray would wrap an exception."""
         try:
             if not self._started:
                 self._stage.start()
                 self._started = True
-            return do(self._stage, task)
+            return run_task(self._stage, task)
         except GVPOError as error:
             return error
 
@@ -40,12 +38,12 @@ class _Actor:
 def run_ray(
     stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Iterator[tuple[Task, TaskRecord]]:
-    """Do tasks in `workers` actors, and yield each as it is done.
+    """Run tasks in `workers` actors, and yield each when it is done.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
-        WorkerError: an actor died again and again; names its task.
-        Exception: whatever a task raised.
+        WorkerError: an actor died more often than it is restarted; names its task.
+        Exception: as the task raised it.
     """
     ray = _ray()
     ours = not ray.is_initialized()
@@ -60,7 +58,7 @@ def run_ray(
         )
         actors = [kind.remote(stage) for _ in range(min(settings.workers, len(tasks)))]
         try:
-            yield from _share_out(ray, stage, actors, tasks)
+            yield from _dispatch(ray, stage, actors, tasks)
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -69,30 +67,31 @@ def run_ray(
             ray.shutdown()
 
 
-def _share_out(
+def _dispatch(
     ray: Any, stage: Stage, actors: Sequence[Any], tasks: Sequence[Task]
 ) -> Iterator[tuple[Task, TaskRecord]]:
-    waiting = list(reversed(tasks))
-    doing: dict[Any, tuple[Any, Task]] = {}
+    """Send the next task to each idle actor."""
+    pending = list(reversed(tasks))
+    running: dict[Any, tuple[Any, Task]] = {}
 
-    def give(actor: Any) -> None:
-        if waiting:
-            task = waiting.pop()
-            doing[actor.work.remote(task)] = (actor, task)
+    def send_next(actor: Any) -> None:
+        if pending:
+            task = pending.pop()
+            running[actor.work.remote(task)] = (actor, task)
 
     for actor in actors:
-        give(actor)
-    while doing:
-        for reference in ray.wait(list(doing))[0]:
-            actor, task = doing.pop(reference)
+        send_next(actor)
+    while running:
+        for reference in ray.wait(list(running))[0]:
+            actor, task = running.pop(reference)
             try:
-                answer = ray.get(reference)
+                reply = ray.get(reference)
             except ray.exceptions.RayActorError as error:
-                raise died(stage, task, str(error).splitlines()[0]) from error
-            if isinstance(answer, GVPOError):
-                raise answer
-            give(actor)
-            yield task, answer
+                raise worker_died(stage, task, str(error).splitlines()[0]) from error
+            if isinstance(reply, GVPOError):
+                raise reply
+            send_next(actor)
+            yield task, reply
 
 
 def _ray() -> Any:
@@ -108,7 +107,7 @@ def _ray() -> Any:
 
 
 def connect(ray: Any, settings: WorkerSettings) -> None:
-    """Connect to the cluster that the settings, or RAY_ADDRESS, name; or start Ray here.
+    """Connect to the cluster at `ray_address` or RAY_ADDRESS; without one start Ray here.
 
     Raises:
         ConfigError: there is no cluster at the address.
@@ -116,9 +115,9 @@ def connect(ray: Any, settings: WorkerSettings) -> None:
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     if not address:
-        # "local": not some cluster that happens to be known on this machine.
+        # "local": no other cluster that Ray finds on this machine.
         cpus, gpus = settings.workers, settings.workers * settings.gpus_per_worker
-        # The actors import what this process can.
+        # The actors import from the same places as this process.
         paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
         ray.init(
             "local",
@@ -135,5 +134,5 @@ def connect(ray: Any, settings: WorkerSettings) -> None:
         raise ConfigError(
             "ray_address (or RAY_ADDRESS) is that of a running Ray cluster",
             received=f"{address} ({str(error).splitlines()[0]})",
-            remedy="correct it, or leave it out to start Ray on this machine",
+            remedy="correct the address, or leave it out to start Ray on this machine",
         ) from error

@@ -1,7 +1,7 @@
-"""A process that answers requests one at a time: it can be killed, and when it dies, that is seen.
+"""A worker process that handles one request at a time, can be killed, and reports its death.
 
-Pools of the standard library say that *some* worker died, and cannot kill one that hangs. This is
-what both the local engine and a scorer that may hang need.
+The standard library's pools report only that some worker died, and cannot kill one that hangs. The
+backend `local` and scorers that may hang need both.
 """
 
 from __future__ import annotations
@@ -20,50 +20,49 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
 _GRACE_S = 1.0
 _READY = "ready"
-MAIN_GUARD = "a script of your own starts its work under `if __name__ == '__main__':`"
-Answer = Callable[[Any], Any]
+MAIN_GUARD = "put the code of a script that starts workers under `if __name__ == '__main__':`"
+Handler = Callable[[Any], Any]
 
 
 class WorkerDeathError(Exception):
-    """The process ended without an answer; `exitcode` is minus the signal that killed it."""
+    """The process ended without a reply; a negative `exitcode` is minus the signal's number."""
 
     def __init__(self, exitcode: int | None) -> None:
         self.exitcode = exitcode
         killed = exitcode is not None and exitcode < 0
-        by = f"killed by {signal.Signals(-exitcode).name}" if exitcode and killed else "it ended"
+        by = f"killed by {signal.Signals(-exitcode).name}" if exitcode and killed else "exited"
         super().__init__(f"{by} (exit status {exitcode})")
 
 
-class Worker:
-    """A process of its own.
+class WorkerProcess:
+    """A spawned process.
 
     Args:
-        prepare: called in the process, once; gives the function that answers requests. Picklable.
+        prepare: called once in the process; returns the handler of requests. Picklable.
 
     Attributes:
-        connection: readable when there is an answer, or when the process died.
+        connection: readable when there is a reply, or when the process died.
     """
 
-    def __init__(self, prepare: Callable[[], Answer]) -> None:
+    def __init__(self, prepare: Callable[[], Handler]) -> None:
         self.connection, child = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_serve, args=(child, prepare))
         self._process.start()
-        child.close()  # so that the connection ends when the process does
+        child.close()  # so that the connection closes when the process ends
 
     def send(self, request: Any) -> None:
-        """Ask for something; exactly one `receive` follows."""
-        # If it died, `receive` says so.
+        """Send a request; exactly one `receive` follows."""
+        # If the process died, `receive` raises.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(request)
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The answer to the oldest request; the very first one comes unasked, when it is ready.
+        """The reply to the oldest request; before all others "ready", once the process is.
 
         Raises:
-            TimeoutError: there was none in `timeout_s` seconds.
+            TimeoutError: there was none within `timeout_s` seconds.
             WorkerDeathError: the process ended.
-            Exception: whatever the process raised instead of answering, with its traceback as a
-                note.
+            Exception: as the handler raised it, with its traceback as a note.
         """
         try:
             if not self.connection.poll(timeout_s):
@@ -77,18 +76,18 @@ class Worker:
         raise value
 
     def kill(self) -> None:
-        """End the process at once, whatever it does."""
+        """End the process at once (SIGKILL)."""
         self._process.kill()
         self._process.join()
         self.connection.close()
 
 
-def _serve(connection: Connection, prepare: Callable[[], Answer]) -> None:
-    # An interrupt from the keyboard reaches the whole process group; the parent decides.
+def _serve(connection: Connection, prepare: Callable[[], Handler]) -> None:
+    # A keyboard interrupt reaches the whole process group; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        answer = prepare()
+        handler = prepare()
     except Exception as error:
         connection.send((False, _portable(error)))
         return
@@ -99,7 +98,7 @@ def _serve(connection: Connection, prepare: Callable[[], Answer]) -> None:
         except EOFError:  # the parent is gone
             return
         try:
-            reply = (True, answer(request))
+            reply = (True, handler(request))
         except Exception as error:
             reply = (False, _portable(error))
         try:
@@ -109,7 +108,7 @@ def _serve(connection: Connection, prepare: Callable[[], Answer]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Let no worker, and no memory of a GPU's, outlive a parent that was killed."""
+    """Kill this process when its parent is killed, so that GPU memory is freed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -117,7 +116,7 @@ def _end_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The same error with its traceback as a note; what does not pickle, as a RuntimeError."""
+    """The error with its traceback as a note; as a RuntimeError if it does not pickle."""
     trace = "".join(traceback.format_exception(error))
     try:
         copy = pickle.loads(pickle.dumps(error))

@@ -1,6 +1,6 @@
-"""Tasks of which a part may fail and be tried again: each try is a round with its own record.
+"""Rounds of a task: part of it may fail and be repeated, each attempt with a record of its own.
 
-The records count what `failed`; a task is done with a round in which nothing did.
+A record counts what `failed`; the task is done after a round without failures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def round_name(task: str, number: int) -> str:
 
 
 def committed_rounds(log: TaskLog, task: str) -> list[TaskRecord]:
-    """The records of a task's rounds, in order, up to one without failures."""
+    """The records of a task's rounds in order, up to the first without failures."""
     records: list[TaskRecord] = []
     while record := log.peek(round_name(task, len(records))):
         records.append(record)

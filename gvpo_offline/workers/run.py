@@ -1,4 +1,4 @@
-"""Running a stage: what is done already is skipped, what is done is committed at once."""
+"""Runs a stage's tasks: committed tasks are skipped, and each task is committed when it is done."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ _log = logging.getLogger(__name__)
 
 
 def run_stage(stage: Stage, settings: WorkerSettings) -> list[TaskRecord] | None:
-    """Do the tasks of a stage that are not committed yet.
+    """Run the tasks of a stage that are not committed yet.
 
-    Any number of runs may work on one stage at a time, on any machines that share its folder: a
-    task that two of them do is committed once.
+    Any number of runs may work on one stage concurrently, on machines that share its folder; a task
+    that two of them run is committed once.
 
     Args:
-        stage: what to do.
-        settings: where, and which share of it (`shard`).
+        stage: the stage.
+        settings: the backend, and the shard of the tasks to run.
 
     Returns:
-        The records of all tasks, in the stage's order: there is something to publish. None where
-        tasks of other shards are still to be done; whoever does the last of them publishes.
+        The records of all tasks, in the stage's order, so that the caller can publish the result.
+        None while tasks of other shards are missing; the run that finds all of them publishes.
 
     Raises:
-        GVPOError: a task met bad data, a full disk, or the death of its worker. What is committed
-            stays, and the same command goes on from there.
+        GVPOError: a task met invalid data or a full disk, or its worker died. Committed tasks are
+            kept, and the same command continues from there.
     """
     tasks = stage.tasks()
     log = TaskLog(stage.root, stage.name)
-    index, count = settings.part
-    mine = tasks[index::count]
-    records = {task.name: log.committed(task.name) for task in mine}
-    left = [task for task in mine if records[task.name] is None]
-    # Closed here, so that workers are killed at once whatever ends the run.
+    index, count = settings.shard_index_and_count
+    own = tasks[index::count]
+    records = {task.name: log.committed(task.name) for task in own}
+    pending = [task for task in own if records[task.name] is None]
+    # Closed here, so that workers are killed at once when an exception ends the run.
     with (
-        contextlib.closing(_engine(stage, left, settings)) as done,
+        contextlib.closing(_run_tasks(stage, pending, settings)) as done,
         tqdm(
             desc=stage.name,
-            total=sum(task.size for task in mine),
-            initial=sum(task.size for task in mine if records[task.name] is not None),
+            total=sum(task.size for task in own),
+            initial=sum(task.size for task in own if records[task.name] is not None),
             unit=f" {stage.unit}",
             disable=not settings.show_progress,
         ) as bar,
@@ -56,7 +56,7 @@ def run_stage(stage: Stage, settings: WorkerSettings) -> list[TaskRecord] | None
     return _all_records(log, tasks, records)
 
 
-def _engine(
+def _run_tasks(
     stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
 ) -> Generator[tuple[Task, TaskRecord], None, None]:
     if not tasks:
@@ -77,8 +77,8 @@ def _all_records(
     missing = [task for task in tasks if task.name not in known and not log.exists(task.name)]
     if missing:
         _log.info(
-            "%s: this shard is done; %d of %d tasks are left to others, and whoever does the last "
-            "one publishes",
+            "%s: this shard is done; %d of %d tasks belong to other shards that are not done, and "
+            "the shard that finishes last publishes the result",
             *(log.stage, len(missing), len(tasks)),
         )
         return None

@@ -1,4 +1,4 @@
-"""The settings of an engine, which stages share. None of them changes what a stage writes."""
+"""The settings of workers, common to all stages. None of them changes what a stage writes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from gvpo_offline.errors import ConfigError
 
 @dataclass
 class WorkerSettings:
-    """Where the tasks of a stage are done."""
+    """Where the tasks of a stage run."""
 
     engine: Literal["local", "ray"] = "local"
-    """Where: local, processes of this machine; ray, actors on a Ray cluster, whose machines share
+    """Backend: local, processes on this machine; ray, actors on a Ray cluster whose machines share
     the dataset's folder (extra gvpo-offline[ray])."""
     workers: int = 1
-    """Processes or actors that work side by side. One local worker is this process itself."""
+    """Number of worker processes or actors. One local worker is this process itself."""
     gpus_per_worker: float = 0
-    """GPUs that each worker has to itself; Ray also takes a part of one. 0: local workers all see
-    the GPUs that this process sees."""
+    """GPUs reserved for each worker; Ray also takes a fraction. 0: local workers all see the GPUs
+    that this process sees."""
     shard: str | None = None
-    """Do every n-th task only, as job i of n, counted from 0: `i/n`. Whichever job finds all tasks
+    """`i/n`: run every n-th task only, as job i of n, counted from 0. The job that finds all tasks
     done publishes the result."""
     ray_address: str | None = None
-    """Address of a running Ray cluster, or auto. Default: what RAY_ADDRESS says, as in a Ray job;
-    else Ray is started on this machine for the run."""
+    """Address of a running Ray cluster, or auto. Default: RAY_ADDRESS, which Ray sets in its jobs;
+    without it the run starts Ray on this machine."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -37,7 +37,7 @@ class WorkerSettings:
             raise ConfigError("gpus_per_worker is not negative", received=self.gpus_per_worker)
         if self.engine == "local" and self.gpus_per_worker % 1:
             raise ConfigError(
-                "a local worker has whole GPUs",
+                "with engine: local each worker has a whole number of GPUs",
                 received=f"gpus_per_worker: {self.gpus_per_worker:g}",
                 remedy="use engine: ray, or leave gpus_per_worker at 0 to share them",
             )
@@ -47,10 +47,10 @@ class WorkerSettings:
                 received=f"engine: local with {self.ray_address}",
                 remedy="set engine: ray",
             )
-        self.part  # noqa: B018 - checked here, not when work begins
+        self.shard_index_and_count  # noqa: B018 - raises on an invalid shard
 
     @property
-    def part(self) -> tuple[int, int]:
+    def shard_index_and_count(self) -> tuple[int, int]:
         """i and n of `shard`; 0 and 1 without one."""
         if self.shard is None:
             return 0, 1
@@ -58,6 +58,6 @@ class WorkerSettings:
         index, count = (int(found[1]), int(found[2])) if found else (0, 0)
         if index >= count:
             raise ConfigError(
-                "shard is i/n with i from 0 to n - 1", received=self.shard, remedy="say 0/4, 1/4 …"
+                "shard is i/n with i from 0 to n - 1", received=self.shard, remedy="set 0/4, 1/4 …"
             )
         return index, count

@@ -1,7 +1,7 @@
-"""A stage: work cut into tasks that can be done anywhere, in any order, more than once.
+"""A stage: work divided into tasks that can run on any machine, in any order, and more than once.
 
-A task's files depend on the task alone, not on who did it, so that processes of one machine, a
-cluster or the tasks of a job array give the same dataset, byte for byte.
+A task's files depend on the task alone and not on the worker, so processes of one machine, a
+cluster and a job array give the same dataset, byte for byte.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from gvpo_offline.store.commit import TaskRecord
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of a stage's work: its name in the commit log, and its size in the stage's unit."""
+    """A task's name in the commit log, and its size in the stage's unit."""
 
     name: str
     size: int
 
 
 class Stage(Protocol):
-    """What an engine runs. Picklable; whatever is expensive (a model) is made in `start`.
+    """What workers run. Picklable; expensive objects such as a model are made in `start`.
 
     Attributes:
         root: the dataset's folder, which holds the commit records.
-        name: the folder of the commit records; it holds a hash of all that the files depend on.
-        unit: what sizes are counted in: groups, responses.
+        name: the folder of the commit records; it contains a hash of all inputs of the files.
+        unit: the unit of sizes: groups, responses.
     """
 
     root: Path
@@ -36,14 +36,14 @@ class Stage(Protocol):
     unit: str
 
     def tasks(self) -> Sequence[Task]:
-        """All tasks, the same ones each time it is asked."""
+        """All tasks; the same on each call."""
 
     def start(self) -> None:
-        """Get ready in the process that is about to work; called once in each."""
+        """Prepare the worker process; called once in each before its first task."""
 
     def work(self, task: Task) -> TaskRecord:
-        """Do one task: write its files and return the record, which the engine commits.
+        """Run one task: write its files and return the record, which `run_stage` commits.
 
         Raises:
-            GVPOError: a mistake of the user's; ends the run. Committed tasks stay.
+            GVPOError: an error in the data or the settings; ends the run. Committed tasks are kept.
         """

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from gvpo_offline.group import Int32Array
-from gvpo_offline.sampling.decode import Decoder, Draft, Rules
+from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules
 
 PAD, END = 0, 1
 SPECIAL = 2
@@ -136,7 +136,7 @@ def answers(
     temperature: float = 1.0,
 ) -> list[list[Answer]]:
     """k answers to each prompt, in the prompts' order."""
-    rules = Rules(
+    rules = DecodingRules(
         processors=LogitsProcessorList([TemperatureLogitsWarper(temperature)]),
         greedy=False,
         end_ids=frozenset({END}),
@@ -145,12 +145,14 @@ def answers(
     model.eval()
     decoder = Decoder(model, rules, batch_size=512, max_batch_tokens=512 * 64)
     asked = [speech.ids(prompt) for prompt in prompts]
-    drafts = [
-        Draft(ids, seed=seed * 1_000_003 + number * k + i)
+    completions = [
+        Completion(ids, seed=seed * 1_000_003 + number * k + i)
         for number, ids in enumerate(asked)
         for i in range(k)
     ]
-    for _ in decoder.run(drafts):
+    for _ in decoder.run(completions):
         pass
-    made = [Answer(speech.text(d.ids), np.array(d.ids, np.int32), sum(d.logprobs)) for d in drafts]
+    made = [
+        Answer(speech.text(d.ids), np.array(d.ids, np.int32), sum(d.logprobs)) for d in completions
+    ]
     return [made[start : start + k] for start in range(0, len(made), k)]

@@ -42,7 +42,7 @@ WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "group", "rules", "values", "contract"),
     *("settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
-    *("store.arrow", "store.schema", "store.tables", "train.settings"),
+    *("store.arrow", "store.schema", "train.settings"),
     *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),
     *("stream.selecting.select", "stream.selecting.where", "stream.view"),
     *("train.checkpoint", "tokenizer", "tune.search", "commands.table", "cli"),

@@ -46,7 +46,7 @@ def test_an_array_of_jobs(tmp_path: Path, data: Path) -> None:
             argv, cwd=tmp_path, env={**environment, **job}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        assert ("1 of 2 tasks are left to others" in done.stderr) == (index == 0)
+        assert ("1 of 2 tasks belong to other shards" in done.stderr) == (index == 0)
         assert ("reward right_and_brief@1: 8 groups" in done.stdout) == (index == 1)
     for group in read(data):
         assert group.rewards is not None

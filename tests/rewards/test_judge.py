@@ -164,7 +164,7 @@ def test_win_rates_add_up(size: int, data: st.DataObject) -> None:
         ("off", "the rating '11', which is not a number from 1 to 10"),
         ("fraction", "no judgement"),
         ("length", "cut at 1024 tokens"),
-        ("json", "no JSON"),
+        ("json", "not JSON"),
         ("500", "HTTP 500"),
         ("429", "HTTP 429"),
         ("400", "HTTP 400"),

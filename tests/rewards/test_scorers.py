@@ -214,7 +214,7 @@ def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 1
-    assert "starts its work under `if __name__ == '__main__':`" in done.stderr
+    assert "that starts workers under `if __name__ == '__main__':`" in done.stderr
 
 
 def test_math_names_the_version_that_verified() -> None:

@@ -16,47 +16,51 @@ from support.tiny_models import VOCAB_SIZE, tiny_model
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.sampling.decode import Decoder, Draft, Rules, draw, uniforms
+from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules, draw, uniforms
 from gvpo_offline.sampling.local import _processors
 from gvpo_offline.sampling.settings import SamplingSettings
 
 MAX_NEW = 14
 
 
-def rules(*, greedy: bool = False, processors: Sequence[Any] = (), n_ends: int = 8) -> Rules:
+def rules(
+    *, greedy: bool = False, processors: Sequence[Any] = (), n_ends: int = 8
+) -> DecodingRules:
     """Some 1 in 12 tokens ends a response, so that lengths differ."""
     ends = frozenset(range(2, 2 + n_ends))
-    return Rules(LogitsProcessorList(processors), greedy, ends, MAX_NEW)
+    return DecodingRules(LogitsProcessorList(processors), greedy, ends, MAX_NEW)
 
 
-def drafts(n_prompts: int = 5, k: int = 4) -> list[Draft]:
-    """k drafts for each of some prompts of 1 to 19 tokens."""
+def completions(n_prompts: int = 5, k: int = 4) -> list[Completion]:
+    """k completions for each of some prompts of 1 to 19 tokens."""
     rng = np.random.default_rng(0)
     prompts = [
         rng.integers(20, VOCAB_SIZE, int(rng.integers(1, 20)), dtype=np.int32)
         for _ in range(n_prompts)
     ]
-    return [Draft(p, seed=10 * i + j) for i, p in enumerate(prompts) for j in range(k)]
+    return [Completion(p, seed=10 * i + j) for i, p in enumerate(prompts) for j in range(k)]
 
 
 def decoded(
-    model: Any, work: list[Draft], batch: int, by: Rules, tokens: int = 10**6
-) -> list[Draft]:
-    """The drafts, finished, in the order given."""
+    model: Any, work: list[Completion], batch: int, by: DecodingRules, tokens: int = 10**6
+) -> list[Completion]:
+    """The completions, finished, in the order given."""
     finished = list(Decoder(model, by, batch_size=batch, max_batch_tokens=tokens).run(work))
     assert sorted(map(id, finished)) == sorted(map(id, work))  # each once
     return work
 
 
-def one_by_one(model: Any, draft: Draft, by: Rules) -> tuple[list[int], list[float]]:
+def one_by_one(
+    model: Any, completion: Completion, by: DecodingRules
+) -> tuple[list[int], list[float]]:
     """The same response without cache, batch or padding: the whole text anew for each token."""
     ids: list[int] = []
     logprobs = []
     while True:
-        text = torch.tensor([[*draft.prompt.tolist(), *ids]])
+        text = torch.tensor([[*completion.prompt.tolist(), *ids]])
         with torch.inference_mode():
             scores = by.processors(text, model(input_ids=text).logits[:, -1].float())
-        uniform = uniforms([draft.seed], [len(ids)])
+        uniform = uniforms([completion.seed], [len(ids)])
         token, logprob = draw(scores, uniform, greedy=by.greedy)
         ids.append(int(token))
         logprobs.append(float(logprob))
@@ -71,11 +75,11 @@ def one_by_one(model: Any, draft: Draft, by: Rules) -> tuple[list[int], list[flo
 def test_as_if_drawn_one_by_one(family: str, batch: int) -> None:
     model = tiny_model(family)
     by = rules()
-    for draft in decoded(model, drafts(), batch, by):
-        ids, logprobs = one_by_one(model, draft, by)
-        assert draft.ids == ids
-        assert draft.logprobs == pytest.approx(logprobs, abs=2e-4)
-        assert draft.finish_reason == ("stop" if ids[-1] in by.end_ids else "length")
+    for completion in decoded(model, completions(), batch, by):
+        ids, logprobs = one_by_one(model, completion, by)
+        assert completion.ids == ids
+        assert completion.logprobs == pytest.approx(logprobs, abs=2e-4)
+        assert completion.finish_reason == ("stop" if ids[-1] in by.end_ids else "length")
 
 
 @pytest.mark.parametrize("family", list(HYBRIDS))
@@ -83,18 +87,18 @@ def test_hybrids_run_batch_by_batch(family: str) -> None:
     """Or are refused by the probe, which no wrong one passes."""
     model, by = hybrid_model(family), rules()
     if family in {*REFUSED, "mamba", "falcon-mamba"}:
-        with pytest.raises(ConfigError, match="goes on from its cache"):
+        with pytest.raises(ConfigError, match="from its cache, in a padded batch"):
             Decoder(model, by, batch_size=4, max_batch_tokens=10**6).probe()
         return
     Decoder(model, by, batch_size=4, max_batch_tokens=10**6).probe()
-    for draft in decoded(model, drafts(3, 3), 4, by):
-        assert draft.ids == one_by_one(model, draft, by)[0]
+    for completion in decoded(model, completions(3, 3), 4, by):
+        assert completion.ids == one_by_one(model, completion, by)[0]
 
 
 def test_the_order_of_the_work_is_no_matter() -> None:
     model, by = tiny_model("qwen3"), rules()
-    forward = decoded(model, drafts(), 6, by)
-    backward = decoded(model, drafts()[::-1], 4, by, tokens=120)[::-1]
+    forward = decoded(model, completions(), 6, by)
+    backward = decoded(model, completions()[::-1], 4, by, tokens=120)[::-1]
     assert [d.ids for d in forward] == [d.ids for d in backward]
     assert len({tuple(d.ids) for d in forward}) > 15  # seeds differ, and so do responses
 
@@ -103,15 +107,15 @@ def test_a_penalty_does_not_fall_on_padding() -> None:
     """The pad token is one like any other to a penalty on tokens that were seen."""
     model = tiny_model("qwen3")
     by = rules(processors=[RepetitionPenaltyLogitsProcessor(3.0)])
-    for draft in decoded(model, drafts(), 20, by):
-        assert draft.ids == one_by_one(model, draft, by)[0]
+    for completion in decoded(model, completions(), 20, by):
+        assert completion.ids == one_by_one(model, completion, by)[0]
 
 
 def test_greedy_is_generate() -> None:
     """The same tokens as `model.generate` without sampling, prompt by prompt."""
     model, by = tiny_model("llama"), rules(greedy=True)
-    for draft in decoded(model, drafts(4, 1), 3, by):
-        prompt = torch.from_numpy(draft.prompt.astype(np.int64))[None]
+    for completion in decoded(model, completions(4, 1), 3, by):
+        prompt = torch.from_numpy(completion.prompt.astype(np.int64))[None]
         out = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -120,8 +124,8 @@ def test_greedy_is_generate() -> None:
             eos_token_id=sorted(by.end_ids),
             pad_token_id=0,
         )
-        assert draft.ids == out[0, len(draft.prompt) :].tolist()
-        assert set(draft.logprobs) == {0.0}
+        assert completion.ids == out[0, len(completion.prompt) :].tolist()
+        assert set(completion.logprobs) == {0.0}
 
 
 def test_the_processors_are_those_of_generate() -> None:
@@ -181,6 +185,6 @@ def test_uniforms_are_the_same_on_every_machine() -> None:
     assert abs(float(many.mean()) - 0.5) < 0.04
 
 
-def test_logits_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(DataError, match="logits are numbers"):
+def test_logits_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(DataError, match="logits are finite numbers"):
         draw(torch.tensor([[0.0, torch.nan]]), uniforms([1], [1]), greedy=False)

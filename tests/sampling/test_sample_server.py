@@ -102,8 +102,8 @@ def test_a_real_server_continues_text(tmp_path: Path, tiny_model_dir: Path, serv
         ("500", "HTTP 500"),
         ("drop", "connection"),
         ("cut", "connection"),
-        ("json", "no JSON"),
-        ("html", "no JSON"),
+        ("json", "not JSON"),
+        ("html", "not JSON"),
         ("nothing", "without choices"),
         ("empty", "an empty text"),
         ("filter", "content_filter"),
@@ -310,10 +310,16 @@ def test_several_responses_to_a_request(
 @pytest.mark.parametrize(
     ("said", "cause"),
     [
-        ({"message": {"content": "4", "reasoning_content": "2 and 2"}}, "reasoning apart"),
-        ({"message": {"content": None, "tool_calls": [{"id": "1"}]}}, "a tool call"),
+        (
+            {"message": {"content": "4", "reasoning_content": "2 and 2"}},
+            "reasoning_content apart from its text",
+        ),
+        ({"message": {"content": None, "tool_calls": [{"id": "1"}]}}, "a message with tool_calls"),
         ({"message": {"content": None}}, "a text that is null"),
-        ({"message": {"content": "\ud800"}}, "no Unicode"),
+        ({"message": {"content": "\ud800"}}, "not valid Unicode"),
+        ({"message": {"content": None, "refusal": "I cannot"}}, "refused (I cannot)"),
+        ({"message": "4"}, "a choice without a message or a text"),
+        ({"index": [0]}, "1 choices, none of them number 0"),
         ({"finish_reason": None}, "neither an end nor a cut"),
     ],
 )

@@ -227,7 +227,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[2])  # tests/, where `support` is found
+    sys.path[0] = str(Path(__file__).parents[1])  # tests/, where `support` is found
     from support import watching
 
     del sys.path[0]

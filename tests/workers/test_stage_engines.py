@@ -21,7 +21,7 @@ from support.rewarding import answered_dataset, functions, reward
 from gvpo_offline.errors import ConfigError, DataError, WorkerError
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.workers.on_ray import connect
-from gvpo_offline.workers.process import Worker, WorkerDeathError
+from gvpo_offline.workers.process import WorkerDeathError, WorkerProcess
 from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
 
@@ -142,7 +142,7 @@ def test_shards_share_the_work_and_the_last_one_publishes(
 
 
 def start(root: Path, trouble: str, workers: int) -> subprocess.Popen[bytes]:
-    script = Path(__file__).parents[2] / "support" / "engine_stage.py"
+    script = Path(__file__).parents[1] / "support" / "engine_stage.py"
     argv = [sys.executable, str(script), str(root), trouble, str(workers)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
@@ -213,12 +213,12 @@ def _sleep() -> Any:
 
 
 def test_a_worker_answers_and_can_be_killed() -> None:
-    worker = Worker(_double)
+    worker = WorkerProcess(_double)
     assert worker.receive() == "ready"
     worker.send(21)
     assert worker.receive() == 42
     worker.kill()
-    hanging = Worker(_sleep)
+    hanging = WorkerProcess(_sleep)
     hanging.receive()
     hanging.send(60)
     with pytest.raises(TimeoutError):
@@ -244,7 +244,7 @@ def test_each_local_worker_has_gpus_to_itself(
         ({"workers": 0}, "workers is at least 1"),
         ({"shard": "2/2"}, "i from 0 to n - 1; received 2/2"),
         ({"shard": "half"}, "shard is i/n"),
-        ({"gpus_per_worker": 0.5}, "a local worker has whole GPUs"),
+        ({"gpus_per_worker": 0.5}, "each worker has a whole number of GPUs"),
         ({"ray_address": "auto"}, "ray_address goes with engine: ray"),
     ],
 )

@@ -29,9 +29,10 @@ from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.openai.answer import AnswerChoice, BadAnswerError, choices_of, result_body
 from gvpo_offline.openai.shapes import (
-    choice_ids,
-    choice_text,
+    answer_errors,
+    choice_content,
     output_text,
     request_prompt,
     was_cut,
@@ -120,19 +121,23 @@ class OpenAIBatchFormat(TrainerFormat):
                 remedy="set requests to the files that were sent, and name each result file once",
             )
         request.answered = True
-        response = record["response"] or {}
-        if record.get("error") or response.get("status_code") != 200:
-            self.failed(place, f"request {key}: {_cause(record)}")
+        try:
+            body = result_body(record) or {}
+        except BadAnswerError as error:
+            self.failed(place, f"request {key}: {error}")
             return
-        body = response.get("body") or {}
-        choices = [body] if "output" in body else body.get("choices")
-        if not (isinstance(choices, list) and choices):
-            raise DataError("a response's body has choices, or output", received=repr(body))
+        with answer_errors("a response's body has choices, or output"):
+            choices = [body] if "output" in body else choices_of(body)
         for index, choice in enumerate(choices):
-            if "output" not in choice and _refused(choice):
-                self.failed(place, f"request {key}: {_refused(choice)}")
-                continue
-            fragment = _response(choice, body, request)
+            if "output" in body:
+                fragment = _response(body, request)
+            else:
+                with answer_errors("a choice has a message or a text"):
+                    read = AnswerChoice(choice, body)
+                if read.refusal:
+                    self.failed(place, f"request {key}: {read.refusal}")
+                    continue
+                fragment = _choice(read, request)
             fragment.samplers = [values.sampler(body.get("model"))]
             fragment.response_ids = [key if len(choices) == 1 else f"{key}#{index}"]
             self._score(fragment, key, index, len(choices))
@@ -174,39 +179,27 @@ def _request(record: Record, place: Place) -> _Request:
         raise with_location(error, file=place.label, row=place.row) from None
 
 
-def _cause(record: Record) -> str:
-    response = record["response"] or {}
-    error = record.get("error") or (response.get("body") or {}).get("error")
-    while isinstance(error, dict):
-        error = error.get("error") or error.get("message") or str(error)
-    return f"status {response.get('status_code')}, {error}"
+def _response(body: Mapping[str, Any], request: _Request) -> Fragment:
+    values.no_tools({"tools": request.tools})
+    return one_response(
+        prompt=request.prompt,
+        text=output_text(body["output"]),
+        truncated=was_cut(body),
+        reward=None,
+    )
 
 
-def _refused(choice: Mapping[str, Any]) -> str | None:
-    message = choice.get("message") or {}
-    if choice.get("finish_reason") == "content_filter":
-        return "cut by the content filter"
-    return f"refused ({message['refusal']})" if message.get("refusal") else None
-
-
-def _response(choice: Mapping[str, Any], body: Mapping[str, Any], request: _Request) -> Fragment:
-    sent = choice.get("prompt_token_ids", body.get("prompt_token_ids"))
+def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
+    sent = choice.prompt_token_ids
     if sent is None:
         values.no_tools({"tools": request.tools})
-    if "output" in choice:
-        return one_response(
-            prompt=request.prompt,
-            text=output_text(choice["output"]),
-            truncated=was_cut(choice),
-            reward=None,
-        )
-    ids = choice_ids(choice)
+    text, ids = choice_content(choice)
     return one_response(
         prompt=request.prompt,
         prompt_ids=request.prompt_ids if sent is None else token_ids(sent, "prompt_token_ids"),
         ids=ids,
-        text=choice_text(choice, whole=ids is None),
-        truncated=values.truncated(choice.get("finish_reason")),
+        text=text,
+        truncated=values.truncated(choice.finish_reason),
         reward=None,
     )
 

@@ -28,7 +28,8 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
-from gvpo_offline.openai.shapes import chat, choice_text
+from gvpo_offline.openai.answer import AnswerChoice
+from gvpo_offline.openai.shapes import answer_errors, chat
 from gvpo_offline.values import flags, token_ids
 
 _STEP = re.compile(r"step_(\d+)")
@@ -101,7 +102,9 @@ class PrimeRLFormat(TrainerFormat):
                 remedy="sample with the renderer's client, which logs token ids",
             )
         prompt = chat([node["message"] for node in path[:-1]])
-        return one_response(prompt=prompt, text=choice_text(path[-1]), **common)
+        with answer_errors("a trace's answer is one text"):
+            text = AnswerChoice({"message": path[-1]["message"]}).text()
+        return one_response(prompt=prompt, text=text, **common)
 
     def _rewards(
         self, rewards: Mapping[str, Any]

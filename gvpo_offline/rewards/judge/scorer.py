@@ -44,7 +44,7 @@ class _Judge(SimpleScorer):
             del described[name]
         return {**described, **Rubric(self._settings).identity()}
 
-    def prepare(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, worker_settings: WorkerSettings) -> bool:
         """Send all requests that have no answer yet.
 
         Raises:
@@ -53,7 +53,7 @@ class _Judge(SimpleScorer):
             ConfigError: the server refuses the key or does not know the model.
         """
         stage = JudgeStage(self._dataset, reader, self._log, self._settings, self.items)
-        done = run_stage(stage, engine) is not None
+        done = run_stage(stage, worker_settings) is not None
         if self._settings.gaps == "error":
             stage.gaps()
         if done:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.openai.answer import CUT, BadAnswerError, choices_of, finish_of, text_of
-from gvpo_offline.openai.client import Server
+from gvpo_offline.openai.answer import REASONING, BadAnswerError, choice_of
+from gvpo_offline.openai.client import OPERATIONAL, OpenAIClient, ServerSettings
 from gvpo_offline.rewards.cases import Message, ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.rewards.judge.rubric import AnyJudgeSettings, Rubric
@@ -57,8 +57,9 @@ class JudgeStage:
         self._settings = settings
         self._items = items
         self._rubric = Rubric(settings)
-        self._server = Server(settings)
-        # Fixed here, so that all processes have the same tasks.
+        server = ServerSettings(**{name: getattr(settings, name) for name in OPERATIONAL})
+        self._client = OpenAIClient(server)
+        # Determined once, so that all workers see the same tasks.
         self._rounds: dict[str, tuple[int, str, int]] = {}
         self._tasks = []
         for row_group, size in enumerate(dataset.row_group_sizes.tolist()):
@@ -77,7 +78,7 @@ class JudgeStage:
 
     def start(self) -> None:
         """Read the API key of the server."""
-        self._server.start()
+        self._client.start()
 
     def work(self, task: Task) -> TaskRecord:
         """Send the requests that neither earlier rounds nor an interrupted run have answers to.
@@ -96,7 +97,7 @@ class JudgeStage:
                 for request in self._requests(group, before, journal)
             }
             open_ = [each for key, each in requests.items() if key not in journal.known]
-            causes = self._server.ask(open_)
+            causes = self._client.send(open_)
         failed = {q.key: q.failed(cause) for q, cause in zip(open_, causes, strict=True) if cause}
         return self._log.write(task.name, [(failed | journal.known)[key] for key in requests])
 
@@ -139,9 +140,9 @@ class JudgeStage:
 
 
 class _JudgeRequest:
-    """One request, repeated until its answer can be parsed; see `server.client.Question`."""
+    """One request, repeated until its answer can be parsed; see `openai.client.ServerRequest`."""
 
-    chat = True
+    endpoint = "chat/completions"
 
     def __init__(
         self,
@@ -172,12 +173,12 @@ class _JudgeRequest:
 
     def read(self, answer: Any) -> None:
         """Store an answer that is complete and contains a judgement."""
-        choice = choices_of(answer).get(0)
-        if choice is None:
-            raise BadAnswerError("an answer without choices")
-        if finish_of(choice) == CUT:
+        choice = choice_of(answer, 0)
+        if choice.truncated:
             raise BadAnswerError(f"an answer cut at {self._settings.max_tokens} tokens")
-        text = text_of(choice)
+        text = choice.text(beside=REASONING)
+        if text is None:
+            raise BadAnswerError(choice.refusal or "a text that is null")
         if not text.strip():
             raise BadAnswerError("an empty text")
         value, model = self._rubric.value(text), answer.get("model")

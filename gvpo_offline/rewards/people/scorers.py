@@ -45,7 +45,7 @@ class PeopleScorer(SimpleScorer):
         del described["inputs"]
         return {**described, "inputs_sha256": self._sha256}
 
-    def prepare(self, reader: ScoringInputReader, engine: WorkerSettings) -> bool:
+    def prepare(self, reader: ScoringInputReader, worker_settings: WorkerSettings) -> bool:
         """Compute the numbers of every judged group, before any other scorer begins its work.
 
         Raises:

@@ -9,8 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import summary_columns
-from gvpo_offline.store.passes import PrefetchedRowGroups
+from gvpo_offline.store.row_groups import PrefetchedRowGroups, summary_columns
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.conditions import (
     Condition,

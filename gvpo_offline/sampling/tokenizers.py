@@ -1,4 +1,4 @@
-"""Whether a sampler's tokens are the dataset's, and its prompts in tokens of its own if not."""
+"""The tokenizers of a dataset and of a sampler: whether they agree, and prompts in the latter."""
 
 from __future__ import annotations
 
@@ -19,43 +19,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetTokenizer:
-    """How the dataset writes: its tokenizer, and the template where that is not its own."""
+    """The name of the dataset's tokenizer, and its chat template unless that is its own."""
 
     tokenizer_name_or_path: str
     chat_template: str | None = None
 
     def load(self) -> PreTrainedTokenizerBase:
-        """The dataset's tokenizer, with its template."""
+        """The tokenizer with its template."""
         return load_tokenizer(self.tokenizer_name_or_path, chat_template=self.chat_template)
 
 
 class SamplerTokenizer:
     """A model's tokenizer, and whether it is the dataset's.
 
-    The template does not count in that: with the tokens of the dataset, prompts are given as the
-    dataset has them.
+    The comparison leaves the template out: a model with the dataset's tokens gets prompts as the
+    dataset renders them.
 
     Args:
         own: the model's tokenizer, with the template of its settings.
-        dialect: the dataset's.
+        dataset_tokenizer: the dataset's.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+        same_as_dataset: whether both tokenizers give the same ids.
     """
 
-    def __init__(self, own: PreTrainedTokenizerBase, dialect: DatasetTokenizer) -> None:
+    def __init__(self, own: PreTrainedTokenizerBase, dataset_tokenizer: DatasetTokenizer) -> None:
         self.tokenizer = own
-        dataset = dialect.load()
+        dataset = dataset_tokenizer.load()
         alike = copy.deepcopy(own)
         alike.chat_template = dataset.chat_template
-        self.shared = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
+        self.same_as_dataset = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
         self._encoder = Encoder(own, append_eos=False)
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[Int32Array]:
-        """Token ids of the model's tokenizer: (P,) int32 each.
+        """Token ids of the model's tokenizer: (P,) int32 for each prompt.
 
         Raises:
             ConfigError: there are chat messages, and the model's tokenizer has no template.
-            DataError: the template refuses a prompt's messages.
+            DataError: the template rejects a prompt's messages.
         """
-        if self.shared:
+        if self.same_as_dataset:
             return [prompt.token_ids for prompt in prompts]
         if any(p.messages for p in prompts) and not self.tokenizer.chat_template:
             raise ConfigError(
