@@ -18,6 +18,7 @@ help:
 	@echo "make test-arithmetic  the numeric tests under other threads and kernels (7 runs of the numeric tests)"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
+	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "make venv: 1 of 2: a virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "make venv: 2 of 2: pip installs about 150 packages; torch is the largest, and the first time takes some minutes"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,report]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,docs,report]'
 	@touch $(STAMP)
 
 # One thread: these models are so small that a second one costs more than it brings.
@@ -56,7 +57,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py research/*/*.py))); do \
+	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py research/*/*.py examples/*.py))); do \
 		MYPYPATH=$$folder:pipelines/gsm8k $(BIN)/mypy $$folder*.py || exit 1; done
 
 # Needs nothing but PYTHON: the environment is made anew, and the package is the wheel alone.
@@ -76,6 +77,11 @@ wheel-check:
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# -n -W: what leads nowhere is an error. -E: read every page, or a second build would miss it.
+docs: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -n -E -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas

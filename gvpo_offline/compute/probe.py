@@ -80,12 +80,22 @@ def prepare_engine(
     gradients: bool = True,
     kept_bytes: int = DEFAULT_KEPT_BYTES,
 ) -> Engine:
-    """An engine for a model, by the way that `choose_path` finds; logs which, and why.
+    """Choose how to compute log-probs of a model, and return the engine that does it.
+
+    Several layouts are tried on two small groups, the cheapest first, and compared with the model's
+    own forward pass; the first that agrees is taken. The choice and its reasons are logged.
 
     Args:
-        model, layout, gradients: as `choose_path`.
-        max_tokens: of one forward pass, as laid out.
-        kept_bytes: as `Engine`.
+        model: a transformers causal language model, or a PEFT model around one, on its device, with
+            dropout off, and in training mode if it will be trained.
+        max_tokens: token budget of one forward pass.
+        layout: test this layout only, and refuse it if it is wrong.
+        gradients: compare gradients too; False for inference.
+        kept_bytes: bytes of size scored tokens x vocabulary that may stay between a forward and
+            its backward pass; what is beyond is computed twice.
+
+    Raises:
+        ConfigError: no layout agrees with the model's own forward pass, or not the given one.
     """
     choice = choose_path(model, layout=layout, gradients=gradients)
     logger.info("log-probs: %s", choice.describe())

@@ -82,10 +82,10 @@ class ImportConfig:
     """Tokenizer of the policy to train: a folder or a hub name. Needed unless the log holds ids."""
     format: str = "flat"
     """flat: a table with a row per response or per group; groups: rows in the shape of schemas/.
-    Data sets of the hub (docs/formats-hub.md): arena, armorm, distilabel, helpsteer2, helpsteer3,
-    nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of trainers and
-    results of batch APIs (docs/formats.md): ms_swift, nemo_gym, nemo_rl, open_instruct,
-    openai_batch, openrlhf, prime_rl, trl, verl."""
+    Data sets of the hub (docs/howto/formats-hub.md): arena, armorm, distilabel, helpsteer2,
+    helpsteer3, nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of
+    trainers and results of batch APIs (docs/howto/formats.md): ms_swift, nemo_gym, nemo_rl,
+    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None

@@ -296,7 +296,7 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
         raise ConfigError(
             f"a sampler's settings are those of its kind ({kind}), with values of their types",
             received=f"{first['msg']} at samplers.{place}",
-            remedy="see docs/sampling.md",
+            remedy="see docs/howto/sampling.md",
         ) from error
     return parsed
 

@@ -121,7 +121,7 @@ class GroupDataset:
 
     @functools.cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
-        """Groups in each row group: (n_row_groups,) int64."""
+        """(n_row_groups,) int64, the number of groups in each row group."""
         files = self.manifest.groups
         # Cached because most files have the same sizes.
         array = functools.cache(lambda sizes: np.array(sizes, np.int64))
@@ -144,7 +144,7 @@ class GroupDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the hashes of all files in use: the identity of the training data."""
+        """SHA-256 over the hashes of all files in use, which identifies the training data."""
         files: list[Any] = [file.sha256 for file in self.manifest.groups]
         for joined in self._joined:
             files += [sidecar.file.sha256 for sidecar in joined.sidecars]

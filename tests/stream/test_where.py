@@ -593,7 +593,7 @@ def test_the_command_line(
 
 # ---- the documentation ----
 
-DOCS = (Path(__file__).parents[2] / "docs" / "selecting.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "howto" / "selecting.md").read_text(encoding="utf-8")
 
 
 def test_the_examples_of_the_documentation_agree(tmp_path: Path) -> None:
