@@ -1,8 +1,9 @@
-"""At start-up: which way of computing log-probs is right for the model in hand?
+"""The start-up probe: chooses the cheapest layout that gives a model's own log-probs.
 
-A few short responses are computed along each way and held against the model's own forward, one
-response at a time. The first way that agrees, from the cheapest on, is taken; why the others were
-not is said. A way that does not agree is never taken, not even when it is asked for.
+Each layout computes a few short responses, and the results are compared with the model's own
+forward pass on one response at a time. The probe tries layouts in ascending order of cost, takes
+the first that agrees, and reports why the cheaper ones were refused. A layout that does not agree
+is never used, even if the settings name it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gvpo_offline.compute.model import attention_of, in_float32, no_trace
 from gvpo_offline.compute.probe_groups import (
     batches_of,
     probe_groups,
+    probe_parameters,
     sequences_of,
     vocab_size_of,
 )
@@ -38,26 +40,24 @@ from gvpo_offline.stream.plan import CostModel
 
 logger = logging.getLogger(__name__)
 
-# What rounding explains over the probe's short responses, and what a wrong layout exceeds by far:
-# nats of a response's log-prob, and the relative error of a gradient.
+# Differences that rounding can cause on the probe's short responses, far below those of a wrong
+# layout: log-prob of a response in nats, and relative error of the gradient.
 TOLERANCES = (1e-3, 1e-3)
 # The same in bfloat16 and float16, for a model that is not more sensitive to rounding than others;
 # see `_Probe.allow_rounding`.
 LOW_PRECISION_TOLERANCES = (0.5, 0.2)
 _NARROW = (torch.bfloat16, torch.float16)
 _LAYOUTS: tuple[LayoutName, ...] = ("shared", "continued", "packed", "padded")
-_SMALL_PARAMETER = 1 << 20
-_N_PARAMETERS = 16
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the probe found.
+    """The result of the probe.
 
     Attributes:
-        path: the way to compute log-probs.
+        path: the chosen layout, attention and head.
         prompt_once: whether the pieces of a large group may share their prompt's states.
-        refused: what comes before it in cost, and why it was not taken.
+        refused: the cheaper layouts, with the reason why each was refused.
         error: largest difference of a response's log-prob to the model's own, nats.
     """
 
@@ -67,7 +67,7 @@ class Choice:
     error: float
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the log."""
         why = f"; not {'; not '.join(self.refused)}" if self.refused else ""
         return f"{self.path} (agrees with the model's own forward to {self.error:.1e} nats{why})"
 
@@ -221,7 +221,7 @@ class _Probe:
         n = sum(group.group_size for group in self._groups)
         # Signs mixed, sizes unequal, none 0, so that no error hides, nor two of equal responses.
         self._weights = torch.linspace(-1.0, 2.0, n, dtype=torch.float64)
-        self._parameters = _some_parameters(model) if gradients else []
+        self._parameters = probe_parameters(model) if gradients else []
         dtypes = {parameter.dtype for parameter in model.parameters()}
         exact = dtypes <= {torch.float32, torch.float64}
         self._tolerances = TOLERANCES if exact else LOW_PRECISION_TOLERANCES
@@ -374,18 +374,9 @@ class _Probe:
 
 
 def _refuse(refused: list[str], name: str, why: str) -> None:
-    """Note why a way was not taken; for several ways of one layout once."""
+    """Record why a layout was refused, once for several variants of one layout."""
     if not any(said.startswith(name.split()[0]) and said.endswith(why) for said in refused):
         refused.append(f"{name}: {why}")
-
-
-def _some_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Trained parameters that are small and lie all over the model."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    small = [parameter for parameter in trained if parameter.numel() <= _SMALL_PARAMETER]
-    chosen = small or sorted(trained, key=lambda parameter: parameter.numel())[:2]
-    every = max(1, len(chosen) // _N_PARAMETERS)
-    return chosen[::every]
 
 
 def _grad_or_zeros(parameter: nn.Parameter) -> Tensor:

@@ -1,4 +1,4 @@
-"""The groups that the start-up probe computes log-probs of."""
+"""The groups and parameters with which the start-up probe compares layouts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch import nn
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
+
+# Parameters whose gradients are compared: how many, and the most elements of one.
+_N_PARAMETERS = 16
+_SMALL_PARAMETER = 1 << 20
 
 
 def probe_groups(vocab_size: int, device: torch.device) -> list[Group]:
@@ -64,3 +68,12 @@ def vocab_size_of(model: nn.Module) -> int:
             received=f"{type(model).__name__}, which does not say how many tokens it knows",
         )
     return int(size)
+
+
+def probe_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Some small trained parameters from all parts of the model, whose gradients are compared."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    small = [parameter for parameter in trained if parameter.numel() <= _SMALL_PARAMETER]
+    chosen = small or sorted(trained, key=lambda parameter: parameter.numel())[:2]
+    every = max(1, len(chosen) // _N_PARAMETERS)
+    return chosen[::every]
