@@ -81,7 +81,7 @@ def accumulate(
 
 
 def run_rank() -> None:
-    """A process of the fixture `ranks`: its rank is in its environment, the folder in sys.argv."""
+    """Program of the fixture `ranks`; the rank is in the environment, the folder in sys.argv."""
     rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

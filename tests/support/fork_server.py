@@ -159,11 +159,11 @@ class ForkServer:
 
 
 class Shell:
-    """Stands for `subprocess.run`: commands of gvpo-offline, and scripts in Python, run in the fork
-    server's children.
+    """Replacement for `subprocess.run` that runs gvpo-offline commands and Python scripts in
+    children of the fork server.
 
     Attributes:
-        kills: by command and which call of it, counted from 1: where the child is killed.
+        kills: for a command and the number of its call, from 1: the point at which it is killed.
     """
 
     def __init__(self, server: ForkServer, kills: dict[tuple[str, int], list[Any]]) -> None:
@@ -273,9 +273,9 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _prepare_parsers() -> None:
-    """Build the parsers of the commands with the most settings.
+    """Build the argument parsers of the commands with the most settings.
 
-    That takes a quarter of a second, as long as a short training, and is the same for every child.
+    This takes a quarter of a second, as long as a short training run, and all children share it.
     """
     from gvpo_offline import cli
     from gvpo_offline.commands.table import COMMANDS

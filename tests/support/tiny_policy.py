@@ -85,9 +85,9 @@ def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
 
 
 def make_word_model(folder: Path, words: Iterable[str], **changes: Any) -> Path:
-    """Save a Qwen3 of seeded random weights whose tokenizer has one token for each word.
+    """Save a Qwen3 with seeded random weights and a tokenizer with one token for each word.
 
-    <pad> is 0, <eos> is 1, <unk> is 2; the words follow in their order.
+    <pad> is 0, <eos> is 1, <unk> is 2; the words follow in the given order.
 
     Args:
         folder: where the model and the tokenizer are saved.

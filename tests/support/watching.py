@@ -103,7 +103,7 @@ def _gradients(model: Any) -> dict[str, Any]:
 
 
 def _whole(tensor: Any) -> Any:
-    """A copy of a tensor, of all shards; every rank has to take part."""
+    """A copy of a tensor, gathered from all shards; a collective call on all ranks."""
     from torch.distributed.tensor import DTensor
 
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
