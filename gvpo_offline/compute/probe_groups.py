@@ -17,9 +17,9 @@ _SMALL_PARAMETER = 1 << 20
 
 
 def probe_groups(vocab_size: int, device: torch.device) -> list[Group]:
-    """Two groups: with equal responses, a shared beginning, a response of one token.
+    """Two groups, with equal responses, a shared prefix and a response of one token.
 
-    About 80 distinct tokens; more on a GPU, whose kernels are others for a few.
+    About 80 distinct tokens; more on a GPU, which uses other kernels for short rows.
     """
     rng = np.random.default_rng(0)
     times = 1 if device.type == "cpu" else 4
@@ -58,14 +58,14 @@ def vocab_size_of(model: nn.Module) -> int:
     """Number of token ids that a model has embeddings for.
 
     Raises:
-        ConfigError: neither its embeddings nor its configuration say it.
+        ConfigError: neither the embeddings nor the configuration give the number.
     """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", getattr(model.config, "vocab_size", None))
     if size is None:
         raise ConfigError(
             "the model is a transformers causal language model",
-            received=f"{type(model).__name__}, which does not say how many tokens it knows",
+            received=f"{type(model).__name__}, which gives no vocabulary size",
         )
     return int(size)
 

@@ -1,4 +1,4 @@
-"""Quantised weights through bitsandbytes: asking for them, and telling what a model has."""
+"""Weights quantised with bitsandbytes: loading options, and detection in a loaded model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from gvpo_offline.errors import ConfigError
 def quantisation_options(
     settings: ModelSettings, device: torch.device | None, compute_dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told for `load_in_4bit` and `load_in_8bit`; empty without them.
+    """Options of `from_pretrained` for `load_in_4bit` and `load_in_8bit`; empty without them.
 
-    4 bits are QLoRA's (arXiv 2305.14314): NormalFloat, the constants quantised once more.
+    4-bit weights use the format of QLoRA (arXiv 2305.14314): NF4 with double quantisation.
 
     Args:
-        settings: the model's.
-        device: where the weights go; they are quantised as they get there.
-        compute_dtype: of matrix products with 4-bit weights; default: that of the other weights.
+        settings: settings of the model.
+        device: device of the weights; bitsandbytes quantises them when they are moved there.
+        compute_dtype: data type of matrix products with 4-bit weights; default: the data type of
+            the other weights.
 
     Raises:
-        ConfigError: both are asked for, or bitsandbytes is not installed.
+        ConfigError: both options are set, or bitsandbytes is not installed.
     """
     if not (settings.load_in_4bit or settings.load_in_8bit):
         return {}
@@ -36,7 +37,7 @@ def quantisation_options(
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "weights are quantised by bitsandbytes",
-            received="no such package",
+            received="bitsandbytes is not installed",
             remedy="pip install 'gvpo-offline[qlora]'",
         )
     from transformers import BitsAndBytesConfig
@@ -54,7 +55,7 @@ def quantisation_options(
 
 
 def quantisation(model: nn.Module) -> str | None:
-    """How some of a model's weights are quantised: `nf4`, `int8` …; None: not at all."""
+    """Format of a model's quantised weights: `nf4`, `int8` …; None: no weight is quantised."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return None
@@ -64,11 +65,11 @@ def quantisation(model: nn.Module) -> str | None:
     return "int8" if found.get("load_in_8bit") else str(found.get("quant_method", "quantised"))
 
 
-def keep_format(model: nn.Module) -> None:
-    """Have 4-bit weights computed on a CPU in evaluation as they are in training.
+def disable_cpu_repacking(model: nn.Module) -> None:
+    """Use the same CPU kernels for 4-bit weights in evaluation as in training.
 
-    Otherwise bitsandbytes repacks them, where the CPU can, for bfloat16 kernels that round more
-    and, once the model trains on, give no gradient.
+    By default bitsandbytes repacks 4-bit weights in evaluation mode on CPUs with AVX512-BF16. The
+    kernels for repacked weights round more, and give no gradient when training continues.
     """
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     for layer in layers:
@@ -77,7 +78,7 @@ def keep_format(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def compute_in_float32(model: nn.Module) -> Iterator[None]:
-    """Products with 4-bit weights in float32, whatever they are computed in otherwise."""
+    """Within it, matrix products with 4-bit weights are computed in float32."""
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "compute_dtype")]
     before = [layer.compute_dtype for layer in layers]
     try:

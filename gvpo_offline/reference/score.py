@@ -118,7 +118,7 @@ def score(
     dataset.verify()
     check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
     scorer = _ReferenceScorer(model, config)
-    family = _family(facts.along(scorer.path), model, config.model_name_or_path)
+    family = _family(facts.with_path(scorer.path), model, config.model_name_or_path)
     if _held(dataset, family):
         return Scored(family.fingerprint, dataset.manifest)
     _check_writable(dataset.folder)

@@ -137,7 +137,7 @@ class GVPOTrainer(CheckpointingTrainer):
         self.engine: Engine = training_engine(
             self.model, args, self._meter.add_entropy, sharded=self.is_sharded
         )
-        self.policy = self.policy.along(self.engine.path)
+        self.policy = self.policy.with_path(self.engine.path)
         steps.cost = self.engine.cost
 
     # ---- before the first step ----
@@ -263,7 +263,7 @@ class GVPOTrainer(CheckpointingTrainer):
 
     def _accumulate(self, model: nn.Module, micro_batch: MicroBatch, scale: float) -> Tensor:
         """Accumulate the gradient of a micro-batch's summed loss times `scale`; return it."""
-        groups, passes = micro_batch
+        groups, n_forwards = micro_batch
 
         def objective(logprobs: Tensor) -> Tensor:
             if self._reference_meter is not None:
@@ -274,7 +274,7 @@ class GVPOTrainer(CheckpointingTrainer):
             return loss.group_losses.sum() * scale
 
         return self.engine.accumulate(
-            model, groups, objective, self.accelerator.backward, passes=passes
+            model, groups, objective, self.accelerator.backward, n_forwards=n_forwards
         )
 
     def get_total_train_batch_size(self, args: Any) -> int:

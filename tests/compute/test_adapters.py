@@ -31,7 +31,7 @@ from gvpo_offline.commands.evaluate import run_evaluate
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.commands.train import run_train
 from gvpo_offline.compute.adapters import (
-    adapter_off,
+    adapter_disabled,
     check_trainable,
     load_policy,
     policy_sha256,
@@ -129,7 +129,7 @@ def test_a_hash_covers_base_adapter_and_scale(tiny_model_dir: Path, adapter_dir:
     model = load_policy(ModelSettings(str(adapter_dir)))
     assert policy_sha256(base) == alone
     on = policy_sha256(model)
-    with adapter_off(model) as inner:
+    with adapter_disabled(model) as inner:
         assert policy_sha256(inner) == policy_sha256(model) == alone
         torch.testing.assert_close(logits(inner), logits(base), rtol=0, atol=0)
     assert policy_sha256(model) == on != alone
@@ -144,7 +144,7 @@ def test_a_hash_covers_base_adapter_and_scale(tiny_model_dir: Path, adapter_dir:
     saved = lora(modules_to_save=["lm_head"], target_modules=["o_proj", "embed_tokens"])
     untied = tiny_model("llama")
     before = weights_sha256(untied)
-    with adapter_off(with_adapter(untied, saved, seed=0)) as inner:
+    with adapter_disabled(with_adapter(untied, saved, seed=0)) as inner:
         assert policy_sha256(inner) == before
 
 

@@ -1,4 +1,4 @@
-"""The engine over a model in shards (FSDP2): two processes with unequal work against one."""
+"""The engine with a sharded model (FSDP2): two ranks with unequal work, compared with one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 
 WORLD_SIZE = 2
-# The prompt and the longest response: 6 + 9 - 1 tokens.
+# Input tokens of the prompt and the longest response: 6 + 9 - 1.
 MAX_TOKENS = 14
 
 
@@ -36,14 +36,14 @@ def _ids(first: int, n: int) -> list[int]:
     return [3 + (first + 7 * i) % 97 for i in range(n)]
 
 
-# 6 + 8 + 8 + 7 tokens in three pieces; 2 + 1 + 3, in one, on the other rank or on none.
+# 6 + 8 + 8 + 7 tokens in three pieces; 2 + 1 + 3 tokens in one, on the other rank or on none.
 LARGE = group_of(_ids(1, 6), [_ids(20, 9), _ids(50, 9), _ids(20, 5) + _ids(70, 3)])
 SMALL = group_of(_ids(30, 2), [_ids(60, 2), _ids(40, 4)])
 SHARES = {"one has nothing": [LARGE], "both have something": [LARGE, SMALL]}
 
 
 def build(adapter: bool) -> nn.Module:
-    """The same weights in every process."""
+    """A model with the same weights in every process."""
     model: nn.Module = tiny_model("qwen3").train()
     if not adapter:
         return model
@@ -60,7 +60,9 @@ def build(adapter: bool) -> nn.Module:
 def accumulate(
     engine: Engine, model: nn.Module, groups: Sequence[Group], rank: int, world_size: int
 ) -> tuple[Tensor, int]:
-    """A rank's part of sum var(s) / 2 over groups; the sum over all, and the calls of the model."""
+    """Backward pass of sum var(s) / 2 over a rank's groups; returns this sum and the number of
+    calls of the model.
+    """
     plan = plan_step([shape_of(g) for g in groups], engine.cost, world_size=world_size, rank=rank)
     calls = [0]
     hook = model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
@@ -79,7 +81,7 @@ def accumulate(
 
 
 def run_rank() -> None:
-    """A process of the fixture `ranks`: its rank is in its environment, the folder in sys.argv."""
+    """Program of the fixture `ranks`; the rank is in the environment, the folder in sys.argv."""
     rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -96,7 +98,7 @@ def run_rank() -> None:
 
 def _in_shards(groups: Sequence[Group], rank: int, adapter: bool) -> dict[str, Any]:
     model = build(adapter)
-    # Probed whole, as it is loaded; then cut.
+    # Probed before it is sharded.
     path = choose_path(model).path
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     for layer in causal_lm(model).model.layers:
@@ -109,7 +111,7 @@ def _in_shards(groups: Sequence[Group], rank: int, adapter: bool) -> dict[str, A
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert isinstance(parameter.grad, DTensor)
-            # Shards average over ranks what is a sum here.
+            # FSDP2 averages gradients over ranks; here they are summed.
             grads[name] = parameter.grad.full_tensor() * WORLD_SIZE
     return {"path": path, "loss": loss, "calls": calls, "grads": grads}
 
@@ -119,7 +121,7 @@ Found = dict[tuple[bool, str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> list[Found]:
-    """What each of two processes found, with an adapter and without."""
+    """Results of both ranks, with an adapter and without."""
     folder = tmp_path_factory.mktemp("ranks")
     program = f"{__name__}:{run_rank.__name__}"
     for status, output in server.run_ranks([folder], WORLD_SIZE, program=program):
@@ -151,13 +153,13 @@ def test_shards_have_the_gradients_of_one_whole_model(
 @pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "adapter"])
 @pytest.mark.parametrize("share", SHARES)
 def test_ranks_call_the_model_equally_often(ranks: list[Found], share: str, adapter: bool) -> None:
-    # Three pieces: two without gradients, then three with; and a last call, in which gradients are
-    # exchanged, over nothing or over SMALL.
+    # Three pieces: two calls without gradients, then three with; and a last call, over SMALL or a
+    # dummy input, in which gradients are reduced.
     assert [rank[adapter, share]["calls"] for rank in ranks] == [6, 6]
 
 
 def test_one_process_is_one_response_at_a_time() -> None:
-    # The other tests compare with the engine in one process; this one with no engine at all.
+    # The other tests compare with the engine in one process; this one with a bare model.
     model = build(adapter=False)
     truth = measured_alone(model, [LARGE])
     engine = engine_for(model, choose_path(model), max_tokens=MAX_TOKENS)

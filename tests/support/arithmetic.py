@@ -1,7 +1,7 @@
-"""Run the numeric tests under other arithmetic: `make test-arithmetic`.
+"""Run the numeric tests with other CPU kernels and thread counts: `make test-arithmetic`.
 
-The same sums in another order, as on another CPU or with another number of threads. A test that
-fails under one of these has a tolerance that fits one machine.
+The variants compute the same sums in another order, as other CPUs do. A test that fails under one
+of them has a tolerance that was fitted to one machine.
 
     python tests/support/arithmetic.py [--workers N] [--only VARIANT ...] [pytest's arguments]
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 
-# What each changes: ATen's kernels and, through the CPU that MKL is told of, matrix products; MKL's
-# matrix products; oneDNN's convolutions and bfloat16. A setting that a CPU has no use for is
-# harmless: it repeats the first variant.
+# ATen settings select the kernels of ATen and, through the CPU type passed to MKL, matrix products;
+# MKL settings select matrix products; oneDNN settings select convolutions and bfloat16. A setting
+# that does not apply to a CPU repeats the first variant.
 VARIANTS: dict[str, dict[str, str]] = {
     "one-thread": {},
     "two-threads": {"OMP_NUM_THREADS": "2"},
@@ -70,10 +70,10 @@ FILES = [
 
 
 def numeric_files() -> list[str]:
-    """The files of `FILES`, wherever they are under tests/.
+    """Paths of the files in `FILES`, found anywhere under tests/.
 
     Raises:
-        SystemExit: one of them is not there.
+        SystemExit: a file was not found.
     """
     paths = {path.stem: path for path in TESTS.rglob("test_*.py")}
     missing = [name for name in FILES if name not in paths]
@@ -83,10 +83,10 @@ def numeric_files() -> list[str]:
 
 
 def failures_under(variant: str, arguments: list[str]) -> list[str]:
-    """Run pytest under a variant; the ids of the tests that failed.
+    """Run pytest under a variant; returns the ids of failed tests.
 
     Raises:
-        SystemExit: pytest ended without running the tests.
+        SystemExit: pytest exited without running the tests.
     """
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **VARIANTS[variant]}
     command = [sys.executable, "-m", "pytest", "-rfE", *arguments]
@@ -99,7 +99,7 @@ def failures_under(variant: str, arguments: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Run the variants one after the other, and print what failed under which."""
+    """Run the variants in turn, and print the failed tests of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", default="2")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))

@@ -1,8 +1,8 @@
-"""Command lines in processes of their own, without the seconds that importing torch takes each.
+"""Run commands in separate processes without importing torch in each of them.
 
 Run as a script, this is a server: it imports everything once and forks a child for each request, in
-which `gvpo_offline.cli.main` runs as it would from a shell. `ForkServer` is the tests' side. A
-child can be killed from outside at any moment, or told to kill itself in the middle of a save.
+which `gvpo_offline.cli.main` runs as from a shell. `ForkServer` is the client for tests. A child
+can be killed at any time, or made to kill itself in the middle of a save.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# A child that let an exception through, which a shell would show as a traceback.
+# Exit status of a child with an uncaught exception.
 CRASHED = 70
 # What the server imports before it forks; importing them all takes seconds.
 PRELOADED = (
@@ -52,8 +52,8 @@ class Child:
     """A command in its own process.
 
     Attributes:
-        pid: its process.
-        log: the file that its output goes to.
+        pid: process id.
+        log: file that its output is written to.
     """
 
     server: ForkServer
@@ -61,22 +61,22 @@ class Child:
     log: Path
 
     def kill(self) -> None:
-        """SIGKILL, at once."""
+        """Send SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Its exit status; minus the signal's number if it was killed."""
+        """Wait for its end; returns the exit status, or minus the number of the signal."""
         return int(self.server.ask({"wait": self.pid})["status"])
 
     @property
     def output(self) -> str:
-        """What it printed so far, without progress bars."""
+        """Its output so far, without progress bars."""
         lines = re.split(r"[\r\n]+", self.log.read_text(encoding="utf-8", errors="replace"))
         return "\n".join(line for line in lines if line and "it/s]" not in line)
 
 
 class ForkServer:
-    """Starts children, until it is closed."""
+    """Client of the server; starts commands until it is closed."""
 
     def __init__(self) -> None:
         self._logs = tempfile.TemporaryDirectory()
@@ -107,14 +107,14 @@ class ForkServer:
         """Start a command.
 
         Args:
-            argv: as after `gvpo-offline`.
-            options: `env` (variables to set), `file_bytes` (largest file that it may write),
-                `kill_in_save` (the call of torch.save that it kills itself in, half-way), `kill_at`
-                ("module:name" of a function, the call of it, and the seconds after that call began
-                at which the child is killed, wherever it is by then), `watch` (a folder that the
-                child notes in what it computes, see `watching`), `program` ("module:function" to
-                call in place of gvpo-offline's, or a script; it finds `argv` in sys.argv), `cwd`
-                (the working folder).
+            argv: the arguments after `gvpo-offline`.
+            options: `env` (environment variables), `file_bytes` (largest file that it may write),
+                `kill_in_save` (number of the call of torch.save in which it kills itself),
+                `kill_at` ("module:name" of a function, number of its call, and the delay in seconds
+                from the start of that call after which the child is killed), `watch` (folder in
+                which the child records its computation, see `watching`), `program` (a script, or
+                "module:function", to run in place of gvpo-offline; it reads `argv` from sys.argv),
+                `cwd` (working directory).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
@@ -124,7 +124,7 @@ class ForkServer:
         return Child(self, self.ask(request)["pid"], log)
 
     def run(self, argv: Sequence[Any], **options: Any) -> tuple[int, str]:
-        """Run a command to its end: exit status and output."""
+        """Run a command to its end; returns exit status and output."""
         child = self.start(argv, **options)
         return child.wait(), child.output
 
@@ -136,7 +136,7 @@ class ForkServer:
         return [(child.wait(), child.output) for child in children]
 
     def start_ranks(self, argv: Sequence[Any], world_size: int, **options: Any) -> list[Child]:
-        """Start a command as torchrun would; `options` as of `start`."""
+        """Start a command as torchrun would; `options` as for `start`."""
         import socket
 
         with socket.socket() as free:
@@ -152,18 +152,18 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server; children must have been waited for."""
-        # Said, not left to the end of the pipe: whatever else was forked meanwhile holds it too.
+        # An explicit message, because other forked processes keep the pipe open.
         self.ask({"close": True})
         self._process.wait()
         self._logs.cleanup()
 
 
 class Shell:
-    """Stands for `subprocess.run`: commands of gvpo-offline, and scripts in Python, run in the fork
-    server's children.
+    """Replacement for `subprocess.run` that runs gvpo-offline commands and Python scripts in
+    children of the fork server.
 
     Attributes:
-        kills: by command and which call of it, counted from 1: where the child is killed.
+        kills: for a command and the number of its call, from 1: the point at which it is killed.
     """
 
     def __init__(self, server: ForkServer, kills: dict[tuple[str, int], list[Any]]) -> None:
@@ -273,9 +273,9 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _prepare_parsers() -> None:
-    """Build the parsers of the commands with the most settings.
+    """Build the argument parsers of the commands with the most settings.
 
-    That takes a quarter of a second, as long as a short training, and is the same for every child.
+    This takes a quarter of a second, as long as a short training run, and all children share it.
     """
     from gvpo_offline import cli
     from gvpo_offline.commands.table import COMMANDS

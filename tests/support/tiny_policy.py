@@ -1,4 +1,4 @@
-"""Recipes of tokenizers and of models of a few thousand weights, for tests and benchmarks."""
+"""Functions that make tokenizers and models with a few thousand weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINING_TEXT = (
 def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = True) -> Path:
     """Train a byte-level BPE of 400 entries and save it as a transformers tokenizer.
 
-    <pad> is 0, <bos> is 1, <eos> is 2; <bos> starts a text that is encoded with special tokens.
+    <pad> is 0, <bos> is 1, <eos> is 2; encoding with special tokens puts <bos> first.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +57,7 @@ def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = Tru
 
 
 def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
-    """Save a two-layer Qwen3 of seeded random weights, and the tokenizer beside it."""
+    """Save a two-layer Qwen3 with seeded random weights, and the tokenizer, in one folder."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -85,9 +85,9 @@ def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
 
 
 def make_word_model(folder: Path, words: Iterable[str], **changes: Any) -> Path:
-    """Save a Qwen3 of seeded random weights whose tokenizer has one token for each word.
+    """Save a Qwen3 with seeded random weights and a tokenizer with one token for each word.
 
-    <pad> is 0, <eos> is 1, <unk> is 2; the words follow in their order.
+    <pad> is 0, <eos> is 1, <unk> is 2; the words follow in the given order.
 
     Args:
         folder: where the model and the tokenizer are saved.

@@ -1,4 +1,4 @@
-"""What the ranks of a run compute, noted by themselves: groups step by step, whole gradients."""
+"""Records of what the ranks of a run compute: the groups of each step, whole gradients."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 def watch(folder: Path) -> None:
-    """Make this process note, in `folder`, what its trainer will compute.
+    """Make the trainer of this process record its computation in `folder`.
 
-    A line of `notes-*.jsonl` for each rank and step, written before anything else happens in it.
-    With WATCH_GRADIENTS=1 the main process also notes whole tensors: for each step
-    `found-STEP.pt`, the weights that the previous update left, `weights-STEP.pt`, those that the
-    step computes with, and `gradients-STEP.pt`, before clipping.
+    Each rank writes a line of `notes-*.jsonl` at the start of each step. With WATCH_GRADIENTS=1 the
+    main process also saves whole tensors for each step: `found-STEP.pt`, the weights after the
+    previous update; `weights-STEP.pt`, the weights that the step uses; `gradients-STEP.pt`, the
+    gradients before clipping.
 
-    WATCH_FOLLOW names another run's folder, whose weights this run takes over before each step and
-    for each evaluation, so that both compute with the same weights. WATCH_NUDGE=1 then moves every
-    weight by one unit in its last place, up or down at random.
+    WATCH_FOLLOW names the folder of another run, whose weights this run loads before each step and
+    each evaluation, so that both compute with the same weights. WATCH_NUDGE=1 then changes every
+    weight by one unit in the last place, up or down at random.
     """
     from gvpo_offline.train.trainer import GVPOTrainer
 
@@ -103,7 +103,7 @@ def _gradients(model: Any) -> dict[str, Any]:
 
 
 def _whole(tensor: Any) -> Any:
-    """A copy of a tensor, of all shards; every rank has to take part."""
+    """A copy of a tensor, gathered from all shards; a collective call on all ranks."""
     from torch.distributed.tensor import DTensor
 
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -119,11 +119,11 @@ def _save(tensors: dict[str, Any], path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """One process group's work on one step.
+    """One step, as computed by one process group.
 
     Attributes:
-        world_size: its ranks.
-        shares: the groups of each rank, by rank.
+        world_size: number of ranks.
+        shares: group ids of each rank, by rank.
     """
 
     world_size: int
@@ -131,17 +131,17 @@ class Attempt:
 
     @property
     def whole(self) -> bool:
-        """Whether every rank came to this step."""
+        """Whether every rank started this step."""
         return len(self.shares) == self.world_size
 
     @property
     def groups(self) -> list[str]:
-        """The global batch, in no particular order."""
+        """The group ids of the global batch, sorted."""
         return sorted(group for share in self.shares.values() for group in share)
 
 
 def read_notes(folder: Path) -> dict[int, Attempt]:
-    """What all ranks of one process group noted, by step."""
+    """The records of all ranks of one process group, by step."""
     found: dict[int, Attempt] = {}
     for path in folder.glob("notes-*.jsonl"):
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -153,7 +153,7 @@ def read_notes(folder: Path) -> dict[int, Attempt]:
 
 
 def micro_batches(folder: Path) -> dict[int, set[int]]:
-    """How many micro-batches the ranks computed, by step."""
+    """For each step the numbers of micro-batches that the ranks computed."""
     counts: dict[int, set[int]] = defaultdict(set)
     for path in folder.glob("notes-*.jsonl"):
         for text in path.read_text(encoding="utf-8").splitlines():
