@@ -16,8 +16,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gvpo_offline.compute.model import load_model, tensors_sha256, weights_sha256
-from gvpo_offline.compute.quantised import disable_cpu_repacking, quantisation
+from gvpo_offline.compute.model import (
+    disable_cpu_repacking,
+    load_model,
+    quantisation,
+    tensors_sha256,
+    weights_sha256,
+)
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
