@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from gvpo_offline.hashing import text_key
 from gvpo_offline.importing.fragment import Fragment
-from gvpo_offline.store.arrow import from_array_lists, from_arrays, to_rows
+from gvpo_offline.store.arrow import list_array, nested_list_array, to_rows
 from gvpo_offline.store.spill import TableSpill
 
 _BUFFER_BYTES = 32 << 20
@@ -47,9 +47,9 @@ _SCHEMA = pa.schema(
     ]
 )
 _BUILDERS: dict[str, Callable[[Sequence[Any]], pa.Array]] = {
-    "prompt_token_ids": lambda rows: from_arrays(rows, pa.int32()),
-    "response_token_ids": lambda rows: from_array_lists(rows, pa.int32()),
-    "loss_mask": lambda rows: from_array_lists(rows, pa.bool_()),
+    "prompt_token_ids": lambda rows: list_array(rows, pa.int32()),
+    "response_token_ids": lambda rows: nested_list_array(rows, pa.int32()),
+    "loss_mask": lambda rows: nested_list_array(rows, pa.bool_()),
     "components": lambda rows: pa.array(
         [None if row is None else list(row.items()) for row in rows],
         _SCHEMA.field("components").type,

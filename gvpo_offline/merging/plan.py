@@ -17,7 +17,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.merging.inputs import PLACE_COLUMNS
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.settings import OnFew
-from gvpo_offline.store.arrow import column_array, split_list, split_nested_list
+from gvpo_offline.store.arrow import column_array, list_offsets, split_list, split_nested_list
 from gvpo_offline.store.columns import RowGroupLocation
 from gvpo_offline.store.pick import Indices, ResponseIndex
 
@@ -104,7 +104,7 @@ class Planner:
         differ = np.zeros(len(doubled), bool)
         for name in self.rewards:
             array = column_array(table, name)
-            at = array.offsets.to_numpy().astype(np.int64)[index.rows] + index.items
+            at = list_offsets(array)[index.rows] + index.items
             values = array.values.to_numpy()[at]
             differ |= values[doubled] != values[twins[doubled]]
         self.counts["differing_rewards"] += int(differ.sum())

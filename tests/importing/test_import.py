@@ -576,11 +576,11 @@ def test_importing_the_module_loads_no_torch(module: str) -> None:
 
 
 def test_parquet_token_columns_with_nulls_at_every_level() -> None:
-    from gvpo_offline.store.arrow import from_array_lists, to_rows
+    from gvpo_offline.store.arrow import nested_list_array, to_rows
 
     rows = [[np.array([1, 2]), None], None, [], [np.array([], np.int64)]]
     for kind in (pa.list_(pa.list_(pa.int32())), pa.large_list(pa.large_list(pa.int64()))):
-        column = from_array_lists(rows, pa.int32()).cast(kind)
+        column = nested_list_array(rows, pa.int32()).cast(kind)
         for array, expected in ((column, rows), (column[1:], rows[1:])):
             found = to_rows(array)
             assert [
