@@ -12,7 +12,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, Group, Int32Array
 from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.importing.fragment import Fragment, with_location
-from gvpo_offline.importing.regroup import Spilled
+from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.rules import MIN_GROUP_SIZE
 
@@ -80,7 +80,7 @@ class Assembler:
         self._components = components
         self.counts: Counter[str] = Counter()
 
-    def groups(self, fragments: Sequence[Sequence[Spilled]]) -> list[Group]:
+    def groups(self, fragments: Sequence[Sequence[KeyedFragment]]) -> list[Group]:
         """The groups of lists of fragments, in their order; some may be dropped.
 
         Raises:
@@ -104,7 +104,7 @@ class Assembler:
     def _place(self, fragment: Fragment) -> str:
         return f"{self._inputs[fragment.file].label}, row {fragment.row}"
 
-    def _merge(self, spilled: Sequence[Spilled]) -> _Draft:
+    def _merge(self, spilled: Sequence[KeyedFragment]) -> _Draft:
         first, first_key = spilled[0]
         assert first.group_id is not None
         with_ids = next((f for f, _ in spilled if f.prompt_token_ids is not None), None)
@@ -182,7 +182,7 @@ class Assembler:
     def _tokenize_prompts(self, drafts: Sequence[_Draft]) -> None:
         if not drafts:
             return
-        assert self._encoder is not None  # Needs has seen to it
+        assert self._encoder is not None  # TokenizerRequirements has seen to it
         chats = [draft for draft in drafts if draft.first.messages is not None]
         texts = [draft for draft in drafts if draft.first.messages is None]
         rendered = []

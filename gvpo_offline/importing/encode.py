@@ -104,7 +104,7 @@ class Encoder:
         """`ids` with the end token behind them, unless it is already there: (T,) int32."""
         if not self.append_eos or (len(ids) and ids[-1] == self._eos):
             return ids
-        assert self._eos is not None  # Needs has seen to it
+        assert self._eos is not None  # TokenizerRequirements has seen to it
         return np.append(ids, np.int32(self._eos))
 
 
@@ -140,7 +140,7 @@ def load_encoder(config: ImportConfig) -> Encoder | None:
     return Encoder(tokenizer, append_eos=config.append_eos)
 
 
-class Needs:
+class TokenizerRequirements:
     """Whether the settings suffice for what the rows hold; each need is looked at once."""
 
     def __init__(self, encoder: Encoder | None) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder, lock_folder
@@ -116,21 +114,12 @@ class OutputFolder:
         self._sweep(set(keep))
         return records
 
-    @contextmanager
-    def discarding(self, stage: str) -> Iterator[None]:
-        """Remove all that `stage` wrote if the data or settings turn out bad.
-
-        After any other failure (no room, an interrupt) committed work stays: the same command goes
-        on.
-        """
-        try:
-            yield
-        except (DataError, ConfigError):
-            shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
-            self._sweep(set())
-            for name in ("commits", "groups", "rewards"):
-                _remove_empty(self.root / name)
-            raise
+    def discard(self, stage: str) -> None:
+        """Remove the commit records and shards of `stage`, and the folders left empty."""
+        shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
+        self._sweep(set())
+        for name in ("commits", "groups", "rewards"):
+            _remove_empty(self.root / name)
 
     def _sweep(self, keep: set[str]) -> None:
         self._remove_spill()

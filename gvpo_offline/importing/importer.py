@@ -27,7 +27,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.assemble import Assembler, InputNames
-from gvpo_offline.importing.encode import Encoder, Needs, load_encoder
+from gvpo_offline.importing.encode import Encoder, TokenizerRequirements, load_encoder
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import LeavesOut, Log, LogFormat, ReadsBeside
@@ -38,12 +38,12 @@ from gvpo_offline.importing.fragment import (
     prompt_key,
     with_location,
 )
-from gvpo_offline.importing.outcome import SAID, ImportResult
+from gvpo_offline.importing.outcome import COUNT_TEXTS, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
-from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.spill import power_of_two
@@ -130,7 +130,7 @@ class _Import:
                 return ImportResult(finished, step.counts, already_imported=True)
             log = TaskLog(folder.root, f"import-{identity[:12]}")
             records = folder.prepare(log)
-            with folder.discarding(log.stage):
+            with undo_on_bad_input(lambda: folder.discard(log.stage)):
                 return self._import(folder.root, log, records, identity)
 
     def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
@@ -217,7 +217,7 @@ class _Import:
         advance: Callable[[int], Any],
     ) -> None:
         vocab_size = None if self.encoder is None else self.encoder.vocab_size
-        needs = Needs(self.encoder)
+        needs = TokenizerRequirements(self.encoder)
         default = self.config.sampler or source.name
         for fragment in self.format.read(source.rows(self.format.columns, advance), source):
             fragment.file = number
@@ -363,4 +363,4 @@ def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
     dropped: Counter[str] = Counter(first.left_out)
     for record in records:
         dropped.update(record.counts)
-    return {**counts, **{name: dropped[name] for name in SAID}}
+    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}}

@@ -31,14 +31,14 @@ class ImportResult:
             f"{counts['tokens']} tokens"
         )
         lines.append(f"  samplers: {', '.join(sorted(self.manifest.samplers))}")
-        for name, text in SAID.items():
+        for name, text in COUNT_TEXTS.items():
             if self.counts.get(name):
                 lines.append(f"  {counts[name]} {text}")
         return lines
 
 
 # What an import may have left out or changed, and how that is said.
-SAID = {
+COUNT_TEXTS = {
     "truncated_responses": "responses are marked as truncated",
     "cut_overlong_responses": "responses were cut to max_length (overlong: truncate)",
     "dropped_overlong_responses": "responses over max_length were dropped",

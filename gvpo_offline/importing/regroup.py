@@ -57,7 +57,7 @@ _BUILDERS: dict[str, Callable[[Sequence[Any]], pa.Array]] = {
 }
 _PLAIN = [n for n in _SCHEMA.names if n not in _BUILDERS and n not in ("key", "prompt_key")]
 
-Spilled = tuple[Fragment, str]
+KeyedFragment = tuple[Fragment, str]
 """A fragment and the key of its prompt."""
 
 
@@ -117,7 +117,7 @@ class FragmentSpill:
             self._spill.flush()
         self._buffer, self._buffered = [], 0
 
-    def groups(self, bucket: int, responses_at_once: int) -> Iterator[list[list[Spilled]]]:
+    def groups(self, bucket: int, responses_at_once: int) -> Iterator[list[list[KeyedFragment]]]:
         """The groups of a bucket in order of hash(group_id), some at a time.
 
         Args:
@@ -162,7 +162,7 @@ def _to_batch(rows: Sequence[tuple[int, str, Fragment]]) -> pa.RecordBatch:
 
 def _read_piece(
     table: pa.Table, indices: pa.Array, piece: Sequence[tuple[int, int]]
-) -> list[list[Spilled]]:
+) -> list[list[KeyedFragment]]:
     first, last = piece[0][0], piece[-1][1]
     rows = table.take(indices[first:last]).combine_chunks()
     columns = {name: to_rows(rows.column(name).chunk(0)) for name in _SCHEMA.names}

@@ -33,7 +33,7 @@ from gvpo_offline.tokenizer import check_same_tokenizer
 # Stored lengths are counted again where groups are written.
 _COUNTED = ("n_tokens", "prompt_length", "response_lengths")
 GROUP_COLUMNS = tuple(column for column in GROUPS_COLUMNS if column.name not in _COUNTED)
-PLACE_COLUMNS = ("key", "input", "row_group", "row")
+LOCATION_COLUMNS = ("key", "input", "row_group", "row")
 
 Rename = Callable[[Sequence[str], Sequence[Int32Array]], list[str]]
 
@@ -62,7 +62,7 @@ class Family:
         return str(Path(self.members[0].files[0].file.path).parent)
 
 
-class Input:
+class InputDataset:
     """A dataset, opened with all that is known of its groups.
 
     Args:
@@ -163,7 +163,7 @@ def groups_sha256(files: Sequence[BaseFile]) -> str:
 
 def spill_schema(families: Sequence[Family]) -> pa.Schema:
     """Rows with where they came from, their groups' columns and those of every family."""
-    place = [("key", pa.uint64()), *((name, pa.int32()) for name in PLACE_COLUMNS[1:])]
+    place = [("key", pa.uint64()), *((name, pa.int32()) for name in LOCATION_COLUMNS[1:])]
     sidecars = [(f.field(c.name), c.type) for f in families for c in f.columns]
     return pa.schema([*place, *((c.name, c.type) for c in GROUP_COLUMNS), *sidecars])
 
@@ -207,7 +207,7 @@ def _check_lengths(table: pa.Table, sizes: pa.ChunkedArray, location: RowGroupLo
             )
 
 
-def check_compatible(inputs: Sequence[Input]) -> None:
+def check_compatible(inputs: Sequence[InputDataset]) -> None:
     """Raise unless the datasets' token ids and samplers mean the same.
 
     Raises:
@@ -250,7 +250,9 @@ def check_compatible(inputs: Sequence[Input]) -> None:
             )
 
 
-def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[Family], list[str]]:
+def common_families(
+    inputs: Sequence[InputDataset], *, leave_out: bool
+) -> tuple[list[Family], list[str]]:
     """The rewards and references that all datasets have, and the labels of the others.
 
     A reward is the same by all that the manifest says of it, a reference by its fingerprint.
@@ -287,7 +289,7 @@ def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[F
 
 
 def _columns(
-    inputs: Sequence[Input], members: Sequence[RewardFamily | ReferenceFamily]
+    inputs: Sequence[InputDataset], members: Sequence[RewardFamily | ReferenceFamily]
 ) -> tuple[Column, ...]:
     """The columns of a family's sidecars, `group_id` left out: what is required, and what any of
     them has.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gvpo_offline.hashing import UInt64Array, text_keys
-from gvpo_offline.merging.inputs import Family, Input, Rename
+from gvpo_offline.merging.inputs import Family, InputDataset, Rename
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.spill import leading_bits
@@ -16,7 +16,7 @@ from gvpo_offline.store.spill import leading_bits
 _FINEST = 1 << 16
 
 
-class Cut:
+class HashPartitions:
     """How the files of a dataset cut the range of hash(group_id), and what joins them.
 
     Reads the ids of every group, and nothing else unless groups are renamed.
@@ -26,7 +26,7 @@ class Cut:
         rename: the ids that groups bear in the result; None: their own.
     """
 
-    def __init__(self, inputs: Sequence[Input], rename: Rename | None) -> None:
+    def __init__(self, inputs: Sequence[InputDataset], rename: Rename | None) -> None:
         self._dataset = inputs[0]
         # By file: lowest and highest key, and whether its keys ascend.
         self._ranges: list[tuple[int, int, bool]] = []

@@ -17,7 +17,7 @@ create table names (prompt blob primary key, group_id text unique) without rowid
 """
 
 
-class PromptNames:
+class PromptGroupIds:
     """The id of every prompt so far: that of the first group with it.
 
     Where another prompt bears that id already, the new one is named by the hash of its tokens, as

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.merging.inputs import PLACE_COLUMNS
+from gvpo_offline.merging.inputs import LOCATION_COLUMNS
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.settings import OnFew
 from gvpo_offline.store.arrow import column_array, list_offsets, split_list, split_nested_list
@@ -22,7 +22,7 @@ from gvpo_offline.store.columns import RowGroupLocation
 from gvpo_offline.store.pick import Indices, ResponseIndex
 
 # What a plan is made of, rewards aside.
-PLAN_COLUMNS = (*PLACE_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")
+PLAN_COLUMNS = (*LOCATION_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Planner:
             DataError: rows of one group have different prompts, or a group is left with a single
                 response; names file, row and group.
         """
-        keys = [(name, "ascending") for name in ("key", "group_id", *PLACE_COLUMNS[1:])]
+        keys = [(name, "ascending") for name in ("key", "group_id", *LOCATION_COLUMNS[1:])]
         order = pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64)
         ids = column_array(table, "group_id").take(pa.array(order))
         new = np.append(True, pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False))
@@ -88,7 +88,7 @@ class Planner:
 
     def _where(self, table: pa.Table, row: int) -> dict[str, Any]:
         """The keywords of an error about one spilled row."""
-        number, row_group, local = (table.column(n)[row].as_py() for n in PLACE_COLUMNS[1:])
+        number, row_group, local = (table.column(n)[row].as_py() for n in LOCATION_COLUMNS[1:])
         location = self.location(number, row_group)
         group = table.column("group_id")[row].as_py()
         return {"file": location.file, "row": location.first_row + local, "group": group}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, Input, Rename, spill_schema
+from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, InputDataset, Rename, spill_schema
 from gvpo_offline.merging.plan import Planner
 from gvpo_offline.merging.settings import RewriteSettings
 from gvpo_offline.merging.work import task_name
@@ -54,7 +54,7 @@ class Rewrite:
     """
 
     root: Path
-    inputs: Sequence[Input]
+    inputs: Sequence[InputDataset]
     families: Sequence[Family]
     settings: RewriteSettings
     n_parts: int

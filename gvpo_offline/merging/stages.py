@@ -18,17 +18,17 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.merging.inputs import (
     Family,
-    Input,
+    InputDataset,
     check_compatible,
     common_families,
     groups_sha256,
 )
-from gvpo_offline.merging.layout import Cut
-from gvpo_offline.merging.names import PromptNames
+from gvpo_offline.merging.layout import HashPartitions
+from gvpo_offline.merging.names import PromptGroupIds
 from gvpo_offline.merging.rewrite import Rewrite
 from gvpo_offline.merging.settings import CompactConfig, MergeConfig, RewriteSettings
-from gvpo_offline.merging.work import discard, discarding, remove_old, workplace
-from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.merging.work import discard, locked_dataset, remove_old
+from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
     LineageStep,
@@ -85,7 +85,7 @@ class RewriteResult:
             f"  {label} was left out: not every dataset has it"
             for label in dict.fromkeys(self.left_out)
         ]
-        for name, text in _SAID.items():
+        for name, text in _COUNT_TEXTS.items():
             if self.counts.get(name):
                 lines.append(f"  {self.counts[name]:,} {text}")
         if self.freed is not None:
@@ -94,7 +94,7 @@ class RewriteResult:
 
 
 _SIZES = ("groups", "responses", "tokens")
-_SAID = {
+_COUNT_TEXTS = {
     "joined_groups": "groups were joined from several",
     "duplicates": "responses have the token ids of an earlier one of their group",
     "differing_rewards": "of these have another reward than that one",
@@ -123,15 +123,15 @@ def merge(config: MergeConfig) -> RewriteResult:
         StorageError: no room; committed shards are kept, and the same command goes on from there.
     """
     root = local_folder("dataset", config.dataset)
-    with workplace(root) as spilled:
-        dataset = Input(root, 0)
+    with locked_dataset(root) as spilled:
+        dataset = InputDataset(root, 0)
         folders = [config.add] if isinstance(config.add, str) else config.add
         paths = {name: local_folder("add", name) for name in folders}
         merged = _merged_before(dataset.manifest)
         found = {name: groups_sha256(load_manifest(path).groups) for name, path in paths.items()}
         skipped = [name for name in folders if found[name] in merged]
         names = [name for name in folders if name not in skipped]
-        inputs = [dataset, *(Input(paths[name], n) for n, name in enumerate(names, start=1))]
+        inputs = [dataset, *(InputDataset(paths[name], n) for n, name in enumerate(names, start=1))]
         before = _counted(dataset)
         added = {name: _counted(item) for name, item in zip(names, inputs[1:], strict=True)}
         if not names:
@@ -140,7 +140,7 @@ def merge(config: MergeConfig) -> RewriteResult:
         families, left_out = common_families(inputs, leave_out=config.incomplete == "drop")
         for item in inputs:
             item.join(families)
-        rename = PromptNames(spilled / "names.sqlite") if config.match == "prompt" else None
+        rename = PromptGroupIds(spilled / "names.sqlite") if config.match == "prompt" else None
         try:
             records = _merged(config, inputs, families, rename, spilled)
         finally:
@@ -158,13 +158,13 @@ def merge(config: MergeConfig) -> RewriteResult:
 
 def _merged(
     config: MergeConfig,
-    inputs: Sequence[Input],
+    inputs: Sequence[InputDataset],
     families: Sequence[Family],
-    rename: PromptNames | None,
+    rename: PromptGroupIds | None,
     spilled: Path,
 ) -> list[TaskRecord]:
     root = inputs[0].root
-    cut = Cut(inputs, rename)
+    cut = HashPartitions(inputs, rename)
     total = sum(entry.bytes for item in inputs for entry in item.manifest.groups)
     n_parts = max(cut.n_parts or 1, power_of_two(total, config.shard_bytes))
     log = TaskLog(root, _stage_name("merge", config, inputs, families, n_parts))
@@ -172,7 +172,7 @@ def _merged(
     keep = n_parts == cut.n_parts and config.duplicates == "keep"
     done = cut.untouched(log.stage, families) if keep else {}
     rewrite = Rewrite(root, inputs, families, config, n_parts, config.response_ids, rename, done)
-    with discarding(root, log):
+    with undo_on_bad_input(lambda: discard(root, log)):
         return rewrite.run(log, spilled / "rows")
 
 
@@ -189,8 +189,8 @@ def compact(config: CompactConfig) -> RewriteResult:
         StorageError: no room; committed shards are kept, and the same command goes on from there.
     """
     root = local_folder("dataset", config.dataset)
-    with workplace(root) as spilled:
-        dataset = Input(root, 0)
+    with locked_dataset(root) as spilled:
+        dataset = InputDataset(root, 0)
         before, manifest = _counted(dataset), dataset.manifest
         earlier = _earlier(dataset, config)
         if earlier is not None:
@@ -202,7 +202,7 @@ def compact(config: CompactConfig) -> RewriteResult:
     return RewriteResult("compact", manifest, before, {}, counts, [], [], changed, freed)
 
 
-def _earlier(dataset: Input, config: CompactConfig) -> LineageStep | None:
+def _earlier(dataset: InputDataset, config: CompactConfig) -> LineageStep | None:
     """The compaction with these settings that made the dataset's very groups, if one did."""
     settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_settings(config)}
     steps = [step for step in dataset.manifest.lineage if step.stage == "compact"]
@@ -210,14 +210,14 @@ def _earlier(dataset: Input, config: CompactConfig) -> LineageStep | None:
 
 
 def _compacted(
-    config: CompactConfig, dataset: Input, spilled: Path
+    config: CompactConfig, dataset: InputDataset, spilled: Path
 ) -> tuple[Manifest, dict[str, int]]:
     families, _ = common_families([dataset], leave_out=False)
     dataset.join(families)
     old = dataset.manifest.groups
     n_parts = power_of_two(sum(entry.bytes for entry in old), config.shard_bytes)
     log = TaskLog(dataset.root, _stage_name("compact", config, [dataset], families, n_parts))
-    with discarding(dataset.root, log):
+    with undo_on_bad_input(lambda: discard(dataset.root, log)):
         records = Rewrite(dataset.root, [dataset], families, config, n_parts).run(
             log, spilled / "rows"
         )
@@ -242,7 +242,7 @@ def _settings(config: RewriteSettings) -> dict[str, Any]:
 def _stage_name(
     stage: str,
     config: RewriteSettings,
-    inputs: Sequence[Input],
+    inputs: Sequence[InputDataset],
     families: Sequence[Family],
     n_parts: int,
 ) -> str:
@@ -271,7 +271,7 @@ def _merged_before(manifest: Manifest) -> set[str]:
     }
 
 
-def _described(item: Input, name: str) -> dict[str, Any]:
+def _described(item: InputDataset, name: str) -> dict[str, Any]:
     """What the lineage says about a dataset that was merged: where its groups came from."""
     return {
         "path": name,
@@ -282,7 +282,7 @@ def _described(item: Input, name: str) -> dict[str, Any]:
     }
 
 
-def _counted(item: Input) -> dict[str, int]:
+def _counted(item: InputDataset) -> dict[str, int]:
     files = item.manifest.groups
     return {
         "groups": sum(entry.rows for entry in files),
@@ -300,7 +300,7 @@ def _counts(records: Sequence[TaskRecord]) -> dict[str, int]:
         "groups": sum(entry.rows for entry in files),
         "responses": sum(entry.n_responses for entry in files),
         "tokens": sum(entry.n_tokens for entry in files),
-        **{name: found[name] for name in _SAID},
+        **{name: found[name] for name in _COUNT_TEXTS},
     }
 
 
@@ -315,7 +315,7 @@ def _step(
 
 
 def _publish(
-    inputs: Sequence[Input],
+    inputs: Sequence[InputDataset],
     families: Sequence[Family],
     records: Sequence[TaskRecord],
     step: LineageStep,

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import (
     Manifest,
@@ -31,7 +30,7 @@ def task_name(part: int) -> str:
 
 
 @contextmanager
-def workplace(root: Path) -> Iterator[Path]:
+def locked_dataset(root: Path) -> Iterator[Path]:
     """A dataset's folder for one process alone, with a folder for what is spilled.
 
     Where there are no locks, two processes may be at it: each spills apart, and what a killed one
@@ -62,19 +61,6 @@ def _sweep(root: Path) -> None:
         if _TEMPORARY.match(path.name):
             path.unlink(missing_ok=True)
     shutil.rmtree(root / ".spill", ignore_errors=True)
-
-
-@contextmanager
-def discarding(root: Path, log: TaskLog) -> Iterator[None]:
-    """Remove all that `log` committed if the data or settings turn out bad.
-
-    After any other failure (no room, an interrupt) committed work stays: the same command goes on.
-    """
-    try:
-        yield
-    except (DataError, ConfigError):
-        discard(root, log)
-        raise
 
 
 def discard(root: Path, log: TaskLog) -> None:

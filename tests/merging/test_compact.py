@@ -296,7 +296,7 @@ def test_killed_at_random_moments_and_repeated(tmp_path: Path, server: ForkServe
     (tmp_path / "compact.yaml").write_text(json.dumps({"dataset": str(roots[0]), **options}))
     killed = 0
     for number in range(200):
-        at = ("gvpo_offline.merging.stages:workplace", 1, 0.02 * number + 0.001)
+        at = ("gvpo_offline.merging.stages:locked_dataset", 1, 0.02 * number + 0.001)
         status, output = server.run(argv, kill_at=at)
         assert status in (0, -9), output
         killed += status == -9

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gvpo_offline import contract
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import Fragment, prompt_key
-from gvpo_offline.merging.names import PromptNames
+from gvpo_offline.merging.names import PromptGroupIds
 from gvpo_offline.store.pick import RESPONSE_AXIS, ResponseIndex, take_responses
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 from gvpo_offline.store.spill import TableSpill, leading_bits
@@ -165,7 +165,7 @@ def test_leading_bits() -> None:
 
 def test_a_prompt_keeps_the_first_id(tmp_path: Path) -> None:
     """And where that id is another prompt's, it is named as an import without ids names it."""
-    names = PromptNames(tmp_path / "names.sqlite")
+    names = PromptGroupIds(tmp_path / "names.sqlite")
     one, two, three = (np.array(ids, np.int32) for ids in ([1, 2], [1, 3], [4]))
     assert names(["a", "b"], [one, two]) == ["a", "b"]
     third = prompt_key(Fragment(None, None, three, [], None, None, [], []))[:16]
