@@ -2,11 +2,11 @@
 
     inputs -> fragments -> spilled in buckets of hash(group_id) -> groups -> shards -> manifest
 
-The first pass reads every row once and holds it to every rule that a row can break alone, before
-anything is written that could become part of a dataset. The second makes groups of one bucket at a
-time and commits shard by shard. Neither holds more than a bucket, so memory does not depend on the
-log's length. The result's bytes depend on the inputs and settings alone; a killed run leaves its
-committed shards, and the same command goes on from there.
+The first pass reads every row once and checks each row by itself, before any shard is written. The
+second pass builds the groups of one bucket at a time and commits one shard at a time. Each pass
+holds at most one bucket in memory, so memory use does not depend on the length of the log. The
+bytes of the dataset depend only on the inputs and the settings. The committed shards of an
+interrupted run stay, and the same command continues from them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from gvpo_offline.version import __version__
 
 __all__ = ["ImportResult", "import_log", "run_import"]
 
-# Raise it whenever the same inputs and settings would give other bytes than before.
+# Increment it with every change by which the same inputs and settings give other bytes.
 _IMPORT_VERSION = 2
 _BUCKET_BYTES = 16 << 20
 _RESPONSES_AT_ONCE = 2048
@@ -61,37 +61,38 @@ _log = logging.getLogger(__name__)
 
 
 def run_import(config: ImportConfig) -> Manifest:
-    """`import_log` for callers who want the dataset only."""
+    """Run `import_log` and return only the manifest."""
     return import_log(config).manifest
 
 
 def import_log(config: ImportConfig, log: Log | None = None) -> ImportResult:
-    """Import logs as `config` says, or find that this was done before.
+    """Import logs into a dataset; do nothing if the output folder already holds the result.
 
-    A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
-    is an empty response all the same, and not a bare end token, unless `empty_responses: keep` says
-    so: in most logs it stands for a request that failed.
+    A response given as text gets the tokenizer's end token (`append_eos`) unless it was cut. An
+    empty text is an error, or is dropped, since in most logs it means that the request failed; with
+    `empty_responses: keep` it becomes a response of only the end token.
 
     Args:
         config: the settings.
-        log: what to import instead of `config.inputs`.
+        log: log of another stage, to import instead of `config.inputs`.
 
     Returns:
         The dataset's manifest and counts.
 
     Raises:
-        DataError: an input, row or group breaks a rule, or the output folder holds something else.
-            Nothing is published then, and nothing is left behind.
-        ConfigError: the settings do not suit the inputs.
+        DataError: an input, row or group breaks a rule, or the output folder holds other files.
+            Nothing is published, and the files of this import are removed.
+        ConfigError: the settings do not fit the inputs.
         IntegrityError: an input is damaged.
-        StorageError: no room; committed shards are kept, and the same command goes on from there.
+        StorageError: the disk is full; committed shards stay, and the same command continues from
+            them.
     """
     return _Import(config, log).run()
 
 
 @dataclass
 class _FirstPass:
-    """What the rows told while they were read."""
+    """Facts about all rows, collected while they are read."""
 
     rows: list[int]
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -112,14 +113,14 @@ class _Import:
         self.sources: list[Source] = list(log.sources if log else find_sources(config.inputs))
         total = sum(source.text_bytes for source in self.sources)
         self.n_shards = power_of_two(total, config.shard_bytes)
-        # Buckets bound the memory; how many there are changes nothing in the result.
+        # The number of buckets bounds memory; it does not change the result.
         self.buckets_per_shard = max(1, power_of_two(total, _BUCKET_BYTES) // self.n_shards)
         self.digests: list[str] = []
         self.beside = [self._beside(source) for source in self.sources]
 
     def run(self) -> ImportResult:
         """See `import_log`."""
-        # Of several processes that end a stage together, one makes the dataset.
+        # Several processes of a stage may call this at the same time; the others wait for one.
         wait = self.log is not None
         with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
             self._hash_inputs()
@@ -151,7 +152,7 @@ class _Import:
         return dict(self.format.beside(source)) if isinstance(self.format, ReadsBeside) else {}
 
     def _identity(self) -> str:
-        """SHA-256 over everything that the dataset's bytes depend on."""
+        """SHA-256 over everything that determines the bytes of the dataset."""
         settings = self._settings()
         for name in ("inputs", "tokenizer_name_or_path", "chat_template"):
             del settings[name]
@@ -224,8 +225,8 @@ class _Import:
             try:
                 check_fragment(fragment, self.config, vocab_size=vocab_size)
             except DataError as error:
-                place = {"file": source.label, "row": fragment.row}
-                raise with_location(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]
+                location = {"file": source.label, "row": fragment.row}
+                raise with_location(error, group=fragment.group_id, **location) from None  # type: ignore[arg-type]
             needs.check(fragment, source.label)
             key = prompt_key(fragment)
             if fragment.group_id is None:
@@ -254,12 +255,12 @@ class _Import:
             raise DataError(
                 "every row has a reward, or none has",
                 received=f"rewards at {first.rewarded} and none at {first.unrewarded}",
-                remedy="score the rest, or import the two logs as two datasets",
+                remedy="score the other rows, or import the two logs as two datasets",
             )
         unknown = sorted(set(self.config.samplers) - first.samplers)
         if unknown:
             raise ConfigError(
-                "samplers describes samplers that the log has",
+                "samplers has settings only of samplers that are in the log",
                 received=f"{', '.join(unknown)}; the log has {', '.join(sorted(first.samplers))}",
                 remedy="correct the names, or set `sampler` or columns.sampler",
             )
@@ -336,7 +337,7 @@ class _Import:
         )
 
         def build(newest: Manifest | None) -> Manifest:
-            assert newest is None  # the folder is locked, and held no manifest
+            assert newest is None  # the folder is locked and holds no manifest
             return Manifest(
                 tokenizer=None if self.encoder is None else tokenizer_info(self.encoder.tokenizer),
                 samplers={s: self.config.samplers.get(s, {}) for s in sorted(first.samplers)},

@@ -1,8 +1,7 @@
-"""The stages `merge` and `compact`: datasets to the next version of a dataset.
+"""The stages `merge` and `compact`, which write the next version of a dataset.
 
-Merging writes into the dataset that is added to, not into a new folder: its versions are the same
-dataset, shards that nothing joins stay the very files they are, and whoever reads an older version
-reads on.
+Merging writes a new version of the first dataset, not a new folder. Shards without new groups stay
+the same files, and programs that read an older version are not affected.
 """
 
 from __future__ import annotations
@@ -43,24 +42,25 @@ from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish
 from gvpo_offline.version import __version__
 
-# Raise it whenever the same datasets and settings would give other bytes than before.
+# Increment it with every change by which the same datasets and settings give other bytes.
 _REWRITE_VERSION = 1
 
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What merging or compacting made.
+    """The result of `merge` or `compact`.
 
     Attributes:
-        stage: merge or compact.
+        stage: "merge" or "compact".
         manifest: the newest version of the dataset.
-        before: groups, responses and tokens of the dataset as it was.
-        added: groups, responses and tokens of what was added, by folder.
-        counts: groups, responses and tokens now; and what was joined, found and dropped.
-        left_out: rewards and references that not every dataset has.
-        skipped: folders whose groups an earlier merge had added already.
-        changed: whether there is a new version.
-        freed: bytes that removing older versions freed.
+        before: numbers of groups, responses and tokens of the dataset before the stage.
+        added: numbers of groups, responses and tokens of the added datasets, by folder.
+        counts: numbers of groups, responses and tokens of the new version, and of joined groups,
+            duplicates and dropped responses and groups.
+        left_out: labels of rewards and references that only some of the datasets have.
+        skipped: folders whose groups an earlier merge already added.
+        changed: whether a new version was published.
+        freed: bytes freed by removing older versions; None if none were removed.
     """
 
     stage: str
@@ -74,13 +74,15 @@ class RewriteResult:
     freed: int | None = None
 
     def lines(self) -> list[str]:
-        """The result for people, one fact a line."""
+        """The lines that the command prints."""
         head = f"done, version {self.manifest.version}" if self.changed else "nothing to do"
         lines = [f"{self.stage}: {head}", f"  before: {_sizes(self.before)}"]
         lines += [f"  added: {_sizes(sizes)} from {name}" for name, sizes in self.added.items()]
         if self.changed:
             lines.append(f"  now: {_sizes(self.counts)} in {len(self.manifest.groups)} files")
-        lines += [f"  {name} had been merged before" for name in self.skipped]
+        lines += [
+            f"  {name} was skipped: an earlier merge already added it" for name in self.skipped
+        ]
         lines += [
             f"  {label} was left out: not every dataset has it"
             for label in dict.fromkeys(self.left_out)
@@ -95,14 +97,14 @@ class RewriteResult:
 
 _SIZES = ("groups", "responses", "tokens")
 _COUNT_TEXTS = {
-    "joined_groups": "groups were joined from several",
-    "duplicates": "responses have the token ids of an earlier one of their group",
-    "differing_rewards": "of these have another reward than that one",
+    "joined_groups": "groups were joined from several rows",
+    "duplicates": "responses have the token ids of an earlier response of their group",
+    "differing_rewards": "of these have another reward than that response",
     "dropped_duplicates": "duplicates were dropped (duplicates: drop)",
-    "dropped_singletons": "groups were dropped that had a single response left (singletons: drop)",
-    "dropped_responses": "groups lost their responses' texts, which some responses do not have",
-    "dropped_response_ids": "groups lost their response ids, which some responses do not have or "
-    "two have (response_ids: drop)",
+    "dropped_singletons": "groups with a single response left were dropped (singletons: drop)",
+    "dropped_responses": "groups lost their responses' texts: some of the responses have none",
+    "dropped_response_ids": "groups lost their response ids: some of the responses have none, or "
+    "two have the same (response_ids: drop)",
 }
 
 
@@ -113,14 +115,15 @@ def _sizes(sizes: dict[str, int]) -> str:
 def merge(config: MergeConfig) -> RewriteResult:
     """Add the groups of other datasets to a dataset, as its next version.
 
-    A dataset whose very groups an earlier merge added is passed over, so that the same command
-    repeated changes nothing.
+    A dataset whose groups files an earlier merge already added is skipped, so that repeating the
+    command changes nothing.
 
     Raises:
-        DataError: the datasets do not go together, rows of one group neither, or another process
-            rewrites the dataset. Nothing is published then, and nothing is left behind.
+        DataError: the datasets or the rows of a group cannot be merged, or another process writes
+            to the dataset. Nothing is published, and the files of this merge are removed.
         IntegrityError: the tokenizers differ, or a file is damaged.
-        StorageError: no room; committed shards are kept, and the same command goes on from there.
+        StorageError: the disk is full; committed shards stay, and the same command continues from
+            them.
     """
     root = local_folder("dataset", config.dataset)
     with locked_dataset(root) as spilled:
@@ -164,29 +167,30 @@ def _merged(
     spilled: Path,
 ) -> list[TaskRecord]:
     root = inputs[0].root
-    cut = HashPartitions(inputs, rename)
+    partitions = HashPartitions(inputs, rename)
     total = sum(entry.bytes for item in inputs for entry in item.manifest.groups)
-    n_parts = max(cut.n_parts or 1, power_of_two(total, config.shard_bytes))
+    n_parts = max(partitions.n_parts or 1, power_of_two(total, config.shard_bytes))
     log = TaskLog(root, _stage_name("merge", config, inputs, families, n_parts))
-    # Whoever wants duplicates found wants them found everywhere.
-    keep = n_parts == cut.n_parts and config.duplicates == "keep"
-    done = cut.untouched(log.stage, families) if keep else {}
+    # To find duplicates, all files have to be read.
+    keep = n_parts == partitions.n_parts and config.duplicates == "keep"
+    done = partitions.untouched(log.stage, families) if keep else {}
     rewrite = Rewrite(root, inputs, families, config, n_parts, config.response_ids, rename, done)
     with undo_on_bad_input(lambda: discard(root, log)):
         return rewrite.run(log, spilled / "rows")
 
 
 def compact(config: CompactConfig) -> RewriteResult:
-    """Write a dataset's files anew, as its next version: few, of one size, in hash order.
+    """Rewrite a dataset as its next version: few files of similar size, in hash order.
 
-    Training sees the same groups in another order. A dataset that has that form already is left as
-    it is.
+    Training reads the same groups in another order. A dataset that already has this form is not
+    changed.
 
     Raises:
-        DataError: another process rewrites the dataset, or dropped duplicates leave a group with a
-            single response.
+        DataError: another process writes to the dataset, or a group has a single response after
+            duplicates are dropped.
         IntegrityError: a file is damaged.
-        StorageError: no room; committed shards are kept, and the same command goes on from there.
+        StorageError: the disk is full; committed shards stay, and the same command continues from
+            them.
     """
     root = local_folder("dataset", config.dataset)
     with locked_dataset(root) as spilled:
@@ -203,7 +207,7 @@ def compact(config: CompactConfig) -> RewriteResult:
 
 
 def _earlier(dataset: InputDataset, config: CompactConfig) -> LineageStep | None:
-    """The compaction with these settings that made the dataset's very groups, if one did."""
+    """The lineage step of a compaction that wrote these groups with these settings, or None."""
     settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_settings(config)}
     steps = [step for step in dataset.manifest.lineage if step.stage == "compact"]
     return next((step for step in steps if settings.items() <= step.config.items()), None)
@@ -232,7 +236,7 @@ def _compacted(
 
 
 def _settings(config: RewriteSettings) -> dict[str, Any]:
-    """The settings that decide what is written, given the datasets."""
+    """The settings that determine the written files, given the datasets."""
     settings = dataclasses.asdict(config)
     for name in ("dataset", "add", "show_progress", "remove_old"):
         settings.pop(name, None)
@@ -246,9 +250,9 @@ def _stage_name(
     families: Sequence[Family],
     n_parts: int,
 ) -> str:
-    """The folder of the commit records: it holds a hash of all that the files depend on."""
+    """Name of the commit records' folder, with a hash of everything that determines the files."""
     settings = _settings(config)
-    del settings["shard_bytes"]  # n_parts says it
+    del settings["shard_bytes"]  # n_parts follows from it
     identity = sha256_json(
         {
             "versions": [_REWRITE_VERSION, SCHEMA_VERSION],
@@ -262,7 +266,7 @@ def _stage_name(
 
 
 def _merged_before(manifest: Manifest) -> set[str]:
-    """The groups that merges added to a dataset, by the hash of their files."""
+    """The hashes (`groups_sha256`) of the datasets that earlier merges added."""
     return {
         str(described["groups_sha256"])
         for step in manifest.lineage
@@ -272,7 +276,7 @@ def _merged_before(manifest: Manifest) -> set[str]:
 
 
 def _described(item: InputDataset, name: str) -> dict[str, Any]:
-    """What the lineage says about a dataset that was merged: where its groups came from."""
+    """The lineage entry of a merged dataset: its path, version, counts and own lineage."""
     return {
         "path": name,
         "version": item.manifest.version,
@@ -320,7 +324,7 @@ def _publish(
     records: Sequence[TaskRecord],
     step: LineageStep,
 ) -> Manifest:
-    """The next version: the dataset's own, with the new files and all samplers."""
+    """Publish the next version: the manifest with the new files and the samplers of all inputs."""
     root, old = inputs[0].root, inputs[0].manifest
     rewards: list[RewardFamily] = []
     references: list[ReferenceFamily] = []
@@ -337,7 +341,8 @@ def _publish(
         if newest is None or newest.version != old.version:
             raise DataError(
                 "a dataset gets no other version while its groups are rewritten",
-                received=f"version {newest.version if newest else None} beside {old.version}",
+                received=f"version {newest.version if newest else None}, published after version "
+                f"{old.version} was read",
                 remedy="run the same command again",
                 file=root,
             )

@@ -236,7 +236,7 @@ def test_another_run_folder_is_another_import(tmp_path: Path, tiny_tokenizer_dir
     settings = {"reward_weights": WEIGHTS, "tokenizer_name_or_path": str(tiny_tokenizer_dir)}
     import_log(config(first, tmp_path / "out", format="trl", **settings))
     assert import_log(config(first, tmp_path / "out", format="trl", **settings)).already_imported
-    with pytest.raises(DataError, match="holds this very import"):
+    with pytest.raises(DataError, match="holds this import"):
         import_log(config(second, tmp_path / "out", format="trl", **settings))
 
 

@@ -501,7 +501,7 @@ def test_another_import_into_a_dataset_is_refused(tmp_path: Path) -> None:
     run_import(config(log, tmp_path / "out", columns=Columns(**ID_COLUMNS)))
     expected = sorted((tmp_path / "out").rglob("*"))
     for other in ({"max_length": 100}, {"source": "other"}):
-        with pytest.raises(DataError, match=r"holds this very import; received a dataset of 10 gr"):
+        with pytest.raises(DataError, match=r"holds this import; received a dataset of 10 gr"):
             run_import(config(log, tmp_path / "out", columns=Columns(**ID_COLUMNS), **other))
     write_jsonl(log, id_rows(11))
     with pytest.raises(DataError, match="Choose another output_dir"):

@@ -132,7 +132,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "ids of another tokenizer": (
         {**IDS, "ri": [3, 100_000]},
         {"prompt_token_ids": "pi", "response_token_ids": "ri"},
-        r"lie below the tokenizer's \d+ entries; received 100000",
+        r"less than the tokenizer's vocabulary size, \d+; received 100000",
     ),
     "text of one, ids of a group": (
         {**IDS, "response": "x", "ri": [[3], [4]]},
@@ -229,9 +229,9 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("log.parquet", _cut, "whole Parquet file"),
-        ("log.parquet", _flip, "whole Parquet file; received .*[cC][rR][cC]"),
-        ("log.jsonl.gz", _cut, r"a \.gz file is whole"),
+        ("log.parquet", _cut, "complete Parquet file"),
+        ("log.parquet", _flip, "complete Parquet file; received .*[cC][rR][cC]"),
+        ("log.jsonl.gz", _cut, r"a \.gz file is complete"),
         ("saved", lambda path: _cut(path / "data-00000-of-00001.arrow"), "Arrow files|saved data"),
     ],
 )
@@ -289,7 +289,7 @@ def test_group_id_with_two_prompts(tmp_path: Path, tiny_tokenizer_dir: Path) -> 
             tokenizer_name_or_path=str(tiny_tokenizer_dir),
         ),
         DataError,
-        rf"one and the same prompt; received another prompt than at {first}, row 0: 'Say cat'",
+        rf"the same prompt; received a prompt that differs from that of {first}, row 0: 'Say cat'",
     )
     assert (error.file, error.row, error.group) == (str(second), 1, "7")
 
@@ -298,7 +298,9 @@ def test_one_prompt_with_two_sets_of_ids(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "pi": [1, i], "ri": [5], "reward": 0} for i in (2, 3)]
     log = write_jsonl(tmp_path / "log.jsonl", rows)
     columns = Columns(response=None, prompt_token_ids="pi", response_token_ids="ri")
-    refused(config(log, tmp_path / "out", columns=columns), DataError, "other prompt token ids")
+    refused(
+        config(log, tmp_path / "out", columns=columns), DataError, "prompt token ids that differ"
+    )
 
 
 @pytest.mark.parametrize("rows", [[["a"], ["a"]], [["a", "b", "a"]]])
@@ -318,7 +320,7 @@ def test_duplicate_response_ids(tmp_path: Path, rows: list[list[str]]) -> None:
     error = refused(
         config(log, tmp_path / "out", columns=Columns(**columns, response_id="id")),
         DataError,
-        f"response ids are unique within a group; received 'a', which {log}, row 0 has too",
+        f"response ids are unique within a group; received 'a', which {log}, row 0 also has",
     )
     assert (error.row, error.group is None) == (len(rows) - 1, False)
     run_import(config(log, tmp_path / "out", columns=Columns(**columns)))

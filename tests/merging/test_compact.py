@@ -117,7 +117,7 @@ def test_duplicates_are_counted_and_dropped(tmp_path: Path) -> None:
     dropped = compacted(tmp_path, duplicates="drop")
     assert dropped.counts["responses"] == 20
     assert (counted["dropped_duplicates"], dropped.counts["dropped_duplicates"]) == (0, 10)
-    assert "10 responses have the token ids of an earlier one" in "\n".join(dropped.lines())
+    assert "10 responses have the token ids of an earlier response" in "\n".join(dropped.lines())
     again = compacted(tmp_path, duplicates="drop")
     assert (again.changed, again.counts) == (False, dropped.counts)
     for group in read_groups(tmp_path):

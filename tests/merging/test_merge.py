@@ -215,7 +215,7 @@ def test_by_the_prompt_where_logs_made_up_their_ids(tmp_path: Path) -> None:
     """Both logs number their groups 0, 1; E's 0 is D's 1, and E's 1 is a prompt that D lacks."""
     import_rows(tmp_path / "d", [*pair("0", [1, 2], 10), *pair("1", [1, 3], 20)])
     import_rows(tmp_path / "e", [*pair("0", [1, 3], 30), *pair("1", [1, 4], 40)])
-    with pytest.raises(DataError, match=r"one and the same prompt.*match: prompt"):
+    with pytest.raises(DataError, match=r"have the same prompt.*match: prompt"):
         merged(tmp_path / "d", tmp_path / "e")
     result = merged(tmp_path / "d", tmp_path / "e", match="prompt")
     found = responses(tmp_path / "d")
@@ -399,7 +399,7 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     d, e = two_datasets(tmp_path)
     info = TokenizerInfo(name_or_path="t", fingerprint="1" * 64, vocab_size=100)
     change(d, lambda m: {"tokenizer": info})
-    refused(d, e, DataError, "does not say which it has")
+    refused(d, e, DataError, "records no tokenizer")
     change(e, lambda m: {"tokenizer": info.model_copy(update={"fingerprint": "2" * 64})})
     refused(d, e, IntegrityError, "222222222222")
     change(e, lambda m: {"tokenizer": info.model_copy(update={"name_or_path": "moved"})})
@@ -433,7 +433,7 @@ def test_settings_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="shard_bytes is positive"):
         MergeConfig(dataset=str(d), add="e", shard_bytes=0)
     refused(d, tmp_path / "nowhere", DataError, "holds a manifest")
-    refused(d, d, DataError, "groups of its own")
+    refused(d, d, DataError, "files of its own")
 
 
 def test_a_damaged_file_is_not_taken_over(tmp_path: Path) -> None:
