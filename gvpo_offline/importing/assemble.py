@@ -102,7 +102,7 @@ class Assembler:
         label = self._inputs[fragment.file].label
         return with_location(error, file=label, row=fragment.row, group=draft.group_id)
 
-    def _place(self, fragment: Fragment) -> str:
+    def _where(self, fragment: Fragment) -> str:
         return f"{self._inputs[fragment.file].label}, row {fragment.row}"
 
     def _merge(self, spilled: Sequence[KeyedFragment]) -> _Draft:
@@ -118,7 +118,7 @@ class Assembler:
                     fragment,
                     DataError(
                         "all rows of a group have the same prompt",
-                        received=f"a prompt that differs from that of {self._place(first)}: "
+                        received=f"a prompt that differs from that of {self._where(first)}: "
                         f"{fragment.messages or fragment.prompt!r} "
                         f"instead of {first.messages or first.prompt!r}",
                         remedy="give different prompts different group ids, or unset "
@@ -134,7 +134,7 @@ class Assembler:
                     DataError(
                         "all rows of a group have the same prompt",
                         received="prompt token ids that differ from those of "
-                        f"{self._place(with_ids)}",
+                        f"{self._where(with_ids)}",
                         remedy="give different prompts different group ids, or unset "
                         "columns.prompt so that prompts are compared by their ids",
                     ),
@@ -175,7 +175,7 @@ class Assembler:
                     response.fragment,
                     DataError(
                         "response ids are unique within a group",
-                        received=f"{response.response_id!r}, which {self._place(other)} also has",
+                        received=f"{response.response_id!r}, which {self._where(other)} also has",
                         remedy="remove the duplicate rows, or leave columns.response_id out",
                     ),
                 )

@@ -150,7 +150,7 @@ class TokenizerRequirements:
         self._checked: set[str] = set()
 
     def check(self, fragment: Fragment, file: str) -> None:
-        """Raise ConfigError if `fragment` needs a tokenizer, template or end token that is missing."""
+        """Raise ConfigError if `fragment` needs a missing tokenizer, template or end token."""
         if fragment.prompt_token_ids is None:
             self._require(
                 "template" if fragment.messages is not None else "tokenizer", fragment, file

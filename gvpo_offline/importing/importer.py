@@ -1,4 +1,4 @@
-"""The import stage: logged, scored responses to a dataset of Parquet shards.
+"""The import stage: converts logs of scored responses into a dataset of Parquet shards.
 
     inputs -> fragments -> spilled in buckets of hash(group_id) -> groups -> shards -> manifest
 
@@ -120,7 +120,7 @@ class _Import:
 
     def run(self) -> ImportResult:
         """See `import_log`."""
-        # Several processes of a stage may call this at the same time; the others wait for one.
+        # Several processes of one stage may import the same log; only the first does the work.
         wait = self.log is not None
         with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
             self._hash_inputs()

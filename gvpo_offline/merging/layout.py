@@ -13,7 +13,7 @@ from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.spill import leading_bits
 
-_FINEST = 1 << 16
+_MAX_PARTS = 1 << 16
 
 
 class HashPartitions:
@@ -34,7 +34,7 @@ class HashPartitions:
         self._dataset = inputs[0]
         # Per file: lowest key, highest key, and whether the keys ascend.
         self._ranges: list[tuple[int, int, bool]] = []
-        self._touched = np.zeros(_FINEST, bool)
+        self._touched = np.zeros(_MAX_PARTS, bool)
         self._read_dataset(rename)
         for item in inputs[1:]:
             for row_group in range(item.groups.n_row_groups):
@@ -43,7 +43,7 @@ class HashPartitions:
         self.n_parts = self._parts()
 
     def _touch(self, keys: UInt64Array) -> None:
-        self._touched[leading_bits(keys, _FINEST).astype(np.int64)] = True
+        self._touched[leading_bits(keys, _MAX_PARTS).astype(np.int64)] = True
 
     def _read_dataset(self, rename: Rename | None) -> None:
         row_group = 0
@@ -63,7 +63,7 @@ class HashPartitions:
     def _parts(self) -> int | None:
         """The smallest power of two such that each file lies in a part of its own, or None."""
         n_parts = 1
-        while n_parts <= _FINEST:
+        while n_parts <= _MAX_PARTS:
             low, high = (self._part_of(end, n_parts) for end in (0, 1))
             if np.array_equal(low, high) and len(np.unique(low)) == len(low):
                 return n_parts

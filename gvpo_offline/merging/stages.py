@@ -135,8 +135,8 @@ def merge(config: MergeConfig) -> RewriteResult:
         skipped = [name for name in folders if found[name] in merged]
         names = [name for name in folders if name not in skipped]
         inputs = [dataset, *(InputDataset(paths[name], n) for n, name in enumerate(names, start=1))]
-        before = _counted(dataset)
-        added = {name: _counted(item) for name, item in zip(names, inputs[1:], strict=True)}
+        before = _size_counts(dataset)
+        added = {name: _size_counts(item) for name, item in zip(names, inputs[1:], strict=True)}
         if not names:
             return RewriteResult("merge", dataset.manifest, before, {}, {}, [], skipped, False)
         check_compatible(inputs)
@@ -151,7 +151,7 @@ def merge(config: MergeConfig) -> RewriteResult:
                 rename.close()
         counts = _counts(records)
         described = [
-            _described(item, name)
+            _lineage_input(item, name)
             for item, name in zip(inputs, [config.dataset, *names], strict=True)
         ]
         step = _step("merge", config, described, counts)
@@ -195,8 +195,8 @@ def compact(config: CompactConfig) -> RewriteResult:
     root = local_folder("dataset", config.dataset)
     with locked_dataset(root) as spilled:
         dataset = InputDataset(root, 0)
-        before, manifest = _counted(dataset), dataset.manifest
-        earlier = _earlier(dataset, config)
+        before, manifest = _size_counts(dataset), dataset.manifest
+        earlier = _earlier_compaction(dataset, config)
         if earlier is not None:
             counts = earlier.counts
         else:
@@ -206,7 +206,7 @@ def compact(config: CompactConfig) -> RewriteResult:
     return RewriteResult("compact", manifest, before, {}, counts, [], [], changed, freed)
 
 
-def _earlier(dataset: InputDataset, config: CompactConfig) -> LineageStep | None:
+def _earlier_compaction(dataset: InputDataset, config: CompactConfig) -> LineageStep | None:
     """The lineage step of a compaction that wrote these groups with these settings, or None."""
     settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_settings(config)}
     steps = [step for step in dataset.manifest.lineage if step.stage == "compact"]
@@ -275,18 +275,18 @@ def _merged_before(manifest: Manifest) -> set[str]:
     }
 
 
-def _described(item: InputDataset, name: str) -> dict[str, Any]:
+def _lineage_input(item: InputDataset, name: str) -> dict[str, Any]:
     """The lineage entry of a merged dataset: its path, version, counts and own lineage."""
     return {
         "path": name,
         "version": item.manifest.version,
         "groups_sha256": groups_sha256(item.manifest.groups),
-        **_counted(item),
+        **_size_counts(item),
         "lineage": [] if item.number == 0 else [s.model_dump() for s in item.manifest.lineage],
     }
 
 
-def _counted(item: InputDataset) -> dict[str, int]:
+def _size_counts(item: InputDataset) -> dict[str, int]:
     files = item.manifest.groups
     return {
         "groups": sum(entry.rows for entry in files),

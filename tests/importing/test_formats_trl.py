@@ -64,7 +64,7 @@ def test_a_run(run: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     )
     assert result.counts["rows"] == result.counts["responses"] == 16
     assert result.counts["dropped_repeated_responses"] == 8
-    assert "8 responses were left out: the log repeats" in "\n".join(result.lines())
+    assert "8 responses were dropped: repeated from an earlier step" in "\n".join(result.lines())
     groups = read_groups(tmp_path / "out")
     assert [group.group_size for group in groups] == [4, 4, 4, 4]
     expected = {}
