@@ -15,6 +15,7 @@ from typing import Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.identity import defaults_of, identity_settings
 from gvpo_offline.merging.inputs import (
     Family,
     InputDataset,
@@ -44,6 +45,8 @@ from gvpo_offline.version import __version__
 
 # Increment it with every change by which the same datasets and settings give other bytes.
 _REWRITE_VERSION = 1
+# Settings that do not change the written files, given the datasets.
+_NOT_IN_IDENTITY = ("dataset", "add", "show_progress", "remove_old")
 
 
 @dataclass(frozen=True)
@@ -208,9 +211,13 @@ def compact(config: CompactConfig) -> RewriteResult:
 
 def _earlier_compaction(dataset: InputDataset, config: CompactConfig) -> LineageStep | None:
     """The lineage step of a compaction that wrote these groups with these settings, or None."""
-    settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_settings(config)}
-    steps = [step for step in dataset.manifest.lineage if step.stage == "compact"]
-    return next((step for step in steps if settings.items() <= step.config.items()), None)
+    settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_recorded(config)}
+    defaults = defaults_of(type(config))  # for settings that were added after a step was recorded
+    for step in dataset.manifest.lineage:
+        recorded = {**defaults, **step.config}
+        if step.stage == "compact" and settings.items() <= recorded.items():
+            return step
+    return None
 
 
 def _compacted(
@@ -235,12 +242,9 @@ def _compacted(
     return _publish([dataset], families, records, step), counts
 
 
-def _settings(config: RewriteSettings) -> dict[str, Any]:
-    """The settings that determine the written files, given the datasets."""
-    settings = dataclasses.asdict(config)
-    for name in ("dataset", "add", "show_progress", "remove_old"):
-        settings.pop(name, None)
-    return settings
+def _recorded(config: RewriteSettings) -> dict[str, Any]:
+    """All settings that determine the written files, given the datasets."""
+    return {n: v for n, v in dataclasses.asdict(config).items() if n not in _NOT_IN_IDENTITY}
 
 
 def _stage_name(
@@ -251,8 +255,9 @@ def _stage_name(
     n_parts: int,
 ) -> str:
     """Name of the commit records' folder, with a hash of everything that determines the files."""
-    settings = _settings(config)
-    del settings["shard_bytes"]  # n_parts follows from it
+    settings = identity_settings(config)
+    for name in (*_NOT_IN_IDENTITY, "shard_bytes"):  # n_parts follows from shard_bytes
+        settings.pop(name, None)
     identity = sha256_json(
         {
             "versions": [_REWRITE_VERSION, SCHEMA_VERSION],

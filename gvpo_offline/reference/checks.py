@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.compute.adapters import policy_sha256
@@ -53,6 +53,12 @@ class PolicyFacts:
     tokenizer_fingerprint: str | None
     n_embeddings: int | None = None
     layout: str = "padded"
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "weights_sha256 dtype autocast_dtype attn_implementation tokenizer_fingerprint "
+        "n_embeddings layout"
+    )
 
     def along(self, path: ComputePath) -> PolicyFacts:
         """The facts where log-probs are computed along a path."""

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.group import Group
+from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 from gvpo_offline.stream.view import DatasetView
@@ -168,3 +169,41 @@ class StepDataset(Dataset[StepShare]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_row_groups": self._nothing_read()}
+
+
+def training_steps(
+    dataset: GroupDataset,
+    cost: CostModel,
+    *,
+    groups_per_step: int = 32,
+    num_epochs: float = 1.0,
+    seed: int = 42,
+    shuffle_window: int = 4,
+) -> StepDataset:
+    """The optimizer steps of a run on all groups of one dataset, for a hand-written training loop.
+
+    `GVPOTrainer` takes the same groups at each step for the same dataset, seed and window.
+
+    Args:
+        dataset: as `open_dataset` returns it, with rewards and reference log-probs.
+        cost: layout and token budget of a micro-batch: the `cost` of `prepare_engine`'s result.
+        groups_per_step: groups of one optimizer step; the last step takes the rest.
+        num_epochs: how often each group is seen; may be a fraction.
+        seed: decides the order.
+        shuffle_window: row groups whose groups are shuffled together.
+
+    Returns:
+        A sequence; item s is optimizer step s, read when it is asked for.
+
+    Raises:
+        DataError: the dataset has no group.
+    """
+    view = DatasetView(dataset)
+    order = MixedOrder([view.order(seed=seed, window=shuffle_window)])
+    return StepDataset(
+        [view],
+        order,
+        groups_per_step=groups_per_step,
+        n_draws=math.ceil(round(num_epochs * view.n_groups, 6)),
+        cost=cost,
+    )

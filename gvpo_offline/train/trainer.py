@@ -49,7 +49,7 @@ from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.distributed import loaded_whole
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
-from gvpo_offline.train.identity import model_identity, run_identity
+from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import check_held_out, check_sampler_logprobs, inspect, verify
 
@@ -117,6 +117,7 @@ class GVPOTrainer(CheckpointingTrainer):
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
+        self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
         epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
@@ -188,6 +189,10 @@ class GVPOTrainer(CheckpointingTrainer):
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""
         return run_identity(self.data, self.args, self._model_identity)
+
+    def identity_defaults(self) -> dict[str, dict[str, Any]]:
+        """The defaults of an adapter's settings: PEFT adds some with most releases."""
+        return self._adapter_defaults
 
     def _start_reference_check(self) -> ReferenceMeter | None:
         same = self.policy.weights_sha256 == self.data.reference.weights_sha256

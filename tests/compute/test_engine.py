@@ -26,6 +26,7 @@ from support.oracle import (
     objective,
     sequences,
 )
+from support.rounding import LOGPROB_ROUNDING, ROUNDING
 from support.tiny_models import ALIBI, FAMILIES, OTHER_ATTENTION, VOCAB_SIZE, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -40,8 +41,6 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, shape_of
 
-LOGPROB_ERROR = 1e-4  # nats a sequence
-GRADIENT_ERROR = 1e-5  # relative, over all trained parameters
 CANCELLED = 1e-4  # the same, for random groups
 ALL_FAMILIES = (*FAMILIES, *OTHER_ATTENTION, *ALIBI, *HYBRIDS)
 
@@ -80,20 +79,21 @@ def engine_of(model: nn.Module, max_tokens: int) -> Engine:
     return engine_for(model, choose_path(model), max_tokens=max_tokens)
 
 
-def assert_near(found: Measured, truth: Measured, gradient_error: float = GRADIENT_ERROR) -> None:
+def assert_near(found: Measured, truth: Measured, gradient_error: float = ROUNDING) -> None:
     nats, relative = found.errors(truth)
-    assert nats <= LOGPROB_ERROR
+    assert nats <= LOGPROB_ROUNDING
     assert relative <= gradient_error
-    assert float(found.loss) == pytest.approx(float(truth.loss), rel=1e-6, abs=LOGPROB_ERROR)
+    assert float(found.loss) == pytest.approx(float(truth.loss), rel=1e-6, abs=LOGPROB_ROUNDING)
 
 
 def assert_exact(model: nn.Module, groups: tuple[Group, ...] = (LARGE, MASKED)) -> Engine:
     """Together in one pass, then each in pieces, with the prompt once and with each piece."""
     # Before the model is touched.
-    truths = [measured_alone(model, chosen) for chosen in (groups, *((g,) for g in groups))]
+    together = measured_alone(model, groups)
+    apart = [measured_alone(model, [g]) for g in groups] if len(groups) > 1 else [together]
     engine = engine_of(model, LARGE_BUDGET)
-    assert_near(measured_by(engine, model, groups), truths[0])
-    for group, truth in zip(groups, truths[1:], strict=True):
+    assert_near(measured_by(engine, model, groups), together)
+    for group, truth in zip(groups, apart, strict=True):
         budget = shape_of(group).width + 1
         small = replace(engine, cost=replace(engine.cost, max_tokens=budget))
         assert_near(measured_by(small, model, [group]), truth)
@@ -272,8 +272,8 @@ def test_every_token_has_its_logprob_counted_or_not(max_tokens: int) -> None:
         masks = [torch.from_numpy(mask) for _, _, mask in sequences([group])]
         whole = torch.stack([own.double().sum() for own in tokens])
         part = torch.stack([own[m].double().sum() for own, m in zip(tokens, masks, strict=True)])
-        torch.testing.assert_close(whole, sums, rtol=0, atol=LOGPROB_ERROR)
-        torch.testing.assert_close(part, counted, rtol=0, atol=LOGPROB_ERROR)
+        torch.testing.assert_close(whole, sums, rtol=0, atol=LOGPROB_ROUNDING)
+        torch.testing.assert_close(part, counted, rtol=0, atol=LOGPROB_ROUNDING)
 
 
 def read_tokens(model: Any, compute: Callable[[], object]) -> list[int]:

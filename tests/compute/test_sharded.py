@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import socket
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from support.fork_server import ForkServer
 from support.oracle import gradient_of, group_of, measured_alone, measured_by
+from support.rounding import ROUNDING
 from support.tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import causal_lm
@@ -28,7 +30,6 @@ from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 WORLD_SIZE = 2
 # The prompt and the longest response: 6 + 9 - 1 tokens.
 MAX_TOKENS = 14
-GRADIENT_ERROR = 1e-5
 
 
 def _ids(first: int, n: int) -> list[int]:
@@ -77,10 +78,11 @@ def accumulate(
     return total, calls[0]
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def run_rank() -> None:
+    """A process of the fixture `ranks`: its rank is in its environment, the folder in sys.argv."""
+    rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo")
     try:
         found = {
             (adapter, name): _in_shards(groups, rank, adapter)
@@ -116,13 +118,12 @@ Found = dict[tuple[bool, str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> list[Found]:
     """What each of two processes found, with an adapter and without."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(_rank, (port, str(folder)), nprocs=WORLD_SIZE)
+    program = f"{__name__}:{run_rank.__name__}"
+    for status, output in server.run_ranks([folder], WORLD_SIZE, program=program):
+        assert status == 0, output
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
 
 
@@ -144,7 +145,7 @@ def test_shards_have_the_gradients_of_one_whole_model(
         assert float(own["loss"]) == pytest.approx(float(loss), rel=1e-6)
         assert own["grads"].keys() == set(names)
         joined = torch.cat([own["grads"][name].flatten().double() for name in names])
-        assert (joined - whole).norm() / whole.norm() <= GRADIENT_ERROR
+        assert (joined - whole).norm() / whole.norm() <= ROUNDING
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "adapter"])
@@ -162,4 +163,4 @@ def test_one_process_is_one_response_at_a_time() -> None:
     engine = engine_for(model, choose_path(model), max_tokens=MAX_TOKENS)
     nats, relative = measured_by(engine, model, [LARGE]).errors(truth)
     assert nats <= 1e-4
-    assert relative <= GRADIENT_ERROR
+    assert relative <= ROUNDING

@@ -17,8 +17,8 @@ from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.losses import LOSS_TYPES
 from gvpo_offline.settings import LossType
+from gvpo_offline.store.arrow import groups_from_table, groups_to_table
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-from gvpo_offline.store.tables import groups_from_table, groups_to_table
 from gvpo_offline.train.objective import Objective
 
 

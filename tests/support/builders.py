@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_text, text_key
-from gvpo_offline.store.arrow import list_array
+from gvpo_offline.store.arrow import groups_to_table, list_array, reference_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import (
@@ -27,7 +27,6 @@ from gvpo_offline.store.manifest import (
     TokenizerInfo,
 )
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
-from gvpo_offline.store.tables import groups_to_table, reference_to_table
 from gvpo_offline.store.writer import publish, write_groups, write_sidecar
 
 SAMPLERS = ("base", "hot", "person")

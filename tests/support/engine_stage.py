@@ -65,7 +65,7 @@ class Writing:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "wait":
             (self.root / "waiting").write_text(str(os.getpid()))
-            time.sleep(60)
+            time.sleep(600)
 
 
 if __name__ == "__main__":  # root, trouble, workers

@@ -7,24 +7,44 @@ child can be killed from outside at any moment, or told to kill itself in the mi
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import json
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # A child that let an exception through, which a shell would show as a traceback.
 CRASHED = 70
+# What the server imports before it forks; importing them all takes seconds.
+PRELOADED = (
+    "gvpo_offline.commands.evaluate",
+    "gvpo_offline.commands.train",
+    "gvpo_offline.commands.tune",
+    "gvpo_offline.merging.stages",
+    "gvpo_offline.reference.score",
+    "gvpo_offline.rewards.stage",
+    "gvpo_offline.sampling.local",
+    "gvpo_offline.sampling.run",
+    "gvpo_offline.sampling.server",
+    "openai",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
+)
 
 
 @dataclass
@@ -67,8 +87,8 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
             env={
-                **os.environ,
                 "OMP_NUM_THREADS": "1",
+                **os.environ,
                 "HF_HUB_OFFLINE": "1",
                 "CUDA_VISIBLE_DEVICES": "",
             },
@@ -92,11 +112,15 @@ class ForkServer:
                 `kill_in_save` (the call of torch.save that it kills itself in, half-way), `kill_at`
                 ("module:name" of a function, the call of it, and the seconds after that call began
                 at which the child is killed, wherever it is by then), `watch` (a folder that the
-                child notes in what it computes, see `watching`).
+                child notes in what it computes, see `watching`), `program` ("module:function" to
+                call in place of gvpo-offline's, or a script; it finds `argv` in sys.argv), `cwd`
+                (the working folder).
         """
         log = Path(self._logs.name) / f"{self._n_started:03d}.log"
         self._n_started += 1
         request = {"argv": [str(word) for word in argv], "log": str(log), **options}
+        if "program" in options:
+            request["path"] = sys.path
         return Child(self, self.ask(request)["pid"], log)
 
     def run(self, argv: Sequence[Any], **options: Any) -> tuple[int, str]:
@@ -132,6 +156,35 @@ class ForkServer:
         self.ask({"close": True})
         self._process.wait()
         self._logs.cleanup()
+
+
+class Shell:
+    """Stands for `subprocess.run`: commands of gvpo-offline, and scripts in Python, run in the fork
+    server's children.
+
+    Attributes:
+        kills: by command and which call of it, counted from 1: where the child is killed.
+    """
+
+    def __init__(self, server: ForkServer, kills: dict[tuple[str, int], list[Any]]) -> None:
+        self.kills = kills
+        self._server = server
+        self._run = subprocess.run
+        self._calls: Counter[str] = Counter()
+
+    def __call__(self, argv: Sequence[str], **options: Any) -> Any:
+        if argv[0] == sys.executable and argv[1].endswith(".py"):
+            status, output = self._server.run(argv[2:], program=argv[1])
+            assert status == 0, output
+            return SimpleNamespace(returncode=status)
+        if "gvpo_offline.cli" not in argv:
+            return self._run(argv, **options)
+        command = argv[argv.index("gvpo_offline.cli") + 1 :]
+        self._calls[command[0]] += 1
+        kill = self.kills.get((command[0], self._calls[command[0]]))
+        status, output = self._server.run(command, **({"kill_at": kill} if kill else {}))
+        assert status == (-9 if kill else 0), output
+        return SimpleNamespace(returncode=status)
 
 
 def _kill_in_save(call: int) -> None:
@@ -179,6 +232,17 @@ def _kill_in(seconds: float) -> None:
         os._exit(0)
 
 
+def _run_program(place: str, argv: list[str]) -> int:
+    module, _, name = place.partition(":")
+    sys.argv = [module, *argv]
+    if not name:
+        sys.path.insert(0, str(Path(place).parent))
+        runpy.run_path(place, run_name="__main__")
+        return 0
+    getattr(importlib.import_module(module), name)()
+    return 0
+
+
 def _child(request: dict[str, Any]) -> int:
     from gvpo_offline import cli
 
@@ -186,6 +250,8 @@ def _child(request: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update({name: str(value) for name, value in request.get("env", {}).items()})
+    if "cwd" in request:
+        os.chdir(request["cwd"])
     if "file_bytes" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     if "kill_in_save" in request:
@@ -195,6 +261,9 @@ def _child(request: dict[str, Any]) -> int:
     if "watch" in request:
         watching.watch(Path(request["watch"]))
     try:
+        if "program" in request:
+            sys.path[:] = request["path"]
+            return _run_program(request["program"], request["argv"])
         return cli.main(request["argv"])
     except SystemExit as end:
         return int(end.code or 0)
@@ -203,9 +272,39 @@ def _child(request: dict[str, Any]) -> int:
         return CRASHED
 
 
-def _serve() -> None:
-    import openai  # noqa: F401
+def _prepare_parsers() -> None:
+    """Build the parsers of the commands with the most settings.
 
+    That takes a quarter of a second, as long as a short training, and is the same for every child.
+    """
+    from gvpo_offline import cli
+    from gvpo_offline.commands.table import COMMANDS
+    from gvpo_offline.errors import ConfigError
+
+    build, built = cli._parser, {}
+
+    def prepared(name: str, command: Any, settings: Any, skip: Any) -> Any:
+        key = (name, tuple(settings))
+        if key not in built:
+            built[key] = build(name, command, settings, skip)
+        return built[key]
+
+    cli._parser = prepared
+    for name in ("train", "tune"):
+        with contextlib.suppress(ConfigError):
+            cli._parse(name, COMMANDS[name], [])
+
+
+def _serve() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    _prepare_parsers()
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once a process
+    # A child that collects garbage would go through all that was imported, and copy its pages.
+    gc.collect()
+    gc.freeze()
     answers = os.dup(1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -227,7 +326,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[2])  # tests/, where `support` is found
+    sys.path[0] = str(Path(__file__).parents[1])  # tests/, where `support` is found
     from support import watching
 
     del sys.path[0]

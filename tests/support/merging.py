@@ -14,12 +14,16 @@ from support.importing import ALL_COLUMNS, ID_COLUMNS, config, write_jsonl
 from gvpo_offline.group import Group
 from gvpo_offline.importing.importer import run_import
 from gvpo_offline.importing.settings import Columns
-from gvpo_offline.store.arrow import column_array, split_nested_list
-from gvpo_offline.store.choice import WeightedReward
+from gvpo_offline.store.arrow import (
+    column_array,
+    reference_to_table,
+    rewards_to_table,
+    split_nested_list,
+)
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, Sidecar, load_manifest
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, REWARDS_COLUMNS, arrow_schema
-from gvpo_offline.store.tables import reference_to_table, rewards_to_table
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.writer import publish, write_sidecar
 
 Response = tuple[Any, ...]

@@ -21,6 +21,8 @@ N_GROUPS, GROUPS_PER_STEP = 25, 5
 STEPS_PER_EPOCH = N_GROUPS // GROUPS_PER_STEP
 MOST_STEPS = 5  # of an attempt, from the checkpoint that it begins with
 SAVE_STEPS = 2
+# The least denominator of Adam's updates bounds what rounding does; see `rounding.adam_rounding`.
+STORM_RATE, STORM_EPSILON = 1e-4, 1e-2
 
 
 @dataclass
@@ -102,7 +104,8 @@ def run_storm(
         "groups_per_step": GROUPS_PER_STEP,
         "max_tokens_per_micro_batch": 150,
         "max_steps": n_steps,
-        "learning_rate": 1e-4,
+        "learning_rate": STORM_RATE,
+        "adam_epsilon": STORM_EPSILON,
         "logging_steps": 1,
         "save_steps": SAVE_STEPS,
         "save_total_limit": 1,

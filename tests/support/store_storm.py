@@ -20,11 +20,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from support.builders import make_groups
 
-from gvpo_offline.store.choice import WeightedReward
+from gvpo_offline.store.arrow import groups_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, load_manifest, manifest_versions
-from gvpo_offline.store.tables import groups_to_table
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.writer import publish, write_groups
 
 N_TASKS = 6

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from support.builders import build_dataset, make_group
+from support.rounding import ADAM_EPSILON
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
@@ -79,6 +80,7 @@ def train_command(
         "num_train_epochs": 1,
         "max_tokens_per_micro_batch": 150,
         "learning_rate": 1e-3,
+        "adam_epsilon": ADAM_EPSILON,
         "logging_steps": 1,
         "eval_strategy": "epoch",
         "save_steps": 2,

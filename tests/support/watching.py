@@ -13,20 +13,26 @@ from typing import Any
 def watch(folder: Path) -> None:
     """Make this process note, in `folder`, what its trainer will compute.
 
-    A line of `notes-*.jsonl` for each rank and step, written before anything else happens in it;
-    `gradients-STEP.pt` for each step, by the main process, as the optimizer will see them.
+    A line of `notes-*.jsonl` for each rank and step, written before anything else happens in it.
+    With WATCH_GRADIENTS=1 the main process also notes whole tensors: for each step
+    `found-STEP.pt`, the weights that the previous update left, `weights-STEP.pt`, those that the
+    step computes with, and `gradients-STEP.pt`, before clipping.
+
+    WATCH_FOLLOW names another run's folder, whose weights this run takes over before each step and
+    for each evaluation, so that both compute with the same weights. WATCH_NUDGE=1 then moves every
+    weight by one unit in its last place, up or down at random.
     """
     from gvpo_offline.train.trainer import GVPOTrainer
 
     folder.mkdir(exist_ok=True)
     notes = (folder / f"notes-{os.getpid()}.jsonl").open("a", encoding="utf-8")
-    original = GVPOTrainer.training_step
-    wants_gradients = os.environ.get("WATCH_GRADIENTS") == "1"
+    training_step, evaluate = GVPOTrainer.training_step, GVPOTrainer.evaluate
+    wants_tensors = os.environ.get("WATCH_GRADIENTS") == "1"
 
-    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        share = inputs["share"]
+    def watched_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        share, step = inputs["share"], self.state.global_step
         line = {
-            "step": self.state.global_step,
+            "step": step,
             "rank": self.args.process_index,
             "world_size": self.args.world_size,
             "micro_batches": len(share.micro_batches),
@@ -34,26 +40,81 @@ def watch(folder: Path) -> None:
         }
         notes.write(json.dumps(line) + "\n")
         notes.flush()
-        total = original(self, model, inputs, *args, **kwargs)
-        if wants_gradients:
-            _save_gradients(model, folder / f"gradients-{self.state.global_step}.pt")
+        if wants_tensors:
+            _save(_weights(model), folder / f"found-{step}.pt")
+            _follow(model, step)
+            _save(_weights(model), folder / f"weights-{step}.pt")
+        total = training_step(self, model, inputs, *args, **kwargs)
+        if wants_tensors:
+            _save(_gradients(model), folder / f"gradients-{step}.pt")
         return total
 
-    GVPOTrainer.training_step = training_step  # type: ignore[method-assign]
+    def watched_evaluation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not wants_tensors:
+            return evaluate(self, *args, **kwargs)
+        model, step = self.model_wrapped, self.state.global_step
+        own = _weights(model)
+        _follow(model, step)
+        _save(_weights(model), folder / f"weights-{step}.pt")
+        found = evaluate(self, *args, **kwargs)
+        _load(model, own)
+        return found
+
+    GVPOTrainer.training_step = watched_step  # type: ignore[method-assign]
+    GVPOTrainer.evaluate = watched_evaluation  # type: ignore[method-assign]
 
 
-def _save_gradients(model: Any, path: Path) -> None:
+def _follow(model: Any, step: int) -> None:
     import torch
+
+    folder = os.environ.get("WATCH_FOLLOW")
+    if folder is None:
+        return
+    weights = torch.load(Path(folder) / f"weights-{step}.pt")
+    if os.environ.get("WATCH_NUDGE") == "1":
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights.values():
+            up = torch.rand(weight.shape, generator=generator) < 0.5
+            weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf)))
+    _load(model, weights)
+
+
+def _load(model: Any, weights: dict[str, Any]) -> None:
+    import torch
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    # FSDP2 leaves the outermost group gathered after an evaluation. This shards it again.
+    model.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weight = weights[name.removeprefix("module.")]
+            if isinstance(parameter, DTensor):
+                weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements)
+            parameter.copy_(weight)
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    return {n.removeprefix("module."): _whole(p) for n, p in model.named_parameters()}
+
+
+def _gradients(model: Any) -> dict[str, Any]:
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name.removeprefix("module."): _whole(p.grad) for name, p in trained}
+
+
+def _whole(tensor: Any) -> Any:
+    """A copy of a tensor, of all shards; every rank has to take part."""
     from torch.distributed.tensor import DTensor
 
-    whole = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            grad = parameter.grad
-            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-            whole[name.removeprefix("module.")] = grad.detach().cpu().clone()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()
+
+
+def _save(tensors: dict[str, Any], path: Path) -> None:
+    import torch
+
     if int(os.environ.get("RANK", "0")) == 0:
-        torch.save(whole, path)
+        torch.save(tensors, path)
 
 
 @dataclass
