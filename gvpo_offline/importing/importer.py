@@ -45,8 +45,7 @@ from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
-from gvpo_offline.store.lineage import IMPORT_VERSION_KEY
-from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
+from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish, write_groups

@@ -13,7 +13,7 @@ from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slic
 from gvpo_offline.errors import DataError
 from gvpo_offline.reference.checks import PolicyFacts, check_row_tokens, reference_warnings
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.lineage import import_warnings
+from gvpo_offline.store.manifest import import_warnings
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import DatasetView
 

@@ -38,9 +38,8 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.ahead import PrefetchDataset
 from gvpo_offline.stream.plan import shape_of
-from gvpo_offline.stream.steps import MicroBatch, StepShare
+from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.callbacks import EpochCallback, WatchCallback
 from gvpo_offline.train.checkpointing import CheckpointingTrainer

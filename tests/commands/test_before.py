@@ -19,7 +19,7 @@ import pytest
 
 from gvpo_offline import GVPOTrainer, cli, open_dataset
 from gvpo_offline.importing import importer
-from gvpo_offline.store import lineage
+from gvpo_offline.store import manifest as manifests
 from gvpo_offline.version import IMPORT_VERSION
 
 BEFORE = Path(__file__).parents[1] / "data" / "before"
@@ -227,7 +227,7 @@ def test_groups_of_an_earlier_import_version_are_warned_of_once(
 ) -> None:
     """A run on the dataset of import version 2, as if the present version were 3; then as it is."""
     for present, times in ((3, 1), (IMPORT_VERSION, 0)):
-        monkeypatch.setattr(lineage, "IMPORT_VERSION", present)
+        monkeypatch.setattr(manifests, "IMPORT_VERSION", present)
         caplog.clear()
         run("train", output_dir=f"run-{present}", max_steps=1, save_strategy="no")
         lines = [r.getMessage() for r in caplog.records if "import version" in r.getMessage()]
@@ -239,15 +239,15 @@ def test_the_import_version_is_recorded_and_follows_merged_groups(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Datasets of 849c9a7, which did not record it, are of version 2; a merge keeps both."""
-    assert lineage.import_versions(open_dataset("merged", join=()).manifest) == {2}
+    assert manifests.import_versions(open_dataset("merged", join=()).manifest) == {2}
     monkeypatch.setattr(importer, "IMPORT_VERSION", 3)
     run("import", output_dir="more", inputs=["more.jsonl"])
     run("import", output_dir="newer")
-    assert lineage.import_versions(open_dataset("newer", join=()).manifest) == {3}
+    assert manifests.import_versions(open_dataset("newer", join=()).manifest) == {3}
     shutil.copytree("half_reward", "older")
     run("merge", dataset="older", add=["more"])
     manifest = open_dataset("older", join=()).manifest
-    assert lineage.import_versions(manifest) == {2, 3}
-    monkeypatch.setattr(lineage, "IMPORT_VERSION", 3)
-    (line,) = lineage.import_warnings(manifest)
+    assert manifests.import_versions(manifest) == {2, 3}
+    monkeypatch.setattr(manifests, "IMPORT_VERSION", 3)
+    (line,) = manifests.import_warnings(manifest)
     assert "import version 2;" in line

@@ -87,9 +87,7 @@ def test_every_setting_has_a_text_and_a_place_on_its_page(name: str) -> None:
             assert f"### `{setting.name}`" in page
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=str
-)
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_the_source_files_that_a_page_names_exist(page: Path) -> None:
     """`engine.py` somewhere, `compute/layout.py` under its folder; of this repository's code."""
     text = page.read_text(encoding="utf-8")
