@@ -330,7 +330,7 @@ def test_a_checkpoint_without_seal_does_not_exist(resuming: tuple[GVPOTrainer, P
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-8"))
     for step in (2, 4):
         (out / f"checkpoint-{step}" / SEAL_NAME).unlink()
-    with pytest.raises(ResumeError, match=r"out: resuming needs a checkpoint.*received none"):
+    with pytest.raises(ResumeError, match=r"out: resuming needs a complete checkpoint.*received none"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -339,7 +339,7 @@ def test_auto_begins_where_there_is_nothing_to_resume(
 ) -> None:
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path / "out", **SETTINGS)
     assert trainer.train(resume_from_checkpoint="auto").global_step == 6
-    with pytest.raises(ResumeError, match="resuming needs a checkpoint"):
+    with pytest.raises(ResumeError, match="resuming needs a complete checkpoint"):
         trainer_of(tiny_model_dir, dataset, tmp_path / "new").train(resume_from_checkpoint=True)
 
 
