@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import OnFew, check_name, positive
+from gvpo_offline.settings import ErrorOrDrop, check_name, positive
 from gvpo_offline.store.location import local_folder
 
 OnLong = Literal["error", "drop", "truncate"]
@@ -105,15 +105,15 @@ class ImportConfig:
     """A response over max_length: stop, drop the response, or cut its tokens (its text stays as
     logged) and mark it truncated. A prompt is never cut: where it leaves no room for a response,
     its group stops the import or is dropped."""
-    singletons: OnFew = "error"
+    singletons: ErrorOrDrop = "error"
     """A prompt with a single response, or none: stop, or drop it and say how many."""
-    failed_responses: OnFew = "error"
+    failed_responses: ErrorOrDrop = "error"
     """A response that its log marks as failed (a request that failed, an episode that errored, a
     sample that was masked out): stop, or drop it and say how many."""
     empty_responses: OnEmpty = "error"
     """A response without text or tokens: stop, drop it and say how many, or keep it as a bare end
     token (text only, with append_eos): right where the sampler did end at once."""
-    missing_rewards: OnFew = "error"
+    missing_rewards: ErrorOrDrop = "error"
     """A response without a reward (null, or known to be wrong) in a log that has rewards: stop, or
     drop it and say how many."""
     append_eos: bool = True

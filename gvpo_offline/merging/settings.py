@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import OnFew, required
+from gvpo_offline.settings import ErrorOrDrop, required
 
 MIB = 2**20
 
@@ -20,7 +20,7 @@ class RewriteSettings:
     duplicates: Literal["keep", "drop", "count"] = "keep"
     """Responses of a group with the same token ids: keep them; drop all but the first, and say how
     many had another reward than the one that stays; or keep and count them."""
-    singletons: OnFew = "error"
+    singletons: ErrorOrDrop = "error"
     """A group that dropped duplicates leave with a single response: stop, or drop it and say how
     many."""
     shard_bytes: int = 256 * MIB
@@ -46,7 +46,7 @@ class MergeConfig(RewriteSettings):
     match: Literal["group_id", "prompt"] = "group_id"
     """Which groups are one: those with the same id, or those whose prompts have the same tokens
     (for ids that each log made up for itself). A joined group keeps the id that came first."""
-    incomplete: OnFew = "error"
+    incomplete: ErrorOrDrop = "error"
     """A reward or reference that only some of the datasets have: stop, or leave it out of the new
     version. It is never filled in."""
     response_ids: Literal["error", "drop"] = "error"

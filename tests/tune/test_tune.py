@@ -186,7 +186,7 @@ def test_a_trial_has_the_runs_share_of_warm_up(tmp_path: Path) -> None:
         ({"eval_dataset": "equal"}, "some held-out groups have unequal rewards"),
         ({"tune_steps": 5}, "tune_steps is at least 20"),
         ({"betas": [0.1, -1.0]}, "each of betas is positive"),
-        ({"betas": [0.1, 0.1]}, "betas differ"),
+        ({"betas": [0.1, 0.1]}, "betas are all different"),
     ],
 )
 def test_what_it_refuses(
