@@ -19,7 +19,7 @@ from gvpo_offline.train.checkpoint import (
     check_identity,
     find_checkpoint,
     read_sharding_state,
-    refuse_leftovers,
+    check_output_dir,
     save_errors,
     seal,
 )
@@ -34,12 +34,12 @@ class CheckpointingTrainer(ShardedTrainer):
         """The settings that a resumed run must share: data, objective, model, optimization."""
         raise NotImplementedError
 
-    def found_checkpoint(self, wanted: str | bool | None) -> Path | None:
+    def checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         """The checkpoint to resume from, or None; errors as `GVPOTrainer.train`."""
         output_dir = Path(self.args.output_dir)
         checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
         if checkpoint is None:
-            refuse_leftovers(output_dir)
+            check_output_dir(output_dir)
             return None
         check_identity(checkpoint, self.identity())
         check_sharding_state(

@@ -110,7 +110,7 @@ def _check_precision(args: GVPOConfig) -> None:
         )
 
 
-_CUTS = {
+_PARALLELISM = {
     "cp_size": "context parallelism",
     "sp_size": "sequence parallelism",
     "tp_size": "tensor parallelism",
@@ -125,11 +125,11 @@ def check_parallelism(args: TrainingArguments) -> None:
     scores chosen rows. And every rank has groups of its own, where those that share a response
     would need the same.
     """
-    for name, size in _asked(args).items():
+    for name, size in _parallel_sizes(args).items():
         if size > 1:
             raise ConfigError(
                 "each rank computes whole responses with whole layers: no "
-                f"{_CUTS[name]} over groups that share their prompt",
+                f"{_PARALLELISM[name]} over groups that share their prompt",
                 received=f"{name}: {size}",
                 remedy="share the weights out instead (FSDP2 or ZeRO-3), set "
                 "activation_checkpointing, and lower kept_logits_mb; docs/adapters.md says how "
@@ -137,14 +137,16 @@ def check_parallelism(args: TrainingArguments) -> None:
             )
 
 
-def _asked(args: TrainingArguments) -> dict[str, int]:
+def _parallel_sizes(args: TrainingArguments) -> dict[str, int]:
     """The sizes that accelerate or DeepSpeed are told, by accelerate's names."""
     config: Any = getattr(args, "parallelism_config", None)
     if config is not None:
-        return {name: int(getattr(config, name, None) or 1) for name in _CUTS}
+        return {name: int(getattr(config, name, None) or 1) for name in _PARALLELISM}
     launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
     prefix = "PARALLELISM_CONFIG_"
-    sizes = {n: int(os.environ.get(prefix + n.upper(), "1")) if launched else 1 for n in _CUTS}
+    sizes = {
+        n: int(os.environ.get(prefix + n.upper(), "1")) if launched else 1 for n in _PARALLELISM
+    }
     deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", {})
     tensor = deepspeed.get("tensor_parallel", {}).get("autotp_size", 1)
     sequence = deepspeed.get("sequence_parallel_size", 1)

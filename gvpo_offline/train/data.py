@@ -71,8 +71,8 @@ class TrainingData:
             ConfigError: there is nothing to train on, or evaluation is asked for without data.
             IntegrityError: the datasets do not belong together.
         """
-        opened = open_all(train_dataset, scratch)
-        check_together([item.dataset for item in opened.values()])
+        opened = open_datasets(train_dataset, scratch)
+        check_compatible([item.dataset for item in opened.values()])
         conditions = {
             "eval_fraction": args.eval_fraction,
             "drop_equal_rewards": args.drop_equal_rewards,
@@ -159,7 +159,7 @@ def scratch_folder(owner: object) -> Path:
     return path
 
 
-def open_all(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
+def open_datasets(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
     """One dataset or several, opened; a single one that has no name of its own is named "".
 
     Args:
@@ -221,7 +221,7 @@ def _open(data: Any, scratch: Path) -> OpenedDataset:
     return OpenedDataset(dataset, DatasetSettings(path=str(dataset.root)))
 
 
-def check_together(datasets: Iterable[GroupDataset]) -> None:
+def check_compatible(datasets: Iterable[GroupDataset]) -> None:
     """Raise IntegrityError unless the datasets are of one tokenizer and one reference."""
     first, *others = datasets
     assert first.reference is not None
@@ -249,7 +249,7 @@ def check_together(datasets: Iterable[GroupDataset]) -> None:
 
 def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, DatasetView]:
     """A dataset for evaluation, or several, opened; a single one is named ""."""
-    opened = open_all(eval_dataset, scratch)
+    opened = open_datasets(eval_dataset, scratch)
     return {name: _view(name, item) for name, item in opened.items()}
 
 

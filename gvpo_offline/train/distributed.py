@@ -42,7 +42,7 @@ class ShardedTrainer(Trainer):
             plugin = self.accelerator.state.fsdp_plugin
             _check_fsdp(plugin)
             if plugin.activation_checkpointing:
-                _leave_recomputing_to_the_model(plugin, self.args)
+                _use_model_checkpointing(plugin, self.args)
 
     @property
     def is_sharded(self) -> bool:
@@ -58,7 +58,7 @@ class ShardedTrainer(Trainer):
                 remedy="evaluate in a run without FSDP2, or with `gvpo-offline evaluate`",
             )
 
-    def gradients_stay(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def no_gradient_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """A context in which a backward pass exchanges no gradients with other ranks.
 
         Not with FSDP2: it would keep every gradient whole on every rank meanwhile, which is the
@@ -75,13 +75,13 @@ class ShardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         weights = self.accelerator.get_state_dict(self.model)
-        _tie(weights, self.model)
+        _share_tied_weights(weights, self.model)
         self._save(output_dir or self.args.output_dir, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
 
-def _tie(weights: dict[str, Any], model: nn.Module) -> None:
+def _share_tied_weights(weights: dict[str, Any], model: nn.Module) -> None:
     """Let names of one parameter share one tensor again, so that it is saved once."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -113,7 +113,7 @@ def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
     return True
 
 
-def _leave_recomputing_to_the_model(plugin: Any, args: TrainingArguments) -> None:
+def _use_model_checkpointing(plugin: Any, args: TrainingArguments) -> None:
     """Recompute layers by the model's own means, which the start-up probe knows of.
 
     The wrapper that accelerate would put around each layer also changes the names under which PEFT
@@ -154,7 +154,7 @@ def _check_fsdp(plugin: Any) -> None:
 
 
 @contextlib.contextmanager
-def loaded_whole(args: TrainingArguments) -> Iterator[None]:
+def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
     """Models that are loaded meanwhile are whole in every process.
 
     Under ZeRO-3 transformers would load a model in shards, which cannot be probed, nor scored with;

@@ -69,7 +69,7 @@ class Evaluation:
             totals.weight += weight
 
 
-def in_order(
+def sequential_steps(
     view: DatasetView,
     *,
     groups_per_step: int,
@@ -90,7 +90,7 @@ def in_order(
     )
 
 
-def shares_of(steps: StepDataset) -> Iterator[StepShare]:
+def step_shares(steps: StepDataset) -> Iterator[StepShare]:
     """Every step of a step dataset, in order."""
     return (steps[step] for step in range(len(steps)))
 
@@ -159,7 +159,7 @@ def held_out_statistics(
     accelerator: Accelerator,
 ) -> GroupStatistics:
     """Sums over held-out groups, of all ranks; every rank has to call."""
-    steps = in_order(
+    steps = sequential_steps(
         held_out,
         groups_per_step=args.groups_per_step,
         cost=engine.cost,
@@ -169,7 +169,7 @@ def held_out_statistics(
     evaluation = evaluate_policy(
         model,
         engine,
-        shares_of(steps),
+        step_shares(steps),
         objective=args.objective(),
         device=args.device,
         autocast_dtype=autocast_dtype(bf16=args.bf16, fp16=args.fp16),

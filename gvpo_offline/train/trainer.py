@@ -42,11 +42,11 @@ from gvpo_offline.stream.ahead import PrefetchDataset
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, StepShare
 from gvpo_offline.stream.view import DatasetView
-from gvpo_offline.train.callbacks import EpochCallback, WatchCallback
+from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
 from gvpo_offline.train.checkpointing import CheckpointingTrainer
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
-from gvpo_offline.train.distributed import loaded_whole
+from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.identity import model_identity, run_identity
@@ -101,7 +101,7 @@ class GVPOTrainer(CheckpointingTrainer):
             lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
         if isinstance(model, str):
-            with loaded_whole(args):
+            with unsharded_loading(args):
                 model = load_policy(ModelSettings(model_name_or_path=model))
         self.policy = policy_facts(
             model,
@@ -128,7 +128,7 @@ class GVPOTrainer(CheckpointingTrainer):
                 train_dataset=steps,
                 eval_dataset=self.data.held_out or None,
                 processing_class=processing_class,
-                callbacks=[epochs, WatchCallback(), *(callbacks or [])],
+                callbacks=[epochs, MetricWarningCallback(), *(callbacks or [])],
                 optimizers=optimizers,
             )
         self._objective = args.objective()
@@ -157,7 +157,7 @@ class GVPOTrainer(CheckpointingTrainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
-        checkpoint = broadcast_from_rank0(lambda: self.found_checkpoint(resume_from_checkpoint))
+        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -247,7 +247,7 @@ class GVPOTrainer(CheckpointingTrainer):
             # Ranks reduce gradients once per step, at the last micro-batch, where DeepSpeed steps.
             sync = number == last
             self.accelerator.gradient_state._set_sync_gradients(sync)
-            with contextlib.nullcontext() if sync else self.gradients_stay(model):
+            with contextlib.nullcontext() if sync else self.no_gradient_sync(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:

@@ -114,11 +114,11 @@ def test_an_explicit_setting_is_used_and_the_difference_is_said(
     own = last(run, "eval_explained_variance")
     assert abs(report.metrics["explained_variance"] - own) > 1e-3
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert "beta 0.1 is not that of the run, which had 0.5" in said
-    assert "eval_fraction 0.0 is not that of the run, which had 0.2" in said
+    assert "beta is 0.1, but the run had 0.5" in said
+    assert "eval_fraction is 0.0, but the run had 0.2" in said
     caplog.clear()
     evaluate(folder_of(run), beta=BETA)
-    assert "is not that of the run" not in caplog.text
+    assert "but the run had" not in caplog.text
 
 
 def test_a_policy_without_a_run_file_needs_a_beta(root: Path, tiny_model_dir: Path) -> None:

@@ -18,9 +18,9 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.train.distributed import (
     ShardedTrainer,
     _check_fsdp,
-    _leave_recomputing_to_the_model,
+    _use_model_checkpointing,
     _shard_on_cpu,
-    _tie,
+    _share_tied_weights,
 )
 from gvpo_offline.train.engine import training_engine
 
@@ -86,7 +86,7 @@ def test_shards_need_a_launcher(
 def test_recomputing_is_left_to_the_model(tmp_path: Path) -> None:
     """Where the probe sees it, and without a wrapper that hides adapters from PEFT."""
     plugin, args = plugin_of(activation_checkpointing=True), config_of(tmp_path)
-    _leave_recomputing_to_the_model(plugin, args)
+    _use_model_checkpointing(plugin, args)
     assert not plugin.activation_checkpointing
     model = tiny_model("falcon")
     disable_dropout(model)
@@ -97,7 +97,7 @@ def test_recomputing_is_left_to_the_model(tmp_path: Path) -> None:
     assert recomputed.path.layout != "continued"
     plugin = plugin_of(activation_checkpointing=True, activation_checkpointing_offload=True)
     with pytest.raises(ConfigError, match=r"activation_checkpointing_kwargs: \{offload: true\}"):
-        _leave_recomputing_to_the_model(plugin, args)
+        _use_model_checkpointing(plugin, args)
 
 
 def test_a_model_is_not_evaluated_before_it_is_cut() -> None:
@@ -127,9 +127,9 @@ def test_one_parameter_is_saved_once() -> None:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     one, other = "transformer.wte.weight", "lm_head.weight"
     assert weights[one].data_ptr() != weights[other].data_ptr()
-    _tie(weights, model)
+    _share_tied_weights(weights, model)
     assert weights[one] is weights[other]
-    _tie(empty := {}, model)  # what every rank but the first has
+    _share_tied_weights(empty := {}, model)  # what every rank but the first has
     assert not empty
 
 

@@ -17,7 +17,7 @@ from gvpo_offline import cli
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tune import beta_candidates, diverged
-from gvpo_offline.tune.trials import RangeTrainer, Trials, TrialTrainer
+from gvpo_offline.tune.trials import RangeTestTrainer, Trials, TrialTrainer
 
 N_GROUPS, STEPS = 32, 20
 
@@ -147,7 +147,7 @@ def test_a_policy_that_breaks_down_has_no_figures(
     """Weights of 1e30 overflow float32."""
     args = config_of(tmp_path / "run", learning_rate=1e30, max_steps=2)
     trainer = TrialTrainer(str(tiny_model_dir), args, train_dataset=dataset, eval_dataset=dataset)
-    assert all(math.isnan(value) for value in trainer.measured().values())
+    assert all(math.isnan(value) for value in trainer.train_and_evaluate().values())
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -156,8 +156,10 @@ def test_a_range_run_stops_where_it_went_wrong(
 ) -> None:
     """At beta 200 a log-ratio of 0.01 nats is as much as the best reward."""
     args = config_of(tmp_path / "run", beta=200.0, max_steps=STEPS)
-    trainer = RangeTrainer(str(tiny_model_dir), args, train_dataset=dataset, eval_dataset=dataset)
-    points = trainer.points()
+    trainer = RangeTestTrainer(
+        str(tiny_model_dir), args, train_dataset=dataset, eval_dataset=dataset
+    )
+    points = trainer.run_range_test()
     assert 10 < len(points) < STEPS
     assert diverged(points)
     assert not diverged(points[:-1])
@@ -170,7 +172,7 @@ def test_a_trial_has_the_runs_share_of_warm_up(tmp_path: Path) -> None:
     for given, expected in ((30, 10), (0.1, 0.1), (0, 0)):
         args = config_of(tmp_path, warmup_steps=given, eval_strategy="steps", eval_steps=5)
         trials = Trials(lambda *_: None, args, 300, tmp_path, {})
-        short = trials._short(tmp_path, 0.3, 1e-4, 100)
+        short = trials._short_args(tmp_path, 0.3, 1e-4, 100)
         assert short.warmup_steps == expected
         assert (short.beta, short.learning_rate, short.max_steps) == (0.3, 1e-4, 100)
         assert (args.warmup_steps, args.eval_strategy) == (given, "steps")
@@ -182,7 +184,7 @@ def test_a_trial_has_the_runs_share_of_warm_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_fraction": 0.0}, "tune judges by held-out groups"),
+        ({"eval_fraction": 0.0}, "tune evaluates trials on held-out groups"),
         ({"eval_dataset": "equal"}, "some held-out groups have unequal rewards"),
         ({"tune_steps": 5}, "tune_steps is at least 20"),
         ({"betas": [0.1, -1.0]}, "each of betas is positive"),

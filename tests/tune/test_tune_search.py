@@ -14,7 +14,7 @@ from gvpo_offline.tune import (
     Proposal,
     RangePoint,
     beta_candidates,
-    beta_to_begin,
+    initial_beta,
     diverged,
     largest_usable_rate,
     misfit,
@@ -149,8 +149,8 @@ def test_score_is_the_gain_on_the_probability_that_was_kept() -> None:
 def test_candidates_are_the_gap_over_nats() -> None:
     """A gap of 2: 16 to 1 nats ask for 0.125 to 2, two for each doubling; 4 nats come first."""
     assert beta_candidates(2.0) == (0.12, 0.18, 0.25, 0.35, 0.5, 0.71, 1.0, 1.4, 2.0)
-    assert beta_to_begin(beta_candidates(2.0), 2.0) == 0.5
-    assert beta_to_begin([0.1, 0.7, 3.0], 2.0) == 0.7  # as ratios to 0.5: 5, 1.4, 6
+    assert initial_beta(beta_candidates(2.0), 2.0) == 0.5
+    assert initial_beta([0.1, 0.7, 3.0], 2.0) == 0.7  # as ratios to 0.5: 5, 1.4, 6
     for gap in (math.nan, 0.0, math.inf):
         with pytest.raises(DataError, match="unequal"):
             beta_candidates(gap)
