@@ -25,7 +25,7 @@ RUN_FILE = "gvpo_run.json"
 _MARKER_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"
-# What a run may write before its first checkpoint, and the trials of `tune`.
+# What a run may write to output_dir before its first checkpoint, and the folder of `tune`.
 _ALLOWED_ENTRIES = {RUN_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _HASH = re.compile(r"^'[0-9a-f]{64}'$")
@@ -46,7 +46,7 @@ def is_sealed(folder: Path) -> bool:
     return (folder / SEAL_NAME).is_file()
 
 
-def begin(folder: Path) -> None:
+def begin_checkpoint(folder: Path) -> None:
     """Create and mark the folder of a new checkpoint; remove an older one of the same step.
 
     Raises:
@@ -80,21 +80,21 @@ def _is_interrupted(folder: Path) -> bool:
     return SEAL_NAME not in entries and (_MARKER_NAME in entries or not entries)
 
 
-def seal(
+def seal_checkpoint(
     folder: Path,
     step: int,
     identity: Identity,
     *,
-    taken: Mapping[str, Any] | None = None,
+    sharding: Mapping[str, Any] | None = None,
     resumable: bool = True,
 ) -> None:
     """Flush the checkpoint's files to disk, then write the seal.
 
     Args:
-        folder: the folder that `begin` marked and transformers filled.
+        folder: the folder that `begin_checkpoint` created and transformers filled.
         step: number of optimizer steps done.
         identity: the settings that a resumed run must share.
-        taken: the ranks' `resharding.sharding_state`.
+        sharding: `resharding.sharding_state` of this run.
         resumable: False if the optimizer state was not saved (save_only_model).
     """
     begun = folder / _MARKER_NAME
@@ -108,7 +108,7 @@ def seal(
         "step": step,
         "resumable": resumable,
         "identity": identity,
-        "taken": taken,
+        "taken": sharding,
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
     }
     text = json.dumps(content, indent=1, sort_keys=True)

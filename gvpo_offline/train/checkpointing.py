@@ -15,13 +15,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gvpo_offline.collectives import raise_together
 from gvpo_offline.train.checkpoint import (
-    begin,
+    begin_checkpoint,
     check_identity,
+    check_output_dir,
     find_checkpoint,
     read_sharding_state,
-    check_output_dir,
     save_errors,
-    seal,
+    seal_checkpoint,
 )
 from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.resharding import check_sharding_state, sharding_state
@@ -54,7 +54,7 @@ class CheckpointingTrainer(ShardedTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
-                raise_together(lambda: begin(folder) if self.args.should_save else None)
+                raise_together(lambda: begin_checkpoint(folder) if self.args.should_save else None)
                 raise_together(
                     lambda: super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
                 )
@@ -70,10 +70,10 @@ class CheckpointingTrainer(ShardedTrainer):
             )
 
     def _seal(self, folder: Path) -> None:
-        seal(
+        seal_checkpoint(
             folder,
             self.state.global_step,
             self.identity(),
-            taken=sharding_state(self.accelerator),
+            sharding=sharding_state(self.accelerator),
             resumable=not self.args.save_only_model,
         )

@@ -7,15 +7,15 @@
 from __future__ import annotations
 
 from gvpo_offline.tune.search import (
-    INITIAL_GAP,
     CANDIDATE_GAPS,
+    INITIAL_GAP,
     Metrics,
     Proposal,
     RangePoint,
     Trial,
     beta_candidates,
-    initial_beta,
     diverged,
+    initial_beta,
     largest_usable_rate,
     misfit,
     propose,

@@ -105,7 +105,10 @@ def _check_gap(reward_gap: float) -> None:
 
 
 def range_rate(step: int, steps: int) -> float:
-    """The learning rate of step 0 <= step < steps: `LOWEST_RATE` to `HIGHEST_RATE`, in equal ratios."""
+    """The learning rate of a step, 0 <= step < steps.
+
+    Geometric from `LOWEST_RATE` at the first step to `HIGHEST_RATE` at the last.
+    """
     decades = math.log10(HIGHEST_RATE / LOWEST_RATE)
     return float(LOWEST_RATE * 10.0 ** (decades * step / max(steps - 1, 1)))
 
@@ -167,9 +170,9 @@ def _start(points: Sequence[RangePoint]) -> tuple[float, float]:
 def misfit(metrics: Metrics, loss_type: str = "gvpo") -> float:
     """The number that a range test looks at; lower is better. Comparable at one beta only.
 
-    For GVPO, a regression of rewards on log-ratios: the unexplained share of the variance of rewards
-    within groups, 1 - explained_variance. For other losses: the loss. nan if no group had unequal
-    rewards.
+    For GVPO, a regression of rewards on log-ratios, it is the unexplained share of the variance of
+    rewards within groups, 1 - explained_variance; nan if no group has unequal rewards. For other
+    losses it is the loss.
     """
     return 1.0 - metrics["explained_variance"] if loss_type == "gvpo" else metrics["loss"]
 

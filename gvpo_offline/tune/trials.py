@@ -93,7 +93,7 @@ class RangeTestTrainer(TrialTrainer):
     """A run whose learning rate rises at every step, until training diverges."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """`range_rate` of each step, as a factor of the optimizer's learning rate, `LOWEST_RATE`."""
+        """A schedule of `range_rate`; the optimizer's own learning rate is `LOWEST_RATE`."""
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer,
             lambda step: range_rate(step, num_training_steps) / LOWEST_RATE,

@@ -253,7 +253,7 @@ def test_references_of_a_mix(tmp_path: Path) -> None:
         check_compatible([item.dataset for item in open_datasets(items, tmp_path).values()])
 
     opened((one, "1"), (two, "2"))
-    with pytest.raises(ConfigError, match="scored under one reference policy") as caught:
+    with pytest.raises(ConfigError, match="scored under the same reference") as caught:
         opened((one, "1"), (two, "3"))
     assert caught.value.file == str(two)
     with pytest.raises(ConfigError, match="needs the log-probs of one reference") as caught:

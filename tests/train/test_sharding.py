@@ -18,9 +18,9 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.train.distributed import (
     ShardedTrainer,
     _check_fsdp,
-    _use_model_checkpointing,
     _shard_on_cpu,
     _share_tied_weights,
+    _use_model_checkpointing,
 )
 from gvpo_offline.train.engine import training_engine
 
@@ -117,7 +117,7 @@ def test_processes_on_the_cpu_do_not_share_out_a_model_beside_a_gpu(
     args = config_of(tmp_path)
     assert not _shard_on_cpu(accelerator, args)
     args.fsdp_plugin_args = {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
-    with pytest.raises(ConfigError, match="Set CUDA_VISIBLE_DEVICES to nothing"):
+    with pytest.raises(ConfigError, match="Set CUDA_VISIBLE_DEVICES to an empty string"):
         _shard_on_cpu(accelerator, args)
 
 

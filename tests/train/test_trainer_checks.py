@@ -84,8 +84,8 @@ def test_the_data_are_described(
 @pytest.mark.parametrize(
     ("beta", "warning"),
     [
-        (1e-3, "further than a policy can move: raise beta"),
-        (1e4, "the policy will stay the reference"),
+        (1e-3, "more than training can reach: raise beta"),
+        (1e4, "policy will hardly differ from the reference"),
         (0.5, ""),
     ],
 )

@@ -174,7 +174,7 @@ def test_datasets_scored_under_different_policies(
     root = unscored_dataset(tmp_path / "two", tiny_model_dir, 8)
     scored = score(root, other)
     error = refused([datasets["one"], scored], tiny_model_dir, tmp_path / "out")
-    assert "scored under one reference policy" in str(error)
+    assert "scored under the same reference" in str(error)
     assert str(root) in str(error)
 
 
@@ -200,7 +200,7 @@ def test_weights_and_names_that_mean_nothing(
         refused(some, tiny_model_dir, tmp_path)
     )
     twice = [datasets["one"], datasets["one"]]
-    assert "a name of its own" in str(refused(twice, tiny_model_dir, tmp_path))
+    assert "datasets of a run have different names" in str(refused(twice, tiny_model_dir, tmp_path))
     assert "at least one dataset" in str(refused([], tiny_model_dir, tmp_path))
     with pytest.raises(ConfigError, match="non-negative"):
         DatasetSettings(path="x", weight=-1.0)

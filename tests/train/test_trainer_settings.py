@@ -36,7 +36,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 def test_settings_of_another_kind_of_batch_are_refused(
     tmp_path: Path, setting: str, value: Any
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{setting} has no meaning here; received {value}"):
+    with pytest.raises(
+        ConfigError, match=f"{setting} is not used in GVPO training; received {value}"
+    ):
         config_of(tmp_path, **{setting: value})
 
 

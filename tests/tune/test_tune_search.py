@@ -14,8 +14,8 @@ from gvpo_offline.tune import (
     Proposal,
     RangePoint,
     beta_candidates,
-    initial_beta,
     diverged,
+    initial_beta,
     largest_usable_rate,
     misfit,
     propose,
@@ -198,5 +198,5 @@ def test_steps_that_say_nothing_are_left_out_and_infinity_ends_it() -> None:
         range_rate(29, 100), rel=0.05
     )
     assert not diverged([])
-    with pytest.raises(ConfigError, match="measures some steps"):
+    with pytest.raises(ConfigError, match="needs steps with a measured misfit"):
         largest_usable_rate([RangePoint(1e-3, math.nan)])
