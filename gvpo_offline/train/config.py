@@ -36,7 +36,7 @@ _REFUSED = {
 
 @contextlib.contextmanager
 def settings_errors() -> Iterator[None]:
-    """Turn errors of transformers about a setting, or a missing logger package, into ConfigError."""
+    """Turn transformers' errors about a setting or a missing logger package into ConfigError."""
     try:
         yield
     except GVPOError:

@@ -143,7 +143,8 @@ def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> lis
         budget: `max_tokens_per_micro_batch`.
         n_files: number of groups files.
     """
-    equal = 100.0 * survey.equal_reward_groups / max(survey.n_groups, 1)
+    share = 100.0 * survey.equal_reward_groups / max(survey.n_groups, 1)
+    equal_groups = f"{survey.equal_reward_groups:,} groups ({share:.1f}%)"
     gap = survey.median_reward_gap / beta
     size = (
         f"{survey.n_groups:,} groups, {survey.n_responses:,} responses, {survey.n_tokens:,} tokens"
@@ -151,8 +152,7 @@ def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> lis
     lines = [
         f"{size} in {n_files:,} files",
         "samplers: " + _sampler_line(survey),
-        f"{survey.equal_reward_groups:,} groups ({equal:.1f}%) have equal rewards; their target is "
-        "the reference",
+        f"{equal_groups} have equal rewards; their target is the reference",
         f"{survey.truncated_responses:,} responses were truncated",
         f"implied log-ratio gap (max R - min R) / beta: median {gap:.3g} nats at beta {beta:g}",
     ]

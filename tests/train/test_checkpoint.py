@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: begun, filled, sealed, and whose it is."""
+"""The folder of a checkpoint: created, marked, sealed, and never removed if it is foreign."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def test_what_this_package_did_not_write_is_never_removed(tmp_path: Path) -> Non
 
 
 def test_a_seal_lists_every_file(tmp_path: Path) -> None:
-    """Also those in folders, as sharded optimizers leave them; what was cut off goes first."""
+    """The seal also lists files in subfolders, as sharded optimizers write them.
+
+    `begin_checkpoint` removes an interrupted checkpoint first.
+    """
     folder = tmp_path / "checkpoint-7"
     begin_checkpoint(folder)
     (folder / "half.bin").write_bytes(b"x")
@@ -46,20 +49,20 @@ def test_a_seal_lists_every_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-7"]
 
 
-def test_an_older_checkpoint_of_the_same_step_goes_whole(tmp_path: Path) -> None:
-    """By another name first, so that a kill leaves neither half a checkpoint nor a stranger."""
+def test_an_older_checkpoint_of_the_same_step_is_removed(tmp_path: Path) -> None:
+    """It is renamed first, so that a kill during removal leaves no partial checkpoint."""
     folder = tmp_path / "checkpoint-7"
     begin_checkpoint(folder)
     (folder / "weights.bin").write_bytes(b"old")
     seal_checkpoint(folder, 7, {})
-    (tmp_path / ".checkpoint-5.0123.tmp").mkdir()  # what such a kill left
+    (tmp_path / ".checkpoint-5.0123.tmp").mkdir()  # left by a kill during removal
     begin_checkpoint(folder)
     assert not is_sealed(folder)
     assert not (folder / "weights.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
-def test_other_errors_than_a_full_disk_stay_what_they_are(tmp_path: Path) -> None:
+def test_errors_other_than_a_full_disk_are_not_changed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-7"
 
     def save() -> None:
@@ -69,4 +72,4 @@ def test_other_errors_than_a_full_disk_stay_what_they_are(tmp_path: Path) -> Non
 
     with pytest.raises(RuntimeError, match="something else"):
         save()
-    assert sorted(tmp_path.iterdir()) == [folder]  # the probe is gone
+    assert sorted(tmp_path.iterdir()) == [folder]  # the file that probes for space was removed
