@@ -12,8 +12,7 @@ MIN_TUNE_STEPS = 20
 
 @dataclass
 class TuneSettings:
-    """How beta and learning rate are searched. `beta` and `learning_rate` of the run are
-    ignored."""
+    """How beta and learning rate are searched. The run's own values are ignored."""
 
     tune_steps: int = 100
     """Optimizer steps of the learning-rate range test and of each trial; at most the steps of the
