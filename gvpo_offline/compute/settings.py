@@ -1,4 +1,4 @@
-"""Settings of the model, and the record of how its log-probs are computed. Loads no torch."""
+"""Settings of model loading and of the computation of log-probs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,36 +8,34 @@ from typing import Literal
 
 @dataclass
 class ModelSettings:
-    """The model and how it is loaded."""
+    """Name and loading options of a model."""
 
     model_name_or_path: str
-    """The model: a folder or a hub name. A PEFT adapter is loaded on its base model."""
+    """The model, or a PEFT adapter, as a folder or a hub name."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer_name_or_path: str | None = None
-    """The tokenizer: a folder or a hub name. Default: the model's."""
+    """The tokenizer; default: the model's."""
     chat_template: str | None = None
-    """Path of a Jinja chat template that replaces the tokenizer's own. Must be the template that
-    the dataset was imported with."""
+    """Path of a Jinja chat template that replaces the tokenizer's own; the same as at import."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Data type of the weights. auto: the data type in which they were saved."""
+    """Data type of the weights; auto: the data type of the checkpoint."""
     attn_implementation: str | None = None
-    """Attention implementation, by its name in transformers: sdpa, eager, flash_attention_2 …
-    Default: transformers' choice."""
+    """Attention implementation, by its name in transformers (sdpa, eager, flash_attention_2 …)."""
     trust_remote_code: bool = False
-    """Allow a hub model to run code from its repository."""
+    """Allow running Python code from the model's hub repository."""
     load_in_4bit: bool = False
-    """Load the weights of linear layers in 4 bits (NF4 with double quantisation) through
-    bitsandbytes (install gvpo-offline[qlora]). Training with `use_peft` is then QLoRA."""
+    """Load the weights of linear layers in 4 bits (NF4, double quantisation) with bitsandbytes
+    (extra gvpo-offline[qlora]). Training then needs an adapter: set `use_peft` for QLoRA."""
     load_in_8bit: bool = False
-    """Load the weights of linear layers in 8 bits. Log-probs then depend slightly on which
-    responses share a forward pass."""
+    """Load the weights of linear layers in 8 bits with bitsandbytes. Log-probs then depend
+    slightly on which tokens are computed together."""
 
 
 LayoutName = Literal["shared", "packed", "continued", "padded"]
-# Prefix of a registered attention implementation: tree attention for calls that carry a tree, and
-# the implementation named after the prefix for all other calls.
-TREE_OVER = "tree_over_"
+# Prefix of the name under which tree attention is registered; the rest of the name is the
+# implementation that computes calls without a tree.
+TREE_ATTENTION_PREFIX = "tree_over_"
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,13 @@ class ComputePath:
     """How log-probs are computed. Policy and reference should use the same path.
 
     Attributes:
-        layout: `shared`: whole groups in one row, each prompt once, its responses as branches of a
-            tree; `packed`: one row, the prompt repeated before each response; `continued`: each
-            prompt once, then its responses as rows that start from the prompt's cache; `padded`: a
-            row for each prompt with one response.
-        attention: with layout `shared`, the kernel of tree attention (`pieces`, `flex`, `dense`);
-            otherwise the model's own attention implementation.
-        head: `fused`: log-probs from hidden states, with logits computed in chunks; `logits`: from
-            the logits that the model returns.
+        layout: `shared`: whole groups in one row, each prompt once, responses as a tree below it;
+            `packed`: one row, prompts repeated; `continued`: each prompt once, responses in padded
+            rows that continue the prompt's state; `padded`: a padded row for each response.
+        attention: for the shared layout, the attention kernel over the tree (`pieces`, `flex`,
+            `dense`); for other layouts, the model's own implementation.
+        head: `fused`: log-probs from hidden states, with the logits of one block of the vocabulary
+            at a time; `logits`: log-probs from the model's own logits.
     """
 
     layout: LayoutName

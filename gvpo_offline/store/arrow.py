@@ -1,23 +1,50 @@
-"""Arrow list columns to NumPy arrays and back, without a Python object per token."""
+"""Conversion between groups, NumPy arrays and Arrow tables, without a Python object per token."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-_EMPTY = np.empty(0, np.int32)
+from gvpo_offline.group import FloatArray, Group
+from gvpo_offline.store.schema import (
+    GROUPS_COLUMNS,
+    REFERENCE_COLUMNS,
+    arrow_schema,
+    rewards_schema,
+)
+
 _LISTS = (pa.ListArray, pa.LargeListArray)
 
 
-def _offsets(lengths: Sequence[int]) -> pa.Array:
-    # Arrow checks the range here; a cast of NumPy's would wrap around past 2**31 tokens.
-    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
+def list_offsets(array: pa.ListArray) -> npt.NDArray[np.int64]:
+    """Offsets of a list column of n rows into `array.values`: (n + 1,) int64."""
+    return np.asarray(array.offsets.to_numpy(zero_copy_only=False)).astype(np.int64)
+
+
+def list_from_lengths(
+    lengths: npt.ArrayLike, values: pa.Array, valid: npt.NDArray[np.bool_] | None = None
+) -> pa.ListArray:
+    """A list column of n rows over `values`.
+
+    Args:
+        lengths: (n,) integers, the number of values of each row; 0 for a null row.
+        values: sum(lengths) values, row after row.
+        valid: (n,) bool, False where a row is null; None if no row is null.
+
+    Raises:
+        pa.ArrowInvalid: the column holds 2^31 values or more.
+    """
+    # Arrow checks the range here; a cast in NumPy would wrap around past 2**31 tokens.
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
+    mask = None if valid is None or valid.all() else pa.array(~valid)
+    return pa.ListArray.from_arrays(offsets, values, mask=mask)
 
 
 def _flat(arrays: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.Array:
@@ -26,23 +53,29 @@ def _flat(arrays: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.Arr
     return pa.array(np.concatenate(arrays), type=value_type)
 
 
-def list_array(rows: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.ListArray:
-    """Rows of numbers as one list column, without a Python object per number."""
-    return pa.ListArray.from_arrays(_offsets([len(row) for row in rows]), _flat(rows, value_type))
+def _lists(rows: Sequence[Sequence[Any] | npt.NDArray[Any] | None], values: pa.Array) -> pa.Array:
+    lengths = [0 if row is None else len(row) for row in rows]
+    return list_from_lengths(lengths, values, np.array([row is not None for row in rows], bool))
+
+
+def list_array(rows: Sequence[npt.NDArray[Any] | None], value_type: pa.DataType) -> pa.ListArray:
+    """Rows of (T,) numbers as a list column, without a Python object per number.
+
+    None becomes null.
+    """
+    return _lists(rows, _flat([row for row in rows if row is not None], value_type))
 
 
 def nested_list_array(
-    rows: Sequence[Sequence[npt.NDArray[Any]] | None], value_type: pa.DataType
+    rows: Sequence[Sequence[npt.NDArray[Any] | None] | None], value_type: pa.DataType
 ) -> pa.ListArray:
-    """Rows of lists of numbers as one list-of-lists column; None becomes null."""
-    inner = list_array([item for row in rows if row is not None for item in row], value_type)
-    offsets = _offsets([0 if row is None else len(row) for row in rows])
-    missing = pa.array([row is None for row in rows]) if any(r is None for r in rows) else None
-    return pa.ListArray.from_arrays(offsets, inner, mask=missing)
+    """Rows of lists of (T,) numbers as a list-of-lists column; None becomes null at both levels."""
+    items = [item for row in rows if row is not None for item in row]
+    return _lists(rows, list_array(items, value_type))
 
 
 def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
-    """The values of an Arrow array: a read-only view; of bits, and with nulls, a copy."""
+    """The values of an Arrow array: a read-only view, or a copy for booleans and with nulls."""
     if array.null_count:
         return np.asarray(array.to_numpy(zero_copy_only=False))
     # Not by to_numpy, which imports pandas and takes a quarter of a second for it.
@@ -52,7 +85,7 @@ def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def column_array(table: pa.Table, name: str) -> pa.Array:
-    """A column of a table in one piece."""
+    """A column of a table as one contiguous array."""
     column = table.column(name).combine_chunks()
     return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
@@ -77,7 +110,7 @@ def split_nested_list(array: pa.ListArray) -> list[list[npt.NDArray[Any]] | None
 
 
 def repetitive_rows(array: pa.ListArray) -> list[tuple[Any, ...] | None]:
-    """A list column whose rows are much alike, as tuples, each distinct one made once."""
+    """A list column as tuples, or None for null; equal rows share one tuple."""
     encoded = array.values.dictionary_encode(null_encoding="encode")
     names = encoded.dictionary.to_pylist()
     codes = as_numpy(encoded.indices).astype(np.int32).tobytes()
@@ -102,7 +135,11 @@ def _is_token_lists(kind: pa.DataType) -> bool:
 
 
 def to_rows(array: pa.Array) -> list[Any]:
-    """The rows of a column; see the module's description."""
+    """The rows of a column: NumPy arrays for lists of integers or booleans, Python objects else.
+
+    A list-of-lists column gives lists of (T,) arrays; a null at any level is None. Lists of tokens
+    that hold nulls are given as Python lists.
+    """
     if not (isinstance(array, _LISTS) and _is_token_lists(array.type)):
         rows: list[Any] = array.to_pylist()
         return rows
@@ -123,19 +160,112 @@ def to_rows(array: pa.Array) -> list[Any]:
     return [piece if ok else None for piece, ok in zip(pieces, valid, strict=True)]
 
 
-def from_arrays(rows: Sequence[Any], value_type: pa.DataType) -> pa.ListArray:
-    """Rows of (T,) arrays, or None, as a list column."""
-    column = list_array([row if row is not None else _EMPTY for row in rows], value_type)
-    if all(row is not None for row in rows):
-        return column
-    missing = pa.array([row is None for row in rows])
-    return pa.ListArray.from_arrays(column.offsets, column.values, mask=missing)
+def groups_to_table(groups: Sequence[Group]) -> pa.Table:
+    """The rows of a groups file for `groups`, in their order."""
+    tokens, flags = pa.int32(), pa.bool_()
+    values: dict[str, Any] = {
+        "group_id": [g.group_id for g in groups],
+        "source": [g.source for g in groups],
+        "n_tokens": [g.n_tokens for g in groups],
+        "prompt_length": [len(g.prompt_token_ids) for g in groups],
+        "response_lengths": [g.response_lengths for g in groups],
+        "samplers": [g.samplers for g in groups],
+        "truncated": [g.truncated for g in groups],
+        "prompt_token_ids": list_array([g.prompt_token_ids for g in groups], tokens),
+        "response_token_ids": nested_list_array([g.response_token_ids for g in groups], tokens),
+        "loss_mask": nested_list_array([g.loss_mask for g in groups], flags),
+        "prompt": [g.prompt for g in groups],
+        "messages": [g.messages for g in groups],
+        "responses": [g.responses for g in groups],
+        "response_ids": [g.response_ids for g in groups],
+        "metadata": [g.metadata for g in groups],
+        "sampler_seq_logprobs": [
+            None if g.sampler_seq_logprobs is None else g.sampler_seq_logprobs.tolist()
+            for g in groups
+        ],
+    }
+    schema = arrow_schema(GROUPS_COLUMNS)
+    arrays = [
+        value if isinstance(value, pa.Array) else pa.array(value, type=schema.field(name).type)
+        for name, value in values.items()
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def from_array_lists(rows: Sequence[Any], value_type: pa.DataType) -> pa.ListArray:
-    """Rows of lists of (T,) arrays, with None at either level, as a list-of-lists column."""
-    inner = from_arrays([item for row in rows if row is not None for item in row], value_type)
-    lengths = [0 if row is None else len(row) for row in rows]
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    missing = pa.array([row is None for row in rows]) if any(r is None for r in rows) else None
-    return pa.ListArray.from_arrays(offsets, inner, mask=missing)
+def rewards_to_table(
+    group_ids: Sequence[str],
+    rewards: Sequence[FloatArray],
+    components: Sequence[FloatArray] | None = None,
+) -> pa.Table:
+    """The rows of a rewards sidecar.
+
+    Args:
+        group_ids: one id per group.
+        rewards: (k,) per group.
+        components: (C, k) per group, NaN where missing; None: without the column.
+    """
+    arrays = [pa.array(group_ids, pa.string()), list_array(rewards, pa.float64())]
+    if components is not None:
+        arrays.append(nested_list_array([list(parts) for parts in components], pa.float64()))
+    return pa.Table.from_arrays(arrays, schema=rewards_schema(components=components is not None))
+
+
+def reference_to_table(
+    group_ids: Sequence[str],
+    seq_logprobs: Sequence[FloatArray],
+    token_logprobs: Sequence[Sequence[npt.NDArray[np.float32]]],
+) -> pa.Table:
+    """The rows of a reference sidecar; log-probs in nats."""
+    return pa.Table.from_arrays(
+        [
+            pa.array(group_ids, pa.string()),
+            list_array(seq_logprobs, pa.float64()),
+            nested_list_array(token_logprobs, pa.float32()),
+        ],
+        schema=arrow_schema(REFERENCE_COLUMNS),
+    )
+
+
+_NUMBER_LISTS = ("prompt_token_ids", "rewards", "ref_seq_logprobs")
+_OPTIONAL_LISTS = ("sampler_seq_logprobs",)
+_NESTED_LISTS = ("response_token_ids", "loss_mask", "components")
+_REPETITIVE_LISTS = ("samplers", "truncated")
+
+
+def _column_rows(table: pa.Table, name: str) -> list[Any]:
+    """A column's value in each row; None where the table has no such column."""
+    if name not in table.column_names:
+        return [None] * table.num_rows
+    if name in _NESTED_LISTS:
+        return split_nested_list(column_array(table, name))
+    if name in _NUMBER_LISTS:
+        return split_list(column_array(table, name))
+    if name in _OPTIONAL_LISTS:
+        column = column_array(table, name)
+        pairs = zip(split_list(column), column.is_valid().to_pylist(), strict=True)
+        return [row if valid else None for row, valid in pairs]
+    if name in _REPETITIVE_LISTS:
+        return repetitive_rows(column_array(table, name))
+    rows: list[Any] = table.column(name).to_pylist()
+    return rows
+
+
+def groups_from_table(table: pa.Table) -> list[Group]:
+    """The groups of a table with at least the required columns, in its order.
+
+    Optional columns that the table lacks stay None; samplers and truncation, which training only
+    counts, become "unknown" and False.
+    """
+    columns = {field.name: _column_rows(table, field.name) for field in fields(Group)}
+    responses = [tuple(row or ()) for row in columns["response_token_ids"]]
+    columns["response_token_ids"] = responses
+    for name in ("loss_mask", "responses", "response_ids"):
+        columns[name] = [None if row is None else tuple(row) for row in columns[name]]
+    for name, unknown in (("samplers", "unknown"), ("truncated", False)):
+        pairs = zip(columns[name], responses, strict=True)
+        columns[name] = [(unknown,) * len(ids) if row is None else row for row, ids in pairs]
+    columns["components"] = [
+        None if parts is None else np.array(parts, np.float64) for parts in columns["components"]
+    ]
+    columns["source"] = [source or "" for source in columns["source"]]
+    return list(map(Group, *columns.values()))

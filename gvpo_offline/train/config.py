@@ -134,7 +134,7 @@ def check_parallelism(args: TrainingArguments) -> None:
                 f"{_PARALLELISM[name]} is not supported",
                 received=f"{name}: {size}",
                 remedy="shard the weights instead (FSDP2 or ZeRO-3), set activation_checkpointing, "
-                "and lower kept_logits_mb; docs/adapters.md lists which lengths then fit",
+                "and lower kept_logits_mb; docs/howto/adapters.md lists which lengths then fit",
             )
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "hashing"),
+    ("version", "errors", "hashing", "identity"),
     ("group", "settings"),
     ("rules", "values"),
     ("store", "contract"),
@@ -40,9 +40,9 @@ DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "opena
 # Modules that must not import torch, because they run without it or must start fast.
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "group", "rules", "values", "contract"),
-    *("settings", "compute.settings", "reference.settings", "tune.settings"),
+    *("identity", "settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
-    *("store.arrow", "store.schema", "store.tables", "train.settings"),
+    *("store.arrow", "store.schema", "train.settings"),
     *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),
     *("stream.selecting.select", "stream.selecting.where", "stream.view"),
     *("train.checkpoint", "tokenizer", "tune.search", "commands.table", "cli"),
