@@ -1,6 +1,7 @@
 """`gvpo-offline`: one subcommand per stage, with settings from YAML files and flags.
 
-Only the parser of the chosen command is built; torch is imported when its work begins.
+Only the parser of the chosen command is built. torch is imported when the command runs, so that
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from gvpo_offline.commands.command import Command
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.settings import load_yaml
 from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, RunSettings
 from gvpo_offline.version import __version__
 
@@ -30,8 +32,6 @@ def _parser(name: str, command: Command, settings: Sequence[type], skip: set[str
     import jsonargparse
     from yaml import YAMLError
 
-    from gvpo_offline.yaml_settings import load_yaml
-
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader("yaml", load_yaml, exceptions=(YAMLError,))
     parser = jsonargparse.ArgumentParser(
@@ -40,7 +40,11 @@ def _parser(name: str, command: Command, settings: Sequence[type], skip: set[str
         epilog=command.epilog,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of settings; flags and files after it override it.",
+    )
     taken: set[str] = set()
     for kind in settings:
         parser.add_class_arguments(kind, None, skip=(skip | taken) & _names(kind))
@@ -76,7 +80,8 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     if GVPOSettings in settings and not _HELP_FLAGS & set(argv):
         from gvpo_offline.train.config import GVPOConfig
 
-        # Last: resume_from_checkpoint is that of RunSettings, which also takes true and auto.
+        # GVPOConfig comes last because the first class defines a flag: RunSettings must define
+        # resume_from_checkpoint, which also takes true and auto.
         others = [own for own in settings if own not in (GVPOSettings, CommonTrainingSettings)]
         settings = (*others, GVPOConfig)
     parser = _parser(name, command, settings, skip)
@@ -84,7 +89,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         return _plain(parser.parse_args(_flags(command.positional, settings, argv)))
     except ArgumentError as error:
         raise ConfigError(
-            "flags and YAML keys are the command's settings, with values of their types",
+            "flags and YAML keys are settings of the command, with values of the right type",
             received=_complaint(str(error)),
             remedy=f"see gvpo-offline {name} --help",
         ) from error
@@ -93,8 +98,8 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
 def _flags(positional: str, settings: Sequence[type], argv: Sequence[str]) -> list[str]:
     """Arguments for the parser.
 
-    The words before the first flag become the value of the setting `positional`; a boolean flag
-    without a value becomes true.
+    Arguments before the first flag become the value of the setting `positional`. A boolean flag
+    without a value gets the value true.
     """
     first = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
     if positional and first:
@@ -112,7 +117,7 @@ def _is_bool(field: Field[Any]) -> bool:
 
 
 def _complaint(text: str) -> str:
-    """A parser's error message, shortened: for a wrong value, the setting and the value."""
+    """An error message of jsonargparse, shortened to the setting and the value if it has both."""
     key, value = _KEY.search(text), _VALUE.search(text)
     if key and value:
         return f"{key.group(1)}: {value.group(1)}"
@@ -141,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
     except GVPOError as error:
-        # On one line, even if the error quotes several.
+        # On one line, even if the error quotes text of several lines.
         print(f"gvpo-offline {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -1,6 +1,7 @@
-"""The on-disk contract for other languages and jobs: `schemas/`, written from the code.
+"""JSON Schemas of the on-disk format, for programs in other languages: the folder `schemas/`.
 
-`python -m gvpo_offline.contract schemas` writes it; a test holds the folder against the code.
+`python -m gvpo_offline.contract schemas` generates them from the code; a test checks that the
+folder is up to date.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def row_schema(title: str, columns: Sequence[Column]) -> dict[str, Any]:
 
 
 def contract() -> dict[str, str]:
-    """Every file of `schemas/` that is generated: name and text."""
+    """The generated files of `schemas/`: text by file name."""
     rewards = [column for column in REWARDS_COLUMNS[1:] if column.required]
     inline = (*GROUPS_COLUMNS, *rewards, *REFERENCE_COLUMNS[1:])
     schemas: dict[str, dict[str, Any]] = {
@@ -90,7 +91,7 @@ def contract() -> dict[str, str]:
         "rewards.schema.json": row_schema("A row of a rewards sidecar", REWARDS_COLUMNS),
         "reference.schema.json": row_schema("A row of a reference sidecar", REFERENCE_COLUMNS),
         "training_file.schema.json": row_schema(
-            "A row of a self-contained Parquet file that trains as it is", inline
+            "A row of a self-contained Parquet file for training", inline
         ),
         "manifest.schema.json": {"$schema": _DIALECT, **SealedManifest.model_json_schema()},
         "commit.schema.json": {"$schema": _DIALECT, **SealedRecord.model_json_schema()},
@@ -99,7 +100,7 @@ def contract() -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    """Write the contract into `folder`."""
+    """Write the JSON Schemas to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in contract().items():
         (folder / name).write_text(text, encoding="utf-8")

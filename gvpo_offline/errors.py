@@ -1,8 +1,8 @@
-"""What can go wrong on the user's side, in one place.
+"""The errors that users can cause and correct: invalid data, settings, files or checkpoints.
 
 Every error states the rule that was broken, the value that was received and the remedy, and names
-the file, row and group wherever there is one. Nothing here is raised for a fault of this package's
-own: those stay ordinary exceptions with a traceback.
+the file, row and group if there is one. Bugs of this package raise ordinary exceptions with a
+traceback instead.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _SHOWN_CHARACTERS = 200
 
 
 def _shown(value: Any) -> str:
-    """`value` as it is quoted in a message: its repr, cut where it would bury the rest."""
+    """`value` as quoted in a message: its repr (a string unchanged), shortened if long."""
     text = repr(value) if not isinstance(value, str) else value
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 
 class GVPOError(Exception):
-    """A rule that input, settings or files broke.
+    """Base class: input, settings or files break a rule.
 
     Args:
         rule: what must hold, as a full clause ("a group needs at least 2 responses").
-        received: the value that broke it; quoted, shortened when long.
+        received: the value that broke the rule; quoted in the message, shortened if long.
         remedy: what the user can do about it.
         file: path of the file in question.
         row: zero-based row (or line) within `file`.
@@ -77,8 +77,8 @@ class GVPOError(Exception):
         return message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders (data loader workers); the default would lose the keywords.
-        # What else an error bears, such as notes, is set afterwards.
+        # Errors are pickled between processes (data loader workers); the default would lose the
+        # keyword arguments. Other attributes, such as notes, are restored from `state`.
         state = self.__dict__.copy()
         keywords = ("rule", "received", "remedy", "file", "row", "group")
         return (_rebuild, (type(self), {name: state[name] for name in keywords}), state)
@@ -89,24 +89,24 @@ def _rebuild(kind: type[GVPOError], keywords: dict[str, Any]) -> GVPOError:
 
 
 class DataError(GVPOError, ValueError):
-    """Logged data that does not have the shape or the values that a group needs."""
+    """Logged data whose shape or values are not valid for a group."""
 
 
 class ConfigError(GVPOError, ValueError):
-    """A setting, or a combination of settings, that has no meaning here."""
+    """A setting, or a combination of settings, that is not valid."""
 
 
 class IntegrityError(GVPOError):
-    """A file that is missing, shortened, altered, or belongs to something else."""
+    """A file is missing, truncated or altered, or belongs to another dataset, model or run."""
 
 
 class StorageError(GVPOError, OSError):
-    """The file system refused to take what had to be written."""
+    """The file system refused a write: no space, no permission, or a file-size limit."""
 
 
 class ResumeError(GVPOError):
-    """A checkpoint that this run cannot continue from exactly."""
+    """A checkpoint from which this run cannot continue exactly."""
 
 
 class WorkerError(GVPOError):
-    """A process that died at its work."""
+    """A worker process died."""

@@ -1,4 +1,4 @@
-"""The record that every stage takes and gives: one prompt with its k >= 2 scored responses.
+"""The record that all stages read and write: one prompt with its k >= 2 scored responses.
 
 How a group is stored is in `store.schema` (columns) and `store.arrow` (conversion to Arrow).
 """
@@ -17,19 +17,19 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """One prompt and its k responses; a field that was not read, or was not logged, is None.
+    """One prompt and its k responses. A field that was not read, or was not logged, is None.
 
     Attributes:
         group_id: unique within a dataset.
         prompt_token_ids: (P,) int32.
         response_token_ids: k arrays of (T_i,) int32, end token included.
-        samplers: k names.
-        truncated: k flags.
-        loss_mask: k arrays of (T_i,) bool, or None where every token counts.
+        samplers: k names: the model that wrote each response.
+        truncated: k flags: whether each response was cut at a length limit.
+        loss_mask: k arrays of (T_i,) bool, or None if every token counts in the log-prob.
         rewards: (k,) float64.
         components: (C, k) float64, NaN where missing; the reward family names the C parts.
         ref_seq_logprobs: (k,) float64, nats.
-        sampler_seq_logprobs: (k,) float64, nats: under whoever wrote each response.
+        sampler_seq_logprobs: (k,) float64, nats: of each response under its sampler.
         prompt, messages, responses, response_ids, metadata, source: as in `GROUPS_COLUMNS`.
     """
 

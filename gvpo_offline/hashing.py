@@ -1,7 +1,7 @@
-"""Hashes that mean the same on every machine and in every release.
+"""Hashes whose values are the same on every machine and in every release.
 
-SHA-256 names content. splitmix64 orders it: NumPy promises its generators' streams for one build
-only, while an order that a resumed run must find again has to outlive builds.
+SHA-256 identifies content. splitmix64 generates shuffled orders: NumPy does not guarantee that its
+generators give the same numbers in later releases, but a resumed run must find the same order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def splitmix64(values: UInt64Array) -> UInt64Array:
 
 
 def mix_key(*parts: int) -> np.uint64:
-    """One 64-bit key from several integers; their order matters."""
+    """One 64-bit key from several integers; it depends on their order."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = splitmix64(key ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
@@ -60,14 +60,14 @@ def mix_key(*parts: int) -> np.uint64:
 
 
 def permutation(size: int, *key: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(size) that depends on `size` and `key` alone.
+    """A permutation of range(size) that depends only on `size` and `key`.
 
     Returns:
-        (size,) int64: an argsort of one hash per index.
+        (size,) int64: the indices sorted by a hash of each index and `key`.
     """
     with np.errstate(over="ignore"):
         hashes = splitmix64(np.arange(size, dtype=np.uint64) + mix_key(*key))
-    # splitmix64 is a bijection, so no two hashes are equal and every sort finds the same order.
+    # splitmix64 is a bijection: no two hashes are equal, so any sort algorithm gives this order.
     return np.argsort(hashes).astype(np.int64, copy=False)
 
 

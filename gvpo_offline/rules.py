@@ -1,6 +1,6 @@
-"""The rules that every group on disk keeps, checked at the one gate where groups are written.
+"""The rules that every group must satisfy, checked when a dataset is written.
 
-Foreign files, which passed no gate of ours, are held to the same rules when they are opened.
+Files of other programs, which were not written by this package, are checked when they are opened.
 """
 
 from __future__ import annotations

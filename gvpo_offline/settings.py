@@ -1,6 +1,6 @@
-"""Names of losses and checks of settings, which several rooms share.
+"""What the settings of all commands share: checks of values, names of losses, reading of YAML.
 
-Each room has its dataclasses in its own `settings` module. Loads no torch.
+The dataclasses of settings are in the `settings` module of each subpackage. Loads no torch.
 """
 
 from __future__ import annotations
@@ -9,19 +9,27 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import yaml
+
 from gvpo_offline.errors import ConfigError
 
-OnFew = Literal["error", "drop"]
+ErrorOrDrop = Literal["error", "drop"]
+LossType = Literal[
+    "gvpo", "pmd_mean", "rebel", "ipo", "dpo", "listwise", "rft", "awr", "grpo", "rloo", "topr"
+]
+
+
+# ---- checks ----
 
 
 def positive(name: str, value: float) -> None:
-    """Raise ConfigError unless `value` is above zero."""
+    """Raise ConfigError unless `value` is positive."""
     if not value > 0:
         raise ConfigError(f"{name} is positive", received=value)
 
 
 def check_name(setting: str, value: str) -> None:
-    """Raise ConfigError unless `value` can name a folder, or a part of something that does."""
+    """Raise ConfigError unless `value` can be the name of a folder, or a part of such a name."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
         raise ConfigError(
             f"{setting}, which also names a folder, has letters, digits, '_', '-', '.' only",
@@ -30,25 +38,69 @@ def check_name(setting: str, value: str) -> None:
 
 
 def required(name: str, value: str | Sequence[Any]) -> None:
-    """Raise ConfigError if a setting that has no default was not set."""
+    """Raise ConfigError if a required setting was not set."""
     if not value:
         raise ConfigError(f"{name} must be set", received="nothing", remedy=f"pass --{name}")
 
 
-LossType = Literal[
-    "gvpo", "pmd_mean", "rebel", "ipo", "dpo", "listwise", "rft", "awr", "grpo", "rloo", "topr"
-]
-
-
 def check_loss(loss_type: str, *, anchor: float, weighted: bool) -> None:
-    """Raise ConfigError unless there is such a loss, and it knows the settings that are set."""
+    """Raise ConfigError unless the loss exists and has the settings that are set.
+
+    Args:
+        loss_type: name of the loss.
+        anchor: the setting `anchor`.
+        weighted: whether responses have weights.
+    """
     if loss_type not in get_args(LossType):
         raise ConfigError(
             f"loss_type is one of {', '.join(get_args(LossType))}", received=loss_type
         )
     if loss_type != "gvpo" and (anchor or weighted):
         raise ConfigError(
-            "anchor and response weights are GVPO's",
+            "only loss_type gvpo has an anchor and response weights",
             received=f"loss_type {loss_type}",
             remedy="leave them out, or set loss_type to gvpo",
         )
+
+
+# ---- YAML ----
+
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+)
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp")}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, in which `no` and `off` are false and 1e-6 is a string."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - an attribute of PyYAML
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML document, with booleans and floats as in YAML 1.2.
+
+    Raises:
+        yaml.YAMLError: the document cannot be parsed, or a mapping has a key twice.
+    """
+    return yaml.load(text, Loader=_Loader)

@@ -1,4 +1,7 @@
-"""Tokenizers: loading one, and telling whether two make the same token ids from the same text."""
+"""Loads tokenizers, and compares them by fingerprint.
+
+Tokenizers with one fingerprint make the same token ids of the same text.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ def load_tokenizer(
     """Load a tokenizer from a folder or a hub name.
 
     Args:
-        name_or_path: which.
+        name_or_path: a folder or a hub name.
         revision: branch, tag or commit of a hub tokenizer.
-        trust_remote_code: allow a hub tokenizer to bring its own code.
+        trust_remote_code: allow a hub tokenizer to run code from its repository.
         chat_template: path of a Jinja template that replaces the tokenizer's own.
 
     Raises:
-        ConfigError: there is none, or the template cannot be read.
+        ConfigError: there is no such tokenizer, or the template cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -61,7 +64,7 @@ def load_tokenizer(
 
 
 def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer that goes with a model; errors as `load_tokenizer`."""
+    """The tokenizer of a model, by its settings; errors as `load_tokenizer`."""
     return load_tokenizer(
         settings.tokenizer_name_or_path or settings.model_name_or_path,
         revision=settings.model_revision,
@@ -71,8 +74,8 @@ def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over all that decides token ids: the model, its added and special tokens, the
-    template.
+    """SHA-256 of what determines token ids: the tokenizer's model, its added and special tokens,
+    and its chat template.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: Any
@@ -92,7 +95,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
-    """What the manifest records about a tokenizer."""
+    """The manifest's record of a tokenizer."""
     return TokenizerInfo(
         name_or_path=str(tokenizer.name_or_path),
         fingerprint=tokenizer_fingerprint(tokenizer),
@@ -103,7 +106,15 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> TokenizerInfo:
 def check_same_tokenizer(
     expected: str | None, expected_by: str, found: str | None, found_in: str, *, file: Any = None
 ) -> None:
-    """Raise IntegrityError if two fingerprints are both known and differ."""
+    """Raise IntegrityError if both fingerprints are known and they differ.
+
+    Args:
+        expected: a fingerprint, or None if it is not known.
+        expected_by: the owner of `expected`, as named in the error.
+        found: the other fingerprint, or None.
+        found_in: the owner of `found`, as named in the error.
+        file: the file named in the error.
+    """
     if expected is None or found is None or expected == found:
         return
     raise IntegrityError(

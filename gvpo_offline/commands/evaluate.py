@@ -1,4 +1,4 @@
-"""`gvpo-offline evaluate`: a policy's fit to logged groups, in all and by sampler."""
+"""`gvpo-offline evaluate`: the fit of a policy to logged groups, in total and by sampler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.train.evaluation import evaluate_policy, in_order, shares_of
+from gvpo_offline.train.evaluation import evaluate_policy, sequential_steps, step_shares
 
 logger = logging.getLogger(__name__)
 _GROUPS_PER_STEP = 64
@@ -95,18 +95,18 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         gradients=False,
     )
     facts = facts.with_path(engine.path)
-    assert dataset.reference is not None  # open_for_training saw to it
+    assert dataset.reference is not None  # open_for_training checks it
     for line in reference_warnings(facts, dataset.reference):
         logger.warning(line)
     check_row_tokens(dataset, view.survey(), engine.cost.max_tokens)
-    steps = in_order(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
+    steps = sequential_steps(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
     with tqdm(
         total=steps.n_draws, unit="group", desc="evaluate", disable=not config.show_progress
     ) as bar:
         evaluation = evaluate_policy(
             model,
             engine,
-            shares_of(steps),
+            step_shares(steps),
             objective=objective,
             device=device,
             autocast_dtype=autocasting,
@@ -121,7 +121,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
 
 
 def _view(config: EvaluateConfig) -> DatasetView:
-    """What to evaluate on, its files verified."""
+    """The groups to evaluate on; the files of their dataset are verified."""
     dataset = open_for_training(
         config.dataset,
         reward=config.reward,

@@ -1,4 +1,4 @@
-"""The settings that `evaluate` takes from the run that trained a policy."""
+"""Settings that `evaluate` reads from the run file of the run that trained a policy."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import GVPOSettings
 
 _logger = logging.getLogger(__name__)
-_OF_TRAINING = ("beta", "loss_type", "anchor", "response_weights", "eval_fraction")
+_TRAINING_SETTINGS = ("beta", "loss_type", "anchor", "response_weights", "eval_fraction")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
-    """Fill the settings that were not given with those of the run that trained the policy.
+    """Fill settings that were not given from the run that trained the policy.
 
-    The objective and `eval_fraction` are the run's. So is the dataset, where none is given: the
-    run's `eval_dataset`, which is evaluated whole, else its training dataset. Its conditions,
-    reward, reference and version go with it; another dataset does not get them. A setting that is
-    given is used, and logged as a warning where the run had another value.
+    These are the objective, `eval_fraction`, and if no dataset is given the dataset: the run's
+    `eval_dataset`, all of whose groups are evaluated, or else its training dataset. The dataset's
+    conditions, reward, reference and version are taken from the run only for a dataset of the run.
+    A setting that is given is used; if the run had another value, a warning is logged.
 
     Raises:
         ConfigError: no dataset is given, and the run has none or several.
@@ -44,7 +44,7 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
     for name, value in own.items():
         if name not in missing and name != "dataset" and _differs(getattr(config, name), value):
             _logger.warning(
-                "%s %s is not that of the run, which had %s (%s)",
+                "%s is %s, but the run had %s (%s)",
                 name,
                 getattr(config, name),
                 value,
@@ -61,7 +61,7 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def objective_of(config: EvaluateConfig) -> Objective:
-    """The objective of an evaluation, its settings checked as those of training are.
+    """The objective of an evaluation. Its settings are checked as in training.
 
     Raises:
         ConfigError: beta is not known, or a setting is out of range.
@@ -70,15 +70,15 @@ def objective_of(config: EvaluateConfig) -> Objective:
         raise ConfigError(
             "beta must be given for a policy without a run file: the metrics depend on it",
             received=f"no {RUN_FILE} in {config.model_name_or_path}",
-            remedy="pass --beta, the beta of the run that it is to be compared with",
+            remedy="pass --beta, with the beta of the runs to compare with",
         )
-    given = {name: getattr(config, name) for name in _OF_TRAINING}
+    given = {name: getattr(config, name) for name in _TRAINING_SETTINGS}
     settings = GVPOSettings(**{name: value for name, value in given.items() if value is not None})
     return Objective(settings.beta, settings.loss_type, settings.anchor, settings.response_weights)
 
 
 def _path_of_run_file(model: str) -> Path | None:
-    """The run file in a policy's folder; of a checkpoint, in the folder of its run."""
+    """The run file in the policy's folder, or for a checkpoint in the folder of its run."""
     folder = Path(model)
     if _CHECKPOINT.fullmatch(folder.resolve().name):
         folder = folder.resolve().parent
@@ -87,11 +87,11 @@ def _path_of_run_file(model: str) -> Path | None:
 
 
 def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:
-    """The run's settings by their names in `EvaluateConfig`."""
+    """The settings of the run, by their names in `EvaluateConfig`."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         training = run["training"]
-        own = {name: training[name] for name in _OF_TRAINING if name in training}
+        own = {name: training[name] for name in _TRAINING_SETTINGS if name in training}
         trained, held_out = _datasets(run)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(
@@ -113,7 +113,10 @@ def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:
 
 
 def _datasets(run: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The run's training and held-out datasets; the latter are evaluated whole."""
+    """The training datasets and the held-out datasets of a run, as settings of `EvaluateConfig`.
+
+    All groups of a held-out dataset are evaluated.
+    """
     data, reference = run["data"], run.get("reference")
     trained = data.get("datasets") or [
         {**data, "path": data["dataset"], "version": data.get("dataset_version")}
@@ -122,7 +125,7 @@ def _datasets(run: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str,
     if data.get("eval_dataset"):
         scores = {name: data.get(name) for name in ("reward", "reference")}
         held_out = [{"path": data["eval_dataset"], **scores}]
-    if "rewards" in run:  # by version: a dataset may have got newer ones since
+    if "rewards" in run:  # names with versions: newer versions may have been added since
         trained = [
             {**each, "reward": reward} for each, reward in zip(trained, run["rewards"], strict=True)
         ]
@@ -133,7 +136,7 @@ def _datasets(run: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def _as_settings(dataset: dict[str, Any], reference: str | None) -> dict[str, Any]:
-    """One dataset of a run by the names of `EvaluateConfig`."""
+    """The settings of one dataset of a run, by their names in `EvaluateConfig`."""
     named = dataset.get("reference")
     return {
         "dataset": dataset["path"],
@@ -146,7 +149,7 @@ def _as_settings(dataset: dict[str, Any], reference: str | None) -> dict[str, An
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two paths or URLs name one dataset."""
+    """Whether two paths or URLs are of the same dataset."""
     paths = "://" not in one + other
     return one == other or (paths and Path(one).resolve() == Path(other).resolve())
 
@@ -156,6 +159,6 @@ def _is_given(config: EvaluateConfig, name: str) -> bool:
 
 
 def _differs(given: Any, own: Any) -> bool:
-    """Whether a setting is not the run's; a reference may be given by its first digits."""
+    """Whether a given setting differs from the run's. A prefix of a fingerprint does not."""
     prefix = isinstance(given, str) and isinstance(own, str) and own.startswith(given)
     return own not in (None, ResponseSettings()) and given != own and not prefix

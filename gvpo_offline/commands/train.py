@@ -1,4 +1,4 @@
-"""`gvpo-offline train`, from settings to a saved policy."""
+"""`gvpo-offline train`: train a policy by its settings and save it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, open_settings
-from gvpo_offline.train.distributed import loaded_whole
+from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
@@ -43,7 +43,7 @@ Kind = TypeVar("Kind", bound=GVPOTrainer)
 
 @dataclass(frozen=True)
 class TrainerInputs:
-    """The settings of a run with its datasets opened; `trainer` builds a trainer from them."""
+    """The settings of a run, with its datasets opened; `trainer` builds a trainer from them."""
 
     model: ModelSettings
     lora: LoraSettings
@@ -55,27 +55,27 @@ class TrainerInputs:
         """Open the datasets, before any model is loaded; errors as `open_settings`."""
         train, held_out = raise_together(
             lambda: [
-                [_ready(item) for item in part] for part in (data.training(), data.evaluation())
+                [_opened(item) for item in part] for part in (data.training(), data.evaluation())
             ]
         )
         return cls(model, lora, train, held_out)
 
     def trainer(self, args: GVPOConfig, kind: type[Kind]) -> Kind:
-        """Load the policy and build a trainer of it."""
+        """Load the policy and build a trainer of class `kind`."""
         adapter = adapter_config(self.model)
         check_loading(self.model, adapter, new_adapter=self.lora.use_peft)
         quantised = self.model.load_in_4bit or self.model.load_in_8bit
         compute_dtype = autocast_dtype(bf16=args.bf16, fp16=args.fp16)
-        with loaded_whole(args):
+        with unsharded_loading(args):
             policy = load_policy(self.model, args.device if quantised else None, compute_dtype)
         tokenizer = load_policy_tokenizer(self.model)
         base = self.model if adapter is None else base_settings(self.model, adapter)
-        scored = _Base(policy, tokenizer, base, args)
+        reference = _BaseReference(policy, tokenizer, base, args)
         return kind(
             policy,
             args,
-            train_dataset=[scored.named(dataset) for dataset in self.train],
-            eval_dataset=[scored.named(dataset) for dataset in self.held_out] or None,
+            train_dataset=[reference.resolve(dataset) for dataset in self.train],
+            eval_dataset=[reference.resolve(dataset) for dataset in self.held_out] or None,
             processing_class=tokenizer,
             peft_config=_peft_config(self.lora),
         )
@@ -89,7 +89,7 @@ def run_train(
     run: RunSettings,
     args: GVPOConfig,
 ) -> GVPOTrainer:
-    """Train, save the policy to `args.output_dir`, and write the run's configuration beside it."""
+    """Train, and save the policy and the settings of the run to `args.output_dir`."""
     trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
     settings: dict[str, Any] = {
         "package_version": __version__,
@@ -97,7 +97,7 @@ def run_train(
         "data": data.public(),
         "lora": asdict(lora),
         "training": args.to_sanitized_dict(),
-        # What the settings stand for now; later versions of the datasets may hold more.
+        # What the settings refer to at this time; later versions of the datasets may hold more.
         "reference": trainer.data.reference.fingerprint,
         "rewards": [_reward_of(view.dataset.rewards) for view in trainer.data.views],
         "identity": trainer.identity(),
@@ -111,35 +111,42 @@ def run_train(
 
 
 def _reward_of(rewards: Sequence[WeightedReward]) -> dict[str, float] | str:
-    """The rewards of a dataset with their versions, as the setting `reward` takes them."""
+    """The rewards of a dataset with their versions, in the form of the setting `reward`."""
     weights = {f"{each.family.name}@{each.family.version}": each.weight for each in rewards}
     (label, weight), *others = weights.items()
     return weights if others or weight != 1.0 else label
 
 
-def _ready(dataset: DatasetSettings) -> DatasetSettings | OpenedDataset:
-    """A dataset, opened unless the policy has to score it first."""
+def _opened(dataset: DatasetSettings) -> DatasetSettings | OpenedDataset:
+    """The dataset, opened unless its base reference has yet to be scored."""
     return dataset if dataset.reference == BASE else open_settings(dataset)
 
 
 @dataclass(frozen=True)
-class _Base:
-    """The base of a policy that was loaded, as the reference of datasets that ask for it."""
+class _BaseReference:
+    """The base model of the loaded policy, as the reference of datasets with `reference: base`."""
 
     policy: nn.Module
     tokenizer: PreTrainedTokenizerBase
     settings: ModelSettings
     args: GVPOConfig
 
-    def named(self, dataset: DatasetSettings | OpenedDataset) -> DatasetSettings | OpenedDataset:
-        """A dataset as it was opened, or its settings with the base's fingerprint, once scored."""
+    def resolve(self, dataset: DatasetSettings | OpenedDataset) -> DatasetSettings | OpenedDataset:
+        """Score a dataset under the base model if it lacks those log-probs.
+
+        Returns:
+            An opened dataset unchanged; or settings with the fingerprint of the base model.
+
+        Raises:
+            ConfigError: an older version of the dataset is set, which cannot get new log-probs.
+        """
         if isinstance(dataset, OpenedDataset):
             return dataset
         if dataset.version is not None:
             raise ConfigError(
-                f"reference: {BASE} goes with the newest version of a dataset, which it adds to",
+                f"reference: {BASE} adds log-probs to the newest version of a dataset",
                 received=f"version {dataset.version}",
-                remedy="leave the version out, or name a reference that it holds",
+                remedy="leave the version out, or set reference to one that this version has",
                 file=dataset.path,
             )
         args = self.args
@@ -165,7 +172,7 @@ class _Base:
 
 
 class _RunFile(TrainerCallback):
-    """Writes the run's configuration into its folder when training begins."""
+    """Writes the settings of the run to its folder when training starts."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings

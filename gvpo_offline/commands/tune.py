@@ -1,4 +1,4 @@
-"""`gvpo-offline tune`: beta and learning rate for a run, from its data and short trials."""
+"""`gvpo-offline tune`: propose beta and learning rate for a run, from its data and short trials."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.search import (
     Proposal,
     beta_candidates,
-    beta_to_begin,
+    initial_beta,
     largest_usable_rate,
     misfit,
     propose,
@@ -48,16 +48,16 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What is proposed, and from what.
+    """Result of a search.
 
     Attributes:
-        proposal: beta, learning rate, the trials.
-        reward_gap: median of max R - min R over training groups of unequal rewards.
-        betas: the candidates.
-        largest_rate: of the range run.
-        steps: of each trial.
-        held_out_groups: on which trials were judged.
-        file: where the proposal stands, for `train`.
+        proposal: the proposed beta and learning rate, and the trials.
+        reward_gap: median of max R - min R over training groups with unequal rewards.
+        betas: the candidates for beta.
+        largest_rate: the largest usable learning rate of the range test.
+        steps: optimizer steps of each trial.
+        held_out_groups: number of groups on which trials were evaluated.
+        file: YAML file with the proposal, for `train --config`.
     """
 
     proposal: Proposal
@@ -82,7 +82,7 @@ class TuneReport:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """The report as plain data, with the trials."""
         trials = [
             {
                 "beta": trial.beta,
@@ -94,7 +94,7 @@ class TuneReport:
         return {**self.summary(), "trials": trials}
 
     def table(self) -> str:
-        """The trials as text, in their order; a star marks what is proposed."""
+        """The trials as text, in the order in which they ran; a star marks the proposed one."""
         lines = [
             f"median reward gap {self.reward_gap:.3g}; largest usable rate {self.largest_rate:g}",
             f"trials of {self.steps} steps, on {self.held_out_groups:,} held-out groups:",
@@ -119,30 +119,31 @@ def run_tune(
 ) -> TuneReport | None:
     """Search, and write `tune.json` and `proposed.yaml` to the folder `tune` in `output_dir`.
 
-    A search that was cut off goes on where it was.
+    A search that was interrupted continues: finished trials are not repeated.
 
     Returns:
-        The report, or None on other ranks than the first.
+        The report; None on every rank but the first.
 
     Raises:
-        ConfigError: nothing is held out; or DeepSpeed, whose settings outlive a trial.
-        DataError: training or held-out groups have equal rewards throughout.
+        ConfigError: there are no held-out groups; or DeepSpeed is used, whose global state does not
+            allow several trainers in one process.
+        DataError: no training group, or no held-out group, has unequal rewards.
     """
     if args.eval_fraction == 0.0 and not data.evaluation():
         raise ConfigError(
-            "tune judges by held-out groups",
+            "tune evaluates trials on held-out groups",
             received="none",
             remedy="set eval_fraction, or pass an eval_dataset",
         )
     parts = TrainerInputs.opened(model, data, lora)
-    run = parts.trainer(args, GVPOTrainer)  # of the whole run: what it is, and that it can be
+    run = parts.trainer(args, GVPOTrainer)  # checks the settings of the whole run
     if run.is_deepspeed_enabled:
         raise ConfigError(
-            "trials follow each other in one process, with settings of their own",
-            received="DeepSpeed, which keeps those of the first",
-            remedy="tune with DDP or FSDP2, or on one GPU; the proposal holds with DeepSpeed too",
+            "tune runs several trials with different settings in one process",
+            received="DeepSpeed, which keeps the settings of the first trial",
+            remedy="tune with DDP or FSDP2, or on one GPU; the result also applies to DeepSpeed",
         )
-    training = _summed(run.preflight(say=False))
+    training = _summed(run.preflight(log_summary=False))
     held_out = _summed(surveys(list(run.data.held_out.values())))
     _check_unequal(training, "training")
     _check_unequal(held_out, "held-out")
@@ -155,7 +156,7 @@ def run_tune(
     report = _search(trials, training, held_out.n_groups, tune, steps)
     if not first:
         return None
-    for line in _doubts(report, args.loss_type):
+    for line in _warnings(report, args.loss_type):
         logger.warning(line)
     _write(report, trials.folder)
     return report
@@ -166,14 +167,14 @@ def _search(
 ) -> TuneReport:
     gap = training.median_reward_gap
     betas = tuple(sorted(tune.betas)) or beta_candidates(gap)
-    begin = beta_to_begin(betas, gap)
-    trials.say(f"median reward gap {gap:.3g}: betas {', '.join(map(str, betas))}, first {begin:g}")
-    largest = largest_usable_rate(trials.range_run(begin, steps))
-    trials.say(f"the largest usable learning rate is about {largest:g}")
+    first = initial_beta(betas, gap)
+    trials.log(f"median reward gap {gap:.3g}: betas {', '.join(map(str, betas))}, first {first:g}")
+    largest = largest_usable_rate(trials.range_test(first, steps))
+    trials.log(f"the largest usable learning rate is about {largest:g}")
     found = propose(
         trials.trial,
         betas=betas,
-        begin=begin,
+        initial_beta=first,
         largest_rate=largest,
         steps=steps,
     )
@@ -189,13 +190,13 @@ def _check_unequal(counts: Survey, which: str) -> None:
     if counts.equal_reward_groups == counts.n_groups:
         raise DataError(
             f"some {which} groups have unequal rewards",
-            received=f"{counts.n_groups:,} groups of equal rewards",
+            received=f"{counts.n_groups:,} groups with equal rewards",
             remedy="raise eval_fraction, or use data whose responses differ in reward",
         )
 
 
 def _identity(run: GVPOTrainer) -> dict[str, Any]:
-    """What decides a trial's figures, beside what is searched, as a hash."""
+    """A hash of what determines a trial's metrics, apart from what is searched."""
     identity = run.identity()
     del identity["objective"]["beta"], identity["optimization"]["learning_rate"]
     held_out = {
@@ -206,20 +207,21 @@ def _identity(run: GVPOTrainer) -> dict[str, Any]:
     return {"settings": sha256_json({**identity, "held_out": held_out, "policy": weights})}
 
 
-def _doubts(report: TuneReport, loss_type: str) -> list[str]:
-    """What about the outcome a person should know."""
-    doubts = []
+def _warnings(report: TuneReport, loss_type: str) -> list[str]:
+    """Warnings about the result of a search."""
+    warnings = []
     if loss_type == "gvpo" and not misfit(report.proposal.chosen.metrics) < 1.0:
-        doubts.append(
-            f"no trial explains any held-out variance after {report.steps} steps: raise "
-            "tune_steps, or doubt that these rewards can be learned from these groups"
+        warnings.append(
+            f"the proposed trial has no positive held-out explained variance after {report.steps} "
+            "steps: raise tune_steps; if that does not help, these groups may not suffice to learn "
+            "their rewards"
         )
     if len(report.betas) > 1 and report.proposal.beta in (report.betas[0], report.betas[-1]):
-        doubts.append(
-            f"the best beta, {report.proposal.beta:g}, is at the end of those that were tried: "
-            "give betas beyond it"
+        warnings.append(
+            f"the best beta, {report.proposal.beta:g}, is the smallest or largest candidate: pass "
+            "betas beyond it"
         )
-    return doubts
+    return warnings
 
 
 def _write(report: TuneReport, folder: Path) -> None:

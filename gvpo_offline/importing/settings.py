@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import OnFew, check_name, positive
+from gvpo_offline.settings import ErrorOrDrop, check_name, positive
 from gvpo_offline.store.location import local_folder
 
 OnLong = Literal["error", "drop", "truncate"]
@@ -111,15 +111,15 @@ class ImportConfig:
     """A response over max_length: error, drop the response, or truncate its tokens (its text stays
     as logged) and mark it as truncated. A prompt is never cut: a group whose prompt alone reaches
     max_length is an error or is dropped."""
-    singletons: OnFew = "error"
+    singletons: ErrorOrDrop = "error"
     """A prompt with one response or none: error, or drop it and report the number."""
-    failed_responses: OnFew = "error"
+    failed_responses: ErrorOrDrop = "error"
     """A response that the log marks as failed (a failed request, an episode with an error, a
     masked-out sample): error, or drop it and report the number."""
     empty_responses: OnEmpty = "error"
     """A response without text or tokens: error, drop it and report the number, or keep it as only
     the end token (for text, with append_eos), which is right if the sampler ended immediately."""
-    missing_rewards: OnFew = "error"
+    missing_rewards: ErrorOrDrop = "error"
     """A response without a reward (null, or known to be wrong) in a log that has rewards: error, or
     drop it and report the number."""
     append_eos: bool = True

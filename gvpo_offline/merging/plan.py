@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import DataError
 from gvpo_offline.merging.inputs import LOCATION_COLUMNS
 from gvpo_offline.rules import MIN_GROUP_SIZE
-from gvpo_offline.settings import OnFew
+from gvpo_offline.settings import ErrorOrDrop
 from gvpo_offline.store.arrow import column_array, list_offsets, split_list, split_nested_list
 from gvpo_offline.store.columns import RowGroupLocation
 from gvpo_offline.store.response_index import Indices, ResponseIndex
@@ -37,7 +37,7 @@ class Planner:
     """
 
     duplicates: Literal["keep", "drop", "count"]
-    singletons: OnFew
+    singletons: ErrorOrDrop
     rewards: Sequence[str]
     location: Callable[[int, int], RowGroupLocation]
     counts: Counter[str]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import OnFew, required
+from gvpo_offline.settings import ErrorOrDrop, required
 
 MIB = 2**20
 
@@ -20,7 +20,7 @@ class RewriteSettings:
     duplicates: Literal["keep", "drop", "count"] = "keep"
     """Responses of a group with the same token ids: keep them; drop all but the first; or keep and
     count them. With drop and count, the number of duplicates with another reward is printed."""
-    singletons: OnFew = "error"
+    singletons: ErrorOrDrop = "error"
     """A group with a single response after duplicates are dropped: error, or drop it and report the
     number."""
     shard_bytes: int = 256 * MIB
@@ -51,7 +51,7 @@ class MergeConfig(RewriteSettings):
     match: Literal["group_id", "prompt"] = "group_id"
     """Groups to join: those with the same id, or those whose prompts have the same token ids (for
     logs that number their groups independently). A joined group keeps the first id."""
-    incomplete: OnFew = "error"
+    incomplete: ErrorOrDrop = "error"
     """A reward or reference that only some of the datasets have: error, or drop it from the new
     version. Missing values are never filled in."""
     response_ids: Literal["error", "drop"] = "error"

@@ -1,6 +1,8 @@
-"""Training: transformers' Trainer on groups, and what surrounds a run.
+"""Training: a transformers Trainer whose batches are groups.
 
-`config`, `data` and `identity` say what a run is; `preflight` looks before the first step,
-`evaluation`, `meters` and `epochs` count, `watch` warns, `checkpoint` and `sealing` keep;
-`together`, `distributed` and `elastic` are for many ranks; `trainer` is the run.
+`trainer`: `GVPOTrainer`; `objective`: the loss of a micro-batch; `engine`: the compute engine.
+`settings`, `config`: settings; `data`: datasets and steps of a run; `identity`: what a resumed run
+must share. `preflight`: checks before the first step; `evaluation`: metrics of held-out groups;
+`callbacks`: warnings and epochs. `checkpoint`, `checkpointing`, `resharding`: sealed checkpoints;
+`distributed`: FSDP2, DDP and DeepSpeed.
 """

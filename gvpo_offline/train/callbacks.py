@@ -1,9 +1,9 @@
-"""Callbacks of a run: warnings about what its metrics show, and epochs counted in groups.
+"""Callbacks of a run: warnings about bad metrics, and epochs counted in groups.
 
-`matters` reads the metrics of one set of groups (the training groups, or one held-out dataset).
-`Watch` separates the sets and logs each warning once, and again when its value is twice as bad.
-The loader makes one pass over all steps of a run, which transformers by itself would count as one
-epoch; `EpochCallback` counts epochs in groups drawn.
+`metric_warnings` checks the metrics of one set of groups (the training groups, or one held-out
+dataset). `MetricMonitor` separates the sets and gives each warning once, and again if its value has
+become twice as bad. transformers would count one pass of the data loader, which yields all steps of
+a run, as one epoch; `EpochCallback` counts epochs in groups drawn.
 """
 
 from __future__ import annotations
@@ -27,107 +27,118 @@ from gvpo_offline.stream.mix import MixedOrder
 
 logger = logging.getLogger(__name__)
 
-# What is said, and from where on: nats, shares of the variance, a share of the loss.
-SUNK_NATS = -1.0
-LOST_NATS = -2.0
-LEAST_EXPLAINED = -0.5
+# Thresholds of the warnings: nats, shares of the rewards' variance, a share of the loss.
+LOW_BEST_LOG_RATIO = -1.0
+LOW_LOG_MASS = -2.0
+LOW_EXPLAINED_VARIANCE = -0.5
 EXPLAINED_FALL = 0.02
 LOSS_RISE = 0.01
-_WORSE = 2.0  # times as bad as when it was said last
-# The losses whose optimum explains all of the rewards' variance at its beta.
+_WORSE = 2.0  # a warning is repeated when it is this many times as bad
+# The losses whose optimum has an explained variance of 1.
 _REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")
 _EVAL = "eval"
-_MARK = "_explained_variance"  # every line of metrics has it, held-out ones once per dataset
+_MARK = "_explained_variance"  # suffix of a key that every line of held-out metrics has
 
 Line = tuple[int, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Matter:
-    """Something to say: `badness` > 0 grows as it gets worse."""
+class MetricWarning:
+    """A warning about one metric.
+
+    Attributes:
+        name: the metric.
+        badness: positive, and larger if the metric is worse.
+        text: what is wrong and what helps.
+    """
 
     name: str
     badness: float
     text: str
 
 
-def matters(lines: Sequence[Line], *, held_out: bool, regression: bool = True) -> Iterator[Matter]:
-    """What the last line says in the light of those before it.
+def metric_warnings(
+    lines: Sequence[Line], *, held_out: bool, regression: bool = True
+) -> Iterator[MetricWarning]:
+    """The warnings about the last line, given the lines before it.
 
     Args:
-        lines: (optimizer step, metrics), oldest first; of lines in training two are enough.
+        lines: (optimizer step, metrics) of each line, oldest first. In training the last two are
+            enough.
         held_out: whether the groups are held out.
-        regression: whether the loss aims at explained variance.
+        regression: whether the optimum of the loss has an explained variance of 1.
     """
     before, (_, now) = (lines[-2][1] if len(lines) > 1 else {}), lines[-1]
     best = now.get("best_log_ratio_mean", math.nan)
-    if best < SUNK_NATS and best < before.get("best_log_ratio_mean", -math.inf):
-        yield Matter(
+    if best < LOW_BEST_LOG_RATIO and best < before.get("best_log_ratio_mean", -math.inf):
+        yield MetricWarning(
             "best_log_ratio",
             -best,
-            f"the best responses' mean log-ratio sinks: {best:.3g} nats. Only differences within a "
-            "group are constrained, so all of a group's responses can become unlikely together. "
+            f"the best responses' mean log-ratio falls: {best:.3g} nats. The loss constrains only "
+            "differences within a group, so all responses of a group can become unlikely together. "
             "What helps: a small anchor (gvpo), a larger beta, a lower learning rate, fewer epochs",
         )
     mass = now.get("log_mass_mean", math.nan)
-    if mass < LOST_NATS:
-        yield Matter(
+    if mass < LOW_LOG_MASS:
+        yield MetricWarning(
             "log_mass",
             -mass,
-            f"the logged responses together lose probability: log_mass_mean is {mass:.3g} nats, "
-            "and the policy moves to responses that nobody logged and nobody scored. What helps: "
+            f"the logged responses lose probability in total: log_mass_mean is {mass:.3g} nats, "
+            "so the policy moves to responses that were not logged and have no reward. What helps: "
             "a larger beta, a lower learning rate, fewer epochs, a small anchor (gvpo)",
         )
     explained = now.get("explained_variance", math.nan)
-    if regression and not held_out and explained < LEAST_EXPLAINED:
-        yield Matter(
+    if regression and not held_out and explained < LOW_EXPLAINED_VARIANCE:
+        yield MetricWarning(
             "explained_variance",
             -explained,
-            f"explained variance in training is {explained:.3g}, far worse than the reference's 0: "
-            "the learning rate is too high, unless the policy began far from the reference",
+            f"explained variance in training is {explained:.3g}, far below the reference's 0: the "
+            "learning rate is too high, unless the policy started far from the reference",
         )
     if held_out:
-        yield from _turned(lines, regression=regression)
+        yield from _held_out_warnings(lines, regression=regression)
 
 
-def _turned(lines: Sequence[Line], *, regression: bool) -> Iterator[Matter]:
-    """Held-out figures that were better before, two evaluations in a row."""
-    explained = _told(lines, "explained_variance")
+def _held_out_warnings(lines: Sequence[Line], *, regression: bool) -> Iterator[MetricWarning]:
+    """Warnings about held-out metrics that are worse than their best value in two consecutive
+    evaluations.
+    """
+    explained = _finite_values(lines, "explained_variance")
     if regression and explained:
         step, best = max(explained, key=lambda line: line[1])
         falls = [best - value for _, value in explained[-2:]]
         if min(falls) > EXPLAINED_FALL:
-            yield Matter(
+            yield MetricWarning(
                 "explained_variance",
                 falls[-1],
                 f"held-out explained variance fell to {explained[-1][1]:.3g} from {best:.3g} at "
-                f"step {step}: what is learned no longer carries over. What helps: fewer epochs, "
+                f"step {step}: the policy overfits the training groups. What helps: fewer epochs, "
                 "a lower learning rate, a larger beta, more groups",
             )
-    losses = _told(lines, "loss")
+    losses = _finite_values(lines, "loss")
     if losses:
         step, least = min(losses, key=lambda line: line[1])
         rises = [(value - least) / max(abs(least), 1e-12) for _, value in losses[-2:]]
         if min(rises) > LOSS_RISE:
-            yield Matter(
+            yield MetricWarning(
                 "loss",
                 rises[-1],
-                f"held-out loss turned: {losses[-1][1]:.4g}, least was {least:.4g} at step {step}. "
-                "Stop there, or load_best_model_at_end with save_strategy best",
+                f"held-out loss rises: {losses[-1][1]:.4g}; the least was {least:.4g} at step "
+                f"{step}. Stop there, or set load_best_model_at_end and save_strategy best",
             )
 
 
-def _told(lines: Sequence[Line], name: str) -> list[tuple[int, float]]:
-    """A figure line by line, with its step, where it is a number."""
+def _finite_values(lines: Sequence[Line], name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in each line in which it is finite."""
     found = [(step, metrics.get(name, math.nan)) for step, metrics in lines]
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
-class Watch:
-    """Reads a run's logged lines in order, and gives what is worth a warning.
+class MetricMonitor:
+    """Reads the logged lines of a run in order, and gives the warnings about each.
 
     Args:
-        loss_type: of the run.
+        loss_type: the loss of the run.
     """
 
     def __init__(self, loss_type: str = "gvpo") -> None:
@@ -136,22 +147,22 @@ class Watch:
         self._said: dict[tuple[str, str], float] = {}
 
     def read(self, step: int, logs: Mapping[str, Any]) -> list[str]:
-        """The warnings of a further line: texts, each naming step and groups."""
+        """The warnings about the next line: texts that name the step and the set of groups."""
         texts = []
         for part, metrics in _parts(logs).items():
             lines, held_out = self._lines[part], part.startswith(_EVAL)
             lines.append((step, metrics))
             if not held_out:
                 del lines[:-2]
-            for matter in matters(lines, held_out=held_out, regression=self._regression):
-                if matter.badness >= _WORSE * self._said.get((part, matter.name), 0.0):
-                    self._said[part, matter.name] = matter.badness
-                    texts.append(f"step {step}, {_label(part)}: {matter.text}")
+            for warning in metric_warnings(lines, held_out=held_out, regression=self._regression):
+                if warning.badness >= _WORSE * self._said.get((part, warning.name), 0.0):
+                    self._said[part, warning.name] = warning.badness
+                    texts.append(f"step {step}, {_label(part)}: {warning.text}")
         return texts
 
 
 def _parts(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The metrics of a logged line by prefix: "" in training, or eval, or eval_<dataset>."""
+    """The metrics of a logged line, by prefix: "" (training), eval, or eval_<dataset>."""
     if "explained_variance" in logs:
         return {"": dict(logs)}
     prefixes = [key.removesuffix(_MARK) for key in logs if key.endswith(_MARK)]
@@ -171,16 +182,19 @@ def _label(part: str) -> str:
     return "in training" if not part else f"held out ({name})" if name else "held out"
 
 
-class WatchCallback(TrainerCallback):
-    """Warns, on the main process, of what `Watch` finds; a resumed run knows what came before."""
+class MetricWarningCallback(TrainerCallback):
+    """Logs the warnings of `MetricMonitor` on the main process.
+
+    A resumed run does not repeat the warnings of the run before it.
+    """
 
     def __init__(self) -> None:
-        self._watch = Watch()
+        self._watch = MetricMonitor()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._watch = Watch(args.loss_type)
+        self._watch = MetricMonitor(args.loss_type)
         for line in state.log_history:
             self._watch.read(line["step"], line)
 
@@ -202,8 +216,8 @@ class EpochCallback(TrainerCallback):
 
     Args:
         groups_per_step: groups of a step.
-        order: the run's draws; those of an epoch are as many as all its datasets have groups.
-        n_draws: groups of the run.
+        order: the draws of the run. An epoch has as many draws as its datasets have groups.
+        n_draws: number of draws of the run.
     """
 
     def __init__(self, groups_per_step: int, order: MixedOrder, n_draws: int) -> None:
@@ -212,7 +226,7 @@ class EpochCallback(TrainerCallback):
         self._n_draws = n_draws
 
     def epochs_after(self, step: int) -> float:
-        """Epochs completed, in whole and in part, after `step` steps."""
+        """Number of epochs after `step` steps, with a fraction for the epoch in progress."""
         return min(step * self._groups_per_step, self._n_draws) / self._n_groups
 
     def on_train_begin(
@@ -249,7 +263,8 @@ class EpochCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        # transformers' one epoch ends with the run; an epoch that ended there was announced above.
+        # transformers' only epoch ends with the run; `on_step_end` has handled an epoch of groups
+        # that ends at the same step.
         state.epoch = self.epochs_after(state.global_step)
         if state.epoch == int(state.epoch):
             control.should_log = control.should_evaluate = control.should_save = False

@@ -23,11 +23,11 @@ from gvpo_offline.store.commit import fsync_folder, storage_errors, temporary_na
 
 SEAL_NAME = "gvpo_checkpoint.json"
 RUN_FILE = "gvpo_run.json"
-_BEGUN_NAME = "gvpo_checkpoint_begun"
+_MARKER_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"
-# What a run may write before its first checkpoint, and the trials of `tune`.
-_HARMLESS = {RUN_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
+# What a run may write to output_dir before its first checkpoint, and the folder of `tune`.
+_ALLOWED_ENTRIES = {RUN_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 # PEFT notes its own version among an adapter's settings; it decides nothing.
 _VERSION_OF_PEFT = ".peft_version"
@@ -49,7 +49,7 @@ def is_sealed(folder: Path) -> bool:
     return (folder / SEAL_NAME).is_file()
 
 
-def begin(folder: Path) -> None:
+def begin_checkpoint(folder: Path) -> None:
     """Create and mark the folder of a new checkpoint; remove an older one of the same step.
 
     Raises:
@@ -58,7 +58,7 @@ def begin(folder: Path) -> None:
     for gone in folder.parent.glob(".checkpoint-*.tmp"):
         shutil.rmtree(gone)
     if folder.exists():
-        if not (is_sealed(folder) or _is_cut_off(folder)):
+        if not (is_sealed(folder) or _is_interrupted(folder)):
             raise ConfigError(
                 "the folder of a new checkpoint does not exist yet",
                 received="a folder that this package did not write",
@@ -67,7 +67,7 @@ def begin(folder: Path) -> None:
             )
         _remove(folder)
     folder.mkdir(parents=True)
-    (folder / _BEGUN_NAME).touch()
+    (folder / _MARKER_NAME).touch()
 
 
 def _remove(folder: Path) -> None:
@@ -77,30 +77,30 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _is_cut_off(folder: Path) -> bool:
+def _is_interrupted(folder: Path) -> bool:
     """Whether the folder holds an interrupted save of this package."""
     entries = {path.name for path in folder.iterdir()}
-    return SEAL_NAME not in entries and (_BEGUN_NAME in entries or not entries)
+    return SEAL_NAME not in entries and (_MARKER_NAME in entries or not entries)
 
 
-def seal(
+def seal_checkpoint(
     folder: Path,
     step: int,
     identity: Identity,
     *,
-    taken: Mapping[str, Any] | None = None,
+    sharding: Mapping[str, Any] | None = None,
     resumable: bool = True,
 ) -> None:
     """Flush the checkpoint's files to disk, then write the seal.
 
     Args:
-        folder: the folder that `begin` marked and transformers filled.
+        folder: the folder that `begin_checkpoint` created and transformers filled.
         step: number of optimizer steps done.
         identity: the settings that a resumed run must share.
-        taken: the ranks' `resharding.sharding_state`.
+        sharding: `resharding.sharding_state` of this run.
         resumable: False if the optimizer state was not saved (save_only_model).
     """
-    begun = folder / _BEGUN_NAME
+    begun = folder / _MARKER_NAME
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != begun)
     for path in files:
         with path.open("rb") as file:
@@ -111,7 +111,7 @@ def seal(
         "step": step,
         "resumable": resumable,
         "identity": identity,
-        "taken": taken,
+        "taken": sharding,
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
     }
     text = json.dumps(content, indent=1, sort_keys=True)
@@ -239,7 +239,7 @@ def _shown(value: Any) -> str:
     return f"{text[:12]}…'" if _HASH.match(text) else text
 
 
-def refuse_leftovers(output_dir: Path) -> None:
+def check_output_dir(output_dir: Path) -> None:
     """Raise ConfigError unless `output_dir` is free for a new run.
 
     Interrupted checkpoints, the settings of a run without a checkpoint, and the folders of loggers
@@ -249,9 +249,9 @@ def refuse_leftovers(output_dir: Path) -> None:
     leftovers = [
         entry.name
         for entry in entries
-        if entry.name not in _HARMLESS
+        if entry.name not in _ALLOWED_ENTRIES
         and not (entry.name.startswith(".checkpoint-") and entry.name.endswith(".tmp"))
-        and not (_FOLDER.match(entry.name) and entry.is_dir() and _is_cut_off(entry))
+        and not (_FOLDER.match(entry.name) and entry.is_dir() and _is_interrupted(entry))
     ]
     if leftovers:
         raise ConfigError(
@@ -302,5 +302,5 @@ def _has_room(folder: Path) -> bool:
 
 
 def _discard(folder: Path) -> None:
-    if _FOLDER.match(folder.name) and folder.is_dir() and _is_cut_off(folder):
+    if _FOLDER.match(folder.name) and folder.is_dir() and _is_interrupted(folder):
         _remove(folder)

@@ -15,13 +15,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gvpo_offline.collectives import raise_together
 from gvpo_offline.train.checkpoint import (
-    begin,
+    begin_checkpoint,
     check_identity,
+    check_output_dir,
     find_checkpoint,
     read_sharding_state,
-    refuse_leftovers,
     save_errors,
-    seal,
+    seal_checkpoint,
 )
 from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.resharding import check_sharding_state, sharding_state
@@ -35,15 +35,15 @@ class CheckpointingTrainer(ShardedTrainer):
         raise NotImplementedError
 
     def identity_defaults(self) -> dict[str, dict[str, Any]]:
-        """What stands for a setting that `identity` or a checkpoint does not name, by part."""
+        """Values of settings that are missing in `identity` or in a checkpoint, by part."""
         return {}
 
-    def found_checkpoint(self, wanted: str | bool | None) -> Path | None:
+    def checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         """The checkpoint to resume from, or None; errors as `GVPOTrainer.train`."""
         output_dir = Path(self.args.output_dir)
         checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
         if checkpoint is None:
-            refuse_leftovers(output_dir)
+            check_output_dir(output_dir)
             return None
         check_identity(checkpoint, self.identity(), self.identity_defaults())
         check_sharding_state(
@@ -58,7 +58,7 @@ class CheckpointingTrainer(ShardedTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
-                raise_together(lambda: begin(folder) if self.args.should_save else None)
+                raise_together(lambda: begin_checkpoint(folder) if self.args.should_save else None)
                 raise_together(
                     lambda: super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
                 )
@@ -74,10 +74,10 @@ class CheckpointingTrainer(ShardedTrainer):
             )
 
     def _seal(self, folder: Path) -> None:
-        seal(
+        seal_checkpoint(
             folder,
             self.state.global_step,
             self.identity(),
-            taken=sharding_state(self.accelerator),
+            sharding=sharding_state(self.accelerator),
             resumable=not self.args.save_only_model,
         )

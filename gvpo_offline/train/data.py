@@ -1,4 +1,4 @@
-"""The data of a run: which datasets, which of their groups, in which order, in how many steps."""
+"""The data of a run: its datasets, the selected groups, their order, and the number of steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gvpo_offline.train.config import GVPOConfig
 
 @dataclass(frozen=True)
 class OpenedDataset:
-    """A dataset, and what is to be taken of it."""
+    """A dataset and the settings that select groups and responses of it."""
 
     dataset: GroupDataset
     settings: DatasetSettings
@@ -38,14 +38,14 @@ class OpenedDataset:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on and evaluates on.
+    """The training groups and held-out groups of a run.
 
     Attributes:
-        views: the groups that train, one view per dataset.
-        weights: of the datasets; None: by their groups.
-        order: the endless sequence of draws.
-        n_draws: groups of the run.
-        held_out: views for evaluation, by name ("" for a single one).
+        views: the training groups, one view per dataset.
+        weights: weights of the datasets in the mix; None: the dataset's number of groups.
+        order: the infinite sequence of draws.
+        n_draws: number of draws (groups, counted each time they are drawn) of the run.
+        held_out: views for evaluation, by name; a single one is named "".
     """
 
     views: tuple[DatasetView, ...]
@@ -58,21 +58,21 @@ class TrainingData:
     def prepare(
         cls, train_dataset: Any, eval_dataset: Any, args: GVPOConfig, scratch: Path
     ) -> TrainingData:
-        """Open and select.
+        """Open the datasets, select groups, and choose their order.
 
         Args:
-            train_dataset: a dataset as `resolve_dataset` takes it, `DatasetSettings`, or a list or
-                dictionary of such.
-            eval_dataset: likewise, or None.
-            args: the settings.
-            scratch: a folder for in-memory datasets; made if it is needed.
+            train_dataset: the argument of `open_datasets`.
+            eval_dataset: the same, or None: `args.eval_fraction` of each training dataset.
+            args: the settings of the run.
+            scratch: a folder for in-memory datasets, created if needed.
 
         Raises:
-            ConfigError: there is nothing to train on, or evaluation is asked for without data.
-            IntegrityError: the datasets do not belong together.
+            ConfigError: the run has no steps, evaluation is requested without held-out groups, or
+                the datasets have different references.
+            IntegrityError: the datasets have different tokenizers.
         """
-        opened = open_all(train_dataset, scratch)
-        check_together([item.dataset for item in opened.values()])
+        opened = open_datasets(train_dataset, scratch)
+        check_compatible([item.dataset for item in opened.values()])
         conditions = {
             "eval_fraction": args.eval_fraction,
             "drop_equal_rewards": args.drop_equal_rewards,
@@ -105,18 +105,18 @@ class TrainingData:
 
     @property
     def reference(self) -> ReferenceFamily:
-        """The reference; that of the first dataset, whose weights are those of all."""
+        """The reference of the first dataset; those of the others have the same weights."""
         reference = self.views[0].dataset.reference
-        assert reference is not None  # resolve_dataset saw to it
+        assert reference is not None  # resolve_dataset checks it
         return reference
 
     def datasets(self) -> list[GroupDataset]:
-        """Every dataset in use, once each."""
+        """All datasets of the run, for training and evaluation, without duplicates."""
         opened = [view.dataset for view in (*self.views, *self.held_out.values())]
         return list({id(dataset): dataset for dataset in opened}.values())
 
     def steps(self, args: GVPOConfig) -> StepDataset:
-        """The steps of the run, as this rank sees them; padded until the model was looked at."""
+        """The steps of the run on this rank; with layout `padded` until the engine is chosen."""
         return StepDataset(
             self.views,
             self.order,
@@ -128,14 +128,14 @@ class TrainingData:
         )
 
     def epochs_at(self, n_draws: int) -> dict[str, float]:
-        """Epochs of each dataset after so many draws, by metric; empty where there is one."""
+        """Epochs of each dataset after `n_draws` draws, as metrics; empty for a single dataset."""
         if len(self.views) == 1:
             return {}
         epochs = self.order.epochs_at(n_draws)
         return {f"epoch_{v.name}": epoch for v, epoch in zip(self.views, epochs, strict=True)}
 
     def identity(self, args: GVPOConfig) -> dict[str, Any]:
-        """What decides which groups come at which step."""
+        """Everything that determines the groups of each step, as plain data."""
         parts: dict[str, Any] = {}
         for number, (view, weight) in enumerate(zip(self.views, self.weights, strict=True), 1):
             prefix = f"dataset {number}: " if len(self.views) > 1 else ""
@@ -153,22 +153,26 @@ class TrainingData:
 
 
 def scratch_folder(owner: object) -> Path:
-    """A path for temporary files: a folder once somebody makes it, and gone with its owner."""
+    """A path for temporary files; the caller creates the folder. Removed together with `owner`."""
     path = Path(tempfile.gettempdir()) / f"gvpo-offline-{uuid.uuid4().hex}"
     weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
     return path
 
 
-def open_all(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
-    """One dataset or several, opened; a single one that has no name of its own is named "".
+def open_datasets(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
+    """Open one or several datasets.
 
     Args:
-        data: as `resolve_dataset` takes it, `DatasetSettings`, or an `OpenedDataset`; a list of
-            these; or a dictionary of them, by name.
-        scratch: a folder for in-memory datasets; made if it is needed.
+        data: a dataset in a form that `resolve_dataset` accepts, `DatasetSettings`, or an
+            `OpenedDataset`; a list of these; or a dictionary of these, by name.
+        scratch: a folder for in-memory datasets, created if needed.
+
+    Returns:
+        The datasets by name; a single one that is not in a dictionary is named "".
 
     Raises:
-        ConfigError: two datasets have one name, or there is none; and as `resolve_dataset`.
+        ConfigError: two datasets have the same name, or there is no dataset; also the errors of
+            `resolve_dataset`.
     """
     if isinstance(data, Mapping):
         named = {str(name): value for name, value in data.items()}
@@ -177,9 +181,9 @@ def open_all(data: Any, scratch: Path) -> dict[str, OpenedDataset]:
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
             raise ConfigError(
-                "each dataset of a run has a name of its own",
+                "the datasets of a run have different names",
                 received=", ".join(sorted(doubled)),
-                remedy="set `name` for them",
+                remedy="set `name` of these datasets",
             )
         named = dict(zip(names, data, strict=True))
     else:
@@ -201,7 +205,7 @@ def _name_of(data: Any, number: int) -> str:
 
 
 def open_settings(settings: DatasetSettings) -> OpenedDataset:
-    """The dataset that settings name; errors as `open_for_training`."""
+    """Open the dataset of these settings; errors as `open_for_training`."""
     dataset = open_for_training(
         settings.path,
         reward=settings.reward,
@@ -221,8 +225,13 @@ def _open(data: Any, scratch: Path) -> OpenedDataset:
     return OpenedDataset(dataset, DatasetSettings(path=str(dataset.root)))
 
 
-def check_together(datasets: Iterable[GroupDataset]) -> None:
-    """Raise IntegrityError unless the datasets are of one tokenizer and one reference."""
+def check_compatible(datasets: Iterable[GroupDataset]) -> None:
+    """Check that all datasets have the same tokenizer and the same reference.
+
+    Raises:
+        IntegrityError: two tokenizers differ.
+        ConfigError: two references differ.
+    """
     first, *others = datasets
     assert first.reference is not None
     for other in others:
@@ -238,30 +247,30 @@ def check_together(datasets: Iterable[GroupDataset]) -> None:
         weights = {first.reference.weights_sha256, other.reference.weights_sha256} - {""}
         if len(weights) > 1:
             raise ConfigError(
-                "the datasets of a run are scored under one reference policy",
+                "all datasets of a run are scored under the same reference",
                 received=f"{first.reference.model_name_or_path} for {first.root}, "
                 f"{other.reference.model_name_or_path} for {other.root}",
-                remedy="set `reference` for each of them, or run `gvpo-offline reference` with one "
-                "model on both",
+                remedy="set `reference` of each dataset, or run `gvpo-offline reference` with the "
+                "same model on both",
                 file=other.root,
             )
 
 
 def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, DatasetView]:
-    """A dataset for evaluation, or several, opened; a single one is named ""."""
-    opened = open_all(eval_dataset, scratch)
+    """Views of one or several datasets for evaluation; names and errors as `open_datasets`."""
+    opened = open_datasets(eval_dataset, scratch)
     return {name: _view(name, item) for name, item in opened.items()}
 
 
 def _view(name: str, item: OpenedDataset, **conditions: Any) -> DatasetView:
-    """What takes part of a dataset; `conditions`: further ones of `select`."""
+    """The selected groups and responses of a dataset; `conditions` are arguments of `select`."""
     where, responses = item.settings.where, item.settings.responses
     selection = _select(item.dataset, where=where, responses=responses, **conditions)
     return DatasetView(item.dataset, selection, name)
 
 
 def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
-    """`select`, by one rank for all."""
+    """`select` on the first rank; all ranks get its result."""
     return broadcast_from_rank0(lambda: select(dataset, **how))
 
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer as far as shards and ranks go: what accelerate leaves undone for FSDP2."""
+"""A transformers Trainer with FSDP2: settings, checks and saving that accelerate does not cover."""
 
 from __future__ import annotations
 
@@ -24,17 +24,24 @@ logger = logging.getLogger(__name__)
 
 
 class ShardedTrainer(Trainer):
-    """A Trainer that shards wherever it is asked to, and then saves and sums as if it did not."""
+    """A Trainer that also shards over CPU processes, and saves whole weights if sharded."""
 
     args: GVPOConfig
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As transformers; then see that what was asked for is what will run."""
+        """As transformers; then set up and check sharding.
+
+        Raises:
+            ConfigError: the sharding settings are not supported.
+        """
         super().create_accelerator_and_postprocess()
         n_groups, n_ranks = self.args.groups_per_step, self.args.world_size
         if n_groups < n_ranks and self.args.process_index == 0:
             logger.warning(
-                "%d of %d ranks idle: %d groups a step", n_ranks - n_groups, n_ranks, n_groups
+                "%d of %d ranks are idle, because a step has only %d groups",
+                n_ranks - n_groups,
+                n_ranks,
+                n_groups,
             )
         if self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             self.is_fsdp_enabled = _shard_on_cpu(self.accelerator, self.args)
@@ -42,27 +49,30 @@ class ShardedTrainer(Trainer):
             plugin = self.accelerator.state.fsdp_plugin
             _check_fsdp(plugin)
             if plugin.activation_checkpointing:
-                _leave_recomputing_to_the_model(plugin, self.args)
+                _use_model_checkpointing(plugin, self.args)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a rank holds a part of the weights only, so that ranks must work in lockstep."""
+        """Whether each rank holds only a part of the weights (FSDP2 or DeepSpeed).
+
+        All ranks must then run the same number of forward and backward passes.
+        """
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def check_can_evaluate(self) -> None:
-        """Raise ConfigError where the model will be cut into shards and is not yet."""
+        """Raise ConfigError if the model will be sharded with FSDP2 but is not sharded yet."""
         if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
             raise ConfigError(
-                "a model in shards is evaluated from the first step of its training on",
+                "a model that FSDP2 shards can be evaluated only after training has started",
                 received="evaluate before train",
                 remedy="evaluate in a run without FSDP2, or with `gvpo-offline evaluate`",
             )
 
-    def gradients_stay(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """A context in which a backward pass exchanges no gradients with other ranks.
+    def no_gradient_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A context in which a backward pass does not reduce gradients over ranks.
 
-        Not with FSDP2: it would keep every gradient whole on every rank meanwhile, which is the
-        memory that sharding is there to save.
+        With FSDP2 gradients are reduced all the same: without it, every rank would keep the whole
+        unsharded gradient in memory.
         """
         if self.is_fsdp_enabled:
             return contextlib.nullcontext()
@@ -70,19 +80,19 @@ class ShardedTrainer(Trainer):
         return quiet
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers; with FSDP2 the whole weights, however checkpoints keep their state."""
+        """As transformers; with FSDP2 the whole weights, also if checkpoints are sharded."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
         weights = self.accelerator.get_state_dict(self.model)
-        _tie(weights, self.model)
+        _share_tied_weights(weights, self.model)
         self._save(output_dir or self.args.output_dir, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
 
-def _tie(weights: dict[str, Any], model: nn.Module) -> None:
-    """Let names of one parameter share one tensor again, so that it is saved once."""
+def _share_tied_weights(weights: dict[str, Any], model: nn.Module) -> None:
+    """Make all names of a tied parameter refer to one tensor, so that it is saved once."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
@@ -91,7 +101,14 @@ def _tie(weights: dict[str, Any], model: nn.Module) -> None:
 
 
 def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
-    """Shard over CPU processes too, which accelerate by itself turns into DDP without a word."""
+    """Enable FSDP2 for CPU processes, for which accelerate would silently use DDP instead.
+
+    Returns:
+        Whether FSDP2 was requested.
+
+    Raises:
+        ConfigError: it was requested, and a GPU is visible.
+    """
     if args.fsdp_plugin_args is not None:
         plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -100,28 +117,28 @@ def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
         return False
     if torch.accelerator.is_available():
         raise ConfigError(
-            "processes on the CPU share a model out where no GPU is to be seen",
-            received="use_cpu with FSDP2 beside a GPU",
-            remedy="set CUDA_VISIBLE_DEVICES to nothing, or leave use_cpu out",
+            "FSDP2 shards over CPU processes only if no GPU is visible",
+            received="use_cpu with FSDP2 and a visible GPU",
+            remedy="set CUDA_VISIBLE_DEVICES to an empty string, or leave use_cpu out",
         )
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
-    plugin.cpu_offload = OffloadPolicy()  # all is there already
+    plugin.cpu_offload = OffloadPolicy()  # nothing to offload: all is on the CPU
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
     for state in (AcceleratorState, PartialState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     return True
 
 
-def _leave_recomputing_to_the_model(plugin: Any, args: TrainingArguments) -> None:
-    """Recompute layers by the model's own means, which the start-up probe knows of.
+def _use_model_checkpointing(plugin: Any, args: TrainingArguments) -> None:
+    """Use the model's own activation checkpointing instead of accelerate's.
 
-    The wrapper that accelerate would put around each layer also changes the names under which PEFT
-    looks for an adapter's weights: what it then saves is empty.
+    The start-up probe takes the model's own into account. accelerate wraps each layer, which
+    changes the names of parameters, so that PEFT would save an empty adapter.
     """
     if plugin.activation_checkpointing_offload:
         raise ConfigError(
-            "what is kept of layers that are recomputed goes to host memory by the run's settings",
+            "offloading of checkpointed activations is set in the run's settings",
             received="fsdp_activation_checkpointing_offload",
             remedy="set activation_checkpointing: true and "
             "activation_checkpointing_kwargs: {offload: true} for the run instead",
@@ -136,29 +153,30 @@ def _check_fsdp(plugin: Any) -> None:
         raise ConfigError(
             "models are sharded with FSDP2",
             received=f"fsdp_version {plugin.fsdp_version}",
-            remedy="set fsdp_version: 2 in accelerate's file, or version: 2 in fsdp_config",
+            remedy="set fsdp_version: 2 in accelerate's configuration file, or version: 2 in "
+            "fsdp_config",
         )
     if plugin.cpu_ram_efficient_loading:
         raise ConfigError(
-            "every rank holds the policy's weights until they are cut into shards",
-            received="cpu_ram_efficient_loading, which leaves them on the first rank alone",
-            remedy="set fsdp_cpu_ram_efficient_loading: false in accelerate's file",
+            "every rank loads the whole policy before it is sharded",
+            received="cpu_ram_efficient_loading, which loads weights on the first rank only",
+            remedy="set fsdp_cpu_ram_efficient_loading: false in accelerate's configuration file",
         )
     policy = plugin.mixed_precision_policy
     if policy is not None:
-        # accelerate's would hand out log-probs, and sum gradients, in half precision; and casting
-        # inputs takes apart what a layout is handed over in.
+        # With accelerate's policy, log-probs would be returned and gradients reduced in half
+        # precision, and casting the inputs would rebuild the containers that carry a layout.
         plugin.mixed_precision_policy = replace(
             policy, output_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
 
 @contextlib.contextmanager
-def loaded_whole(args: TrainingArguments) -> Iterator[None]:
-    """Models that are loaded meanwhile are whole in every process.
+def unsharded_loading(args: TrainingArguments) -> Iterator[None]:
+    """A context in which every process loads whole models.
 
-    Under ZeRO-3 transformers would load a model in shards, which cannot be probed, nor scored with;
-    DeepSpeed cuts it when training begins.
+    Under ZeRO-3 transformers would load a sharded model, which can neither be probed nor score
+    responses. DeepSpeed shards the model when training starts.
     """
     plugin = getattr(args, "deepspeed_plugin", None)
     # From a DeepSpeed file, or from `accelerate launch`.

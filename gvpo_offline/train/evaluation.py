@@ -1,4 +1,4 @@
-"""How well a policy fits groups it may never have seen, from logged data alone."""
+"""Metrics of a policy on logged groups, such as held-out groups, without sampling from it."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class SamplerTotals:
 
 @dataclass
 class Evaluation:
-    """Sums over the evaluated groups, in all and by sampler (of this rank)."""
+    """Sums over the groups that this rank evaluated, in total and by sampler."""
 
     statistics: GroupStatistics = field(default_factory=GroupStatistics.zeros)
     samplers: dict[str, SamplerTotals] = field(default_factory=lambda: defaultdict(SamplerTotals))
 
     def add(self, groups: Sequence[Group], result: GroupLoss) -> None:
-        """Count one micro-batch."""
+        """Add one micro-batch."""
         self.statistics = self.statistics + result.statistics
         names = [name for group in groups for name in group.samplers]
         rows = torch.stack(
@@ -69,7 +69,7 @@ class Evaluation:
             totals.weight += weight
 
 
-def in_order(
+def sequential_steps(
     view: DatasetView,
     *,
     groups_per_step: int,
@@ -77,7 +77,7 @@ def in_order(
     rank: int = 0,
     world_size: int = 1,
 ) -> StepDataset:
-    """The groups of a view once each, in the dataset's own order."""
+    """Steps over all groups of a view, once each and in stored order."""
     order = MixedOrder([view.order(seed=0, window=1, shuffle=False)])
     return StepDataset(
         [view],
@@ -90,8 +90,8 @@ def in_order(
     )
 
 
-def shares_of(steps: StepDataset) -> Iterator[StepShare]:
-    """Every step of a step dataset, in order."""
+def step_shares(steps: StepDataset) -> Iterator[StepShare]:
+    """This rank's share of every step, in order."""
     return (steps[step] for step in range(len(steps)))
 
 
@@ -105,16 +105,16 @@ def evaluate_policy(
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Sums over all groups of `shares` under `model`, without gradient.
+    """Evaluate `model` on all groups of `shares`, without gradients.
 
     Args:
         model: a causal language model on `device`.
-        engine: how it is computed.
-        shares: the groups; a rank of several passes its own share.
-        objective: as in training.
-        device: where micro-batches are sent.
-        autocast_dtype: data type of matrix products, if another than the weights'.
-        progress: called with the number of groups done since the last call.
+        engine: the compute engine of the model.
+        shares: this rank's share of each step.
+        objective: the objective whose loss and statistics are summed.
+        device: the model's device.
+        autocast_dtype: data type of matrix products; None: that of the weights.
+        progress: called after each micro-batch with its number of groups.
     """
     training = model.training
     model.eval()
@@ -124,7 +124,9 @@ def evaluate_policy(
             for share in shares:
                 for groups, passes in share.micro_batches:
                     logprobs = engine.seq_logprobs(model, groups, passes)
-                    if groups:  # the empty one is computed too: sharded models run in lockstep
+                    # An empty micro-batch still runs the model, because all ranks of a sharded
+                    # model must run the same number of forward passes.
+                    if groups:
                         result = objective(logprobs, groups)
                         evaluation.add(groups, result)
                     if progress:
@@ -141,9 +143,10 @@ def held_out_metrics(
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Metrics of a policy in training on held-out groups; every rank has to call.
+    """Metrics of a policy in training on held-out groups; every rank must call this.
 
-    Those of `GroupStatistics.metrics`, and `runtime` in seconds.
+    Returns:
+        `GroupStatistics.metrics`, and `runtime` in seconds.
     """
     started = time.perf_counter()
     metrics = held_out_statistics(model, engine, held_out, args, accelerator).metrics()
@@ -158,8 +161,8 @@ def held_out_statistics(
     args: GVPOConfig,
     accelerator: Accelerator,
 ) -> GroupStatistics:
-    """Sums over held-out groups, of all ranks; every rank has to call."""
-    steps = in_order(
+    """Sums over held-out groups and all ranks; every rank must call this."""
+    steps = sequential_steps(
         held_out,
         groups_per_step=args.groups_per_step,
         cost=engine.cost,
@@ -169,7 +172,7 @@ def held_out_statistics(
     evaluation = evaluate_policy(
         model,
         engine,
-        shares_of(steps),
+        step_shares(steps),
         objective=args.objective(),
         device=args.device,
         autocast_dtype=autocast_dtype(bf16=args.bf16, fp16=args.fp16),

@@ -1,4 +1,4 @@
-"""Before the first step: are these the data and the reference that the run believes it has?"""
+"""Checks before the first step: files, sizes of groups, log-probs; and a summary of the data."""
 
 from __future__ import annotations
 
@@ -21,45 +21,46 @@ if TYPE_CHECKING:
     from gvpo_offline.train.data import TrainingData
 
 logger = logging.getLogger(__name__)
-# A log-ratio gap beyond this asks for probabilities a billion billion times the reference's.
+# At a larger log-ratio gap, a probability would have to change by a factor of e^40, about 1e17.
 WIDE_GAP_NATS = 40.0
 
 
-def inspect(
-    data: TrainingData, policy: PolicyFacts, *, beta: float, max_tokens: int, say: bool
+def check_data(
+    data: TrainingData, policy: PolicyFacts, *, beta: float, max_tokens: int, log_summary: bool
 ) -> list[Survey]:
-    """Count what a run trains on, hold it against the budget, and say what it is.
+    """Survey the data of a run, check that every response fits in a pass, and log a summary.
 
     Args:
-        data: what the run trains and evaluates on.
-        policy: what it trains.
-        beta: as in the objective.
-        max_tokens: the budget of a micro-batch.
-        say: whether this process logs it.
+        data: the training and held-out groups.
+        policy: facts about the policy.
+        beta: beta of the objective.
+        max_tokens: `max_tokens_per_micro_batch`.
+        log_summary: whether this process logs a summary and warnings.
 
     Returns:
         One survey per training dataset.
 
     Raises:
-        DataError: something about a group, or a prompt with a response that fits in no pass.
+        DataError: a prompt with one response has more than `max_tokens` tokens, or a group is
+            invalid.
     """
     counts = surveys(data.views)
     for view, own in zip(data.views, counts, strict=True):
         check_row_tokens(view.dataset, own, max_tokens)
     check_held_out(data.held_out, max_tokens)
-    if say:
-        _say(data, policy, counts, beta, max_tokens)
+    if log_summary:
+        _log_summary(data, policy, counts, beta, max_tokens)
     return counts
 
 
-def _say(
+def _log_summary(
     data: TrainingData,
     policy: PolicyFacts,
     counts: Sequence[Survey],
     beta: float,
     max_tokens: int,
 ) -> None:
-    """Log what `inspect` found."""
+    """Log a description of each dataset, and warnings about data and reference."""
     shares = data.order.mix.quotas / data.order.mix.cycle
     epochs = data.order.epochs_at(data.n_draws)
     for view, own, share, passes in zip(data.views, counts, shares, epochs, strict=True):
@@ -69,26 +70,26 @@ def _say(
         n_files = len(view.dataset.manifest.groups)
         for line in (*view.notes, *describe_data(own, beta, max_tokens, n_files)):
             logger.info("%s%s", label, line)
-        assert view.dataset.reference is not None  # resolve_dataset saw to it
+        assert view.dataset.reference is not None  # resolve_dataset checks it
         warnings = import_warnings(view.dataset.manifest) + data_warnings(own, beta)
         for line in warnings + reference_warnings(policy, view.dataset.reference):
             logger.warning("%s%s", label, line)
     trained = [view.dataset for view in data.views]
     for name, view in data.held_out.items():
-        # The share that training holds out is of what was said above.
+        # The notes on a training dataset, which are logged above, also apply to its held-out share.
         for line in () if view.dataset in trained else view.notes:
             logger.info("held out %s: %s", name, line)
 
 
 def check_held_out(held_out: Mapping[str, DatasetView], max_tokens: int) -> None:
-    """`check_row_tokens` of datasets for evaluation."""
+    """`check_row_tokens` of each held-out dataset."""
     views = tuple(held_out.values())
     for view, counts in zip(views, surveys(views), strict=True):
         check_row_tokens(view.dataset, counts, max_tokens)
 
 
 def surveys(views: Sequence[DatasetView]) -> list[Survey]:
-    """The survey of each view; every rank of a run looks at a part of the row groups."""
+    """The survey of each view; each rank reads its slice of the row groups. All ranks must call."""
     parts = gather_results(lambda: [view.survey(rank_slice()) for view in views])
     return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
 
@@ -117,7 +118,11 @@ def _check_sampler_logprobs(view: DatasetView) -> None:
 
 
 def verify(datasets: Iterable[GroupDataset], *, content: bool) -> None:
-    """Verify the files of datasets; every rank of a machine takes a part of them.
+    """Verify the files of datasets; the ranks of one machine share the files among them.
+
+    Args:
+        datasets: the datasets.
+        content: verify SHA-256 hashes; otherwise only file sizes.
 
     Raises:
         IntegrityError: on every rank, naming a file that is missing, shortened or altered.
@@ -131,8 +136,16 @@ def verify(datasets: Iterable[GroupDataset], *, content: bool) -> None:
 
 
 def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> list[str]:
-    """What the run trains on, in lines for people."""
-    equal = 100.0 * survey.equal_reward_groups / max(survey.n_groups, 1)
+    """Lines of text that describe one training dataset.
+
+    Args:
+        survey: the survey of its training groups.
+        beta: beta of the objective.
+        budget: `max_tokens_per_micro_batch`.
+        n_files: number of groups files.
+    """
+    share = 100.0 * survey.equal_reward_groups / max(survey.n_groups, 1)
+    equal_groups = f"{survey.equal_reward_groups:,} groups ({share:.1f}%)"
     gap = survey.median_reward_gap / beta
     size = (
         f"{survey.n_groups:,} groups, {survey.n_responses:,} responses, {survey.n_tokens:,} tokens"
@@ -140,7 +153,7 @@ def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> lis
     lines = [
         f"{size} in {n_files:,} files",
         "samplers: " + _sampler_line(survey),
-        f"{survey.equal_reward_groups:,} groups ({equal:.1f}%) have equal rewards; they pull back",
+        f"{equal_groups} have equal rewards; their target is the reference",
         f"{survey.truncated_responses:,} responses were truncated",
         f"implied log-ratio gap (max R - min R) / beta: median {gap:.3g} nats at beta {beta:g}",
     ]
@@ -162,21 +175,21 @@ def _sampler_line(survey: Survey) -> str:
 
 
 def data_warnings(survey: Survey, beta: float) -> list[str]:
-    """What about the data is likely to disappoint."""
+    """Warnings about data from which little can be learned at this beta."""
     warnings = []
     gap = survey.median_reward_gap / beta
     if gap > WIDE_GAP_NATS:
         warnings.append(
-            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats within a group, "
-            "further than a policy can move: raise beta, or scale the rewards down"
+            f"the optimum has a median log-ratio gap of {gap:.3g} nats within a group, which is "
+            "more than training can reach: raise beta, or scale the rewards down"
         )
     if survey.equal_reward_groups == survey.n_groups:
         warnings.append(
-            "every group has equal rewards: the optimum is the reference, nothing can be learned"
+            "every group has equal rewards: the optimum is the reference, so nothing can be learned"
         )
     if math.isfinite(gap) and gap < 1e-3:
         warnings.append(
-            f"the optimum asks for a median log-ratio gap of {gap:.3g} nats only: lower beta, or "
-            "the policy will stay the reference"
+            f"the optimum has a median log-ratio gap of only {gap:.3g} nats: lower beta, or the "
+            "policy will hardly differ from the reference"
         )
     return warnings

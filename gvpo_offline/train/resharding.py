@@ -48,7 +48,7 @@ def check_sharding_state(folder: Path, saved: ShardingState | None, now: Shardin
         raise ResumeError(
             "a checkpoint resumes with the backend that saved it",
             received=f"{_shown(saved)} then, {_shown(now)} now",
-            remedy=f"{_again(saved)}; {_NEW_RUN}",
+            remedy=f"{_launch_remedy(saved)}; {_NEW_RUN}",
             file=folder,
         )
     if saved["state"] != now["state"]:
@@ -73,7 +73,7 @@ def _shown(taken: ShardingState) -> str:
     return f"{taken['backend']} on {n} rank{'' if n == 1 else 's'}"
 
 
-def _again(saved: ShardingState) -> str:
+def _launch_remedy(saved: ShardingState) -> str:
     if saved["backend"] == "fsdp2":
         return "launch with FSDP2 again, on any number of ranks (torchrun also starts one)"
     if saved["backend"] == "replicated":

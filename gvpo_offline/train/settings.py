@@ -1,4 +1,4 @@
-"""Settings of `gvpo-offline train`. Loads no torch, so that `--help` answers at once.
+"""Settings of `gvpo-offline train`. Loads no torch, so that `--help` is fast.
 
 `GVPOConfig` in `train/config.py` adds `GVPOSettings` to `transformers.TrainingArguments`.
 """
@@ -18,51 +18,57 @@ class GVPOSettings:
     """The settings that GVPO training adds to those of `transformers.TrainingArguments`."""
 
     beta: float = 0.1
-    """Strength of the pull to the reference. Only with the reward's scale does it mean something:
-    (max reward - min reward) / beta is the log-ratio gap, in nats, that the optimum asks for."""
+    """Strength of the KL regularisation towards the reference, in units of reward per nat. At the
+    optimum, the log-ratios of a group's best and worst response differ by
+    (max reward - min reward) / beta nats, so a good beta depends on the scale of the rewards."""
     loss_type: LossType = "gvpo"
-    """The objective. gvpo, rebel and listwise have its optimum; pmd_mean is gvpo with anchor 1; ipo
-    and dpo compare a group's best response with its worst; rft and awr imitate; grpo and rloo are
-    controls, without importance weights; topr needs the samplers' log-probs in the log."""
+    """The loss. gvpo, rebel and listwise have the same optimum. pmd_mean is gvpo with anchor 1. ipo
+    and dpo compare the best response of a group with the worst. rft and awr imitate good responses.
+    grpo and rloo are controls, without importance weights. topr needs logged log-probs of the
+    responses under their samplers."""
     response_weights: Literal["equal", "inverse_length"] = "equal"
-    """Weights of a group's squares: equal, or by the inverse of each response's length in tokens.
-    Neither moves the optimum. gvpo only."""
+    """Weight of each response in the squared error of its group: equal, or the inverse of the
+    response's length in tokens. Both have the same optimum. Only for loss_type gvpo."""
     anchor: float = 0.0
-    """In [0, 1]: also pull the mean log-ratio of each group to zero. Steadies a small beta, and
-    biases the optimum; 1 is the PMD-mean loss."""
+    """Weight, in [0, 1], of a penalty on the squared mean log-ratio of each group. Stabilises
+    training at a small beta, but moves the optimum; 1 is the PMD-mean loss."""
     groups_per_step: int = 32
-    """Groups of one optimizer step, over all ranks. A batch is counted in groups."""
+    """Groups per optimizer step, over all ranks: the batch size."""
     max_tokens_per_micro_batch: int = 16_384
-    """Tokens of one forward and backward pass on one rank, as laid out; bounds memory, never the
-    result. A larger group is computed in pieces, exactly; a prompt with one response must fit."""
+    """Most tokens, padding included, in one forward and backward pass on one rank. Limits memory
+    and does not change the result. A larger group is split into several passes with the same
+    gradient; a prompt with one response must fit."""
     layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"
-    """How groups are laid out for the model. shared: each prompt once, in a row with its responses;
-    continued: each prompt once, its state continued by rows of responses (hybrids); packed: one
-    row, prompts repeated; padded: a row for each response. auto: the cheapest that is right for the
-    model, which a probe finds at start-up; one that is not right is refused."""
+    """Layout of groups in the model's input. shared: each prompt once, in one row with its
+    responses, with tree attention. continued: each prompt once, then its responses from the
+    prompt's cache (for hybrid models). packed: one row, with the prompt repeated before each
+    response. padded: a row for each response. auto: the cheapest layout with exact log-probs, found
+    by a probe of the model at start-up. A layout that the probe finds inexact is refused."""
     kept_logits_mb: int = 1024
-    """Megabytes of numbers by token and vocabulary that may stay between a forward and its backward
-    pass; what is beyond is computed twice. 0 saves the most memory."""
+    """Megabytes of logits kept from the forward pass for the backward pass. Logits beyond this are
+    recomputed. 0 needs the least memory."""
     log_entropy: bool = False
-    """Also log the policy's mean entropy at the logged tokens, in nats. Costs some time."""
+    """Log the policy's mean entropy over the response tokens, in nats. Makes a step slower."""
     eval_fraction: float = 0.0
-    """Share of the groups held out for evaluation, chosen by a hash of the group id."""
+    """Share of the groups held out for evaluation, in [0, 1), chosen by a hash of the group id."""
     drop_equal_rewards: bool = False
-    """Leave out groups whose responses all have one reward. They carry signal (their target is the
-    reference), so this changes the objective."""
+    """Leave out groups whose rewards are all equal. Such groups are not without effect: their
+    target is the reference, so leaving them out changes the objective."""
     shuffle_window: int = 4
-    """Row groups whose groups are shuffled together; more mixes better and takes more memory."""
+    """Number of Parquet row groups that are shuffled together. More row groups give a better
+    shuffle and need more memory."""
     read_ahead: int = 2
-    """Steps that a thread reads while one is computed; 0: none. Of no effect with
-    dataloader_num_workers, which are processes that read ahead."""
+    """Steps that a thread reads ahead of the current one; 0: none. Ignored if
+    dataloader_num_workers is set: its processes then read ahead."""
     disable_dropout: bool = True
-    """Set every dropout to 0, as the objective requires."""
+    """Set all dropout probabilities to 0: the objective needs deterministic log-probs."""
     reference_check: Literal["auto", "error", "off"] = "auto"
-    """Before the first step: compare the policy's log-probs with the reference's. auto: when the
-    policy's weights are the reference's; error: always; off: never."""
+    """Before the first update, compare the policy's log-probs with those of the reference, and stop
+    if they differ by more than rounding. auto: only if the policy has the reference's weights;
+    error: always; off: never."""
     verify: Literal["full", "size"] = "full"
-    """Before the first step: check every file by SHA-256 (about a second per GB), or by its length
-    only. Pages are verified by checksum on every read either way."""
+    """Before the first step, check the SHA-256 of every file (about a second per GB), or only its
+    size. In both cases each page is verified by its checksum when it is read."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta > 0):
@@ -82,71 +88,74 @@ class GVPOSettings:
 
 @dataclass
 class LoraSettings:
-    """LoRA through PEFT; off unless `use_peft`."""
+    """LoRA through PEFT; used only with `use_peft`."""
 
     use_peft: bool = False
     """Train a new LoRA adapter instead of the whole model."""
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32
-    """Scale of the adapter, times its rank."""
+    """LoRA alpha: the adapter's output is scaled by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
-    """Dropout within the adapter; the objective requires 0."""
+    """Dropout in the adapter. Leave it at 0: the objective needs deterministic log-probs."""
     lora_target_modules: list[str] | str | None = None
-    """Modules that get an adapter, or all-linear; default: PEFT's choice for the model."""
+    """Names of the modules that get an adapter, or all-linear. Default: PEFT's choice for the
+    model."""
 
 
 @dataclass
 class RunSettings:
-    """How a training run begins."""
+    """How a training run starts."""
 
     resume_from_checkpoint: bool | str = False
-    """true: continue from the newest whole checkpoint in output_dir; auto: likewise if there is
-    one, else begin; or the folder of a checkpoint."""
+    """true: resume from the newest complete checkpoint in output_dir. auto: the same if there is
+    one, otherwise start a new run. Or the folder of a checkpoint."""
 
 
 @dataclass
 class CommonTrainingSettings:
-    """The settings of `transformers.TrainingArguments` that most runs touch.
+    """The settings of `transformers.TrainingArguments` that most runs use.
 
-    Shown by `train --help`; every other field of TrainingArguments is a flag and a YAML key too.
+    `train --help` shows these; every other field of TrainingArguments is a flag and a YAML key too.
     """
 
     output_dir: str = "trainer_output"
-    """Folder of the run: checkpoints, the trained model, the configuration."""
+    """Folder of the run, for checkpoints, the trained model and the run's settings."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     lr_scheduler_type: str = "linear"
     """Schedule of the learning rate: linear, cosine, constant_with_warmup …"""
     warmup_steps: float = 0
-    """Steps, or (below 1) the share of the run, in which the learning rate rises to its peak."""
+    """Steps, or if below 1 the share of the run, over which the learning rate rises to its
+    peak."""
     num_train_epochs: float = 3.0
-    """Times that each group is seen."""
+    """Number of passes over the training groups."""
     max_steps: int = -1
-    """Optimizer steps; overrides num_train_epochs when positive."""
+    """Number of optimizer steps; if positive, replaces num_train_epochs."""
     max_grad_norm: float = 1.0
-    """Clip the gradient's norm to this; 0: do not clip."""
+    """Gradient norm above which gradients are clipped; 0: no clipping."""
     weight_decay: float = 0.0
     """Weight decay."""
     bf16: bool = False
-    """Autocast matrix products to bfloat16. Score the reference with the same flag."""
+    """Autocast matrix products to bfloat16. The reference should be scored with the same flag."""
     activation_checkpointing: bool | None = None
-    """Trade compute for memory (before transformers 5.20: gradient_checkpointing)."""
+    """Recompute activations in the backward pass, which saves memory and takes time. Before
+    transformers 5.20: gradient_checkpointing."""
     logging_steps: float = 10
-    """Steps between two lines of metrics."""
+    """Optimizer steps between two log lines of metrics."""
     eval_strategy: str = "no"
-    """When to evaluate on held-out groups: no, steps, epoch."""
+    """When to evaluate on held-out groups: no, steps or epoch."""
     eval_steps: float | None = None
     """Steps between two evaluations."""
     save_strategy: str = "steps"
-    """When to save a checkpoint: no, steps, epoch, best."""
+    """When to save a checkpoint: no, steps, epoch or best."""
     save_steps: float = 500
     """Steps between two checkpoints."""
     save_total_limit: int | None = None
-    """Checkpoints to keep; the oldest go first."""
+    """Number of checkpoints to keep; older ones are removed."""
     report_to: str | list[str] = "none"
     """Loggers: tensorboard, wandb, mlflow …"""
     seed: int = 42
-    """Decides the order of the groups, and whatever chance there is besides."""
+    """Random seed of the order of groups, and of everything else that is random."""
     use_cpu: bool = False
-    """Stay on the CPU where there is a GPU."""
+    """Use the CPU even if there is a GPU."""

@@ -41,16 +41,16 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.stream.view import DatasetView
-from gvpo_offline.train.callbacks import EpochCallback, WatchCallback
+from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
 from gvpo_offline.train.checkpointing import CheckpointingTrainer
 from gvpo_offline.train.config import GVPOConfig, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
-from gvpo_offline.train.distributed import loaded_whole
+from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
-from gvpo_offline.train.preflight import check_held_out, check_sampler_logprobs, inspect, verify
+from gvpo_offline.train.preflight import check_data, check_held_out, check_sampler_logprobs, verify
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -68,7 +68,7 @@ class GVPOTrainer(CheckpointingTrainer):
         train_dataset: a dataset's folder, a Parquet file or `datasets.Dataset` in the group shape,
             the result of `open_dataset`, or `DatasetSettings`; a list or dictionary of these is a
             mix, in which each dataset has a share proportional to its `weight`.
-        eval_dataset: likewise; default: `args.eval_fraction` of each training dataset.
+        eval_dataset: in the same forms; default: `args.eval_fraction` of each training dataset.
         processing_class: the policy's tokenizer. It must be the one that made the token ids, and is
             saved with the model.
         callbacks: transformers callbacks.
@@ -100,7 +100,7 @@ class GVPOTrainer(CheckpointingTrainer):
             lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
         if isinstance(model, str):
-            with loaded_whole(args):
+            with unsharded_loading(args):
                 model = load_policy(ModelSettings(model_name_or_path=model))
         self.policy = policy_facts(
             model,
@@ -128,7 +128,7 @@ class GVPOTrainer(CheckpointingTrainer):
                 train_dataset=steps,
                 eval_dataset=self.data.held_out or None,
                 processing_class=processing_class,
-                callbacks=[epochs, WatchCallback(), *(callbacks or [])],
+                callbacks=[epochs, MetricWarningCallback(), *(callbacks or [])],
                 optimizers=optimizers,
             )
         self._objective = args.objective()
@@ -150,14 +150,14 @@ class GVPOTrainer(CheckpointingTrainer):
                 the same if there is one, else a new run; or the folder of a checkpoint. A resumed
                 run is bit-identical on devices of the same kind, and identical up to rounding on
                 another number of ranks; otherwise it is refused.
-            kwargs: as for transformers' Trainer.
+            kwargs: arguments of transformers' Trainer.
 
         Raises:
             ResumeError: the checkpoint is incomplete, or belongs to other data or settings.
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
-        checkpoint = broadcast_from_rank0(lambda: self.found_checkpoint(resume_from_checkpoint))
+        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -165,11 +165,11 @@ class GVPOTrainer(CheckpointingTrainer):
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
 
-    def preflight(self, *, say: bool = True) -> list[Survey]:
-        """Verify the files and summarise the training data.
+    def preflight(self, *, log_summary: bool = True) -> list[Survey]:
+        """Verify the files, and check and summarise the training data.
 
         Args:
-            say: log the summary on the main process.
+            log_summary: log the summary on the main process.
 
         Returns:
             One survey per training dataset.
@@ -177,12 +177,12 @@ class GVPOTrainer(CheckpointingTrainer):
         verify(self.data.datasets(), content=self.args.verify == "full")
         if self.args.loss_type == "topr":
             check_sampler_logprobs([*self.data.views, *self.data.held_out.values()])
-        return inspect(
+        return check_data(
             self.data,
             self.policy,
             beta=self.args.beta,
             max_tokens=self.args.max_tokens_per_micro_batch,
-            say=say and self.is_world_process_zero(),
+            log_summary=log_summary and self.is_world_process_zero(),
         )
 
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -207,7 +207,7 @@ class GVPOTrainer(CheckpointingTrainer):
     # ---- steps ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """A loader whose batch s is this rank's share of step s; not sharded by accelerate."""
+        """A loader whose batch s is this rank's share of step s. accelerate does not shard it."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
             PrefetchDataset(self.train_dataset, self.args.read_ahead),
@@ -251,7 +251,7 @@ class GVPOTrainer(CheckpointingTrainer):
             # Ranks reduce gradients once per step, at the last micro-batch, where DeepSpeed steps.
             sync = number == last
             self.accelerator.gradient_state._set_sync_gradients(sync)
-            with contextlib.nullcontext() if sync else self.gradients_stay(model):
+            with contextlib.nullcontext() if sync else self.no_gradient_sync(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:

@@ -1,21 +1,21 @@
-"""Choosing beta and the learning rate: what to try next, from what was measured so far.
+"""Search for beta and the learning rate by short trials.
 
-`search` knows nothing of how a policy is trained: whoever has a training loop of his own hands it
-over as `trial`. `trials` is GVPOTrainer's.
+`search` does not depend on the training loop: the caller passes a function that runs one trial.
+`trials` runs trials with GVPOTrainer.
 """
 
 from __future__ import annotations
 
 from gvpo_offline.tune.search import (
-    NATS,
-    NATS_TRIED,
+    CANDIDATE_GAPS,
+    INITIAL_GAP,
     Metrics,
     Proposal,
     RangePoint,
     Trial,
     beta_candidates,
-    beta_to_begin,
     diverged,
+    initial_beta,
     largest_usable_rate,
     misfit,
     propose,
@@ -24,14 +24,14 @@ from gvpo_offline.tune.search import (
 )
 
 __all__ = [
-    "NATS",
-    "NATS_TRIED",
+    "INITIAL_GAP",
+    "CANDIDATE_GAPS",
     "Metrics",
     "Proposal",
     "RangePoint",
     "Trial",
     "beta_candidates",
-    "beta_to_begin",
+    "initial_beta",
     "diverged",
     "largest_usable_rate",
     "misfit",

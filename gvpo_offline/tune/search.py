@@ -1,9 +1,11 @@
-"""What to try next, and what to take: beta and learning rate from short trials, as pure functions.
+"""Search for beta and learning rate, as functions that do not depend on the training loop.
 
-    gap -> beta_candidates -> a range run at beta_to_begin -> largest_usable_rate -> propose
+    reward gap -> beta_candidates -> learning-rate range test at initial_beta
+               -> largest_usable_rate -> propose
 
-How a policy is trained is the caller's: he runs the range, one step per `range_rate`, and hands
-`propose` a callable that trains anew from the same weights and measures held-out groups.
+The caller trains. For the learning-rate range test (L. N. Smith, arXiv:1506.01186, section 3.3) it
+takes one step at each `range_rate`. `propose` gets a function that trains from the same initial
+weights each time and evaluates held-out groups.
 """
 
 from __future__ import annotations
@@ -17,23 +19,24 @@ from gvpo_offline.errors import ConfigError, DataError
 
 Metrics = Mapping[str, float]
 
-# Log-ratio gaps, in nats, that the optimum may ask for between a group's best and worst response:
-# (max R - min R) / beta. Which are tried, and at which the search begins.
-NATS_TRIED = tuple(2.0 ** (step / 2) for step in range(9))  # 1 to 16
-NATS = 4.0
-# Rates of a range run, and the ladder of a search: two rungs a decade.
+# Log-ratio gaps, in nats, between the best and the worst response of a group at the optimum:
+# (max R - min R) / beta. The candidates, and the one at which the search starts.
+CANDIDATE_GAPS = tuple(2.0 ** (step / 2) for step in range(9))  # 1 to 16
+INITIAL_GAP = 4.0
+# Learning rates of a range test; and the grid of a search, with two learning rates per decade.
 LOWEST_RATE, HIGHEST_RATE = 1e-7, 1e-2
 _RUNGS_PER_DECADE = 2
-_HIGHEST_RUNG = 2  # above the largest usable rate of a range run
-# A range run's figures are means of so many steps. They are usable up to this share above where
-# they began, or its noise; and have diverged beyond that share, or so many times its noise.
+_HIGHEST_RUNG = 2  # grid points above the largest usable rate
+# A range test looks at the mean misfit of the last _WINDOW steps. A learning rate is usable while
+# the mean exceeds its initial value by at most the share _SLACK, or by its noise if that is larger.
+# The test has diverged beyond the share _DIVERGED and beyond _DIVERGED_NOISE times the noise.
 _WINDOW = 5
 _SLACK, _DIVERGED, _DIVERGED_NOISE = 0.01, 0.5, 4.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run from the policy's own weights: its settings, and its held-out metrics."""
+    """A short run from the policy's initial weights: its settings and its held-out metrics."""
 
     beta: float
     learning_rate: float
@@ -43,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What to train with, and every trial in the order in which they were made."""
+    """The proposed beta and learning rate, and all trials in the order in which they ran."""
 
     beta: float
     learning_rate: float
@@ -51,14 +54,14 @@ class Proposal:
 
     @property
     def chosen(self) -> Trial:
-        """The trial with what is proposed."""
+        """The trial with the proposed beta and learning rate."""
         wanted = (self.beta, self.learning_rate)
         return next(t for t in self.trials if (t.beta, t.learning_rate) == wanted)
 
 
 @dataclass(frozen=True)
 class RangePoint:
-    """A step of a range run: the rate of its update, and the misfit of its groups before it."""
+    """A step of a range test: its learning rate, and the misfit of its groups before the update."""
 
     learning_rate: float
     misfit: float
@@ -68,44 +71,53 @@ class RangePoint:
 
 
 def beta_candidates(reward_gap: float) -> tuple[float, ...]:
-    """Betas at which the optimum's median log-ratio gap is one of `NATS_TRIED`, ascending.
+    """Betas at which the median log-ratio gap of the optimum is one of `CANDIDATE_GAPS`, ascending.
 
     Args:
-        reward_gap: median of max R - min R over groups of unequal rewards, in units of reward.
+        reward_gap: median of max R - min R over groups with unequal rewards, in units of reward.
 
     Raises:
-        DataError: no group has unequal rewards, or the gap is not finite.
+        DataError: `reward_gap` is not finite and positive: no group has unequal rewards.
     """
     _check_gap(reward_gap)
-    return tuple(sorted(_rounded(reward_gap / nats) for nats in NATS_TRIED))
+    return tuple(sorted(_rounded(reward_gap / nats) for nats in CANDIDATE_GAPS))
 
 
-def beta_to_begin(betas: Sequence[float], reward_gap: float) -> float:
-    """Of `betas` the one whose optimum's median gap is nearest to `NATS`, as a ratio."""
+def initial_beta(betas: Sequence[float], reward_gap: float) -> float:
+    """The beta at which the median log-ratio gap of the optimum is nearest to `INITIAL_GAP`.
+
+    Distances are those of the logarithms. Errors as `beta_candidates`.
+    """
     _check_gap(reward_gap)
-    return min(betas, key=lambda beta: abs(math.log(reward_gap / beta / NATS)))
+    return min(betas, key=lambda beta: abs(math.log(reward_gap / beta / INITIAL_GAP)))
 
 
 def _check_gap(reward_gap: float) -> None:
     if not (math.isfinite(reward_gap) and reward_gap > 0):
         raise DataError(
-            "beta is chosen by the gap of rewards in a group",
-            received=f"a median of {reward_gap}",
+            "candidates for beta follow from the gap between the rewards of a group",
+            received=f"a median gap of {reward_gap}",
             remedy="train on groups of which some have unequal, finite rewards",
         )
 
 
-# ---- the range run ----
+# ---- the learning-rate range test ----
 
 
 def range_rate(step: int, steps: int) -> float:
-    """The learning rate of step 0 <= step < steps: `LOWEST_RATE` to `HIGHEST_RATE`, as powers."""
+    """The learning rate of a step, 0 <= step < steps.
+
+    Geometric from `LOWEST_RATE` at the first step to `HIGHEST_RATE` at the last.
+    """
     decades = math.log10(HIGHEST_RATE / LOWEST_RATE)
     return float(LOWEST_RATE * 10.0 ** (decades * step / max(steps - 1, 1)))
 
 
 def diverged(points: Sequence[RangePoint]) -> bool:
-    """Whether a range run has gone so far wrong that it may stop. Points of nan say nothing."""
+    """Whether the misfit of a range test has risen so far that the test may stop.
+
+    Points whose misfit is nan are ignored.
+    """
     means = _means(points)
     if not means:
         return False
@@ -115,15 +127,15 @@ def diverged(points: Sequence[RangePoint]) -> bool:
 
 
 def largest_usable_rate(points: Sequence[RangePoint]) -> float:
-    """The last rate at which a range run fitted no worse than it began.
+    """The largest learning rate at which the mean misfit of a range test is not above its start.
 
     Raises:
-        ConfigError: there is no point with a number.
+        ConfigError: no point has a misfit other than nan.
     """
     means = _means(points)
     if not means:
         raise ConfigError(
-            "a range run measures some steps",
+            "a learning-rate range test needs steps with a measured misfit",
             received="none",
             remedy="raise groups_per_step, so that a step has groups of unequal rewards",
         )
@@ -134,16 +146,21 @@ def largest_usable_rate(points: Sequence[RangePoint]) -> float:
 
 
 def _means(points: Sequence[RangePoint]) -> list[tuple[float, float]]:
-    """Rate and mean misfit of the last steps up to each; steps without a number are left out."""
-    told = [point for point in points if not math.isnan(point.misfit)]
-    windows = [told[max(0, end - _WINDOW) : end] for end in range(1, len(told) + 1)]
+    """For each point, its learning rate and the mean misfit of the last `_WINDOW` points.
+
+    Points whose misfit is nan are left out.
+    """
+    measured = [point for point in points if not math.isnan(point.misfit)]
+    windows = [measured[max(0, end - _WINDOW) : end] for end in range(1, len(measured) + 1)]
     return [(w[-1].learning_rate, statistics.fmean(p.misfit for p in w)) for w in windows]
 
 
 def _start(points: Sequence[RangePoint]) -> tuple[float, float]:
-    """Mean and deviation of the misfit where the rate is too small to move anything."""
-    told = [p.misfit for p in points if math.isfinite(p.misfit)]
-    first = told[: 2 * _WINDOW] or [math.inf]
+    """Mean and standard deviation of the misfit at the first points, where the learning rate is too
+    small to change it.
+    """
+    measured = [p.misfit for p in points if math.isfinite(p.misfit)]
+    first = measured[: 2 * _WINDOW] or [math.inf]
     return statistics.fmean(first), statistics.pstdev(first) if len(first) > 1 else 0.0
 
 
@@ -151,22 +168,26 @@ def _start(points: Sequence[RangePoint]) -> tuple[float, float]:
 
 
 def misfit(metrics: Metrics, loss_type: str = "gvpo") -> float:
-    """What tells that a range run goes wrong, at one beta; lower is better.
+    """The number that a range test looks at; lower is better. Comparable at one beta only.
 
-    GVPO regresses rewards on log-ratios: the unexplained share of the variance of rewards within
-    groups, 1 - explained_variance. Other losses: the loss. nan where there was nothing to measure.
+    For GVPO, a regression of rewards on log-ratios, it is the unexplained share of the variance of
+    rewards within groups, 1 - explained_variance; nan if no group has unequal rewards. For other
+    losses it is the loss.
     """
     return 1.0 - metrics["explained_variance"] if loss_type == "gvpo" else metrics["loss"]
 
 
 def score(metrics: Metrics) -> float:
-    """What a trial is judged by, on held-out groups; larger is better. Units of reward.
+    """The score of a trial on held-out groups; larger is better. Units of reward.
 
-    What the logged responses would earn beyond now if each were as much likelier as the policy made
-    it (`reweighted_reward_mean` - `group_reward_mean`), times the share of probability that is
-    still on logged responses (exp of `log_mass_mean`, 1 at most): of what went to responses that
-    nobody logged, nothing better is known than that it earns what the log does. LossInputs added to
-    a prompt's rewards change nothing.
+    The gain in mean reward if the logged responses are reweighted by the ratio of policy to
+    reference (`reweighted_reward_mean` - `group_reward_mean`), times the share of probability that
+    stays on logged responses (exp of `log_mass_mean`, at most 1). The rest of the probability went
+    to responses without a reward and is counted as no gain. A constant added to all rewards of a
+    group does not change the score.
+
+    Returns:
+        The score; -inf if a metric is nan.
     """
     gain = metrics["reweighted_reward_mean"] - metrics["group_reward_mean"]
     log_mass = metrics["log_mass_mean"]
@@ -179,28 +200,30 @@ def propose(
     trial: Callable[[float, float, int], Metrics],
     *,
     betas: Sequence[float],
-    begin: float,
+    initial_beta: float,
     largest_rate: float,
     steps: int,
     score: Callable[[Metrics], float] = score,
 ) -> Proposal:
     """Search beta and learning rate by short trials.
 
-    The rate first, at `begin`: 1/3, 1/10 and 1/30 of the largest usable one, and on past the end
-    where the best was found. Then the neighbouring betas at that rate, on in the direction that is
-    better. Where beta moved, the neighbouring rates once more.
+    First the learning rate at `initial_beta`: 1/30, 1/10 and 1/3 of the largest usable one. While
+    the best is at an end, the next learning rate beyond that end is tried. Then the neighbouring
+    betas at the best learning rate, extended in the same way. If another beta is better, the
+    neighbouring learning rates are tried at that beta.
 
     Args:
-        trial: (beta, learning rate, steps) to held-out metrics, as `GroupStatistics.metrics` names
-            them; each from the same weights. nan where the run diverged. Called once for each pair.
-        betas: the candidates; one: beta is settled, and only the rate is searched.
-        begin: one of them.
-        largest_rate: of a range run (`largest_usable_rate`).
+        trial: maps (beta, learning rate, steps) to held-out metrics with the names of
+            `GroupStatistics.metrics`. Each trial starts from the same weights. Metrics are nan if
+            training diverged. Called once for each (beta, learning rate).
+        betas: the candidates. With a single one, only the learning rate is searched.
+        initial_beta: one of the candidates.
+        largest_rate: `largest_usable_rate` of a range test.
         steps: optimizer steps of each trial.
-        score: what trials are judged by; larger is better, -inf where nothing was measured.
+        score: score of a trial's metrics; larger is better, -inf if a metric is nan.
 
     Raises:
-        ConfigError: no trial kept its numbers finite.
+        ConfigError: every trial diverged.
     """
     ladder = sorted(betas)
     done: dict[tuple[float, float], Trial] = {}
@@ -213,26 +236,29 @@ def propose(
 
     lowest = math.floor(_RUNGS_PER_DECADE * math.log10(LOWEST_RATE / largest_rate))
     first = [-3, -2, -1]
-    rung = _climb(lambda n: scored(begin, n), first, min(lowest, first[0]), _HIGHEST_RUNG)
-    if scored(begin, rung) == -math.inf:
+    rung = _hill_climb(
+        lambda n: scored(initial_beta, n), first, min(lowest, first[0]), _HIGHEST_RUNG
+    )
+    if scored(initial_beta, rung) == -math.inf:
         raise ConfigError(
-            "a policy's log-probs stay finite at some learning rate",
+            "the policy's log-probs stay finite at some learning rate",
             received=f"none from {_rate(largest_rate, lowest):g} up",
-            remedy="look at the data and the model: train a few steps at a tiny rate",
+            remedy="check the data and the model: train a few steps at a very small learning rate",
         )
-    last, at = len(ladder) - 1, ladder.index(begin)
+    last, at = len(ladder) - 1, ladder.index(initial_beta)
     around = [n for n in (at - 1, at, at + 1) if 0 <= n <= last]
-    beta = ladder[_climb(lambda n: scored(ladder[n], rung), around, 0, last)]
-    if beta != begin:
+    beta = ladder[_hill_climb(lambda n: scored(ladder[n], rung), around, 0, last)]
+    if beta != initial_beta:
         near = [rung - 1, rung, rung + 1]
-        rung = _climb(lambda n: scored(beta, n), near, near[0], near[-1])
+        rung = _hill_climb(lambda n: scored(beta, n), near, near[0], near[-1])
     return Proposal(beta, _rate(largest_rate, rung), tuple(done.values()))
 
 
-def _climb(value: Callable[[int], float], first: Sequence[int], low: int, high: int) -> int:
-    """The best of consecutive numbers, `first` and then past the end where the best is.
+def _hill_climb(value: Callable[[int], float], first: Sequence[int], low: int, high: int) -> int:
+    """The integer in low..high with the largest value, by hill climbing from `first`.
 
-    Of equals the lowest. All lie in low..high.
+    While the best is at an end of the evaluated range, the next integer beyond is evaluated. Of
+    equal values the lowest integer wins.
     """
     values = {n: value(n) for n in first}
     while True:
@@ -248,5 +274,5 @@ def _rate(largest: float, rung: int) -> float:
 
 
 def _rounded(value: float) -> float:
-    """Two digits: what is measured here is not known better."""
+    """`value` with two significant digits, which is as precise as a search is."""
     return float(f"{value:.2g}")

@@ -12,24 +12,23 @@ MIN_TUNE_STEPS = 20
 
 @dataclass
 class TuneSettings:
-    """How beta and learning rate are searched. The run's own beta and rate are not looked at."""
+    """How beta and learning rate are searched. The run's own values are ignored."""
 
     tune_steps: int = 100
-    """Optimizer steps of the range run and of each trial, under the run's warm-up and schedule; at
-    most those of the run."""
+    """Optimizer steps of the learning-rate range test and of each trial; at most the steps of the
+    run. A trial has the run's schedule and the same share of warm-up."""
     betas: list[float] = field(default_factory=list)
-    """The betas to choose from; a single one is settled, and the learning rate alone is searched.
-    Default: those at which the optimum's median log-ratio gap is 1 to 16 nats, two for each
-    doubling."""
+    """Candidates for beta. With a single one, only the learning rate is searched. Default: the
+    nine betas at which the median log-ratio gap of the optimum is 1, sqrt(2), 2 … 16 nats."""
 
     def __post_init__(self) -> None:
         if self.tune_steps < MIN_TUNE_STEPS:
             raise ConfigError(
-                f"tune_steps is at least {MIN_TUNE_STEPS}: the range run's rate rises through as "
-                "many values",
+                f"tune_steps is at least {MIN_TUNE_STEPS}: the learning-rate range test has one "
+                "learning rate per step",
                 received=self.tune_steps,
             )
         for beta in self.betas:
             positive("each of betas", beta)
         if len(set(self.betas)) < len(self.betas):
-            raise ConfigError("betas differ", received=self.betas)
+            raise ConfigError("betas are all different", received=self.betas)

@@ -1,7 +1,8 @@
-"""Short runs of GVPOTrainer, each from the policy's own weights, kept as small files.
+"""Short runs of GVPOTrainer, each from the policy's initial weights, whose metrics are cached.
 
-A trial leaves nothing but its figures, in `trials/` of the search's folder: a search that was cut
-off takes them from there. What makes a trial another one is in its file's name, by hash.
+The metrics of each trial are written to a file in `trials/`, in the folder of the search, so that
+an interrupted search repeats no trial. The file name contains a hash of everything that determines
+the metrics.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.losses import GroupStatistics
 from gvpo_offline.store.commit import create_only
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.train.callbacks import WatchCallback
+from gvpo_offline.train.callbacks import MetricWarningCallback
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.evaluation import held_out_statistics
 from gvpo_offline.train.trainer import GVPOTrainer
@@ -54,19 +55,23 @@ logger = logging.getLogger(__name__)
 
 
 class TrialTrainer(GVPOTrainer):
-    """A run of which nothing stays but what is measured at its end."""
+    """A short run without output: no checkpoints, no console log, no preflight."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for spoken in (PrinterCallback, ProgressCallback, WatchCallback):
-            self.remove_callback(spoken)
+        for printing in (PrinterCallback, ProgressCallback, MetricWarningCallback):
+            self.remove_callback(printing)
 
-    def preflight(self, *, say: bool = True) -> list[Survey]:
-        """Nothing: the data of all trials are looked at once, before the first."""
+    def preflight(self, *, log_summary: bool = True) -> list[Survey]:
+        """Does nothing: the data, the same in all trials, are checked once before the first."""
         return []
 
-    def measured(self) -> dict[str, float]:
-        """Train; then the metrics of all held-out groups, or nan if log-probs became infinite."""
+    def train_and_evaluate(self) -> dict[str, float]:
+        """Train, then evaluate on all held-out groups.
+
+        Returns:
+            `GroupStatistics.metrics`; nan if log-probs were not finite at some point.
+        """
         if not _stays_finite(self.train):
             return GroupStatistics.zeros().metrics()
         self.check_can_evaluate()
@@ -84,19 +89,19 @@ class TrialTrainer(GVPOTrainer):
         return functools.reduce(operator.add, found).metrics()
 
 
-class RangeTrainer(TrialTrainer):
-    """A run whose learning rate rises at every step, until it goes wrong."""
+class RangeTestTrainer(TrialTrainer):
+    """A run whose learning rate rises at every step, until training diverges."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """`range_rate`, as factors of the optimizer's `LOWEST_RATE`."""
+        """A schedule of `range_rate`; the optimizer's own learning rate is `LOWEST_RATE`."""
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer,
             lambda step: range_rate(step, num_training_steps) / LOWEST_RATE,
         )
         return self.lr_scheduler
 
-    def points(self) -> list[RangePoint]:
-        """Train, and give what each step measured."""
+    def run_range_test(self) -> list[RangePoint]:
+        """Train; the learning rate and misfit of each step until training diverges."""
         steps = self.args.max_steps
         seen = _RangeCallback(self.args.loss_type, steps)
         self.add_callback(seen)
@@ -126,29 +131,29 @@ class _RangeCallback(TrainerCallback):
 
 
 def _stays_finite(work: Callable[[], Any]) -> bool:
-    """Do it; whether the policy's log-probs stayed finite, on every rank.
+    """Call `work`; whether the policy's log-probs stayed finite on every rank.
 
-    The data were looked at before, so that a value that a loss refuses is the policy's.
+    The data have been checked before, so a DataError of the loss is about the policy's log-probs.
     """
     failed = False
     try:
         work()
     except DataError as error:
-        logger.info("the policy broke down: %s", error)
+        logger.info("training diverged: %s", error)
         failed = True
     return not any(gather_results(lambda: failed))
 
 
 @dataclass(frozen=True)
 class Trials:
-    """The trials of a search.
+    """Runs the trials of a search.
 
     Attributes:
-        trainer: makes a trainer of a kind, whose policy is loaded anew.
-        args: the run's settings.
-        run_steps: optimizer steps of the run; its warm-up's share of them is that of a trial.
-        folder: where figures are kept.
-        identity: what decides the figures beside beta, rate and steps, as plain data.
+        trainer: makes a trainer of a class, with a newly loaded policy.
+        args: the settings of the run.
+        run_steps: optimizer steps of the run; a trial has the same share of warm-up steps.
+        folder: the folder in which metrics are cached.
+        identity: what determines the metrics besides beta, learning rate and steps, as plain data.
     """
 
     trainer: Callable[[GVPOConfig, type[Any]], Any]
@@ -158,38 +163,40 @@ class Trials:
     identity: Mapping[str, Any]
 
     def trial(self, beta: float, learning_rate: float, steps: int) -> Metrics:
-        """Held-out metrics after a short run; as `tune.propose` asks for them."""
+        """Held-out metrics after a short run, for `tune.propose`."""
 
-        def figures(scratch: Path) -> dict[str, float]:
-            args = self._short(scratch, beta, learning_rate, steps)
-            found: dict[str, float] = self.trainer(args, TrialTrainer).measured()
+        def run(scratch: Path) -> dict[str, float]:
+            args = self._short_args(scratch, beta, learning_rate, steps)
+            found: dict[str, float] = self.trainer(args, TrialTrainer).train_and_evaluate()
             return found
 
-        metrics = self._kept("trial", beta, learning_rate, steps, figures)
-        self.say(
+        metrics = self._cached("trial", beta, learning_rate, steps, run)
+        self.log(
             f"beta {beta:g}, learning rate {learning_rate:g}: score {score(metrics):.4g}, "
             f"held-out explained variance {metrics['explained_variance']:.4g}"
         )
         return metrics
 
-    def range_run(self, beta: float, steps: int) -> list[RangePoint]:
-        """What each step of a range run measured, up to where it went wrong."""
+    def range_test(self, beta: float, steps: int) -> list[RangePoint]:
+        """The points of a learning-rate range test, up to the step at which training diverged."""
 
-        def figures(scratch: Path) -> dict[str, float]:
-            args = self._short(scratch, beta, LOWEST_RATE, steps)
+        def run(scratch: Path) -> dict[str, float]:
+            args = self._short_args(scratch, beta, LOWEST_RATE, steps)
             args.logging_steps = 1
-            points = self.trainer(args, RangeTrainer).points()
+            points = self.trainer(args, RangeTestTrainer).run_range_test()
             return {str(step): point.misfit for step, point in enumerate(points)}
 
-        found = self._kept("range", beta, LOWEST_RATE, steps, figures)
+        found = self._cached("range", beta, LOWEST_RATE, steps, run)
         return [RangePoint(range_rate(int(step), steps), own) for step, own in found.items()]
 
-    def say(self, text: str) -> None:
-        """Log how far the search is, on the main process."""
+    def log(self, text: str) -> None:
+        """Log the progress of the search, on the main process."""
         if self.args.process_index == 0:
             logger.info(text)
 
-    def _short(self, scratch: Path, beta: float, learning_rate: float, steps: int) -> GVPOConfig:
+    def _short_args(
+        self, scratch: Path, beta: float, learning_rate: float, steps: int
+    ) -> GVPOConfig:
         args = copy.copy(self.args)
         args.output_dir = str(scratch)
         args.beta, args.learning_rate, args.max_steps = beta, learning_rate, steps
@@ -202,15 +209,23 @@ class Trials:
         args.report_to, args.push_to_hub = [], False
         return args
 
-    def _kept(
+    def _cached(
         self,
         kind: Literal["trial", "range"],
         beta: float,
         learning_rate: float,
         steps: int,
-        figures: Callable[[Path], dict[str, float]],
+        run: Callable[[Path], dict[str, float]],
     ) -> dict[str, float]:
-        """The figures from their file, or from `figures`, and then kept; the same on all ranks."""
+        """The result of `run`, from its file if there is one; the same on all ranks.
+
+        Args:
+            kind: `trial` or `range` (a learning-rate range test).
+            beta: beta of the run.
+            learning_rate: learning rate of the run.
+            steps: optimizer steps of the run.
+            run: trains in a temporary folder and returns metrics; called if there is no file.
+        """
         key = {
             "kind": kind,
             "beta": beta,
@@ -222,7 +237,7 @@ class Trials:
         path = self.folder / "trials" / name
         if not broadcast_from_rank0(path.exists):
             with tempfile.TemporaryDirectory(prefix="gvpo-offline-tune-") as scratch:
-                made = finite_or_none(figures(Path(scratch)))
+                made = finite_or_none(run(Path(scratch)))
             clear_device_cache(garbage_collection=True)
             text = json.dumps({**key, "figures": made}, indent=1) + "\n"
             broadcast_from_rank0(lambda: create_only(path, text))
@@ -231,7 +246,7 @@ class Trials:
 
 
 def finite_or_none(metrics: Metrics) -> dict[str, float | None]:
-    """Metrics as JSON has them: None for what is no number."""
+    """Metrics for JSON, with None for each value that is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
@@ -240,9 +255,9 @@ def _read(path: Path) -> dict[str, float | None]:
         figures: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))["figures"]
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
-            "a trial's file is the JSON that was written",
+            "the file of a trial is valid JSON with its metrics under `figures`",
             received=f"{type(error).__name__}: {error}",
-            remedy="remove it; the trial is then made again",
+            remedy="remove the file; the trial is then repeated",
             file=path,
         ) from error
     return figures

@@ -17,7 +17,7 @@ from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.group import Group
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import DatasetView
-from gvpo_offline.train.evaluation import in_order, shares_of
+from gvpo_offline.train.evaluation import sequential_steps, step_shares
 
 Floats = npt.NDArray[np.float64]
 
@@ -95,9 +95,9 @@ def log_ratios(config: EvaluateConfig) -> Iterator[tuple[Group, Floats]]:
     budget = config.max_tokens_per_micro_batch
     engine = prepare_engine(model, max_tokens=budget, layout=config.layout, gradients=False)
     held_out = select(dataset, eval_fraction=config.eval_fraction or 0.0, held_out=True)
-    steps = in_order(DatasetView(dataset, held_out), groups_per_step=64, cost=engine.cost)
+    steps = sequential_steps(DatasetView(dataset, held_out), groups_per_step=64, cost=engine.cost)
     with autocast(device, autocast_dtype(bf16=config.bf16, fp16=config.fp16)):
-        for share in shares_of(steps):
+        for share in step_shares(steps):
             for groups, passes in share.micro_batches:
                 logprobs = engine.seq_logprobs(model, groups, passes).cpu().numpy()
                 ends = np.cumsum([group.group_size for group in groups])

@@ -50,7 +50,7 @@ from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.errors import DataError
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import DatasetView
-from gvpo_offline.train.evaluation import in_order, shares_of
+from gvpo_offline.train.evaluation import sequential_steps, step_shares
 
 # All but topr, which this log cannot serve; in the order in which a study that is cut has them.
 LOSSES = ("gvpo", "dpo", "rft", "listwise", "rebel", "rloo", "awr", "ipo", "grpo", "pmd_mean")
@@ -151,7 +151,7 @@ class Study:
         budget = trainer.args.max_tokens_per_micro_batch
         engine = prepare_engine(model, max_tokens=budget, gradients=False)
         view = DatasetView(dataset, select(dataset, eval_fraction=NOT_TRAINED, held_out=True))
-        for share in shares_of(in_order(view, groups_per_step=64, cost=engine.cost)):
+        for share in step_shares(sequential_steps(view, groups_per_step=64, cost=engine.cost)):
             for groups, _ in share.micro_batches:
                 logprobs = engine.seq_logprobs(model, groups).tolist()
                 for group in groups:

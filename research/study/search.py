@@ -22,8 +22,8 @@ from gvpo_offline.tune import (
     RangePoint,
     Trial,
     beta_candidates,
-    beta_to_begin,
     diverged,
+    initial_beta,
     largest_usable_rate,
     misfit,
     propose,
@@ -58,9 +58,11 @@ class Search:
         found: dict[str, Any] = {"task": task, "reward_gap": gap}
         candidates = beta_candidates(gap)
         for name, betas in (("rate", [BETA]), ("both", candidates)):
-            begin = beta_to_begin(betas, gap)
-            largest = largest_usable_rate(self._range(world.policy, log, begin))
-            done = propose(trial, betas=betas, begin=begin, largest_rate=largest, steps=STEPS)
+            first = initial_beta(betas, gap)
+            largest = largest_usable_rate(self._range(world.policy, log, first))
+            done = propose(
+                trial, betas=betas, initial_beta=first, largest_rate=largest, steps=STEPS
+            )
             found[name] = {
                 "beta": done.beta,
                 "rate": done.learning_rate,

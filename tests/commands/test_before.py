@@ -209,7 +209,7 @@ def test_a_checkpoint_of_before_is_resumed(run: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_a_half_done_search_goes_on(run: Run) -> None:
-    """The range run and the first trial are taken from their files; the others are made."""
+    """The range test and the first trial are read from their files; the other trials run."""
     before = files_of("tuned")
     assert len(before) == 2
     run("tune")

@@ -1,5 +1,5 @@
-"""The command line: help, settings from YAML and flags, errors in one line, and the whole line of
-work from a log to an evaluated policy.
+"""The command line: help, settings from YAML and flags, one-line errors, and the whole workflow
+from a log to an evaluated policy.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ print(json.dumps([texts, sorted({"torch", "transformers", "pyarrow"} & set(sys.m
 
 @pytest.fixture(scope="module")
 def helps() -> tuple[dict[str, tuple[int, str]], list[str]]:
-    """Exit status and text of every help, and which heavy modules it took."""
+    """Exit status and text of every `--help`, and the slow modules that it imported."""
     done = subprocess.run(
         [sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=True
     )
@@ -76,14 +76,14 @@ def helps() -> tuple[dict[str, tuple[int, str]], list[str]]:
     return texts, loaded
 
 
-def test_help_loads_nothing_heavy(helps: tuple[dict[str, tuple[int, str]], list[str]]) -> None:
+def test_help_imports_no_slow_modules(helps: tuple[dict[str, tuple[int, str]], list[str]]) -> None:
     assert helps[1] == []
 
 
-def test_every_command_explains_itself(
+def test_every_setting_has_a_help_text(
     helps: tuple[dict[str, tuple[int, str]], list[str]],
 ) -> None:
-    """Each setting is there with a sentence; so is an example."""
+    """Each setting is listed with a description, and there is an example."""
     texts = helps[0]
     assert set(cli.COMMANDS) == set(COMMANDS)
     for name in COMMANDS:
@@ -100,12 +100,12 @@ def test_every_command_explains_itself(
                 assert re.search(described, text), (name, field.name)
     assert "--resume_from_checkpoint" in texts["train --help"][1]
     assert "--columns.reward" in texts["import --help"][1]
-    assert texts[""][0] == 2  # no command is a mistake
+    assert texts[""][0] == 2  # a missing command is an error
     assert texts["--help"][0] == 0
     assert texts["--version"] == [0, __version__ + "\n"]
 
 
-def test_the_installed_command_is_this_one() -> None:
+def test_the_installed_command_runs_this_module() -> None:
     script = Path(sys.executable).parent / "gvpo-offline"
     for argv in ([str(script)], [sys.executable, "-m", "gvpo_offline.cli"]):
         done = subprocess.run([*argv, "--version"], capture_output=True, text=True, check=True)
@@ -116,7 +116,7 @@ def test_the_installed_command_is_this_one() -> None:
 
 
 def parsed(name: str, *argv: object) -> dict[str, Any]:
-    """What a command would be run with."""
+    """The values of the settings with which a command would run."""
     return cli._parse(name, cli.COMMANDS[name], [str(word) for word in argv])
 
 
@@ -141,7 +141,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     proposed.write_text("beta: 0.25\n")
     both = parsed("train", "--config", path, "--config", proposed)
     assert (both["beta"], both["learning_rate"]) == (0.25, 1e-6)
-    tuned = parsed("tune", "--config", path, "--betas", "[0.1, 0.2]")  # takes what train takes
+    tuned = parsed("tune", "--config", path, "--betas", "[0.1, 0.2]")  # has all settings of train
     assert (tuned["betas"], tuned["resume_from_checkpoint"]) == ([0.1, 0.2], "auto")
     args = filled(GVPOConfig, {**values, "output_dir": str(tmp_path), "use_cpu": True})
     assert (args.beta, args.learning_rate, args.warmup_steps) == (0.7, 1e-6, 0.1)
@@ -171,8 +171,8 @@ def test_settings_of_import_nest(tmp_path: Path) -> None:
     assert values["samplers"] == {"hot": {"temperature": 1.2}}
 
 
-def test_the_settings_shown_have_the_defaults_that_count() -> None:
-    """`train --help` shows dataclasses of this package; the run takes those of transformers."""
+def test_help_shows_the_defaults_of_the_run() -> None:
+    """`train --help` shows a dataclass of this package; the run uses one based on transformers'."""
     shown, taken = CommonTrainingSettings(), GVPOConfig(use_cpu=True)
     for field in fields(CommonTrainingSettings):
         assert hasattr(taken, field.name), field.name
@@ -187,7 +187,7 @@ def test_the_settings_shown_have_the_defaults_that_count() -> None:
             assert not theirs
         else:
             assert mine == theirs, field.name
-    # No setting is in two places with two meanings.
+    # No two dataclasses of a command have a setting of the same name.
     names = [
         field.name
         for kind in (CommonTrainingSettings, GVPOSettings, LoraSettings)
@@ -196,7 +196,7 @@ def test_the_settings_shown_have_the_defaults_that_count() -> None:
     assert len(names) == len(set(names))
 
 
-# ---- mistakes ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_the_settings_shown_have_the_defaults_that_count() -> None:
         (["validate", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_wrong_flag_gives_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv) == 1
@@ -242,7 +242,7 @@ def test_a_mistake_is_one_line(
         ("dataset: d\ndataset: e\n", "the key 'dataset' occurs twice"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line(
+def test_an_error_in_the_file_gives_one_line(
     tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "settings.yaml"
@@ -258,7 +258,7 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
     assert "no command 'trian'" in capsys.readouterr().err
 
 
-def test_a_refused_setting_says_what_to_set_instead(
+def test_a_refused_setting_names_the_setting_to_use_instead(
     tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["train", "--model_name_or_path", str(tiny_model_dir), "--dataset", str(tmp_path)]
@@ -268,11 +268,13 @@ def test_a_refused_setting_says_what_to_set_instead(
     assert "please select one of ['no', 'steps', 'epoch']" in capsys.readouterr().err
 
 
-# ---- the whole line ----
+# ---- the whole workflow ----
 
 
 def write_log(path: Path) -> None:
-    """20 prompts, 4 responses each by two samplers; short right answers are worth the most."""
+    """20 prompts with 4 responses each from two samplers; short correct answers have the largest
+    reward.
+    """
     rows = [
         {
             "question": f"What is {a} + {b}?",
@@ -292,9 +294,10 @@ def write_log(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_the_whole_line(tmp_path: Path, tiny_model_dir: Path, server: ForkServer) -> None:
-    """import, reference, validate, train, evaluate: each from its YAML file, each in its own
-    process, from a log of text to a policy that explains held-out rewards better than before.
+def test_the_whole_workflow(tmp_path: Path, tiny_model_dir: Path, server: ForkServer) -> None:
+    """import, reference, validate, train and evaluate, each from a YAML file and in its own
+    process: from a log of text to a policy that explains held-out rewards better than the
+    reference.
     """
     write_log(tmp_path / "log.jsonl")
     model, data, out = tiny_model_dir, tmp_path / "data", tmp_path / "run"
@@ -348,7 +351,7 @@ def test_the_whole_line(tmp_path: Path, tiny_model_dir: Path, server: ForkServer
 
 
 def check_saved_run(out: Path, model: Path, data: Path) -> None:
-    """The settings of a run are kept with it, and its policy is complete."""
+    """The run's folder holds its settings and a complete policy."""
     saved = json.loads((out / "gvpo_run.json").read_text())
     assert saved["package_version"] == __version__
     assert saved["model"]["model_name_or_path"] == str(model)
@@ -361,11 +364,11 @@ def check_saved_run(out: Path, model: Path, data: Path) -> None:
     assert load_file(out / "model.safetensors")
 
 
-def test_a_parquet_file_and_an_adapter(
+def test_an_adapter_trains_on_a_parquet_file(
     tmp_path: Path, tiny_model_dir: Path, server: ForkServer
 ) -> None:
-    """What another program wrote trains as it is; here a LoRA adapter alone, which is what is saved
-    and what can be evaluated.
+    """A Parquet file of another program trains without conversion. Only the LoRA adapter is trained
+    and saved, and it can be evaluated.
     """
     root = unscored_dataset(tmp_path / "data", tiny_model_dir, 8)
     dataset = score(root, tiny_model_dir)

@@ -1,4 +1,4 @@
-"""`evaluate` uses the settings of the run that trained the policy, and says where flags differ."""
+"""`evaluate` uses the settings of the run that trained the policy, and warns if flags differ."""
 
 from __future__ import annotations
 
@@ -105,20 +105,20 @@ def test_the_model_alone_is_enough(run: GVPOTrainer) -> None:
     assert report.config.eval_fraction == 0.2
 
 
-def test_an_explicit_setting_is_used_and_the_difference_is_said(
+def test_a_given_setting_is_used_and_the_difference_is_logged(
     run: GVPOTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another beta is another objective: legitimate, as for a policy of several rounds."""
+    """Another beta is another objective, which can be wanted for a policy of several rounds."""
     with caplog.at_level(logging.WARNING, "gvpo_offline"):
         report = evaluate(folder_of(run), beta=0.1, eval_fraction=0.0)
     own = last(run, "eval_explained_variance")
     assert abs(report.metrics["explained_variance"] - own) > 1e-3
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert "beta 0.1 is not that of the run, which had 0.5" in said
-    assert "eval_fraction 0.0 is not that of the run, which had 0.2" in said
+    assert "beta is 0.1, but the run had 0.5" in said
+    assert "eval_fraction is 0.0, but the run had 0.2" in said
     caplog.clear()
     evaluate(folder_of(run), beta=BETA)
-    assert "is not that of the run" not in caplog.text
+    assert "but the run had" not in caplog.text
 
 
 def test_a_policy_without_a_run_file_needs_a_beta(root: Path, tiny_model_dir: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_policy_without_a_run_file_needs_a_beta(root: Path, tiny_model_dir: Pa
 
 
 def saved(folder: Path, training: dict[str, Any], data: dict[str, Any], **more: Any) -> str:
-    """A folder with a run file alone."""
+    """A folder with only a run file."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"training": training, "data": data, **more}
     (folder / RUN_FILE).write_text(json.dumps(content))
@@ -144,14 +144,17 @@ OBJECTIVE = {"beta": 0.3, "loss_type": "gvpo", "anchor": 0.0, "response_weights"
 
 
 def test_which_dataset_of_a_run_is_evaluated(tmp_path: Path) -> None:
-    """Its datasets of held-out groups, whole; else its training dataset, the held-out share."""
+    """All groups of the run's held-out dataset; without one, the held-out share of its training
+    dataset.
+    """
     training = {**OBJECTIVE, "eval_fraction": 0.2}
     single = {"dataset": "d", "where": "group_size > 2", "reward": "r", "dataset_version": 3}
     model = saved(tmp_path / "one", training, single)
     found = with_run_settings(EvaluateConfig(model))
     assert (found.dataset, found.where, found.reward) == ("d", "group_size > 2", "r")
     assert (found.dataset_version, found.eval_fraction) == (3, 0.2)
-    # Of another dataset only the objective and the share: its groups may be those of the first.
+    # For another dataset only objective and eval_fraction are the run's: it may have groups of the
+    # training dataset.
     other = with_run_settings(EvaluateConfig(model, dataset="elsewhere"))
     assert (other.where, other.reward, other.dataset_version) == (None, None, None)
     assert (other.beta, other.eval_fraction) == (0.3, 0.2)
@@ -185,7 +188,7 @@ def test_the_scores_are_those_that_the_run_used(tiny_model_dir: Path, tmp_path: 
     assert report.config.reference == first.fingerprint
     assert report.config.reward == f"{family.name}@{family.version}"
     assert report.metrics["loss"] == pytest.approx(last(trainer, "eval_loss"), abs=ROUNDING)
-    # A checkpoint lies within the folder of its run.
+    # A checkpoint is in the folder of its run.
     checkpoint = tmp_path / "run" / "checkpoint-2"
     trainer.save_model(str(checkpoint))
     assert with_run_settings(EvaluateConfig(str(checkpoint))).beta == BETA

@@ -1,4 +1,4 @@
-"""The shape of the house: imports go down, what needs no torch loads none, rooms stay small."""
+"""Structure of the package: layers of imports, modules without torch, sizes of files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from support.builders import build_dataset
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
-# From the ground up. A module imports from layers below its own, or from its own without a circle.
+# From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "hashing", "identity", "yaml_settings"),
+    ("version", "errors", "hashing", "identity"),
     ("group", "settings"),
     ("rules", "values"),
     ("store", "contract"),
@@ -35,11 +35,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("cli",),
 )
-# What makes and scores data; none of it may load what trains on it.
+# Subpackages that make and score data; they may not import training code.
 DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "openai", "workers")
-# What runs where no torch is installed, or must start at once.
+# Modules that must not import torch, because they run without it or must start fast.
 WITHOUT_TORCH = (
-    *("version", "errors", "hashing", "yaml_settings", "group", "rules", "values", "contract"),
+    *("version", "errors", "hashing", "group", "rules", "values", "contract"),
     *("identity", "settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("store.arrow", "store.schema", "train.settings"),
@@ -56,7 +56,7 @@ MAX_FUNCTION_LINES = 60
 
 
 def module_name(path: Path) -> str:
-    """`store.commit` for gvpo_offline/store/commit.py; a package goes by its own name."""
+    """`store.commit` for gvpo_offline/store/commit.py, and `store` for its `__init__.py`."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -71,7 +71,7 @@ def layer_of(module: str) -> int:
 
 
 def imported(path: Path, *, at_the_top: bool = False) -> Iterator[str]:
-    """The package's modules that a file imports; not those for type checkers alone.
+    """The modules of the package that a file imports, except under TYPE_CHECKING.
 
     Args:
         path: the file.
@@ -109,8 +109,8 @@ def test_imports_go_down(module: str) -> None:
 
 
 @pytest.mark.parametrize("room", DATA_ROOMS)
-def test_making_data_never_imports_train(room: str) -> None:
-    """Directly or through anything that it imports, inside functions too."""
+def test_making_data_never_imports_training(room: str) -> None:
+    """Neither directly nor indirectly, nor inside functions."""
     pending = [module for module in MODULES if module.split(".")[0] == room]
     seen = set(pending)
     while pending:
@@ -120,14 +120,14 @@ def test_making_data_never_imports_train(room: str) -> None:
     assert not {module for module in seen if module.split(".")[0] in ("train", "tune", "losses")}
 
 
-def test_there_are_no_circles() -> None:
-    """Not even with the imports that functions make."""
+def test_there_are_no_import_cycles() -> None:
+    """Imports inside functions count too."""
     graph = {module: set(imported(path)) - {module} for module, path in MODULES.items() if module}
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_what_needs_no_torch_loads_none(tmp_path: Path) -> None:
-    """Neither the package itself, nor reading a dataset, nor planning a run's steps."""
+def test_modules_without_torch_do_not_import_it(tmp_path: Path) -> None:
+    """Also the package itself, reading a dataset, and the order of a run's groups."""
     build_dataset(tmp_path, 8)
     script = f"""
 import importlib, sys
@@ -147,7 +147,7 @@ assert not {{"torch", "pandas"}} & set(sys.modules), "by open_dataset"
     assert done.returncode == 0, done.stderr
 
 
-def test_the_public_names_are_there() -> None:
+def test_public_names_exist() -> None:
     import gvpo_offline
 
     for name in gvpo_offline.__all__:

@@ -286,7 +286,7 @@ def test_an_older_version(tmp_path: Path, run: Run) -> None:
     [
         ([], "dataset must be set"),
         (["nowhere"], "a folder that holds a manifest"),
-        (["a", "b", "--dataset_version", "1"], "a version of one dataset"),
+        (["a", "b", "--dataset_version", "1"], "dataset_version needs a single dataset"),
         (["a", "--json", "perhaps"], "json"),
     ],
 )

@@ -223,7 +223,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(DataError, match="topr needs the log-probs of the samplers"):
         call("topr")
     for changes in ({"anchor": 0.5}, {"response_weights": torch.ones(3)}):
-        with pytest.raises(ConfigError, match="anchor and response weights are GVPO's"):
+        with pytest.raises(ConfigError, match="only loss_type gvpo has an anchor"):
             call("dpo", **changes)
     with pytest.raises(DataError, match=r"sampler_logprobs must be finite.*nan"):
         call("topr", sampler_logprobs=tensor([0.0, math.nan, 0.0]))

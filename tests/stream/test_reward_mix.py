@@ -21,7 +21,7 @@ from gvpo_offline.store.sidecar_choice import choose_reward_families
 from gvpo_offline.store.survey import survey
 from gvpo_offline.store.writer import publish
 from gvpo_offline.stream.settings import DatasetSettings
-from gvpo_offline.train.data import check_together, open_all
+from gvpo_offline.train.data import check_compatible, open_datasets
 
 
 def scored(folder: Path, n_groups: int = 12) -> Path:
@@ -250,10 +250,10 @@ def test_references_of_a_mix(tmp_path: Path) -> None:
 
     def opened(*chosen: tuple[Path, str | None]) -> None:
         items = [DatasetSettings(path=str(root), reference=ref) for root, ref in chosen]
-        check_together([item.dataset for item in open_all(items, tmp_path).values()])
+        check_compatible([item.dataset for item in open_datasets(items, tmp_path).values()])
 
     opened((one, "1"), (two, "2"))
-    with pytest.raises(ConfigError, match="scored under one reference policy") as caught:
+    with pytest.raises(ConfigError, match="scored under the same reference") as caught:
         opened((one, "1"), (two, "3"))
     assert caught.value.file == str(two)
     with pytest.raises(ConfigError, match="needs the log-probs of one reference") as caught:

@@ -1,4 +1,4 @@
-"""Two processes (gloo) against one: the same run up to rounding, whatever share each has."""
+"""A run on two processes (gloo) equals the run on one process up to rounding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from support.training import largest_difference, train_command, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 
-# Figures of a line that depend on the clock.
+# Metrics that depend on the clock.
 TIMES = {"tokens_per_second", "data_wait_share", "eval_runtime", "total_flos"}
 TIMES |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
-    """25 groups of 2 to 12 responses of 1 to 60 tokens: very unequal work."""
+    """25 groups of 2 to 12 responses with 1 to 60 tokens each: the work per group is unequal."""
     return unequal_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 25)
 
 
@@ -39,7 +39,7 @@ def runs(
     tiny_model_dir: Path,
     server: ForkServer,
 ) -> dict[int, Path]:
-    """Folders of the run on one process and on two, by their number."""
+    """Folders of the run on one process and on two processes, by number of processes."""
     folders = {n: tmp_path_factory.mktemp(f"ranks{n}") / "out" for n in (1, 2)}
     for n, folder in folders.items():
         ended = server.run_ranks(train_command(dataset, tiny_model_dir, folder), n)
@@ -48,20 +48,20 @@ def runs(
 
 
 def test_the_last_step_has_fewer_groups_than_there_are_ranks(runs: dict[int, Path]) -> None:
-    """25 groups in steps of 12: one of two ranks computes an empty share in the third."""
+    """25 groups in steps of 12: in the third step one of two ranks has an empty share."""
     for folder in runs.values():
         state = json.loads((folder / "trainer_state.json").read_text())
         assert state["global_step"] == 3
         assert state["epoch"] == 1
 
 
-def test_two_processes_end_where_one_does(runs: dict[int, Path]) -> None:
+def test_two_processes_train_the_same_weights_as_one(runs: dict[int, Path]) -> None:
     one, two = (load_file(runs[n] / "model.safetensors") for n in (1, 2))
     assert largest_difference(one, two) <= adam_rounding(3)
 
 
-def test_two_processes_report_what_one_does(runs: dict[int, Path]) -> None:
-    """Loss, gradient norm, every metric of training and of held-out groups."""
+def test_two_processes_log_the_same_metrics_as_one(runs: dict[int, Path]) -> None:
+    """Loss, gradient norm, and all metrics of training and of held-out groups."""
     one, two = history(runs[1]), history(runs[2])
     assert [line.keys() for line in one] == [line.keys() for line in two]
     assert sum("eval_loss" in line for line in one) == 1
@@ -89,10 +89,10 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_of_one_on_two(
         assert history(out)[-2] == pytest.approx(history(runs[1])[-2], abs=1e-4, rel=1e-4)
 
 
-def test_an_error_ends_every_rank(
+def test_an_error_stops_every_rank(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    """One that is found by all before anything is exchanged."""
+    """An error that every rank finds before the first collective operation."""
     (tmp_path / "notes.txt").write_text("x")
     for status, output in server.run_ranks(train_command(dataset, tiny_model_dir, tmp_path), 2):
         assert status == 1
@@ -100,10 +100,10 @@ def test_an_error_ends_every_rank(
         assert "Traceback" not in output
 
 
-def test_a_damaged_file_that_one_rank_finds_ends_both(
+def test_a_damaged_file_that_one_rank_finds_stops_both(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    """Each rank verifies every other file; both say which one is damaged."""
+    """Each rank verifies every second file; both ranks name the damaged one."""
     root = shutil.copytree(dataset.root, tmp_path / "data")
     entry = dataset.files()[1]
     content = bytearray((root / entry.path).read_bytes())
@@ -120,10 +120,10 @@ def test_a_damaged_file_that_one_rank_finds_ends_both(
     assert outputs[0] == outputs[1]
 
 
-def test_no_room_for_a_checkpoint_ends_every_rank(
+def test_no_space_for_a_checkpoint_stops_every_rank(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    """Only the first writes weights; the other does not wait for it."""
+    """Only the first rank writes weights; the other one does not hang."""
     argv = train_command(dataset, tiny_model_dir, tmp_path / "out")
     ended = server.run_ranks(argv, 2, file_bytes=60_000)
     assert [status for status, _ in ended] == [1, 1]

@@ -1,5 +1,5 @@
-"""Killed, cut off, out of room: a run goes on exactly where a whole checkpoint left it, or says
-why it cannot.
+"""Resuming after a kill, an interrupted save or a full disk: a run continues exactly from a
+complete checkpoint, or reports why it cannot.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def command(dataset: GroupDataset, tiny_model_dir: Path) -> Command:
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, command: Command, server: ForkServer
 ) -> dict[str, torch.Tensor]:
-    """The weights at the end of the run that nothing happened to."""
+    """The final weights of a run that was not interrupted."""
     out = tmp_path_factory.mktemp("undisturbed")
     status, output = server.run(command(out))
     assert status == 0, output
@@ -78,7 +78,7 @@ def whole_checkpoints(output_dir: Path) -> list[str]:
 
 
 def finish(server: ForkServer, argv: list[str], output_dir: Path) -> dict[str, torch.Tensor]:
-    """Run to the end; the final weights."""
+    """Run the command to its end and load the final weights."""
     status, output = server.run(argv)
     assert status == 0, output
     return load_file(output_dir / "model.safetensors")
@@ -90,8 +90,8 @@ def finish(server: ForkServer, argv: list[str], output_dir: Path) -> dict[str, t
 def test_killed_at_five_random_moments(
     tmp_path: Path, command: Command, undisturbed: dict[str, torch.Tensor], server: ForkServer
 ) -> None:
-    """Each attempt is killed some hundredths of a second after its second to fifth step began: in
-    a forward pass, an update, a checkpoint. In the end every weight is what it would have been.
+    """Each attempt is killed 1 to 40 ms after the start of its second to fifth step: in a forward
+    pass, an update or a save. The final weights equal those of the run without interruption.
     """
     seed = random.randrange(2**32)
     moments = random.Random(seed)
@@ -106,22 +106,22 @@ def test_killed_at_five_random_moments(
 def test_killed_while_a_checkpoint_is_written(
     tmp_path: Path, command: Command, undisturbed: dict[str, torch.Tensor], server: ForkServer
 ) -> None:
-    """In the first checkpoint of all; then in each file of a later one, before its seal, and before
-    the older one goes. Once there is a whole checkpoint there always is one, although a single one
-    is kept; what was cut off is never resumed from.
+    """The run is killed in its first save; then in each file of a later save, before the seal, and
+    before the older checkpoint is removed. After the first complete checkpoint there is always one,
+    although only one is kept, and an interrupted one is never resumed from.
     """
     assert server.start(command(tmp_path), kill_in_save=2).wait() == -9
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert whole_checkpoints(tmp_path) == []
     for number in range(1, SAVES_PER_CHECKPOINT + 1):
-        # The first checkpoint of the attempt is whole, the second is cut in its file `number`.
+        # The attempt completes its first checkpoint and is killed in file `number` of its second.
         child = server.start(command(tmp_path), kill_in_save=SAVES_PER_CHECKPOINT + number)
         assert child.wait() == -9, child.output
         assert whole_checkpoints(tmp_path) == [f"checkpoint-{3 * number}"]
         cut = tmp_path / f"checkpoint-{3 * number + 3}"
         assert cut.is_dir()
         assert not is_sealed(cut)
-    for place in ("seal", "rotate_checkpoints"):
+    for place in ("seal_checkpoint", "rotate_checkpoints"):
         before = whole_checkpoints(tmp_path)
         child = server.start(
             command(tmp_path), kill_at=[f"gvpo_offline.train.checkpointing:{place}", 1, 0]
@@ -130,7 +130,7 @@ def test_killed_while_a_checkpoint_is_written(
         assert set(whole_checkpoints(tmp_path)) >= set(before)
     assert same_weights(finish(server, command(tmp_path), tmp_path), undisturbed)
     assert whole_checkpoints(tmp_path) == [f"checkpoint-{N_STEPS}"]
-    # A run that has come to its end resumes to nothing more.
+    # A finished run can be resumed, and does nothing.
     assert same_weights(finish(server, command(tmp_path), tmp_path), undisturbed)
 
 
@@ -140,7 +140,9 @@ def test_killed_while_a_checkpoint_is_written(
 def test_no_room_for_a_checkpoint(
     tmp_path: Path, command: Command, undisturbed: dict[str, torch.Tensor], server: ForkServer
 ) -> None:
-    """By a limit on the size of files: for the optimizer's state, for the weights, for neither."""
+    """A limit on file sizes stops the save of the optimizer state, then that of the weights; then
+    there is no limit.
+    """
     assert server.start(command(tmp_path), kill_at=[STEP, 6, 0]).wait() == -9
     assert whole_checkpoints(tmp_path) == ["checkpoint-3"]
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-3").iterdir()}
@@ -167,7 +169,7 @@ def test_no_room_for_the_trained_policy(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 3 MB."""
+    """A separate file system of 3 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
@@ -182,7 +184,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(
     small_disk: Path, command: Command, undisturbed: dict[str, torch.Tensor], server: ForkServer
 ) -> None:
-    """A neighbour fills the disk after the first checkpoint; later it goes, and the run goes on."""
+    """Another file fills the disk after the first checkpoint; after its removal the run resumes."""
     assert server.start(command(small_disk), kill_at=[STEP, 5, 0]).wait() == -9
     assert whole_checkpoints(small_disk) == ["checkpoint-3"]
     neighbour = small_disk / "neighbour"
@@ -196,7 +198,7 @@ def test_a_full_disk(
     assert same_weights(finish(server, command(small_disk), small_disk), undisturbed)
 
 
-# ---- checkpoints of something else ----
+# ---- checkpoints of other runs ----
 
 SETTINGS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 # So that what only moves rounding moves weights by rounding; see `adam_rounding`.
@@ -216,7 +218,7 @@ def finished(
 def test_resuming_from_any_checkpoint_ends_in_the_same_weights(
     finished: Path, dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Also where later checkpoints of the run are there already: they are written anew."""
+    """Later checkpoints that already exist in the folder are overwritten."""
     final = load_file(finished / "checkpoint-6" / "model.safetensors")
     for step in (2, 4):
         out = shutil.copytree(finished, tmp_path / str(step))
@@ -259,7 +261,7 @@ def test_other_settings_are_named_and_refused(
     assert same_weights(before, weights_of(trainer))
 
 
-def test_settings_that_only_move_rounding_may_change(
+def test_settings_that_only_change_rounding_may_change(
     finished: Path, dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
@@ -291,7 +293,7 @@ def test_another_model_is_named_and_refused(finished: Path, dataset: GroupDatase
         trainer.train(resume_from_checkpoint=True)
 
 
-# ---- checkpoints that are not whole ----
+# ---- incomplete checkpoints ----
 
 
 @pytest.fixture
@@ -317,10 +319,10 @@ def test_a_damaged_file_is_named(resuming: tuple[GVPOTrainer, Path], name: str, 
         trainer.train(resume_from_checkpoint=True)
     assert error.value.file == str(path)
     assert "resume from another checkpoint" in str(error.value).lower()
-    trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))  # as the message says
+    trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))  # the remedy in the error
 
 
-def test_a_checkpoint_without_seal_does_not_exist(resuming: tuple[GVPOTrainer, Path]) -> None:
+def test_a_checkpoint_without_seal_is_ignored(resuming: tuple[GVPOTrainer, Path]) -> None:
     trainer, out = resuming
     (out / "checkpoint-6" / SEAL_NAME).unlink()
     assert find_checkpoint(out, True) == out / "checkpoint-4"
@@ -330,11 +332,13 @@ def test_a_checkpoint_without_seal_does_not_exist(resuming: tuple[GVPOTrainer, P
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-8"))
     for step in (2, 4):
         (out / f"checkpoint-{step}" / SEAL_NAME).unlink()
-    with pytest.raises(ResumeError, match=r"out: resuming needs a complete checkpoint.*received none"):
+    with pytest.raises(
+        ResumeError, match=r"out: resuming needs a complete checkpoint.*received none"
+    ):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_auto_begins_where_there_is_nothing_to_resume(
+def test_auto_starts_a_new_run_if_there_is_no_checkpoint(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path / "out", **SETTINGS)
@@ -353,7 +357,7 @@ def test_a_damaged_seal_is_named(resuming: tuple[GVPOTrainer, Path]) -> None:
 def test_weights_alone_do_not_resume(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """transformers would go on with a fresh optimizer and say nothing."""
+    """transformers would silently continue with a new optimizer."""
     settings = {**SETTINGS, "save_only_model": True}
     trainer_of(tiny_model_dir, dataset, tmp_path / "out", **settings).train()
     assert not (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()
@@ -369,10 +373,10 @@ def test_a_new_run_among_checkpoints_is_refused(resuming: tuple[GVPOTrainer, Pat
     assert len(whole_checkpoints(out)) == 3
 
 
-def test_data_in_memory_resume_as_well(
+def test_a_run_on_data_in_memory_resumes(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """They are written to a file of this process's own, which is the same file each time."""
+    """Each process writes the data to its own temporary file, whose content is always the same."""
     groups = [group for i in range(dataset.n_row_groups) for group in dataset.groups(i)]
     path = tmp_path / "groups.parquet"
     pq.write_table(training_table(groups), path)

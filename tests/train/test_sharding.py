@@ -1,4 +1,4 @@
-"""Settings of launchers and shards: what is refused, and what accelerate's defaults would break."""
+"""Sharding settings: which are refused, and which defaults of accelerate are replaced."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.train.distributed import (
     ShardedTrainer,
     _check_fsdp,
-    _leave_recomputing_to_the_model,
     _shard_on_cpu,
-    _tie,
+    _share_tied_weights,
+    _use_model_checkpointing,
 )
 from gvpo_offline.train.engine import training_engine
 
@@ -31,7 +31,7 @@ def plugin_of(**settings: Any) -> FullyShardedDataParallelPlugin:
 
 
 def test_log_probs_and_gradients_stay_in_float32() -> None:
-    """accelerate's policy for bf16 would round what a forward returns, and what ranks sum."""
+    """accelerate's policy for bf16 would return log-probs and reduce gradients in bfloat16."""
     plugin = plugin_of()
     plugin.set_mixed_precision("bf16")
     before = plugin.mixed_precision_policy
@@ -55,21 +55,21 @@ def test_ranks_without_weights_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("launched", "own"), [("bf16", {}), ("fp16", {})])
-def test_a_launchers_precision_is_the_runs(
+def test_a_mixed_precision_of_the_launcher_alone_is_refused(
     launched: str, own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would otherwise compute in a type that neither reference check nor identity knows of."""
+    """The reference check and the run's identity would not know of it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     with pytest.raises(ConfigError, match=f"received {launched} from accelerate, no from the run"):
         config_of(tmp_path, **own)
 
 
-def test_a_launchers_precision_that_the_run_names_is_fine(
+def test_a_mixed_precision_of_launcher_and_run_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert config_of(tmp_path, bf16=True).bf16
-    # What accelerate's file calls "no" leaves the choice to the run.
+    # "no" in accelerate's configuration file leaves the choice to the run.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert config_of(tmp_path, bf16=True).bf16
 
@@ -77,64 +77,66 @@ def test_a_launchers_precision_that_the_run_names_is_fine(
 def test_shards_need_a_launcher(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # accelerate sets it for good
+    monkeypatch.setenv(
+        "ACCELERATE_USE_FSDP", "false"
+    )  # accelerate would set it for all later tests
     data = scored_dataset(tmp_path / "data", tiny_model_dir, 4)
     with pytest.raises(ConfigError, match="fsdp only works in distributed training"):
         trainer_of(tiny_model_dir, data, tmp_path / "out", fsdp=True)
 
 
-def test_recomputing_is_left_to_the_model(tmp_path: Path) -> None:
-    """Where the probe sees it, and without a wrapper that hides adapters from PEFT."""
+def test_the_models_own_activation_checkpointing_is_used(tmp_path: Path) -> None:
+    """The probe takes it into account, and it has no wrapper that hides adapters from PEFT."""
     plugin, args = plugin_of(activation_checkpointing=True), config_of(tmp_path)
-    _leave_recomputing_to_the_model(plugin, args)
+    _use_model_checkpointing(plugin, args)
     assert not plugin.activation_checkpointing
     model = tiny_model("falcon")
     disable_dropout(model)
     plain = training_engine(model, config_of(tmp_path), print, sharded=True)
     assert plain.path.layout == "continued"
-    # Its state is handed from pass to pass, which no recomputed layer bears.
+    # Layout `continued` passes a cache from pass to pass, which recomputation does not support.
     recomputed = training_engine(model, args, print, sharded=True)
     assert recomputed.path.layout != "continued"
     plugin = plugin_of(activation_checkpointing=True, activation_checkpointing_offload=True)
     with pytest.raises(ConfigError, match=r"activation_checkpointing_kwargs: \{offload: true\}"):
-        _leave_recomputing_to_the_model(plugin, args)
+        _use_model_checkpointing(plugin, args)
 
 
-def test_a_model_is_not_evaluated_before_it_is_cut() -> None:
-    """Its computation was chosen for the device that its shards will be on."""
+def test_a_model_cannot_be_evaluated_before_it_is_sharded() -> None:
+    """The engine was chosen for the device to which the shards will be moved."""
     trainer = SimpleNamespace(is_fsdp_enabled=True, model=nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="received evaluate before train"):
         ShardedTrainer.check_can_evaluate(trainer)  # type: ignore[arg-type]
 
 
-def test_processes_on_the_cpu_do_not_share_out_a_model_beside_a_gpu(
+def test_fsdp2_over_cpu_processes_is_refused_if_a_gpu_is_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FSDP2 would take the GPU's mesh, and gloo as its backend."""
+    """FSDP2 would use a device mesh of the GPU with the gloo backend."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     accelerator: Any = SimpleNamespace(mixed_precision="no")
     args = config_of(tmp_path)
     assert not _shard_on_cpu(accelerator, args)
     args.fsdp_plugin_args = {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
-    with pytest.raises(ConfigError, match="Set CUDA_VISIBLE_DEVICES to nothing"):
+    with pytest.raises(ConfigError, match="Set CUDA_VISIBLE_DEVICES to an empty string"):
         _shard_on_cpu(accelerator, args)
 
 
-def test_one_parameter_is_saved_once() -> None:
-    """A gathered state has a tensor for each name of a shared parameter."""
+def test_a_tied_parameter_is_saved_once() -> None:
+    """A gathered state dict has a separate tensor for each name of a tied parameter."""
     model = tiny_model("gpt2")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     one, other = "transformer.wte.weight", "lm_head.weight"
     assert weights[one].data_ptr() != weights[other].data_ptr()
-    _tie(weights, model)
+    _share_tied_weights(weights, model)
     assert weights[one] is weights[other]
-    _tie(empty := {}, model)  # what every rank but the first has
+    _share_tied_weights(empty := {}, model)  # the state dict of every rank but the first
     assert not empty
 
 
-def test_shards_compute_on_their_meshs_device() -> None:
-    """Whatever memory they wait in."""
+def test_the_device_of_a_sharded_model_is_that_of_its_mesh() -> None:
+    """Also if the shards are offloaded to another device."""
 
     class Shard(nn.Parameter):
         device_mesh = type("Mesh", (), {"device_type": "meta"})

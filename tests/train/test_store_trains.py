@@ -1,4 +1,4 @@
-"""A file that another program wrote goes through the trainer as it is."""
+"""The trainer accepts a Parquet file of another program without conversion."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 
 
-def test_a_plain_parquet_file_to_the_contract_trains(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """The first example of schemas/README.md, then two steps of one group each."""
+def test_a_parquet_file_that_follows_the_schemas_trains(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """The first example of schemas/README.md writes the file; then two steps of one group each."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -40,6 +42,6 @@ def test_a_plain_parquet_file_to_the_contract_trains(tmp_path: Path, tiny_model_
     assert trainer.state.global_step == 2
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == 2
-    assert all(line["loss"] == pytest.approx(line["loss"]) for line in lines)  # no nan
+    assert all(line["loss"] == pytest.approx(line["loss"]) for line in lines)  # not nan
     after = model.state_dict()
     assert any(not torch.equal(after[name], value) for name, value in before.items())

@@ -1,4 +1,4 @@
-"""What ranks do together: parts that add up, results that all know, errors that end all."""
+"""Collectives: slices that cover a sequence, results on all ranks, and errors on all ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ N_RANKS = 3
 # ---- one process ----
 
 
-def test_one_process_looks_at_everything_and_raises_what_it_finds() -> None:
+def test_a_single_process_has_the_whole_slice_and_raises_its_errors() -> None:
     assert rank_slice() == local_rank_slice() == slice(None)
     assert raise_together(lambda: 1) == broadcast_from_rank0(lambda: 1) == 1
     assert gather_results(lambda: 1) == [1]
@@ -45,15 +45,15 @@ def test_one_process_looks_at_everything_and_raises_what_it_finds() -> None:
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
-def test_parts_make_up_the_whole(n_items: int, n_parts: int) -> None:
-    """Whatever their number; also where it exceeds the items'."""
+def test_slices_cover_the_sequence(n_items: int, n_parts: int) -> None:
+    """For every number of slices, also if it exceeds the number of items."""
     parts = [list(range(n_items)[slice(i, None, n_parts)]) for i in range(n_parts)]
     assert sorted(item for part in parts for item in part) == list(range(n_items))
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 3, 7])
 def test_surveys_of_parts_add_up_to_the_survey(tmp_path: Path, n_parts: int) -> None:
-    """Row group by row group, dealt to parts; 7 parts for 5 row groups leave some without any."""
+    """Each part has every n-th row group; with 7 parts for 5 row groups, two parts are empty."""
     build_dataset(tmp_path, 20)
     dataset = open_dataset(tmp_path)
     assert dataset.n_row_groups == 5
@@ -67,7 +67,7 @@ def test_surveys_of_parts_add_up_to_the_survey(tmp_path: Path, n_parts: int) -> 
 def assert_same(one: Survey, other: Survey) -> None:
     mine, theirs = vars(one).copy(), vars(other).copy()
     assert np.array_equal(mine.pop("gap_bins"), theirs.pop("gap_bins"))
-    # Sums of floats in another order.
+    # The order of the summation differs.
     assert mine.pop("sampler_rewards") == pytest.approx(theirs.pop("sampler_rewards"))
     assert mine == theirs
 
@@ -86,7 +86,10 @@ def _raising(error: Exception) -> Any:
 
 
 def _attempts(rank: int, root: Path) -> dict[str, Any]:
-    """Every way to fail and not to, in a row: a rank that hangs, or is out of step, fails later."""
+    """All ways to succeed and to fail, one after the other.
+
+    If a rank were out of step after one of them, a later one would hang or give another result.
+    """
     return {
         "each": gather_results(lambda: rank),
         "first": broadcast_from_rank0(lambda: rank),
@@ -101,7 +104,7 @@ def _attempts(rank: int, root: Path) -> dict[str, Any]:
         ),
         "all fail": _caught(lambda: gather_results(lambda: _raising(DataError(f"by {rank}")))),
         "a bug": _caught(lambda: raise_together(lambda: _raising(KeyError(5)) if rank == 2 else 0)),
-        # Rank 1 fails before the exchange inside, the others in it.
+        # Rank 1 fails before the inner collective, the others in it.
         "nested": _caught(
             lambda: raise_together(
                 lambda: (
@@ -137,7 +140,7 @@ def _rank(rank: int, port: int, root: str) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good dataset, and one with a flipped bit in one of its files."""
+    """A valid dataset, and one with a flipped bit in one of its files."""
     root = tmp_path_factory.mktemp("together")
     for name in ("good", "bad"):
         build_dataset(root / name, 20)
@@ -151,16 +154,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(root: Path) -> list[dict[str, Any]]:
-    """What each of three processes saw."""
+    """The results of each of three processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Forked: importing everything again takes each process seconds.
+    # Forked, because importing everything again would take each process seconds.
     start_processes(_rank, (port, str(root)), nprocs=N_RANKS, start_method="fork")
     return [pickle.loads((root / f"{rank}.pickle").read_bytes()) for rank in range(N_RANKS)]
 
 
-def test_results_are_known_to_all(ranks: list[dict[str, Any]]) -> None:
+def test_all_ranks_get_the_results(ranks: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(ranks):
         assert found["each"] == found["after"] == [0, 1, 2]
         assert found["first"] == 0
@@ -182,11 +185,11 @@ def test_an_error_of_one_rank_is_raised_by_all(
         assert found[case] == (kind.__name__, message)
 
 
-def test_errors_of_all_ranks_are_told_as_one(ranks: list[dict[str, Any]]) -> None:
+def test_errors_of_several_ranks_are_raised_as_the_first(ranks: list[dict[str, Any]]) -> None:
     assert [found["all fail"] for found in ranks] == [("DataError", "by 0.")] * N_RANKS
 
 
-def test_a_bug_shows_where_it_is(ranks: list[dict[str, Any]]) -> None:
+def test_a_bug_is_raised_on_its_rank_and_named_on_the_others(ranks: list[dict[str, Any]]) -> None:
     assert ranks[2]["a bug"] == ("KeyError", "5")
     for found in ranks[:2]:
         kind, message = found["a bug"]
@@ -194,7 +197,7 @@ def test_a_bug_shows_where_it_is(ranks: list[dict[str, Any]]) -> None:
         assert "KeyError on rank 2: 5" in message
 
 
-def test_a_damaged_file_that_one_rank_finds_ends_all(
+def test_a_damaged_file_that_one_rank_finds_stops_all(
     ranks: list[dict[str, Any]], root: Path
 ) -> None:
     with pytest.raises(IntegrityError) as alone:

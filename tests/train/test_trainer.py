@@ -1,4 +1,4 @@
-"""The trainer's arithmetic: loss, gradient and metrics, against a loop written out by hand."""
+"""Loss, gradient and metrics of the trainer equal those of a plain loop over responses."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
-    """24 groups, k from 2 to 5, a third with loss masks, scored by the tiny model."""
+    """24 groups with k from 2 to 5, a third of them with loss masks; scored by the tiny model."""
     return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, N_GROUPS)
 
 
 def plain_loss(
     model: torch.nn.Module, groups: list[Group], beta: float, anchor: float = 0.0
 ) -> torch.Tensor:
-    """The objective as the paper writes it, one response at a time, with the gradient."""
+    """The objective as in the paper, one response at a time, and its gradient."""
     losses = []
     for group in groups:
         sums = []
@@ -82,7 +82,7 @@ def plain_loss(
 def test_loss_and_gradient_are_those_of_a_plain_loop(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, anchor: float
 ) -> None:
-    """At the start, and again at step 3, where log-ratios are not zero any more."""
+    """At the first step, and at step 3, where log-ratios are no longer zero."""
     recorder = Recorder()
     settings = {"max_grad_norm": 0.0, "anchor": anchor, "learning_rate": 0.2, "optim": "sgd"}
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path, callbacks=[recorder], **settings)
@@ -129,7 +129,7 @@ def test_evaluating_does_not_change_the_run(
 def test_how_steps_are_read_does_not_change_the_run(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """By the main process, by a thread of it, by loader workers."""
+    """Steps are read by the main process, by a thread, or by data loader workers."""
     runs = []
     for ahead, workers in ((0, 0), (2, 0), (2, 2)):
         out = tmp_path / f"{ahead}-{workers}"
@@ -143,8 +143,8 @@ def test_how_steps_are_read_does_not_change_the_run(
 def test_each_step_logs_its_metrics(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Step 1 starts at the reference: every log-ratio 0, so nothing is explained and the loss is
-    that of the rewards alone.
+    """At step 1 the policy is the reference: all log-ratios are 0, so explained variance is 0 and
+    the loss depends on the rewards alone.
     """
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path, include_num_input_tokens_seen="all")
     trainer.train()
@@ -167,7 +167,7 @@ def test_each_step_logs_its_metrics(
     assert trainer.state.num_input_tokens_seen == sum(group.n_tokens for group in drawn)
 
 
-def test_a_line_of_several_steps_is_their_mean(
+def test_a_log_line_over_several_steps_has_their_mean(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     single = trainer_of(tiny_model_dir, dataset, tmp_path / "single")
@@ -176,7 +176,7 @@ def test_a_line_of_several_steps_is_their_mean(
     triple.train()
     for key in ("loss", "log_ratio_mean", "reward_mean"):
         mean = np.mean(lines_of(single, key))
-        if key == "loss":  # steps have equally many groups
+        if key == "loss":  # all steps have the same number of groups
             assert lines_of(triple, key) == pytest.approx([mean], rel=1e-5)
     responses = [
         sum(group.group_size for group in single.train_dataset.global_batch(step))
@@ -240,7 +240,7 @@ def sum_of(model: torch.nn.Module, group: Group, number: int) -> float:
 
 
 def drawn_by(trainer: GVPOTrainer, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Ids of the groups of each step, noted where their loss is computed."""
+    """Ids of the groups of each step, recorded when their loss is computed."""
     steps: list[list[str]] = []
     compute = trainer._accumulate
 
@@ -266,7 +266,7 @@ def test_every_group_is_seen_as_often_as_asked(
     epochs: float,
     sizes: list[int],
 ) -> None:
-    """24 groups in steps of 7; the last step takes what is left."""
+    """24 groups in steps of 7; the last step has the remaining groups."""
     options = {"groups_per_step": 7, "num_train_epochs": epochs}
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **options)
     steps = drawn_by(trainer, monkeypatch)
@@ -294,7 +294,7 @@ def test_max_steps_overrides_epochs(
 
 
 def test_groups_of_equal_rewards_train_unless_dropped(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """They pull back to the reference: with the policy moved away, their gradient is not zero."""
+    """Their target is the reference: if the policy differs from it, their gradient is not zero."""
     rewards = [np.array([0.5, 0.5, 0.5 if i % 2 else 0.1]) for i in range(8)]
     groups = [
         make_group(i, k=3, vocab_size=VOCAB_SIZE, scored=False, rewards=row)

@@ -1,4 +1,4 @@
-"""Before the first step: data that will disappoint, and a reference that is not the policy's."""
+"""Checks before the first update: warnings about the data, tokenizers, and the reference check."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_the_data_are_described(
 @pytest.mark.parametrize(
     ("beta", "warning"),
     [
-        (1e-3, "further than a policy can move: raise beta"),
-        (1e4, "the policy will stay the reference"),
+        (1e-3, "more than training can reach: raise beta"),
+        (1e4, "policy will hardly differ from the reference"),
         (0.5, ""),
     ],
 )
-def test_a_log_ratio_gap_out_of_reach_is_warned_of(
+def test_a_log_ratio_gap_out_of_reach_gives_a_warning(
     dataset: GroupDataset,
     tiny_model_dir: Path,
     tmp_path: Path,
@@ -97,13 +97,15 @@ def test_a_log_ratio_gap_out_of_reach_is_warned_of(
     beta: float,
     warning: str,
 ) -> None:
-    """Rewards lie 0.25 to 1 apart: over 40 nats at beta 0.001, under a thousandth at 10,000."""
+    """Rewards differ by 0.25 to 1: the gap is over 40 nats at beta 0.001, and under 0.001 nats at
+    beta 10,000.
+    """
     trainer_of(tiny_model_dir, dataset, tmp_path, beta=beta).preflight()
     found = warnings_of(caplog)
     assert (warning in found) if warning else not found
 
 
-def test_nothing_but_equal_rewards_is_warned_of(
+def test_equal_rewards_in_all_groups_give_a_warning(
     tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     groups = [
@@ -136,8 +138,8 @@ def test_an_altered_file_stops_the_run_before_it_starts(
 def test_a_response_over_the_budget_is_named_before_the_run_starts(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, role: str
 ) -> None:
-    """One token too few for the longest prompt with one response of either dataset; with that one
-    token more the run goes through, in pieces.
+    """The limit is one token below the longest prompt with one response, in the training or the
+    held-out dataset. With one token more the run succeeds, with groups in pieces.
     """
     short = scored_dataset(
         tmp_path / "short", tiny_model_dir, 8, prompt_tokens=2, response_tokens=3
@@ -163,8 +165,8 @@ def test_a_response_over_the_budget_is_named_before_the_run_starts(
 def test_evaluating_names_a_response_over_the_budget(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """And what does go through in pieces is what a large budget gives, for a policy that is not
-    the reference (there the order of log-ratios is that of their rounding).
+    """Metrics with groups in pieces equal those with a large limit. The policy is not the
+    reference, because the order of log-ratios would then depend on rounding.
     """
     width, place = longest_row(dataset)
     policy = shutil.copytree(tiny_model_dir, tmp_path / "policy")
@@ -203,7 +205,7 @@ def test_a_policy_with_another_tokenizer_is_refused(
     with pytest.raises(IntegrityError, match="the policy uses the tokenizer and chat template"):
         trainer_of(tiny_model_dir, dataset, tmp_path / "out", tokenizer=other)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    trainer_of(model, dataset, tmp_path / "out")  # without one there is nothing to compare
+    trainer_of(model, dataset, tmp_path / "out")  # without a tokenizer there is nothing to compare
     assert "no processing_class was given" in warnings_of(caplog)
 
 
@@ -221,8 +223,8 @@ def test_a_reference_with_another_tokenizer_is_refused(
 def perturbed(
     tmp_path_factory: pytest.TempPathFactory, dataset: GroupDataset, tiny_model_dir: Path
 ) -> GroupDataset:
-    """A reference that claims the policy's weights, with numbers of another engine: half a nat off
-    here and there.
+    """A reference with the hash of the policy's weights, whose log-probs are off by normal noise
+    with a standard deviation of 0.5 nats.
     """
     rng = np.random.default_rng(0)
     groups = [
@@ -241,7 +243,7 @@ def perturbed(
 def test_a_reference_that_is_not_the_policys_stops_the_run(
     perturbed: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Before any update: no weight has moved, no checkpoint was written."""
+    """The run stops before any update: weights are unchanged and there is no checkpoint."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
     trainer = trainer_of(tiny_model_dir, perturbed, tmp_path, **options)
     before = weights_of(trainer)
@@ -270,7 +272,7 @@ def test_the_check_can_be_turned_off_or_demanded(
     caplog.set_level(logging.INFO, "gvpo_offline")
     trainer = trainer_of(other, dataset, tmp_path / "auto")
     trainer.train()
-    assert "the policy's weights are not the reference's" in caplog.text
+    assert "the policy is not the reference" in caplog.text
     assert lines_of(trainer, "log_ratio_std")[0] > 0.01
     trainer_of(tiny_model_dir, dataset, tmp_path / "strict", reference_check="error").train()
 
@@ -290,7 +292,7 @@ def test_the_tolerance_is_that_of_the_coarsest_data_type() -> None:
 def test_bfloat16_policy_and_reference_agree_within_its_noise(
     tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same data type on both sides: the check passes and nothing is warned of."""
+    """With the same data type for both, the check passes without a warning."""
     root = unscored_dataset(tmp_path / "data", tiny_model_dir)
     data = score(root, tiny_model_dir, bf16=True)
     trainer = trainer_of(tiny_model_dir, data, tmp_path / "out", bf16=True, groups_per_step=24)
@@ -299,10 +301,10 @@ def test_bfloat16_policy_and_reference_agree_within_its_noise(
     assert not warnings_of(caplog)
 
 
-def test_data_types_that_differ_are_warned_of(
+def test_different_data_types_give_a_warning(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And only warned of: the coarser of the two says how much of a log-ratio is noise."""
+    """There is no error, because the tolerance is that of the coarser data type."""
     rough = score(unscored_dataset(tmp_path / "data", tiny_model_dir), tiny_model_dir, bf16=True)
     trainer = trainer_of(tiny_model_dir, rough, tmp_path / "c")
     trainer.train()
@@ -327,7 +329,7 @@ def test_data_types_that_differ_are_warned_of(
 
 
 def scored_by(**changes: Any) -> ReferenceFamily:
-    """A reference of which little is known."""
+    """A reference with few known properties."""
     values: dict[str, Any] = {
         "fingerprint": "0",
         "model_name_or_path": "unknown",
@@ -343,14 +345,14 @@ def scored_by(**changes: Any) -> ReferenceFamily:
     return ReferenceFamily(**values)
 
 
-def test_a_file_that_does_not_say_how_it_was_scored_is_not_warned_of() -> None:
+def test_a_reference_without_data_types_gives_no_warning() -> None:
     rough = PolicyFacts(None, "float32", "bfloat16", "sdpa", None)
     assert reference_warnings(rough, scored_by()) == []
     assert len(reference_warnings(rough, scored_by(dtype="float32"))) == 1
 
 
 def test_the_coarser_of_policy_and_reference_sets_the_tolerance() -> None:
-    """Half a nat is rounding where either computed in bfloat16, and an error where neither did."""
+    """Half a nat is within rounding if one of them used bfloat16, and an error if neither did."""
     exact = PolicyFacts(None, "float32", None, "sdpa", None)
     rough = PolicyFacts(None, "float32", "bfloat16", "sdpa", None)
     check_log_ratios(0.5, 0.1, rough, scored_by(dtype="float32"))
@@ -362,8 +364,8 @@ def test_the_coarser_of_policy_and_reference_sets_the_tolerance() -> None:
 
 
 def test_dropout_of_the_policy_is_off(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """A model whose configuration has attention dropout starts at the reference all the same; with
-    dropout on it does not, and the check says so.
+    """A model whose configuration has attention dropout starts at the reference by default. With
+    disable_dropout: false it does not, and the check fails.
     """
     careless = shutil.copytree(tiny_model_dir, tmp_path / "careless")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -377,10 +379,10 @@ def test_dropout_of_the_policy_is_off(tiny_model_dir: Path, tmp_path: Path) -> N
         trainer_of(careless, data, tmp_path / "on", disable_dropout=False).train()
 
 
-def test_a_policy_that_leaves_the_numbers_is_stopped_with_the_group(
+def test_log_probs_that_are_not_finite_stop_the_run_and_name_the_group(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """After a step far too large, log-probs are not finite: an error, not a run of nans."""
+    """After an update that is far too large, the run stops instead of continuing with nan."""
     trainer = trainer_of(
         tiny_model_dir, dataset, tmp_path, learning_rate=1e30, max_grad_norm=0.0, optim="sgd"
     )

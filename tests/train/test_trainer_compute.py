@@ -1,4 +1,4 @@
-"""How a trainer's log-probs are computed: no way of it changes the run."""
+"""The layout, pieces and memory settings do not change a run's loss and gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gvpo_offline.store.dataset import GroupDataset
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
-    """24 groups, k from 2 to 5, a third with loss masks, scored by the tiny model."""
+    """24 groups with k from 2 to 5, a third of them with loss masks; scored by the tiny model."""
     return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 24)
 
 
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 def test_micro_batches_and_pieces_change_neither_loss_nor_gradient(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, layout: str
 ) -> None:
-    """From hardly more than one response at a time to the whole step at once."""
+    """From little more than one response per pass to the whole step in one pass."""
     longest, _ = longest_row(dataset)
     runs = []
     for budget in (longest, 100, 10**6):
@@ -38,10 +38,10 @@ def test_micro_batches_and_pieces_change_neither_loss_nor_gradient(
             callbacks=[recorder],
             layout=layout,
             max_tokens_per_micro_batch=budget,
-            # Adam would make updates of full size of gradients that are nothing but rounding.
+            # With Adam, gradients that are only rounding noise would give updates of full size.
             optim="sgd",
             learning_rate=0.1,
-            max_steps=2,  # in the second, log-ratios are not zero any more
+            max_steps=2,  # in the second step log-ratios are no longer zero
         )
         plans = [trainer.train_dataset[step].micro_batches for step in range(2)]
         trainer.train()
@@ -59,7 +59,7 @@ def test_micro_batches_and_pieces_change_neither_loss_nor_gradient(
 def test_layouts_change_neither_loss_nor_gradient(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Each as it is forced; what is chosen by itself is the shared one."""
+    """Each layout is requested explicitly; `auto` chooses `shared`."""
     runs = {}
     for layout in ("auto", "shared", "packed", "continued", "padded"):
         recorder = Recorder()
@@ -94,7 +94,7 @@ def test_logits_that_are_not_kept_change_neither_loss_nor_gradient(
 
 
 def mean_entropy(model: torch.nn.Module, groups: list[Group]) -> float:
-    """Nats, over the distributions that tokens which count were scored under."""
+    """Mean entropy, in nats, of the distributions at the tokens that the loss mask counts."""
     entropies = []
     for group in groups:
         prompt = group.prompt_token_ids
@@ -112,7 +112,7 @@ def mean_entropy(model: torch.nn.Module, groups: list[Group]) -> float:
 def test_entropy_is_logged_on_request(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, pieces: bool
 ) -> None:
-    """Of each scored token once, though groups in pieces are computed twice."""
+    """Each scored token counts once, although groups in pieces are computed twice."""
     budget = longest_row(dataset)[0] if pieces else 10**6
     settings = {"max_tokens_per_micro_batch": budget, "max_steps": 1}
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path / "a", log_entropy=True, **settings)

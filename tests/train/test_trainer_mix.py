@@ -1,4 +1,4 @@
-"""Runs on several datasets: what is drawn, what is reported, what is refused."""
+"""Runs on several datasets: draws, logged epochs, and refused combinations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def groups_named(name: str, n: int) -> list[Any]:
 def datasets(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
 ) -> dict[str, GroupDataset]:
-    """16 and 24 groups, scored under one reference."""
+    """Datasets of 16 and 24 groups, scored under the same reference."""
     return {
         name: scored_dataset(
             tmp_path_factory.mktemp("mix") / name, tiny_model_dir, groups=groups_named(name, n)
@@ -77,8 +77,8 @@ def test_without_weights_each_group_comes_once_an_epoch(
 def test_weights_share_out_the_draws_and_epochs_are_reported(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Three to one over 40 draws: 30 of the 16 groups and 10 of the 24, in cycles of 128 as 96 and
-    32; within a cycle the order is by chance, so a whole cycle is drawn: 128 draws.
+    """With weights 3 and 1, a cycle of 128 draws has 96 of the first dataset (16 groups) and 32 of
+    the second (24 groups). The order within a cycle is random, so a whole cycle is drawn.
     """
     mixed = settings_of(datasets, one={"weight": 3.0}, two={"weight": 1.0})
     trainer = trainer_of(tiny_model_dir, mixed, tmp_path, max_steps=16, learning_rate=1e-3)
@@ -91,7 +91,7 @@ def test_weights_share_out_the_draws_and_epochs_are_reported(
     assert last["epoch"] == pytest.approx(128 / 40)
 
 
-def test_a_mix_of_one_is_that_dataset(
+def test_a_mix_of_one_dataset_is_a_run_on_that_dataset(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     alone = trainer_of(tiny_model_dir, datasets["two"], tmp_path / "a")
@@ -100,7 +100,7 @@ def test_a_mix_of_one_is_that_dataset(
     assert alone.identity() == listed.identity()
 
 
-def test_a_mix_resumes_exactly_and_not_with_other_weights(
+def test_a_mix_resumes_exactly_and_refuses_other_weights(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     mixed = settings_of(datasets, one={"weight": 1.0}, two={"weight": 1.0})
@@ -119,7 +119,7 @@ def test_a_mix_resumes_exactly_and_not_with_other_weights(
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_the_command_line_mixes(
+def test_a_mix_from_the_command_line(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     listed = [{"path": str(d.root), "weight": 1 + i} for i, d in enumerate(datasets.values())]
@@ -147,13 +147,13 @@ def test_the_command_line_mixes(
 
 
 def refused(data: Any, model_dir: Path, out: Path) -> GVPOError:
-    """The error before any step."""
+    """The error that is raised before the first step."""
     with pytest.raises(GVPOError) as caught:
         trainer_of(model_dir, data, out)
     return caught.value
 
 
-def test_a_reference_that_one_dataset_lacks(
+def test_a_dataset_without_the_reference_is_refused(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     bare = unscored_dataset(tmp_path / "bare", tiny_model_dir, 8)
@@ -163,7 +163,7 @@ def test_a_reference_that_one_dataset_lacks(
     assert str(bare) in str(error)
 
 
-def test_datasets_scored_under_different_policies(
+def test_datasets_with_different_references_are_refused(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
@@ -174,11 +174,11 @@ def test_datasets_scored_under_different_policies(
     root = unscored_dataset(tmp_path / "two", tiny_model_dir, 8)
     scored = score(root, other)
     error = refused([datasets["one"], scored], tiny_model_dir, tmp_path / "out")
-    assert "scored under one reference policy" in str(error)
+    assert "scored under the same reference" in str(error)
     assert str(root) in str(error)
 
 
-def test_datasets_of_different_tokenizers(
+def test_datasets_with_different_tokenizers_are_refused(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     data = scored_dataset(tmp_path / "two", tiny_model_dir, 8)
@@ -190,7 +190,7 @@ def test_datasets_of_different_tokenizers(
     assert "tokenizer" in str(error)
 
 
-def test_weights_and_names_that_mean_nothing(
+def test_invalid_weights_and_names_are_refused(
     datasets: dict[str, GroupDataset], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     zero = settings_of(datasets, one={"weight": 0.0}, two={"weight": 0.0})
@@ -200,7 +200,7 @@ def test_weights_and_names_that_mean_nothing(
         refused(some, tiny_model_dir, tmp_path)
     )
     twice = [datasets["one"], datasets["one"]]
-    assert "a name of its own" in str(refused(twice, tiny_model_dir, tmp_path))
+    assert "datasets of a run have different names" in str(refused(twice, tiny_model_dir, tmp_path))
     assert "at least one dataset" in str(refused([], tiny_model_dir, tmp_path))
     with pytest.raises(ConfigError, match="non-negative"):
         DatasetSettings(path="x", weight=-1.0)

@@ -1,4 +1,4 @@
-"""What a run does besides arithmetic: when things happen, what it takes as input, adapters."""
+"""Epochs and callbacks of a run, forms of datasets, adapters, and damaged data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 
 @pytest.fixture(scope="module")
 def parquet_file(tmp_path_factory: pytest.TempPathFactory, dataset: GroupDataset) -> Path:
-    """The same groups in one self-contained file, as another program would write it."""
+    """The same groups in one self-contained Parquet file, as another program would write it."""
     path = tmp_path_factory.mktemp("file") / "groups.parquet"
     pq.write_table(training_table(groups_of(dataset)), path, row_group_size=4)
     return path
@@ -50,7 +50,7 @@ def groups_of(dataset: GroupDataset) -> list[Group]:
 
 
 class Diary(TrainerCallback):
-    """Notes events with the step and the epoch that they saw."""
+    """Records events with their step and epoch."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int, float | None]] = []
@@ -66,18 +66,18 @@ class Diary(TrainerCallback):
         return note
 
     def steps(self, name: str) -> list[int]:
-        """The steps that an event came at."""
+        """The steps of an event."""
         return [step for event, step, _ in self.events if event == name]
 
 
-# ---- when things happen ----
+# ---- epochs and callbacks ----
 
 
-def test_what_is_asked_for_each_epoch_happens_when_one_is_complete(
+def test_actions_of_each_epoch_happen_at_its_last_step(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """24 groups in steps of 7, 2.5 epochs, 60 draws: the first is complete after 28 draws, step 4,
-    the second after 49, step 7, and the half one ends with the run, step 9.
+    """24 groups in steps of 7 for 2.5 epochs, which are 60 draws. The first epoch is complete at
+    step 4 (28 draws), the second at step 7 (49 draws), and the run ends at step 9.
     """
     diary = Diary()
     each = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
@@ -100,7 +100,7 @@ def test_what_is_asked_for_each_epoch_happens_when_one_is_complete(
     assert names == {"checkpoint-4", "checkpoint-7", "checkpoint-9"}
 
 
-def test_an_epoch_that_ends_with_the_run_is_not_announced_twice(
+def test_an_epoch_that_ends_with_the_run_is_handled_once(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     diary = Diary()
@@ -120,7 +120,7 @@ def test_an_epoch_that_ends_with_the_run_is_not_announced_twice(
     assert diary.steps("on_evaluate") == [6]  # not before epoch 2
 
 
-def test_callbacks_see_epochs_as_shares_of_the_groups(
+def test_callbacks_see_epochs_as_fractions_of_the_groups(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     diary = Diary()
@@ -156,7 +156,7 @@ def test_a_callback_may_end_the_run(
 def test_the_best_model_is_loaded_at_the_end(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Best here is the lowest explained variance, so that it is not the last."""
+    """The metric is the lowest explained variance, so that the best model is not the last."""
     trainer = trainer_of(
         tiny_model_dir,
         dataset,
@@ -182,14 +182,14 @@ def test_the_best_model_is_loaded_at_the_end(
     assert trainer.evaluate()["eval_pair_accuracy"] == min(found)
 
 
-# ---- what it takes ----
+# ---- forms of datasets ----
 
 
 def test_all_forms_of_a_dataset_train_alike(
     dataset: GroupDataset, parquet_file: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """The same groups in the same row groups: from a folder, as text or as a path, opened before,
-    from a file, and from memory.
+    """The same groups in the same row groups, as a folder (str or Path), an open dataset, a file,
+    and a dataset in memory.
     """
     in_memory = datasets.Dataset.from_parquet(str(parquet_file), cache_dir=str(tmp_path / "cache"))
     losses = {}
@@ -214,13 +214,13 @@ def test_temporary_files_are_for_data_in_memory_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A killed run on a folder has none to leave behind; a trainer that ends takes its own away."""
+    """A run on a folder has no temporary files; a trainer removes its own at its end."""
     in_memory = datasets.Dataset.from_parquet(str(parquet_file), cache_dir=str(tmp_path / "cache"))
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
 
     def folders_of(data: Any) -> tuple[int, int]:
-        """Temporary folders of ours while a trainer is there, and after it."""
+        """Temporary folders of this package while a trainer exists, and after it."""
         trainer = trainer_of(tiny_model_dir, data, tmp_path / "out")
         during = len(list((tmp_path / "scratch").glob("gvpo-offline-*")))
         del trainer
@@ -232,7 +232,7 @@ def test_temporary_files_are_for_data_in_memory_alone(
     assert folders_of(in_memory) == (1, 0)
 
 
-def test_anything_else_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_other_types_of_datasets_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a dataset is a folder or its URL, a Parquet file"):
         trainer_of(tiny_model_dir, [1, 2], tmp_path)
     with pytest.raises(DataError, match="folder that holds a manifest"):
@@ -269,11 +269,11 @@ def test_evaluation_without_groups_is_refused_before_training(
         trainer_of(tiny_model_dir, dataset, tmp_path, eval_fraction=1 - 1e-9)
 
 
-def test_a_trainer_needs_little(
+def test_model_and_data_are_enough_for_a_trainer(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Model and data are enough; arguments are the caller's own and stay as they are, so that a
-    second trainer with them runs as the first.
+    """The trainer does not change the caller's arguments, so that a second trainer with the same
+    arguments runs like the first.
     """
     args = GVPOConfig(output_dir=str(tmp_path), groups_per_step=7, use_cpu=True, save_strategy="no")
     before = args.to_dict()
@@ -311,7 +311,7 @@ def test_an_adapter_alone_is_trained_and_starts_at_the_reference(
     mine = {k: v for k, v in weights_of(trainer).items() if "lora_" in k}
     assert saved.keys() == mine.keys()
     assert all(torch.equal(saved[k], mine[k]) for k in saved)
-    # Base weights bear other names inside the adapter.
+    # The base weights have other names inside the PEFT model.
     inner = {k.replace("base_layer.", "").split("model.", 1)[1]: v for k, v in start.items()}
     assert all(torch.equal(inner[k], v) for k, v in before.items() if k in inner)
 
@@ -332,7 +332,7 @@ def test_an_adapter_resumes_exactly(
     assert same_weights(weights_of(whole), weights_of(resumed))
     with pytest.raises(ResumeError, match=r"adapter\.default\.lora_alpha: '16' then, '32' now"):
         lora(lora_alpha=32).train(resume_from_checkpoint=True)
-    # Another base under the same adapter is another policy, whatever the checkpoint holds.
+    # The same adapter on another base is another policy, which must not resume.
     other = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1.0
@@ -344,7 +344,7 @@ def test_an_adapter_resumes_exactly(
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_a_peft_model_may_be_passed_as_it_is(
+def test_a_peft_model_can_be_passed(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
@@ -366,13 +366,13 @@ def test_a_trained_policy_loads_as_a_model(
     assert (tmp_path / "tokenizer.json").is_file()
 
 
-# ---- data that the model cannot take ----
+# ---- invalid or damaged data ----
 
 
 def test_token_ids_beyond_the_models_are_named(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """A file of another program says nothing of its tokenizer; row 5 holds the id 5,000."""
+    """A file of another program has no tokenizer fingerprint; row 5 has the token id 5,000."""
     groups = groups_of(dataset)[:8]
     table = training_table(groups)
     ids = table.column("prompt_token_ids").to_pylist()
@@ -390,8 +390,8 @@ def test_token_ids_beyond_the_models_are_named(
 def test_a_flipped_bit_in_the_middle_of_a_run_is_named(
     tiny_model_dir: Path, tmp_path: Path, workers: int
 ) -> None:
-    """In tokens, which nothing reads before the first step unless files are verified whole; found
-    in this process or in a loader's.
+    """The bit is in the tokens, which nothing reads before the first step with verify: size. It is
+    found in the main process or in a data loader worker.
     """
     data = scored_dataset(tmp_path / "data", tiny_model_dir, 8)
     path = data.root / data.manifest.groups[0].path

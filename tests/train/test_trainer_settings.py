@@ -1,4 +1,4 @@
-"""Settings and inputs that a trainer does not take: each is refused before anything happens."""
+"""Settings and inputs that the trainer refuses, before it changes anything."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
         ("train_sampling_strategy", "sequential"),
     ],
 )
-def test_settings_of_another_kind_of_batch_are_refused(
+def test_batch_settings_of_transformers_are_refused(
     tmp_path: Path, setting: str, value: Any
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{setting} has no meaning here; received {value}"):
+    with pytest.raises(
+        ConfigError, match=f"{setting} is not used in GVPO training; received {value}"
+    ):
         config_of(tmp_path, **{setting: value})
 
 
@@ -64,7 +66,7 @@ def test_settings_out_of_range_are_refused(
 
 
 @pytest.mark.parametrize("logger", ["nothing_known", "dvclive"])
-def test_loggers_that_are_not_there_are_named(
+def test_missing_loggers_are_named(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, logger: str
 ) -> None:
     """One does not exist, the other is not installed."""
@@ -85,7 +87,7 @@ def test_a_run_has_at_least_one_step(
 def test_a_folder_with_anything_in_it_is_refused(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """The model's own folder, a dataset's, one with notes; loggers' folders are no hindrance."""
+    """A model's folder, a dataset's folder, a folder with notes. Loggers' folders are allowed."""
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     notes = tmp_path / "notes"
     notes.mkdir()

@@ -1,4 +1,4 @@
-"""Warnings while training: each matter's threshold, once, again when worse, and after a resume."""
+"""Warnings during training: the threshold of each, when it is repeated, and after a resume."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from support.training import scored_dataset, trainer_of
 
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.train.callbacks import Watch
+from gvpo_offline.train.callbacks import MetricMonitor
 
 
 def said(*lines: dict[str, float], loss_type: str = "gvpo") -> list[list[str]]:
     """The warnings after each line, at steps 10, 20, ..."""
-    watch = Watch(loss_type)
+    watch = MetricMonitor(loss_type)
     return [watch.read(10 * number, line) for number, line in enumerate(lines, 1)]
 
 
@@ -31,37 +31,37 @@ def held_out(name: str = "eval", **values: float) -> dict[str, float]:
     return {f"{name}_{key}": value for key, value in training(**values).items()}
 
 
-def test_sinking_best_responses() -> None:
-    """Below -1 and lower than the line before; then when twice as low as was said: -1.5, -3."""
+def test_best_responses_whose_log_ratio_falls() -> None:
+    """Warns below -1 if lower than the line before, and again when twice as low: -1.5, -3, -6.5."""
     ratios = [-0.9, -1.5, -2.0, -2.9, -3.0, -5.0, -4.0, -6.5, -6.0]
     assert counts(*(training(best_log_ratio_mean=own) for own in ratios)) == [
         *(0, 1, 0, 0, 1, 0, 0, 1, 0)
     ]
     texts = said(training(), training(best_log_ratio_mean=-1.5))[1]
-    assert texts[0].startswith("step 20, in training: the best responses' mean log-ratio sinks")
+    assert texts[0].startswith("step 20, in training: the best responses' mean log-ratio falls")
     for remedy in ("anchor", "larger beta", "lower learning rate", "fewer epochs"):
         assert remedy in texts[0]
-    rising = [-8.0, -7.0, -5.0]  # a policy that comes from elsewhere
+    rising = [-8.0, -7.0, -5.0]  # a policy that started far from the reference
     assert counts(*(training(best_log_ratio_mean=own) for own in rising)) == [0, 0, 0]
 
 
 def test_held_out_explained_variance_that_fell_two_evaluations_in_a_row() -> None:
-    """Best 0.30. One low evaluation is chance; at 0.27 the second is a fall of 0.03, said again at
-    a fall of 0.06 or more.
+    """The best is 0.30. A single low evaluation gives no warning. The second consecutive one, 0.27,
+    is a fall of 0.03; the warning is repeated at a fall of at least 0.06.
     """
     values = [0.1, 0.3, 0.2, 0.29, 0.27, 0.27, 0.25, 0.24, 0.23]
     lines = [held_out(explained_variance=own) for own in values]
     assert counts(*lines) == [0, 0, 0, 0, 0, 1, 0, 1, 0]
     assert "fell to 0.27 from 0.3 at step 20" in said(*lines)[5][0]
-    assert counts(*lines, loss_type="dpo") == [0] * 9  # aims at no explained variance
+    assert counts(*lines, loss_type="dpo") == [0] * 9  # not a regression on rewards
 
 
-def test_held_out_loss_that_turned_names_its_step() -> None:
-    """Least 2 at step 20; above 2.02 at steps 40 and 50."""
+def test_held_out_loss_that_rises_names_the_step_of_its_minimum() -> None:
+    """The least is 2 at step 20; more than 1% above it, 2.02, at steps 40 and 50."""
     lines = [held_out(loss=own) for own in (3.0, 2.0, 2.01, 2.03, 2.04, 2.04, 2.2)]
     texts = said(*lines)
     assert [len(own) for own in texts] == [0, 0, 0, 0, 1, 0, 1]
-    assert "held-out loss turned: 2.04, least was 2 at step 20" in texts[4][0]
+    assert "held-out loss rises: 2.04; the least was 2 at step 20" in texts[4][0]
     negative = [held_out(loss=own) for own in (-3.0, -2.99, -2.9, -2.9)]  # 1% is 0.03
     assert counts(*negative, loss_type="rloo") == [0, 0, 0, 1]
 
@@ -74,14 +74,14 @@ def test_a_rate_that_is_too_high() -> None:
     assert counts(*lines, loss_type="rft") == [0] * 5
 
 
-def test_probability_that_leaves_the_log() -> None:
+def test_logged_responses_that_lose_probability() -> None:
     lines = [training(log_mass_mean=own) for own in (0.5, -1.9, -2.1, -3.0, -4.3)]
     assert counts(*lines) == [0, 0, 1, 0, 1]
-    assert "nobody logged" in said(*lines)[2][0]
+    assert "were not logged" in said(*lines)[2][0]
 
 
-def test_datasets_are_watched_each_for_itself() -> None:
-    """Maths falls, chat does not; both stand in one line, as they are logged."""
+def test_each_held_out_dataset_has_its_own_warnings() -> None:
+    """Explained variance falls on maths but not on chat; one line holds the metrics of both."""
     falls = [0.5, 0.4, 0.3]
     lines = [
         {
@@ -95,7 +95,7 @@ def test_datasets_are_watched_each_for_itself() -> None:
     assert texts[2][0].startswith("step 30, held out (maths): ")
 
 
-def test_lines_without_figures_are_no_matter() -> None:
+def test_lines_without_metrics_give_no_warning() -> None:
     assert said({"train_runtime": 3.0}, training(explained_variance=math.nan), {}) == [[], [], []]
     assert said(held_out("test", log_mass_mean=-9.0)) == [[]]
 
@@ -114,14 +114,14 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
     return texts
 
 
-def test_a_run_warns_once_and_a_resumed_one_remembers(
+def test_a_resumed_run_does_not_repeat_warnings(
     dataset: GroupDataset,
     tiny_model_dir: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A rate of 0.03 throws the policy off; after the first step of the resumed run, nothing is
-    said that was said before and is not twice as bad.
+    """With a learning rate of 0.03 training diverges. The run resumed at step 2 gives the same
+    warnings at steps 3 and 4 as the run that was not interrupted.
     """
     caplog.set_level(logging.WARNING, "gvpo_offline.train.callbacks")
     settings = {

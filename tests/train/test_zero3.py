@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO-3 with the files that are shipped: two processes (gloo) end where one does.
+"""DeepSpeed ZeRO-3 with the repository's configuration files: two processes (gloo) equal one.
 
-Runs where DeepSpeed is installed, which is no dependency.
+Skipped unless DeepSpeed, which is not a dependency, is installed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ ADAPTER = ["--use_peft", "true", "--lora_target_modules", "[q_proj,down_proj]"]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
-    """25 groups of 2 to 12 responses of 1 to 60 tokens; the largest are computed in pieces."""
+    """25 groups of 2 to 12 responses with 1 to 60 tokens; the largest are computed in pieces."""
     return unequal_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 25)
 
 
 @pytest.fixture(scope="module")
 def all_in_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped settings, but that small weights are cut like large ones."""
+    """The repository's settings, except that small weights are sharded too."""
     settings = json.loads((SHIPPED / "zero3.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path = tmp_path_factory.mktemp("deepspeed") / "zero3.json"
@@ -46,7 +46,7 @@ def all_in_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launched(launcher: Sequence[str], arguments: Sequence[Any]) -> None:
-    """Run `gvpo-offline train` to its end under a launcher of two processes."""
+    """Run `gvpo-offline train` to its end with a launcher, on two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +69,7 @@ ACCELERATE += ["--config_file", str(SHIPPED / "accelerate" / "zero3.yaml"), "--m
 
 
 def command(model_dir: Path, dataset: GroupDataset, output_dir: Path, *more: Any) -> list[Any]:
-    """In the third step a rank has no group."""
+    """Arguments of a run in whose third step one rank has no group."""
     return [*train_command(dataset, model_dir, output_dir), *more]
 
 
@@ -79,7 +79,7 @@ def figures(output_dir: Path, *names: str) -> list[float]:
 
 
 @pytest.mark.parametrize("more", [[], ADAPTER], ids=["all weights", "adapter"])
-def test_shards_end_where_one_process_does(
+def test_sharded_training_equals_one_process(
     dataset: GroupDataset,
     tiny_model_dir: Path,
     tmp_path: Path,
@@ -104,10 +104,10 @@ def test_shards_end_where_one_process_does(
     assert largest_difference(load_file(tmp_path / "two" / name), both) == 0
 
 
-def test_accelerates_file_works_as_shipped(
+def test_accelerates_configuration_file_works(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """With the base as reference, which the dataset holds."""
+    """The reference is the base model, whose log-probs the dataset already has."""
     from gvpo_offline.cli import main
 
     more = ["--reference", "base", *ADAPTER]

@@ -1,4 +1,4 @@
-"""`gvpo-offline tune` on a tiny model: what it proposes, keeps, refuses, and leaves alone."""
+"""`gvpo-offline tune` on a tiny model: the proposal, cached trials, and refused settings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gvpo_offline import cli
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tune import beta_candidates, diverged
-from gvpo_offline.tune.trials import RangeTrainer, Trials, TrialTrainer
+from gvpo_offline.tune.trials import RangeTestTrainer, Trials, TrialTrainer
 
 N_GROUPS, STEPS = 32, 20
 
 
 def starting_well(number: int, *, worth: float = 2.0) -> Group:
-    """Four responses; those that start with token 5 are worth something, with token 6 nothing."""
+    """Four responses: reward `worth` if the first token is 5, and 0 if it is 6."""
     group = make_group(number, k=4, response_tokens=2, vocab_size=300, scored=False)
     good = np.arange(4) < 1 + number % 3
     responses = tuple(
@@ -63,12 +63,14 @@ def run(server: ForkServer, name: str, settings: dict[str, Any], path: Path, *mo
     return output
 
 
-def test_what_is_proposed_trains_and_a_search_goes_on(
+def test_the_proposal_trains_and_an_interrupted_search_continues(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    """Gaps of 2: betas from 0.12 to 2, and 0.5 first. What is proposed was tried and explains
-    held-out rewards; the same command again makes no trial, and one without a trial makes that one
-    and finds the same; `train` takes both files, in the folder that the search was in.
+    """The reward gap is 2, so the candidates are 0.12 to 2 and the first beta is 0.5.
+
+    The proposal is one of the trials and explains held-out rewards. If the file of one trial is
+    removed, the same command repeats only that trial, with the same result. `train` accepts the
+    run's settings with the proposal, in the folder of the search.
     """
     out, config = tmp_path / "run", tmp_path / "run.yaml"
     settings = settings_of(dataset, tiny_model_dir, out)
@@ -87,28 +89,28 @@ def test_what_is_proposed_trains_and_a_search_goes_on(
     assert 1e-3 < summary["learning_rate"] <= 1e-1
 
     files = sorted((out / "tune" / "trials").iterdir())
-    assert len(files) == len(tried) + 1  # and the range run
+    assert len(files) == len(tried) + 1  # and the learning-rate range test
     written = {path: path.stat().st_mtime_ns for path in files}
     lost = next(path for path in files if path.name.startswith("trial"))
     lost.unlink()
     again = run(server, "tune", settings, config, "--tune_steps", STEPS)
-    assert json.loads(again.splitlines()[-1]) == summary  # bit for bit, from the same weights
+    assert json.loads(again.splitlines()[-1]) == summary  # bit-identical, from the same weights
     assert {path for path in files if path.stat().st_mtime_ns != written[path]} == {lost}
 
     run(server, "train", settings, config, "--config", out / "tune" / "proposed.yaml")
     saved = json.loads((out / "gvpo_run.json").read_text())["training"]
     assert (saved["beta"], saved["learning_rate"]) == (summary["beta"], summary["learning_rate"])
-    # It has as many steps as a trial, so it is the trial that was chosen.
+    # The run has as many steps as a trial, so it repeats the chosen trial.
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     fits = [line["eval_explained_variance"] for line in history if "eval_loss" in line]
     assert fits[-1] == pytest.approx(summary["metrics"]["explained_variance"], abs=1e-6)
 
 
-def test_ranks_find_what_one_process_finds_for_an_adapter_too(
+def test_two_ranks_find_the_same_as_one_process_for_an_adapter(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    """One beta, so the rate alone is searched; two held-out datasets, of the same groups, count
-    twice and change nothing.
+    """With one beta only the learning rate is searched. Two held-out datasets with the same groups
+    double the number of held-out groups and do not change the metrics.
     """
     found = []
     for world_size in (1, 2):
@@ -141,23 +143,25 @@ def test_ranks_find_what_one_process_finds_for_an_adapter_too(
 # ---- trials ----
 
 
-def test_a_policy_that_breaks_down_has_no_figures(
+def test_metrics_of_a_diverged_policy_are_nan(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Weights of 1e30 overflow float32."""
+    """With weights of 1e30, log-probs overflow float32."""
     args = config_of(tmp_path / "run", learning_rate=1e30, max_steps=2)
     trainer = TrialTrainer(str(tiny_model_dir), args, train_dataset=dataset, eval_dataset=dataset)
-    assert all(math.isnan(value) for value in trainer.measured().values())
+    assert all(math.isnan(value) for value in trainer.train_and_evaluate().values())
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_range_run_stops_where_it_went_wrong(
+def test_a_range_test_stops_when_it_diverges(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """At beta 200 a log-ratio of 0.01 nats is as much as the best reward."""
+    """At beta 200 a log-ratio of 0.01 nats equals the largest reward, 2."""
     args = config_of(tmp_path / "run", beta=200.0, max_steps=STEPS)
-    trainer = RangeTrainer(str(tiny_model_dir), args, train_dataset=dataset, eval_dataset=dataset)
-    points = trainer.points()
+    trainer = RangeTestTrainer(
+        str(tiny_model_dir), args, train_dataset=dataset, eval_dataset=dataset
+    )
+    points = trainer.run_range_test()
     assert 10 < len(points) < STEPS
     assert diverged(points)
     assert not diverged(points[:-1])
@@ -166,30 +170,32 @@ def test_a_range_run_stops_where_it_went_wrong(
 
 
 def test_a_trial_has_the_runs_share_of_warm_up(tmp_path: Path) -> None:
-    """30 steps of 300 are 10 of 100, a share stays a share; the run's own settings stay."""
+    """30 of 300 steps become 10 of 100, and a share stays the same share. The settings of the run
+    itself do not change.
+    """
     for given, expected in ((30, 10), (0.1, 0.1), (0, 0)):
         args = config_of(tmp_path, warmup_steps=given, eval_strategy="steps", eval_steps=5)
         trials = Trials(lambda *_: None, args, 300, tmp_path, {})
-        short = trials._short(tmp_path, 0.3, 1e-4, 100)
+        short = trials._short_args(tmp_path, 0.3, 1e-4, 100)
         assert short.warmup_steps == expected
         assert (short.beta, short.learning_rate, short.max_steps) == (0.3, 1e-4, 100)
         assert (args.warmup_steps, args.eval_strategy) == (given, "steps")
 
 
-# ---- mistakes ----
+# ---- refused settings ----
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_fraction": 0.0}, "tune judges by held-out groups"),
+        ({"eval_fraction": 0.0}, "tune evaluates trials on held-out groups"),
         ({"eval_dataset": "equal"}, "some held-out groups have unequal rewards"),
         ({"tune_steps": 5}, "tune_steps is at least 20"),
         ({"betas": [0.1, -1.0]}, "each of betas is positive"),
-        ({"betas": [0.1, 0.1]}, "betas differ"),
+        ({"betas": [0.1, 0.1]}, "betas are all different"),
     ],
 )
-def test_what_it_refuses(
+def test_refused_settings(
     changes: dict[str, Any],
     message: str,
     dataset: GroupDataset,
@@ -197,7 +203,7 @@ def test_what_it_refuses(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In one line, before any trial."""
+    """The error is one line, before any trial."""
     if "eval_dataset" in changes:
         groups = [starting_well(number, worth=0.0) for number in range(8)]
         equal = scored_dataset(tmp_path / "equal", tiny_model_dir, groups=groups)

@@ -66,7 +66,7 @@ def killed(command: str, changes: dict[str, Any]) -> None:
         return found
 
     commit.TaskLog.commit = committed  # type: ignore[method-assign]
-    if command == "tune":  # after the range run and the first trial
+    if command == "tune":  # after the range test and the first trial
         create_only, calls = trials.create_only, []
 
         def created(path: Path, text: str) -> bool:
