@@ -30,7 +30,12 @@ from gvpo_offline.importing.assemble import Assembler, InputNames
 from gvpo_offline.importing.encode import Encoder, Needs, load_encoder
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
-from gvpo_offline.importing.formats.shared.log_format import LeavesOut, Log, LogFormat, ReadsBeside
+from gvpo_offline.importing.formats.shared.log_format import (
+    DropsResponses,
+    ExtraDependencies,
+    LogFormat,
+    StageLog,
+)
 from gvpo_offline.importing.fragment import (
     GROUP_ID_DIGITS,
     Fragment,
@@ -65,7 +70,7 @@ def run_import(config: ImportConfig) -> Manifest:
     return import_log(config).manifest
 
 
-def import_log(config: ImportConfig, log: Log | None = None) -> ImportResult:
+def import_log(config: ImportConfig, log: StageLog | None = None) -> ImportResult:
     """Import logs as `config` says, or find that this was done before.
 
     A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
@@ -104,7 +109,7 @@ class _FirstPass:
 class _Import:
     """One run of the stage."""
 
-    def __init__(self, config: ImportConfig, log: Log | None) -> None:
+    def __init__(self, config: ImportConfig, log: StageLog | None) -> None:
         self.config = config
         self.log = log
         self.format: LogFormat = log.format if log else find_format(config)
@@ -148,7 +153,11 @@ class _Import:
             self.digests = [source.sha256(bar.update) for source in self.sources]
 
     def _beside(self, source: Source) -> dict[str, str]:
-        return dict(self.format.beside(source)) if isinstance(self.format, ReadsBeside) else {}
+        return (
+            dict(self.format.dependencies(source))
+            if isinstance(self.format, ExtraDependencies)
+            else {}
+        )
 
     def _identity(self) -> str:
         """SHA-256 over everything that the dataset's bytes depend on."""
@@ -204,7 +213,7 @@ class _Import:
                 self._read_source(number, source, spill, first, bar.update)
                 source.check_unchanged()
             spill.flush()
-        if isinstance(self.format, LeavesOut):
+        if isinstance(self.format, DropsResponses):
             first.left_out = self.format.finish()
         return first
 

@@ -15,7 +15,7 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     check_batch,
@@ -41,7 +41,7 @@ class MsSwiftFormat(TrainerFormat):
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=("prompt", "completion"), in_parts=True)
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         step = next((name for name in _STEPS if name in record), None)
         if step is None:
@@ -54,7 +54,7 @@ class MsSwiftFormat(TrainerFormat):
         n = len(columns["prompt"])
         batch = {name: value for name, value in columns.items() if name != step}
         # A line of one response may well be sampled twice.
-        if isinstance(record["prompt"], list) and self.repeats.again(place.run, batch, n):
+        if isinstance(record["prompt"], list) and self.repeats.seen_before(place.run, batch, n):
             return []
         _check_turns(record.get("num_turns"))
         rows = [{name: column[i] for name, column in columns.items()} for i in range(n)]
@@ -65,7 +65,7 @@ class MsSwiftFormat(TrainerFormat):
         return fragments
 
     def _response(
-        self, row: Record, step: Any, weights: Mapping[str, float], place: Place
+        self, row: Record, step: Any, weights: Mapping[str, float], place: RowLocation
     ) -> Fragment:
         parts = {name: part(row[name], name) for name in weights}
         fragment = one_response(

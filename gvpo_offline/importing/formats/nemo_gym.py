@@ -15,7 +15,7 @@ import numpy as np
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     Trajectory,
     group_id,
@@ -42,11 +42,11 @@ class NemoGymFormat(TrainerFormat):
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=("responses_create_params", "response", "reward"))
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         for mark in ("_ng_failure_class", "mask_sample"):
             if record.get(mark):
-                self.failed(place, f"{mark} is {record[mark]}")
+                self.record_failure(place, f"{mark} is {record[mark]}")
                 return []
         response = record["response"]
         output = response.get("output") if isinstance(response, dict) else None

@@ -19,7 +19,7 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     group_id,
     one_response,
@@ -46,11 +46,11 @@ class NemoRLFormat(TrainerFormat):
             config, required=("token_ids", "token_loss_mask", "sample_loss_mask", "rewards")
         )
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         step = _step(place)
         if not values.number(_only(record, "sample_loss_mask"), "sample_loss_mask"):
-            self.failed(place, "its sample_loss_mask is 0")
+            self.record_failure(place, "its sample_loss_mask is 0")
             return []
         mask = flags(_only(record, "token_loss_mask"), "token_loss_mask")
         if "generation_logprobs" in record:
@@ -69,7 +69,7 @@ class NemoRLFormat(TrainerFormat):
         return [fragment]
 
 
-def _step(place: Place) -> str:
+def _step(place: RowLocation) -> str:
     found = _FILE.fullmatch(Path(place.label).name)
     if found is None:
         raise DataError(

@@ -17,7 +17,7 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     group_id,
     one_response,
@@ -51,7 +51,7 @@ class OpenInstructFormat(TrainerFormat):
         found = _FILE.fullmatch(Path(source.label).name)
         return run_name(source) if found is None else found[1]
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
         """The run, and what its metadata file says about it."""
         run = self.run_of(source)
         path = Path(source.label).with_name(f"{run}_metadata.jsonl")
@@ -69,10 +69,10 @@ class OpenInstructFormat(TrainerFormat):
                 file=path,
             ) from error
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         if (record.get("request_info") or {}).get("tool_calleds"):
-            self.failed(place, "it called tools, whose output the log does not tell apart")
+            self.record_failure(place, "it called tools, whose output the log does not tell apart")
             return []
         fragment = one_response(
             prompt_ids=token_ids(record["prompt_tokens"], "prompt_tokens"),

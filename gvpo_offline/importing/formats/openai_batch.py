@@ -19,7 +19,7 @@ from gvpo_offline.group import Int32Array
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     one_response,
@@ -57,7 +57,7 @@ def open_format(config: ImportConfig) -> OpenAIBatchFormat:
 class _Request:
     """A request, where it stands, and whether it has a result."""
 
-    place: Place
+    place: RowLocation
     tools: Any
     prompt: values.Prompt
     prompt_ids: Int32Array | None
@@ -78,7 +78,7 @@ class OpenAIBatchFormat(TrainerFormat):
         self._rewards: dict[str, Record] = {}
         self._weights: Mapping[str, float] = {}
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
         """The SHA-256 of the other files."""
         return {
             name: " ".join(s.sha256(lambda _: None) for s in find_sources(pattern))
@@ -104,13 +104,13 @@ class OpenAIBatchFormat(TrainerFormat):
         self._weights = part_weights(self.config, names)
 
     def finish(self) -> Mapping[str, int]:
-        """See `LeavesOut.finish`; requests without a result count as failed."""
+        """See `DropsResponses.finish`; requests without a result count as failed."""
         for key, request in self._requests.items():
             if not request.answered:
-                self.failed(request.place, f"request {key} has no result")
+                self.record_failure(request.place, f"request {key} has no result")
         return super().finish()
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         key = values.identifier(record[_ID])
         request = self._requests.get(key)
@@ -124,7 +124,7 @@ class OpenAIBatchFormat(TrainerFormat):
         try:
             body = result_body(record) or {}
         except BadAnswerError as error:
-            self.failed(place, f"request {key}: {error}")
+            self.record_failure(place, f"request {key}: {error}")
             return
         with answer_errors("a response's body has choices, or output"):
             choices = [body] if "output" in body else choices_of(body)
@@ -135,7 +135,7 @@ class OpenAIBatchFormat(TrainerFormat):
                 with answer_errors("a choice has a message or a text"):
                     read = AnswerChoice(choice, body)
                 if read.refusal:
-                    self.failed(place, f"request {key}: {read.refusal}")
+                    self.record_failure(place, f"request {key}: {read.refusal}")
                     continue
                 fragment = _choice(read, request)
             fragment.samplers = [values.sampler(body.get("model"))]
@@ -153,12 +153,12 @@ class OpenAIBatchFormat(TrainerFormat):
         fragment.components = {name: [value] for name, value in parts.items()}
 
 
-def _keyed(pattern: str) -> Iterator[tuple[str, Record, Place]]:
+def _keyed(pattern: str) -> Iterator[tuple[str, Record, RowLocation]]:
     """The rows of files by their custom_id, which is given once."""
     seen: set[str] = set()
     for source in find_sources(pattern):
         for row, record in source.rows(None, lambda _: None):
-            place = Place(source.label, row, "")
+            place = RowLocation(source.label, row, "")
             try:
                 key = values.identifier(record.get(_ID))
                 if key in seen:
@@ -169,7 +169,7 @@ def _keyed(pattern: str) -> Iterator[tuple[str, Record, Place]]:
             yield key, record, place
 
 
-def _request(record: Record, place: Place) -> _Request:
+def _request(record: Record, place: RowLocation) -> _Request:
     try:
         if not isinstance(record.get("body"), dict):
             raise DataError("a request has a body", received=", ".join(record))

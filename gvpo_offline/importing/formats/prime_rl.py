@@ -17,7 +17,7 @@ from typing import Any
 from gvpo_offline import values
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     group_id,
@@ -50,7 +50,7 @@ class PrimeRLFormat(TrainerFormat):
         self._parts: set[str] = set()
 
     def finish(self) -> Mapping[str, int]:
-        """See `LeavesOut.finish`."""
+        """See `DropsResponses.finish`."""
         unknown = sorted(set(self.config.reward_weights) - self._parts)
         if unknown:
             raise ConfigError(
@@ -60,14 +60,14 @@ class PrimeRLFormat(TrainerFormat):
             )
         return super().finish()
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         traces = [t for t in record["traces"] if t.get("agent", {}).get("trainable", True)]
         if not traces:
-            self.failed(place, f"episode {record['id']} has no trace of the policy")
+            self.record_failure(place, f"episode {record['id']} has no trace of the policy")
         for trace in traces:
             if not trace.get("ok"):
-                self.failed(place, _cause(trace))
+                self.record_failure(place, _cause(trace))
                 continue
             fragment = self._response(trace, place, record)
             group = record.get("group")
@@ -78,7 +78,7 @@ class PrimeRLFormat(TrainerFormat):
                 fragment.group_id = f"{place.run}/{group['id']}/{agent}"
             yield fragment
 
-    def _response(self, trace: Record, place: Place, episode: Record) -> Fragment:
+    def _response(self, trace: Record, place: RowLocation, episode: Record) -> Fragment:
         path = _path(trace)
         parts, weights = self._rewards(trace.get("rewards") or {})
         common: dict[str, Any] = {
@@ -116,7 +116,7 @@ class PrimeRLFormat(TrainerFormat):
         return parts, {n: chosen[n] for n in parts if n in chosen} if chosen else logged
 
 
-def _sampler(episode: Record, place: Place) -> tuple[str, ...]:
+def _sampler(episode: Record, place: RowLocation) -> tuple[str, ...]:
     """The run and, where the log knows it, the step."""
     run = episode.get("run") or {}
     name = str(run.get("name") or run.get("id") or place.run)

@@ -18,7 +18,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     check_batch,
@@ -73,12 +73,12 @@ class TrlFormat(TrainerFormat):
 
     def _batch(self, rows: Sequence[Row], source: InputInfo, run: str) -> Iterator[Fragment]:
         content = [{k: v for k, v in record.items() if k != "step"} for _, record in rows]
-        if self.repeats.again(run, content, len(rows)):
+        if self.repeats.seen_before(run, content, len(rows)):
             return
         fragments = [
             fragment
             for row, record in rows
-            for fragment in self.read_row(record, Place(source.label, row, run))
+            for fragment in self.read_row(record, RowLocation(source.label, row, run))
         ]
         if not self.config.reward_weights:
             try:
@@ -88,7 +88,7 @@ class TrlFormat(TrainerFormat):
                 raise with_location(error, file=source.label, row=rows[0][0]) from None
         yield from fragments
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         parts = {name: part(record.get(name), name) for name in self._weights}
         fragment = one_response(

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     group_id,
     one_response,
@@ -42,7 +42,7 @@ class VerlFormat(TrainerFormat):
         super().__init__(config, required=("input", "output", "score", "step"))
         self._warned = False
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         self._warn(place)
         uid = record.get("uid")
@@ -60,7 +60,7 @@ class VerlFormat(TrainerFormat):
             fragment.group_id = f"{place.run}/{record['step']}/{_group_uid(uid)}"
         return [fragment]
 
-    def _warn(self, place: Place) -> None:
+    def _warn(self, place: RowLocation) -> None:
         if self._warned:
             return
         self._warned = True

@@ -49,17 +49,17 @@ class LogFormat(Protocol):
 
 
 @runtime_checkable
-class ReadsBeside(Protocol):
+class ExtraDependencies(Protocol):
     """A format whose fragments depend on more than rows and settings."""
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
         """What else the fragments of `source` depend on, by name: a part of its path, the SHA-256
         of a file that is read beside it. Decides, with rows and settings, whether an import is the
         same as an earlier one; recorded in the manifest."""
 
 
 @runtime_checkable
-class LeavesOut(Protocol):
+class DropsResponses(Protocol):
     """A format that may leave responses out."""
 
     def finish(self) -> Mapping[str, int]:
@@ -84,7 +84,7 @@ def per_row(
 
 
 @dataclass(frozen=True)
-class Log:
+class StageLog:
     """What is imported, where a stage has made it itself.
 
     Attributes:

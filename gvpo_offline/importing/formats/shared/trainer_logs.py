@@ -31,8 +31,8 @@ from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
 
 __all__ = [
-    "Place",
-    "Repeats",
+    "RowLocation",
+    "RepeatedBatches",
     "TrainerFormat",
     "Trajectory",
     "add_parts",
@@ -55,7 +55,7 @@ _MIN_CORRELATION = 0.999
 
 
 @dataclass(frozen=True)
-class Place:
+class RowLocation:
     """Where a row stands: its input, its number, and the run that wrote it."""
 
     label: str
@@ -178,14 +178,14 @@ def add_parts(parts: Mapping[str, float | None], weights: Mapping[str, float]) -
     return weighted_sum({name: [value] for name, value in parts.items()}, weights, 1)[0]
 
 
-class Repeats:
+class RepeatedBatches:
     """Finds batches that a trainer logged again at a later step, without sampling anew."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
         self.responses = 0
 
-    def again(self, run: str, batch: Any, size: int) -> bool:
+    def seen_before(self, run: str, batch: Any, size: int) -> bool:
         """Whether `run` logged this batch of `size` responses before; then they are counted."""
         key = run, sha256_text(json.dumps(batch, sort_keys=True, default=values.plain))
         if key in self._seen:
@@ -272,13 +272,13 @@ class TrainerFormat(ABC):
         if not in_parts:
             part_weights(config, {})
         self.config = config
-        self.repeats = Repeats()
+        self.repeats = RepeatedBatches()
         self._known = KnownColumns(config, required)
-        self._failed: list[tuple[Place, str]] = []
+        self._failed: list[tuple[RowLocation, str]] = []
         self._n_failed = 0
 
     @abstractmethod
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """The fragments of a row.
 
         Raises:
@@ -289,13 +289,13 @@ class TrainerFormat(ABC):
         """The fragments of each row; see `LogFormat.read`."""
         run = self.run_of(source)
         for row, record in rows:
-            yield from self.read_row(record, Place(source.label, row, run))
+            yield from self.read_row(record, RowLocation(source.label, row, run))
 
     def run_of(self, source: InputInfo) -> str:
         """What to call the run that wrote an input."""
         return run_name(source)
 
-    def read_row(self, record: Record, place: Place) -> list[Fragment]:
+    def read_row(self, record: Record, place: RowLocation) -> list[Fragment]:
         """The fragments of one row, with what is common to all formats filled in."""
         try:
             metadata = self._known.metadata(record, None)
@@ -316,18 +316,18 @@ class TrainerFormat(ABC):
                 fragment.samplers = [None] * fragment.size
         return fragments
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
-        """What fragments depend on besides rows and settings; see `formats.ReadsBeside`."""
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """What fragments depend on besides rows and settings; see `formats.ExtraDependencies`."""
         return {"run": self.run_of(source)}
 
-    def failed(self, place: Place, cause: str) -> None:
+    def record_failure(self, place: RowLocation, cause: str) -> None:
         """Note a response that its log marks as failed; `finish` refuses or counts them."""
         self._n_failed += 1
         if len(self._failed) < _NAMED_FAILURES:
             self._failed.append((place, cause))
 
     def finish(self) -> Mapping[str, int]:
-        """How many responses were left out, by reason; see `formats.LeavesOut`."""
+        """How many responses were left out, by reason; see `formats.DropsResponses`."""
         if self._n_failed and self.config.failed_responses == "error":
             first = self._failed[0][0]
             named = [
