@@ -1,8 +1,8 @@
-"""Rows in the shape of `schemas/`: token ids that another program wrote, one row a group.
+"""Rows that follow `schemas/groups.schema.json`: token ids from another program, one group per row.
 
-Rows of one group_id in several files are fragments of one group and are merged. Rewards may stand
-in the same row (`rewards`). Reference log-probs (`ref_seq_logprobs`) are left behind, and that is
-said: merging reorders responses and imports may cut them, so they are computed anew by `reference`.
+Rows with the same group_id, in one file or several, are merged into one group. A row may also hold
+`rewards`. Reference log-probs (`ref_seq_logprobs`) are not imported, and a warning says so: the
+import may reorder and truncate responses, so `gvpo-offline reference` computes them again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _log = logging.getLogger(__name__)
 
 
 def open_format(config: ImportConfig) -> GroupsFormat:
-    """The format; column names are those of the schema."""
+    """The format; the column names are those of the schema."""
     part_weights(config, {})
     return GroupsFormat()
 
 
 class GroupsFormat:
-    """Rows with the columns of `schema.GROUPS_COLUMNS`, and `rewards` if they have them."""
+    """Reads rows with the columns of `store.schema.GROUPS_COLUMNS` and, optionally, `rewards`."""
 
     @property
     def columns(self) -> Sequence[str]:
@@ -54,7 +54,7 @@ class GroupsFormat:
                 warned = True
                 _log.warning(
                     "%s holds reference log-probs. They are not imported: run `gvpo-offline "
-                    "reference` on the dataset, so that they come from the trainer's own forward.",
+                    "reference` on the dataset; it uses the forward pass of training.",
                     source.label,
                 )
             yield from per_row([(row, record)], source, _parse)
@@ -65,10 +65,10 @@ def _parse(record: Record, source: InputInfo) -> Fragment:
         if column.required and record.get(column.name) is None:
             present = source.columns if source.columns is not None else list(record)
             raise DataError(
-                f"a row in the group shape has a value in {column.name}",
+                f"a row of format: groups has a value in {column.name}",
                 received=f"none; the columns are {', '.join(present)}",
-                remedy="write the column as schemas/groups.schema.json says, or import the log "
-                "with format: flat",
+                remedy="write the column as described in schemas/groups.schema.json, or import "
+                "the log with format: flat",
             )
     ids = [
         token_ids(row, "an entry of response_token_ids")

@@ -1,10 +1,10 @@
-"""Batch APIs, OpenAI's and those made after it (vLLM's `run-batch` and others): the result file,
-joined by `custom_id` with the request file (`requests`) and, if there is one, a file of rewards
-(`rewards`).
+"""Batch APIs (OpenAI's and compatible ones, such as vLLM's `run-batch`): the result file, joined by
+`custom_id` with the request file (`requests`) and, optionally, a file of rewards (`rewards`).
 
-Choices of one request, and of requests with one prompt, are a group; the model is the sampler. The
-inputs are result files and, if the API writes failures apart, error files. A failed request, and
-one without a result, is a failed response. The request file is held in memory.
+Choices of one request, and of requests with the same prompt, are a group; the model is the sampler.
+The inputs are result files and, if the API writes failures to separate files, error files. A
+request that failed or has no result counts as a failed response. The request file is held in
+memory.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _ID = "custom_id"
 
 
 def open_format(config: ImportConfig) -> OpenAIBatchFormat:
-    """The format; `reward_weights` names columns of the file of rewards."""
+    """The format; the keys of `reward_weights` are columns of the file of rewards."""
     if config.requests is None:
         raise ConfigError(
-            "the result file of a batch holds no prompts",
+            "the result file of a batch has no prompts, so the request file is needed",
             received="no requests",
             remedy="set requests to the file that was sent",
         )
@@ -55,7 +55,7 @@ def open_format(config: ImportConfig) -> OpenAIBatchFormat:
 
 @dataclass
 class _Request:
-    """A request, where it stands, and whether it has a result."""
+    """A request, its row in the request file, and whether a result was read for it."""
 
     place: RowLocation
     tools: Any
@@ -65,7 +65,7 @@ class _Request:
 
 
 class OpenAIBatchFormat(TrainerFormat):
-    """Lines of a batch's result and error files."""
+    """Reads the lines of a batch's result and error files."""
 
     def __init__(self, config: ImportConfig, requests: str) -> None:
         super().__init__(config, required=(_ID, "response"), in_parts=True)
@@ -79,7 +79,7 @@ class OpenAIBatchFormat(TrainerFormat):
         self._weights: Mapping[str, float] = {}
 
     def dependencies(self, source: InputInfo) -> Mapping[str, str]:
-        """The SHA-256 of the other files."""
+        """The SHA-256 of the request file and the file of rewards."""
         return {
             name: " ".join(s.sha256(lambda _: None) for s in find_sources(pattern))
             for name, pattern in self._files.items()
@@ -116,7 +116,7 @@ class OpenAIBatchFormat(TrainerFormat):
         request = self._requests.get(key)
         if request is None or request.answered:
             raise DataError(
-                "each result answers a request, and each request has one result",
+                "each result belongs to a request, and each request has one result",
                 received=f"{'a second' if request else 'no request for the'} result of {key!r}",
                 remedy="set requests to the files that were sent, and name each result file once",
             )
@@ -154,7 +154,11 @@ class OpenAIBatchFormat(TrainerFormat):
 
 
 def _keyed(pattern: str) -> Iterator[tuple[str, Record, RowLocation]]:
-    """The rows of files by their custom_id, which is given once."""
+    """The rows of all files that match `pattern`: custom_id, row and location.
+
+    Raises:
+        DataError: a custom_id is missing or occurs twice.
+    """
     seen: set[str] = set()
     for source in find_sources(pattern):
         for row, record in source.rows(None, lambda _: None):
@@ -162,7 +166,7 @@ def _keyed(pattern: str) -> Iterator[tuple[str, Record, RowLocation]]:
             try:
                 key = values.identifier(record.get(_ID))
                 if key in seen:
-                    raise DataError("a custom_id is given once", received=repr(key))
+                    raise DataError("each custom_id occurs once", received=repr(key))
             except DataError as error:
                 raise with_location(error, file=source.label, row=row) from None
             seen.add(key)
@@ -205,14 +209,14 @@ def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
 
 
 def _of(value: Any, index: int, n: int) -> Any:
-    """The entry for one of n choices of a reward's column."""
+    """The entry of choice `index` of n in a value of a reward column."""
     if n == 1 and not isinstance(value, list):
         return value
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == n):
         raise DataError(
-            "a reward is a number, or a list with one for each choice",
+            "a reward is a number, or a list with one number per choice",
             received=f"{value!r} for {n} choices",
         )
     return value[index]

@@ -1,11 +1,11 @@
-"""prime-rl: the episodes that it writes to `rollouts/step_<n>/<train|eval>/<all|effective>/`,
-`traces.jsonl`.
+"""prime-rl: its episodes in `rollouts/step_<n>/<train|eval>/<all|effective>/traces.jsonl`.
 
-An episode holds a trace per agent, of which the trainable ones are read. A trace is a graph of
-messages with their token ids; it must be one path. Where the sampler gave token ids they are read
-as they are, and what the policy did not write is masked; otherwise a trace must have one answer.
-Traces of one group id and agent are a group, sampled by `run@step`. A reward's parts are named and
-weighted in the log; `reward_weights` replaces those weights.
+An episode holds one trace per agent; the traces of trainable agents are read. A trace is a graph of
+messages with their token ids, and it must be a single path. If the sampler logged token ids, they
+are imported unchanged and the loss mask is false on tokens that the policy did not write; otherwise
+a trace must have a single answer. Traces with the same group id and agent are a group, and their
+sampler is `run@step`. The log has the names and weights of the parts of a reward; `reward_weights`
+replaces those weights.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Node = Mapping[str, Any]
 
 
 def open_format(config: ImportConfig) -> PrimeRLFormat:
-    """The format; `reward_weights` names rewards of the environments."""
+    """The format; the keys of `reward_weights` are names of the environments' rewards."""
     return PrimeRLFormat(config)
 
 
 class PrimeRLFormat(TrainerFormat):
-    """Episodes of prime-rl."""
+    """Reads the episodes of prime-rl."""
 
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=("id", "traces", "ok"), in_parts=True)
@@ -54,7 +54,7 @@ class PrimeRLFormat(TrainerFormat):
         unknown = sorted(set(self.config.reward_weights) - self._parts)
         if unknown:
             raise ConfigError(
-                "reward_weights names rewards that the log has",
+                "each name in reward_weights is a reward of the log",
                 received=", ".join(unknown),
                 remedy=f"choose among {', '.join(sorted(self._parts)) or 'none'}",
             )
@@ -117,7 +117,7 @@ class PrimeRLFormat(TrainerFormat):
 
 
 def _sampler(episode: Record, place: RowLocation) -> tuple[str, ...]:
-    """The run and, where the log knows it, the step."""
+    """The run and, if the log has it, the step."""
     run = episode.get("run") or {}
     name = str(run.get("name") or run.get("id") or place.run)
     step = (run.get("work") or {}).get("step")
@@ -137,16 +137,20 @@ def _truncated(trace: Record) -> bool:
 
 
 def _path(trace: Record) -> Sequence[Node]:
-    """The messages of a trace in order."""
+    """The messages of a trace, from the first to the last.
+
+    Raises:
+        DataError: the graph of messages branches.
+    """
     nodes: list[Node] = trace.get("nodes") or []
     parents = [node.get("parent") for node in nodes]
     leaves = sorted(set(range(len(nodes))) - set(parents))
     if len(leaves) != 1:
         raise DataError(
-            "a trace is one path of messages",
+            "a trace is a single path of messages",
             received=f"{len(leaves)} ends in trace {trace.get('id')}",
-            remedy="remove traces that branch (compaction, sub-agents): their reward is not that "
-            "of one response",
+            remedy="remove traces that branch (compaction, sub-agents): their reward does not "
+            "belong to one response",
         )
     order = []
     at: int | None = leaves[0]
