@@ -37,7 +37,7 @@ COMMAND = [sys.executable, "-m", "gvpo_offline.cli"]
 
 
 @dataclass
-class Line:
+class StageRunner:
     """Runs each stage once and records its duration in seconds."""
 
     output_dir: Path
@@ -90,32 +90,32 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def pretrained(data: Path, output_dir: Path) -> Line:
+def pretrained(data: Path, output_dir: Path) -> StageRunner:
     """Pretrain the policy in `output_dir`/policy: also the reference and the tokenizer of both
     logs.
     """
-    line = Line(output_dir)
+    runner = StageRunner(output_dir)
     flags = ("--data", data, "--output_dir", output_dir / "policy")
-    line.stage("pretrain", [sys.executable, HERE / "pretrain.py", *flags])
-    return line
+    runner.stage("pretrain", [sys.executable, HERE / "pretrain.py", *flags])
+    return runner
 
 
-def scored(data: Path, out: Path, policy: Path, *, with_person: bool) -> Line:
+def scored(data: Path, out: Path, policy: Path, *, with_person: bool) -> StageRunner:
     """Import the log into `out`/dataset and compute the reference log-probs.
 
     The log has one row per response, and no response was sampled from the policy.
     """
-    line, dataset = Line(out), out / "dataset"
+    runner, dataset = StageRunner(out), out / "dataset"
     write_log(data, out / "log.jsonl", with_person=with_person)
-    line.gvpo(
+    runner.gvpo(
         "import",
         "import",
         inputs=out / "log.jsonl",
         output_dir=dataset,
         tokenizer_name_or_path=policy,
     )
-    line.gvpo("reference", "reference", dataset=dataset, model_name_or_path=policy)
-    return line
+    runner.gvpo("reference", "reference", dataset=dataset, model_name_or_path=policy)
+    return runner
 
 
 def main() -> None:
@@ -124,18 +124,18 @@ def main() -> None:
     dataset, trained = out / "dataset", out / "trained"
 
     before = pretrained(options.data, options.output_dir)
-    line = scored(options.data, out, policy, with_person=options.log == "all")
-    line.seconds = before.seconds | line.seconds
-    line.stage("validate", [*COMMAND, "validate", "--dataset", dataset])
+    runner = scored(options.data, out, policy, with_person=options.log == "all")
+    runner.seconds = before.seconds | runner.seconds
+    runner.stage("validate", [*COMMAND, "validate", "--dataset", dataset])
     results = {"before": (policy, out / "before.json"), "after": (trained, out / "after.json")}
 
     def evaluate(when: str) -> None:
         model, report = results[when]
         flags = {"model_name_or_path": model, "output_file": report}
-        line.gvpo(f"evaluate-{when}", "evaluate", dataset=dataset, **flags)
+        runner.gvpo(f"evaluate-{when}", "evaluate", dataset=dataset, **flags)
 
     evaluate("before")
-    line.gvpo("train", "train", dataset=dataset, model_name_or_path=policy, output_dir=trained)
+    runner.gvpo("train", "train", dataset=dataset, model_name_or_path=policy, output_dir=trained)
     evaluate("after")
 
     reports = {when: json.loads(file.read_text()) for when, (_, file) in results.items()}
@@ -148,7 +148,7 @@ def main() -> None:
             for name in ("explained_variance", "pair_accuracy")
             for when in results
         },
-        "seconds": line.seconds,
+        "seconds": runner.seconds,
     }
     print(json.dumps(summary))
 

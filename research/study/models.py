@@ -1,4 +1,4 @@
-"""Small language models made from nothing: configurations, pretraining, and what they answer."""
+"""Small language models trained from scratch: configurations, pretraining, sampling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Answer:
-    """One response: its words and ids, end token included, and the log-prob it was drawn with."""
+    """A response: its words, its ids with the end token, and its log-prob when sampled."""
 
     words: Words
     ids: Int32Array
@@ -39,10 +39,10 @@ class Answer:
 
 
 class Speech:
-    """Words of a task to token ids and back: one word, one token.
+    """A word-level tokenizer for the vocabulary of a task.
 
     Args:
-        task: whose vocabulary.
+        task: the task.
     """
 
     def __init__(self, task: Task) -> None:
@@ -51,7 +51,7 @@ class Speech:
         self._numbers = {word: i for i, word in enumerate(self.words)}
 
     def ids(self, words: Words, *, end: bool = False) -> Int32Array:
-        """(T,) int32, with the end token where asked for."""
+        """(T,) int32 token ids, with the end token if `end`."""
         return np.array([self._numbers[w] for w in words] + [END] * end, np.int32)
 
     def text(self, ids: Sequence[int]) -> Words:
@@ -60,7 +60,7 @@ class Speech:
 
 
 def config_of(family: str, n_words: int, width: int) -> PretrainedConfig:
-    """Two layers of a family."""
+    """A two-layer model configuration of a family: "llama" or "qwen3"."""
     sizes = {
         "vocab_size": n_words,
         "hidden_size": width,
@@ -83,7 +83,7 @@ def config_of(family: str, n_words: int, width: int) -> PretrainedConfig:
 def pretrained(
     config: PretrainedConfig, speech: Speech, *, steps: Sequence[int], seed: int
 ) -> list[PreTrainedModel]:
-    """A model trained on what `Task.written` writes, as it is after each of `steps` (ascending)."""
+    """Pretrain on `Task.written`; returns a copy of the model after each of `steps` (ascending)."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     rng = random.Random(seed)
@@ -112,7 +112,7 @@ def pretrained(
 
 
 def _batch(speech: Speech, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh text: input ids and labels (of responses alone), padded on the right, (B, T) int64."""
+    """New texts: right-padded input ids and labels (on responses only), (B, T) int64."""
     task = speech.task
     prompts = [task.prompt(rng) for _ in range(size)]
     pairs = [(speech.ids(p), speech.ids(task.written(p, rng), end=True)) for p in prompts]
@@ -135,7 +135,7 @@ def answers(
     seed: int,
     temperature: float = 1.0,
 ) -> list[list[Answer]]:
-    """k answers to each prompt, in the prompts' order."""
+    """Sample k answers per prompt, in the order of the prompts."""
     rules = DecodingRules(
         processors=LogitsProcessorList([TemperatureLogitsWarper(temperature)]),
         greedy=False,
