@@ -31,7 +31,7 @@ from support.rank_storm import Storm, run_storm, storm_dataset
 from support.tiny_policy import make_tiny_model, train_tokenizer
 
 
-def found_by(root: Path, *, kills: int, seed: int) -> Storm:
+def run_kill_test(root: Path, *, kills: int, seed: int) -> Storm:
     """Run the kill test with a tiny model; returns its figures."""
     server = ForkServer()
     try:
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gvpo-elastic-") as root:
-        found = found_by(Path(root), kills=args.kills, seed=args.seed)
+        found = run_kill_test(Path(root), kills=args.kills, seed=args.seed)
     report = {
         "kills": args.kills,
         "world_sizes": found.world_sizes,

@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def pretrained(data: Path, output_dir: Path) -> StageRunner:
+def pretrain_policy(data: Path, output_dir: Path) -> StageRunner:
     """Pretrain the policy in `output_dir`/policy: also the reference and the tokenizer of both
     logs.
     """
@@ -100,7 +100,7 @@ def pretrained(data: Path, output_dir: Path) -> StageRunner:
     return runner
 
 
-def scored(data: Path, out: Path, policy: Path, *, with_person: bool) -> StageRunner:
+def import_and_score(data: Path, out: Path, policy: Path, *, with_person: bool) -> StageRunner:
     """Import the log into `out`/dataset and compute the reference log-probs.
 
     The log has one row per response, and no response was sampled from the policy.
@@ -123,8 +123,8 @@ def main() -> None:
     policy, out = options.output_dir / "policy", options.output_dir / options.log
     dataset, trained = out / "dataset", out / "trained"
 
-    before = pretrained(options.data, options.output_dir)
-    runner = scored(options.data, out, policy, with_person=options.log == "all")
+    before = pretrain_policy(options.data, options.output_dir)
+    runner = import_and_score(options.data, out, policy, with_person=options.log == "all")
     runner.seconds = before.seconds | runner.seconds
     runner.stage("validate", [*COMMAND, "validate", "--dataset", dataset])
     results = {"before": (policy, out / "before.json"), "after": (trained, out / "after.json")}

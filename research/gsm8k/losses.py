@@ -42,7 +42,7 @@ from compare import (
     table,
 )
 from fit import Answers, Floats, Prediction, group_sums, overall
-from run import HERE, pretrained, scored
+from run import HERE, import_and_score, pretrain_policy
 from transformers import AutoTokenizer
 
 from gvpo_offline import GVPOConfig, GVPOTrainer, open_dataset
@@ -293,10 +293,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if SHARED_RATES.get(loss, loss) not in losses:
             parser.error(f"{loss} uses the learning rate of {SHARED_RATES[loss]}: give both")
     study = Study(given.output_dir)
-    pretrained(given.data, study.folder)
+    pretrain_policy(given.data, study.folder)
     for log in ("models", "all"):
         policy = study.folder / "policy"
-        scored(given.data, study.folder / log, policy, with_person=log == "all")
+        import_and_score(given.data, study.folder / log, policy, with_person=log == "all")
     beta = float(yaml.safe_load((HERE / "train.yaml").read_text())["beta"])
     found = studied(study, losses, given.seeds, beta)
     file = study.folder / "losses.json"

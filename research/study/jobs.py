@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learn import cosine, in_rounds, judged, trained
+from learn import cosine, evaluate, train, train_in_rounds
 from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
 from gvpo_offline.group import Group
@@ -90,7 +90,7 @@ class Runner:
         if job.loss != "none":
             policy = self._trained(job, world, log)
         prompts = world.validation if job.validate else world.test
-        outcome = judged(world, policy, log, prompts, beta=job.beta, seed=job.seed)
+        outcome = evaluate(world, policy, log, prompts, beta=job.beta, seed=job.seed)
         seconds = time.process_time() - started
         return {"job": asdict(job), **asdict(outcome), "cpu_seconds": round(seconds, 2)}
 
@@ -100,7 +100,7 @@ class Runner:
             n = len(log) - N_HELD_OUT
             log = [group for group in log[:n] if _unequal(group)] + log[n:]
         if job.rounds > 1:
-            return in_rounds(
+            return train_in_rounds(
                 world,
                 log,
                 objective,
@@ -113,9 +113,9 @@ class Runner:
         if job.start == "rft":
             warm = Objective(job.beta, "rft")
             rate = cosine(10 * job.rate, job.steps)
-            start = trained(start, log, warm, rate=rate, steps=job.steps, seed=job.seed + 100)
+            start = train(start, log, warm, rate=rate, steps=job.steps, seed=job.seed + 100)
         rate = cosine(job.rate, job.steps)
-        return trained(start, log, objective, rate=rate, steps=job.steps, seed=job.seed)
+        return train(start, log, objective, rate=rate, steps=job.steps, seed=job.seed)
 
 
 def _unequal(group: Group) -> bool:

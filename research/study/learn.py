@@ -63,7 +63,7 @@ def cosine(peak: float, steps: int) -> Rate:
     )
 
 
-def trained(
+def train(
     start: PreTrainedModel,
     log: Sequence[Group],
     objective: Objective,
@@ -113,7 +113,7 @@ def trained(
     return model.eval()
 
 
-def in_rounds(
+def train_in_rounds(
     world: World,
     log: list[Group],
     objective: Objective,
@@ -127,7 +127,7 @@ def in_rounds(
     policy = world.policy
     for number in range(rounds):
         own = with_reference(policy, log) if number else log
-        policy = trained(
+        policy = train(
             policy,
             own,
             objective,
@@ -138,7 +138,7 @@ def in_rounds(
     return policy
 
 
-def judged(
+def evaluate(
     world: World,
     model: PreTrainedModel,
     log: Sequence[Group],
@@ -148,13 +148,13 @@ def judged(
     seed: int,
 ) -> Outcome:
     """Evaluate a policy on `prompts`, and its fit to the log."""
-    speech = world.speech
-    drawn = answers(model, speech, prompts, k=ANSWERS, seed=seed)
+    tokenizer = world.tokenizer
+    drawn = answers(model, tokenizer, prompts, k=ANSWERS, seed=seed)
     rewards = world.rewards(prompts, drawn)
     asked = [
         Group(
             group_id=f"{number}",
-            prompt_token_ids=speech.ids(prompt),
+            prompt_token_ids=tokenizer.ids(prompt),
             response_token_ids=tuple(answer.ids for answer in own),
             samplers=("policy",) * ANSWERS,
             truncated=(False,) * ANSWERS,

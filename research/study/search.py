@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jobs import BETA, STEPS, Runner
-from learn import cosine, fit, trained
+from learn import cosine, fit, train
 from world import MIXED, N_HELD_OUT
 
 from gvpo_offline.group import Group
@@ -78,7 +78,7 @@ class Search:
         def trial(beta: float, rate: float, steps: int) -> Metrics:
             if (beta, rate) not in known:
                 schedule = cosine(rate, steps)
-                model = trained(
+                model = train(
                     policy, log, Objective(beta), rate=schedule, steps=steps, seed=self.seed
                 )
                 known[beta, rate] = fit(model, log[len(log) - N_HELD_OUT :], beta)
@@ -93,7 +93,7 @@ class Search:
             points.append(RangePoint(range_rate(step, STEPS), misfit(seen.metrics())))
             return not diverged(points)
 
-        trained(
+        train(
             policy,
             log,
             Objective(beta),

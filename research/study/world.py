@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import Answer, Speech, answers, config_of, pretrained
+from models import Answer, WordTokenizer, answers, config_of, pretrain
 from tasks import TASKS, Words
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -42,14 +42,14 @@ class World:
     """Models and prompts that all runs on one task share.
 
     Attributes:
-        speech: the tokenizer.
+        tokenizer: the tokenizer.
         models: "policy" is the initial policy and the reference; "older" is its checkpoint at half
             of the pretraining, "oldest" at a quarter; "other" is of another model family.
         prompts: prompts of the logs; the groups of the last `N_HELD_OUT` are held out.
         validation, test: prompts that are in no log.
     """
 
-    speech: Speech
+    tokenizer: WordTokenizer
     models: dict[str, PreTrainedModel]
     prompts: list[Words]
     validation: list[Words]
@@ -63,7 +63,7 @@ class World:
     def rewards(self, prompts: Sequence[Words], drawn: Sequence[Sequence[Answer]]) -> FloatArray:
         """Rewards of sampled answers, (prompts, answers)."""
         pairs = zip(prompts, drawn, strict=True)
-        reward = self.speech.task.reward
+        reward = self.tokenizer.task.reward
         return np.array([[reward(prompt, answer.words) for answer in own] for prompt, own in pairs])
 
     def sampler(self, name: str) -> tuple[PreTrainedModel, float]:
@@ -75,13 +75,13 @@ def make_models(task: str, folder: Path, seed: int = 0) -> None:
     """Pretrain a task's models and save each in a subfolder of `folder`, unless already done."""
     if (folder / "done").exists():
         return
-    speech, recipe = Speech(TASKS[task]), RECIPES[task]
-    n_words = len(speech.words)
+    tokenizer, recipe = WordTokenizer(TASKS[task]), RECIPES[task]
+    n_words = len(tokenizer.words)
     config = config_of("qwen3", n_words, recipe.width)
     cuts = [recipe.steps // part for part in KEPT.values()]
-    models = dict(zip(KEPT, pretrained(config, speech, steps=cuts, seed=seed), strict=True))
+    models = dict(zip(KEPT, pretrain(config, tokenizer, steps=cuts, seed=seed), strict=True))
     config = config_of("llama", n_words, recipe.other_width)
-    (models["other"],) = pretrained(config, speech, steps=[recipe.steps], seed=seed + 1)
+    (models["other"],) = pretrain(config, tokenizer, steps=[recipe.steps], seed=seed + 1)
     for name, model in models.items():
         model.save_pretrained(folder / name)
     (folder / "done").touch()
@@ -95,7 +95,7 @@ def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[Any, float]
     E_ref[R e^{R / beta}] / E_ref[e^{R / beta}]; both are estimated from 256 answers of the
     reference per prompt.
     """
-    drawn = answers(world.policy, world.speech, world.test, k=256, seed=77)
+    drawn = answers(world.policy, world.tokenizer, world.test, k=256, seed=77)
     rewards = world.rewards(world.test, drawn)
     objective, reward = {}, {}
     for beta in betas:
@@ -124,7 +124,7 @@ def load_world(name: str, folder: Path, seed: int = 0) -> World:
         distinct[task.prompt(rng)] = None
     prompts, ends = list(distinct), (N_PROMPTS, N_PROMPTS + N_VALIDATION)
     own, validation, test = prompts[: ends[0]], prompts[ends[0] : ends[1]], prompts[ends[1] :]
-    return World(Speech(task), models, own, validation, test)
+    return World(WordTokenizer(task), models, own, validation, test)
 
 
 def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
@@ -132,19 +132,19 @@ def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
 
     The reference log-probs are those of the policy, computed with the trainer's engine.
     """
-    task, rng = world.speech.task, random.Random(seed)
+    task, rng = world.tokenizer.task, random.Random(seed)
     written: list[list[tuple[str, Answer]]] = [[] for _ in world.prompts]
     for number, (name, k) in enumerate(mix.items()):
         if name == "person":
             for own, prompt in zip(written, world.prompts, strict=True):
                 for _ in range(k):
                     words = task.person(prompt, rng)
-                    own.append((name, Answer(words, world.speech.ids(words, end=True), np.nan)))
+                    own.append((name, Answer(words, world.tokenizer.ids(words, end=True), np.nan)))
             continue
         model, temperature = world.sampler(name)
         drawn = answers(
             model,
-            world.speech,
+            world.tokenizer,
             world.prompts,
             k=k,
             seed=seed * 10 + number,
@@ -155,7 +155,7 @@ def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
     groups = [
         Group(
             group_id=f"{number}",
-            prompt_token_ids=world.speech.ids(prompt),
+            prompt_token_ids=world.tokenizer.ids(prompt),
             response_token_ids=tuple(answer.ids for _, answer in own),
             samplers=tuple(name for name, _ in own),
             truncated=(False,) * len(own),

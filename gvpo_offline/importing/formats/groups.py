@@ -23,7 +23,7 @@ from gvpo_offline.importing.sources.rows import Record, Row
 from gvpo_offline.store.schema import GROUPS_COLUMNS
 from gvpo_offline.values import flags, token_ids
 
-_LEFT_BEHIND = ("ref_seq_logprobs", "ref_token_logprobs")
+_NOT_IMPORTED = ("ref_seq_logprobs", "ref_token_logprobs")
 _log = logging.getLogger(__name__)
 
 
@@ -43,14 +43,14 @@ class GroupsFormat:
         return [
             *(c.name for c in GROUPS_COLUMNS if c.name not in derived),
             "rewards",
-            *_LEFT_BEHIND,
+            *_NOT_IMPORTED,
         ]
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""
         warned = False
         for row, record in rows:
-            if not warned and any(record.get(name) is not None for name in _LEFT_BEHIND):
+            if not warned and any(record.get(name) is not None for name in _NOT_IMPORTED):
                 warned = True
                 _log.warning(
                     "%s holds reference log-probs. They are not imported: run `gvpo-offline "

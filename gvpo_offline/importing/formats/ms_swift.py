@@ -40,7 +40,7 @@ class MsSwiftFormat(TrainerFormat):
     """Reads the lines of ms-swift's log of completions."""
 
     def __init__(self, config: ImportConfig) -> None:
-        super().__init__(config, required=("prompt", "completion"), in_parts=True)
+        super().__init__(config, required=("prompt", "completion"), has_parts=True)
 
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""

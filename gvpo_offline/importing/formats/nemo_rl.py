@@ -50,20 +50,20 @@ class NemoRLFormat(TrainerFormat):
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         step = _step(place)
-        if not values.number(_only(record, "sample_loss_mask"), "sample_loss_mask"):
+        if not values.number(_single_entry(record, "sample_loss_mask"), "sample_loss_mask"):
             self.record_failure(place, "its sample_loss_mask is 0")
             return []
-        mask = flags(_only(record, "token_loss_mask"), "token_loss_mask")
+        mask = flags(_single_entry(record, "token_loss_mask"), "token_loss_mask")
         if "generation_logprobs" in record:
-            _check_history(mask, _only(record, "generation_logprobs"))
-        cut = trajectory(token_ids(_only(record, "token_ids"), "token_ids"), mask)
+            _check_history(mask, _single_entry(record, "generation_logprobs"))
+        cut = trajectory(token_ids(_single_entry(record, "token_ids"), "token_ids"), mask)
         # With dynamic sampling `rewards` belong to the unfiltered batch, whose rows are other rows.
         rewards = "filtered_rewards" if "filtered_rewards" in record else "rewards"
         fragment = one_response(
             prompt_ids=cut.prompt_ids,
             ids=cut.ids,
             mask=cut.mask,
-            reward=values.number(_only(record, rewards), rewards),
+            reward=values.number(_single_entry(record, rewards), rewards),
             sampler=f"{place.run}@{step}",
         )
         fragment.group_id = group_id(fragment, place.run, step)
@@ -81,7 +81,7 @@ def _step(place: RowLocation) -> str:
     return found[1]
 
 
-def _only(record: Record, name: str) -> Any:
+def _single_entry(record: Record, name: str) -> Any:
     """The entry of a one-element list: NeMo-RL wraps each value in such a list."""
     value = record[name]
     if isinstance(value, list) and len(value) == 1:

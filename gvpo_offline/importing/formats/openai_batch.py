@@ -68,7 +68,7 @@ class OpenAIBatchFormat(TrainerFormat):
     """Reads the lines of a batch's result and error files."""
 
     def __init__(self, config: ImportConfig, requests: str) -> None:
-        super().__init__(config, required=(_ID, "response"), in_parts=True)
+        super().__init__(config, required=(_ID, "response"), has_parts=True)
         self._files = {"requests": requests}
         if config.rewards is not None:
             self._files["rewards"] = config.rewards
@@ -90,7 +90,7 @@ class OpenAIBatchFormat(TrainerFormat):
         if not self._requests:
             self._requests = {
                 key: _request(record, place)
-                for key, record, place in _keyed(self._files["requests"])
+                for key, record, place in _rows_by_id(self._files["requests"])
             }
             if "rewards" in self._files:
                 self._read_rewards(self._files["rewards"])
@@ -98,7 +98,7 @@ class OpenAIBatchFormat(TrainerFormat):
 
     def _read_rewards(self, pattern: str) -> None:
         names: dict[str, float] = {}
-        for key, record, _ in _keyed(pattern):
+        for key, record, _ in _rows_by_id(pattern):
             self._rewards[key] = {n: v for n, v in record.items() if n != _ID}
             names.update(dict.fromkeys(self._rewards[key], 1.0))
         self._weights = part_weights(self.config, names)
@@ -148,12 +148,12 @@ class OpenAIBatchFormat(TrainerFormat):
             fragment.rewards = None
             return
         row = self._rewards.get(key, {})
-        parts = {name: part(_of(row.get(name), index, n), name) for name in self._weights}
+        parts = {name: part(_of_choice(row.get(name), index, n), name) for name in self._weights}
         fragment.rewards = [add_parts(parts, self._weights)]
         fragment.components = {name: [value] for name, value in parts.items()}
 
 
-def _keyed(pattern: str) -> Iterator[tuple[str, Record, RowLocation]]:
+def _rows_by_id(pattern: str) -> Iterator[tuple[str, Record, RowLocation]]:
     """The rows of all files that match `pattern`: custom_id, row and location.
 
     Raises:
@@ -208,7 +208,7 @@ def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
     )
 
 
-def _of(value: Any, index: int, n: int) -> Any:
+def _of_choice(value: Any, index: int, n: int) -> Any:
     """The entry of choice `index` of n in a value of a reward column."""
     if n == 1 and not isinstance(value, list):
         return value

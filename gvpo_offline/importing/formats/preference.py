@@ -56,14 +56,14 @@ def _parse(record: Record) -> list[Fragment]:
 def _from_texts(chosen: str, rejected: str, given: Any) -> tuple[values.Prompt, Pair]:
     if given is not None:
         return values.prompt(given), [chosen, rejected]
-    end = _prompt_end(_shared(chosen, rejected))
+    end = _prompt_end(_common_prefix(chosen, rejected))
     pair = [chosen[end:], rejected[end:]]
     if not end or chosen == rejected or any(_NEXT_TURN in text for text in pair):
         raise _without_prompt([chosen, rejected])
     return values.prompt(chosen[:end]), pair
 
 
-def _shared(a: str, b: str) -> str:
+def _common_prefix(a: str, b: str) -> str:
     differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return a[: next(differ, min(len(a), len(b)))]
 
@@ -87,7 +87,7 @@ def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[va
             raise _without_prompt([chosen, rejected])
         return values.prompt(given), pair
     head = chosen[:shared]
-    if not _same(given, head):
+    if not _agrees(given, head):
         raise DataError(
             "the prompt column equals the messages that both chosen and rejected begin with",
             received=f"{given!r} and {head!r}",
@@ -96,7 +96,7 @@ def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[va
     return values.prompt(head), pair
 
 
-def _same(given: Any, head: Messages) -> bool:
+def _agrees(given: Any, head: Messages) -> bool:
     """Whether the prompt column agrees with the messages that both responses follow."""
     if given is None:
         return True

@@ -46,7 +46,7 @@ class PrimeRLFormat(TrainerFormat):
     """Reads the episodes of prime-rl."""
 
     def __init__(self, config: ImportConfig) -> None:
-        super().__init__(config, required=("id", "traces", "ok"), in_parts=True)
+        super().__init__(config, required=("id", "traces", "ok"), has_parts=True)
         self._parts: set[str] = set()
 
     def finish(self) -> Mapping[str, int]:
@@ -67,7 +67,7 @@ class PrimeRLFormat(TrainerFormat):
             self.record_failure(place, f"episode {record['id']} has no trace of the policy")
         for trace in traces:
             if not trace.get("ok"):
-                self.record_failure(place, _cause(trace))
+                self.record_failure(place, _failure(trace))
                 continue
             fragment = self._response(trace, place, record)
             group = record.get("group")
@@ -126,7 +126,7 @@ def _sampler(episode: Record, place: RowLocation) -> tuple[str, ...]:
     return (name,) if step is None else (name, str(step))
 
 
-def _cause(trace: Record) -> str:
+def _failure(trace: Record) -> str:
     errors = trace.get("errors") or [{"message": trace.get("stop_condition")}]
     return f"trace {trace['id']} failed ({errors[-1].get('message')})"
 

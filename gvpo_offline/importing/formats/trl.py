@@ -42,7 +42,7 @@ class TrlFormat(TrainerFormat):
     """Reads the rows of TRL's table of completions."""
 
     def __init__(self, config: ImportConfig) -> None:
-        super().__init__(config, required=("step", "prompt", "completion"), in_parts=True)
+        super().__init__(config, required=("step", "prompt", "completion"), has_parts=True)
         self._weights: Mapping[str, float] = {}
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:

@@ -263,7 +263,7 @@ class TrainerFormat(ABC):
     Args:
         config: the import's settings; of `columns` only `keep` may be set.
         required: the columns that each row must have.
-        in_parts: whether rewards have parts; their names are then read from the rows.
+        has_parts: whether rewards have parts; their names are then read from the rows.
 
     Raises:
         ConfigError: a setting does not apply to the format.
@@ -272,9 +272,9 @@ class TrainerFormat(ABC):
     columns: Sequence[str] | None = None
 
     def __init__(
-        self, config: ImportConfig, *, required: Sequence[str], in_parts: bool = False
+        self, config: ImportConfig, *, required: Sequence[str], has_parts: bool = False
     ) -> None:
-        if not in_parts:
+        if not has_parts:
             part_weights(config, {})
         self.config = config
         self.repeats = RepeatedBatches()
