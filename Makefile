@@ -7,15 +7,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test lint format schemas bench-memory bench-stream bench-compute \
+.PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
+	bench-stream bench-compute \
 	bench-collect bench-elastic bench-convergence bench-losses study \
 	clean
 
 help:
 	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
 	@echo "make test         run the tests (under 10 minutes on two cores)"
+	@echo "make test-arithmetic  the numeric tests under other threads and kernels (7 runs of the numeric tests)"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
+	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
@@ -25,14 +28,17 @@ help:
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make study        every loss on the same logs of two tasks; what moves it (under 40 minutes)"
+	@echo "make wheel-check  install the built wheel into an empty environment; import and train a step"
 	@echo "make venv         set up .venv and nothing else"
 
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make venv PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,report]'
+	@echo "make venv: 1 of 2: a virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "make venv: 2 of 2: pip installs about 150 packages; torch is the largest, and the first time takes some minutes"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,docs,report]'
 	@touch $(STAMP)
 
 # One thread: these models are so small that a second one costs more than it brings.
@@ -43,16 +49,39 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
 
+# Sums in other orders, as on another CPU: what fails here has a tolerance that fits one machine.
+test-arithmetic: $(STAMP)
+	$(BIN)/python tests/support/arithmetic.py --workers $(WORKERS) $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py research/*/*.py))); do \
+	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py research/*/*.py examples/*.py))); do \
 		MYPYPATH=$$folder:pipelines/gsm8k $(BIN)/mypy $$folder*.py || exit 1; done
+
+# Needs nothing but PYTHON: the environment is made anew, and the package is the wheel alone.
+CHECK := build/wheel-check
+wheel-check:
+	rm -rf $(CHECK)
+	$(PYTHON) -m venv $(CHECK)/venv
+	@echo "make wheel-check: 1 of 3: the wheel"
+	$(CHECK)/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(CHECK)/dist .
+	@echo "make wheel-check: 2 of 3: pip installs it and what it needs into an empty environment"
+	$(CHECK)/venv/bin/python -m pip install --no-compile --constraint constraints.txt $(CHECK)/dist/*.whl
+	@echo "make wheel-check: 3 of 3: an import and a training step"
+	mkdir $(CHECK)/work
+	cd $(CHECK)/work && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 ../venv/bin/python ../../../.ci/wheel_check.py
+	rm -rf $(CHECK)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# -n -W: what leads nowhere is an error. -E: read every page, or a second build would miss it.
+docs: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -n -E -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas

@@ -158,32 +158,11 @@ def measure(folder: Path, n_groups: int) -> dict[str, dict[str, float]]:
 
 def make_model(folder: Path) -> None:
     """Save a one-layer policy and a word-level tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from support.tiny_policy import make_word_model
 
-    vocabulary = {text: number for number, text in enumerate(["<pad>", "<eos>", "<unk>", *words()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    make_word_model(folder, words(), **small, num_attention_heads=1, num_key_value_heads=1)
 
 
 def peak_mb() -> float:

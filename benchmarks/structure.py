@@ -10,6 +10,7 @@ the first update, and within `training_step`. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gvpo_offline"
 # Eight groups of four responses.
-LOG_ROWS = [
+LOG_ROWS: list[dict[str, Any]] = [
     {"prompt": f"question {i}", "response": f"answer {j} {j * i}", "reward": j / 3}
     for i in range(8)
     for j in range(4)
@@ -48,7 +49,9 @@ class Calls:
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if event not in ("call", "return") or "gvpo_offline" not in file or name == "<module>":
+        # Bodies of modules and classes run at import; they are not functions that are called.
+        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        if event not in ("call", "return") or "gvpo_offline" not in file or not is_function:
             return
         if name == "training_step":
             self._depth += 1 if event == "call" else -1
@@ -60,26 +63,14 @@ class Calls:
 
 def prepare(folder: Path) -> None:
     """Make a model, import a dataset and compute its reference log-probs."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.tiny_policy import make_word_model
 
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, LOG_ROWS)), encoding="utf-8")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    config = Qwen3Config(
-        vocab_size=len(fast),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
-    fast.save_pretrained(folder / "model")
+    words = {
+        word for row in LOG_ROWS for text in ("prompt", "response") for word in row[text].split()
+    }
+    make_word_model(folder / "model", sorted(words))
     model, data = str(folder / "model"), str(folder / "data")
     log = str(folder / "log.jsonl")
     command = [sys.executable, "-m", "gvpo_offline.cli"]

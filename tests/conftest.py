@@ -4,12 +4,23 @@ weights.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.fork_server import ForkServer
 from support.tiny_policy import make_tiny_model, train_tokenizer
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports made from garbage collection.
+
+    accelerate runs a full collection for each training: over the million objects of torch and
+    transformers that takes a quarter of a second, more than the training of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

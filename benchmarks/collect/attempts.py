@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -20,8 +21,10 @@ _POLL_S = 0.002
 
 def load_everything() -> None:
     """Import the modules of all commands, which takes seconds, without starting a thread."""
+    import jsonargparse  # noqa: F401
     import openai  # noqa: F401
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import gvpo_offline.cli
     import gvpo_offline.importing.importer
@@ -33,6 +36,11 @@ def load_everything() -> None:
     import gvpo_offline.sampling.run
     import gvpo_offline.sampling.server
     import gvpo_offline.store.validate  # noqa: F401
+
+    get_checkpoint_conversion_mapping("qwen3")  # compiles a thousand patterns, once a process
+    # An attempt that collects garbage would go through all that was imported, and copy its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def fork(work: Callable[[], None]) -> int:

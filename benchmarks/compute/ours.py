@@ -26,8 +26,7 @@ from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.probe import choose_path, engine_for
 from gvpo_offline.group import Group
 from gvpo_offline.losses import gvpo_loss
-from gvpo_offline.store.arrow import list_array
-from gvpo_offline.store.tables import groups_to_table
+from gvpo_offline.store.arrow import groups_to_table, list_array
 from gvpo_offline.stream.plan import cut_group, shape_of
 
 _WHOLE = 1 << 20  # token budget that every group of a case fits into

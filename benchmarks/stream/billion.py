@@ -24,7 +24,6 @@ import numpy as np
 from readers import peak_mb
 
 from gvpo_offline.hashing import sha256_text
-from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -37,6 +36,7 @@ from gvpo_offline.store.manifest import (
     load_manifest,
     manifest_path,
 )
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
 from gvpo_offline.stream.order import GroupOrder
 from gvpo_offline.stream.view import DatasetView

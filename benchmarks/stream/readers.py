@@ -36,10 +36,9 @@ def ours(
 ) -> Iterator[int]:
     """Complete steps of a `StepDataset`, with verified pages and joined, checked scores."""
     from gvpo_offline.store.dataset import open_dataset
-    from gvpo_offline.stream.ahead import PrefetchDataset
     from gvpo_offline.stream.mix import MixedOrder
     from gvpo_offline.stream.plan import CostModel
-    from gvpo_offline.stream.steps import StepDataset
+    from gvpo_offline.stream.steps import PrefetchDataset, StepDataset
     from gvpo_offline.stream.view import DatasetView
 
     view = DatasetView(open_dataset(root))
@@ -170,7 +169,7 @@ def warm_up(name: str) -> None:
         import datasets  # noqa: F401
         import pyarrow.dataset  # noqa: F401
     else:
-        import gvpo_offline.stream.ahead  # noqa: F401
+        import gvpo_offline.stream.steps  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_text
+from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest, ReferenceFamily, RewardFamily, Sidecar
 from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, TRAINING_COLUMNS, arrow_schema
-from gvpo_offline.store.tables import reference_to_table
 from gvpo_offline.store.writer import publish, write_groups, write_sidecar
 
 RESPONSES = 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
@@ -25,18 +24,11 @@ def _run_compact(values: dict[str, Any]) -> None:
 
 
 def _run_validate(values: dict[str, Any]) -> None:
-    from tqdm import tqdm
-
-    from gvpo_offline.store.validate import validate
+    from gvpo_offline.commands.validate import run_validate
 
     values["remote"] = RemoteSettings(**values["remote"])
     config = filled(ValidateConfig, values)
-
-    def progress(numbers: Iterable[int], label: str) -> Iterable[int]:
-        shown: Iterable[int] = tqdm(numbers, desc=label, disable=not config.show_progress)
-        return shown
-
-    found = validate(config.dataset, progress, config.remote)
+    found = run_validate(config)
     counts = found.survey
     print(
         f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "

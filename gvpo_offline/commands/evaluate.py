@@ -94,7 +94,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         layout=config.layout,
         gradients=False,
     )
-    facts = facts.along(engine.path)
+    facts = facts.with_path(engine.path)
     assert dataset.reference is not None  # open_for_training saw to it
     for line in reference_warnings(facts, dataset.reference):
         logger.warning(line)

@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {
         _run_sample,
         (SampleConfig, WorkerSettings),
         "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
-        "settings: docs/sampling.md",
+        "settings: docs/howto/sampling.md",
     ),
     "reward": Command(
         "Score every response by functions, rules or models; adds a reward to the dataset.",

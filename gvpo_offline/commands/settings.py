@@ -74,7 +74,7 @@ class ListConfig:
     dataset_version: int | None = None
     """An older version of the dataset; null: the newest."""
     content: bool = False
-    """Also read the summary columns of every group: responses per sampler, mean rewards, group sizes,
+    """Also read the summary columns of every group: responses per sampler, mean rewards, sizes,
     lengths. By default only manifests are read."""
     json: bool = False
     """Print one JSON object per dataset and line."""

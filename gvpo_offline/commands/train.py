@@ -22,7 +22,7 @@ from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
-from gvpo_offline.store.choice import WeightedReward
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, save_errors

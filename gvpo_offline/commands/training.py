@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
             TuneSettings,
         ),
         _OTHER_FLAGS + " Example: gvpo-offline tune --config train.yaml, then gvpo-offline train "
-        "--config train.yaml --config run/tune/proposed.yaml. More: docs/tuning.md",
+        "--config train.yaml --config run/tune/proposed.yaml. More: docs/howto/tuning.md",
     ),
     "train": Command(
         "Train a policy with GVPO on datasets.",

@@ -1,6 +1,7 @@
-"""From groups to log-probs: layouts, the forward pass over them, the model itself.
+"""Log-probs of groups: input layouts, the forward pass over a layout, model loading.
 
-`layout` lays groups out, `forward` runs a model over a layout, `engine` does so within the budget
-of tokens and adds up gradients, `probe` chooses how. Trainer, evaluation and reference stage go
-through one engine, so that log-ratios are zero where policy and reference are one.
+`layout` arranges groups as model input, `forward` runs a model over a layout, `engine` keeps to the
+token budget and accumulates gradients, `probe` chooses the layout and the kernels. Training,
+evaluation and the reference stage use the same engine, so that log-ratios are zero where policy and
+reference are the same model.
 """

@@ -1,7 +1,7 @@
-"""Adapters: loading a folder that holds one, switching one off, hashing one with its base.
+"""PEFT adapters: loading an adapter, disabling it, hashing it together with its base model.
 
-A PEFT model with its adapter switched off computes what its base computes, so a policy that is an
-adapter brings its reference along.
+A PEFT model with its adapter disabled computes what its base model computes, so the base model of
+a policy with an adapter can serve as the reference without a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gvpo_offline.compute.model import load_model, tensors_sha256, weights_sha256
-from gvpo_offline.compute.quantised import keep_format, quantisation
+from gvpo_offline.compute.model import (
+    disable_cpu_repacking,
+    load_model,
+    quantisation,
+    tensors_sha256,
+    weights_sha256,
+)
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
@@ -25,8 +30,9 @@ from gvpo_offline.hashing import sha256_json
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# Settings of an adapter that its weights' names and shapes say, or that no log-prob depends on.
-_NO_NUMBERS = {
+# Adapter settings that follow from the names and shapes of its weights, or that do not affect
+# log-probs.
+_IGNORED_SETTINGS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "runtime_config"),
     *("base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "lora_dropout"),
     *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying"),
@@ -39,16 +45,16 @@ def load_policy(
     device: torch.device | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Load a model, or a PEFT adapter's folder (or hub name) as its base with the adapter on it.
+    """Load a model; for a PEFT adapter (folder or hub name), load its base model and the adapter.
 
     Args:
-        settings, device, compute_dtype: as `load_model`.
+        settings, device, compute_dtype: as for `load_model`.
 
     Returns:
-        A transformers model, or a PEFT model whose adapter can be trained on.
+        A transformers model, or a PEFT model with a trainable adapter.
 
     Raises:
-        ConfigError: there is neither, or the adapter does not fit its base.
+        ConfigError: no model or adapter was found, or the adapter does not fit its base model.
     """
     config = adapter_config(settings)
     if config is None:
@@ -74,10 +80,10 @@ def load_policy(
 
 
 def adapter_config(settings: ModelSettings) -> PeftConfig | None:
-    """The configuration of the adapter that the settings name; None if they name a model.
+    """Configuration of the adapter that the settings name; None if they name a full model.
 
     Raises:
-        ConfigError: the folder holds a model beside the adapter.
+        ConfigError: the folder holds both a model and an adapter.
     """
     from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
@@ -86,7 +92,7 @@ def adapter_config(settings: ModelSettings) -> PeftConfig | None:
         if find_adapter_config_file(name, revision=revision) is None:
             return None
     except OSError:
-        return None  # neither a folder nor a hub name: loading the model says so
+        return None  # neither a folder nor a hub name: `load_model` reports this
     if (Path(name) / CONFIG_NAME).is_file():
         raise ConfigError(
             "a folder holds a model or an adapter",
@@ -100,7 +106,7 @@ def adapter_config(settings: ModelSettings) -> PeftConfig | None:
 
 
 def base_settings(settings: ModelSettings, config: PeftConfig) -> ModelSettings:
-    """The settings that load an adapter's base."""
+    """Settings that load the base model of an adapter."""
     return replace(
         settings,
         model_name_or_path=config.base_model_name_or_path or "",
@@ -109,12 +115,12 @@ def base_settings(settings: ModelSettings, config: PeftConfig) -> ModelSettings:
 
 
 def check_loading(settings: ModelSettings, held: PeftConfig | None, *, new_adapter: bool) -> None:
-    """Raise ConfigError, before anything is loaded, unless the settings make a policy to train.
+    """Raise ConfigError, before anything is loaded, if the settings give no trainable policy.
 
     Args:
-        settings: the model's.
-        held: the adapter that they name already, or None.
-        new_adapter: whether to put one on.
+        settings: settings of the model.
+        held: configuration of the adapter that the settings name, or None.
+        new_adapter: whether a new adapter is to be added.
     """
     if held is not None and new_adapter:
         raise _second_adapter()
@@ -124,25 +130,25 @@ def check_loading(settings: ModelSettings, held: PeftConfig | None, *, new_adapt
 
 def _second_adapter() -> ConfigError:
     return ConfigError(
-        "an adapter is put on a model that has none",
-        received="use_peft with a model that has one",
-        remedy="leave use_peft out to train the adapter that is there, or name its base",
+        "an adapter is added to a model that has none",
+        received="use_peft with a model that already has an adapter",
+        remedy="leave use_peft out to train the existing adapter, or name its base model",
     )
 
 
 def _frozen(what: str) -> ConfigError:
     return ConfigError(
         "quantised weights are trained through an adapter",
-        received=f"{what} weights without one",
-        remedy="set use_peft, or load the model as it is",
+        received=f"{what} weights without an adapter",
+        remedy="set use_peft, or load the model without quantisation",
     )
 
 
 def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module:
-    """`model` with a new PEFT adapter, whose first weights depend on `seed` alone.
+    """Add a new PEFT adapter, whose initial weights depend on `seed` alone, to `model`.
 
     Raises:
-        ConfigError: it has one already.
+        ConfigError: the model already has an adapter.
     """
     if hasattr(model, "peft_config"):
         raise _second_adapter()
@@ -154,26 +160,26 @@ def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ConfigError unless a model that is about to be trained has weights that can be."""
-    keep_format(model)
+    """Raise ConfigError if a model that is about to be trained has no trainable weights."""
+    disable_cpu_repacking(model)
     if quantisation(model) and not hasattr(model, "peft_config"):
         raise _frozen(str(quantisation(model)))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "a policy has weights to train",
-            received="none that requires a gradient",
+            received="no weight that requires a gradient",
             remedy="load an adapter with is_trainable=True",
         )
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model is PEFT's, around a base."""
+    """Whether the model is a PEFT model that wraps a base model."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it computes without an adapter: of a PEFT model its base, for this while."""
+def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, the adapter of a PEFT model is disabled; yields the base model (or `model`)."""
     if not is_adapted(model):
         yield model
         return
@@ -183,10 +189,9 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def policy_sha256(model: nn.Module) -> str:
-    """SHA-256 of what decides a model's log-probs: weights, and adapters as far as they are on.
+    """SHA-256 of what determines a model's log-probs: its weights and its active adapters.
 
-    With its adapters off, or without any, it is the hash of the base's weights: the very one that
-    the base has by itself.
+    With all adapters disabled, or without any, it equals the hash of the base model's weights.
     """
     if not hasattr(model, "peft_config"):
         return weights_sha256(model)
@@ -194,7 +199,7 @@ def policy_sha256(model: nn.Module) -> str:
     inner = adapted.get_base_model() if is_adapted(model) else adapted
     prefixes = _prefixes(adapted.peft_config.values())
     base = {}
-    # What an adapter puts beside the model (prompts that it learns), not into its layers.
+    # Adapter weights outside the model's layers (learned prompts).
     outer = adapted.state_dict() if inner is not adapted else {}
     own = {name: tensor for name, tensor in outer.items() if not name.startswith("base_model.")}
     for name, tensor in inner.state_dict().items():
@@ -207,12 +212,12 @@ def policy_sha256(model: nn.Module) -> str:
     base_hash = tensors_sha256(base)
     if _is_off(inner):
         return base_hash
-    how = {name: _numbers(config) for name, config in adapted.peft_config.items()}
+    how = {name: _relevant_settings(config) for name, config in adapted.peft_config.items()}
     return sha256_json([base_hash, tensors_sha256(own), how, _active(inner)])
 
 
 def _prefixes(configs: Iterable[PeftConfig]) -> tuple[str, ...]:
-    """What the names of an adapter's own weights begin with, by its kind."""
+    """Prefixes of the names of adapter weights, by adapter type."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     found = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in configs)
@@ -231,11 +236,11 @@ def _active(inner: nn.Module) -> list[str]:
     return []
 
 
-def _numbers(config: PeftConfig) -> dict[str, str]:
-    """The settings of an adapter that scale or shape what it adds, where they are not defaults."""
+def _relevant_settings(config: PeftConfig) -> dict[str, str]:
+    """Non-default settings of an adapter that affect its output."""
     usual = type(config)().to_dict()
     return {
         name: str(value)
         for name, value in config.to_dict().items()
-        if name not in _NO_NUMBERS and value != usual.get(name)
+        if name not in _IGNORED_SETTINGS and value != usual.get(name)
     }

@@ -1,12 +1,13 @@
-"""Attention over a packed row, as transformers' models call it.
+"""Attention over a packed row, registered in transformers' AttentionInterface.
 
-Models are not changed. They look their attention function up by name; `use_tree_attention` gives
-them a name under which `tree_attention` is registered. It reads a packed row's tree from the
-keyword argument `packed_row`, which models hand through to it; calls without one go to the
-implementation that the model had before.
+The code of models is not changed. Models look up their attention function by name;
+`use_tree_attention` sets a name under which `tree_attention` is registered. That function reads the
+tree of a packed row from the keyword argument `packed_row`, which models pass through to it. Calls
+without `packed_row` go to the implementation that the model had before.
 
-What a layer lets a token see (all before it, a window, a chunk) is asked of transformers' own mask
-functions, by depth in the tree and not by place in the row.
+Which earlier tokens a layer attends to (all, a sliding window, a chunk) is read from transformers'
+mask functions. They are evaluated on positions in the sequence (depths in the tree), not on
+positions in the row.
 """
 
 from __future__ import annotations
@@ -27,64 +28,64 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gvpo_offline.compute.pieces import PiecePlan, piecewise_attention
-from gvpo_offline.compute.settings import TREE_OVER
-from gvpo_offline.compute.tree import Rule, Tree, visible
+from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX
+from gvpo_offline.compute.tree import AttentionRule, Tree, visible
 
 Kernel = Literal["pieces", "flex", "dense"]
-States = dict[nn.Module, tuple[Tensor, Tensor]]
+KeyValueStates = dict[nn.Module, tuple[Tensor, Tensor]]
 
 _KINDS: tuple[Literal["full", "window", "chunk"], ...] = ("full", "window", "chunk")
 _in_packed_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("packed", default=False)
 
 
 class UnsupportedAttentionError(Exception):
-    """A model's attention is none that a packed row can be computed with; says why."""
+    """The attention of a model cannot compute packed rows; the message gives the reason."""
 
 
 @dataclass(eq=False)
 class PackedRow:
-    """A packed row on its way through a model.
+    """A packed row, passed to every attention layer of a model.
 
     Attributes:
-        tree: its segments.
-        kernel: what computes it.
-        prefix_states: keys and values, (1, Hkv, P, D) each, of the tree's prefix by attention
-            module.
-        recorded: where keys and values are left as they are computed, or None.
-        used: whether an attention layer has seen the row.
+        tree: the segments of the row.
+        kernel: name of the attention kernel.
+        prefix_states: for each attention module the keys and values, (1, Hkv, P, D) each, of the
+            tree's prefix; None if the tree has no prefix.
+        recorded: filled with the keys and values of each attention module; None: not recorded.
+        used: whether an attention layer has received the row.
     """
 
     tree: Tree
     kernel: str
-    prefix_states: States | None = None
-    recorded: States | None = None
+    prefix_states: KeyValueStates | None = None
+    recorded: KeyValueStates | None = None
     used: bool = False
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def check_used(self) -> None:
-        """Raise UnsupportedAttentionError unless the row reached an attention layer."""
+        """Raise UnsupportedAttentionError if no attention layer received the row."""
         if not self.used:
             raise UnsupportedAttentionError(
-                "the model does not look its attention up in transformers' AttentionInterface"
+                "the model does not look up its attention in transformers' AttentionInterface"
             )
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What a kernel derives from the tree, made once for all layers."""
+        """The result of `make()`, computed once per key and shared by all layers."""
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]
 
 
 def use_tree_attention(model: nn.Module) -> None:
-    """Let a transformers model compute packed rows; what it computes without one stays the same.
+    """Enable packed rows for a transformers model. Calls without a packed row are unchanged.
 
     Raises:
-        UnsupportedAttentionError: the model does not look its attention up by name.
+        UnsupportedAttentionError: the model does not look up its attention function by name.
     """
     current = str(getattr(model.config, "_attn_implementation", None))
-    if current.startswith(TREE_OVER):
+    if current.startswith(TREE_ATTENTION_PREFIX):
         return
-    name = TREE_OVER + current
+    name = TREE_ATTENTION_PREFIX + current
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(tree_attention, otherwise=current))
         AttentionMaskInterface.register(name, partial(_mask_or_rule, otherwise=current))
@@ -97,19 +98,19 @@ def use_tree_attention(model: nn.Module) -> None:
 def restore_attention(model: nn.Module) -> None:
     """Undo `use_tree_attention`."""
     current = str(getattr(model.config, "_attn_implementation", None))
-    if current.startswith(TREE_OVER):
-        model.set_attn_implementation(current.removeprefix(TREE_OVER))  # type: ignore[operator]
+    if current.startswith(TREE_ATTENTION_PREFIX):
+        model.set_attn_implementation(current.removeprefix(TREE_ATTENTION_PREFIX))  # type: ignore[operator]
 
 
 def kernels(device: torch.device) -> tuple[Kernel, ...]:
-    """The kernels that a kind of device has, the fastest first."""
+    """Kernels available on a type of device, fastest first."""
     fastest: dict[str, tuple[Kernel, ...]] = {"cpu": ("pieces",), "cuda": ("flex",)}
     return (*fastest.get(device.type, ()), "dense")
 
 
 @contextlib.contextmanager
 def packed_forward() -> Iterator[None]:
-    """Within it, models are given rules in place of attention masks."""
+    """Within it, the mask functions return an encoded `AttentionRule` in place of a mask."""
     token = _in_packed_forward.set(True)
     try:
         yield
@@ -132,22 +133,22 @@ def tree_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers' interface; for a packed row, over its tree.
+    """Attention function for transformers' AttentionInterface, with support for packed rows.
 
     Args:
         module: the attention layer.
         query: (1, H, T, D); key and value: (1, Hkv, T, D).
-        attention_mask: what `_mask_or_rule` made.
-        otherwise: the implementation that computes calls without a packed row.
-        packed_row: the row; None for an ordinary call.
-        scaling, dropout, softcap, s_aux: as transformers passes them; `s_aux` are sinks.
-        kwargs: not needed over a tree: positions are in the keys, windows in the rule.
+        attention_mask: the result of `_mask_or_rule`.
+        otherwise: name of the implementation for calls without a packed row.
+        packed_row: the packed row; None for an ordinary call.
+        scaling, dropout, softcap, s_aux: as passed by transformers; `s_aux` are attention sinks.
+        kwargs: ignored for a packed row: keys already contain positions, the rule contains windows.
 
     Returns:
-        (1, T, H, Dv), and no attention weights.
+        (1, T, H, Dv) and None for the attention weights.
 
     Raises:
-        UnsupportedAttentionError: the row cannot be computed with what the layer asks for.
+        UnsupportedAttentionError: the layer uses an option that packed rows do not support.
     """
     if packed_row is None:
         given = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux}
@@ -161,21 +162,21 @@ def tree_attention(
     dtype = _matmul_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if packed_row.recorded is not None:
-        # Gradient checkpointing computes a layer twice; what the first time left has the graph.
+        # Gradient checkpointing runs a layer twice; only the first run's tensors are in the graph.
         packed_row.recorded.setdefault(module, (key, value))
     if packed_row.prefix_states is not None:
         prefix_key, prefix_value = packed_row.prefix_states[module]
         key, value = torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    asked = Asked(query, key, value, scale, softcap, s_aux)
+    asked = AttentionInputs(query, key, value, scale, softcap, s_aux)
     return _KERNELS[packed_row.kernel](packed_row, rule, asked), None
 
 
-# ---- kernels: a row, a layer's rule and what it asks for -> (1, T, H, Dv) ----
+# ---- kernels: a packed row, the layer's rule and its inputs -> (1, T, H, Dv) ----
 
 
-class Asked(NamedTuple):
-    """What a layer asks for: query (1, H, T, D), key and value (1, Hkv, P + T, ·), options."""
+class AttentionInputs(NamedTuple):
+    """Inputs of one layer's attention: query (1, H, T, D), key and value (1, Hkv, P + T, ·)."""
 
     query: Tensor
     key: Tensor
@@ -185,7 +186,7 @@ class Asked(NamedTuple):
     sinks: Tensor | None
 
 
-def _pieces(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
+def _pieces(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tensor:
     query, key, value, scale, softcap, sinks = asked
     if softcap:
         raise UnsupportedAttentionError("attention scores are soft-capped")
@@ -193,7 +194,7 @@ def _pieces(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     return piecewise_attention(query, key, value, plan, scale, sinks)
 
 
-def _flex(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
+def _flex(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tensor:
     from gvpo_offline.compute.flex import FlexPlan, flex_tree_attention
 
     query, key, value, scale, softcap, sinks = asked
@@ -201,8 +202,8 @@ def _flex(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     return flex_tree_attention(query, key, value, plan, scale, softcap, sinks)
 
 
-def _dense(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
-    """The definition, in scores of (H, T, P + T)."""
+def _dense(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tensor:
+    """Reference implementation, which materialises scores of (H, T, P + T)."""
     query, key, value, scale, softcap, sinks = asked
     seen: Tensor = row.plan(
         ("dense", rule), lambda: torch.from_numpy(visible(row.tree, rule)).to(query.device)
@@ -225,7 +226,7 @@ def _dense(row: PackedRow, rule: Rule, asked: Asked) -> Tensor:
     return torch.matmul(weights, value).transpose(1, 2)
 
 
-_Compute = Callable[[PackedRow, Rule, Asked], Tensor]
+_Compute = Callable[[PackedRow, AttentionRule, AttentionInputs], Tensor]
 _KERNELS: dict[str, _Compute] = {"pieces": _pieces, "flex": _flex, "dense": _dense}
 
 
@@ -233,7 +234,7 @@ _KERNELS: dict[str, _Compute] = {"pieces": _pieces, "flex": _flex, "dense": _den
 
 
 def _mask_or_rule(*args: Any, otherwise: str, **kwargs: Any) -> Tensor | None:
-    """transformers' mask function; in a packed forward a (1, 1, 1, 2) tensor: the layer's rule."""
+    """transformers' mask function; within `packed_forward` the rule as a (1, 1, 1, 2) tensor."""
     if not _in_packed_forward.get():
         plain = ALL_MASK_ATTENTION_FUNCTIONS.get(otherwise)
         mask: Tensor | None = None if plain is None else plain(*args, **kwargs)
@@ -242,8 +243,8 @@ def _mask_or_rule(*args: Any, otherwise: str, **kwargs: Any) -> Tensor | None:
     return torch.tensor([_KINDS.index(rule.kind), rule.size]).view(1, 1, 1, 2)
 
 
-def _rule_of(mask_function: Callable[..., Any], size: int | None) -> Rule:
-    """The rule that a mask function follows, tried at its edges."""
+def _rule_of(mask_function: Callable[..., Any], size: int | None) -> AttentionRule:
+    """The rule that a mask function implements, inferred by evaluating it at its boundaries."""
 
     def sees(query: int, key: int) -> bool:
         zero = torch.zeros((), dtype=torch.int64)
@@ -254,30 +255,30 @@ def _rule_of(mask_function: Callable[..., Any], size: int | None) -> Rule:
             raise UnsupportedAttentionError("a layer's attention is not causal")
         if size is None:
             if sees(1 << 20, 0):
-                return Rule()
+                return AttentionRule()
         elif sees(size - 1, 0) and not sees(size, 0):
             if sees(size, 1):
-                return Rule("window", size)
+                return AttentionRule("window", size)
             if not sees(size, size - 1):
-                return Rule("chunk", size)
+                return AttentionRule("chunk", size)
     except (IndexError, RuntimeError) as error:
         raise UnsupportedAttentionError("a layer's mask depends on more than positions") from error
     raise UnsupportedAttentionError("a layer's mask is neither causal nor a window nor chunks")
 
 
-def _rule_from(mask: Tensor | None) -> Rule:
+def _rule_from(mask: Tensor | None) -> AttentionRule:
     if mask is None or mask.shape != (1, 1, 1, 2) or mask.dtype != torch.int64:
-        raise UnsupportedAttentionError("the model makes its attention masks itself")
+        raise UnsupportedAttentionError("the model builds its attention masks itself")
     kind, size = mask.flatten().tolist()
-    return Rule(_KINDS[kind], size)
+    return AttentionRule(_KINDS[kind], size)
 
 
-# ---- the rest ----
+# ---- helpers ----
 
 
 def _plain(module: nn.Module, name: str) -> Callable[..., Any]:
     found = ALL_ATTENTION_FUNCTIONS.get(name)
-    if found is None:  # eager: each model brings its own
+    if found is None:  # eager attention is defined in the model's module
         found = sys.modules[type(module).__module__].eager_attention_forward
     return found  # type: ignore[no-any-return]
 

@@ -1,10 +1,10 @@
-"""The layout for models that carry a state: the prompt once, its state continued by k responses.
+"""The `continued` layout, for recurrent models: responses continue the state of their prompt.
 
-Linear attention, state spaces and short convolutions read a row from left to right into a state of
-fixed size, so one row cannot hold several responses. What a prompt leaves behind can be shared all
-the same: the prompt runs alone, and its state is continued by the group's responses as the rows of
-a right-padded batch. No layer needs to know of the padding: it comes after everything that counts,
-and a causal layer never looks ahead.
+Linear attention, state space models and short convolutions read a row from left to right into a
+state of fixed size, so one row cannot hold several responses. The prompt can still be shared: it
+runs alone, and its cached state is the initial state of a right-padded batch of the group's
+responses. No layer needs a padding mask: padding comes after all tokens of a row, and causal layers
+do not attend to later tokens.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from gvpo_offline.errors import ConfigError, DataError
 
 _CACHE_NAMES = ("past_key_values", "cache_params")
-# One token alone takes a layer's decoding path: other kernels, which overwrite the state in place.
+# A row of one token takes the decoding path of a layer, whose kernels overwrite the state in place.
 _LEAST_WIDTH = 2
-# Kinds of layer without attention of any form; older transformers give them a cache nobody fills.
+# Layer types without any attention; older transformers versions create a cache for them that is
+# never filled.
 _STATELESS = ("mlp", "moe")
 
 
 class PromptCache(DynamicCache):
-    """What a prompt leaves in a decoder's layers: read by its responses, never overwritten.
+    """Cache of a prompt's states, which the responses read and never overwrite.
 
-    transformers updates recurrent and convolution states in place, over tensors that the backward
-    pass still needs. Here the prompt's pass fills a state once; the responses' pass reads it and
-    stores nothing, since no pass follows. Keys and values are concatenated by transformers already.
+    transformers updates recurrent and convolution states in place and so overwrites tensors that
+    the backward pass needs. Here the forward pass of the prompt fills each state once; the forward
+    pass of the responses reads it and stores nothing, since no other pass follows. Keys and values
+    need no change: transformers concatenates them.
 
     Args:
-        config: the decoder's configuration, which says what each layer keeps.
+        config: the decoder's configuration, which gives the type of each layer.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -43,19 +45,19 @@ class PromptCache(DynamicCache):
         self._stateless = {i for i, kind in enumerate(kinds) if kind in _STATELESS}
 
     def fork(self, n_rows: int) -> None:
-        """Let `n_rows` rows continue from the one row that was run; gradients add up over them.
+        """Expand the states of the prompt to `n_rows` rows; gradients are summed over these rows.
 
         Raises:
-            ConfigError: a layer that should have left its state here did not.
+            ConfigError: a layer did not store its state in this cache.
         """
         for number, layer in enumerate(self.layers):
             if number in self._stateless:
                 continue
             if not _is_filled(layer):
                 raise ConfigError(
-                    "every layer leaves the prompt's state in the cache",
+                    "every layer stores the prompt's state in the cache",
                     received=f"nothing from layer {number}, a {type(layer).__name__}",
-                    remedy="compute whole rows for this model",
+                    remedy="set layout to padded for this model",
                 )
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 for states in (layer.conv_states, layer.recurrent_states):
@@ -68,7 +70,7 @@ class PromptCache(DynamicCache):
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """The inputs of a convolution, after those of the prompt where it has run: (R, D, time)."""
+        """Inputs of a convolution, (R, D, time), after those of the prompt once it has run."""
         layer = self.layers[layer_idx]
         if layer.has_previous_state[state_idx]:
             return torch.cat([layer.conv_states[state_idx], conv_states], dim=-1)
@@ -78,7 +80,7 @@ class PromptCache(DynamicCache):
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """The state after the tokens of this pass: kept for the prompt, handed back after it."""
+        """The state after this forward pass: stored if it is the prompt's, else only returned."""
         if self.layers[layer_idx].recurrent_states[state_idx] is not None:
             return recurrent_states
         first: Tensor = super().update_recurrent_state(
@@ -88,7 +90,7 @@ class PromptCache(DynamicCache):
 
 
 def _is_filled(layer: Any) -> bool:
-    """Whether a layer will hand out what the prompt left, by the flags transformers goes by."""
+    """Whether a layer holds the prompt's state, by the flags that transformers reads."""
     linear, attention = LinearAttentionCacheLayerMixin, CacheLayerMixin
     return (not isinstance(layer, linear) or all(layer.has_previous_state.values())) and (
         not isinstance(layer, attention) or bool(layer.is_initialized)
@@ -102,29 +104,29 @@ def continued_hidden(
     response_lengths_K: Tensor,
     **forward_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states of one group, its prompt computed once and continued by every response.
+    """Hidden states of one group; the prompt is computed once and every response continues it.
 
-    The gradient of the responses flows through the prompt's state into the prompt. Families whose
-    layers accept a cache and ignore what it holds (the scan of the first Mamba) come out wrong
-    without an error: compare with whole rows before trusting a family.
+    The gradient of the responses flows through the prompt's state into the prompt. Model families
+    whose layers accept a cache and ignore its content (the scan of Mamba 1) give wrong results
+    without an error: compare with whole rows before using a new family.
 
     Args:
         decoder: a transformers model without its head (`model.get_decoder()`).
         prompt_ids_P: (P,) int64, P >= 1.
         response_ids_KL: (K, ≥ longest response) int64, right-padded with any valid ids.
         response_lengths_K: (K,) int64, tokens of each response, at least 1.
-        **forward_kwargs: handed to both of the decoder's forward passes.
+        **forward_kwargs: passed to both forward passes of the decoder.
 
     Returns:
-        The prompt's (P, D), whose last row predicts every first token, and the responses' (K, L, D)
-        in the decoder's dtype: row i of a response is the hidden state after its token i. L is the
-        longest response less its last token, which predicts nothing; rows mean nothing from
-        their response's last token on.
+        Hidden states of the prompt, (P, D), whose last row predicts the first token of every
+        response, and of the responses, (K, L, D), in the decoder's dtype: row i of a response is
+        the hidden state after its token i. L is the length of the longest response minus 1, because
+        a last token predicts nothing. Rows of a response from its last token on are padding.
 
     Raises:
-        ConfigError: the decoder takes no cache, leaves nothing in it, or would drop it (gradient
-            checkpointing). One that insists on a cache of its own raises what it raises.
-        DataError: an empty prompt, or a response without a token or longer than its row.
+        ConfigError: the decoder takes no cache, stores nothing in it, or discards it (gradient
+            checkpointing). A decoder that requires its own cache class raises its own error.
+        DataError: the prompt is empty, or a response is empty or longer than its row.
     """
     cache_name, takes_positions = _accepted(decoder)
     longest = _checked_longest(prompt_ids_P, response_ids_KL, response_lengths_K)
@@ -150,13 +152,13 @@ def continued_hidden(
 
 
 def _accepted(decoder: nn.Module) -> tuple[str, bool]:
-    """The name under which a decoder takes a cache, and whether it takes position ids."""
+    """Name of the decoder's cache argument, and whether the decoder takes position ids."""
     for name, module in decoder.named_modules():
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise ConfigError(
                 "gradient checkpointing drops the prompt's state, which responses continue from",
                 received=f"gradient checkpointing on in {name or 'the decoder'!r}",
-                remedy="turn gradient checkpointing off, or compute whole rows",
+                remedy="turn gradient checkpointing off, or set layout to padded",
             )
     parameters = inspect.signature(type(decoder).forward).parameters
     names = [name for name in _CACHE_NAMES if name in parameters]
@@ -164,7 +166,7 @@ def _accepted(decoder: nn.Module) -> tuple[str, bool]:
         raise ConfigError(
             f"the decoder's forward takes a cache as {' or '.join(_CACHE_NAMES)}",
             received=type(decoder).__name__,
-            remedy="compute whole rows for this model",
+            remedy="set layout to padded for this model",
         )
     return names[0], "position_ids" in parameters
 
@@ -172,7 +174,7 @@ def _accepted(decoder: nn.Module) -> tuple[str, bool]:
 def _checked_longest(
     prompt_ids_P: Tensor, response_ids_KL: Tensor, response_lengths_K: Tensor
 ) -> int:
-    """Tokens of the longest response."""
+    """Number of tokens of the longest response, after validating the inputs."""
     if prompt_ids_P.numel() == 0:
         raise DataError("a prompt has at least 1 token", received=0, remedy="drop the group")
     lengths: list[int] = response_lengths_K.tolist()

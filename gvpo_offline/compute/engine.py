@@ -1,14 +1,15 @@
-"""Log-probs of groups and their gradients, in no more memory than the token budget asks for.
+"""Log-probs of groups and their gradients, within the token budget of a micro-batch.
 
-A micro-batch that fits is one forward pass and one backward pass. A group that does not is cut into
-pieces, each the prompt with some of the responses. That is exact, because a loss needs one number
-of each response: a first pass finds all sequence log-probs, the loss's gradient in them follows,
-and each piece is computed once more and sent back with its share of that gradient.
+A micro-batch that fits is one forward pass and one backward pass. A group that does not fit is cut
+into pieces, each of which holds the prompt and some of the responses. The gradient is exact,
+because the loss depends on one number per response: first all sequence log-probs are computed
+without a graph, then the gradient of the loss with respect to them, and then each piece runs
+forward again and backward with its slice of that gradient.
 
-Where keys and values can be handed from one pass to another, the prompt is computed once for all
-pieces: they take its keys, values and last hidden state as leaves, and what gradient gathers there
-is sent back through the prompt at the end. The last piece of the first pass keeps its graph, so it
-is not computed twice either.
+Where the model allows it, the prompt is computed once for all pieces: they use its keys, values and
+last hidden state as detached leaves, and the gradients accumulated in these leaves are propagated
+through the prompt at the end. The last piece keeps its graph from the start, so it runs forward
+only once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gvpo_offline.compute.forward import (
     prompt_states,
     token_logprobs,
 )
-from gvpo_offline.compute.layout import Layout, Targets, below_prompt, lay_out
+from gvpo_offline.compute.layout import Layout, Targets, lay_out, without_prompt
 from gvpo_offline.compute.model import float64_device
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError
@@ -37,8 +38,8 @@ from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, cut_group, shape_of
 
 
-class Piece(NamedTuple):
-    """What one pass computes: a layout, and which of the micro-batch's responses it holds."""
+class MicroBatchPiece(NamedTuple):
+    """Input of one forward pass: a layout, and the indices of its responses in the micro-batch."""
 
     layout: Layout
     responses: tuple[int, ...]
@@ -46,22 +47,23 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """Computes log-probs of groups along one path.
+    """Computes log-probs of groups with one compute path.
 
-    Models are those that `forward.install` was called for, possibly wrapped since. Groups are some
-    that fit into the budget together, or one that does not; none at all gives passes over nothing,
-    because sharded models compute in lockstep. `passes` is the number of forward passes to make
-    where other ranks need more than this one.
+    In all methods, `model` is a model that `forward.install` was called for; it may have been
+    wrapped (DDP, FSDP) since. `groups` is a micro-batch: groups that fit into the token budget
+    together, or a single group that does not. `n_forwards` is the number of forward passes that
+    every rank makes; a rank that needs fewer, for example one without groups, adds forward passes
+    over a dummy input, because sharded models need the same number of passes on every rank.
 
     Attributes:
-        path: the way that the start-up probe chose.
-        cost: how groups are laid out, and the budget of tokens.
-        kept_bytes: how much of the size scored tokens x vocabulary may stay between a forward and
-            its backward pass; what is beyond is computed twice.
-        prompt_once: whether a large group's prompt is computed once for all its pieces; not for
-            models in shards, whose passes must be alike on every rank.
+        path: the compute path, as chosen by the start-up probe.
+        cost: token cost of groups in the layout, and the token budget.
+        kept_bytes: most bytes of (scored tokens, vocabulary) tensors to keep from a forward pass
+            for its backward pass; the rest is recomputed.
+        prompt_once: whether the prompt of a large group is computed once for all its pieces; false
+            for sharded models, which need the same forward passes on every rank.
         on_entropy: called with the entropies, (M,) float32, nats, of the scored tokens of each
-            pass; None: they are not computed.
+            forward pass; None: entropies are not computed.
     """
 
     path: ComputePath
@@ -70,16 +72,18 @@ class Engine:
     prompt_once: bool = True
     on_entropy: Callable[[Tensor], None] | None = None
 
-    def seq_logprobs(self, model: nn.Module, groups: Sequence[Group], passes: int = 1) -> Tensor:
+    def seq_logprobs(
+        self, model: nn.Module, groups: Sequence[Group], n_forwards: int = 1
+    ) -> Tensor:
         """log pi(response | prompt) of every response, over the tokens that count.
 
         Returns:
-            (R,) float64, nats; with a graph where gradients are on, and then in whatever memory
-            that takes: `accumulate` keeps to the budget.
+            (R,) float64, nats. With gradients enabled the result has a graph that holds all pieces
+            at once and may exceed the token budget; `accumulate` keeps to the budget.
         """
-        pieces, prompt = self._begin(model, groups, passes)
+        pieces, prompt = self._begin(model, groups, n_forwards)
         sums = [self._sums(model, piece, prompt) for piece in pieces]
-        return _in_order(pieces, sums)
+        return _in_response_order(pieces, sums)
 
     def token_logprobs(self, model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
         """log pi of every token of every response, counted or not: (T_i,) float32 each, nats."""
@@ -97,51 +101,56 @@ class Engine:
         groups: Sequence[Group],
         objective: Callable[[Tensor], Tensor],
         backward: Callable[[Tensor], None],
-        passes: int = 1,
+        n_forwards: int = 1,
     ) -> Tensor:
         """Add the gradient of a loss of sequence log-probs to the model's gradients.
 
         Args:
-            model, groups, passes: as above.
+            model, groups, n_forwards: see the class.
             objective: the loss, a scalar, of (R,) float64 sequence log-probs of all groups.
-            backward: sends a scalar back through its graph.
+            backward: runs the backward pass of a scalar, such as `Accelerator.backward`.
 
         Returns:
-            The loss, without its graph; 0 without groups.
+            The detached loss; 0 without groups.
         """
-        pieces, prompt = self._begin(model, groups, passes)
+        pieces, prompt = self._begin(model, groups, n_forwards)
         if len(pieces) == 1:
             sums_R = self._sums(model, pieces[0], None)
             loss = objective(sums_R) if groups else sums_R.sum() * 0.0
             backward(loss)
             return loss.detach()
-        leaves = _leaves(prompt)
+        leaves = _detached_states(prompt)
         with torch.no_grad():
             sums = [self._sums(model, piece, leaves) for piece in pieces[:-1]]
         last = self._sums(model, pieces[-1], leaves)
-        sums_R = _in_order(pieces, [*sums, last.detach()]).requires_grad_()
+        sums_R = _in_response_order(pieces, [*sums, last.detach()]).requires_grad_()
         loss = objective(sums_R) if groups else sums_R.sum() * 0.0
         (grad_R,) = torch.autograd.grad(loss, sums_R)
-        backward(_share(last, grad_R, pieces[-1]))
-        quiet = replace(self, on_entropy=None)  # the first pass has told
+        backward(_piece_loss(last, grad_R, pieces[-1]))
+        quiet = replace(self, on_entropy=None)  # already reported above
         for piece in pieces[:-1]:
-            backward(_share(quiet._sums(model, piece, leaves), grad_R, piece))
-        _send_back(prompt, leaves)
+            backward(_piece_loss(quiet._sums(model, piece, leaves), grad_R, piece))
+        _backward_through_prompt(prompt, leaves)
         return loss.detach()
 
     def _begin(
-        self, model: nn.Module, groups: Sequence[Group], passes: int, *, counted_only: bool = True
-    ) -> tuple[list[Piece], PromptStates | None]:
-        """The pieces of a micro-batch, and the prompt's states if they go without their prompt."""
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        n_forwards: int,
+        *,
+        counted_only: bool = True,
+    ) -> tuple[list[MicroBatchPiece], PromptStates | None]:
+        """The pieces of a micro-batch; and the prompt's states if pieces exclude their prompt."""
         whole = len(groups) != 1 or self.cost.fits(shape_of(groups[0]))
         if whole:
             n_responses = sum(group.group_size for group in groups)
             layout = lay_out(groups, self.path.layout, counted_only=counted_only)
-            pieces = [Piece(layout, tuple(range(n_responses)))]
+            pieces = [MicroBatchPiece(layout, tuple(range(n_responses)))]
         else:
             pieces = self._cut(groups[0], counted_only)
-        nothing = Piece(lay_out([], self.path.layout), ())
-        pieces = [nothing] * (passes - len(pieces)) + pieces
+        nothing = MicroBatchPiece(lay_out([], self.path.layout), ())
+        pieces = [nothing] * (n_forwards - len(pieces)) + pieces
         if whole or not self._goes_below_prompt:
             return pieces, None
         prompt_ids = groups[0].prompt_token_ids.astype("int64")
@@ -151,7 +160,7 @@ class Engine:
     def _goes_below_prompt(self) -> bool:
         return self.prompt_once and self.path.layout == "shared" and self.path.head == "fused"
 
-    def _cut(self, group: Group, counted_only: bool) -> list[Piece]:
+    def _cut(self, group: Group, counted_only: bool) -> list[MicroBatchPiece]:
         try:
             parts = cut_group(shape_of(group), self.cost)
         except DataError as error:
@@ -162,19 +171,23 @@ class Engine:
         for part in parts:
             some = _with_responses(group, part)
             if self._goes_below_prompt:
-                layout = below_prompt(some, counted_only=counted_only)
+                layout = without_prompt(some, counted_only=counted_only)
             else:
                 layout = lay_out([some], self.path.layout, counted_only=counted_only)
-            pieces.append(Piece(layout, tuple(part)))
+            pieces.append(MicroBatchPiece(layout, tuple(part)))
         return pieces
 
-    def _tokens(self, model: nn.Module, piece: Piece, prompt: PromptStates | None) -> TokenLogprobs:
+    def _tokens(
+        self, model: nn.Module, piece: MicroBatchPiece, prompt: PromptStates | None
+    ) -> TokenLogprobs:
         wanted = self.on_entropy is not None
         own = prompt if piece.responses else None
         call = LayoutCall(piece.layout, self.path, self.kept_bytes, wanted, own)
         return token_logprobs(model, call)
 
-    def _sums(self, model: nn.Module, piece: Piece, prompt: PromptStates | None) -> Tensor:
+    def _sums(
+        self, model: nn.Module, piece: MicroBatchPiece, prompt: PromptStates | None
+    ) -> Tensor:
         found = self._tokens(model, piece, prompt)
         if self.on_entropy and found.entropy_M is not None and piece.responses:
             self.on_entropy(found.entropy_M)
@@ -182,10 +195,10 @@ class Engine:
 
 
 def seq_sums(values_M: Tensor, targets: Targets) -> Tensor:
-    """Sums over the tokens of each response that count: (R,) float64, nats.
+    """Sums over the counted tokens of each response: (R,) float64, nats.
 
-    In float64: over a few thousand tokens float32 errs by thousandths of a nat. Where the device
-    has none, the numbers are summed on the CPU.
+    float64, because a float32 sum of a few thousand log-probs has an error of thousandths of a nat.
+    On devices without float64 the sums are computed on the CPU.
     """
     device = float64_device(values_M.device)
     values_M = values_M.to(device).double()
@@ -197,7 +210,7 @@ def seq_sums(values_M: Tensor, targets: Targets) -> Tensor:
 
 
 def _with_responses(group: Group, which: Sequence[int]) -> Group:
-    """A group with some of its responses, as far as a layout asks."""
+    """A group with only the given responses; sets only the fields that layouts read."""
     mask = group.loss_mask
     return replace(
         group,
@@ -206,8 +219,8 @@ def _with_responses(group: Group, which: Sequence[int]) -> Group:
     )
 
 
-def _in_order(pieces: Sequence[Piece], sums: Sequence[Tensor]) -> Tensor:
-    """(R,) sums of all pieces in the order of the responses; what nothing sums up to, for none."""
+def _in_response_order(pieces: Sequence[MicroBatchPiece], sums: Sequence[Tensor]) -> Tensor:
+    """(R,) sums of all pieces in the order of the responses; the dummy's without responses."""
     if not pieces[-1].responses or len(pieces) == 1:
         return sums[-1]
     order = [number for piece in pieces for number in piece.responses]
@@ -215,15 +228,15 @@ def _in_order(pieces: Sequence[Piece], sums: Sequence[Tensor]) -> Tensor:
     return joined[torch.argsort(torch.tensor(order, device=joined.device))]
 
 
-def _share(sums: Tensor, grad_R: Tensor, piece: Piece) -> Tensor:
-    """A scalar whose gradient is a piece's part of the loss's gradient."""
+def _piece_loss(sums: Tensor, grad_R: Tensor, piece: MicroBatchPiece) -> Tensor:
+    """A scalar whose gradient is the piece's part of the gradient of the loss."""
     if not piece.responses:
         return sums.sum() * 0.0
     return (sums * grad_R[list(piece.responses)]).sum()
 
 
-def _leaves(prompt: PromptStates | None) -> PromptStates | None:
-    """The prompt's states cut off from their graph, to gather gradients."""
+def _detached_states(prompt: PromptStates | None) -> PromptStates | None:
+    """The prompt's states, detached from their graph, as leaves that accumulate gradients."""
     if prompt is None:
         return None
 
@@ -234,8 +247,8 @@ def _leaves(prompt: PromptStates | None) -> PromptStates | None:
     return PromptStates(states, leaf(prompt.last_hidden))
 
 
-def _send_back(prompt: PromptStates | None, leaves: PromptStates | None) -> None:
-    """What gathered at the leaves goes back through the prompt."""
+def _backward_through_prompt(prompt: PromptStates | None, leaves: PromptStates | None) -> None:
+    """Propagate the gradients accumulated in the leaves through the prompt."""
     if prompt is None or leaves is None:
         return
     pairs = [(prompt.last_hidden, leaves.last_hidden)]

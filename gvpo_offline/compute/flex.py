@@ -1,19 +1,19 @@
-"""Attention over a tree on a GPU: torch's flex attention, told block by block what is seen.
+"""Attention over a tree on a GPU, with torch's flex attention and a block mask.
 
-A block mask says for every 128 queries which blocks of 128 keys they see in full, in part, or not
-at all. It follows from the tree's segments, cut where blocks end, so that neither here nor on the
-device anything of size (queries, keys) is ever made; within a block seen in part the kernel asks
-`_Rows`, three numbers a key and one a query.
+The block mask gives for each block of 128 queries the blocks of 128 keys that are visible to it in
+full, in part, or not at all. It is computed from the tree's segments, cut at block boundaries, so
+that no tensor of shape (queries, keys) is allocated on the host or the device. Within a partly
+visible block the kernel evaluates `_RowVisibility`: three numbers per key and one per query.
 
-One kernel takes whatever depth and breadth the tree has, windows, soft-capping and sinks. Flash
-attention's calls for sequences of varying length would take two calls (own segment, prompt) and
-their merge for a prompt with responses, one call more for every level of a deeper tree, and
-`varlen_attn` drops the gradient of the log-sum-exp that the merge rests on. Flex attention's
-kernels give that gradient, and their backward adds nothing atomically: same input, same bits.
+One kernel handles trees of any depth and width, windows, soft-capping and sinks. With flash
+attention's variable-length functions, a prompt with responses would need two calls (own segment,
+prompt) and a merge of their results, and a deeper tree one more call per level; and `varlen_attn`
+has no gradient of the log-sum-exp, which the merge needs. Flex attention has this gradient, and its
+backward pass uses no atomic additions, so it is deterministic.
 
-Rows differ in length from step to step. Their dimensions are declared dynamic, and what a mask
-refers to is handed over as tensors and made into a mask inside the compiled function, so that a
-first step compiles once and later ones do not.
+Rows differ in length from step to step. Their dimensions are marked dynamic, and the data of the
+mask is passed as tensors and made into a mask inside the compiled function, so that only the first
+step compiles.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from gvpo_offline.compute.tree import Int64Array, Rule, Tree
+from gvpo_offline.compute.tree import AttentionRule, Int64Array, Tree
 
-# What every configuration of the kernels, forward and backward, cuts into whole tiles.
+# A multiple of the tile sizes of every forward and backward kernel configuration.
 _BLOCK = 128
-# The narrowest head that the kernels' matrix products take.
+# The smallest head dimension that the kernels' matrix products support.
 _LEAST_WIDTH = 16
-# Rows shorter than a block would go to a kernel made for decoding.
+# Without this, rows shorter than a block would use the decoding kernel.
 _KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
-# A model asks for several: with and without gradient, frozen keys, sinks, widths, short rows.
+# One model needs several variants: with and without gradient, frozen keys, sinks, head dimensions,
+# short rows.
 _MAX_COMPILED = 64
 
 
-class _Rows(NamedTuple):
-    """What tells whether query q sees key k, int32; queries count from the first after the prefix.
+class _RowVisibility(NamedTuple):
+    """Decides whether query q sees key k; int32 tensors. Query 0 is the first row after the prefix.
 
-    seen_from[k] <= q < seen_until[k] and depth[k] >= least_depth[q].
+    q sees k if seen_from[k] <= q < seen_until[k] and depth[k] >= least_depth[q].
     """
 
     seen_from: Tensor  # (P + T,)
@@ -53,11 +54,11 @@ class _Rows(NamedTuple):
     least_depth: Tensor  # (T,)
 
 
-class _Blocks(NamedTuple):
-    """Which blocks see which, in the terms of `BlockMask`: int32, with two dimensions of 1 before.
+class _BlockTables(NamedTuple):
+    """Visibility between blocks, as the int32 arguments of `BlockMask`, with two leading 1s.
 
-    For each of n blocks of queries, and for each of m blocks of keys, how many blocks of the other
-    kind it is to meet, and their numbers first among (n, m) or (m, n).
+    For each of n query blocks: the number of visible key blocks, (1, 1, n), and their indices,
+    first in each row of (1, 1, n, m). For each of m key blocks the same with query blocks.
     """
 
     kv_num_blocks: Tensor
@@ -71,22 +72,23 @@ class _Blocks(NamedTuple):
 
 
 class FlexPlan:
-    """A tree under a rule, as the kernels read it; the same for all layers with that rule.
+    """Mask tensors for a tree and a rule; shared by all layers with that rule.
 
     Attributes:
-        rows, blocks: on the device.
+        rows: visibility of single rows, on the device.
+        blocks: visibility of blocks, on the device.
     """
 
-    def __init__(self, tree: Tree, rule: Rule, device: torch.device) -> None:
-        partial, full = _met_blocks(tree, rule)
+    def __init__(self, tree: Tree, rule: AttentionRule, device: torch.device) -> None:
+        partial, full = _visible_blocks(tree, rule)
         tables = [*_ordered(partial), *_ordered(full), *_ordered(partial.T), *_ordered(full.T)]
         keys = np.arange(tree.n_rows)
         rows = [
             *(keys - tree.prefix, tree.row_ends - tree.prefix, tree.row_depths),
             _least_depths(tree, rule),
         ]
-        self.rows = _Rows(*(_dynamic(_on(device, array), 0) for array in rows))
-        self.blocks = _Blocks(
+        self.rows = _RowVisibility(*(_dynamic(_on(device, array), 0) for array in rows))
+        self.blocks = _BlockTables(
             *(_dynamic(_on(device, t)[None, None], *range(2, 2 + t.ndim)) for t in tables)
         )
 
@@ -100,18 +102,16 @@ def flex_tree_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of a packed row, compiled on its first use.
-
-    On a CPU there is no backward.
+    """Attention of a packed row, compiled on first use. There is no backward pass on CPUs.
 
     Args:
-        query: (1, H, T, D), of any floating data type that the device multiplies.
+        query: (1, H, T, D), in a floating-point data type that the device supports.
         key, value: (1, Hkv, P + T, D) and (1, Hkv, P + T, Dv) in the same data type, H a multiple
-            of Hkv; the first P are keys computed before.
-        plan: what sees what.
+            of Hkv; the first P rows belong to the prefix, which was computed before.
+        plan: the mask.
         scale: factor of the scores.
         softcap: c of c tanh(score / c), or None.
-        sinks: (H,) scores that take part in the softmax and have no value, or None.
+        sinks: (H,) attention sinks: scores in the softmax without a value; or None.
 
     Returns:
         (1, T, H, Dv), in the queries' data type.
@@ -125,7 +125,7 @@ def flex_tree_attention(
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # Without `fullgraph` the compiler could fall back on scores of (T, P + T), unasked.
+    # Without `fullgraph` the compiler could silently fall back to scores of (T, P + T).
     return torch.compile(_attend, fullgraph=True)
 
 
@@ -133,15 +133,15 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: _Rows,
-    blocks: _Blocks,
+    rows: _RowVisibility,
+    blocks: _BlockTables,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """(1, H, T, Dv); what is compiled."""
+    """The function to compile; returns (1, H, T, Dv)."""
     n_queries, n_keys = query.shape[2], key.shape[2]
-    # Besides a plan made for another row this rules out that the kernel is told of a size twice.
+    # Rejects the plan of another row, and tells the compiler which dimensions are equal.
     per_key = (value.shape[2], *(tensor.shape[0] for tensor in rows[:3]))
     torch._check(rows.least_depth.shape[0] == n_queries)  # type: ignore[no-untyped-call]
     for size in per_key:
@@ -168,7 +168,7 @@ def _attend(
     )
     if sinks is None or aux.lse is None:
         return out
-    # exp(lse) / (exp(lse) + exp(sink)) is the share of the softmax that the keys keep.
+    # The keys' share of the softmax is exp(lse) / (exp(lse) + exp(sink)).
     share = torch.sigmoid(aux.lse - sinks.float().view(1, -1, 1))
     return (out * share.unsqueeze(-1)).to(out.dtype)
 
@@ -180,16 +180,16 @@ def _cap(limit: float) -> Callable[..., Tensor]:
     return capped
 
 
-# ---- what sees what, block by block ----
+# ---- visibility between blocks ----
 
 
-def _met_blocks(tree: Tree, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(n, m) bool: blocks of keys that a block of queries sees, but not in full, and in full.
+def _visible_blocks(tree: Tree, rule: AttentionRule) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(n, m) bool twice: key blocks that a query block sees in part, and those it sees in full.
 
-    Worked out on runs, what a block holds of one segment: within two of these the last key is the
-    deepest, and the first query sees furthest up. The kernels count on it that a block which the
-    row leaves unfilled is met in part: the last one of queries, and of keys, as no block of queries
-    but the last could see that in full.
+    Computed from runs; a run is the part of a block that lies in one segment. Within a run of keys
+    the last is the deepest; within a run of queries the first has the smallest least visible depth.
+    The kernels require that a block that the row does not fill is visible in part only. That is
+    the last query block, and the last key block, which only the last query block could see in full.
     """
     least = _least_depths(tree, rule)
     ends, depths = tree.row_ends, tree.row_depths
@@ -198,7 +198,7 @@ def _met_blocks(tree: Tree, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.b
     query, query_stop = query[:, None], query_stop[:, None]
     least_of_first, least_of_last = least[query - tree.prefix], least[query_stop - 1 - tree.prefix]
     some = (key < query_stop) & (query < ends[key])
-    # Runs that overlap hold a row that sees itself.
+    # Two runs that overlap share a row, which sees itself.
     some &= (query < key_stop) | (depths[key_stop - 1] >= least_of_first)
     full = (key_stop <= query + 1) & (query_stop <= ends[key]) & (depths[key] >= least_of_last)
     some = np.logical_or.reduceat(np.logical_or.reduceat(some, query_blocks), key_blocks, axis=1)
@@ -209,14 +209,14 @@ def _met_blocks(tree: Tree, rule: Rule) -> tuple[NDArray[np.bool_], NDArray[np.b
 
 
 def _runs(tree: Tree, start: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """First rows of runs from `start` on, the rows after their last, and each block's first run."""
+    """Of the runs from row `start` on: first rows, stop rows, and the first run of each block."""
     blocks = np.arange(start, tree.n_rows, _BLOCK)
     first = np.union1d(blocks, tree.starts[tree.starts >= start])
     return first, np.append(first[1:], tree.n_rows), np.searchsorted(first, blocks)
 
 
-def _least_depths(tree: Tree, rule: Rule) -> Int64Array:
-    """(T,) the smallest depth that each query sees."""
+def _least_depths(tree: Tree, rule: AttentionRule) -> Int64Array:
+    """(T,) the smallest depth visible to each query."""
     depths = tree.row_depths[tree.prefix :]
     if rule.kind == "window":
         return np.maximum(depths - rule.size + 1, 0)
@@ -224,7 +224,7 @@ def _least_depths(tree: Tree, rule: Rule) -> Int64Array:
 
 
 def _ordered(met: NDArray[np.bool_]) -> tuple[Int64Array, Int64Array]:
-    """For each row of (n, m): how many are set, and their columns, ascending, before the others."""
+    """For each row of (n, m): the number of true columns; the columns, true ones first, sorted."""
     return met.sum(1), np.argsort(~met, axis=1, kind="stable")
 
 
@@ -236,7 +236,7 @@ def _on(device: torch.device, array: Int64Array) -> Tensor:
 
 
 def _dynamic(tensor: Tensor, *dims: int) -> Tensor:
-    """The tensor, with dimensions of which the compiler is not to note the size."""
+    """The tensor, with some dimensions marked as dynamic for the compiler."""
     torch._dynamo.maybe_mark_dynamic(tensor, dims)
     return tensor
 

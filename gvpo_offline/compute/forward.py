@@ -1,7 +1,7 @@
-"""A model over a layout: hidden states of every output row, log-probs of every scored token.
+"""Forward pass of a model over a layout: hidden states of output rows, log-probs of scored tokens.
 
-All of it happens inside the model's own `forward`, which `install` teaches one more argument. So
-what wraps a forward (DDP, FSDP, mixed precision, activation offloading) wraps this as well.
+The computation runs inside the model's own `forward`, to which `install` adds one argument.
+Wrappers of `forward` (DDP, FSDP, mixed precision, activation offloading) therefore apply to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gvpo_offline.compute.attention import PackedRow, States, packed_forward
+from gvpo_offline.compute.attention import KeyValueStates, PackedRow, packed_forward
 from gvpo_offline.compute.continued import continued_hidden
 from gvpo_offline.compute.head import find_head, pair_logprobs
 from gvpo_offline.compute.layout import ContinuedInput, Layout, PackedInput
@@ -29,11 +29,11 @@ DEFAULT_KEPT_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class TokenLogprobs:
-    """What a forward pass over a layout gives.
+    """Result of a forward pass over a layout.
 
     Attributes:
-        values_M: (M,) float32, nats, of every scored token, response by response.
-        entropy_M: (M,) float32, nats, of the distribution at each scored token, or None.
+        values_M: (M,) float32 log-probs of the scored tokens, response by response, nats.
+        entropy_M: (M,) float32 entropies of the distributions at the scored tokens, nats, or None.
     """
 
     values_M: Tensor
@@ -42,27 +42,27 @@ class TokenLogprobs:
 
 @dataclass(eq=False)
 class PromptStates:
-    """What a prompt leaves for its responses.
+    """States of a prompt that its responses use.
 
     Attributes:
-        states: keys and values, (1, Hkv, P, D) each, by attention module.
-        last_hidden: (1, D) hidden state of its last token.
+        states: for each attention module keys and values, (1, Hkv, P, D) each.
+        last_hidden: (1, D) hidden state of the prompt's last token.
     """
 
-    states: States
+    states: KeyValueStates
     last_hidden: Tensor
 
 
 @dataclass(eq=False)
 class LayoutCall:
-    """What a model is asked for in place of logits: log-probs of a layout's scored tokens.
+    """Argument `call` of `forward` that requests the log-probs of a layout's scored tokens.
 
     Attributes:
-        layout: the rows.
-        path: how to compute them.
-        kept_bytes: how much of the size rows x vocabulary may stay for the backward pass.
-        entropy: whether entropies are wanted.
-        prompt: of a packed row whose tree has a prefix: what the prefix left.
+        layout: the model input and its targets.
+        path: the compute path.
+        kept_bytes: most bytes of (rows, vocabulary) tensors to keep for the backward pass.
+        entropy: whether to compute entropies.
+        prompt: states of the prefix, if the layout is a packed row whose tree has a prefix.
     """
 
     layout: Layout
@@ -74,20 +74,20 @@ class LayoutCall:
 
 @dataclass(eq=False)
 class PromptCall:
-    """What a model is asked for: what one prompt, (P,) int64 ids, leaves for its responses."""
+    """Argument `call` of `forward` that requests the states of a prompt of (P,) int64 ids."""
 
     prompt_ids: Int64Array
     path: ComputePath
-    states: States = field(default_factory=dict)
+    states: KeyValueStates = field(default_factory=dict)
 
 
 def install(model: nn.Module) -> None:
-    """Teach a model's forward the argument `call`; without it, it stays what it was."""
+    """Add the argument `call` to a model's `forward`; without it `forward` is unchanged."""
     original = model.forward
     if hasattr(original, "__wrapped_forward__"):
         return
 
-    # Unbound where it can be: a copy of the model must not run the weights of the original.
+    # Unbound where possible: a copy of the model must use its own weights.
     function = getattr(original, "__func__", None)
 
     @functools.wraps(original)
@@ -113,15 +113,15 @@ def token_logprobs(model: nn.Module, call: LayoutCall) -> TokenLogprobs:
     """Log-probs of the layout's scored tokens under a model that `install` was called for.
 
     Raises:
-        UnsupportedAttentionError, ConfigError: the model cannot be computed this way.
+        UnsupportedAttentionError, ConfigError: the model does not support this compute path.
     """
     values, entropy = model(call=call)
     return TokenLogprobs(values, entropy)
 
 
 def prompt_states(model: nn.Module, call: PromptCall) -> PromptStates:
-    """The states that a prompt leaves, with their graph."""
-    # Keys and values are left in the call: wrappers may convert what a forward returns.
+    """The states of a prompt, with their graph."""
+    # Keys and values are returned in `call`: wrappers may convert the return value of `forward`.
     return PromptStates(call.states, model(call=call))
 
 
@@ -152,14 +152,14 @@ def _token_logprobs(
 
 
 def _hidden_rows(decoder: nn.Module, call: LayoutCall) -> Tensor:
-    """(H, D) hidden states of the rows that predict something."""
+    """(H, D) hidden states of the rows that predict scored tokens."""
     given, rows_H = call.layout.input, call.layout.targets.hidden_rows_H
     if isinstance(given, ContinuedInput):
         hidden = _continued(decoder, given)
     else:
         hidden = _run(decoder, call).last_hidden_state.flatten(0, 1)
     if call.prompt is not None:
-        # Of the prefix only the last row is there, as row 0.
+        # Only the last row of the prefix is present, as row 0.
         assert isinstance(given, PackedInput)
         hidden = torch.cat([call.prompt.last_hidden.to(hidden), hidden])
         rows_H = rows_H - (given.tree.prefix - 1)
@@ -170,7 +170,7 @@ def _hidden_rows(decoder: nn.Module, call: LayoutCall) -> Tensor:
 
 
 def _run(model: Any, call: LayoutCall, **more: Any) -> Any:
-    """A decoder's or a whole model's output for rows of token ids."""
+    """Output of a decoder or a whole model for packed or padded rows."""
     given = call.layout.input
     device = device_of(model)
     assert not isinstance(given, ContinuedInput)
@@ -181,7 +181,7 @@ def _run(model: Any, call: LayoutCall, **more: Any) -> Any:
     positions = torch.from_numpy(given.position_ids).to(device)
     more |= {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if call.path.layout == "packed":
-        # No mask: transformers then takes the sequences apart where positions begin again.
+        # Without a mask, transformers separates the sequences where position ids restart.
         return model(**more)
     states = None if call.prompt is None else call.prompt.states
     row = PackedRow(given.tree, call.path.attention, states)
@@ -189,9 +189,9 @@ def _run(model: Any, call: LayoutCall, **more: Any) -> Any:
 
 
 def _run_packed(model: Any, row: PackedRow, *, input_ids: Tensor, **more: Any) -> Any:
-    """A decoder's or a whole model's output for a packed row."""
+    """Output of a decoder or a whole model for a packed row with a tree."""
     with packed_forward():
-        # A mask of ones: positions that begin again are no sequences of their own here.
+        # With a mask of ones, transformers does not separate sequences where position ids restart.
         mask = torch.ones_like(input_ids)
         output = model(input_ids=input_ids, attention_mask=mask, packed_row=row, **more)
     row.check_used()
@@ -215,15 +215,15 @@ def _continued(decoder: nn.Module, given: ContinuedInput) -> Tensor:
 def _from_logits(
     model: nn.Module, call: LayoutCall, plain: Callable[..., Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of pairs by the definition, whatever the model does on its way to logits."""
+    """Log-probs of pairs from the logits of the model's own forward pass."""
     if isinstance(call.layout.input, ContinuedInput) or call.prompt is not None:
         raise ConfigError(
-            "a head of an unknown kind is computed over whole rows",
+            "models with an unsupported output layer are computed over whole rows",
             received=f"layout {call.path.layout}",
             remedy="set layout to shared, packed or padded",
         )
     targets = call.layout.targets
-    logits = _run(_Plain(model, plain), call).logits.flatten(0, 1)
+    logits = _run(_OriginalForward(model, plain), call).logits.flatten(0, 1)
     rows_H = torch.from_numpy(targets.hidden_rows_H).to(logits.device)
     log_softmax_HV = torch.log_softmax(logits[rows_H].float(), dim=-1)
     row_N = torch.from_numpy(targets.pair_rows_N).to(logits.device)
@@ -235,8 +235,8 @@ def _from_logits(
     return log_softmax_HV[row_N, token_N], entropy_H
 
 
-class _Plain:
-    """A model by the forward that it had before `install`."""
+class _OriginalForward:
+    """A model called with the `forward` that it had before `install`."""
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
         self.parameters = model.parameters
@@ -247,7 +247,7 @@ class _Plain:
 
 
 def _prompt_states(model: nn.Module, call: PromptCall) -> Tensor:
-    """Runs the prompt, leaves keys and values in `call.states`; (1, D) of its last token."""
+    """Run a prompt: store keys and values in `call.states`, return the last hidden state (1, D)."""
     decoder = causal_lm(model).get_decoder()
     device = device_of(decoder)
     ids = torch.from_numpy(call.prompt_ids).to(device)[None]

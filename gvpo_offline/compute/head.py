@@ -1,9 +1,10 @@
 """Log-probs from a causal language model's last hidden states, without its logits.
 
-A `Head` is what the model does to its last hidden states: an output layer, a factor, a soft-cap.
-Whoever finds one takes the output layer out of the model's own forward, so everything that cannot
-be honoured here is refused. What is done to logits is read from the configuration, and a model can
-do more than its configuration says: compare with its own logits before relying on a head.
+A `Head` describes how a model turns its last hidden states into logits: an output layer, a factor,
+a soft-cap. The output layer is then computed outside the model's own forward, so every operation
+that is not supported here raises an error. Factor and soft-cap are read from the configuration; a
+model may do more than its configuration states, so compare with its own logits before relying on
+the result.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gvpo_offline.compute.fused import PairLogprobs, Part, fused_pair_logprobs
+from gvpo_offline.compute.fused import LogitTerm, PairLogprobs, fused_pair_logprobs
 from gvpo_offline.errors import ConfigError
 
 __all__ = ["Head", "PairLogprobs", "UnsupportedHeadError", "find_head", "pair_logprobs"]
 
-# Names that transformers' configurations give to what is done to logits.
+# Names in transformers' configurations of operations on logits.
 _DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
 _MULTIPLY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _SOFT_CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -28,7 +29,7 @@ _INVERSE_SCALING = ("hyperclovax",)
 
 
 class UnsupportedHeadError(ConfigError):
-    """An output layer that has to be run by the model itself."""
+    """An output layer that only the model itself can compute."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Head:
     logits = c * tanh(scale * layer(hidden) / c) with c = soft_cap, or scale * layer(hidden).
 
     Attributes:
-        layer: the live output layer; its weights and active adapters are read at every call.
+        layer: the output layer module; its weights and active adapters are read at every call.
         scale: positive factor.
         soft_cap: c, or None.
     """
@@ -49,10 +50,10 @@ class Head:
 
 
 def find_head(model: nn.Module) -> Head:
-    """The head of a transformers causal language model, or of a PEFT model around one.
+    """The head of a transformers causal language model, or of a PEFT model that wraps one.
 
     Raises:
-        UnsupportedHeadError: it has none, or one that is not understood; says why.
+        UnsupportedHeadError: the model has no output layer or an unsupported one.
     """
     causal: Any = _unwrapped(model)
     config = getattr(causal, "config", None)
@@ -65,8 +66,8 @@ def find_head(model: nn.Module) -> Head:
         raise _unsupported("the model is a decoder only", type(causal))
     _check_only_decoder_and(layer, causal)
     if _is_sharded(layer):
-        # A group of FSDP2's own is gathered when it is called, which the layer is not here. It is
-        # cut again after the backward pass.
+        # FSDP2 gathers the weights of a module when the module is called, but this layer is not
+        # called here. FSDP2 shards it again after the backward pass.
         layer.unshard()
     settings = config.get_text_config()
     head = Head(layer, _scale(settings), _soft_cap(settings))
@@ -74,7 +75,7 @@ def find_head(model: nn.Module) -> Head:
     vocab_size = len(_linear(_active(layer)).weight)
     real_size = getattr(settings, "unpadded_vocab_size", None) or vocab_size
     if real_size < vocab_size:
-        raise _unsupported("every row of the output layer is a token", f"{real_size} tokens")
+        raise _unsupported("every row of the output layer has a token", f"{real_size} tokens")
     return head
 
 
@@ -89,24 +90,24 @@ def pair_logprobs(
 ) -> PairLogprobs:
     """log softmax(logits of hidden row)[token] for pairs of a row and a token.
 
-    Differentiable in the hidden states and in every weight of the head. Matrix products take the
-    dtype of the output layer's weight, or autocast's; all the rest is float32.
+    Differentiable in the hidden states and in every weight of the head. Matrix products have the
+    dtype of the output layer's weight, or of autocast; all other operations are float32.
 
     Args:
         head: from `find_head`.
-        hidden_HD: (H, D) last hidden states that predict something, any floating dtype.
+        hidden_HD: (H, D) last hidden states of the predicting rows, any floating-point dtype.
         pair_row_N: (N,) int64, rows of `hidden_HD`, in any order; several pairs may share one.
         pair_token_N: (N,) int64, token ids.
-        kept_bytes: how much may be kept for the backward pass of what has the size of the logits;
-            used where a weight of the head is trained, and what goes beyond is computed again.
+        kept_bytes: most bytes of tensors of the size of the logits to keep for the backward pass if
+            a weight of the head is trained; the rest is recomputed.
         entropy: whether to return the entropy of every row's distribution.
 
     Returns:
         (N,) float32 log-probs, nats, and (H,) float32 entropies, nats, or None.
 
     Raises:
-        UnsupportedHeadError: adapters changed to what is not understood.
-        IndexError: a row or a token out of range.
+        UnsupportedHeadError: adapters were changed to an unsupported state.
+        IndexError: a row or a token is out of range.
     """
     parts = _parts(head.layer, hidden_HD)
     device_type = hidden_HD.device.type
@@ -141,10 +142,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_only_decoder_and(layer: nn.Module, causal: Any) -> None:
-    """Refuse models with weights beside decoder and output layer: they may lie in between."""
+    """Reject models with weights outside decoder and output layer: they may act in between."""
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
     if decoder is None or decoder is causal:
-        raise _unsupported("the model says which of its modules is the decoder", type(causal))
+        raise _unsupported("the model has a get_decoder() that returns its decoder", type(causal))
     beside = [name for name, _ in causal.named_parameters(recurse=False)]
     beside += [name for name, _ in causal.named_buffers(recurse=False)]
     found = False
@@ -181,21 +182,22 @@ def _soft_cap(settings: Any) -> float | None:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    # By name: torch.distributed.fsdp is slow to import, and there once a model is sharded.
+    # By name, because importing torch.distributed.fsdp is slow.
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def _class_of(module: nn.Module) -> type:
-    """The class of a module; FSDP2 puts one of its own and a mixin before it."""
+    """The class of a module before FSDP2, which inserts two classes in front of it."""
     return type(module).__mro__[2] if _is_sharded(module) else type(module)
 
 
 def _is_from_peft(module: nn.Module) -> bool:
-    return _class_of(module).__module__.startswith("peft.")  # asked before a slow import
+    # By name, because importing PEFT is slow.
+    return _class_of(module).__module__.startswith("peft.")
 
 
 def _active(layer: nn.Module) -> nn.Module:
-    """`layer`, or the trained copy that PEFT's modules_to_save puts in its place."""
+    """`layer`, or its trained copy if PEFT's modules_to_save replaces it."""
     if not _is_from_peft(layer):
         return layer
     from peft.utils import ModulesToSaveWrapper
@@ -212,14 +214,14 @@ def _active(layer: nn.Module) -> nn.Module:
 
 
 def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, float]]:
-    """(A, dropout, B, factor) of the LoRA adapters that `layer` adds to its base, if any."""
+    """(A, dropout, B, factor) of each active LoRA adapter of `layer`."""
     if not _is_from_peft(layer):
         return []
     from peft.tuners.lora import Linear
 
     if _class_of(layer) is not Linear:
         raise _unsupported(
-            "an adapter of the output layer is LoRA's for linear layers", type(layer)
+            "an adapter of the output layer is a LoRA layer for nn.Linear", type(layer)
         )
     lora: Any = layer
     if lora.merged and lora.disable_adapters:
@@ -237,15 +239,14 @@ def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, f
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
-    """The linear layer that `layer` is, or that its adapters are around."""
+    """`layer` itself, or the base layer that its adapters wrap, checked to be a plain nn.Linear."""
     base: Any = layer.get_base_layer() if _is_from_peft(layer) else layer  # type: ignore[operator]
-    zero3 = hasattr(
-        getattr(base, "weight", None), "ds_id"
-    )  # its hooks gather the weight, as the whole model's do
-    own = int(_is_sharded(base))  # FSDP2's hooks, one before and one after
+    # DeepSpeed ZeRO-3, whose hooks only gather the weight.
+    zero3 = hasattr(getattr(base, "weight", None), "ds_id")
+    own = int(_is_sharded(base))  # FSDP2 registers one hook before and one after forward
     hooks = max(len(base._forward_hooks), len(base._forward_pre_hooks)) > own
     hooks = (hooks or "forward" in vars(base)) and not zero3
-    # A subclass may do anything (quantised layers are such); FSDP2's only change the name.
+    # Subclasses may override forward (quantised layers do); FSDP2's class does not.
     plain = getattr(type(base), "forward", None) is nn.Linear.forward
     if not plain or hooks:
         raise _unsupported("the output layer is an nn.Linear, without hooks", type(base))
@@ -253,23 +254,25 @@ def _linear(layer: nn.Module) -> nn.Linear:
     if not linear.weight.is_floating_point():
         raise _unsupported("the output layer's weight is floating point", linear.weight.dtype)
     if hasattr(linear.weight, "to_local"):  # a DTensor
-        raise _unsupported("the output layer's weight is whole while the model runs", "a shard")
+        raise _unsupported(
+            "the output layer's weight is not sharded in the forward pass", "a shard"
+        )
     return linear
 
 
-def _parts(layer: nn.Module, hidden_HD: Tensor) -> list[Part]:
-    """The products that sum up to the output layer's result; biases are products with ones."""
+def _parts(layer: nn.Module, hidden_HD: Tensor) -> list[LogitTerm]:
+    """The terms whose sum is the output of `layer`; a bias is a product with a column of ones."""
     layer = _active(layer)
     adapters, linear = _adapters(layer), _linear(layer)
-    parts = [Part(hidden_HD.to(linear.weight.dtype), linear.weight)]
+    parts = [LogitTerm(hidden_HD.to(linear.weight.dtype), linear.weight)]
     if linear.bias is not None:
         parts.append(_bias(hidden_HD, linear.bias, 1.0))
     for down, dropout, up, factor in adapters:
-        parts.append(Part(down(dropout(hidden_HD.to(down.weight.dtype))) * factor, up.weight))
+        parts.append(LogitTerm(down(dropout(hidden_HD.to(down.weight.dtype))) * factor, up.weight))
         if up.bias is not None:
             parts.append(_bias(hidden_HD, up.bias, factor))
     return parts
 
 
-def _bias(hidden_HD: Tensor, bias_V: Tensor, factor: float) -> Part:
-    return Part(bias_V.new_full((len(hidden_HD), 1), factor), bias_V[:, None])
+def _bias(hidden_HD: Tensor, bias_V: Tensor, factor: float) -> LogitTerm:
+    return LogitTerm(bias_V.new_full((len(hidden_HD), 1), factor), bias_V[:, None])

@@ -1,10 +1,10 @@
-"""How groups lie in the model's input: arithmetic on token ids, without torch.
+"""Layouts of groups as model input, computed on token ids without torch.
 
-`packed` puts whole groups into one row, each prompt once, responses as a tree below it where they
-begin alike; `padded` gives each response a row of its own, prompt repeated; `continued` gives each
-group a prompt row and, below it, padded rows of its responses. In all of them a response is without
-its last token, which predicts nothing, and each token of a response has one row of the model's
-output that predicts it: `Targets` says which.
+`packed` puts whole groups into one row, each prompt once, with responses that share a prefix as a
+tree below it; `padded` gives each response its own row, with the prompt repeated; `continued` gives
+each group a prompt row and padded rows of its responses. In all layouts the last token of a
+response is left out of the input, because it predicts nothing. Each token of a response is
+predicted by one row of the model's output; `Targets` holds these rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gvpo_offline.group import Group
 
 TokenIds = NDArray[np.int32]
 
-# Below this a shared beginning of responses costs more as a segment of its own than it saves.
+# A shorter shared prefix of responses costs more as a separate segment than it saves.
 MIN_SHARED_TOKENS = 16
 
 
@@ -32,11 +32,11 @@ class Targets:
     """Which output row predicts which token: each distinct (row, token) is a pair, scored once.
 
     Attributes:
-        hidden_rows_H: (H,) rows of the output that predict something, ascending.
-        pair_rows_N: (N,) index into `hidden_rows_H`.
-        pair_tokens_N: (N,) the token predicted there.
-        token_pairs_M: (M,) for every scored response token, response by response, its pair.
-        lengths_R: (R,) scored tokens of each response.
+        hidden_rows_H: (H,) rows of the output that predict scored tokens, ascending.
+        pair_rows_N: (N,) row of each pair, as an index into `hidden_rows_H`.
+        pair_tokens_N: (N,) token id of each pair.
+        token_pairs_M: (M,) pair index of every scored response token, response by response.
+        lengths_R: (R,) number of scored tokens of each response.
         counts_M: (M,) bool, whether the token counts in its response's sum.
     """
 
@@ -55,7 +55,7 @@ class PackedInput:
     Attributes:
         input_ids: (1, T) int64.
         position_ids: (1, T) int64, each token's position in its own sequence.
-        tree: the row's segments.
+        tree: the segments of the row.
     """
 
     input_ids: Int64Array
@@ -65,14 +65,14 @@ class PackedInput:
 
 @dataclass(frozen=True, eq=False)
 class PaddedInput:
-    """R right-padded rows of L tokens: (R, L) int64 ids, and a mask that is 1 where a token is."""
+    """R right-padded rows of L tokens: (R, L) int64 ids, and a mask that is 0 for padding."""
 
     input_ids: Int64Array
     attention_mask: Int64Array
 
 
-class PromptAndRows(NamedTuple):
-    """A group: its prompt (P,), its responses right-padded (k, L), their lengths (k,)."""
+class PromptAndResponses(NamedTuple):
+    """A group: its prompt (P,), its right-padded responses (k, L), their lengths (k,)."""
 
     prompt_ids: Int64Array
     response_ids: Int64Array
@@ -80,15 +80,15 @@ class PromptAndRows(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Output rows of each response: one less than the longest has tokens."""
+        """Output rows of each response: the length of the longest response minus 1."""
         return int(self.response_ids.shape[1]) - 1
 
 
 @dataclass(frozen=True, eq=False)
 class ContinuedInput:
-    """Prompts and their responses, group by group: P output rows, then k x (L - 1), for each."""
+    """Prompts and responses of groups; each group has P + k (L - 1) output rows, in this order."""
 
-    groups: tuple[PromptAndRows, ...]
+    groups: tuple[PromptAndResponses, ...]
 
 
 Input = PackedInput | PaddedInput | ContinuedInput
@@ -96,14 +96,14 @@ Input = PackedInput | PaddedInput | ContinuedInput
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What the model reads, and where in its output every response token is predicted."""
+    """Model input, and the output rows that predict the response tokens."""
 
     input: Input
     targets: Targets
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that pass through the model, padding included."""
+        """Number of input tokens, padding included."""
         if isinstance(self.input, ContinuedInput):
             return sum(
                 len(group.prompt_ids) + len(group.lengths) * group.width
@@ -124,12 +124,13 @@ def packed(
 
     Args:
         groups: at least one.
-        share: each prompt once, with its responses in a tree; false: prompt and response as one
-            sequence, prompt repeated.
-        counted_only: leave out targets that do not count.
-        min_shared_tokens: responses of a group share what they begin with from so many tokens on;
-            equal responses are computed once however short they are.
-        prompt_apart: the prompt is a segment of its own even where all responses begin alike.
+        share: whether to compute each prompt once, with its responses in a tree; false: each prompt
+            and response is a separate sequence, with the prompt repeated.
+        counted_only: whether to leave out tokens that do not count.
+        min_shared_tokens: smallest length of a shared prefix of responses that becomes a separate
+            segment; equal responses are computed once whatever their length.
+        prompt_apart: whether the prompt is always a separate segment, even if all responses of the
+            group begin with the same tokens.
     """
     builder = _RowBuilder()
     predicting: list[Int64Array] = []
@@ -161,14 +162,14 @@ def padded(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
 
 
 def continued(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
-    """Each group's prompt alone, then its responses as right-padded rows."""
-    parts: list[PromptAndRows] = []
+    """For each group a prompt row, then right-padded rows of its responses."""
+    parts: list[PromptAndResponses] = []
     predicting: list[Int64Array] = []
     offset = 0
     for group in groups:
         lengths = np.array(group.response_lengths)
         ids = _right_padded(group.response_token_ids)
-        part = PromptAndRows(group.prompt_token_ids.astype(np.int64), ids, lengths)
+        part = PromptAndResponses(group.prompt_token_ids.astype(np.int64), ids, lengths)
         parts.append(part)
         prompt_end = offset + len(part.prompt_ids)
         for number, length in enumerate(lengths):
@@ -179,10 +180,10 @@ def continued(groups: Sequence[Group], *, counted_only: bool = False) -> Layout:
     return Layout(ContinuedInput(tuple(parts)), _targets(groups, predicting, counted_only))
 
 
-def below_prompt(group: Group, *, counted_only: bool = False) -> Layout:
-    """A packed row of one group without the prompt, whose keys and values are there already.
+def without_prompt(group: Group, *, counted_only: bool = False) -> Layout:
+    """A packed row of one group without its prompt, whose keys and values were computed before.
 
-    Rows of the output still count from the prompt's first token; the prompt's last is needed too.
+    The targets index output rows from the first token of the prompt, and include its last row.
     """
     whole = packed([group], counted_only=counted_only, prompt_apart=True)
     given = whole.input
@@ -194,7 +195,7 @@ def below_prompt(group: Group, *, counted_only: bool = False) -> Layout:
 
 
 class _RowBuilder:
-    """Segments of a row as they come, in pre-order."""
+    """Builds a packed row by adding segments in pre-order."""
 
     def __init__(self) -> None:
         self._tokens: list[TokenIds] = []
@@ -204,13 +205,13 @@ class _RowBuilder:
         self._n_rows = 0
 
     def add_chain(self, group: Group, response: TokenIds) -> Int64Array:
-        """A sequence of its own; returns the rows that predict the response's tokens."""
+        """Add prompt and response as one sequence; returns the rows that predict the response."""
         tokens = np.concatenate([group.prompt_token_ids, response[:-1]])
         start = self._starts[self._add(tokens, 0, -1)]
         return np.arange(start + len(group.prompt_token_ids) - 1, start + len(tokens))
 
     def add_tree(self, group: Group, min_shared: int, prompt_apart: bool) -> list[Int64Array]:
-        """A group as a tree; returns for each response the rows that predict its tokens."""
+        """Add a group as a tree; returns for each response the rows that predict its tokens."""
         prompt = group.prompt_token_ids
         responses, which = _sorted_unique(group.response_token_ids)
         shared = _shared_beginnings(responses)
@@ -220,8 +221,8 @@ class _RowBuilder:
             common = 0
         root = self._add(np.concatenate([prompt, responses[0][:common]]), 0, -1)
         leaf_of = [root] * last
-        # (first response, last + 1, tokens of them already placed, segment they hang below); the
-        # top of the stack is the next in pre-order.
+        # (first response, last response + 1, number of their tokens added so far, parent segment);
+        # the top of the stack is the next in pre-order.
         stack = [(0, last, common, root)]
         while stack:
             low, high, placed, parent = stack.pop()
@@ -271,8 +272,8 @@ class _RowBuilder:
 
 
 def _sorted_unique(responses: Sequence[TokenIds]) -> tuple[list[TokenIds], list[int]]:
-    """The distinct responses in lexicographic order, and for each response its place there."""
-    # Big-endian bytes of non-negative numbers sort as the numbers do.
+    """The distinct responses in lexicographic order, and the index of each response in them."""
+    # Big-endian bytes of non-negative numbers sort like the numbers.
     keys = [ids.astype(">u4").tobytes() for ids in responses]
     place = {key: number for number, key in enumerate(sorted(set(keys)))}
     unique: list[TokenIds] = [responses[0]] * len(place)
@@ -282,7 +283,7 @@ def _sorted_unique(responses: Sequence[TokenIds]) -> tuple[list[TokenIds], list[
 
 
 def _shared_beginnings(responses: Sequence[TokenIds]) -> Int64Array:
-    """(n,) tokens that each response begins with alike its predecessor; 0 for the first."""
+    """(n,) length of the prefix that each response shares with its predecessor; 0 for the first."""
     shared = np.zeros(len(responses), dtype=np.int64)
     for number in range(1, len(responses)):
         before, after = responses[number - 1], responses[number]
@@ -293,8 +294,9 @@ def _shared_beginnings(responses: Sequence[TokenIds]) -> Int64Array:
 
 
 def _parts(shared: Int64Array, low: int, high: int, common: int) -> list[tuple[int, int]]:
-    """Responses [low, high), which share `common` tokens, cut where they share no more; reversed,
-    to be put on a stack.
+    """Split responses [low, high), which share `common` tokens, into ranges that share more.
+
+    In reverse order, to be pushed on a stack.
     """
     if high - low == 1:
         return [(low, high)]
@@ -338,14 +340,14 @@ def _right_padded(rows: Sequence[TokenIds]) -> Int64Array:
 
 
 def lay_out(groups: Sequence[Group], name: LayoutName, *, counted_only: bool = False) -> Layout:
-    """Groups in the layout of a name; none at all: something to compute of which nothing counts.
+    """Arrange groups in the named layout.
 
     Args:
-        groups: any number.
-        name: which layout.
-        counted_only: leave out targets that do not count.
+        groups: any number of groups; without any, a dummy group is laid out instead.
+        name: name of the layout.
+        counted_only: whether to leave out tokens that do not count.
     """
-    groups = groups or [_NOTHING]
+    groups = groups or [_DUMMY_GROUP]
     if name == "continued":
         return continued(groups, counted_only=counted_only)
     if name == "padded":
@@ -353,7 +355,7 @@ def lay_out(groups: Sequence[Group], name: LayoutName, *, counted_only: bool = F
     return packed(groups, share=name == "shared", counted_only=counted_only)
 
 
-_NOTHING = Group(
+_DUMMY_GROUP = Group(
     group_id="",
     prompt_token_ids=np.zeros(1, dtype=np.int32),
     response_token_ids=(np.zeros(2, dtype=np.int32),),

@@ -1,9 +1,10 @@
-"""The model: loading it, freeing it of dropout, and saying exactly which one it is."""
+"""Models: loading (also quantised), disabling dropout, hashing weights, devices, data types."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +12,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gvpo_offline.compute.quantised import (
-    compute_in_float32,
-    keep_format,
-    quantisation,
-    quantisation_options,
-)
-from gvpo_offline.compute.settings import TREE_OVER, ModelSettings
+from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX, ModelSettings
 from gvpo_offline.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PIECE_ELEMENTS = 1 << 24
-# In names of rates that modules and configurations keep as plain numbers: attention_dropout,
-# attn_pdrop, hidden_dropout, layerdrop, router_jitter_noise …
-_CHANCE_NAMES = ("drop", "jitter")
+_CHUNK_ELEMENTS = 1 << 24
+# Parts of the names of dropout and noise rates that modules and configurations hold as plain
+# numbers: attention_dropout, attn_pdrop, hidden_dropout, layerdrop, router_jitter_noise …
+_RANDOM_RATE_NAMES = ("drop", "jitter")
 
 
 def load_model(
@@ -37,12 +32,13 @@ def load_model(
     """Load a causal language model from a folder or a hub name.
 
     Args:
-        settings: which, and how.
-        device: where to; default: the CPU, or of quantised weights the GPU there is.
-        compute_dtype: of products with 4-bit weights; default: the data type of the other weights.
+        settings: name and options of the model.
+        device: target device; default: the CPU, or the GPU for quantised weights if there is one.
+        compute_dtype: data type of matrix products with 4-bit weights; default: the data type of
+            the other weights.
 
     Raises:
-        ConfigError: there is none, or it cannot be quantised as asked.
+        ConfigError: the model cannot be loaded, or cannot be quantised as requested.
     """
     from transformers import AutoModelForCausalLM
 
@@ -63,29 +59,29 @@ def load_model(
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct model_name_or_path",
         ) from error
-    keep_format(model)
+    disable_cpu_repacking(model)
     return model if device is None or quantisation(model) else model.to(device)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes. Shards (FSDP2's are DTensors) may wait in host memory meanwhile."""
+    """The device that a model computes on; FSDP2 shards (DTensors) may be offloaded to the CPU."""
     weight = next(model.parameters())
     mesh = getattr(weight, "device_mesh", None)
     return weight.device if mesh is None else torch.device(mesh.device_type)
 
 
 def default_device(*, use_cpu: bool = False) -> torch.device:
-    """A GPU where there is one, else the CPU."""
+    """A GPU if one is available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """`device`, or the CPU where `device` has no float64 (Apple's MPS)."""
+    """`device`, or the CPU if `device` does not support float64 (Apple's MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def autocast_dtype(*, bf16: bool, fp16: bool) -> torch.dtype | None:
-    """The data type that the flags ask matrix products to be in, or None."""
+    """The autocast data type that the flags request, or None."""
     if bf16 and fp16:
         raise ConfigError("bf16 and fp16 exclude each other", received="both")
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else None
@@ -93,7 +89,7 @@ def autocast_dtype(*, bf16: bool, fp16: bool) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Matrix products in `dtype`, as the trainer's mixed precision does; None: as they are."""
+    """Autocast to `dtype`, as the trainer's mixed precision does; None: no autocast."""
     if dtype is None:
         yield
         return
@@ -102,24 +98,25 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: a log-ratio must not depend on chance.
+    """Set every dropout rate to 0, because a log-ratio must not be random.
 
-    Rates live in dropout modules, in other modules as plain numbers, and in the configuration,
-    which some models ask in their forward.
+    Rates are attributes of dropout modules, plain numbers in other modules, and values of the
+    configuration, which some models read in their forward.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(getattr(holder, "__dict__", {}).items()):
-                if isinstance(value, float) and any(part in name for part in _CHANCE_NAMES):
+                if isinstance(value, float) and any(part in name for part in _RANDOM_RATE_NAMES):
                     setattr(holder, name, 0.0)
 
 
 def weights_sha256(model: nn.Module, *, frozen_only: bool = False) -> str:
-    """SHA-256 over names, shapes and values of all weights (or the frozen ones), each as float32.
+    """SHA-256 over names, shapes and values of all weights, or of the frozen ones, as float32.
 
-    As float32, so that one checkpoint has one hash in whatever (wider) data type it is loaded.
+    As float32, so that the hash of a checkpoint does not depend on the (wider) data type that it is
+    loaded in.
     """
     trained = {
         name
@@ -130,25 +127,25 @@ def weights_sha256(model: nn.Module, *, frozen_only: bool = False) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes and values, each as float32, in the order of the names."""
+    """SHA-256 over names, shapes and values as float32, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
-        for start in range(0, flat.numel(), _PIECE_ELEMENTS):
-            piece = flat[start : start + _PIECE_ELEMENTS].to("cpu", torch.float32)
+        for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
+            piece = flat[start : start + _CHUNK_ELEMENTS].to("cpu", torch.float32)
             digest.update(piece.contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def attention_of(model: nn.Module) -> str:
-    """The attention implementation that a transformers model has of its own."""
+    """Name of the attention implementation that a transformers model was loaded with."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return str(name or "unknown").removeprefix(TREE_OVER)
+    return str(name or "unknown").removeprefix(TREE_ATTENTION_PREFIX)
 
 
 def dtype_of(model: nn.Module) -> str:
-    """The data type of a model's weights: `float32`, or `bfloat16+nf4` where some are quantised."""
+    """Data type of a model's weights: `float32`, or `bfloat16+nf4` if some are quantised."""
     parts = [dtype_name(next(p.dtype for p in model.parameters() if p.is_floating_point()))]
     return "+".join(part for part in (*parts, quantisation(model)) if part)
 
@@ -160,7 +157,7 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
 
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Narrow parameters and buffers as float32; afterwards they are the very numbers they were."""
+    """Within it, 16-bit parameters and buffers are float32; the originals are restored after."""
     with no_trace(model):
         every = (*model.parameters(), *model.buffers())
         tensors = [t for t in every if t.dtype in (torch.bfloat16, torch.float16)]
@@ -177,7 +174,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
-    """Gradients begin at none, and are what they were afterwards."""
+    """Within it, all gradients start at None; afterwards the previous gradients are restored."""
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.grad = None
@@ -186,3 +183,79 @@ def no_trace(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, grad in before:
             parameter.grad = grad
+
+
+def quantisation_options(
+    settings: ModelSettings, device: torch.device | None, compute_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Options of `from_pretrained` for `load_in_4bit` and `load_in_8bit`; empty without them.
+
+    4-bit weights use the format of QLoRA (arXiv 2305.14314): NF4 with double quantisation.
+
+    Args:
+        settings: settings of the model.
+        device: device of the weights; bitsandbytes quantises them when they are moved there.
+        compute_dtype: data type of matrix products with 4-bit weights; default: the data type of
+            the other weights.
+
+    Raises:
+        ConfigError: both options are set, or bitsandbytes is not installed.
+    """
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return {}
+    if settings.load_in_4bit and settings.load_in_8bit:
+        raise ConfigError("load_in_4bit and load_in_8bit exclude each other", received="both")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "weights are quantised by bitsandbytes",
+            received="bitsandbytes is not installed",
+            remedy="pip install 'gvpo-offline[qlora]'",
+        )
+    from transformers import BitsAndBytesConfig
+
+    own = getattr(torch, settings.dtype) if settings.dtype != "auto" else None
+    config = BitsAndBytesConfig(
+        load_in_4bit=settings.load_in_4bit,
+        load_in_8bit=settings.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype or own,
+    )
+    placed = {} if device is None else {"device_map": {"": device}}
+    return {"quantization_config": config, **placed}
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """Format of a model's quantised weights: `nf4`, `int8` …; None: no weight is quantised."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    found: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    if found.get("load_in_4bit"):
+        return str(found["bnb_4bit_quant_type"])
+    return "int8" if found.get("load_in_8bit") else str(found.get("quant_method", "quantised"))
+
+
+def disable_cpu_repacking(model: nn.Module) -> None:
+    """Use the same CPU kernels for 4-bit weights in evaluation as in training.
+
+    By default bitsandbytes repacks 4-bit weights in evaluation mode on CPUs with AVX512-BF16. The
+    kernels for repacked weights round more, and give no gradient when training continues.
+    """
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def compute_in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it, matrix products with 4-bit weights are computed in float32."""
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "compute_dtype")]
+    before = [layer.compute_dtype for layer in layers]
+    try:
+        for layer in layers:
+            layer.compute_dtype = torch.float32
+        yield
+    finally:
+        for layer, dtype in zip(layers, before, strict=True):
+            layer.compute_dtype = dtype

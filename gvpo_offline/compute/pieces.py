@@ -1,12 +1,14 @@
-"""Attention over a tree on the CPU: flash attention piece by piece, merged exactly.
+"""Attention over a tree on the CPU: one flash attention call per piece, merged exactly.
 
-Each piece is a call of torch's flash kernel. A query that is in several pieces gets their outputs
-weighted by exp(lse_piece - lse), with lse the log-sum-exp over all its keys. The backward of a
-piece then needs nothing but that merged output and lse: with s the scores of the piece,
+Each piece is a call of torch's CPU flash attention kernel. The output of a query that occurs in
+several pieces is the sum of their outputs, each weighted by exp(lse_piece - lse), where lse is the
+log-sum-exp over all keys of the query. The backward pass of a piece needs only the merged output
+and lse. With s the scores of the piece,
 
     p = exp(s - lse),  dp = d_out v^T,  ds = p * (dp - sum(d_out * out))
 
-are its rows of the whole softmax's gradient, so each piece's own backward kernel gives its share.
+are the piece's entries of the gradient of the whole softmax, so torch's backward kernel, called for
+each piece with the merged output and lse, gives the exact gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gvpo_offline.compute.tree import Piece, Rule, Tree, attention_pieces
+from gvpo_offline.compute.tree import AttentionPiece, AttentionRule, Tree, attention_pieces
 
 _STRIP = 128  # tokens
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -26,16 +28,16 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class PiecePlan:
-    """The pieces of a tree under a rule, with the masks of those that need one."""
+    """The attention pieces of a tree and a rule, and the masks of those that need one."""
 
-    def __init__(self, tree: Tree, rule: Rule, dtype: torch.dtype) -> None:
+    def __init__(self, tree: Tree, rule: AttentionRule, dtype: torch.dtype) -> None:
         self.pieces = list(_in_strips(attention_pieces(tree, rule)))
         self._window = 0 if tree.is_full(rule) or rule.kind != "window" else rule.size
         self._dtype = dtype
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
-    def mask(self, piece: Piece) -> tuple[bool, Tensor | None]:
-        """How the kernel is told what a piece sees: `is_causal` and an additive mask."""
+    def mask(self, piece: AttentionPiece) -> tuple[bool, Tensor | None]:
+        """The kernel's arguments for a piece: `is_causal`, and an additive mask or None."""
         if piece.shift is None:
             return False, None
         n_queries = piece.query_stop - piece.query_start
@@ -53,10 +55,10 @@ class PiecePlan:
         return False, self._masks[key]
 
 
-def _in_strips(pieces: list[Piece]) -> Iterator[Piece]:
-    """Cut causal triangles into small ones and the rectangles left of them.
+def _in_strips(pieces: list[AttentionPiece]) -> Iterator[AttentionPiece]:
+    """Cut large causal triangles into small triangles and the rectangles left of them.
 
-    The kernel computes whole blocks of some hundred keys, also where half of them are masked.
+    The kernel computes whole blocks of about a hundred keys, even if half of them are masked.
     """
     rectangles = []
     for piece in pieces:
@@ -67,9 +69,9 @@ def _in_strips(pieces: list[Piece]) -> Iterator[Piece]:
         for start in range(0, length, _STRIP):
             first, stop = piece.query_start + start, piece.query_start + min(start + _STRIP, length)
             key, key_stop = piece.key_start + start, piece.key_start + stop - piece.query_start
-            yield Piece(first, stop, key, key_stop, 0, True)
+            yield AttentionPiece(first, stop, key, key_stop, 0, True)
             if start:
-                rectangles.append(Piece(first, stop, piece.key_start, key, None, False))
+                rectangles.append(AttentionPiece(first, stop, piece.key_start, key, None, False))
     yield from rectangles
 
 
@@ -81,10 +83,10 @@ def piecewise_attention(
     Args:
         query: (1, H, T, D).
         key, value: (1, Hkv, P + T, D) and (1, Hkv, P + T, Dv), with Dv <= D and H a multiple of
-            Hkv; the first P are keys computed before.
-        plan: what sees what.
+            Hkv; the first P rows belong to the prefix, which was computed before.
+        plan: the pieces.
         scale: factor of the scores.
-        sinks: (H,) scores that take part in the softmax and have no value, or None.
+        sinks: (H,) attention sinks: scores in the softmax without a value; or None.
 
     Returns:
         (1, T, H, Dv), in the queries' dtype.
@@ -112,7 +114,7 @@ class _PiecewiseAttention(torch.autograd.Function):
         q, k, v = _by_key_head(query, key, value)
         rows = query.new_empty(length, n_heads, width)
         out = _heads_of(rows, key.shape[1])
-        # As the kernel gives it: float32 for narrower types too.
+        # The kernel's lse is float32 for 16-bit types too.
         lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for piece in plan.pieces:
             queries, keys = _slices(piece)
@@ -173,7 +175,7 @@ class _PiecewiseAttention(torch.autograd.Function):
 
 
 def _by_key_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(Hkv, H / Hkv, rows, D) views: heads that share keys side by side, keys not repeated."""
+    """(Hkv, H / Hkv, rows, D) views, grouped by key head; keys are expanded without a copy."""
     n_key_heads = key.shape[1]
     q = query.view(n_key_heads, -1, *query.shape[2:])
     k = key[0].unsqueeze(1).expand(-1, q.shape[1], -1, -1)
@@ -188,7 +190,7 @@ def _heads_of(rows: Tensor, n_key_heads: int) -> Tensor:
     return by_head.permute(1, 2, 0, 3)
 
 
-def _slices(piece: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def _slices(piece: AttentionPiece) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     everything = slice(None)
     queries = (everything, everything, slice(piece.query_start, piece.query_stop))
     keys = (everything, everything, slice(piece.key_start, piece.key_stop))

@@ -1,15 +1,16 @@
-"""At start-up: which way of computing log-probs is right for the model in hand?
+"""The start-up probe: chooses the cheapest layout that gives a model's own log-probs.
 
-A few short responses are computed along each way and held against the model's own forward, one
-response at a time. The first way that agrees, from the cheapest on, is taken; why the others were
-not is said. A way that does not agree is never taken, not even when it is asked for.
+Each layout computes a few short responses, and the results are compared with the model's own
+forward pass on one response at a time. The probe tries layouts in ascending order of cost, takes
+the first that agrees, and reports why the cheaper ones were refused. A layout that does not agree
+is never used, even if the settings name it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,13 @@ from gvpo_offline.compute.attention import (
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import DEFAULT_KEPT_BYTES, causal_lm, install
 from gvpo_offline.compute.model import attention_of, in_float32, no_trace
+from gvpo_offline.compute.probe_groups import (
+    batches_of,
+    probe_groups,
+    probe_parameters,
+    sequences_of,
+    vocab_size_of,
+)
 from gvpo_offline.compute.settings import ComputePath, LayoutName
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
@@ -32,24 +40,24 @@ from gvpo_offline.stream.plan import CostModel
 
 logger = logging.getLogger(__name__)
 
-# What rounding explains over the probe's short responses, and what a wrong layout exceeds by far:
-# nats of a response's log-prob, and the relative error of a gradient.
+# Differences that rounding can cause on the probe's short responses, far below those of a wrong
+# layout: log-prob of a response in nats, and relative error of the gradient.
 TOLERANCES = (1e-3, 1e-3)
+# The same in bfloat16 and float16, for a model that is not more sensitive to rounding than others;
+# see `_Probe.allow_rounding`.
 LOW_PRECISION_TOLERANCES = (0.5, 0.2)
 _NARROW = (torch.bfloat16, torch.float16)
 _LAYOUTS: tuple[LayoutName, ...] = ("shared", "continued", "packed", "padded")
-_SMALL_PARAMETER = 1 << 20
-_N_PARAMETERS = 16
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the probe found.
+    """The result of the probe.
 
     Attributes:
-        path: the way to compute log-probs.
+        path: the chosen layout, attention and head.
         prompt_once: whether the pieces of a large group may share their prompt's states.
-        refused: what comes before it in cost, and why it was not taken.
+        refused: the cheaper layouts, with the reason why each was refused.
         error: largest difference of a response's log-prob to the model's own, nats.
     """
 
@@ -59,7 +67,7 @@ class Choice:
     error: float
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the log."""
         why = f"; not {'; not '.join(self.refused)}" if self.refused else ""
         return f"{self.path} (agrees with the model's own forward to {self.error:.1e} nats{why})"
 
@@ -72,12 +80,22 @@ def prepare_engine(
     gradients: bool = True,
     kept_bytes: int = DEFAULT_KEPT_BYTES,
 ) -> Engine:
-    """An engine for a model, by the way that `choose_path` finds; logs which, and why.
+    """Choose how to compute log-probs of a model, and return the engine that does it.
+
+    Several layouts are tried on two small groups, the cheapest first, and compared with the model's
+    own forward pass; the first that agrees is taken. The choice and its reasons are logged.
 
     Args:
-        model, layout, gradients: as `choose_path`.
-        max_tokens: of one forward pass, as laid out.
-        kept_bytes: as `Engine`.
+        model: a transformers causal language model, or a PEFT model around one, on its device, with
+            dropout off, and in training mode if it will be trained.
+        max_tokens: token budget of one forward pass.
+        layout: test this layout only, and refuse it if it is wrong.
+        gradients: compare gradients too; False for inference.
+        kept_bytes: bytes of size scored tokens x vocabulary that may stay between a forward and
+            its backward pass; what is beyond is computed twice.
+
+    Raises:
+        ConfigError: no layout agrees with the model's own forward pass, or not the given one.
     """
     choice = choose_path(model, layout=layout, gradients=gradients)
     logger.info("log-probs: %s", choice.describe())
@@ -125,14 +143,20 @@ def choose_path(
     install(model)
     probe = _Probe(model, gradients)
     refused: list[str] = []
-    head = probe.head(refused)
     names = _LAYOUTS if layout == "auto" else (layout,)
-    for name in _layouts_right_in_float32(model, names, head, gradients, refused):
-        for path in probe.paths(name, head, refused):
-            error = probe.try_path(path, refused)
+    proof = _prove_in_float32(model, names, gradients)
+    if proof is None:
+        for found in probe.ways(names, refused):
+            return found
+    else:
+        probe.allow_rounding(proof.answer)
+        for proven in proof.ways:
+            probe.set_attention(proven.path.layout)
+            error = probe.try_path(proven.path, refused)
             if error is not None:
-                once = probe.prompt_once(path, refused)
-                return Choice(path, once, tuple(refused), error)
+                once = proven.prompt_once and probe.prompt_once(proven.path, refused)
+                return Choice(proven.path, once, (*proven.refused, *refused), error)
+        refused = [*proof.refused, *refused]
     restore_attention(causal_lm(model))
     raise ConfigError(
         "log-probs agree with the model's own forward, one response at a time",
@@ -143,21 +167,34 @@ def choose_path(
     )
 
 
-def _layouts_right_in_float32(
-    model: nn.Module,
-    names: Sequence[LayoutName],
-    head: Literal["fused", "logits"],
-    gradients: bool,
-    refused: list[str],
-) -> Sequence[LayoutName]:
-    """The layouts that are right for the model as float32, and so for what it is.
+@dataclass(frozen=True)
+class _Proof:
+    """What the probe finds for a narrow model's weights converted to float32.
 
-    Over the probe's short responses a wrong layout may err by no more than bfloat16 rounds. Padded
-    rows need no such proof.
+    Attributes:
+        answer: of the model's own forward, one response at a time.
+        ways: those that agree with it, the cheapest first.
+        refused: the reasons why others do not.
+    """
+
+    answer: _Answer
+    ways: tuple[Choice, ...]
+    refused: tuple[str, ...]
+
+
+def _prove_in_float32(
+    model: nn.Module, names: Sequence[LayoutName], gradients: bool
+) -> _Proof | None:
+    """The ways that are right in float32, for a bfloat16 or float16 model; None for others.
+
+    Rounding in 8 bits can hide an error (a short convolution across responses errs by less over
+    the probe's short responses), and can feign one (a token that is sent to another expert). So
+    float32 decides which layouts, heads and shared prompts are right. None also for models that
+    cannot be computed in float32.
     """
     if not any(tensor.dtype in _NARROW for tensor in model.parameters()):
-        return names
-    right: list[LayoutName] = []
+        return None
+    reasons: list[str] = []
     with in_float32(model):
         try:
             probe = _Probe(model, gradients)
@@ -165,15 +202,12 @@ def _layouts_right_in_float32(
             logger.warning(
                 "layouts are compared in %s only: %s", next(model.parameters()).dtype, error
             )
-            return names
-        for name in names:
-            reasons: list[str] = []
-            paths = probe.paths(name, head, reasons)
-            if name == "padded" or any(probe.try_path(p, reasons) is not None for p in paths):
-                right.append(name)
-            else:
-                refused += [f"{reason} (in float32)" for reason in reasons]
-    return right
+            return None
+        ways = tuple(
+            replace(way, refused=tuple(f"{reason} (in float32)" for reason in way.refused))
+            for way in probe.ways(names, reasons)
+        )
+    return _Proof(probe.truth, ways, tuple(f"{reason} (in float32)" for reason in reasons))
 
 
 class _Probe:
@@ -183,21 +217,65 @@ class _Probe:
         self._model = model
         self._inner = causal_lm(model)
         self._device = next(model.parameters()).device
-        self._groups = _groups(_vocab_size(self._inner), self._device)
+        self._groups = probe_groups(vocab_size_of(self._inner), self._device)
         n = sum(group.group_size for group in self._groups)
         # Signs mixed, sizes unequal, none 0, so that no error hides, nor two of equal responses.
         self._weights = torch.linspace(-1.0, 2.0, n, dtype=torch.float64)
-        self._parameters = _some_parameters(model) if gradients else []
+        self._parameters = probe_parameters(model) if gradients else []
         dtypes = {parameter.dtype for parameter in model.parameters()}
         exact = dtypes <= {torch.float32, torch.float64}
         self._tolerances = TOLERANCES if exact else LOW_PRECISION_TOLERANCES
-        self._truth = self._own_answer()
-        if not self._truth.seq_logprobs.isfinite().all():
+        self.truth = self._own_answer()
+        if not self.truth.seq_logprobs.isfinite().all():
             raise ConfigError(
                 "a model's log-probs are finite numbers",
-                received=self._truth.seq_logprobs.tolist(),
+                received=self.truth.seq_logprobs.tolist(),
                 remedy="check the model: its weights or logits overflow or are no numbers",
             )
+
+    def allow_rounding(self, exact: _Answer) -> None:
+        """Widen the tolerances of a narrow dtype to what its rounding does to this model.
+
+        The own forward, one response at a time and over padded rows, errs by S at most against the
+        answer in float32. Another way that errs by no more is within 2 S of the own forward, by the
+        triangle inequality. S is large where a tiny change decides: with experts that score
+        almost equally, which of them a token is sent to changes with the order of a sum.
+        """
+        answers = [self.truth]
+        self.set_attention("padded")
+        path = ComputePath("padded", attention_of(self._inner), "logits")
+        try:
+            answers.append(self._answer(Engine(path, CostModel("padded", 1 << 20))))
+        except Exception:  # it is tried again, and then the reason is noted
+            logger.debug("%s", path, exc_info=True)
+        errors = [_difference(answer, exact) for answer in answers]
+        for nats, relative in errors:
+            if np.isfinite(nats) and np.isfinite(relative):
+                self._tolerances = (
+                    max(self._tolerances[0], 2 * nats),
+                    max(self._tolerances[1], 2 * relative),
+                )
+
+    def ways(self, names: Sequence[LayoutName], refused: list[str]) -> Iterator[Choice]:
+        """The ways that agree with the model's own forward, the cheapest first."""
+        head = self.head(refused)
+        for name in names:
+            for path in self.paths(name, head, refused):
+                error = self.try_path(path, refused)
+                if error is not None:
+                    once = self.prompt_once(path, refused)
+                    yield Choice(path, once, tuple(refused), error)
+
+    def set_attention(self, layout: LayoutName) -> None:
+        """Let the model attend as a layout asks.
+
+        Raises:
+            UnsupportedAttentionError: it cannot for the shared layout.
+        """
+        if layout == "shared":
+            use_tree_attention(self._inner)
+        else:
+            restore_attention(self._inner)
 
     def head(self, refused: list[str]) -> Literal["fused", "logits"]:
         """Whether log-probs can be had without the model's logits: tried on padded rows."""
@@ -208,14 +286,13 @@ class _Probe:
         self, layout: LayoutName, head: Literal["fused", "logits"], refused: list[str]
     ) -> Iterator[ComputePath]:
         """The ways to compute a layout, the fastest first."""
-        if layout != "shared":
-            restore_attention(self._inner)
-            yield ComputePath(layout, attention_of(self._inner), head)
-            return
         try:
-            use_tree_attention(self._inner)
+            self.set_attention(layout)
         except UnsupportedAttentionError as error:
             _refuse(refused, "shared layout", str(error))
+            return
+        if layout != "shared":
+            yield ComputePath(layout, attention_of(self._inner), head)
             return
         for kernel in kernels(self._device):
             yield ComputePath(layout, kernel, head)
@@ -229,7 +306,7 @@ class _Probe:
         """Whether groups in pieces may share their prompt's states."""
         if path.layout != "shared" or path.head != "fused":
             return False
-        longest = max(len(response) for _, response in _one_by_one(self._groups))
+        longest = max(len(response) for _, response in sequences_of(self._groups))
         engine = Engine(path, CostModel(path.layout, longest + 10))
         return self._try(engine, "one prompt for all pieces of a large group", refused) is not None
 
@@ -242,7 +319,7 @@ class _Probe:
             _refuse(refused, name, why)
             logger.debug("%s", name, exc_info=True)
             return None
-        nats, relative = _difference(answer, self._truth)
+        nats, relative = _difference(answer, self.truth)
         if nats <= self._tolerances[0] and relative <= self._tolerances[1]:
             return nats
         _refuse(refused, name, f"off by {nats:.2g} nats, gradients by {100 * relative:.2g}%")
@@ -252,7 +329,7 @@ class _Probe:
         """By the engine; gradients where they fall, in `.grad`, as in training."""
         sums, offset = [], 0
         with no_trace(self._model):
-            for groups in _fitting(self._groups, engine.cost.max_tokens):
+            for groups in batches_of(self._groups, engine.cost.max_tokens):
                 n = sum(group.group_size for group in groups)
                 weights = self._weights[offset : offset + n]
                 offset += n
@@ -282,7 +359,7 @@ class _Probe:
         sums = []
         with no_trace(self._model), torch.set_grad_enabled(bool(self._parameters)):
             for weight, (prompt, response) in zip(
-                self._weights, _one_by_one(self._groups), strict=True
+                self._weights, sequences_of(self._groups), strict=True
             ):
                 ids = torch.from_numpy(np.concatenate([prompt, response])).to(self._device)
                 logits = self._model(input_ids=ids[None].long(), use_cache=False).logits[0]
@@ -297,66 +374,9 @@ class _Probe:
 
 
 def _refuse(refused: list[str], name: str, why: str) -> None:
-    """Note why a way was not taken; for several ways of one layout once."""
+    """Record why a layout was refused, once for several variants of one layout."""
     if not any(said.startswith(name.split()[0]) and said.endswith(why) for said in refused):
         refused.append(f"{name}: {why}")
-
-
-def _groups(vocab_size: int, device: torch.device) -> list[Group]:
-    """Two groups: with equal responses, a shared beginning, a response of one token.
-
-    About 80 distinct tokens; more on a GPU, whose kernels are others for a few.
-    """
-    rng = np.random.default_rng(0)
-    times = 1 if device.type == "cpu" else 4
-
-    def tokens(n: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        return rng.integers(0, vocab_size, size=n).astype(np.int32)
-
-    long = tokens(22 * times)
-    branch = np.concatenate([long[: 17 * times], tokens(4)])
-    sets = [(tokens(5), (tokens(1), long, branch, long)), (tokens(7), (tokens(3), tokens(6)))]
-    return [
-        Group(
-            group_id=f"probe {number}",
-            prompt_token_ids=prompt,
-            response_token_ids=responses,
-            samplers=("probe",) * len(responses),
-            truncated=(False,) * len(responses),
-        )
-        for number, (prompt, responses) in enumerate(sets)
-    ]
-
-
-def _one_by_one(groups: Sequence[Group]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for group in groups:
-        for response in group.response_token_ids:
-            yield group.prompt_token_ids, response
-
-
-def _fitting(groups: list[Group], max_tokens: int) -> list[list[Group]]:
-    """All at once under a large budget, one by one under a small one."""
-    return [groups] if max_tokens > 1000 else [[group] for group in groups]
-
-
-def _vocab_size(model: nn.Module) -> int:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embeddings, "num_embeddings", getattr(model.config, "vocab_size", None))
-    if size is None:
-        raise ConfigError(
-            "the model is a transformers causal language model",
-            received=f"{type(model).__name__}, which does not say how many tokens it knows",
-        )
-    return int(size)
-
-
-def _some_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Trained parameters that are small and lie all over the model."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    small = [parameter for parameter in trained if parameter.numel() <= _SMALL_PARAMETER]
-    chosen = small or sorted(trained, key=lambda parameter: parameter.numel())[:2]
-    every = max(1, len(chosen) // _N_PARAMETERS)
-    return chosen[::every]
 
 
 def _grad_or_zeros(parameter: nn.Parameter) -> Tensor:

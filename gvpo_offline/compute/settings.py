@@ -1,4 +1,4 @@
-"""Which model is loaded and how its log-probs are computed. Loads no torch."""
+"""Settings of model loading and of the computation of log-probs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,46 +8,48 @@ from typing import Literal
 
 @dataclass
 class ModelSettings:
-    """Which model, and how it is loaded."""
+    """Name and loading options of a model."""
 
     model_name_or_path: str
-    """The model, or a PEFT adapter on its base: a folder or a hub name."""
+    """The model, or a PEFT adapter, as a folder or a hub name."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer_name_or_path: str | None = None
     """The tokenizer; default: the model's."""
     chat_template: str | None = None
-    """Path of a Jinja chat template to use instead of the tokenizer's own, as at import."""
+    """Path of a Jinja chat template that replaces the tokenizer's own; the same as at import."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Data type of the weights; auto: as they were saved."""
+    """Data type of the weights; auto: the data type of the checkpoint."""
     attn_implementation: str | None = None
-    """Attention implementation as transformers names them (sdpa, eager, flash_attention_2 …)."""
+    """Attention implementation, by its name in transformers (sdpa, eager, flash_attention_2 …)."""
     trust_remote_code: bool = False
-    """Allow a hub model to bring its own code."""
+    """Allow running Python code from the model's hub repository."""
     load_in_4bit: bool = False
-    """Hold the linear layers' weights in 4 bits (NF4, quantised twice), through bitsandbytes
-    (extra gvpo-offline[qlora]). In training with `use_peft`: QLoRA."""
+    """Load the weights of linear layers in 4 bits (NF4, double quantisation) with bitsandbytes
+    (extra gvpo-offline[qlora]). Training then needs an adapter: set `use_peft` for QLoRA."""
     load_in_8bit: bool = False
-    """Likewise in 8 bits. Log-probs then depend a little on what is computed together."""
+    """Load the weights of linear layers in 8 bits with bitsandbytes. Log-probs then depend
+    slightly on which tokens are computed together."""
 
 
 LayoutName = Literal["shared", "packed", "continued", "padded"]
-# Before the name of the attention implementation that computes a model's calls without a tree.
-TREE_OVER = "tree_over_"
+# Prefix of the name under which tree attention is registered; the rest of the name is the
+# implementation that computes calls without a tree.
+TREE_ATTENTION_PREFIX = "tree_over_"
 
 
 @dataclass(frozen=True)
 class ComputePath:
-    """How log-probs are computed. Policy and reference take the same one.
+    """How log-probs are computed. Policy and reference should use the same path.
 
     Attributes:
         layout: `shared`: whole groups in one row, each prompt once, responses as a tree below it;
-            `packed`: one row, prompts repeated; `continued`: each prompt once, its state continued
-            by rows of responses; `padded`: a row for each response.
-        attention: of a shared row the kernel over its tree (`pieces`, `flex`, `dense`); else the
-            model's own implementation.
-        head: `fused`: log-probs from hidden states, logits a chunk at a time; `logits`: from the
-            model's own logits.
+            `packed`: one row, prompts repeated; `continued`: each prompt once, responses in padded
+            rows that continue the prompt's state; `padded`: a padded row for each response.
+        attention: for the shared layout, the attention kernel over the tree (`pieces`, `flex`,
+            `dense`); for other layouts, the model's own implementation.
+        head: `fused`: log-probs from hidden states, with the logits of one block of the vocabulary
+            at a time; `logits`: log-probs from the model's own logits.
     """
 
     layout: LayoutName

@@ -1,13 +1,15 @@
-"""A packed row as a tree of segments, and what of it attends to what.
+"""A packed row as a tree of segments (a prefix tree), and its attention mask.
 
-A row holds whole groups. Each group is a tree: its root holds the prompt, and responses hang below,
-in segments that end where they part. Segments lie in the row in pre-order, so that everything below
-a segment is one stretch of rows, from the segment's stop to its end. A token sees the tokens before
-it on the way from its root, as if its response stood alone:
+A row holds whole groups. Each group is a tree: its root holds the prompt, and the responses are
+paths below it, in segments that end where responses diverge. Segments are stored in pre-order, so
+that the descendants of a segment are one range of rows, from the segment's stop to its end. A token
+attends to itself and to the tokens before it on the path from the root, as if its response were the
+only one:
 
     row j is visible from row i  <=>  j <= i < end of j's segment
 
-`attention_pieces` cuts that into rectangles and triangles, none of which is computed in vain.
+`attention_pieces` divides this mask into rectangles and triangles, so that hidden entries outside
+triangles are not computed.
 """
 
 from __future__ import annotations
@@ -24,26 +26,26 @@ Int64Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What a layer lets a token see of those before it, by depth (a token's position).
+class AttentionRule:
+    """Which earlier tokens a token attends to, by depth (position in the sequence).
 
     Attributes:
-        kind: `full`: all of them; `window`: those less than `size` tokens back; `chunk`: those in
-            its own chunk, when positions are cut into chunks of `size`.
-        size: in tokens; 0 for `full`.
+        kind: `full`: all earlier tokens; `window`: those less than `size` tokens before; `chunk`:
+            those in the same chunk, where positions are divided into chunks of `size`.
+        size: number of tokens; 0 for `full`.
     """
 
     kind: Literal["full", "window", "chunk"] = "full"
     size: int = 0
 
     def first_visible(self, depth: int) -> int:
-        """The smallest depth that a token at `depth` sees."""
+        """The smallest depth that is visible from `depth`."""
         if self.kind == "window":
             return depth - self.size + 1
         return depth // self.size * self.size if self.kind == "chunk" else 0
 
     def last_seeing(self, depth: int) -> int | None:
-        """The largest depth that still sees a token at `depth`; None without limit."""
+        """The largest depth from which `depth` is visible; None if there is no limit."""
         if self.kind == "window":
             return depth + self.size - 1
         return (depth // self.size + 1) * self.size - 1 if self.kind == "chunk" else None
@@ -55,12 +57,12 @@ class Tree:
 
     Attributes:
         starts: (S,) first row of each segment.
-        stops: (S,) the row after its last.
-        ends: (S,) the row after the last one below it.
-        depths: (S,) position of its first token in its sequence.
-        parents: (S,) segment that it continues; -1 for a root.
-        prefix: rows at the beginning of the row, whole segments, whose keys and values were
-            computed before: they are seen and do not look.
+        stops: (S,) last row of each segment + 1.
+        ends: (S,) last row of the segment's descendants + 1; equal to `stops` for a leaf.
+        depths: (S,) position of the segment's first token in its sequence.
+        parents: (S,) index of the parent segment; -1 for a root.
+        prefix: number of leading rows, in whole segments, whose keys and values were computed
+            before: they are keys only, not queries.
     """
 
     starts: Int64Array
@@ -72,7 +74,7 @@ class Tree:
 
     @property
     def n_rows(self) -> int:
-        """Rows, those of the prefix included."""
+        """Number of rows, including those of the prefix."""
         return int(self.ends.max(initial=0))
 
     @cached_property
@@ -88,27 +90,27 @@ class Tree:
 
     @cached_property
     def row_ends(self) -> Int64Array:
-        """(n_rows,) for each row the row up to which it is seen, exclusively."""
+        """(n_rows,) for each row the last row from which it is visible + 1."""
         return np.repeat(self.ends, self.stops - self.starts)
 
-    def is_full(self, rule: Rule) -> bool:
-        """Whether a rule takes nothing away from this tree."""
+    def is_full(self, rule: AttentionRule) -> bool:
+        """Whether a rule hides no token of this tree."""
         return rule.kind == "full" or self.max_depth < rule.size
 
 
 def one_segment(length: int) -> Tree:
-    """A row of one sequence."""
+    """The tree of a row that holds one sequence."""
     start, stop = np.zeros(1, dtype=np.int64), np.full(1, length, dtype=np.int64)
     return Tree(start, stop, stop, start, np.full(1, -1, dtype=np.int64))
 
 
-class Piece(NamedTuple):
-    """Rows [query_start, query_stop) look at keys [key_start, key_stop).
+class AttentionPiece(NamedTuple):
+    """Queries [query_start, query_stop) attend to keys [key_start, key_stop).
 
-    Queries count from the first row after the prefix, keys from the first row of the prefix.
-    `shift` is None where every query sees every key; else the depth of the first query less that of
-    the first key: both then run on in steps of one, and the mask follows from it. A `diagonal`
-    piece holds each of its queries' own key; each query is in exactly one such piece.
+    Query 0 is the first row after the prefix, key 0 the first row of the prefix. `shift` is None if
+    every query sees every key; else it is the depth of the first query minus that of the first key,
+    depths increase by 1 per row, and the mask follows from them. A `diagonal` piece contains the
+    own key of each of its queries; each query is in exactly one diagonal piece.
     """
 
     query_start: int
@@ -119,8 +121,8 @@ class Piece(NamedTuple):
     diagonal: bool
 
 
-def attention_pieces(tree: Tree, rule: Rule) -> list[Piece]:
-    """All that a layer has to compute for a tree, diagonal pieces first."""
+def attention_pieces(tree: Tree, rule: AttentionRule) -> list[AttentionPiece]:
+    """The pieces that cover the attention mask of a tree under a rule, diagonal pieces first."""
     cut = _whole_pieces(tree) if tree.is_full(rule) else _cut_pieces(tree, rule)
     pieces = [
         piece._replace(
@@ -131,18 +133,19 @@ def attention_pieces(tree: Tree, rule: Rule) -> list[Piece]:
     return sorted(pieces, key=lambda piece: not piece.diagonal)
 
 
-def _whole_pieces(tree: Tree) -> Iterator[Piece]:
-    """Without a limit on depth: one triangle a chain of first children, one rectangle a fork.
+def _whole_pieces(tree: Tree) -> Iterator[AttentionPiece]:
+    """Pieces for full attention: a triangle per chain of first children, a rectangle per fork.
 
-    A segment and its first child are neighbours in the row, so a chain of them is one causal
-    stretch; all that branches off a segment later sees the chain down to that segment.
+    A segment and its first child are adjacent in the row, so a chain of first children is one
+    causal triangle. The other descendants of a segment see the chain down to that segment.
     """
     chain_start = tree.starts.copy()
     for segment, parent in enumerate(tree.parents):
         continues = parent >= 0 and tree.starts[segment] == tree.stops[parent]
         if continues and tree.starts[parent] >= tree.prefix:
             chain_start[segment] = chain_start[parent]
-    last_stop = dict(zip(chain_start.tolist(), tree.stops.tolist(), strict=True))  # the last wins
+    # For each chain the stop of its last segment, because the last of equal keys is kept.
+    last_stop = dict(zip(chain_start.tolist(), tree.stops.tolist(), strict=True))
     for segment, start in enumerate(tree.starts.tolist()):
         stop, end, top = (
             int(tree.stops[segment]),
@@ -154,9 +157,9 @@ def _whole_pieces(tree: Tree) -> Iterator[Piece]:
         else:
             branches_from = _end_of_first_child(tree, segment)
             if top == start:
-                yield Piece(start, last_stop[start], start, last_stop[start], 0, True)
+                yield AttentionPiece(start, last_stop[start], start, last_stop[start], 0, True)
         if branches_from < end:
-            yield Piece(branches_from, end, min(top, start), stop, None, False)
+            yield AttentionPiece(branches_from, end, min(top, start), stop, None, False)
 
 
 def _end_of_first_child(tree: Tree, segment: int) -> int:
@@ -165,8 +168,8 @@ def _end_of_first_child(tree: Tree, segment: int) -> int:
     return int(tree.ends[child]) if has_child else int(tree.ends[segment])
 
 
-def _cut_pieces(tree: Tree, rule: Rule) -> Iterator[Piece]:
-    """With a limit: segment by segment, in blocks of queries that see about the same keys."""
+def _cut_pieces(tree: Tree, rule: AttentionRule) -> Iterator[AttentionPiece]:
+    """Pieces for windows and chunks: per segment, in blocks of queries that see similar keys."""
     block = rule.size
     for segment in range(len(tree.starts)):
         if tree.starts[segment] < tree.prefix:
@@ -177,8 +180,10 @@ def _cut_pieces(tree: Tree, rule: Rule) -> Iterator[Piece]:
             above = int(tree.parents[above])
 
 
-def _segment_pieces(tree: Tree, rule: Rule, lower: int, upper: int, block: int) -> Iterator[Piece]:
-    """Queries of one segment on the keys of another above it, or its own."""
+def _segment_pieces(
+    tree: Tree, rule: AttentionRule, lower: int, upper: int, block: int
+) -> Iterator[AttentionPiece]:
+    """Pieces of the queries of segment `lower` with the keys of itself or an ancestor, `upper`."""
     query_row, query_depth = int(tree.starts[lower]), int(tree.depths[lower])
     key_row, key_depth = int(tree.starts[upper]), int(tree.depths[upper])
     depth_stop = query_depth + int(tree.stops[lower] - tree.starts[lower])
@@ -189,12 +194,12 @@ def _segment_pieces(tree: Tree, rule: Rule, lower: int, upper: int, block: int) 
         depth_stop = min(depth_stop, last_seeing + 1)
     first = query_depth
     while first < depth_stop:
-        # Blocks end where chunks do.
+        # Block boundaries are chunk boundaries.
         stop = min(depth_stop, (first // block + 1) * block)
         low = max(key_depth, rule.first_visible(first))
         high = stop - 1 if own else last_key
         masked = own or rule.first_visible(stop - 1) > low
-        yield Piece(
+        yield AttentionPiece(
             query_row + first - query_depth,
             query_row + stop - query_depth,
             key_row + low - key_depth,
@@ -205,10 +210,10 @@ def _segment_pieces(tree: Tree, rule: Rule, lower: int, upper: int, block: int) 
         first = stop
 
 
-def visible(tree: Tree, rule: Rule) -> NDArray[np.bool_]:
-    """(queries, keys) bool: which key each query sees; the definition, for small trees.
+def visible(tree: Tree, rule: AttentionRule) -> NDArray[np.bool_]:
+    """Attention mask, (queries, keys) bool, true where visible; for small trees.
 
-    Queries are the rows after the prefix, keys all rows.
+    Queries are the rows after the prefix; keys are all rows.
     """
     rows, depths = np.arange(tree.n_rows), tree.row_depths
     query, key = rows[tree.prefix :, None], rows[None, :]

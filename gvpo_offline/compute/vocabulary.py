@@ -1,8 +1,8 @@
-"""The softmax of Σ_i x_i W_iᵀ over a vocabulary, block by block of its columns.
+"""The softmax of Σ_i x_i W_iᵀ over a vocabulary, computed in blocks of columns.
 
 With z = scale * sum_i x_i W_i^T, logits are y = z, or c * tanh(z / c) where they are soft-capped.
-Each block has a maximum of its own in every row, and the sums of blocks are merged, so that the
-logits of one block are all that is ever there.
+Each block has its own maximum in every row, and the sums of the blocks are merged, so that only the
+logits of one block are in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of a block's logits: enough for matrix products at full speed, small beside a model. Blocks
-# come out larger than half of it: glibc gives allocations of more than 32 MiB back when released.
+# Most bytes of a block's logits: large enough for fast matrix products, small compared to a model.
+# Blocks have more than half of this size, because glibc returns allocations of more than 32 MiB to
+# the system when they are released.
 CPU_BLOCK_BYTES = 64 << 20
 ACCELERATOR_BLOCK_BYTES = 1 << 30
 _COLUMN_MULTIPLE = 64
 _MIN_COLUMNS = 1024
 
 
-class Block(NamedTuple):
-    """Columns of the logits, and the pairs whose tokens they are."""
+class VocabularyBlock(NamedTuple):
+    """A range of columns of the logits, and the range of pairs whose tokens are in it."""
 
     columns: slice
     pairs: slice
@@ -36,8 +37,8 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the log-probs of one call are computed; the arguments of `fused_pair_logprobs`."""
+class LogprobPlan:
+    """Parameters of one call of `fused_pair_logprobs`, which documents them."""
 
     scale: float
     soft_cap: float | None
@@ -45,21 +46,21 @@ class Plan:
     kept_bytes: int
     entropy: bool
     grad: bool
-    blocks: tuple[Block, ...]
+    blocks: tuple[VocabularyBlock, ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits and of whatever is summed."""
+        """Data type of logits and sums."""
         return torch.promote_types(self.matmul_dtype, torch.float32)
 
     def n_kept(self, n_rows: int) -> int:
-        """Blocks whose exponentials fit into `kept_bytes`."""
+        """Number of blocks whose exponentials fit into `kept_bytes`."""
         fit = self.kept_bytes // max(n_rows * self.matmul_dtype.itemsize, 1)
         return sum(block.columns.stop <= fit for block in self.blocks)
 
 
-def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[Block]:
-    """The vocabulary cut into blocks of about equal size, each with its run of pairs."""
+def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[VocabularyBlock]:
+    """Divide the vocabulary into blocks of about equal size; `token_N` is ascending."""
     block_bytes = CPU_BLOCK_BYTES if token_N.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
     most = max(block_bytes // (4 * max(n_rows, 1)), _MIN_COLUMNS)
     n_blocks = max(math.ceil(vocab_size / most), 1)
@@ -67,26 +68,26 @@ def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[Block]
     edges = [*range(0, vocab_size, width), vocab_size]
     pairs = torch.searchsorted(token_N, torch.tensor(edges, device=token_N.device)).tolist()
     for i in range(len(edges) - 1):
-        yield Block(slice(edges[i], edges[i + 1]), slice(pairs[i], pairs[i + 1]))
+        yield VocabularyBlock(slice(edges[i], edges[i + 1]), slice(pairs[i], pairs[i + 1]))
 
 
-class Kept(NamedTuple):
-    """What a block keeps: exp(logit - top), times the slope where there is a soft-cap."""
+class KeptBlock(NamedTuple):
+    """Kept tensors of a block: exp(logit - top), times the slope of a soft-cap if there is one."""
 
     exps: Tensor
     top_H1: Tensor
 
 
-class Space:
-    """Room for the logits of one block at a time, or for those that are to stay."""
+class LogitsBuffer:
+    """Allocates logits: one buffer that all blocks reuse, or a new tensor for a kept block."""
 
-    def __init__(self, plan: Plan, like: Tensor) -> None:
+    def __init__(self, plan: LogprobPlan, like: Tensor) -> None:
         self._plan = plan
         self._like = like
         self._shared: Tensor | None = None
 
-    def of(self, block: Block, *, fresh: bool = False) -> Tensor:
-        """(H, columns of the block), not filled; `fresh`: nobody else's."""
+    def of(self, block: VocabularyBlock, *, fresh: bool = False) -> Tensor:
+        """Uninitialised (H, columns of the block); `fresh`: memory that no other block uses."""
         n_rows, dtype = len(self._like), self._plan.dtype
         if fresh and self._plan.matmul_dtype == dtype:
             return self._like.new_empty((n_rows, block.width), dtype=dtype)
@@ -96,10 +97,11 @@ class Space:
         return self._shared[: n_rows * block.width].view(n_rows, block.width)
 
 
-class Sums(NamedTuple):
-    """Sums over some columns of e = exp(logit - top), row by row.
+class SoftmaxSums(NamedTuple):
+    """Sums over some columns, for each row, with e = exp(logit - top).
 
-    `moment` is of e · (logit - top), where entropies are asked for; `means` are of e · weight.
+    `sum` is the sum of e; `moment` of e · (logit - top), if entropies are requested; `means` of
+    e · weight.
     """
 
     top_H1: Tensor
@@ -107,8 +109,8 @@ class Sums(NamedTuple):
     moment_H1: Tensor | None
     means_HK: list[Tensor | None]
 
-    def merged(self, other: Sums) -> Sums:
-        """The sums over the columns of both."""
+    def merged(self, other: SoftmaxSums) -> SoftmaxSums:
+        """The sums over the columns of both operands."""
         top_H1 = torch.maximum(self.top_H1, other.top_H1)
         moment_H1: Tensor | None = None
         means_HK: list[Tensor | None] = [None] * len(self.means_HK)
@@ -125,11 +127,11 @@ class Sums(NamedTuple):
                     mean_HK.mul_(factor_H1)
                     so_far = means_HK[i]
                     means_HK[i] = mean_HK if so_far is None else so_far.add_(mean_HK)
-        return Sums(top_H1, sum_H1, moment_H1, means_HK)
+        return SoftmaxSums(top_H1, sum_H1, moment_H1, means_HK)
 
 
-def squash_(sums: Tensor, plan: Plan) -> float:
-    """Turn sums of products in place into logits but for a factor, which is returned."""
+def squash_(sums: Tensor, plan: LogprobPlan) -> float:
+    """Turn sums of products in place into logits up to a constant factor, which is returned."""
     if plan.soft_cap is None:
         return plan.scale
     sums.mul_(plan.scale / plan.soft_cap).tanh_()
@@ -137,11 +139,11 @@ def squash_(sums: Tensor, plan: Plan) -> float:
 
 
 def _exponentials_(
-    squashed: Tensor, factor: float, shift_H1: Tensor, plan: Plan
+    squashed: Tensor, factor: float, shift_H1: Tensor, plan: LogprobPlan
 ) -> tuple[Tensor, Tensor]:
-    """exp(logits - shift), and the same times the slope of the logits; uses up `squashed`.
+    """exp(logits - shift), and the same times the slope of the soft-cap; overwrites `squashed`.
 
-    The second is in the memory of `squashed`; without a soft-cap so is the first.
+    The second result uses the memory of `squashed`; without a soft-cap the first does too.
     """
     if plan.soft_cap is None:
         exps = torch.add(-shift_H1, squashed, alpha=factor, out=squashed).exp_()
@@ -155,11 +157,11 @@ def _exponentials_(
 def summed_(
     squashed: Tensor,
     factor: float,
-    plan: Plan,
+    plan: LogprobPlan,
     weights: Sequence[Tensor],
     of_means: Sequence[bool],
-) -> tuple[Sums, Tensor]:
-    """Sums over a block, and its exponentials times slopes, in the memory of `squashed`."""
+) -> tuple[SoftmaxSums, Tensor]:
+    """Sums over a block, and its exponentials times slopes; these overwrite `squashed`."""
     top_H1 = factor * squashed.amax(dim=-1, keepdim=True)
     exps, sloped = _exponentials_(squashed, factor, top_H1, plan)
     moment_H1 = None
@@ -169,11 +171,11 @@ def summed_(
         matmul(sloped.to(weight.dtype), weight, plan.dtype) if needed else None
         for weight, needed in zip(weights, of_means, strict=True)
     ]
-    return Sums(top_H1, exps.sum(dim=-1, keepdim=True), moment_H1, means_HK), sloped
+    return SoftmaxSums(top_H1, exps.sum(dim=-1, keepdim=True), moment_H1, means_HK), sloped
 
 
 def write_logits_(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Σ_i x_i W_iᵀ into `out`."""
+    """Write Σ_i x_i W_iᵀ to `out`."""
     first, *others = zip(inputs, weights, strict=True)
     x, weight = first
     if x.dtype == out.dtype:
@@ -190,24 +192,24 @@ def write_logits_(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tenso
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`, on a GPU without rounding to the dtype of the factors in between."""
+    """a @ b in `dtype`; on a GPU without rounding to the dtype of the factors first."""
     if a.dtype == dtype:
         return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a, b).to(dtype)
 
 
 def softmax_blocks(
-    plan: Plan,
+    plan: LogprobPlan,
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    kept: list[Kept | None],
+    kept: list[KeptBlock | None],
     log_sum_H1: Tensor,
-) -> Iterator[tuple[Block, Tensor, Tensor]]:
-    """Each block with a matrix and a factor per row whose product is slope · softmax.
+) -> Iterator[tuple[VocabularyBlock, Tensor, Tensor]]:
+    """For each block a matrix and a factor per row, whose product is slope · softmax.
 
-    What was kept is taken out of `kept`, and held by nobody here while the consumer works with it.
+    Kept tensors are removed from `kept`, so that the caller holds the only reference.
     """
-    space = Space(plan, inputs[0])
+    space = LogitsBuffer(plan, inputs[0])
     for number, block in enumerate(plan.blocks):
         if kept[number] is not None:
             yield block, *_taken(kept, number, log_sum_H1)
@@ -219,7 +221,7 @@ def softmax_blocks(
         yield block, sloped.to(plan.matmul_dtype), torch.ones_like(log_sum_H1)
 
 
-def _taken(kept: list[Kept | None], number: int, log_sum_H1: Tensor) -> tuple[Tensor, Tensor]:
+def _taken(kept: list[KeptBlock | None], number: int, log_sum_H1: Tensor) -> tuple[Tensor, Tensor]:
     found, kept[number] = kept[number], None
     assert found is not None
     return found.exps, (found.top_H1 - log_sum_H1).exp_()

@@ -7,8 +7,8 @@ from typing import Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hub.settings import PullConfig
-from gvpo_offline.store.choice import choose_reference_family, choose_reward_families
 from gvpo_offline.store.manifest import LineageStep, Manifest
+from gvpo_offline.store.sidecar_choice import choose_reference_family, choose_reward_families
 from gvpo_offline.version import __version__
 
 PULL = "pull"

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.assemble import Assembler, InputNames
 from gvpo_offline.importing.encode import Encoder, Needs, load_encoder
 from gvpo_offline.importing.folder import OutputFolder
@@ -49,17 +50,16 @@ from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.store.commit import TaskLog, TaskRecord
-from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
+from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish, write_groups
 from gvpo_offline.tokenizer import tokenizer_info
-from gvpo_offline.version import __version__
+from gvpo_offline.version import IMPORT_VERSION, __version__
 
 __all__ = ["ImportResult", "import_log", "run_import"]
 
-# Raise it whenever the same inputs and settings would give other bytes than before.
-_IMPORT_VERSION = 2
+_NOT_RECORDED = ("output_dir", "show_progress")
 _BUCKET_BYTES = 16 << 20
 _RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
@@ -160,14 +160,18 @@ class _Import:
         )
 
     def _identity(self) -> str:
-        """SHA-256 over everything that the dataset's bytes depend on."""
-        settings = self._settings()
-        for name in ("inputs", "tokenizer_name_or_path", "chat_template"):
-            del settings[name]
+        """SHA-256 over everything that the dataset's bytes depend on.
+
+        Of the settings those that `gvpo_offline.identity` says, so that a setting that is added
+        later changes nothing about imports that do without it.
+        """
+        settings = identity_settings(self.config)
+        for name in (*_NOT_RECORDED, "inputs", "tokenizer_name_or_path", "chat_template"):
+            settings.pop(name, None)
         tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
         return sha256_json(
             {
-                "versions": [_IMPORT_VERSION, SCHEMA_VERSION],
+                "versions": [IMPORT_VERSION, SCHEMA_VERSION],
                 "settings": settings,
                 "inputs": [
                     [source.file_name, digest, *([beside] if beside else [])]
@@ -181,7 +185,7 @@ class _Import:
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config)
-        for name in ("output_dir", "show_progress"):
+        for name in _NOT_RECORDED:
             del settings[name]
         return settings
 
@@ -339,7 +343,7 @@ class _Import:
         step = LineageStep(
             stage=self.log.stage if self.log else "import",
             package_version=__version__,
-            config={**settings, "identity": identity},
+            config={**settings, "identity": identity, IMPORT_VERSION_KEY: IMPORT_VERSION},
             inputs=[*(self.log.inputs if self.log else ()), *read],
             counts=counts,
         )

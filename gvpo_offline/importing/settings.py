@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.settings import OnFew, check_name, positive
@@ -49,6 +49,12 @@ class Columns:
     keep: list[str] = field(default_factory=list)
     """Further columns to keep, as JSON, in the group's metadata (from the group's first row)."""
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "prompt response reward sampler group_id response_id prompt_token_ids "
+        "response_token_ids loss_mask sampler_logprob truncated keep"
+    )
+
     def __post_init__(self) -> None:
         for text, ids in (("prompt", "prompt_token_ids"), ("response", "response_token_ids")):
             if not (getattr(self, text) or getattr(self, ids)):
@@ -76,10 +82,10 @@ class ImportConfig:
     """Tokenizer of the policy to train: a folder or a hub name. Needed unless the log holds ids."""
     format: str = "flat"
     """flat: a table with a row per response or per group; groups: rows in the shape of schemas/.
-    Data sets of the hub (docs/formats-hub.md): arena, armorm, distilabel, helpsteer2, helpsteer3,
-    nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of trainers and
-    results of batch APIs (docs/formats.md): ms_swift, nemo_gym, nemo_rl, open_instruct,
-    openai_batch, openrlhf, prime_rl, trl, verl."""
+    Data sets of the hub (docs/howto/formats-hub.md): arena, armorm, distilabel, helpsteer2,
+    helpsteer3, nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of
+    trainers and results of batch APIs (docs/howto/formats.md): ms_swift, nemo_gym, nemo_rl,
+    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None
@@ -126,6 +132,14 @@ class ImportConfig:
     """Groups in one Parquet row group, the unit of reading."""
     show_progress: bool = True
     """Show progress bars."""
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "inputs output_dir tokenizer_name_or_path format columns sampler samplers source "
+        "reward_name reward_weights requests rewards max_length overlong singletons "
+        "failed_responses empty_responses missing_rewards append_eos chat_template shard_bytes "
+        "rows_per_row_group show_progress"
+    )
 
     def __post_init__(self) -> None:
         local_folder("output_dir", self.output_dir)

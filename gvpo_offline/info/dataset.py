@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import (
@@ -24,6 +23,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.storage import open_storage
 from gvpo_offline.store.survey import Survey, survey
 

@@ -14,7 +14,6 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json, text_keys
 from gvpo_offline.store.arrow import column_array, split_list
-from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.columns import RowGroupLocation
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
@@ -26,8 +25,9 @@ from gvpo_offline.store.manifest import (
     load_manifest,
 )
 from gvpo_offline.store.parquet import open_parquet
-from gvpo_offline.store.pick import RESPONSE_AXIS
+from gvpo_offline.store.response_index import RESPONSE_AXIS
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.tokenizer import check_same_tokenizer
 
 # Stored lengths are counted again where groups are written.

@@ -19,7 +19,7 @@ from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.settings import OnFew
 from gvpo_offline.store.arrow import column_array, split_list, split_nested_list
 from gvpo_offline.store.columns import RowGroupLocation
-from gvpo_offline.store.pick import Indices, ResponseIndex
+from gvpo_offline.store.response_index import Indices, ResponseIndex
 
 # What a plan is made of, rewards aside.
 PLAN_COLUMNS = (*PLACE_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")

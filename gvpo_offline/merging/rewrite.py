@@ -26,12 +26,12 @@ from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, Input, Rename, sp
 from gvpo_offline.merging.plan import Planner
 from gvpo_offline.merging.settings import RewriteSettings
 from gvpo_offline.merging.work import task_name
+from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import Sidecar
-from gvpo_offline.store.pick import ResponseIndex, n_partly_null, take_responses
+from gvpo_offline.store.response_index import ResponseIndex, n_partly_null, take_responses
 from gvpo_offline.store.schema import arrow_schema
 from gvpo_offline.store.spill import TableSpill, power_of_two
-from gvpo_offline.store.tables import groups_from_table
 from gvpo_offline.store.writer import write_groups, write_sidecar
 
 _BUCKET_BYTES = 8 << 20  # as stored; a bucket takes some eight times that in memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.settings import OnFew, required
@@ -30,6 +30,11 @@ class RewriteSettings:
     show_progress: bool = True
     """Show progress bars."""
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "dataset duplicates singletons shard_bytes rows_per_row_group show_progress"
+    )
+
     def __post_init__(self) -> None:
         required("dataset", self.dataset)
         for name in ("shard_bytes", "rows_per_row_group"):
@@ -53,6 +58,9 @@ class MergeConfig(RewriteSettings):
     """Two responses of a group with one response id: stop, or leave out that group's response
     ids."""
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = "add match incomplete response_ids"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         required("add", self.add)
@@ -65,3 +73,6 @@ class CompactConfig(RewriteSettings):
     remove_old: bool = False
     """Remove all older versions, and the files that only they need. Not while something reads
     them: a training run that began on one could not go on."""
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = "remove_old"

@@ -16,6 +16,7 @@ from typing import Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.identity import defaults_of, identity_settings
 from gvpo_offline.merging.inputs import (
     Family,
     Input,
@@ -45,6 +46,8 @@ from gvpo_offline.version import __version__
 
 # Raise it whenever the same datasets and settings would give other bytes than before.
 _REWRITE_VERSION = 1
+# Settings that decide nothing about what is written, given the datasets.
+_UNDECIDING = ("dataset", "add", "show_progress", "remove_old")
 
 
 @dataclass(frozen=True)
@@ -204,9 +207,13 @@ def compact(config: CompactConfig) -> RewriteResult:
 
 def _earlier(dataset: Input, config: CompactConfig) -> LineageStep | None:
     """The compaction with these settings that made the dataset's very groups, if one did."""
-    settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_settings(config)}
-    steps = [step for step in dataset.manifest.lineage if step.stage == "compact"]
-    return next((step for step in steps if settings.items() <= step.config.items()), None)
+    settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_recorded(config)}
+    defaults = defaults_of(type(config))  # of settings that are younger than a step
+    for step in dataset.manifest.lineage:
+        recorded = {**defaults, **step.config}
+        if step.stage == "compact" and settings.items() <= recorded.items():
+            return step
+    return None
 
 
 def _compacted(
@@ -231,12 +238,9 @@ def _compacted(
     return _publish([dataset], families, records, step), counts
 
 
-def _settings(config: RewriteSettings) -> dict[str, Any]:
-    """The settings that decide what is written, given the datasets."""
-    settings = dataclasses.asdict(config)
-    for name in ("dataset", "add", "show_progress", "remove_old"):
-        settings.pop(name, None)
-    return settings
+def _recorded(config: RewriteSettings) -> dict[str, Any]:
+    """The settings that decide what is written, given the datasets; all of them."""
+    return {n: v for n, v in dataclasses.asdict(config).items() if n not in _UNDECIDING}
 
 
 def _stage_name(
@@ -247,8 +251,9 @@ def _stage_name(
     n_parts: int,
 ) -> str:
     """The folder of the commit records: it holds a hash of all that the files depend on."""
-    settings = _settings(config)
-    del settings["shard_bytes"]  # n_parts says it
+    settings = identity_settings(config)
+    for name in (*_UNDECIDING, "shard_bytes"):  # n_parts says it
+        settings.pop(name, None)
     identity = sha256_json(
         {
             "versions": [_REWRITE_VERSION, SCHEMA_VERSION],

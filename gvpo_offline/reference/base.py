@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_offline.collectives import gather_results
-from gvpo_offline.compute.adapters import adapter_off
+from gvpo_offline.compute.adapters import adapter_disabled
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.score import score
 from gvpo_offline.reference.settings import ReferenceConfig
@@ -86,7 +86,7 @@ def _score_on(
     before, training = next(model.parameters()).device, model.training
     moved = before != device
     try:
-        with adapter_off(model) as base:
+        with adapter_disabled(model) as base:
             base.train(False)
             on_device = base.to(device) if moved else base
             return score(dataset, lambda: on_device, tokenizer, config, worker_settings).fingerprint

@@ -1,6 +1,6 @@
 """Checks of a policy against a dataset and its reference: tokenizer, token ids, lengths, log-probs.
 
-The reference stage and training hold the same rules.
+The reference stage and training apply the same checks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.compute.adapters import policy_sha256
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Largest |log-ratio| of a response, in nats, that rounding alone explains where policy and
-# reference are one. bfloat16 products move a sequence by up to half a nat on any path; in int8 what
-# is computed together decides which activations are rounded.
+# Largest |log-ratio| of a response, in nats, that rounding can cause if policy and reference are
+# the same model. bfloat16 products change a sequence's log-prob by up to half a nat on any compute
+# path; in int8, rounding of activations depends on which tokens are computed together.
 TOLERANCE_NATS = {"float32": 0.01, "float16": 0.25, "bfloat16": 1.0, "int8": 1.0}
 
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """The policy as far as it can be compared with a reference.
+    """Properties of the policy that are compared with those of a reference.
 
     Attributes:
-        weights_sha256: hash of its weights, or None where it was not taken.
+        weights_sha256: hash of the policy's weights, or None if it was not computed.
         dtype, autocast_dtype, attn_implementation: how its log-probs are computed.
-        layout: how groups are laid out for it.
-        tokenizer_fingerprint: or None where no tokenizer was given.
-        n_embeddings: token ids that it has an embedding for, or None where it does not say.
+        layout: layout of groups as model input.
+        tokenizer_fingerprint: fingerprint of the tokenizer, or None if no tokenizer was given.
+        n_embeddings: number of token embeddings, or None if the model does not provide it.
     """
 
     weights_sha256: str | None
@@ -54,8 +54,14 @@ class PolicyFacts:
     n_embeddings: int | None = None
     layout: str = "padded"
 
-    def along(self, path: ComputePath) -> PolicyFacts:
-        """The facts where log-probs are computed along a path."""
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "weights_sha256 dtype autocast_dtype attn_implementation tokenizer_fingerprint "
+        "n_embeddings layout"
+    )
+
+    def with_path(self, path: ComputePath) -> PolicyFacts:
+        """These facts, with layout and attention implementation of a compute path."""
         return replace(self, layout=path.layout, attn_implementation=path.attention)
 
     @property
@@ -76,7 +82,14 @@ def policy_facts(
     autocast: torch.dtype | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> PolicyFacts:
-    """The facts of a model that is about to compute log-probs."""
+    """The facts of a model that will compute log-probs.
+
+    Args:
+        model: the policy.
+        hash_weights: whether to hash the weights, which reads all of them.
+        autocast: data type of autocast, or None.
+        tokenizer: the policy's tokenizer, or None.
+    """
     return PolicyFacts(
         weights_sha256=policy_sha256(model) if hash_weights else None,
         dtype=dtype_of(model),
@@ -96,7 +109,7 @@ def _n_embeddings(model: torch.nn.Module) -> int | None:
 
 
 def check_tokenizers(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> None:
-    """Raise IntegrityError unless token ids, reference and policy are of one tokenizer."""
+    """Raise IntegrityError unless dataset, reference and policy use the same tokenizer."""
     for dataset in datasets:
         made_by = dataset.manifest.tokenizer
         base = made_by.fingerprint if made_by else None
@@ -112,17 +125,21 @@ def check_tokenizers(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> N
             base, "the dataset", policy.tokenizer_fingerprint, "the policy", file=dataset.root
         )
         if base is None or policy.tokenizer_fingerprint is None:
-            why = "the dataset names none" if base is None else "no processing_class was given"
+            why = (
+                "the dataset records no tokenizer"
+                if base is None
+                else "no processing_class was given"
+            )
             logger.warning(
-                "the tokenizers of %s and the policy are not compared: %s", dataset.root, why
+                "cannot compare the tokenizers of %s and the policy: %s", dataset.root, why
             )
 
 
 def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> None:
     """Raise DataError, naming file, row and group, if the policy has no embedding for a token id.
 
-    Ids of a dataset with a tokenizer were held to its size when they were written; those of other
-    files are read for this, once.
+    If the manifest records a tokenizer, its vocabulary size is compared, because token ids were
+    checked against it when the dataset was written. Otherwise all token ids are read once.
     """
     if policy.n_embeddings is None:
         return
@@ -141,8 +158,14 @@ def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
 
 
 def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> None:
-    """Raise DataError, naming file, row and group, if a prompt with a response fits in no pass."""
-    # A response's last token predicts nothing and is not computed.
+    """Raise DataError, naming file, row and group, if a prompt with one response is too long.
+
+    Args:
+        dataset: the dataset.
+        counts: its survey, which gives the longest row.
+        max_tokens: largest number of tokens of a forward pass (max_tokens_per_micro_batch).
+    """
+    # A response's last token predicts nothing and is not in the input.
     if counts.max_row_tokens - 1 <= max_tokens:
         return
     row_group, row, group_id = counts.longest_row
@@ -150,7 +173,7 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
     raise DataError(
         "a prompt and one of its responses fit into max_tokens_per_micro_batch",
         received=f"{counts.max_row_tokens - 1:,} tokens, more than {max_tokens:,}",
-        remedy="raise max_tokens_per_micro_batch, or leave responses of that length out at import",
+        remedy="raise max_tokens_per_micro_batch, or exclude responses of that length at import",
         file=place.file,
         row=place.first_row + row,
         group=group_id,
@@ -158,19 +181,19 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
 
 
 def reference_warnings(policy: PolicyFacts, reference: ReferenceFamily) -> list[str]:
-    """In what the policy's log-probs are computed otherwise than the reference's were."""
+    """Warnings, one for each setting that differs between the policy and the scored reference."""
     pairs = [
         ("dtype", reference.dtype, policy.dtype),
         ("autocast dtype", reference.autocast_dtype, policy.autocast_dtype),
     ]
-    if policy.coarsest_dtype != "float32":  # in float32 they differ by no more than its rounding
+    if policy.coarsest_dtype != "float32":  # in float32 these two only change rounding
         pairs += [
             ("attention", reference.attn_implementation, policy.attn_implementation),
             ("layout", reference.layout, policy.layout),
         ]
     return [
-        f"the reference was scored with {name} {theirs}, the policy runs with {ours}: log-ratios "
-        "carry the difference as noise; score the reference again with the same setting"
+        f"the reference was scored with {name} {theirs}, the policy runs with {ours}, which adds "
+        "noise to log-ratios; score the reference again with the same setting"
         for name, theirs, ours in pairs
         if reference.dtype != "unknown" and theirs not in ("unknown", ours)
     ]
@@ -179,14 +202,16 @@ def reference_warnings(policy: PolicyFacts, reference: ReferenceFamily) -> list[
 def check_log_ratios(
     largest: float, mean_abs: float, policy: PolicyFacts, reference: ReferenceFamily
 ) -> None:
-    """Stop if a policy that starts as the reference does not have the reference's log-probs.
+    """Check that a policy with the reference's weights has the reference's log-probs.
 
     Args:
-        largest: the largest |log-ratio| of a response in the first step, nats.
-        mean_abs: their mean, nats.
+        largest: largest |log-ratio| of a response in the first step, nats.
+        mean_abs: mean |log-ratio| of the responses in the first step, nats.
+        policy: facts of the policy.
+        reference: the reference of the dataset.
 
     Raises:
-        IntegrityError: `largest` is more than rounding explains.
+        IntegrityError: `largest` is larger than rounding can cause.
     """
     dtype = _coarsest(policy.coarsest_dtype, reference.dtype, reference.autocast_dtype)
     tolerance = TOLERANCE_NATS[dtype]

@@ -27,6 +27,7 @@ from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray, Group
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.identity import identity_settings
 from gvpo_offline.reference.checks import (
     PolicyFacts,
     check_row_tokens,
@@ -35,13 +36,13 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, TRAINING_COLUMNS, arrow_schema
 from gvpo_offline.store.survey import survey
-from gvpo_offline.store.tables import reference_to_table
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.tokenizer import load_policy_tokenizer
@@ -117,7 +118,7 @@ def score(
     dataset.verify()
     check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
     scorer = _ReferenceScorer(model, config)
-    family = _family(facts.along(scorer.path), model, config.model_name_or_path)
+    family = _family(facts.with_path(scorer.path), model, config.model_name_or_path)
     if _held(dataset, family):
         return Scored(family.fingerprint, dataset.manifest)
     _check_writable(dataset.folder)
@@ -136,12 +137,11 @@ def score(
 
 def _family(facts: PolicyFacts, model: nn.Module, name: str) -> ReferenceFamily:
     """The manifest entry of a reference, without files; its fingerprint excludes the name."""
-    described = {
-        **{name: value for name, value in asdict(facts).items() if name != "n_embeddings"},
-        "model_class": type(model).__name__,
-    }
+    own = {"model_class": type(model).__name__}
+    described, hashed = {**asdict(facts), **own}, {**identity_settings(facts), **own}
+    del described["n_embeddings"], hashed["n_embeddings"]
     return ReferenceFamily(
-        fingerprint=sha256_json(described), files=[], model_name_or_path=name, **described
+        fingerprint=sha256_json(hashed), files=[], model_name_or_path=name, **described
     )
 
 

@@ -22,7 +22,6 @@ from gvpo_offline.rewards.kinds import (
 from gvpo_offline.rewards.match import ExactScorer, NumericScorer
 from gvpo_offline.rewards.maths import MathScorer
 from gvpo_offline.rewards.model import ModelScorer
-from gvpo_offline.rewards.people.scorers import PeopleScorer
 from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -52,6 +51,9 @@ def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
         case JudgePairsSettings():
             return PairsJudge(settings, dataset)
         case RatingsSettings() | RanksSettings() | VotesSettings():
+            # Here, since it imports polars.
+            from gvpo_offline.rewards.people.scorers import PeopleScorer
+
             return PeopleScorer(settings, dataset)
         case _:
             return FamilyScorer(settings, dataset)

@@ -12,8 +12,8 @@ from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import RewardSettings
 from gvpo_offline.rewards.scorer import SimpleScorer
 from gvpo_offline.store.arrow import column_array, split_list
-from gvpo_offline.store.choice import choose_reward_families
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.sidecar_choice import choose_reward_families
 
 
 class FamilyScorer(SimpleScorer):

@@ -217,7 +217,7 @@ class JudgePairsSettings(_JudgeServerSettings):
 
 class _TableSettings(_Settings):
     inputs: str | tuple[str, ...] = Field(
-        description="Files or globs (.jsonl, .csv, .parquet …). Columns: docs/rewards.md."
+        description="Files or globs (.jsonl, .csv, .parquet …). Columns: docs/howto/rewards.md."
     )
     group_column: str = Field(default="group_id", description="Column with the id of the group.")
     response_by: Literal["id", "index", "sampler"] = Field(

@@ -10,10 +10,35 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gvpo_offline.group import FloatArray
+from gvpo_offline.identity import in_identity
 from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 
 if TYPE_CHECKING:
     from gvpo_offline.workers.settings import WorkerSettings
+
+# Settings of each kind that belong to a scorer's identity at every value. Frozen; see `identity`.
+_JUDGE = (
+    "model base_url template system pattern json_field gaps temperature seed send_seed max_tokens "
+    "max_tokens_name extra_body api_key_env concurrency max_attempts request_timeout max_wait kind"
+)
+_PEOPLE = "inputs group_column response_by kind"
+_ALWAYS_IN_IDENTITY = {
+    "function": "kind function",
+    "verl": "kind function data_source ground_truth extra_info keep",
+    "math": "kind column pattern timeout_s on_failure",
+    "exact": "kind column pattern ignore_case",
+    "numeric": "kind column pattern tolerance",
+    "model": (
+        "kind model_name_or_path model_revision dtype trust_remote_code as_chat "
+        "max_tokens_per_batch use_cpu"
+    ),
+    "reward": "kind reward",
+    "judge": f"{_JUDGE} scale",
+    "judge_pairs": f"{_JUDGE} opponents",
+    "ratings": f"{_PEOPLE} response_column rating_column rater_column",
+    "ranks": f"{_PEOPLE} response_column rank_column rater_column",
+    "votes": f"{_PEOPLE} first_column second_column winner_column estimate prior",
+}
 
 
 class Scorer(Protocol):
@@ -103,9 +128,19 @@ class GroupScorer(SimpleScorer, ABC):
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
-    """The settings as JSON, without the weight, which the stage applies."""
-    described: dict[str, Any] = settings.model_dump(mode="json", exclude={"weight"})
-    return described
+    """The settings that belong to a scorer's identity, as JSON.
+
+    Excludes the weight, which the stage applies, and settings that were added later and have their
+    default.
+    """
+    plain: dict[str, Any] = settings.model_dump(mode="json", exclude={"weight"})
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in type(settings).model_fields.items()
+        if not field.is_required()
+    }
+    always = _ALWAYS_IN_IDENTITY.get(settings.kind, "").split()
+    return in_identity({name: getattr(settings, name) for name in plain}, plain, defaults, always)
 
 
 def numbers(values: Sequence[float | None]) -> FloatArray:

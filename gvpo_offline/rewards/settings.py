@@ -26,8 +26,8 @@ class RewardConfig:
     # which turns a string that begins with # into null.
     scorers: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
     """The scorers, by names of your choice. Each has a `kind`, a `weight` (default 1) and the
-    settings of its kind (docs/rewards.md). Kinds: function, verl, math, exact, numeric, model,
-    reward, judge, judge_pairs, ratings, ranks, votes."""
+    settings of its kind (docs/howto/rewards.md). Kinds: function, verl, math, exact, numeric,
+    model, reward, judge, judge_pairs, ratings, ranks, votes."""
     missing: float | None = None
     """Reward of a response for which no scorer has a number. Null: stop with an error that names
     the response."""
@@ -64,5 +64,5 @@ class RewardConfig:
             raise ConfigError(
                 "a scorer has a kind, and settings of that kind",
                 received=f"scorers.{'.'.join(map(str, first['loc']))}: {first['msg']}",
-                remedy="docs/rewards.md lists them",
+                remedy="docs/howto/rewards.md lists them",
             ) from error

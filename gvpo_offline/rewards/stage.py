@@ -26,14 +26,14 @@ from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings
 from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.rewards.settings import RewardConfig
-from gvpo_offline.store.choice import WeightedReward
+from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import rewards_schema
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.survey import Survey, survey
-from gvpo_offline.store.tables import rewards_to_table
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.version import __version__
 from gvpo_offline.workers.run import run_stage

@@ -164,6 +164,8 @@ def prepare_prompts(
     return PromptFile(root, record.files[0], dropped, inputs)
 
 
+# Frozen: their values are hashed by position. A setting that is added later enters the identity
+# under its own name, and only where it differs from its default; see `gvpo_offline.identity`.
 _SETTINGS = (
     "prompt_column",
     "as_chat",

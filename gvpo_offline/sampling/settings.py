@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.identity import identity_settings
 from gvpo_offline.openai.client import OPERATIONAL, ServerSettings
 from gvpo_offline.settings import required
 
@@ -46,6 +47,11 @@ class SamplingSettings:
     operational: ClassVar[frozenset[str]] = frozenset()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "responses seed temperature top_p top_k min_p repetition_penalty max_new_tokens stop"
+    )
+
     def __post_init__(self) -> None:
         for name in ("responses", "max_new_tokens", "repetition_penalty"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
@@ -68,7 +74,7 @@ class SamplingSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that the responses depend on."""
-        return {k: v for k, v in asdict(self).items() if k not in self.operational}
+        return {k: v for k, v in identity_settings(self).items() if k not in self.operational}
 
 
 @dataclass(kw_only=True)
@@ -85,6 +91,13 @@ class TransformersSettings(SamplingSettings, ModelSettings):
     """Run on the CPU even if there is a GPU."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"model_name_or_path", "chat_template"})
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "model_name_or_path model_revision tokenizer_name_or_path chat_template dtype "
+        "attn_implementation trust_remote_code load_in_4bit load_in_8bit batch_size "
+        "max_batch_tokens use_cpu"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +117,9 @@ class VllmSettings(SamplingSettings):
     """Further arguments of `vllm.LLM`: max_model_len, tensor_parallel_size …"""
 
     operational: ClassVar[frozenset[str]] = frozenset({"model_name_or_path"})
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = "model_name_or_path model_revision engine"
 
 
 @dataclass(kw_only=True)
@@ -133,6 +149,12 @@ class RequestSettings(SamplingSettings):
     """Maximum number of tokens of prompt and response together; rejects longer prompts before any
     request is sent."""
 
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "model api return_token_ids logprobs send_seed n_per_request max_tokens_name extra_body "
+        "context_length"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("n_per_request", self.n_per_request, self.n_per_request > 0, "positive")
@@ -143,6 +165,11 @@ class OpenAISettings(ServerSettings, RequestSettings):
     """`kind: openai`: a server that answers over HTTP."""
 
     operational: ClassVar[frozenset[str]] = OPERATIONAL
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = (
+        "base_url api_key_env concurrency max_attempts request_timeout max_wait"
+    )
 
     def __post_init__(self) -> None:
         RequestSettings.__post_init__(self)
@@ -160,6 +187,9 @@ class BatchSettings(RequestSettings):
     """Maximum number of requests in a file."""
 
     operational: ClassVar[frozenset[str]] = frozenset({"results", "requests_per_file"})
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = "results requests_per_file"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,15 +296,19 @@ def sampler_settings(name: str, values: Mapping[str, Any]) -> SamplingSettings:
         raise ConfigError(
             f"a sampler's settings are those of its kind ({kind}), with values of their types",
             received=f"{first['msg']} at samplers.{place}",
-            remedy="see docs/sampling.md",
+            remedy="see docs/howto/sampling.md",
         ) from error
     return parsed
 
 
 def recorded(settings: SamplingSettings) -> dict[str, Any]:
-    """All settings with their kind, as the manifest records them."""
+    """The settings with their kind, as the manifest records them.
+
+    Settings that were added later are left out where they have their default, since the identity of
+    the dataset's import covers this record.
+    """
     kind = next(name for name, of in KINDS.items() if type(settings) is of)
-    return {"kind": kind, **asdict(settings)}
+    return {"kind": kind, **identity_settings(settings)}
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:

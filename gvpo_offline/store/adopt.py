@@ -14,7 +14,6 @@ from typing import Any
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.store.check import check_groups
-from gvpo_offline.store.choice import RewardChoice, WeightedReward
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import RemoteSettings, is_url, local_path
 from gvpo_offline.store.manifest import (
@@ -26,6 +25,7 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.parquet import footer_sha256, open_parquet
 from gvpo_offline.store.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
+from gvpo_offline.store.sidecar_choice import RewardChoice, WeightedReward
 
 # Columns of a training file that a dataset keeps in sidecars.
 _INLINE = ("rewards", "ref_seq_logprobs")

@@ -15,9 +15,9 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import text_keys
 from gvpo_offline.rules import check_group
+from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.passes import PrefetchedRowGroups
-from gvpo_offline.store.tables import groups_from_table
+from gvpo_offline.store.row_groups import PrefetchedRowGroups
 
 _LENGTHS = ("n_tokens", "prompt_length", "response_lengths")
 Progress = Callable[[Iterable[int]], Iterable[int]]

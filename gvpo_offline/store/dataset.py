@@ -17,12 +17,7 @@ import pyarrow as pa
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.store.choice import (
-    RewardChoice,
-    WeightedReward,
-    choose_reference_family,
-    choose_reward_families,
-)
+from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.columns import (
     RowGroupLocation,
     add_weighted,
@@ -48,8 +43,13 @@ from gvpo_offline.store.schema import (
     TRAINING_COLUMNS,
     Column,
 )
+from gvpo_offline.store.sidecar_choice import (
+    RewardChoice,
+    WeightedReward,
+    choose_reference_family,
+    choose_reward_families,
+)
 from gvpo_offline.store.storage import LocalStorage, Storage, open_storage
-from gvpo_offline.store.tables import groups_from_table
 
 BASE_SHA256_KEY = b"gvpo_offline.base_sha256"
 _OPEN_FILES = 32
@@ -121,7 +121,7 @@ class GroupDataset:
 
     @functools.cached_property
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
-        """Groups in each row group: (n_row_groups,) int64."""
+        """(n_row_groups,) int64, the number of groups in each row group."""
         files = self.manifest.groups
         # Cached because most files have the same sizes.
         array = functools.cache(lambda sizes: np.array(sizes, np.int64))
@@ -144,7 +144,7 @@ class GroupDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the hashes of all files in use: the identity of the training data."""
+        """SHA-256 over the hashes of all files in use, which identifies the training data."""
         files: list[Any] = [file.sha256 for file in self.manifest.groups]
         for joined in self._joined:
             files += [sidecar.file.sha256 for sidecar in joined.sidecars]

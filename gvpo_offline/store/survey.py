@@ -16,8 +16,7 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import summary_columns
-from gvpo_offline.store.passes import PrefetchedRowGroups
+from gvpo_offline.store.row_groups import PrefetchedRowGroups, summary_columns
 from gvpo_offline.store.schema import SUMMARY_COLUMNS
 
 # Reward gaps are counted in logarithmic bins: constant memory for any number of groups.

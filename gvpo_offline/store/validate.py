@@ -13,16 +13,15 @@ import pyarrow as pa
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.group import Group
 from gvpo_offline.store.adopt import adopt_parquet
-from gvpo_offline.store.arrow import column_array, split_nested_list
+from gvpo_offline.store.arrow import column_array, groups_from_table, split_nested_list
 from gvpo_offline.store.check import check_groups
-from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.location import RemoteSettings, is_url, local_path
 from gvpo_offline.store.manifest import BaseFile, Manifest
 from gvpo_offline.store.schema import GROUPS_COLUMNS
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.storage import open_storage
 from gvpo_offline.store.survey import Survey, survey
-from gvpo_offline.store.tables import groups_from_table
 
 # Sum of float32 log-probs against the stored float64 sum, nats a token.
 _SUM_TOLERANCE = 1e-5

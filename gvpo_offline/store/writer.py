@@ -13,6 +13,7 @@ import pyarrow as pa
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.rules import check_group
+from gvpo_offline.store.arrow import groups_to_table, rewards_to_table
 from gvpo_offline.store.commit import TaskRecord, create_only, verify_file
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -25,7 +26,6 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet
 from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema, rewards_schema
-from gvpo_offline.store.tables import groups_to_table, rewards_to_table
 
 # Entries of a dataset's folder; a folder with others is not written to.
 _OWN_ENTRIES = {

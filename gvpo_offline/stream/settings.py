@@ -41,7 +41,7 @@ class SelectionSettings:
 
     where: str | None = None
     """Only groups for which this SQL condition is true, on columns such as group_size, source,
-    reward_gap, metadata.<key> (docs/selecting.md). In Python also a polars.Expr."""
+    reward_gap, metadata.<key> (docs/howto/selecting.md). In Python also a polars.Expr."""
     responses: ResponseSettings = field(default_factory=ResponseSettings)
     """Which responses of each group to use."""
     reward: dict[str, float] | str | None = None

@@ -6,18 +6,21 @@ reads nothing before it.
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.group import Group
+from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel, plan_step, shape_of
 from gvpo_offline.stream.view import DatasetView
@@ -168,3 +171,115 @@ class StepDataset(Dataset[StepShare]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_row_groups": self._nothing_read()}
+
+
+def training_steps(
+    dataset: GroupDataset,
+    cost: CostModel,
+    *,
+    groups_per_step: int = 32,
+    num_epochs: float = 1.0,
+    seed: int = 42,
+    shuffle_window: int = 4,
+) -> StepDataset:
+    """The optimizer steps of a run on all groups of one dataset, for a hand-written training loop.
+
+    `GVPOTrainer` takes the same groups at each step for the same dataset, seed and window.
+
+    Args:
+        dataset: as `open_dataset` returns it, with rewards and reference log-probs.
+        cost: layout and token budget of a micro-batch: the `cost` of `prepare_engine`'s result.
+        groups_per_step: groups of one optimizer step; the last step takes the rest.
+        num_epochs: how often each group is seen; may be a fraction.
+        seed: decides the order.
+        shuffle_window: row groups whose groups are shuffled together.
+
+    Returns:
+        A sequence; item s is optimizer step s, read when it is asked for.
+
+    Raises:
+        DataError: the dataset has no group.
+    """
+    view = DatasetView(dataset)
+    order = MixedOrder([view.order(seed=seed, window=shuffle_window)])
+    return StepDataset(
+        [view],
+        order,
+        groups_per_step=groups_per_step,
+        n_draws=math.ceil(round(num_epochs * view.n_groups, 6)),
+        cost=cost,
+    )
+
+
+class PrefetchDataset(Dataset[StepShare]):
+    """A `StepDataset` that prefetches the steps after the one that was requested last.
+
+    Items are equal to those of `steps`, in any order of requests. One thread reads, through open
+    files of its own, so that other readers of the same datasets (for example an evaluation) are
+    unaffected. After pickling or a fork nothing is prefetched yet.
+
+    Args:
+        steps: the steps to read.
+        ahead: greatest number of prefetched steps; 0: none.
+    """
+
+    def __init__(self, steps: StepDataset, ahead: int) -> None:
+        self.steps = steps
+        self.ahead = ahead
+        self._thread: _PrefetchThread | None = None
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> StepShare:
+        # A loader's worker processes prefetch themselves, and none of them reads every step.
+        if not self.ahead or get_worker_info() is not None or not 0 <= step < len(self):
+            return self.steps[step]
+        if self._thread is None or self._thread.process != os.getpid():
+            self._thread = _PrefetchThread(_with_own_files(self.steps).__getitem__)
+        return self._thread.get(step, range(step, min(step + 1 + self.ahead, len(self))))
+
+    def __getitems__(self, steps: list[int]) -> list[StepShare | GVPOError]:
+        """As `StepDataset.__getitems__`."""
+        try:
+            return [self[step] for step in steps]
+        except GVPOError as error:
+            return [error]
+
+    def close(self) -> None:
+        """Stop the thread; the next request starts another."""
+        if self._thread is not None and self._thread.process == os.getpid():
+            self._thread.close()
+        self._thread = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_thread": None}
+
+
+class _PrefetchThread:
+    """One thread that reads steps in the order of the last request."""
+
+    def __init__(self, read: Callable[[int], StepShare]) -> None:
+        self.process = os.getpid()
+        self._read = read
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gvpo-prefetch")
+        self._reads: dict[int, Future[StepShare]] = {}
+
+    def get(self, step: int, wanted: range) -> StepShare:
+        """One step; the rest of `wanted` is read after it, and all other reads are cancelled."""
+        for other in self._reads.keys() - set(wanted):
+            self._reads.pop(other).cancel()
+        for number in wanted:
+            if number not in self._reads:
+                self._reads[number] = self._pool.submit(self._read, number)
+        return self._reads.pop(step).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _with_own_files(steps: StepDataset) -> StepDataset:
+    """A copy with open files of its own: copies of a dataset do not share open files."""
+    own = copy.copy(steps)
+    own.views = tuple(replace(view, dataset=copy.copy(view.dataset)) for view in steps.views)
+    return own

@@ -63,7 +63,7 @@ class DatasetView:
         return with_responses(groups, self.selection.responses)
 
     def summary_table(self, row_group: int) -> SummaryRows:
-        """The summary columns of a row group's selected groups, and their row numbers (None: all)."""
+        """The summary columns of a row group's selected groups, and their rows (None: all)."""
         table = summary_table(self.dataset, row_group)
         if self.selection is None:
             return table, None

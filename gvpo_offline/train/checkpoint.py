@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gvpo_offline.errors import ConfigError, ResumeError, StorageError
@@ -28,6 +29,8 @@ TUNE_FOLDER = "tune"
 # What a run may write before its first checkpoint, and the trials of `tune`.
 _HARMLESS = {RUN_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
+# PEFT notes its own version among an adapter's settings; it decides nothing.
+_VERSION_OF_PEFT = ".peft_version"
 _HASH = re.compile(r"^'[0-9a-f]{64}'$")
 
 Identity = Mapping[str, Mapping[str, Any]]
@@ -200,17 +203,26 @@ def read_sharding_state(folder: Path) -> dict[str, Any] | None:
     return taken
 
 
-def check_identity(folder: Path, identity: Identity) -> None:
-    """Raise ResumeError, listing the differences, unless the checkpoint is of this run."""
+def check_identity(
+    folder: Path, identity: Identity, defaults: Identity = MappingProxyType({})
+) -> None:
+    """Raise ResumeError, listing what differs, unless the checkpoint is of this run.
+
+    Args:
+        folder: the checkpoint.
+        identity: of the run.
+        defaults: what a setting is that only one of the two names; None where there is no default.
+    """
     saved = _read_seal(folder)["identity"]
     now = json.loads(json.dumps(identity))
     differences = []
     for part in sorted({*saved, *now}):
-        then, today = saved.get(part, {}), now.get(part, {})
+        default = defaults.get(part, {})
+        then, today = {**default, **saved.get(part, {})}, {**default, **now.get(part, {})}
         differences += [
             f"{part}.{name}: {_shown(then.get(name))} then, {_shown(today.get(name))} now"
             for name in sorted({*then, *today})
-            if then.get(name) != today.get(name)
+            if then.get(name) != today.get(name) and not name.endswith(_VERSION_OF_PEFT)
         ]
     if differences:
         raise ResumeError(

@@ -34,6 +34,10 @@ class CheckpointingTrainer(ShardedTrainer):
         """The settings that a resumed run must share: data, objective, model, optimization."""
         raise NotImplementedError
 
+    def identity_defaults(self) -> dict[str, dict[str, Any]]:
+        """What stands for a setting that `identity` or a checkpoint does not name, by part."""
+        return {}
+
     def found_checkpoint(self, wanted: str | bool | None) -> Path | None:
         """The checkpoint to resume from, or None; errors as `GVPOTrainer.train`."""
         output_dir = Path(self.args.output_dir)
@@ -41,7 +45,7 @@ class CheckpointingTrainer(ShardedTrainer):
         if checkpoint is None:
             refuse_leftovers(output_dir)
             return None
-        check_identity(checkpoint, self.identity())
+        check_identity(checkpoint, self.identity(), self.identity_defaults())
         check_sharding_state(
             checkpoint, read_sharding_state(checkpoint), sharding_state(self.accelerator)
         )

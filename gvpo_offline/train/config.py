@@ -132,8 +132,8 @@ def check_parallelism(args: TrainingArguments) -> None:
                 f"{_CUTS[name]} over groups that share their prompt",
                 received=f"{name}: {size}",
                 remedy="share the weights out instead (FSDP2 or ZeRO-3), set "
-                "activation_checkpointing, and lower kept_logits_mb; docs/adapters.md says how "
-                "long a response then fits",
+                "activation_checkpointing, and lower kept_logits_mb; docs/howto/adapters.md says "
+                "how long a response then fits",
             )
 
 

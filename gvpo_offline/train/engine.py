@@ -1,4 +1,4 @@
-"""The compute engine of a training run: chosen by the probe, the same on every rank."""
+"""The compute engine of a training run, chosen by the probe and the same on every rank."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 def training_engine(
     model: nn.Module, args: GVPOConfig, on_entropy: Callable[[Tensor], None], *, sharded: bool
 ) -> Engine:
-    """Probe the policy, log the chosen layout with the reasons, and return its engine.
+    """Probe the policy, log the chosen layout and the reasons, and return the engine.
 
     Args:
-        model: the policy, not yet wrapped for distribution or mixed precision.
-        args: the settings.
-        on_entropy: called with the entropies if `args.log_entropy`.
+        model: the policy, not yet wrapped for distributed training or mixed precision.
+        args: the training settings.
+        on_entropy: called with the entropies of each forward pass if `args.log_entropy`.
         sharded: whether each rank will hold only a part of the weights.
 
     Raises:
-        ConfigError: no layout is exact for the model, or the requested one is not.
+        ConfigError: no layout computes the model correctly, or the requested one does not.
     """
     training = model.training
     _checkpoint_activations(model, args)
     try:
-        # With dropout on, two forward passes differ, so that layouts cannot be compared.
+        # With dropout, two forward passes differ, so layouts cannot be compared.
         choice = _choice(model.train(args.disable_dropout), args, sharded)
     finally:
         model.train(training)
@@ -52,13 +52,13 @@ def training_engine(
 def _choice(model: nn.Module, args: GVPOConfig, sharded: bool) -> Choice:
     layout = args.layout
     if layout == "auto" and (args.torch_compile or not args.disable_dropout):
-        why = "compiled models need few input shapes" if args.torch_compile else "dropout is on"
+        why = "torch_compile needs few input shapes" if args.torch_compile else "dropout is on"
         logger.info("layout padded: %s", why)
         layout = "padded"
     choice = choose_path(model, layout=layout)
     path = choice.path
     if path.layout == "shared" and next(model.parameters()).device.type != args.device.type:
-        # Sharded models are probed on the device where they were loaded, and moved later.
+        # Sharded models are probed on the device that they were loaded on, and moved later.
         path = replace(path, attention=kernels(args.device)[0])
     choice = replace(choice, path=path, prompt_once=choice.prompt_once and not sharded)
     if args.world_size > 1:
@@ -77,6 +77,6 @@ def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
     enable = getattr(model, f"{name}_enable", None)
     if enable is not None:
         options = dict(getattr(args, f"{name}_kwargs", None) or {})
-        for own in ("every_n_layers", "offload"):  # the trainer sets them later
+        for own in ("every_n_layers", "offload"):  # set later by the trainer
             options.pop(own, None)
         enable(**{f"{name}_kwargs": options or None})

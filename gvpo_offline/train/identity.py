@@ -1,20 +1,24 @@
 """What must be the same for a run to be continued: data, objective, model, optimization.
 
 Not the number of ranks, nor the budget of a micro-batch: they move sums by their rounding only.
+
+A setting that a later version of the package or of PEFT adds refuses no older checkpoint: see
+`gvpo_offline.identity` and `adapter_defaults`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from gvpo_offline.compute.model import attention_of, dtype_of, weights_sha256
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.identity import defaults_of, identity_settings
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import TrainingData
 
+# Frozen: a name that is added later enters the identity where its value is not the default.
 _OPTIMIZATION = (
     "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
     "optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 "
@@ -34,7 +38,7 @@ def run_identity(
     """
     return {
         "data": data.identity(args),
-        "objective": asdict(args.objective()),
+        "objective": identity_settings(args.objective()),
         "model": model_part,
         "optimization": {name: str(getattr(args, name, None)) for name in _OPTIMIZATION.split()},
     }
@@ -62,6 +66,20 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
             for adapter, settings in adapters.items()
             for name, value in _plain(settings.to_dict()).items()
         },
+    }
+
+
+def adapter_defaults(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The defaults of the adapters' settings, named as in `model_identity`: what a checkpoint that
+    does not name a setting was made with.
+    """
+    adapters = getattr(model, "peft_config", {})
+    return {
+        "model": {
+            f"adapter.{adapter}.{name}": value
+            for adapter, settings in adapters.items()
+            for name, value in _plain(defaults_of(type(settings))).items()
+        }
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ class Objective:
     loss_type: str = "gvpo"
     anchor: float = 0.0
     response_weights: str = "equal"
+
+    # Frozen; see `identity`.
+    always_in_identity: ClassVar[str] = "beta loss_type anchor response_weights"
 
     def __call__(self, logprobs_N: Tensor, groups: Sequence[Group]) -> GroupLoss:
         """The loss of whole groups.

@@ -13,6 +13,7 @@ from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slic
 from gvpo_offline.errors import DataError
 from gvpo_offline.reference.checks import PolicyFacts, check_row_tokens, reference_warnings
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.manifest import import_warnings
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import DatasetView
 
@@ -69,7 +70,7 @@ def _say(
         for line in (*view.notes, *describe_data(own, beta, max_tokens, n_files)):
             logger.info("%s%s", label, line)
         assert view.dataset.reference is not None  # resolve_dataset saw to it
-        warnings = data_warnings(own, beta)
+        warnings = import_warnings(view.dataset.manifest) + data_warnings(own, beta)
         for line in warnings + reference_warnings(policy, view.dataset.reference):
             logger.warning("%s%s", label, line)
     trained = [view.dataset for view in data.views]

@@ -38,9 +38,8 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.ahead import PrefetchDataset
 from gvpo_offline.stream.plan import shape_of
-from gvpo_offline.stream.steps import MicroBatch, StepShare
+from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.callbacks import EpochCallback, WatchCallback
 from gvpo_offline.train.checkpointing import CheckpointingTrainer
@@ -49,7 +48,7 @@ from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.distributed import loaded_whole
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
-from gvpo_offline.train.identity import model_identity, run_identity
+from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import check_held_out, check_sampler_logprobs, inspect, verify
 
@@ -117,6 +116,7 @@ class GVPOTrainer(CheckpointingTrainer):
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
+        self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
         epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
@@ -137,7 +137,7 @@ class GVPOTrainer(CheckpointingTrainer):
         self.engine: Engine = training_engine(
             self.model, args, self._meter.add_entropy, sharded=self.is_sharded
         )
-        self.policy = self.policy.along(self.engine.path)
+        self.policy = self.policy.with_path(self.engine.path)
         steps.cost = self.engine.cost
 
     # ---- before the first step ----
@@ -188,6 +188,10 @@ class GVPOTrainer(CheckpointingTrainer):
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""
         return run_identity(self.data, self.args, self._model_identity)
+
+    def identity_defaults(self) -> dict[str, dict[str, Any]]:
+        """The defaults of an adapter's settings: PEFT adds some with most releases."""
+        return self._adapter_defaults
 
     def _start_reference_check(self) -> ReferenceMeter | None:
         same = self.policy.weights_sha256 == self.data.reference.weights_sha256
@@ -259,7 +263,7 @@ class GVPOTrainer(CheckpointingTrainer):
 
     def _accumulate(self, model: nn.Module, micro_batch: MicroBatch, scale: float) -> Tensor:
         """Accumulate the gradient of a micro-batch's summed loss times `scale`; return it."""
-        groups, passes = micro_batch
+        groups, n_forwards = micro_batch
 
         def objective(logprobs: Tensor) -> Tensor:
             if self._reference_meter is not None:
@@ -270,7 +274,7 @@ class GVPOTrainer(CheckpointingTrainer):
             return loss.group_losses.sum() * scale
 
         return self.engine.accumulate(
-            model, groups, objective, self.accelerator.backward, passes=passes
+            model, groups, objective, self.accelerator.backward, n_forwards=n_forwards
         )
 
     def get_total_train_batch_size(self, args: Any) -> int:

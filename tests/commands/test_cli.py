@@ -384,7 +384,7 @@ def test_a_parquet_file_and_an_adapter(
     argv = ["train", *(word for name, value in flags.items() for word in (f"--{name}", value))]
     status, output = server.run(argv)
     assert status == 0, output
-    assert "the dataset names none" in output  # no tokenizer to compare with
+    assert "the dataset records no tokenizer" in output  # no tokenizer to compare with
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "run" / "model.safetensors").exists()
     judge = {**flags, "model_name_or_path": tmp_path / "run", "output_file": tmp_path / "fit.json"}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the ground up. A module imports from layers below its own, or from its own without a circle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "hashing", "yaml_settings"),
+    ("version", "errors", "hashing", "identity", "yaml_settings"),
     ("group", "settings"),
     ("rules", "values"),
     ("store", "contract"),
@@ -40,9 +40,9 @@ DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "opena
 # What runs where no torch is installed, or must start at once.
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "yaml_settings", "group", "rules", "values", "contract"),
-    *("settings", "compute.settings", "reference.settings", "tune.settings"),
+    *("identity", "settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
-    *("store.arrow", "store.schema", "store.tables", "train.settings"),
+    *("store.arrow", "store.schema", "train.settings"),
     *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),
     *("stream.selecting.select", "stream.selecting.where", "stream.view"),
     *("train.checkpoint", "tokenizer", "tune.search", "commands.table", "cli"),

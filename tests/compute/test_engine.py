@@ -1,4 +1,4 @@
-"""Log-probs and gradients through the engine, against one response at a time by a bare model."""
+"""Log-probs and gradients of the engine, compared with a bare model run on single responses."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from support.oracle import (
     objective,
     sequences,
 )
+from support.rounding import LOGPROB_ROUNDING, ROUNDING
 from support.tiny_models import ALIBI, FAMILIES, OTHER_ATTENTION, VOCAB_SIZE, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -40,8 +41,6 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import CostModel, shape_of
 
-LOGPROB_ERROR = 1e-4  # nats a sequence
-GRADIENT_ERROR = 1e-5  # relative, over all trained parameters
 CANCELLED = 1e-4  # the same, for random groups
 ALL_FAMILIES = (*FAMILIES, *OTHER_ATTENTION, *ALIBI, *HYBRIDS)
 
@@ -52,21 +51,23 @@ def _tokens(*lengths: int, seed: int = 0) -> Iterator[list[int]]:
 
 
 def _large() -> Group:
-    """9 + 23 tokens at most, past every window; one part 18 long in three responses of seven."""
+    """A group whose longest row, 9 + 23 tokens, exceeds every window; some of its seven responses
+    are equal or share a prefix of 18 or 20 tokens.
+    """
     prompt, long, *tails = _tokens(9, 24, 5, 2, 1, 6)
     responses = [long, long[:18] + tails[0], tails[2], long, long[:20], tails[3]]
     return group_of(prompt, [*responses, long[:18] + tails[1]])
 
 
 def _masked() -> Group:
-    """A prompt of one token, and a loss mask."""
+    """A group with a prompt of one token and a loss mask."""
     prompt, *responses = _tokens(1, 9, 2, 1, 7, seed=1)
     masks = [[True] * 4 + [False] * 3 + [True] * 2, [False, True], [True], [False] * 6 + [True]]
     return group_of(prompt, responses, masks)
 
 
 LARGE, MASKED = _large(), _masked()
-# The prompt and the longest response are 9 + 24 - 1 = 32 tokens; all of LARGE 9 + 79 of them.
+# Prompt and longest response have 9 + 24 - 1 = 32 input tokens; the whole of LARGE has 9 + 79.
 SMALL_BUDGET, LARGE_BUDGET = 33, 1000
 
 
@@ -80,32 +81,36 @@ def engine_of(model: nn.Module, max_tokens: int) -> Engine:
     return engine_for(model, choose_path(model), max_tokens=max_tokens)
 
 
-def assert_near(found: Measured, truth: Measured, gradient_error: float = GRADIENT_ERROR) -> None:
+def assert_near(found: Measured, truth: Measured, gradient_error: float = ROUNDING) -> None:
     nats, relative = found.errors(truth)
-    assert nats <= LOGPROB_ERROR
+    assert nats <= LOGPROB_ROUNDING
     assert relative <= gradient_error
-    assert float(found.loss) == pytest.approx(float(truth.loss), rel=1e-6, abs=LOGPROB_ERROR)
+    assert float(found.loss) == pytest.approx(float(truth.loss), rel=1e-6, abs=LOGPROB_ROUNDING)
 
 
 def assert_exact(model: nn.Module, groups: tuple[Group, ...] = (LARGE, MASKED)) -> Engine:
-    """Together in one pass, then each in pieces, with the prompt once and with each piece."""
-    # Before the model is touched.
-    truths = [measured_alone(model, chosen) for chosen in (groups, *((g,) for g in groups))]
+    """Check all groups in one forward pass, then each group in pieces.
+
+    In pieces, once with the prompt computed once and once with the prompt in each piece.
+    """
+    # Computed before the engine modifies the model.
+    together = measured_alone(model, groups)
+    apart = [measured_alone(model, [g]) for g in groups] if len(groups) > 1 else [together]
     engine = engine_of(model, LARGE_BUDGET)
-    assert_near(measured_by(engine, model, groups), truths[0])
-    for group, truth in zip(groups, truths[1:], strict=True):
+    assert_near(measured_by(engine, model, groups), together)
+    for group, truth in zip(groups, apart, strict=True):
         budget = shape_of(group).width + 1
         small = replace(engine, cost=replace(engine.cost, max_tokens=budget))
         assert_near(measured_by(small, model, [group]), truth)
         if engine.prompt_once:
             again = replace(small, prompt_once=False)
-            assert_near(measured_by(again, model, [group], passes=9), truth)
+            assert_near(measured_by(again, model, [group], n_forwards=9), truth)
     return engine
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family_is_exact(family: str) -> None:
-    # The scan of the first Mamba is 1e-4 from its own float64 in float32, so order shows.
+    # The float32 scan of Mamba 1 differs from float64 by 1e-4, so the order of sums matters.
     model = model_of(family)
     assert_exact(model.double() if family == "mamba" else model)
 
@@ -115,7 +120,7 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
     model = model_of(family)
     model.gradient_checkpointing_enable()  # type: ignore[operator]
     engine = assert_exact(model, (LARGE,))
-    # What is continued from a cache is not computed so, since checkpoints drop the cache.
+    # The `continued` layout is not used here, because gradient checkpointing drops the cache.
     assert engine.path.layout == ("shared" if family in SHARED else "padded")
 
 
@@ -123,7 +128,7 @@ SHARED = {*FAMILIES, *OTHER_ATTENTION} - {"falcon"}
 
 
 def with_lora(model: Any) -> nn.Module:
-    """An adapter that does something on every linear module, on the head unless it is tied."""
+    """A LoRA adapter with non-zero output on every linear module, including an untied head."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = [
         name
@@ -156,7 +161,7 @@ def test_adapters_under_gradient_checkpointing() -> None:
 
 
 def test_windows_that_are_shorter_than_the_sequences_matter() -> None:
-    # The same weights with and without a window of 5: were it lost, it would show by nats.
+    # The same weights with and without a window of 5: ignoring it changes log-probs by nats.
     with torch.no_grad():
         sums = [alone(model_of(name), [LARGE]) for name in ("mistral", "mistral-window")]
     assert (sums[0] - sums[1]).abs().max() > 1
@@ -164,14 +169,14 @@ def test_windows_that_are_shorter_than_the_sequences_matter() -> None:
 
 # ---- random groups, with padded rows as the oracle ----
 
-# Neither, a window, chunks.
+# Full attention, a sliding window, chunks.
 RANDOM_FAMILIES = ("qwen3", "olmo3", "llama4")
 
 
 @functools.cache
 def exact_model(family: str) -> nn.Module:
-    # In float64, since a few of all groups have gradients that cancel down to float32's noise;
-    # log-softmax stays in float32, so some of that is left: CANCELLED.
+    # In float64, because the gradients of a few groups cancel down to float32 rounding. Log-softmax
+    # stays in float32, so some of this rounding remains: CANCELLED.
     model = model_of(family).double()
     choose_path(model)
     return model
@@ -179,7 +184,7 @@ def exact_model(family: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def _tries() -> Iterator[None]:
-    """Responses share what they begin with from two tokens on."""
+    """Within it, responses share prefixes of two tokens or more."""
     defaults: Any = packed.__kwdefaults__
     with mock.patch.dict(defaults, min_shared_tokens=2):
         yield
@@ -236,12 +241,12 @@ def test_low_precision_errs_no_more_than_the_bare_model_does(family: str, how: s
     with around() if around else torch.enable_grad():
         own_nats, own_relative = measured_alone(model, [LARGE]).errors(exact)
     nats, relative = measured_by(engine, model, [LARGE], around=around).errors(exact)
-    # Rounding falls as it falls on each path; a mistake costs nats here, and whole gradients.
+    # Rounding differs between paths; a wrong path changes log-probs by nats, gradients by 100%.
     assert nats <= 2 * own_nats + 0.05
     assert relative <= 2 * own_relative + 0.01
 
 
-# ---- what the engine promises beyond that ----
+# ---- other guarantees of the engine ----
 
 
 def shared_engine(model: nn.Module, max_tokens: int = LARGE_BUDGET, **options: Any) -> Engine:
@@ -264,7 +269,7 @@ def test_every_token_has_its_logprob_counted_or_not(max_tokens: int) -> None:
     for group in (LARGE, MASKED):
         with torch.no_grad():
             tokens = engine.token_logprobs(model, [group])
-            # Each token's is the difference of the sums with it and without it.
+            # A token's log-prob is the difference of the sums with and without it.
             unmasked = replace(group, loss_mask=None)
             sums = alone(model, [unmasked])
             counted = alone(model, [group])
@@ -272,12 +277,12 @@ def test_every_token_has_its_logprob_counted_or_not(max_tokens: int) -> None:
         masks = [torch.from_numpy(mask) for _, _, mask in sequences([group])]
         whole = torch.stack([own.double().sum() for own in tokens])
         part = torch.stack([own[m].double().sum() for own, m in zip(tokens, masks, strict=True)])
-        torch.testing.assert_close(whole, sums, rtol=0, atol=LOGPROB_ERROR)
-        torch.testing.assert_close(part, counted, rtol=0, atol=LOGPROB_ERROR)
+        torch.testing.assert_close(whole, sums, rtol=0, atol=LOGPROB_ROUNDING)
+        torch.testing.assert_close(part, counted, rtol=0, atol=LOGPROB_ROUNDING)
 
 
 def read_tokens(model: Any, compute: Callable[[], object]) -> list[int]:
-    """Tokens of each forward pass, in order."""
+    """Numbers of input tokens of the forward passes, in order."""
     seen: list[int] = []
     hook = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].numel())
@@ -290,12 +295,12 @@ def read_tokens(model: Any, compute: Callable[[], object]) -> list[int]:
 def test_passes_keep_to_the_budget_and_read_the_prompt_once() -> None:
     model = model_of("qwen3")
     engine = shared_engine(model, 30)
-    # Prompt 4; responses read 20, 12, 10 and 8 tokens. Beside the prompt 30 - 4 = 26 fit: the
-    # longest first, each where it fits, 20 | 12 + 10 | 8. The largest piece comes last.
+    # The prompt has 4 tokens, the responses 20, 12, 10 and 8 input tokens. 30 - 4 = 26 fit beside
+    # the prompt. First fit, longest first: 20 | 12 + 10 | 8. The largest piece comes last.
     prompt, *responses = _tokens(4, 21, 13, 11, 9)
     group = group_of(prompt, responses)
     passes = read_tokens(model, lambda: measured_by(engine, model, [group]))
-    # The prompt; 8 and 20 without a graph; 22 with one; 8 and 20 again.
+    # The prompt; 8 and 20 without a graph; 22 with a graph; 8 and 20 again with a graph.
     assert passes == [4, 8, 20, 22, 8, 20]
     again = replace(engine, prompt_once=False)
     passes = read_tokens(model, lambda: measured_by(again, model, [group]))
@@ -310,7 +315,7 @@ def test_equal_responses_are_read_once() -> None:
     engine = shared_engine(model)
     passes = read_tokens(model, lambda: measured_by(engine, model, [group]))
     assert passes == [5 + 8 + 3]
-    # Each of them has its part in the gradient all the same: test_every_family_is_exact.
+    # Each of them still contributes to the gradient: see test_every_family_is_exact.
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
@@ -322,17 +327,17 @@ def test_what_is_kept_of_the_logits_changes_nothing(kept_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "continued", "padded"])
-@pytest.mark.parametrize("passes", [1, 3])
-def test_no_groups_are_passes_over_nothing(layout: LayoutName, passes: int) -> None:
+@pytest.mark.parametrize("n_forwards", [1, 3])
+def test_no_groups_are_passes_over_nothing(layout: LayoutName, n_forwards: int) -> None:
     model = model_of("qwen3")
     path = choose_path(model, layout=layout).path
     engine = Engine(path, CostModel(layout, LARGE_BUDGET), prompt_once=False)
     seen = read_tokens(
-        model, lambda: engine.accumulate(model, [], objective, Tensor.backward, passes)
+        model, lambda: engine.accumulate(model, [], objective, Tensor.backward, n_forwards)
     )
-    # Every rank makes as many calls of the model: the first passes, then all with gradients.
+    # Every rank calls the model equally often: n - 1 passes without a graph, then n with one.
     calls = {"continued": 2}.get(layout, 1)
-    assert len(seen) == calls * (1 if passes == 1 else 2 * passes - 1)
+    assert len(seen) == calls * (1 if n_forwards == 1 else 2 * n_forwards - 1)
     assert gradient_of(model).abs().max() == 0
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -348,7 +353,7 @@ def test_entropies_are_told_once(max_tokens: int) -> None:
         ids = torch.from_numpy(np.concatenate([prompt, response])).long()
         log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1], -1)
         expected.append(-(log_p.exp() * log_p).sum(-1).detach())
-    # In pieces they come in another order.
+    # In pieces the order differs.
     ordered, true = torch.cat(told).sort().values, torch.cat(expected).sort().values
     torch.testing.assert_close(ordered, true, rtol=0, atol=1e-5)
 

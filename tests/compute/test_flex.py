@@ -1,7 +1,7 @@
-"""Flex attention over a tree: its blocks element by element, its results against dense masks.
+"""Flex attention over a tree: block tables element by element, results against dense masks.
 
-torch has no backward of flex attention for the CPU, and refuses one; what it traces for the GPU can
-be run there all the same, once that refusal is out of the way. The kernels themselves are torch's.
+On CPUs torch raises an error for the backward pass of flex attention. The graph that it traces for
+GPUs also runs on a CPU, so the tests disable that error. The kernels themselves are torch's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gvpo_offline.compute import flex
 from gvpo_offline.compute.attention import (
-    Asked,
+    AttentionInputs,
     PackedRow,
     _dense,
     packed_forward,
@@ -37,14 +37,14 @@ from gvpo_offline.compute.attention import (
 )
 from gvpo_offline.compute.flex import FlexPlan, flex_tree_attention
 from gvpo_offline.compute.layout import PackedInput, packed
-from gvpo_offline.compute.tree import Rule, Tree, visible
+from gvpo_offline.compute.tree import AttentionRule, Tree, visible
 
 CPU = torch.device("cpu")
-RULES = (Rule(), Rule("window", 5), Rule("chunk", 4))
+RULES = (AttentionRule(), AttentionRule("window", 5), AttentionRule("chunk", 4))
 
 
 def _refuse_nothing(*_: Tensor) -> None:
-    """A function, because the compiler reads it, which it would not do with a mock."""
+    """Replaces torch's check; a function, because the compiler cannot trace a mock."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,7 +55,7 @@ def _backward_on_cpu() -> Iterator[None]:
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Compiles as on a GPU, up to the kernels, and counts how often."""
+    """A compiler backend that traces as for a GPU, without its kernels; counts compilations."""
     torch._dynamo.reset()
     counting = CompileCounterWithBackend("aot_eager")
     compiled = functools.cache(
@@ -67,7 +67,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @contextlib.contextmanager
 def not_compiled() -> Iterator[None]:
-    """The same operator, with nothing traced."""
+    """Within it, flex attention runs eagerly, without tracing."""
     with (
         mock.patch.object(flex, "_compiled", return_value=flex._attend),
         mock.patch.object(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
@@ -76,7 +76,7 @@ def not_compiled() -> Iterator[None]:
 
 
 def row_of(*seeds: int, vocab_size: int = 2, prefix_segments: int = 0, **options: Any) -> Tree:
-    """The tree of random groups; with so few tokens responses share their beginnings."""
+    """The tree of random groups, whose small vocabulary makes responses share prefixes."""
     groups = [make_group(seed, vocab_size=vocab_size, **options) for seed in seeds]
     row = packed(groups, min_shared_tokens=1).input
     assert isinstance(row, PackedInput)
@@ -95,14 +95,16 @@ def trees(draw: st.DrawFn) -> Tree:
     )
 
 
-rules = st.builds(Rule, st.sampled_from(["window", "chunk"]), st.integers(1, 12)) | st.just(Rule())
+rules = st.builds(
+    AttentionRule, st.sampled_from(["window", "chunk"]), st.integers(1, 12)
+) | st.just(AttentionRule())
 
 
-# ---- what sees what ----
+# ---- visibility ----
 
 
 def times_met(count: Tensor, indices: Tensor, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """(queries, keys) in whole blocks: how often a table of blocks names each element's block."""
+    """(queries, keys) in whole blocks: how often a block table lists the block of each element."""
     met = np.zeros(shape, dtype=np.int64)
     for number, (n, columns) in enumerate(zip(count[0, 0], indices[0, 0], strict=True)):
         np.add.at(met[number], columns[: int(n)].numpy(), 1)
@@ -111,7 +113,9 @@ def times_met(count: Tensor, indices: Tensor, shape: tuple[int, int]) -> NDArray
 
 @given(trees(), rules, st.sampled_from([2, 4, 16]))
 @settings(max_examples=150, deadline=None)
-def test_blocks_cover_what_is_seen_and_nothing_else(tree: Tree, rule: Rule, block: int) -> None:
+def test_blocks_cover_what_is_seen_and_nothing_else(
+    tree: Tree, rule: AttentionRule, block: int
+) -> None:
     with mock.patch.object(flex, "_BLOCK", block):
         blocks = FlexPlan(tree, rule, CPU).blocks
         n, m = blocks.kv_indices.shape[2:]
@@ -121,7 +125,7 @@ def test_blocks_cover_what_is_seen_and_nothing_else(tree: Tree, rule: Rule, bloc
         full_for_keys = times_met(blocks.full_q_num_blocks, blocks.full_q_indices, (m, n)).T
     seen = visible(tree, rule)
     missing = [(0, -length % block) for length in seen.shape]
-    seen = np.pad(seen, missing)  # what a block has beyond the row's end is not seen
+    seen = np.pad(seen, missing)  # elements of a block beyond the row's end are not visible
     assert seen.shape == (n * block, m * block)
     assert (partial + full)[seen].min() == 1
     assert (partial + full).max() == 1, "a block met twice"
@@ -136,7 +140,7 @@ def test_blocks_cover_what_is_seen_and_nothing_else(tree: Tree, rule: Rule, bloc
 
 @given(trees(), rules)
 @settings(max_examples=60, deadline=None)
-def test_rows_tell_what_is_seen(tree: Tree, rule: Rule) -> None:
+def test_rows_tell_what_is_seen(tree: Tree, rule: AttentionRule) -> None:
     rows = FlexPlan(tree, rule, CPU).rows
     q = torch.arange(len(rows.least_depth))[:, None]
     seen = (rows.seen_from <= q) & (q < rows.seen_until)
@@ -147,17 +151,17 @@ def test_rows_tell_what_is_seen(tree: Tree, rule: Rule) -> None:
 def test_a_plan_holds_nothing_of_the_size_of_queries_times_keys() -> None:
     tree = row_of(*range(20), k=8, vocab_size=9999, prompt_tokens=800, response_tokens=100)
     assert tree.n_rows == 20 * (800 + 8 * 99) == 31_840
-    assert tree.row_ends.size == tree.row_depths.size == 31_840  # made before the count begins
+    assert tree.row_ends.size == tree.row_depths.size == 31_840  # cached before memory is measured
     tracemalloc.start()
-    plan = FlexPlan(tree, Rule("window", 512), CPU)
+    plan = FlexPlan(tree, AttentionRule("window", 512), CPU)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     blocks = -(-31_840 // 128)
-    # 4 tables of all pairs of blocks with their counts, 3 numbers a key, 1 a query: int32.
+    # int32: 4 tables of all pairs of blocks and their counts, 3 numbers per key, 1 per query.
     expected = 4 * (4 * blocks * (blocks + 1) + 4 * 31_840)
     assert sum(tensor.nbytes for tensor in (*plan.rows, *plan.blocks)) == expected
     assert expected < 31_840**2 / 500
-    assert peak < 31_840**2 / 50  # not even a bit a pair
+    assert peak < 31_840**2 / 50  # less than a bit per pair
 
 
 # ---- attention ----
@@ -177,24 +181,24 @@ def inputs(
         (tree.n_rows, heads[1], widths[0]),
         (tree.n_rows, heads[1], widths[1]),
     )
-    # As projections leave them: heads side by side in each row.
+    # In the memory layout of projections: heads side by side in each row.
     made = [torch.randn(*shape, generator=dice).transpose(0, 1)[None] for shape in shapes]
     query, key, value = (tensor.requires_grad_() for tensor in made)
     return query, key, value
 
 
-def flexed(tree: Tree, rule: Rule, *given: Any) -> Tensor:
+def flexed(tree: Tree, rule: AttentionRule, *given: Any) -> Tensor:
     query, key, value, scale, softcap, sinks = given
     plan = FlexPlan(tree, rule, CPU)
     return flex_tree_attention(query, key, value, plan, scale, softcap, sinks)
 
 
-def dense(tree: Tree, rule: Rule, *given: Any) -> Tensor:
-    return _dense(PackedRow(tree, "dense"), rule, Asked(*given))
+def dense(tree: Tree, rule: AttentionRule, *given: Any) -> Tensor:
+    return _dense(PackedRow(tree, "dense"), rule, AttentionInputs(*given))
 
 
-def assert_same(tree: Tree, rule: Rule, *given: Any) -> None:
-    """Results and the gradients of everything that has one, in float32."""
+def assert_same(tree: Tree, rule: AttentionRule, *given: Any) -> None:
+    """Assert equal results and gradients, within float32 rounding."""
     leaves = [tensor for tensor in given if isinstance(tensor, Tensor)]
     found, expected = flexed(tree, rule, *given), dense(tree, rule, *given)
     assert found.shape == expected.shape
@@ -208,7 +212,7 @@ def assert_same(tree: Tree, rule: Rule, *given: Any) -> None:
 
 @given(trees(), rules)
 @settings(max_examples=25, deadline=None)
-def test_any_tree_as_with_a_dense_mask(tree: Tree, rule: Rule) -> None:
+def test_any_tree_as_with_a_dense_mask(tree: Tree, rule: AttentionRule) -> None:
     with not_compiled():
         assert_same(tree, rule, *inputs(tree), 0.3, None, None)
 
@@ -227,7 +231,7 @@ def test_any_tree_as_with_a_dense_mask(tree: Tree, rule: Rule) -> None:
     ids=["capped", "sinks", "both-unlike-widths", "narrow", "narrow-sinks"],
 )
 def test_what_families_ask_for(
-    rule: Rule,
+    rule: AttentionRule,
     prefix_segments: int,
     softcap: float | None,
     sinks: bool,
@@ -246,7 +250,7 @@ def test_kernels_get_heads_of_at_least_16_numbers() -> None:
     tree = row_of(1)
     attend = mock.Mock(side_effect=flex._attend)
     with not_compiled(), mock.patch.object(flex, "_compiled", return_value=attend):
-        out = flexed(tree, Rule(), *inputs(tree, widths=(8, 4)), 0.25, None, None)
+        out = flexed(tree, AttentionRule(), *inputs(tree, widths=(8, 4)), 0.25, None, None)
     assert [tensor.shape[-1] for tensor in attend.call_args.args[:3]] == [16, 16, 16]
     assert out.shape == (1, tree.n_rows, 4, 4)
 
@@ -256,9 +260,11 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     exact = inputs(tree)
     rounded = [tensor.detach().bfloat16() for tensor in exact]
     with not_compiled():
-        found = flexed(tree, Rule(), *rounded, 0.25, None, torch.zeros(4))
+        found = flexed(tree, AttentionRule(), *rounded, 0.25, None, torch.zeros(4))
     assert found.dtype == torch.bfloat16
-    expected = dense(tree, Rule(), *(t.float() for t in rounded), 0.25, None, torch.zeros(4))
+    expected = dense(
+        tree, AttentionRule(), *(t.float() for t in rounded), 0.25, None, torch.zeros(4)
+    )
     # 8 bits of mantissa: relative steps of 2^-8, rounded once by the kernel and once by the sinks.
     torch.testing.assert_close(found.float(), expected, atol=4 * 2**-8, rtol=2 * 2**-8)
 
@@ -277,9 +283,9 @@ def test_rows_of_other_lengths_rules_and_prefixes_are_not_compiled_again(counter
             response_tokens=response,
             prefix_segments=prefix_segments,
         )
-        for rule in (Rule(), Rule("window", 50), Rule("chunk", 64)):
+        for rule in (AttentionRule(), AttentionRule("window", 50), AttentionRule("chunk", 64)):
             assert_same(tree, rule, *inputs(tree, heads=(2, 1), seed=number), 0.25, None, None)
-        # Queries that all lie in one block are a case of their own to the compiler.
+        # The compiler specialises on queries that all lie in one block.
         n_queries = tree.n_rows - tree.prefix
         assert (n_queries > 128) == (number < 5)
         assert counter.frame_count == (1 if n_queries > 128 else 2)
@@ -289,7 +295,7 @@ def test_recomputed_layers_without_gradient_and_under_autocast_give_the_same_bit
     counter: Any,
 ) -> None:
     tree = row_of(5, 6, prompt_tokens=80, response_tokens=50, vocab_size=9999)
-    plan = FlexPlan(tree, Rule("window", 30), CPU)
+    plan = FlexPlan(tree, AttentionRule("window", 30), CPU)
     given = (*inputs(tree), torch.zeros(4, requires_grad=True))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
@@ -313,19 +319,19 @@ def test_recomputed_layers_without_gradient_and_under_autocast_give_the_same_bit
 
 def test_variants_are_compiled_beyond_what_the_compiler_grants(counter: Any) -> None:
     tree = row_of(1)
-    plan = FlexPlan(tree, Rule(), CPU)
+    plan = FlexPlan(tree, AttentionRule(), CPU)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         for width in (16, 17, 18):
             made = inputs(tree, heads=(1, 1), widths=(width, width))
             out = flex_tree_attention(*made, plan, 0.25, None, None)
-            torch.testing.assert_close(out, dense(tree, Rule(), *made, 0.25, None, None))
+            torch.testing.assert_close(out, dense(tree, AttentionRule(), *made, 0.25, None, None))
         assert counter.frame_count == 3
         assert torch._dynamo.config.recompile_limit == 1
 
 
 def test_a_plan_of_another_row_is_refused(counter: Any) -> None:
     tree, other = row_of(1, prompt_tokens=9), row_of(1, prompt_tokens=8)
-    plan = FlexPlan(other, Rule(), CPU)
+    plan = FlexPlan(other, AttentionRule(), CPU)
     with pytest.raises(RuntimeError):
         flex_tree_attention(*inputs(tree), plan, 0.25, None, None)
 

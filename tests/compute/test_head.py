@@ -1,4 +1,4 @@
-"""Log-probs from hidden states, against the log-softmax of logits written out."""
+"""Log-probs from hidden states, compared with the log-softmax of explicit logits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from gvpo_offline.compute import vocabulary
-from gvpo_offline.compute.fused import Part, fused_pair_logprobs
+from gvpo_offline.compute.fused import LogitTerm, fused_pair_logprobs
 from gvpo_offline.compute.head import UnsupportedHeadError, find_head, pair_logprobs
 
 PLENTY = 1 << 30
@@ -77,7 +77,7 @@ def hidden_of(model: nn.Module) -> Tensor:
 
 
 def own_logprobs(model: nn.Module) -> Tensor:
-    """The pairs' log-probs by the model's own logits: (8,) float64, nats."""
+    """(8,) float64 log-probs of the pairs from the model's own logits, nats."""
     logits = model(input_ids=IDS, use_cache=False).logits.flatten(0, 1)
     return torch.log_softmax(logits.double(), dim=-1)[ROWS, TOKENS]
 
@@ -105,7 +105,7 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
 def test_families_agree_with_their_own_logits(family: str) -> None:
     model = model_of(family)
     ours, own = our_logprobs(model), own_logprobs(model)
-    assert ours.min() < -3.0  # a wrong scale or cap would show
+    assert ours.min() < -3.0  # large enough that a wrong scale or cap is noticed
     torch.testing.assert_close(ours, own, atol=1e-5, rtol=0)
     assert relative_difference(gradients(model, ours), gradients(model, own)) < 1e-5
 
@@ -123,12 +123,12 @@ def test_tied_and_untied_heads(family: str, tied: bool) -> None:
 
 
 class Case:
-    """Random factors in float64, and what their logits written out say."""
+    """Random float64 inputs and weights, and log-probs from their explicit logits."""
 
     def __init__(self, n_rows: int, vocab: int, widths: list[int], n_pairs: int, seed: int) -> None:
         random = torch.Generator().manual_seed(seed)
         self.parts = [
-            Part(
+            LogitTerm(
                 torch.randn(n_rows, width, dtype=torch.float64, generator=random) * 2,
                 torch.randn(vocab, width, dtype=torch.float64, generator=random),
             )
@@ -192,7 +192,7 @@ def test_the_gradient_of_one_pair_by_hand() -> None:
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], requires_grad=True)
     out = fused_pair_logprobs(
-        [Part(x, weight)],
+        [LogitTerm(x, weight)],
         torch.tensor([0]),
         torch.tensor([0]),
         matmul_dtype=torch.float32,
@@ -209,13 +209,15 @@ def test_the_gradient_of_one_pair_by_hand() -> None:
 def test_a_large_vocabulary_in_float32(frozen: bool) -> None:
     case = Case(40, 151_936, [48], 60, seed=3)
     x, weight = 0.2 * case.parts[0].input_HK.float(), case.parts[0].weight_VK.float()
-    single = [Part(x.requires_grad_(), weight.requires_grad_(not frozen))]
+    single = [LogitTerm(x.requires_grad_(), weight.requires_grad_(not frozen))]
     ours = fused_pair_logprobs(
         single, case.rows, case.tokens, matmul_dtype=torch.float32, kept_bytes=PLENTY
     )
     assert ours.logprobs_N.dtype == torch.float32
     # The same float32 numbers, in float64.
-    case.parts = [Part(*(t.detach().double().requires_grad_(t.requires_grad) for t in single[0]))]
+    case.parts = [
+        LogitTerm(*(t.detach().double().requires_grad_(t.requires_grad) for t in single[0]))
+    ]
     expected = torch.log_softmax(case.logits(1.0, None), dim=-1)[case.rows, case.tokens]
     assert expected.min() < -18.0
     assert (ours.logprobs_N - expected).abs().max() < 1e-5
@@ -228,7 +230,7 @@ def test_a_large_vocabulary_in_float32(frozen: bool) -> None:
 
 @contextlib.contextmanager
 def saved_shapes() -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of the tensors that forward passes keep for their backward passes."""
+    """Shapes of the tensors that forward passes save for the backward pass."""
     shapes: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -245,7 +247,7 @@ def saved_shapes() -> Iterator[list[tuple[int, ...]]]:
         ("hidden and weight", 777, 777),
         ("hidden and weight", 776, 768),  # blocks of 64 columns, the last of 9
         ("hidden and weight", 63, 0),
-        ("hidden", 777, 777),  # a frozen head needs none in the backward pass
+        ("hidden", 777, 777),  # with a frozen head the backward pass needs no logits
     ],
 )
 def test_what_is_kept_for_the_backward_pass(trained: str, kept_columns: int, expected: int) -> None:
@@ -254,7 +256,7 @@ def test_what_is_kept_for_the_backward_pass(trained: str, kept_columns: int, exp
     weight = torch.randn(vocab, width, requires_grad="weight" in trained)
     with small_blocks():
         out = fused_pair_logprobs(
-            [Part(x, weight)],
+            [LogitTerm(x, weight)],
             torch.arange(n_rows),
             torch.arange(n_rows),
             matmul_dtype=torch.float32,
@@ -264,7 +266,7 @@ def test_what_is_kept_for_the_backward_pass(trained: str, kept_columns: int, exp
     per_column = 2 * n_rows * width
     needed = len(leaves) if weight.requires_grad else 0
     grads = []
-    # What was kept is gone after a first backward pass; a second one computes all of it again.
+    # Kept blocks are released in the first backward pass; a second one recomputes all of them.
     for kept in (expected, 0 if needed else vocab):
         with FlopCounterMode(display=False) as counter:
             grads.append(torch.autograd.grad(out.sum(), leaves, retain_graph=True))
@@ -287,7 +289,7 @@ def small_blocks() -> Iterator[None]:
     ("trained", "kept_bytes", "products"),
     [
         ("hidden and weight", PLENTY, 3),  # logits, and a gradient of each factor
-        ("hidden and weight", 0, 4),  # logits once more
+        ("hidden and weight", 0, 4),  # the logits are recomputed
         ("weight", PLENTY, 2),
         ("hidden", 0, 2),
         ("nothing", 0, 1),
@@ -306,7 +308,7 @@ def test_floating_point_operations(trained: str, kept_bytes: int, products: int)
         small_blocks(),
     ):
         out = fused_pair_logprobs(
-            [Part(x, weight)], rows, rows, matmul_dtype=torch.float32, kept_bytes=kept_bytes
+            [LogitTerm(x, weight)], rows, rows, matmul_dtype=torch.float32, kept_bytes=kept_bytes
         )
         if out.logprobs_N.requires_grad:
             out.logprobs_N.sum().backward()
@@ -366,7 +368,7 @@ def test_gradient_checkpointing_around_it(kept_bytes: int) -> None:
 
     with saved_shapes() as saved:
         again = checkpoint(logprobs, hidden, use_reentrant=False)
-    assert all(VOCAB_SIZE not in shape for shape in saved)  # computed again
+    assert all(VOCAB_SIZE not in shape for shape in saved)  # recomputed
     inside = torch.autograd.grad((again * WEIGHTS).sum(), leaves)
     outside = torch.autograd.grad((logprobs(hidden) * WEIGHTS).sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
@@ -407,7 +409,7 @@ def test_autocast_rounds_the_factors() -> None:
 
 
 def with_lora(model: nn.Module, **changes: Any) -> PeftModel:
-    """LoRA on the head and elsewhere, with weights that show."""
+    """LoRA on the head and elsewhere, with weights large enough to affect log-probs."""
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(**(options | changes)))

@@ -1,4 +1,4 @@
-"""How groups lie in the model's input: what each predicting row has before it, what it costs."""
+"""Layouts of groups: the context of each predicting row, the scored tokens, the token cost."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gvpo_offline.compute.layout import (
     Layout,
     PackedInput,
     PaddedInput,
-    below_prompt,
     continued,
     lay_out,
     packed,
     padded,
+    without_prompt,
 )
 from gvpo_offline.compute.settings import LayoutName
-from gvpo_offline.compute.tree import Rule, visible
+from gvpo_offline.compute.tree import AttentionRule, visible
 from gvpo_offline.group import Group
 from gvpo_offline.stream.plan import shape_of
 
@@ -33,7 +33,7 @@ GROUPS = st.lists(grown_group(), min_size=1, max_size=3)
 
 
 class Scored(NamedTuple):
-    """A token that is scored: all that its row has before it, itself, whether it counts."""
+    """A scored token: the context of its row, the token, whether it counts."""
 
     context: tuple[int, ...]
     token: int
@@ -41,14 +41,14 @@ class Scored(NamedTuple):
 
 
 def contexts(layout: Layout) -> dict[int, tuple[int, ...]]:
-    """For every output row that reads a token: the tokens that it sees, its own last."""
+    """For every output row with an input token: the visible tokens, the row's own token last."""
     given_input = layout.input
     found: dict[int, tuple[int, ...]] = {}
     if isinstance(given_input, PackedInput):
-        ids, seen = given_input.input_ids[0], visible(given_input.tree, Rule())
+        ids, seen = given_input.input_ids[0], visible(given_input.tree, AttentionRule())
         assert given_input.position_ids.shape == given_input.input_ids.shape
         for row, own in enumerate(seen):
-            # A sequence like any other: positions 0, 1, 2 … in the order of its rows.
+            # Visible rows have positions 0, 1, 2 …, as in an ordinary sequence.
             assert given_input.position_ids[0, own].tolist() == list(range(own.sum()))
             found[row] = tuple(ids[own].tolist())
     elif isinstance(given_input, PaddedInput):
@@ -73,7 +73,7 @@ def contexts(layout: Layout) -> dict[int, tuple[int, ...]]:
 
 
 def scored(layout: Layout) -> list[list[Scored]]:
-    """What the layout scores, response by response."""
+    """The scored tokens of a layout, response by response."""
     targets, before = layout.targets, contexts(layout)
     rows = targets.hidden_rows_H[targets.pair_rows_N[targets.token_pairs_M]].tolist()
     tokens = targets.pair_tokens_N[targets.token_pairs_M].tolist()
@@ -84,7 +84,7 @@ def scored(layout: Layout) -> list[list[Scored]]:
 
 
 def wanted(groups: Sequence[Group], *, counted_only: bool = False) -> list[list[Scored]]:
-    """The same by its meaning: prompt and response so far, then the response's next token."""
+    """The expected scored tokens: prompt and response so far, then the next response token."""
     found = []
     for prompt, ids, mask in sequences(groups):
         row = (*prompt.tolist(), *ids.tolist())
@@ -97,7 +97,7 @@ def wanted(groups: Sequence[Group], *, counted_only: bool = False) -> list[list[
 
 
 def trie_size(groups: Sequence[Group]) -> int:
-    """Distinct beginnings among all that is read, each group for itself: no layout has less."""
+    """Number of distinct prefixes of the input sequences per group: a lower bound for layouts."""
     nodes = set()
     for number, group in enumerate(groups):
         for prompt, ids, _ in sequences([group]):
@@ -123,7 +123,7 @@ def test_every_layout_scores_the_same(groups: list[Group], name: LayoutName) -> 
     assert scored(lay_out(groups, name)) == wanted(groups)
     counted = lay_out(groups, name, counted_only=True)
     assert scored(counted) == wanted(groups, counted_only=True)
-    # What does not count is still read.
+    # Tokens that do not count are still part of the input.
     assert counted.n_tokens == lay_out(groups, name).n_tokens
 
 
@@ -136,7 +136,7 @@ def test_each_pair_of_a_row_and_a_token_is_scored_once(groups: list[Group]) -> N
     assert set(targets.token_pairs_M.tolist()) == set(range(len(pairs)))
     assert (np.diff(targets.hidden_rows_H) > 0).all()
     assert set(targets.pair_rows_N.tolist()) == set(range(len(targets.hidden_rows_H)))
-    # No more pairs than distinct (prompt, response so far, next token) of any group.
+    # At most one pair per distinct (prompt, response so far, next token) of a group.
     meanings = {
         (number, *token[:2])
         for number, group in enumerate(groups)
@@ -174,7 +174,7 @@ def test_duplicates_cost_nothing(group: Group, times: int) -> None:
 @settings(max_examples=50, deadline=None)
 @given(groups=GROUPS)
 def test_plans_know_what_a_layout_costs(groups: list[Group]) -> None:
-    # A shared row may cost less than planned, where responses share their beginnings.
+    # A shared row may cost less than planned, if responses share prefixes.
     shapes = [shape_of(group) for group in groups]
     names: tuple[LayoutName, ...] = ("packed", "continued")
     for name in names:
@@ -186,7 +186,7 @@ def test_plans_know_what_a_layout_costs(groups: list[Group]) -> None:
 
 
 def below_as_whole(group: Group, layout: Layout) -> Layout:
-    """A row below a prompt, with the prompt's tokens put back before it."""
+    """A row without its prompt, with the prompt's tokens inserted again."""
     row = layout.input
     assert isinstance(row, PackedInput)
     n_prompt = len(group.prompt_token_ids)
@@ -198,7 +198,7 @@ def below_as_whole(group: Group, layout: Layout) -> Layout:
 @settings(max_examples=100, deadline=None)
 @given(group=grown_group(), counted_only=st.booleans())
 def test_below_a_prompt_is_the_same_row_without_it(group: Group, counted_only: bool) -> None:
-    layout = below_prompt(group, counted_only=counted_only)
+    layout = without_prompt(group, counted_only=counted_only)
     assert isinstance(layout.input, PackedInput)
     tree, n_prompt = layout.input.tree, len(group.prompt_token_ids)
     assert tree.prefix == n_prompt == tree.stops[0]
@@ -209,7 +209,7 @@ def test_below_a_prompt_is_the_same_row_without_it(group: Group, counted_only: b
 
 
 def example() -> Group:
-    """Prompt 1 2 3; the first two responses part after 4 5, the third equals the first."""
+    """Prompt 1 2 3; the first two responses diverge after 4 5, the third equals the first."""
     return group_of([1, 2, 3], [[4, 5, 6, 7], [4, 5, 8, 9, 9], [4, 5, 6, 7], [9]])
 
 
@@ -217,8 +217,8 @@ def test_an_example_by_hand_shared() -> None:
     layout = packed([example()], min_shared_tokens=2)
     row, targets = layout.input, layout.targets
     assert isinstance(row, PackedInput)
-    # prompt | 4 5 | 6 | 8 9: of each response all but its last token; the duplicate and the
-    # response of one token add nothing.
+    # prompt | 4 5 | 6 | 8 9: each response without its last token; the duplicate and the response
+    # of one token add no input.
     assert row.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 8, 9]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 5, 6]]
     # The prompt's last row, 2, predicts 4 and 9; then 3 -> 5, 4 -> 6 and 8, 5 -> 7, 6 -> 9,
@@ -233,10 +233,10 @@ def test_an_example_by_hand_shared() -> None:
 
 
 def test_an_example_by_hand_in_the_other_layouts() -> None:
-    # Two tokens alike are fewer than 3: each distinct response reads them for itself,
+    # The shared prefix of 2 tokens is shorter than 3, so each distinct response repeats it:
     # 3 + (4 - 1) + (5 - 1) tokens.
     assert packed([example()], min_shared_tokens=3).n_tokens == 10
-    # A prompt for each: (3 + 3) + (3 + 4) + (3 + 3) + 3.
+    # One prompt per response: (3 + 3) + (3 + 4) + (3 + 3) + 3.
     assert packed([example()], share=False).n_tokens == 22
     # Four rows as wide as the longest, 3 + 4.
     assert padded([example()]).n_tokens == 28
@@ -253,8 +253,8 @@ def test_where_all_responses_begin_alike_the_prompt_goes_on() -> None:
     joined, apart = (packed([group], prompt_apart=flag).input for flag in (False, True))
     assert isinstance(joined, PackedInput)
     assert isinstance(apart, PackedInput)
-    # 1 2 5 6 in one segment: no leaf has a token left. Apart, 5 6 would be shared, but two tokens
-    # are fewer than are worth it.
+    # 1 2 5 6 in one segment: no leaf has another input token. With a separate prompt segment, 5 6
+    # is a shared prefix, but shorter than the minimum.
     assert joined.input_ids.tolist() == [[1, 2, 5, 6]]
     assert joined.tree.stops.tolist() == [4]
     assert apart.input_ids.tolist() == [[1, 2, 5, 6, 5, 6]]
@@ -264,9 +264,9 @@ def test_where_all_responses_begin_alike_the_prompt_goes_on() -> None:
 @pytest.mark.parametrize("shared", [MIN_SHARED_TOKENS - 1, MIN_SHARED_TOKENS])
 def test_beginnings_are_shared_from_a_length_on(shared: int) -> None:
     begin = list(range(10, 10 + shared))
-    # A third response that begins otherwise, so that the prompt does not go on.
+    # A third response begins differently, so that the prompt's segment ends with the prompt.
     group = group_of([1, 2], [[*begin, 5, 6], [*begin, 7, 8, 9], [3, 3]])
-    # 2 + (shared + 1) + (shared + 2) + 1, less what is shared.
+    # 2 + (shared + 1) + (shared + 2) + 1, minus the shared tokens.
     saved = shared if shared >= MIN_SHARED_TOKENS else 0
     assert packed([group]).n_tokens == 2 + (shared + 1) + (shared + 2) + 1 - saved
 
@@ -281,7 +281,7 @@ def test_a_response_that_ends_within_another_adds_nothing() -> None:
 def test_masked_tokens_are_context_and_no_targets() -> None:
     group = group_of([1], [[4, 5, 6], [7, 8]], [[True, False, True], [False, True]])
     layout = packed([group], counted_only=True)
-    # 1 | 4 5 | 7 is read; of 4 5 6 and 7 8 the tokens 4, 6 and 8 are predicted.
+    # The input is 1 | 4 5 | 7; of 4 5 6 and 7 8 the tokens 4, 6 and 8 are targets.
     assert layout.n_tokens == 4
     assert scored(layout) == [
         [Scored((1,), 4, True), Scored((1, 4, 5), 6, True)],

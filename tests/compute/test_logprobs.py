@@ -1,4 +1,4 @@
-"""Log-probs of responses in every layout, against one response at a time without padding."""
+"""Log-probs of responses in every layout, compared with single unpadded responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokens_alone(model: nn.Module, groups: list[Group]) -> list[Tensor]:
 
 
 def counted(tokens: list[Tensor], groups: list[Group]) -> Tensor:
-    """Sums over the tokens that count, response by response: (R,) float64."""
+    """(R,) float64 sums over the counted tokens of each response."""
     masks = [
         slice(None) if group.loss_mask is None else torch.from_numpy(group.loss_mask[number])
         for group in groups
@@ -42,7 +42,7 @@ def counted(tokens: list[Tensor], groups: list[Group]) -> Tensor:
 
 
 def engine_of(model: nn.Module, layout: LayoutName, max_tokens: int = 10**6) -> Engine:
-    """Forward only, as the reference stage has it."""
+    """An engine probed for forward passes only, as in the reference stage."""
     return prepare_engine(model, max_tokens=max_tokens, layout=layout, gradients=False)
 
 
@@ -52,7 +52,7 @@ def engine_of(model: nn.Module, layout: LayoutName, max_tokens: int = 10**6) -> 
 def test_tokens_are_those_of_one_response_at_a_time(
     family: str, layout: LayoutName, max_tokens: int
 ) -> None:
-    """Whole micro-batches, and a group of nine responses in pieces."""
+    """For whole micro-batches, and for a group of nine responses in pieces."""
     model = tiny_model(family)
     large = make_group(7, k=9, masked=True, vocab_size=VOCAB_SIZE)
     groups = GROUPS if max_tokens > 40 else [large]
@@ -71,7 +71,7 @@ def test_tokens_are_those_of_one_response_at_a_time(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_company_in_the_micro_batch_changes_nothing(layout: LayoutName) -> None:
-    """Layout, order and neighbours are no part of a response's log-prob."""
+    """A response's log-prob does not depend on layout, order or other groups."""
     model = tiny_model("qwen3")
     engine = engine_of(model, layout)
     long_group = make_group(9, prompt_tokens=20, response_tokens=30, vocab_size=VOCAB_SIZE)
@@ -97,8 +97,8 @@ def test_masked_tokens_are_read_but_not_counted(layout: LayoutName) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
 def test_bfloat16_is_near(family: str) -> None:
-    """Half of the 16 bits are gone: a token's log-prob moves by hundredths of a nat. The result is
-    float32 nevertheless, of a float32 log-softmax.
+    """bfloat16 has 8 bits of significand, so a token's log-prob changes by hundredths of a nat. The
+    result is float32, from a float32 log-softmax.
     """
     model = tiny_model(family)
     engine = engine_of(model, "auto")
@@ -116,11 +116,11 @@ def test_bfloat16_is_near(family: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("n_forwards", [1, 3])
 def test_the_empty_micro_batch_touches_every_weight_and_moves_none(
-    layout: LayoutName, passes: int
+    layout: LayoutName, n_forwards: int
 ) -> None:
-    """However many passes other ranks make, this one makes as many."""
+    """A rank without groups makes as many forward passes as the other ranks."""
     model = tiny_model("qwen3")
     engine = engine_of(model, layout)
     calls = []
@@ -129,10 +129,10 @@ def test_the_empty_micro_batch_touches_every_weight_and_moves_none(
     def objective(logprobs: Tensor) -> Tensor:
         raise AssertionError("there is no loss of nothing")
 
-    loss = engine.accumulate(model, [], objective, torch.autograd.backward, passes=passes)
+    loss = engine.accumulate(model, [], objective, torch.autograd.backward, n_forwards=n_forwards)
     assert loss == 0.0
-    # The last is computed once; what comes before it once without and once with a graph.
-    assert len(calls) == 2 * passes - 1
+    # The last piece runs once; each earlier one once without and once with a graph.
+    assert len(calls) == 2 * n_forwards - 1
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
@@ -157,7 +157,7 @@ def test_groups_of_which_some_lack_a_reference_are_refused() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_response_over_the_budget_is_refused_with_its_group(layout: LayoutName) -> None:
-    """A prompt of 6 and a response of 9 are 14 tokens, the last not computed; 13 is too few."""
+    """A prompt of 6 and a response of 9 tokens need 6 + 9 - 1 = 14 input tokens; 13 are allowed."""
     model = tiny_model("qwen3")
     group = make_group(3, k=2, prompt_tokens=6, response_tokens=9, vocab_size=VOCAB_SIZE)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The model: dropout off wherever it hides, adapters from a seed, weights named by their values."""
+"""Model loading: all dropout disabled, adapters initialised from a seed, hashes of weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITH_DROPOUT = ("llama", "gpt2", "gpt-neox", "falcon", "opt")
 
 
 def logits_of(model: nn.Module) -> Tensor:
-    """Logits of three rows of nine tokens: (3, 9, V)."""
+    """(3, 9, V) logits of three rows of nine tokens."""
     ids = torch.arange(27).view(3, 9) % VOCAB_SIZE
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids).logits
@@ -36,8 +36,8 @@ def logits_of(model: nn.Module) -> Tensor:
     [*((family, "eager") for family in FAMILIES), *((family, "sdpa") for family in WITH_DROPOUT)],
 )
 def test_dropout_is_off_wherever_it_hides(family: str, attention: str) -> None:
-    """In training mode, as the trainer runs it: in modules, as numbers of attention layers, in the
-    configuration, as layers left out.
+    """In training mode, as in the trainer: rates of dropout modules, of attention layers, of the
+    configuration, and of layer drop.
     """
     model = tiny_model(family)
     model.set_attn_implementation(attention)
@@ -78,7 +78,7 @@ def test_an_adapters_first_weights_depend_on_the_seed_alone() -> None:
 
 
 def test_weights_are_named_by_their_values() -> None:
-    """One checkpoint, one hash, in whatever wider data type; another value, another hash."""
+    """A checkpoint has the same hash in any wider data type; another value gives another hash."""
     model = tiny_model("qwen3").to(torch.bfloat16)
     one = weights_sha256(model)
     assert weights_sha256(model.float()) == one
@@ -88,7 +88,7 @@ def test_weights_are_named_by_their_values() -> None:
 
 
 def test_frozen_weights_alone_are_named_on_request() -> None:
-    """Tied weights, which go by two names, count as trained under both."""
+    """Tied weights, which have two names, count as trained under both names."""
     model = tiny_model("qwen3")
     model.tie_weights()
     everything = weights_sha256(model, frozen_only=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.hybrid_models import CONTINUED, FORGETFUL, REFUSED, hybrid_model
 from support.oracle import group_of, measured_alone, measured_by
+from support.rounding import LOGPROB_ROUNDING, ROUNDING
 from support.tiny_models import ALIBI, FAMILIES, OTHER_ATTENTION, tiny_model
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ def test_attention_is_shared(family: str) -> None:
     attention = "dense" if family == "gemma2" else "pieces"
     assert choice.path == ComputePath("shared", attention, "fused")
     assert choice.prompt_once
-    assert choice.error < 1e-5
+    assert choice.error <= LOGPROB_ROUNDING
     assert [reason.split(":")[0] for reason in choice.refused] == (
         ["shared layout, pieces attention, fused head"] if family == "gemma2" else []
     )
@@ -100,8 +101,8 @@ def test_a_head_of_its_own_is_computed_through_the_models_logits() -> None:
     for budget in (1000, 9):
         engine = engine_for(model, choice, max_tokens=budget)
         nats, relative = measured_by(engine, model, [GROUP]).errors(truth)
-        assert nats < 1e-4
-        assert relative < 1e-5
+        assert nats <= LOGPROB_ROUNDING
+        assert relative <= ROUNDING
 
 
 def test_logits_that_a_forward_changes_at_the_end_are_noticed() -> None:
@@ -131,8 +132,8 @@ def test_a_layout_that_is_asked_for_is_taken_if_it_is_right(layout: LayoutName) 
     assert choice.path.layout == layout
     engine = engine_for(model, choice, max_tokens=1000)
     nats, relative = measured_by(engine, model, [GROUP]).errors(truth)
-    assert nats < 1e-4
-    assert relative < 1e-5
+    assert nats <= LOGPROB_ROUNDING
+    assert relative <= ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -278,3 +279,38 @@ def test_bfloat16_hides_no_wrong_layout(family: str, gradients: bool) -> None:
     assert choice.path.layout == truth.path.layout
     assert [parameter.data_ptr() for parameter in model.parameters()] == weights
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_rounding_that_flips_a_decision_leaves_a_right_layout() -> None:
+    # What experts with almost equal scores do: in bfloat16 the same tokens, in padded rows, go
+    # another way, and log-probs change by far more than rounding. In float32 they do not.
+    model = model_of("llama").bfloat16()
+    inner = model.model.norm.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        flips = hidden.dtype == torch.bfloat16 and len(hidden) > 1
+        return inner(hidden) * (3.0 if flips else 1.0)
+
+    model.model.norm.forward = forward
+    assert choose_path(model).path.layout == "shared"
+    # Padded rows are the model's own forward, and there is nothing left to take instead.
+    assert choose_path(model, layout="padded").path.layout == "padded"
+
+
+def test_a_kernel_that_is_wrong_in_bfloat16_only_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Proven in float32; in bfloat16 nothing that this model's rounding explains.
+    right = Engine.accumulate
+
+    def accumulate(self: Engine, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = right(self, model, *args, **kwargs)
+        if model.dtype == torch.bfloat16 and self.path.layout == "shared":
+            for parameter in model.parameters():
+                parameter.grad = None if parameter.grad is None else 1.5 * parameter.grad
+        return loss
+
+    monkeypatch.setattr(Engine, "accumulate", accumulate)
+    choice = choose_path(model_of("llama").bfloat16())
+    assert choice.path.layout == "continued"
+    assert any(reason.startswith("shared") and "50%" in reason for reason in choice.refused)

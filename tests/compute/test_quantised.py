@@ -1,4 +1,4 @@
-"""QLoRA: an adapter on a base of 4-bit or 8-bit weights, which is its reference."""
+"""QLoRA: an adapter on a 4-bit or 8-bit base model, which is also the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from gvpo_offline.commands.evaluate import run_evaluate
 from gvpo_offline.commands.settings import EvaluateConfig
-from gvpo_offline.compute.adapters import adapter_off, check_trainable, policy_sha256
+from gvpo_offline.compute.adapters import adapter_disabled, check_trainable, policy_sha256
 from gvpo_offline.compute.model import dtype_of, load_model, weights_sha256
 from gvpo_offline.compute.probe import choose_path
 from gvpo_offline.compute.settings import ModelSettings
@@ -25,7 +25,7 @@ pytest.importorskip("bitsandbytes")
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
-    """A model whose layers are wide enough for blocks of 64 weights."""
+    """A model with layers wide enough for quantisation blocks of 64 weights."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
     config = Qwen3Config(
@@ -59,7 +59,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
 def test_an_adapter_is_trained_on_quantised_weights(
     model_dir: Path, tmp_path: Path, settings: dict[str, Any], dtype: str, start: float
 ) -> None:
-    """From log-ratios of 0 against the quantised base, which stays what it is."""
+    """Log-ratios against the quantised base start at 0, and the base does not change."""
     root = unscored_dataset(tmp_path / "data", model_dir)
     run = train(model_dir, root, tmp_path / "run", **settings)
     (family,) = open_dataset(root).manifest.references
@@ -67,7 +67,7 @@ def test_an_adapter_is_trained_on_quantised_weights(
     spread = lines_of(run, "log_ratio_std")
     assert spread[0] < start
     assert spread[-1] > 0.1
-    with adapter_off(run.model) as base:
+    with adapter_disabled(run.model) as base:
         assert policy_sha256(base) == family.weights_sha256
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in run.model.named_parameters() if "lora_" in name}
@@ -76,7 +76,7 @@ def test_an_adapter_is_trained_on_quantised_weights(
 def test_evaluation_on_the_way_leaves_gradients_as_they_are(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    """Some CPUs have a format for evaluation alone, which training cannot go on in."""
+    """On some CPUs bitsandbytes repacks weights in evaluation mode, which breaks training."""
     root = unscored_dataset(tmp_path / "data", model_dir)
     options = {"load_in_4bit": True, "eval_dataset": str(root)}
     quiet = train(model_dir, root, tmp_path / "quiet", **options)
@@ -96,7 +96,7 @@ def test_evaluation_on_the_way_leaves_gradients_as_they_are(
 
 
 def test_layouts_are_judged_in_float32(model_dir: Path) -> None:
-    """bfloat16's rounding would pass what is wrong; its products are float32 meanwhile."""
+    """The probe computes products in float32, because bfloat16 rounding hides wrong layouts."""
     settings = ModelSettings(str(model_dir), load_in_4bit=True, dtype="bfloat16")
     model = load_model(settings, compute_dtype=torch.bfloat16)
     assert dtype_of(model) == "bfloat16+nf4"
@@ -114,6 +114,6 @@ def test_what_cannot_be_quantised_or_trained(model_dir: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"through an adapter.*4-bit.*Set use_peft"):
         train(model_dir, tmp_path / "nowhere", tmp_path / "run", use_peft=False, load_in_4bit=True)
     model = load_model(ModelSettings(str(model_dir), load_in_4bit=True))
-    with pytest.raises(ConfigError, match="nf4 weights without one"):
+    with pytest.raises(ConfigError, match="nf4 weights without an adapter"):
         check_trainable(model)
     assert weights_sha256(model) != weights_sha256(load_model(ModelSettings(str(model_dir))))

@@ -20,10 +20,10 @@ from gvpo_offline.importing import formats
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.importer import run_import
 from gvpo_offline.importing.regroup import FragmentSpill
+from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import RewardFamily
 from gvpo_offline.store.schema import rewards_schema
-from gvpo_offline.store.tables import rewards_to_table
 from gvpo_offline.store.validate import validate
 from gvpo_offline.store.writer import publish, write_sidecar
 

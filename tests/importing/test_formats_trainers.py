@@ -22,7 +22,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import trajectory
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns
 
-PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "formats.md"
 NAMES = (
     *("ms_swift", "nemo_gym", "nemo_rl", "open_instruct", "openai_batch", "openrlhf", "prime_rl"),
     *("trl", "verl"),

@@ -26,7 +26,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import check_advantages
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns
 
-TRL = Path(__file__).parents[2] / "data" / "trl"
+TRL = Path(__file__).parents[1] / "data" / "trl"
 WEIGHTS = {"digits": 1.0, "short": 0.5}
 
 

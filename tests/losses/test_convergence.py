@@ -1,4 +1,4 @@
-"""The convergence benchmark on small logs, and its pictures: figures in, the same bytes out."""
+"""The convergence benchmark on small logs, and its plots, which are reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def row(kl: float) -> dict[str, Any]:
 
 
 def test_kl_by_seed_is_what_the_mean_and_the_error_are_of() -> None:
-    """Of two seeds a and b: mean (a + b) / 2, standard error |a - b| / sqrt(2) / sqrt(2)."""
+    """For two seeds a and b: mean (a + b) / 2, standard error |a - b| / sqrt(2) / sqrt(2)."""
     worlds = Worlds(2)
     found = worlds.ends("gvpo", worlds.setting("mixed", groups_per_prompt=5))
     a, b = found["by_seed"]
@@ -37,7 +37,7 @@ def test_more_anchor_ends_further_from_the_optimum() -> None:
 
 
 def test_exact_importance_weights_come_near_and_not_through_the_gate() -> None:
-    """Right on average, with the noise of 200 groups left in it."""
+    """The estimate is unbiased, but 200 groups leave noise above the gate."""
     worlds = Worlds(1)
     kl = worlds.ends(WEIGHTED, worlds.setting("uniform"))["kl"]
     assert 0.01 * worlds.untouched < kl < 0.1 * worlds.untouched
@@ -45,7 +45,7 @@ def test_exact_importance_weights_come_near_and_not_through_the_gate() -> None:
 
 @pytest.mark.parametrize("loss_type", ["rebel", "ipo", "dpo"])
 def test_losses_of_pairs_are_the_same_without_the_other_responses(loss_type: str) -> None:
-    """Rows 0 and 2 of the first group are its best and worst, 4 and 5 of the second."""
+    """Rows 0 and 2 are the best and worst of the first group, rows 4 and 5 of the second."""
     rewards = torch.tensor([1.0, 0.5, 0.0, 0.25, 0.75, 0.25]).double()
     policy = torch.tensor([-3.0, -1.0, -2.0, -4.0, -2.5, -1.5]).double()
     reference = torch.full_like(policy, -2.0)
@@ -57,7 +57,7 @@ def test_losses_of_pairs_are_the_same_without_the_other_responses(loss_type: str
 
 
 def test_the_verdict_is_of_covering_samplers() -> None:
-    """Gate 1% of 0.2: 0.002. A narrow sampler's 0.1 says nothing against gvpo."""
+    """The gate is 1% of 0.2: 0.002. A narrow sampler's 0.1 does not make gvpo fail."""
     covering = dict.fromkeys(("reference", "uniform", "older", "mixed"), row(0.001))
     gvpo = {**covering, "skewed to bad": row(0.1)}
     controls = {name: dict.fromkeys(gvpo, row(0.003)) for name in CONTROLS}

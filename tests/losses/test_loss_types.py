@@ -1,4 +1,4 @@
-"""Every loss through the trainer, and the samplers' log-probs from a log to the one that asks."""
+"""Every loss in the trainer, and the samplers' log-probs from import to the loss that uses them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.losses import LOSS_TYPES
 from gvpo_offline.settings import LossType
+from gvpo_offline.store.arrow import groups_from_table, groups_to_table
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-from gvpo_offline.store.tables import groups_from_table, groups_to_table
 from gvpo_offline.train.objective import Objective
 
 
@@ -36,7 +36,7 @@ def with_logprobs(i: int, **fields: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
-    """16 groups whose log holds the samplers' log-probs: two nats a token."""
+    """16 groups with log-probs of the samplers: -2 nats per token."""
     groups = [with_logprobs(i) for i in range(16)]
     return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, groups=groups)
 
@@ -45,7 +45,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 def test_a_run_minimises_its_loss(
     name: str, dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """In several micro-batches; the first step's loss is that of its groups."""
+    """With several micro-batches the logged loss of the first step is the loss of its groups."""
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path, loss_type=name, eval_fraction=0.2)
     groups = trainer.train_dataset.global_batch(0)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_a_run_minimises_its_loss(
 
 
 def test_weights_by_length(dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """1 / counted tokens, masked ones left out: as `gvpo_loss` with these weights."""
+    """The weights are 1 / (number of counted tokens), scaled to mean 1 in each group."""
     trainer = trainer_of(tiny_model_dir, dataset, tmp_path, response_weights="inverse_length")
     groups = trainer.train_dataset.global_batch(0)
     counts = [
@@ -90,7 +90,7 @@ def test_the_settings_name_all_losses() -> None:
 
 
 def test_topr_names_the_group_that_lacks_log_probs(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Before the first step, in files that have the column, with a null, and in those without."""
+    """Raised before the first step if the column is null for a group; other losses ignore it."""
     groups = [with_logprobs(i) for i in range(7)]
     groups.append(with_logprobs(7, sampler_seq_logprobs=None))
     data = scored_dataset(tmp_path / "data", tiny_model_dir, groups=groups)
@@ -111,7 +111,7 @@ def test_log_probs_survive_a_table() -> None:
 
 
 def test_log_probs_come_with_a_log(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Kept where every response of a group has one, and not for a response that is cut."""
+    """Kept if every response of a group has one; dropped for truncated responses."""
     rows = [
         {"prompt": "a", "response": "b", "reward": 1.0, "logprob": -1.5},
         {"prompt": "a", "response": "c", "reward": 0.0, "logprob": -2.5},

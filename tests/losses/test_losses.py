@@ -1,4 +1,4 @@
-"""The loss as arithmetic: worked values, and properties over random batches.
+"""The GVPO loss: worked values, and properties over random batches.
 
 A worked group, checked below. beta 0.5, k = 3, rewards 1, 0, 0.5, log-ratios 1, 0, -1 nats:
 
@@ -78,7 +78,7 @@ def test_worked_variants() -> None:
 
 
 def test_the_signature_and_that_no_sampler_is_in_it() -> None:
-    """Invariance to sampler labels needs no example: a sampler is not an input in any form."""
+    """The loss cannot depend on sampler labels, because a sampler is not an argument."""
     assert list(inspect.signature(gvpo_loss).parameters) == [
         "seq_logprobs",
         "ref_logprobs",
@@ -93,7 +93,7 @@ def test_the_signature_and_that_no_sampler_is_in_it() -> None:
 @properties
 @given(batches(anchors=(0.0,)), st.floats(-5, 5))
 def test_no_gradient_at_the_optimum(batch: Batch, offset: float) -> None:
-    """There l = R / beta - log Z, with any log Z of the group's own."""
+    """At the optimum l = R / beta - log Z, with any constant log Z per group."""
     log_z = offset * (batch.group % 7).double()
     optimum = replace(batch, seq=batch.ref + batch.rewards / batch.beta - log_z)
     result, gradient = optimum.loss_and_gradient()
@@ -105,7 +105,7 @@ def test_no_gradient_at_the_optimum(batch: Batch, offset: float) -> None:
 
 
 def test_no_gradient_in_the_logits_at_the_optimum_but_at_the_reference() -> None:
-    """Through a softmax and from a log of a sampler that is not the policy."""
+    """Gradient in the logits of a softmax; the log comes from a sampler other than the policy."""
     world = make_world(0)
     log = draw_log(world, "older")
     norms = {}
@@ -149,7 +149,7 @@ def test_invariance_to_permutation(batch: Batch, random: Any) -> None:
 @properties
 @given(batches(), st.integers(-1000, 1000), st.sampled_from([torch.int32, torch.int64]))
 def test_invariance_to_relabelling(batch: Batch, start: int, dtype: torch.dtype) -> None:
-    """New ids in the opposite order."""
+    """Group ids are replaced by new ones in reverse order."""
     _, number = torch.unique(batch.group, return_inverse=True)
     renamed = replace(batch, group=(start - 3 * number).to(dtype))
     before, after = batch.loss(), renamed.loss()
@@ -160,7 +160,7 @@ def test_invariance_to_relabelling(batch: Batch, start: int, dtype: torch.dtype)
 
 
 def in_pieces(batch: Batch, pieces: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and reduced sums of a batch computed piece by piece, empty ones idle."""
+    """Loss, gradient and reduced sums of a batch computed in pieces; empty pieces are skipped."""
     n_groups = len(torch.unique(batch.group))
     loss, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(batch.seq)
     reduced = GroupStatistics.zeros().to_tensor()
@@ -188,7 +188,7 @@ def check_pieces(batch: Batch, pieces: list[Tensor]) -> None:
 @properties
 @given(batches(), st.lists(st.booleans(), min_size=6, max_size=6))
 def test_invariance_to_micro_batching(batch: Batch, cuts: list[bool]) -> None:
-    """Groups in a row, cut anywhere between groups; the share of each is its group losses' sum."""
+    """Groups are split at any boundaries; each micro-batch adds the sum of its group losses."""
     pieces: list[Tensor] = []
     for cut, rows in zip(cuts, batch.rows_of_groups(), strict=False):
         if cut or not pieces:
@@ -201,7 +201,7 @@ def test_invariance_to_micro_batching(batch: Batch, cuts: list[bool]) -> None:
 @properties
 @given(batches(), st.sampled_from([1, 2, 3, 4, 8]))
 def test_invariance_to_the_number_of_ranks(batch: Batch, world_size: int) -> None:
-    """Groups dealt out to ranks, some of which may get none; sums all-reduced."""
+    """Groups are distributed to ranks, some of which may get none; sums are all-reduced."""
     groups = batch.rows_of_groups()
     nothing = torch.zeros(0, dtype=torch.long)
     shares = [torch.cat([nothing, *groups[rank::world_size]]) for rank in range(world_size)]
@@ -218,7 +218,7 @@ def test_statistics_add_like_their_tensors(several: list[Batch]) -> None:
 
 
 def padded_loss(batch: Batch, width: int) -> Tensor:
-    """The loss written again on a padded (G, K) grid with a mask, as (G,) group losses."""
+    """(G,) group losses, computed on a padded (G, K) grid with a mask."""
     groups = batch.rows_of_groups()
     grid = torch.zeros(len(groups), width, dtype=torch.long)
     mask = torch.zeros(len(groups), width, dtype=torch.float64)
@@ -284,7 +284,7 @@ def test_gradcheck() -> None:
 @properties
 @given(batches(anchors=(1.0,)))
 def test_anchor_one_is_the_pmd_mean_loss(batch: Batch) -> None:
-    """sum (R - mean R - beta l)^2 / (2 (k - 1)): only the rewards are centred."""
+    """The loss is sum (R - mean R - beta l)^2 / (2 (k - 1)): only the rewards are centred."""
     batch = replace(batch, weights=None)
     result = batch.loss()
     for index, rows in enumerate(batch.rows_of_groups()):
@@ -307,10 +307,10 @@ def test_equal_response_weights_are_none_exactly(batch: Batch, weight: float) ->
 
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_k_minus_one_makes_it_unbiased(k: int) -> None:
-    """Over all |Y|^k groups that a sampler can draw, the mean is half the residual's variance.
+    """The expectation over all |Y|^k groups of a sampler is half the variance of the residual.
 
-    Whatever k: so groups of different k estimate one objective. With 1 / k it would be short by
-    (k - 1) / k, which this would notice.
+    It is the same for every k, so groups of different k estimate the same objective. With 1 / k it
+    would be smaller by the factor (k - 1) / k, which this test would notice.
     """
     probs = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     rewards = torch.tensor([1.0, 0.2, -0.4], dtype=torch.float64)

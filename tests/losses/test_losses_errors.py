@@ -1,4 +1,4 @@
-"""Every bad input of the loss gets one clear error that names row and group."""
+"""Every invalid input of the loss raises an error that names row and group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOOD: dict[str, Any] = {
 
 
 def spoilt(name: str, value: float) -> Callable[[], dict[str, Any]]:
-    """`GOOD` with row 1, of group 9, of one tensor replaced."""
+    """`GOOD` with row 1 (group 9) of one tensor replaced."""
 
     def build() -> dict[str, Any]:
         tensor = torch.ones(4) if name == "response_weights" else GOOD[name].clone()
@@ -42,7 +42,7 @@ def test_a_value_that_is_not_finite_names_row_and_group(name: str, value: float)
 
 @pytest.mark.parametrize("values", [[1, 0, 1, 1], [1, -2, 1, 1], [1, -1, 1, -1], [-1, -1, -1, -1]])
 def test_response_weights_must_be_positive(values: list[int]) -> None:
-    """Signs that cancel in a group's mean included."""
+    """Includes weights of both signs, which may cancel in the mean of a group."""
     with pytest.raises(DataError, match="response_weights must be finite and above 0") as caught:
         gvpo_loss(**GOOD, response_weights=torch.tensor(values))
     row = next(index for index, value in enumerate(values) if value <= 0)

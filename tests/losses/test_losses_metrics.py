@@ -1,4 +1,4 @@
-"""Metrics against loops over groups and pairs; dtypes and devices."""
+"""Metrics of the loss, compared with loops over groups and pairs; dtypes and devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gvpo_offline.losses import GroupLoss, GroupStatistics, gvpo_loss
 
 
 def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
-    """The metrics written again, group by group and pair by pair."""
+    """The metrics computed by loops over groups and pairs."""
     log_ratio = batch.seq - batch.ref
     residual = batch.rewards - batch.beta * log_ratio
     unexplained = spread = concordant = comparable = 0.0
@@ -63,7 +63,7 @@ def test_metrics_equal_loops_over_groups_and_pairs(batch: Batch) -> None:
 
 
 def test_equal_rewards_pull_back_to_the_reference_and_leave_no_variance_to_explain() -> None:
-    """Weights are -beta (l - mean l). Three times 0.1 has a mean that float64 rounds off 0.1."""
+    """Weights are -beta (l - mean l). The float64 mean of three times 0.1 differs from 0.1."""
     seq, ref = torch.tensor([-1.0, -2.0, -6.0]), torch.full((3,), -3.0)
     rewards = torch.full((3,), 0.1, dtype=torch.float64)
     assert rewards.sum() / 3 != 0.1
@@ -72,13 +72,13 @@ def test_equal_rewards_pull_back_to_the_reference_and_leave_no_variance_to_expla
     assert math.isnan(result.metrics["explained_variance"])
     assert math.isnan(result.metrics["pair_accuracy"])
     assert result.metrics["reward_std"] == 0.0
-    # All three are the best: their mean log-ratio is 0.
+    # All three responses are the best; their mean log-ratio is 0.
     assert result.metrics["best_log_ratio_mean"] == 0.0
 
 
 def test_a_policy_that_triples_a_response_reweighs_its_reward() -> None:
-    """Rewards 1, 0 with ratios 3, 1: 3/4 instead of 1/2; the mass is log 2. At the reference: 1/2,
-    and log 1.
+    """Rewards 1, 0 with ratios 3, 1: the reweighted mean is 3/4, the log mass log 2. At the
+    reference they are 1/2 and log 1.
     """
     rewards, group = torch.tensor([1.0, 0.0]), torch.zeros(2).long()
     ref = torch.tensor([-5.0, -7.0])
@@ -93,7 +93,9 @@ def test_a_policy_that_triples_a_response_reweighs_its_reward() -> None:
 @properties
 @given(batches(), st.floats(-900.0, 900.0))
 def test_a_constant_on_a_groups_log_ratios_moves_its_mass_alone(batch: Batch, by: float) -> None:
-    """Of G groups one moves by c: log_mass_mean by c / G. At l = 0 nothing is reweighted."""
+    """If one of G groups changes by c, log_mass_mean changes by c / G. At l = 0 both metrics are
+    those of the reference.
+    """
     first, *others = batch.rows_of_groups()
     seq = batch.seq.clone()
     seq[first] += by
@@ -119,7 +121,7 @@ def test_a_tensor_of_another_length_is_no_statistics() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_in_and_out(dtype: torch.dtype) -> None:
-    """Cast up before anything is subtracted; the gradient returns in the policy's dtype."""
+    """Inputs are upcast before any subtraction; the gradient has the policy's dtype."""
     seq = torch.tensor([-1024.0, -1024.0], dtype=dtype, requires_grad=True)
     ref = torch.tensor([-1024.0625, -1024.0], dtype=torch.float32)  # bfloat16 would round it
     result = gvpo_loss(seq, ref, torch.tensor([1, 0]), torch.tensor([0, 0]), beta=1.0)

@@ -1,4 +1,4 @@
-"""The other losses: worked values, laws that hold for all, what they share with GVPO."""
+"""The other losses: worked values, properties of all losses, properties shared with GVPO."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tensor(values: list[float]) -> Tensor:
 
 
 def loss_of(name: str, batch: Batch, seq: Tensor | None = None) -> GroupLoss:
-    """A loss of a batch, with made-up sampler log-probs for the one that takes them."""
+    """The loss of a batch; made-up sampler log-probs are passed to the loss that uses them."""
     return group_loss(
         name,
         batch.seq if seq is None else seq,
@@ -76,7 +76,7 @@ def test_a_worked_group(name: str) -> None:
 
 
 def by_hand(name: str) -> float:
-    """Listwise, GRPO and RLOO written out."""
+    """The listwise, GRPO and RLOO losses, written out."""
     if name == "listwise":
         q = torch.softmax(tensor(REFERENCE) + tensor(REWARDS) / BETA, 0)
         p = torch.softmax(tensor(LOGPROBS), 0)
@@ -103,7 +103,7 @@ def test_rows_may_come_in_any_order_and_groups_in_any_number_of_calls(
     whole = loss_of(name, batch)
     rows = list(range(len(batch.seq)))
     random.shuffle(rows)
-    # Best of several best is the first: ties are broken by position, so only untied rows move.
+    # Ties for the best are broken by position, so only rows without ties are permuted.
     untied = all(
         len(set(batch.rewards[own].tolist())) == len(own) for own in batch.rows_of_groups()
     )
@@ -128,7 +128,7 @@ def test_weights_are_the_gradient(name: str, batch: Batch) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LOSS_TYPES if n != "topr"])
 def test_gradients_against_differences(name: str) -> None:
-    """Of TOPR the taper is held constant, so its loss is no antiderivative of its gradient."""
+    """TOPR treats its taper as constant, so its gradient is not the derivative of its loss."""
     generator = torch.Generator().manual_seed(3)
     seq, ref, rewards = (torch.randn(7, generator=generator).double() for _ in range(3))
     group = torch.tensor([0, 0, 0, 1, 1, 1, 1])
@@ -143,7 +143,7 @@ def test_gradients_against_differences(name: str) -> None:
 @examples
 @given(batch=batches())
 def test_losses_with_gvpos_optimum_rest_there(name: str, batch: Batch) -> None:
-    """At seq = ref + R / beta + a constant per group the gradient is zero."""
+    """The gradient is zero at seq = ref + R / beta + a constant per group."""
     optimum = batch.ref.double() + batch.rewards.double() / batch.beta + 0.25
     resting = Batch(optimum, batch.ref, batch.rewards, batch.group, batch.beta, 0.0, None)
     scale = 1 + float(optimum.abs().max())

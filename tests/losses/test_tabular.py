@@ -1,8 +1,8 @@
-"""The objective trained where the optimum is known: 8 prompts x 24 responses, see `tabular`.
+"""Training on a problem with a known optimum: 8 prompts x 24 responses, see `tabular`.
 
-The gate is KL(pi_theta || pi*) of at most 1% of the untouched reference's. GVPO passes it from any
-sampler that covers the reference; two popular normalisations and the anchor, which move the
-optimum, must fail it, or the gate would prove nothing. Run with `-s` to see the figures.
+The gate: KL(pi_theta || pi*) is at most 1% of that of the untrained reference. GVPO passes it with
+any sampler that covers the reference. Two common normalisations and the anchor, which change the
+optimum, must fail it; otherwise the gate would not be a test. Run with `-s` to print the figures.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def with_anchor(seq_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, log
 
 
 def by_deviation(seq_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, log: Log) -> Tensor:
-    """Control: rewards over their group's deviation."""
+    """Control: rewards divided by the standard deviation of their group."""
     return gvpo(seq_logprobs, ref_logprobs, rewards / per_group_deviation(rewards, log), log)
 
 
 def by_length(world: World) -> Objective:
-    """Control: log-ratios over their response's length."""
+    """Control: log-ratios divided by the length of their response."""
 
     def objective(seq_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, log: Log) -> Tensor:
         lengths = relative_lengths(world, log)
@@ -58,7 +58,7 @@ def by_length(world: World) -> Objective:
 
 
 def with_length_weights(world: World) -> Objective:
-    """What weighing by length may mean instead: weights on the squared residuals."""
+    """Length weights that keep the optimum: weights on the squared residuals."""
 
     def objective(seq_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, log: Log) -> Tensor:
         return gvpo_loss(
@@ -74,7 +74,7 @@ def with_length_weights(world: World) -> Objective:
 
 
 def share_of_reference_kl(name: str, seed: int, sampler: str, objective: Objective) -> float:
-    """Train, print and return KL(pi_theta || pi*) over the untouched reference's."""
+    """Train, then print and return KL(pi_theta || pi*) / KL(reference || pi*)."""
     world = world_of(seed)
     untouched = world.kl_to_optimum(world.ref_logprobs)
     kl = world.kl_to_optimum(train(world, draw_log(world, sampler), objective))
@@ -109,7 +109,7 @@ def test_response_weights_leave_the_optimum_where_it_is(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("sampler", NARROW_SAMPLERS)
 def test_narrow_samplers_are_fitted_and_shown(sampler: str, seed: int) -> None:
-    """No gate on the KL, which support alone decides: what was logged is fitted all the same."""
+    """The sampler does not cover the optimum, so the KL has no gate; the log itself is fitted."""
     world = world_of(seed)
     log = draw_log(world, sampler)
     logprobs = train(world, log, gvpo)

@@ -22,12 +22,12 @@ from gvpo_offline.hashing import text_key
 from gvpo_offline.merging.settings import CompactConfig, MergeConfig
 from gvpo_offline.merging.stages import RewriteResult, compact, merge
 from gvpo_offline.store.adopt import open_for_training
+from gvpo_offline.store.arrow import groups_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import BaseFile, Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.parquet import write_parquet
 from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema
-from gvpo_offline.store.tables import groups_to_table
 from gvpo_offline.store.validate import validate
 from gvpo_offline.store.writer import publish
 

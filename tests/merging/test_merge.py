@@ -32,6 +32,7 @@ from gvpo_offline.merging import stages
 from gvpo_offline.merging.rewrite import Rewrite
 from gvpo_offline.merging.settings import MergeConfig
 from gvpo_offline.merging.stages import RewriteResult, merge
+from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
     Manifest,
@@ -40,7 +41,6 @@ from gvpo_offline.store.manifest import (
     manifest_versions,
 )
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
-from gvpo_offline.store.tables import reference_to_table
 from gvpo_offline.store.validate import validate
 from gvpo_offline.store.writer import lock_folder, publish, write_sidecar
 

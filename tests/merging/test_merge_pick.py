@@ -15,7 +15,7 @@ from gvpo_offline import contract
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import Fragment, prompt_key
 from gvpo_offline.merging.names import PromptNames
-from gvpo_offline.store.pick import RESPONSE_AXIS, ResponseIndex, take_responses
+from gvpo_offline.store.response_index import RESPONSE_AXIS, ResponseIndex, take_responses
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 from gvpo_offline.store.spill import TableSpill, leading_bits
 

@@ -1,15 +1,21 @@
-"""`pipelines/math_server`, whole: a model made on the spot, a real server, real math-verify."""
+"""`pipelines/math_server`, whole: a model made on the spot, a real server, real math-verify.
+
+Its `main` runs here; the commands and the server that it starts run in forked children, which
+spares each the seconds of importing torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.fork_server import ForkServer, Shell
 from support.importing import read_groups
 
 from gvpo_offline.store.manifest import load_manifest
@@ -18,18 +24,36 @@ ROOT = Path(__file__).parents[2]
 N_PROMPTS, K = 24, 4
 
 
+class Forked:
+    """Stands for `subprocess.Popen`: `transformers ...` in a child of the fork server."""
+
+    def __init__(self, server: ForkServer, argv: Sequence[str]) -> None:
+        self._child = server.start(argv[1:], program="transformers.cli.transformers:main")
+
+    def poll(self) -> None:
+        """It is at work until it is told to end."""
+
+    def terminate(self) -> None:
+        self._child.kill()
+
+    def wait(self) -> int:
+        return self._child.wait()
+
+
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Path:
     """Where the demonstration has written; a short one."""
     folder = tmp_path_factory.mktemp("math_server")
-    argv = ["--output_dir", folder, "--prompts", N_PROMPTS, "--pretrain_steps", 300]
-    done = subprocess.run(
-        [sys.executable, ROOT / "pipelines/math_server/demo.py", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    argv = ["--output_dir", folder, "--prompts", N_PROMPTS, "--pretrain_steps", 150]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "pipelines" / "math_server")
+        for name in ("run", "demo"):  # other pipelines have files of the same names
+            patch.delitem(sys.modules, name, raising=False)
+        patch.setattr(subprocess, "run", Shell(server, {}))
+        patch.setattr(subprocess, "Popen", lambda argv, **_: Forked(server, argv))
+        importlib.import_module("demo").main(list(map(str, argv)))
+        for name in ("run", "demo"):
+            del sys.modules[name]
     return folder
 
 

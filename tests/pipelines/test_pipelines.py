@@ -10,16 +10,15 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.fork_server import ForkServer
+from support.fork_server import ForkServer, Shell
 from support.hub_shapes import H4_BINARIZED, ULTRAFEEDBACK
 
 from gvpo_offline import open_dataset
@@ -37,30 +36,6 @@ def load(path: Path) -> ModuleType:
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     return module
-
-
-class Shell:
-    """Stands for `subprocess.run`: commands of gvpo-offline run in the fork server's children.
-
-    Attributes:
-        kills: by command and which call of it, counted from 1: where the child is killed.
-    """
-
-    def __init__(self, server: ForkServer, kills: dict[tuple[str, int], list[Any]]) -> None:
-        self.kills = kills
-        self._server = server
-        self._run = subprocess.run
-        self._calls: Counter[str] = Counter()
-
-    def __call__(self, argv: Sequence[str], **options: Any) -> Any:
-        if "gvpo_offline.cli" not in argv:
-            return self._run(argv, **options)
-        command = argv[argv.index("gvpo_offline.cli") + 1 :]
-        self._calls[command[0]] += 1
-        kill = self.kills.get((command[0], self._calls[command[0]]))
-        status, output = self._server.run(command, **({"kill_at": kill} if kill else {}))
-        assert status == (-9 if kill else 0), output
-        return SimpleNamespace(returncode=status)
 
 
 @pytest.fixture(scope="module")

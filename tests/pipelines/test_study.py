@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fork_server import ForkServer
 
 STUDY = Path(__file__).parents[2] / "research" / "study"
 OWN = ("draw", "jobs", "learn", "models", "report", "search", "tasks", "world")
@@ -96,45 +96,26 @@ def test_judges_are_counted_over_pairs_of_the_grid(modules: dict[str, ModuleType
     assert (found["reweighted_reward"], found["best_log_ratio"]) == (1, 0)
 
 
-SMALLEST = """
-import sys
-import jobs, learn, study, world
-world.RECIPES["carry"] = world.Recipe(16, 16, 8)
-world.N_PROMPTS, world.N_VALIDATION, world.N_TEST, world.N_HELD_OUT = 24, 4, 4, 8
-learn.N_HELD_OUT, learn.GROUPS_PER_STEP = 8, 4
-study.make_models("carry", study.Path(sys.argv[1]) / "carry")
-runner = study.Runner(study.Path(sys.argv[1]))
-given = jobs.Job("carry", "gvpo", 1e-3, 1, steps=6)
-rows = [
-    runner(job)
-    for job in (
-        given,
-        study.replace(given, rounds=2),
-        study.replace(given, start="rft"),
-        study.replace(given, loss="none"),
-        given,
-    )
-]
-print(study.json.dumps(rows))
-"""
+def smallest() -> None:
+    """A process of the test below: the folder of the models is in sys.argv."""
+    sys.path.insert(0, str(STUDY))
+    jobs, learn, study, world = (__import__(n) for n in ("jobs", "learn", "study", "world"))
+    world.RECIPES["carry"] = world.Recipe(16, 16, 8)
+    world.N_PROMPTS, world.N_VALIDATION, world.N_TEST, world.N_HELD_OUT = 24, 4, 4, 8
+    learn.N_HELD_OUT, learn.GROUPS_PER_STEP = 8, 4
+    folder = Path(sys.argv[1])
+    study.make_models("carry", folder / "carry")
+    runner = study.Runner(folder)
+    plain = jobs.Job("carry", "gvpo", 1e-3, 1, steps=6)
+    others = ({"rounds": 2}, {"start": "rft"}, {"loss": "none"}, {})
+    print(json.dumps([runner(replace(plain, **other)) for other in ({}, *others)]))
 
 
-def test_a_run_at_its_smallest_is_the_same_twice(tmp_path: Path) -> None:
+def test_a_run_at_its_smallest_is_the_same_twice(tmp_path: Path, server: ForkServer) -> None:
     """Models made, a log drawn, a policy trained and judged; untouched, its log-ratios are 0."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{STUDY}:{STUDY.parents[1]}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SMALLEST, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, rounds, warm, untouched, again = json.loads(done.stdout.splitlines()[-1])
+    status, output = server.run([tmp_path], program=f"{__name__}:{smallest.__name__}")
+    assert status == 0, output
+    first, rounds, warm, untouched, again = json.loads(output.splitlines()[-1])
     assert untouched["kl"] == pytest.approx(0, abs=1e-5)
     assert untouched["explained_variance"] == pytest.approx(0, abs=1e-4)
     assert len({one["log_mass"] for one in (first, rounds, warm, untouched)}) == 4

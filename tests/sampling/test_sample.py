@@ -21,11 +21,10 @@ from support.tiny_policy import train_tokenizer
 
 from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.sampling.log import SampleLog
-from gvpo_offline.sampling.run import SampleResult, _Run, run_sample
+from gvpo_offline.sampling.run import _Run, run_sample
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.manifest import load_manifest
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
-from gvpo_offline.workers.settings import WorkerSettings
 
 
 def test_groups_of_two_samplers(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -382,27 +381,3 @@ def test_a_folder_with_other_things(tmp_path: Path, tiny_model_dir: Path) -> Non
     with pytest.raises(DataError, match=r"notes\.txt"):
         run_sample(config(tmp_path, tiny_model_dir, samplers, n=2))
     assert issubclass(StorageError, OSError)
-
-
-def test_every_engine_gives_the_same_bytes(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """6 prompts in tasks of 2: here, by two workers, on Ray, as shards; and a shard alone makes no
-    dataset yet, and says so.
-    """
-
-    def run(name: str, **engine: Any) -> SampleResult:
-        samplers = {"s": local(tiny_model_dir)}
-        settings = {"output_dir": str(tmp_path / name), "prompts_per_task": 2}
-        given = WorkerSettings(show_progress=False, **engine)
-        return run_sample(config(tmp_path, tiny_model_dir, samplers, **settings), given)
-
-    here = run("here").manifest
-    assert here is not None
-    first = run("shards", shard="0/2")
-    assert (first.manifest, first.asked, first.n_gaps) == (None, False, 6)
-    for other in (
-        run("workers", workers=2),
-        run("ray", engine="ray"),
-        run("shards", shard="1/2"),
-    ):
-        assert other.manifest is not None
-        assert content(other.manifest) == content(here)

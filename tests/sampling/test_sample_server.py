@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -37,31 +34,24 @@ def faulty() -> Iterator[FaultServer]:
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(tiny_model_dir: Path, server: ForkServer) -> Iterator[str]:
     """`transformers serve` with the tiny model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    executable = Path(sys.executable).with_name("transformers")
-    log = (tmp_path_factory.mktemp("serve") / "log").open("w")
-    process = subprocess.Popen(
-        [executable, "serve", tiny_model_dir, "--port", str(port), "--device", "cpu"],
-        stdout=log,
-        stderr=log,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    argv = ["serve", tiny_model_dir, "--port", port, "--device", "cpu"]
+    child = server.start(argv, program="transformers.cli.transformers:main")
     try:
-        for _ in range(300):
+        for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://localhost:{port}/health", timeout=1)
                 break
             except OSError:
-                time.sleep(0.2)
+                time.sleep(0.1)
         yield f"http://localhost:{port}/v1"
     finally:
-        process.terminate()
-        process.wait()
-        log.close()
+        child.kill()
+        child.wait()
 
 
 def test_a_real_server(tmp_path: Path, tiny_model_dir: Path, served: str) -> None:

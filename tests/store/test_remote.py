@@ -35,8 +35,8 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.passes import PrefetchedRowGroups
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
+from gvpo_offline.store.row_groups import PrefetchedRowGroups
 from gvpo_offline.store.schema import SUMMARY_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.survey import survey
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.builders import build_dataset
+from support.fork_server import ForkServer
 from support.remote_servers import FolderServer, serving
 from test_remote_failures import opened, read_all
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.store.remote.cache import RangeCache
 
 URL = "s3://bucket/data"
@@ -217,39 +218,38 @@ def test_the_default_folder_is_the_environments(
 
 # Killed processes.
 
-READER = """
-import sys, random
-from gvpo_offline import RemoteSettings, open_dataset
-url, cache, seed = sys.argv[1:]
-dataset = open_dataset(url, remote=RemoteSettings(cache_dir=cache, cache_gb=float(2e-5)))
-print("reading", flush=True)
-rng = random.Random(seed)
-while True:
-    dataset.groups(rng.randrange(dataset.n_row_groups))
-"""
+
+def read_for_ever() -> None:
+    """A process of the test below: the dataset's URL, the cache and a seed are in sys.argv."""
+    url, cache, seed = sys.argv[1:]
+    dataset = open_dataset(url, remote=RemoteSettings(cache_dir=cache, cache_gb=2e-5))
+    print("reading", flush=True)
+    rng = random.Random(seed)
+    while True:
+        dataset.groups(rng.randrange(dataset.n_row_groups))
 
 
-def test_processes_that_share_a_cache_may_be_killed_at_any_time(tmp_path: Path) -> None:
+def test_processes_that_share_a_cache_may_be_killed_at_any_time(
+    tmp_path: Path, server: ForkServer
+) -> None:
     """Kills twelve readers, four at a time, that share a cache of half the data."""
     build_dataset(tmp_path / "data", 48, response_tokens=40)
     rng = random.Random(1)
-    with serving(FolderServer(tmp_path)) as server:
-        command = [sys.executable, "-c", READER, f"{server.url}/data", str(tmp_path / "cache")]
+    with serving(FolderServer(tmp_path)) as folder:
+        program = f"{__name__}:{read_for_ever.__name__}"
+        words = [f"{folder.url}/data", tmp_path / "cache"]
         for round_ in range(3):
-            readers = [
-                subprocess.Popen([*command, f"{round_}.{n}"], stdout=subprocess.PIPE)
-                for n in range(4)
-            ]
+            readers = [server.start([*words, f"{round_}.{n}"], program=program) for n in range(4)]
             for reader in readers:
-                assert reader.stdout is not None
-                assert reader.stdout.readline() == b"reading\n"
+                while "reading" not in reader.output:
+                    assert "Traceback" not in reader.output, reader.output
+                    time.sleep(0.01)
             for reader in readers:
                 time.sleep(rng.uniform(0.02, 0.3))
-                assert reader.poll() is None, "it stopped by itself"
-                reader.send_signal(signal.SIGKILL)
-                reader.wait()
+                reader.kill()
+                assert reader.wait() == -signal.SIGKILL, "it stopped by itself"
             assert held(tmp_path / "cache") <= 1.2 * 20_000
-        survivor: GroupDataset = opened(server)
+        survivor: GroupDataset = opened(folder)
         read_all(survivor, tmp_path / "data")
         assert survivor.storage.traffic.damaged_entries == 0
         assert survivor.storage.traffic.cached_bytes > 0

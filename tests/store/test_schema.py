@@ -16,18 +16,21 @@ from support.builders import differences, group_strategy, make_group, make_group
 
 from gvpo_offline.group import Group
 from gvpo_offline.rules import check_group
-from gvpo_offline.store.arrow import list_array, nested_list_array, split_list, split_nested_list
+from gvpo_offline.store.arrow import (
+    groups_from_table,
+    groups_to_table,
+    list_array,
+    nested_list_array,
+    reference_to_table,
+    rewards_to_table,
+    split_list,
+    split_nested_list,
+)
 from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
     arrow_schema,
     rewards_schema,
-)
-from gvpo_offline.store.tables import (
-    groups_from_table,
-    groups_to_table,
-    reference_to_table,
-    rewards_to_table,
 )
 
 SIDECAR_FIELDS = ("rewards", "ref_seq_logprobs")

@@ -29,7 +29,7 @@ from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versio
 from gvpo_offline.store.validate import validate
 from gvpo_offline.store.writer import publish, write_groups
 
-SUPPORT = Path(__file__).parents[2] / "support"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture

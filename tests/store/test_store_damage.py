@@ -19,13 +19,13 @@ from support.parquet_pages import pages
 
 from gvpo_offline.errors import DataError, GVPOError, IntegrityError
 from gvpo_offline.store import commit
+from gvpo_offline.store.arrow import groups_from_table, rewards_to_table
 from gvpo_offline.store.commit import TaskLog, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest, dump_manifest, load_manifest, manifest_path
 from gvpo_offline.store.parquet import open_parquet, read_row_group
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS
 from gvpo_offline.store.survey import survey
-from gvpo_offline.store.tables import groups_from_table, rewards_to_table
 from gvpo_offline.store.writer import write_sidecar
 
 COLUMNS = [c.name for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS, *REFERENCE_COLUMNS)]

@@ -14,10 +14,10 @@ import pytest
 from support.builders import make_groups
 
 from gvpo_offline.errors import StorageError
-from gvpo_offline.store.choice import WeightedReward
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, load_manifest, manifest_versions
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.writer import publish, write_groups
 
 GROUPS = make_groups(24)

@@ -31,12 +31,12 @@ from support.parquet_pages import pages
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError, StorageError
 from gvpo_offline.group import Group
-from gvpo_offline.store.choice import WeightedReward
+from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import BaseFile, Manifest, RewardFamily, load_manifest
 from gvpo_offline.store.parquet import footer_sha256
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, rewards_schema
-from gvpo_offline.store.tables import rewards_to_table
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.writer import claim_folder, publish, write_groups, write_sidecar
 
 ALL_COLUMNS = [column.name for column in GROUPS_COLUMNS]

@@ -22,6 +22,7 @@ from support.builders import (
 from gvpo_offline.errors import DataError, GVPOError, IntegrityError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_text
+from gvpo_offline.store.arrow import groups_to_table, reference_to_table, rewards_to_table
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -40,7 +41,6 @@ from gvpo_offline.store.schema import (
     arrow_schema,
     rewards_schema,
 )
-from gvpo_offline.store.tables import groups_to_table, reference_to_table, rewards_to_table
 from gvpo_offline.store.validate import validate
 from gvpo_offline.store.writer import publish, write_sidecar
 

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.stream.ahead import PrefetchDataset
-from gvpo_offline.stream.steps import StepShare
+from gvpo_offline.stream.steps import PrefetchDataset, StepShare
 
 
 @pytest.fixture(scope="module")

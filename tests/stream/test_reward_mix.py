@@ -15,9 +15,9 @@ from support.rewarding import answered, answered_dataset, functions, reward
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
-from gvpo_offline.store.choice import choose_reward_families
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest
+from gvpo_offline.store.sidecar_choice import choose_reward_families
 from gvpo_offline.store.survey import survey
 from gvpo_offline.store.writer import publish
 from gvpo_offline.stream.settings import DatasetSettings

@@ -1,4 +1,4 @@
-"""Groups and datasets for tests: small, real, and the same for the same arguments."""
+"""Small groups and datasets for tests, written with the real writer; same arguments, same data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_text, text_key
-from gvpo_offline.store.arrow import list_array
+from gvpo_offline.store.arrow import groups_to_table, list_array, reference_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import (
@@ -27,7 +27,6 @@ from gvpo_offline.store.manifest import (
     TokenizerInfo,
 )
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
-from gvpo_offline.store.tables import groups_to_table, reference_to_table
 from gvpo_offline.store.writer import publish, write_groups, write_sidecar
 
 SAMPLERS = ("base", "hot", "person")
@@ -49,13 +48,13 @@ def make_group(
     """Group `number` of a made-up log.
 
     Args:
-        number, seed: decide everything that is drawn.
-        k: responses; drawn from 2..5.
-        vocab_size: bound of the token ids.
-        prompt_tokens, response_tokens: lengths; drawn from 1..8, each response for itself.
-        masked: give it a loss mask, with the first token of each response counting.
-        scored: give it ref_seq_logprobs, the sums of `ref_token_logprobs(group)`.
-        fields: fields of Group to set to something else at the end.
+        number, seed: seeds of the random generator.
+        k: number of responses; default: drawn from 2..5.
+        vocab_size: exclusive upper bound of the token ids.
+        prompt_tokens, response_tokens: lengths; default: drawn from 1..8 for each response.
+        masked: whether to add a loss mask, in which the first token of each response counts.
+        scored: whether to add ref_seq_logprobs, the sums of `ref_token_logprobs(group)`.
+        fields: fields of Group that are replaced at the end.
     """
     rng = np.random.default_rng([seed, number])
     k = int(rng.integers(2, 6)) if k is None else k
@@ -84,7 +83,7 @@ def make_group(
 
 
 def make_groups(n_groups: int, **options: Any) -> list[Group]:
-    """Groups 0 to n_groups - 1; every third has a loss mask. `options`: as `make_group`."""
+    """Groups 0 to n_groups - 1; every third has a loss mask. `options`: see `make_group`."""
     return [make_group(i, **{"masked": i % 3 == 0, **options}) for i in range(n_groups)]
 
 
@@ -94,7 +93,7 @@ _FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 @st.composite
 def group_strategy(draw: st.DrawFn, group_id: str | None = None) -> Group:
-    """Any group that keeps the rules, scored and rewarded; most text is allowed to be odd."""
+    """Any valid group with rewards and reference log-probs; texts may contain any characters."""
     k = draw(st.integers(2, 4))
     lengths = draw(st.lists(st.integers(1, 4), min_size=k, max_size=k))
     tokens = st.integers(0, 2**31 - 1)
@@ -140,7 +139,7 @@ def _sums(group: Group, logprobs: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[
 
 
 def training_table(groups: Sequence[Group]) -> pa.Table:
-    """A self-contained table, as schemas/training_file.schema.json describes it."""
+    """A self-contained table that conforms to schemas/training_file.schema.json."""
     table = groups_to_table(groups)
     rewards = [g.rewards for g in groups if g.rewards is not None]
     table = table.append_column("rewards", list_array(rewards, pa.float64()))
@@ -169,7 +168,7 @@ def reference_sidecar(
 
 
 def reference_family(files: list[Sidecar], name: str = "made-up", **fields: Any) -> ReferenceFamily:
-    """A reference family over `files`, named after no model that exists."""
+    """A reference family over `files`, with the name of a model that does not exist."""
     values: dict[str, Any] = {
         "fingerprint": sha256_text(name),
         "model_name_or_path": name,
@@ -196,16 +195,16 @@ def build_dataset(
     tokenizer: TokenizerInfo | None = None,
     **options: Any,
 ) -> GroupDataset:
-    """Write a dataset through the store's own writer, and open it.
+    """Write a dataset with the store's own writer, and open it.
 
     Args:
-        root: its folder.
-        n_groups, options: as `make_groups`, unless `groups` are given.
+        root: folder of the dataset.
+        n_groups, options: as for `make_groups`; ignored if `groups` is given.
         groups: the groups to write, in this order.
-        groups_per_shard, rows_per_row_group: how they are cut.
+        groups_per_shard, rows_per_row_group: sizes of shards and row groups.
         reward: name of the reward family, or None for a dataset without rewards.
         reference: whether to write a reference sidecar.
-        tokenizer: what the manifest says of it.
+        tokenizer: the tokenizer that the manifest records.
     """
     rows = make_groups(n_groups, **options) if groups is None else list(groups)
     log = TaskLog(root, "import")
@@ -239,7 +238,7 @@ def build_dataset(
 
 
 def same_group(one: Group, other: Group) -> bool:
-    """Whether every field that both have holds the same values."""
+    """Whether all fields that both groups have are equal."""
     return not differences(one, other)
 
 

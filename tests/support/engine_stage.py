@@ -1,4 +1,4 @@
-"""A stage that writes small files, and misbehaves on demand; importable by workers."""
+"""A stage that writes small files and fails on request; importable by workers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Writing:
     """Each task writes four groups.
 
     Attributes:
-        n_tasks: how many there are.
-        trouble: what task 2 does instead: "data" (a DataError), "crash" (an error of the code's
-            own), "kill" (the process dies), "start" (the stage does not start), "wait" (it tells
-            its process id and sleeps).
+        n_tasks: number of tasks.
+        trouble: the fault: in task 2 "data" (a DataError), "crash" (another exception), "kill" (the
+            process is killed) or "wait" (it writes its process id and sleeps); or "start" (the
+            stage raises when it starts).
     """
 
     root: Path
@@ -65,7 +65,7 @@ class Writing:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "wait":
             (self.root / "waiting").write_text(str(os.getpid()))
-            time.sleep(60)
+            time.sleep(600)
 
 
 if __name__ == "__main__":  # root, trouble, workers

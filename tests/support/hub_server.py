@@ -1,9 +1,9 @@
-"""A small Hugging Face Hub on loopback: dataset repositories in memory, spoken to by
-huggingface_hub, `datasets` and fsspec's `hf://` as they are.
+"""A small Hugging Face Hub on loopback with dataset repositories in memory, for unmodified
+clients: huggingface_hub, `datasets` and fsspec's `hf://`.
 
-It keeps commits (each a whole tree), branches and LFS objects; private repositories and tokens that
-may read or write; ranges. It does not speak Xet: `environment()` switches that off. HF_ENDPOINT is
-read when huggingface_hub is imported, so whoever talks to it is a process of its own.
+It supports commits (each a whole tree), branches, LFS objects, private repositories, read and write
+tokens, and byte ranges. It does not support Xet, which `environment()` disables. huggingface_hub
+reads HF_ENDPOINT at import, so clients must run in separate processes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Repo:
     """One dataset repository.
 
     Attributes:
-        commits: by sha, the SHA-256 of each path's content.
-        branches: the commit that each stands at.
-        messages: what each commit says, in order.
+        commits: for each commit sha, the SHA-256 of each path's content.
+        branches: for each branch its commit sha.
+        messages: commit messages in order.
     """
 
     private: bool
@@ -48,7 +48,7 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, tree: dict[str, str], message: str) -> str:
-        """Set `branch` to a new commit with `tree`; its sha."""
+        """Set `branch` to a new commit with `tree`; returns its sha."""
         self.messages.append(message)
         text = json.dumps([self.branches.get(branch), tree, message])
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -57,7 +57,7 @@ class Repo:
         return sha
 
     def sha(self, revision: str) -> str | None:
-        """The commit of a branch or of a commit's own name."""
+        """The commit sha of a branch, or of a commit sha."""
         return self.branches.get(revision) or (revision if revision in self.commits else None)
 
 
@@ -71,12 +71,12 @@ class HubServer(LoopbackServer):
     """The hub.
 
     Attributes:
-        repos: by id.
+        repos: repositories by id.
         blobs: contents by SHA-256.
-        requests: (method, path, bytes sent) of every request that was answered.
+        requests: (method, path, bytes sent) of every answered request.
         faults: called with method and path before an answer; returns "drop" to close the
-            connection, "cut" to end a body halfway, a status to answer with that, or None.
-        served: called with path and content of what is downloaded; returns what is sent.
+            connection, "cut" to send half of a body, a status to respond with, or None.
+        served: called with path and content of a download; returns the content to send.
     """
 
     methods: ClassVar[tuple[str, ...]] = ("GET", "HEAD", "POST", "PUT")
@@ -91,7 +91,7 @@ class HubServer(LoopbackServer):
         self.endpoint = self.url.removesuffix("/v1")
 
     def environment(self, home: Path, token: str | None = WRITE) -> dict[str, str]:
-        """What a process that talks to this hub has in its environment; caches lie in `home`."""
+        """Environment variables of a client process; its caches are in `home`."""
         values = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_DISABLE_XET": "1",
@@ -112,7 +112,7 @@ class HubServer(LoopbackServer):
         return {path: self.blobs[oid] for path, oid in repo.commits[sha].items()}
 
     def put(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """Commit `files` on top of what a repository has, as somebody else would."""
+        """Commit `files` on top of the newest commit of a repository, as another user would."""
         with self.lock:
             repo = self.repos.setdefault(repo_id, Repo(private=False))
             tree = dict(repo.commits.get(repo.branches.get(branch, ""), {}))
@@ -278,7 +278,7 @@ class HubServer(LoopbackServer):
         }
 
     def oid(self, sha256: str) -> str:
-        """What the hub calls a content: its SHA-256 in LFS, else git's SHA-1 of it."""
+        """Object id of a content: SHA-256 for LFS files, else git's SHA-1."""
         content = self.blobs[sha256]
         if self.is_large(sha256):
             return sha256
@@ -286,7 +286,7 @@ class HubServer(LoopbackServer):
         return hashlib.sha1(whole, usedforsecurity=False).hexdigest()
 
     def is_large(self, sha256: str) -> bool:
-        """Whether a content lies in LFS."""
+        """Whether a content is stored in LFS."""
         return len(self.blobs[sha256]) > _LFS_BYTES or self.blobs[sha256][:4] == b"PAR1"
 
     def _commit(self, repo_id: str, repo: Repo, branch: str, body: bytes) -> dict[str, Any]:
@@ -325,7 +325,7 @@ class HubServer(LoopbackServer):
         headers = {"X-Repo-Commit": sha, "ETag": f'"{self.oid(oid)}"', "Accept-Ranges": "bytes"}
         if large:
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(size)}
-            # As the real one: from another host, to which the client sends no token.
+            # As on the real hub, from another host, to which the client sends no token.
             elsewhere = self.endpoint.replace("127.0.0.1", "localhost")
             headers["Location"] = f"{elsewhere}/cdn/{urllib.parse.quote(path)}/{oid}"
             self._reply(handler, 302, {}, headers)
@@ -365,8 +365,8 @@ class HubServer(LoopbackServer):
 
 
 def _checked_card(content: str) -> dict[str, Any]:
-    """The hub's answer on a card: errors where its front matter is no mapping, or a configuration
-    has no name and files.
+    """The hub's validation of a card: an error if its front matter is not a mapping, or if a
+    configuration has no name and files.
     """
     found = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     value = yaml.safe_load(found.group(1)) if found else {}
@@ -377,7 +377,7 @@ def _checked_card(content: str) -> dict[str, Any]:
 
 
 def _form(handler: BaseHTTPRequestHandler, body: bytes) -> list[str]:
-    """The paths that are asked about, in JSON or as a form."""
+    """The requested paths, from a JSON or form body."""
     if "json" in (handler.headers.get("Content-Type") or ""):
         asked = json.loads(body)["paths"]
         return [asked] if isinstance(asked, str) else list(asked)

@@ -1,5 +1,5 @@
-"""Data sets of the hub in miniature: the features that their cards or their code declare, two rows
-or so of each, written by `datasets` itself.
+"""Small copies of datasets on the Hugging Face Hub: the features that their cards or code declare,
+with about two rows each, written with `datasets`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
 
 
 def save(folder: Path, features: Features, rows: Rows, kind: str = "arrow") -> Path:
-    """Write rows with these features: as a saved data set, a Parquet file or JSON lines."""
+    """Write rows with these features as a saved dataset, a Parquet file or JSON lines."""
     data = datasets.Dataset.from_list(list(rows), features=features)
     if kind == "arrow":
         data.save_to_disk(folder)
@@ -48,7 +48,7 @@ def save(folder: Path, features: Features, rows: Rows, kind: str = "arrow") -> P
 
 
 def fragments(path: Path, format: str, **settings: Any) -> list[Fragment]:
-    """What a format reads from one input, before anything else looks at it."""
+    """The fragments that a format reads from one input."""
     config = ImportConfig(str(path), "unused", format=format, **settings)
     log_format = find_format(config)
     (source,) = find_sources(str(path))
@@ -122,7 +122,7 @@ ULTRAFEEDBACK_FIRST_RELEASE = Features({**_ULTRAFEEDBACK, "completions": [_COMPL
 def completion(
     model: str, response: str, score: float, ratings: Many[str], mean: float | None = None
 ) -> dict[str, Any]:
-    """A completion; `ratings` of helpfulness, honesty, instruction following, truthfulness."""
+    """A completion; `ratings`: helpfulness, honesty, instruction following, truthfulness."""
     rated = [{"Rating": rating, "Rationale": "because"} for rating in ratings]
     typed = {"Type": ["1"], "Rationale For Rating": "so"}
     made = {
@@ -305,7 +305,7 @@ def synthetic1_row(problem: str, response: str, score: float | None) -> dict[str
 
 
 def distilabel(ratings: Value, models: str = "generation_models") -> Features:
-    """The features of a distilabel data set; ratings are integers or text, by version."""
+    """The features of a distilabel dataset; ratings are integers or text, by version."""
     return Features(
         {
             "instruction": TEXT,
@@ -345,7 +345,7 @@ ARENA = Features(
 def arena_row(
     battle: int, prompt: str, a: str, b: str, votes: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """A battle; prompt and answers are JSON in text, as in the file."""
+    """A battle; prompt and answers are JSON strings, as in the original file."""
     return {
         "id": battle,
         "model_a": "gpt-4",

@@ -1,5 +1,5 @@
-"""Models with a state, of a few thousand random weights: linear attention, state spaces, short
-convolutions, and the mixtures of these with attention.
+"""Recurrent and hybrid models with a few thousand random weights: linear attention, state space
+models, short convolutions, and their combinations with attention.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-# Chunks of 4, so that short rows cross a chunk's end.
+# Chunks of 4, so that short rows span several chunks.
 _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -58,7 +58,7 @@ _NEMOTRON |= {"moe_shared_expert_intermediate_size": 16, "use_mamba_kernels": Fa
 _MAMBA2 = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 4}
 _JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8}
 
-# The prompt's state can be continued by several tokens at once.
+# Several tokens at once can continue the prompt's state.
 CONTINUED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-next": ("qwen3_next", {**_LAYERS, **_DELTA, **_SHARED, "head_dim": 8}),
     "qwen3.5": ("qwen3_5_text", {**_LAYERS, **_DELTA, "head_dim": 8}),
@@ -81,13 +81,13 @@ CONTINUED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "zaya": ("zaya", _LAYERS),
 }
-# The first Mamba's scan has no initial state: several tokens at once start from an empty one.
+# Mamba 1's scan takes no initial state: several tokens at once start from an empty state.
 FORGETFUL: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {**_BARE, "state_size": 8}),
     "falcon-mamba": ("falcon_mamba", {**_BARE, "state_size": 8}),
     "jamba": ("jamba", {**_LAYERS, **_JAMBA, "use_mamba_kernels": False}),
 }
-# States that live elsewhere than in transformers' own cache.
+# States that are not stored in transformers' own cache.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": (
         "minimax",
@@ -108,12 +108,12 @@ HYBRIDS = CONTINUED | FORGETFUL | REFUSED
 
 
 def hybrid_model(family: str, *, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """A model of a family with weights large enough that every part of it shows in the logits.
+    """A model of a family, with weights large enough that every layer affects the logits.
 
     Args:
         family: a name in `HYBRIDS`.
-        seed: of the weights.
-        **options: for the model's constructor (`attn_implementation`, `dtype`).
+        seed: seed of the weights.
+        **options: options of the model's constructor (`attn_implementation`, `dtype`).
     """
     kind, settings = HYBRIDS[family]
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""What the tests of `import` share: writing logs, reading datasets back."""
+"""Shared by the tests of `import`: writing logs, reading datasets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL_COLUMNS = tuple(column.name for column in GROUPS_COLUMNS)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
-    """One JSON value a line; compressed if the name ends in .gz."""
+    """Write one JSON value per line; compressed if the name ends in .gz."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
@@ -28,7 +28,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 def config(
     inputs: Path | str | Sequence[Path | str], output: Path, **settings: Any
 ) -> ImportConfig:
-    """An import of `inputs` into `output`, quiet."""
+    """Settings that import `inputs` into `output` without progress bars."""
     paths = [inputs] if isinstance(inputs, Path | str) else inputs
     return ImportConfig(
         [str(path) for path in paths], str(output), **{"show_progress": False, **settings}
@@ -50,7 +50,7 @@ def content(manifest: Manifest) -> list[str]:
 
 
 def id_rows(n_groups: int, k: int = 3) -> list[dict[str, Any]]:
-    """Rows of token ids, one a response: no tokenizer needed."""
+    """Rows of token ids, one per response, which need no tokenizer."""
     return [
         {
             "group": f"g{g}",

@@ -1,4 +1,4 @@
-"""What the tests of judges share: a server that judges by rule, and fails by rule."""
+"""Shared by the tests of judges: a server with rule-based ratings and faults."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from support.loopback import LoopbackServer, drop, send
 
 Fault = Callable[[str, int], str | None]
-"""From a question, and the times that it was asked before, to a fault's name."""
+"""Maps a question, and the number of earlier requests for it, to the name of a fault or None."""
 
-# What a judge may say instead of an answer; status codes and connections that fail come besides.
+# Invalid answers of a judge, by fault; other faults are status codes and connection failures.
 SAID = {"prose": "Both are fine.", "empty": "", "off": "Score: 11", "fraction": "Score: 7/10"}
 
 
 def judge(server: JudgeServer, **settings: Any) -> dict[str, Any]:
-    """A scorer: the server below, asked without long waits."""
+    """Settings of a judge scorer that uses the server below, with short waits."""
     given = {"kind": "judge", "model": "tiny", "base_url": server.url, "max_wait": 0.01}
     return {**given, "max_attempts": 2, "request_timeout": 5.0, **settings}
 
@@ -31,22 +31,23 @@ def rating(number: int) -> int:
 
 
 def shown_numbers(question: str) -> list[int]:
-    """The numbers of the responses in a question, in the order in which they are shown."""
+    """The numbers of the responses in a question, in the order shown."""
     return [int(number) for number in re.findall(r"It is (\d+)", question)]
 
 
 class JudgeServer(LoopbackServer):
     """An OpenAI-compatible server on loopback.
 
-    It gives `rating` of one response; of two it prefers the larger number, but, where they are next
-    to each other, the one that is shown first.
+    It rates a single response with `rating`. Of two responses it prefers the one with the larger
+    number, or, if the numbers differ by 1, the one that is shown first.
 
     Attributes:
-        fault: what to do wrong: a key of SAID, a status code, drop, hang, json, length.
-        asked: how often each question was asked.
-        bodies: all requests in order; `headers` likewise.
+        fault: chooses a fault: a key of SAID, a status code, drop, hang, json, length.
+        asked: number of requests by question.
+        bodies: bodies of all requests in order.
+        headers: headers of all requests in order.
         delay: seconds before each answer.
-        model: what it says its name is.
+        model: returns the model name to report for a question.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What servers of tests have in common: a port on loopback, a thread, and ways to answer."""
+"""Base class of test servers on loopback, and functions that send responses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import ClassVar
 
 
 class LoopbackServer(ABC):
-    """An HTTP server that hears requests of its `methods` as long as nobody closes it.
+    """An HTTP server that runs in a thread until it is closed.
 
     Attributes:
-        methods: the methods that it hears.
-        url: where, as OpenAI's clients want it.
-        lock: for whatever requests share.
+        methods: the HTTP methods that it supports.
+        url: base URL, in the form that OpenAI clients take.
+        lock: protects state that requests share.
         stopped: set when the server is closed, for answers that wait.
     """
 
@@ -28,7 +28,9 @@ class LoopbackServer(ABC):
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's system
+            disable_nagle_algorithm = (
+                True  # otherwise each answer waits 40 ms for the client's delayed ACK
+            )
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -37,10 +39,10 @@ class LoopbackServer(ABC):
             setattr(Handler, f"do_{method}", lambda handler: owner.answer(handler))
 
         class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # the default, 5, turns callers away for a second
+            request_queue_size = 128  # with the default, 5, some connections take a second longer
 
             def handle_error(self, *args: object) -> None:
-                """Whoever asked may have been killed."""
+                """Ignored, because the client may have been killed."""
 
         self._http = Server(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
@@ -52,14 +54,14 @@ class LoopbackServer(ABC):
         """Answer one request."""
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the server."""
         self.stopped.set()
         self._http.shutdown()
         self._http.server_close()
 
 
 def drop(handler: BaseHTTPRequestHandler) -> None:
-    """End the connection without a word."""
+    """Close the connection without a response."""
     handler.close_connection = True
     handler.connection.close()
 
@@ -70,7 +72,7 @@ def send(
     text: str,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """A whole answer, JSON unless `headers` say otherwise."""
+    """Send a complete response, JSON unless `headers` sets another content type."""
     handler.send_response(status)
     for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
         handler.send_header(name, value)

@@ -1,4 +1,4 @@
-"""Random batches of whole groups, and what it takes to compare two results on them."""
+"""Random batches of whole groups, and comparison of results on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ATOL = 1e-10
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one call; every field of tensors is (N,)."""
+    """Inputs of one call of a loss; every tensor is (N,)."""
 
     seq: Tensor
     ref: Tensor
@@ -61,7 +61,7 @@ class Batch:
 
 @st.composite
 def batches(draw: st.DrawFn, anchors: tuple[float, ...] = (0.0, 0.3, 1.0)) -> Batch:
-    """One to six groups of two to seven rows: scattered rows, any ids, ties, weights or none."""
+    """One to six groups of two to seven rows: any order, any ids, ties, optional weights."""
     sizes = draw(st.lists(st.integers(2, 7), min_size=1, max_size=6))
     ids = draw(
         st.lists(
@@ -87,7 +87,7 @@ def batches(draw: st.DrawFn, anchors: tuple[float, ...] = (0.0, 0.3, 1.0)) -> Ba
 
 
 def check(a: Tensor | float, b: Tensor | float) -> None:
-    """Equal up to the rounding of float64."""
+    """Assert equality up to float64 rounding."""
     torch.testing.assert_close(
         torch.as_tensor(a, dtype=torch.float64),
         torch.as_tensor(b, dtype=torch.float64),
@@ -102,7 +102,7 @@ def check_metrics(a: GroupStatistics, b: GroupStatistics) -> None:
     ours, theirs = a.metrics(), b.metrics()
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        # A root of a difference of sums: 1e-16 of rounding under it is 1e-8.
+        # The square root of a difference of sums: rounding of 1e-16 becomes 1e-8.
         assert value == pytest.approx(theirs[name], rel=1e-6, abs=1e-5, nan_ok=True), name
 
 

@@ -1,4 +1,4 @@
-"""What the tests of merging and compacting share: datasets with every kind of sidecar."""
+"""Shared by the tests of merging and compacting: datasets with every kind of sidecar."""
 
 from __future__ import annotations
 
@@ -14,37 +14,41 @@ from support.importing import ALL_COLUMNS, ID_COLUMNS, config, write_jsonl
 from gvpo_offline.group import Group
 from gvpo_offline.importing.importer import run_import
 from gvpo_offline.importing.settings import Columns
-from gvpo_offline.store.arrow import column_array, split_nested_list
-from gvpo_offline.store.choice import WeightedReward
+from gvpo_offline.store.arrow import (
+    column_array,
+    reference_to_table,
+    rewards_to_table,
+    split_nested_list,
+)
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, Sidecar, load_manifest
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, REWARDS_COLUMNS, arrow_schema
-from gvpo_offline.store.tables import reference_to_table, rewards_to_table
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.writer import publish, write_sidecar
 
 Response = tuple[Any, ...]
 
 
 def import_rows(root: Path, rows: Iterable[dict[str, Any]], **settings: Any) -> Manifest:
-    """Import rows of token ids (as `importing.id_rows`) into `root`; the log lies beside it."""
+    """Import rows of token ids (as `importing.id_rows`) into `root`; the log is next to it."""
     log = write_jsonl(root.parent / f"{root.name}.jsonl", rows)
     columns = Columns(**{**ID_COLUMNS, **settings.pop("columns", {})})
     return run_import(config(log, root, columns=columns, **{"source": "log", **settings}))
 
 
 def length_rewards(group: Group) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """A reward that anybody can compute from the tokens: their number."""
+    """A reward that depends on the tokens only: the length of each response."""
     return np.array(group.response_lengths, np.float64)
 
 
 def token_logprobs(group: Group) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """Likewise log-probs: minus a 64th of prompt length plus id, exact in float32."""
+    """Log-probs that depend on the tokens only: -(prompt length + id) / 64, exact in float32."""
     prompt = len(group.prompt_token_ids)
     return [(-(prompt + ids) / 64).astype(np.float32) for ids in group.response_token_ids]
 
 
 def seq_logprobs(group: Group) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Their sums over the tokens that count."""
+    """Sums of `token_logprobs` over the counted tokens."""
     masks = group.loss_mask or [np.ones(n, bool) for n in group.response_lengths]
     return np.array(
         [row[m].sum(dtype=np.float64) for row, m in zip(token_logprobs(group), masks, strict=True)]
@@ -52,7 +56,7 @@ def seq_logprobs(group: Group) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def add_sidecars(root: Path, *, reward: dict[str, Any] | None = None) -> Manifest:
-    """Publish a second reward, length@2 of configuration `reward`, and a reference."""
+    """Publish a second reward, length@2 with configuration `reward`, and a reference."""
     plain = GroupDataset(root, load_manifest(root))
 
     def written(
@@ -97,8 +101,8 @@ def add_sidecars(root: Path, *, reward: dict[str, Any] | None = None) -> Manifes
 
 
 def responses(root: Path, version: int | None = None) -> dict[str, list[Response]]:
-    """By group id, in the order of the dataset, all that training sees of each response: token ids
-    of prompt and response, mask, sampler, truncation, and its value in every sidecar.
+    """For each group id, in dataset order, the training data of each response: token ids of prompt
+    and response, mask, sampler, truncation, and its value in every sidecar.
     """
     manifest = load_manifest(root, version)
     families = [{"rewards": [WeightedReward(f)]} for f in manifest.rewards]
@@ -140,10 +144,10 @@ def _sidecar_values(dataset: GroupDataset, row_group: int) -> list[list[Any]]:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file of a folder with its content."""
+    """Content of every file of a folder, by path."""
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def first_reward(root: Path, version: int | None = None) -> GroupDataset:
-    """A dataset opened with its imported reward."""
+    """Open a dataset with its imported reward."""
     return open_dataset(root, reward="reward", join=("reward",), version=version)

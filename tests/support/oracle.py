@@ -1,4 +1,4 @@
-"""Groups whose responses begin alike, and what a bare model says of one response at a time."""
+"""Random groups with shared prefixes, and expected log-probs from a bare model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def group_of(
     responses: Sequence[Sequence[int]],
     masks: Sequence[Sequence[bool]] | None = None,
 ) -> Group:
-    """A group of these token ids."""
+    """A group with these token ids."""
     return Group(
         group_id="group",
         prompt_token_ids=np.array(prompt, dtype=np.int32),
@@ -39,8 +39,8 @@ def grown_group(
     max_response: int = 12,
     max_responses: int = 6,
 ) -> Group:
-    """A group whose responses go on from beginnings of each other, may end there or be equal."""
-    # From 3 on: of padding, which is 0, models make nothing.
+    """A group whose responses extend prefixes of each other; some are prefixes or duplicates."""
+    # Ids from 3 on: models treat padding, which is 0, differently.
     tokens = st.integers(3, 2 + vocab_size)
     responses: list[list[int]] = []
     for _ in range(draw(st.integers(2, max_responses))):
@@ -67,7 +67,7 @@ def sequences(groups: Sequence[Group]) -> list[tuple[np.ndarray, np.ndarray, np.
 
 
 def alone(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """(R,) float64, nats: from the model's own logits, a forward pass per response."""
+    """(R,) float64 log-probs from the model's own logits, one forward pass per response; nats."""
     sums = []
     for prompt, response, mask in sequences(groups):
         ids = torch.from_numpy(np.concatenate([prompt, response])).long()
@@ -79,9 +79,9 @@ def alone(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 
 def objective(sums_R: Tensor) -> Tensor:
-    """A loss whose gradient in each log-prob depends on all: sum c_i s_i + var(s) / 50.
+    """A loss whose gradient in each log-prob depends on all of them: sum c_i s_i + var(s) / 50.
 
-    The c_i run from -1 to 1.5, so that nothing cancels by symmetry.
+    The c_i range from -1 to 1.5, so that gradients do not cancel by symmetry.
     """
     factors = torch.linspace(-1.0, 1.5, len(sums_R), dtype=torch.float64)
     return (sums_R * factors).sum() + sums_R.var(correction=0) / 50
@@ -96,14 +96,14 @@ class Measured:
     gradient: Tensor
 
     def errors(self, truth: Measured) -> tuple[float, float]:
-        """Largest difference of a log-prob, nats; the gradient's, relative to the true norm."""
+        """Largest error of a log-prob, nats; relative error of the gradient, in the 2-norm."""
         assert truth.gradient.norm() > 0
         nats = float((self.sums_R - truth.sums_R).abs().max())
         return nats, float((self.gradient - truth.gradient).norm() / truth.gradient.norm())
 
 
 def measured_alone(model: nn.Module, groups: Sequence[Group]) -> Measured:
-    """The truth."""
+    """The expected values, from `alone`."""
     model.zero_grad()
     sums_R = alone(model, groups)
     loss = objective(sums_R)
@@ -117,9 +117,9 @@ def measured_by(
     groups: Sequence[Group],
     *,
     around: Callable[[], Any] | None = None,
-    passes: int = 1,
+    n_forwards: int = 1,
 ) -> Measured:
-    """What the engine makes of them; `around` gives a context for it."""
+    """The values that the engine computes, within the context manager `around`, if given."""
     seen: list[Tensor] = []
 
     def watched(sums_R: Tensor) -> Tensor:
@@ -128,22 +128,22 @@ def measured_by(
 
     model.zero_grad()
     if around is None:
-        loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, passes)
+        loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, n_forwards)
     else:
         with around():
-            loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, passes)
+            loss = engine.accumulate(model, groups, watched, torch.Tensor.backward, n_forwards)
     return Measured(seen[0], loss, gradient_of(model))
 
 
 def gradient_of(model: nn.Module) -> Tensor:
-    """The gradients of all trained parameters as one float64 vector; zeros where there is none."""
+    """The gradients of all trained parameters as one float64 vector; missing ones are 0."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     return torch.cat([grad.flatten().double() for grad in flat])
 
 
 def response_alone(model: nn.Module, group: Group, number: int) -> Tensor:
-    """log pi of each token of one response: (T,) float64, from logits of the bare sequence."""
+    """(T,) float64 log-probs of the tokens of one response, from the model's own logits; nats."""
     prompt, response = group.prompt_token_ids, group.response_token_ids[number]
     ids = torch.from_numpy(np.concatenate([prompt, response])).long()
     with torch.no_grad():

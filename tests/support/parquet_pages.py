@@ -1,4 +1,4 @@
-"""Where the pages of a Parquet file lie: just enough of Thrift's compact protocol to walk them."""
+"""Byte positions of the pages of a Parquet file, with a minimal Thrift compact protocol reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CRC_FIELD, _COMPRESSED_SIZE_FIELD = 4, 3
 
 @dataclass(frozen=True)
 class Page:
-    """Byte offsets of one page: its header, its data, its end; and the checksum, if it has one."""
+    """Byte offsets of a page's header, data and end; and its checksum, or None."""
 
     column: str
     header: int
@@ -69,7 +69,7 @@ class _Reader:
 
 
 def pages(path: Path) -> list[Page]:
-    """Every page of a file, in the order of row groups and columns."""
+    """All pages of a file, in the order of row groups and columns."""
     content = path.read_bytes()
     metadata = pq.read_metadata(path)
     found = []

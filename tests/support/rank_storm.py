@@ -1,4 +1,4 @@
-"""A run on many ranks, killed again and again, each time with another number of ranks."""
+"""A distributed run that is killed many times and resumed with other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from support.watching import Attempt, read_notes
 WORLD_SIZES = (1, 2, 3, 4, 8)
 N_GROUPS, GROUPS_PER_STEP = 25, 5
 STEPS_PER_EPOCH = N_GROUPS // GROUPS_PER_STEP
-MOST_STEPS = 5  # of an attempt, from the checkpoint that it begins with
+MOST_STEPS = 5  # most steps of an attempt, counted from its checkpoint
 SAVE_STEPS = 2
+# The least denominator of Adam's updates bounds what rounding does; see `rounding.adam_rounding`.
+STORM_RATE, STORM_EPSILON = 1e-4, 1e-2
 
 
 @dataclass
 class Storm:
-    """What became of a run.
+    """Records of a run.
 
     Attributes:
-        kills: world sizes of the attempts that were killed, and of the last, which was not.
-        attempts: what each attempt computed, by step.
-        expected: the same of the run that nothing happened to, in one process.
+        world_sizes: world sizes of the attempts; all but the last were killed.
+        attempts: for each attempt its steps.
+        expected: steps of the uninterrupted run in one process.
         weight_error: largest difference of a weight at the end.
         loss_error: largest difference of a step's loss.
     """
@@ -43,7 +45,7 @@ class Storm:
 
     @property
     def seen(self) -> dict[int, list[str]]:
-        """The global batch of each step, as the attempt that last came to it computed it."""
+        """The global batch of each step, from the last attempt that computed the step."""
         return {
             step: attempt.groups
             for steps in self.attempts
@@ -53,7 +55,7 @@ class Storm:
 
     @property
     def different(self) -> int:
-        """Global batches, of any attempt, that are not those of one process."""
+        """Number of global batches, of any attempt, that differ from the uninterrupted run."""
         return sum(
             attempt.groups != self.expected[step].groups
             for steps in self.attempts
@@ -63,7 +65,7 @@ class Storm:
 
     @property
     def times_an_epoch(self) -> set[int]:
-        """How often a group was seen in an epoch: {1} where each was seen once."""
+        """How often groups were used in an epoch: {1} if each was used once."""
         counts: set[int] = set()
         seen = self.seen
         for first in range(0, len(self.expected), STEPS_PER_EPOCH):
@@ -73,12 +75,12 @@ class Storm:
 
     @property
     def done_again(self) -> int:
-        """Steps that were computed by a killed attempt after its last checkpoint."""
+        """Number of steps that were repeated, because an attempt was killed after them."""
         return sum(len(steps) for steps in self.attempts) - len(self.expected)
 
 
 def storm_dataset(root: Path, model_dir: Path) -> Path:
-    """25 groups of very unequal size, scored."""
+    """25 scored groups of very different sizes."""
     groups = [
         make_group(i, k=2 + (7 * i) % 11, vocab_size=VOCAB_SIZE, scored=False)
         for i in range(N_GROUPS)
@@ -89,9 +91,9 @@ def storm_dataset(root: Path, model_dir: Path) -> Path:
 def run_storm(
     server: ForkServer, root: Path, data: Path, model_dir: Path, *, kills: int, seed: int
 ) -> Storm:
-    """Run undisturbed in one process; then again, in attempts of which all but the last are killed.
+    """Run without interruption in one process; then again in attempts, all killed but the last.
 
-    Attempts take turns through all of `WORLD_SIZES`, in random order.
+    Attempts cycle through `WORLD_SIZES` in random order.
     """
     chance = random.Random(seed)
     n_steps = STEPS_PER_EPOCH * (kills * MOST_STEPS // STEPS_PER_EPOCH + 2)
@@ -102,7 +104,8 @@ def run_storm(
         "groups_per_step": GROUPS_PER_STEP,
         "max_tokens_per_micro_batch": 150,
         "max_steps": n_steps,
-        "learning_rate": 1e-4,
+        "learning_rate": STORM_RATE,
+        "adam_epsilon": STORM_EPSILON,
         "logging_steps": 1,
         "save_steps": SAVE_STEPS,
         "save_total_limit": 1,
@@ -142,7 +145,7 @@ def run_storm(
 
 
 def _wait_for_steps(notes: Path, n_steps: int, children: list[Any]) -> None:
-    """Until a rank has begun so many steps."""
+    """Wait until a rank has started `n_steps` steps."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         lines = [path.read_bytes().count(b"\n") for path in notes.glob("notes-*.jsonl")]

@@ -1,4 +1,4 @@
-"""What the tests of formats share."""
+"""Shared by the tests of formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gvpo_offline.importing.sources.inputs import find_sources
 def fragments(
     inputs: Path | Sequence[Path], name: str, **settings: Any
 ) -> tuple[list[Fragment], Mapping[str, int]]:
-    """What format `name` makes of `inputs`, and what it says that it left out."""
+    """The fragments that format `name` reads from `inputs`, and counts of what it left out."""
     made = config(inputs, Path("never-written"), format=name, **settings)
     log_format = find_format(made)
     found = [
@@ -39,7 +39,7 @@ def refused(
     output: Path,
     **settings: Any,
 ) -> GVPOError:
-    """The error of an import that is refused, after which nothing is left behind."""
+    """The error of an import that is rejected; checks that no files are left."""
     with pytest.raises(kind, match=match) as caught:
         import_log(config(inputs, output, format=name, **settings))
     assert not output.exists()

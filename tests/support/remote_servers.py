@@ -245,7 +245,7 @@ class S3:
 
 @contextlib.contextmanager
 def serving(server: Any) -> Iterator[Any]:
-    """Close a server at the end."""
+    """Yield a server, and close it at the end."""
     try:
         yield server
     finally:
@@ -253,7 +253,7 @@ def serving(server: Any) -> Iterator[Any]:
 
 
 def every(n: int, *faults: str) -> Fault:
-    """Every n-th request for a Parquet file fails, in each of these ways by turns.
+    """Every n-th request for a Parquet file fails, with each of the given faults in turn.
 
     A second request for the same range succeeds, so that no reader gets two faults in a row.
     """

@@ -1,4 +1,4 @@
-"""What the tests of `reward` share: datasets with texts, and functions as users write them."""
+"""Shared by the tests of `reward`: datasets with texts, and typical reward functions."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ not_a_function = 3
 
 
 def functions(folder: Path, text: str = FUNCTIONS) -> str:
-    """A file of reward functions: its path, to be followed by `:name`."""
+    """Write a file of reward functions; returns its path, to which `:name` is appended."""
     path = folder / "rewards.py"
     path.write_text(text)
     return str(path)
 
 
 def scoring_input(responses: Sequence[str], prompt: Any = "What?", **metadata: Any) -> ScoringInput:
-    """A group as scorers see it."""
+    """A group in the form that scorers receive."""
     chat = isinstance(prompt, list)
     return ScoringInput(
         group_id="g",
@@ -88,7 +88,7 @@ def scoring_input(responses: Sequence[str], prompt: Any = "What?", **metadata: A
 
 
 def answered(n_groups: int = 16) -> list[Group]:
-    """Group i asks for i + 1; its responses say i, i + 1, i + 2 and so on."""
+    """The prompt of group i asks for i + 1; its responses are i, i + 1, i + 2 and so on."""
     return [
         replace(
             group,
@@ -110,7 +110,7 @@ def answered_dataset(root: Path, n_groups: int = 16, **options: Any) -> Path:
 def reward(
     root: Path, scorers: dict[str, Any], engine: dict[str, Any] | None = None, **settings: Any
 ) -> RewardResult:
-    """Run the stage, to its end."""
+    """Run the `reward` stage to its end."""
     config = RewardConfig(str(root), scorers=scorers, **settings)
     result = run_reward(config, WorkerSettings(**{"show_progress": False, **(engine or {})}))
     assert result is not None
@@ -118,7 +118,7 @@ def reward(
 
 
 def read(root: Path, name: str | None = None) -> list[Group]:
-    """Every group with a reward and its components."""
+    """All groups, with a reward and its components."""
     dataset = open_dataset(root, reward=name, join=("reward",))
     columns = ["response_token_ids", "components", "metadata", "responses"]
     return [g for i in range(dataset.n_row_groups) for g in dataset.groups(i, columns)]

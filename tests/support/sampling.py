@@ -1,4 +1,4 @@
-"""What the tests of `sample` share: prompts, runs, and a server that misbehaves on demand."""
+"""Shared by the tests of `sample`: prompts, settings, and a server with rule-based faults."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from support.loopback import LoopbackServer, drop, send
 from gvpo_offline.sampling.settings import SampleConfig
 
 Fault = Callable[[int, dict[str, Any]], str | None]
-"""From the times that one response was asked for before, and the request, to a fault's name."""
+"""Maps the number of earlier requests for a response, and the request, to a fault or None."""
 
 
 def prompt_rows(n: int, *, chat: bool = True) -> list[dict[str, Any]]:
-    """Rows of a prompt with its answer in a column of its own; some are longer than others."""
+    """Rows with a prompt and an answer column; prompts differ in length."""
     texts = [f"What is {i} + 3?" + " Be brief." * (i % 4) for i in range(n)]
     return [
         {"prompt": [{"role": "user", "content": text}] if chat else text, "answer": i + 3}
@@ -32,7 +32,7 @@ def prompt_rows(n: int, *, chat: bool = True) -> list[dict[str, Any]]:
 def config(
     tmp_path: Path, tokenizer: Path, samplers: dict[str, Any], *, n: int = 6, **settings: Any
 ) -> SampleConfig:
-    """A run over `prompt_rows(n)`, unless other `inputs` are named; quiet."""
+    """Settings of a run over `prompt_rows(n)` or the given `inputs`, without progress bars."""
     inputs = settings.pop("inputs", None)
     chat = settings.pop("chat", True)
     if inputs is None:
@@ -47,13 +47,13 @@ def config(
 
 
 def local(model: Path, **settings: Any) -> dict[str, Any]:
-    """A sampler: the tiny model in this process."""
+    """Settings of a sampler that runs the tiny model in this process."""
     defaults = {"responses": 3, "max_new_tokens": 12, "batch_size": 5}
     return {"kind": "transformers", "model_name_or_path": str(model), **defaults, **settings}
 
 
 def remote(url: str, **settings: Any) -> dict[str, Any]:
-    """A sampler: a server, asked without long waits."""
+    """Settings of a sampler that uses a server, with short waits."""
     defaults = {
         "responses": 3,
         "max_new_tokens": 12,
@@ -65,23 +65,23 @@ def remote(url: str, **settings: Any) -> dict[str, Any]:
 
 
 def answer_of(body: dict[str, Any]) -> str:
-    """What the server below says: a function of prompt and seed."""
+    """The answer of the server below, which depends on prompt and seed."""
     asked = json.dumps([body.get("messages") or body["prompt"], body.get("seed")])
     return "It is " + hashlib.sha256(asked.encode()).hexdigest()[:6]
 
 
 class FaultServer(LoopbackServer):
-    """An OpenAI-compatible server on loopback that answers by rule and fails by rule.
+    """An OpenAI-compatible server on loopback with rule-based answers and faults.
 
     Args:
-        fault: which fault to commit, if any: 429, 500, 401, 400, hang, drip, drop, cut, json, html,
-            empty, nothing, filter.
+        fault: returns the fault of a request, if any: 429, 500, 401, 400, hang, drip, drop, cut,
+            json, html, empty, nothing, filter.
 
     Attributes:
-        asked: requests by (prompt and seed).
-        bodies: all requests in order.
-        most: the most requests that were under way at a time.
-        times: when each request came, in seconds.
+        asked: number of requests by prompt and seed.
+        bodies: bodies of all requests in order.
+        most: largest number of concurrent requests.
+        times: arrival time of each request, in seconds.
     """
 
     def __init__(self, fault: Fault = lambda times, body: None) -> None:
@@ -153,7 +153,7 @@ class FaultServer(LoopbackServer):
         return answer
 
     def _slowly(self, handler: BaseHTTPRequestHandler, text: str, *, whole: bool) -> None:
-        """The body byte after byte, for good ("drip"), or half of it ("cut")."""
+        """Send one space every 50 ms without end ("drip"), or half of the body ("cut")."""
         handler.send_response(200)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(text) + (10**6 if whole else 0)))
@@ -169,7 +169,7 @@ class FaultServer(LoopbackServer):
 
 
 def first(*faults: str) -> Fault:
-    """Each response's first requests meet these faults, the later ones none."""
+    """The first requests for each response fail with these faults, later ones succeed."""
     return lambda times, body: faults[times] if times < len(faults) else None
 
 

@@ -1,8 +1,8 @@
-"""Writers killed at random moments beside a reader that never stops looking.
+"""Dataset writers that are killed at random times while a reader reads continuously.
 
-Run as a script, so that forks start from a process without threads; everything is imported once and
-a writer is at work within a millisecond. `python store_storm.py MODE FOLDER SECONDS SEED` prints
-one JSON object.
+Run as a script, so that children are forked from a process without threads that has imported
+everything; a writer then starts within a millisecond. `python store_storm.py MODE FOLDER SECONDS
+SEED` prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from typing import Any
 import pyarrow.parquet as pq
 from support.builders import make_groups
 
-from gvpo_offline.store.choice import WeightedReward
+from gvpo_offline.store.arrow import groups_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import Manifest, RewardFamily, load_manifest, manifest_versions
-from gvpo_offline.store.tables import groups_to_table
+from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.writer import publish, write_groups
 
 N_TASKS = 6
 GROUPS_PER_TASK = 12
-LIFE_IN_TASKS = 3.0  # a writer lives for a random part of the time that this many tasks take
+LIFE_IN_TASKS = 3.0  # a writer is killed within the time that this many tasks take
 
 
 def groups_of(task: int, seed: int = 0) -> list[Any]:
-    """The groups of one task; another seed gives other tokens under the same ids."""
+    """The groups of one task; another seed gives the same ids with other tokens."""
     first = task * GROUPS_PER_TASK
     return make_groups(first + GROUPS_PER_TASK, seed=seed)[first:]
 
 
 def write_dataset(root: Path) -> None:
-    """One whole attempt: every task that is not done, each published as soon as it is."""
+    """Write and publish every task that has not been committed, one after the other."""
     log = TaskLog(root, "import")
     for task in range(N_TASKS):
         name = f"{task:05d}"
@@ -54,12 +54,12 @@ def write_dataset(root: Path) -> None:
 
 
 def published(root: Path, record: TaskRecord) -> bool:
-    """Whether the newest manifest has the record's shard."""
+    """Whether the newest manifest contains the record's shard."""
     return bool(manifest_versions(root)) and record.groups[0] in load_manifest(root).groups
 
 
 def extended(newest: Manifest | None, record: TaskRecord) -> Manifest:
-    """The manifest with a record's files added, ordered by path, so that races do not show."""
+    """The manifest with a record's files added, sorted by path, so that order is deterministic."""
     newest = newest or Manifest(groups=[], rewards=[RewardFamily(name="reward", files=[])])
     if record.groups[0] in newest.groups:
         return newest
@@ -70,7 +70,7 @@ def extended(newest: Manifest | None, record: TaskRecord) -> Manifest:
 
 
 def look(root: Path) -> str | None:
-    """What is wrong with the newest version under `root`, "" if nothing is; None: none is there."""
+    """The problem of the newest version under `root`, "" without one; None: there is no version."""
     if not manifest_versions(root):
         return None
     try:
@@ -88,7 +88,7 @@ def look(root: Path) -> str | None:
 
 
 def write_naively(root: Path) -> None:
-    """The control: the same shards, written straight to the names that readers look for."""
+    """Control: write the same shards directly under their final names."""
     (root / "groups").mkdir(parents=True, exist_ok=True)
     for task in range(N_TASKS):
         table = groups_to_table(groups_of(task))
@@ -98,7 +98,7 @@ def write_naively(root: Path) -> None:
 
 
 def look_naively(root: Path) -> str | None:
-    """A reader that takes what it finds."""
+    """Control: a reader that reads every file present."""
     found = sorted((root / "groups").glob("part-*.parquet"))
     for path in found:
         try:
@@ -110,7 +110,7 @@ def look_naively(root: Path) -> str | None:
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child."""
+    """Run `work` in a forked child; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -123,7 +123,7 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def warm_up(folder: Path) -> float:
-    """Load what the first write loads; seconds that the second one takes."""
+    """Write twice, so that lazy imports are done; returns the seconds of the second write."""
     taken = 0.0
     for number in range(2):
         started = time.monotonic()
@@ -133,12 +133,12 @@ def warm_up(folder: Path) -> float:
 
 
 def roots(folder: Path) -> list[Path]:
-    """The datasets of a storm; each is begun when the one before is whole."""
+    """The datasets of a storm; each is started when the previous one is complete."""
     return sorted(path for path in folder.iterdir() if path.name.startswith("data-"))
 
 
 def watch(folder: Path, look_at: Callable[[Path], str | None], stop: Path) -> None:
-    """Look at the dataset that is being written, again and again."""
+    """Read the current dataset repeatedly until `stop` exists."""
     views, bad, said = 0, 0, ""
     while not stop.exists():
         problem = look_at(roots(folder)[-1])
@@ -149,7 +149,7 @@ def watch(folder: Path, look_at: Callable[[Path], str | None], stop: Path) -> No
 
 
 def storm(folder: Path, seconds: float, seed: int, *, naive: bool = False) -> dict[str, Any]:
-    """Two writers at a time, each killed before it is through, for `seconds`."""
+    """For `seconds`, run pairs of writers, which are killed at random times."""
     longest_life = LIFE_IN_TASKS * warm_up(folder / "warm")
     write, look_at = (write_naively, look_naively) if naive else (write_dataset, look)
     rng = random.Random(seed)
@@ -170,7 +170,7 @@ def storm(folder: Path, seconds: float, seed: int, *, naive: bool = False) -> di
                 _, status = os.waitpid(pid, 0)
             kills += os.WIFSIGNALED(status)
             if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-                raise RuntimeError("a writer failed of itself")
+                raise RuntimeError("a writer failed without being killed")
         if not naive and len(list((root / "commits").glob("*/*.json"))) == N_TASKS:
             (folder / f"data-{len(roots(folder)):04d}").mkdir()
             finished += 1
@@ -181,7 +181,7 @@ def storm(folder: Path, seconds: float, seed: int, *, naive: bool = False) -> di
 
 
 def race(folder: Path, rounds: int) -> dict[str, Any]:
-    """Two attempts at one task with different tokens, begun together; one must win for both."""
+    """Two concurrent attempts at one task with different tokens; both must get the same result."""
     warm_up(folder / "warm")
     outcomes = []
     for number in range(rounds):
@@ -210,7 +210,7 @@ def race(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def publish_race(folder: Path, additions: int) -> dict[str, Any]:
-    """Three processes that publish one sampler after the other, all to one dataset."""
+    """Three processes that each publish several samplers to the same dataset."""
 
     def add(who: int) -> None:
         for number in range(additions):

@@ -1,4 +1,4 @@
-"""Models of a few thousand random weights, one of each kind that treats logits its own way."""
+"""Models with a few thousand random weights, one for each way of computing logits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LAYERS, head_dim=8)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LAYERS, attention_dropout=0.5)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **_GPT2, **_SPECIAL)),
-    # Eager, as newer versions choose by themselves: others leave its soft-capping out.
+    # Eager, the default of newer versions, because other implementations ignore soft-capping.
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(**_LAYERS, **_GEMMA, attn_implementation="eager")
     ),
@@ -96,7 +96,7 @@ _LATENT |= {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_gr
 _CHUNKED = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 6}
 _CHUNKED |= {"no_rope_layers": [1, 0], "intermediate_size_mlp": 32, "num_local_experts": 2}
 
-# More ways to attend: a model type of transformers, and its configuration.
+# Other kinds of attention: a model type of transformers, and its configuration.
 OTHER_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", _LAYERS),
     "qwen2-window": (
@@ -121,7 +121,7 @@ OTHER_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": ("deepseek_v3", {**_LAYERS, **_EXPERTS, **_LATENT}),
     "llama4": ("llama4_text", {**_LAYERS, **_CHUNKED, "head_dim": 8}),
 }
-# Positions as a bias on the scores, in attention that no name is looked up for.
+# Positions as a bias on the scores (ALiBi); attention is not looked up by name.
 ALIBI: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mpt": (
@@ -141,7 +141,7 @@ def _built(family: str) -> PreTrainedModel:
 
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model of a family with weights large enough that every part of it shows in the logits."""
+    """A model of a family, with weights large enough that every layer affects the logits."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _built(family)

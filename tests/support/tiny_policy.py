@@ -1,8 +1,10 @@
-"""A trained tokenizer and a model of a few thousand weights: the policy of most tests."""
+"""Functions that make tokenizers and models with a few thousand weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -24,7 +26,7 @@ TRAINING_TEXT = (
 def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = True) -> Path:
     """Train a byte-level BPE of 400 entries and save it as a transformers tokenizer.
 
-    <pad> is 0, <bos> is 1, <eos> is 2; <bos> starts a text that is encoded with special tokens.
+    <pad> is 0, <bos> is 1, <eos> is 2; encoding with special tokens puts <bos> first.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +57,7 @@ def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = Tru
 
 
 def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
-    """Save a two-layer Qwen3 of seeded random weights, and the tokenizer beside it."""
+    """Save a two-layer Qwen3 with seeded random weights, and the tokenizer, in one folder."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -79,4 +81,45 @@ def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
         model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_word_model(folder: Path, words: Iterable[str], **changes: Any) -> Path:
+    """Save a Qwen3 with seeded random weights and a tokenizer with one token for each word.
+
+    <pad> is 0, <eos> is 1, <unk> is 2; the words follow in the given order.
+
+    Args:
+        folder: where the model and the tokenizer are saved.
+        words: the vocabulary; texts are split at whitespace.
+        changes: settings of the configuration, such as num_hidden_layers.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = {text: number for number, text in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        **changes,
+    }
+    config = Qwen3Config(
+        vocab_size=len(vocabulary), bos_token_id=None, eos_token_id=1, pad_token_id=0, **settings
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
     return folder

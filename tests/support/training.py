@@ -1,4 +1,4 @@
-"""Datasets that a tiny model has scored, and trainers on them."""
+"""Datasets with a tiny model as reference, and trainers on them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from support.builders import build_dataset, make_group
+from support.rounding import ADAM_EPSILON
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
@@ -22,7 +23,7 @@ State = dict[str, torch.Tensor]
 
 
 def unscored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options: Any) -> Path:
-    """Groups with rewards, in the model's tokens, without a reference."""
+    """Groups with rewards and with token ids of the model, without a reference."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     build_dataset(
         root,
@@ -38,19 +39,19 @@ def unscored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options:
 
 
 def score(root: Path, model_dir: Path, **changes: Any) -> GroupDataset:
-    """Score a dataset under the model, and open it."""
+    """Compute the reference log-probs of a dataset with the model, and open it."""
     settings: dict[str, Any] = {"use_cpu": True, "show_progress": False, **changes}
     run_reference(ReferenceConfig(str(model_dir), dataset=str(root), **settings))
     return open_dataset(root)
 
 
 def scored_dataset(root: Path, model_dir: Path, n_groups: int = 24, **options: Any) -> GroupDataset:
-    """`unscored_dataset`, scored."""
+    """`unscored_dataset` with reference log-probs."""
     return score(unscored_dataset(root, model_dir, n_groups, **options), model_dir)
 
 
 def unequal_dataset(root: Path, model_dir: Path, n_groups: int = 25) -> GroupDataset:
-    """Scored groups of 2 to 12 responses of 1 to 60 tokens: very unequal work."""
+    """Scored groups of 2 to 12 responses of 1 to 60 tokens, with very different costs."""
     groups = [
         make_group(
             i,
@@ -68,7 +69,7 @@ def unequal_dataset(root: Path, model_dir: Path, n_groups: int = 25) -> GroupDat
 def train_command(
     dataset: GroupDataset, model_dir: Path, output_dir: Path, **changes: Any
 ) -> list[str]:
-    """`train` for an epoch in steps of 12 groups: of 25 the third step has a single one."""
+    """`train` for one epoch in steps of 12 groups; with 25 groups the third step has one."""
     settings = {
         "model_name_or_path": model_dir,
         "dataset": dataset.root,
@@ -79,6 +80,7 @@ def train_command(
         "num_train_epochs": 1,
         "max_tokens_per_micro_batch": 150,
         "learning_rate": 1e-3,
+        "adam_epsilon": ADAM_EPSILON,
         "logging_steps": 1,
         "eval_strategy": "epoch",
         "save_steps": 2,
@@ -91,7 +93,7 @@ def train_command(
 
 
 def config_of(output_dir: Path, **changes: Any) -> GVPOConfig:
-    """Settings of a short run: 8 groups a step, several micro-batches each, every step logged."""
+    """Settings of a short run: 8 groups per step, several micro-batches, every step logged."""
     settings: dict[str, Any] = {
         "beta": 0.5,
         "groups_per_step": 8,
@@ -120,7 +122,7 @@ def trainer_of(
     tokenizer: Any = None,
     **changes: Any,
 ) -> GVPOTrainer:
-    """A trainer with `config_of`'s settings; a model's folder brings its tokenizer."""
+    """A trainer with `config_of`'s settings; for a model folder, with the folder's tokenizer."""
     if isinstance(model, Path):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
         model = str(model)
@@ -136,8 +138,9 @@ def trainer_of(
 
 
 def longest_row(dataset: GroupDataset) -> tuple[int, tuple[str, int, str]]:
-    """Tokens that the longest prompt with one response costs, counted one by one, and where it is:
-    its file, its row there, its group. A response's last token predicts nothing and is not counted.
+    """Input tokens of the longest prompt with one response, and its file, row and group.
+
+    Found by reading all groups. The last token of a response is not an input.
     """
     longest, place, number = 0, ("", 0, ""), 0
     for entry in dataset.manifest.groups:
@@ -154,7 +157,7 @@ def longest_row(dataset: GroupDataset) -> tuple[int, tuple[str, int, str]]:
 
 
 def place_of(error: GVPOError) -> tuple[str | None, int | None, str | None]:
-    """What an error names: file, row, group."""
+    """File, row and group that an error names."""
     return error.file, error.row, error.group
 
 
@@ -165,7 +168,7 @@ def load(model_dir: Path) -> torch.nn.Module:
 
 
 class Recorder(TrainerCallback):
-    """Keeps each step's gradient, as it is before clipping would change it."""
+    """Records the gradient of each step before clipping."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, torch.Tensor]] = []
@@ -181,7 +184,7 @@ def weights_of(trainer: GVPOTrainer) -> State:
 
 
 def same_weights(one: State, other: State) -> bool:
-    """Whether all weights are bit for bit equal."""
+    """Whether all weights are bitwise equal."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
@@ -192,7 +195,7 @@ def largest_difference(one: State, other: State) -> float:
 
 
 def lines_of(trainer: GVPOTrainer, key: str = "loss") -> list[float]:
-    """A logged figure, line by line."""
+    """All logged values of a metric, in order."""
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
@@ -202,6 +205,6 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 def sidecars(root: Path) -> dict[str, bytes]:
-    """Every reference file of a dataset."""
+    """Content of every reference file of a dataset, by path."""
     found = sorted((root / "reference").rglob("*.parquet"))
     return {str(path.relative_to(root)): path.read_bytes() for path in found}

@@ -1,4 +1,4 @@
-"""What the ranks of a run compute, noted by themselves: groups step by step, whole gradients."""
+"""Records of what the ranks of a run compute: the groups of each step, whole gradients."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from typing import Any
 
 
 def watch(folder: Path) -> None:
-    """Make this process note, in `folder`, what its trainer will compute.
+    """Make the trainer of this process record its computation in `folder`.
 
-    A line of `notes-*.jsonl` for each rank and step, written before anything else happens in it;
-    `gradients-STEP.pt` for each step, by the main process, as the optimizer will see them.
+    Each rank writes a line of `notes-*.jsonl` at the start of each step. With WATCH_GRADIENTS=1 the
+    main process also saves whole tensors for each step: `found-STEP.pt`, the weights after the
+    previous update; `weights-STEP.pt`, the weights that the step uses; `gradients-STEP.pt`, the
+    gradients before clipping.
+
+    WATCH_FOLLOW names the folder of another run, whose weights this run loads before each step and
+    each evaluation, so that both compute with the same weights. WATCH_NUDGE=1 then changes every
+    weight by one unit in the last place, up or down at random.
     """
     from gvpo_offline.train.trainer import GVPOTrainer
 
     folder.mkdir(exist_ok=True)
     notes = (folder / f"notes-{os.getpid()}.jsonl").open("a", encoding="utf-8")
-    original = GVPOTrainer.training_step
-    wants_gradients = os.environ.get("WATCH_GRADIENTS") == "1"
+    training_step, evaluate = GVPOTrainer.training_step, GVPOTrainer.evaluate
+    wants_tensors = os.environ.get("WATCH_GRADIENTS") == "1"
 
-    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        share = inputs["share"]
+    def watched_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        share, step = inputs["share"], self.state.global_step
         line = {
-            "step": self.state.global_step,
+            "step": step,
             "rank": self.args.process_index,
             "world_size": self.args.world_size,
             "micro_batches": len(share.micro_batches),
@@ -34,35 +40,90 @@ def watch(folder: Path) -> None:
         }
         notes.write(json.dumps(line) + "\n")
         notes.flush()
-        total = original(self, model, inputs, *args, **kwargs)
-        if wants_gradients:
-            _save_gradients(model, folder / f"gradients-{self.state.global_step}.pt")
+        if wants_tensors:
+            _save(_weights(model), folder / f"found-{step}.pt")
+            _follow(model, step)
+            _save(_weights(model), folder / f"weights-{step}.pt")
+        total = training_step(self, model, inputs, *args, **kwargs)
+        if wants_tensors:
+            _save(_gradients(model), folder / f"gradients-{step}.pt")
         return total
 
-    GVPOTrainer.training_step = training_step  # type: ignore[method-assign]
+    def watched_evaluation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not wants_tensors:
+            return evaluate(self, *args, **kwargs)
+        model, step = self.model_wrapped, self.state.global_step
+        own = _weights(model)
+        _follow(model, step)
+        _save(_weights(model), folder / f"weights-{step}.pt")
+        found = evaluate(self, *args, **kwargs)
+        _load(model, own)
+        return found
+
+    GVPOTrainer.training_step = watched_step  # type: ignore[method-assign]
+    GVPOTrainer.evaluate = watched_evaluation  # type: ignore[method-assign]
 
 
-def _save_gradients(model: Any, path: Path) -> None:
+def _follow(model: Any, step: int) -> None:
     import torch
+
+    folder = os.environ.get("WATCH_FOLLOW")
+    if folder is None:
+        return
+    weights = torch.load(Path(folder) / f"weights-{step}.pt")
+    if os.environ.get("WATCH_NUDGE") == "1":
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights.values():
+            up = torch.rand(weight.shape, generator=generator) < 0.5
+            weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf)))
+    _load(model, weights)
+
+
+def _load(model: Any, weights: dict[str, Any]) -> None:
+    import torch
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    # FSDP2 leaves the outermost group gathered after an evaluation. This shards it again.
+    model.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weight = weights[name.removeprefix("module.")]
+            if isinstance(parameter, DTensor):
+                weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements)
+            parameter.copy_(weight)
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    return {n.removeprefix("module."): _whole(p) for n, p in model.named_parameters()}
+
+
+def _gradients(model: Any) -> dict[str, Any]:
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name.removeprefix("module."): _whole(p.grad) for name, p in trained}
+
+
+def _whole(tensor: Any) -> Any:
+    """A copy of a tensor, gathered from all shards; a collective call on all ranks."""
     from torch.distributed.tensor import DTensor
 
-    whole = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            grad = parameter.grad
-            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-            whole[name.removeprefix("module.")] = grad.detach().cpu().clone()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()
+
+
+def _save(tensors: dict[str, Any], path: Path) -> None:
+    import torch
+
     if int(os.environ.get("RANK", "0")) == 0:
-        torch.save(whole, path)
+        torch.save(tensors, path)
 
 
 @dataclass
 class Attempt:
-    """One process group's work on one step.
+    """One step, as computed by one process group.
 
     Attributes:
-        world_size: its ranks.
-        shares: the groups of each rank, by rank.
+        world_size: number of ranks.
+        shares: group ids of each rank, by rank.
     """
 
     world_size: int
@@ -70,17 +131,17 @@ class Attempt:
 
     @property
     def whole(self) -> bool:
-        """Whether every rank came to this step."""
+        """Whether every rank started this step."""
         return len(self.shares) == self.world_size
 
     @property
     def groups(self) -> list[str]:
-        """The global batch, in no particular order."""
+        """The group ids of the global batch, sorted."""
         return sorted(group for share in self.shares.values() for group in share)
 
 
 def read_notes(folder: Path) -> dict[int, Attempt]:
-    """What all ranks of one process group noted, by step."""
+    """The records of all ranks of one process group, by step."""
     found: dict[int, Attempt] = {}
     for path in folder.glob("notes-*.jsonl"):
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -92,7 +153,7 @@ def read_notes(folder: Path) -> dict[int, Attempt]:
 
 
 def micro_batches(folder: Path) -> dict[int, set[int]]:
-    """How many micro-batches the ranks computed, by step."""
+    """For each step the numbers of micro-batches that the ranks computed."""
     counts: dict[int, set[int]] = defaultdict(set)
     for path in folder.glob("notes-*.jsonl"):
         for text in path.read_text(encoding="utf-8").splitlines():

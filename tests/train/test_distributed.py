@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support.fork_server import ForkServer
+from support.rounding import adam_rounding
 from support.training import largest_difference, train_command, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -27,9 +28,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 def history(output_dir: Path) -> list[dict[str, float]]:
     state = json.loads((output_dir / "trainer_state.json").read_text())
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in state["log_history"]]
-    # Before the first update log-ratios are rounding noise, and so is how they rank.
-    del lines[0]["pair_accuracy"]
-    return lines
+    # Rounding orders two equal log-ratios either way; test_ranks allows for it.
+    return [{k: v for k, v in line.items() if "pair_accuracy" not in k} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_last_step_has_fewer_groups_than_there_are_ranks(runs: dict[int, Pat
 
 def test_two_processes_end_where_one_does(runs: dict[int, Path]) -> None:
     one, two = (load_file(runs[n] / "model.safetensors") for n in (1, 2))
-    assert largest_difference(one, two) < 1e-5
+    assert largest_difference(one, two) <= adam_rounding(3)
 
 
 def test_two_processes_report_what_one_does(runs: dict[int, Path]) -> None:
@@ -84,7 +84,8 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_of_one_on_two(
         argv = train_command(dataset, tiny_model_dir, out, resume_from_checkpoint=checkpoint)
         for status, output in server.run_ranks(argv, resumed_on):
             assert status == 0, output
-        assert largest_difference(load_file(out / "model.safetensors"), final) < 1e-5
+        mine = load_file(out / "model.safetensors")
+        assert largest_difference(mine, final) <= adam_rounding(3)
         assert history(out)[-2] == pytest.approx(history(runs[1])[-2], abs=1e-4, rel=1e-4)
 
 

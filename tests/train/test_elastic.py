@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from support.fork_server import ForkServer
-from support.rank_storm import GROUPS_PER_STEP, STEPS_PER_EPOCH, run_storm, storm_dataset
+from support.rank_storm import (
+    GROUPS_PER_STEP,
+    STEPS_PER_EPOCH,
+    STORM_EPSILON,
+    STORM_RATE,
+    run_storm,
+    storm_dataset,
+)
+from support.rounding import ADAM_EPSILON, adam_rounding
 from support.training import largest_difference
 from support.watching import read_notes
 
@@ -29,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "sharded adapter": {**SHARDED, **LORA},
 }
-CASES = [("sharded", n) for n in (1, 2, 3, 8)]
+CASES = [("sharded", n) for n in (1, 3, 6)]
 CASES += [("ddp", 3), ("full", 2), ("sharded adapter", 3)]
 
 
@@ -85,6 +93,7 @@ def elastic(
         "max_steps": N_STEPS,
         "max_tokens_per_micro_batch": 150,
         "learning_rate": 1e-3,
+        "adam_epsilon": ADAM_EPSILON,
         "logging_steps": 1,
         "save_steps": SAVED_AT,
         "use_cpu": "true",
@@ -100,7 +109,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.mark.parametrize(("way", "n"), CASES)
 def test_a_checkpoint_of_four_ranks_resumes_on_any(way: str, n: int, elastic: Elastic) -> None:
-    """Same global batches, same loss curve, same weights; 8 ranks are more than a step's groups."""
+    """Same global batches, same loss curve, same weights; 6 ranks are more than a step's groups."""
     whole, resumed = elastic.whole(way), elastic.resumed(way, n)
     before, after = read_notes(whole), read_notes(resumed / "notes")
     assert sorted(before) == list(range(N_STEPS))
@@ -112,7 +121,7 @@ def test_a_checkpoint_of_four_ranks_resumes_on_any(way: str, n: int, elastic: El
     assert losses(resumed / "out") == pytest.approx(losses(whole / "out"), rel=1e-5)
     name = "adapter_model.safetensors" if "adapter" in way else "model.safetensors"
     one, other = (load_file(folder / "out" / name) for folder in (whole, resumed))
-    assert largest_difference(one, other) < 1e-5
+    assert largest_difference(one, other) <= adam_rounding(N_STEPS)
 
 
 def test_the_seal_says_how_a_checkpoint_was_taken(elastic: Elastic) -> None:
@@ -163,14 +172,14 @@ def test_deepspeed_resumes_on_the_ranks_that_took_it(tmp_path: Path) -> None:
 def test_killed_at_random_with_another_number_of_ranks_each_time(
     tmp_path: Path, data: Path, tiny_model_dir: Path, server: ForkServer
 ) -> None:
-    """10 kills of all ranks; `make bench-elastic` makes 20, or as many as it is told."""
+    """5 kills of all ranks; `make bench-elastic` makes 20, or as many as it is told."""
     seed = random.randrange(2**32)
-    found = run_storm(server, tmp_path, data, tiny_model_dir, kills=10, seed=seed)
+    found = run_storm(server, tmp_path, data, tiny_model_dir, kills=5, seed=seed)
     assert set(found.world_sizes) == {1, 2, 3, 4, 8}, f"seed {seed}"
     assert set(found.seen) == set(found.expected), f"seed {seed}"
     assert found.different == 0, f"seed {seed}"
     assert found.times_an_epoch == {1}, f"seed {seed}"
     assert len(found.expected) % STEPS_PER_EPOCH == 0
-    # The rounding of sums, over 30 steps of Adam with a learning rate of 1e-4.
-    assert found.weight_error < 1e-5, f"seed {seed}"
+    most = adam_rounding(len(found.expected), STORM_RATE, STORM_EPSILON)
+    assert found.weight_error <= most < STORM_RATE / 10, f"seed {seed}"
     assert found.loss_error < 1e-5, f"seed {seed}"

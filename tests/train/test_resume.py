@@ -18,12 +18,8 @@ import torch
 from safetensors.torch import load_file
 from support.builders import training_table
 from support.fork_server import ForkServer
-from support.training import (
-    same_weights,
-    scored_dataset,
-    trainer_of,
-    weights_of,
-)
+from support.rounding import adam_rounding
+from support.training import same_weights, scored_dataset, trainer_of, weights_of
 
 from gvpo_offline import GVPOTrainer
 from gvpo_offline.errors import ConfigError, ResumeError
@@ -203,6 +199,8 @@ def test_a_full_disk(
 # ---- checkpoints of something else ----
 
 SETTINGS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+# So that what only moves rounding moves weights by rounding; see `adam_rounding`.
+SETTINGS["adam_epsilon"] = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +268,8 @@ def test_settings_that_only_move_rounding_may_change(
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))
     final = load_file(finished / "checkpoint-6" / "model.safetensors")
     mine = weights_of(trainer)
-    assert max(float((mine[n] - final[n]).abs().max()) for n in final) < 1e-4
+    most = adam_rounding(6, learning_rate=1e-2, epsilon=1.0)
+    assert max(float((mine[n] - final[n]).abs().max()) for n in final) <= most
 
 
 def test_other_data_are_named_and_refused(

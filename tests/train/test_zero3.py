@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from support.rounding import adam_rounding
 from support.training import largest_difference, train_command, unequal_dataset
 
 from gvpo_offline.store.dataset import GroupDataset
@@ -92,7 +93,7 @@ def test_shards_end_where_one_process_does(
     launched(TORCHRUN, command(tiny_model_dir, dataset, tmp_path / "two", *two))
     name = "adapter_model.safetensors" if more else "model.safetensors"
     one, both = (load_file(tmp_path / run / name) for run in ("one", "two"))
-    assert largest_difference(one, both) < 1e-5
+    assert largest_difference(one, both) <= adam_rounding(3)
     for figure in ("loss", "grad_norm", "eval_loss", "eval_explained_variance"):
         expected = figures(tmp_path / "one", figure)
         assert expected

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 from support.engine_stage import Writing
+from support.fork_server import ForkServer
 
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.workers.run import run_stage
@@ -22,17 +20,12 @@ STAGES = {
 }
 
 
-def test_killed_attempts_leave_no_trace() -> None:
+def test_killed_attempts_leave_no_trace(server: ForkServer) -> None:
     """Each of the 7 stages is attacked by pairs of attempts until 1 of them was killed, or done."""
     script = ROOT / "benchmarks" / "collect" / "storm.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--kills", "7", "--seed", "3"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    status, output = server.run(["--kills", "7", "--seed", "3"], program=str(script))
+    assert status == 0, output
+    found = json.loads(output.splitlines()[-1])
     # A stage that was done before its attempts' time was up had none killed.
     assert set(found["kills_by_stage"]) <= STAGES
     assert len(found["kills_by_stage"]) >= 5

@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 from support.engine_stage import Writing
+from support.importing import content
 from support.rewarding import answered_dataset, functions, reward
+from support.sampling import config, local
 
 from gvpo_offline.errors import ConfigError, DataError, WorkerError
+from gvpo_offline.sampling.run import SampleResult, run_sample
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.workers.on_ray import connect
 from gvpo_offline.workers.process import WorkerDeathError, WorkerProcess
@@ -142,7 +145,7 @@ def test_shards_share_the_work_and_the_last_one_publishes(
 
 
 def start(root: Path, trouble: str, workers: int) -> subprocess.Popen[bytes]:
-    script = Path(__file__).parents[2] / "support" / "engine_stage.py"
+    script = Path(__file__).parents[1] / "support" / "engine_stage.py"
     argv = [sys.executable, str(script), str(root), trouble, str(workers)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
@@ -176,11 +179,11 @@ def waiting_worker(root: Path) -> int:
 
 
 def test_an_interrupt_kills_the_workers(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    """At once, though one of them would sleep for a minute; what is committed stays."""
+    """At once, though one of them would sleep for ten minutes; what is committed stays."""
     process = start(tmp_path, "wait", 2)
     worker = waiting_worker(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
-    _, output = process.communicate(timeout=10)
+    _, output = process.communicate(timeout=300)
     assert b"KeyboardInterrupt" in output
     assert not alive(worker)
     assert run_stage(Writing(tmp_path), settings()) is not None
@@ -190,12 +193,12 @@ def test_an_interrupt_kills_the_workers(tmp_path: Path, undisturbed: dict[str, b
 def test_workers_end_with_a_parent_that_is_killed(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    """A run that follows finds their memory free; one of them would sleep for a minute."""
+    """A run that follows finds their memory free; one of them would sleep for ten minutes."""
     process = start(tmp_path, "wait", 2)
     worker = waiting_worker(tmp_path)
     process.kill()
     process.wait()
-    for _ in range(100):
+    for _ in range(6000):
         if not alive(worker):
             break
         time.sleep(0.05)
@@ -277,6 +280,30 @@ def test_every_engine_gives_the_same_reward(tmp_path: Path) -> None:
         shutil.rmtree(root)
     assert len(found[0][0]) == 2
     assert found[0] == found[1] == found[2]
+
+
+def test_every_engine_samples_the_same_bytes(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """6 prompts in tasks of 2: here, by two workers, on Ray, as shards; and a shard alone makes no
+    dataset yet, and says so.
+    """
+
+    def run(name: str, **engine: Any) -> SampleResult:
+        samplers = {"s": local(tiny_model_dir)}
+        settings = {"output_dir": str(tmp_path / name), "prompts_per_task": 2}
+        given = WorkerSettings(show_progress=False, **engine)
+        return run_sample(config(tmp_path, tiny_model_dir, samplers, **settings), given)
+
+    here = run("here").manifest
+    assert here is not None
+    first = run("shards", shard="0/2")
+    assert (first.manifest, first.asked, first.n_gaps) == (None, False, 6)
+    for other in (
+        run("workers", workers=2),
+        run("ray", engine="ray"),
+        run("shards", shard="1/2"),
+    ):
+        assert other.manifest is not None
+        assert content(other.manifest) == content(here)
 
 
 def test_a_ray_job(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

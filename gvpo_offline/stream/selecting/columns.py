@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import summary_columns
-from gvpo_offline.store.passes import PrefetchedRowGroups
+from gvpo_offline.store.row_groups import PrefetchedRowGroups, summary_columns
 from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,

@@ -36,7 +36,7 @@ def parse(where: str | pl.Expr) -> pl.Expr:
             where,
             "a polars expression as text, which earlier versions took",
             'write col("a") as a, == as =, & as AND, | as OR, ~ as NOT, .mean() as AVG(a), '
-            '.over("b") as OVER (PARTITION BY b): docs/selecting.md has the full table. A '
+            '.over("b") as OVER (PARTITION BY b): docs/howto/selecting.md has the full table. A '
             "checkpoint goes on if the SQL selects the same groups. In Python, pass a polars.Expr",
         )
     if _SUBQUERY.search(bare):

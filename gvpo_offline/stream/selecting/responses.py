@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
 from gvpo_offline.store.arrow import column_array
-from gvpo_offline.store.pick import RESPONSE_AXIS, Indices, ResponseIndex, take_responses
+from gvpo_offline.store.response_index import RESPONSE_AXIS, Indices, ResponseIndex, take_responses
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS
 from gvpo_offline.stream.selecting.predicate import suggestion
 from gvpo_offline.stream.settings import ResponseSettings

@@ -9,8 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.light import summary_columns
-from gvpo_offline.store.passes import PrefetchedRowGroups
+from gvpo_offline.store.row_groups import PrefetchedRowGroups, summary_columns
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.selecting.conditions import (
     Condition,
@@ -45,8 +44,8 @@ def select(
 
     Args:
         dataset: with rewards if a condition needs them.
-        where: only groups for which this is true; see docs/selecting.md. It is evaluated on groups
-            with all of their responses.
+        where: only groups for which this is true; see docs/howto/selecting.md. It is evaluated on
+            groups with all of their responses.
         responses: which of their responses to use; a group with fewer than two is left out.
         eval_fraction, held_out: of those, the groups that are held out, or all others.
         drop_equal_rewards: leave out groups whose selected responses all have one reward.

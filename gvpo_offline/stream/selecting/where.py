@@ -79,7 +79,7 @@ def nothing_selected(where: object, total: int, n_null: int, file: Path | str) -
     return ConfigError(
         "a predicate selects at least one group",
         received=f"where: {shown(where)}, which is true for none of {total:,} groups{null}",
-        remedy="loosen it; docs/selecting.md describes its columns",
+        remedy="loosen it; docs/howto/selecting.md describes its columns",
         file=file,
     )
 
@@ -129,7 +129,7 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
             "a predicate fits the types of its columns",
             where,
             _first_line(error),
-            f"the metadata has {keys}" if keys else "see docs/selecting.md for the types",
+            f"the metadata has {keys}" if keys else "see docs/howto/selecting.md for the types",
         ) from error
     if kind != pl.Boolean:
         raise refused("a predicate is true or false", where, f"a value of type {kind}")
