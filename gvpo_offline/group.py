@@ -1,6 +1,6 @@
 """The record that every stage takes and gives: one prompt with its k >= 2 scored responses.
 
-How a group is stored is in `store.schema` (columns) and `store.tables` (conversion to Arrow).
+How a group is stored is in `store.schema` (columns) and `store.arrow` (conversion to Arrow).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From the values of a log's row to what a fragment holds: prompts, responses, rewards, ids.
+"""Converts values of a log's row to prompts, responses, rewards and ids.
 
-Every format reads its rows with these. Each function refuses what it cannot read; the caller adds
-file and row.
+All formats read their rows with these functions. Each raises DataError for a value that it cannot
+convert; the caller adds file and row.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ _NO_NUMBER = ("", "n/a", "none", "null", "nan")
 
 
 def plain(value: Any) -> Any:
-    """What `json.dumps` is to write for a value that is none of JSON's own."""
+    """`value` as a JSON type: a list for an array, else text. For `default` of `json.dumps`."""
     return value.tolist() if isinstance(value, np.ndarray) else str(value)
 
 
 def valid_text(value: str) -> str:
-    """`value`, which must be valid Unicode: JSON can spell half of a surrogate pair."""
+    """`value`, checked to be valid Unicode: JSON escapes can encode a lone surrogate.
+
+    Raises:
+        DataError: it is not valid.
+    """
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -48,10 +52,14 @@ def is_message(value: Any) -> bool:
 
 
 def entries(value: Any, what: str) -> list[Any]:
-    """A list column's value as a list, whichever kind of file it comes from.
+    """The value of a list column as a Python list, for every type of input file.
+
+    Args:
+        value: a list or a NumPy array.
+        what: name of the entries in the plural, for the error.
 
     Raises:
-        DataError: it is no list; `what` says what it should be a list of.
+        DataError: `value` is not a list.
     """
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -61,10 +69,14 @@ def entries(value: Any, what: str) -> list[Any]:
 
 
 def structs(value: Any, what: str) -> list[dict[str, Any]]:
-    """A list of records; `datasets` may have stored it as a record of lists.
+    """A list of records; `datasets` may store it as a record of lists.
+
+    Args:
+        value: a list of records, or a record of lists of one length.
+        what: name of the records in the plural, for the error.
 
     Raises:
-        DataError: it is neither; `what` says what it should be a list of.
+        DataError: `value` is neither.
     """
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
         if len({len(part) for part in value.values()}) > 1:
@@ -78,10 +90,14 @@ def structs(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def struct(value: Any, what: str) -> dict[str, Any]:
-    """A nested record, empty where the log has null.
+    """A nested record; an empty one for null.
+
+    Args:
+        value: a record or None.
+        what: name of the record, for the error.
 
     Raises:
-        DataError: it is something else; `what` says what it should be.
+        DataError: `value` is neither.
     """
     if value is None:
         return {}
@@ -93,8 +109,13 @@ def struct(value: Any, what: str) -> dict[str, Any]:
 def field(record: Mapping[str, Any], name: str, what: str) -> Any:
     """The field `name` of a nested record.
 
+    Args:
+        record: the record.
+        name: name of the field.
+        what: name of the record, for the error.
+
     Raises:
-        DataError: it has none; `what` says what the record is.
+        DataError: the record does not have the field.
     """
     if name not in record:
         raise DataError(
@@ -104,7 +125,7 @@ def field(record: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def sampler(value: Any) -> str | None:
-    """Who wrote a response, or None where the log does not say.
+    """The name of a response's sampler, or None for null and empty text.
 
     Raises:
         DataError: it is neither text nor null.
@@ -112,12 +133,12 @@ def sampler(value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise DataError("a sampler is named by text", received=repr(value))
+        raise DataError("a sampler's name is text", received=repr(value))
     return valid_text(value)
 
 
 def messages(value: Sequence[Mapping[str, Any]]) -> str:
-    """Chat messages as JSON, without the keys that columnar files fill with null."""
+    """Chat messages as JSON, without keys whose value is null in columnar files."""
     kept = [
         {key: part for key, part in message.items() if part is not None or key == "content"}
         for message in value
@@ -126,10 +147,10 @@ def messages(value: Sequence[Mapping[str, Any]]) -> str:
 
 
 def conversation(turns: Sequence[Any]) -> Prompt:
-    """The prompt of a chat from its texts: user and assistant in turn, the user first and last.
+    """The prompt of a chat from its texts: user and assistant alternate, user first and last.
 
     Raises:
-        DataError: a turn is no text, the number of turns is even, or the last one is empty.
+        DataError: a turn is not text, the number of turns is even, or the last one is empty.
     """
     if not (len(turns) % 2 and all(isinstance(text, str) for text in turns) and turns[-1]):
         raise DataError(
@@ -144,24 +165,24 @@ def conversation(turns: Sequence[Any]) -> Prompt:
 
 
 def no_tools(record: Mapping[str, Any]) -> None:
-    """Refuse a row of a chat with tools, whose definitions belong to the prompt.
+    """Check that a row has no tool definitions: the chat template would render them in the prompt.
 
     Raises:
-        DataError: the row has some.
+        DataError: the row has tool definitions.
     """
     if record.get("tools"):
         raise DataError(
-            "a prompt is rendered without definitions of tools",
+            "a prompt has no tool definitions",
             received=f"tools: {record['tools']}",
             remedy="log the prompt's token ids (format: flat, columns.prompt_token_ids)",
         )
 
 
 def prompt(value: Any) -> Prompt:
-    """A prompt given as text or chat messages.
+    """A prompt given as text or chat messages; (None, None) for null.
 
     Raises:
-        DataError: it is neither, or has no messages.
+        DataError: it is neither, or the list of messages is empty.
     """
     if value is None:
         return None, None
@@ -181,10 +202,10 @@ def prompt(value: Any) -> Prompt:
 
 
 def response(value: Any) -> str | None:
-    """A response given as text or as a list with one assistant message, or None.
+    """A response given as text or as a list with one assistant message; None for null.
 
     Raises:
-        DataError: it is anything else.
+        DataError: it is neither.
     """
     if value is None:
         return None
@@ -203,7 +224,7 @@ def response(value: Any) -> str | None:
 
 
 def number(value: Any, what: str = "a reward") -> float | None:
-    """A number, or None where the log has null.
+    """A number; None for null.
 
     Raises:
         DataError: it is neither.
@@ -219,7 +240,7 @@ def number(value: Any, what: str = "a reward") -> float | None:
 
 
 def rating(value: Any, what: str = "a rating") -> float | None:
-    """A number that may be written as text, as judges' answers are; None for null and "N/A".
+    """A number or the text of a number, as in answers of judges; None for null and "N/A".
 
     Raises:
         DataError: it is neither.
@@ -235,7 +256,7 @@ def rating(value: Any, what: str = "a rating") -> float | None:
 
 
 def truncated(value: Any) -> bool:
-    """Whether a response was cut, from a flag or a finish reason; null is no.
+    """Whether a response was cut, from a flag or a finish reason; False for null.
 
     Raises:
         DataError: it is neither.
@@ -269,7 +290,7 @@ def identifier(value: Any) -> str:
 
 
 def metadata(record: Mapping[str, Any], keep: Sequence[str]) -> str | None:
-    """The columns `keep` of a row as JSON, or None where there are none to keep."""
+    """The columns `keep` of a row as JSON, or None if `keep` is empty."""
     if not keep:
         return None
     return json.dumps({name: record[name] for name in keep}, default=plain, allow_nan=True)
@@ -280,13 +301,13 @@ def token_ids(value: Any, what: str) -> Int32Array:
 
     Args:
         value: a sequence of integers.
-        what: what they are, for the message ("prompt_token_ids").
+        what: name of the ids, for the error ("prompt_token_ids").
 
     Returns:
         (T,) int32.
 
     Raises:
-        DataError: `value` is anything else.
+        DataError: `value` has another type.
     """
     try:
         array = np.asarray(value)
@@ -307,7 +328,7 @@ def flags(value: Any, what: str) -> BoolArray:
     """`value`, a sequence of 0/1 or booleans, as (T,) bool.
 
     Raises:
-        DataError: `value` is anything else.
+        DataError: `value` has another type.
     """
     try:
         array = np.asarray(value)

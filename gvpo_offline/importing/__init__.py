@@ -1,1 +1,1 @@
-"""Fragments to datasets: checked, brought together, tokenised, written, published."""
+"""Imports logs of scored responses: read, check, group, tokenise, write and publish a dataset."""

@@ -1,4 +1,4 @@
-"""From the fragments of a group to the group: merged, tokenised, held to the import's settings."""
+"""Builds groups from their fragments: merges, tokenises and filters by the settings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, Group, Int32Array
 from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.importing.fragment import Fragment, with_location
-from gvpo_offline.importing.regroup import Spilled
+from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.rules import MIN_GROUP_SIZE
 
 
 @dataclass(frozen=True)
 class InputNames:
-    """What an input is called: in messages, in `Group.source`, as a sampler."""
+    """Names of an input: in messages, in `Group.source`, and as the default sampler."""
 
     label: str
     file_name: str
@@ -28,7 +28,7 @@ class InputNames:
 
 @dataclass(slots=True)
 class _Response:
-    """One response on its way into a group."""
+    """One response of a group that is being built."""
 
     fragment: Fragment
     text: str | None
@@ -44,7 +44,7 @@ class _Response:
 
 @dataclass(slots=True)
 class _Draft:
-    """A group in the making."""
+    """A group that is being built."""
 
     group_id: str
     first: Fragment
@@ -54,17 +54,17 @@ class _Draft:
 
 
 class Assembler:
-    """Makes groups of fragments.
+    """Builds groups from fragments.
 
     Args:
         config: the import's settings.
-        encoder: the tokenizer, or None where every fragment has its token ids.
-        inputs: names of the inputs; `Fragment.file` indexes them.
-        components: names of all parts of rewards that the fragments have, in the order of the
-            groups' `components`; a fragment without one has it missing.
+        encoder: the tokenizer, or None if every fragment has token ids.
+        inputs: names of the inputs; `Fragment.file` is an index into them.
+        components: names of all reward components in the log, in the order of the rows of
+            `Group.components`. A component that a fragment lacks is NaN for its responses.
 
     Attributes:
-        counts: what was dropped or cut so far.
+        counts: numbers of dropped and cut responses and groups so far, by reason.
     """
 
     def __init__(
@@ -80,11 +80,12 @@ class Assembler:
         self._components = components
         self.counts: Counter[str] = Counter()
 
-    def groups(self, fragments: Sequence[Sequence[Spilled]]) -> list[Group]:
-        """The groups of lists of fragments, in their order; some may be dropped.
+    def groups(self, fragments: Sequence[Sequence[KeyedFragment]]) -> list[Group]:
+        """Build one group per list of fragments, in order; the settings may drop some.
 
         Raises:
-            DataError: a group breaks a rule, or a setting says to stop; names file, row and group.
+            DataError: a group breaks a rule, or the settings say to stop; names file, row and
+                group.
         """
         drafts = [self._merge(group) for group in fragments]
         self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
@@ -93,7 +94,7 @@ class Assembler:
         for draft in drafts:
             self._drop_unrewarded(draft)
             self._drop_empty(draft)
-            if self._fit(draft) and self._enough(draft):
+            if self._fits_max_length(draft) and self._has_min_size(draft):
                 kept.append(self._finish(draft))
         return kept
 
@@ -101,10 +102,10 @@ class Assembler:
         label = self._inputs[fragment.file].label
         return with_location(error, file=label, row=fragment.row, group=draft.group_id)
 
-    def _place(self, fragment: Fragment) -> str:
+    def _where(self, fragment: Fragment) -> str:
         return f"{self._inputs[fragment.file].label}, row {fragment.row}"
 
-    def _merge(self, spilled: Sequence[Spilled]) -> _Draft:
+    def _merge(self, spilled: Sequence[KeyedFragment]) -> _Draft:
         first, first_key = spilled[0]
         assert first.group_id is not None
         with_ids = next((f for f, _ in spilled if f.prompt_token_ids is not None), None)
@@ -116,10 +117,10 @@ class Assembler:
                     draft,
                     fragment,
                     DataError(
-                        "rows of one group have one and the same prompt",
-                        received=f"another prompt than at {self._place(first)}: "
+                        "all rows of a group have the same prompt",
+                        received=f"a prompt that differs from that of {self._where(first)}: "
                         f"{fragment.messages or fragment.prompt!r} "
-                        f"for {first.messages or first.prompt!r}",
+                        f"instead of {first.messages or first.prompt!r}",
                         remedy="give different prompts different group ids, or unset "
                         "columns.group_id to group by the prompt",
                     ),
@@ -131,10 +132,11 @@ class Assembler:
                     draft,
                     fragment,
                     DataError(
-                        "rows of one group have one and the same prompt",
-                        received=f"other prompt token ids than at {self._place(with_ids)}",
+                        "all rows of a group have the same prompt",
+                        received="prompt token ids that differ from those of "
+                        f"{self._where(with_ids)}",
                         remedy="give different prompts different group ids, or unset "
-                        "columns.prompt so that the ids alone tell prompts apart",
+                        "columns.prompt so that prompts are compared by their ids",
                     ),
                 )
             draft.responses += self._responses(fragment)
@@ -173,7 +175,7 @@ class Assembler:
                     response.fragment,
                     DataError(
                         "response ids are unique within a group",
-                        received=f"{response.response_id!r}, which {self._place(other)} has too",
+                        received=f"{response.response_id!r}, which {self._where(other)} also has",
                         remedy="remove the duplicate rows, or leave columns.response_id out",
                     ),
                 )
@@ -182,7 +184,7 @@ class Assembler:
     def _tokenize_prompts(self, drafts: Sequence[_Draft]) -> None:
         if not drafts:
             return
-        assert self._encoder is not None  # Needs has seen to it
+        assert self._encoder is not None  # checked by TokenizerRequirements
         chats = [draft for draft in drafts if draft.first.messages is not None]
         texts = [draft for draft in drafts if draft.first.messages is None]
         rendered = []
@@ -219,7 +221,7 @@ class Assembler:
             if response.truncated or (bare and self._config.empty_responses != "keep"):
                 response.ids = body
             else:
-                response.ids = self._encoder.ended(body)
+                response.ids = self._encoder.with_end_token(body)
 
     def _drop(self, draft: _Draft, what: str, keep: Callable[[_Response], bool]) -> None:
         before = len(draft.responses)
@@ -227,7 +229,7 @@ class Assembler:
         self.counts[what] += before - len(draft.responses)
 
     def _drop_unrewarded(self, draft: _Draft) -> None:
-        if draft.first.rewards is not None:  # the log has rewards, in every row
+        if draft.first.rewards is not None:  # then every row of the log has rewards
             self._drop(draft, "dropped_unrewarded_responses", lambda r: r.reward is not None)
 
     def _drop_empty(self, draft: _Draft) -> None:
@@ -247,8 +249,8 @@ class Assembler:
             )
         self._drop(draft, "dropped_empty_responses", lambda r: _length(r) > 0)
 
-    def _fit(self, draft: _Draft) -> bool:
-        """Apply max_length; False if the group goes."""
+    def _fits_max_length(self, draft: _Draft) -> bool:
+        """Apply max_length to the responses; False if the group is dropped."""
         limit = self._config.max_length
         if limit is None or draft.prompt_ids is None:
             return True
@@ -282,13 +284,13 @@ class Assembler:
                 continue
             mask = None if response.mask is None else response.mask[:room]
             if mask is not None and not mask.any():
-                continue  # nothing is left that the policy wrote: it is dropped as overlong
+                continue  # no token of the policy is left: the caller drops it as overlong
             response.ids, response.mask, response.truncated = response.ids[:room], mask, True
-            response.sampler_logprob = None  # that of the whole
+            response.sampler_logprob = None  # the logged one is of the uncut response
             self.counts["cut_overlong_responses"] += 1
 
-    def _enough(self, draft: _Draft) -> bool:
-        """Apply the least group size; False if the group goes."""
+    def _has_min_size(self, draft: _Draft) -> bool:
+        """Apply the minimum group size; False if the group is dropped."""
         k = len(draft.responses)
         if k >= MIN_GROUP_SIZE:
             return True
@@ -333,14 +335,14 @@ class Assembler:
             truncated=tuple(r.truncated for r in responses),
             loss_mask=masks,
             rewards=np.array(rewards) if rewards else None,
-            # None becomes NaN.
+            # np.array turns None into NaN.
             components=np.array([r.components for r in responses], np.float64).T
             if self._components
             else None,
             source=source,
             prompt=first.prompt,
             messages=first.messages,
-            # A text (an id) for each of them, or none at all.
+            # Texts (and ids) are kept only if every response has one.
             responses=texts if len(texts) == len(responses) else None,
             response_ids=response_ids if len(response_ids) == len(responses) else None,
             metadata=first.metadata,

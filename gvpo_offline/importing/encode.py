@@ -1,4 +1,4 @@
-"""Text to token ids, as the policy will see them."""
+"""Tokenises prompts and responses given as text."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from gvpo_offline.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The tokenizer returns Python integers; only so much text has them at a time.
+# The tokenizer returns Python integers; tokenising in batches bounds their memory.
 _BATCH_CHARACTERS = 1 << 20
 
 
 class Encoder:
-    """A tokenizer with the import's conventions.
+    """A tokenizer, and which special tokens are added to prompts and responses.
 
-    A prompt given as text gets the special tokens that the tokenizer puts before a text (a
-    beginning token, say), unless it is written with them, but none that it puts behind one: the
-    response follows. Chat messages are
-    rendered with the chat template, up to where the assistant begins, and get nothing further. A
-    response is tokenised on its own, so that its ids do not depend on the prompt's last characters,
-    and gets no special tokens but, with `append_eos`, the end token.
+    A prompt given as text gets the special tokens that the tokenizer adds before a text (such as
+    BOS), unless the text already starts with them. It gets none of those that the tokenizer adds
+    after a text, since the response follows. Chat messages are rendered with the chat template and
+    its generation prompt, and get no further special tokens. A response is tokenised separately
+    from its prompt, so that its ids do not depend on the prompt's last characters; it gets no
+    special token except, with `append_eos`, the end token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool) -> None:
         self.tokenizer = tokenizer
         self.append_eos = append_eos
-        self._prefix, self._suffix = self._affixes()
+        self._prefix, self._suffix = self._special_tokens()
         self._eos: int | None = tokenizer.eos_token_id
 
     @property
@@ -43,8 +43,8 @@ class Encoder:
         """Number of token ids, added tokens included."""
         return len(self.tokenizer)
 
-    def _affixes(self) -> tuple[list[int], int]:
-        """The special tokens that the tokenizer puts before a text, how many it puts behind it."""
+    def _special_tokens(self) -> tuple[list[int], int]:
+        """The special tokens added before a text, and the number of those added after it."""
         bare = self._tokenize(["a"], special=False)[0].tolist()
         full = self._tokenize(["a"], special=True)[0].tolist()
         for start in range(len(full) - len(bare) + 1):
@@ -54,9 +54,9 @@ class Encoder:
 
     def _tokenize(self, texts: Sequence[str], *, special: bool) -> list[Int32Array]:
         ids: list[Int32Array] = []
-        for piece in _pieces(texts):
+        for batch_texts in _batches(texts):
             batch: Any = self.tokenizer(
-                piece,
+                batch_texts,
                 add_special_tokens=special,
                 padding=False,
                 truncation=False,
@@ -71,7 +71,7 @@ class Encoder:
         """Token ids of prompts given as text: (P,) int32 each."""
         n = len(self._prefix)
         full = [ids[: len(ids) - self._suffix] for ids in self._tokenize(texts, special=True)]
-        # Logs of trainers hold rendered prompts, which begin with these tokens already.
+        # Prompts in trainers' logs are rendered and already start with these tokens.
         return [ids[n:] if n and ids[n : 2 * n].tolist() == self._prefix else ids for ids in full]
 
     def rendered(self, texts: Sequence[str]) -> list[Int32Array]:
@@ -79,16 +79,16 @@ class Encoder:
         return self._tokenize(texts, special=False)
 
     def render(self, messages: str) -> str:
-        """Chat messages (JSON) as the text that the assistant's answer follows.
+        """Chat messages (JSON) rendered as text, generation prompt included.
 
         Raises:
-            DataError: the template refuses the messages; without a place, which the caller knows.
+            DataError: the template refuses the messages; the caller adds file and row.
         """
         try:
             text = self.tokenizer.apply_chat_template(
                 json.loads(messages), tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template may raise whatever its language has
+        except Exception as error:  # Jinja templates raise many kinds of errors
             raise DataError(
                 "the tokenizer's chat template renders the messages",
                 received=f"{str(error) or type(error).__name__} for {messages}",
@@ -100,33 +100,35 @@ class Encoder:
         """Token ids of responses, without the end token: (T,) int32 each."""
         return self._tokenize(texts, special=False)
 
-    def ended(self, ids: Int32Array) -> Int32Array:
-        """`ids` with the end token behind them, unless it is already there: (T,) int32."""
+    def with_end_token(self, ids: Int32Array) -> Int32Array:
+        """`ids` with the end token appended if `append_eos`, unless it is the last: (T,) int32."""
         if not self.append_eos or (len(ids) and ids[-1] == self._eos):
             return ids
-        assert self._eos is not None  # Needs has seen to it
+        assert self._eos is not None  # checked by TokenizerRequirements
         return np.append(ids, np.int32(self._eos))
 
 
-def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
-    piece: list[str] = []
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
     size = 0
     for text in texts:
-        piece.append(text)
+        batch.append(text)
         size += len(text)
         if size > _BATCH_CHARACTERS:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def load_encoder(config: ImportConfig) -> Encoder | None:
-    """The tokenizer that `config` names, with its template replaced where `config` says so, or
-    None.
+    """Load the tokenizer of `config`, with `config.chat_template` as its template if that is set.
+
+    Returns:
+        The encoder, or None if no tokenizer is configured.
 
     Raises:
-        ConfigError: it cannot be loaded, or the template cannot be read.
+        ConfigError: the tokenizer cannot be loaded, or the template cannot be read.
     """
     if config.tokenizer_name_or_path is None:
         if config.chat_template is not None:
@@ -140,26 +142,28 @@ def load_encoder(config: ImportConfig) -> Encoder | None:
     return Encoder(tokenizer, append_eos=config.append_eos)
 
 
-class Needs:
-    """Whether the settings suffice for what the rows hold; each need is looked at once."""
+class TokenizerRequirements:
+    """Checks that the settings give the tokenizer features that the rows need, each one once."""
 
     def __init__(self, encoder: Encoder | None) -> None:
         self._encoder = encoder
-        self._met: set[str] = set()
+        self._checked: set[str] = set()
 
     def check(self, fragment: Fragment, file: str) -> None:
-        """Raise ConfigError if `fragment` needs a tokenizer, a template or an end token in vain."""
+        """Raise ConfigError if `fragment` needs a missing tokenizer, template or end token."""
         if fragment.prompt_token_ids is None:
-            self._meet("template" if fragment.messages is not None else "tokenizer", fragment, file)
+            self._require(
+                "template" if fragment.messages is not None else "tokenizer", fragment, file
+            )
         if fragment.response_token_ids is None or any(
             ids is None for ids in fragment.response_token_ids
         ):
-            self._meet("end", fragment, file)
+            self._require("end", fragment, file)
 
-    def _meet(self, need: str, fragment: Fragment, file: str) -> None:
-        if need in self._met:
+    def _require(self, need: str, fragment: Fragment, file: str) -> None:
+        if need in self._checked:
             return
-        self._met.add(need)
+        self._checked.add(need)
         encoder = self._encoder
         if encoder is None:
             raise ConfigError(

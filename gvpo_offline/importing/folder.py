@@ -1,40 +1,38 @@
-"""The output folder of an import: whose it is, what an earlier run left there, and cleaning up."""
+"""The output folder of an import: its lock, the work of an earlier run, and its removal."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder, lock_folder
 
-# Stages whose records share the folder with an import's, as `sample` names them.
+# Prefixes of the stages of `sample`, whose commit records are in the same folder.
 SAMPLING_STAGES = ("prompts-", "sample-")
 
-# Only files whose names this stage gives are ever removed.
+# Only files with names that an import gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
 
 
 class OutputFolder:
-    """A folder that one import at a time works in.
+    """The output folder of an import, locked for one process.
 
-    Entering claims and locks it (the lock goes with the process, however that ends); leaving
-    removes it again if it was made here and is empty.
+    On entry the folder is created if needed and locked; the operating system releases the lock when
+    the process ends. On exit the folder is removed if it was created here and is empty.
 
     Args:
         root: the folder.
-        wait: whether to wait for another import there to end, instead of refusing.
+        wait: wait until another import into the folder ends, instead of raising an error.
 
     Raises:
-        DataError: it holds something else, or another import is at work there.
+        DataError: the folder holds other files, or another import into it is running.
     """
 
     def __init__(self, root: Path, *, wait: bool = False) -> None:
@@ -61,20 +59,20 @@ class OutputFolder:
             os.close(self._handle)
 
     def finished(self, identity: str) -> Manifest | None:
-        """The manifest if the folder holds the import `identity`, None if it holds no dataset.
+        """The manifest if the folder holds the result of import `identity`, None if no dataset.
 
         Raises:
-            DataError: it holds another dataset.
-            IntegrityError: a file of the dataset is missing or of another length.
+            DataError: the folder holds another dataset.
+            IntegrityError: a file of the dataset is missing or has another length.
         """
         if not manifest_versions(self.root):
             return None
         manifest = load_manifest(self.root)
         if not any(step.config.get("identity") == identity for step in manifest.lineage):
             raise DataError(
-                "the output folder is empty, or holds this very import",
-                received=f"a dataset of {manifest.n_groups} groups, made from other inputs, "
-                "settings or another tokenizer",
+                "the output folder is empty, or holds this import",
+                received=f"a dataset of {manifest.n_groups} groups, imported from other inputs or "
+                "with other settings or another tokenizer",
                 remedy="choose another output_dir, or remove the dataset first",
                 file=self.root,
             )
@@ -87,25 +85,26 @@ class OutputFolder:
         return manifest
 
     def prepare(self, log: TaskLog) -> dict[str, TaskRecord]:
-        """Remove what a killed run of the same import left uncommitted.
+        """Remove the uncommitted files of an interrupted run of the same import.
 
         Returns:
-            The records of its committed tasks, by name.
+            The records of the tasks that the run committed, by name.
 
         Raises:
-            DataError: another import was interrupted here; its work is not thrown away unasked.
-            IntegrityError: a committed shard was damaged since.
+            DataError: the folder holds committed work of another import, which is never deleted
+                automatically.
+            IntegrityError: a committed shard has been damaged since.
         """
         commits = self.root / "commits"
         stages = [path.name for path in commits.iterdir()] if commits.exists() else []
-        # What was sampled is this import's input, not another's work.
+        # Records of `sample` are the input of this import, not work of another import.
         others = sorted(n for n in stages if n != log.stage and not n.startswith(SAMPLING_STAGES))
         if others:
             raise DataError(
-                "the output folder is empty, or holds what an interrupted run of this import left",
-                received=f"committed work of {', '.join(others)}: other inputs, settings or "
-                "another tokenizer",
-                remedy="repeat that import, choose another output_dir, or remove the folder",
+                "the output folder is empty, or holds work of an interrupted run of this import",
+                received=f"committed work of {', '.join(others)}, which has other inputs, settings "
+                "or another tokenizer",
+                remedy="run that import again, choose another output_dir, or remove the folder",
                 file=self.root,
             )
         tasks = sorted(log.folder.glob("*.json")) if log.folder.exists() else []
@@ -116,21 +115,12 @@ class OutputFolder:
         self._sweep(set(keep))
         return records
 
-    @contextmanager
-    def discarding(self, stage: str) -> Iterator[None]:
-        """Remove all that `stage` wrote if the data or settings turn out bad.
-
-        After any other failure (no room, an interrupt) committed work stays: the same command goes
-        on.
-        """
-        try:
-            yield
-        except (DataError, ConfigError):
-            shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
-            self._sweep(set())
-            for name in ("commits", "groups", "rewards"):
-                _remove_empty(self.root / name)
-            raise
+    def discard(self, stage: str) -> None:
+        """Remove the commit records and shards of `stage`, and the folders left empty."""
+        shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
+        self._sweep(set())
+        for name in ("commits", "groups", "rewards"):
+            _remove_empty(self.root / name)
 
     def _sweep(self, keep: set[str]) -> None:
         self._remove_spill()

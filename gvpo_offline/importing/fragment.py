@@ -1,7 +1,7 @@
-"""A fragment: what one row of a log says about a group. Every format ends in it.
+"""A fragment: the part of a group that one row of a log holds. Every format produces fragments.
 
-A row that holds one response and a row that holds a whole group differ in the number of responses
-only. All fragments of a group are brought together later, whichever files they came from.
+Rows with one response and rows with a whole group differ only in the number of responses. The
+fragments of a group are merged later, from all rows and files.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ class Fragment:
         prompt: the prompt as text, or None.
         messages: the prompt as JSON chat messages, or None.
         prompt_token_ids: (P,) int32, or None where the text is to be tokenised.
-        responses: n texts, each None where the log has ids only.
-        response_token_ids: n arrays of (T_i,) int32, each None where the text is to be tokenised;
-            or None for all.
-        rewards: n numbers, each None where a response lacks its reward; or None if the log has
-            no reward.
-        components: n numbers of each part that the rewards are made of, by name, None where a
-            response has no such part; or None if the log has no parts.
-        samplers: n names, each None where the log does not say.
-        truncated: n flags.
-        loss_mask: n arrays of (T_i,) bool, each None where every token counts; or None for all.
-        response_ids: n ids, or None.
-        sampler_logprobs: n log-probs of a whole response under who wrote it, nats, each None where
-            the log does not say; or None for all.
-        group_id: the log's own id of the group, or None: responses to one prompt are a group.
+        responses: n texts; None where the log has only ids.
+        response_token_ids: n arrays of (T_i,) int32; None where the text is to be tokenised. None
+            instead of the list: no response has ids.
+        rewards: n numbers; None where a response has no reward. None instead of the list: the log
+            has no rewards.
+        components: by name of the reward component, n numbers; None where a response does not have
+            the component. None instead of the dict: the log has no components.
+        samplers: n names of samplers; None where the log does not name one.
+        truncated: n flags, True where the response was cut.
+        loss_mask: n arrays of (T_i,) bool; None where every token counts. None instead of the
+            list: every token of every response counts.
+        response_ids: n ids, or None if the log has none.
+        sampler_logprobs: n log-probs of whole responses under their sampler, in nats; None where
+            the log has none. None instead of the list: the log has none at all.
+        group_id: the id of the group in the log; None: responses with the same prompt are a group.
         metadata: a JSON object, or None.
-        source: what the log calls itself, or None.
-        file: number of the input; filled in by the importer.
-        row: zero-based row of the input, of the first row where a format joins several.
+        source: name of the log, as given in the log, or None.
+        file: index of the input; set by the importer.
+        row: zero-based row of the input; of the first row if a format joins several.
     """
 
     prompt: str | None
@@ -90,7 +91,7 @@ class Fragment:
 
 
 def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
-    """A copy of `error` that names file, row and group where it does not yet."""
+    """A copy of `error` with the file, row and group added where it has none."""
     return DataError(
         error.rule,
         received=error.received,
@@ -102,13 +103,13 @@ def with_location(error: DataError, *, file: Any, row: int, group: str | None = 
 
 
 def prompt_key(fragment: Fragment) -> str:
-    """SHA-256 (hexadecimal) of what the prompt *is*: its messages, else its text, else its ids."""
+    """SHA-256 (hexadecimal) of the prompt: of its messages, else its text, else its token ids."""
     if fragment.messages is not None:
-        # Columnar files may order the keys of a message differently.
+        # Columnar files may store the keys of a message in another order.
         return sha256_json({"messages": json.loads(fragment.messages)})
     if fragment.prompt is not None:
         return sha256_text("text\0" + fragment.prompt)
-    assert fragment.prompt_token_ids is not None  # check_fragment has seen to it
+    assert fragment.prompt_token_ids is not None  # checked by check_fragment
     return tokens_key(fragment.prompt_token_ids)
 
 
@@ -118,16 +119,16 @@ def tokens_key(ids: Int32Array) -> str:
 
 
 def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int | None) -> None:
-    """Hold one row to every rule that it can break alone.
+    """Check one row against every rule that does not need the other rows of its group.
 
     Args:
         fragment: the row.
-        config: the import's settings. What `empty_responses`, `missing_rewards` and `singletons`
-            let pass is dealt with later.
-        vocab_size: upper bound of token ids, where a tokenizer is known.
+        config: the import's settings. Responses that `empty_responses`, `missing_rewards` and
+            `singletons` allow here are dropped or kept later.
+        vocab_size: upper bound of token ids; None if no tokenizer is configured.
 
     Raises:
-        DataError: without a place, which the caller knows.
+        DataError: the row breaks a rule; the caller adds file and row.
     """
     allow_empty = config.empty_responses != "error"
     ids = fragment.prompt_token_ids
@@ -190,7 +191,7 @@ def _check_components(fragment: Fragment) -> None:
         raise DataError(
             "components are parts of a reward, so the row has the reward too",
             received=f"{', '.join(fragment.components)} without a reward",
-            remedy="name the column of the reward, or say how the parts make one",
+            remedy="set the column of the reward, or the weights of the components",
         )
     for name, values in (fragment.components or {}).items():
         if len(values) != fragment.size:
@@ -218,8 +219,8 @@ def _check_response(
         raise DataError(
             "a response needs at least 1 token",
             received=f"response {index}, which is empty",
-            remedy="drop such responses (empty_responses: drop), or, if the sampler did end at "
-            "once, keep the end token alone (empty_responses: keep)",
+            remedy="drop such responses (empty_responses: drop), or, if the sampler ended them "
+            "immediately, keep only the end token (empty_responses: keep)",
         )
     if ids is not None:
         _check_ids(ids, "response_token_ids", vocab_size)
@@ -227,7 +228,7 @@ def _check_response(
         return
     if ids is None:
         raise DataError(
-            "a loss mask has one flag per token, so the row must hold the tokens",
+            "a loss mask has one flag per token, so it needs the response's token ids",
             received=f"a mask without token ids for response {index}",
             remedy="log the response's token ids, or null for its mask",
         )
@@ -247,7 +248,7 @@ def _check_response(
 def _check_ids(ids: Int32Array, what: str, vocab_size: int | None) -> None:
     if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
         raise DataError(
-            f"{what} lie below the tokenizer's {vocab_size} entries",
+            f"{what} are less than the tokenizer's vocabulary size, {vocab_size}",
             received=int(ids.max()),
-            remedy="set tokenizer_name_or_path to the tokenizer that made the ids",
+            remedy="set tokenizer_name_or_path to the tokenizer that produced the ids",
         )

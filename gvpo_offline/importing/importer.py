@@ -1,12 +1,12 @@
-"""The import stage: logged, scored responses to a dataset of Parquet shards.
+"""The import stage: converts logs of scored responses into a dataset of Parquet shards.
 
     inputs -> fragments -> spilled in buckets of hash(group_id) -> groups -> shards -> manifest
 
-The first pass reads every row once and holds it to every rule that a row can break alone, before
-anything is written that could become part of a dataset. The second makes groups of one bucket at a
-time and commits shard by shard. Neither holds more than a bucket, so memory does not depend on the
-log's length. The result's bytes depend on the inputs and settings alone; a killed run leaves its
-committed shards, and the same command goes on from there.
+The first pass reads every row once and checks each row by itself, before any shard is written. The
+second pass builds the groups of one bucket at a time and commits one shard at a time. Each pass
+holds at most one bucket in memory, so memory use does not depend on the length of the log. The
+bytes of the dataset depend only on the inputs and the settings. The committed shards of an
+interrupted run stay, and the same command continues from them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.assemble import Assembler, InputNames
-from gvpo_offline.importing.encode import Encoder, Needs, load_encoder
+from gvpo_offline.importing.encode import Encoder, TokenizerRequirements, load_encoder
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import (
@@ -44,12 +44,12 @@ from gvpo_offline.importing.fragment import (
     prompt_key,
     with_location,
 )
-from gvpo_offline.importing.outcome import SAID, ImportResult
+from gvpo_offline.importing.outcome import COUNT_TEXTS, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
-from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.spill import power_of_two
@@ -66,37 +66,38 @@ _log = logging.getLogger(__name__)
 
 
 def run_import(config: ImportConfig) -> Manifest:
-    """`import_log` for callers who want the dataset only."""
+    """Run `import_log` and return only the manifest."""
     return import_log(config).manifest
 
 
 def import_log(config: ImportConfig, log: StageLog | None = None) -> ImportResult:
-    """Import logs as `config` says, or find that this was done before.
+    """Import logs into a dataset; do nothing if the output folder already holds the result.
 
-    A text response gets the tokenizer's end token (`append_eos`) unless it was cut. An empty text
-    is an empty response all the same, and not a bare end token, unless `empty_responses: keep` says
-    so: in most logs it stands for a request that failed.
+    A response given as text gets the tokenizer's end token (`append_eos`) unless it was cut. An
+    empty text is an error, or is dropped, since in most logs it means that the request failed; with
+    `empty_responses: keep` it becomes a response of only the end token.
 
     Args:
         config: the settings.
-        log: what to import instead of `config.inputs`.
+        log: log of another stage, to import instead of `config.inputs`.
 
     Returns:
         The dataset's manifest and counts.
 
     Raises:
-        DataError: an input, row or group breaks a rule, or the output folder holds something else.
-            Nothing is published then, and nothing is left behind.
-        ConfigError: the settings do not suit the inputs.
+        DataError: an input, row or group breaks a rule, or the output folder holds other files.
+            Nothing is published, and the files of this import are removed.
+        ConfigError: the settings do not fit the inputs.
         IntegrityError: an input is damaged.
-        StorageError: no room; committed shards are kept, and the same command goes on from there.
+        StorageError: the disk is full; committed shards stay, and the same command continues from
+            them.
     """
     return _Import(config, log).run()
 
 
 @dataclass
 class _FirstPass:
-    """What the rows told while they were read."""
+    """SamplerInfo about all rows, collected while they are read."""
 
     rows: list[int]
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -117,14 +118,14 @@ class _Import:
         self.sources: list[Source] = list(log.sources if log else find_sources(config.inputs))
         total = sum(source.text_bytes for source in self.sources)
         self.n_shards = power_of_two(total, config.shard_bytes)
-        # Buckets bound the memory; how many there are changes nothing in the result.
+        # The number of buckets bounds memory; it does not change the result.
         self.buckets_per_shard = max(1, power_of_two(total, _BUCKET_BYTES) // self.n_shards)
         self.digests: list[str] = []
-        self.beside = [self._beside(source) for source in self.sources]
+        self.dependencies = [self._dependencies(source) for source in self.sources]
 
     def run(self) -> ImportResult:
         """See `import_log`."""
-        # Of several processes that end a stage together, one makes the dataset.
+        # Several processes of one stage may import the same log; only the first does the work.
         wait = self.log is not None
         with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
             self._hash_inputs()
@@ -135,7 +136,7 @@ class _Import:
                 return ImportResult(finished, step.counts, already_imported=True)
             log = TaskLog(folder.root, f"import-{identity[:12]}")
             records = folder.prepare(log)
-            with folder.discarding(log.stage):
+            with undo_on_bad_input(lambda: folder.discard(log.stage)):
                 return self._import(folder.root, log, records, identity)
 
     def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
@@ -152,7 +153,7 @@ class _Import:
         with self._bar("checking inputs", sum(s.size for s in self.sources), "B") as bar:
             self.digests = [source.sha256(bar.update) for source in self.sources]
 
-    def _beside(self, source: Source) -> dict[str, str]:
+    def _dependencies(self, source: Source) -> dict[str, str]:
         return (
             dict(self.format.dependencies(source))
             if isinstance(self.format, ExtraDependencies)
@@ -160,10 +161,10 @@ class _Import:
         )
 
     def _identity(self) -> str:
-        """SHA-256 over everything that the dataset's bytes depend on.
+        """SHA-256 over everything that determines the bytes of the dataset.
 
-        Of the settings those that `gvpo_offline.identity` says, so that a setting that is added
-        later changes nothing about imports that do without it.
+        `gvpo_offline.identity` selects the settings, so that a setting added later does not change
+        the identity of imports that do not use it.
         """
         settings = identity_settings(self.config)
         for name in (*_NOT_RECORDED, "inputs", "tokenizer_name_or_path", "chat_template"):
@@ -174,9 +175,9 @@ class _Import:
                 "versions": [IMPORT_VERSION, SCHEMA_VERSION],
                 "settings": settings,
                 "inputs": [
-                    [source.file_name, digest, *([beside] if beside else [])]
-                    for source, digest, beside in zip(
-                        self.sources, self.digests, self.beside, strict=True
+                    [source.file_name, digest, *([dependencies] if dependencies else [])]
+                    for source, digest, dependencies in zip(
+                        self.sources, self.digests, self.dependencies, strict=True
                     )
                 ],
                 "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
@@ -230,15 +231,15 @@ class _Import:
         advance: Callable[[int], Any],
     ) -> None:
         vocab_size = None if self.encoder is None else self.encoder.vocab_size
-        needs = Needs(self.encoder)
+        needs = TokenizerRequirements(self.encoder)
         default = self.config.sampler or source.name
         for fragment in self.format.read(source.rows(self.format.columns, advance), source):
             fragment.file = number
             try:
                 check_fragment(fragment, self.config, vocab_size=vocab_size)
             except DataError as error:
-                place = {"file": source.label, "row": fragment.row}
-                raise with_location(error, group=fragment.group_id, **place) from None  # type: ignore[arg-type]
+                location = {"file": source.label, "row": fragment.row}
+                raise with_location(error, group=fragment.group_id, **location) from None  # type: ignore[arg-type]
             needs.check(fragment, source.label)
             key = prompt_key(fragment)
             if fragment.group_id is None:
@@ -267,12 +268,12 @@ class _Import:
             raise DataError(
                 "every row has a reward, or none has",
                 received=f"rewards at {first.rewarded} and none at {first.unrewarded}",
-                remedy="score the rest, or import the two logs as two datasets",
+                remedy="score the other rows, or import the two logs as two datasets",
             )
         unknown = sorted(set(self.config.samplers) - first.samplers)
         if unknown:
             raise ConfigError(
-                "samplers describes samplers that the log has",
+                "samplers has settings only of samplers that are in the log",
                 received=f"{', '.join(unknown)}; the log has {', '.join(sorted(first.samplers))}",
                 remedy="correct the names, or set `sampler` or columns.sampler",
             )
@@ -334,9 +335,9 @@ class _Import:
             name=self.config.reward_name, components=sorted(first.components), files=sidecars
         )
         read = [
-            {"path": source.file_name, "sha256": digest, "rows": rows, **beside}
-            for source, digest, rows, beside in zip(
-                self.sources, self.digests, first.rows, self.beside, strict=True
+            {"path": source.file_name, "sha256": digest, "rows": rows, **dependencies}
+            for source, digest, rows, dependencies in zip(
+                self.sources, self.digests, first.rows, self.dependencies, strict=True
             )
         ]
         settings = self.log.config if self.log else self._settings()
@@ -349,7 +350,7 @@ class _Import:
         )
 
         def build(newest: Manifest | None) -> Manifest:
-            assert newest is None  # the folder is locked, and held no manifest
+            assert newest is None  # the folder is locked and holds no manifest
             return Manifest(
                 tokenizer=None if self.encoder is None else tokenizer_info(self.encoder.tokenizer),
                 samplers={s: self.config.samplers.get(s, {}) for s in sorted(first.samplers)},
@@ -376,4 +377,4 @@ def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
     dropped: Counter[str] = Counter(first.left_out)
     for record in records:
         dropped.update(record.counts)
-    return {**counts, **{name: dropped[name] for name in SAID}}
+    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}}

@@ -1,9 +1,9 @@
-"""Brings the fragments of each group together without holding the log in memory.
+"""Groups the fragments of a log by group id, without holding the log in memory.
 
-Fragments are partitioned on disk by a hash of their group's id, so that a bucket fits in memory and
-holds whole groups only. Buckets in ascending order, sorted by hash inside, give the whole dataset
-in order of hash(group_id), independent of the order and the files in which fragments arrived. A
-shard is a range of buckets.
+Fragments are partitioned on disk by a hash of their group's id. A bucket fits in memory and holds
+only complete groups. Buckets in ascending order, each sorted by hash, give the whole dataset in
+order of hash(group_id), whatever the order and the files of the fragments. A shard is a range of
+buckets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from gvpo_offline.hashing import text_key
 from gvpo_offline.importing.fragment import Fragment
-from gvpo_offline.store.arrow import from_array_lists, from_arrays, to_rows
+from gvpo_offline.store.arrow import list_array, nested_list_array, to_rows
 from gvpo_offline.store.spill import TableSpill
 
 _BUFFER_BYTES = 32 << 20
@@ -47,9 +47,9 @@ _SCHEMA = pa.schema(
     ]
 )
 _BUILDERS: dict[str, Callable[[Sequence[Any]], pa.Array]] = {
-    "prompt_token_ids": lambda rows: from_arrays(rows, pa.int32()),
-    "response_token_ids": lambda rows: from_array_lists(rows, pa.int32()),
-    "loss_mask": lambda rows: from_array_lists(rows, pa.bool_()),
+    "prompt_token_ids": lambda rows: list_array(rows, pa.int32()),
+    "response_token_ids": lambda rows: nested_list_array(rows, pa.int32()),
+    "loss_mask": lambda rows: nested_list_array(rows, pa.bool_()),
     "components": lambda rows: pa.array(
         [None if row is None else list(row.items()) for row in rows],
         _SCHEMA.field("components").type,
@@ -57,7 +57,7 @@ _BUILDERS: dict[str, Callable[[Sequence[Any]], pa.Array]] = {
 }
 _PLAIN = [n for n in _SCHEMA.names if n not in _BUILDERS and n not in ("key", "prompt_key")]
 
-Spilled = tuple[Fragment, str]
+KeyedFragment = tuple[Fragment, str]
 """A fragment and the key of its prompt."""
 
 
@@ -70,7 +70,7 @@ def _weight(fragment: Fragment) -> int:
 
 
 class FragmentSpill:
-    """Fragments on disk, by bucket of their group's hash.
+    """Fragments on disk, partitioned into buckets by the hash of their group's id.
 
     Args:
         folder: the folder of the bucket files; `open` creates it and `close` removes it.
@@ -78,7 +78,7 @@ class FragmentSpill:
         skip: buckets whose fragments are discarded.
 
     Attributes:
-        n_rows: fragments kept.
+        n_rows: number of fragments added, without those discarded.
     """
 
     def __init__(self, folder: Path, n_buckets: int, skip: Collection[int] = ()) -> None:
@@ -107,7 +107,7 @@ class FragmentSpill:
             self.flush()
 
     def flush(self) -> None:
-        """Append the buffered fragments to the files of their buckets.
+        """Append the buffered fragments to their bucket files.
 
         Raises:
             StorageError: the disk is full.
@@ -117,15 +117,15 @@ class FragmentSpill:
             self._spill.flush()
         self._buffer, self._buffered = [], 0
 
-    def groups(self, bucket: int, responses_at_once: int) -> Iterator[list[list[Spilled]]]:
-        """The groups of a bucket in order of hash(group_id), some at a time.
+    def groups(self, bucket: int, responses_at_once: int) -> Iterator[list[list[KeyedFragment]]]:
+        """Yield the groups of a bucket in order of hash(group_id), in batches.
 
         Args:
-            bucket: its number.
-            responses_at_once: about how many responses one list holds.
+            bucket: number of the bucket.
+            responses_at_once: approximate number of responses in a batch.
 
         Yields:
-            Lists of groups; a group is its fragments in order of input and row.
+            Batches of groups; a group is a list of its fragments in order of input and row.
         """
         table = self._spill.read(bucket, _SCHEMA.names)
         if table is None:
@@ -137,14 +137,14 @@ class FragmentSpill:
         ends = [*starts[1:], len(ids)]
         responses = pc.sum(pc.list_value_length(table.column("samplers"))).as_py()
         per_row = max(1, responses // table.num_rows)
-        piece: list[tuple[int, int]] = []
+        batch: list[tuple[int, int]] = []
         for start, end in zip(starts, ends, strict=True):
-            piece.append((start, end))
-            if (end - piece[0][0]) * per_row >= responses_at_once:
-                yield _read_piece(table, indices, piece)
-                piece = []
-        if piece:
-            yield _read_piece(table, indices, piece)
+            batch.append((start, end))
+            if (end - batch[0][0]) * per_row >= responses_at_once:
+                yield _read_batch(table, indices, batch)
+                batch = []
+        if batch:
+            yield _read_batch(table, indices, batch)
 
 
 def _to_batch(rows: Sequence[tuple[int, str, Fragment]]) -> pa.RecordBatch:
@@ -160,10 +160,10 @@ def _to_batch(rows: Sequence[tuple[int, str, Fragment]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([values[name] for name in _SCHEMA.names], schema=_SCHEMA)
 
 
-def _read_piece(
-    table: pa.Table, indices: pa.Array, piece: Sequence[tuple[int, int]]
-) -> list[list[Spilled]]:
-    first, last = piece[0][0], piece[-1][1]
+def _read_batch(
+    table: pa.Table, indices: pa.Array, batch: Sequence[tuple[int, int]]
+) -> list[list[KeyedFragment]]:
+    first, last = batch[0][0], batch[-1][1]
     rows = table.take(indices[first:last]).combine_chunks()
     columns = {name: to_rows(rows.column(name).chunk(0)) for name in _SCHEMA.names}
     keys = columns.pop("prompt_key")
@@ -174,4 +174,4 @@ def _read_piece(
         (Fragment(**dict(zip(names, values, strict=True))), key)
         for values, key in zip(zip(*columns.values(), strict=True), keys, strict=True)
     ]
-    return [spilled[start - first : end - first] for start, end in piece]
+    return [spilled[start - first : end - first] for start, end in batch]

@@ -15,10 +15,10 @@ OnEmpty = Literal["error", "drop", "keep"]
 
 @dataclass
 class Columns:
-    """Which column of the log holds what. Null: the log does not have it.
+    """Names of the log's columns. Null: the log does not have the column.
 
-    A column that is named here is in every row; what a row does not know may be null where the
-    column's description says so.
+    Every row must have each column that is named here. A value may be null only where the
+    description of the column says so.
     """
 
     prompt: str | None = "prompt"
@@ -26,28 +26,28 @@ class Columns:
     response: str | None = "response"
     """Response: text, or a list with one assistant message; in a row-per-group log a list."""
     reward: str | None = "reward"
-    """Reward: a finite number; in a row-per-group log a list of them."""
+    """Reward: a finite number; in a row-per-group log a list of numbers."""
     sampler: str | None = None
-    """Who wrote the response; in a row-per-group log a list of names, or one name for all."""
+    """Name of the sampler of the response; in a row-per-group log a list of names, or one name."""
     group_id: str | None = None
-    """Id of the group. Without it, responses to one and the same prompt are a group."""
+    """Id of the group. Without it, all responses with the same prompt are a group."""
     response_id: str | None = None
     """Id of the response, unique within its group."""
     prompt_token_ids: str | None = None
-    """Token ids of the prompt, template included; used as they are. Null: tokenise the prompt."""
+    """Token ids of the prompt, chat template included; used unchanged. Null: tokenise the text."""
     response_token_ids: str | None = None
-    """Token ids of the response, end token included; used as they are. Null: tokenise the text."""
+    """Token ids of the response, end token included; used unchanged. Null: tokenise the text."""
     loss_mask: str | None = None
-    """One 0/1 flag per response token: 0 where the policy did not write the token. Needs token ids.
-    Null: every token counts."""
+    """One 0/1 flag per response token: 0 where the policy did not generate the token. Requires
+    token ids. Null: every token counts."""
     sampler_logprob: str | None = None
-    """Log-probability of the response under who wrote it: nats, summed over the tokens that count,
-    those that are imported. Null: not known. Only loss_type topr asks for it."""
+    """Log-probability of the response under its sampler, in nats, summed over the imported tokens
+    that the loss mask counts. Null: not known. Only loss_type topr needs it."""
     truncated: str | None = None
-    """Whether the response was cut: a flag, or a finish reason of which "length" means cut.
-    Null: no."""
+    """Whether the response was cut: a flag, or a finish reason, of which "length" means cut.
+    Null: not cut."""
     keep: list[str] = field(default_factory=list)
-    """Further columns to keep, as JSON, in the group's metadata (from the group's first row)."""
+    """Further columns to store as JSON in the group's metadata, from the group's first row."""
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = (
@@ -63,7 +63,7 @@ class Columns:
                 )
         if self.loss_mask and not self.response_token_ids:
             raise ConfigError(
-                "a loss mask has one flag per token, so the log must hold the tokens",
+                "a loss mask has one flag per token, so it needs the responses' token ids",
                 received="columns.loss_mask without columns.response_token_ids",
                 remedy="set columns.response_token_ids, or leave columns.loss_mask out",
             )
@@ -71,17 +71,17 @@ class Columns:
 
 @dataclass
 class ImportConfig:
-    """Logged, scored responses to a dataset of Parquet shards."""
+    """Imports logged, scored responses into a dataset of Parquet shards."""
 
     inputs: list[str] | str
     """Files or globs (.jsonl, .json, .parquet, .jsonl.gz …), folders saved by `datasets`, or
     `hf:name` and `hf:name:split` for a data set of the hub."""
     output_dir: str
-    """The dataset's folder: empty, or one that an interrupted run of the same import left."""
+    """Folder of the dataset: new, empty, or that of an interrupted run of the same import."""
     tokenizer_name_or_path: str | None = None
-    """Tokenizer of the policy to train: a folder or a hub name. Needed unless the log holds ids."""
+    """Tokenizer of the policy: a folder or a hub name. Required unless the log holds token ids."""
     format: str = "flat"
-    """flat: a table with a row per response or per group; groups: rows in the shape of schemas/.
+    """flat: a table with a row per response or group; groups: rows with the columns of schemas/.
     Data sets of the hub (docs/howto/formats-hub.md): arena, armorm, distilabel, helpsteer2,
     helpsteer3, nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of
     trainers and results of batch APIs (docs/howto/formats.md): ms_swift, nemo_gym, nemo_rl,
@@ -89,45 +89,45 @@ class ImportConfig:
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None
-    """Name of the sampler where the log does not say. Default: each input file's name."""
+    """Sampler of responses for which the log names none. Default: the name of the input file."""
     samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings of the samplers, by name; recorded in the manifest as they are."""
+    """Settings of the samplers, by name; recorded unchanged in the manifest."""
     source: str | None = None
-    """What to call this log in the dataset. Default: the file with a group's first response."""
+    """Name of the log in the dataset. Default: the file name of a group's first response."""
     reward_name: str = "reward"
-    """What to call the reward; training chooses among rewards by this name."""
+    """Name of the reward, by which training selects it."""
     reward_weights: dict[str, float] = field(default_factory=dict)
-    """Weights of the parts of the reward, by name, where the format has parts: the reward is the
-    weighted sum of those that a response has, and parts that are not named weigh nothing. Default:
-    the format's own weights."""
+    """Weights of the reward's components, by name, for formats with components: the reward is the
+    weighted sum of the components that a response has; a component that is not named has weight 0.
+    Default: the weights of the format."""
     requests: str | None = None
-    """openai_batch: the file or glob of the requests, which hold the prompts."""
+    """openai_batch: file or glob of the batch requests, which hold the prompts."""
     rewards: str | None = None
-    """openai_batch: a file or glob of JSON lines with custom_id and, in further columns, the parts
-    of the reward: a number, or a list with one for each choice."""
+    """openai_batch: file or glob of JSON lines with custom_id and one column per component of the
+    reward: a number, or a list with one number per choice."""
     max_length: int | None = None
-    """Longest prompt plus response, in tokens. Default: no limit."""
+    """Maximum length of prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
-    """A response over max_length: stop, drop the response, or cut its tokens (its text stays as
-    logged) and mark it truncated. A prompt is never cut: where it leaves no room for a response,
-    its group stops the import or is dropped."""
+    """A response over max_length: error, drop the response, or truncate its tokens (its text stays
+    as logged) and mark it as truncated. A prompt is never cut: a group whose prompt alone reaches
+    max_length is an error or is dropped."""
     singletons: OnFew = "error"
-    """A prompt with a single response, or none: stop, or drop it and say how many."""
+    """A prompt with one response or none: error, or drop it and report the number."""
     failed_responses: OnFew = "error"
-    """A response that its log marks as failed (a request that failed, an episode that errored, a
-    sample that was masked out): stop, or drop it and say how many."""
+    """A response that the log marks as failed (a failed request, an episode with an error, a
+    masked-out sample): error, or drop it and report the number."""
     empty_responses: OnEmpty = "error"
-    """A response without text or tokens: stop, drop it and say how many, or keep it as a bare end
-    token (text only, with append_eos): right where the sampler did end at once."""
+    """A response without text or tokens: error, drop it and report the number, or keep it as only
+    the end token (for text, with append_eos), which is right if the sampler ended immediately."""
     missing_rewards: OnFew = "error"
-    """A response without a reward (null, or known to be wrong) in a log that has rewards: stop, or
-    drop it and say how many."""
+    """A response without a reward (null, or known to be wrong) in a log that has rewards: error, or
+    drop it and report the number."""
     append_eos: bool = True
-    """End each response given as text with the tokenizer's end token, unless it was cut."""
+    """Append the tokenizer's end token to each response given as text, unless it was cut."""
     chat_template: str | None = None
-    """Path of a Jinja chat template to use instead of the tokenizer's own."""
+    """Path of a Jinja chat template that replaces the tokenizer's own."""
     shard_bytes: int = 128 * 2**20
-    """Input bytes that go into one shard, at most and about."""
+    """Approximate maximum of input bytes per shard."""
     rows_per_row_group: int = 256
     """Groups in one Parquet row group, the unit of reading."""
     show_progress: bool = True
@@ -152,11 +152,11 @@ class ImportConfig:
         check_name("reward_name", self.reward_name)
         if (self.requests or self.rewards) and self.format != "openai_batch":
             raise ConfigError(
-                "requests and rewards are files of format: openai_batch", received=self.format
+                "requests and rewards are only used with format: openai_batch", received=self.format
             )
         if self.empty_responses == "keep" and not self.append_eos:
             raise ConfigError(
-                "an empty response is kept as its end token",
+                "an empty response is kept as only the end token",
                 received="empty_responses: keep with append_eos: false",
                 remedy="set append_eos: true, or empty_responses: drop",
             )

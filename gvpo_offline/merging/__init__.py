@@ -1,7 +1,8 @@
-"""Joining datasets and rewriting one: groups and all their sidecars travel together, row by row.
+"""Merges datasets and compacts a dataset, with all sidecars of the groups.
 
-`inputs` opens datasets and says what they have in common, `names` finds groups of one prompt,
-`layout` which files stay as they are, `spill` brings the rows of a group together on disk, `plan`
-says which responses make up each group, `store.pick` takes them from any column, `rewrite`
-writes shards, `work` keeps the folder in order, and `stages` are merge and compact as a whole.
+`inputs` opens datasets and finds the rewards and references that all of them have, `names` maps
+prompts to group ids, `layout` finds the files that need no rewriting, `store.spill` partitions rows
+on disk, `plan` selects the responses of each group, `store.response_index` takes them from
+columns, `rewrite` writes shards, `work` locks and cleans the folder, and `stages` holds `merge` and
+`compact`.
 """

@@ -1,4 +1,4 @@
-"""The datasets that are joined: what they have in common, and their rows with every sidecar."""
+"""The datasets that are merged: their common families, and their rows with all sidecars."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.tokenizer import check_same_tokenizer
 
-# Stored lengths are counted again where groups are written.
+# Stored lengths are computed again when groups are written.
 _COUNTED = ("n_tokens", "prompt_length", "response_lengths")
 GROUP_COLUMNS = tuple(column for column in GROUPS_COLUMNS if column.name not in _COUNTED)
-PLACE_COLUMNS = ("key", "input", "row_group", "row")
+LOCATION_COLUMNS = ("key", "input", "row_group", "row")
 
 Rename = Callable[[Sequence[str], Sequence[Int32Array]], list[str]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A reward or a reference that every dataset has.
+    """A reward or reference that all merged datasets have.
 
     Attributes:
-        label: what it is called in messages.
-        columns: of its sidecars, `group_id` left out.
-        members: the family in each dataset's manifest.
+        label: name in messages.
+        columns: columns of its sidecars, without `group_id`.
+        members: the family in the manifest of each dataset.
     """
 
     label: str
@@ -53,21 +53,21 @@ class Family:
     members: tuple[RewardFamily | ReferenceFamily, ...]
 
     def field(self, name: str) -> str:
-        """What one of its columns is called beside those of other families."""
+        """The name of one of its columns in a table with the columns of several families."""
         return f"{self.label}/{name}"
 
     @property
     def folder(self) -> str:
-        """Where the first dataset keeps its sidecars, relative to that dataset's folder."""
+        """The folder of the first dataset's sidecars, relative to that dataset."""
         return str(Path(self.members[0].files[0].file.path).parent)
 
 
-class Input:
-    """A dataset, opened with all that is known of its groups.
+class InputDataset:
+    """A dataset that is merged, opened with the sidecars of its groups.
 
     Args:
-        root: its folder.
-        number: its place among the datasets that are joined.
+        root: folder of the dataset.
+        number: index among the datasets that are merged.
     """
 
     def __init__(self, root: Path, number: int) -> None:
@@ -78,7 +78,7 @@ class Input:
         self._joined: list[tuple[Family, GroupDataset]] = []
 
     def join(self, families: Sequence[Family]) -> None:
-        """Check every file that is about to be read, and open these families' sidecars.
+        """Check every file that will be read, and open the sidecars of `families`.
 
         Raises:
             IntegrityError: a file is damaged, or does not belong to the groups.
@@ -95,7 +95,7 @@ class Input:
             self._joined.append((family, dataset))
 
     def content(self, families: Sequence[Family]) -> str:
-        """SHA-256 over the hashes of the groups and of these families' sidecars."""
+        """SHA-256 over the hashes of the groups files and of the sidecars of `families`."""
         sidecars = [_by_base(family.members[self.number].files) for family in families]
         return sha256_json(
             [[base.sha256, *(s[base.sha256] for s in sidecars)] for base in self.manifest.groups]
@@ -103,7 +103,7 @@ class Input:
 
     @property
     def bytes(self) -> int:
-        """Length of all files of groups and sidecars, in bytes."""
+        """Total size of the groups files and of the opened sidecars, in bytes."""
         own = sum(entry.bytes for entry in self.manifest.groups)
         return own + sum(
             sidecar.file.bytes
@@ -112,11 +112,11 @@ class Input:
         )
 
     def location(self, row_group: int) -> RowGroupLocation:
-        """The file of a row group, and the row that it begins with there."""
+        """The file of a row group, and the number of its first row in the file."""
         return self.groups.location(row_group)
 
     def ids(self, row_group: int, rename: Rename | None) -> tuple[list[str], list[str]]:
-        """The own ids of a row group's groups, and those that they bear in the result."""
+        """The ids of a row group's groups in this dataset, and their ids in the result."""
         names = ["group_id"] if rename is None else ["group_id", "prompt_token_ids"]
         table = self.groups.table(row_group, names)
         own: list[str] = table.column("group_id").to_pylist()
@@ -125,11 +125,11 @@ class Input:
         return own, rename(own, split_list(column_array(table, "prompt_token_ids")))
 
     def rows(self, row_group: int, rename: Rename | None) -> pa.Table:
-        """A row group in the shape of `spill_schema`.
+        """A row group as a table with the schema `spill_schema`.
 
         Raises:
             DataError: a list has another length than its group.
-            IntegrityError: a page is damaged, or a sidecar's rows are another file's.
+            IntegrityError: a page is damaged, or a sidecar's rows do not match the groups.
         """
         groups = self.groups.table(row_group, [column.name for column in GROUP_COLUMNS])
         sizes = pc.list_value_length(groups.column("response_token_ids"))
@@ -145,7 +145,7 @@ class Input:
         values["row"] = pa.array(np.arange(n, dtype=np.int32))
         for family, dataset in self._joined:
             names = [column.name for column in family.columns]
-            # With the stored lengths beside them, reading looks at every number.
+            # With the stored lengths in the table, reading checks every list.
             table = dataset.table(row_group, [*names, "response_lengths"])
             table = table.select(
                 [name for name in ("group_id", *names) if name in table.schema.names]
@@ -157,21 +157,21 @@ class Input:
 
 
 def groups_sha256(files: Sequence[BaseFile]) -> str:
-    """SHA-256 over the hashes of groups files: what the groups of a version *are*."""
+    """SHA-256 over the hashes of groups files: identifies the groups of a version."""
     return sha256_json([file.sha256 for file in files])
 
 
 def spill_schema(families: Sequence[Family]) -> pa.Schema:
-    """Rows with where they came from, their groups' columns and those of every family."""
-    place = [("key", pa.uint64()), *((name, pa.int32()) for name in PLACE_COLUMNS[1:])]
+    """Schema of spilled rows: their location, the columns of groups and those of all families."""
+    location = [("key", pa.uint64()), *((name, pa.int32()) for name in LOCATION_COLUMNS[1:])]
     sidecars = [(f.field(c.name), c.type) for f in families for c in f.columns]
-    return pa.schema([*place, *((c.name, c.type) for c in GROUP_COLUMNS), *sidecars])
+    return pa.schema([*location, *((c.name, c.type) for c in GROUP_COLUMNS), *sidecars])
 
 
 def _values(
     table: pa.Table, columns: Sequence[Column], field: Callable[[str], str]
 ) -> dict[str, pa.Array]:
-    """The columns by field; nulls for one that the table does not have."""
+    """The columns by their name in the spill; nulls for a column that the table does not have."""
     return {
         field(column.name): column_array(table, column.name)
         if column.name in table.column_names
@@ -181,8 +181,9 @@ def _values(
 
 
 def _check_lengths(table: pa.Table, sizes: pa.ChunkedArray, location: RowGroupLocation) -> None:
-    """Raise DataError unless every list that goes through the responses is as long as the group is
-    large: picking would go on in the next group's.
+    """Raise DataError unless each list over responses has as many items as its group.
+
+    With a shorter list, picking would read values of the next group.
     """
     for name in table.column_names:
         axis = RESPONSE_AXIS.get(name)
@@ -201,19 +202,19 @@ def _check_lengths(table: pa.Table, sizes: pa.ChunkedArray, location: RowGroupLo
         if len(bad):
             raise DataError(
                 f"{name} has one entry per response",
-                received=f"another number than the group's {sizes[int(bad[0])].as_py()} responses",
+                received=f"another number for {sizes[int(bad[0])].as_py()} responses",
                 remedy="write the column again for these groups",
                 **location.of_row(table, int(bad[0])),
             )
 
 
-def check_compatible(inputs: Sequence[Input]) -> None:
-    """Raise unless the datasets' token ids and samplers mean the same.
+def check_compatible(inputs: Sequence[InputDataset]) -> None:
+    """Check that the datasets have the same tokenizer and consistent samplers, each given once.
 
     Raises:
         IntegrityError: two tokenizers differ.
-        DataError: only one of two datasets knows its tokenizer; one is given twice; or a name
-            stands for two samplers.
+        DataError: only some of the datasets record a tokenizer; a dataset is given twice; or one
+            sampler name has different settings.
     """
     first, *others = inputs
     samplers = dict(first.manifest.samplers)
@@ -221,8 +222,8 @@ def check_compatible(inputs: Sequence[Input]) -> None:
         mine, theirs = first.manifest.tokenizer, other.manifest.tokenizer
         if (mine is None) != (theirs is None):
             raise DataError(
-                "datasets are merged that have one tokenizer",
-                received=f"{(first if mine is None else other).root} does not say which it has",
+                "merged datasets have the same tokenizer",
+                received=f"{(first if mine is None else other).root} records no tokenizer",
                 remedy="import it again with tokenizer_name_or_path",
                 file=other.root,
             )
@@ -234,8 +235,8 @@ def check_compatible(inputs: Sequence[Input]) -> None:
         for name, settings in other.manifest.samplers.items():
             if samplers.setdefault(name, settings) != settings:
                 raise DataError(
-                    "a sampler's name stands for one set of settings",
-                    received=f"{name}: {settings} beside {samplers[name]}",
+                    "a sampler's name has one set of settings",
+                    received=f"{name}: {settings} in this dataset, {samplers[name]} in another",
                     remedy="import (or sample) one of the two again under another name",
                     file=other.root,
                 )
@@ -243,24 +244,30 @@ def check_compatible(inputs: Sequence[Input]) -> None:
     for number, item in enumerate(inputs):
         if contents[number] in contents[:number]:
             raise DataError(
-                "each dataset that is merged has groups of its own",
-                received="one whose files are those of another",
-                remedy="name every dataset once",
+                "each merged dataset has groups files of its own",
+                received="a dataset with the same groups files as another one",
+                remedy="give every dataset once",
                 file=item.root,
             )
 
 
-def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[Family], list[str]]:
-    """The rewards and references that all datasets have, and the labels of the others.
+def common_families(
+    inputs: Sequence[InputDataset], *, leave_out: bool
+) -> tuple[list[Family], list[str]]:
+    """Find the rewards and references that all datasets have.
 
-    A reward is the same by all that the manifest says of it, a reference by its fingerprint.
+    Rewards are the same if their manifest entries are equal apart from the files; references, if
+    their fingerprints are equal.
 
     Args:
         inputs: the datasets.
-        leave_out: accept that some do not have all.
+        leave_out: whether a reward or reference may be missing from some of the datasets.
+
+    Returns:
+        The families that all datasets have, and the labels of the others.
 
     Raises:
-        DataError: some do not have all, and `leave_out` is not set.
+        DataError: a dataset lacks a reward or reference, and `leave_out` is False.
     """
     held = [_families(item.manifest) for item in inputs]
     keys = list(dict.fromkeys(key for families in held for key in families))
@@ -276,10 +283,10 @@ def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[F
             lacking = next(i for i, f in zip(inputs, held, strict=True) if key not in f)
             otherwise = any(label == other for other, _ in _families(lacking.manifest))
             raise DataError(
-                "a merged dataset has a reward or reference for every response, or not at all",
+                "all merged datasets have the same rewards and references",
                 received=f"{label}, which {lacking.root} "
                 + ("has with another configuration" if otherwise else "does not have"),
-                remedy="compute it there first, or leave out what is incomplete "
+                remedy="compute it for that dataset first, or drop it from the new version "
                 "(incomplete: drop); the older version keeps it",
                 file=inputs[0].root,
             )
@@ -287,10 +294,10 @@ def common_families(inputs: Sequence[Input], *, leave_out: bool) -> tuple[list[F
 
 
 def _columns(
-    inputs: Sequence[Input], members: Sequence[RewardFamily | ReferenceFamily]
+    inputs: Sequence[InputDataset], members: Sequence[RewardFamily | ReferenceFamily]
 ) -> tuple[Column, ...]:
-    """The columns of a family's sidecars, `group_id` left out: what is required, and what any of
-    them has.
+    """The columns of a family's sidecars without `group_id`: the required ones, and the optional
+    ones that any sidecar has.
     """
     present: set[str] = set()
     for item, member in zip(inputs, members, strict=True):
@@ -303,7 +310,7 @@ def _columns(
 
 
 def _families(manifest: Manifest) -> dict[tuple[str, str], RewardFamily | ReferenceFamily]:
-    """A dataset's families by label and by what else makes them the same as another's."""
+    """A dataset's families, by label and a hash; the same family has the same key everywhere."""
     found: dict[tuple[str, str], RewardFamily | ReferenceFamily] = {}
     for family in manifest.rewards:
         described = family.model_dump(mode="json", exclude={"files"})

@@ -1,4 +1,4 @@
-"""Which parts the hashes are cut into, and which of them a merge leaves as they are."""
+"""Partitions the range of hash(group_id), and finds the files that a merge keeps unchanged."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ import numpy as np
 import numpy.typing as npt
 
 from gvpo_offline.hashing import UInt64Array, text_keys
-from gvpo_offline.merging.inputs import Family, Input, Rename
+from gvpo_offline.merging.inputs import Family, InputDataset, Rename
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.spill import leading_bits
 
-_FINEST = 1 << 16
+_MAX_PARTS = 1 << 16
 
 
-class Cut:
-    """How the files of a dataset cut the range of hash(group_id), and what joins them.
+class HashPartitions:
+    """Partition of the range of hash(group_id) by a dataset's files, and the parts that change.
 
-    Reads the ids of every group, and nothing else unless groups are renamed.
+    Reads the id of every group, and with `rename` its prompt.
 
     Args:
-        inputs: the dataset, then those that join it.
-        rename: the ids that groups bear in the result; None: their own.
+        inputs: the dataset, then the datasets that are added to it.
+        rename: maps groups to their ids in the result; None: they keep their ids.
+
+    Attributes:
+        n_parts: number of parts, a power of two, such that each file of the dataset lies in a part
+            of its own; None if there is no such number up to 2^16.
     """
 
-    def __init__(self, inputs: Sequence[Input], rename: Rename | None) -> None:
+    def __init__(self, inputs: Sequence[InputDataset], rename: Rename | None) -> None:
         self._dataset = inputs[0]
-        # By file: lowest and highest key, and whether its keys ascend.
+        # Per file: lowest key, highest key, and whether the keys ascend.
         self._ranges: list[tuple[int, int, bool]] = []
-        self._touched = np.zeros(_FINEST, bool)
+        self._touched = np.zeros(_MAX_PARTS, bool)
         self._read_dataset(rename)
         for item in inputs[1:]:
             for row_group in range(item.groups.n_row_groups):
@@ -39,7 +43,7 @@ class Cut:
         self.n_parts = self._parts()
 
     def _touch(self, keys: UInt64Array) -> None:
-        self._touched[leading_bits(keys, _FINEST).astype(np.int64)] = True
+        self._touched[leading_bits(keys, _MAX_PARTS).astype(np.int64)] = True
 
     def _read_dataset(self, rename: Rename | None) -> None:
         row_group = 0
@@ -57,9 +61,9 @@ class Cut:
             self._ranges.append((*ends, ascending))
 
     def _parts(self) -> int | None:
-        """The fewest parts, a power of two, of which each file lies in one of its own."""
+        """The smallest power of two such that each file lies in a part of its own, or None."""
         n_parts = 1
-        while n_parts <= _FINEST:
+        while n_parts <= _MAX_PARTS:
             low, high = (self._part_of(end, n_parts) for end in (0, 1))
             if np.array_equal(low, high) and len(np.unique(low)) == len(low):
                 return n_parts
@@ -71,7 +75,7 @@ class Cut:
         return leading_bits(ends, n_parts).astype(np.int64)
 
     def untouched(self, stage: str, families: Sequence[Family]) -> dict[int, TaskRecord]:
-        """The files that stay as they are, by part, with the sidecars of `families`."""
+        """Records of the files that stay unchanged, by part, with the sidecars of `families`."""
         if self.n_parts is None:
             return {}
         touched = np.logical_or.reduce(self._touched.reshape(self.n_parts, -1), axis=1)

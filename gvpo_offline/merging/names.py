@@ -1,6 +1,6 @@
-"""Which id each group bears once datasets are joined by their prompts.
+"""The id of each group when datasets are merged by their prompts.
 
-The table of prompts lies in an SQLite file beside the spilled rows: it may be larger than memory.
+The table of prompts is an SQLite file beside the spilled rows, since it may be larger than memory.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ create table names (prompt blob primary key, group_id text unique) without rowid
 """
 
 
-class PromptNames:
-    """The id of every prompt so far: that of the first group with it.
+class PromptGroupIds:
+    """The group id of each prompt so far: the id of the first group with that prompt.
 
-    Where another prompt bears that id already, the new one is named by the hash of its tokens, as
-    at import.
+    If another prompt already has that id, the new prompt's id is the hash of its tokens, as at
+    import.
 
     Args:
-        path: a file that is made, and belongs to the caller.
+        path: the database file to create; the caller removes it.
     """
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path, isolation_level=None)
-        # The file lives no longer than this process: nothing in it is ever committed.
+        # The file is only used by this process, so nothing needs to be committed.
         self._database.execute("pragma journal_mode = off")
         self._database.execute("pragma synchronous = off")
         self._database.execute("begin")
         self._database.execute(_TABLE)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._database.close()
 
     def __call__(self, group_ids: Sequence[str], prompts: Sequence[Int32Array]) -> list[str]:
-        """The ids of groups with these own ids and these prompts, (P,) int32 each."""
+        """The merged ids of groups, from their own ids and their prompts, (P,) int32 each."""
         return [self._name(own, ids) for own, ids in zip(group_ids, prompts, strict=True)]
 
     def _name(self, own: str, prompt: Int32Array) -> str:

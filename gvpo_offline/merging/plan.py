@@ -1,4 +1,4 @@
-"""Which responses make up each group, once the rows of a group lie beside one another."""
+"""Selects the responses of each group from the spilled rows of a bucket."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.merging.inputs import PLACE_COLUMNS
+from gvpo_offline.merging.inputs import LOCATION_COLUMNS
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.settings import OnFew
-from gvpo_offline.store.arrow import column_array, split_list, split_nested_list
+from gvpo_offline.store.arrow import column_array, list_offsets, split_list, split_nested_list
 from gvpo_offline.store.columns import RowGroupLocation
 from gvpo_offline.store.response_index import Indices, ResponseIndex
 
-# What a plan is made of, rewards aside.
-PLAN_COLUMNS = (*PLACE_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")
+# Columns that a plan needs, apart from rewards.
+PLAN_COLUMNS = (*LOCATION_COLUMNS, "group_id", "prompt_token_ids", "response_token_ids")
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Planner:
 
     Attributes:
         duplicates, singletons: as in `RewriteSettings`.
-        rewards: names of the columns that hold rewards.
-        location: of a row group of an input, for messages.
-        counts: what was found so far; `plan` adds to it.
+        rewards: names of the columns of rewards.
+        location: maps the numbers of an input and of its row group to a location, for errors.
+        counts: numbers of joined groups, duplicates and dropped responses; `plan` adds to it.
     """
 
     duplicates: Literal["keep", "drop", "count"]
@@ -48,15 +48,20 @@ class Planner:
         return [*PLAN_COLUMNS, *(self.rewards if self.duplicates != "keep" else ())]
 
     def plan(self, table: pa.Table) -> ResponseIndex | None:
-        """The groups of a table of whole groups, by hash of their id, then by id; None for none.
+        """Plan the groups of a table, ordered by the hash of their id, then by id.
 
-        Responses are in the order of the inputs, of the rows within one, and within a row.
+        Args:
+            table: spilled rows; it holds all rows of each of its groups.
+
+        Returns:
+            The responses of each group, ordered by input, row and position within the row; None if
+            no group remains.
 
         Raises:
-            DataError: rows of one group have different prompts, or a group is left with a single
-                response; names file, row and group.
+            DataError: rows of one group have different prompts, or only a single response of a
+                group remains; names file, row and group.
         """
-        keys = [(name, "ascending") for name in ("key", "group_id", *PLACE_COLUMNS[1:])]
+        keys = [(name, "ascending") for name in ("key", "group_id", *LOCATION_COLUMNS[1:])]
         order = pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64)
         ids = column_array(table, "group_id").take(pa.array(order))
         new = np.append(True, pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False))
@@ -69,7 +74,7 @@ class Planner:
         items = np.arange(len(rows)) - np.repeat(np.cumsum(k) - k, k)
         sizes = np.add.reduceat(k, starts)
         index = ResponseIndex(order[starts], sizes, rows, items)
-        return self._enough(table, index, self._keep(table, index))
+        return self._with_min_size(table, index, self._keep(table, index))
 
     def _check_prompts(self, table: pa.Table, order: Indices, starts: Indices) -> None:
         prompts = split_list(column_array(table, "prompt_token_ids"))
@@ -79,22 +84,23 @@ class Planner:
                     continue
                 first = self._where(table, int(order[a]))
                 raise DataError(
-                    "rows of one group have one and the same prompt",
-                    received=f"other prompt token ids than at {first['file']}, row {first['row']}",
+                    "all rows of a group have the same prompt",
+                    received="prompt token ids that differ from those of "
+                    f"{first['file']}, row {first['row']}",
                     remedy="if the two logs gave this id to different prompts, merge with "
                     "match: prompt",
                     **self._where(table, int(row)),
                 )
 
     def _where(self, table: pa.Table, row: int) -> dict[str, Any]:
-        """The keywords of an error about one spilled row."""
-        number, row_group, local = (table.column(n)[row].as_py() for n in PLACE_COLUMNS[1:])
+        """Keyword arguments of an error about one spilled row: file, row and group."""
+        number, row_group, local = (table.column(n)[row].as_py() for n in LOCATION_COLUMNS[1:])
         location = self.location(number, row_group)
         group = table.column("group_id")[row].as_py()
         return {"file": location.file, "row": location.first_row + local, "group": group}
 
     def _keep(self, table: pa.Table, index: ResponseIndex) -> npt.NDArray[np.bool_]:
-        """Which of the responses stay: (R,) bool."""
+        """Flags of the responses that are kept: (R,) bool."""
         keep = np.ones(len(index.rows), bool)
         if self.duplicates == "keep":
             return keep
@@ -104,7 +110,7 @@ class Planner:
         differ = np.zeros(len(doubled), bool)
         for name in self.rewards:
             array = column_array(table, name)
-            at = array.offsets.to_numpy().astype(np.int64)[index.rows] + index.items
+            at = list_offsets(array)[index.rows] + index.items
             values = array.values.to_numpy()[at]
             differ |= values[doubled] != values[twins[doubled]]
         self.counts["differing_rewards"] += int(differ.sum())
@@ -113,17 +119,17 @@ class Planner:
             self.counts["dropped_duplicates"] += len(doubled)
         return keep
 
-    def _enough(
+    def _with_min_size(
         self, table: pa.Table, index: ResponseIndex, keep: npt.NDArray[np.bool_]
     ) -> ResponseIndex | None:
-        """The index of the responses that stay, held to the least group size."""
+        """The index of the kept responses, without groups below the minimum size."""
         sizes = np.add.reduceat(keep.astype(np.int64), index.starts)
         few = sizes < MIN_GROUP_SIZE
         if few.any() and self.singletons == "error":
             group = int(np.flatnonzero(few)[0])
             raise DataError(
                 f"a group needs at least {MIN_GROUP_SIZE} responses",
-                received=f"{sizes[group]} of {index.sizes[group]}, the others being duplicates",
+                received=f"{sizes[group]} of {index.sizes[group]}; the others are duplicates",
                 remedy="keep duplicates, or drop such groups (singletons: drop)",
                 **self._where(table, int(index.first[group])),
             )
@@ -135,7 +141,10 @@ class Planner:
 
 
 def _twins(table: pa.Table, index: ResponseIndex) -> Indices:
-    """For each response the first of its group with the same token ids; -1: it is the first."""
+    """For each response, the index of the first response of its group with the same token ids.
+
+    -1 for the first response itself: (R,) int64.
+    """
     ids = split_nested_list(column_array(table, "response_token_ids"))
     twins = np.full(len(index.rows), -1, np.int64)
     for start, size in zip(index.starts.tolist(), index.sizes.tolist(), strict=True):

@@ -1,10 +1,11 @@
-"""Shards written anew from the rows of datasets: what merging and compacting come down to.
+"""Writes new shards from the rows of datasets, for merging and compacting.
 
     rows with all their sidecars -> spilled in buckets of hash(group_id) -> planned -> shards
 
-A part of the hashes' range is a shard and a task. Its groups go first; each sidecar follows from
-the same plan, since it is bound to the finished file of groups. Neither pass holds more than a
-bucket of rows, and of a shard only its plan: 16 bytes a response.
+Each part of the range of hashes is one shard and one task. The groups file of a shard is written
+first; the sidecars follow from the same plan, because each records the hash of its groups file.
+Each pass holds at most one bucket of rows in memory, and the plan of one shard: 16 bytes per
+response.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, Input, Rename, spill_schema
+from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, InputDataset, Rename, spill_schema
 from gvpo_offline.merging.plan import Planner
 from gvpo_offline.merging.settings import RewriteSettings
 from gvpo_offline.merging.work import task_name
@@ -34,27 +35,27 @@ from gvpo_offline.store.schema import arrow_schema
 from gvpo_offline.store.spill import TableSpill, power_of_two
 from gvpo_offline.store.writer import write_groups, write_sidecar
 
-_BUCKET_BYTES = 8 << 20  # as stored; a bucket takes some eight times that in memory
+_BUCKET_BYTES = 8 << 20  # on disk; in memory a bucket takes about eight times as much
 _RESPONSES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One writing of datasets into shards.
+    """Writes the groups of datasets into shards.
 
     Attributes:
-        root: the folder that the shards go to.
-        inputs: the datasets, joined with `families`.
-        families: what every response has.
-        settings: which duplicates go, and how many groups a row group has.
-        n_parts: shards, a power of two; some may turn out empty.
+        root: folder of the shards.
+        inputs: the datasets, with the sidecars of `families` opened.
+        families: rewards and references that all inputs have.
+        settings: handling of duplicates and singletons, and groups per row group.
+        n_parts: number of shards, a power of two; some may be empty.
         response_ids: as in `MergeConfig`.
-        rename: the ids that groups bear in the result; None: their own.
-        done: shards that need no writing, by part.
+        rename: maps groups to their ids in the result; None: they keep their ids.
+        done: records of shards that need not be written, by part.
     """
 
     root: Path
-    inputs: Sequence[Input]
+    inputs: Sequence[InputDataset]
     families: Sequence[Family]
     settings: RewriteSettings
     n_parts: int
@@ -66,17 +67,18 @@ class Rewrite:
         """Write and commit every shard that is neither done nor committed.
 
         Args:
-            log: where the shards are committed. The record of a shard lists its sidecars in the
-                order of `families`.
-            spilled: a folder that is made, and removed again.
+            log: the log to which shards are committed. A record lists the sidecars of its shard in
+                the order of `families`.
+            spilled: folder of the spilled rows, created and removed here.
 
         Returns:
-            The records of the parts that hold groups, or did before any were dropped, in order.
+            The records of the parts with groups, in order, including parts whose groups were all
+            dropped.
 
         Raises:
-            DataError: the rows of a group do not go together; names file, row and group.
+            DataError: the rows of a group cannot be joined; names file, row and group.
             IntegrityError: a file is damaged.
-            StorageError: no room; committed shards stay.
+            StorageError: the disk is full; committed shards stay.
         """
         records = dict(self.done)
         for part in range(self.n_parts):
@@ -103,8 +105,8 @@ class Rewrite:
         if not any(record.groups for record in records.values()):
             raise DataError(
                 "a dataset has at least 1 group",
-                received="duplicates dropped until no group had two responses left",
-                remedy="keep duplicates",
+                received="no group with two responses after duplicates were dropped",
+                remedy="keep duplicates (duplicates: keep)",
                 file=self.root,
             )
         return [records[part] for part in sorted(records)]
@@ -161,7 +163,7 @@ class Rewrite:
         plans: list[tuple[int, ResponseIndex]],
         counts: Counter[str],
     ) -> Iterator[Group]:
-        """The groups of some buckets; the plan of each bucket is added to `plans`."""
+        """Yield the groups of some buckets; append the plan of each bucket to `plans`."""
         rewards = [f.field("rewards") for f in self.families if f.columns[0].name == "rewards"]
         planner = Planner(
             self.settings.duplicates,
@@ -191,9 +193,9 @@ class Rewrite:
             raise DataError(
                 "response ids are unique within a group",
                 received=", ".join(sorted({i for i in ids if ids.count(i) > 1})),
-                remedy="if the logs numbered their responses each for itself, leave the ids of "
-                "such groups out (response_ids: drop); if these are one response twice, drop the "
-                "second (duplicates: drop)",
+                remedy="if the logs number their responses independently, drop the ids of such "
+                "groups (response_ids: drop); if it is the same response twice, drop the second "
+                "(duplicates: drop)",
                 group=group.group_id,
             )
         counts["dropped_response_ids"] += 1
@@ -214,7 +216,7 @@ class Rewrite:
         def tables() -> Iterator[pa.Table]:
             for bucket, index in plans:
                 table = spill.read(bucket, ["group_id", *names.values()])
-                assert table is not None  # its groups came from there
+                assert table is not None  # the groups of this plan were read from the bucket
                 fields = table.schema.names
                 own = {field: name for name, field in names.items()}
                 yield take_responses(
@@ -227,12 +229,12 @@ class Rewrite:
             record.task,
             base,
             arrow_schema(columns),
-            _cut(tables(), base.row_groups),
+            _resized(tables(), base.row_groups),
         )
 
 
-def _cut(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
-    """The rows of some tables in tables of the given sizes."""
+def _resized(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
+    """Yield the rows of `tables` in tables of the given numbers of rows."""
     held = next(tables)
     for size in sizes:
         while held.num_rows < size:

@@ -13,18 +13,18 @@ MIB = 2**20
 
 @dataclass
 class RewriteSettings:
-    """What merging and compacting have in common."""
+    """Settings that `merge` and `compact` share."""
 
     dataset: str = ""
-    """The dataset's folder; it gets a new version, and the older ones still open."""
+    """Folder of the dataset. It gets a new version; older versions stay readable."""
     duplicates: Literal["keep", "drop", "count"] = "keep"
-    """Responses of a group with the same token ids: keep them; drop all but the first, and say how
-    many had another reward than the one that stays; or keep and count them."""
+    """Responses of a group with the same token ids: keep them; drop all but the first; or keep and
+    count them. With drop and count, the number of duplicates with another reward is printed."""
     singletons: OnFew = "error"
-    """A group that dropped duplicates leave with a single response: stop, or drop it and say how
-    many."""
+    """A group with a single response after duplicates are dropped: error, or drop it and report the
+    number."""
     shard_bytes: int = 256 * MIB
-    """Bytes of a file of groups, at most and about."""
+    """Approximate maximum size of a groups file, in bytes."""
     rows_per_row_group: int = 256
     """Groups in one Parquet row group, the unit of reading."""
     show_progress: bool = True
@@ -44,19 +44,19 @@ class RewriteSettings:
 
 @dataclass
 class MergeConfig(RewriteSettings):
-    """Responses of other datasets join the groups of a dataset; groups that it lacks are added."""
+    """Adds the groups and responses of other datasets to a dataset."""
 
     add: list[str] | str = field(default_factory=list)
-    """Folders of the datasets whose groups are to join. They stay as they are."""
+    """Folders of the datasets to add. They are not changed."""
     match: Literal["group_id", "prompt"] = "group_id"
-    """Which groups are one: those with the same id, or those whose prompts have the same tokens
-    (for ids that each log made up for itself). A joined group keeps the id that came first."""
+    """Groups to join: those with the same id, or those whose prompts have the same token ids (for
+    logs that number their groups independently). A joined group keeps the first id."""
     incomplete: OnFew = "error"
-    """A reward or reference that only some of the datasets have: stop, or leave it out of the new
-    version. It is never filled in."""
+    """A reward or reference that only some of the datasets have: error, or drop it from the new
+    version. Missing values are never filled in."""
     response_ids: Literal["error", "drop"] = "error"
-    """Two responses of a group with one response id: stop, or leave out that group's response
-    ids."""
+    """Two responses of a group with the same response id: error, or drop the response ids of that
+    group."""
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = "add match incomplete response_ids"
@@ -68,11 +68,11 @@ class MergeConfig(RewriteSettings):
 
 @dataclass
 class CompactConfig(RewriteSettings):
-    """A dataset's files written anew: few, of one size, with full row groups, in hash order."""
+    """Rewrites a dataset as few files of similar size, with full row groups, in hash order."""
 
     remove_old: bool = False
-    """Remove all older versions, and the files that only they need. Not while something reads
-    them: a training run that began on one could not go on."""
+    """Remove all older versions and the files that only they use. Do not use it while a program
+    reads them: a training run that started on an older version could not continue."""
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = "remove_old"

@@ -1,8 +1,7 @@
-"""The stages `merge` and `compact`: datasets to the next version of a dataset.
+"""The stages `merge` and `compact`, which write the next version of a dataset.
 
-Merging writes into the dataset that is added to, not into a new folder: its versions are the same
-dataset, shards that nothing joins stay the very files they are, and whoever reads an older version
-reads on.
+Merging writes a new version of the first dataset, not a new folder. Shards without new groups stay
+the same files, and programs that read an older version are not affected.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import defaults_of, identity_settings
 from gvpo_offline.merging.inputs import (
     Family,
-    Input,
+    InputDataset,
     check_compatible,
     common_families,
     groups_sha256,
 )
-from gvpo_offline.merging.layout import Cut
-from gvpo_offline.merging.names import PromptNames
+from gvpo_offline.merging.layout import HashPartitions
+from gvpo_offline.merging.names import PromptGroupIds
 from gvpo_offline.merging.rewrite import Rewrite
 from gvpo_offline.merging.settings import CompactConfig, MergeConfig, RewriteSettings
-from gvpo_offline.merging.work import discard, discarding, remove_old, workplace
-from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.merging.work import discard, locked_dataset, remove_old
+from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
     LineageStep,
@@ -44,26 +43,27 @@ from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish
 from gvpo_offline.version import __version__
 
-# Raise it whenever the same datasets and settings would give other bytes than before.
+# Increment it with every change by which the same datasets and settings give other bytes.
 _REWRITE_VERSION = 1
-# Settings that decide nothing about what is written, given the datasets.
-_UNDECIDING = ("dataset", "add", "show_progress", "remove_old")
+# Settings that do not change the written files, given the datasets.
+_NOT_IN_IDENTITY = ("dataset", "add", "show_progress", "remove_old")
 
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What merging or compacting made.
+    """The result of `merge` or `compact`.
 
     Attributes:
-        stage: merge or compact.
+        stage: "merge" or "compact".
         manifest: the newest version of the dataset.
-        before: groups, responses and tokens of the dataset as it was.
-        added: groups, responses and tokens of what was added, by folder.
-        counts: groups, responses and tokens now; and what was joined, found and dropped.
-        left_out: rewards and references that not every dataset has.
-        skipped: folders whose groups an earlier merge had added already.
-        changed: whether there is a new version.
-        freed: bytes that removing older versions freed.
+        before: numbers of groups, responses and tokens of the dataset before the stage.
+        added: numbers of groups, responses and tokens of the added datasets, by folder.
+        counts: numbers of groups, responses and tokens of the new version, and of joined groups,
+            duplicates and dropped responses and groups.
+        left_out: labels of rewards and references that only some of the datasets have.
+        skipped: folders whose groups an earlier merge already added.
+        changed: whether a new version was published.
+        freed: bytes freed by removing older versions; None if none were removed.
     """
 
     stage: str
@@ -77,18 +77,20 @@ class RewriteResult:
     freed: int | None = None
 
     def lines(self) -> list[str]:
-        """The result for people, one fact a line."""
+        """The lines that the command prints."""
         head = f"done, version {self.manifest.version}" if self.changed else "nothing to do"
         lines = [f"{self.stage}: {head}", f"  before: {_sizes(self.before)}"]
         lines += [f"  added: {_sizes(sizes)} from {name}" for name, sizes in self.added.items()]
         if self.changed:
             lines.append(f"  now: {_sizes(self.counts)} in {len(self.manifest.groups)} files")
-        lines += [f"  {name} had been merged before" for name in self.skipped]
+        lines += [
+            f"  {name} was skipped: an earlier merge already added it" for name in self.skipped
+        ]
         lines += [
             f"  {label} was left out: not every dataset has it"
             for label in dict.fromkeys(self.left_out)
         ]
-        for name, text in _SAID.items():
+        for name, text in _COUNT_TEXTS.items():
             if self.counts.get(name):
                 lines.append(f"  {self.counts[name]:,} {text}")
         if self.freed is not None:
@@ -97,15 +99,15 @@ class RewriteResult:
 
 
 _SIZES = ("groups", "responses", "tokens")
-_SAID = {
-    "joined_groups": "groups were joined from several",
-    "duplicates": "responses have the token ids of an earlier one of their group",
-    "differing_rewards": "of these have another reward than that one",
+_COUNT_TEXTS = {
+    "joined_groups": "groups were joined from several rows",
+    "duplicates": "responses have the token ids of an earlier response of their group",
+    "differing_rewards": "of these have another reward than that response",
     "dropped_duplicates": "duplicates were dropped (duplicates: drop)",
-    "dropped_singletons": "groups were dropped that had a single response left (singletons: drop)",
-    "dropped_responses": "groups lost their responses' texts, which some responses do not have",
-    "dropped_response_ids": "groups lost their response ids, which some responses do not have or "
-    "two have (response_ids: drop)",
+    "dropped_singletons": "groups with a single response left were dropped (singletons: drop)",
+    "dropped_responses": "groups lost their responses' texts: some of the responses have none",
+    "dropped_response_ids": "groups lost their response ids: some of the responses have none, or "
+    "two have the same (response_ids: drop)",
 }
 
 
@@ -116,34 +118,35 @@ def _sizes(sizes: dict[str, int]) -> str:
 def merge(config: MergeConfig) -> RewriteResult:
     """Add the groups of other datasets to a dataset, as its next version.
 
-    A dataset whose very groups an earlier merge added is passed over, so that the same command
-    repeated changes nothing.
+    A dataset whose groups files an earlier merge already added is skipped, so that repeating the
+    command changes nothing.
 
     Raises:
-        DataError: the datasets do not go together, rows of one group neither, or another process
-            rewrites the dataset. Nothing is published then, and nothing is left behind.
+        DataError: the datasets or the rows of a group cannot be merged, or another process writes
+            to the dataset. Nothing is published, and the files of this merge are removed.
         IntegrityError: the tokenizers differ, or a file is damaged.
-        StorageError: no room; committed shards are kept, and the same command goes on from there.
+        StorageError: the disk is full; committed shards stay, and the same command continues from
+            them.
     """
     root = local_folder("dataset", config.dataset)
-    with workplace(root) as spilled:
-        dataset = Input(root, 0)
+    with locked_dataset(root) as spilled:
+        dataset = InputDataset(root, 0)
         folders = [config.add] if isinstance(config.add, str) else config.add
         paths = {name: local_folder("add", name) for name in folders}
         merged = _merged_before(dataset.manifest)
         found = {name: groups_sha256(load_manifest(path).groups) for name, path in paths.items()}
         skipped = [name for name in folders if found[name] in merged]
         names = [name for name in folders if name not in skipped]
-        inputs = [dataset, *(Input(paths[name], n) for n, name in enumerate(names, start=1))]
-        before = _counted(dataset)
-        added = {name: _counted(item) for name, item in zip(names, inputs[1:], strict=True)}
+        inputs = [dataset, *(InputDataset(paths[name], n) for n, name in enumerate(names, start=1))]
+        before = _size_counts(dataset)
+        added = {name: _size_counts(item) for name, item in zip(names, inputs[1:], strict=True)}
         if not names:
             return RewriteResult("merge", dataset.manifest, before, {}, {}, [], skipped, False)
         check_compatible(inputs)
         families, left_out = common_families(inputs, leave_out=config.incomplete == "drop")
         for item in inputs:
             item.join(families)
-        rename = PromptNames(spilled / "names.sqlite") if config.match == "prompt" else None
+        rename = PromptGroupIds(spilled / "names.sqlite") if config.match == "prompt" else None
         try:
             records = _merged(config, inputs, families, rename, spilled)
         finally:
@@ -151,7 +154,7 @@ def merge(config: MergeConfig) -> RewriteResult:
                 rename.close()
         counts = _counts(records)
         described = [
-            _described(item, name)
+            _lineage_input(item, name)
             for item, name in zip(inputs, [config.dataset, *names], strict=True)
         ]
         step = _step("merge", config, described, counts)
@@ -161,41 +164,42 @@ def merge(config: MergeConfig) -> RewriteResult:
 
 def _merged(
     config: MergeConfig,
-    inputs: Sequence[Input],
+    inputs: Sequence[InputDataset],
     families: Sequence[Family],
-    rename: PromptNames | None,
+    rename: PromptGroupIds | None,
     spilled: Path,
 ) -> list[TaskRecord]:
     root = inputs[0].root
-    cut = Cut(inputs, rename)
+    partitions = HashPartitions(inputs, rename)
     total = sum(entry.bytes for item in inputs for entry in item.manifest.groups)
-    n_parts = max(cut.n_parts or 1, power_of_two(total, config.shard_bytes))
+    n_parts = max(partitions.n_parts or 1, power_of_two(total, config.shard_bytes))
     log = TaskLog(root, _stage_name("merge", config, inputs, families, n_parts))
-    # Whoever wants duplicates found wants them found everywhere.
-    keep = n_parts == cut.n_parts and config.duplicates == "keep"
-    done = cut.untouched(log.stage, families) if keep else {}
+    # To find duplicates, all files have to be read.
+    keep = n_parts == partitions.n_parts and config.duplicates == "keep"
+    done = partitions.untouched(log.stage, families) if keep else {}
     rewrite = Rewrite(root, inputs, families, config, n_parts, config.response_ids, rename, done)
-    with discarding(root, log):
+    with undo_on_bad_input(lambda: discard(root, log)):
         return rewrite.run(log, spilled / "rows")
 
 
 def compact(config: CompactConfig) -> RewriteResult:
-    """Write a dataset's files anew, as its next version: few, of one size, in hash order.
+    """Rewrite a dataset as its next version: few files of similar size, in hash order.
 
-    Training sees the same groups in another order. A dataset that has that form already is left as
-    it is.
+    Training reads the same groups in another order. A dataset that already has this form is not
+    changed.
 
     Raises:
-        DataError: another process rewrites the dataset, or dropped duplicates leave a group with a
-            single response.
+        DataError: another process writes to the dataset, or a group has a single response after
+            duplicates are dropped.
         IntegrityError: a file is damaged.
-        StorageError: no room; committed shards are kept, and the same command goes on from there.
+        StorageError: the disk is full; committed shards stay, and the same command continues from
+            them.
     """
     root = local_folder("dataset", config.dataset)
-    with workplace(root) as spilled:
-        dataset = Input(root, 0)
-        before, manifest = _counted(dataset), dataset.manifest
-        earlier = _earlier(dataset, config)
+    with locked_dataset(root) as spilled:
+        dataset = InputDataset(root, 0)
+        before, manifest = _size_counts(dataset), dataset.manifest
+        earlier = _earlier_compaction(dataset, config)
         if earlier is not None:
             counts = earlier.counts
         else:
@@ -205,10 +209,10 @@ def compact(config: CompactConfig) -> RewriteResult:
     return RewriteResult("compact", manifest, before, {}, counts, [], [], changed, freed)
 
 
-def _earlier(dataset: Input, config: CompactConfig) -> LineageStep | None:
-    """The compaction with these settings that made the dataset's very groups, if one did."""
+def _earlier_compaction(dataset: InputDataset, config: CompactConfig) -> LineageStep | None:
+    """The lineage step of a compaction that wrote these groups with these settings, or None."""
     settings = {"groups_sha256": groups_sha256(dataset.manifest.groups), **_recorded(config)}
-    defaults = defaults_of(type(config))  # of settings that are younger than a step
+    defaults = defaults_of(type(config))  # for settings that were added after a step was recorded
     for step in dataset.manifest.lineage:
         recorded = {**defaults, **step.config}
         if step.stage == "compact" and settings.items() <= recorded.items():
@@ -217,14 +221,14 @@ def _earlier(dataset: Input, config: CompactConfig) -> LineageStep | None:
 
 
 def _compacted(
-    config: CompactConfig, dataset: Input, spilled: Path
+    config: CompactConfig, dataset: InputDataset, spilled: Path
 ) -> tuple[Manifest, dict[str, int]]:
     families, _ = common_families([dataset], leave_out=False)
     dataset.join(families)
     old = dataset.manifest.groups
     n_parts = power_of_two(sum(entry.bytes for entry in old), config.shard_bytes)
     log = TaskLog(dataset.root, _stage_name("compact", config, [dataset], families, n_parts))
-    with discarding(dataset.root, log):
+    with undo_on_bad_input(lambda: discard(dataset.root, log)):
         records = Rewrite(dataset.root, [dataset], families, config, n_parts).run(
             log, spilled / "rows"
         )
@@ -239,20 +243,20 @@ def _compacted(
 
 
 def _recorded(config: RewriteSettings) -> dict[str, Any]:
-    """The settings that decide what is written, given the datasets; all of them."""
-    return {n: v for n, v in dataclasses.asdict(config).items() if n not in _UNDECIDING}
+    """All settings that determine the written files, given the datasets."""
+    return {n: v for n, v in dataclasses.asdict(config).items() if n not in _NOT_IN_IDENTITY}
 
 
 def _stage_name(
     stage: str,
     config: RewriteSettings,
-    inputs: Sequence[Input],
+    inputs: Sequence[InputDataset],
     families: Sequence[Family],
     n_parts: int,
 ) -> str:
-    """The folder of the commit records: it holds a hash of all that the files depend on."""
+    """Name of the commit records' folder, with a hash of everything that determines the files."""
     settings = identity_settings(config)
-    for name in (*_UNDECIDING, "shard_bytes"):  # n_parts says it
+    for name in (*_NOT_IN_IDENTITY, "shard_bytes"):  # n_parts follows from shard_bytes
         settings.pop(name, None)
     identity = sha256_json(
         {
@@ -267,7 +271,7 @@ def _stage_name(
 
 
 def _merged_before(manifest: Manifest) -> set[str]:
-    """The groups that merges added to a dataset, by the hash of their files."""
+    """The hashes (`groups_sha256`) of the datasets that earlier merges added."""
     return {
         str(described["groups_sha256"])
         for step in manifest.lineage
@@ -276,18 +280,18 @@ def _merged_before(manifest: Manifest) -> set[str]:
     }
 
 
-def _described(item: Input, name: str) -> dict[str, Any]:
-    """What the lineage says about a dataset that was merged: where its groups came from."""
+def _lineage_input(item: InputDataset, name: str) -> dict[str, Any]:
+    """The lineage entry of a merged dataset: its path, version, counts and own lineage."""
     return {
         "path": name,
         "version": item.manifest.version,
         "groups_sha256": groups_sha256(item.manifest.groups),
-        **_counted(item),
+        **_size_counts(item),
         "lineage": [] if item.number == 0 else [s.model_dump() for s in item.manifest.lineage],
     }
 
 
-def _counted(item: Input) -> dict[str, int]:
+def _size_counts(item: InputDataset) -> dict[str, int]:
     files = item.manifest.groups
     return {
         "groups": sum(entry.rows for entry in files),
@@ -305,7 +309,7 @@ def _counts(records: Sequence[TaskRecord]) -> dict[str, int]:
         "groups": sum(entry.rows for entry in files),
         "responses": sum(entry.n_responses for entry in files),
         "tokens": sum(entry.n_tokens for entry in files),
-        **{name: found[name] for name in _SAID},
+        **{name: found[name] for name in _COUNT_TEXTS},
     }
 
 
@@ -320,12 +324,12 @@ def _step(
 
 
 def _publish(
-    inputs: Sequence[Input],
+    inputs: Sequence[InputDataset],
     families: Sequence[Family],
     records: Sequence[TaskRecord],
     step: LineageStep,
 ) -> Manifest:
-    """The next version: the dataset's own, with the new files and all samplers."""
+    """Publish the next version: the manifest with the new files and the samplers of all inputs."""
     root, old = inputs[0].root, inputs[0].manifest
     rewards: list[RewardFamily] = []
     references: list[ReferenceFamily] = []
@@ -342,7 +346,8 @@ def _publish(
         if newest is None or newest.version != old.version:
             raise DataError(
                 "a dataset gets no other version while its groups are rewritten",
-                received=f"version {newest.version if newest else None} beside {old.version}",
+                received=f"version {newest.version if newest else None}, published after version "
+                f"{old.version} was read",
                 remedy="run the same command again",
                 file=root,
             )

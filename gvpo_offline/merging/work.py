@@ -1,4 +1,4 @@
-"""The folder while its groups are rewritten: who may, what a killed run left, what may go."""
+"""Lock and clean-up of a dataset's folder while its groups are rewritten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import (
     Manifest,
@@ -20,25 +19,28 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.writer import lock_folder
 
-# Only what these stages alone name so is ever removed: others may be at work on sidecars.
+# Only files with names of these stages are removed: other stages may be writing sidecars.
 _TEMPORARY = re.compile(r"^\.rewrite-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
 _SHARD = re.compile(r"^rewrite-\d{5}-[0-9a-f]{12}\.parquet$")
 
 
 def task_name(part: int) -> str:
-    """What the files and the record of a part are named after."""
+    """The name of a part's task, from which the names of its files are made."""
     return f"rewrite-{part:05d}"
 
 
 @contextmanager
-def workplace(root: Path) -> Iterator[Path]:
-    """A dataset's folder for one process alone, with a folder for what is spilled.
+def locked_dataset(root: Path) -> Iterator[Path]:
+    """Lock a dataset's folder for this process, and create a folder for spilled rows in it.
 
-    Where there are no locks, two processes may be at it: each spills apart, and what a killed one
-    left stays.
+    Without file locks on the file system, several processes may enter: each has its own folder of
+    spilled rows, and the files of interrupted runs are not removed.
+
+    Yields:
+        The folder for spilled rows, which is removed on exit.
 
     Raises:
-        DataError: there is no dataset, or another process rewrites it.
+        DataError: the folder holds no dataset, or another process writes to it.
     """
     load_manifest(root)
     handle = lock_folder(root)
@@ -50,35 +52,22 @@ def workplace(root: Path) -> Iterator[Path]:
         yield spilled
     finally:
         shutil.rmtree(spilled, ignore_errors=True)
-        with suppress(OSError):  # another's spill is in it
+        with suppress(OSError):  # another process has spilled rows in it
             spilled.parent.rmdir()
         if handle is not None:
             os.close(handle)
 
 
 def _sweep(root: Path) -> None:
-    """Remove what killed runs left unfinished."""
+    """Remove temporary files and spilled rows of interrupted runs."""
     for path in root.rglob(".rewrite-*.tmp"):
         if _TEMPORARY.match(path.name):
             path.unlink(missing_ok=True)
     shutil.rmtree(root / ".spill", ignore_errors=True)
 
 
-@contextmanager
-def discarding(root: Path, log: TaskLog) -> Iterator[None]:
-    """Remove all that `log` committed if the data or settings turn out bad.
-
-    After any other failure (no room, an interrupt) committed work stays: the same command goes on.
-    """
-    try:
-        yield
-    except (DataError, ConfigError):
-        discard(root, log)
-        raise
-
-
 def discard(root: Path, log: TaskLog) -> None:
-    """Remove the records of `log`, and the files of theirs that no version names."""
+    """Remove the records of `log`, and those of their files that are in no version's manifest."""
     named = {name for v in manifest_versions(root) for name in _named(load_manifest(root, v))}
     for path in sorted(log.folder.glob("*.json")):
         for name in _files(read_record(path)) - named:
@@ -87,14 +76,14 @@ def discard(root: Path, log: TaskLog) -> None:
 
 
 def remove_old(root: Path, newest: Manifest) -> int:
-    """Remove every version before `newest`, with the files and commit records of its own, and what
-    killed merges and compactions left.
+    """Remove all versions before `newest`, with their commit records and files.
 
-    Files go before the manifests that name them, so that a removal that was cut off can be
+    Files that `newest` uses stay. Shards of interrupted merges and compactions are removed too.
+    Files are removed before the manifests that list them, so an interrupted removal can be
     repeated.
 
     Returns:
-        The bytes that were freed.
+        The number of bytes freed.
     """
     kept = _named(newest)
     versions = [version for version in manifest_versions(root) if version < newest.version]
@@ -102,7 +91,7 @@ def remove_old(root: Path, newest: Manifest) -> int:
     for version in versions:
         named = _named(load_manifest(root, version))
         old |= {name: size for name, size in named.items() if name not in kept}
-    for path in root.rglob("rewrite-*.parquet"):  # of a run that was killed and never repeated
+    for path in root.rglob("rewrite-*.parquet"):  # of interrupted runs
         name = str(path.relative_to(root))
         if _SHARD.match(path.name) and name not in kept:
             old[name] = path.stat().st_size
@@ -121,7 +110,7 @@ def remove_old(root: Path, newest: Manifest) -> int:
 
 
 def _named(manifest: Manifest) -> dict[str, int]:
-    """The files of a version, and their lengths in bytes."""
+    """Paths of a version's files, with their sizes in bytes."""
     families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
     sidecars = [sidecar.file for files in families for sidecar in files]
     return {entry.path: entry.bytes for entry in (*manifest.groups, *sidecars)}

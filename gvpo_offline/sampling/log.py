@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.group import Int32Array
-from gvpo_offline.store.arrow import column_array, from_arrays, split_list, to_rows
+from gvpo_offline.store.arrow import column_array, list_array, split_list, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
 from gvpo_offline.workers.rounds import committed_rounds, round_name
@@ -140,6 +140,6 @@ def _table(samples: Sequence[Sample]) -> pa.Table:
         for name in _SCHEMA.names
         if not pa.types.is_list(_SCHEMA.field(name).type)
     }
-    values["token_ids"] = from_arrays([s.token_ids for s in samples], pa.int32())
-    values["token_logprobs"] = from_arrays([s.token_logprobs for s in samples], pa.float32())
+    values["token_ids"] = list_array([s.token_ids for s in samples], pa.int32())
+    values["token_logprobs"] = list_array([s.token_logprobs for s in samples], pa.float32())
     return pa.Table.from_pydict({n: values[n] for n in _SCHEMA.names}, schema=_SCHEMA)

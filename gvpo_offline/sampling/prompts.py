@@ -27,7 +27,7 @@ from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.sampling.settings import SampleConfig
-from gvpo_offline.store.arrow import from_arrays, to_rows
+from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import FileEntry
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
@@ -198,7 +198,7 @@ def _table(prompts: Sequence[Prompt]) -> pa.Table:
         name: pa.array([getattr(p, name) for p in prompts], _SCHEMA.field(name).type)
         for name in _SCHEMA.names[:-1]
     }
-    values["token_ids"] = from_arrays([p.token_ids for p in prompts], pa.int32())
+    values["token_ids"] = list_array([p.token_ids for p in prompts], pa.int32())
     return pa.Table.from_pydict(values, schema=_SCHEMA)
 
 

@@ -20,13 +20,31 @@ from gvpo_offline.store.schema import (
     rewards_schema,
 )
 
-_EMPTY = np.empty(0, np.int32)
 _LISTS = (pa.ListArray, pa.LargeListArray)
 
 
-def _offsets(lengths: Sequence[int]) -> pa.Array:
-    # Arrow checks the range here; a cast of NumPy's would wrap around past 2**31 tokens.
-    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
+def list_offsets(array: pa.ListArray) -> npt.NDArray[np.int64]:
+    """Offsets of a list column of n rows into `array.values`: (n + 1,) int64."""
+    return np.asarray(array.offsets.to_numpy(zero_copy_only=False)).astype(np.int64)
+
+
+def list_from_lengths(
+    lengths: npt.ArrayLike, values: pa.Array, valid: npt.NDArray[np.bool_] | None = None
+) -> pa.ListArray:
+    """A list column of n rows over `values`.
+
+    Args:
+        lengths: (n,) integers, the number of values of each row; 0 for a null row.
+        values: sum(lengths) values, row after row.
+        valid: (n,) bool, False where a row is null; None if no row is null.
+
+    Raises:
+        pa.ArrowInvalid: the column holds 2^31 values or more.
+    """
+    # Arrow checks the range here; a cast in NumPy would wrap around past 2**31 tokens.
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pa.int32())
+    mask = None if valid is None or valid.all() else pa.array(~valid)
+    return pa.ListArray.from_arrays(offsets, values, mask=mask)
 
 
 def _flat(arrays: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.Array:
@@ -35,23 +53,29 @@ def _flat(arrays: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.Arr
     return pa.array(np.concatenate(arrays), type=value_type)
 
 
-def list_array(rows: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.ListArray:
-    """Rows of numbers as one list column, without a Python object per number."""
-    return pa.ListArray.from_arrays(_offsets([len(row) for row in rows]), _flat(rows, value_type))
+def _lists(rows: Sequence[Sequence[Any] | npt.NDArray[Any] | None], values: pa.Array) -> pa.Array:
+    lengths = [0 if row is None else len(row) for row in rows]
+    return list_from_lengths(lengths, values, np.array([row is not None for row in rows], bool))
+
+
+def list_array(rows: Sequence[npt.NDArray[Any] | None], value_type: pa.DataType) -> pa.ListArray:
+    """Rows of (T,) numbers as a list column, without a Python object per number.
+
+    None becomes null.
+    """
+    return _lists(rows, _flat([row for row in rows if row is not None], value_type))
 
 
 def nested_list_array(
-    rows: Sequence[Sequence[npt.NDArray[Any]] | None], value_type: pa.DataType
+    rows: Sequence[Sequence[npt.NDArray[Any] | None] | None], value_type: pa.DataType
 ) -> pa.ListArray:
-    """Rows of lists of numbers as one list-of-lists column; None becomes null."""
-    inner = list_array([item for row in rows if row is not None for item in row], value_type)
-    offsets = _offsets([0 if row is None else len(row) for row in rows])
-    missing = pa.array([row is None for row in rows]) if any(r is None for r in rows) else None
-    return pa.ListArray.from_arrays(offsets, inner, mask=missing)
+    """Rows of lists of (T,) numbers as a list-of-lists column; None becomes null at both levels."""
+    items = [item for row in rows if row is not None for item in row]
+    return _lists(rows, list_array(items, value_type))
 
 
 def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
-    """The values of an Arrow array: a read-only view; of bits, and with nulls, a copy."""
+    """The values of an Arrow array: a read-only view, or a copy for booleans and with nulls."""
     if array.null_count:
         return np.asarray(array.to_numpy(zero_copy_only=False))
     # Not by to_numpy, which imports pandas and takes a quarter of a second for it.
@@ -61,7 +85,7 @@ def as_numpy(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def column_array(table: pa.Table, name: str) -> pa.Array:
-    """A column of a table in one piece."""
+    """A column of a table as one contiguous array."""
     column = table.column(name).combine_chunks()
     return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
@@ -86,7 +110,7 @@ def split_nested_list(array: pa.ListArray) -> list[list[npt.NDArray[Any]] | None
 
 
 def repetitive_rows(array: pa.ListArray) -> list[tuple[Any, ...] | None]:
-    """A list column whose rows are much alike, as tuples, each distinct one made once."""
+    """A list column as tuples, or None for null; equal rows share one tuple."""
     encoded = array.values.dictionary_encode(null_encoding="encode")
     names = encoded.dictionary.to_pylist()
     codes = as_numpy(encoded.indices).astype(np.int32).tobytes()
@@ -111,7 +135,11 @@ def _is_token_lists(kind: pa.DataType) -> bool:
 
 
 def to_rows(array: pa.Array) -> list[Any]:
-    """The rows of a column; see the module's description."""
+    """The rows of a column: NumPy arrays for lists of integers or booleans, Python objects else.
+
+    A list-of-lists column gives lists of (T,) arrays; a null at any level is None. Lists of tokens
+    that hold nulls are given as Python lists.
+    """
     if not (isinstance(array, _LISTS) and _is_token_lists(array.type)):
         rows: list[Any] = array.to_pylist()
         return rows
@@ -130,24 +158,6 @@ def to_rows(array: pa.Array) -> list[Any]:
         return pieces
     valid = array.is_valid().to_pylist()
     return [piece if ok else None for piece, ok in zip(pieces, valid, strict=True)]
-
-
-def from_arrays(rows: Sequence[Any], value_type: pa.DataType) -> pa.ListArray:
-    """Rows of (T,) arrays, or None, as a list column."""
-    column = list_array([row if row is not None else _EMPTY for row in rows], value_type)
-    if all(row is not None for row in rows):
-        return column
-    missing = pa.array([row is None for row in rows])
-    return pa.ListArray.from_arrays(column.offsets, column.values, mask=missing)
-
-
-def from_array_lists(rows: Sequence[Any], value_type: pa.DataType) -> pa.ListArray:
-    """Rows of lists of (T,) arrays, with None at either level, as a list-of-lists column."""
-    inner = from_arrays([item for row in rows if row is not None for item in row], value_type)
-    lengths = [0 if row is None else len(row) for row in rows]
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    missing = pa.array([row is None for row in rows]) if any(r is None for r in rows) else None
-    return pa.ListArray.from_arrays(offsets, inner, mask=missing)
 
 
 def groups_to_table(groups: Sequence[Group]) -> pa.Table:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.store.arrow import list_from_lengths
 from gvpo_offline.store.schema import Column
 
 _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
@@ -137,10 +138,8 @@ def add_weighted(
     if before is not None:
         values = pc.add(pc.list_flatten(before), values)
     sizes = pc.list_value_length(rewards).to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    offsets_array = pa.array(offsets, pa.int32())
-    return pa.chunked_array([pa.ListArray.from_arrays(offsets_array, flat)])
+    return pa.chunked_array([list_from_lengths(sizes, flat)])
 
 
 def check_components(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gvpo_offline.errors import StorageError
+from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -73,6 +73,21 @@ def storage_errors(path: Path) -> Iterator[None]:
             remedy="free some space and run the same command again: committed tasks are kept",
             file=path,
         ) from error
+
+
+@contextmanager
+def undo_on_bad_input(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` if the block raises DataError or ConfigError, then raise the error again.
+
+    For a stage whose committed work is useless once its data or settings turn out to be invalid.
+    After any other error (a full disk, an interrupt) the committed work stays, and the same command
+    continues from it.
+    """
+    try:
+        yield
+    except (DataError, ConfigError):
+        undo()
+        raise
 
 
 def make_folder(folder: Path) -> None:

@@ -11,7 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.store.arrow import column_array, nested_list_array, split_nested_list
+from gvpo_offline.store.arrow import (
+    column_array,
+    list_from_lengths,
+    list_offsets,
+    nested_list_array,
+    split_nested_list,
+)
 from gvpo_offline.store.schema import Column, arrow_schema
 
 # Axis of a column's lists that runs over the responses: 0 for (k, ...), 1 for (C, k).
@@ -112,10 +118,6 @@ def take_responses(table: pa.Table, columns: Sequence[Column], index: ResponseIn
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _offsets(array: pa.ListArray) -> Indices:
-    return np.asarray(array.offsets.to_numpy(zero_copy_only=False)).astype(np.int64)
-
-
 def _valid(array: pa.Array) -> Flags:
     return np.asarray(array.is_valid().to_numpy(zero_copy_only=False))
 
@@ -125,24 +127,19 @@ def _every(flags: Flags, index: ResponseIndex) -> Flags:
     return np.asarray(np.logical_and.reduceat(flags[index.rows], index.starts))
 
 
-def _lists(lengths: Indices, values: pa.Array, valid: Flags | None = None) -> pa.ListArray:
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), type=pa.int32())
-    mask = None if valid is None or valid.all() else pa.array(~valid)
-    return pa.ListArray.from_arrays(offsets, values, mask=mask)
-
-
 def _outer(array: pa.ListArray, index: ResponseIndex) -> pa.ListArray:
     """(k, ...) lists: the item of each response."""
     valid = _every(_valid(array), index)
     keep = np.repeat(valid, index.sizes)
-    flat = _offsets(array)[index.rows[keep]] + index.items[keep]
-    return _lists(np.where(valid, index.sizes, 0), array.values.take(pa.array(flat)), valid)
+    flat = list_offsets(array)[index.rows[keep]] + index.items[keep]
+    values = array.values.take(pa.array(flat))
+    return list_from_lengths(np.where(valid, index.sizes, 0), values, valid)
 
 
 def _inner(array: pa.ListArray, index: ResponseIndex) -> pa.ListArray:
     """(C, k) lists: the item of each response in each of the C lists."""
     valid = _every(_valid(array), index)
-    outer, inner = _offsets(array), _offsets(array.values)
+    outer, inner = list_offsets(array), list_offsets(array.values)
     counts = np.where(valid, np.diff(outer)[index.first], 0)
     flat = [
         inner[outer[index.rows[a : a + size]] + c] + index.items[a : a + size]
@@ -151,12 +148,13 @@ def _inner(array: pa.ListArray, index: ResponseIndex) -> pa.ListArray:
     ]
     indices = np.concatenate(flat) if flat else np.zeros(0, np.int64)
     values = array.values.values.take(pa.array(indices))
-    return _lists(counts, _lists(np.repeat(index.sizes, counts), values), valid)
+    lists = list_from_lengths(np.repeat(index.sizes, counts), values)
+    return list_from_lengths(counts, lists, valid)
 
 
 def _check_parts(table: pa.Table, name: str, index: ResponseIndex) -> None:
     array = column_array(table, name)
-    counts = np.diff(_offsets(array))
+    counts = np.diff(list_offsets(array))
     wrong = (counts[index.rows] != np.repeat(counts[index.first], index.sizes)) & _valid(array)[
         index.rows
     ]

@@ -130,7 +130,7 @@ def test_an_import_of_before_a_setting_is_found_done(tmp_path: Path) -> None:
     settings = config(log, tmp_path / "out", columns=Columns(**ID_COLUMNS))
     assert not import_log(settings).already_imported
     assert import_log(with_added(settings, 3)).already_imported
-    with pytest.raises(DataError, match="other inputs, settings"):
+    with pytest.raises(DataError, match="other inputs or with other settings"):
         import_log(with_added(settings, 4))
 
 

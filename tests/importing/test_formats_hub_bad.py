@@ -92,7 +92,7 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         "preference",
         datasets.Features({**hub.PAIR_MESSAGES, "tools": hub.TEXTS}),
         {"prompt": CHAT, "chosen": CHAT[:1], "rejected": CHAT[:1], "tools": ["{}"]},
-        "without definitions of tools",
+        "no tool definitions",
     ),
     "unpaired: a score as label": (
         "unpaired",

@@ -111,7 +111,7 @@ PICTURE = [{"type": "input_image", "image_url": "data:"}]
         (gym_row(0, 0, [turn([1], [2]), turn([1, 3], [4])]), "different tokens in turn 1"),
         (
             gym_row(0, 0, [message("5")], responses_create_params={"input": "p", "tools": [CALL]}),
-            "a prompt is rendered without definitions of tools",
+            "a prompt has no tool definitions",
         ),
         (
             gym_row(
@@ -355,7 +355,7 @@ def test_batch(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     assert {"requests", "rewards"} < set(step.inputs[0])
     # Other rewards are another import.
     write_jsonl(tmp_path / "rewards.jsonl", [{"custom_id": k, "right": 0.0} for k in "abc"])
-    with pytest.raises(DataError, match="holds this very import"):
+    with pytest.raises(DataError, match="holds this import"):
         import_log(config(path, tmp_path / "out", **settings))
 
 
@@ -468,7 +468,7 @@ A = [request("a")]
         ([{"custom_id": "a"}], [result("a", choice("5"))], None, "a request has a body"),
         ([{"body": {}}], [result("a", choice("5"))], None, "an id is text or an integer"),
         ([{"custom_id": "a", "body": {"prompt": ["x", "y"]}}], [result("a")], None, "one prompt"),
-        ([request("a", tools=[CALL])], [result("a", choice("5"))], None, "definitions of tools"),
+        ([request("a", tools=[CALL])], [result("a", choice("5"))], None, "tool definitions"),
         (A, [result("a")], None, "a response's body has choices"),
         (
             A,

@@ -64,7 +64,7 @@ def test_a_run(run: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     )
     assert result.counts["rows"] == result.counts["responses"] == 16
     assert result.counts["dropped_repeated_responses"] == 8
-    assert "8 responses were left out: the log repeats" in "\n".join(result.lines())
+    assert "8 responses were dropped: repeated from an earlier step" in "\n".join(result.lines())
     groups = read_groups(tmp_path / "out")
     assert [group.group_size for group in groups] == [4, 4, 4, 4]
     expected = {}
@@ -236,7 +236,7 @@ def test_another_run_folder_is_another_import(tmp_path: Path, tiny_tokenizer_dir
     settings = {"reward_weights": WEIGHTS, "tokenizer_name_or_path": str(tiny_tokenizer_dir)}
     import_log(config(first, tmp_path / "out", format="trl", **settings))
     assert import_log(config(first, tmp_path / "out", format="trl", **settings)).already_imported
-    with pytest.raises(DataError, match="holds this very import"):
+    with pytest.raises(DataError, match="holds this import"):
         import_log(config(second, tmp_path / "out", format="trl", **settings))
 
 

@@ -1,4 +1,4 @@
-"""`import`: what becomes of rows, files and settings. Bad input is in test_import_bad_input.py."""
+"""`import` of valid rows, files and settings. For bad input see test_import_bad_input.py."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def one_group(root: Path) -> Group:
 def test_row_per_response(
     tmp_path: Path, tiny_tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Prompt: <bos> and its tokens. Response: its tokens and <eos>. The text stays beside them."""
+    """Prompt ids are <bos> and the text; response ids are the text and <eos>. The text is kept."""
     log = write_jsonl(
         tmp_path / "older.jsonl",
         [
@@ -92,7 +92,7 @@ def test_row_per_response(
 
 
 def test_row_per_group(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
-    """Lists beside the list of responses; one sampler name stands for all of a row."""
+    """A row with lists of responses and rewards; one sampler name applies to the whole row."""
     row = {
         "q": "Say cat",
         "answers": ["cat", "dog", [{"role": "assistant", "content": "cat"}]],
@@ -116,13 +116,15 @@ def test_row_per_group(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     assert group.rewards.tolist() == [1.0, 0.0, 1.0]
     assert group.samplers == ("human",) * 3
     assert group.response_ids == ("a", "2", "c")
-    # Cut responses have not ended, so they get no end token.
+    # A response that was cut has not ended, so it gets no end token.
     assert group.truncated == (False, True, False)
     assert [ids[-1] == EOS for ids in group.response_token_ids] == [True, False, True]
 
 
-def test_token_ids_beat_text_and_mask_is_kept(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
-    """Ids go in as they are, with no end token; a response without a mask counts whole."""
+def test_token_ids_take_precedence_over_text_and_masks_are_kept(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    """Token ids are used unchanged, without an end token; without a mask, every token counts."""
     rows = [
         {"prompt": "p", "text": "x", "pi": [7, 8], "ri": [5, 6, 7], "m": [1, 0, 1], "reward": 0},
         {"prompt": "p", "text": "cat", "pi": None, "ri": None, "m": None, "reward": 1},
@@ -150,13 +152,14 @@ def test_token_ids_beat_text_and_mask_is_kept(tmp_path: Path, tiny_tokenizer_dir
 def test_messages_are_rendered_with_the_chat_template(
     tmp_path: Path, tiny_tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The prompt ends where the assistant begins; JSON and Parquet messages are one prompt."""
+    """The rendered prompt ends with the generation prompt; equal messages in JSON and Parquet are
+    one prompt."""
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hello"}]
     log = write_jsonl(
         tmp_path / "a.jsonl",
         [{"prompt": messages, "response": [{"role": "assistant", "content": "Hello!"}]}],
     )
-    # Another order of keys, and a key that only other messages have.
+    # Another order of the keys, and a key that is null for these messages.
     struct = [{"content": m["content"], "role": m["role"], "name": None} for m in messages]
     pq.write_table(pa.table({"prompt": [struct], "response": ["What?"]}), tmp_path / "b.parquet")
     manifest = run_import(
@@ -177,7 +180,7 @@ def test_messages_are_rendered_with_the_chat_template(
     assert manifest.rewards == []
 
 
-def test_end_token_that_the_tokenizer_adds_to_a_prompt_is_taken_off(tmp_path: Path) -> None:
+def test_end_token_added_by_the_tokenizer_is_removed_from_prompts(tmp_path: Path) -> None:
     from tokenizers import processors
 
     folder = train_tokenizer(tmp_path / "tokenizer")
@@ -192,7 +195,7 @@ def test_end_token_that_the_tokenizer_adds_to_a_prompt_is_taken_off(tmp_path: Pa
     run_import(config(log, tmp_path / "out", tokenizer_name_or_path=str(folder)))
     group = one_group(tmp_path / "out")
     assert group.prompt_token_ids.tolist() == [1, *plain(tokenizer, "cat")]
-    # A text that spells the end token has it once.
+    # A text that contains the end token gets no second one.
     assert [ids.tolist().count(EOS) for ids in group.response_token_ids] == [1, 1]
 
 
@@ -213,7 +216,8 @@ def test_without_append_eos(
 
 
 def test_samplers_and_metadata(tmp_path: Path) -> None:
-    """Null in the sampler column means `sampler`; settings are recorded; kept columns are JSON."""
+    """Null in the sampler column gives the name `sampler`; settings are recorded in the manifest;
+    kept columns are stored as JSON."""
     rows = [{**row, "answer": [5, 6]} for row in id_rows(1, 3)]
     rows[1]["sampler"] = None
     manifest = run_import(
@@ -238,7 +242,8 @@ def test_samplers_and_metadata(tmp_path: Path) -> None:
 
 
 def test_one_group_from_every_kind_of_file(tmp_path: Path) -> None:
-    """JSON lines, gzip, Parquet and a saved data set, a row a response and a row a group."""
+    """One group from JSON lines, gzip and Parquet (a row per response) and a saved data set (a row
+    per group)."""
     rows = id_rows(4, 5)
     parts = [[row for i, row in enumerate(rows) if i % 5 == part] for part in range(5)]
     lists = [
@@ -273,7 +278,7 @@ def test_one_group_from_every_kind_of_file(tmp_path: Path) -> None:
 
 
 def test_data_sets_by_name_and_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`hf:` goes through `datasets.load_dataset`: here a folder that it builds a data set from."""
+    """`hf:` calls `datasets.load_dataset`, here with a local folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "my_log"
     rows = id_rows(4)
@@ -299,13 +304,13 @@ def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
     assert len(find_sources([str(log), str(tmp_path / "*.jsonl")])) == 1
 
 
-# --- the shape of groups --------------------------------------------------------------------------
+# --- the groups format ----------------------------------------------------------------------------
 
 
-def test_groups_format_merges_fragments_and_leaves_the_reference_behind(
+def test_groups_format_merges_fragments_and_ignores_reference_logprobs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files that another program wrote: required columns only, and everything."""
+    """Files of another program: one with only the required columns, one with most columns."""
     pq.write_table(
         pa.table(
             {
@@ -354,7 +359,7 @@ def test_groups_format_merges_fragments_and_leaves_the_reference_behind(
     assert "a.parquet holds reference log-probs. They are not imported" in caplog.text
 
 
-def test_a_dataset_of_ours_can_be_imported_again(tmp_path: Path) -> None:
+def test_a_groups_file_can_be_imported_again(tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(20))
     first = run_import(config(log, tmp_path / "one", columns=Columns(**ID_COLUMNS)))
     shard = tmp_path / "one" / first.groups[0].path
@@ -363,8 +368,10 @@ def test_a_dataset_of_ours_can_be_imported_again(tmp_path: Path) -> None:
     assert again.rewards == []
 
 
-def test_a_format_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Consecutive rows form a group: a format with state, in a module that nothing lists."""
+def test_a_format_is_found_by_the_name_of_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A format in a new module, in which two consecutive rows form a group."""
     (tmp_path / "runs_of_two.py").write_text(
         """
 import numpy as np
@@ -437,11 +444,12 @@ def _as_sets(groups: list[Group]) -> dict[str, Any]:
 def test_any_split_of_the_rows_gives_the_same_dataset(
     cuts: list[int], order: random.Random, kinds: list[str]
 ) -> None:
-    """In pieces, the same bytes; shuffled as well, the same groups but for the order in them."""
+    """Rows split into files give the same bytes. Shuffled rows give the same groups, with their
+    responses in another order."""
     rows = id_rows(20)
     bounds = [0, *sorted(cuts), 60]
     shuffled = order.sample(rows, len(rows))
-    # The number of shards goes by the size of the inputs, which differs from format to format.
+    # The number of shards depends on the size of the inputs, which differs between file types.
     two = mock.patch.object(importer, "power_of_two", return_value=2)
     with two, tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -470,7 +478,7 @@ def test_any_split_of_the_rows_gives_the_same_dataset(
 
 
 def test_small_buffers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spilled in hundreds of pieces and in more buckets, four shards are the same four shards."""
+    """Many small spilled batches and many buckets give the same four shards."""
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(100))
     settings = {"columns": Columns(**ID_COLUMNS), "shard_bytes": log.stat().st_size // 3}
     at_once = run_import(config(log, tmp_path / "one", **settings))
@@ -501,7 +509,7 @@ def test_another_import_into_a_dataset_is_refused(tmp_path: Path) -> None:
     run_import(config(log, tmp_path / "out", columns=Columns(**ID_COLUMNS)))
     expected = sorted((tmp_path / "out").rglob("*"))
     for other in ({"max_length": 100}, {"source": "other"}):
-        with pytest.raises(DataError, match=r"holds this very import; received a dataset of 10 gr"):
+        with pytest.raises(DataError, match=r"holds this import; received a dataset of 10 gr"):
             run_import(config(log, tmp_path / "out", columns=Columns(**ID_COLUMNS), **other))
     write_jsonl(log, id_rows(11))
     with pytest.raises(DataError, match="Choose another output_dir"):
@@ -526,7 +534,8 @@ def _start(log: Path, out: Path, shard_bytes: int) -> subprocess.Popen[bytes]:
 
 
 def test_killed_at_any_moment_and_repeated(tmp_path: Path) -> None:
-    """SIGKILL while spilling, in the midst of a shard, between commits; then the same bytes."""
+    """SIGKILL while spilling, within a shard and between commits; repeating the command gives the
+    same bytes."""
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(1500))
     shard_bytes = log.stat().st_size // 30
     whole = run_import(
@@ -536,7 +545,7 @@ def test_killed_at_any_moment_and_repeated(tmp_path: Path) -> None:
     out = tmp_path / "out"
     moments = random.Random(7)
     killed = 0
-    for wait_for in (0, 2, 7, 13, 20):  # commits that must be there first
+    for wait_for in (0, 2, 7, 13, 20):  # number of commits before the kill
         process = _start(log, out, shard_bytes)
         while process.poll() is None:
             begun = len(list((out / "commits").glob("*/*.json"))) >= wait_for
@@ -560,7 +569,7 @@ def test_killed_at_any_moment_and_repeated(tmp_path: Path) -> None:
     assert not (out / ".spill").exists()
 
 
-# --- the rest -------------------------------------------------------------------------------------
+# --- other ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", ["importer", "formats.flat", "formats.groups"])
@@ -576,11 +585,11 @@ def test_importing_the_module_loads_no_torch(module: str) -> None:
 
 
 def test_parquet_token_columns_with_nulls_at_every_level() -> None:
-    from gvpo_offline.store.arrow import from_array_lists, to_rows
+    from gvpo_offline.store.arrow import nested_list_array, to_rows
 
     rows = [[np.array([1, 2]), None], None, [], [np.array([], np.int64)]]
     for kind in (pa.list_(pa.list_(pa.int32())), pa.large_list(pa.large_list(pa.int64()))):
-        column = from_array_lists(rows, pa.int32()).cast(kind)
+        column = nested_list_array(rows, pa.int32()).cast(kind)
         for array, expected in ((column, rows), (column[1:], rows[1:])):
             found = to_rows(array)
             assert [

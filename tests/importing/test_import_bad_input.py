@@ -1,4 +1,4 @@
-"""`import` on bad input: one clear error with its place, and nothing left behind."""
+"""`import` of bad input: one error with file and row, and no files left behind."""
 
 from __future__ import annotations
 
@@ -30,17 +30,15 @@ OTHER = {"prompt": "Say cat", "response": "cat", "reward": 0.0}
 
 
 def refused(settings: ImportConfig, kind: type[GVPOError], message: str) -> GVPOError:
-    """Run the import; it must stop with `message` and leave the output folder as it was: absent."""
+    """Check that the import raises `kind` with `message` and does not create the output folder."""
     with pytest.raises(kind, match=message) as caught:
         run_import(settings)
     assert not Path(settings.output_dir).exists()
     return caught.value
 
 
-def test_every_error_is_of_the_stated_kind_and_place(
-    tmp_path: Path, tiny_tokenizer_dir: Path
-) -> None:
-    """The row at fault is row 2 of the second file: rows and files are counted from zero."""
+def test_errors_name_file_and_row(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """The invalid row is row 2 of the second file; rows are counted from zero."""
     first = write_jsonl(tmp_path / "first.jsonl", [GOOD, GOOD])
     second = write_jsonl(tmp_path / "second.jsonl", [GOOD, OTHER, {**OTHER, "reward": None}])
     error = refused(
@@ -132,7 +130,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "ids of another tokenizer": (
         {**IDS, "ri": [3, 100_000]},
         {"prompt_token_ids": "pi", "response_token_ids": "ri"},
-        r"lie below the tokenizer's \d+ entries; received 100000",
+        r"less than the tokenizer's vocabulary size, \d+; received 100000",
     ),
     "text of one, ids of a group": (
         {**IDS, "response": "x", "ri": [[3], [4]]},
@@ -162,7 +160,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
-# Rows that the types of a Parquet column rule out.
+# Rows that cannot be stored in a Parquet column.
 JSON_ONLY = ("half a surrogate", "reward too large", "response ids ragged")
 
 
@@ -203,7 +201,7 @@ def test_bad_row(name: str, kind: str, tmp_path: Path, tiny_tokenizer_dir: Path)
 def test_unparsable_line(
     tmp_path: Path, tiny_tokenizer_dir: Path, line: bytes, message: str
 ) -> None:
-    """Blank lines are no rows, but lines are counted as an editor does, from zero."""
+    """Blank lines are skipped but counted; the row is the zero-based line number."""
     good = json.dumps(GOOD).encode()
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good, b"", good, line]) + b"\n")
@@ -229,9 +227,9 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("log.parquet", _cut, "whole Parquet file"),
-        ("log.parquet", _flip, "whole Parquet file; received .*[cC][rR][cC]"),
-        ("log.jsonl.gz", _cut, r"a \.gz file is whole"),
+        ("log.parquet", _cut, "complete Parquet file"),
+        ("log.parquet", _flip, "complete Parquet file; received .*[cC][rR][cC]"),
+        ("log.jsonl.gz", _cut, r"a \.gz file is complete"),
         ("saved", lambda path: _cut(path / "data-00000-of-00001.arrow"), "Arrow files|saved data"),
     ],
 )
@@ -262,7 +260,7 @@ def test_damaged_file(
 
 
 def test_single_response(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
-    """k = 1 has no variance: it stops the import, or is dropped and counted."""
+    """A group of one response has no variance: an error, or dropped and counted."""
     log = write_jsonl(tmp_path / "log.jsonl", [GOOD, OTHER, OTHER])
     settings: dict[str, Any] = {"tokenizer_name_or_path": str(tiny_tokenizer_dir)}
     error = refused(
@@ -289,7 +287,7 @@ def test_group_id_with_two_prompts(tmp_path: Path, tiny_tokenizer_dir: Path) -> 
             tokenizer_name_or_path=str(tiny_tokenizer_dir),
         ),
         DataError,
-        rf"one and the same prompt; received another prompt than at {first}, row 0: 'Say cat'",
+        rf"the same prompt; received a prompt that differs from that of {first}, row 0: 'Say cat'",
     )
     assert (error.file, error.row, error.group) == (str(second), 1, "7")
 
@@ -298,12 +296,14 @@ def test_one_prompt_with_two_sets_of_ids(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "pi": [1, i], "ri": [5], "reward": 0} for i in (2, 3)]
     log = write_jsonl(tmp_path / "log.jsonl", rows)
     columns = Columns(response=None, prompt_token_ids="pi", response_token_ids="ri")
-    refused(config(log, tmp_path / "out", columns=columns), DataError, "other prompt token ids")
+    refused(
+        config(log, tmp_path / "out", columns=columns), DataError, "prompt token ids that differ"
+    )
 
 
 @pytest.mark.parametrize("rows", [[["a"], ["a"]], [["a", "b", "a"]]])
 def test_duplicate_response_ids(tmp_path: Path, rows: list[list[str]]) -> None:
-    """Equal rows are two draws and stay; equal ids are one response twice."""
+    """Equal rows are separate samples and are kept; equal response ids are an error."""
     columns = {**ID_COLUMNS, "group_id": None, "sampler": None}
     records = [
         {
@@ -318,7 +318,7 @@ def test_duplicate_response_ids(tmp_path: Path, rows: list[list[str]]) -> None:
     error = refused(
         config(log, tmp_path / "out", columns=Columns(**columns, response_id="id")),
         DataError,
-        f"response ids are unique within a group; received 'a', which {log}, row 0 has too",
+        f"response ids are unique within a group; received 'a', which {log}, row 0 also has",
     )
     assert (error.row, error.group is None) == (len(rows) - 1, False)
     run_import(config(log, tmp_path / "out", columns=Columns(**columns)))
@@ -326,7 +326,7 @@ def test_duplicate_response_ids(tmp_path: Path, rows: list[list[str]]) -> None:
 
 
 def test_empty_responses(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
-    """Stop (above), drop, or keep as a bare end token. Dropping may leave a single response."""
+    """Empty responses are dropped, or kept as only the end token; a drop may leave one response."""
     rows = [GOOD, {**GOOD, "response": ""}, {**GOOD, "response": "4"}, OTHER]
     rows += [{**OTHER, "response": ""}]
     log = write_jsonl(tmp_path / "log.jsonl", rows)
@@ -370,14 +370,15 @@ def test_an_empty_response_that_was_cut_cannot_be_kept(
 
 
 def test_max_length(tmp_path: Path) -> None:
-    """Limit 6. g0: 2 + 4, 2 + 5. g1: 2 + 1 twice. g2: 6 + 1 twice. g3: 2 + 5 masked to its end."""
+    """max_length 6; tokens of prompt + response: g0: 2 + 4, 2 + 5. g1: 2 + 1 twice. g2: 6 + 1
+    twice. g3: 2 + 5, 2 + 1 and 2 + 1, where only the last token counts."""
     lengths = {"g0": (2, [4, 5]), "g1": (2, [1, 1]), "g2": (6, [1, 1]), "g3": (2, [5, 1, 1])}
     rows = [
         {
             "group": name,
             "prompt_ids": [1] * prompt,
             "response_ids": [9] * n,
-            # Only the last token counts, which a cut takes away.
+            # Only the last token counts, and truncation removes it.
             "mask": [0] * (n - 1) + [1] if name == "g3" else None,
             "reward": 0,
             "sampler": "s",
@@ -456,7 +457,7 @@ def test_groups_format(tmp_path: Path) -> None:
 # --- settings -------------------------------------------------------------------------------------
 
 
-def test_settings_that_do_not_suit_the_log(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+def test_settings_that_do_not_fit_the_log(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", [GOOD, GOOD])
     chat = write_jsonl(tmp_path / "chat.jsonl", [{**GOOD, "prompt": [{"role": "user"}]}] * 2)
     no_eos = train_tokenizer(tmp_path / "no_eos", eos=False, chat_template=False)
@@ -484,7 +485,7 @@ def test_settings_that_do_not_suit_the_log(tmp_path: Path, tiny_tokenizer_dir: P
         config(log, tmp_path / "out", reward_name="a/b")
 
 
-def test_template_that_refuses_the_messages(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+def test_template_that_rejects_the_messages(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     template = tmp_path / "strict.jinja"
     template.write_text("{{ raise_exception('only users speak here') }}")
     log = write_jsonl(
@@ -511,7 +512,7 @@ def test_pattern_that_matches_nothing(tmp_path: Path) -> None:
 # --- the output folder ----------------------------------------------------------------------------
 
 
-def test_folder_that_holds_something_else(tmp_path: Path) -> None:
+def test_folder_with_other_files(tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(3))
     out = tmp_path / "out"
     write_jsonl(out / "thesis.txt", ["mine"])
@@ -520,8 +521,8 @@ def test_folder_that_holds_something_else(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_folder_with_the_remains_of_another_import(tmp_path: Path) -> None:
-    """Committed work of an interrupted import is not thrown away because another one comes by."""
+def test_folder_with_committed_work_of_another_import(tmp_path: Path) -> None:
+    """Committed work of an interrupted import is not deleted by another import."""
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(3))
     TaskLog(tmp_path / "out", "import-0").commit(TaskRecord(stage="import-0", task="00000"))
     with pytest.raises(DataError, match=r"committed work of import-0"):
@@ -529,7 +530,7 @@ def test_folder_with_the_remains_of_another_import(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "commits" / "import-0" / "00000.json").exists()
 
 
-def test_files_in_the_folder_that_are_not_ours_stay(tmp_path: Path) -> None:
+def test_files_of_other_programs_in_the_folder_stay(tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(3, 1))
     mine = tmp_path / "out" / "groups" / "mine.parquet"
     mine.parent.mkdir(parents=True)
@@ -555,8 +556,8 @@ def test_two_imports_into_one_folder_at_a_time(tmp_path: Path) -> None:
     run_import(config(log, out, columns=Columns(**ID_COLUMNS)))
 
 
-def test_error_in_a_late_shard_takes_the_early_ones_back(tmp_path: Path) -> None:
-    """Fifteen good shards are committed before the bad group is met; none of them stays."""
+def test_error_in_a_late_shard_removes_the_earlier_shards(tmp_path: Path) -> None:
+    """Fifteen shards are committed before the invalid group is read; all of them are removed."""
     rows = id_rows(300)
     log = write_jsonl(tmp_path / "log.jsonl", rows)
     settings: dict[str, Any] = {
@@ -573,7 +574,9 @@ def test_error_in_a_late_shard_takes_the_early_ones_back(tmp_path: Path) -> None
     assert error.group == last
 
 
-def test_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_that_changes_during_the_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(10))
     from gvpo_offline.importing import importer
 
@@ -620,7 +623,7 @@ except StorageError as error:
 
 @pytest.mark.parametrize(("moment", "committed"), [("spill", 0), ("shard", 2)])
 def test_full_disk(tmp_path: Path, moment: str, committed: int) -> None:
-    """The spill, or the third shard, meets a file-size limit; with room the import goes on."""
+    """A file-size limit stops the spill or the third shard; without it the import continues."""
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(200))
     shard_bytes = log.stat().st_size // 3
     code = _LIMITED.replace("{columns}", str(ID_COLUMNS)).replace("{shard_bytes}", str(shard_bytes))

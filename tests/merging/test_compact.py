@@ -1,4 +1,4 @@
-"""Compacting: the same groups in fewer files, in hash order, with every sidecar."""
+"""`compact`: the same groups and sidecars in fewer files, in hash order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gvpo_offline.store.writer import publish
 
 
 def compacted(dataset: Path, **options: Any) -> RewriteResult:
-    """Compact, quietly."""
+    """Compact without progress bars."""
     return compact(CompactConfig(dataset=str(dataset), **{"show_progress": False, **options}))
 
 
@@ -47,11 +47,11 @@ def in_hash_order(groups: list[Group]) -> list[Group]:
     st.sampled_from([2000, 2**28]),
 )
 @settings(deadline=None, max_examples=15)
-def test_nothing_changes_but_the_order(
+def test_only_the_order_changes(
     tmp_path_factory: pytest.TempPathFactory, groups: list[Group], cut: int, shard_bytes: int
 ) -> None:
-    """Any groups, in any order and files, with any texts: every field of every group, its rewards
-    and reference log-probs, in order of hash(group_id).
+    """For any groups, in any order and files: all fields, rewards and reference log-probs stay the
+    same, and the groups are in order of hash(group_id).
     """
     root = tmp_path_factory.mktemp("law")
     build_dataset(root, groups=groups, groups_per_shard=cut, rows_per_row_group=cut)
@@ -69,7 +69,7 @@ def test_nothing_changes_but_the_order(
     open_dataset(root).verify()
 
 
-def test_files_of_one_size_and_full_row_groups(tmp_path: Path) -> None:
+def test_files_of_similar_size_with_full_row_groups(tmp_path: Path) -> None:
     """150 groups in 38 files of row groups of 2 become 4 files of row groups of 16."""
     before = build_dataset(tmp_path, 150, groups_per_shard=4, rows_per_row_group=2)
     held = responses(tmp_path)
@@ -84,17 +84,17 @@ def test_files_of_one_size_and_full_row_groups(tmp_path: Path) -> None:
     assert "in 4 files" in "\n".join(result.lines())
     assert responses(tmp_path) == held
     validate(tmp_path, lambda numbers, label: numbers)
-    assert responses(tmp_path, version=1) == held  # the old version still opens
+    assert responses(tmp_path, version=1) == held  # the old version can still be read
     for version, n_files in ((1, 38), (2, 4)):
         trained_on = open_for_training(tmp_path, version=version).manifest
         assert (trained_on.version, len(trained_on.groups)) == (version, n_files)
     assert result.manifest.lineage[0] == before.manifest.lineage[0]
     again = compacted(tmp_path, shard_bytes=total // 3, rows_per_row_group=16)
     assert (again.changed, manifest_versions(tmp_path)) == (False, [1, 2])
-    assert compacted(tmp_path, shard_bytes=total).changed  # other settings, another form
+    assert compacted(tmp_path, shard_bytes=total).changed  # with other settings it is rewritten
 
 
-def test_what_import_wrote_is_in_form_already(tmp_path: Path) -> None:
+def test_an_imported_dataset_is_not_changed(tmp_path: Path) -> None:
     import_rows(tmp_path / "d", id_rows(30))
     before = tree(tmp_path / "d")
     assert not compacted(tmp_path / "d").changed
@@ -103,7 +103,7 @@ def test_what_import_wrote_is_in_form_already(tmp_path: Path) -> None:
 
 
 def test_duplicates_are_counted_and_dropped(tmp_path: Path) -> None:
-    """Three responses a group of which the last is the first again."""
+    """Groups of three responses, of which the last has the token ids of the first."""
     groups = [
         replace(g, response_token_ids=(*g.response_token_ids[:2], g.response_token_ids[0]))
         for g in make_groups(10, k=3, response_tokens=4)
@@ -117,7 +117,7 @@ def test_duplicates_are_counted_and_dropped(tmp_path: Path) -> None:
     dropped = compacted(tmp_path, duplicates="drop")
     assert dropped.counts["responses"] == 20
     assert (counted["dropped_duplicates"], dropped.counts["dropped_duplicates"]) == (0, 10)
-    assert "10 responses have the token ids of an earlier one" in "\n".join(dropped.lines())
+    assert "10 responses have the token ids of an earlier response" in "\n".join(dropped.lines())
     again = compacted(tmp_path, duplicates="drop")
     assert (again.changed, again.counts) == (False, dropped.counts)
     for group in read_groups(tmp_path):
@@ -127,9 +127,9 @@ def test_duplicates_are_counted_and_dropped(tmp_path: Path) -> None:
         assert [text[-2:] for text in group.responses] == [".0", ".1"]
 
 
-def test_columns_that_a_foreign_writer_left_out(tmp_path: Path) -> None:
-    """Only what is required; the rest becomes what training takes it for, and lengths are
-    counted."""
+def test_optional_columns_that_another_program_left_out(tmp_path: Path) -> None:
+    """Only the required columns: the others get the defaults of training, and the lengths are
+    computed."""
     groups = make_groups(8)
     required = [column for column in GROUPS_COLUMNS if column.required]
     table = groups_to_table(groups).select([column.name for column in required])
@@ -162,11 +162,12 @@ def test_columns_that_a_foreign_writer_left_out(tmp_path: Path) -> None:
         )
 
 
-# ---- removing what is old ----
+# ---- removal of older versions ----
 
 
-def test_old_versions_go_when_told_to(tmp_path: Path) -> None:
-    """Their files, records and manifests; not what somebody has begun for the newest version."""
+def test_remove_old(tmp_path: Path) -> None:
+    """Files, records and manifests of older versions are removed; records that another stage has
+    committed for the newest version, but not yet published, are not."""
     d = tmp_path / "d"
     rows = id_rows(60, k=4)
     for name, part in (("d", 0), ("e", 1)):
@@ -196,14 +197,14 @@ def test_old_versions_go_when_told_to(tmp_path: Path) -> None:
     validate(d, lambda numbers, label: numbers)
     with pytest.raises(DataError, match="of version 1"):
         open_dataset(d, version=1)
-    # What was merged is still known to have been.
+    # The lineage still records the merged dataset.
     again = merge(MergeConfig(dataset=str(d), add=str(tmp_path / "e"), show_progress=False))
     assert not again.changed
     assert compacted(d, remove_old=True).freed == 0
 
 
-def test_what_a_killed_run_left_goes_too(tmp_path: Path, server: ForkServer) -> None:
-    """Killed before it published, and never repeated with these settings."""
+def test_remove_old_removes_shards_of_a_killed_run(tmp_path: Path, server: ForkServer) -> None:
+    """Killed before it published a manifest, and not repeated with the same settings."""
     build_dataset(tmp_path, 40)
     place = "gvpo_offline.merging.stages:publish"
     argv = ["compact", "--dataset", tmp_path, "--rows_per_row_group", 7]
@@ -215,7 +216,7 @@ def test_what_a_killed_run_left_goes_too(tmp_path: Path, server: ForkServer) -> 
     validate(tmp_path, lambda numbers, label: numbers)
 
 
-def test_nothing_is_removed_unless_told_to(tmp_path: Path) -> None:
+def test_nothing_is_removed_without_remove_old(tmp_path: Path) -> None:
     build_dataset(tmp_path, 40)
     before = tree(tmp_path)
     reading = open_dataset(tmp_path)
@@ -224,7 +225,7 @@ def test_nothing_is_removed_unless_told_to(tmp_path: Path) -> None:
     reading.verify()
 
 
-def test_a_removal_that_was_cut_off_is_repeated(tmp_path: Path, server: ForkServer) -> None:
+def test_an_interrupted_removal_is_repeated(tmp_path: Path, server: ForkServer) -> None:
     build_dataset(tmp_path, 40)
     held = responses(tmp_path)
     argv = ["compact", "--dataset", tmp_path, "--remove_old", "true"]
@@ -240,10 +241,10 @@ def test_a_removal_that_was_cut_off_is_repeated(tmp_path: Path, server: ForkServ
     assert responses(tmp_path) == held
 
 
-# ---- bad input, kills ----
+# ---- bad input and kills ----
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_invalid_settings_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dataset must be set"):
         CompactConfig()
     with pytest.raises(DataError, match="holds a manifest"):
@@ -251,7 +252,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_damage_is_found_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_damaged_file_is_found_and_no_file_is_left(tmp_path: Path) -> None:
     dataset = build_dataset(tmp_path, 40)
     path = tmp_path / dataset.manifest.references[0].files[1].file.path
     data = bytearray(path.read_bytes())
@@ -263,9 +264,9 @@ def test_damage_is_found_and_nothing_is_left(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_fragments_of_a_group_become_one(tmp_path: Path) -> None:
-    """A foreign writer may leave a group in several rows: they are joined, and that is said. The
-    same response twice is refused where it bears an id.
+def test_several_rows_of_a_group_are_joined(tmp_path: Path) -> None:
+    """Another program may write a group in several rows: they are joined and counted. Two
+    responses with the same response id are refused.
     """
     groups = [replace(group, response_ids=None) for group in make_groups(8)]
     fragment = replace(make_groups(8, seed=1)[2], prompt_token_ids=groups[2].prompt_token_ids)
@@ -285,7 +286,7 @@ def test_fragments_of_a_group_become_one(tmp_path: Path) -> None:
 
 
 def test_killed_at_random_moments_and_repeated(tmp_path: Path, server: ForkServer) -> None:
-    """At ever later moments of the run; then the same bytes."""
+    """Killed at later and later moments, then repeated: the result has the same bytes."""
     roots = [tmp_path / "d", tmp_path / "undisturbed"]
     for root in roots:
         build_dataset(root, 60, groups_per_shard=10)
@@ -296,7 +297,7 @@ def test_killed_at_random_moments_and_repeated(tmp_path: Path, server: ForkServe
     (tmp_path / "compact.yaml").write_text(json.dumps({"dataset": str(roots[0]), **options}))
     killed = 0
     for number in range(200):
-        at = ("gvpo_offline.merging.stages:workplace", 1, 0.02 * number + 0.001)
+        at = ("gvpo_offline.merging.stages:locked_dataset", 1, 0.02 * number + 0.001)
         status, output = server.run(argv, kill_at=at)
         assert status in (0, -9), output
         killed += status == -9

@@ -1,4 +1,4 @@
-"""Merging: groups of several datasets joined, with every sidecar, and what is refused."""
+"""`merge`: groups of several datasets are joined with all sidecars; invalid merges are refused."""
 
 from __future__ import annotations
 
@@ -48,36 +48,36 @@ Rows = list[dict[str, Any]]
 
 
 def merged(dataset: Path, *add: Path, **options: Any) -> RewriteResult:
-    """Merge, quietly."""
+    """Merge without progress bars."""
     options = {"show_progress": False, **options}
     return merge(MergeConfig(dataset=str(dataset), add=[str(path) for path in add], **options))
 
 
 def row(group: str, *, prompt: list[int], tokens: list[int], **fields: Any) -> dict[str, Any]:
-    """One response of an import."""
+    """A row of a log with one response."""
     known = {"group": group, "prompt_ids": prompt, "response_ids": tokens}
     return {**known, "reward": 0.0, "sampler": "s", **fields}
 
 
 def pair(group: str, prompt: list[int], first: int, **fields: Any) -> Rows:
-    """Two responses of a group, [first] and [first + 1]."""
+    """Two rows of one group, with the response ids [first] and [first + 1]."""
     return [row(group, prompt=prompt, tokens=[first + i], **fields) for i in range(2)]
 
 
 def halves(n_groups: int) -> tuple[Rows, Rows]:
-    """Four responses a group: the first two and the last two of each."""
+    """Rows of groups of four responses, split into the first two and the last two of each group."""
     rows = id_rows(n_groups, k=4)
     return [r for i, r in enumerate(rows) if i % 4 < 2], [
         r for i, r in enumerate(rows) if i % 4 > 1
     ]
 
 
-# ---- laws ----
+# ---- properties ----
 
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[Rows]:
-    """Two or three logs; each has some of eight groups, two or three responses of one."""
+    """Two or three logs; each has two or three responses of some of eight groups."""
     parts: list[Rows] = []
     token = st.integers(5, 9)
     for number in range(draw(st.integers(2, 3))):
@@ -95,11 +95,11 @@ def logs(draw: st.DrawFn) -> list[Rows]:
 
 @given(logs(), st.integers(200, 2000), st.sampled_from(["group_id", "prompt"]))
 @settings(deadline=None, max_examples=15)
-def test_merging_parts_is_importing_the_whole(
+def test_merging_parts_equals_importing_the_whole(
     tmp_path_factory: pytest.TempPathFactory, parts: list[Rows], shard_bytes: int, match: str
 ) -> None:
-    """The logs imported one by one and merged, or imported as one: the same groups, even in the
-    same order, with the same responses in the same order; and twice merged is merged.
+    """Logs imported separately and merged give the same groups, in the same order and with the same
+    order of responses, as one import of all logs. Merging again changes nothing.
     """
     root = tmp_path_factory.mktemp("law")
     options: dict[str, Any] = {"columns": {"loss_mask": "mask"}}
@@ -116,7 +116,7 @@ def test_merging_parts_is_importing_the_whole(
     assert not any(one_by_one)
 
 
-def test_one_after_another_is_all_at_once(tmp_path: Path) -> None:
+def test_merging_one_by_one_equals_merging_all_at_once(tmp_path: Path) -> None:
     rows = id_rows(40, k=6)
     for name in ("a", "b"):
         for number in range(3):
@@ -128,9 +128,9 @@ def test_one_after_another_is_all_at_once(tmp_path: Path) -> None:
     assert content(load_manifest(tmp_path / "a0")) == content(load_manifest(tmp_path / "b0"))
 
 
-def test_every_sidecar_is_carried_along_row_by_row(tmp_path: Path) -> None:
-    """After merging, the second reward and the reference are what they would be if computed on the
-    merged groups: length, and minus a 64th of prompt length plus id.
+def test_sidecars_of_the_merged_groups(tmp_path: Path) -> None:
+    """After merging, the second reward and the reference equal those computed on the merged groups:
+    the length, and -(prompt length + id) / 64.
     """
     for name, rows in zip("de", halves(60), strict=True):
         import_rows(tmp_path / name, rows, shard_bytes=3000)
@@ -160,7 +160,7 @@ def test_the_old_version_still_opens(tmp_path: Path) -> None:
     import_rows(tmp_path / "e", two)
     other = tree(tmp_path / "e")
     held = responses(tmp_path / "d")
-    reading = first_reward(tmp_path / "d")  # as a run that is under way
+    reading = first_reward(tmp_path / "d")  # like a training run that has started
     result = merged(tmp_path / "d", tmp_path / "e")
     assert manifest_versions(tmp_path / "d") == [1, 2]
     assert responses(tmp_path / "d", version=1) == held
@@ -172,7 +172,7 @@ def test_the_old_version_still_opens(tmp_path: Path) -> None:
     assert result.counts["responses"] == 80
     assert result.counts["joined_groups"] == 20
     assert set(result.manifest.samplers) == {"s0", "s1"}
-    # Prompts count once in a joined group: 20 groups, 3 prompt tokens each.
+    # A joined group counts its prompt once: 20 groups with 3 prompt tokens each.
     added = sum(sizes["tokens"] for sizes in result.added.values())
     assert result.counts["tokens"] == result.before["tokens"] + added - 20 * 3
     step = result.manifest.lineage[-1]
@@ -181,7 +181,7 @@ def test_the_old_version_still_opens(tmp_path: Path) -> None:
     assert step.inputs[1]["lineage"][0]["stage"] == "import"
 
 
-def test_shards_that_nothing_joins_stay_the_files_they_are(tmp_path: Path) -> None:
+def test_shards_without_new_groups_stay_the_same_files(tmp_path: Path) -> None:
     before = import_rows(tmp_path / "d", id_rows(100), shard_bytes=1500)
     add_sidecars(tmp_path / "d")
     import_rows(tmp_path / "e", pair("g7", [1, 9, 3], 50))
@@ -198,7 +198,7 @@ def test_shards_that_nothing_joins_stay_the_files_they_are(tmp_path: Path) -> No
     validate(tmp_path / "d", lambda numbers, label: numbers)
 
 
-def test_a_dataset_that_outgrows_its_files_is_cut_anew(tmp_path: Path) -> None:
+def test_a_dataset_that_exceeds_shard_bytes_is_rewritten(tmp_path: Path) -> None:
     one, two = halves(100)
     import_rows(tmp_path / "d", one)
     import_rows(tmp_path / "e", two)
@@ -208,14 +208,15 @@ def test_a_dataset_that_outgrows_its_files_is_cut_anew(tmp_path: Path) -> None:
     assert list(responses(tmp_path / "d")) == list(responses(tmp_path / "e"))  # in hash order
 
 
-# ---- which groups are one ----
+# ---- which groups are joined ----
 
 
-def test_by_the_prompt_where_logs_made_up_their_ids(tmp_path: Path) -> None:
-    """Both logs number their groups 0, 1; E's 0 is D's 1, and E's 1 is a prompt that D lacks."""
+def test_match_prompt_for_logs_that_number_their_groups(tmp_path: Path) -> None:
+    """Both logs number their groups 0, 1. Group 0 of E has the prompt of D's group 1, and group 1
+    of E has a prompt that D does not have."""
     import_rows(tmp_path / "d", [*pair("0", [1, 2], 10), *pair("1", [1, 3], 20)])
     import_rows(tmp_path / "e", [*pair("0", [1, 3], 30), *pair("1", [1, 4], 40)])
-    with pytest.raises(DataError, match=r"one and the same prompt.*match: prompt"):
+    with pytest.raises(DataError, match=r"have the same prompt.*match: prompt"):
         merged(tmp_path / "d", tmp_path / "e")
     result = merged(tmp_path / "d", tmp_path / "e", match="prompt")
     found = responses(tmp_path / "d")
@@ -225,15 +226,14 @@ def test_by_the_prompt_where_logs_made_up_their_ids(tmp_path: Path) -> None:
     name, tokens = by_prompt[1, 4]
     assert tokens == [(40,), (41,)]
     assert name not in ("0", "1")
-    # The name is what an import without ids gives.
+    # The id is the one that an import without ids gives.
     import_rows(tmp_path / "f", pair("", [1, 4], 40), columns={"group_id": None})
     assert list(responses(tmp_path / "f")) == [name]
     assert result.counts["joined_groups"] == 1
 
 
 def test_groups_of_one_prompt_within_a_dataset_become_one(tmp_path: Path) -> None:
-    """One prompt sampled at two steps: by prompt it is one group, under the id that came first in
-    the dataset's order."""
+    """Two groups with one prompt become one group, with the id that is first in the dataset."""
     import_rows(tmp_path / "d", [*pair("a", [1], 10), *pair("b", [1], 20), *pair("c", [2], 5)])
     import_rows(tmp_path / "e", pair("z", [1], 30))
     first = next(name for name in responses(tmp_path / "d") if name in "ab")
@@ -243,9 +243,9 @@ def test_groups_of_one_prompt_within_a_dataset_become_one(tmp_path: Path) -> Non
     assert len(found[first]) == 6
 
 
-def test_a_shard_whose_group_goes_to_another_is_written_anew(tmp_path: Path) -> None:
-    """Two of D's groups have one prompt, in two shards, and nothing of E's joins either: both
-    shards change all the same, and the others do not."""
+def test_a_shard_whose_group_moves_to_another_shard_is_rewritten(tmp_path: Path) -> None:
+    """Two groups of D in different shards have one prompt, which E does not have: both shards are
+    rewritten, and so is the shard of E's group, but no other."""
     rows = id_rows(60)
     for entry in rows:
         entry["prompt_ids"] = [1, 99 if entry["group"] in ("g3", "g4") else int(entry["group"][1:])]
@@ -265,7 +265,7 @@ def test_a_shard_whose_group_goes_to_another_is_written_anew(tmp_path: Path) -> 
 
 
 def part_of(group_id: str, n_parts: int) -> int:
-    """The shard of a group, of so many."""
+    """The number of a group's shard among `n_parts` shards."""
     return text_key(group_id) * n_parts >> 64
 
 
@@ -273,7 +273,7 @@ def part_of(group_id: str, n_parts: int) -> int:
 
 
 def test_duplicates_kept_counted_dropped(tmp_path: Path) -> None:
-    """E's [10] is D's, with another reward; [12] is E's own; each is so in two groups."""
+    """In both groups, [10] of E is a duplicate of D's with another reward, and [12] is new."""
 
     def made(name: str) -> Path:
         folder = tmp_path / name
@@ -298,7 +298,11 @@ def test_duplicates_kept_counted_dropped(tmp_path: Path) -> None:
 
     every = [((10,), 0.0), ((11,), 0.0), ((10,), 1.0), ((12,), 1.0)]
     counts, found = run("keep")
-    assert (found, counts["duplicates"], counts["responses"]) == (every, 0, 8)  # nobody looked
+    assert (found, counts["duplicates"], counts["responses"]) == (
+        every,
+        0,
+        8,
+    )  # keep does not look for duplicates
     counts, found = run("count")
     assert (found, counts["duplicates"], counts["differing_rewards"]) == (every, 2, 2)
     counts, found = run("drop")
@@ -306,8 +310,8 @@ def test_duplicates_kept_counted_dropped(tmp_path: Path) -> None:
     assert (counts["duplicates"], counts["differing_rewards"], counts["responses"]) == (2, 2, 6)
 
 
-def test_dropping_is_idempotent_even_for_a_copy_that_has_more(tmp_path: Path) -> None:
-    """F holds E and more. Merging F after E adds the rest only."""
+def test_dropping_duplicates_of_a_dataset_that_was_merged_before(tmp_path: Path) -> None:
+    """F contains E and one more group. Merging F after E adds only that group."""
     one, two = halves(30)
     import_rows(tmp_path / "d", one)
     import_rows(tmp_path / "e", two)
@@ -320,7 +324,7 @@ def test_dropping_is_idempotent_even_for_a_copy_that_has_more(tmp_path: Path) ->
     assert twice == once
 
 
-def test_a_group_that_duplicates_leave_alone(tmp_path: Path) -> None:
+def test_a_single_response_left_after_dropping_duplicates(tmp_path: Path) -> None:
     import_rows(
         tmp_path / "d", [row("a", prompt=[1], tokens=[9]), row("a", prompt=[1], tokens=[9])]
     )
@@ -337,11 +341,11 @@ def test_a_group_that_duplicates_leave_alone(tmp_path: Path) -> None:
     assert result.counts["dropped_singletons"] == 1
 
 
-# ---- what only some responses have ----
+# ---- texts and ids that only some responses have ----
 
 
-def test_a_text_or_an_id_for_each_or_for_none(tmp_path: Path) -> None:
-    """As at import, and said."""
+def test_texts_and_ids_are_dropped_if_some_responses_have_none(tmp_path: Path) -> None:
+    """As at import; the number of such groups is reported."""
     columns = {"response": "text", "response_id": "id"}
     texts = [{"text": f"t{i}", "id": f"{i}"} for i in range(2)]
     rows = [r | t for r, t in zip(pair("a", [1], 10), texts, strict=True)]
@@ -368,11 +372,11 @@ def test_response_ids_that_clash(tmp_path: Path) -> None:
     assert read_groups(tmp_path / "d")[0].response_ids is None
 
 
-# ---- refusals ----
+# ---- invalid merges ----
 
 
 def change(root: Path, edit: Callable[[Manifest], dict[str, Any]]) -> None:
-    """Publish the next version with some fields changed."""
+    """Publish a next version with some fields of the manifest changed."""
 
     def build(newest: Manifest | None) -> Manifest:
         assert newest is not None
@@ -388,7 +392,7 @@ def two_datasets(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def refused(d: Path, e: Path, error: type[Exception], match: str, **options: Any) -> None:
-    """The merge ends with that error, and the folder is as it was."""
+    """Check that the merge raises `error` and leaves the folder unchanged."""
     before = tree(d)
     with pytest.raises(error, match=match):
         merged(d, e, **options)
@@ -399,7 +403,7 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     d, e = two_datasets(tmp_path)
     info = TokenizerInfo(name_or_path="t", fingerprint="1" * 64, vocab_size=100)
     change(d, lambda m: {"tokenizer": info})
-    refused(d, e, DataError, "does not say which it has")
+    refused(d, e, DataError, "records no tokenizer")
     change(e, lambda m: {"tokenizer": info.model_copy(update={"fingerprint": "2" * 64})})
     refused(d, e, IntegrityError, "222222222222")
     change(e, lambda m: {"tokenizer": info.model_copy(update={"name_or_path": "moved"})})
@@ -422,7 +426,9 @@ def test_a_reward_or_reference_that_one_side_lacks(tmp_path: Path) -> None:
     result = merged(d, e, incomplete="drop")
     assert [f.name for f in result.manifest.rewards] == ["reward"]
     assert len(result.manifest.references) == 1
-    assert result.left_out == ["reward length@2"] * 2  # D's, and E's of another configuration
+    assert (
+        result.left_out == ["reward length@2"] * 2
+    )  # that of D, and that of E with another configuration
     assert [f.name for f in load_manifest(d, 2).rewards] == ["reward", "length"]
 
 
@@ -433,10 +439,10 @@ def test_settings_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="shard_bytes is positive"):
         MergeConfig(dataset=str(d), add="e", shard_bytes=0)
     refused(d, tmp_path / "nowhere", DataError, "holds a manifest")
-    refused(d, d, DataError, "groups of its own")
+    refused(d, d, DataError, "files of its own")
 
 
-def test_a_damaged_file_is_not_taken_over(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     d, e = two_datasets(tmp_path)
     path = e / load_manifest(e).groups[0].path
     data = bytearray(path.read_bytes())
@@ -446,8 +452,7 @@ def test_a_damaged_file_is_not_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_list_of_another_length_than_its_group(tmp_path: Path) -> None:
-    """Token log-probs of a foreign program, one response short: picking would take the next
-    group's."""
+    """Token log-probs with one response too few: picking would read those of the next group."""
     d, e = two_datasets(tmp_path)
     for root in (d, e):
         add_sidecars(root)
@@ -464,10 +469,10 @@ def test_a_list_of_another_length_than_its_group(tmp_path: Path) -> None:
     refused(d, e, DataError, f"row 2, group '{groups[2].group_id}': ref_token_logprobs has one")
 
 
-# ---- two at once ----
+# ---- concurrent merges ----
 
 
-def test_two_at_once_are_refused(tmp_path: Path) -> None:
+def test_a_second_merge_at_the_same_time_is_refused(tmp_path: Path) -> None:
     d, e = two_datasets(tmp_path)
     handle = lock_folder(d)
     assert handle is not None
@@ -477,11 +482,11 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
         os.close(handle)
 
 
-def test_two_at_once_where_there_are_no_locks(
+def test_concurrent_merges_without_file_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one runs through while this one is about to write its second shard: this one takes
-    over the other's shards, finds its version published, and says to run again."""
+    """Another merge completes while this one is about to write its second shard. This one reuses
+    the other's shards, finds its version published, and raises an error."""
 
     def no_locks(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
@@ -511,11 +516,11 @@ def test_two_at_once_where_there_are_no_locks(
     validate(d, lambda numbers, label: numbers)
 
 
-def test_a_version_published_meanwhile_is_not_lost(
+def test_a_version_published_during_the_merge_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reward is added while groups are being joined: the merge says so, and works when run again
-    (here without that reward, which E lacks)."""
+    """A reward is published during the merge: the merge raises an error, and succeeds when it is
+    run again (here without that reward, which E does not have)."""
     d, e = two_datasets(tmp_path)
     merge_shards = stages._merged
 
@@ -531,8 +536,8 @@ def test_a_version_published_meanwhile_is_not_lost(
     assert merged(d, e, incomplete="drop").manifest.version == 3
 
 
-def test_a_sidecar_of_groups_that_were_merged_meanwhile(tmp_path: Path) -> None:
-    """Scored on version 1, published on top of version 2: refused, where it would be unreadable."""
+def test_a_sidecar_of_the_version_before_the_merge_is_refused(tmp_path: Path) -> None:
+    """A reward of the groups of version 1 cannot be published on version 2."""
     d, e = two_datasets(tmp_path)
     old = load_manifest(d).rewards[0]
     merged(d, e)
@@ -541,20 +546,20 @@ def test_a_sidecar_of_groups_that_were_merged_meanwhile(tmp_path: Path) -> None:
     assert manifest_versions(d) == [1, 2]
 
 
-# ---- the command, killed ----
+# ---- the killed command ----
 
 MOMENTS = (
-    ("store.spill:TableSpill.flush", 1),  # nothing is spilled
-    ("merging.rewrite:write_sidecar", 2),  # a shard's groups lie there, and one sidecar of two
-    ("merging.rewrite:TaskLog.commit", 1),  # all files of a shard, and no record
-    ("merging.rewrite:TaskLog.commit", 3),  # after two further shards
-    ("merging.stages:publish", 1),  # all shards, and no manifest
+    ("store.spill:TableSpill.flush", 1),  # before any row is spilled
+    ("merging.rewrite:write_sidecar", 2),  # after a shard's groups file and one of its two sidecars
+    ("merging.rewrite:TaskLog.commit", 1),  # after all files of a shard, before its record
+    ("merging.rewrite:TaskLog.commit", 3),  # after two more shards
+    ("merging.stages:publish", 1),  # after all shards, before the manifest
 )
 
 
 def test_the_command_killed_and_repeated(tmp_path: Path, server: ForkServer) -> None:
-    """Wherever it is killed, version 2 is what everybody sees, with the same responses; and the
-    same command goes on and makes the same bytes.
+    """Killed at any of these moments, the dataset stays at version 2 with the same responses, and
+    the same command continues and writes the same bytes.
     """
     one, two = halves(60)
     for name in ("d", "undisturbed"):
@@ -588,11 +593,11 @@ def test_the_command_killed_and_repeated(tmp_path: Path, server: ForkServer) -> 
     assert "merge: nothing to do" in server.run(argv)[1]
 
 
-def test_what_was_merged_trains_without_scoring_again(
+def test_a_merged_dataset_trains_without_scoring_again(
     tmp_path: Path, tiny_model_dir: Path, server: ForkServer
 ) -> None:
-    """Two samplers' logs, each scored by itself, then joined and compacted. The trainer compares
-    the reference with the policy that starts as it: a log-prob in another's place would stop it.
+    """The logs of two samplers are scored separately, merged and compacted. The trainer compares
+    the stored reference log-probs with the initial policy: a misplaced log-prob is an error.
     """
 
     def run(name: str, **flags: Any) -> str:

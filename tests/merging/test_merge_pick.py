@@ -1,4 +1,4 @@
-"""Picking responses out of columns, spilling rows, naming groups by their prompts."""
+"""Selection of responses from columns, spilling of rows, and group ids by prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gvpo_offline import contract
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import Fragment, prompt_key
-from gvpo_offline.merging.names import PromptNames
+from gvpo_offline.merging.names import PromptGroupIds
 from gvpo_offline.store.response_index import RESPONSE_AXIS, ResponseIndex, take_responses
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 from gvpo_offline.store.spill import TableSpill, leading_bits
@@ -23,8 +23,8 @@ COLUMNS = {c.name: c for c in (*GROUPS_COLUMNS, *REWARDS_COLUMNS, *REFERENCE_COL
 COMPONENTS = Column("components", pa.list_(pa.list_(pa.float64())), False, "(C, k)")
 
 
-def test_every_column_that_goes_through_the_responses_is_known() -> None:
-    """As the on-disk contract has it; a new column must say which it is."""
+def test_columns_over_responses_match_the_on_disk_contract() -> None:
+    """A new column over responses must be added to RESPONSE_AXIS and to the contract."""
     assert {n for n in RESPONSE_AXIS if n in COLUMNS} - {"components"} == contract._PER_RESPONSE - {
         "components"
     }
@@ -38,7 +38,7 @@ def make_table(rows: list[dict[str, Any]]) -> pa.Table:
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[list[tuple[int, int]]]]:
-    """Rows of responses, and groups of (row, item) pairs over them."""
+    """Rows of responses, and groups given as lists of (row, item) pairs."""
     sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     parts = draw(st.integers(1, 2))
     rows = []
@@ -62,7 +62,7 @@ def tables(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[list[tuple[int, 
 
 
 def expected(rows: list[dict[str, Any]], group: list[tuple[int, int]]) -> dict[str, Any]:
-    """The group, written out by hand."""
+    """The group, built item by item."""
     masked = any(rows[r]["loss_mask"] for r, _ in group)
     texts = [rows[r]["responses"] for r, _ in group]
     return {
@@ -87,7 +87,7 @@ def expected(rows: list[dict[str, Any]], group: list[tuple[int, int]]) -> dict[s
 
 @given(tables())
 @settings(deadline=None)
-def test_a_pick_is_what_indexing_row_by_row_gives(
+def test_take_responses_equals_indexing_row_by_row(
     drawn: tuple[list[dict[str, Any]], list[list[tuple[int, int]]]],
 ) -> None:
     rows, groups = drawn
@@ -103,8 +103,8 @@ def test_a_pick_is_what_indexing_row_by_row_gives(
     assert pa.concat_tables(pieces).to_pylist() == wanted
 
 
-def test_a_slice_of_a_column_is_read_where_it_lies() -> None:
-    """Arrow's slices share their parent's values: rows 1 and 2 of three."""
+def test_take_responses_from_a_sliced_table() -> None:
+    """Rows 1 and 2 of three; an Arrow slice shares the values of its parent."""
     rows = [{"group_id": f"g{n}", "rewards": [n + 0.0, n + 0.5]} for n in range(3)]
     table = make_table(rows).slice(1)
     index = ResponseIndex(
@@ -116,7 +116,7 @@ def test_a_slice_of_a_column_is_read_where_it_lies() -> None:
     ]
 
 
-def test_parts_that_differ_within_a_group_are_refused() -> None:
+def test_different_numbers_of_components_in_a_group_are_refused() -> None:
     rows = [{"group_id": "g", "components": [[0.5]] * (n + 1)} for n in range(2)]
     index = ResponseIndex(*(np.array(values, np.int64) for values in ([0], [2], [0, 1], [0, 0])))
     with pytest.raises(DataError, match=r"group 'g'.*same number of lists in components"):
@@ -128,7 +128,7 @@ def test_parts_that_differ_within_a_group_are_refused() -> None:
 
 @given(st.lists(st.integers(0, 2**64 - 1)), st.sampled_from([1, 2, 64]), st.booleans())
 @settings(deadline=None, max_examples=30)
-def test_buckets_in_order_are_all_rows_in_order_of_their_key(
+def test_buckets_hold_all_rows_in_order_of_their_keys(
     tmp_path_factory: pytest.TempPathFactory, keys: list[int], n_buckets: int, twice: bool
 ) -> None:
     schema = pa.schema([("key", pa.uint64()), ("name", pa.string()), ("n", pa.int32())])
@@ -160,12 +160,12 @@ def test_leading_bits() -> None:
     assert leading_bits(keys, 4).tolist() == [0, 1, 2, 3]
 
 
-# ---- names ----
+# ---- group ids by prompt ----
 
 
 def test_a_prompt_keeps_the_first_id(tmp_path: Path) -> None:
-    """And where that id is another prompt's, it is named as an import without ids names it."""
-    names = PromptNames(tmp_path / "names.sqlite")
+    """A prompt whose id belongs to another prompt gets the id that an import without ids gives."""
+    names = PromptGroupIds(tmp_path / "names.sqlite")
     one, two, three = (np.array(ids, np.int32) for ids in ([1, 2], [1, 3], [4]))
     assert names(["a", "b"], [one, two]) == ["a", "b"]
     third = prompt_key(Fragment(None, None, three, [], None, None, [], []))[:16]

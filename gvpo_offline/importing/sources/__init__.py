@@ -1,1 +1,1 @@
-"""Files to rows: where inputs lie, which bytes they are, what stands in them."""
+"""Inputs of an import: finds files and data sets, hashes their content, and reads their rows."""

@@ -1,4 +1,4 @@
-"""CSV files as sources of rows: a header line, then one row a record; every value is text."""
+"""CSV files as inputs: a header line, then one row per record; every value is text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gvpo_offline.importing.sources.rows import Row
 
 
 class CsvRows(Source):
-    """A CSV file in UTF-8. Rows are numbered from 0, without the header; ids stay as written.
+    """A CSV file in UTF-8. Rows are numbered from 0 after the header; values stay text.
 
     Raises:
-        DataError: it has no header.
+        DataError: the file has no header.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,15 +32,15 @@ class CsvRows(Source):
             with self.files[0].open(encoding="utf-8-sig", newline="") as file:
                 for number, record in enumerate(csv.DictReader(file, strict=True)):
                     if None in record or None in record.values():
-                        raise ValueError("another number of values than the header has")
+                        raise ValueError("the number of values differs from the header")
                     yield number, {k: v for k, v in record.items() if not columns or k in columns}
         except (csv.Error, ValueError) as error:
-            if isinstance(error, DataError):  # the consumer's own
+            if isinstance(error, DataError):  # raised by the caller that consumes the rows
                 raise
             raise DataError(
                 "a row of a CSV file in UTF-8 has a value for each column of the header",
                 received=str(error),
-                remedy="correct the row; a value with commas or line breaks stands in quotes",
+                remedy="correct the row; quote a value that contains commas or line breaks",
                 file=self.label,
                 row=number,
             ) from error

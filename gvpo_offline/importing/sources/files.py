@@ -1,6 +1,7 @@
-"""The inputs of an import: naming their content by hash, streaming their rows.
+"""The inputs of an import: hashes of their content, and streams of their rows.
 
-Every input is read from front to back in pieces of bounded size, whatever its own size.
+Every input is read sequentially in batches of bounded size, so memory use does not depend on its
+length.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ _REPORT_LINES = 256
 
 
 class Source(ABC):
-    """One input.
+    """An input of an import: a file, or a data set of `datasets`.
 
     Attributes:
-        label: the input as the user knows it, for messages.
-        name: what it is called without folder and suffix: the default sampler.
-        size: its length in bytes, as progress counts it.
-        text_bytes: about how many bytes of plain rows it holds.
-        columns: its columns, or None where each row names its own.
-        floats: those of them that hold floating-point numbers, or None likewise.
+        label: the input as the user named it, for messages.
+        name: name without folder and suffix; the default name of the sampler.
+        size: length in bytes, in the unit of the progress bar.
+        text_bytes: approximate length of the rows in bytes, uncompressed.
+        columns: names of the columns, or None if each row names its own.
+        floats: names of the columns with floating-point numbers, or None if `columns` is None.
     """
 
     def __init__(self, label: str, name: str, files: Sequence[Path]) -> None:
@@ -75,18 +76,22 @@ class Source(ABC):
         return digests[0] if len(digests) == 1 else sha256_json(digests)
 
     def check_unchanged(self) -> None:
-        """Raise DataError if the input was written to since it was found."""
+        """Raise DataError if a file of the input has changed since it was opened."""
         if self._stat() != self._stamp:
             raise DataError(
                 "an input does not change while it is imported",
-                received="another size or time of change than at the start",
-                remedy="wait until its writer is done and import again",
+                received="a size or modification time that differs from the start",
+                remedy="wait until the program that writes it ends, then import again",
                 file=self.label,
             )
 
     @abstractmethod
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
-        """Row numbers and rows, with at least those of `columns` (None: all) that exist.
+        """Yield row numbers and rows, with at least the columns of `columns` that exist.
+
+        Args:
+            columns: names of columns; None: all.
+            advance: called with the number of bytes read, for the progress bar.
 
         Raises:
             DataError: a row cannot be parsed.
@@ -95,7 +100,7 @@ class Source(ABC):
 
 
 class JsonLines(Source):
-    """A file of JSON objects, one a line, perhaps compressed with gzip."""
+    """A file of JSON objects, one per line, optionally compressed with gzip."""
 
     def __init__(self, label: str, name: str, path: Path) -> None:
         super().__init__(label, name, [path])
@@ -103,7 +108,7 @@ class JsonLines(Source):
         self.text_bytes = self.size * (_GZIP_FACTOR if self._gzip else 1)
 
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
-        """See `Source.rows`. Blank lines are no rows, but count in the numbering."""
+        """See `Source.rows`. Blank lines are skipped, but the numbering counts them."""
         with self.files[0].open("rb") as raw:
             read = reported = 0
             for number, line in self._lines(raw):
@@ -124,7 +129,7 @@ class JsonLines(Source):
                 yield number, line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise IntegrityError(
-                "a .gz file is whole",
+                "a .gz file is complete",
                 received=str(error),
                 remedy="copy or compress the file again",
                 file=self.label,
@@ -139,8 +144,8 @@ class JsonLines(Source):
             raise DataError(
                 "each line is one JSON object in UTF-8",
                 received=f"{error}, in the line {line[:80]!r}",
-                remedy="correct or remove the line; a file that is one JSON array has to be "
-                "written with one element per line",
+                remedy="correct or remove the line; if the file is one JSON array, write one "
+                "element per line",
                 file=self.label,
                 row=number,
             ) from error
@@ -177,7 +182,7 @@ class ParquetRows(Source):
 
     def _open(self) -> pq.ParquetFile:
         try:
-            # Buffered, so that a row group of any size is decoded page by page.
+            # With a buffer, a row group of any size is decoded page by page.
             return pq.ParquetFile(
                 self.files[0], page_checksum_verification=True, buffer_size=1 << 20
             )
@@ -186,7 +191,7 @@ class ParquetRows(Source):
 
     def _damaged(self, error: Exception, row: int | None) -> IntegrityError:
         return IntegrityError(
-            "an input with this suffix is a whole Parquet file",
+            "an input with this suffix is a complete Parquet file",
             received=str(error),
             remedy="copy or write the file again",
             file=self.label,
@@ -211,7 +216,7 @@ class ParquetRows(Source):
                     break
                 if wanted:
                     yield from _batch_rows(batch, done)
-                else:  # nothing that is asked for: let the format say so
+                else:  # none of the requested columns exists: the format raises the error
                     yield from ((done + i, {}) for i in range(batch.num_rows))
                 done += batch.num_rows
                 advance(self.size * batch.num_rows // max(1, self.n_rows))
@@ -225,13 +230,13 @@ class DatasetRows(Source):
         super().__init__(label, name, files)
         self._describe(dataset.data.schema)
         self._dataset = dataset
-        # In memory, with an index over its rows or cut to a slice, the files are not the data set.
+        # The files are not the data set if it is in memory, has row indices, or is a slice.
         self._direct = whole and bool(files) and dataset._indices is None
         if not self._direct:
             self.size = self.text_bytes = int(dataset.data.nbytes)
 
     def sha256(self, advance: Advance) -> str:
-        """SHA-256 of the Arrow files, or the data set's own fingerprint where it has none."""
+        """SHA-256 of the Arrow files, or of the data set's fingerprint if it has no files."""
         if self._direct:
             return super().sha256(advance)
         advance(self.size)
@@ -262,13 +267,13 @@ class DatasetRows(Source):
                 yield from table[start : start + _REPORT_LINES].combine_chunks().to_batches()
             return
         for path in self.files:
-            # Not memory-mapped: mapped pages count as ours.
+            # Not memory-mapped: mapped pages would count as memory of this process.
             try:
                 with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
                     yield from reader
             except (OSError, pa.ArrowException) as error:
                 raise IntegrityError(
-                    "the Arrow files of a saved data set are whole",
+                    "the Arrow files of a saved data set are complete",
                     received=str(error),
                     remedy="save the data set again",
                     file=path,

@@ -1,4 +1,4 @@
-"""Finding inputs: files, globs, folders that `datasets` saved, data sets of the hub."""
+"""Opens inputs: files, globs, folders saved by `datasets`, and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _HUB_PREFIX = "hf:"
 
 
 def find_sources(inputs: Sequence[str] | str, *, csv: bool = False) -> list[Source]:
-    """The inputs that paths, globs and hub names stand for, in order; one file is read once.
+    """Open the inputs that paths, globs and hub names refer to, in order, each file once.
 
     Args:
-        inputs: which.
-        csv: whether CSV files will do, whose values are all text.
+        inputs: paths, globs, and hub names (hf:name, hf:name:split).
+        csv: whether CSV files are accepted; all of their values are text.
 
     Raises:
-        DataError: a path or glob that matches nothing.
-        ConfigError: an input of a kind that is not read here.
-        IntegrityError: a Parquet file whose footer cannot be read.
+        DataError: a path or glob matches nothing.
+        ConfigError: an input has an unsupported type.
+        IntegrityError: the footer of a Parquet file cannot be read.
     """
     sources: list[Source] = []
     seen: set[str] = set()
@@ -71,7 +71,7 @@ def _open_path(path: Path) -> Source:
     if path.suffix in _PARQUET_SUFFIXES:
         return ParquetRows(str(path), path.stem, path)
     raise ConfigError(
-        "an input is JSON lines (.jsonl, .ndjson, .json, each perhaps with .gz), Parquet "
+        "an input is JSON lines (.jsonl, .ndjson, .json, optionally .gz), Parquet "
         "(.parquet, .pq), or a folder saved by `datasets`",
         received=path.name,
         remedy="convert or rename the file, or narrow the pattern",
@@ -82,9 +82,9 @@ def _open_path(path: Path) -> Source:
 def _saved(path: Path) -> Source:
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raise ConfigError(
-            "a folder among the inputs was saved by `datasets` (save_to_disk)",
+            "an input that is a folder was saved by `datasets` (save_to_disk)",
             received="a folder without state.json or dataset_dict.json",
-            remedy=f"name the files in it, as in {path}/*.parquet",
+            remedy=f"pass the files in it instead, for example {path}/*.parquet",
             file=path,
         )
     import datasets
@@ -95,37 +95,37 @@ def _saved(path: Path) -> Source:
         if isinstance(error, ConfigError):
             raise
         raise IntegrityError(
-            "a saved data set is whole", received=str(error), file=path, remedy="save it again"
+            "a saved data set is complete", received=str(error), file=path, remedy="save it again"
         ) from error
 
 
 def _hub(pattern: str) -> Source:
-    """`hf:name` or `hf:name:split`: a data set of the hub, or a folder that `datasets` can
-    build."""
+    """Open `hf:name` or `hf:name:split`: a data set of the hub, or a folder that `datasets`
+    loads."""
     import datasets
 
     name, _, split = pattern.removeprefix(_HUB_PREFIX).partition(":")
     try:
         loaded = datasets.load_dataset(name, split=split or None)
-    except Exception as error:  # the hub client's exceptions are many and share no base
+    except Exception as error:  # the hub client's exceptions share no base class
         raise ConfigError(
             "hf:name or hf:name:split names a data set that `datasets` can load",
             received=f"{pattern} ({type(error).__name__}: {str(error).splitlines()[0]})",
-            remedy="correct the name, log in to the hub, or download the files and name those",
+            remedy="correct the name, log in to the hub, or download the files and use their paths",
         ) from error
     dataset = _one_split(loaded, pattern)
     return DatasetRows(pattern, Path(name).name, dataset, whole="[" not in split)
 
 
-def _one_split(loaded: Any, place: Any) -> Dataset:
+def _one_split(loaded: Any, label: Any) -> Dataset:
     if not isinstance(loaded, dict):
         return loaded
     if len(loaded) != 1:
         raise ConfigError(
             "an input is one split of a data set",
             received=f"the splits {', '.join(loaded)}",
-            remedy="name one: a sub-folder of a saved data set, or hf:name:split",
-            file=place,
+            remedy="choose one: a sub-folder of a saved data set, or hf:name:split",
+            file=label,
         )
     dataset: Dataset = next(iter(loaded.values()))
     return dataset

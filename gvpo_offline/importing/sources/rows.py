@@ -1,4 +1,4 @@
-"""A row of an input: its number, and its values by column."""
+"""Types of the rows of an input: a row is its number and its values by column name."""
 
 from __future__ import annotations
 
