@@ -184,7 +184,7 @@ def test_what_is_no_log_of_trl(tmp_path: Path) -> None:
     refused(jsonl, "trl", ConfigError, "Set reward_weights to the reward columns", tmp_path / "o")
     bare = tmp_path / "bare.parquet"
     pq.write_table(pa.table({"step": [1], "prompt": ["p"], "completion": ["c"]}), bare)
-    refused(bare, "trl", DataError, "a column of floating-point numbers", tmp_path / "o")
+    refused(bare, "trl", DataError, "one column of floating-point numbers", tmp_path / "o")
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"prompt": ["p"], "reward": [1.0]}), other)
     error = refused(other, "trl", DataError, "no step, completion among", tmp_path / "o")
