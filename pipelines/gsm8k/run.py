@@ -61,7 +61,7 @@ class StageRunner:
             print(f"== {name}\n$ {' '.join(argv)}", flush=True)
             started = time.perf_counter()
             if subprocess.run(argv, check=False).returncode:
-                sys.exit(f"stage {name} failed; fix the error and run this again")
+                sys.exit(f"stage {name} failed; fix the error and run again")
             done = {**doing, "seconds": round(time.perf_counter() - started, 1)}
             record.parent.mkdir(parents=True, exist_ok=True)
             partial = record.with_suffix(".partial")

@@ -51,7 +51,7 @@ def gvpo(command: str, **flags: Any) -> None:
         argv += [f"--{name}", str(value)]
     print(f"\n$ gvpo-offline {' '.join(argv[3:])}", flush=True)
     if subprocess.run(argv, check=False).returncode:
-        sys.exit(f"{command} failed; fix the error and run this again")
+        sys.exit(f"{command} failed; fix the error and run again")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -90,7 +90,7 @@ def gvpo(command: str, **flags: Any) -> None:
     argv = [command, "--config", str(HERE / f"{command}.yaml"), *given]
     print("$ gvpo-offline " + " ".join(argv), flush=True)
     if subprocess.run([sys.executable, "-m", "gvpo_offline.cli", *argv], check=False).returncode:
-        sys.exit(f"gvpo-offline {command} failed; fix the error and run this again")
+        sys.exit(f"gvpo-offline {command} failed; fix the error and run again")
 
 
 if __name__ == "__main__":
