@@ -1,1 +1,1 @@
-"""OpenAI-compatible servers, for whoever has something to ask them: samplers, judges."""
+"""Client of OpenAI-compatible servers, and parsing of OpenAI requests and responses."""

@@ -1,4 +1,4 @@
-"""What must be the same for a run to be continued: data, objective, model, optimization.
+"""The settings that a resumed run must share: data, objective, model, optimization.
 
 Not the number of ranks, nor the budget of a micro-batch: they move sums by their rounding only.
 
