@@ -1,9 +1,8 @@
 """The settings that a resumed run must share: data, objective, model, optimization.
 
-Not the number of ranks, nor the budget of a micro-batch: they move sums by their rounding only.
-
-A setting that a later version of the package or of PEFT adds refuses no older checkpoint: see
-`gvpo_offline.identity` and `adapter_defaults`.
+The number of ranks and the token budget of a micro-batch are not part of it: they only change the
+rounding of sums. Settings that a later version of the package or of PEFT adds do not invalidate
+older checkpoints: see `gvpo_offline.identity` and `adapter_defaults`.
 """
 
 from __future__ import annotations
