@@ -1,14 +1,14 @@
-"""Memory of a training step by the length of its responses, up to 32k tokens.
+"""Memory of a training step by response length, up to 32k tokens.
 
     python benchmarks/long.py [--lengths 4096 8192 16384 32768] [--recompute every none]
 
 Each length is measured in a process of its own: a Qwen3-like model of 4 layers of width 256 with a
-vocabulary of 32k, float32, one group of two responses, one response a piece, `kept_logits_mb` 0.
-What counts is the most memory of the process above what it held before the step, weights and
-gradients included there.
+vocabulary of 32k, float32, one group of two responses, one response per piece, `kept_logits_mb` 0.
+The figure is the peak memory of the process minus its memory before the step, which includes
+weights and gradients.
 
-Prints a table, and as its last line one JSON object: for each way of keeping activations the
-megabytes by length, and kilobytes a token between neighbouring lengths.
+Prints a table, and as its last line one JSON object: for each setting of activation recomputation
+the megabytes by length, and kilobytes per token between consecutive lengths.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SIZES = {
     "max_position_embeddings": 40_960,
 }
 _MB = 2**20
-# Freed tensors go back to the system at once, so that what is resident is what is in use.
+# Freed memory is returned to the system at once, so that resident memory is memory in use.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def measure(length: int, recompute: str) -> dict[str, float]:
-    """Megabytes above the process before the step, and its CPU seconds; meant for a fresh one."""
+    """Peak memory of a step in MB above that before it, and CPU seconds; needs a new process."""
     import numpy as np
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -67,7 +67,7 @@ def measure(length: int, recompute: str) -> dict[str, float]:
     def step(n: int) -> None:
         engine.accumulate(model, [group(n)], torch.var, torch.Tensor.backward)
 
-    step(16)  # gradients are there, kernels are loaded
+    step(16)  # allocates gradients, loads kernels
     before, started = _resident(), time.process_time()
     step(length)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -89,7 +89,7 @@ def _in_a_process(length: int, recompute: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure every length each way, in the order given."""
+    """Measure every length with each setting, in the order given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--recompute", nargs="+", choices=["every", "none"], default=["every"])

@@ -1,19 +1,20 @@
-"""What an optimizer step of every loss costs, beside one of GVPO.
+"""The cost of an optimizer step of every loss, compared with GVPO.
 
     make bench-losses
 
-One run of GVPOTrainer on a Qwen3-like model of 10M parameters, in float32, with AdamW. Every step
-has the same 4 groups of 8 responses, of 60 to 140 tokens, and its own loss: GVPO's in every other
-step, the others by turns in between. A loss's step is compared with the mean of GVPO's steps just
-before and after it, in CPU seconds, which other processes of the machine disturb less than wall
-seconds; of these ratios the median counts. A step is forward, loss with its metrics, backward,
-clipping and the optimizer; reading data is left out.
+One run of GVPOTrainer on a Qwen3-like model of 10M parameters, in float32, with AdamW. All steps
+use the same 4 groups of 8 responses of 60 to 140 tokens. Every other step has the GVPO loss, and
+the steps in between alternate between the other losses. A step of a loss is compared with the mean
+of the GVPO steps before and after it, in CPU seconds, which depend less on other processes than
+wall seconds; the figure is the median of these ratios. A step consists of forward, loss with
+metrics, backward, clipping and optimizer, without reading data.
 
-Also: the loss and its gradient in the log-probs alone, microseconds a group, by turns too.
+Also measured: the loss and its gradient with respect to the log-probs alone, in microseconds per
+group, likewise alternating.
 
-Prints a table, and as its last line one JSON object: by loss the `ratio` to GVPO's step, its
-standard `error`, the `wall_ratio`, and the microseconds a group alone, in calls of 4 and of 64
-groups; `worst`, the largest ratio; `gvpo_step_cpu_seconds`.
+Prints a table, and as its last line one JSON object: by loss the `ratio` to the GVPO step, its
+standard `error`, the `wall_ratio`, and the microseconds per group of the loss alone, in calls with
+4 and with 64 groups; `worst`, the largest ratio; `gvpo_step_cpu_seconds`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Groups are made up as the tests make them.
+# The synthetic groups are those of the tests.
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
@@ -46,7 +47,7 @@ from gvpo_offline.train.objective import Objective
 BASELINES = LOSS_TYPES[1:]
 BETA = 0.1
 GROUPS, RESPONSES, PROMPT = 4, 8, 32
-MANY_GROUPS = 64  # of one call, where what a call costs is shared by many
+MANY_GROUPS = 64  # groups of a call whose fixed cost is shared by many groups
 RATIOS = ("ratio", "error", "wall_ratio")
 SHORTEST, LONGEST = 60, 140
 SIZES = {
@@ -63,50 +64,50 @@ SIZES = {
 
 
 class Seconds(NamedTuple):
-    """What something took: CPU seconds of all threads, and wall seconds."""
+    """CPU seconds of all threads, and wall seconds."""
 
     cpu: float
     wall: float
 
     @classmethod
     def now(cls) -> Seconds:
-        """The two clocks."""
+        """The current values of both clocks."""
         return cls(time.process_time(), time.perf_counter())
 
     def since(self, start: Seconds) -> Seconds:
-        """From `start` to here."""
+        """The difference to an earlier value."""
         return Seconds(self.cpu - start.cpu, self.wall - start.wall)
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every optimizer step, data already at hand."""
+    """Seconds of every optimizer step, without reading data."""
 
     def __init__(self) -> None:
         self.steps: list[Seconds] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The clock starts."""
+        """Start the clock."""
         self._start = Seconds.now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """The clock stops."""
+        """Stop the clock."""
         self.steps.append(Seconds.now().since(self._start))
 
 
 class TurnsTrainer(GVPOTrainer):
-    """GVPOTrainer with a loss of its own for each step."""
+    """GVPOTrainer with a separate loss for each step."""
 
     turns: tuple[str, ...]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The step of the loss whose turn it is."""
+        """A training step with the loss of this step."""
         loss_type = self.turns[self.state.global_step]
         self._objective = replace(self._objective, loss_type=loss_type)
         return super().training_step(*args, **kwargs)
 
 
 def made_up(number: int) -> Group:
-    """A group whose reference and samplers are about as sure as a model of random weights."""
+    """A synthetic group with log-probs similar to those of a model with random weights."""
     rng = np.random.default_rng(number)
     lengths = rng.integers(SHORTEST, LONGEST + 1, RESPONSES)
     vocab_size = SIZES["vocab_size"]
@@ -125,7 +126,7 @@ def made_up(number: int) -> Group:
 
 
 def step_seconds(groups: list[Group], rounds: int, folder: Path) -> dict[str, list[list[Seconds]]]:
-    """By loss, for each round its step and GVPO's steps just before and after."""
+    """By loss and round: seconds of its step and of the GVPO steps before and after it."""
     order = ("gvpo", *(name for loss in BASELINES for name in (loss, "gvpo")))
     warm_up = 2
     turns = (*("gvpo",) * warm_up, *order * rounds)
@@ -140,7 +141,7 @@ def step_seconds(groups: list[Group], rounds: int, folder: Path) -> dict[str, li
         beta=BETA,
         groups_per_step=len(groups),
         max_steps=len(turns),
-        read_ahead=0,  # or its thread's seconds would be some step's
+        read_ahead=0,  # the seconds of a reading thread would count for a step
         use_cpu=True,
         report_to="none",
         save_strategy="no",
@@ -159,7 +160,7 @@ def step_seconds(groups: list[Group], rounds: int, folder: Path) -> dict[str, li
 
 
 def alone_seconds(groups: list[Group], rounds: int) -> dict[str, float]:
-    """By loss the CPU seconds of one call on these groups and of its gradient, median of rounds."""
+    """By loss: CPU seconds of one call on the groups with its gradient, median over rounds."""
     rng = np.random.default_rng(0)
     ref = np.concatenate([g.ref_seq_logprobs for g in groups if g.ref_seq_logprobs is not None])
     logprobs = torch.from_numpy(ref + rng.normal(0.0, 1.0, len(ref))).requires_grad_()
@@ -176,7 +177,7 @@ def alone_seconds(groups: list[Group], rounds: int) -> dict[str, float]:
 
 
 def median_with_error(values: list[float]) -> tuple[float, float]:
-    """The median, and its standard error: 1.25 times the mean's, from the interquartile range."""
+    """The median, and its standard error: 1.2533 times that of the mean, from the quartiles."""
     if len(values) < 2:
         return values[0], 0.0
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -186,7 +187,7 @@ def median_with_error(values: list[float]) -> tuple[float, float]:
 def figures_of(
     steps: dict[str, list[list[Seconds]]], alone: dict[int, dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """By loss what is printed of it; GVPO has no ratio to itself."""
+    """The figures by loss; GVPO has no ratio."""
     found: dict[str, dict[str, float]] = {}
     for loss in LOSS_TYPES:
         figures = {}
@@ -201,8 +202,8 @@ def figures_of(
 
 
 def show(found: dict[str, dict[str, float]]) -> None:
-    """The table."""
-    print("\n| loss | a step / gvpo's | ± | in wall seconds | alone, µs a group of 4 | of 64 |")
+    """Print the table."""
+    print("\n| loss | step / gvpo step | ± | in wall seconds | alone, µs per group of 4 | of 64 |")
     print("| --- | --- | --- | --- | --- | --- |")
     for loss, row in found.items():
         ratios = [f"{row[name]:.3f}" if name in row else "" for name in RATIOS]
@@ -212,7 +213,7 @@ def show(found: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="What a step of every loss costs.")
+    parser = argparse.ArgumentParser(description="The cost of a step of every loss.")
     parser.add_argument("--rounds", type=int, default=8)
     rounds = parser.parse_args().rounds
     groups = [made_up(number) for number in range(MANY_GROUPS)]
@@ -220,7 +221,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gvpo-losses-") as folder:
         steps = step_seconds(groups[:GROUPS], rounds, Path(folder))
     gvpo = statistics.median(s.cpu for rows in steps.values() for _, *two in rows for s in two)
-    print(f"a step of gvpo: {gvpo:.2f} CPU s, {torch.get_num_threads()} thread(s); {rounds} rounds")
+    print(f"gvpo step: {gvpo:.2f} CPU s, {torch.get_num_threads()} thread(s); {rounds} rounds")
     found = figures_of(steps, alone)
     show(found)
     worst = max(row["ratio"] for row in found.values() if "ratio" in row)

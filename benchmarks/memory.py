@@ -2,18 +2,16 @@
 
     make bench-memory
 
-Each stage runs as the command that a user would give, in a process of its own, and reports the most
-memory that the process ever held (ru_maxrss). Shards and row groups are of one size at both scales,
-and small, so that ten times the data is ten times the files and not larger ones. What a stage holds
-that grows with the data would show: at 10x the log is several times larger than the room that a
-stage takes beyond its libraries.
+Each stage runs as a command in a process of its own and reports the peak memory of that process
+(ru_maxrss). Shards and row groups have the same small size at both scales, so ten times the data
+means ten times as many files, not larger ones. Memory that grows with the data would be visible: at
+10x the log is several times larger than the memory of a stage without its libraries.
 
-The few MB that are left between the scales come from the room that readers may fill: up to 32 open
-files with their footers, and shards that are half to wholly full.
+The remaining difference of a few MB between the scales comes from bounded buffers: up to 32 open
+files with their footers, and shards that are between half full and full.
 
 Prints a table, and as its last line one JSON object: for each stage `mb_1x`, `mb_10x` and `growth`,
-the ratio of the two; `mb_base` is what the stage takes for a handful of groups, which is what its
-libraries take.
+the ratio of the two; `mb_base` is the memory for 100 groups, mostly that of the libraries.
 """
 
 from __future__ import annotations
@@ -37,13 +35,13 @@ SCALES = ("base", "1x", "10x")
 STAGES = ("import", "reference", "train")
 SAMPLERS = ("older", "other", "hot", "person")
 RESPONSE_WORDS = 1_000
-MAX_LENGTH = 160  # tokens, a word each: what is cut is read, stored as text, and not computed on
+MAX_LENGTH = 160  # tokens (words): the rest is read and stored as text, but not computed on
 SHARD_BYTES = 8 * 2**20
 ROWS_PER_ROW_GROUP = 64
 _MB = 2**20
 
 
-# ---- the parent: data in, table out; loads neither torch nor pyarrow ----
+# ---- the parent process, which imports neither torch nor pyarrow ----
 
 
 def words() -> list[str]:
@@ -76,7 +74,7 @@ def write_log(path: Path, n_groups: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows(n_groups):
             buffer.append(json.dumps(row) + "\n")
-            if len(buffer) > 2_000:  # responses to one prompt lie far apart
+            if len(buffer) > 2_000:  # separates the responses to one prompt
                 index = rng.randrange(len(buffer))
                 buffer[index], buffer[-1] = buffer[-1], buffer[index]
                 file.write(buffer.pop())
@@ -122,7 +120,7 @@ def command_of(stage: str, folder: Path, scale: str) -> list[str]:
 
 
 def run_stage(stage: str, folder: Path, scale: str) -> tuple[float, float]:
-    """One stage in its own process: its peak memory in MB and its seconds."""
+    """Run a stage in a process of its own; returns its peak memory in MB and its seconds."""
     started = time.perf_counter()
     arguments = [sys.executable, __file__, "--child", *command_of(stage, folder, scale)]
     done = subprocess.run(arguments, capture_output=True, text=True)
@@ -132,7 +130,7 @@ def run_stage(stage: str, folder: Path, scale: str) -> tuple[float, float]:
 
 
 def measure(folder: Path, n_groups: int) -> dict[str, dict[str, float]]:
-    """Run everything at both scales, and print the table as it fills."""
+    """Run all stages at all scales; prints the table line by line."""
     command = [sys.executable, __file__, "--make-model", str(folder / "model")]
     subprocess.run(command, check=True, capture_output=True)
     results: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
@@ -155,11 +153,11 @@ def measure(folder: Path, n_groups: int) -> dict[str, dict[str, float]]:
     return results
 
 
-# ---- the children ----
+# ---- the child processes ----
 
 
 def make_model(folder: Path) -> None:
-    """A one-layer policy and a tokenizer with a token per word."""
+    """Save a one-layer policy and a word-level tokenizer."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from support.tiny_policy import make_word_model
 
@@ -168,7 +166,7 @@ def make_model(folder: Path) -> None:
 
 
 def peak_mb() -> float:
-    """The most memory that this process has held, in MB."""
+    """The peak memory of this process, in MB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MB
 

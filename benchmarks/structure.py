@@ -1,10 +1,10 @@
-"""The size of the package's rooms, and the modules that one training step executes.
+"""Lines of code per folder of the package, and the modules that one training step executes.
 
     python benchmarks/structure.py
 
-Counts lines by room, then trains a tiny model for one optimizer step through the command line and
-records every function of the package that is called: from the command to the first update, and
-within `training_step` alone. The last line is one JSON object.
+Counts lines by top-level folder ("room"), then trains a tiny model for one optimizer step with the
+command line and records the modules of the package whose functions are called: from the command to
+the first update, and within `training_step`. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gvpo_offline"
-# A policy of a few thousand weights and eight groups of four responses.
+# Eight groups of four responses.
 LOG_ROWS: list[dict[str, Any]] = [
     {"prompt": f"question {i}", "response": f"answer {j} {j * i}", "reward": j / 3}
     for i in range(8)
@@ -31,7 +31,7 @@ LOG_ROWS: list[dict[str, Any]] = [
 
 
 def lines_by_room() -> dict[str, int]:
-    """Lines of Python of each folder of the package; a lone module counts as a room."""
+    """Lines of Python per top-level folder or module of the package."""
     lines: Counter[str] = Counter()
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).parts[0]
@@ -40,7 +40,7 @@ def lines_by_room() -> dict[str, int]:
 
 
 class Calls:
-    """Modules of the package whose functions are called, in all and within `training_step`."""
+    """A profiler: modules whose functions are called, in total and within `training_step`."""
 
     def __init__(self) -> None:
         self.all: set[str] = set()
@@ -62,7 +62,7 @@ class Calls:
 
 
 def prepare(folder: Path) -> None:
-    """A dataset, imported and scored, and a model beside it."""
+    """Make a model, import a dataset and compute its reference log-probs."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.tiny_policy import make_word_model
 

@@ -1,4 +1,4 @@
-"""Attempts at commands, each a fork of this process, and what they did that was done already."""
+"""Attempts at commands, each a fork of this process, and counts of the work they repeated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _POLL_S = 0.002
 
 
 def load_everything() -> None:
-    """Import what the commands would import, which takes seconds; starts no thread."""
+    """Import the modules of all commands, which takes seconds, without starting a thread."""
     import jsonargparse  # noqa: F401
     import openai  # noqa: F401
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
@@ -44,7 +44,7 @@ def load_everything() -> None:
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a child; status 1, and a traceback, if it raises."""
+    """Run `work` in a child process; exit status 1 and a traceback if it raises."""
     pid = os.fork()
     if pid:
         return pid
@@ -63,11 +63,11 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def wait_for(pid: int, end: float | None = None) -> int:
-    """A child's exit status, minus the signal's number if it was killed.
+    """Wait for a child; returns its exit status, or minus the signal number if it was killed.
 
     Args:
         pid: the child.
-        end: when to kill it (time.monotonic()); None: never.
+        end: the time.monotonic() at which to kill it; None: never.
     """
     while True:
         done, status = os.waitpid(pid, os.WNOHANG if end is not None else 0)
@@ -83,31 +83,31 @@ def wait_for(pid: int, end: float | None = None) -> int:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A command at work.
+    """A running command.
 
     Attributes:
-        pid: its process.
-        log: the file with what it printed.
+        pid: its process id.
+        log: the file with its output.
     """
 
     pid: int
     log: Path
 
     def output(self) -> str:
-        """What it printed."""
+        """The output so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 class Attempts:
-    """Starts attempts, and knows when each began what.
+    """Starts attempts and records when each began which task.
 
     Args:
-        folder: where logs go.
+        folder: the folder for logs.
 
     Attributes:
-        requests: the server's log.
+        requests: the log of the server.
         repeated: tasks that an attempt began after they had been committed.
-        asked_again: requests by attempts that began after their task had been committed.
+        asked_again: requests of attempts that started after their task had been committed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,11 +119,11 @@ class Attempts:
 
     @property
     def n_started(self) -> int:
-        """How many there were."""
+        """The number of attempts."""
         return len(self._started)
 
     def start(self, argv: list[str], root: Path) -> Attempt:
-        """Begin `gvpo-offline argv` with `root` as the working folder."""
+        """Start `gvpo-offline argv` with `root` as the working folder."""
         name = f"attempt-{len(self._started)}"
         log = self.folder / f"{name}.log"
         self._started[name] = time.time_ns()
@@ -142,7 +142,7 @@ class Attempts:
         return Attempt(fork(work), log)
 
     def count_repeats(self, root: Path) -> None:
-        """Add to `repeated` and `asked_again` what happened in a line's folder, and forget it."""
+        """Update `repeated` and `asked_again` from the logs, which are then emptied."""
         committed = {
             (path.parent.name, path.stem): path.stat().st_ctime_ns  # when the record was linked
             for path in root.glob("*/commits/*/*.json")
@@ -160,7 +160,7 @@ class Attempts:
 
 
 def _read(log: Path) -> list[Any]:
-    """The lines of a log, which is then empty."""
+    """Read the lines of a log and empty it."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     if lines:
         os.truncate(log, 0)
@@ -168,7 +168,7 @@ def _read(log: Path) -> list[Any]:
 
 
 def _note_begins(log: Path, name: str) -> None:
-    """Have this process write down when it begins to work on which task of an engine's stage."""
+    """Make this process log the start of each task of a stage with workers."""
     from gvpo_offline.reference.score import _ReferenceStage
     from gvpo_offline.rewards.stage import RewardStage
     from gvpo_offline.sampling.stage import SampleStage
@@ -187,7 +187,7 @@ def _note_begins(log: Path, name: str) -> None:
 
 
 def audit(data: Path, found: Path) -> None:
-    """Validate a dataset, and write down how many responses are too few or too many."""
+    """Validate a dataset, and write the number of missing or extra responses to `found`."""
     import pyarrow.parquet as pq
 
     from gvpo_offline.store.manifest import load_manifest

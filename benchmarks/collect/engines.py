@@ -1,8 +1,8 @@
-"""What an engine adds to the work: the time that its workers wait between two tasks.
+"""The overhead of a worker engine: the idle time of its workers between two tasks.
 
-Each task says when it began and ended; a worker's pauses between its tasks hold everything that is
-not work: handing out, answering, the commit with its flushes to disk, the progress bar. Starting
-workers is apart: it is done once however much work there is.
+Each task records when it began and ended. The pauses of a worker between tasks contain everything
+that is not work: dispatch, result, the commit with its fsync, the progress bar. The start of the
+workers is measured separately, since it does not depend on the amount of work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N_TASKS, TASK_S = 60, 0.2
 
 
 class Waiting:
-    """Tasks that take `TASK_S` seconds and no processor, so that other programs do not count."""
+    """Tasks that sleep `TASK_S` seconds: their duration does not depend on the load."""
 
     name = "waiting-0123"
     unit = "tasks"
@@ -35,14 +35,14 @@ class Waiting:
         self.root = root
 
     def tasks(self) -> Sequence[Task]:
-        """All of one size."""
+        """`N_TASKS` tasks of equal size."""
         return [Task(f"{number:05d}", 1) for number in range(N_TASKS)]
 
     def start(self) -> None:
         """Nothing to load."""
 
     def work(self, task: Task) -> TaskRecord:
-        """Wait, and say in nanoseconds when, and in which process."""
+        """Sleep; records process id, begin and end in nanoseconds."""
         begin = time.time_ns()
         time.sleep(TASK_S)
         counts = {"process": os.getpid(), "begin": begin, "end": time.time_ns()}
@@ -50,7 +50,7 @@ class Waiting:
 
 
 def overhead(records: Sequence[TaskRecord]) -> float:
-    """Pauses of all workers as a share of their work."""
+    """The pauses of all workers divided by their work."""
     by_worker: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for record in records:
         counts = record.counts
@@ -64,7 +64,7 @@ def overhead(records: Sequence[TaskRecord]) -> float:
 
 
 def measure(engine: str, workers: int) -> dict[str, float]:
-    """Overhead of an engine, and the seconds until its first task began."""
+    """The overhead of an engine, and the seconds until its first task began."""
     with tempfile.TemporaryDirectory(prefix="gvpo-offline-engines-") as folder:
         started = time.time_ns()
         settings = WorkerSettings(engine=engine, workers=workers, show_progress=False)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def measure(engine: str, workers: int) -> dict[str, float]:
 
 
 def run() -> dict[str, Any]:
-    """Both engines with two workers, and this process alone."""
+    """Both engines with two workers, and the local engine with one."""
     found = {
         "local": measure("local", 2),
         "ray": measure("ray", 2),

@@ -1,10 +1,9 @@
-"""The evidence for collecting: killed at random, timed against the obvious, measured as it grows.
+"""Run the benchmarks of sampling, rewards and the worker engines one after the other.
 
     make bench-collect
 
-Runs each file beside this one that measures something, one after the other, each in a process of
-its own, prints what each found, and all of it as one JSON object on the last line. README.md says
-what each figure is.
+Runs each benchmark of this folder in a process of its own, prints its figures, and all figures as
+one JSON object on the last line. README.md defines the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ PARTS = ("storm", "sampling", "scoring", "engines", "growth")
 
 
 def measure(part: str, arguments: list[str]) -> dict[str, Any]:
-    """What one of the files found: the JSON object on its last line."""
+    """Run one benchmark; returns the JSON object on its last line."""
     command = [sys.executable, str(HERE / f"{part}.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -34,7 +33,7 @@ def measure(part: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all parts, or some."""
+    """Run all benchmarks, or those of --only."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--kills", type=int, default=100)

@@ -1,8 +1,8 @@
 """Peak memory of `gvpo-offline sample` at 1x and 10x the prompts, each in a process of its own.
 
-Making the dataset of what was sampled has buffers of fixed sizes (32 MB of rows, buckets of 16 MB,
-row groups of 256 groups). Rows are large here, so that 1x fills them: what is more at 10x grows
-with the data. `base` is a handful of prompts: the libraries.
+Writing the dataset from samples uses buffers of fixed sizes (32 MB of rows, buckets of 16 MB, row
+groups of 256 groups). Rows are large here, so that 1x fills the buffers, and additional memory at
+10x would grow with the data. `base` has 20 prompts and measures the memory of the libraries.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from parts import make_model, words, write_jsonl
 
 PROMPTS_1X, PROMPTS_BASE = 1_000, 20
-NOTE_BYTES = 40_000  # of what is kept beside a prompt of 30 tokens
+NOTE_BYTES = 40_000  # of metadata per prompt; a prompt has 30 tokens
 
 
 def write_prompts(path: Path, n: int) -> Path:
-    """`n` prompts, each with a note that becomes metadata: 40 MB at 1x, 400 MB at 10x."""
+    """Write `n` prompts, each with a note that becomes metadata: 40 MB at 1x, 400 MB at 10x."""
     rng, vocabulary = random.Random(0), words()
     pages = [" ".join(rng.choices(vocabulary, k=NOTE_BYTES // 40)) for _ in range(500)]
 
@@ -36,7 +36,7 @@ def write_prompts(path: Path, n: int) -> Path:
 
 
 def peak_mb(folder: Path, n: int) -> float:
-    """The most memory that sampling held, in MB."""
+    """Peak memory of sampling, in MB."""
     sampler = {
         "kind": "transformers",
         "model_name_or_path": str(folder / "model"),
@@ -56,7 +56,7 @@ def peak_mb(folder: Path, n: int) -> float:
 
 
 def run() -> dict[str, Any]:
-    """Both peaks, what the libraries alone take, and the ratio."""
+    """Peak memory at all scales, and the ratio of 10x to 1x."""
     with tempfile.TemporaryDirectory(prefix="gvpo-offline-growth-") as name:
         folder = Path(name)
         make_model(folder / "model")
@@ -71,7 +71,7 @@ def run() -> dict[str, Any]:
 
 
 def child(arguments: list[str]) -> int:
-    """One command of `gvpo-offline`, then this process's peak memory in MB."""
+    """Run a command of `gvpo-offline`, then print the peak memory of this process in MB."""
     from gvpo_offline.cli import main
 
     status = main(arguments)

@@ -1,4 +1,4 @@
-"""The commands of the storm, from prompts to scored groups, and what their dataset has to hold."""
+"""The sequence of commands of the kill test, its inputs, and the expected responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parts import make_model, write_jsonl
 from scripted import answer_of
 
 N_PROMPTS, N_LOGGED, PER_TASK = 24, 16, 4
-KEY = "STORM_KEY"  # the environment variable with the name of an attempt, sent as the server's key
+KEY = "STORM_KEY"  # environment variable with the attempt's name, which is sent as the API key
 REWARDS = '''"""A reward in TRL's signature."""
 
 
@@ -22,17 +22,17 @@ def brevity(completions, **columns):
 
 
 def prompt_of(number: int) -> str:
-    """A sum; prompts from `N_LOGGED // 2` on are both sampled and logged."""
+    """Prompt `number`: a sum."""
     return f"what is {number} + {3 * number % 7} ?" + " be brief" * (number % 3)
 
 
 def answer(number: int) -> str:
-    """What is right."""
+    """The right answer to prompt `number`."""
     return str(number + 3 * number % 7)
 
 
 def logged_rows() -> list[dict[str, Any]]:
-    """A log of three responses to each of `N_LOGGED` prompts; half of them are not sampled."""
+    """A log of three responses to each of `N_LOGGED` prompts, half of which are also sampled."""
     first = N_PROMPTS - N_LOGGED // 2
     return [
         {
@@ -48,7 +48,7 @@ def logged_rows() -> list[dict[str, Any]]:
 
 
 def expected_responses() -> Counter[tuple[str, str]]:
-    """How many responses there have to be, by prompt and sampler."""
+    """The expected number of responses by prompt and sampler."""
     found = Counter((row["prompt"], row["sampler"]) for row in logged_rows())
     for number in range(N_PROMPTS):
         found.update({(prompt_of(number), sampler): 2 for sampler in ("model", "served")})
@@ -57,7 +57,7 @@ def expected_responses() -> Counter[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the line: what to call it, and its arguments after `gvpo-offline`."""
+    """One command of the sequence: its name, and its arguments after `gvpo-offline`."""
 
     name: str
     argv: list[str]
@@ -72,7 +72,7 @@ def _stage(name: str, command: str, /, **settings: Any) -> Stage:
 
 
 def make_inputs(folder: Path) -> None:
-    """Prompts, log, reward function and model, all in `folder`."""
+    """Write prompts, log, reward function and model into `folder`."""
     rows = [{"prompt": prompt_of(i), "answer": answer(i)} for i in range(N_PROMPTS)]
     write_jsonl(folder / "prompts.jsonl", rows)
     write_jsonl(folder / "log.jsonl", logged_rows())
@@ -81,7 +81,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def stages(folder: Path, url: str) -> list[Stage]:
-    """The line; each command reads and writes below the working folder it is run in."""
+    """The sequence of commands; each reads and writes below its working folder."""
     model, data = str(folder / "model"), {"dataset": "data"}
     samplers = {
         "model": {

@@ -1,4 +1,4 @@
-"""What the benchmarks of collecting share: a tokenizer with a token a word, and a tiny model."""
+"""A tiny model with a word-level tokenizer, shared by the benchmarks of this folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def words() -> list[str]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """One JSON value a line."""
+    """Write rows as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
 def make_model(folder: Path) -> Path:
-    """A two-layer Qwen3 of seeded random weights, width 32, and its tokenizer."""
+    """Save a two-layer Qwen3 of width 32 with seeded random weights, and its tokenizer."""
     from transformers import logging
 
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))

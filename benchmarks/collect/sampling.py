@@ -1,12 +1,13 @@
-"""Responses a second of sampling in this process, against a loop over `model.generate`.
+"""Responses per second of local sampling, compared with a loop over `model.generate`.
 
     .venv/bin/python benchmarks/collect/sampling.py
 
-The loop takes the prompts in their order, as many as fill the same batch with their k responses,
-and pads them on the right. The model is random, so that lengths can be chosen: in `spread` one
-token in 50 ends a response, in `full` none does and all are cut at 256 tokens. One thread, CPU
-seconds. Prints, also as one JSON object on its last line, responses a second of both, and
-`sample_speedup_vs_generate`, their ratio where lengths spread; `sample_speedup_full` likewise.
+The loop takes prompts in order, as many as fill the same batch size with their k responses, and
+pads them on the right. The model has random weights, so that the lengths can be controlled: in
+`spread` one token in 50 ends a response; in `full` no token does, and all responses have 256
+tokens. One thread, CPU seconds. Prints responses per second of both, `sample_speedup_vs_generate`
+(their ratio in `spread`) and `sample_speedup_full` (their ratio in `full`); the last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FULL = [VOCAB]  # none of the tokens
 
 
 def make_model() -> Any:
-    """A Qwen3 of random weights."""
+    """A Qwen3 with random weights."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=VOCAB,
@@ -55,7 +56,7 @@ def make_prompts() -> list[np.ndarray[Any, np.dtype[np.int32]]]:
 
 
 def by_generate(model: Any, prompts: list[Any], ends: list[int]) -> int:
-    """The loop; returns how many responses it gave."""
+    """Sample with the loop over `generate`; returns the number of responses."""
     given = 0
     for start in range(0, len(prompts), BATCH // K):
         piece = prompts[start : start + BATCH // K]
@@ -81,7 +82,7 @@ def by_generate(model: Any, prompts: list[Any], ends: list[int]) -> int:
 
 
 def by_decoder(model: Any, prompts: list[Any], ends: list[int]) -> int:
-    """The sampler's own loop, likewise."""
+    """Sample with the package's decoder; returns the number of responses."""
     rules = DecodingRules(transformers.LogitsProcessorList(), False, frozenset(ends), MAX_NEW)
     decoder = Decoder(model, rules, batch_size=BATCH, max_batch_tokens=1 << 20)
     completions = [Completion(p, seed=K * i + j) for i, p in enumerate(prompts) for j in range(K)]
@@ -89,7 +90,7 @@ def by_decoder(model: Any, prompts: list[Any], ends: list[int]) -> int:
 
 
 def rate(work: Callable[[], int]) -> float:
-    """Responses a CPU second."""
+    """Responses per CPU second."""
     started = time.process_time()
     given = work()
     return given / (time.process_time() - started)

@@ -1,8 +1,9 @@
-"""Rewards a second of math-verify with two workers against one, through `gvpo-offline reward`.
+"""math-verify rewards per second of `gvpo-offline reward` with two workers, compared with one.
 
-The responses are grade-school solutions in the style of gsm8k: three to six worked lines, then a
-marked answer that is right or not. The time is that of the whole command, workers' start included;
-the runs take turns, and each figure is of the fastest of its runs: other programs only slow it.
+The responses are grade-school solutions in the style of gsm8k: three to six lines of calculation,
+then a marked answer that is right or wrong. The time is that of the whole command with the start of
+the workers. The runs alternate, and each figure is the fastest run, since other programs can only
+slow a run down.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ N_GROUPS, K, N_FILES, TURNS = 1_500, 8, 16, 4
 
 
 def solution(rng: random.Random, number: int) -> dict[str, Any]:
-    """A row: a question, a solution that may go wrong, and the gold answer."""
+    """A row: a solution whose answer may be wrong, and the gold answer."""
     price, count = number % 97 + 3, rng.randrange(2, 12)
     lines, total = [], price
     for name in ("apples", "boxes", "dollars", "days", "miles", "eggs")[: rng.randrange(3, 7)]:
@@ -41,7 +42,7 @@ def solution(rng: random.Random, number: int) -> dict[str, Any]:
 
 
 def make_dataset(folder: Path) -> Path:
-    """`N_GROUPS` groups of `K` solutions in some `N_FILES` files."""
+    """Import `N_GROUPS` groups of `K` solutions into about `N_FILES` files."""
     rng, rows = random.Random(0), []
     for number in range(N_GROUPS):
         gold = solution(rng, number)["answer"]
@@ -63,7 +64,7 @@ def make_dataset(folder: Path) -> Path:
 
 
 def seconds(dataset: Path, name: str, workers: int) -> float:
-    """How long the reward takes."""
+    """Wall seconds of the reward command."""
     scorers = {"right": {"kind": "math", "column": "answer", "pattern": "A: *(.*)"}}
     started = time.perf_counter()
     config = RewardConfig(str(dataset), name=name, scorers=scorers)
@@ -72,7 +73,7 @@ def seconds(dataset: Path, name: str, workers: int) -> float:
 
 
 def run() -> dict[str, Any]:
-    """Rewards a second of both, and their ratio."""
+    """Rewards per second with one and two workers, and their ratio."""
     with tempfile.TemporaryDirectory(prefix="gvpo-offline-rewards-") as folder:
         dataset = make_dataset(Path(folder))
         taken: dict[int, list[float]] = {1: [], 2: []}

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that answers at once, by rule, and writes down who asked for what."""
+"""An OpenAI-compatible server with deterministic answers, which logs all requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DELAY_S = 0.004
 
 
 def answer_of(prompt: str, seed: int) -> str:
-    """The response to `what is A + B ?`: the sum, or for every other seed a number beside it."""
+    """The response to `what is A + B ?`: the sum, or for about half of the seeds the sum + 1."""
     words = prompt.split()
     total = int(words[2]) + int(words[4])
     digest = hashlib.sha256(f"{prompt} {seed}".encode()).digest()
@@ -23,10 +23,10 @@ def answer_of(prompt: str, seed: int) -> str:
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Listens on a free port of loopback from the moment it is made.
+    """Listens on a free port of the loopback interface.
 
     Args:
-        log: a line for each request goes here: time (ns), the caller's key, the prompt.
+        log: file for one line per request: time (ns), API key, prompt.
     """
 
     request_queue_size = 128
@@ -38,7 +38,7 @@ class ScriptedServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A caller that was killed is no error."""
+        """Ignore connections closed by clients that were killed."""
 
 
 class _Handler(BaseHTTPRequestHandler):

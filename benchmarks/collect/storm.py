@@ -1,24 +1,24 @@
-"""Every stage of collecting, killed at random moments, two attempts of it at a time.
+"""Kill test: all stages are killed at random moments, with two concurrent attempts.
 
     python benchmarks/collect/storm.py --kills 100
 
-The line of commands in `line.py` is run undisturbed once. Then it is run again, and again, in
-folders of their own, until so many attempts were killed (SIGKILL). A stage is attacked by pairs of
-attempts that begin at the same moment, each killed after a random part of `LIFE` of the
-time that the stage takes undisturbed; it is then run to its end. Prints one JSON object:
+The sequence of commands in `line.py` is run once without interruption. Then it is run repeatedly,
+each time in a new folder, until the given number of attempts were killed (SIGKILL). For each stage,
+pairs of attempts start at the same time, and each is killed after a random time of at most `LIFE`
+times the duration of the stage; then the stage is run to completion. Prints one JSON object:
 
-- `kills`, and `kills_by_stage`; `attempts`; `lines`, how often the whole line was run;
-  `seconds_by_stage`, undisturbed;
-- `bad_shards`: files that a manifest or a commit record names and that were not what it says,
-  looked for after every pair of attempts; `views` is how often;
-- `differing_datasets`: lines whose last manifest, or a file that it names, is not byte for byte the
-  undisturbed one's;
-- `lost_or_doubled`: responses too few or too many, by prompt and sampler, against the inputs;
+- `kills` and `kills_by_stage`; `attempts`; `lines`, the number of runs of the whole sequence;
+  `seconds_by_stage` of the uninterrupted run;
+- `bad_shards`: files that differ from their entry in a manifest or a commit record, checked after
+  every pair of attempts; `views` is the number of checks;
+- `differing_datasets`: runs whose final manifest, or a file that it lists, differs from that of the
+  uninterrupted run;
+- `lost_or_doubled`: missing or duplicate responses by prompt and sampler, compared with the inputs;
 - `repeated`: tasks that an attempt began after they had been committed; `asked_again`: requests to
-  the server by attempts that began after the response was committed.
+  the server of attempts that started after the response had been committed.
 
-Attempts are forks of this process, which has imported everything and started no thread: an attempt
-is at work within milliseconds, as if it were a command in a shell.
+Attempts are forks of this process, which has imported all modules and started no thread, so an
+attempt starts within milliseconds.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from attempts import Attempts, audit, fork, load_everything, wait_for
 from line import Stage, make_inputs, stages
 from scripted import ScriptedServer
 
-KILLS_PER_STAGE = 5  # of one line; then it is run to its end
-LIFE = 0.7  # of the time that a stage takes undisturbed, at most
-# What the second of two attempts may say: it found the first at work.
+KILLS_PER_STAGE = 5  # in one run of the sequence; then the stage is run to completion
+LIFE = 0.7  # maximum life of an attempt, as a share of the duration of the stage
+# Messages of an attempt that found the other one at work.
 _TURNED_AWAY = ("another process", "no other version while", "finds itself")
 
 
 @dataclass
 class Storm:
-    """What happened so far.
+    """The state and the counts of the test.
 
     Attributes:
-        folder: of inputs, logs and lines.
+        folder: folder of inputs, logs and runs.
         attempts: starts commands.
-        line: the commands.
-        seconds: what each takes undisturbed, by name.
+        line: the sequence of commands.
+        seconds: duration of each command without interruption, by name.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class Storm:
     lines: int = 0
 
     def undisturbed(self) -> None:
-        """Run the line once, and take the time of each stage."""
+        """Run the sequence once without interruption, and record the duration of each stage."""
         root = self._root("whole")
         for stage in self.line:
             started = time.monotonic()
@@ -79,7 +79,7 @@ class Storm:
         self._audit(root)
 
     def run(self, kills: int) -> None:
-        """Run lines until at least `kills` attempts were killed, each line to its end."""
+        """Run complete sequences until at least `kills` attempts were killed."""
         while self.kills.total() < kills:
             root = self._root(f"line-{self.lines:03d}")
             for stage in self.line:
@@ -96,7 +96,7 @@ class Storm:
         return root
 
     def _attack(self, stage: Stage, root: Path, wanted: int) -> None:
-        """Pairs of attempts until `wanted` were killed, or one of them got to the end."""
+        """Start pairs of attempts until `wanted` were killed, or one of them finished."""
         before = self.kills.total()
         while self.kills.total() - before < wanted:
             started = [self.attempts.start(stage.argv, root) for _ in range(2)]
@@ -108,7 +108,9 @@ class Storm:
                 if statuses[-1] == -signal.SIGKILL:
                     self.kills[stage.name] += 1
                 elif statuses[-1] and not any(s in attempt.output() for s in _TURNED_AWAY):
-                    raise RuntimeError(f"{stage.name} failed of itself:\n{attempt.output()}")
+                    raise RuntimeError(
+                        f"{stage.name} failed without being killed:\n{attempt.output()}"
+                    )
             self._look(root)
             if 0 in statuses:
                 return
@@ -120,7 +122,7 @@ class Storm:
         self._look(root)
 
     def _look(self, root: Path) -> None:
-        """Hold every file that a reader can come to against what is said of it."""
+        """Compare every file that a manifest or commit record lists with its entry."""
         from gvpo_offline.errors import GVPOError
         from gvpo_offline.store.commit import read_record, verify_file
         from gvpo_offline.store.manifest import load_manifest, manifest_versions
@@ -149,7 +151,7 @@ class Storm:
         self.attempts.count_repeats(root)
 
     def result(self) -> dict[str, Any]:
-        """The figures of the module's docstring."""
+        """The figures described in the module docstring."""
         return {
             "kills": self.kills.total(),
             "bad_shards": len(self.bad),
@@ -166,14 +168,14 @@ class Storm:
 
 
 def files_of(manifest: Any) -> dict[str, Any]:
-    """Every file that a manifest names, by path."""
+    """All file entries of a manifest, by path."""
     families = [family.files for family in (*manifest.rewards, *manifest.references)]
     sidecars = [sidecar.file for files in families for sidecar in files]
     return {entry.path: entry for entry in (*manifest.groups, *sidecars)}
 
 
 def content(root: Path) -> dict[str, bytes]:
-    """The newest manifest of the line's dataset, and the files that it names."""
+    """The bytes of the newest manifest of a run's dataset, and of the files that it lists."""
     from gvpo_offline.store.manifest import load_manifest, manifest_path, manifest_versions
 
     data = root / "data"
@@ -183,7 +185,7 @@ def content(root: Path) -> dict[str, bytes]:
 
 
 def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Make the inputs, start the server, and run the storm."""
+    """Make the inputs, start the server, and run the test."""
     load_everything()
     wait_or_fail(fork(lambda: make_inputs(folder)))
     attempts = Attempts(folder)
@@ -200,13 +202,13 @@ def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 def wait_or_fail(pid: int) -> None:
-    """Wait for a child that has to succeed."""
+    """Wait for a child; raise RuntimeError if it failed."""
     if status := wait_for(pid):
         raise RuntimeError(f"a child ended with status {status}")
 
 
 def main() -> None:
-    """Run the storm and print what came of it."""
+    """Run the test and print its figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

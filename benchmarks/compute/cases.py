@@ -1,6 +1,6 @@
-"""What is measured: model shapes, groups, and the goals.
+"""The cases of the benchmark: model shapes, groups, and goals.
 
-Imported by the parent and by both sides, one of which has no gvpo_offline: nothing but NumPy here.
+Imported by the parent and both worker processes; TRL's has no gvpo_offline, so only NumPy is used.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 BETA = 0.1  # reward per nat, on both sides
 EOS = 1
-FIRST_WORD = 2  # 0 pads, 1 ends
-# Log-normal lengths of mean 1 and a spread as sampled responses have it. The seeds are those whose
-# draws give the padded and unique token counts that the goals were set with.
+FIRST_WORD = 2  # 0 is the padding token, 1 the end token
+# Log-normal lengths with mean 1 and the spread of sampled responses. The seeds reproduce the
+# numbers of padded and unique tokens for which the goals were set.
 _SPREAD = 0.5
 _SEEDS = {16: 4073}
 _DEFAULT_SEED = 7
@@ -24,7 +24,7 @@ _DEFAULT_SEED = 7
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder of transformers' Qwen3 (per-head norms) or Qwen2 (biases) kind; widths in units."""
+    """Shape of a decoder; `kind` is "qwen3" (per-head norms) or "qwen2" (biases)."""
 
     name: str
     kind: str
@@ -50,9 +50,9 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Case:
-    """One group under one model: prompt of P tokens, k responses of `response` tokens on average.
+    """One group and one model: a prompt of P tokens, k responses of `response` tokens on average.
 
-    `goal` is the speed-up over TRL that must be reached; None where none was set.
+    `goal` is the required speed-up over TRL, or None.
     """
 
     shape: ModelShape
@@ -68,7 +68,7 @@ class Case:
         return f"{self.prompt}/{self.response}/{self.k}"
 
     def to_json(self) -> dict[str, Any]:
-        """For the way to another process."""
+        """As JSON values, for another process."""
         return asdict(self)
 
     @classmethod
@@ -85,12 +85,12 @@ class Case:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens of one row per response, all as long as the longest."""
+        """Tokens of a batch with one row per response, padded to the longest."""
         return self.k * (self.prompt + max(self.response_lengths))
 
     @property
     def unique_tokens(self) -> int:
-        """Tokens that anything is predicted from: the prompt once, responses less their last."""
+        """Tokens that predict another one: the prompt once, and each response without its last."""
         return self.prompt + sum(self.response_lengths) - self.k
 
 
@@ -100,9 +100,9 @@ class GroupData:
 
     Attributes:
         prompt: (P,) int32.
-        responses: k arrays of (T_i,) int32 that end with `EOS` and share no beginning by design.
+        responses: k arrays of (T_i,) int32 that end with `EOS`; random, without a shared prefix.
         rewards: (k,) float64 in [0, 1), all different.
-        ref_logprobs: (k,) float64, nats: about what a model of random weights gives.
+        ref_logprobs: (k,) float64, nats: similar to those of a model with random weights.
     """
 
     prompt: npt.NDArray[np.int32]
@@ -112,7 +112,7 @@ class GroupData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of it, to be compared between processes."""
+        """SHA-256 of all arrays, to compare processes."""
         found = hashlib.sha256()
         for ids in (self.prompt, *self.responses):
             found.update(ids.tobytes())
@@ -122,7 +122,7 @@ class GroupData:
 
 
 def make_group(case: Case) -> GroupData:
-    """The group of `case`: the same in every process."""
+    """The group of `case`, the same in every process."""
     rng = np.random.default_rng([case.prompt, case.response, case.k])
     vocab_size, lengths = case.shape.vocab_size, case.response_lengths
 

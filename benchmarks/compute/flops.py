@@ -1,6 +1,6 @@
-"""Floating-point operations: the least that a group needs, what was done, and how fast they go.
+"""Floating-point operations: the minimum for a group, the counted ones, and their speed.
 
-A product of (m, n) by (n, p) is 2 m n p operations; nothing but matrix products is counted.
+A product of (m, n) by (n, p) has 2 m n p operations; only matrix products are counted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 _HEAD_ROWS = 512
 
-# Dense bfloat16 operations a second, from the vendor's data sheets; the longest name that the
-# device's name contains counts.
+# Dense bfloat16 operations per second, from the vendor's data sheets. The longest key that occurs
+# in the device's name is used.
 _PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -31,11 +31,11 @@ _PEAK_FLOPS = {
 
 
 def minimum_flops(case: Case, *, backward: bool = True) -> float:
-    """Least operations of a step: every unique token once through each decoder product, attention
-    over visible pairs only, the head once for each hidden row that predicts something.
+    """Minimum of operations of a step: every unique token once through each decoder product,
+    attention over visible pairs only, the head once per predicting hidden row.
 
-    The backward pass costs twice the forward (gradients of inputs and of weights), without the
-    weights' half where the weights are frozen. An adapter's own products are left out.
+    The backward pass costs twice the forward (gradients of inputs and of weights), or once if the
+    weights are frozen. The products of an adapter are not counted.
     """
     shape, lengths = case.shape, case.response_lengths
     trained = 3.0 if shape.lora_rank == 0 else 2.0
@@ -50,15 +50,15 @@ def minimum_flops(case: Case, *, backward: bool = True) -> float:
 
 
 def predicting_rows(case: Case) -> int:
-    """Hidden rows that predict a response token: the prompt's last, shared, and all responses'
-    but each one's last."""
+    """Hidden rows that predict a response token: the last of the prompt, and all rows of the
+    responses except the last of each."""
     return 1 + sum(case.response_lengths) - case.k
 
 
 def counted_flops(step: Callable[[], object]) -> float:
-    """Operations that PyTorch's counter sees in `step`; causal attention counts visible pairs.
+    """Operations of `step` by PyTorch's counter; causal attention counts visible pairs.
 
-    The counter itself knows neither the CPU's flash attention nor causality.
+    The counter has no formula for the CPU's flash attention, which is therefore given here.
     """
     aten = torch.ops.aten
     forward, backward = (
@@ -75,7 +75,7 @@ def counted_flops(step: Callable[[], object]) -> float:
 def _flash_flops(
     query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any
 ) -> int:
-    """Two products over the pairs that are computed: scores, and scores by values."""
+    """Two products over the computed pairs: queries by keys, and scores by values."""
     batch, heads, rows, dim = query
     columns = key[2]
     pairs = rows * (rows + 1) // 2 if causal else rows * columns
@@ -85,16 +85,16 @@ def _flash_flops(
 def _flash_backward_flops(
     grad: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, *options: Any, **_: Any
 ) -> int:
-    """Five products: the scores once more, and the gradients, as PyTorch counts other kernels."""
+    """Five products: recomputed scores and four gradients, as PyTorch counts other kernels."""
     return _flash_flops(query, key, value, *options) * 5 // 2
 
 
 def matmul_seconds(case: Case, device: str) -> dict[str, float]:
-    """Time of plain matrix products of the model's own sizes, the decoder's and the head's, each
-    with both products of its backward.
+    """Time of plain matrix products with the sizes of decoder and head, each with the two products
+    of its backward pass.
 
     Returns:
-        wall and cpu seconds, and the flops they were for.
+        wall and CPU seconds, and the number of operations.
     """
     shape = case.shape
     dtype = getattr(torch, shape.dtype)
@@ -115,7 +115,7 @@ def matmul_seconds(case: Case, device: str) -> dict[str, float]:
 def _product_seconds(
     rows: int, n_in: int, n_out: int, dtype: torch.dtype, device: str
 ) -> tuple[float, float]:
-    """Wall and CPU seconds of one product and its two gradients, the second time it is done."""
+    """Wall and CPU seconds of a product and its two gradients, after one warm-up."""
     inputs = torch.randn(rows, n_in, dtype=dtype, device=device)
     weight = torch.randn(n_out, n_in, dtype=dtype, device=device)
     outputs = torch.empty(rows, n_out, dtype=dtype, device=device)
@@ -138,6 +138,6 @@ def _wait(device: str) -> None:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The data sheet's dense bfloat16 rate of a device; None where the table does not have it."""
+    """The dense bfloat16 rate of a device from its data sheet; None if it is not in the table."""
     names = [name for name in _PEAK_FLOPS if name in device_name]
     return _PEAK_FLOPS[max(names, key=len)] if names else None

@@ -1,6 +1,6 @@
-"""Our side: the package's own path from a group to gradients, log-probs and optimizer steps.
+"""Our side: gradients, log-probs and optimizer steps of a group with this package.
 
-What the package computes with stands here and nowhere else in the benchmark.
+Other files of the benchmark do not use the package.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from gvpo_offline.losses import gvpo_loss
 from gvpo_offline.store.arrow import groups_to_table, list_array
 from gvpo_offline.stream.plan import cut_group, shape_of
 
-_WHOLE = 1 << 20  # tokens: every group of a case fits
-_LARGER = 2  # a large group has so many times the budget's tokens, if a response fits
+_WHOLE = 1 << 20  # token budget that every group of a case fits into
+_LARGER = 2  # tokens of a large group / token budget, if its longest response fits
 
 
 class Ours:
-    """The package on one case."""
+    """Measurements of this package on one case."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._model: Any = None
 
     def load(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Build the model; returns what both sides must agree on, and why the case is left out."""
+        """Build the model; returns the hashes to compare, and a reason to skip the case or None."""
         self._case = Case.from_json(case)
         made = make_group(self._case)
         self._group = as_group(made)
-        self._model = None  # room for the next
+        self._model = None  # frees memory
         self._model = build_model(
             self._case.shape, self._device, checkpointing=self._case.checkpointing
         )
@@ -61,7 +61,7 @@ class Ours:
         }
 
     def step(self) -> dict[str, Any]:
-        """Loss and gradients of the group once."""
+        """One forward and backward pass of the group's loss."""
         self._model.zero_grad(set_to_none=True)
         found: dict[str, Any] = measure(self._backward, self._device)
         self._model.zero_grad(set_to_none=True)
@@ -79,8 +79,8 @@ class Ours:
         return {**found, "logprob_sum": float(sums[0].sum())}
 
     def large_group(self, repeats: int = 2) -> dict[str, float] | None:
-        """Time and peak memory of the group in pieces over those of one pass; None if it cannot be
-        cut.
+        """Time and peak memory of the group in pieces, divided by those of one pass; None if it
+        cannot be split.
 
         The budget is half of the group's tokens, or the prompt and its longest response.
         """
@@ -103,18 +103,18 @@ class Ours:
         }
 
     def flops(self) -> float:
-        """Operations of one step, counted."""
+        """Counted operations of one step."""
         found = counted_flops(self._backward)
         self._model.zero_grad(set_to_none=True)
         return found
 
     def matmul(self) -> dict[str, float]:
-        """Plain matrix products of the case's sizes."""
+        """Times of plain matrix products with the sizes of the case."""
         return matmul_seconds(self._case, self._device)
 
     def errors(self) -> dict[str, float]:
-        """Against one response at a time: worst sequence log-prob (nats) and worst gradient (norm
-        of a weight's difference over the norm of its gradient)."""
+        """Errors compared with one response at a time: largest difference of a sequence log-prob
+        (nats), and of a weight's gradient (norm of the difference / norm of the gradient)."""
         self._model.zero_grad(set_to_none=True)
         logprobs = self._backward()
         ours = {name: p.grad for name, p in self._model.named_parameters() if p.requires_grad}
@@ -130,7 +130,7 @@ class Ours:
         return {"logprob": float((logprobs - single).abs().max()), "grad": worst}
 
     def train(self, n_steps: int) -> list[dict[str, float]]:
-        """`n_steps` whole steps of GVPOTrainer, the group in each; times of all but the first."""
+        """`n_steps` complete steps of GVPOTrainer on the group; times of all but the first."""
         times = StepTimes(self._device)
         with tempfile.TemporaryDirectory(prefix="bench-ours-") as folder:
             data = Path(folder) / "groups.parquet"
@@ -157,7 +157,7 @@ class Ours:
         self._model.zero_grad(set_to_none=True)
         return times.steps
 
-    # ---- the package's path ----
+    # ---- the computation with the package ----
 
     def _engine_of(self, max_tokens: int) -> Engine:
         return engine_for(self._model, self._choice, max_tokens=max_tokens)
@@ -186,7 +186,7 @@ class Ours:
         return gvpo_loss(logprobs, ref_logprobs, rewards, one_group, beta=BETA).loss
 
     def _one_at_a_time(self) -> Tensor:
-        """The oracle: each response in a forward of its own through the model's own logits."""
+        """The oracle: a separate forward pass per response, with the model's logits."""
         with torch.no_grad():
             sums = [self._single(number) for number in range(self._case.k)]
         leaves = torch.stack(sums).requires_grad_()
@@ -205,7 +205,7 @@ class Ours:
 
 
 def as_group(made: GroupData) -> Group:
-    """The package's record of a case's group."""
+    """A case's group as a `Group`."""
     k = len(made.responses)
     return Group(
         group_id="group",
@@ -219,7 +219,7 @@ def as_group(made: GroupData) -> Group:
 
 
 def write_training_file(group: Group, path: Path) -> None:
-    """A one-row file in the group shape, with reward and reference."""
+    """Write a self-contained Parquet file with one group, its rewards and reference log-probs."""
     table = groups_to_table([group])
     for name in ("rewards", "ref_seq_logprobs"):
         table = table.append_column(name, list_array([getattr(group, name)], pa.float64()))
@@ -227,7 +227,7 @@ def write_training_file(group: Group, path: Path) -> None:
 
 
 def main() -> None:
-    """Serve the parent's commands."""
+    """Answer the commands of the parent."""
     side = Ours(os.environ["BENCH_DEVICE"])
     names = ("load", "step", "reference", "large_group", "flops", "matmul", "errors", "train")
     serve({name: getattr(side, name) for name in names})

@@ -1,4 +1,4 @@
-"""The parent's hold on a side's process, and the environment that TRL's side lives in."""
+"""The worker process of a side as seen by the parent, and the installation of TRL."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import Any
 
 TRL = "trl==1.16.0"
-# torch exactly as pinned, from the default index: a GPU machine gets the CUDA build by it.
+# The pinned torch from the default index, which has the CUDA build on a GPU machine.
 PACKAGES = ("torch==2.13.0", TRL, "peft")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
 class SideError(Exception):
-    """A command failed in a side's process."""
+    """A command failed in a worker process."""
 
 
 class OutOfMemoryError(SideError):
-    """The device had no room for a command."""
+    """The device ran out of memory during a command."""
 
 
 def trl_python(folder: Path) -> Path:
-    """The interpreter of TRL's environment under `folder`, built first where it is absent."""
+    """The interpreter of TRL's virtual environment under `folder`, which is created if missing."""
     environment = folder / TRL.replace("==", "-")
     python, built = environment / "bin" / "python", environment / ".built"
     if built.exists():
         return python
-    print(f"building an environment for {TRL} in {environment}, once; not measured", flush=True)
+    print(f"installing {TRL} into {environment}; done once, not measured", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
     pins = ("--constraint", str(ROOT / "constraints.txt"))
     subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, *PACKAGES], check=True)
@@ -44,7 +44,7 @@ class Side:
     def __init__(self, name: str, python: Path, script: str, device: str, log: Path) -> None:
         self._name, self._log = name, log
         environment = {
-            # CPU seconds are to count work, not threads that spin while they wait for another.
+            # CPU seconds must not include threads that spin while they wait for others.
             "OMP_WAIT_POLICY": "PASSIVE",
             "CUDA_VISIBLE_DEVICES": "0",
             **os.environ,
@@ -68,7 +68,7 @@ class Side:
         """Send a command and wait for its result.
 
         Raises:
-            OutOfMemoryError: the device had no room; the process goes on.
+            OutOfMemoryError: the device ran out of memory; the process continues.
             SideError: the command failed, or the process ended.
         """
         assert self._process.stdin is not None
@@ -81,13 +81,13 @@ class Side:
             raise SideError(f"{self._name} ended with {code} during {do!r}; see {self._log}")
         answer = json.loads(line)
         if answer.get("error") == "out of memory":
-            raise OutOfMemoryError(f"{self._name}: no room for {do!r}")
+            raise OutOfMemoryError(f"{self._name}: out of memory during {do!r}")
         if "error" in answer:
             raise SideError(f"{self._name}, {do!r}:\n{answer['error']}")
         return answer["result"]
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()

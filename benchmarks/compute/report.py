@@ -1,4 +1,4 @@
-"""From what was measured to the table and to the JSON object."""
+"""Computes the table and the JSON object from the measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def header() -> str:
 
 
 def line(entry: dict[str, Any]) -> str:
-    """A line of the table; a dash where there is no figure."""
+    """A line of the table, with a dash for a missing figure."""
     cells = ((entry[key], width, form) for key, _, width, form in COLUMNS)
     return " ".join(
         f"{'-':>{width}}" if value is None else f"{value:>{width}{form}}"
@@ -40,7 +40,7 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def entry(record: Record, bench: Bench, peak_flops: float | None) -> dict[str, Any]:
-    """A case's entry of the JSON object."""
+    """The entry of a case in the JSON object."""
     case, clock = record.case, bench.clock
     ours, rate = median(record.ours, clock), _matmul_rate(record, clock)
     least = minimum_flops(case)
@@ -75,7 +75,7 @@ def entry(record: Record, bench: Bench, peak_flops: float | None) -> dict[str, A
 
 
 def _against(record: Record, trainer: str, clock: str) -> dict[str, float | None]:
-    """Ours against TRL's fastest path through one of its trainers."""
+    """Our side compared with TRL's fastest variant of one trainer."""
     path = record.fastest(trainer, clock)
     times = record.trl[path] if path is not None else []
     return {
@@ -86,12 +86,12 @@ def _against(record: Record, trainer: str, clock: str) -> dict[str, float | None
 
 
 def _matmul_rate(record: Record, clock: str) -> float | None:
-    """Operations a second of plain matrix products."""
+    """Operations per second of plain matrix products."""
     return _over(median(record.matmul, "flops"), median(record.matmul, clock))
 
 
 def _trl_peak(record: Record, clock: str) -> float | None:
-    """Peak bytes of TRL's fastest paths, the lesser of the two trainers'."""
+    """Peak bytes of TRL's fastest variants, the smaller value of the two trainers."""
     fastest = (record.fastest(trainer, clock) for trainer in ("grpo", "dpo"))
     peaks = [median(record.trl[path], "peak_bytes") for path in fastest if path is not None]
     return min((peak for peak in peaks if peak is not None), default=None)
@@ -100,7 +100,7 @@ def _trl_peak(record: Record, clock: str) -> float | None:
 def _gpu_figures(
     case: Case, found: dict[str, Any], peak_flops: float | None
 ) -> dict[str, float | None]:
-    """Unique tokens a second, and the share of the device's rate that the least FLOPs make."""
+    """Unique tokens per second, and the minimum FLOPs as a share of the device's rate."""
     seconds = found["seconds_ours"]
     return {
         "tokens_per_second": _over(case.unique_tokens, seconds),
@@ -111,7 +111,7 @@ def _gpu_figures(
 
 
 def overall(records: list[Record], bench: Bench) -> dict[str, Any]:
-    """The figures that are not of one case; null where nothing was measured."""
+    """The figures over all cases; None if nothing was measured."""
     clock = bench.clock
     scored = [record for record in records if record.reference_ours]
     ours = sum(median(record.reference_ours, clock) or 0.0 for record in scored)
@@ -137,5 +137,5 @@ def _worst(records: list[Record], name: str) -> float | None:
 
 
 def _over(numerator: float | None, denominator: float | None) -> float | None:
-    """A quotient, or None where a part of it is missing."""
+    """A quotient, or None if a part of it is missing."""
     return numerator / denominator if numerator is not None and denominator else None

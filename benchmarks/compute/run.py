@@ -1,12 +1,12 @@
-"""This package's step against TRL's own on the same groups, in one run.
+"""Compare training steps of this package and of TRL on the same groups, in one run.
 
     make bench-compute
     python benchmarks/compute/run.py --device cuda
 
-Two long-lived processes, one a side, build the same model and the same group, and run a forward and
-a backward when they are told to. They take turns, never both at once, so that whatever else the
-machine does hits both alike. Prints a table as it goes, a line again when a case was repeated, and
-as its last line one JSON object; README.md says what each figure is.
+Two long-lived processes, one per side, build the same model and the same group, and run forward and
+backward passes on command. They alternate and never run at the same time, so that other load on the
+machine affects both equally. Prints a table while it runs, with a new line for each repetition of a
+case, and one JSON object on its last line; README.md defines the figures.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from measuring import Bench, Record
 from processes import ROOT, Side, trl_python
 from report import entry, header, line, overall
 
-MINUTES = 8.0  # of cases; what is measured once comes on top where a machine is slow
+MINUTES = 8.0  # for repetitions of the cases; single measurements may exceed it on a slow machine
 
 
 def chosen_cases(arguments: argparse.Namespace) -> tuple[Case, ...]:
-    """The cases that the arguments ask for."""
+    """The cases selected by the arguments."""
     if arguments.tiny:
         return TINY_CASES
     cases = GPU_CASES if arguments.device == "cuda" else CPU_CASES
@@ -36,7 +36,7 @@ def chosen_cases(arguments: argparse.Namespace) -> tuple[Case, ...]:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All cases, and the object that the last line shows."""
+    """Measure all cases; returns the object of the last line."""
     python = trl_python(folder)
     started = time.perf_counter()
     device = arguments.device
@@ -72,11 +72,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases, from 0")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="repeat cases for so long")
-    parser.add_argument("--all-paths", action="store_true", help="TRL's head over all positions")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for repetitions")
+    parser.add_argument(
+        "--all-paths", action="store_true", help="also TRL's head over all positions"
+    )
     parser.add_argument("--trl-rows", type=int, help="TRL's batch; default: the whole group")
-    parser.add_argument("--peak-tflops", type=float, help="of a device that the table lacks")
-    parser.add_argument("--tiny", action="store_true", help="toy models: does it run?")
+    parser.add_argument("--peak-tflops", type=float, help="for devices that are not in the table")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to check that it runs")
     folder = ROOT / "runs" / "bench-compute"
     folder.mkdir(parents=True, exist_ok=True)
     print(json.dumps(run(parser.parse_args(), folder)))

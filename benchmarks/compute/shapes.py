@@ -1,4 +1,4 @@
-"""A model of a given shape with seeded random weights: the same on both sides."""
+"""Builds a model of a given shape with seeded random weights, the same on both sides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build_model(shape: ModelShape, device: str, *, checkpointing: bool = False) 
 
     Returns:
         The model, or, with `shape.lora_rank`, a PEFT model with an adapter on every linear layer
-        but the head.
+        except the head.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -66,7 +66,7 @@ def build_model(shape: ModelShape, device: str, *, checkpointing: bool = False) 
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A hash of each tensor's sum, to see that two processes built the same weights."""
+    """A hash of the sums of all tensors, to check that two processes have the same weights."""
     found = hashlib.sha256()
     for tensor in model.parameters():
         found.update(f"{tuple(tensor.shape)} {tensor.detach().double().sum().item():.9e}".encode())

@@ -1,9 +1,9 @@
-"""TRL's side: its GRPOTrainer's and its DPOTrainer's own losses on a case's group.
+"""TRL's side: the losses of its GRPOTrainer and DPOTrainer on a case's group.
 
-Runs in an environment that holds TRL and nothing of this package. Real trainers are built on the
-model; their loss functions get the batches that their own collators and samplers would make of
-the group's token ids. Nothing of TRL is altered, with one switch: `compact` makes its fused head
-leave out positions without a label, as it does by itself on a GPU with Triton.
+Runs in an environment with TRL and without this package. The loss functions of real trainer objects
+get the batches that the trainers' collators and samplers would make from the group's token ids. TRL
+is not modified, with one exception: `compact` makes its fused head skip positions without a label,
+as it does by default on a GPU with Triton.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ON_TRITON = trl_utils._use_triton
 
 
 class TrlSide:
-    """The trainers of one case, sharing one model."""
+    """The trainers of one case, which share one model."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -38,32 +38,32 @@ class TrlSide:
         self._forwards: Any = None
 
     def load(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Build model and trainers; returns what both sides must agree on."""
+        """Build model and trainers; returns the hashes to compare."""
         self._case = Case.from_json(case)
         self._group = make_group(self._case)
-        self._model = self._grpo = self._dpo = self._forwards = None  # room for the next
+        self._model = self._grpo = self._dpo = self._forwards = None  # frees memory
         gc.collect()
         self._model = build_model(
             self._case.shape, self._device, checkpointing=self._case.checkpointing
         )
-        weights = weights_digest(self._model)  # now: trainers may add an adapter
+        weights = weights_digest(self._model)  # before trainers add an adapter
         self._folder = tempfile.TemporaryDirectory(prefix="bench-trl-")
-        # Each trainer replaces `forward` of the model that it is given by one with a fused head;
-        # keeping them all lets trainers share the weights.
+        # Each trainer replaces the model's `forward` by one with a fused head. All are kept,
+        # so that the trainers can share the weights.
         self._forwards = {}
         self._grpo = self._built("grpo", self._build_grpo)
         self._dpo = self._built("dpo", self._build_dpo)
-        # What DPOTrainer gives a separate reference model: no outputs but log-probs.
+        # The forward that DPOTrainer gives a separate reference model; it returns only log-probs.
         self._built("reference", lambda: trl_utils.add_fused_lm_head(self._plain()))
         return {"group": self._group.digest, "weights": weights}
 
     def step(self, path: str, compact: bool, rows: int) -> dict[str, Any]:
-        """Loss and gradients of the group once, `rows` responses at a time.
+        """One forward and backward pass of the group's loss, `rows` responses at a time.
 
         Args:
             path: "grpo" or "dpo".
-            compact: score labelled positions only.
-            rows: responses in a batch, even.
+            compact: compute the head for labelled positions only.
+            rows: responses per batch, an even number.
         """
         self._choose(path, compact)
         batches = self._grpo_batches(rows) if path == "grpo" else self._dpo_batches(rows)
@@ -98,7 +98,7 @@ class TrlSide:
         return {**found, "logprob_sum": float(torch.cat(logps).double().sum())}
 
     def train(self, compact: bool, n_steps: int) -> list[dict[str, float]]:
-        """`n_steps` whole steps of DPOTrainer, the group in each; times of all but the first."""
+        """`n_steps` complete steps of DPOTrainer on the group; times of all but the first."""
         self._choose("dpo", compact)
         rows = self._pairs() * n_steps
         times = StepTimes(self._device)
@@ -131,7 +131,7 @@ class TrlSide:
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": self._case.checkpointing,
             "use_cpu": self._device == "cpu",
-            "bf16": False,  # the weights have the case's data type already
+            "bf16": False,  # the weights already have the data type of the case
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
@@ -147,19 +147,19 @@ class TrlSide:
                 **self._settings(
                     num_generations=self._case.k,
                     max_completion_length=2 * self._case.response,
-                    beta=0.0,  # TRL's default; the cheaper one
+                    beta=0.0,  # TRL's default, without a reference
                 )
             ),
             train_dataset=Dataset.from_list([{"prompt": "a"}]),
             processing_class=_tokenizer(),
         )
-        trainer.current_gradient_accumulation_steps = 1  # set by train() otherwise
+        trainer.current_gradient_accumulation_steps = 1  # otherwise set by train()
         return trainer
 
     def _build_dpo(
         self, max_steps: int = 1, callbacks: Sequence[Any] = (), wrap: bool = True
     ) -> Any:
-        """A DPOTrainer; without `wrap` the model's forward stays the one that is chosen."""
+        """A DPOTrainer; without `wrap` the model keeps its current forward."""
         before = self._plain().__dict__.get("forward")
         trainer = DPOTrainer(
             model=self._model,
@@ -171,7 +171,7 @@ class TrlSide:
                     beta=BETA,
                     max_steps=max_steps,
                     logging_steps=max_steps,
-                    train_sampling_strategy="sequential",  # a batch is the group
+                    train_sampling_strategy="sequential",  # each batch is the group
                 )
             ),
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
@@ -185,7 +185,7 @@ class TrlSide:
     # ---- batches ----
 
     def _pairs(self) -> list[dict[str, Any]]:
-        """The k responses as k / 2 pairs, each response in one of them."""
+        """The k responses as k / 2 disjoint pairs."""
         return preference_pairs(self._group)
 
     def _dpo_batches(self, rows: int) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ class TrlSide:
         return [self._dpo._prepare_inputs(self._dpo.data_collator(chunk)) for chunk in chunks]
 
     def _grpo_batches(self, rows: int) -> list[dict[str, Any]]:
-        """What generation and scoring leave behind: padded ids, masks, advantages."""
+        """The batches after generation and scoring: padded ids, masks, advantages."""
         group, device = self._group, self._device
         rewards = torch.tensor(group.rewards, dtype=torch.float32)
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
@@ -224,7 +224,7 @@ class TrlSide:
 
 
 def preference_pairs(group: GroupData) -> list[dict[str, Any]]:
-    """Neighbouring responses as pairs, the better one chosen, in DPOTrainer's tokenized columns."""
+    """Consecutive responses as pairs, the better one chosen, in DPOTrainer's tokenized format."""
     prompt, pairs = group.prompt.tolist(), []
     for one in range(0, len(group.responses), 2):
         best, worst = sorted((one, one + 1), key=lambda i: -group.rewards[i])
@@ -241,7 +241,7 @@ def preference_pairs(group: GroupData) -> list[dict[str, Any]]:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for the trainers' constructors; the groups come as ids."""
+    """A tokenizer for the trainers' constructors; the groups are given as token ids."""
     words = {text: number for number, text in enumerate(["<pad>", "<eos>", "a", "b", "c", "<unk>"])}
     model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -251,7 +251,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """Serve the parent's commands."""
+    """Answer the commands of the parent."""
     os.environ["TQDM_DISABLE"] = "1"
     side = TrlSide(os.environ["BENCH_DEVICE"])
     serve(

@@ -1,6 +1,6 @@
-"""A side's process: takes one command at a time, and measures.
+"""The worker process of a side: answers one command at a time, with measurements.
 
-Commands and answers are lines of JSON. Whatever the libraries print goes to stderr.
+Commands and answers are lines of JSON. Output of libraries goes to stderr.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _STATUS = Path("/proc/self/status")
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
     """Answer commands until the parent closes the pipe.
 
-    A command is {"do": name, ...keywords}; its answer {"result": …} or {"error": …}, where
-    "out of memory" stands for a device without room.
+    A command is {"do": name, ...keywords}, its answer {"result": …} or {"error": …}; the error is
+    "out of memory" if the device ran out of memory.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -46,8 +46,8 @@ def measure(step: Callable[[], object], device: str) -> dict[str, float]:
     """Run `step` once.
 
     Returns:
-        wall: seconds, all of the device's work included; cpu: CPU seconds of all threads;
-        peak_bytes: the most memory held during the step beyond what was held before it.
+        wall: seconds, including the work on the device; cpu: CPU seconds of all threads;
+        peak_bytes: peak memory of the step above the memory before it.
     """
     gc.collect()
     held = _reset_peak(device)
@@ -58,7 +58,7 @@ def measure(step: Callable[[], object], device: str) -> dict[str, float]:
     found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     found["peak_bytes"] = float(_peak(device) - held)
     if device == "cuda":
-        torch.cuda.empty_cache()  # the other side needs the room
+        torch.cuda.empty_cache()  # the other side needs the memory
     return found
 
 
@@ -68,12 +68,12 @@ def _synchronize(device: str) -> None:
 
 
 def _reset_peak(device: str) -> int:
-    """Start a new peak; returns the bytes held now."""
+    """Reset the peak; returns the bytes in use."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    # What the allocator keeps of earlier steps would hide part of the next one's peak.
+    # Memory that the allocator retains from earlier steps would hide a part of the next peak.
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR_REFS.write_text("5")  # resets VmHWM: proc_pid_clear_refs(5)
     return _status_bytes("VmRSS")
@@ -87,11 +87,11 @@ def _status_bytes(name: str) -> int:
     for line in _STATUS.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} does not say {name}")
+    raise RuntimeError(f"{_STATUS} has no line {name}")
 
 
 class StepTimes:
-    """Times of the optimizer steps of a transformers Trainer, from one step's end to the next's."""
+    """Times of optimizer steps of a transformers Trainer, from the end of a step to the next."""
 
     def __init__(self, device: str) -> None:
         from transformers import TrainerCallback
@@ -107,12 +107,12 @@ class StepTimes:
         self.callback = Callback()
 
     def tick(self) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         _synchronize(self._device)
         self._ends.append((time.perf_counter(), time.process_time()))
 
     @property
     def steps(self) -> list[dict[str, float]]:
-        """Wall and CPU seconds of every step but the first, which pays for what is set up."""
+        """Wall and CPU seconds of every step except the first, which includes the set-up."""
         pairs = zip(self._ends, self._ends[1:], strict=False)
         return [{"wall": b[0] - a[0], "cpu": b[1] - a[1]} for a, b in pairs]

@@ -1,18 +1,19 @@
-"""Where every loss ends when the optimum is known: KL(pi_theta || pi*) by loss and sampler.
+"""Convergence of every loss to a known optimum: KL(pi_theta || pi*) by loss and sampler.
 
     make bench-convergence [ARGS="--pictures docs/pictures"]
 
-The world of `tabular.py`: 8 prompts x 24 responses, beta 0.5, groups of 2 to 8 from one of six
-samplers, a table of logits from the reference on, Adam, the same steps for every loss. Ten seeds,
-trained side by side. pi* = pi_ref exp(R / beta) / Z is known exactly; the untouched reference's KL
-is what a loss has to beat, and 1% of it is the gate. Beside the KL stands how much of pi* lies on
-responses that no group of the log has, of which no loss can know.
+The setting of `tabular.py`: 8 prompts x 24 responses, beta 0.5, groups of 2 to 8 responses from
+one of six samplers, a table of logits initialised to the reference, Adam, the same number of steps
+for every loss. Ten seeds, trained in one batch. pi* = pi_ref exp(R / beta) / Z is known exactly.
+The baseline is the KL of the untrained reference, and the threshold (`gate`) is 1% of it. The
+tables also show the share of pi* on responses that are not in the log, about which no loss has
+information.
 
-Prints the table and four sweeps as Markdown: KL against the number of groups, against the
-sampler's distance from the reference, against k, and GVPO's against the anchor by beta. Writes all
-of it, seed by seed, to runs/bench-convergence/convergence.json, which `pictures.py` draws. The last
-line is one JSON object: `untouched`; by loss and by sampler the mean KL over seeds; `gvpo_passes`
-(covering samplers) and `controls_fail`.
+Prints the table and four sweeps as Markdown: KL by the number of groups, by the sampler's distance
+from the reference, by k, and for GVPO by anchor and beta. Writes the figures of all seeds to
+runs/bench-convergence/convergence.json, the input of `pictures.py`. The last line is one JSON
+object: `untouched`, the KL of the untrained reference; the mean KL over seeds by loss and sampler;
+`gvpo_passes` (for covering samplers) and `controls_fail`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ SWEPT_LOSSES = ("gvpo", "listwise", "rebel", "awr")
 GROUP_COUNTS = (5, 20, 50, 200, 800)
 DISTANCES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 GROUP_SIZES = (2, 3, 4, 8, 16)
-# A prompt's responses in the sweep of k: few enough that k matters, and whole groups of each k.
+# Responses per prompt in the sweep of k: few enough for k to matter, and divisible by each k.
 FEW_RESPONSES = 96
 ANCHORS = (0.0, 0.01, 0.1, 1.0)
 UNLOGGED = "π* never logged"
@@ -58,10 +59,10 @@ Row = dict[str, Any]
 
 
 class Worlds:
-    """The worlds of some seeds, side by side.
+    """The worlds of several seeds, and their concatenation.
 
     Args:
-        seeds: how many.
+        seeds: number of seeds.
         beta: reward per nat.
     """
 
@@ -71,11 +72,11 @@ class Worlds:
 
     @property
     def untouched(self) -> float:
-        """The reference's own KL to the optimum, mean over worlds."""
+        """KL of the reference to the optimum, mean over worlds."""
         return self.all.kl_to_optimum(self.all.ref_logprobs)
 
     def setting(self, sampler: str | Callable[[World], Tensor], **log: Any) -> Setting:
-        """One log of every world, from a sampler."""
+        """Draw one log per world from a sampler."""
         probs = [
             sampler_probs(world, sampler) if isinstance(sampler, str) else sampler(world)
             for world in self.each
@@ -84,18 +85,18 @@ class Worlds:
         return Setting(self.all, joined(logs), torch.cat(probs))
 
     def distance(self, setting: Setting) -> float:
-        """KL of a setting's sampler to the reference, nats, mean over prompts."""
+        """KL of the sampler to the reference, nats, mean over prompts."""
         kl_P = (setting.probs * (setting.probs.log() - self.all.ref_logprobs)).sum(-1)
         return max(float(kl_P.mean()), 0.0)
 
     def unlogged(self, setting: Setting) -> float:
-        """How much of pi* lies on responses that the log never has, mean over prompts."""
+        """The share of pi* on responses that are not in the log, mean over prompts."""
         logged = torch.zeros_like(self.all.rewards)
         logged[setting.log.prompt, setting.log.response] = 1.0
         return float((self.all.optimum.exp() * (1 - logged)).sum(-1).mean())
 
     def ends(self, loss: str, setting: Setting, *, anchor: float = 0.0) -> Row:
-        """KL to the optimum where a loss ends: mean over seeds, standard error, each; seconds."""
+        """KL to the optimum after training: mean over seeds, standard error, by seed; seconds."""
         started = time.perf_counter()
         logprobs = train(self.all, setting.log, objective_of(loss, setting, anchor=anchor))
         kl_S = self.all.kl_by_prompt(logprobs).reshape(-1, N_PROMPTS).mean(1)
@@ -112,7 +113,7 @@ class Worlds:
 def table(
     worlds: Worlds, settings: dict[str, Setting], losses: tuple[str, ...]
 ) -> dict[str, dict[str, Row]]:
-    """Where each loss ends from each sampler's log; printed as it fills."""
+    """The final KL of each loss on each sampler's log; prints rows as they are computed."""
     heading("loss", settings)
     found: dict[str, dict[str, Row]] = {}
     for loss in losses:
@@ -122,7 +123,7 @@ def table(
 
 
 def tilted(distance: float) -> Callable[[World], Tensor]:
-    """The reference, moved by `distance` times a fixed direction of unit normal logits."""
+    """The reference with `distance` times fixed standard normal noise added to its logits."""
 
     def probs(world: World) -> Tensor:
         generator = torch.Generator().manual_seed(4_000_003 + world.seed)
@@ -133,7 +134,7 @@ def tilted(distance: float) -> Callable[[World], Tensor]:
 
 
 def sweeps(worlds: Worlds, losses: tuple[str, ...]) -> dict[str, list[Row]]:
-    """KL against the number of groups, the sampler's distance, and k at equal responses."""
+    """KL by number of groups, by sampler distance, and by k for a fixed number of responses."""
     distances = [worlds.setting(tilted(distance)) for distance in DISTANCES]
     sizes = [
         worlds.setting("mixed", groups_per_prompt=FEW_RESPONSES // k, group_sizes=(k, k))
@@ -160,7 +161,7 @@ def sweeps(worlds: Worlds, losses: tuple[str, ...]) -> dict[str, list[Row]]:
 
 
 def anchors(seeds: int) -> list[Row]:
-    """GVPO's KL against the anchor, by beta, from the mixed log."""
+    """KL of GVPO by anchor and beta, on the mixed log."""
     worlds = {beta: Worlds(seeds, beta) for beta in BETAS}
     untouched = {beta: own.untouched for beta, own in worlds.items()}
     settings = {beta: own.setting("mixed") for beta, own in worlds.items()}
@@ -189,7 +190,7 @@ def line(name: str, rows: Iterable[Row], *more: str) -> None:
 
 
 def verdict(found: dict[str, dict[str, Row]], untouched: float) -> Row:
-    """The figures of the last line."""
+    """The JSON object of the last line."""
     means = {
         loss: {name: round(row["kl"], 6) for name, row in rows.items()}
         for loss, rows in found.items()
@@ -210,10 +211,10 @@ def verdict(found: dict[str, dict[str, Row]], untouched: float) -> Row:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description="KL to the known optimum, loss by loss.")
+    parser = argparse.ArgumentParser(description="KL to the known optimum, by loss.")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench-convergence"))
-    parser.add_argument("--pictures", type=Path, help="a folder to draw into")
+    parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     given = parser.parse_args()
     worlds = Worlds(given.seeds)
     print(f"{given.seeds} seeds; the untouched reference: {worlds.untouched:.4f} nats")

@@ -1,4 +1,4 @@
-"""Every loss, what stands beside them, and the controls, as objectives of the tabular world."""
+"""All losses, exact importance weighting, and the controls, as objectives for tabular.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTROLS = ("rewards / deviation", "log-ratios / length")
 
 @dataclass(frozen=True)
 class Setting:
-    """A world, a log of it, and what the sampler's probabilities were, (P, Y)."""
+    """A world, a log, and the probabilities of the log's sampler, (P, Y)."""
 
     world: World
     log: Log
@@ -30,7 +30,7 @@ class Setting:
 
 
 def objective_of(name: str, setting: Setting, *, anchor: float = 0.0) -> Objective:
-    """A loss or control by its name; `anchor` is for gvpo."""
+    """The loss or control with the given name; `anchor` applies to gvpo."""
     beta = setting.world.beta
     scale: Tensor | float = 1.0
     if name == WEIGHTED:
@@ -57,9 +57,10 @@ def objective_of(name: str, setting: Setting, *, anchor: float = 0.0) -> Objecti
 
 
 def importance_weighted(setting: Setting) -> Objective:
-    """RLOO with beta l inside the reward, each response weighed by pi / mu: no clip, no bias.
+    """RLOO with the KL term in the reward and unclipped, unbiased importance weights pi / mu.
 
-    What it needs no log holds: mu, the probability of each response under the mixture of samplers.
+    It needs mu, the probability of each response under the mixture of samplers, which real logs do
+    not have.
     """
     sampler_N = setting.log.take(setting.probs.log())
 

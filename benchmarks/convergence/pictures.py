@@ -1,11 +1,11 @@
-"""Pictures of `convergence.py`'s figures, from its JSON alone; the same bytes for the same figures.
+"""Plots of the figures of `convergence.py`, from its JSON file; deterministic output.
 
     python benchmarks/convergence/pictures.py [runs/bench-convergence/convergence.json]
         [--output_dir docs/pictures]
 
-`convergence-losses.svg`: KL by loss and sampler. `convergence-sweeps.svg`: KL against the number of
-groups, the sampler's distance, k, and the anchor. Points are means over seeds, lines and bands go
-from the lowest seed to the highest. Needs matplotlib (extra `report`).
+`convergence-losses.svg`: KL by loss and sampler. `convergence-sweeps.svg`: KL by number of groups,
+sampler distance, k, and anchor. Points are means over seeds; lines and bands range from the lowest
+to the highest seed. Needs matplotlib (extra `report`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Below this many nats only rounding is left; a logarithmic axis needs an end.
+# Smaller KLs (nats) are rounding error; the limit of the logarithmic axis.
 FLOOR = 1e-5
 TICKS = {
     FLOOR: "≤ 0.00001",
@@ -31,7 +31,7 @@ TICKS = {
 }
 COLOURS = ("#1a73e8", "#e8710a", "#188038", "#9334e6", "#d93025", "#5f6368")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-# What each sweep moves.
+# The variable of each sweep.
 SWEEPS = {
     "groups": "groups a prompt",
     "distance": "KL of the sampler to the reference, nats",
@@ -42,11 +42,11 @@ Figures = dict[str, Any]
 
 
 def draw_all(figures: Figures, folder: Path) -> list[Path]:
-    """Both pictures; returns their paths.
+    """Draw both pictures; returns their paths.
 
     Args:
-        figures: what `convergence.py` writes.
-        folder: made if it is missing.
+        figures: the content of convergence.json.
+        folder: created if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "convergence-losses.svg", folder / "convergence-sweeps.svg"]
@@ -56,7 +56,7 @@ def draw_all(figures: Figures, folder: Path) -> list[Path]:
             drawing = io.StringIO()
             figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
             plt.close(figure)
-            # A hundredth of a point is enough, and a third smaller.
+            # Two decimals of a point suffice, and make the file a third smaller.
             short = re.sub(r"(\d\.\d\d)\d+", r"\1", drawing.getvalue())
             path.write_text(short, encoding="utf-8")
     return paths
@@ -64,7 +64,7 @@ def draw_all(figures: Figures, folder: Path) -> list[Path]:
 
 @contextmanager
 def _plainly() -> Iterator[Any]:
-    """Pyplot without a screen, letters as text, ids that do not depend on chance."""
+    """Pyplot without a display, with text as text and deterministic ids."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -84,7 +84,7 @@ def _plainly() -> Iterator[Any]:
 
 
 def _losses(figures: Figures, plt: Any) -> Any:
-    """One row a loss, one mark a sampler."""
+    """One row per loss, one mark per sampler."""
     table = figures["table"]
     figure, axis = plt.subplots(figsize=(9, 6.4), layout="constrained")
     samplers = list(next(iter(table.values())))
@@ -108,19 +108,19 @@ def _losses(figures: Figures, plt: Any) -> Any:
 
 
 def _sweeps(figures: Figures, plt: Any) -> Any:
-    """One panel a sweep; those of losses share a legend."""
+    """One panel per sweep; the panels with losses share a legend."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained", sharey=True)
     for axis, (name, rows) in zip(axes.flat, figures["sweeps"].items(), strict=True):
         for number, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
             own = [row for row in rows if row["series"] == series]
             xs = [row["x"] for row in own]
             _marks(axis, xs, own, number, label=series, upright=True)
-        if name != "anchor":  # each beta has a reference of its own
+        if name != "anchor":  # each beta has its own KL of the reference
             _rule(axis.axhline, figures["untouched"], "untouched")
             _rule(axis.axhline, figures["gate"] * figures["untouched"], "gate", style="--")
         if name != "distance":
             xs = sorted({row["x"] for row in rows})
-            # Logarithmic, with room for 0 where there is one.
+            # A logarithmic axis, or symmetric logarithmic if there is a 0.
             scale = {"value": "symlog", "linthresh": xs[1]} if xs[0] == 0 else {"value": "log"}
             axis.set_xscale(**scale)
             axis.set_xticks(xs, [f"{x:g}" for x in xs])
@@ -140,7 +140,7 @@ def _sweeps(figures: Figures, plt: Any) -> Any:
 def _marks(
     axis: Any, places: list[float], rows: list[Figures], number: int, *, label: str, upright: bool
 ) -> None:
-    """Means, joined by a line where `upright`, and from the lowest to the highest seed."""
+    """Plot means, and ranges over seeds; if `upright`, with a line and a band."""
     means = [max(row["kl"], FLOOR) for row in rows]
     lows = [max(min(row["by_seed"]), FLOOR) for row in rows]
     highs = [max(*row["by_seed"], FLOOR) for row in rows]
@@ -150,7 +150,7 @@ def _marks(
         axis.hlines(places, lows, highs, color=colour, lw=1)
         axis.plot(means, places, ls="", ms=4, **style)
         return
-    # gvpo is broad: listwise lies on it.
+    # gvpo is drawn wide, since listwise coincides with it.
     broad = label == "gvpo"
     axis.fill_between(places, lows, highs, color=colour, alpha=0.15, lw=0)
     axis.plot(places, means, lw=3 if broad else 1.2, ms=7 if broad else 3.5, **style)
@@ -161,8 +161,8 @@ def _rule(draw: Any, value: float, label: str, *, style: str = ":") -> None:
 
 
 def main() -> None:
-    """Draw."""
-    parser = argparse.ArgumentParser(description="Pictures of the convergence check's figures.")
+    """Parse arguments and draw."""
+    parser = argparse.ArgumentParser(description="Plots of the convergence benchmark.")
     default = Path("runs/bench-convergence/convergence.json")
     parser.add_argument("figures", type=Path, nargs="?", default=default)
     parser.add_argument("--output_dir", type=Path, default=Path("docs/pictures"))

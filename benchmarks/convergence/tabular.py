@@ -1,9 +1,9 @@
-"""A world small enough that the optimum is known exactly, to train losses in.
+"""A tabular problem with an exactly known optimum, for training and comparing losses.
 
-Prompts and responses are numbers, the policy a table of logits, so pi*(y|x), proportional to
-pi_ref(y|x) exp(R(x,y) / beta), and KL(pi_theta || pi*) are exact sums. A log is drawn as logs are:
-per group a prompt, a k and k responses from some sampler, with replacement, so a group can hold a
-response twice. Whatever takes a log's rows and returns a scalar can be trained and compared here.
+Prompts and responses are integers and the policy is a table of logits, so pi*(y|x), proportional to
+pi_ref(y|x) exp(R(x,y) / beta), and KL(pi_theta || pi*) are exact sums. Each group of a log has a
+prompt, a size k and k responses drawn from a sampler with replacement, so a group can hold a
+response twice. Any function from the rows of a log to a scalar can be used as an objective.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NARROW_SAMPLERS = ("skewed to bad", "human-like, narrow")
 
 @dataclass(frozen=True)
 class World:
-    """The reference and the rewards of every response to every prompt, both (P, Y) float64.
+    """Reference log-probs and rewards of all responses to all prompts, both (P, Y) float64.
 
-    `ref_logprobs` are normalised, in nats; `rewards` lie between 0 and 1; `seed` also seeds what
-    else belongs to this world: its samplers, log and lengths.
+    `ref_logprobs` are normalised, in nats; `rewards` are between 0 and 1; `seed` also seeds the
+    samplers, the log and the lengths of this world.
     """
 
     seed: int
@@ -47,15 +47,15 @@ class World:
         return float(self.kl_by_prompt(logits).mean())
 
     def kl_by_prompt(self, logits: Tensor) -> Tensor:
-        """The same for each prompt, (P,)."""
+        """KL(softmax(logits) || pi*) in nats for each prompt, (P,)."""
         logprobs = torch.log_softmax(logits, dim=-1)
-        # Rounding alone makes it -1e-17 at the optimum.
+        # At the optimum rounding can give values such as -1e-17.
         return (logprobs.exp() * (logprobs - self.optimum)).sum(-1).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class Log:
-    """Logged rows: prompt, response and group of each, all (N,) int64. Who sampled is not kept."""
+    """Logged rows: prompt, response and group of each, all (N,) int64, without the sampler."""
 
     prompt: Tensor
     response: Tensor
@@ -67,7 +67,7 @@ class Log:
 
 
 def joined(logs: list[Log]) -> Log:
-    """Logs of several worlds as one log of the world that `side_by_side` makes of them."""
+    """Concatenate logs of several worlds into a log of their `side_by_side` world."""
     groups = torch.tensor([0, *(int(log.group.max()) + 1 for log in logs[:-1])]).cumsum(0)
     return Log(
         torch.cat([log.prompt + i * N_PROMPTS for i, log in enumerate(logs)]),
@@ -77,11 +77,11 @@ def joined(logs: list[Log]) -> Log:
 
 
 Objective = Callable[[Tensor, Tensor, Tensor, Log], Tensor]
-"""(seq_logprobs, ref_logprobs, rewards, log), the first three (N,), to the scalar to minimise."""
+"""Maps (seq_logprobs, ref_logprobs, rewards, log), the first three (N,), to a scalar loss."""
 
 
 def make_world(seed: int) -> World:
-    """Standard normal reference logits and uniform rewards."""
+    """A world with standard normal reference logits and uniform rewards."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(N_PROMPTS, N_RESPONSES, generator=generator, dtype=torch.float64)
     rewards = torch.rand(N_PROMPTS, N_RESPONSES, generator=generator, dtype=torch.float64)
@@ -89,7 +89,7 @@ def make_world(seed: int) -> World:
 
 
 def side_by_side(worlds: list[World]) -> World:
-    """Several worlds as one with the prompts of them all: trained together, as fast as one."""
+    """One world with the prompts of several, which are then trained in one batch."""
     return World(
         worlds[0].seed,
         torch.cat([world.ref_logprobs for world in worlds]),
@@ -99,11 +99,11 @@ def side_by_side(worlds: list[World]) -> World:
 
 
 def sampler_probs(world: World, name: str) -> Tensor:
-    """The sampling distribution called `name`, (P, Y), rows summing to 1.
+    """The probabilities of the sampler `name`, (P, Y), rows summing to 1.
 
-    older is a flatter policy with preferences of its own. The narrow ones leave much of the
-    reference's support out of a log of this size: skewed to bad has the reference's odds times
-    exp(-8 R), human-like picks among three responses.
+    "older" is a flatter policy with other preferences. The two narrow samplers leave out much of
+    the reference's support in a log of this size: "skewed to bad" is proportional to
+    pi_ref exp(-8 R), "human-like, narrow" is uniform over three responses.
     """
     generator = torch.Generator().manual_seed(1_000_003 + world.seed)
     noise = torch.randn(world.rewards.shape, generator=generator, dtype=torch.float64)
@@ -115,7 +115,7 @@ def sampler_probs(world: World, name: str) -> Tensor:
         "skewed to bad": torch.softmax(world.ref_logprobs - 8 * world.rewards, dim=-1),
         "human-like, narrow": few / few.sum(-1, keepdim=True),
     }
-    # Every response of a mixed log has a sampler of its own: drawing from the mean is the same.
+    # Each response of a mixed log has a random sampler, which equals drawing from the mean.
     probs["mixed"] = torch.stack(list(probs.values())).mean(0)
     return probs[name]
 
@@ -127,7 +127,7 @@ def draw_log(
     groups_per_prompt: int = GROUPS_PER_PROMPT,
     group_sizes: tuple[int, int] = (SMALLEST_GROUP, LARGEST_GROUP),
 ) -> Log:
-    """Groups of every prompt from a sampler, by name or as its (P, Y) probabilities, k uniform."""
+    """Draw groups for every prompt; sampler by name or as (P, Y) probabilities, uniform k."""
     generator = torch.Generator().manual_seed(2_000_003 + world.seed)
     n_groups = N_PROMPTS * groups_per_prompt
     smallest, largest = group_sizes
@@ -140,9 +140,9 @@ def draw_log(
 
 
 def train(world: World, log: Log, objective: Objective, *, steps: int = 400) -> Tensor:
-    """Minimise `objective` over the whole log, from the reference on; returns log-probs, (P, Y).
+    """Minimise `objective` on the whole log, starting at the reference; returns log-probs (P, Y).
 
-    Adam on a table of logits, learning rate 0.05 falling to zero along a cosine.
+    Adam on a table of logits, learning rate 0.05 with cosine decay to zero.
     """
     logits = world.ref_logprobs.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
@@ -158,7 +158,7 @@ def train(world: World, log: Log, objective: Objective, *, steps: int = 400) -> 
 
 
 def per_group_deviation(rewards: Tensor, log: Log) -> Tensor:
-    """Each row's group's reward deviation (k - 1), (N,); 1 where a group has none."""
+    """The standard deviation (k - 1) of the rewards of each row's group, (N,); 1 where it is 0."""
     sizes = torch.bincount(log.group).to(rewards.dtype)
     mean = torch.zeros_like(sizes).index_add(0, log.group, rewards) / sizes
     squares = (rewards - mean[log.group]).square()
@@ -168,9 +168,9 @@ def per_group_deviation(rewards: Tensor, log: Log) -> Tensor:
 
 
 def relative_lengths(world: World, log: Log) -> Tensor:
-    """Lengths of 10 to 200 tokens drawn once per response, over their mean, (N,).
+    """Random lengths of 10 to 200 tokens per response, divided by their mean, (N,).
 
-    Relative, so that dividing by them keeps beta's scale and only their differences act.
+    The mean of 1 preserves the scale of beta when log-ratios are divided by them.
     """
     generator = torch.Generator().manual_seed(3_000_003 + world.seed)
     tokens = torch.randint(10, 201, world.rewards.shape, generator=generator)

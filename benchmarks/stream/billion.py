@@ -1,13 +1,13 @@
-"""A billion groups, metadata only: from a manifest to the first global batch and to a late one.
+"""The time from a manifest of a billion groups to the first and to a late global batch.
 
-    python benchmarks/stream/billion.py object     # the manifest is in memory already
-    python benchmarks/stream/billion.py FOLDER     # it is read from a file there, written before
+    python benchmarks/stream/billion.py object     # the manifest is already in memory
+    python benchmarks/stream/billion.py FOLDER     # read from a file; the first call writes it
 
-Files of 160,000 groups (512 MB of 8 responses of 330 tokens), a reward and a reference. Prints one
-JSON object: wall and CPU seconds of loading, of the first batch of 1,024 groups, of that of step
-1,000,000 by an order that has made none before, and of that in a mix of two such datasets;
-`seconds`, the longer of the first two batches, or loading and the first batch; `gb`, the most
-memory of the process.
+The manifest lists files of 160,000 groups (512 MB, 8 responses of 330 tokens each), a reward and a
+reference; the files themselves do not exist. Prints one JSON object: wall and CPU seconds of
+loading, of the first batch of 1,024 groups, of the batch of step 1,000,000 with a new order, and of
+the same in a mix of two such datasets; `seconds`, the longer of the first two batches, or loading
+and the first batch; `gb`, the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WINDOW, STEP, LATE = 4, 1_024, 1_000_000
 
 
 def billion() -> Manifest:
-    """A manifest of a billion groups whose files nobody wrote."""
+    """A manifest of a billion groups, whose files do not exist."""
 
     def entry(kind: str, number: int) -> dict[str, Any]:
         digest = sha256_text(f"{kind} {number}")
@@ -84,7 +84,7 @@ def billion() -> Manifest:
 
 
 class Clock:
-    """Wall and CPU seconds of named stretches of work."""
+    """Wall and CPU seconds of named blocks."""
 
     def __init__(self) -> None:
         self.wall: dict[str, float] = {}
@@ -92,7 +92,7 @@ class Clock:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Time what is done within."""
+        """Time the block."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.wall[name] = time.perf_counter() - wall
@@ -100,7 +100,7 @@ class Clock:
 
 
 def take_batches(manifest: Manifest, clock: Clock) -> None:
-    """The first batch, a late one, and a late one of a mix of two such datasets."""
+    """Time the first batch, a late one, and a late one of a mix of two such datasets."""
     with clock.timed("first_batch"):
         rewards = [WeightedReward(manifest.rewards[0])]
         view = DatasetView(GroupDataset(Path(), manifest, rewards, manifest.references[0]))
@@ -115,7 +115,7 @@ def take_batches(manifest: Manifest, clock: Clock) -> None:
 
 
 def spread() -> float:
-    """Mean distance of neighbours on disk within an epoch, over a third of a window."""
+    """Mean distance within an epoch of neighbours on disk, divided by a third of the window."""
     order = GroupOrder(np.full(256, ROWS, np.int64), seed=1, window=WINDOW)
     row_groups, rows = order.take(0, order.n_groups)
     position = np.empty((256, ROWS), np.int64)

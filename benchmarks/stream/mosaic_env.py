@@ -1,4 +1,4 @@
-"""The environment that mosaicml-streaming lives in."""
+"""The virtual environment of mosaicml-streaming."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# It pins an older NumPy and brings the client of every cloud, so it comes alone, with what its
-# core imports; torch and the rest are this environment's.
+# mosaicml-streaming pins an older NumPy and depends on the clients of all clouds, so it is
+# installed without dependencies, except those that its core imports; torch is that of this
+# environment.
 PACKAGES = (
     "mosaicml-streaming==0.13.0",
     "catalogue",
@@ -18,7 +19,7 @@ PACKAGES = (
     "python-snappy",
     "cramjam",
 )
-# Imported by its vision datasets only, which nobody uses here.
+# Stubs for modules that only its vision datasets use.
 _TORCHVISION = {
     "__init__.py": "",
     "datasets.py": "VisionDataset = object\n",
@@ -28,12 +29,12 @@ _TORCHVISION = {
 
 
 def mosaic_python(folder: Path) -> Path | None:
-    """Its interpreter under `folder`, built first where it is absent; None where it cannot be."""
+    """The interpreter of the environment, which is created if missing; None if that fails."""
     environment = folder / PACKAGES[0].replace("==", "-")
     python, built = environment / "bin" / "python", environment / ".built"
     if built.exists():
         return python
-    print(f"building an environment for {PACKAGES[0]}, once; not measured", flush=True)
+    print(f"installing {PACKAGES[0]}; done once, not measured", flush=True)
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
@@ -47,7 +48,7 @@ def mosaic_python(folder: Path) -> Path | None:
             path.write_text(text)
         subprocess.run([str(python), "-c", "import streaming"], check=True, capture_output=True)
     except (subprocess.SubprocessError, OSError) as error:
-        print(f"without mosaicml-streaming: {error}", flush=True)
+        print(f"mosaicml-streaming is skipped: {error}", flush=True)
         return None
     built.touch()
     return python

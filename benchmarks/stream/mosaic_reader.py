@@ -1,11 +1,11 @@
-"""A visit to mosaicml-streaming, in its own environment; imports nothing of this package.
+"""A reader with mosaicml-streaming, in its own environment; imports nothing of this package.
 
     python mosaic_reader.py write '{"joined": ..., "mds": ...}'
     python mosaic_reader.py read '{"mds": ..., "shuffle": true}'
 
-MDS holds no lists of arrays, so the responses of a group are one array beside their lengths. Its
-hashes are compared when a shard is downloaded or unpacked; local, unpacked shards are read as they
-are.
+MDS has no lists of arrays, so the responses of a group are one array and an array of lengths. MDS
+hashes are only compared when a shard is downloaded or unpacked; local, unpacked shards are not
+verified.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TYPES = {
 
 
 def write(joined: str, mds: str) -> None:
-    """The groups of the joined Parquet files as MDS."""
+    """Convert the joined Parquet files to MDS."""
     import pyarrow.parquet as pq
 
     if Path(mds).exists():
@@ -60,7 +60,7 @@ def write(joined: str, mds: str) -> None:
 
 
 def read(mds: str, shuffle: bool = True, resume: bool = False) -> dict[str, float]:
-    """A whole epoch; or (`resume`) the first step's groups after nine tenths of it."""
+    """Read an epoch, or (`resume`) the groups of one step at nine tenths of an epoch."""
     base = peak_mb()
     opened = time.perf_counter()
     stream: Any = streaming.StreamingDataset(
@@ -88,7 +88,7 @@ def read(mds: str, shuffle: bool = True, resume: bool = False) -> dict[str, floa
 
 
 def peak_mb() -> float:
-    """The most memory that the process ever held."""
+    """The peak memory of the process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -98,4 +98,4 @@ if __name__ == "__main__":
         write(**options)
     else:
         print(json.dumps(read(**options)), flush=True)
-    os._exit(0)  # its threads wait for an epoch that was broken off
+    os._exit(0)  # its threads would wait for the rest of an interrupted epoch

@@ -1,10 +1,10 @@
-"""One visit: a process of its own reads a whole epoch once, and says what it took.
+"""One measurement: a process that reads one epoch and prints its times and memory.
 
     python benchmarks/stream/readers.py READER '{"root": ..., "joined": ...}'
 
 Prints one JSON object: `groups`, `wall` and `cpu` (seconds of the epoch, all threads), `first`
-(seconds to the first step's groups, opening included), `base_mb` and `peak_mb` (memory before
-opening, and the most).
+(seconds from opening to the groups of the first step), `base_mb` and `peak_mb` (memory before
+opening, and peak memory).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 GROUPS_PER_STEP = 256
 WINDOW = 4
 BUFFER = 1024  # as many groups as a window holds
-# What a reader yields beside numbers of groups: from here on it opens; it is open.
+# Events that a reader yields in addition to numbers of groups: it begins to open; it is open.
 BEGIN, OPENED = -1, 0
 Reader = Callable[..., Iterator[int]]
 
@@ -34,7 +34,7 @@ def ours(
     resume: bool = False,
     **_: Any,
 ) -> Iterator[int]:
-    """Whole steps of a `StepDataset`, pages verified, scores joined and checked."""
+    """Complete steps of a `StepDataset`, with verified pages and joined, checked scores."""
     from gvpo_offline.store.dataset import open_dataset
     from gvpo_offline.stream.mix import MixedOrder
     from gvpo_offline.stream.plan import CostModel
@@ -57,7 +57,7 @@ def ours(
 
 
 def decode(root: str, **_: Any) -> Iterator[int]:
-    """Nothing but pyarrow decoding the same columns on one thread: the floor for any reader."""
+    """pyarrow decoding of the same columns on one thread: the lower bound for any reader."""
     from gvpo_offline.store.manifest import load_manifest
     from gvpo_offline.store.parquet import open_parquet
     from gvpo_offline.store.schema import TRAINING_COLUMNS
@@ -83,12 +83,12 @@ def hf(
     n_groups: int = 0,
     **_: Any,
 ) -> Iterator[int]:
-    """HF `datasets` streaming over the joined files, pages verified, only the columns needed."""
+    """HF `datasets` streaming of the needed columns of the joined files, with verified pages."""
     import datasets
     import pyarrow.dataset
     from shards import COLUMNS
 
-    # Five seconds of sleep at the end of an epoch that guard against a bug of older pyarrow.
+    # A sleep of five seconds at the end of an epoch, a workaround for a bug of older pyarrow.
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     options = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
 
@@ -131,12 +131,12 @@ READERS: dict[str, Reader] = {"ours": ours, "decode": decode, "hf": hf}
 
 
 def peak_mb() -> float:
-    """The most memory that the process ever held."""
+    """The peak memory of the process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def visit(reader: Reader, options: dict[str, Any]) -> dict[str, float]:
-    """Read to the end, or (`resume`) to the end of the first step."""
+    """Read to the end, or (`resume`) to the end of the first step; returns times and memory."""
     base = peak_mb()
     begin = wall = time.perf_counter()
     cpu, first, groups = time.process_time(), 0.0, 0
@@ -162,7 +162,7 @@ def visit(reader: Reader, options: dict[str, Any]) -> dict[str, float]:
 
 
 def warm_up(name: str) -> None:
-    """Import what the reader needs: start-up is no part of an epoch."""
+    """Import the modules that the reader needs, so that imports are not measured."""
     import pyarrow.parquet
 
     if name == "hf":
@@ -175,4 +175,4 @@ def warm_up(name: str) -> None:
 if __name__ == "__main__":
     warm_up(sys.argv[1])
     print(json.dumps(visit(READERS[sys.argv[1]], json.loads(sys.argv[2]))), flush=True)
-    os._exit(0)  # threads of a reader that was broken off must not be waited for
+    os._exit(0)  # without waiting for threads of an interrupted reader

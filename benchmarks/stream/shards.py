@@ -1,6 +1,4 @@
-"""The data: shards by the store's own writer, and the same columns in the form that each peer likes
-best.
-"""
+"""The data: shards written by the store, and the same columns joined in files for HF `datasets`."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ COLUMNS = (*TRAINING_COLUMNS, "rewards", "ref_seq_logprobs")
 
 
 def made_up_group(number: int, vocab_size: int, tokens: int) -> Group:
-    """A prompt of 40 to 200 tokens and 8 responses of about `tokens`; tokens follow Zipf's law."""
+    """A prompt of 40 to 200 tokens and 8 responses of about `tokens`; ids follow Zipf's law."""
     rng = np.random.default_rng(number)
     lengths = np.clip(rng.gamma(4, tokens / 4, RESPONSES), 8, 4 * tokens).astype(int)
     parts = [int(rng.integers(40, 200)), *lengths.tolist()]
@@ -49,7 +47,7 @@ def made_up_group(number: int, vocab_size: int, tokens: int) -> Group:
 def write_shards(
     root: Path, n_groups: int, vocab_size: int = 50_000, tokens: int = RESPONSE_TOKENS
 ) -> GroupDataset:
-    """A dataset of `n_groups` with one reward and one reference; what is there already stays."""
+    """Write a dataset of `n_groups` with one reward and one reference, unless it exists."""
     if not (root / "manifest-000001.json").exists():
         log = TaskLog(root, "import")
         starts = range(0, n_groups, GROUPS_PER_SHARD)
@@ -100,7 +98,7 @@ def _family(files: list[Sidecar]) -> ReferenceFamily:
 
 
 def write_joined(dataset: GroupDataset, folder: Path) -> None:
-    """Groups, rewards and log-probs in one Parquet file a shard, encoded as the shards are."""
+    """Write groups, rewards and log-probs to one Parquet file per shard, encoded as the shards."""
     if folder.exists():
         return
     folder.mkdir(parents=True)
@@ -121,11 +119,11 @@ def write_joined(dataset: GroupDataset, folder: Path) -> None:
 
 
 def main() -> None:
-    """Write both forms."""
+    """Write the shards and, if requested, the joined files."""
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
     parser.add_argument("n_groups", type=int)
-    parser.add_argument("--joined", type=Path, help="also write joined files, here")
+    parser.add_argument("--joined", type=Path, help="folder for the joined files; default: none")
     given = parser.parse_args()
     dataset = write_shards(given.root, given.n_groups)
     if given.joined:

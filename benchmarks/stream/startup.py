@@ -1,10 +1,11 @@
-"""What a run does once before its first step, by the million groups.
+"""Costs of the start of a training run, per million groups.
 
     python benchmarks/stream/startup.py FOLDER
 
-Prints one JSON object: CPU seconds per million groups of the survey, of holding out a share by id
-and of dropping equal rewards; gigabytes a CPU second of verifying files; bytes a group on disk, of
-the summary columns that survey and selection read, and in the manifest.
+Prints one JSON object: CPU seconds per million groups of the survey, of holding out a share of the
+groups, and of dropping groups with equal rewards; gigabytes per CPU second of verifying files;
+bytes per group on disk and of the summary columns that survey and selection read; bytes per file in
+the manifest.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gvpo_offline.stream.view import DatasetView
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """Of the second of two calls."""
+    """CPU seconds of the second of two calls."""
     work()
     started = time.process_time()
     work()

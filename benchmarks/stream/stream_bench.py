@@ -1,9 +1,9 @@
-"""Reading speed beside HF `datasets` streaming and mosaicml-streaming, and what scale costs.
+"""Reading speed compared with HF `datasets` and mosaicml-streaming, and costs at scale.
 
     make bench-stream                          # under 10 minutes on two cores
-    make bench-stream ARGS="--minutes 1"       # fewer visits
+    make bench-stream ARGS="--minutes 1"       # fewer repetitions
 
-See README.md beside this file.
+README.md defines the figures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Figures = dict[str, Any]
 
 
 class Sides:
-    """Who is visited, and how: a script and its options by name."""
+    """The readers to compare: script and options by name."""
 
     def __init__(self, data: Path, mosaic: Path | None) -> None:
         here, joined = {"root": str(data / "1x")}, {"joined": str(data / "1x-joined")}
@@ -58,14 +58,14 @@ class Sides:
             self.resumes["mosaic"] = ("mosaic", {**mds, "resume": True})
 
     def visit(self, kind: str, options: Figures) -> Figures:
-        """One process, one epoch."""
+        """Run one reader in a process of its own; returns its figures."""
         if kind == "mosaic":
             return run([self.mosaic, HERE / "mosaic_reader.py", "read", json.dumps(options)])
         return run([sys.executable, HERE / "readers.py", kind, json.dumps(options)])
 
 
 def run(command: list[Any]) -> Figures:
-    """Run a script; what its last line says."""
+    """Run a script; returns the JSON object on its last line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env=environment, cwd=ROOT
@@ -78,7 +78,7 @@ def run(command: list[Any]) -> Figures:
 
 
 def make_data(data: Path, mosaic: Path | None) -> int:
-    """Write what is not there yet; tokens of the smaller dataset."""
+    """Write the data that is missing; returns the number of tokens of the 1x dataset."""
     shards = [sys.executable, HERE / "shards.py"]
     run([*shards, data / "1x", GROUPS, "--joined", data / "1x-joined"])
     run([*shards, data / "10x", 10 * GROUPS])
@@ -91,12 +91,12 @@ def make_data(data: Path, mosaic: Path | None) -> int:
 
 
 def median(visits: list[Figures], name: str) -> float:
-    """Of one figure over visits."""
+    """The median of one figure over repetitions."""
     return statistics.median(float(visit[name]) for visit in visits)
 
 
 def measure_epochs(sides: Sides, tokens: int, seconds: float) -> dict[str, Figures]:
-    """Visit all in turn, for so long; tokens a second, medians over visits."""
+    """Run the readers in turn for `seconds`; returns medians, such as tokens per second."""
     visits: dict[str, list[Figures]] = {name: [] for name in sides.epochs}
     ends = time.perf_counter() + seconds
     while time.perf_counter() < ends or not all(visits.values()):
@@ -117,12 +117,12 @@ def measure_epochs(sides: Sides, tokens: int, seconds: float) -> dict[str, Figur
 
 
 def show(name: str, figures: Figures) -> None:
-    """A line of the table."""
+    """Print a line of the table."""
     print(f"{name:<34}" + "".join(f"{k}={v}  " for k, v in figures.items()), flush=True)
 
 
 def measure_memory(data: Path, sides: Sides) -> Figures:
-    """The most memory that an epoch, three epochs, and one of ten times the data take."""
+    """Peak memory of one epoch, of three epochs, and of one epoch of ten times the data."""
     cases: dict[str, Figures] = {
         "1x": {"root": str(data / "1x")},
         "1x, 3 epochs": {"root": str(data / "1x"), "epochs": 3},
@@ -137,7 +137,7 @@ def measure_memory(data: Path, sides: Sides) -> Figures:
 
 
 def speedups(epochs: dict[str, Figures], clock: str) -> Figures:
-    """Ours over each peer's, both shuffled, groups checked and joined; by CPU or wall seconds."""
+    """Speed of our shuffled reader divided by that of the others, in CPU or wall seconds."""
     speed = {name: found[f"million_tokens_per_{clock}_s"] for name, found in epochs.items()}
     ours = speed["ours" if clock == "cpu" else "ours, read ahead"]
     peers = {
@@ -151,9 +151,11 @@ def speedups(epochs: dict[str, Figures], clock: str) -> Figures:
 
 
 def main() -> None:
-    """Measure all, print the table and the object."""
+    """Measure everything; print the table and the JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=4, help="visit readers for so long")
+    parser.add_argument(
+        "--minutes", type=float, default=4, help="time for repetitions of the readers"
+    )
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

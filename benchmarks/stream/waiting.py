@@ -1,9 +1,9 @@
-"""How much of a training step is spent waiting for data: the real trainer on a small model.
+"""The share of training time spent waiting for data, with GVPOTrainer on a small model.
 
     python benchmarks/stream/waiting.py FOLDER
 
-Prints one JSON object: the trainer's own `data_wait_share` over the whole run, with read-ahead
-(`wait_share`) and without (`wait_share_alone`), and the tokens a second that it trained at.
+Prints one JSON object: the trainer's `data_wait_share` over the whole run with read-ahead
+(`wait_share`) and without (`wait_share_alone`), and the trained tokens per second.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUPS, VOCABULARY, TOKENS, STEPS = 2_048, 1_000, 30, 32
 
 
 def train(root: Path, read_ahead: int) -> dict[str, Any]:
-    """One run; its log's one line of metrics."""
+    """Train once; returns the logged metrics."""
     torch.manual_seed(1)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     model = LlamaForCausalLM(
@@ -34,7 +34,7 @@ def train(root: Path, read_ahead: int) -> dict[str, Any]:
         args = GVPOConfig(
             output_dir=output,
             groups_per_step=GROUPS // STEPS,
-            shuffle_window=1,  # a row group is read every four steps, not all at the start
+            shuffle_window=1,  # one row group per four steps instead of all at the start
             max_tokens_per_micro_batch=8_192,
             max_steps=STEPS,
             logging_steps=STEPS,

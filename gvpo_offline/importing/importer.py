@@ -31,7 +31,12 @@ from gvpo_offline.importing.assemble import Assembler, InputNames
 from gvpo_offline.importing.encode import Encoder, TokenizerRequirements, load_encoder
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
-from gvpo_offline.importing.formats.shared.log_format import LeavesOut, Log, LogFormat, ReadsBeside
+from gvpo_offline.importing.formats.shared.log_format import (
+    DropsResponses,
+    ExtraDependencies,
+    LogFormat,
+    StageLog,
+)
 from gvpo_offline.importing.fragment import (
     GROUP_ID_DIGITS,
     Fragment,
@@ -65,7 +70,7 @@ def run_import(config: ImportConfig) -> Manifest:
     return import_log(config).manifest
 
 
-def import_log(config: ImportConfig, log: Log | None = None) -> ImportResult:
+def import_log(config: ImportConfig, log: StageLog | None = None) -> ImportResult:
     """Import logs into a dataset; do nothing if the output folder already holds the result.
 
     A response given as text gets the tokenizer's end token (`append_eos`) unless it was cut. An
@@ -105,7 +110,7 @@ class _FirstPass:
 class _Import:
     """One run of the stage."""
 
-    def __init__(self, config: ImportConfig, log: Log | None) -> None:
+    def __init__(self, config: ImportConfig, log: StageLog | None) -> None:
         self.config = config
         self.log = log
         self.format: LogFormat = log.format if log else find_format(config)
@@ -116,7 +121,7 @@ class _Import:
         # The number of buckets bounds memory; it does not change the result.
         self.buckets_per_shard = max(1, power_of_two(total, _BUCKET_BYTES) // self.n_shards)
         self.digests: list[str] = []
-        self.beside = [self._beside(source) for source in self.sources]
+        self.dependencies = [self._dependencies(source) for source in self.sources]
 
     def run(self) -> ImportResult:
         """See `import_log`."""
@@ -148,8 +153,12 @@ class _Import:
         with self._bar("checking inputs", sum(s.size for s in self.sources), "B") as bar:
             self.digests = [source.sha256(bar.update) for source in self.sources]
 
-    def _beside(self, source: Source) -> dict[str, str]:
-        return dict(self.format.beside(source)) if isinstance(self.format, ReadsBeside) else {}
+    def _dependencies(self, source: Source) -> dict[str, str]:
+        return (
+            dict(self.format.dependencies(source))
+            if isinstance(self.format, ExtraDependencies)
+            else {}
+        )
 
     def _identity(self) -> str:
         """SHA-256 over everything that determines the bytes of the dataset.
@@ -166,9 +175,9 @@ class _Import:
                 "versions": [IMPORT_VERSION, SCHEMA_VERSION],
                 "settings": settings,
                 "inputs": [
-                    [source.file_name, digest, *([beside] if beside else [])]
-                    for source, digest, beside in zip(
-                        self.sources, self.digests, self.beside, strict=True
+                    [source.file_name, digest, *([dependencies] if dependencies else [])]
+                    for source, digest, dependencies in zip(
+                        self.sources, self.digests, self.dependencies, strict=True
                     )
                 ],
                 "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
@@ -209,7 +218,7 @@ class _Import:
                 self._read_source(number, source, spill, first, bar.update)
                 source.check_unchanged()
             spill.flush()
-        if isinstance(self.format, LeavesOut):
+        if isinstance(self.format, DropsResponses):
             first.left_out = self.format.finish()
         return first
 
@@ -326,9 +335,9 @@ class _Import:
             name=self.config.reward_name, components=sorted(first.components), files=sidecars
         )
         read = [
-            {"path": source.file_name, "sha256": digest, "rows": rows, **beside}
-            for source, digest, rows, beside in zip(
-                self.sources, self.digests, first.rows, self.beside, strict=True
+            {"path": source.file_name, "sha256": digest, "rows": rows, **dependencies}
+            for source, digest, rows, dependencies in zip(
+                self.sources, self.digests, first.rows, self.dependencies, strict=True
             )
         ]
         settings = self.log.config if self.log else self._settings()

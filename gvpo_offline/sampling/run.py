@@ -11,7 +11,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.encode import load_encoder
 from gvpo_offline.importing.folder import SAMPLING_STAGES
-from gvpo_offline.importing.formats.shared.log_format import Log
+from gvpo_offline.importing.formats.shared.log_format import StageLog
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.sampling.gather import SampledFormat, SampledRows
@@ -200,7 +200,7 @@ class _Run:
         given = [name for name, n in found.responses.items() if n]
         settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_RECORDED}
         missing = {name: causes.total() for name, causes in found.gaps.items()}
-        log = Log(
+        log = StageLog(
             stage="sample",
             config={**settings, "sampling": self.identity, "missing": missing},
             inputs=self.prompts.inputs,

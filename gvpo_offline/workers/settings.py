@@ -22,7 +22,7 @@ class WorkerSettings:
     """GPUs reserved for each worker; Ray also takes a fraction. 0: local workers all see the GPUs
     that this process sees."""
     shard: str | None = None
-    """`i/n`: run every n-th task only, as job i of n, counted from 0. The job that finds all tasks
+    """Run every n-th task only, as job i of n, counted from 0: `i/n`. The job that finds all tasks
     done publishes the result."""
     ray_address: str | None = None
     """Address of a running Ray cluster, or auto. Default: RAY_ADDRESS, which Ray sets in its jobs;

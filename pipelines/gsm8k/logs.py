@@ -1,4 +1,4 @@
-"""The three files of grade-school-math, as worked problems and as a log of scored responses."""
+"""Converts the files of grade-school-math into training problems and a log of scored responses."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verificat
 
 
 def prompt_of(question: str) -> str:
-    """The prompt that policy and log share; what follows it is the response."""
+    """The prompt of a question, the same for pretraining and for the log."""
     return f"{question.strip()}\n"
 
 
 def read_problems(path: Path) -> list[tuple[str, str]]:
     """(prompt, answer) of each line of train.jsonl or test.jsonl.
 
-    The answers end in `A: 18`, as the logged ones do, and not in `#### 18`.
+    The end of an answer, `#### 18`, is replaced by `A: 18`, the form of the logged answers.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(prompt_of(r["question"]), r["answer"].replace("\n#### ", "\nA: ")) for r in rows]
 
 
 def write_log(data: Path, log: Path, *, with_person: bool) -> None:
-    """One row per response, the reward 1 or 0: four models that were checked, and a person.
+    """Write one row per response of the four models and, if wanted, the person; rewards are 1 or 0.
 
-    The person's answers are what the models were checked against, so their reward is always 1.
+    The person's answers are the answer key for the models, so their reward is always 1.
     """
     lines = []
     text = (data / SOLUTIONS).read_text(encoding="utf-8")

@@ -1,10 +1,11 @@
-"""A small policy from nothing: a tokenizer and a Qwen3 of a few million parameters.
+"""Train a small policy from scratch: a tokenizer and a Qwen3 of about a million parameters.
 
     python pipelines/gsm8k/pretrain.py --data FOLDER --output_dir runs/gsm8k/policy
 
-Both learn from the 7,473 worked answers of train.jsonl alone. The questions of the log are those of
-test.jsonl, which is read at the end to measure and never to train. Killed and started again, it
-goes on from the newest checkpoint; the order of the batches is a function of (seed, epoch).
+Both are trained on the 7,473 questions and answers of train.jsonl only. The questions of the log
+are those of test.jsonl, which is used for evaluation at the end and never for training. If it is
+killed and started again, it resumes from the newest checkpoint; the order of the batches is a
+function of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BUCKET = 64  # batches sorted by length together
 
 
 def make_tokenizer(problems: Sequence[tuple[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that never joins two digits: 72 is 7 2, as in 7 200."""
+    """Byte-level BPE in which every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
@@ -85,7 +86,7 @@ def length(row: Row) -> int:
 
 
 def batches(rows: Sequence[Row], budget: int, rng: random.Random) -> list[list[Row]]:
-    """All rows once, in batches of at most `budget` padded tokens whose rows are of like length."""
+    """Batches that hold each row once: rows of similar length, at most `budget` padded tokens."""
     shuffled = rng.sample(list(rows), len(rows))
     chunk = BUCKET * budget * len(rows) // sum(map(length, rows))
     made: list[list[Row]] = []
@@ -124,7 +125,7 @@ def schedule(rows: Sequence[Row], budget: int, epochs: int, seed: int) -> Iterat
 def pretrain(
     model: PreTrainedModel, rows: Sequence[Row], options: argparse.Namespace, saved: Path
 ) -> None:
-    """Next-token training on questions and answers; AdamW, warm-up, cosine decay to a tenth."""
+    """Train on questions and answers with AdamW, warm-up and cosine decay to a tenth."""
     plan = list(schedule(rows, options.tokens_per_step, options.epochs, options.seed))
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -138,7 +139,7 @@ def pretrain(
     if saved.exists():
         state = torch.load(saved)
         if state["settings"] != settings:
-            raise SystemExit(f"{saved} is of other settings, {state['settings']}: remove it first")
+            raise SystemExit(f"{saved} has other settings, {state['settings']}: remove it first")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
@@ -162,7 +163,7 @@ def pretrain(
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint under another name first, so that there is always a whole one."""
+    """Write a checkpoint to a temporary name and rename it, so that `path` is always complete."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
@@ -183,7 +184,7 @@ def answer_loss(model: PreTrainedModel, rows: Sequence[Row], budget: int) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train and test.jsonl")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the policy")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where to save the policy")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--width", type=int, default=128, help="a multiple of 32")
     parser.add_argument("--layers", type=int, default=4)
@@ -201,12 +202,12 @@ def main() -> None:
     model = make_model(tokenizer, options.width, options.layers)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     tokens = sum(map(length, rows)) / 1e6
-    print(f"{size:.1f} M parameters; {tokens:.2f} M tokens an epoch, {options.epochs} epochs")
+    print(f"{size:.1f} M parameters; {tokens:.2f} M tokens per epoch, {options.epochs} epochs")
     saved = options.output_dir.with_name(options.output_dir.name + "-pretraining.pt")
     pretrain(model, rows, options, saved)
     held_out = tokenized(tokenizer, read_problems(options.data / "test.jsonl"))
     loss = answer_loss(model, held_out, 4 * options.tokens_per_step)
-    print(f"test answers: {loss:.3f} nats a token")
+    print(f"test answers: {loss:.3f} nats per token")
     model.save_pretrained(options.output_dir)
     saved.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Logged solutions of four models and a person, through the whole line, to a trained policy.
+"""Train a policy with GVPO on logged solutions of four models and a person: all stages.
 
     python pipelines/gsm8k/run.py --data FOLDER --output_dir runs/gsm8k
 
@@ -6,12 +6,12 @@
     example_model_solutions.jsonl -> log -> import -> dataset -> reference -> validate
                                               evaluate -> train -> evaluate
 
-Every stage but the first two is a `gvpo-offline` command on the YAML file beside this one that has
-its name; the flags only move the paths below --output_dir. A stage that is finished is not run
-again, one that was killed goes on where it can. What was measured stands in README.md.
+Every stage except the first two is a `gvpo-offline` command with the YAML file of its name in this
+folder; the flags only set paths below --output_dir. Finished stages are skipped, and a stage that
+was killed resumes where possible. README.md has the results.
 
-Left out: sampling from the policy, and answering questions better. A model of this size cannot do
-sums; held-out explained variance asks whether it learned which of the logged responses are better.
+Not included: sampling from the policy. A model of this size cannot do arithmetic; the held-out
+explained variance measures whether it has learned which of the logged responses are better.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ COMMAND = [sys.executable, "-m", "gvpo_offline.cli"]
 
 
 @dataclass
-class Line:
-    """Runs stages, each once, and remembers how long they took."""
+class StageRunner:
+    """Runs each stage once and records its duration in seconds."""
 
     output_dir: Path
     seconds: dict[str, float] = field(default_factory=dict)
 
     def stage(self, name: str, command: Sequence[str | Path], config: Path | None = None) -> None:
-        """Run one command, unless this very command with this very YAML file has been done."""
+        """Run a command, unless the same command with the same YAML file is already finished."""
         argv = [str(part) for part in command]
         settings = yaml.safe_load(config.read_text()) if config else {}
         doing = {"command": [part.replace(f"{HERE}/", "") for part in argv[1:]], "config": settings}
@@ -53,15 +53,15 @@ class Line:
             done = json.loads(record.read_text())
             if {key: done[key] for key in doing} != doing:
                 sys.exit(
-                    f"{record} is of other settings.\nRemove it and what this stage wrote, and the "
-                    "stages after it likewise; or choose another --output_dir."
+                    f"{record} has other settings.\nRemove it with the output of this stage and of "
+                    "all later stages, or choose another --output_dir."
                 )
-            print(f"== {name}: done before ({record})", flush=True)
+            print(f"== {name}: already done ({record})", flush=True)
         else:
             print(f"== {name}\n$ {' '.join(argv)}", flush=True)
             started = time.perf_counter()
             if subprocess.run(argv, check=False).returncode:
-                sys.exit(f"stage {name} failed; run again when its error is dealt with")
+                sys.exit(f"stage {name} failed; fix the error and run this again")
             done = {**doing, "seconds": round(time.perf_counter() - started, 1)}
             record.parent.mkdir(parents=True, exist_ok=True)
             partial = record.with_suffix(".partial")
@@ -70,7 +70,7 @@ class Line:
         self.seconds[name] = done["seconds"]
 
     def gvpo(self, stage: str, command: str, **flags: Any) -> None:
-        """A command of gvpo-offline on its YAML file here; flags override it."""
+        """Run a gvpo-offline command with its YAML file in this folder; flags override the file."""
         config = HERE / f"{command}.yaml"
         given = [part for name, value in flags.items() for part in (f"--{name}", value)]
         self.stage(stage, [*COMMAND, command, "--config", config, *given], config)
@@ -81,41 +81,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with the three files")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k"))
     parser.add_argument(
-        "--log", choices=("all", "models"), default="all", help="models: leave the person out"
+        "--log", choices=("all", "models"), default="all", help="models: without the person"
     )
     options = parser.parse_args()
     for name in (SOLUTIONS, "train.jsonl", "test.jsonl"):
         if not (options.data / name).exists():
-            parser.error(f"{options.data} has no {name}; README.md says where to get it")
+            parser.error(f"{options.data} has no {name}; see README.md for its source")
     return options
 
 
-def pretrained(data: Path, output_dir: Path) -> Line:
-    """The policy in `output_dir`/policy. Both logs share it, it is the reference, and it owns the
-    tokenizer.
+def pretrain_policy(data: Path, output_dir: Path) -> StageRunner:
+    """Pretrain the policy in `output_dir`/policy: also the reference and the tokenizer of both
+    logs.
     """
-    line = Line(output_dir)
+    runner = StageRunner(output_dir)
     flags = ("--data", data, "--output_dir", output_dir / "policy")
-    line.stage("pretrain", [sys.executable, HERE / "pretrain.py", *flags])
-    return line
+    runner.stage("pretrain", [sys.executable, HERE / "pretrain.py", *flags])
+    return runner
 
 
-def scored(data: Path, out: Path, policy: Path, *, with_person: bool) -> Line:
-    """The dataset in `out`/dataset, with its reference.
+def import_and_score(data: Path, out: Path, policy: Path, *, with_person: bool) -> StageRunner:
+    """Import the log into `out`/dataset and compute the reference log-probs.
 
-    Responses that none of our policies wrote, one row each, as a user would have logged them.
+    The log has one row per response, and no response was sampled from the policy.
     """
-    line, dataset = Line(out), out / "dataset"
+    runner, dataset = StageRunner(out), out / "dataset"
     write_log(data, out / "log.jsonl", with_person=with_person)
-    line.gvpo(
+    runner.gvpo(
         "import",
         "import",
         inputs=out / "log.jsonl",
         output_dir=dataset,
         tokenizer_name_or_path=policy,
     )
-    line.gvpo("reference", "reference", dataset=dataset, model_name_or_path=policy)
-    return line
+    runner.gvpo("reference", "reference", dataset=dataset, model_name_or_path=policy)
+    return runner
 
 
 def main() -> None:
@@ -123,19 +123,19 @@ def main() -> None:
     policy, out = options.output_dir / "policy", options.output_dir / options.log
     dataset, trained = out / "dataset", out / "trained"
 
-    before = pretrained(options.data, options.output_dir)
-    line = scored(options.data, out, policy, with_person=options.log == "all")
-    line.seconds = before.seconds | line.seconds
-    line.stage("validate", [*COMMAND, "validate", "--dataset", dataset])
+    before = pretrain_policy(options.data, options.output_dir)
+    runner = import_and_score(options.data, out, policy, with_person=options.log == "all")
+    runner.seconds = before.seconds | runner.seconds
+    runner.stage("validate", [*COMMAND, "validate", "--dataset", dataset])
     results = {"before": (policy, out / "before.json"), "after": (trained, out / "after.json")}
 
     def evaluate(when: str) -> None:
         model, report = results[when]
         flags = {"model_name_or_path": model, "output_file": report}
-        line.gvpo(f"evaluate-{when}", "evaluate", dataset=dataset, **flags)
+        runner.gvpo(f"evaluate-{when}", "evaluate", dataset=dataset, **flags)
 
     evaluate("before")
-    line.gvpo("train", "train", dataset=dataset, model_name_or_path=policy, output_dir=trained)
+    runner.gvpo("train", "train", dataset=dataset, model_name_or_path=policy, output_dir=trained)
     evaluate("after")
 
     reports = {when: json.loads(file.read_text()) for when, (_, file) in results.items()}
@@ -148,7 +148,7 @@ def main() -> None:
             for name in ("explained_variance", "pair_accuracy")
             for when in results
         },
-        "seconds": line.seconds,
+        "seconds": runner.seconds,
     }
     print(json.dumps(summary))
 

@@ -1,20 +1,21 @@
-"""Train, make the result the new reference, score again, train again: GVPO in rounds.
+"""GVPO in rounds: the policy of each round is the reference of the next.
 
-    python pipelines/iterative/run.py --rounds 3              made-up data and a model made here
+    python pipelines/iterative/run.py --rounds 3              synthetic data and model
     python pipelines/iterative/run.py --rounds 3 \\
         --data hf:openbmb/UltraFeedback:train --model Qwen/Qwen3-0.6B
 
     import -> dataset;  for each round:  reference -> train -> evaluate
 
-Round r starts at the policy of round r - 1, which is also its reference; the responses are scored
-under it into a new family of log-probs, beside the older ones, on the same dataset. Its optimum is
-pi_{r-1} exp(R / beta) / Z, so that of n rounds is pi_0 exp(n R / beta) / Z: what one run at
-beta / n asks for, in n stretches that each stay near a reference.
+Round r starts from the policy of round r - 1, which is also its reference; its log-probs of the
+responses are added to the same dataset as a further reference. The optimum of round r is
+pi_{r-1} exp(R / beta) / Z, so after n rounds it is pi_0 exp(n R / beta) / Z: the optimum of one run
+with beta / n, reached in n steps that each stay close to a reference.
 
-Killed and run again, it goes on where it was, with the same result to the last bit: every command
-finds what it has done. Nothing here remembers anything. More --rounds go on from the last one.
+If it is killed and run again, it resumes, and the result is bitwise the same: every command detects
+what it has already done, and this script keeps no state. With more --rounds it continues after the
+last one.
 
-Left out: new responses. README.md says where in the loop they join.
+Not included: new responses. README.md describes where in the loop they would be added.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ SMALL = ["--instructions", "160", "--pretrain_steps", "60"]
 
 @dataclass(frozen=True)
 class Round:
-    """What held-out groups say after a round.
+    """Metrics of the held-out groups after a round.
 
     Attributes:
         number: from 1.
-        explained_variance: of the round itself: its own reference, at beta.
-        explained_so_far: of all rounds: the first reference, at beta / number.
-        pair_accuracy: pairs in the rewards' order by the log-ratio to the first reference.
-        log_ratio_mean, best_log_ratio_mean: to the first reference, nats.
+        explained_variance: with the reference of this round, at beta.
+        explained_so_far: with the first reference, at beta / number.
+        pair_accuracy: share of response pairs whose log-ratios to the first reference are ordered
+            like their rewards.
+        log_ratio_mean, best_log_ratio_mean: log-ratio to the first reference, nats.
     """
 
     number: int
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     first, rounds = "", []
     for number in range(1, options.rounds + 1):
         print(f"\n== round {number}: the reference is {policy}", flush=True)
-        # New responses would come in here; see README.md.
+        # New responses would be added here; see README.md.
         gvpo("reference", dataset=dataset, model_name_or_path=policy)
         reference = fingerprint_of(policy, dataset)
         first = first or reference
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model_name_or_path=policy,
             reference=reference,
             output_dir=trained,
-            seed=number,  # another order of the groups
+            seed=number,  # changes the order of the groups
         )
         rounds.append(measure(number, dataset, trained, first))
         policy = trained
@@ -93,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def fingerprint_of(policy: Path | str, dataset: Path) -> str:
-    """Of the newest reference that was scored under this name.
+    """The fingerprint of the newest reference with this model name.
 
-    Should its weights be others by now, `reference_check: error` stops the training.
+    If the model's weights have changed since, `reference_check: error` stops the training.
     """
     references = open_dataset(dataset, join=()).manifest.references
     return next(
@@ -106,7 +108,7 @@ def fingerprint_of(policy: Path | str, dataset: Path) -> str:
 
 
 def measure(number: int, dataset: Path, trained: Path, first: str) -> Round:
-    """The round as its own training saw it, and all rounds so far against the first reference."""
+    """Metrics of a round: from its training run, and with respect to the first reference."""
     beta = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))["beta"]
     report = trained.with_suffix(".json")
     gvpo(
@@ -131,7 +133,7 @@ def measure(number: int, dataset: Path, trained: Path, first: str) -> Round:
 
 
 def table(rounds: Sequence[Round]) -> str:
-    """The rounds as text."""
+    """A text table with one line per round."""
     heads = ("round", "explained", "so far", "pairs", "log-ratio", "of the best")
     lines = ["".join(f"{head:>12}" for head in heads)]
     for done in rounds:
@@ -142,26 +144,26 @@ def table(rounds: Sequence[Round]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", help="the log, as `import --inputs` takes it; default: made up")
-    parser.add_argument("--model", help="the first policy: a folder or hub name; goes with --data")
+    parser.add_argument("--data", help="the log: `import --inputs`; default: synthetic data")
+    parser.add_argument("--model", help="the first policy: a folder or hub name; needs --data")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/iterative"))
-    parser.add_argument("--small", action="store_true", help="less made-up data")
+    parser.add_argument("--small", action="store_true", help="less synthetic data")
     options = parser.parse_args(argv)
     if (options.data is None) != (options.model is None):
-        parser.error("--data and --model go together")
+        parser.error("--data and --model must be given together")
     if options.rounds < 1:
-        parser.error("--rounds is 1 or more")
+        parser.error("--rounds must be at least 1")
     return options
 
 
 def gvpo(command: str, **flags: Any) -> None:
-    """A gvpo-offline command on its YAML file here; flags override it."""
+    """Run a gvpo-offline command with its YAML file in this folder; flags override the file."""
     given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     argv = [command, "--config", str(HERE / f"{command}.yaml"), *given]
     print("$ gvpo-offline " + " ".join(argv), flush=True)
     if subprocess.run([sys.executable, "-m", "gvpo_offline.cli", *argv], check=False).returncode:
-        sys.exit(f"gvpo-offline {command} failed; run again when its error is dealt with")
+        sys.exit(f"gvpo-offline {command} failed; fix the error and run this again")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The pipeline with nothing at hand: a tiny model made on the spot, served, and trained.
+"""Demo of the pipeline without external resources: trains a tiny model, serves it, runs GVPO.
 
     python pipelines/math_server/demo.py --output_dir runs/math_demo
 
-The model, a Llama of some 70,000 parameters, learns sums of two numbers from two people: one says
-"it is" and is right, the other one says "may be" and says one or two too many. `transformers serve`
-serves it on loopback; `run.py` does the rest. A policy that GVPO has trained on right and wrong
-prefers the first one's way, for sums that it was not trained on too.
+The model, a Llama of about 70,000 parameters, is pretrained on sums of two numbers with two kinds
+of answers: "it is" with the right sum, and "may be" with a sum that is one or two too large.
+`transformers serve` serves it on the loopback interface; `run.py` runs the stages. The policy that
+GVPO trains on the scored answers prefers the first kind, for held-out sums as well.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SERVER_START_S = 120.0
 
 
 def question(a: int, b: int) -> str:
-    """A prompt."""
+    """The prompt for a sum."""
     return f"what is {a} + {b} ?"
 
 
 def write_prompts(path: Path, n: int, rng: random.Random) -> None:
-    """`n` different prompts with their answers."""
+    """Write `n` different prompts with their answers as JSON lines."""
     pairs = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
     rows = [{"prompt": question(a, b), "answer": str(a + b)} for a, b in rng.sample(pairs, n)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_prompts(path: Path, n: int, rng: random.Random) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word, with a chat template."""
+    """A word-level tokenizer with a chat template."""
     marks = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
     numbers = map(str, range(2 * LARGEST + 3))
     words = [*marks, "what", "is", "+", "?", "it", "may", "be", *numbers]
@@ -66,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path, steps: int, rng: random.Random) -> None:
-    """Pretrain the model for `steps` steps of 128 sums."""
+    """Pretrain the model for `steps` steps of 128 sums and save it."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -83,8 +83,8 @@ def make_model(folder: Path, steps: int, rng: random.Random) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    # `transformers serve` takes the likeliest token, whatever the temperature, unless a model's own
-    # generation_config.json says to sample.
+    # `transformers serve` decodes greedily, whatever the temperature, unless the model's
+    # generation_config.json has do_sample.
     model.generation_config.do_sample = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in tqdm(range(steps), desc="pretrain", unit="step"):
@@ -105,7 +105,7 @@ def _lesson(rng: random.Random) -> str:
 
 @contextmanager
 def served(model: Path, log: Path) -> Iterator[str]:
-    """`transformers serve` on a free port, until the block ends; gives the address."""
+    """Run `transformers serve` on a free port until the block ends; yields the address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -138,10 +138,10 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], address: str, log: Pat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make everything, then the pipeline."""
+    """Make prompts, model and server, then run the pipeline."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/math_demo"))
-    parser.add_argument("--prompts", type=int, default=120, help="how many, at most 169")
+    parser.add_argument("--prompts", type=int, default=120, help="number of prompts, at most 169")
     parser.add_argument("--pretrain_steps", type=int, default=400)
     given = parser.parse_args(argv)
     out: Path = given.output_dir

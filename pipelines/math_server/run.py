@@ -1,4 +1,4 @@
-"""Prompts with known answers, a model behind a server, and a policy that GVPO made better at them.
+"""Sample a model behind a server on prompts with known answers, and train it with GVPO.
 
     vllm serve MODEL --generation-config vllm          # or SGLang, TGI, transformers serve
     python pipelines/math_server/run.py --prompts prompts.jsonl --model MODEL \\
@@ -8,12 +8,12 @@
                        |         math-verify
                     the server
 
-Every stage is a `gvpo-offline` command on the YAML file beside this one that has its name; the
-flags only say where things are. A command that is done does nothing when it is repeated, and one
-that was killed goes on: whatever goes wrong, run this again.
+Every stage is a `gvpo-offline` command with the YAML file of its name in this folder; the flags
+only set paths and addresses. A repeated command does nothing if it is finished, and resumes if it
+was killed: after a failure, run this again.
 
-Left out: making prompts and starting the server, which `demo.py` does with a model of its own. The
-server is not needed once `sample` is done.
+Not included: making prompts and starting the server; `demo.py` does both with a tiny model. The
+server is not needed after `sample`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ HERE = Path(__file__).parent
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Where things are."""
+    """Parse paths and addresses."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", required=True, help="rows of `prompt` and `answer`")
     parser.add_argument("--model", required=True, help="the policy to train: a folder or hub name")
     parser.add_argument("--base_url", required=True, help="the server's address, ending in /v1")
-    parser.add_argument("--served_model", help="what the server calls the model; default: --model")
+    parser.add_argument("--served_model", help="model name on the server; default: --model")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/math_server"))
     return parser.parse_args(argv)
 
 
 def gvpo(command: str, **flags: Any) -> None:
-    """A command of gvpo-offline on its YAML file here; flags override it."""
+    """Run a gvpo-offline command with its YAML file in this folder; flags override the file."""
     argv = [sys.executable, "-m", "gvpo_offline.cli", command]
     if (config := HERE / f"{command}.yaml").exists():
         argv += ["--config", str(config)]
@@ -51,15 +51,15 @@ def gvpo(command: str, **flags: Any) -> None:
         argv += [f"--{name}", str(value)]
     print(f"\n$ gvpo-offline {' '.join(argv[3:])}", flush=True)
     if subprocess.run(argv, check=False).returncode:
-        sys.exit(f"{command} failed; run this again when its error is dealt with")
+        sys.exit(f"{command} failed; fix the error and run this again")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The whole line."""
+    """Run all stages."""
     given = parse(argv)
     dataset, trained = given.output_dir / "dataset", given.output_dir / "trained"
 
-    # Who is asked, and how: sample.yaml. Where it listens is of this run alone.
+    # sample.yaml has the sampler's settings, except for its address, which depends on the run.
     samplers = yaml.safe_load((HERE / "sample.yaml").read_text(encoding="utf-8"))["samplers"]
     here = {"base_url": given.base_url, "model": given.served_model or given.model}
     samplers["server"].update(here)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         samplers=json.dumps(samplers),
     )
 
-    # Right or wrong, as math-verify sees it; another reward later costs no new sampling.
+    # math-verify checks the answers; other rewards can be added without sampling again.
     gvpo("reward", dataset=dataset)
 
     # The policy before training is the reference.

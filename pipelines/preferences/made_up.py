@@ -1,15 +1,16 @@
-"""Something to begin with where there is no network: preferences in UltraFeedback's shape, a model.
+"""Generate synthetic preferences in the format of UltraFeedback, and a small model; no network.
 
     python pipelines/preferences/made_up.py --output_dir runs/made-up
 
-    ultrafeedback.parquet   as openbmb/UltraFeedback: an instruction, four scored completions
-    pairs.parquet           as HuggingFaceH4/ultrafeedback_binarized: the best and another one
+    ultrafeedback.parquet   format of openbmb/UltraFeedback: an instruction, four scored completions
+    pairs.parquet           format of HuggingFaceH4/ultrafeedback_binarized: the best and another
     model/                  a Qwen3 of 86,000 parameters; its tokenizer has a chat template
 
-An instruction asks for things by kind ("Name 2 fruits and 3 tools ."); each of eight writers gets
-some right, some of another kind, forgets some, and may or may not begin with "Certainly". Scores
-say how much of the list is right and a little about manners. The model has read a writer who names
-things at random, whatever was asked for. All of it is a function of the seed.
+An instruction asks for things of several kinds ("Name 2 fruits and 3 tools ."). Each of eight
+simulated writers names some things of the right kind, some of a wrong kind, omits some, and may
+begin with "Certainly". The score mostly measures how much of the list is right, and to a small part
+the politeness. The model is pretrained on a writer who names random things. Everything is a
+function of the seed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ KINDS = {
     "rivers": ["Rhine", "Nile", "Volga", "Congo", "Thames", "Seine"],
 }
 POLITE = "Certainly"
-# How likely a thing is of the right kind, and not forgotten; how likely the writer is polite.
+# (skill, politeness): the probability of a right thing, which also lowers that of an omission, and
+# the probability of a polite beginning.
 WRITERS = {f"writer-{i}": (0.3 + 0.09 * i, (i % 4) / 3) for i in range(8)}
 RANDOM_WRITER = (0.0, 0.5)
 PAD, EOS, UNKNOWN, USER, ASSISTANT = "<pad>", "<eos>", "<unk>", "<user>", "<assistant>"
@@ -54,17 +56,17 @@ Row = dict[str, Any]
 
 
 def make_ask(rng: random.Random) -> Ask:
-    """Two or three kinds of things, one to four of each."""
+    """A request for two or three kinds of things, one to four of each."""
     return [(rng.randint(1, 4), kind) for kind in rng.sample(list(KINDS), rng.choice((2, 3)))]
 
 
 def instruction_of(ask: Ask) -> str:
-    """What the user writes."""
+    """The text of a request."""
     return f"Name {' and '.join(f'{n} {kind}' for n, kind in ask)} ."
 
 
 def write(ask: Ask, writer: tuple[float, float], rng: random.Random) -> str:
-    """A writer's answer: perhaps a greeting, then one word for each thing that is not forgotten."""
+    """A writer's answer: a polite word or none, then one word per thing that is not omitted."""
     skill, manners = writer
     words = [POLITE] if rng.random() < manners else []
     for n, kind in ask:
@@ -92,7 +94,7 @@ def judge(ask: Ask, answer: str) -> dict[str, int]:
 
 
 def completion(ask: Ask, name: str, rng: random.Random) -> Row:
-    """One completion with its ratings, as UltraFeedback has it."""
+    """One completion with its ratings, in the format of UltraFeedback."""
     answer = write(ask, WRITERS[name], rng)
     ratings = judge(ask, answer)
     mean = sum(ratings.values()) / len(ratings)
@@ -137,7 +139,7 @@ def make_rows(n: int, rng: random.Random) -> list[Row]:
 
 
 def pair_of(number: int, row: Row, rng: random.Random) -> Row:
-    """The best completion and one of the others, as messages with their scores."""
+    """The best completion and a random other one, as messages with their scores."""
     best, *others = sorted(row["completions"], key=lambda c: -float(c["overall_score"]))
     other = rng.choice(others)
     user = {"content": row["instruction"], "role": "user"}
@@ -156,7 +158,7 @@ def pair_of(number: int, row: Row, rng: random.Random) -> Row:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, and a chat template."""
+    """A word-level tokenizer with a chat template."""
     words = [PAD, EOS, UNKNOWN, USER, ASSISTANT, "Name", "and", ".", POLITE, *"1234", *KINDS]
     words += [thing for things in KINDS.values() for thing in things]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN))
@@ -169,7 +171,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Qwen3ForCausalLM:
-    """A small model that names things at random."""
+    """A small model, pretrained on the writer who names random things."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -205,7 +207,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Qwe
 def padded(
     tokenizer: PreTrainedTokenizerFast, asks: Sequence[Ask], answers: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask, labels, each (B, T) int64; labels on the answers alone."""
+    """input_ids, attention_mask, labels, each (B, T) int64; only answers have labels."""
     prompts = [f"{USER} {instruction_of(ask)} {ASSISTANT}" for ask in asks]
     texts = [f"{p} {answer} {EOS}" for p, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
@@ -216,7 +218,7 @@ def padded(
 
 
 def make(output_dir: Path, *, instructions: int, pretrain_steps: int, seed: int = 0) -> None:
-    """Everything at once, or nothing: a folder that is there is whole and stays as it is."""
+    """Write data and model to a temporary folder and rename it; an existing folder is kept."""
     if output_dir.exists():
         return
     partial = output_dir.with_name(output_dir.name + ".partial")

@@ -1,4 +1,4 @@
-"""What a policy's order of held-out responses is worth: the mean reward at each place."""
+"""The mean reward at each rank when a policy ranks held-out responses."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ranking:
-    """Mean reward of the responses that come first, second … in their groups.
+    """Mean reward of the responses at rank 1, 2 … of their groups, for three rankings.
 
     Attributes:
-        n_groups: held-out groups.
-        policy: ordered by the policy's log-ratio, the reward that GVPO teaches it.
-        reference: ordered by the reference's log-prob a token: what it preferred before.
-        rewards: ordered by the rewards themselves, which no order can beat.
-        chance: the mean, at every place.
+        n_groups: number of held-out groups.
+        policy: ranked by the policy's log-ratio, which GVPO fits to the rewards.
+        reference: ranked by the reference's log-prob per token.
+        rewards: ranked by the rewards themselves, the best possible ranking.
+        chance: expectation of a random ranking, the same at every rank.
     """
 
     n_groups: int
@@ -41,12 +41,12 @@ class Ranking:
     chance: float
 
     def table(self) -> str:
-        """The ranking as text, one order a line."""
+        """A text table with one line per ranking."""
         places = range(1, len(self.policy) + 1)
-        lines = [f"{'mean reward at place':<34}" + "".join(f"{place:>8}" for place in places)]
+        lines = [f"{'mean reward at rank':<34}" + "".join(f"{place:>8}" for place in places)]
         for label, means in (
             ("by the policy's log-ratio", self.policy),
-            ("by the reference's log-prob a token", self.reference),
+            ("by the reference's log-prob per token", self.reference),
             ("by the rewards themselves", self.rewards),
         ):
             lines.append(f"{label:<34}" + "".join(f"{mean:>8.2f}" for mean in means))
@@ -71,10 +71,10 @@ def rank(config: EvaluateConfig) -> Ranking:
 
 
 def mean_by_place(rewards: Sequence[Floats], scores: Sequence[Floats]) -> list[float]:
-    """Mean reward at each place when every group is ordered by its scores, the highest first.
+    """Mean reward at each rank when the responses of every group are sorted by descending score.
 
-    A place counts the groups that have so many responses. Responses of one score stand in the
-    order of the log.
+    The mean at a rank is over the groups with at least that many responses. Responses with equal
+    scores keep the order of the log.
     """
     ordered = [
         own[np.argsort(-score, kind="stable")] for own, score in zip(rewards, scores, strict=True)

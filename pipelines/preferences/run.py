@@ -1,19 +1,19 @@
-"""Preferences in UltraFeedback's shape, through the whole line, to a trained policy.
+"""Train a policy with GVPO on preferences in the format of UltraFeedback: all stages.
 
-    python pipelines/preferences/run.py                       made-up data and a model made here
+    python pipelines/preferences/run.py                       synthetic data and model
     python pipelines/preferences/run.py --data hf:openbmb/UltraFeedback:train \\
-        --model Qwen/Qwen3-0.6B                               the real ones; see README.md first
-    python pipelines/preferences/run.py --format preference   the best and one other of each four
+        --model Qwen/Qwen3-0.6B                               real data; see README.md first
+    python pipelines/preferences/run.py --format preference   pairs: best and one other of four
 
     import -> reference -> train -> evaluate -> rank
 
-Each stage is a `gvpo-offline` command on the YAML file beside this one that has its name; the flags
-only say where things lie. Killed and run again, it goes on where it was: every command finds what
-it has done. At the end held-out groups say how much of the scores the policy explains, and what the
-responses that it ranks first are worth.
+Each stage is a `gvpo-offline` command with the YAML file of its name in this folder; the flags only
+set paths. If it is killed and run again, it resumes: every command detects what it has already
+done. At the end, held-out groups measure how much of the scores the policy explains, and the mean
+reward of the responses that it ranks first.
 
-Left out: sampling from the policy. A ranking of logged responses says what it has learned to
-prefer, and not how well it writes.
+Not included: sampling from the policy. A ranking of logged responses measures what the policy
+prefers, not how well it writes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gvpo("train", dataset=dataset, model_name_or_path=model, output_dir=trained)
     gvpo("evaluate", dataset=dataset, model_name_or_path=trained, output_file=report)
 
-    from ranking import rank  # torch takes its seconds when it is needed
+    from ranking import rank  # imports torch, which takes seconds
 
     from gvpo_offline.commands.settings import EvaluateConfig
 
@@ -73,24 +73,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", help="the log, as `import --inputs` takes it; default: made up")
-    parser.add_argument("--model", help="a folder or hub name; goes with --data")
+    parser.add_argument("--data", help="the log: `import --inputs`; default: synthetic data")
+    parser.add_argument("--model", help="a folder or hub name; needs --data")
     parser.add_argument("--format", choices=tuple(FILES), default="ultrafeedback")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/preferences"))
-    parser.add_argument("--small", action="store_true", help="less made-up data: half a minute")
+    parser.add_argument("--small", action="store_true", help="less synthetic data: half a minute")
     options = parser.parse_args(argv)
     if (options.data is None) != (options.model is None):
-        parser.error("--data and --model go together")
+        parser.error("--data and --model must be given together")
     return options
 
 
 def gvpo(command: str, **flags: Any) -> None:
-    """A gvpo-offline command on its YAML file here; flags override it."""
+    """Run a gvpo-offline command with its YAML file in this folder; flags override the file."""
     given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     argv = [command, "--config", str(HERE / f"{command}.yaml"), *given]
     print("$ gvpo-offline " + " ".join(argv), flush=True)
     if subprocess.run([sys.executable, "-m", "gvpo_offline.cli", *argv], check=False).returncode:
-        sys.exit(f"gvpo-offline {command} failed; run again when its error is dealt with")
+        sys.exit(f"gvpo-offline {command} failed; fix the error and run this again")
 
 
 if __name__ == "__main__":

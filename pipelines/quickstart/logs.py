@@ -1,4 +1,4 @@
-"""The logs: who wrote what, and what it was worth, as JSON lines; one file per sampler."""
+"""Writes the logs: one JSON-lines file per sampler, one scored response per line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models import sample
 from task import person, reward
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# A log has gaps: each sampler answered this share of the questions it was asked.
+# The log is incomplete, as real logs are: each sampler answers this share of its questions.
 ANSWERED = 0.9
 
 
@@ -27,8 +27,8 @@ def write_logs(
 ) -> None:
     """Let four samplers answer `prompts`, score each answer, and write `<sampler>.jsonl`.
 
-    The hot sampler is the policy at a temperature of 1.4: what it writes is not what the policy
-    would write. Nothing is sampled from the policy itself.
+    The sampler "hot" is the policy at temperature 1.4, which is a different distribution. No
+    response is sampled from the policy itself.
     """
     rng = random.Random(seed)
     folder.mkdir(parents=True)

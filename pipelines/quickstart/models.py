@@ -1,7 +1,7 @@
-"""Small language models made from nothing: tokenizer, configurations, pretraining, sampling.
+"""Small language models trained from scratch: tokenizer, configurations, pretraining, sampling.
 
-Everything is an ordinary transformers model and tokenizer, saved so that AutoModelForCausalLM and
-AutoTokenizer load it. Nothing is downloaded.
+Models and tokenizers are standard transformers classes that AutoModelForCausalLM and AutoTokenizer
+can load. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, so that prompt and response never share a token."""
+    """A word-level tokenizer; no token spans the boundary of prompt and response."""
     words = ["<pad>", "<eos>", "<unk>", *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -60,12 +60,12 @@ def _sizes(tokenizer: PreTrainedTokenizerFast, width: int) -> dict[str, object]:
 
 
 def policy_config(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """The policy to train: a Qwen3 of some 200,000 parameters."""
+    """The policy to train: a Qwen3 of about 200,000 parameters."""
     return Qwen3Config(**_sizes(tokenizer, 96), head_dim=24)
 
 
 def other_config(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """Another family and another size: a Llama of some 90,000 parameters."""
+    """A model of another family and size: a Llama of about 90,000 parameters."""
     return LlamaConfig(**_sizes(tokenizer, 64))
 
 
@@ -87,7 +87,7 @@ def pretrain(
     learning_rate: float = 4e-3,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Next-token training on what careless shoppers write, fresh text at every step."""
+    """Train `model` in place on responses of careless shoppers, with new text at every step."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     warmup = steps // 20
@@ -113,7 +113,7 @@ def pretrain(
 def _laid_out(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], responses: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids, attention_mask and labels, (B, T) int64 each; labels on responses alone."""
+    """input_ids, attention_mask and labels, (B, T) int64 each; only responses have labels."""
     texts = [f"{p} {r}" for p, r in zip(prompts, responses, strict=True)]
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     longest = max(map(len, rows))
@@ -137,10 +137,10 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 512,
 ) -> list[str]:
-    """One response a prompt, in the prompts' order.
+    """Sample one response per prompt, in the order of the prompts.
 
     Prompts are padded on the left and continued with a KV cache. A response that does not end
-    within MAX_NEW_TOKENS is returned as far as it got.
+    within MAX_NEW_TOKENS is returned truncated.
     """
     generator = torch.Generator(DEVICE).manual_seed(seed)
     model.eval()

@@ -1,18 +1,18 @@
-"""From logged responses to a trained policy, in a few minutes on two cores: the whole story.
+"""From logged responses to a trained policy, in a few minutes on two cores: all steps.
 
     make quickstart
 
- 1. A small policy is made and pretrained. It knows who sells what, and nothing of prices (task.py).
+ 1. A small policy is pretrained. It knows which shop sells what, but no prices (see task.py).
  2. Four samplers, none of them the policy, answer 600 shopping lists; a program scores each answer.
-    What is left of them is four JSONL files, as a log would be.
+    The result is four JSONL files, which serve as the log.
  3. `gvpo-offline import`     groups the responses by prompt into a dataset of Parquet shards.
- 4. `gvpo-offline reference`  scores every response under the policy as it is now.
+ 4. `gvpo-offline reference`  computes the log-probs of all responses under the untrained policy.
  5. `gvpo-offline train`      trains GVPO from the shards alone.
- 6. The same shards under plain SFT on each group's best response, for comparison.
- 7. The three policies answer lists that nobody has seen.
+ 6. For comparison, SFT on the best response of each group, from the same shards.
+ 7. The three policies answer held-out lists.
 
-Left out: anything that a bigger model would need (hub names, LoRA, bf16): see README.md. With your
-own logs, steps 3 to 5 are all there is; the commands are printed at the end.
+Not included: what larger models need (hub names, LoRA, bf16); see README.md. For your own logs only
+steps 3 to 5 are needed; the commands are printed at the end.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     clear(RUN)
     prompts, held_out = split_prompts(SEED, N_TRAIN, N_HELD_OUT)
 
-    say("1. a small policy that has never seen a price")
+    say("1. pretrain a small policy that knows no prices")
     tokenizer = make_tokenizer()
     policy, older = make_policy(tokenizer)
     other = new_model(other_config(tokenizer), SEED + 1)
@@ -58,24 +58,24 @@ def main() -> None:
     for part in (policy, tokenizer):
         part.save_pretrained(RUN / "policy")
 
-    say("2. four samplers answer, none of them the policy; a program scores")
+    say("2. write the logs: four samplers other than the policy, scored by a program")
     models = {"older": older, "other": other, "policy": policy}
     write_logs(RUN / "logs", prompts, tokenizer, **models, seed=SEED)
 
-    say("3. the log becomes a dataset")
+    say("3. import the logs into a dataset")
     logs = sorted(str(path) for path in (RUN / "logs").glob("*.jsonl"))
     dataset, trained = str(RUN / "dataset"), str(RUN / "gvpo")
     model = ["--model_name_or_path", str(RUN / "policy")]
     tokenized = ["--tokenizer_name_or_path", str(RUN / "policy")]
     gvpo("import", "--inputs", repr(logs), *tokenized, "--output_dir", dataset)
 
-    say("4. the reference is scored, once")
+    say("4. compute the reference log-probs, once")
     gvpo("reference", "--dataset", dataset, *model)
 
-    say("5. GVPO, from the shards alone")
+    say("5. train with GVPO, from the shards alone")
     gvpo("train", "--dataset", dataset, *model, "--output_dir", trained)
 
-    say("6. the same shards, imitating the best of each group")
+    say("6. for comparison: SFT on the best response of each group")
     imitator = load(RUN / "policy")
     settings = yaml.safe_load((HERE / "train.yaml").read_text())
     train_sft(
@@ -88,7 +88,7 @@ def main() -> None:
         learning_rate=SFT_LEARNING_RATE,
     )
 
-    say("7. lists that nobody has seen")
+    say("7. evaluate on held-out lists")
     finished = {"before": policy, "after_sft": imitator, "after_gvpo": load(Path(trained))}
     scores = {
         name: evaluate(m, tokenizer, held_out, title=f"evaluate: {name}")
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The policy, and a copy of what it was at an earlier step."""
+    """The pretrained policy, and a copy of it at an earlier step."""
     policy = new_model(policy_config(tokenizer), SEED)
     kept: list[PreTrainedModel] = []
 
@@ -120,7 +120,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Pr
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], *, title: str
 ) -> Score:
-    """Mean reward of four answers a prompt at temperature 1."""
+    """Mean reward of four answers per prompt, sampled at temperature 1."""
     asked = [prompt for prompt in prompts for _ in range(ANSWERS)]
     answers = sample(model, tokenizer, asked, seed=SEED + 7, title=title)
     rewards = [reward(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def finish(scores: dict[str, Score], seconds: float) -> None:
-    """Table, picture, summary, and what to do next."""
+    """Print the table, write picture and summary, and print the commands for own logs."""
     dataset = open_dataset(RUN / "dataset")
     groups = [group for i in range(dataset.n_row_groups) for group in dataset.groups(i)]
     rewards = [group.rewards for group in groups if group.rewards is not None]
@@ -147,12 +147,12 @@ def finish(scores: dict[str, Score], seconds: float) -> None:
     draw(RUN / "quickstart.png", scores, history, best)
     print(f"\n{table(scores)}\n")
     print(
-        f"The logged responses earn {details['mean_logged_reward']:.3f} on average, the best of "
-        f"each group {best:.3f}.\nSFT imitates the best ones, good choices and bad alike; GVPO "
-        "compares the responses\nto one prompt, and goes beyond the best of them.\n"
+        f"Mean reward of the logged responses: {details['mean_logged_reward']:.3f}; of the best of "
+        f"each group: {best:.3f}.\nSFT imitates all choices of the best responses, good and bad; "
+        "GVPO compares the responses\nto one prompt, and can exceed the best of them.\n"
     )
     print(f"{seconds:.0f} seconds. Picture: {RUN}/quickstart.png   figures: {RUN}/summary.json\n")
-    print("The same with your own log:\n")
+    print("The commands for your own log:\n")
     print(
         "  gvpo-offline import    --inputs 'logs/*.jsonl' --tokenizer_name_or_path MODEL "
         "--output_dir data \\\n"
@@ -161,29 +161,29 @@ def finish(scores: dict[str, Score], seconds: float) -> None:
         "  gvpo-offline reference --dataset data --model_name_or_path MODEL\n"
         "  gvpo-offline train     --dataset data --model_name_or_path MODEL --output_dir run "
         "--beta 0.1\n\n"
-        "(.venv/bin/gvpo-offline; pipelines/quickstart/*.yaml are the settings used here.)"
+        "(.venv/bin/gvpo-offline; the settings of this run are in pipelines/quickstart/*.yaml.)"
     )
 
 
 def gvpo(command: str, *flags: str) -> None:
-    """Run a gvpo-offline command with the YAML file of its name."""
+    """Run a gvpo-offline command with the YAML file of its name in this folder."""
     argv = [command, "--config", str(HERE / f"{command}.yaml"), *flags]
     print("$ gvpo-offline " + " ".join(argv), flush=True)
     subprocess.run([sys.executable, "-m", "gvpo_offline.cli", *argv], check=True)
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A model from a folder, on the device that the others are on."""
+    """Load a model from a folder to DEVICE."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     return model.to(DEVICE)
 
 
 def clear(folder: Path) -> None:
-    """An empty folder; one that an earlier quickstart made is replaced, any other is left alone."""
+    """Empty the folder if an earlier quickstart created it; exit if it holds other files."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).exists():
             sys.exit(
-                f"{folder} holds files that no quickstart made: move it away, or run elsewhere"
+                f"{folder} holds files of another origin: move it, or run in another directory"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The end of the story: a table, a picture, and summary.json."""
+"""Reports of the quickstart: a table, a picture, and summary.json."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Score:
     """Held-out reward of one policy.
 
     Attributes:
-        mean: over prompts and answers.
-        standard_error: of the mean, over prompts.
+        mean: mean reward over prompts and answers.
+        standard_error: standard error of the mean over prompts.
         right: share of answers with a reward above 0.
         perfect: share of answers with the highest possible reward.
     """
@@ -30,7 +30,7 @@ class Score:
 
 
 def score(rewards: Sequence[float], answers_per_prompt: int) -> Score:
-    """The score of rewards that lie prompt by prompt, `answers_per_prompt` each."""
+    """The score of rewards in prompt order, `answers_per_prompt` consecutive ones per prompt."""
     n = len(rewards) // answers_per_prompt
     means = [
         sum(rewards[i * answers_per_prompt : (i + 1) * answers_per_prompt]) / answers_per_prompt
@@ -47,7 +47,7 @@ def score(rewards: Sequence[float], answers_per_prompt: int) -> Score:
 
 
 def table(scores: dict[str, Score]) -> str:
-    """The scores as text."""
+    """A text table of the scores."""
     lines = [f"{'':<18}{'held-out reward':>17}{'right':>9}{'perfect':>10}"]
     for key, label in LABELS.items():
         s = scores[key]
@@ -57,7 +57,7 @@ def table(scores: dict[str, Score]) -> str:
 
 
 def write_summary(path: Path, scores: dict[str, Score], details: dict[str, Any]) -> None:
-    """`summary.json`: mean held-out reward before and after, and what else was measured."""
+    """Write `summary.json`: held-out rewards before and after training, and `details`."""
     content = {
         **{key: s.mean for key, s in scores.items()},
         "standard_errors": {key: s.standard_error for key, s in scores.items()},
@@ -69,7 +69,7 @@ def write_summary(path: Path, scores: dict[str, Score], details: dict[str, Any])
 
 
 def draw(path: Path, scores: dict[str, Score], history: list[dict[str, Any]], best: float) -> None:
-    """The run in three panels: rewards, explained variance, the best responses' log-ratio."""
+    """Draw three panels: held-out rewards, explained variance, log-ratios."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -84,8 +84,10 @@ def draw(path: Path, scores: dict[str, Score], history: list[dict[str, Any]], be
         left.text(place, s.mean - 0.07, f"{s.mean:.2f}", ha="center", color="white", weight="bold")
     left.set_xticks(range(len(LABELS)), list(LABELS.values()))
     left.axhline(best, color="black", lw=1, ls=":")
-    left.text(-0.4, best + 0.015, "the best logged response of each group, on average", fontsize=8)
-    left.set(ylim=(0, 1.08), title="reward on prompts never seen", ylabel="share of saving")
+    left.text(-0.4, best + 0.015, "best logged response of each group (mean)", fontsize=8)
+    left.set(
+        ylim=(0, 1.08), title="reward on held-out prompts", ylabel="share of the possible saving"
+    )
     for name, colour, label in (
         ("explained_variance", grey, "training groups"),
         ("eval_explained_variance", blue, "held-out groups"),

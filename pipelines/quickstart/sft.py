@@ -1,8 +1,7 @@
-"""The baseline: imitate the best response of each group, from the same shards, in the same order.
+"""The baseline: SFT on the best response of each group, from the same shards in the same order.
 
-As many steps as GVPO, on the same groups, with the same optimizer and schedule and a learning rate
-of its own. Ties for the best are all imitated; a group whose best reward is 0 has nothing to
-imitate.
+It uses as many steps as GVPO, the same groups, optimizer and schedule, and its own learning rate.
+All responses that tie for the best are used; groups whose best reward is 0 are skipped.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import DatasetView
 
-MAX_TOKENS = 1 << 20  # a step's best responses are computed at once
+MAX_TOKENS = 1 << 20  # large enough for all best responses of a step in one pass
 
 
 def best_responses(group: Group) -> Group | None:
-    """The group with its best-rewarded responses alone, or None if its best reward is 0."""
+    """The group with only its best responses, or None if its best reward is 0."""
     assert group.rewards is not None
     if group.rewards.max() <= 0:
         return None
@@ -42,7 +41,7 @@ def best_responses(group: Group) -> Group | None:
 
 
 def n_counted(group: Group) -> int:
-    """Tokens of a group's responses that count."""
+    """Number of response tokens with a true loss mask."""
     if group.loss_mask is None:
         return sum(group.response_lengths)
     return sum(int(mask.sum()) for mask in group.loss_mask)

@@ -1,17 +1,18 @@
-"""The task: buy what is on a list, each thing in a shop that sells it; the cheaper, the better.
+"""The task: for each item of a shopping list, name a shop that sells it, as cheaply as possible.
 
     prompt      buy bread fish stamps :
     response    market harbour post
 
-Every thing is sold by four of eight shops, at four prices. A response names one shop per thing, in
-order. Many responses are right and they differ in worth: the reward is the share of the possible
-saving, averaged over the list, so 1 is the cheapest way to buy everything, 0.5 is what chance
-gives, and 0 also goes to a response that names a shop without the thing, or too few or too many.
+Each item is sold by four of eight shops, at four prices. A response names one shop per item, in
+order. Many responses are valid and have different rewards: the reward is the share of the possible
+saving, averaged over the list. It is 1 for the cheapest shops, 0.5 on average for random valid
+shops, and 0 for a response that names a shop without the item, or too few or too many shops.
 
-Nobody in the log shops well. The best response to a prompt has a few lucky choices among poor ones,
-so imitating it copies both; comparing responses to one prompt tells them apart.
+No sampler of the log is good at the task. The best response to a prompt has some good choices by
+chance and some poor ones. Imitating it reproduces both, whereas comparing the responses to one
+prompt separates them.
 
-This file is pure Python: the world, the lists, the shoppers, and the program that checks.
+This file is pure Python: prices, lists, shoppers, and the reward function.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ LENGTHS = range(4, 8)
 END_OF_LIST = ":"
 
 _WORLD = random.Random("the prices of this town")
-# Cheapest first: a seller's place in the list is its price.
+# Cheapest first: the position of a shop in the tuple is its price.
 SELLERS = {good: tuple(_WORLD.sample(SHOPS, SELLERS_PER_GOOD)) for good in GOODS}
 
 
 def vocabulary() -> list[str]:
-    """Every word that a prompt or a response may hold, in a fixed order."""
+    """All words of prompts and responses, in a fixed order."""
     return ["buy", END_OF_LIST, *GOODS, *SHOPS]
 
 
 def make_prompt(rng: random.Random) -> str:
-    """A shopping list of 4 to 7 different things."""
+    """A shopping list of 4 to 7 different items."""
     return " ".join(["buy", *rng.sample(GOODS, rng.choice(LENGTHS)), END_OF_LIST])
 
 
 def split_prompts(seed: int, n_train: int, n_held_out: int) -> tuple[list[str], list[str]]:
-    """Different lists for the log and for evaluation; no list is in both."""
+    """Disjoint sets of lists for the log and for evaluation."""
     rng = random.Random(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < n_train + n_held_out:
@@ -54,12 +55,12 @@ def split_prompts(seed: int, n_train: int, n_held_out: int) -> tuple[list[str], 
 
 
 def goods_of(prompt: str) -> list[str]:
-    """The things on the list."""
+    """The items of the list."""
     return prompt.split()[1:-1]
 
 
 def reward(prompt: str, response: str) -> float:
-    """Share of the possible saving, in [0, 1]; 0 for a response that does not do the errand."""
+    """Share of the possible saving, in [0, 1]; 0 for an invalid response."""
     goods, shops = goods_of(prompt), response.split()
     if len(shops) != len(goods):
         return 0.0
@@ -72,13 +73,13 @@ def reward(prompt: str, response: str) -> float:
 
 
 def careless_shopper(prompt: str, rng: random.Random) -> str:
-    """Knows who sells what and takes no notice of prices: what the models are pretrained on."""
+    """A random valid response, regardless of prices: the pretraining text of the models."""
     return " ".join(rng.choice(SELLERS[good]) for good in goods_of(prompt))
 
 
 def person(prompt: str, rng: random.Random) -> str:
-    """A person with habits: the corner shop or the market wherever they have it, whatever it costs;
-    and now and then the last thing on the list is forgotten."""
+    """A simulated person: prefers the corner shop, then the market, whatever the price, and omits
+    the last item with probability 0.1."""
     habits = ("corner", "market", *SHOPS)
     shops = [next(s for s in habits if s in SELLERS[good]) for good in goods_of(prompt)]
     return " ".join(shops[:-1] if rng.random() < 0.1 else shops)

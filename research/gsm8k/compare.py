@@ -1,4 +1,4 @@
-"""Policies and what knows less than they do, on the same held-out questions."""
+"""Figures of policies and of baselines without a policy, on the same held-out questions."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ WHO, LENGTH, REFERENCE = "who answered", "length", "reference, a token"
 
 @dataclass(frozen=True)
 class Split:
-    """The questions of a log, cut in three.
+    """The questions of a log, split in three.
 
     Attributes:
-        training: what runs train on; baselines are fitted on it.
-        fitted: what rates and scales of policies are fitted on.
-        held_out: what figures are of.
+        training: for training the policies and fitting the baselines.
+        fitted: for selecting learning rates and fitting the scales of policies.
+        held_out: for the figures.
     """
 
     training: Answers
@@ -45,7 +45,7 @@ class Split:
 
     @classmethod
     def read(cls, dataset: Path, held_out: float, not_trained: float) -> Split:
-        """As `eval_fraction` cuts: the larger `not_trained` holds out the same and more."""
+        """Split as `eval_fraction` does: `not_trained` holds out a superset of `held_out`."""
         ids = Answers.read(dataset).ids
         last = held_out_mask(list(ids), held_out)
         neither = held_out_mask(list(ids), not_trained)
@@ -56,32 +56,32 @@ class Split:
         return cls(of(~neither), of(neither & ~last), of(last))
 
     def models_only(self) -> Split:
-        """Without the person."""
+        """The same split without the person's responses."""
         return Split(
             *(own.only(models(own)) for own in (self.training, self.fitted, self.held_out))
         )
 
 
 def models(answers: Answers) -> Bools:
-    """(N,) bool: who is not the person."""
+    """(N,) bool: whether the sampler is a model."""
     return np.array([name != PERSON for name in answers.samplers])
 
 
 def mean_by_sampler(answers: Answers, values_N: Floats) -> dict[str, float]:
-    """The mean of each sampler's responses."""
+    """The mean of `values_N` over the responses of each sampler."""
     samplers = np.array(answers.samplers)
     names = sorted(set(answers.samplers))
     return {name: float(values_N[samplers == name].mean()) for name in names}
 
 
 def who(split: Split, answers: Answers) -> Floats:
-    """(N,) the mean reward, on the training groups, of whoever wrote each response."""
+    """(N,) the mean reward of each response's sampler on the training groups."""
     means = mean_by_sampler(split.training, split.training.rewards_N)
     return np.array([means[name] for name in answers.samplers])
 
 
 def prediction(split: Split, fitted_N: Floats, held_out_N: Floats) -> Prediction:
-    """What values say of the held-out responses, with scales fitted on the `fitted` ones."""
+    """Predictions for the held-out responses, with scales fitted on the `fitted` ones."""
     own = split.fitted
     left_N = own.rewards_N - who(split, own)
     return Prediction(
@@ -93,10 +93,10 @@ def prediction(split: Split, fitted_N: Floats, held_out_N: Floats) -> Prediction
 
 
 def baselines(split: Split) -> dict[str, Prediction]:
-    """What can be said without a policy that was trained, in units of reward.
+    """Predictions of the reward without a trained policy, in units of reward.
 
-    Each is fitted on all training groups: the mean reward of whoever answered; so much a token of
-    length; so much a nat of the reference's mean log-prob a token.
+    Each is fitted on all training groups: the mean reward of the sampler; a multiple of the
+    length; a multiple of the reference's mean log-prob per token.
     """
     knowing: dict[str, Callable[[Answers], Floats]] = {
         WHO: lambda answers: who(split, answers),
@@ -113,7 +113,7 @@ def baselines(split: Split) -> dict[str, Prediction]:
 
 
 def compared(answers: Answers, predicted: Mapping[str, Prediction], first: str) -> dict[str, Row]:
-    """The figures of each prediction with their 95% intervals, and those of it less `first`'s."""
+    """Figures of each prediction, and their differences to those of `first`, with 95% intervals."""
     sums = {name: group_sums(answers, own) for name, own in predicted.items()}
     found = {name: overall(own) for name, own in sums.items()}
     samples = {name: resampled(own, times=RESAMPLES) for name, own in sums.items()}
@@ -137,12 +137,12 @@ def compared(answers: Answers, predicted: Mapping[str, Prediction], first: str) 
 
 
 def with_interval(value: float, samples_B: Floats) -> list[float]:
-    """A figure, and the 95% interval of its bootstrap samples."""
+    """A figure followed by the 95% interval of its bootstrap samples."""
     return [value, *interval(samples_B)]
 
 
 def rounded(found: Any) -> Any:
-    """The same with five digits of each number, which is more than an interval warrants."""
+    """The same structure with numbers rounded to five significant digits."""
     if isinstance(found, dict):
         return {name: rounded(own) for name, own in found.items()}
     if isinstance(found, list):
@@ -161,7 +161,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    """A row's cells; baselines have neither rate, scale nor log-ratios."""
+    """The cells of a row; baselines have no rate, scale or log-ratios."""
     own = row["figures"]
 
     def cell(figure: Sequence[float], digits: int = 3) -> str:

@@ -1,8 +1,8 @@
-"""What log-ratios, or any other predictions, say of the rewards within groups.
+"""How well log-ratios, or other predictions, explain the rewards within groups.
 
 A prediction is in units of reward: beta l for a policy with log-ratios l. Rewards and predictions
-are compared less their group's mean, since no loss here says anything of the mean. Figures are
-ratios of sums over groups, so that resampling groups is resampling rows of sums.
+are centred within each group, since none of the losses constrains the mean of a group. Figures are
+ratios of sums over groups, so a bootstrap over groups only resamples rows of sums.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Answers:
-    """Responses of some groups, in one order.
+    """The N responses of G groups.
 
     Attributes:
-        ids: of the G groups.
-        group_N: (N,) whose response it is, an index of `ids`.
-        rewards_N: (N,).
+        ids: G group ids.
+        group_N: (N,) the group of each response, as an index of `ids`.
+        rewards_N: (N,) rewards.
         lengths_N: (N,) tokens.
         reference_N: (N,) log-probs under the reference, nats.
-        samplers: N names.
+        samplers: N sampler names.
     """
 
     ids: tuple[str, ...]
@@ -43,7 +43,7 @@ class Answers:
 
     @classmethod
     def read(cls, dataset: Path, ids: Sequence[str] | None = None) -> Answers:
-        """The groups of a dataset that have these ids, or all, in the order of the dataset."""
+        """The groups of a dataset with the given ids, or all groups, in the dataset's order."""
         opened = open_dataset(dataset)
         wanted = None if ids is None else set(ids)
         own = [
@@ -66,7 +66,7 @@ class Answers:
         )
 
     def only(self, kept_N: Bools) -> Answers:
-        """Some of the responses, of the same groups; each keeps at least one."""
+        """A subset of the responses; every group must keep at least one."""
         return Answers(
             self.ids,
             self.group_N[kept_N],
@@ -77,29 +77,29 @@ class Answers:
         )
 
     def flat(self, by_group: Mapping[str, Sequence[float]]) -> Floats:
-        """(N,) numbers of the responses, from those of each group by its id."""
+        """(N,) values per response, from lists of values by group id."""
         return np.concatenate([np.asarray(by_group[name], np.float64) for name in self.ids])
 
     def per_group(self, values_N: Floats) -> Floats:
-        """(G,) sums."""
+        """(G,) sums of the values per group."""
         sums_G: Floats = np.bincount(self.group_N, values_N, len(self.ids)).astype(np.float64)
         return sums_G
 
     def centred(self, values_N: Floats) -> Floats:
-        """(N,) values less their group's mean."""
+        """(N,) values minus the mean of their group."""
         sizes_G = self.per_group(np.ones(len(values_N)))
         return values_N - (self.per_group(values_N) / sizes_G)[self.group_N]
 
 
 def fitted_scale(answers: Answers, targets_N: Floats, predictions_N: Floats) -> float:
-    """The c that makes sum (t - c p)^2 least, both less their groups' means; 0 where p is flat."""
+    """The c that minimises sum (t - c p)^2, t and p centred by group; 0 where p is constant."""
     t_N, p_N = answers.centred(targets_N), answers.centred(predictions_N)
     size = float(p_N @ p_N)
     return float(t_N @ p_N) / size if size else 0.0
 
 
 def pair_counts(answers: Answers, predictions_N: Floats) -> tuple[Floats, Floats]:
-    """(G,) pairs of unequal reward that the predictions order alike (ties: 1/2), and all such."""
+    """(G,) counts of pairs with unequal rewards: those ordered correctly (ties: 1/2), and all."""
     group_N, rewards_N = answers.group_N, answers.rewards_N
     left_P, right_P = np.nonzero((group_N[:, None] == group_N) & (rewards_N[:, None] > rewards_N))
     gaps_P = predictions_N[left_P] - predictions_N[right_P]
@@ -110,7 +110,7 @@ def pair_counts(answers: Answers, predictions_N: Floats) -> tuple[Floats, Floats
 
 
 def firsts(answers: Answers, predictions_N: Floats) -> Floats:
-    """(G,) the mean reward of the responses of the highest prediction in their group."""
+    """(G,) the mean reward of the responses with the highest prediction in their group."""
     highest_G = np.full(len(answers.ids), -np.inf)
     np.maximum.at(highest_G, answers.group_N, predictions_N)
     first_N = (predictions_N == highest_G[answers.group_N]).astype(np.float64)
@@ -118,7 +118,7 @@ def firsts(answers: Answers, predictions_N: Floats) -> Floats:
 
 
 def kendall(left_S: Floats, right_S: Floats) -> Floats:
-    """Kendall's tau-a over the last axis: pairs in the same order less pairs in the other, / all.
+    """Kendall's tau-a over the last axis: (concordant - discordant pairs) / all pairs.
 
     Args:
         left_S, right_S: (..., S) numbers, S >= 2.
@@ -134,13 +134,13 @@ def kendall(left_S: Floats, right_S: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is said of the rewards of some responses, and how large it is taken.
+    """Predicted rewards of N responses, with fitted scales.
 
     Attributes:
-        values_N: (N,) in units of reward.
+        values_N: (N,) predictions in units of reward.
         scale: c, for the explained variance of c times the values.
-        who_N: (N,) what is expected of whoever wrote the response: a mean reward.
-        beyond: c, for the part of the rewards that `who_N` leaves.
+        who_N: (N,) the mean reward of each response's sampler.
+        beyond: c, for the explained variance of the rewards minus `who_N`.
     """
 
     values_N: Floats
@@ -150,7 +150,7 @@ class Prediction:
 
 
 def group_sums(answers: Answers, predicted: Prediction) -> dict[str, Floats]:
-    """What `figures` is made of, by group: (G,), and (G, S) where it is by sampler."""
+    """The sums per group that `figures` needs: (G,), or (G, S) for sums per sampler."""
     rewards_N, values_N = answers.centred(answers.rewards_N), answers.centred(predicted.values_N)
     left_N = rewards_N - answers.centred(predicted.who_N)
     best_G = np.full(len(answers.ids), -np.inf)
@@ -184,13 +184,14 @@ def group_sums(answers: Answers, predicted: Prediction) -> dict[str, Floats]:
 
 
 def figures(total: Mapping[str, Floats]) -> dict[str, Floats]:
-    """The figures of summed groups; any shape in front, for several sums at once.
+    """The figures from sums over groups; leading axes are kept, for several sums at once.
 
-    explained_variance: 1 - sum (r - p)^2 / sum r^2. fitted: the same of c p. beyond_who: the same
-    of what the sampler's mean reward leaves. best: mean prediction of the best-rewarded responses.
-    pair_accuracy: share of (better, worse) pairs in order, over all pairs; by_question: the mean of
-    that over questions that have such pairs; first_right: the mean reward, there, of the response
-    with the highest prediction. kendall: of the samplers, by mean reward and by mean prediction.
+    explained_variance: 1 - sum (r - p)^2 / sum r^2. fitted: the same for c p. beyond_who: the same
+    for the rewards minus the sampler's mean reward. best: mean prediction of the best responses.
+    pair_accuracy: share of the pairs with unequal rewards that are ordered correctly; by_question:
+    the mean of this share over questions with such pairs; first_right: the mean reward, over these
+    questions, of the response with the highest prediction. kendall: Kendall's tau between mean
+    rewards and mean predictions of the samplers.
     """
     return {
         "explained_variance": 1 - total["residual_sq"] / total["reward_sq"],
@@ -207,15 +208,15 @@ def figures(total: Mapping[str, Floats]) -> dict[str, Floats]:
 
 
 def overall(sums: Mapping[str, Floats]) -> dict[str, float]:
-    """The figures of all groups."""
+    """The figures over all groups."""
     return {name: float(v) for name, v in figures({n: s.sum(0) for n, s in sums.items()}).items()}
 
 
 def resampled(sums: Mapping[str, Floats], *, times: int, seed: int = 0) -> dict[str, Floats]:
-    """The figures of so many bootstrap samples of the groups: (times,) each.
+    """The figures of `times` bootstrap samples of the groups, (times,) each.
 
-    With one seed the samples are the same groups for every prediction of the same answers, so that
-    differences between two can be taken sample by sample.
+    With the same seed, the samples contain the same groups for every prediction of the same
+    answers, so that differences between two predictions are paired.
     """
     n = len(sums["n"])
     rng = np.random.default_rng(seed)
@@ -224,6 +225,6 @@ def resampled(sums: Mapping[str, Floats], *, times: int, seed: int = 0) -> dict[
 
 
 def interval(values_B: Floats) -> tuple[float, float]:
-    """The middle 95% of bootstrap samples."""
+    """The 2.5% and 97.5% quantiles of bootstrap samples."""
     low, high = np.quantile(values_B, (0.025, 0.975))
     return float(low), float(high)

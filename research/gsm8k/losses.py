@@ -1,17 +1,17 @@
-"""Every loss on the same logs, from the same policy: which of them learn what was right?
+"""Compare all losses on the same logs, starting from the same policy.
 
     python research/gsm8k/losses.py --data FOLDER --output_dir runs/gsm8k
 
-    run.py's policy and datasets -> a run for each loss and rate -> a rate a loss -> losses.json
+    policy, datasets (run.py) -> runs per loss and rate -> best rate per loss -> losses.json
 
-A run trains with `GVPOTrainer` and the settings of train.yaml, for one epoch, and ends in a file
-under `--output_dir`/losses with the log-ratio of every response that no run trains on. A run whose
-file is there is not done again, so a killed study goes on where it was. What the figures mean
-stands in fit.py; what was measured in README.md.
+A run trains with `GVPOTrainer` and the settings of train.yaml for one epoch, and writes a file
+below `--output_dir`/losses with the log-ratios of all responses that are not trained on. A run
+whose file exists is skipped, so an interrupted study resumes. fit.py defines the figures; README.md
+has the results.
 
-Questions are cut in three. A fifth, held out by run.py too, is what figures are of. A second fifth
-chooses the rates, and the scale at which a policy's log-ratios predict rewards best. (A larger
-`eval_fraction` holds out the same groups and more.) The rest trains.
+The questions are split in three. One fifth, which run.py holds out as well, is for the figures. A
+second fifth selects the learning rates and the scale at which a policy's log-ratios predict the
+rewards best. (A larger `eval_fraction` holds out a superset of the groups.) The rest is trained on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from compare import (
     table,
 )
 from fit import Answers, Floats, Prediction, group_sums, overall
-from run import HERE, pretrained, scored
+from run import HERE, import_and_score, pretrain_policy
 from transformers import AutoTokenizer
 
 from gvpo_offline import GVPOConfig, GVPOTrainer, open_dataset
@@ -52,12 +52,20 @@ from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.evaluation import sequential_steps, step_shares
 
-# All but topr, which this log cannot serve; in the order in which a study that is cut has them.
+# All losses except topr, which needs sampler log-probs; most important first, in case of a cut.
 LOSSES = ("gvpo", "dpo", "rft", "listwise", "rebel", "rloo", "awr", "ipo", "grpo", "pmd_mean")
-REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")  # beta l is to be the reward
+REGRESSIONS = (
+    "gvpo",
+    "pmd_mean",
+    "rebel",
+    "listwise",
+)  # their optimum is beta l = reward, up to a constant per group
 WITH_PERSON = ("gvpo", "dpo", "rft")
-# For want of time these have no rates of their own, but those of their nearest kin.
-LIKE = dict.fromkeys(("rebel", "pmd_mean", "rloo", "grpo"), "gvpo") | {"awr": "rft", "ipo": "dpo"}
+# These losses use the rate selected for a related loss, which saves time.
+SHARED_RATES = dict.fromkeys(("rebel", "pmd_mean", "rloo", "grpo"), "gvpo") | {
+    "awr": "rft",
+    "ipo": "dpo",
+}
 TRIAL_FIGURES = ("explained_variance", "pair_accuracy")
 TABLES = ("four models", "all five", "all five, models scored")
 RATES = (1e-5, 3e-5, 1e-4)
@@ -67,11 +75,11 @@ NOT_THE_TRAINERS = ("dataset", "model_name_or_path", "output_dir", "resume_from_
 
 @dataclass(frozen=True)
 class Run:
-    """A loss on a log.
+    """A training run with a loss on a log.
 
     Attributes:
-        log: models, or all: with the person.
-        seed: of the order of training.
+        log: "models", or "all" with the person.
+        seed: seed of the training order.
     """
 
     log: str
@@ -81,11 +89,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What its file is called."""
+        """The name of the run's file."""
         return f"{self.log}-{self.loss}-{self.rate:g}-{self.seed}"
 
     def settings(self) -> dict[str, Any]:
-        """Those of train.yaml that are the trainer's, and this run's own."""
+        """The trainer's settings in train.yaml, updated with those of this run."""
         given = yaml.safe_load((HERE / "train.yaml").read_text())
         return {
             **{name: value for name, value in given.items() if name not in NOT_THE_TRAINERS},
@@ -101,16 +109,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs, each once, below a folder."""
+    """The runs below a folder, each done once."""
 
     folder: Path
 
     def dataset(self, log: str) -> Path:
-        """Where a log's dataset lies."""
+        """The folder of a log's dataset."""
         return self.folder / log / "dataset"
 
     def log_ratios(self, run: Run) -> dict[str, list[float]]:
-        """By group id the log-ratios, (k,) nats, of the groups that do not train."""
+        """The log-ratios, (k,) nats by group id, of the groups that are not trained on."""
         file = self.folder / "losses" / f"{run.name}.json"
         settings = run.settings()
         if not file.exists():
@@ -125,7 +133,7 @@ class Study:
             os.replace(partial, file)
         done = json.loads(file.read_text())
         if done["settings"] != settings:
-            sys.exit(f"{file} is of other settings: remove it, or choose another --output_dir")
+            sys.exit(f"{file} has other settings: remove it, or choose another --output_dir")
         ratios: dict[str, list[float]] = done["log_ratios"]
         return ratios
 
@@ -135,7 +143,7 @@ class Study:
         return dict(self._scored(trainer, run.log))
 
     def trainer(self, run: Run) -> GVPOTrainer:
-        """What a run trains with."""
+        """The trainer of a run."""
         policy = str(self.folder / "policy")
         return GVPOTrainer(
             policy,
@@ -162,21 +170,21 @@ class Study:
 
 
 def refusal(study: Study) -> str:
-    """What topr says of a log without the samplers' log-probs, before the first step."""
+    """The error with which topr refuses a log without sampler log-probs."""
     try:
         study.trainer(Run("models", "topr", RATES[0])).train()
     except DataError as error:
         return str(error).replace(f"{study.folder}/", "")
-    raise SystemExit("topr took a log that it cannot take")
+    raise SystemExit("topr accepted a log without sampler log-probs")
 
 
 def chosen_rate(
     study: Study, loss: str, second: Answers, beta: float
 ) -> tuple[float, list[dict[str, float]]]:
-    """The best of two or three rates on the `second` fifth, and what each reached there.
+    """The best of two or three rates on the `second` fifth, and the figures of each rate.
 
-    The largest is only tried where the one before is better than the first. Losses whose optimum is
-    a regression on the rewards are compared by explained variance, others by pair accuracy.
+    The largest rate is only tried if the second is better than the first. Losses whose optimum is a
+    regression on the rewards are compared by explained variance, others by pair accuracy.
     """
     figure = "explained_variance" if loss in REGRESSIONS else "pair_accuracy"
     tried: dict[float, dict[str, float]] = {}
@@ -192,13 +200,13 @@ def chosen_rate(
 
 
 def rows(study: Study, runs: Sequence[Run], beta: float, *, models_only: bool) -> list[Row]:
-    """The figures of what runs on one log came to, the first one's first, and of the baselines.
+    """The figures of runs on one log, in their order, and of the baselines.
 
     Args:
-        study: where they lie.
-        runs: at least one, all on one log.
+        study: holds the runs.
+        runs: at least one, all on the same log; others are compared with the first.
         beta: the policies' predictions are beta times their log-ratios.
-        models_only: score, and compare, the models' responses alone.
+        models_only: use the models' responses only.
     """
     split = Split.read(study.dataset(runs[0].log), HELD_OUT, NOT_TRAINED)
     kept = [np.ones(len(own.samplers), bool) for own in (split.fitted, split.held_out)]
@@ -226,14 +234,14 @@ def rows(study: Study, runs: Sequence[Run], beta: float, *, models_only: bool) -
 
 
 def studied(study: Study, losses: Sequence[str], seeds: int, beta: float) -> dict[str, Any]:
-    """The runs of these losses, those that are there not again, and what they came to.
+    """Do the missing runs of these losses; returns the figures of all.
 
     Args:
-        study: where they lie.
-        losses: gvpo, which the others are compared with, comes first; one whose rate is another's
-            after that one.
-        seeds: orders of training for gvpo; the others have one.
-        beta: as `rows`.
+        study: holds the runs.
+        losses: first gvpo, with which the others are compared; a loss that shares the rate of
+            another one comes after it.
+        seeds: number of training orders for gvpo; the others have one.
+        beta: see `rows`.
     """
     refused = {"topr": refusal(study)}
     trials: dict[str, list[dict[str, float]]] = {}
@@ -242,8 +250,8 @@ def studied(study: Study, losses: Sequence[str], seeds: int, beta: float) -> dic
     with_person: list[Run] = []
     second = Split.read(study.dataset("models"), HELD_OUT, NOT_TRAINED).fitted
     for loss in losses:
-        if loss in LIKE:
-            rates[loss] = rates[LIKE[loss]]
+        if loss in SHARED_RATES:
+            rates[loss] = rates[SHARED_RATES[loss]]
         else:
             rates[loss], trials[loss] = chosen_rate(study, loss, second, beta)
         runs.append(Run("models", loss, rates[loss]))
@@ -272,19 +280,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the three files")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gsm8k"))
     parser.add_argument(
-        "--losses", nargs="*", choices=LOSSES, default=LOSSES, help="besides gvpo; default: all"
+        "--losses",
+        nargs="*",
+        choices=LOSSES,
+        default=LOSSES,
+        help="in addition to gvpo; default: all",
     )
-    parser.add_argument("--seeds", type=int, default=2, help="orders of training for gvpo")
+    parser.add_argument("--seeds", type=int, default=2, help="number of training orders for gvpo")
     given = parser.parse_args(arguments)
     losses = [loss for loss in LOSSES if loss in {"gvpo", *given.losses}]
     for loss in losses:
-        if LIKE.get(loss, loss) not in losses:
-            parser.error(f"the rate of {loss} is that of {LIKE[loss]}: name both")
+        if SHARED_RATES.get(loss, loss) not in losses:
+            parser.error(f"{loss} uses the learning rate of {SHARED_RATES[loss]}: give both")
     study = Study(given.output_dir)
-    pretrained(given.data, study.folder)
+    pretrain_policy(given.data, study.folder)
     for log in ("models", "all"):
         policy = study.folder / "policy"
-        scored(given.data, study.folder / log, policy, with_person=log == "all")
+        import_and_score(given.data, study.folder / log, policy, with_person=log == "all")
     beta = float(yaml.safe_load((HERE / "train.yaml").read_text())["beta"])
     found = studied(study, losses, given.seeds, beta)
     file = study.folder / "losses.json"

@@ -1,4 +1,4 @@
-"""Lets the scripts of this folder import those of pipelines/gsm8k, whose run they continue."""
+"""Adds pipelines/gsm8k to sys.path, so that the scripts of this folder can import its modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture of losses.json: the fit to held-out answers, their order, and that of who wrote them.
+"""Plot losses.json: explained variance, pair accuracy, and log-ratios by sampler.
 
     python research/gsm8k/picture.py --figures research/gsm8k/losses.json --output gsm8k.svg
 
@@ -23,7 +23,7 @@ SAMPLERS = {  # from the worst to the best
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Four models' answers, three panels, a line for each loss; the same file every time."""
+    """Draw three panels with one line per loss, for the answers of the four models."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -58,8 +58,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     fit.set_xlim(left=LEFTMOST)
     samplers.set_xticks([-1, 0, 1], ["-1", "0", "1"])
     fit.set(title="explained variance (x: not rescaled)")
-    pairs.set(title="pairs of right and wrong in order")
-    samplers.set(title="log-ratio by sampler, of the largest")
+    pairs.set(title="pair accuracy")
+    samplers.set(title="log-ratio by sampler, relative to the largest")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

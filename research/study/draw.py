@@ -1,4 +1,4 @@
-"""A study's pictures, from `study.json` alone. The same figures draw the same file."""
+"""Pictures of a study, from `study.json` alone; the same figures give the same file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ BLUE, ORANGE, GREY, GREEN = "#1a73e8", "#e8710a", "#9aa0a6", "#188038"
 COLOURS = {"gvpo": BLUE, "rft": ORANGE, "listwise": GREEN, "awr": GREY}
 SWEEPS = {
     "beta": "β",
-    "sampler": "who wrote all 7 responses",
-    "group size": "responses a prompt",
+    "sampler": "sampler of all 7 responses",
+    "group size": "responses per prompt",
     "person": "responses by the person",
     "rounds": "rounds",
 }
@@ -24,8 +24,8 @@ def draw(whole: Mapping[str, Any], folder: Path) -> None:
     """`study-losses.svg` and `study-moves.svg` in `folder`.
 
     Args:
-        whole: as `study.json`: tables and frames.
-        folder: exists.
+        whole: the content of `study.json`.
+        folder: an existing folder.
     """
     import matplotlib as mpl
 

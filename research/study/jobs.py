@@ -1,4 +1,4 @@
-"""One run of a study, and many of them: each a line of a file, none done twice."""
+"""The runs of a study: each is one line of a file, and finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learn import cosine, in_rounds, judged, trained
+from learn import cosine, evaluate, train, train_in_rounds
 from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
 from gvpo_offline.group import Group
@@ -26,21 +26,21 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """A run.
+    """The settings of a run.
 
     Attributes:
-        task, loss: by name; the loss "none" leaves the policy as it is.
+        task, loss: names; the loss "none" means no training.
         rate: the peak learning rate.
-        seed: decides log, order and answers.
-        beta: the loss's, and that of reward - beta KL. In `rounds`, each round trains with
-            beta * rounds, so that the optimum stays where it was.
-        mix: responses to a prompt, by sampler.
+        seed: seed of the log, the training order and the sampled answers.
+        beta: beta of the loss and of reward - beta KL. With several rounds each round trains with
+            beta * rounds, which leaves the optimum of the run unchanged.
+        mix: number of responses to a prompt, by sampler.
         steps: optimizer steps.
-        rounds: of equal length, each with its own reference.
+        rounds: number of rounds of equal length, each with its own reference.
         start: "policy", or "rft": the policy after a run of rft with ten times the rate.
-        anchor, weights: GVPO's.
-        equal_groups: whether groups of equal rewards are trained on.
-        validate: judged on validation prompts, not on test prompts.
+        anchor, weights: settings of the GVPO loss.
+        equal_groups: whether to train on groups whose rewards are all equal.
+        validate: evaluate on validation prompts instead of test prompts.
     """
 
     task: str
@@ -59,30 +59,30 @@ class Job:
 
     @property
     def key(self) -> str:
-        """What tells it from all others."""
+        """A unique key of the settings."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
 class Runner:
-    """Does jobs; worlds and logs are made once in each process.
+    """Executes jobs; each process loads a world and makes a log only once.
 
     Args:
-        folder: of the worlds (`world.make_models`).
+        folder: the folder with the models (`world.make_models`).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def world(self, task: str) -> World:
-        """A task's."""
+        """The world of a task."""
         return _world(task, self.folder / task)
 
     def log(self, task: str, mix: dict[str, int], seed: int) -> list[Group]:
-        """A log's groups."""
+        """The groups of a log."""
         return _log(task, self.folder / task, json.dumps(mix), seed)
 
     def __call__(self, job: Job) -> Row:
-        """Train and judge."""
+        """Train and evaluate; returns the row for `runs.jsonl`."""
         torch.set_num_threads(1)
         started = time.process_time()
         world, log = self.world(job.task), self.log(job.task, job.mix, job.seed)
@@ -90,7 +90,7 @@ class Runner:
         if job.loss != "none":
             policy = self._trained(job, world, log)
         prompts = world.validation if job.validate else world.test
-        outcome = judged(world, policy, log, prompts, beta=job.beta, seed=job.seed)
+        outcome = evaluate(world, policy, log, prompts, beta=job.beta, seed=job.seed)
         seconds = time.process_time() - started
         return {"job": asdict(job), **asdict(outcome), "cpu_seconds": round(seconds, 2)}
 
@@ -100,7 +100,7 @@ class Runner:
             n = len(log) - N_HELD_OUT
             log = [group for group in log[:n] if _unequal(group)] + log[n:]
         if job.rounds > 1:
-            return in_rounds(
+            return train_in_rounds(
                 world,
                 log,
                 objective,
@@ -113,9 +113,9 @@ class Runner:
         if job.start == "rft":
             warm = Objective(job.beta, "rft")
             rate = cosine(10 * job.rate, job.steps)
-            start = trained(start, log, warm, rate=rate, steps=job.steps, seed=job.seed + 100)
+            start = train(start, log, warm, rate=rate, steps=job.steps, seed=job.seed + 100)
         rate = cosine(job.rate, job.steps)
-        return trained(start, log, objective, rate=rate, steps=job.steps, seed=job.seed)
+        return train(start, log, objective, rate=rate, steps=job.steps, seed=job.seed)
 
 
 def _unequal(group: Group) -> bool:
@@ -133,7 +133,7 @@ def _log(task: str, folder: Path, mix: str, seed: int) -> list[Group]:
 
 
 def in_processes(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterable[Any]:
-    """`work` on each item, by processes of their own, as they finish."""
+    """Results of `work` on each item in worker processes, in the order of completion."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(work, items)
         pool.close()
@@ -141,7 +141,7 @@ def in_processes(work: Callable[[Any], Any], items: Iterable[Any], workers: int)
 
 
 def run_all(jobs: Iterable[Job], runner: Runner, path: Path, workers: int) -> list[Row]:
-    """The rows of all jobs, in their order; those that `path` lacks are run and added to it."""
+    """The rows of all jobs, in their order; jobs missing in `path` are run and appended to it."""
     wanted = list({job.key: job for job in jobs}.values())
     found = _done(path)
     pending = [job for job in wanted if job.key not in found]
@@ -161,7 +161,7 @@ def run_all(jobs: Iterable[Job], runner: Runner, path: Path, workers: int) -> li
 
 
 def _done(path: Path) -> dict[str, Row]:
-    """The runs of earlier attempts, by key; a last line that was cut off is left out."""
+    """The rows of finished runs by key; an incomplete last line is ignored."""
     rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

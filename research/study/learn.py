@@ -1,4 +1,4 @@
-"""Training a policy on a log, and judging it: a plain loop on the trainer's engine and losses."""
+"""Training and evaluation of a policy: a plain loop with the trainer's engine and losses."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Rate = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy is worth on prompts that no log holds, and how well it fits logged groups.
+    """Evaluation of a policy on prompts that are in no log, and its fit to logged groups.
 
     Attributes:
-        reward: mean over answers.
-        pass_1, pass_k: share of answers, and of prompts with an answer of `ANSWERS`, that cannot be
-            better.
-        kl: to the reference, nats a response, estimated from the answers.
-        objective: reward - beta * kl, what GVPO's optimum maximises.
-        explained_variance, best_log_ratio, reweighted_reward, log_mass: of held-out groups, as
-            `GroupStatistics.metrics` names them.
-        score: what `gvpo-offline tune` makes of these metrics.
-        trained_explained_variance: of a hundred groups that were trained on.
+        reward: mean over sampled answers.
+        pass_1, pass_k: share of answers with the highest possible reward, and share of prompts with
+            at least one such answer among `ANSWERS`.
+        kl: KL to the reference, nats per response, estimated from the sampled answers.
+        objective: reward - beta * kl, which GVPO's optimum maximises.
+        explained_variance, best_log_ratio, reweighted_reward, log_mass: metrics of the held-out
+            groups; see `GroupStatistics.metrics`.
+        score: the score of `gvpo-offline tune` for these metrics.
+        trained_explained_variance: explained variance of 100 training groups.
     """
 
     reward: float
@@ -57,13 +57,13 @@ class Outcome:
 
 
 def cosine(peak: float, steps: int) -> Rate:
-    """Ten steps of warm-up, then half a cosine down to zero."""
+    """A learning-rate schedule: 10 steps of linear warm-up, cosine decay to zero."""
     return lambda step: (
         peak * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
 
 
-def trained(
+def train(
     start: PreTrainedModel,
     log: Sequence[Group],
     objective: Objective,
@@ -73,16 +73,16 @@ def trained(
     seed: int,
     each_step: Callable[[int, GroupStatistics], bool] | None = None,
 ) -> PreTrainedModel:
-    """A policy after so many steps of AdamW on the log, its held-out groups left out.
+    """Train a copy of a policy with AdamW on a log without its held-out groups.
 
     Args:
-        start: copied, not changed.
-        log: groups with rewards and reference log-probs.
-        objective: what is minimised.
+        start: the initial policy, which is not modified.
+        log: groups with rewards and reference log-probs; the last `N_HELD_OUT` are held out.
+        objective: the objective to minimise.
         rate: learning rate by step.
         steps: optimizer steps of `GROUPS_PER_STEP` groups.
-        seed: of the order.
-        each_step: given the step and what was measured before its update; False ends the run.
+        seed: seed of the order of the groups.
+        each_step: called with the step and its statistics before the update; False ends the run.
     """
     model = copy.deepcopy(start).train()
     engine = prepare_engine(model, max_tokens=MAX_TOKENS)
@@ -113,7 +113,7 @@ def trained(
     return model.eval()
 
 
-def in_rounds(
+def train_in_rounds(
     world: World,
     log: list[Group],
     objective: Objective,
@@ -123,11 +123,11 @@ def in_rounds(
     seed: int,
     rounds: int,
 ) -> PreTrainedModel:
-    """The policy after rounds of equal length; the reference of each is the last one's policy."""
+    """Train in rounds of equal length; the reference of a round is the policy of the last one."""
     policy = world.policy
     for number in range(rounds):
         own = with_reference(policy, log) if number else log
-        policy = trained(
+        policy = train(
             policy,
             own,
             objective,
@@ -138,7 +138,7 @@ def in_rounds(
     return policy
 
 
-def judged(
+def evaluate(
     world: World,
     model: PreTrainedModel,
     log: Sequence[Group],
@@ -147,14 +147,14 @@ def judged(
     beta: float,
     seed: int,
 ) -> Outcome:
-    """What a policy is worth on `prompts`, and its fit to the log."""
-    speech = world.speech
-    drawn = answers(model, speech, prompts, k=ANSWERS, seed=seed)
+    """Evaluate a policy on `prompts`, and its fit to the log."""
+    tokenizer = world.tokenizer
+    drawn = answers(model, tokenizer, prompts, k=ANSWERS, seed=seed)
     rewards = world.rewards(prompts, drawn)
     asked = [
         Group(
             group_id=f"{number}",
-            prompt_token_ids=speech.ids(prompt),
+            prompt_token_ids=tokenizer.ids(prompt),
             response_token_ids=tuple(answer.ids for answer in own),
             samplers=("policy",) * ANSWERS,
             truncated=(False,) * ANSWERS,
@@ -184,7 +184,7 @@ def judged(
 
 @torch.no_grad()
 def fit(model: PreTrainedModel, groups: Sequence[Group], beta: float) -> dict[str, float]:
-    """Metrics of logged groups (`GroupStatistics.metrics`) under a policy, as GVPO sees them."""
+    """Metrics (`GroupStatistics.metrics`) of logged groups under a policy, for the GVPO loss."""
     engine = prepare_engine(model, max_tokens=MAX_TOKENS, gradients=False)
     logprobs = torch.from_numpy(_logprobs(engine, model, groups))
     return Objective(beta)(logprobs, groups).metrics
@@ -192,7 +192,7 @@ def fit(model: PreTrainedModel, groups: Sequence[Group], beta: float) -> dict[st
 
 @torch.no_grad()
 def _logprobs(engine: Engine, model: PreTrainedModel, groups: Sequence[Group]) -> FloatArray:
-    """(R,) nats."""
+    """(R,) log-probs of all responses, nats."""
     parts = [
         engine.seq_logprobs(model, groups[start : start + 64]).double().numpy()
         for start in range(0, len(groups), 64)

@@ -1,4 +1,4 @@
-"""Small language models made from nothing: configurations, pretraining, and what they answer."""
+"""Small language models trained from scratch: configurations, pretraining, sampling."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Answer:
-    """One response: its words and ids, end token included, and the log-prob it was drawn with."""
+    """A response: its words, its ids with the end token, and its log-prob when sampled."""
 
     words: Words
     ids: Int32Array
     logprob: float
 
 
-class Speech:
-    """Words of a task to token ids and back: one word, one token.
+class WordTokenizer:
+    """A word-level tokenizer for the vocabulary of a task.
 
     Args:
-        task: whose vocabulary.
+        task: the task.
     """
 
     def __init__(self, task: Task) -> None:
@@ -51,7 +51,7 @@ class Speech:
         self._numbers = {word: i for i, word in enumerate(self.words)}
 
     def ids(self, words: Words, *, end: bool = False) -> Int32Array:
-        """(T,) int32, with the end token where asked for."""
+        """(T,) int32 token ids, with the end token if `end`."""
         return np.array([self._numbers[w] for w in words] + [END] * end, np.int32)
 
     def text(self, ids: Sequence[int]) -> Words:
@@ -60,7 +60,7 @@ class Speech:
 
 
 def config_of(family: str, n_words: int, width: int) -> PretrainedConfig:
-    """Two layers of a family."""
+    """A two-layer model configuration of a family: "llama" or "qwen3"."""
     sizes = {
         "vocab_size": n_words,
         "hidden_size": width,
@@ -80,10 +80,10 @@ def config_of(family: str, n_words: int, width: int) -> PretrainedConfig:
     return Qwen3Config(**sizes, head_dim=width // 4)
 
 
-def pretrained(
-    config: PretrainedConfig, speech: Speech, *, steps: Sequence[int], seed: int
+def pretrain(
+    config: PretrainedConfig, tokenizer: WordTokenizer, *, steps: Sequence[int], seed: int
 ) -> list[PreTrainedModel]:
-    """A model trained on what `Task.written` writes, as it is after each of `steps` (ascending)."""
+    """Pretrain on `Task.written`; returns a copy of the model after each of `steps` (ascending)."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     rng = random.Random(seed)
@@ -93,7 +93,7 @@ def pretrained(
     for step in range(1, steps[-1] + 1):
         decay = 0.5 * (1 + math.cos(math.pi * step / steps[-1]))
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, 20 * step / steps[-1]) * decay
-        ids, labels = _batch(speech, rng, 64)
+        ids, labels = _batch(tokenizer, rng, 64)
         logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
         loss = cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad(set_to_none=True)
@@ -111,11 +111,13 @@ def pretrained(
     return models
 
 
-def _batch(speech: Speech, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh text: input ids and labels (of responses alone), padded on the right, (B, T) int64."""
-    task = speech.task
+def _batch(
+    tokenizer: WordTokenizer, rng: random.Random, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New texts: right-padded input ids and labels (on responses only), (B, T) int64."""
+    task = tokenizer.task
     prompts = [task.prompt(rng) for _ in range(size)]
-    pairs = [(speech.ids(p), speech.ids(task.written(p, rng), end=True)) for p in prompts]
+    pairs = [(tokenizer.ids(p), tokenizer.ids(task.written(p, rng), end=True)) for p in prompts]
     longest = max(len(p) + len(r) for p, r in pairs)
     ids = torch.full((size, longest), PAD)
     labels = torch.full((size, longest), IGNORED)
@@ -128,23 +130,23 @@ def _batch(speech: Speech, rng: random.Random, size: int) -> tuple[torch.Tensor,
 
 def answers(
     model: PreTrainedModel,
-    speech: Speech,
+    tokenizer: WordTokenizer,
     prompts: Sequence[Words],
     *,
     k: int,
     seed: int,
     temperature: float = 1.0,
 ) -> list[list[Answer]]:
-    """k answers to each prompt, in the prompts' order."""
+    """Sample k answers per prompt, in the order of the prompts."""
     rules = DecodingRules(
         processors=LogitsProcessorList([TemperatureLogitsWarper(temperature)]),
         greedy=False,
         end_ids=frozenset({END}),
-        max_new_tokens=speech.task.max_new_tokens,
+        max_new_tokens=tokenizer.task.max_new_tokens,
     )
     model.eval()
     decoder = Decoder(model, rules, batch_size=512, max_batch_tokens=512 * 64)
-    asked = [speech.ids(prompt) for prompt in prompts]
+    asked = [tokenizer.ids(prompt) for prompt in prompts]
     completions = [
         Completion(ids, seed=seed * 1_000_003 + number * k + i)
         for number, ids in enumerate(asked)
@@ -153,6 +155,7 @@ def answers(
     for _ in decoder.run(completions):
         pass
     made = [
-        Answer(speech.text(d.ids), np.array(d.ids, np.int32), sum(d.logprobs)) for d in completions
+        Answer(tokenizer.text(d.ids), np.array(d.ids, np.int32), sum(d.logprobs))
+        for d in completions
     ]
     return [made[start : start + k] for start in range(0, len(made), k)]

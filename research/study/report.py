@@ -1,4 +1,4 @@
-"""A study's tables, from its rows alone: means and standard errors over seeds."""
+"""The tables of a study, from its rows alone: means and standard errors over seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIGURES = {
     "best_log_ratio": "best log-ratio",
     "log_mass": "log-mass",
 }
-# Beta does nothing to this loss: what it is worth at another follows from reward and KL.
+# This loss does not depend on beta, so its objective at other betas follows from reward and KL.
 WITHOUT_BETA = "rft"
 Cell = tuple[float, float]
 Table = dict[str, dict[str, Cell]]
@@ -62,7 +62,7 @@ def finish(
 
 
 def tables_of(labelled: Sequence[Labelled]) -> dict[str, Table]:
-    """By "task: comparison" and setting: each figure's mean and standard error."""
+    """Mean and standard error of each figure, by "task: comparison" and setting."""
     rows: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for sweep, label, row in labelled:
         rows[f"{row['job']['task']}: {sweep}"][label].append(row)
@@ -93,13 +93,13 @@ def _cells(rows: Sequence[Row]) -> dict[str, Cell]:
 
 
 def _cell(values: Sequence[float]) -> Cell:
-    """Mean and standard error; of one value no error is known."""
+    """Mean and standard error; the error of a single value is NaN."""
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return mean(values), error
 
 
 def _standing(task: str, labelled: Sequence[Labelled]) -> dict[str, Any]:
-    """Who is best, and how far GVPO is behind, seed by seed."""
+    """The best loss, and the difference between it and GVPO, paired by seed."""
     by_loss: dict[str, dict[int, float]] = defaultdict(dict)
     for sweep, label, row in labelled:
         if sweep == "losses" and row["job"]["task"] == task:
@@ -117,8 +117,8 @@ def _standing(task: str, labelled: Sequence[Labelled]) -> dict[str, Any]:
 
 
 def _judges(task: str, labelled: Sequence[Labelled]) -> dict[str, float]:
-    """What logs alone say of a run, beside the verifier: of all pairs of the grid's runs, the share
-    that a figure of held-out groups orders as the reward of fresh answers does."""
+    """How well metrics of held-out groups rank runs: the share of pairs of runs of the grid that a
+    metric orders in the same way as the reward of new answers."""
     grid = [row for sweep, _, row in labelled if sweep == "grid" and row["job"]["task"] == task]
     pairs = [(a, b) for a, b in combinations(grid, 2) if a["reward"] != b["reward"]]
     return {
@@ -128,8 +128,8 @@ def _judges(task: str, labelled: Sequence[Labelled]) -> dict[str, float]:
 
 
 def _against_grid(found: Mapping[str, Any], tables: Mapping[str, Table]) -> dict[str, Any]:
-    """What was proposed beside the best of the grid: with beta settled by reward - beta KL, with
-    beta free by reward."""
+    """The proposals of `tune` compared with the best of the grid: for a given beta by
+    reward - beta KL, for a searched beta by reward."""
     task = found["task"]
     grid = tables[f"{task}: grid"]
     settled = [label for label in grid if label.startswith(f"{BETA:g}, ")]
@@ -155,7 +155,7 @@ def _against_grid(found: Mapping[str, Any], tables: Mapping[str, Table]) -> dict
 def _markdown(
     name: str, table: Table, frames: Mapping[str, Any], labelled: Sequence[Labelled]
 ) -> str:
-    """A table as markdown, best first where the rows are losses."""
+    """A Markdown table; if the rows are losses, the best comes first."""
     task, sweep = name.split(": ")
     rates = {
         label: row["job"]["rate"]

@@ -1,4 +1,4 @@
-"""`gvpo-offline tune`'s search on a study's log: it never asks the verifier."""
+"""The search of `gvpo-offline tune` on a log of the study, without access to the verifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jobs import BETA, STEPS, Runner
-from learn import cosine, fit, trained
+from learn import cosine, fit, train
 from world import MIXED, N_HELD_OUT
 
 from gvpo_offline.group import Group
@@ -34,12 +34,12 @@ from gvpo_offline.tune import (
 
 @dataclass(frozen=True)
 class Search:
-    """Proposes beta and rate for GVPO on a task's log of a seed, and writes them down.
+    """Proposes beta and learning rate of GVPO for the log of a task, and stores the result.
 
     Attributes:
-        runner: has the worlds.
-        folder: where `tune-TASK.json` goes.
-        seed: of log and order.
+        runner: loads the worlds and logs.
+        folder: where `tune-TASK.json` is written.
+        seed: seed of the log and the training order.
     """
 
     runner: Runner
@@ -47,7 +47,7 @@ class Search:
     seed: int = 1
 
     def __call__(self, task: str) -> dict[str, Any]:
-        """Of `tune-TASK.json`, or searched: with beta settled, and with beta searched as well."""
+        """Search with beta given, and with beta searched; read from `tune-TASK.json` if done."""
         path = self.folder / f"tune-{task}.json"
         if path.exists():
             return json.loads(path.read_text())  # type: ignore[no-any-return]
@@ -80,7 +80,7 @@ class Search:
         def trial(beta: float, rate: float, steps: int) -> Metrics:
             if (beta, rate) not in known:
                 schedule = cosine(rate, steps)
-                model = trained(
+                model = train(
                     policy, log, Objective(beta), rate=schedule, steps=steps, seed=self.seed
                 )
                 known[beta, rate] = fit(model, log[len(log) - N_HELD_OUT :], beta)
@@ -95,7 +95,7 @@ class Search:
             points.append(RangePoint(range_rate(step, STEPS), misfit(seen.metrics())))
             return not diverged(points)
 
-        trained(
+        train(
             policy,
             log,
             Objective(beta),
@@ -117,6 +117,6 @@ def _plain(trial: Trial) -> dict[str, float]:
 
 
 def reward_gap(groups: Sequence[Group]) -> float:
-    """The median of best minus worst reward, over groups of unequal rewards."""
+    """The median of the best minus the worst reward, over groups with unequal rewards."""
     gaps = [float(np.ptp(group.rewards)) for group in groups if group.rewards is not None]
     return float(np.median([gap for gap in gaps if gap > 0]))

@@ -1,19 +1,21 @@
-"""Which loss to take, and what moves it: every loss on the same logs, with a rate of its own.
+"""Compare all losses on the same logs, each with a tuned learning rate.
 
     python research/study/study.py --output_dir runs/study
 
- 1. For each task of `tasks.py` models are made and pretrained, and 900 prompts are answered by an
-    older checkpoint, another model, the policy while hot, and a scripted person (`world.py`).
- 2. Every loss trains the policy on that log with three learning rates, and on past the end where
-    the best was; the one with the best reward - beta KL on validation prompts is the loss's own.
- 3. With it every loss is run with five seeds, each with a log of its own.
- 4. Some of them again: other betas, samplers, group sizes, shares of the person; longer, in rounds.
- 5. `search.py` proposes beta and rate from the log alone, and a grid says how good they are.
+ 1. For each task of `tasks.py`, models are pretrained, and 900 prompts are answered by an older
+    checkpoint, another model, the policy at temperature 1.4, and a scripted person (`world.py`).
+ 2. Every loss trains the policy on that log with three learning rates; if the best is the smallest
+    or largest, the next one is tried as well. The rate with the best reward - beta KL on validation
+    prompts is selected.
+ 3. With this rate every loss is run with five seeds, each with a log of its own.
+ 4. GVPO and a few other losses are run again with other betas, samplers, group sizes, shares of the
+    person's responses, numbers of steps, and in rounds.
+ 5. `search.py` proposes beta and rate from the log alone; they are compared with a grid.
 
-Policies are judged on test prompts that no log holds (`learn.py`). A run is one line of
-`runs.jsonl` (`jobs.py`), and is not done again when it is there: what was cut off goes on where it
-stopped. The same seeds on the same kind of CPU give the same tables. Prints them, and one JSON
-object on its last line; writes `tables.md`, `study.json`, and pictures (`report.py`, `draw.py`).
+Policies are evaluated on test prompts that are in no log (`learn.py`). A run is one line of
+`runs.jsonl` (`jobs.py`) and is not repeated: an interrupted study resumes. The same seeds on the
+same type of CPU give the same tables. Prints the tables, and one JSON object on the last line;
+writes `tables.md`, `study.json`, and pictures (`report.py`, `draw.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ Comparison = tuple[str, str, Job]
 
 
 def tune_rates(tasks: Sequence[str], run: Any) -> Best:
-    """The job with each loss's own rate, by task and loss."""
+    """The job with the best learning rate of each loss, by task and loss."""
     best: Best = {}
     tried = {(task, loss): list(FIRST) for task in tasks for loss in LOSS_TYPES}
     while tried.keys() - best.keys():
@@ -72,12 +74,12 @@ def tune_rates(tasks: Sequence[str], run: Any) -> Best:
 
 
 def _mix(loss: str) -> dict[str, int]:
-    """topr needs samplers' log-probs, which a person has not."""
+    """The samplers of a log; topr needs sampler log-probs, so its logs have no person."""
     return dict(MODELS_ONLY if loss == "topr" else MIXED)
 
 
 def comparisons(tasks: Sequence[str], best: Best) -> Iterator[Comparison]:
-    """All of them, the most telling first."""
+    """All comparisons, the most important first."""
     for task in tasks:
         yield from losses(task, best)
     for task in tasks:
@@ -85,7 +87,7 @@ def comparisons(tasks: Sequence[str], best: Best) -> Iterator[Comparison]:
 
 
 def losses(task: str, best: Best) -> Iterator[Comparison]:
-    """Every loss on one kind of log."""
+    """Comparison of all losses on the same logs."""
     for seed in SEEDS:
         yield "losses", "untouched", Job(task, "none", 0.0, seed)
         for loss in LOSS_TYPES:
@@ -100,7 +102,7 @@ def losses(task: str, best: Best) -> Iterator[Comparison]:
 
 
 def moved(task: str, best: Best) -> Iterator[Comparison]:
-    """What GVPO and rft do when something is changed."""
+    """GVPO and other losses with one setting changed at a time."""
     gvpo, rft = best[task, "gvpo"], best[task, "rft"]
     mixes = {
         "sampler": {name: {name: 7} for name in ("policy", "hot", "older", "oldest", "other")},
@@ -129,7 +131,7 @@ def moved(task: str, best: Best) -> Iterator[Comparison]:
 
 
 def proposed(searches: Sequence[dict[str, Any]]) -> Iterator[Comparison]:
-    """What was proposed from the log alone, and a grid."""
+    """Runs with the proposals of the searches, and a grid of betas and rates."""
     for found in searches:
         for name in ("rate", "both"):
             own = found[name]
@@ -144,7 +146,7 @@ def proposed(searches: Sequence[dict[str, Any]]) -> Iterator[Comparison]:
 
 
 def main() -> None:
-    """All of it."""
+    """Run the study."""
     parser = argparse.ArgumentParser(description="Every loss on the same logs.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))

@@ -1,18 +1,19 @@
-"""Two tasks with a program that checks, and the writers that know them badly. Pure Python.
+"""Two tasks with a verifier, and writers of imperfect answers. Pure Python.
 
 `change`: pay an amount with the coins in a purse.
 
     pay 3 7 with c1 c5 c20 :        c20 c5 c5 c5 c1 c1
 
-Every exact payment is right, and the fewer coins the better: the reward is the fewest possible over
-those used, 0 for a wrong sum or a coin that is not in the purse. Right answers differ in worth, so
-copying right answers, or even each log's best, is not the optimum; and they differ in length.
+Every exact payment is right, and fewer coins are better: the reward is the smallest possible number
+of coins divided by the number used, and 0 for a wrong sum or a coin that is not in the purse. Right
+answers have different rewards and lengths, so imitating right answers, or the best logged ones, is
+not optimal.
 
 `carry`: add two numbers, units first.
 
     7 4 2 + 6 5 8 =                 3 0 1 1
 
-The reward is 1 for the right sum and 0 for any other. Writers drop carries: nine in ten of their
+The reward is 1 for the right sum and 0 otherwise. The writers drop carries: nine in ten of their
 answers are wrong.
 """
 
@@ -30,40 +31,40 @@ DIGITS = 3
 
 
 class Task(Protocol):
-    """What a study needs of a task."""
+    """The interface of a task."""
 
     name: str
     vocabulary: Words
     max_new_tokens: int
 
     def prompt(self, rng: random.Random) -> Words:
-        """A question."""
+        """A random prompt."""
 
     def written(self, prompt: Words, rng: random.Random) -> Words:
-        """What the policies are pretrained on: an answer that shows how it is done, and no more."""
+        """An answer for pretraining: in the right format, but not optimal."""
 
     def person(self, prompt: Words, rng: random.Random) -> Words:
-        """An answer by somebody with a habit."""
+        """An answer of a scripted person with systematic errors."""
 
     def reward(self, prompt: Words, response: Words) -> float:
-        """In [0, 1]; 1 for what cannot be better."""
+        """The reward in [0, 1]; 1 for the best possible answer."""
 
 
 class Change:
-    """Pay an amount in few coins."""
+    """Pay an amount with as few coins as possible."""
 
     name = "change"
     vocabulary = ("pay", "with", ":", *map(str, range(10)), *(f"c{coin}" for coin in COINS))
     max_new_tokens = 32
 
     def prompt(self, rng: random.Random) -> Words:
-        """An amount, and a purse with ones and two or three other kinds of coins."""
+        """An amount, and a purse with coins of value 1 and two or three other values."""
         kinds = sorted({1, *rng.sample(COINS[1:], rng.choice((2, 3)))})
         amount = rng.randint(SMALLEST, LARGEST)
         return ("pay", str(amount // 10), str(amount % 10), "with", *(f"c{c}" for c in kinds), ":")
 
     def written(self, prompt: Words, rng: random.Random) -> Words:
-        """Any coin that fits, until nothing is left to pay."""
+        """Random coins that do not exceed the rest, until the amount is paid."""
         amount, kinds = _purse(prompt)
         used = []
         while amount:
@@ -72,7 +73,7 @@ class Change:
         return tuple(f"c{coin}" for coin in used)
 
     def person(self, prompt: Words, rng: random.Random) -> Words:
-        """Small coins first, as many as lie at hand, then whatever is quickest."""
+        """Two to four coins of value 1, then the rest greedily with the largest coins."""
         amount, kinds = _purse(prompt)
         used = [1] * rng.randint(2, 4)
         amount -= len(used)
@@ -82,7 +83,7 @@ class Change:
         return tuple(f"c{coin}" for coin in used)
 
     def reward(self, prompt: Words, response: Words) -> float:
-        """Fewest coins over coins used."""
+        """Smallest possible number of coins / number of coins used; 0 for a wrong payment."""
         amount, kinds = _purse(prompt)
         coins = [int(word[1:]) for word in response if word[0] == "c"]
         right = len(coins) == len(response) and sum(coins) == amount
@@ -96,7 +97,7 @@ def _purse(prompt: Words) -> tuple[int, list[int]]:
 
 
 def fewest(amount: int, kinds: tuple[int, ...]) -> int:
-    """The fewest coins that make an amount."""
+    """The smallest number of coins with the given sum."""
     best = [0]
     for part in range(1, amount + 1):
         best.append(1 + min(best[part - coin] for coin in kinds if coin <= part))
@@ -119,15 +120,15 @@ class Carry:
                 return (*map(str, one), "+", *map(str, two), "=")
 
     def written(self, prompt: Words, rng: random.Random) -> Words:
-        """Each carry is dropped with the same chance."""
+        """A sum in which each carry is dropped with probability `dropped`."""
         return self._added(prompt, lambda place: rng.random() >= self.dropped)
 
     def person(self, prompt: Words, rng: random.Random) -> Words:
-        """Carries into the hundreds are never made, others nearly always."""
+        """A sum without the carry into the hundreds; others are dropped with probability 0.1."""
         return self._added(prompt, lambda place: place != 1 and rng.random() < 0.9)
 
     def reward(self, prompt: Words, response: Words) -> float:
-        """1 for the sum."""
+        """1 for the right sum, else 0."""
         return float(response == self._added(prompt, lambda place: True))
 
     def _added(self, prompt: Words, carries: Carries) -> Words:

@@ -1,4 +1,4 @@
-"""A task's world: the policy, the samplers, and logs of what they wrote."""
+"""The models, prompts and logs of a task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import Answer, Speech, answers, config_of, pretrained
+from models import Answer, WordTokenizer, answers, config_of, pretrain
 from tasks import TASKS, Words
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,13 +19,13 @@ from gvpo_offline.group import FloatArray, Group
 
 N_PROMPTS, N_VALIDATION, N_TEST, N_HELD_OUT = 900, 100, 200, 100
 MAX_TOKENS = 16_384
-# Responses to each prompt. None is the policy's own.
+# Number of responses to each prompt by sampler; the policy itself is not among them.
 MIXED = {"older": 2, "other": 2, "hot": 2, "person": 1}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task's models are made: widths of the policy and the other model, pretraining steps."""
+    """Sizes of a task's models: widths of the policy and the other model, pretraining steps."""
 
     width: int
     other_width: int
@@ -33,23 +33,23 @@ class Recipe:
 
 
 RECIPES = {"change": Recipe(96, 64, 1600), "carry": Recipe(64, 48, 800)}
-# Parts of the policy's pretraining after which it is kept as a sampler.
+# Checkpoints of the policy's pretraining: after steps / n.
 KEPT = {"oldest": 4, "older": 2, "policy": 1}
 
 
 @dataclass(frozen=True)
 class World:
-    """What all runs on one task share.
+    """Models and prompts that all runs on one task share.
 
     Attributes:
-        speech: words and ids.
-        models: "policy", where training starts, and the reference; "older" is the same at half its
-            steps, "oldest" at a quarter; "other" is of another family.
-        prompts: of the log; the last `N_HELD_OUT` of them are held out for the fit.
-        validation, test: prompts that no log holds.
+        tokenizer: the tokenizer.
+        models: "policy" is the initial policy and the reference; "older" is its checkpoint at half
+            of the pretraining, "oldest" at a quarter; "other" is of another model family.
+        prompts: prompts of the logs; the groups of the last `N_HELD_OUT` are held out.
+        validation, test: prompts that are in no log.
     """
 
-    speech: Speech
+    tokenizer: WordTokenizer
     models: dict[str, PreTrainedModel]
     prompts: list[Words]
     validation: list[Words]
@@ -61,41 +61,41 @@ class World:
         return self.models["policy"]
 
     def rewards(self, prompts: Sequence[Words], drawn: Sequence[Sequence[Answer]]) -> FloatArray:
-        """(prompts, answers) rewards."""
+        """Rewards of sampled answers, (prompts, answers)."""
         pairs = zip(prompts, drawn, strict=True)
-        reward = self.speech.task.reward
+        reward = self.tokenizer.task.reward
         return np.array([[reward(prompt, answer.words) for answer in own] for prompt, own in pairs])
 
     def sampler(self, name: str) -> tuple[PreTrainedModel, float]:
-        """A model and its temperature."""
+        """The model and temperature of a sampler."""
         return (self.policy, 1.4) if name == "hot" else (self.models[name], 1.0)
 
 
 def make_models(task: str, folder: Path, seed: int = 0) -> None:
-    """Pretrain a task's models into `folder`, one subfolder each, unless they are there."""
+    """Pretrain a task's models and save each in a subfolder of `folder`, unless already done."""
     if (folder / "done").exists():
         return
-    speech, recipe = Speech(TASKS[task]), RECIPES[task]
-    n_words = len(speech.words)
+    tokenizer, recipe = WordTokenizer(TASKS[task]), RECIPES[task]
+    n_words = len(tokenizer.words)
     config = config_of("qwen3", n_words, recipe.width)
     cuts = [recipe.steps // part for part in KEPT.values()]
-    models = dict(zip(KEPT, pretrained(config, speech, steps=cuts, seed=seed), strict=True))
+    models = dict(zip(KEPT, pretrain(config, tokenizer, steps=cuts, seed=seed), strict=True))
     config = config_of("llama", n_words, recipe.other_width)
-    (models["other"],) = pretrained(config, speech, steps=[recipe.steps], seed=seed + 1)
+    (models["other"],) = pretrain(config, tokenizer, steps=[recipe.steps], seed=seed + 1)
     for name, model in models.items():
         model.save_pretrained(folder / name)
     (folder / "done").touch()
 
 
 def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[Any, float]]:
-    """What there is, and what is possible: each sampler's mean reward and the share of groups of
-    unequal rewards in a log; the optimum's reward - beta KL, and its reward, by beta, on test
-    prompts.
+    """Reference values of a task: for a log, each sampler's mean reward and the share of groups
+    with unequal rewards; for the test prompts, the optimum's reward - beta KL and reward by beta.
 
-    The largest of E[R] - beta KL is beta log E_ref[e^{R / beta}], and the optimum's reward is
-    E_ref[R e^{R / beta}] / E_ref[e^{R / beta}]; both from 256 answers of the reference a prompt.
+    The maximum of E[R] - beta KL is beta log E_ref[e^{R / beta}], and the optimum's reward is
+    E_ref[R e^{R / beta}] / E_ref[e^{R / beta}]; both are estimated from 256 answers of the
+    reference per prompt.
     """
-    drawn = answers(world.policy, world.speech, world.test, k=256, seed=77)
+    drawn = answers(world.policy, world.tokenizer, world.test, k=256, seed=77)
     rewards = world.rewards(world.test, drawn)
     objective, reward = {}, {}
     for beta in betas:
@@ -112,7 +112,7 @@ def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[Any, float]
 
 
 def load_world(name: str, folder: Path, seed: int = 0) -> World:
-    """The models of `make_models`, and a task's prompts."""
+    """Load the models of `make_models` and make the prompts of a task."""
     task = TASKS[name]
     models = {
         own: AutoModelForCausalLM.from_pretrained(folder / own, dtype=torch.float32).eval()
@@ -124,27 +124,27 @@ def load_world(name: str, folder: Path, seed: int = 0) -> World:
         distinct[task.prompt(rng)] = None
     prompts, ends = list(distinct), (N_PROMPTS, N_PROMPTS + N_VALIDATION)
     own, validation, test = prompts[: ends[0]], prompts[ends[0] : ends[1]], prompts[ends[1] :]
-    return World(Speech(task), models, own, validation, test)
+    return World(WordTokenizer(task), models, own, validation, test)
 
 
 def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
-    """A group for each prompt of the log: so many responses of each sampler, scored.
+    """One group per prompt of the log, with scored responses of the samplers in `mix`.
 
-    The reference's log-probs are the policy's, by the trainer's own forward.
+    The reference log-probs are those of the policy, computed with the trainer's engine.
     """
-    task, rng = world.speech.task, random.Random(seed)
+    task, rng = world.tokenizer.task, random.Random(seed)
     written: list[list[tuple[str, Answer]]] = [[] for _ in world.prompts]
     for number, (name, k) in enumerate(mix.items()):
         if name == "person":
             for own, prompt in zip(written, world.prompts, strict=True):
                 for _ in range(k):
                     words = task.person(prompt, rng)
-                    own.append((name, Answer(words, world.speech.ids(words, end=True), np.nan)))
+                    own.append((name, Answer(words, world.tokenizer.ids(words, end=True), np.nan)))
             continue
         model, temperature = world.sampler(name)
         drawn = answers(
             model,
-            world.speech,
+            world.tokenizer,
             world.prompts,
             k=k,
             seed=seed * 10 + number,
@@ -155,7 +155,7 @@ def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
     groups = [
         Group(
             group_id=f"{number}",
-            prompt_token_ids=world.speech.ids(prompt),
+            prompt_token_ids=world.tokenizer.ids(prompt),
             response_token_ids=tuple(answer.ids for _, answer in own),
             samplers=tuple(name for name, _ in own),
             truncated=(False,) * len(own),
@@ -171,7 +171,7 @@ def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
 
 @torch.no_grad()
 def with_reference(model: PreTrainedModel, groups: list[Group]) -> list[Group]:
-    """The groups with log-probs under a reference."""
+    """The groups with the reference log-probs of a model."""
     engine = prepare_engine(model, max_tokens=MAX_TOKENS, gradients=False)
     found = []
     for start in range(0, len(groups), 64):

@@ -35,13 +35,13 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         "preference",
         hub.PAIR_TEXTS_ALONE,
         {"chosen": "Blue.", "rejected": "Green."},
-        "begin with the prompt and go on with one answer each.*Add the prompt column",
+        "begin with the prompt, followed by one answer each.*Add the prompt column",
     ),
     "preference: nothing but the prompt": (
         "preference",
         hub.PAIR_TEXTS_ALONE,
         {"chosen": "The sky is blue.", "rejected": "The sky is blue."},
-        "one answer each, not the same",
+        "one answer each, and the answers differ",
     ),
     "preference: turns differ before the last": (
         "preference",
@@ -50,19 +50,19 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
             "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
             "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: d",
         },
-        "go on with one answer each",
+        "followed by one answer each",
     ),
     "preference: no turn in common": (
         "preference",
         hub.PAIR_TEXTS_ALONE,
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: b\n\nAssistant: b"},
-        "begin with the prompt",
+        "both begin with the prompt",
     ),
     "preference: messages without a prompt": (
         "preference",
         hub.PAIR_MESSAGES_ALONE,
         {"chosen": [assistant("a")], "rejected": [assistant("b")]},
-        "begin with the prompt",
+        "both begin with the prompt",
     ),
     "preference: several turns of response": (
         "preference",
@@ -74,13 +74,13 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         "preference",
         hub.H4_BINARIZED,
         {**hub.h4_row("q", "a", "b", (1.0, 0.0)), "prompt": "another"},
-        "the prompt is what chosen and rejected begin with; received 'another'",
+        "the messages that both chosen and rejected begin with; received 'another'",
     ),
     "preference: other prompt messages than in chosen": (
         "preference",
         hub.PAIR_MESSAGES,
         {"prompt": CHAT, "chosen": CHAT[:2], "rejected": [user("q"), assistant("b")]},
-        "the prompt is what chosen and rejected begin with",
+        "the messages that both chosen and rejected begin with",
     ),
     "preference: a score is missing": (
         "preference",
@@ -116,7 +116,7 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
                 hub.completion("b", "bad", 10.0, ("1", "2", "N/A", "1")),
             ],
         ),
-        "a 1 could become a 10; received 10 for response 1.*'helpfulness': 1.0.*repaired release",
+        "for some scores of 1; received 10 for .* 1.*'helpfulness': 1.0.*corrected release",
     ),
     "ultrafeedback: no completions": (
         "ultrafeedback",
@@ -147,19 +147,19 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         "nectar",
         hub.NECTAR,
         hub.nectar_row("\n\nHuman: why?\n\nAssistant: so", [("a", 1.0), ("b", 2.0)]),
-        "perhaps of several turns",
+        "of one or more turns",
     ),
     "nectar: two turns of one side": (
         "nectar",
         hub.NECTAR,
         hub.nectar_row("\n\nHuman: a\n\nHuman: b\n\nAssistant: ", [("a", 1.0), ("b", 2.0)]),
-        "perhaps of several turns",
+        "of one or more turns",
     ),
     "nectar: rank from 0": (
         "nectar",
         hub.NECTAR,
         hub.nectar_row("\n\nHuman: q\n\nAssistant: ", [("a", 0.0), ("b", 1.0)]),
-        "a rank counts from 1, the best; received 0.0",
+        "a rank is at least 1, and 1 is the best; received 0.0",
     ),
     "nectar: rank not a number": (
         "nectar",
@@ -177,7 +177,7 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         "helpsteer2",
         hub.HELPSTEER2,
         hub.helpsteer2_row("a\n<extra_id_1>Assistant\nb", "c", (1, 1, 1, 1, 1)),
-        "the user's last",
+        "the user's first and last",
     ),
     "helpsteer2: not rated at all": (
         "helpsteer2",
@@ -201,7 +201,7 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         "openr1_math",
         hub.OPENR1,
         hub.openr1_row(["a", "b"], [True]),
-        "one verdict per generation; received 1 for 2",
+        "each generation has one verdict; received 1 for 2",
     ),
     "openr1_math: no verdict": (
         "openr1_math",
@@ -245,7 +245,7 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         "arena",
         hub.ARENA,
         arena(prompt='["hi","more"]'),
-        "one entry for each turn; received 2 and 1",
+        "one entry per turn; received 2 and 1",
     ),
     "arena: two winners": (
         "arena",

@@ -108,7 +108,7 @@ PICTURE = [{"type": "input_image", "image_url": "data:"}]
         (gym_row(0, 0, [CALL, message("5")]), "received the items function_call, message"),
         (gym_row(0, 0, [REASONING, message("5")]), "received the items reasoning, message"),
         (gym_row(0, 0, []), "received the items none"),
-        (gym_row(0, 0, [turn([1], [2]), turn([1, 3], [4])]), "others in turn 1: the context was"),
+        (gym_row(0, 0, [turn([1], [2]), turn([1, 3], [4])]), "different tokens in turn 1"),
         (
             gym_row(0, 0, [message("5")], responses_create_params={"input": "p", "tools": [CALL]}),
             "a prompt has no tool definitions",
@@ -123,7 +123,7 @@ PICTURE = [{"type": "input_image", "image_url": "data:"}]
         (gym_row(0, 0, [message("5")], reward="x"), "reward is a number; received 'x'"),
         (gym_row(0, 0, [message("5")], reward=None), "each response has one"),
         (gym_row(0, 0, [message("5")], response="x"), "response.output is a list of items"),
-        (gym_row(0, 0, ["x"]), "nested as its producer writes it"),
+        (gym_row(0, 0, ["x"]), "has the nested fields of that format"),
         ({"responses_create_params": {"input": "p"}}, "no response, reward among"),
     ],
 )  # fmt: skip
@@ -464,7 +464,7 @@ A = [request("a")]
     [
         (A, [result("a", choice("5"))] * 2, None, "a second result of 'a'"),
         (A, [result("z", choice("5"))], None, "no request for the result of 'z'"),
-        (A * 2, [result("a", choice("5"))], None, "a custom_id is given once"),
+        (A * 2, [result("a", choice("5"))], None, "each custom_id occurs once"),
         ([{"custom_id": "a"}], [result("a", choice("5"))], None, "a request has a body"),
         ([{"body": {}}], [result("a", choice("5"))], None, "an id is text or an integer"),
         ([{"custom_id": "a", "body": {"prompt": ["x", "y"]}}], [result("a")], None, "one prompt"),
@@ -516,7 +516,13 @@ def test_batch_bodies_are_those_of_the_client() -> None:
 
 def test_batch_settings(tmp_path: Path) -> None:
     path, settings = batch(tmp_path, A, [result("a", choice("5"))], [{"custom_id": "a", "r": 1}])
-    refused(path, "openai_batch", ConfigError, "holds no prompts", tmp_path / "o")
+    refused(
+        path,
+        "openai_batch",
+        ConfigError,
+        "has no prompts, so the request file is needed",
+        tmp_path / "o",
+    )
     refused(
         path, "openai_batch", ConfigError, "received q", tmp_path / "o",
         **settings, reward_weights={"q": 1.0},

@@ -96,7 +96,7 @@ def test_verl_request_ids_are_response_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("further", "match", "row"),
     [
-        ({"uid": ["a_0_0", "a_0_1", "b_0_0", "b_0_1"]}, "received output 1 of the session a_0", 1),
+        ({"uid": ["a_0_0", "a_0_1", "b_0_0", "b_0_1"]}, "received output 1 of session a_0", 1),
         ({"score": [1.0, None, 0.0, 0.0]}, "in a log with rewards each response has one", 1),
         ({"score": [1.0, 0.0, "x", 0.0]}, "score is a number; received 'x'", 2),
         ({"score": [1.0, 0.0, float("nan"), 0.0]}, "a reward is a finite number", 2),
@@ -286,14 +286,14 @@ def test_nemo_rl_masked_samples_failed(tmp_path: Path) -> None:
     ("name", "rows", "match"),
     [
         ("val_data_step1.jsonl", [{"content": [[]], "rewards": [1.0], "idx": 0}], "no token_ids"),
-        ("data.jsonl", nemo_rows(), "files named train_data_step<n>.jsonl"),
+        ("data.jsonl", nemo_rows(), "are named train_data_step<n>.jsonl"),
         (
             "train_data_step1.jsonl",
             nemo_rows(
                 token_loss_mask=[[1, 0, 1, 1, 0, 0, 0, 0]] * 4,
                 generation_logprobs=[[0, 0, -0.5, -0.1, 0, 0, 0, 0]] * 4,
             ),
-            "received 1 from token 0 on, and sampled tokens from 2 on only",
+            "received 1 from token 0 on, but log-probs other than 0 only from token 2 on",
         ),
         (
             "train_data_step1.jsonl",
@@ -390,10 +390,13 @@ def test_ms_swift_on_other_trainers(tmp_path: Path) -> None:
     ("line", "match"),
     [
         (swift_line(advantages=[-1.0, 1.0, 0.0, 0.0]), "Accuracy, Format were weighted"),
-        (swift_line(Format=[1.0, 0.0, 0.0]), "one entry per response each; received .*Format 3"),
-        (swift_line(num_turns=[1, 1, 2, 1]), "earlier turns stand in the prompt"),
+        (swift_line(Format=[1.0, 0.0, 0.0]), "one entry per response; received .*Format 3"),
+        (swift_line(num_turns=[1, 1, 2, 1]), "the log has earlier turns in the prompt"),
         (swift_line(Accuracy=["1", 0, 0, 0]), "the reward 'Accuracy' is a number"),
-        ({"step": ["1"], "prompt": ["p"], "completion": ["c"]}, "others .GKD. log no rewards"),
+        (
+            {"step": ["1"], "prompt": ["p"], "completion": ["c"]},
+            "other trainers .GKD. log no rewards",
+        ),
         ({"prompt": ["p"], "completion": ["c"], "r": [1.0]}, "a step or gen_step"),
     ],
 )

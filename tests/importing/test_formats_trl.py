@@ -181,10 +181,10 @@ def test_unknown_weights(weights: dict[str, float], match: str, tmp_path: Path) 
 
 def test_what_is_no_log_of_trl(tmp_path: Path) -> None:
     jsonl = write_jsonl(tmp_path / "a.jsonl", [{"step": 1, "prompt": "p", "completion": "c"}])
-    refused(jsonl, "trl", ConfigError, "Name the reward columns", tmp_path / "o")
+    refused(jsonl, "trl", ConfigError, "Set reward_weights to the reward columns", tmp_path / "o")
     bare = tmp_path / "bare.parquet"
     pq.write_table(pa.table({"step": [1], "prompt": ["p"], "completion": ["c"]}), bare)
-    refused(bare, "trl", DataError, "a column of floating-point numbers", tmp_path / "o")
+    refused(bare, "trl", DataError, "one column of floating-point numbers", tmp_path / "o")
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"prompt": ["p"], "reward": [1.0]}), other)
     error = refused(other, "trl", DataError, "no step, completion among", tmp_path / "o")

@@ -53,11 +53,11 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "prompt column missing": (
         {"question": "q", "response": "r", "reward": 1},
         {},
-        r"column 'prompt' that columns.prompt names; received the columns question, response, rew",
+        r"column 'prompt' that columns.prompt names is in the log; received .*question",
     ),
     "response column missing": ({"prompt": "q", "reward": 1}, {}, "Set columns.response to one"),
-    "reward column missing": ({"prompt": "q", "response": "r"}, {}, "or to null if the log does"),
-    "kept column missing": (GOOD, {"keep": ["answer"]}, "Take the name out of columns.keep"),
+    "reward column missing": ({"prompt": "q", "response": "r"}, {}, "or to null if the log has"),
+    "kept column missing": (GOOD, {"keep": ["answer"]}, "Remove the name from columns.keep"),
     "mask column missing": (
         IDS,
         {"prompt_token_ids": "pi", "response_token_ids": "ri", "loss_mask": "m"},
@@ -92,9 +92,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "lists of two lengths": (
         {**GOOD, "response": ["a", "b"], "reward": [1]},
         {},
-        "one entry per response of its row; received 1 for 2",
+        "one entry per response of the row; received 1 for 2",
     ),
-    "sampler null": ({**GOOD, "who": None}, {"sampler": "who"}, "a sampler is named by text"),
+    "sampler null": ({**GOOD, "who": None}, {"sampler": "who"}, "the name of a sampler is text"),
     "group id null": ({**GOOD, "g": None}, {"group_id": "g"}, "an id is text or an integer"),
     "response id of another type": (
         {**GOOD, "id": 1.5},
@@ -135,7 +135,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text of one, ids of a group": (
         {**IDS, "response": "x", "ri": [[3], [4]]},
         {"prompt_token_ids": "pi", "response_token_ids": "ri"},
-        "both one response's or both a group's",
+        "both hold one response, or both hold a group",
     ),
     "mask too short": (
         {**IDS, "m": [1]},

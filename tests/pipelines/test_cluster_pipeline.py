@@ -56,4 +56,4 @@ def test_an_array_of_jobs(tmp_path: Path, data: Path) -> None:
     wrong = {**environment, "SLURM_ARRAY_TASK_MIN": "1"}
     done = subprocess.run(argv, cwd=tmp_path, env=wrong, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "the array begins at 0" in done.stderr
+    assert "the array must begin at 0" in done.stderr

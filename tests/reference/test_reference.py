@@ -97,7 +97,7 @@ def test_the_second_run_is_free(
     root = copy_of(unscored, tmp_path / "data")
     first = score(root, tiny_model_dir)
     before = sidecars(root)
-    monkeypatch.delattr(reference_module._Scorer, "table")  # nothing is left to compute
+    monkeypatch.delattr(reference_module._ReferenceScorer, "table")  # nothing is left to compute
     second = score(root, tiny_model_dir)
     assert second.manifest == first.manifest  # no new version either
     assert sidecars(root) == before

@@ -11,7 +11,7 @@ from support.importing import config
 
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.importing.formats import find_format
-from gvpo_offline.importing.formats.shared.log_format import LeavesOut
+from gvpo_offline.importing.formats.shared.log_format import DropsResponses
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.sources.inputs import find_sources
@@ -28,7 +28,7 @@ def fragments(
         for source in find_sources(made.inputs)
         for fragment in log_format.read(source.rows(log_format.columns, lambda _: None), source)
     ]
-    return found, log_format.finish() if isinstance(log_format, LeavesOut) else {}
+    return found, log_format.finish() if isinstance(log_format, DropsResponses) else {}
 
 
 def refused(

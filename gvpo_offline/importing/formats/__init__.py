@@ -1,12 +1,13 @@
-"""Formats of logs, one small module each.
+"""Log formats that can be imported, one small module each.
 
 A module `gvpo_offline.importing.formats.<name>` offers one function,
 
     def open_format(config: ImportConfig) -> LogFormat
 
-and `format: <name>` finds it: there is no list to extend. A format says which columns it reads and
-turns the rows of one input into fragments (`shapes.log_format`). Everything after that (checking,
-regrouping, tokenising, writing) is common to all.
+and the setting `format: <name>` selects it by module name, so there is no registry to extend. A
+format states which columns it reads and turns the rows of one input into fragments (see
+`shared.log_format`). Everything after that (checking, grouping, tokenising, writing) is the same
+for all formats.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["find_format", "format_names"]
 
 
 def format_names() -> list[str]:
-    """The formats that there are."""
+    """The names of all formats, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
@@ -30,11 +31,11 @@ def find_format(config: ImportConfig) -> LogFormat:
     """The format that `config.format` names.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no format has that name.
     """
     if config.format not in format_names():
         raise ConfigError(
-            "format names a format of logs",
+            "format must be the name of a log format",
             received=config.format,
             remedy=f"choose one of {', '.join(format_names())}",
         )

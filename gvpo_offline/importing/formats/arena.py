@@ -1,8 +1,9 @@
-"""Votes of Chatbot Arena, 55k release: two models answer a user, who says which did better.
+"""Chatbot Arena votes (55k release): two models answer a user, who votes for the better answer.
 
-Prompt and answers are JSON lists in text, one entry a turn. The response is the last answer, the
-prompt what came before. Where the models' earlier answers differ, the two last answers have no
-prompt in common, and each stands alone: `singletons` says whether that stops the import.
+The columns of the prompt and the answers are JSON lists in text, one entry per turn. The response
+is the last answer; the prompt is everything before it. Where the earlier answers of the two models
+differ, the two last answers do not share a prompt, and each becomes a group of one response: the
+setting `singletons` decides whether that stops the import.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a group; the reward is 1 for the winner, 0 for the loser, 0.5 each for a tie."""
+    """One group per row; the reward is 1 for the winner, 0 for the loser, 0.5 each for a tie."""
     return RowFormat(
         config,
         required=("id", "model_a", "model_b", "prompt", "response_a", "response_b", *_VOTES),
@@ -48,14 +49,14 @@ def _parse(record: Record) -> list[Fragment]:
 
 
 def _side(record: Record, name: str) -> tuple[values.Prompt, str]:
-    """The conversation with one of the models, up to its last answer, and that answer."""
+    """The conversation with one model up to its last answer, and that last answer."""
     asked, answers = _turns(record, "prompt"), _turns(record, name)
     if len(asked) != len(answers) or not asked:
         raise DataError(
-            f"prompt and {name} have one entry for each turn",
+            f"prompt and {name} have one entry per turn",
             received=f"{len(asked)} and {len(answers)}",
         )
-    # A model that said nothing has null.
+    # The data set has null where a model gave no answer.
     *earlier, last = (answer or "" for answer in answers)
     turns = [text for pair in zip(asked, earlier, strict=False) for text in pair]
     return values.conversation([*turns, asked[-1]]), last

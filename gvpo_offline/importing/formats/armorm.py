@@ -1,7 +1,7 @@
-"""SimPO's data sets: five responses of one policy, scored by a reward model.
+"""SimPO's data sets: five responses of one policy per prompt, scored by a reward model.
 
-`princeton-nlp/*-ultrafeedback-armorm` and what SimPO's `on_policy_data_gen` writes. The reward
-model saw the prompt as a chat's only message, so that is the prompt.
+Reads `princeton-nlp/*-ultrafeedback-armorm` and the output of SimPO's `on_policy_data_gen`. The
+reward model scored the prompt as a chat of a single user message, and so is it imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gvpo_offline.importing.sources.rows import Record
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a group; the reward is the reward model's score."""
+    """One group per row; the reward is the reward model's score."""
     return RowFormat(
         config, required=("prompt", "all_generated_responses", "all_rm_scores"), parse=_parse
     )

@@ -1,7 +1,8 @@
-"""What distilabel's UltraFeedback task writes: an instruction, generations, a judge's ratings.
+"""Output of distilabel's UltraFeedback task: an instruction, generations, a judge's ratings.
 
-Ratings are integers, or text in some data sets; a rating that the judge did not give, or gave as
-N/A, is missing. Other tasks and older versions have other columns: see `format: flat`.
+Ratings are integers, or integers as text in some data sets. A rating that is absent or "N/A" is a
+missing reward. Other tasks and older versions of distilabel write other columns: import them with
+`format: flat`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _MODELS = ("generation_models", "model_names")
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a group; the reward is the rating."""
+    """One group per row; the reward is the rating."""
     return RowFormat(
         config,
         required=("instruction", "generations", "ratings"),
@@ -28,7 +29,7 @@ def open_format(config: ImportConfig) -> RowFormat:
 def _parse(record: Record) -> list[Fragment]:
     responses = values.entries(record["generations"], "generations")
     ratings = record["ratings"]
-    if ratings is None:  # the judge's whole answer could not be read
+    if ratings is None:  # distilabel could not parse the judge's answer
         ratings = [None] * len(responses)
     models = next((record[name] for name in _MODELS if record.get(name) is not None), None)
     return [

@@ -1,7 +1,7 @@
-"""A flat table: one row a response or one row a group, columns named by the user.
+"""A flat table with one response per row or one group per row; the user names the columns.
 
-A row is a group's when its response column holds a list (of texts, of one-message lists, of lists
-of ids); its reward, id, mask and truncation columns then hold lists of the same length.
+A row holds a group if its response column holds a list (of texts, of one-message lists, or of lists
+of token ids). Its reward, id, mask and truncation columns then hold lists of the same length.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def open_format(config: ImportConfig) -> FlatFormat:
 
 
 class FlatFormat:
-    """Rows of a table whose columns `config.columns` names."""
+    """Reads a table whose column names are given in `config.columns`."""
 
     def __init__(self, config: ImportConfig) -> None:
         self._names = config.columns
@@ -104,9 +104,9 @@ class FlatFormat:
         if value is None and self._default_sampler:
             return None
         raise DataError(
-            "a sampler is named by text",
+            "the name of a sampler is text",
             received=repr(value),
-            remedy="name it in the log; where the log has null, set `sampler` to what null means",
+            remedy="write the name into the log, or set `sampler` to the name that null stands for",
         )
 
     def _metadata(self, record: Record, source: InputInfo) -> str | None:
@@ -119,16 +119,16 @@ class FlatFormat:
 def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:
     present = ", ".join(source.columns if source.columns is not None else record) or "none"
     return DataError(
-        f"the log has the column {name!r} that {setting} names",
+        f"the column {name!r} that {setting} names is in the log",
         received=f"the columns {present}",
-        remedy=f"set {setting} to one of them, or to null if the log does not have it"
+        remedy=f"set {setting} to one of them, or to null if the log has no such column"
         if setting != "columns.keep"
-        else "take the name out of columns.keep",
+        else "remove the name from columns.keep",
     )
 
 
 def _is_many(value: Any) -> bool:
-    """Whether a response column holds a group's responses and not one."""
+    """Whether a value of the response column holds a group's responses, not one response."""
     return isinstance(value, list) and not (value and all(map(values.is_message, value)))
 
 
@@ -137,11 +137,11 @@ def _is_many_ids(value: Any) -> bool:
 
 
 def _responses(text: Any, ids: Any) -> tuple[list[str | None], list[Any] | None, bool]:
-    """Texts, token ids, and whether the row is a group's."""
+    """Texts, token ids, and whether the row holds a group."""
     many = _is_many(text) if text is not None else _is_many_ids(ids)
     if text is not None and ids is not None and len(ids) and many != _is_many_ids(ids):
         raise DataError(
-            "text and token ids of a row are both one response's or both a group's",
+            "text and token ids of a row both hold one response, or both hold a group",
             received=f"text {text!r}, token ids {ids!r}",
         )
     all_ids: list[Any] | None = None
@@ -158,7 +158,7 @@ def _responses(text: Any, ids: Any) -> tuple[list[str | None], list[Any] | None,
 def _spread(
     value: Any, name: str, n: int, many: bool, parse: Callable[[Any], Any], *, shared: bool
 ) -> list[Any]:
-    """`parse` of the value of each of n responses; a `shared` scalar stands for all of them."""
+    """`parse` applied per response, n results; a `shared` scalar applies to all responses."""
     if not many:
         return [parse(value)]
     if isinstance(value, np.ndarray):
@@ -172,7 +172,7 @@ def _spread(
         )
     if len(value) != n:
         raise DataError(
-            f"column {name!r} has one entry per response of its row",
+            f"column {name!r} has one entry per response of the row",
             received=f"{len(value)} for {n} responses",
         )
     return [parse(part) for part in value]

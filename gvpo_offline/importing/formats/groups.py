@@ -1,8 +1,8 @@
-"""Rows in the shape of `schemas/`: token ids that another program wrote, one row a group.
+"""Rows that follow `schemas/groups.schema.json`: token ids from another program, one group per row.
 
-Rows of one group_id in several files are fragments of one group and are merged. Rewards may stand
-in the same row (`rewards`). Reference log-probs (`ref_seq_logprobs`) are left behind, and that is
-said: merging reorders responses and imports may cut them, so they are computed anew by `reference`.
+Rows with the same group_id, in one file or several, are merged into one group. A row may also hold
+`rewards`. Reference log-probs (`ref_seq_logprobs`) are not imported, and a warning says so: the
+import may reorder and truncate responses, so `gvpo-offline reference` computes them again.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from gvpo_offline.importing.sources.rows import Record, Row
 from gvpo_offline.store.schema import GROUPS_COLUMNS
 from gvpo_offline.values import flags, token_ids
 
-_LEFT_BEHIND = ("ref_seq_logprobs", "ref_token_logprobs")
+_NOT_IMPORTED = ("ref_seq_logprobs", "ref_token_logprobs")
 _log = logging.getLogger(__name__)
 
 
 def open_format(config: ImportConfig) -> GroupsFormat:
-    """The format; column names are those of the schema."""
+    """The format; the column names are those of the schema."""
     part_weights(config, {})
     return GroupsFormat()
 
 
 class GroupsFormat:
-    """Rows with the columns of `schema.GROUPS_COLUMNS`, and `rewards` if they have them."""
+    """Reads rows with the columns of `store.schema.GROUPS_COLUMNS` and, optionally, `rewards`."""
 
     @property
     def columns(self) -> Sequence[str]:
@@ -43,18 +43,18 @@ class GroupsFormat:
         return [
             *(c.name for c in GROUPS_COLUMNS if c.name not in derived),
             "rewards",
-            *_LEFT_BEHIND,
+            *_NOT_IMPORTED,
         ]
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""
         warned = False
         for row, record in rows:
-            if not warned and any(record.get(name) is not None for name in _LEFT_BEHIND):
+            if not warned and any(record.get(name) is not None for name in _NOT_IMPORTED):
                 warned = True
                 _log.warning(
                     "%s holds reference log-probs. They are not imported: run `gvpo-offline "
-                    "reference` on the dataset, so that they come from the trainer's own forward.",
+                    "reference` on the dataset; it uses the forward pass of training.",
                     source.label,
                 )
             yield from per_row([(row, record)], source, _parse)
@@ -65,10 +65,10 @@ def _parse(record: Record, source: InputInfo) -> Fragment:
         if column.required and record.get(column.name) is None:
             present = source.columns if source.columns is not None else list(record)
             raise DataError(
-                f"a row in the group shape has a value in {column.name}",
+                f"a row of format: groups has a value in {column.name}",
                 received=f"none; the columns are {', '.join(present)}",
-                remedy="write the column as schemas/groups.schema.json says, or import the log "
-                "with format: flat",
+                remedy="write the column as described in schemas/groups.schema.json, or import "
+                "the log with format: flat",
             )
     ids = [
         token_ids(row, "an entry of response_token_ids")

@@ -1,7 +1,7 @@
-"""HelpSteer2 (and HelpSteer): a prompt, a response, five attributes rated 0 to 4 by people.
+"""HelpSteer2 (and HelpSteer): a prompt, a response, five attributes rated 0 to 4 by annotators.
 
-A prompt of several turns has turn markers in its text. The pair of responses to a prompt stands in
-consecutive rows; grouping by the prompt brings it together wherever its rows are.
+A prompt of several turns contains turn markers in its text. The data set has the two responses to a
+prompt in consecutive rows; responses are grouped by prompt, whatever the order of the rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
 
-# The weights that the data set's authors give for one reward from the five attributes, in the
+# The weights with which the data set's authors combine the five attributes into one reward; source:
 # model card of nvidia/Llama3-70B-SteerLM-RM.
 WEIGHTS = {
     "helpfulness": 0.65,
@@ -28,7 +28,7 @@ _MARKER = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a response; the reward is the weighted sum of the attributes."""
+    """One response per row; the reward is the weighted sum of the attributes."""
     return RowFormat(config, required=("prompt", "response", *WEIGHTS), parse=_parse, parts=WEIGHTS)
 
 
@@ -49,7 +49,7 @@ def _prompt(text: object) -> values.Prompt:
     roles = rest[::2]
     if roles != ["Assistant", "User"] * (len(roles) // 2):
         raise DataError(
-            "the turns of a prompt are the user's and the assistant's in turn, the user's last",
+            "the turns of a prompt alternate between user and assistant, the user's first and last",
             received=text,
             remedy="correct or remove the row",
         )

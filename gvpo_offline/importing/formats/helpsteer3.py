@@ -1,6 +1,6 @@
-"""HelpSteer3's preferences: a context, two responses, a preference from -3 to 3 by people.
+"""HelpSteer3 preferences: a context, two responses, an annotators' preference from -3 to 3.
 
--3 says that response 1 is much better, 3 that response 2 is.
+-3 means that response 1 is much better, 3 that response 2 is much better.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gvpo_offline.importing.sources.rows import Record
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a group; the rewards lie as far apart as the preference says, around 0."""
+    """One group per row; the rewards of response 1 and 2 are -preference/2 and preference/2."""
     return RowFormat(
         config,
         required=("context", "response1", "response2", "overall_preference"),

@@ -1,9 +1,10 @@
-"""ms-swift: what its GRPO trainers write with `log_completions`, `completions.jsonl`.
+"""ms-swift: `completions.jsonl`, which its GRPO trainers write with `log_completions`.
 
-A line is a batch: each of its columns is a list with one entry per response. (Trainers on Ray write
-a line per response.) Reward columns stand between `completion` and `advantages`; what follows is
-none. Responses to one prompt at one step are a group, sampled by `run@step`; the run is the folder.
-A batch that is used for several optimizer steps is logged at each of them; it is read once.
+A line is a batch: each of its columns is a list with one entry per response. (The trainers on Ray
+write one line per response.) The reward columns are those between `completion` and `advantages`.
+Responses to one prompt at one step are a group, and their sampler is `run@step`, where the run is
+the name of the folder. The trainer logs a batch once per optimizer step that uses it; repetitions
+are skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     check_batch,
@@ -31,17 +32,17 @@ _STEPS = ("step", "gen_step")
 
 
 def open_format(config: ImportConfig) -> MsSwiftFormat:
-    """The format; `reward_weights` names reward functions."""
+    """The format; the keys of `reward_weights` are names of reward functions."""
     return MsSwiftFormat(config)
 
 
 class MsSwiftFormat(TrainerFormat):
-    """Lines of ms-swift's log of completions."""
+    """Reads the lines of ms-swift's log of completions."""
 
     def __init__(self, config: ImportConfig) -> None:
-        super().__init__(config, required=("prompt", "completion"), in_parts=True)
+        super().__init__(config, required=("prompt", "completion"), has_parts=True)
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         step = next((name for name in _STEPS if name in record), None)
         if step is None:
@@ -53,8 +54,8 @@ class MsSwiftFormat(TrainerFormat):
         columns = _columns(record, [step, "prompt", "completion", *names])
         n = len(columns["prompt"])
         batch = {name: value for name, value in columns.items() if name != step}
-        # A line of one response may well be sampled twice.
-        if isinstance(record["prompt"], list) and self.repeats.again(place.run, batch, n):
+        # Lines of a single response are not compared: a policy may sample the same response twice.
+        if isinstance(record["prompt"], list) and self.repeats.seen_before(place.run, batch, n):
             return []
         _check_turns(record.get("num_turns"))
         rows = [{name: column[i] for name, column in columns.items()} for i in range(n)]
@@ -65,7 +66,7 @@ class MsSwiftFormat(TrainerFormat):
         return fragments
 
     def _response(
-        self, row: Record, step: Any, weights: Mapping[str, float], place: Place
+        self, row: Record, step: Any, weights: Mapping[str, float], place: RowLocation
     ) -> Fragment:
         parts = {name: part(row[name], name) for name in weights}
         fragment = one_response(
@@ -88,20 +89,24 @@ def _reward_columns(record: Record) -> list[str]:
         raise DataError(
             "a line of ms-swift's log has reward columns between completion and advantages",
             received=f"the columns {', '.join(names)}",
-            remedy="import logs of its GRPO trainers; others (GKD) log no rewards",
+            remedy="import logs of ms-swift's GRPO trainers; other trainers (GKD) log no rewards",
         )
     return names[first:end]
 
 
 def _columns(record: Record, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of a line as lists of one length."""
+    """Columns of a line as lists of equal length.
+
+    Raises:
+        DataError: the lengths differ.
+    """
     columns = {
         name: record[name] if isinstance(record[name], list) else [record[name]] for name in names
     }
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(
-            "the columns of a line have one entry per response each",
+            "each column of a line has one entry per response",
             received=", ".join(f"{name} {n}" for name, n in lengths.items()),
             remedy="remove the line",
         )
@@ -111,7 +116,7 @@ def _columns(record: Record, names: Sequence[str]) -> dict[str, list[Any]]:
 def _check_turns(turns: Any) -> None:
     if isinstance(turns, list) and any(isinstance(n, int) and n > 1 for n in turns):
         raise DataError(
-            "a response is all that the policy wrote",
-            received=f"num_turns {turns}: earlier turns stand in the prompt",
+            "a response holds everything that the policy wrote",
+            received=f"num_turns {turns}: the log has earlier turns in the prompt",
             remedy="import rollouts of several turns from their token ids, with a loss mask",
         )

@@ -1,4 +1,4 @@
-"""Nectar: a prompt, seven answers of several models, ranked by GPT-4; rank 1 is the best."""
+"""Nectar: a prompt and seven answers by several models, ranked by GPT-4; rank 1 is the best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARKER = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a group; the reward is the share of the row's other answers that an answer beats."""
+    """One group per row; the reward is the share of the other answers with a worse rank."""
     return RowFormat(config, required=("prompt", "answers"), parse=_parse)
 
 
@@ -39,22 +39,21 @@ def _parse(record: Record) -> list[Fragment]:
 def _rank(answer: Record) -> float | None:
     rank = values.number(values.field(answer, "rank", "an answer"), "a rank")
     if rank is not None and not rank >= 1:
-        raise DataError("a rank counts from 1, the best", received=rank)
+        raise DataError("a rank is at least 1, and 1 is the best", received=rank)
     return rank
 
 
 def win_rates(ranks: Sequence[float | None]) -> list[float | None]:
-    """Share of the other ranked answers that each answer beats; a tie counts as half.
+    """For each answer, the share of the other ranked answers with a worse rank; a tie counts half.
 
-    Without ties it is (k - rank) / (k - 1) for k ranks: ranks 1, 2, 3 give 1, 0.5, 0.
+    Without ties the share is (k - rank) / (k - 1), k ranked answers: ranks 1, 2, 3 give 1, 0.5, 0.
 
     Args:
         ranks: one per answer, 1 the best; None where an answer has no rank.
 
     Returns:
-        One share per answer. None for an answer without a rank, which is also left out of the
-        comparisons of the others, and for the only ranked answer of a row, which is compared with
-        nothing.
+        One share per answer. None for an answer without a rank, which the other answers are not
+        compared with either, and for an answer that is the only one with a rank.
     """
     ranked = [rank for rank in ranks if rank is not None]
     n_others = len(ranked) - 1
@@ -78,7 +77,7 @@ def _prompt(text: object) -> values.Prompt:
         or roles != ["Human", "Assistant"] * (len(roles) // 2)
     ):
         raise DataError(
-            'a prompt is "\\n\\nHuman: ...\\n\\nAssistant: ", perhaps of several turns in turn',
+            'a prompt is "\\n\\nHuman: ...\\n\\nAssistant: ", of one or more turns',
             received=repr(text),
             remedy="correct or remove the row",
         )

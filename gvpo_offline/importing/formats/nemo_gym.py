@@ -1,8 +1,8 @@
-"""NeMo-Gym: what its collection of rollouts writes, `rollouts.jsonl`, in whatever order.
+"""NeMo-Gym: `rollouts.jsonl`, which its rollout collection writes; the rows may be in any order.
 
-Rollouts of one task (`_ng_task_index`) with one prompt are a group. Where the rollout holds token
-ids they are read as they are, over all its turns: what tools said in between is masked. Without
-them a rollout must be one message of text.
+Rollouts of one task (`_ng_task_index`) with the same prompt are a group. Token ids in a rollout are
+imported unchanged, for all of its turns, and the loss mask is false on the tokens that tools
+returned in between. A rollout without token ids must be a single text message.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     Trajectory,
     group_id,
@@ -37,16 +37,16 @@ def open_format(config: ImportConfig) -> NemoGymFormat:
 
 
 class NemoGymFormat(TrainerFormat):
-    """Rows of NeMo-Gym's rollouts."""
+    """Reads the rows of NeMo-Gym's rollouts."""
 
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=("responses_create_params", "response", "reward"))
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         for mark in ("_ng_failure_class", "mask_sample"):
             if record.get(mark):
-                self.failed(place, f"{mark} is {record[mark]}")
+                self.record_failure(place, f"{mark} is {record[mark]}")
                 return []
         response = record["response"]
         output = response.get("output") if isinstance(response, dict) else None
@@ -73,9 +73,10 @@ class NemoGymFormat(TrainerFormat):
 
 
 def _trajectory(output: Sequence[Mapping[str, Any]]) -> Trajectory | None:
-    """The tokens of all turns, or None if the items hold none.
+    """The tokens of all turns, or None if the items hold no token ids.
 
-    Each item's prompt holds all that came before it, so what it adds to that is what tools said.
+    Each item's prompt repeats all tokens of the earlier items. The tokens that it adds to them were
+    returned by tools, so their loss mask is false.
     """
     items = [item for item in output if item.get(_GENERATED)]
     if not items:
@@ -87,8 +88,8 @@ def _trajectory(output: Sequence[Mapping[str, Any]]) -> Trajectory | None:
         written = token_ids(item[_GENERATED], _GENERATED)
         if not np.array_equal(prompt[: len(seen)], seen):
             raise DataError(
-                "each turn's prompt_token_ids begin with all tokens before it",
-                received=f"others in turn {number}: the context was rewritten between turns",
+                "the prompt_token_ids of each turn begin with all tokens of the turns before it",
+                received=f"different tokens in turn {number}: the context was rewritten",
                 remedy="remove the rollout",
             )
         masks += [np.zeros(len(prompt) - len(seen), bool), np.ones(len(written), bool)]

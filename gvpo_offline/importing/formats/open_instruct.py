@@ -1,9 +1,9 @@
-"""open-instruct: what its GRPO trainer writes with `save_traces`, `<run>_rollouts_<n>.jsonl`.
+"""open-instruct: `<run>_rollouts_<n>.jsonl`, which its GRPO trainer writes with `save_traces`.
 
-Token ids are read as they are. Responses to one prompt at one step are a group, sampled by
-`run@step`. (`prompt_idx` only counts within a step, and no longer tells prompts apart where cut
-responses were filtered out or a run began again; the prompt's token ids do.) What the run's
-`<run>_metadata.jsonl`, in the same folder, says about the model goes into the manifest.
+Token ids are imported unchanged. Responses to one prompt at one step are a group, and their sampler
+is `run@step`. Prompts are identified by their token ids, not by `prompt_idx`: that counts within a
+step and is ambiguous where truncated responses were filtered out or a run was restarted. The model
+description in `<run>_metadata.jsonl`, in the same folder, is copied into the manifest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     group_id,
     one_response,
@@ -38,7 +38,7 @@ def open_format(config: ImportConfig) -> OpenInstructFormat:
 
 
 class OpenInstructFormat(TrainerFormat):
-    """Rows of open-instruct's rollout records."""
+    """Reads the rows of open-instruct's rollout records."""
 
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(
@@ -47,12 +47,16 @@ class OpenInstructFormat(TrainerFormat):
         )
 
     def run_of(self, source: InputInfo) -> str:
-        """The run's name, from the file's."""
+        """The name of the run, taken from the file name."""
         found = _FILE.fullmatch(Path(source.label).name)
         return run_name(source) if found is None else found[1]
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
-        """The run, and what its metadata file says about it."""
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """The name of the run and the fields of its metadata file.
+
+        Raises:
+            DataError: the metadata file exists but cannot be parsed.
+        """
         run = self.run_of(source)
         path = Path(source.label).with_name(f"{run}_metadata.jsonl")
         if not path.is_file():
@@ -65,14 +69,16 @@ class OpenInstructFormat(TrainerFormat):
             raise DataError(
                 f"open-instruct's metadata file is one JSON object with {', '.join(_DESCRIBED)}",
                 received=str(error),
-                remedy="restore the file, or move it away to import without it",
+                remedy="restore the file, or remove it to import without it",
                 file=path,
             ) from error
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         if (record.get("request_info") or {}).get("tool_calleds"):
-            self.failed(place, "it called tools, whose output the log does not tell apart")
+            self.record_failure(
+                place, "it called tools, and the log does not mark the tokens of their output"
+            )
             return []
         fragment = one_response(
             prompt_ids=token_ids(record["prompt_tokens"], "prompt_tokens"),

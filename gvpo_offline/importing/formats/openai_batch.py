@@ -1,10 +1,10 @@
-"""Batch APIs, OpenAI's and those made after it (vLLM's `run-batch` and others): the result file,
-joined by `custom_id` with the request file (`requests`) and, if there is one, a file of rewards
-(`rewards`).
+"""Batch APIs (OpenAI's and compatible ones, such as vLLM's `run-batch`): the result file, joined by
+`custom_id` with the request file (`requests`) and, optionally, a file of rewards (`rewards`).
 
-Choices of one request, and of requests with one prompt, are a group; the model is the sampler. The
-inputs are result files and, if the API writes failures apart, error files. A failed request, and
-one without a result, is a failed response. The request file is held in memory.
+Choices of one request, and of requests with the same prompt, are a group; the model is the sampler.
+The inputs are result files and, if the API writes failures to separate files, error files. A
+request that failed or has no result counts as a failed response. The request file is held in
+memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gvpo_offline.group import Int32Array
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     one_response,
@@ -43,10 +43,10 @@ _ID = "custom_id"
 
 
 def open_format(config: ImportConfig) -> OpenAIBatchFormat:
-    """The format; `reward_weights` names columns of the file of rewards."""
+    """The format; the keys of `reward_weights` are columns of the file of rewards."""
     if config.requests is None:
         raise ConfigError(
-            "the result file of a batch holds no prompts",
+            "the result file of a batch has no prompts, so the request file is needed",
             received="no requests",
             remedy="set requests to the file that was sent",
         )
@@ -55,9 +55,9 @@ def open_format(config: ImportConfig) -> OpenAIBatchFormat:
 
 @dataclass
 class _Request:
-    """A request, where it stands, and whether it has a result."""
+    """A request, its row in the request file, and whether a result was read for it."""
 
-    place: Place
+    place: RowLocation
     tools: Any
     prompt: values.Prompt
     prompt_ids: Int32Array | None
@@ -65,10 +65,10 @@ class _Request:
 
 
 class OpenAIBatchFormat(TrainerFormat):
-    """Lines of a batch's result and error files."""
+    """Reads the lines of a batch's result and error files."""
 
     def __init__(self, config: ImportConfig, requests: str) -> None:
-        super().__init__(config, required=(_ID, "response"), in_parts=True)
+        super().__init__(config, required=(_ID, "response"), has_parts=True)
         self._files = {"requests": requests}
         if config.rewards is not None:
             self._files["rewards"] = config.rewards
@@ -78,8 +78,8 @@ class OpenAIBatchFormat(TrainerFormat):
         self._rewards: dict[str, Record] = {}
         self._weights: Mapping[str, float] = {}
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
-        """The SHA-256 of the other files."""
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """The SHA-256 of the request file and the file of rewards."""
         return {
             name: " ".join(s.sha256(lambda _: None) for s in find_sources(pattern))
             for name, pattern in self._files.items()
@@ -90,7 +90,7 @@ class OpenAIBatchFormat(TrainerFormat):
         if not self._requests:
             self._requests = {
                 key: _request(record, place)
-                for key, record, place in _keyed(self._files["requests"])
+                for key, record, place in _rows_by_id(self._files["requests"])
             }
             if "rewards" in self._files:
                 self._read_rewards(self._files["rewards"])
@@ -98,25 +98,25 @@ class OpenAIBatchFormat(TrainerFormat):
 
     def _read_rewards(self, pattern: str) -> None:
         names: dict[str, float] = {}
-        for key, record, _ in _keyed(pattern):
+        for key, record, _ in _rows_by_id(pattern):
             self._rewards[key] = {n: v for n, v in record.items() if n != _ID}
             names.update(dict.fromkeys(self._rewards[key], 1.0))
         self._weights = part_weights(self.config, names)
 
     def finish(self) -> Mapping[str, int]:
-        """See `LeavesOut.finish`; requests without a result count as failed."""
+        """See `DropsResponses.finish`; requests without a result count as failed."""
         for key, request in self._requests.items():
             if not request.answered:
-                self.failed(request.place, f"request {key} has no result")
+                self.record_failure(request.place, f"request {key} has no result")
         return super().finish()
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         key = values.identifier(record[_ID])
         request = self._requests.get(key)
         if request is None or request.answered:
             raise DataError(
-                "each result answers a request, and each request has one result",
+                "each result belongs to a request, and each request has one result",
                 received=f"{'a second' if request else 'no request for the'} result of {key!r}",
                 remedy="set requests to the files that were sent, and name each result file once",
             )
@@ -124,7 +124,7 @@ class OpenAIBatchFormat(TrainerFormat):
         try:
             body = result_body(record) or {}
         except BadAnswerError as error:
-            self.failed(place, f"request {key}: {error}")
+            self.record_failure(place, f"request {key}: {error}")
             return
         with answer_errors("a response's body has choices, or output"):
             choices = [body] if "output" in body else choices_of(body)
@@ -135,7 +135,7 @@ class OpenAIBatchFormat(TrainerFormat):
                 with answer_errors("a choice has a message or a text"):
                     read = AnswerChoice(choice, body)
                 if read.refusal:
-                    self.failed(place, f"request {key}: {read.refusal}")
+                    self.record_failure(place, f"request {key}: {read.refusal}")
                     continue
                 fragment = _choice(read, request)
             fragment.samplers = [values.sampler(body.get("model"))]
@@ -148,28 +148,32 @@ class OpenAIBatchFormat(TrainerFormat):
             fragment.rewards = None
             return
         row = self._rewards.get(key, {})
-        parts = {name: part(_of(row.get(name), index, n), name) for name in self._weights}
+        parts = {name: part(_of_choice(row.get(name), index, n), name) for name in self._weights}
         fragment.rewards = [add_parts(parts, self._weights)]
         fragment.components = {name: [value] for name, value in parts.items()}
 
 
-def _keyed(pattern: str) -> Iterator[tuple[str, Record, Place]]:
-    """The rows of files by their custom_id, which is given once."""
+def _rows_by_id(pattern: str) -> Iterator[tuple[str, Record, RowLocation]]:
+    """The rows of all files that match `pattern`: custom_id, row and location.
+
+    Raises:
+        DataError: a custom_id is missing or occurs twice.
+    """
     seen: set[str] = set()
     for source in find_sources(pattern):
         for row, record in source.rows(None, lambda _: None):
-            place = Place(source.label, row, "")
+            place = RowLocation(source.label, row, "")
             try:
                 key = values.identifier(record.get(_ID))
                 if key in seen:
-                    raise DataError("a custom_id is given once", received=repr(key))
+                    raise DataError("each custom_id occurs once", received=repr(key))
             except DataError as error:
                 raise with_location(error, file=source.label, row=row) from None
             seen.add(key)
             yield key, record, place
 
 
-def _request(record: Record, place: Place) -> _Request:
+def _request(record: Record, place: RowLocation) -> _Request:
     try:
         if not isinstance(record.get("body"), dict):
             raise DataError("a request has a body", received=", ".join(record))
@@ -204,15 +208,15 @@ def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
     )
 
 
-def _of(value: Any, index: int, n: int) -> Any:
-    """The entry for one of n choices of a reward's column."""
+def _of_choice(value: Any, index: int, n: int) -> Any:
+    """The entry of choice `index` of n in a value of a reward column."""
     if n == 1 and not isinstance(value, list):
         return value
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == n):
         raise DataError(
-            "a reward is a number, or a list with one for each choice",
+            "a reward is a number, or a list with one number per choice",
             received=f"{value!r} for {n} choices",
         )
     return value[index]

@@ -1,8 +1,8 @@
-"""OpenR1-Math-220k: a problem, two to four generations, checked by math-verify or a judge.
+"""OpenR1-Math-220k: a problem and two to four generations, checked by math-verify or a judge.
 
-A judge (Llama 3.3 70B) was asked about one problem in eight, to find right answers that math-verify
-could not read. A generation is right if either says so: in that sense the data set has a right one
-for every problem. Both verdicts are kept.
+A judge model (Llama 3.3 70B) checked about one problem in eight, to find correct answers that
+math-verify could not parse. A generation is correct if either check says so; by this definition
+every problem of the data set has a correct generation. Both verdicts are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PARTS = {"correct": 1.0, "math_verify": 0.0, "llama": 0.0}
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a group; the reward is 1 where the generation is right, else 0."""
+    """One group per row; the reward is 1 if the generation is correct, else 0."""
     return RowFormat(
         config,
         required=("problem", "generations", "correctness_math_verify"),
@@ -62,6 +62,6 @@ def _verdicts(value: Any, n: int) -> list[float | None]:
         return [None] * n
     if len(verdicts) != n:
         raise DataError(
-            "there is one verdict per generation", received=f"{len(verdicts)} for {n} generations"
+            "each generation has one verdict", received=f"{len(verdicts)} for {n} generations"
         )
     return verdicts

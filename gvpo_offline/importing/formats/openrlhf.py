@@ -1,9 +1,9 @@
-"""OpenRLHF: what `openrlhf.cli.batch_inference` wrote until it was removed in 2026, JSON lines of
-`input`, `output` and, once scored (`--eval_task rm`), `reward`.
+"""OpenRLHF: output of `openrlhf.cli.batch_inference` (removed from OpenRLHF in 2026): JSON lines of
+`input`, `output` and, after scoring (`--eval_task rm`), `reward`.
 
-Responses to one `input` are a group, wherever they stand: with `--best_of_n` the file holds all
-prompts once, then all of them again. A post-processor (`--post_processor`) leaves one response or a
-pair of each group; such files are of another format.
+Responses to one `input` are a group, in any order of rows: with `--best_of_n` the file repeats the
+whole list of prompts n times. A post-processor (`--post_processor`) keeps one response or one pair
+of each group and writes another format, which this module does not read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gvpo_offline.importing.sources.rows import Record
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """The format; the reward is `reward`, which may be missing."""
+    """One response per row; the reward is `reward`, a column that may be missing."""
     return RowFormat(config, required=("input", "output"), optional=("reward",), parse=_parse)
 
 

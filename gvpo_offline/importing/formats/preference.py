@@ -1,7 +1,7 @@
-"""Preferences, TRL's shape for DPO: a chosen and a rejected response, with or without the prompt.
+"""Preferences, TRL's format for DPO: a chosen and a rejected response, with or without a prompt.
 
-Texts or chat messages; without a prompt, or where `chosen` and `rejected` repeat it, the prompt is
-what the two begin with in common.
+Values are texts or chat messages. Without a prompt column, or where `chosen` and `rejected` repeat
+the prompt, the prompt is the common beginning of the two.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Pair = list[str]
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a pair; the rewards are the scores where there are any, else 1 and 0.
+    """One pair per row; the rewards are the scores if the row has any, else 1 and 0.
 
-    Scores are on one scale, so pairs with one prompt are a group. 1 and 0 only say which of the
-    pair is better, so each pair is a group.
+    Scores of different pairs are on the same scale, so all pairs with the same prompt are one
+    group. Rewards of 1 and 0 only order the two responses of a pair, so each pair is a group.
     """
     return RowFormat(
         config,
@@ -56,25 +56,25 @@ def _parse(record: Record) -> list[Fragment]:
 def _from_texts(chosen: str, rejected: str, given: Any) -> tuple[values.Prompt, Pair]:
     if given is not None:
         return values.prompt(given), [chosen, rejected]
-    end = _prompt_end(_shared(chosen, rejected))
+    end = _prompt_end(_common_prefix(chosen, rejected))
     pair = [chosen[end:], rejected[end:]]
     if not end or chosen == rejected or any(_NEXT_TURN in text for text in pair):
         raise _without_prompt([chosen, rejected])
     return values.prompt(chosen[:end]), pair
 
 
-def _shared(a: str, b: str) -> str:
+def _common_prefix(a: str, b: str) -> str:
     differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return a[: next(differ, min(len(a), len(b)))]
 
 
 def _prompt_end(shared: str) -> int:
-    """Where the prompt ends in what both texts begin with."""
+    """The length of the prompt, given the common beginning of both texts."""
     if shared.startswith(_NEXT_TURN):
-        # A conversation: two answers may begin alike, but a turn begins where it begins.
+        # In a conversation the prompt ends at the last turn marker: both answers may begin alike.
         start = shared.rfind(_TURN)
         return 0 if start < 0 else start + len(_TURN)
-    return len(shared.removesuffix(" "))  # a space belongs to the word behind it
+    return len(shared.removesuffix(" "))  # a space belongs to the word after it
 
 
 def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[values.Prompt, Pair]:
@@ -87,20 +87,20 @@ def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[va
             raise _without_prompt([chosen, rejected])
         return values.prompt(given), pair
     head = chosen[:shared]
-    if not _same(given, head):
+    if not _agrees(given, head):
         raise DataError(
-            "the prompt is what chosen and rejected begin with",
+            "the prompt column equals the messages that both chosen and rejected begin with",
             received=f"{given!r} and {head!r}",
-            remedy="remove the prompt column, or what chosen and rejected begin with",
+            remedy="remove the prompt column, or the messages that chosen and rejected share",
         )
     return values.prompt(head), pair
 
 
-def _same(given: Any, head: Messages) -> bool:
+def _agrees(given: Any, head: Messages) -> bool:
     """Whether the prompt column agrees with the messages that both responses follow."""
     if given is None:
         return True
-    if isinstance(given, str):  # as text it is one of the user's turns, the first or the last
+    if isinstance(given, str):  # the text of one of the user's turns, the first or the last
         return any(given.strip() == str(message.get("content")).strip() for message in head)
     turns = [(message.get("role"), message.get("content")) for message in head]
     return turns == [
@@ -111,8 +111,8 @@ def _same(given: Any, head: Messages) -> bool:
 
 def _without_prompt(received: Any) -> DataError:
     return DataError(
-        "without a prompt column, chosen and rejected begin with the prompt and go on with one "
-        "answer each, not the same",
+        "without a prompt column, chosen and rejected both begin with the prompt, followed by one "
+        "answer each, and the answers differ",
         received=received,
         remedy="add the prompt column, or remove the row",
     )

@@ -1,11 +1,11 @@
-"""prime-rl: the episodes that it writes to `rollouts/step_<n>/<train|eval>/<all|effective>/`,
-`traces.jsonl`.
+"""prime-rl: its episodes in `rollouts/step_<n>/<train|eval>/<all|effective>/traces.jsonl`.
 
-An episode holds a trace per agent, of which the trainable ones are read. A trace is a graph of
-messages with their token ids; it must be one path. Where the sampler gave token ids they are read
-as they are, and what the policy did not write is masked; otherwise a trace must have one answer.
-Traces of one group id and agent are a group, sampled by `run@step`. A reward's parts are named and
-weighted in the log; `reward_weights` replaces those weights.
+An episode holds one trace per agent; the traces of trainable agents are read. A trace is a graph of
+messages with their token ids, and it must be a single path. If the sampler logged token ids, they
+are imported unchanged and the loss mask is false on tokens that the policy did not write; otherwise
+a trace must have a single answer. Traces with the same group id and agent are a group, and their
+sampler is `run@step`. The log has the names and weights of the parts of a reward; `reward_weights`
+replaces those weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from gvpo_offline import values
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     group_id,
@@ -38,36 +38,36 @@ Node = Mapping[str, Any]
 
 
 def open_format(config: ImportConfig) -> PrimeRLFormat:
-    """The format; `reward_weights` names rewards of the environments."""
+    """The format; the keys of `reward_weights` are names of the environments' rewards."""
     return PrimeRLFormat(config)
 
 
 class PrimeRLFormat(TrainerFormat):
-    """Episodes of prime-rl."""
+    """Reads the episodes of prime-rl."""
 
     def __init__(self, config: ImportConfig) -> None:
-        super().__init__(config, required=("id", "traces", "ok"), in_parts=True)
+        super().__init__(config, required=("id", "traces", "ok"), has_parts=True)
         self._parts: set[str] = set()
 
     def finish(self) -> Mapping[str, int]:
-        """See `LeavesOut.finish`."""
+        """See `DropsResponses.finish`."""
         unknown = sorted(set(self.config.reward_weights) - self._parts)
         if unknown:
             raise ConfigError(
-                "reward_weights names rewards that the log has",
+                "each name in reward_weights is a reward of the log",
                 received=", ".join(unknown),
                 remedy=f"choose among {', '.join(sorted(self._parts)) or 'none'}",
             )
         return super().finish()
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         traces = [t for t in record["traces"] if t.get("agent", {}).get("trainable", True)]
         if not traces:
-            self.failed(place, f"episode {record['id']} has no trace of the policy")
+            self.record_failure(place, f"episode {record['id']} has no trace of the policy")
         for trace in traces:
             if not trace.get("ok"):
-                self.failed(place, _cause(trace))
+                self.record_failure(place, _failure(trace))
                 continue
             fragment = self._response(trace, place, record)
             group = record.get("group")
@@ -78,7 +78,7 @@ class PrimeRLFormat(TrainerFormat):
                 fragment.group_id = f"{place.run}/{group['id']}/{agent}"
             yield fragment
 
-    def _response(self, trace: Record, place: Place, episode: Record) -> Fragment:
+    def _response(self, trace: Record, place: RowLocation, episode: Record) -> Fragment:
         path = _path(trace)
         parts, weights = self._rewards(trace.get("rewards") or {})
         common: dict[str, Any] = {
@@ -116,8 +116,8 @@ class PrimeRLFormat(TrainerFormat):
         return parts, {n: chosen[n] for n in parts if n in chosen} if chosen else logged
 
 
-def _sampler(episode: Record, place: Place) -> tuple[str, ...]:
-    """The run and, where the log knows it, the step."""
+def _sampler(episode: Record, place: RowLocation) -> tuple[str, ...]:
+    """The run and, if the log has it, the step."""
     run = episode.get("run") or {}
     name = str(run.get("name") or run.get("id") or place.run)
     step = (run.get("work") or {}).get("step")
@@ -126,7 +126,7 @@ def _sampler(episode: Record, place: Place) -> tuple[str, ...]:
     return (name,) if step is None else (name, str(step))
 
 
-def _cause(trace: Record) -> str:
+def _failure(trace: Record) -> str:
     errors = trace.get("errors") or [{"message": trace.get("stop_condition")}]
     return f"trace {trace['id']} failed ({errors[-1].get('message')})"
 
@@ -137,16 +137,20 @@ def _truncated(trace: Record) -> bool:
 
 
 def _path(trace: Record) -> Sequence[Node]:
-    """The messages of a trace in order."""
+    """The messages of a trace, from the first to the last.
+
+    Raises:
+        DataError: the graph of messages branches.
+    """
     nodes: list[Node] = trace.get("nodes") or []
     parents = [node.get("parent") for node in nodes]
     leaves = sorted(set(range(len(nodes))) - set(parents))
     if len(leaves) != 1:
         raise DataError(
-            "a trace is one path of messages",
+            "a trace is a single path of messages",
             received=f"{len(leaves)} ends in trace {trace.get('id')}",
-            remedy="remove traces that branch (compaction, sub-agents): their reward is not that "
-            "of one response",
+            remedy="remove traces that branch (compaction, sub-agents): their reward does not "
+            "belong to one response",
         )
     order = []
     at: int | None = leaves[0]

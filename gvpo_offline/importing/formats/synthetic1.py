@@ -1,6 +1,6 @@
-"""SYNTHETIC-1, the raw release: one row a response, scored from 0 to 1 by a verifier of its task.
+"""SYNTHETIC-1, raw release: one response per row, scored from 0 to 1 by the verifier of its task.
 
-A verifier that timed out or failed left no score.
+A response whose verifier timed out or failed has no score: its reward is missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gvpo_offline.importing.sources.rows import Record
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a response, a group per `problem_id`; the reward is the score."""
+    """One response per row, one group per `problem_id`; the reward is the score."""
     return RowFormat(
         config,
         required=("problem_id", "response_id", "prompt", "llm_response", "score"),

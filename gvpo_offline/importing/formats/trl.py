@@ -1,11 +1,11 @@
-"""TRL: what `GRPOTrainer` writes with `log_completions`, `completions/completions_<step>.parquet`.
+"""TRL: `completions/completions_<step>.parquet`, which `GRPOTrainer` writes with `log_completions`.
 
-Responses to one prompt at one step are a group, sampled by `run@step`; the run is the folder that
-holds `completions/`. Each column of floating-point numbers is a reward function's, and NaN or null
-in it means that the function did not apply. TRL logs no weights, so the sum of the columns is held
-against the logged advantages; where it does not explain them, `reward_weights` has to say which
-columns count and how much. A batch that is used for several optimizer steps is logged at each of
-them; it is read once.
+Responses to one prompt at one step are a group, and their sampler is `run@step`; the run is the
+name of the folder that holds `completions/`. Each column of floating-point numbers belongs to a
+reward function, and NaN or null means that the function does not apply to the response. TRL does
+not log the reward weights, so the sum of the columns is compared with the logged advantages: if
+the advantages do not follow from the sum, `reward_weights` must be set. The trainer logs a batch
+once per optimizer step that uses it; repetitions are skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     add_parts,
     check_batch,
@@ -34,15 +34,15 @@ _ADVANTAGE = "advantage"
 
 
 def open_format(config: ImportConfig) -> TrlFormat:
-    """The format; `reward_weights` names reward functions."""
+    """The format; the keys of `reward_weights` are names of reward functions."""
     return TrlFormat(config)
 
 
 class TrlFormat(TrainerFormat):
-    """Rows of TRL's table of completions."""
+    """Reads the rows of TRL's table of completions."""
 
     def __init__(self, config: ImportConfig) -> None:
-        super().__init__(config, required=("step", "prompt", "completion"), in_parts=True)
+        super().__init__(config, required=("step", "prompt", "completion"), has_parts=True)
         self._weights: Mapping[str, float] = {}
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
@@ -56,16 +56,16 @@ class TrlFormat(TrainerFormat):
         if source.floats is None:
             if not self.config.reward_weights:
                 raise ConfigError(
-                    "TRL's log is a Parquet file, whose types tell which columns are rewards",
-                    received="another kind of file, and no reward_weights",
-                    remedy="name the reward columns in reward_weights",
+                    "TRL's log is a Parquet file, whose types show which columns are rewards",
+                    received="another type of file, without reward_weights",
+                    remedy="set reward_weights to the reward columns and their weights",
                     file=source.label,
                 )
             return self.config.reward_weights
         names = [name for name in source.floats if name != _ADVANTAGE]
         if not names:
             raise DataError(
-                "TRL's log has a column of floating-point numbers for each reward function",
+                "TRL's log has one column of floating-point numbers per reward function",
                 received=f"the columns {', '.join(source.columns or ())}",
                 file=source.label,
             )
@@ -73,12 +73,12 @@ class TrlFormat(TrainerFormat):
 
     def _batch(self, rows: Sequence[Row], source: InputInfo, run: str) -> Iterator[Fragment]:
         content = [{k: v for k, v in record.items() if k != "step"} for _, record in rows]
-        if self.repeats.again(run, content, len(rows)):
+        if self.repeats.seen_before(run, content, len(rows)):
             return
         fragments = [
             fragment
             for row, record in rows
-            for fragment in self.read_row(record, Place(source.label, row, run))
+            for fragment in self.read_row(record, RowLocation(source.label, row, run))
         ]
         if not self.config.reward_weights:
             try:
@@ -88,7 +88,7 @@ class TrlFormat(TrainerFormat):
                 raise with_location(error, file=source.label, row=rows[0][0]) from None
         yield from fragments
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         parts = {name: part(record.get(name), name) for name in self._weights}
         fragment = one_response(

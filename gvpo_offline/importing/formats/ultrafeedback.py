@@ -1,9 +1,11 @@
-"""UltraFeedback: an instruction and four completions, each with a score of 1 to 10 and aspects.
+"""UltraFeedback: an instruction and four completions, each with a score of 1 to 10 and ratings of
+four aspects.
 
-In the first release a score of 1 could become a 10. The repair of December 2023 went by the mean
-rating of a completion's aspects (fix_overall_score_issue.py of OpenBMB/UltraFeedback): up to 2, the
-10 was a 1; up to 4, it was asked for anew; above 4, it stood. It also added that mean to every
-completion as `fine-grained_score`, by which a repaired file is known.
+The first release has scores of 10 that should be 1. The corrected release of December 2023 decided
+by the mean rating of a completion's aspects (fix_overall_score_issue.py in OpenBMB/UltraFeedback):
+with a mean of at most 2 the score became 1, with a mean of at most 4 it was annotated again, and
+with a mean above 4 it was kept. The corrected release adds that mean to every completion as
+`fine-grained_score`, which identifies a corrected file.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _CREDIBLE_ABOVE = 4.0
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a group; the reward is the overall score, kept with the ratings of the aspects."""
+    """One group per row; the reward is the overall score. The aspect ratings are its parts."""
     needs_score = bool(part_weights(config, PARTS).get(_SCORE))
     refuse = needs_score and config.missing_rewards == "error"
     return RowFormat(
@@ -66,10 +68,10 @@ def _ratings(completion: dict[str, Any], index: int, *, refuse: bool) -> dict[st
     if score == _SUSPECT and mean is None and not _credible(aspects):
         if refuse:
             raise DataError(
-                f"an overall_score of 10 goes with aspects rated above {_CREDIBLE_ABOVE:g} on "
-                "average, since in the first release a 1 could become a 10",
+                f"the aspects of a completion with an overall_score of 10 are rated above "
+                f"{_CREDIBLE_ABOVE:g} on average: the first release has 10 for some scores of 1",
                 received=f"10 for response {index}, whose aspects are rated {aspects}",
-                remedy="import the repaired release, whose completions have a fine-grained_score, "
+                remedy="import the corrected release, whose completions have a fine-grained_score, "
                 "or drop such responses (missing_rewards: drop)",
             )
         score = None

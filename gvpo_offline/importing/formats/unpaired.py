@@ -1,4 +1,4 @@
-"""Unpaired preferences, TRL's shape for KTO: a prompt, a completion, whether it is desirable."""
+"""Unpaired preferences, TRL's format for KTO: a prompt, a completion, whether it is desirable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gvpo_offline.importing.sources.rows import Record
 
 
 def open_format(config: ImportConfig) -> RowFormat:
-    """One row a response, grouped by the prompt; the reward is 1 or 0."""
+    """One response per row, grouped by prompt; the reward is 1 (desirable) or 0."""
     return RowFormat(
         config, required=("prompt", "completion", "label"), optional=("tools",), parse=_parse
     )

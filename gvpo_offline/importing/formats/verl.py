@@ -1,11 +1,11 @@
-"""verl: what its trainers write to `rollout_data_dir` and `validation_data_dir`, `<step>.jsonl`.
+"""verl: `<step>.jsonl`, which its trainers write to `rollout_data_dir` and `validation_data_dir`.
 
-Responses with one `uid` at one step are a group; without a uid, responses to one `input` are. The
-run is the folder that holds the files. verl's newer trainers write a uid per response,
-`<uid>_<session>_<output>`, of which the first part is the group's.
+Responses with the same `uid` at one step are a group; without a uid, responses to the same `input`
+are. The run is the name of the folder that holds the files. verl's newer trainers write one uid per
+response, `<uid>_<session>_<output>`; its first part identifies the group.
 
-The texts were decoded without special tokens: a prompt lacks its chat template's markers, and
-whether a response was cut can no longer be seen. That is said once, in a warning.
+verl decodes texts without special tokens: prompts lack the markers of the chat template, and the
+log does not show whether a response was truncated. One warning per import says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.trainer_logs import (
-    Place,
+    RowLocation,
     TrainerFormat,
     group_id,
     one_response,
@@ -36,13 +36,13 @@ def open_format(config: ImportConfig) -> VerlFormat:
 
 
 class VerlFormat(TrainerFormat):
-    """Rows of verl's dumps of generations."""
+    """Reads the rows of verl's dumped generations."""
 
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=("input", "output", "score", "step"))
         self._warned = False
 
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         self._warn(place)
         uid = record.get("uid")
@@ -60,14 +60,14 @@ class VerlFormat(TrainerFormat):
             fragment.group_id = f"{place.run}/{record['step']}/{_group_uid(uid)}"
         return [fragment]
 
-    def _warn(self, place: Place) -> None:
+    def _warn(self, place: RowLocation) -> None:
         if self._warned:
             return
         self._warned = True
         _log.warning(
-            "%s: verl logs text without special tokens. Prompts are tokenised as they stand, "
-            "without the markers of a chat template, and responses that were cut at the length "
-            "limit look whole.",
+            "%s: verl logs text without special tokens. Prompts are tokenised as logged, without "
+            "the markers of the chat template, and responses that were truncated at the length "
+            "limit are imported as complete.",
             place.label,
         )
 
@@ -79,8 +79,8 @@ def _group_uid(value: object) -> str:
         return uid
     if int(found[3]):
         raise DataError(
-            "a response is all that the policy wrote",
-            received=f"output {found[3]} of the session {found[1]}_{found[2]}, which has several",
+            "a response holds everything that the policy wrote",
+            received=f"output {found[3]} of session {found[1]}_{found[2]}, which has several",
             remedy="import such sessions from their token ids, with a loss mask",
         )
     return found[1]

@@ -1,1 +1,1 @@
-"""What formats of logs have in common: values, parts of rewards, the shapes of trainers' logs."""
+"""Code that log formats share: column checks, parts of rewards, rows of trainer logs."""

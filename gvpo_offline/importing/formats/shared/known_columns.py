@@ -1,4 +1,4 @@
-"""The columns of a format that knows them, so that the user names none."""
+"""Column checks of formats with fixed column names."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["KnownColumns"]
 
 
 class KnownColumns:
-    """The columns that each row of a format has, and those that the user wants kept.
+    """The columns that each row of a format must have, and those that `columns.keep` names.
 
     Args:
-        config: the import's settings; of `columns` only `keep` has a meaning here.
+        config: the import's settings; of `columns` only `keep` may be set.
         required: the columns that each row has.
 
     Attributes:
-        names: all of them.
+        names: both kinds of columns.
 
     Raises:
-        ConfigError: another column is set.
+        ConfigError: a setting of `columns` other than `keep` is set.
     """
 
     def __init__(self, config: ImportConfig, required: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ class KnownColumns:
         changed = [n for n in named if getattr(config.columns, n) != getattr(default, n)]
         if changed:
             raise ConfigError(
-                f"format: {config.format} knows its columns, so that only columns.keep is set",
+                f"format: {config.format} has fixed column names, so only columns.keep is set",
                 received=", ".join(f"columns.{name}" for name in changed),
                 remedy="leave it out, or choose format: flat",
             )
@@ -42,10 +42,10 @@ class KnownColumns:
         self.names = [*required, *self._keep]
 
     def metadata(self, record: Mapping[str, Any], present: Sequence[str] | None) -> str | None:
-        """What is kept of a row, as JSON, or None.
+        """The values of the row's `columns.keep`, as a JSON object, or None if none are kept.
 
         Args:
-            record: the row, which must have all columns.
+            record: the row.
             present: the columns of the input, or None where each row names its own.
 
         Raises:
@@ -57,7 +57,6 @@ class KnownColumns:
             raise DataError(
                 f"a row of format: {self._format} has the columns {', '.join(self.names)}",
                 received=f"no {', '.join(missing)} among {there}",
-                remedy="choose the format that the log has, or format: flat with the names of its "
-                "columns",
+                remedy="choose the log's format, or format: flat with the names of its columns",
             )
         return values.metadata(record, self._keep)

@@ -1,6 +1,6 @@
-"""What a format of logs is: rows of one input in, fragments of groups out.
+"""The interface of a log format: it turns the rows of one input into fragments of groups.
 
-Where each row stands for itself, `per_row` is all the loop that it takes.
+A format that parses each row independently of the others can implement `read` with `per_row`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gvpo_offline.importing.sources.rows import Record, Row
 
 
 class InputInfo(Protocol):
-    """What a format may know about the input that it reads."""
+    """Properties of an input that a format may use."""
 
     @property
     def label(self) -> str:
-        """The input as the user knows it, for messages."""
+        """The path or address of the input, for messages."""
 
     @property
     def columns(self) -> Sequence[str] | None:
@@ -28,20 +28,20 @@ class InputInfo(Protocol):
 
     @property
     def floats(self) -> Sequence[str] | None:
-        """Those columns that hold floating-point numbers, or None likewise."""
+        """The columns of floating-point numbers, or None where each row names its own columns."""
 
 
 class LogFormat(Protocol):
-    """How the rows of one kind of log become fragments."""
+    """Turns the rows of one kind of log into fragments."""
 
     @property
     def columns(self) -> Sequence[str] | None:
         """The columns that are read, or None for all."""
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
-        """Fragments of one input, in the order of its rows; `Fragment.row` is filled in.
+        """The fragments of one input, in the order of its rows, with `Fragment.row` set.
 
-        Lists of numbers come as NumPy arrays from columnar files and as lists from JSON.
+        Lists of numbers are NumPy arrays in rows of columnar files and lists in rows of JSON.
 
         Raises:
             DataError: a row is not of this format; names file and row.
@@ -49,31 +49,31 @@ class LogFormat(Protocol):
 
 
 @runtime_checkable
-class ReadsBeside(Protocol):
-    """A format whose fragments depend on more than rows and settings."""
+class ExtraDependencies(Protocol):
+    """A format whose fragments depend on more than the rows and the settings."""
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
-        """What else the fragments of `source` depend on, by name: a part of its path, the SHA-256
-        of a file that is read beside it. Decides, with rows and settings, whether an import is the
-        same as an earlier one; recorded in the manifest."""
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """Further values that the fragments of `source` depend on, by name: for example a part of
+        its path, or the SHA-256 of another file that the format reads. They are part of the
+        identity of an import, with the rows and settings, and are recorded in the manifest."""
 
 
 @runtime_checkable
-class LeavesOut(Protocol):
-    """A format that may leave responses out."""
+class DropsResponses(Protocol):
+    """A format that may drop responses."""
 
     def finish(self) -> Mapping[str, int]:
-        """How many responses were left out, by reason; called once, after the last input.
+        """The number of dropped responses by reason; called once, after the last input.
 
         Raises:
-            DataError: some should not have been, as the settings are; names the first.
+            DataError: the settings do not allow a response to be dropped; names the first one.
         """
 
 
 def per_row(
     rows: Iterable[Row], source: InputInfo, parse: Callable[[Record, InputInfo], Fragment]
 ) -> Iterator[Fragment]:
-    """`parse` on every row; its DataErrors are given their place."""
+    """The fragment of each row; adds file and row to the DataErrors of `parse`."""
     for row, record in rows:
         try:
             fragment = parse(record, source)
@@ -84,15 +84,15 @@ def per_row(
 
 
 @dataclass(frozen=True)
-class Log:
-    """What is imported, where a stage has made it itself.
+class StageLog:
+    """Rows that a stage (such as `sample`) has produced and passes to the importer.
 
     Attributes:
-        stage: the stage, as the dataset's lineage calls it.
-        config: its settings, likewise.
-        inputs: what it was made from, likewise.
-        sources: its rows.
-        format: how they become fragments.
+        stage: name of the stage for the dataset's lineage.
+        config: settings of the stage for the lineage.
+        inputs: inputs of the stage for the lineage.
+        sources: the rows.
+        format: the format that turns the rows into fragments.
     """
 
     stage: str

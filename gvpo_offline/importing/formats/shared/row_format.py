@@ -1,4 +1,4 @@
-"""Formats whose column names are known and whose rows each stand for themselves."""
+"""Formats with fixed column names whose rows are parsed independently of each other."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _ID_DIGITS = 16
 
 
 class RowFormat:
-    """A format of known columns.
+    """A format with fixed column names whose rows are parsed one by one.
 
     Args:
-        config: the import's settings; of `columns` only `keep` has a meaning here.
-        required: the columns that each row has.
+        config: the import's settings; of `columns` only `keep` may be set.
+        required: the columns that each row must have.
         optional: further columns that are read where they exist.
-        parse: from a row to its fragments: one as a rule, two where its responses turn out not to
-            share a prompt.
-        parts: the parts that the reward is made of and their default weights, if it has parts:
-            the rewards are then computed here, from what the fragments have in `components`.
+        parse: returns the fragments of a row: usually one, two if its responses do not share a
+            prompt.
+        parts: the parts of the reward with their default weights, if it has parts. Rewards are
+            then computed here, as weighted sums of `Fragment.components`.
 
     Raises:
-        ConfigError: a setting that has no meaning for the format.
+        ConfigError: a setting does not apply to the format.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ def text_fragment(
     Args:
         prompt: as `values.prompt` returns it.
         responses: n texts; None, where the log has null, is an empty text.
-        rewards: n numbers, None where a response lacks its reward; or None if it has `parts`.
-        samplers: n names, or None where the log does not say.
-        truncated: n flags, or None if no response was cut.
-        parts: what the rewards are made of.
-        group_id: the group's id; None: responses to one prompt are a group.
+        rewards: n numbers, None where a response lacks its reward; or None if `parts` is given.
+        samplers: n names, or None if the log has none.
+        truncated: n flags, or None if no response was truncated.
+        parts: the parts of the rewards, n numbers each.
+        group_id: the group's id, or None: responses to the same prompt are then a group.
         response_ids: n ids, or None.
     """
     n = len(responses)
@@ -112,9 +112,9 @@ def text_fragment(
 
 
 def comparison_id(prompt: values.Prompt, responses: Sequence[str | None]) -> str:
-    """A group id for a row whose rewards compare its own responses with each other.
+    """A group id for a row whose rewards only compare the responses of that row.
 
-    Such rewards mean nothing beside those of another row, even one with the same prompt, so each
-    row is a group: the id is a hash of all that was compared.
+    Such rewards cannot be compared with those of another row, even one with the same prompt, so
+    each row is its own group: the id is a hash of the prompt and all responses.
     """
     return sha256_json([*prompt, *responses])[:_ID_DIGITS]

@@ -1,8 +1,8 @@
-"""What the logs of RL trainers have in common: a run and its steps, samples that failed, batches
-that are logged twice, rewards in parts.
+"""Code that formats of RL trainer logs share: runs and steps, failed samples, batches that are
+logged more than once, rewards with parts.
 
-A trainer samples a prompt k times at a step with the weights of that step. So responses to one
-prompt at one step of one run are a group, and `run@step` is their sampler.
+A trainer samples k responses to a prompt at a step, with the weights of that step. Responses to one
+prompt at one step of one run are therefore a group, and their sampler is `run@step`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
 
 __all__ = [
-    "Place",
-    "Repeats",
+    "RowLocation",
+    "RepeatedBatches",
     "TrainerFormat",
     "Trajectory",
     "add_parts",
@@ -45,18 +45,18 @@ __all__ = [
     "trajectory",
 ]
 
-# Folders that producers name themselves, between a run's folder and its logs.
+# Folder names that trainers choose, between a run's folder and its log files.
 _INNER_FOLDER = re.compile(r"completions|rollouts|step_\d+|train|eval|all|effective")
 _NAMED_FAILURES = 3
 _PROMPT_DIGITS = 16
-# Below this spread of a group's rewards, relative to their size, rounding decides an advantage.
+# Advantages of a group whose rewards differ by less, relative to their size, are rounding error.
 _MIN_SPREAD = 1e-3
 _MIN_CORRELATION = 0.999
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row stands: its input, its number, and the run that wrote it."""
+class RowLocation:
+    """The location of a row: the label of its input, its number, and the run that logged it."""
 
     label: str
     row: int
@@ -64,7 +64,7 @@ class Place:
 
 
 def run_name(source: InputInfo) -> str:
-    """What to call the run that wrote an input: its folder, or the data set's name on the hub."""
+    """The name of the run that logged an input: its folder, or the data set's name on the hub."""
     if source.label.startswith("hf:"):
         return source.label.split(":")[1].split("/")[-1]
     for folder in Path(source.label).absolute().parents:
@@ -74,7 +74,7 @@ def run_name(source: InputInfo) -> str:
 
 
 def group_id(fragment: Fragment, *names: object) -> str:
-    """An id for all fragments with the same names (run, step ...) and the same prompt."""
+    """The group id of all fragments with the same names (run, step ...) and the same prompt."""
     return "/".join([*map(str, names), prompt_key(fragment)[:_PROMPT_DIGITS]])
 
 
@@ -94,16 +94,16 @@ def one_response(
     """A fragment of one response, given as text or token ids.
 
     Args:
-        reward: its reward, or None if it lacks one.
+        reward: the reward, or None if it is missing.
         prompt: as `values.prompt` returns it.
         prompt_ids: (P,) int32, or None to tokenise the prompt.
         text: the response as text.
         ids: (T,) int32, or None to tokenise the text.
         mask: (T,) bool, or None where every token counts.
-        sampler: who wrote it.
-        truncated: whether it was cut.
-        response_id: its id.
-        parts: what the reward is made of.
+        sampler: name of the sampler.
+        truncated: whether the response was truncated.
+        response_id: the id of the response.
+        parts: the parts of the reward by name.
     """
     return Fragment(
         prompt=prompt[0],
@@ -122,12 +122,12 @@ def one_response(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A prompt and a response cut out of one sequence of tokens.
+    """A prompt and a response, split from one sequence of tokens.
 
     Attributes:
-        prompt_ids: (P,) int32, up to the first token that the policy wrote.
-        ids: (T,) int32, up to the last one.
-        mask: (T,) bool, or None where the policy wrote all of them.
+        prompt_ids: (P,) int32, the tokens before the first token that the policy wrote.
+        ids: (T,) int32, from the first to the last token that the policy wrote.
+        mask: (T,) bool, true where the policy wrote the token; None if it wrote all of them.
     """
 
     prompt_ids: Int32Array
@@ -136,9 +136,9 @@ class Trajectory:
 
 
 def trajectory(ids: Int32Array, mask: BoolArray) -> Trajectory:
-    """Cut a sequence where the policy's first token stands.
+    """Split a sequence into prompt and response at the first token that the policy wrote.
 
-    What follows its last token (padding, an environment's last word) is nobody's response and goes.
+    Tokens after the last token that the policy wrote (padding, environment output) are dropped.
 
     Args:
         ids: (L,) int32.
@@ -164,29 +164,33 @@ def trajectory(ids: Int32Array, mask: BoolArray) -> Trajectory:
 
 
 def part(value: Any, name: str) -> float | None:
-    """A part of a reward; null and NaN are a part that is missing.
+    """A part of a reward; null and NaN mean that the part is missing (None).
 
     Raises:
-        DataError: it is no number.
+        DataError: the value is not a number.
     """
     found = values.number(value, f"the reward {name!r}")
     return None if found is None or math.isnan(found) else found
 
 
 def add_parts(parts: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """The weighted sum of the parts that a response has, or None if it has none that counts."""
+    """The weighted sum of a response's parts, or None if it has no part with a nonzero weight."""
     return weighted_sum({name: [value] for name, value in parts.items()}, weights, 1)[0]
 
 
-class Repeats:
-    """Finds batches that a trainer logged again at a later step, without sampling anew."""
+class RepeatedBatches:
+    """Detects batches that a trainer logged again at a later step without sampling again.
+
+    Attributes:
+        responses: number of responses in repeated batches.
+    """
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
         self.responses = 0
 
-    def again(self, run: str, batch: Any, size: int) -> bool:
-        """Whether `run` logged this batch of `size` responses before; then they are counted."""
+    def seen_before(self, run: str, batch: Any, size: int) -> bool:
+        """Whether `run` logged the same batch before; its `size` is then added to `responses`."""
         key = run, sha256_text(json.dumps(batch, sort_keys=True, default=values.plain))
         if key in self._seen:
             self.responses += size
@@ -198,10 +202,11 @@ class Repeats:
 def check_advantages(
     rewards: Sequence[float], advantages: Sequence[float], parts: Collection[str]
 ) -> None:
-    """Hold a group's summed rewards against the advantages that the trainer made of them.
+    """Check that a group's logged advantages follow from its summed rewards.
 
-    Within a group an advantage is a rising straight line of the reward, however it was scaled. If
-    it is not, the parts were weighted, or a logged number is no part of the reward.
+    Within a group the advantage is an increasing linear function of the reward, whatever the
+    scaling. If the sums do not correlate with the advantages, the parts were weighted, or a logged
+    column is not part of the reward.
 
     Args:
         rewards: n sums of the parts, each with weight 1.
@@ -209,7 +214,7 @@ def check_advantages(
         parts: names of the parts, for the message.
 
     Raises:
-        DataError: the advantages say otherwise.
+        DataError: the advantages do not follow from the rewards.
     """
     r, a = np.asarray(rewards, np.float64), np.asarray(advantages, np.float64)
     if len(r) < 2 or np.ptp(r) <= _MIN_SPREAD * max(1.0, float(np.abs(r).max())):
@@ -218,25 +223,25 @@ def check_advantages(
         return
     raise DataError(
         "the logged advantages follow from the sum of the reward columns",
-        received=f"others, so {', '.join(parts)} were weighted or normalised, or are not all "
-        "rewards",
-        remedy="set reward_weights to the weights that the run had; a column that it does not name "
-        "is no part of the reward",
+        received=f"other advantages: {', '.join(parts)} were weighted or normalised, or are "
+        "not all rewards",
+        remedy="set reward_weights to the weights of the run; a column that it does not name is "
+        "not part of the reward",
     )
 
 
 def check_batch(
     fragments: Sequence[Fragment], advantages: Sequence[Any], parts: Collection[str]
 ) -> None:
-    """`check_advantages` on each group of a batch, as it stands in one piece.
+    """`check_advantages` for each group of a batch; the rows of a group are consecutive.
 
     Args:
         fragments: n fragments of one response, in the log's order.
-        advantages: what the log has for each.
+        advantages: the n logged advantages; entries that are not numbers are not checked.
         parts: names of the parts of the reward.
 
     Raises:
-        DataError: the advantages of a group say otherwise; names its first row.
+        DataError: the advantages of a group do not follow from its rewards; names its first row.
     """
     pairs = zip(fragments, advantages, strict=True)
     for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].group_id):
@@ -253,50 +258,50 @@ def check_batch(
 
 
 class TrainerFormat(ABC):
-    """A format whose rows are samples of a run.
+    """A format whose rows are samples of a training run.
 
     Args:
-        config: the import's settings; of `columns` only `keep` has a meaning here.
-        required: the columns that each row has.
-        in_parts: whether rewards come in parts, whose names the rows know.
+        config: the import's settings; of `columns` only `keep` may be set.
+        required: the columns that each row must have.
+        has_parts: whether rewards have parts; their names are then read from the rows.
 
     Raises:
-        ConfigError: a setting that has no meaning for the format.
+        ConfigError: a setting does not apply to the format.
     """
 
     columns: Sequence[str] | None = None
 
     def __init__(
-        self, config: ImportConfig, *, required: Sequence[str], in_parts: bool = False
+        self, config: ImportConfig, *, required: Sequence[str], has_parts: bool = False
     ) -> None:
-        if not in_parts:
+        if not has_parts:
             part_weights(config, {})
         self.config = config
-        self.repeats = Repeats()
+        self.repeats = RepeatedBatches()
         self._known = KnownColumns(config, required)
-        self._failed: list[tuple[Place, str]] = []
+        self._failed: list[tuple[RowLocation, str]] = []
         self._n_failed = 0
 
     @abstractmethod
-    def parse(self, record: Record, place: Place) -> Iterable[Fragment]:
+    def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """The fragments of a row.
 
         Raises:
-            DataError: the row is not of this format.
+            DataError: the row does not have this format.
         """
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """The fragments of each row; see `LogFormat.read`."""
         run = self.run_of(source)
         for row, record in rows:
-            yield from self.read_row(record, Place(source.label, row, run))
+            yield from self.read_row(record, RowLocation(source.label, row, run))
 
     def run_of(self, source: InputInfo) -> str:
-        """What to call the run that wrote an input."""
+        """The name of the run that logged an input."""
         return run_name(source)
 
-    def read_row(self, record: Record, place: Place) -> list[Fragment]:
-        """The fragments of one row, with what is common to all formats filled in."""
+    def read_row(self, record: Record, place: RowLocation) -> list[Fragment]:
+        """The fragments of one row, with `row`, `metadata` and `sampler` settings applied."""
         try:
             metadata = self._known.metadata(record, None)
             fragments = list(self.parse(record, place))
@@ -304,7 +309,7 @@ class TrainerFormat(ABC):
             raise with_location(error, file=place.label, row=place.row) from error.__cause__
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"a row of format: {self.config.format} is nested as its producer writes it",
+                f"a row of format: {self.config.format} has the nested fields of that format",
                 received=f"{type(error).__name__}: {error}",
                 remedy="correct or remove the row",
                 file=place.label,
@@ -316,18 +321,18 @@ class TrainerFormat(ABC):
                 fragment.samplers = [None] * fragment.size
         return fragments
 
-    def beside(self, source: InputInfo) -> Mapping[str, str]:
-        """What fragments depend on besides rows and settings; see `formats.ReadsBeside`."""
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """The run, which is part of ids and sampler names; see `ExtraDependencies.dependencies`."""
         return {"run": self.run_of(source)}
 
-    def failed(self, place: Place, cause: str) -> None:
-        """Note a response that its log marks as failed; `finish` refuses or counts them."""
+    def record_failure(self, place: RowLocation, cause: str) -> None:
+        """Record a response that the log marks as failed; `finish` refuses or counts them."""
         self._n_failed += 1
         if len(self._failed) < _NAMED_FAILURES:
             self._failed.append((place, cause))
 
     def finish(self) -> Mapping[str, int]:
-        """How many responses were left out, by reason; see `formats.LeavesOut`."""
+        """The number of dropped responses by reason; see `DropsResponses.finish`."""
         if self._n_failed and self.config.failed_responses == "error":
             first = self._failed[0][0]
             named = [
@@ -335,9 +340,9 @@ class TrainerFormat(ABC):
                 for p, cause in self._failed
             ]
             raise DataError(
-                "no response of the log failed",
+                "the log has no failed responses",
                 received=f"{self._n_failed} that failed: {'; '.join(named)}",
-                remedy="sample them again, or leave them out (failed_responses: drop)",
+                remedy="sample them again, or drop them (failed_responses: drop)",
                 file=first.label,
                 row=first.row,
             )
