@@ -205,9 +205,7 @@ def test_an_earlier_checkpoint_resumes(run: Run, monkeypatch: pytest.MonkeyPatch
         assert abs(own["loss"] - expected["loss"]) <= bound
         assert own["learning_rate"] == expected["learning_rate"]
     losses = [line["loss"] for line in then["log"]]
-    assert (
-        abs(losses[2] - losses[3]) > bound
-    )  # smaller than their difference
+    assert abs(losses[2] - losses[3]) > bound  # smaller than their difference
 
 
 def test_a_half_done_search_goes_on(run: Run) -> None:

@@ -23,7 +23,7 @@ from gvpo_offline.merging.stages import compact
 from gvpo_offline.rewards.kinds import NumericSettings, ScorerSettings
 from gvpo_offline.rewards.scorer import settings_of
 from gvpo_offline.sampling.settings import sampler_settings
-from gvpo_offline.train.checkpoint import begin, check_identity, seal
+from gvpo_offline.train.checkpoint import begin_checkpoint, check_identity, seal_checkpoint
 from gvpo_offline.train.identity import adapter_defaults, model_identity
 from gvpo_offline.train.objective import Objective
 
@@ -145,8 +145,10 @@ def test_a_compaction_of_before_a_setting_is_found_done(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_setting_had_its_default(tmp_path: Path) -> None:
     """Such as settings that PEFT adds to adapters. The version of PEFT does not matter."""
     folder = tmp_path / "checkpoint-1"
-    begin(folder)
-    seal(folder, 1, {"model": {"adapter.default.r": "4", "adapter.default.peft_version": "1"}})
+    begin_checkpoint(folder)
+    seal_checkpoint(
+        folder, 1, {"model": {"adapter.default.r": "4", "adapter.default.peft_version": "1"}}
+    )
     defaults = {"model": {"adapter.default.added": "None", "adapter.default.r": "8"}}
 
     def now(added: str) -> dict[str, dict[str, Any]]:
