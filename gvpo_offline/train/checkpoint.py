@@ -206,12 +206,13 @@ def read_sharding_state(folder: Path) -> dict[str, Any] | None:
 def check_identity(
     folder: Path, identity: Identity, defaults: Identity = MappingProxyType({})
 ) -> None:
-    """Raise ResumeError, listing what differs, unless the checkpoint is of this run.
+    """Raise ResumeError, listing the differences, unless the checkpoint has this identity.
 
     Args:
-        folder: the checkpoint.
-        identity: of the run.
-        defaults: what a setting is that only one of the two names; None where there is no default.
+        folder: the folder of the checkpoint.
+        identity: the identity of this run.
+        defaults: the values of settings that are missing in the checkpoint or in `identity`; None
+            for a missing setting without a default.
     """
     saved = _read_seal(folder)["identity"]
     now = json.loads(json.dumps(identity))

@@ -1,4 +1,4 @@
-"""What commit 849c9a7 wrote (tests/data/before): it opens, and what is half done goes on.
+"""Data of commit 849c9a7 (tests/data/before): datasets open, and interrupted stages continue.
 
 The commands run with relative paths in a copy of the folder, as they did when it was made.
 """
@@ -52,7 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def files_of(folder: str) -> dict[str, tuple[int, int]]:
-    """Every file with what changes if it is written again: its inode and its time."""
+    """Inode and modification time of every file, which change if it is written again."""
     found = {path: path.stat() for path in Path(folder).rglob("*") if path.is_file()}
     return {
         str(path): (own.st_ino, own.st_mtime_ns)
@@ -62,7 +62,7 @@ def files_of(folder: str) -> dict[str, tuple[int, int]]:
 
 
 def described(folder: str) -> list[dict[str, str]]:
-    """Each Parquet file of the newest version: its path, and the hashes of its bytes and rows."""
+    """Path, hash of bytes and hash of rows of each Parquet file of the newest version."""
     found = []
     for entry in open_dataset(folder, join=()).manifest.files():
         rows = json.dumps(pq.read_table(Path(folder) / entry.path).to_pylist(), default=str)
@@ -72,20 +72,20 @@ def described(folder: str) -> list[dict[str, str]]:
 
 
 def assert_same_files(found: list[dict[str, str]], expected: list[dict[str, str]]) -> None:
-    """The same rows in the same files; the same bytes where the same pyarrow writes them."""
+    """Files have the same rows, and the same bytes if the same pyarrow version wrote them."""
     assert [own["rows"] for own in found] == [own["rows"] for own in expected]
     if pa.__version__ == EXPECTED["pyarrow"]:
         assert found == expected
 
 
 def tasks_of(folder: str, stage: str) -> set[str]:
-    """The committed tasks of the one stage of that kind."""
+    """The committed tasks of the only stage of this kind."""
     (commits,) = Path(folder, "commits").glob(f"{stage}-*")
     return {path.stem for path in commits.glob("*.json")}
 
 
 def finishes(run: Run, command: str, folder: str, stage: str, n_tasks: int) -> None:
-    """The command does the tasks that are not committed, and writes nothing else again."""
+    """The command runs the tasks that are not committed, and rewrites no other file."""
     before, done = files_of(folder), tasks_of(folder, stage)
     assert len(done) == 1
     run(command)
@@ -111,7 +111,7 @@ def test_datasets_open_in_every_version_and_validate(
 
 
 def test_finished_stages_are_found_done(run: Run) -> None:
-    """The same commands again: no file is written, so every identity is what it was."""
+    """The same commands write no file, so every identity is unchanged."""
     before = files_of("whole")
     run("import", output_dir="whole")
     run("reward", dataset="whole")
@@ -119,8 +119,8 @@ def test_finished_stages_are_found_done(run: Run) -> None:
     assert files_of("whole") == before
 
 
-def test_a_merge_of_before_is_found_done(run: Run) -> None:
-    """`more.jsonl`, imported anew, is the very groups that were merged then."""
+def test_a_finished_merge_is_found_done(run: Run) -> None:
+    """A new import of `more.jsonl` gives the same groups as those that were merged."""
     before = files_of("merged")
     run("import", output_dir="more", inputs=["more.jsonl"])
     run("merge")
@@ -146,8 +146,8 @@ def test_a_half_done_reward_goes_on(run: Run) -> None:
 
 
 def test_a_half_done_reference_goes_on(run: Run) -> None:
-    """Its log-probs are those of before within what rounding explains: both sides err by the bound
-    that stands at the top, over all tokens of a response.
+    """Log-probs equal the earlier ones up to rounding. Each of the two errs by at most the bound at
+    the top of this file, summed over the tokens of a response.
     """
     finishes(run, "reference", "half_reference", "reference", 4)
     dataset = open_dataset("half_reference", reward="points")
@@ -168,8 +168,8 @@ def rounding(n_tokens: int, largest: float) -> float:
     return LAMBDA * math.sqrt(ROUNDINGS * n_tokens) * UNIT * largest
 
 
-def test_a_checkpoint_of_before_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps 3 and 4 take the groups that they took then, and have the losses.
+def test_an_earlier_checkpoint_resumes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 3 and 4 have the same groups as in the earlier run, and the same losses.
 
     A group's loss L = sum w^2 / (2 (k - 1)) has the derivative -beta w_i / (k - 1) by a log-prob,
     and sum |w| <= sqrt(2 k (k - 1) L). So log-probs that are off by d move the mean loss by at most
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_before_is_resumed(run: Run, monkeypatch: pytest.MonkeyP
         assert abs(own["loss"] - expected["loss"]) <= bound
         assert own["learning_rate"] == expected["learning_rate"]
     losses = [line["loss"] for line in then["log"]]
-    assert abs(losses[2] - losses[3]) > bound  # the bound tells the two steps apart
+    assert abs(losses[2] - losses[3]) > bound  # smaller than their difference
 
 
 def test_a_half_done_search_goes_on(run: Run) -> None:
@@ -217,7 +217,7 @@ def test_a_half_done_search_goes_on(run: Run) -> None:
     assert {path: after[path] for path in before} == before
     trials = [path.name for path in Path("tuned", "tune", "trials").iterdir()]
     assert len(trials) > 2
-    # A trial's name ends in the hash of what decides its figures: none was made twice.
+    # A trial's file name ends in the hash of its settings: no trial ran twice.
     assert len({name.rpartition("-")[0] for name in trials}) == len(trials)
     assert Path("tuned", "tune", "proposed.yaml").exists()
 

@@ -1,4 +1,4 @@
-"""Settings in identities: a setting that is added later refuses nothing that was made before it."""
+"""Settings in identities: a setting that is added later does not invalidate earlier work."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scorer(kind: str, **values: Any) -> Any:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_identity_is_that_of_849c9a7(name: str) -> None:
-    """The hashes were computed there, over every field."""
+    """The expected hashes were computed in that commit, over all fields."""
     settings = CLASSES[name](STORED["settings"][name])
     assert sha256_json(identity_settings(settings)) == STORED["sha256"][name]
 
@@ -66,7 +66,7 @@ def test_a_scorers_identity_is_that_of_849c9a7(kind: str) -> None:
 
 
 def with_added(settings: Any, value: int) -> Any:
-    """The same settings in a class with one field more, whose default is 3."""
+    """The same settings in a class with one more field, whose default is 3."""
     before = type(settings)
     frozen = before.__dataclass_params__.frozen
     added = [("added", int, 3)]
@@ -83,7 +83,7 @@ def test_an_added_setting_enters_where_it_is_not_at_its_default(name: str) -> No
 
 
 def test_an_added_setting_of_the_columns_enters_likewise() -> None:
-    """Within another dataclass the same rule holds."""
+    """The same rule holds for a nested dataclass."""
     settings = _import_config(STORED["settings"]["import"])
     for value, entered in ((3, {}), (4, {"added": 4})):
         later = replace(settings, columns=with_added(settings.columns, value))
@@ -111,7 +111,7 @@ def test_an_added_setting_of_a_scorer_enters_where_it_is_not_at_its_default() ->
 
 
 def test_a_removed_setting_stays_at_the_value_that_it_had() -> None:
-    """`anchor` as if it were gone: the identity is the one of the time when it was there."""
+    """With `anchor` removed, the identity is the same as with it."""
 
     class Shorter:
         retired_settings = {"anchor": 0.0}  # noqa: RUF012
@@ -135,7 +135,7 @@ def test_an_import_of_before_a_setting_is_found_done(tmp_path: Path) -> None:
 
 
 def test_a_compaction_of_before_a_setting_is_found_done(tmp_path: Path) -> None:
-    """Its lineage step does not name the setting, and was made with the default."""
+    """Its lineage step lacks the setting, and so had the default."""
     build_dataset(tmp_path / "data", 8, groups_per_shard=2)
     settings = CompactConfig(str(tmp_path / "data"), show_progress=False)
     assert compact(settings).changed
@@ -143,7 +143,7 @@ def test_a_compaction_of_before_a_setting_is_found_done(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_a_setting_had_its_default(tmp_path: Path) -> None:
-    """As PEFT adds settings to its adapters; its own version decides nothing."""
+    """Such as settings that PEFT adds to adapters. The version of PEFT does not matter."""
     folder = tmp_path / "checkpoint-1"
     begin_checkpoint(folder)
     seal_checkpoint(
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_a_setting_had_its_default(tmp_path: Path) -> None:
 
 
 def test_each_setting_of_an_adapter_has_its_default_beside_it(tiny_model_dir: Path) -> None:
-    """Under the same name, so that a checkpoint that lacks one is taken to have the default."""
+    """The names are the same, so that a setting that a checkpoint lacks has the default."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
