@@ -69,6 +69,8 @@ class Writing:
 
 
 if __name__ == "__main__":  # root, trouble, workers
+    # A test run in the background of a shell inherits that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_stage(
         Writing(Path(sys.argv[1]), trouble=sys.argv[2]),
         WorkerSettings(workers=int(sys.argv[3]), show_progress=False),
