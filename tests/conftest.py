@@ -8,19 +8,26 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support.fork_server import ForkServer
 from support.tiny_policy import make_tiny_model, train_tokenizer
 
 
+# No test depends on speed: hypothesis would refuse an example of more than 200 ms.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
+
+
 def pytest_collection_finish() -> None:
-    """Exempt what the imports made from garbage collection.
+    """Exempt what the imports made from garbage collection, and collect less often.
 
     accelerate runs a full collection for each training: over the million objects of torch and
     transformers that takes a quarter of a second, more than the training of a tiny model.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

@@ -305,6 +305,7 @@ def _serve() -> None:
     # A child that collects garbage would go through all that was imported, and copy its pages.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
     answers = os.dup(1)
     for line in sys.stdin:
         request = json.loads(line)
