@@ -13,7 +13,6 @@ import pytest
 from support.fork_server import ForkServer
 from support.tiny_policy import make_tiny_model, train_tokenizer
 
-
 # No test depends on speed: hypothesis would refuse an example of more than 200 ms.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
