@@ -14,7 +14,7 @@ WORKERS ?= 2
 
 help:
 	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
-	@echo "make test         run the tests (about 11 minutes on two idle cores)"
+	@echo "make test         run the tests (9 minutes on two cores, 15 CPU minutes)"
 	@echo "make test-arithmetic  the numeric tests under other threads and kernels (7 runs of the numeric tests)"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
