@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import BoolArray, Int32Array
+from gvpo_offline.group import BoolArray, FloatArray, Int32Array
 
 Prompt = tuple[str | None, str | None]
 """A prompt as (text, chat messages in JSON), of which at least one is None."""
@@ -340,3 +340,22 @@ def flags(value: Any, what: str) -> BoolArray:
     if array.size and not bool((array == mask).all()):
         raise DataError(f"{what} is a list of 0/1 flags", received=value)
     return mask
+
+
+def share_beaten(ranks: FloatArray) -> FloatArray:
+    """Share of the other ranked responses that each response ranks before; an equal rank is half.
+
+    Args:
+        ranks: (k,) of one ranking, 1 the best; NaN where a response is not in it.
+
+    Returns:
+        (k,); NaN where a response is not in the ranking, and for a ranking of one response.
+    """
+    present = np.flatnonzero(~np.isnan(ranks))
+    found = np.full(len(ranks), np.nan)
+    if len(present) < 2:
+        return found
+    own, other = ranks[present, np.newaxis], ranks[np.newaxis, present]
+    beaten = (own < other).sum(axis=1) + 0.5 * ((own == other).sum(axis=1) - 1)
+    found[present] = beaten / (len(present) - 1)
+    return found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+
+import numpy as np
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
@@ -55,14 +58,8 @@ def win_rates(ranks: Sequence[float | None]) -> list[float | None]:
         One share per answer. None for an answer without a rank, which the other answers are not
         compared with either, and for an answer that is the only one with a rank.
     """
-    ranked = [rank for rank in ranks if rank is not None]
-    n_others = len(ranked) - 1
-    return [
-        None
-        if rank is None or n_others == 0
-        else (sum(other > rank for other in ranked) + (ranked.count(rank) - 1) / 2) / n_others
-        for rank in ranks
-    ]
+    shares = values.share_beaten(np.array(ranks, np.float64))  # None becomes NaN
+    return [None if math.isnan(share) else share for share in shares.tolist()]
 
 
 def _prompt(text: object) -> values.Prompt:

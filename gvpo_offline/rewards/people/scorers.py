@@ -23,6 +23,7 @@ from gvpo_offline.rewards.people.opinions import (
 )
 from gvpo_offline.rewards.scorer import SimpleScorer, settings_of
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.values import share_beaten
 from gvpo_offline.workers.settings import WorkerSettings
 
 
@@ -113,25 +114,6 @@ def _from_votes(settings: VotesSettings, wins: FloatArray, rows: pl.DataFrame) -
         remedy="collect votes between them, or set estimate: win_rate",
     )
     found[present] = log_strengths(wins, settings.prior)
-    return found
-
-
-def share_beaten(ranks: FloatArray) -> FloatArray:
-    """Share of the other ranked responses that each response ranks before; an equal rank is half.
-
-    Args:
-        ranks: (k,) of one ranking, 1 the best; NaN where a response is not in it.
-
-    Returns:
-        (k,); NaN where a response is not in the ranking, and for a ranking of one response.
-    """
-    present = np.flatnonzero(~np.isnan(ranks))
-    found = np.full(len(ranks), np.nan)
-    if len(present) < 2:
-        return found
-    own, other = ranks[present, np.newaxis], ranks[np.newaxis, present]
-    beaten = (own < other).sum(axis=1) + 0.5 * ((own == other).sum(axis=1) - 1)
-    found[present] = beaten / (len(present) - 1)
     return found
 
 
