@@ -34,6 +34,7 @@ _PER_RESPONSE = {
     "loss_mask",
     "responses",
     "response_ids",
+    "response_messages",
     "rewards",
     "ref_seq_logprobs",
     "ref_token_logprobs",

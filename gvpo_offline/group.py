@@ -30,7 +30,8 @@ class Group:
         components: (C, k) float64, NaN where missing; the reward family names the C parts.
         ref_seq_logprobs: (k,) float64, nats.
         sampler_seq_logprobs: (k,) float64, nats: of each response under its sampler.
-        prompt, messages, responses, response_ids, metadata, source: as in `GROUPS_COLUMNS`.
+        prompt, messages, responses, response_ids, metadata, source, template_arguments,
+            response_messages: as in `GROUPS_COLUMNS`.
     """
 
     group_id: str
@@ -49,6 +50,8 @@ class Group:
     responses: tuple[str, ...] | None = None
     response_ids: tuple[str, ...] | None = None
     metadata: str | None = None
+    template_arguments: str | None = None
+    response_messages: tuple[str, ...] | None = None
 
     @property
     def group_size(self) -> int:

@@ -68,7 +68,7 @@ def _check_tokens(group: Group, place: dict[str, Any], vocab_size: int | None) -
             remedy="use the tokenizer that made the ids",
             **place,
         )
-    for name in ("samplers", "truncated", "responses", "response_ids"):
+    for name in ("samplers", "truncated", "responses", "response_ids", "response_messages"):
         values = getattr(group, name)
         if values is not None and len(values) != group.group_size:
             raise DataError(

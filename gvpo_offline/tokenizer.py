@@ -63,6 +63,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def named_end_ids(name_or_path: str) -> frozenset[int]:
+    """Ids of the tokens that end a response, by the generation config beside a tokenizer.
+
+    Returns:
+        The ids; none if there is no generation config or it names none.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError):
+        return frozenset()
+    ids = config.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
 def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by its settings; errors as `load_tokenizer`."""
     return load_tokenizer(

@@ -9,12 +9,20 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, FloatArray, Int32Array
+from gvpo_offline.messages import (
+    is_message,
+    is_plain,
+    normalised,
+    response_messages,
+    without_nulls,
+)
 
 Prompt = tuple[str | None, str | None]
 """A prompt as (text, chat messages in JSON), of which at least one is None."""
@@ -44,11 +52,6 @@ def valid_text(value: str) -> str:
                 remedy="write the log again with a UTF-8 writer, or remove the row",
             ) from error
     return value
-
-
-def is_message(value: Any) -> bool:
-    """Whether `value` looks like a chat message."""
-    return isinstance(value, dict) and "role" in value
 
 
 def entries(value: Any, what: str) -> list[Any]:
@@ -138,11 +141,12 @@ def sampler(value: Any) -> str | None:
 
 
 def messages(value: Sequence[Mapping[str, Any]]) -> str:
-    """Chat messages as JSON, without keys whose value is null in columnar files."""
-    kept = [
-        {key: part for key, part in message.items() if part is not None or key == "content"}
-        for message in value
-    ]
+    """Chat messages, normalised, as JSON; see `gvpo_offline.messages`.
+
+    Raises:
+        DataError: a message is invalid, or holds more than text.
+    """
+    kept = [normalised(message) for message in value]
     return valid_text(json.dumps(kept, ensure_ascii=False, default=plain))
 
 
@@ -164,18 +168,39 @@ def conversation(turns: Sequence[Any]) -> Prompt:
     )
 
 
-def no_tools(record: Mapping[str, Any]) -> None:
-    """Check that a row has no tool definitions: the chat template would render them in the prompt.
+def template_arguments(record: Mapping[str, Any], **further: Any) -> str | None:
+    """Arguments of the chat template that a row or request holds, as JSON; None without any.
+
+    Args:
+        record: a row with, optionally, `tools` (tool definitions) and `chat_template_kwargs` (a
+            record of other arguments), as JSON text or as they are.
+        further: more arguments; None where there is none.
 
     Raises:
-        DataError: the row has tool definitions.
+        DataError: one of the two has another type.
     """
-    if record.get("tools"):
-        raise DataError(
-            "a prompt has no tool definitions",
-            received=f"tools: {record['tools']}",
-            remedy="log the prompt's token ids (format: flat, columns.prompt_token_ids)",
-        )
+    found: dict[str, Any] = {}
+    for name, kind in (("chat_template_kwargs", dict), ("tools", list)):
+        value = record.get(name)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = record[name]
+        value = without_nulls(value)
+        if value is None or value in ("", [], {}):
+            continue
+        if not isinstance(value, kind):
+            raise DataError(
+                f"{name} is a {kind.__name__}, or its JSON",
+                received=repr(record[name])[:200],
+                remedy="correct or remove the column",
+            )
+        found |= {"tools": value} if name == "tools" else value
+    found |= {name: value for name, value in further.items() if value is not None}
+    if not found:
+        return None
+    return valid_text(json.dumps(found, ensure_ascii=False, sort_keys=True, default=plain))
 
 
 def prompt(value: Any) -> Prompt:
@@ -201,26 +226,42 @@ def prompt(value: Any) -> Prompt:
     return None, messages(value)
 
 
-def response(value: Any) -> str | None:
-    """A response given as text or as a list with one assistant message; None for null.
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A response of a log.
+
+    Attributes:
+        text: its text: of the last message, if it has several; None if the log has none.
+        messages: its messages as JSON, if it is more than one text, else None.
+    """
+
+    text: str | None
+    messages: str | None = None
+
+
+def response(value: Any) -> Reply:
+    """A response given as text, as a message, or as messages that begin with the assistant's.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or a message is invalid.
     """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return valid_text(value)
-    if isinstance(value, list) and len(value) == 1 and is_message(value[0]):
-        content = value[0].get("content")
-        if value[0]["role"] == "assistant" and isinstance(content, str):
-            return valid_text(content)
-    raise DataError(
-        "a response is text, or a list with one assistant message whose content is text",
-        received=value,
-        remedy="for responses with tool turns log token ids and a loss mask "
-        "(columns.response_token_ids, columns.loss_mask)",
-    )
+    if value is None or isinstance(value, str):
+        return Reply(None if value is None else valid_text(value))
+    if isinstance(value, Reply):
+        return value
+    if isinstance(value, dict):
+        value = structs(value, "chat messages") if isinstance(value.get("role"), list) else [value]
+    if not (isinstance(value, list) and value and all(map(is_message, value))):
+        raise DataError(
+            "a response is text, or a list of messages that begins with the assistant's",
+            received=value,
+            remedy="set columns.response to the column that holds the response",
+        )
+    found = response_messages(value)
+    text = valid_text(found[-1]["content"] or "")
+    if len(found) == 1 and is_plain(found[0]):
+        return Reply(text)
+    return Reply(text, valid_text(json.dumps(found, ensure_ascii=False, default=plain)))
 
 
 def number(value: Any, what: str = "a reward") -> float | None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import BoolArray, Group, Int32Array
-from gvpo_offline.importing.encode import Encoder
+from gvpo_offline.group import Group
+from gvpo_offline.importing.draft import Draft, DraftResponse, tokenize
 from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
@@ -24,33 +25,6 @@ class InputNames:
     label: str
     file_name: str
     sampler: str
-
-
-@dataclass(slots=True)
-class _Response:
-    """One response of a group that is being built."""
-
-    fragment: Fragment
-    text: str | None
-    ids: Int32Array | None
-    mask: BoolArray | None
-    reward: float | None
-    components: list[float | None]
-    sampler: str
-    truncated: bool
-    response_id: str | None
-    sampler_logprob: float | None
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A group that is being built."""
-
-    group_id: str
-    first: Fragment
-    prompt_ids: Int32Array | None
-    responses: list[_Response]
-    logged: int
 
 
 class Assembler:
@@ -88,8 +62,7 @@ class Assembler:
                 group.
         """
         drafts = [self._merge(group) for group in fragments]
-        self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
-        self._tokenize_responses([r for draft in drafts for r in draft.responses])
+        self.counts.update(tokenize(drafts, self._encoder, self._config, self._error))
         kept: list[Group] = []
         for draft in drafts:
             self._drop_unrewarded(draft)
@@ -98,19 +71,19 @@ class Assembler:
                 kept.append(self._finish(draft))
         return kept
 
-    def _error(self, draft: _Draft, fragment: Fragment, error: DataError) -> DataError:
+    def _error(self, draft: Draft, fragment: Fragment, error: DataError) -> DataError:
         label = self._inputs[fragment.file].label
         return with_location(error, file=label, row=fragment.row, group=draft.group_id)
 
     def _where(self, fragment: Fragment) -> str:
         return f"{self._inputs[fragment.file].label}, row {fragment.row}"
 
-    def _merge(self, spilled: Sequence[KeyedFragment]) -> _Draft:
+    def _merge(self, spilled: Sequence[KeyedFragment]) -> Draft:
         first, first_key = spilled[0]
         assert first.group_id is not None
         with_ids = next((f for f, _ in spilled if f.prompt_token_ids is not None), None)
         prompt_ids = None if with_ids is None else with_ids.prompt_token_ids
-        draft = _Draft(first.group_id, first, prompt_ids, [], sum(f.size for f, _ in spilled))
+        draft = Draft(first.group_id, first, prompt_ids, [], sum(f.size for f, _ in spilled))
         for fragment, key in spilled:
             if key != first_key:
                 raise self._error(
@@ -143,12 +116,12 @@ class Assembler:
         self._check_response_ids(draft)
         return draft
 
-    def _responses(self, fragment: Fragment) -> list[_Response]:
+    def _responses(self, fragment: Fragment) -> list[DraftResponse]:
         default = self._config.sampler or self._inputs[fragment.file].sampler
         held = fragment.components or {}
         parts = [held.get(name) for name in self._components]
         return [
-            _Response(
+            DraftResponse(
                 fragment=fragment,
                 text=text,
                 ids=fragment.ids_of(i),
@@ -159,11 +132,12 @@ class Assembler:
                 truncated=bool(fragment.truncated[i]),
                 response_id=None if fragment.response_ids is None else fragment.response_ids[i],
                 sampler_logprob=fragment.sampler_logprobs[i] if fragment.sampler_logprobs else None,
+                messages=fragment.response_messages[i] if fragment.response_messages else None,
             )
             for i, text in enumerate(fragment.responses)
         ]
 
-    def _check_response_ids(self, draft: _Draft) -> None:
+    def _check_response_ids(self, draft: Draft) -> None:
         seen: dict[str, Fragment] = {}
         for response in draft.responses:
             if response.response_id is None:
@@ -181,58 +155,16 @@ class Assembler:
                 )
             seen[response.response_id] = response.fragment
 
-    def _tokenize_prompts(self, drafts: Sequence[_Draft]) -> None:
-        if not drafts:
-            return
-        assert self._encoder is not None  # checked by TokenizerRequirements
-        chats = [draft for draft in drafts if draft.first.messages is not None]
-        texts = [draft for draft in drafts if draft.first.messages is None]
-        rendered = []
-        for draft in chats:
-            try:
-                rendered.append(self._encoder.render(draft.first.messages or ""))
-            except DataError as error:
-                raise self._error(draft, draft.first, error) from error.__cause__
-        for draft, ids in zip(chats, self._encoder.rendered(rendered), strict=True):
-            draft.prompt_ids = ids
-        prompts = [draft.first.prompt or "" for draft in texts]
-        for draft, ids in zip(texts, self._encoder.prompts(prompts), strict=True):
-            draft.prompt_ids = ids
-        for draft in drafts:
-            if draft.prompt_ids is None or not len(draft.prompt_ids):
-                raise self._error(
-                    draft,
-                    draft.first,
-                    DataError(
-                        "a prompt needs at least 1 token",
-                        received=draft.first.messages or draft.first.prompt,
-                        remedy="use a tokenizer that knows these characters",
-                    ),
-                )
-
-    def _tokenize_responses(self, responses: Sequence[_Response]) -> None:
-        texts = [r for r in responses if r.ids is None]
-        if not texts:
-            return
-        assert self._encoder is not None
-        bodies = self._encoder.responses([r.text or "" for r in texts])
-        for response, body in zip(texts, bodies, strict=True):
-            bare = not len(body)
-            if response.truncated or (bare and self._config.empty_responses != "keep"):
-                response.ids = body
-            else:
-                response.ids = self._encoder.with_end_token(body)
-
-    def _drop(self, draft: _Draft, what: str, keep: Callable[[_Response], bool]) -> None:
+    def _drop(self, draft: Draft, what: str, keep: Callable[[DraftResponse], bool]) -> None:
         before = len(draft.responses)
         draft.responses = [response for response in draft.responses if keep(response)]
         self.counts[what] += before - len(draft.responses)
 
-    def _drop_unrewarded(self, draft: _Draft) -> None:
+    def _drop_unrewarded(self, draft: Draft) -> None:
         if draft.first.rewards is not None:  # then every row of the log has rewards
             self._drop(draft, "dropped_unrewarded_responses", lambda r: r.reward is not None)
 
-    def _drop_empty(self, draft: _Draft) -> None:
+    def _drop_empty(self, draft: Draft) -> None:
         empty = next((r for r in draft.responses if not _length(r)), None)
         if empty is None:
             return
@@ -249,7 +181,7 @@ class Assembler:
             )
         self._drop(draft, "dropped_empty_responses", lambda r: _length(r) > 0)
 
-    def _fits_max_length(self, draft: _Draft) -> bool:
+    def _fits_max_length(self, draft: Draft) -> bool:
         """Apply max_length to the responses; False if the group is dropped."""
         limit = self._config.max_length
         if limit is None or draft.prompt_ids is None:
@@ -278,7 +210,7 @@ class Assembler:
         self._drop(draft, "dropped_overlong_responses", lambda r: _length(r) <= room)
         return True
 
-    def _cut(self, draft: _Draft, room: int) -> None:
+    def _cut(self, draft: Draft, room: int) -> None:
         for response in draft.responses:
             if response.ids is None or len(response.ids) <= room:
                 continue
@@ -289,7 +221,7 @@ class Assembler:
             response.sampler_logprob = None  # the logged one is of the uncut response
             self.counts["cut_overlong_responses"] += 1
 
-    def _has_min_size(self, draft: _Draft) -> bool:
+    def _has_min_size(self, draft: Draft) -> bool:
         """Apply the minimum group size; False if the group is dropped."""
         k = len(draft.responses)
         if k >= MIN_GROUP_SIZE:
@@ -311,7 +243,7 @@ class Assembler:
             ),
         )
 
-    def _finish(self, draft: _Draft) -> Group:
+    def _finish(self, draft: Draft) -> Group:
         first, responses = draft.first, draft.responses
         ids = tuple(r.ids for r in responses if r.ids is not None)
         assert len(ids) == len(responses)
@@ -346,9 +278,13 @@ class Assembler:
             responses=texts if len(texts) == len(responses) else None,
             response_ids=response_ids if len(response_ids) == len(responses) else None,
             metadata=first.metadata,
+            template_arguments=first.template_arguments,
+            response_messages=tuple(r.messages or "" for r in responses)
+            if any(r.messages for r in responses)
+            else None,
             sampler_seq_logprobs=np.array(logprobs) if len(logprobs) == len(responses) else None,
         )
 
 
-def _length(response: _Response) -> int:
+def _length(response: DraftResponse) -> int:
     return 0 if response.ids is None else len(response.ids)

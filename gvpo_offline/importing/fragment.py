@@ -54,6 +54,11 @@ class Fragment:
         group_id: the id of the group in the log; None: responses with the same prompt are a group.
         metadata: a JSON object, or None.
         source: name of the log, as given in the log, or None.
+        response_messages: n times JSON chat messages, where a response is more than one text
+            (tool calls, reasoning, several turns); None for the others. None instead of the list:
+            every response is one text.
+        template_arguments: arguments of the chat template beside the messages, as a JSON object
+            (`tools`, `enable_thinking` …), or None.
         file: index of the input; set by the importer.
         row: zero-based row of the input; of the first row if a format joins several.
     """
@@ -73,6 +78,8 @@ class Fragment:
     source: str | None = None
     components: dict[str, list[float | None]] | None = None
     sampler_logprobs: Sequence[float | None] | None = None
+    response_messages: list[str | None] | None = None
+    template_arguments: str | None = None
     file: int = 0
     row: int = 0
 
@@ -103,10 +110,14 @@ def with_location(error: DataError, *, file: Any, row: int, group: str | None = 
 
 
 def prompt_key(fragment: Fragment) -> str:
-    """SHA-256 (hexadecimal) of the prompt: of its messages, else its text, else its token ids."""
+    """SHA-256 (hexadecimal) of the prompt: of its messages and template arguments, else its text,
+    else its token ids."""
     if fragment.messages is not None:
         # Columnar files may store the keys of a message in another order.
-        return sha256_json({"messages": json.loads(fragment.messages)})
+        content = {"messages": json.loads(fragment.messages)}
+        if fragment.template_arguments:
+            content["arguments"] = json.loads(fragment.template_arguments)
+        return sha256_json(content)
     if fragment.prompt is not None:
         return sha256_text("text\0" + fragment.prompt)
     assert fragment.prompt_token_ids is not None  # checked by check_fragment
@@ -176,6 +187,7 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
         "loss_mask",
         "response_ids",
         "sampler_logprobs",
+        "response_messages",
     ):
         values = getattr(fragment, name)
         if values is not None and len(values) != n:
@@ -215,7 +227,8 @@ def _check_response(
     ids, mask = fragment.ids_of(index), fragment.mask_of(index)
     if ids is None and text is None:
         raise DataError("a response is text or token ids", received=f"neither for response {index}")
-    if not allow_empty and not (text if ids is None else len(ids)):
+    more = fragment.response_messages is not None and fragment.response_messages[index]
+    if not allow_empty and not more and not (text if ids is None else len(ids)):
         raise DataError(
             "a response needs at least 1 token",
             received=f"response {index}, which is empty",

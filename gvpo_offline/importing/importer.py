@@ -23,12 +23,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.assemble import Assembler, InputNames
-from gvpo_offline.importing.encode import Encoder, TokenizerRequirements, load_encoder
+from gvpo_offline.importing.encode import TokenizerRequirements, load_encoder
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import (
@@ -170,8 +171,10 @@ class _Import:
         for name in (*_NOT_RECORDED, "inputs", "tokenizer_name_or_path", "chat_template"):
             settings.pop(name, None)
         tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
+        ends = [] if self.encoder is None else sorted(self.encoder.end_ids)
         return sha256_json(
             {
+                "ends": ends,
                 "versions": [IMPORT_VERSION, SCHEMA_VERSION],
                 "settings": settings,
                 "inputs": [

@@ -41,6 +41,12 @@ class ImportResult:
 # Printed text for each count of dropped or changed responses and groups.
 COUNT_TEXTS = {
     "truncated_responses": "responses are marked as truncated",
+    "not_as_rendered_responses": "responses differ from their rendering by the chat template, "
+    "which trims, drops or rewrites text; the logged text was kept",
+    "spanning_tokens": "responses share a token with the end of their prompt in the rendering; "
+    "they were tokenised as a continuation of the prompt",
+    "reopened_reasoning": "responses begin with a tag that the generation prompt holds already "
+    "(<think>); it was not repeated",
     "cut_overlong_responses": "responses were cut to max_length (overlong: truncate)",
     "dropped_overlong_responses": "responses over max_length were dropped",
     "dropped_overlong_prompts": "groups were dropped: their prompt alone reaches max_length",

@@ -42,6 +42,8 @@ _SCHEMA = pa.schema(
         ("truncated", pa.list_(pa.bool_())),
         ("response_ids", pa.list_(pa.string())),
         ("sampler_logprobs", pa.list_(pa.float64())),
+        ("response_messages", pa.list_(pa.string())),
+        ("template_arguments", pa.string()),
         ("metadata", pa.string()),
         ("source", pa.string()),
     ]
@@ -64,6 +66,8 @@ KeyedFragment = tuple[Fragment, str]
 def _weight(fragment: Fragment) -> int:
     texts = len(fragment.prompt or "") + len(fragment.messages or "") + len(fragment.metadata or "")
     texts += sum(len(text) for text in fragment.responses if text)
+    texts += sum(len(text) for text in fragment.response_messages or () if text)
+    texts += len(fragment.template_arguments or "")
     tokens = 0 if fragment.prompt_token_ids is None else len(fragment.prompt_token_ids)
     tokens += sum(len(ids) for ids in fragment.response_token_ids or () if ids is not None)
     return _ROW_OVERHEAD * (1 + fragment.size // 4) + 2 * texts + 5 * tokens

@@ -22,9 +22,11 @@ class Columns:
     """
 
     prompt: str | None = "prompt"
-    """Prompt: text, or a list of chat messages ({"role", "content"})."""
+    """Prompt: text, or a list of chat messages ({"role", "content"}). If the last message is the
+    assistant's, the response continues it."""
     response: str | None = "response"
-    """Response: text, or a list with one assistant message; in a row-per-group log a list."""
+    """Response: text, or a list of messages that begins with the assistant's (tool calls, reasoning
+    and results of tools are rendered with the chat template); in a row-per-group log a list."""
     reward: str | None = "reward"
     """Reward: a finite number; in a row-per-group log a list of numbers."""
     sampler: str | None = None
@@ -46,6 +48,11 @@ class Columns:
     truncated: str | None = None
     """Whether the response was cut: a flag, or a finish reason, of which "length" means cut.
     Null: not cut."""
+    tools: str | None = None
+    """Tool definitions that the chat template renders into the prompt: a list, or its JSON."""
+    chat_template_kwargs: str | None = None
+    """Further arguments that the prompt was rendered with (enable_thinking …): a record, or its
+    JSON. Rows that differ in them have different prompts."""
     keep: list[str] = field(default_factory=list)
     """Further columns to store as JSON in the group's metadata, from the group's first row."""
 
@@ -123,9 +130,14 @@ class ImportConfig:
     """A response without a reward (null, or known to be wrong) in a log that has rewards: error, or
     drop it and report the number."""
     append_eos: bool = True
-    """Append the tokenizer's end token to each response given as text, unless it was cut."""
+    """End each response given as text, unless it was cut, with the token that ends the policy's
+    turn: after chat messages the one that the chat template puts behind the assistant's text, else
+    the tokenizer's eos_token."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for every prompt (enable_thinking, date_string …). A row's
+    own (columns.chat_template_kwargs) come before them."""
     shard_bytes: int = 128 * 2**20
     """Approximate maximum of input bytes per shard."""
     rows_per_row_group: int = 256

@@ -12,10 +12,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gvpo_offline.errors import DataError
+from gvpo_offline.messages import content_text as joined_text
+
 # As OpenAI says it, and as text-generation-inference does.
 _STOPPED = ("stop", "eos_token", "stop_sequence")
 _LENGTH = "length"
-_TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning", "reasoning_content")
 BESIDE_TEXT = ("tool_calls", "function_call", *REASONING)
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
@@ -50,6 +52,11 @@ class AnswerChoice:
         around = answer if isinstance(answer, dict) else {}
         self.prompt_token_ids = choice.get("prompt_token_ids") or around.get("prompt_token_ids")
         self.finish_reason = choice.get("finish_reason")
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message as the server gave it; of a completion, its text as content."""
+        return dict(self._message)
 
     @property
     def refusal(self) -> str | None:
@@ -159,15 +166,10 @@ def content_text(content: Any) -> str:
     Raises:
         BadAnswerError: it is neither, or not valid Unicode.
     """
-    if isinstance(content, list) and all(
-        isinstance(part, dict)
-        and part.get("type") in _TEXT_PARTS
-        and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise BadAnswerError(f"neither text nor a list of text parts: {_shown(content)}")
+    try:
+        content = joined_text(content)
+    except DataError as error:
+        raise BadAnswerError(f"neither text nor a list of text parts: {_shown(content)}") from error
     try:
         content.encode()
     except UnicodeEncodeError as error:

@@ -1,11 +1,13 @@
 """Logged requests and responses of OpenAI's APIs: chat completions, completions, responses.
 
-A response that is more than one text (reasoning apart from it, tool calls, images) cannot be put
-back together from its JSON, so it is refused, and the remedy asks for its token ids.
+A response that is more than one text (reasoning apart from it, tool calls and their results) is
+kept as messages, which the policy's chat template renders. What no template renders (pictures,
+encrypted reasoning, calls of the server's own tools) is refused.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +17,11 @@ import numpy as np
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Int32Array
+from gvpo_offline.messages import content_text, is_message
 from gvpo_offline.openai.answer import (
     BESIDE_TEXT,
     AnswerChoice,
     BadAnswerError,
-    content_text,
 )
 from gvpo_offline.values import token_ids
 
@@ -27,12 +29,16 @@ __all__ = [
     "answer_errors",
     "chat",
     "choice_content",
-    "output_text",
+    "item_messages",
+    "output_reply",
+    "request_arguments",
     "request_prompt",
     "responses_prompt",
     "was_cut",
 ]
 
+# The name that vLLM gives this argument, and that the chat template's arguments have here.
+CONTINUE = "continue_final_message"
 _WITH_IDS = "sample again and have the server return token ids (vLLM: return_token_ids)"
 
 
@@ -46,21 +52,52 @@ def answer_errors(rule: str) -> Iterator[None]:
 
 
 def chat(messages: Any) -> values.Prompt:
-    """Chat messages, or items of type message, as a prompt.
+    """The messages of a chat completion's request as a prompt.
 
     Raises:
-        DataError: they are anything else, or hold more than text.
+        DataError: they are anything else, or hold more than text and tool calls.
     """
-    if not (isinstance(messages, list) and all(map(values.is_message, messages))):
+    if not (isinstance(messages, list) and all(map(is_message, messages))):
         raise DataError("a chat's prompt is a list of messages", received=repr(messages))
-    plain = []
-    for message in messages:
-        kept = {k: v for k, v in message.items() if k not in ("id", "status", "type")}
-        if kept.get("content") is not None or not kept.get("tool_calls"):
-            with answer_errors("the content of a prompt's message is text"):
-                kept["content"] = content_text(kept.get("content"))
-        plain.append(kept)
-    return values.prompt(plain)
+    return values.prompt(messages)
+
+
+def request_arguments(body: Mapping[str, Any]) -> str | None:
+    """The arguments that a request gives the chat template, as JSON; None without any.
+
+    A request of chat completions that ends with an assistant message is continued only where it
+    says so (`continue_final_message`): servers close that message and open another one.
+
+    Raises:
+        DataError: the request replaces the template or switches the generation prompt off.
+    """
+    opened = body.get("add_generation_prompt") is False and not body.get(CONTINUE)
+    if body.get("chat_template") or opened:
+        raise DataError(
+            "a request is rendered with the server's chat template and its generation prompt",
+            received="chat_template"
+            if body.get("chat_template")
+            else "add_generation_prompt: false without continue_final_message",
+            remedy="log the prompt's token ids",
+        )
+    messages = body.get("messages") or ()
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    closed = last.get("role") == "assistant" and not (body.get(CONTINUE) or last.get("prefix"))
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        tools = [_nested_tool(tool) for tool in tools]
+    return values.template_arguments(
+        {**body, "tools": tools},
+        documents=body.get("documents") or None,
+        **({CONTINUE: False} if closed else {}),
+    )
+
+
+def _nested_tool(tool: Any) -> Any:
+    """A tool definition as chat completions have it; the responses API has it flat."""
+    if isinstance(tool, dict) and "function" not in tool and tool.get("type") == "function":
+        return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    return tool
 
 
 def request_prompt(body: Mapping[str, Any]) -> tuple[values.Prompt, Int32Array | None]:
@@ -89,42 +126,104 @@ def responses_prompt(params: Mapping[str, Any]) -> values.Prompt:
     """The prompt of a request to the responses API.
 
     Raises:
-        DataError: it is more than text.
+        DataError: an item is of another kind than text, reasoning, tool calls and their results.
     """
     given = params["input"]
-    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    if params.get("instructions") and isinstance(messages, list):
-        messages = [{"role": "system", "content": params["instructions"]}, *messages]
-    return chat(messages)
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(items, list):
+        raise DataError("a chat's prompt is a list of messages", received=repr(given))
+    if params.get("instructions"):
+        items = [{"role": "system", "content": params["instructions"]}, *items]
+    return values.prompt(item_messages(items))
 
 
-def choice_content(choice: AnswerChoice) -> tuple[str | None, Int32Array | None]:
-    """Text and (T,) int32 token ids of a choice of either completions API, None where it has none.
+def item_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
+    """Items of the responses API as chat messages.
 
-    Raises:
-        DataError: they are invalid, or there are no ids and the text is not all that was written.
-    """
-    with answer_errors("a response is one text, or has token ids"):
-        ids = choice.token_ids
-        text = choice.text(beside=() if ids is None else BESIDE_TEXT)
-    return text, None if ids is None else np.array(ids, np.int32)
-
-
-def output_text(output: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a response of the responses API: that of its one message.
+    Reasoning, text and tool calls that follow each other are one message of the assistant.
 
     Raises:
-        DataError: it has other items, several messages or none.
+        DataError: an item is of another kind; names it.
     """
-    kinds = [str(item.get("type", "message")) for item in output]
-    if kinds != ["message"]:
-        raise DataError(
-            "a response is one message of text",
-            received=f"the items {', '.join(kinds) or 'none'}",
-            remedy=_WITH_IDS,
+    found: list[dict[str, Any]] = []
+    for item in items:
+        kind = item.get("type", "message") if isinstance(item, dict) else type(item).__name__
+        if kind == "message" and is_message(item) and item["role"] != "assistant":
+            found.append(item)
+        elif kind == "function_call_output":
+            output = item.get("output")
+            content = output if isinstance(output, str | list) else json.dumps(output)
+            found.append({"role": "tool", "content": content, "tool_call_id": item.get("call_id")})
+        elif kind in ("message", "reasoning", "function_call") and isinstance(item, dict):
+            _add_to_assistant(found, kind, item)
+        else:
+            raise DataError(
+                "the items of a response are messages, reasoning, function calls and their outputs",
+                received=f"an item of type {kind!r}",
+                remedy=_WITH_IDS,
+            )
+    return found
+
+
+def _add_to_assistant(found: list[dict[str, Any]], kind: str, item: Mapping[str, Any]) -> None:
+    own = found[-1] if found and found[-1].get("_open") else None
+    # A message closes the reasoning and begins the calls; a second text is a message of its own.
+    if (
+        own is None
+        or (kind != "function_call" and own.get("content"))
+        or (kind != "function_call" and own.get("tool_calls"))
+    ):
+        own = {"role": "assistant", "content": "", "_open": True}
+        found.append(own)
+    if kind == "message":
+        own["content"] = content_text(item.get("content"), role="assistant")
+    elif kind == "reasoning":
+        parts = item.get("content") or item.get("summary") or []
+        texts = [str(part.get("text", "")) for part in parts if isinstance(part, dict)]
+        if not any(texts) and item.get("encrypted_content"):
+            raise DataError(
+                "the reasoning of a response is text",
+                received="reasoning that is encrypted",
+                remedy=_WITH_IDS,
+            )
+        own["reasoning_content"] = own.get("reasoning_content", "") + "".join(texts)
+    else:
+        call = {"name": item.get("name"), "arguments": item.get("arguments") or {}}
+        own.setdefault("tool_calls", []).append(
+            {"type": "function", "id": item.get("call_id"), "function": call}
         )
-    with answer_errors("a response is one message of text"):
-        return content_text(output[0].get("content"))
+
+
+def choice_content(choice: AnswerChoice) -> tuple[values.Reply, Int32Array | None]:
+    """A choice of either completions API: text or messages, and (T,) int32 token ids or None.
+
+    Raises:
+        DataError: they are invalid, or the message holds more than text, reasoning and tool calls.
+    """
+    with answer_errors("a response is text, or has token ids"):
+        ids = choice.token_ids
+    message = choice.message
+    if message.get("content") is None and not (message.keys() & {*BESIDE_TEXT} - {"content"}):
+        return values.Reply(None), None if ids is None else np.array(ids, np.int32)
+    if all(not message.get(name) for name in ("content", *BESIDE_TEXT)):
+        reply = values.Reply(message.get("content"))
+    else:
+        reply = values.response([{**message, "role": "assistant"}])
+    return reply, None if ids is None else np.array(ids, np.int32)
+
+
+def output_reply(output: Sequence[Mapping[str, Any]]) -> values.Reply:
+    """A response of the responses API, from its items.
+
+    Raises:
+        DataError: an item is of a kind that no chat template renders, or there is none.
+    """
+    found = item_messages(output)
+    if not found:
+        raise DataError(
+            "a response has at least 1 item", received="no items", remedy="sample it again"
+        )
+    return values.response(found)
 
 
 def was_cut(response: Mapping[str, Any]) -> bool:

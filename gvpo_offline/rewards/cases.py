@@ -13,7 +13,10 @@ from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokeniz
 
 Message = dict[str, Any]
 
-_TEXT = ("response_lengths", "prompt", "messages", "responses", "metadata")
+_TEXT = (
+    *("response_lengths", "prompt", "messages", "responses", "metadata"),
+    "response_messages",
+)
 _IDS = ("prompt_token_ids", "response_token_ids")
 
 
@@ -25,7 +28,8 @@ class ScoringInput:
         group_id: its id.
         prompt: the prompt as text, or None where it is messages.
         messages: the prompt as chat messages, or None where it is text.
-        responses: k texts.
+        responses: k texts; of a response of several messages, that of the last one.
+        response_messages: k times JSON chat messages, where a response is more than one text.
         metadata: the columns of the log that were kept at import.
         response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
         row_group: number of the row group. One call of `Scorer.score` gets all groups of a row
@@ -41,6 +45,15 @@ class ScoringInput:
     response_token_ids: tuple[Int32Array, ...] | None = None
     row_group: int = 0
     location: dict[str, Any] = field(default_factory=dict)
+    response_messages: tuple[str, ...] | None = None
+
+    def turns(self, index: int) -> list[Message]:
+        """Response `index` as chat messages: one of the assistant, unless the log has several."""
+        found = self.response_messages and self.response_messages[index]
+        if found:
+            messages: list[Message] = json.loads(found)
+            return messages
+        return [{"role": "assistant", "content": self.responses[index]}]
 
     @property
     def size(self) -> int:
@@ -133,6 +146,7 @@ class ScoringInputReader:
             response_token_ids=group.response_token_ids if self._token_ids else None,
             row_group=row_group,
             location=location,
+            response_messages=group.response_messages,
         )
 
     def _decoded(self, ids: Int32Array, location: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ class TrlScorer(_FunctionScorer):
         k = group.size
         completions: list[Any] = list(group.responses)
         if group.messages is not None:
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
+            completions = [group.turns(i) for i in range(k)]
         columns = {name: [value] * k for name, value in group.metadata.items() if name not in _OWN}
         found = self._call(
             group,

@@ -98,7 +98,7 @@ class ModelScorer(SimpleScorer):
         return [piece[np.newaxis] for piece in np.split(scores, ends)]
 
     def _encoded(self, group: ScoringInput) -> list[list[int]]:
-        texts = [self._text(group, response) for response in group.responses]
+        texts = [self._text(group, index) for index in range(group.size)]
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         limit = getattr(self._model.config, "max_position_embeddings", None)
         longest = max(map(len, found))
@@ -111,10 +111,10 @@ class ModelScorer(SimpleScorer):
             )
         return found
 
-    def _text(self, group: ScoringInput, response: str) -> str:
+    def _text(self, group: ScoringInput, index: int) -> str:
         if group.messages is None and not self._settings.as_chat:
-            return f"{group.prompt}{response}"
-        messages = [*group.conversation, {"role": "assistant", "content": response}]
+            return f"{group.prompt}{group.responses[index]}"
+        messages = [*group.conversation, *group.turns(index)]
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template may raise anything

@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources

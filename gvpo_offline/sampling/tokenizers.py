@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Int32Array
-from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.sampling.prompts import Prompt
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
 

@@ -183,6 +183,9 @@ def groups_to_table(groups: Sequence[Group]) -> pa.Table:
             None if g.sampler_seq_logprobs is None else g.sampler_seq_logprobs.tolist()
             for g in groups
         ],
+        "template_arguments": [g.template_arguments for g in groups],
+        # Never null, so that groups of a dataset with such responses and of one without can merge.
+        "response_messages": [g.response_messages or ("",) * g.group_size for g in groups],
     }
     schema = arrow_schema(GROUPS_COLUMNS)
     arrays = [
@@ -259,8 +262,11 @@ def groups_from_table(table: pa.Table) -> list[Group]:
     columns = {field.name: _column_rows(table, field.name) for field in fields(Group)}
     responses = [tuple(row or ()) for row in columns["response_token_ids"]]
     columns["response_token_ids"] = responses
-    for name in ("loss_mask", "responses", "response_ids"):
+    for name in ("loss_mask", "responses", "response_ids", "response_messages"):
         columns[name] = [None if row is None else tuple(row) for row in columns[name]]
+    columns["response_messages"] = [
+        row if row is not None and any(row) else None for row in columns["response_messages"]
+    ]
     for name, unknown in (("samplers", "unknown"), ("truncated", False)):
         pairs = zip(columns[name], responses, strict=True)
         columns[name] = [(unknown,) * len(ids) if row is None else row for row, ids in pairs]

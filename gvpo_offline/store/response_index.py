@@ -30,6 +30,7 @@ RESPONSE_AXIS = {
     "loss_mask": 0,
     "responses": 0,
     "response_ids": 0,
+    "response_messages": 0,
     "rewards": 0,
     "ref_seq_logprobs": 0,
     "sampler_seq_logprobs": 0,

@@ -75,6 +75,20 @@ GROUPS_COLUMNS: tuple[Column, ...] = (
         "log-probability of each response under who wrote it, summed over the tokens that count, "
         "in nats; null where the log does not say for all of them. (k,)",
     ),
+    Column(
+        "template_arguments",
+        pa.string(),
+        False,
+        "Arguments of the chat template beside the messages (tools, enable_thinking and others) as "
+        "a JSON object, or null.",
+    ),
+    Column(
+        "response_messages",
+        pa.list_(pa.string()),
+        False,
+        "The JSON chat messages of each response that is more than one text, empty text for the "
+        "others. (k,)",
+    ),
 )
 
 REWARDS_COLUMNS: tuple[Column, ...] = (

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "hashing", "identity"),
-    ("group", "settings"),
+    ("group", "settings", "messages"),
     ("rules", "values"),
     ("store", "contract"),
     ("info",),
@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workers", "openai", "collectives"),
     ("stream",),
     ("compute",),
-    ("tokenizer",),
+    ("tokenizer", "chat"),
     ("importing",),
     ("merging",),
     ("sampling", "rewards", "reference"),

@@ -18,7 +18,8 @@ from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
-from gvpo_offline.values import flags, token_ids
+from gvpo_offline.messages import is_message
+from gvpo_offline.values import Reply, flags, token_ids
 
 
 def open_format(config: ImportConfig) -> FlatFormat:
@@ -45,6 +46,8 @@ class FlatFormat:
             "loss_mask",
             "truncated",
             "sampler_logprob",
+            "tools",
+            "chat_template_kwargs",
         )
         named = [getattr(self._names, role) for role in roles]
         self._columns = list(dict.fromkeys([*(n for n in named if n), *self._names.keep]))
@@ -74,8 +77,8 @@ class FlatFormat:
         prompt_ids = value("prompt_token_ids")
         prompt, messages = values.prompt(value("prompt", optional=prompt_ids is not None))
         ids = value("response_token_ids")
-        texts, all_ids, many = _responses(value("response", optional=ids is not None), ids)
-        n = len(texts)
+        replies, all_ids, many = _responses(value("response", optional=ids is not None), ids)
+        n = len(replies)
 
         def each(role: str, parse: Callable[[Any], Any], *, shared: bool = False) -> list[Any]:
             return _spread(value(role), getattr(names, role), n, many, parse, shared=shared)
@@ -84,7 +87,7 @@ class FlatFormat:
             prompt=prompt,
             messages=messages,
             prompt_token_ids=None if prompt_ids is None else token_ids(prompt_ids, "a prompt"),
-            responses=texts,
+            responses=[reply.text for reply in replies],
             response_token_ids=all_ids,
             rewards=each("reward", values.number) if names.reward else None,
             samplers=each("sampler", self._sampler, shared=True) if names.sampler else [None] * n,
@@ -96,6 +99,12 @@ class FlatFormat:
             else None,
             group_id=values.identifier(value("group_id")) if names.group_id else None,
             metadata=self._metadata(record, source),
+            response_messages=[reply.messages for reply in replies]
+            if any(reply.messages for reply in replies)
+            else None,
+            template_arguments=values.template_arguments(
+                {"tools": value("tools"), "chat_template_kwargs": value("chat_template_kwargs")}
+            ),
         )
 
     def _sampler(self, value: Any) -> str | None:
@@ -129,15 +138,15 @@ def _missing(setting: str, name: str, record: Record, source: InputInfo) -> Data
 
 def _is_many(value: Any) -> bool:
     """Whether a value of the response column holds a group's responses, not one response."""
-    return isinstance(value, list) and not (value and all(map(values.is_message, value)))
+    return isinstance(value, list) and not (value and all(map(is_message, value)))
 
 
 def _is_many_ids(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(v, list | np.ndarray) for v in value)
 
 
-def _responses(text: Any, ids: Any) -> tuple[list[str | None], list[Any] | None, bool]:
-    """Texts, token ids, and whether the row holds a group."""
+def _responses(text: Any, ids: Any) -> tuple[list[Reply], list[Any] | None, bool]:
+    """Responses, token ids, and whether the row holds a group."""
     many = _is_many(text) if text is not None else _is_many_ids(ids)
     if text is not None and ids is not None and len(ids) and many != _is_many_ids(ids):
         raise DataError(
@@ -151,7 +160,7 @@ def _responses(text: Any, ids: Any) -> tuple[list[str | None], list[Any] | None,
             for row in (ids if many else [ids])
         ]
     if text is None:
-        return [None] * (1 if all_ids is None else len(all_ids)), all_ids, many
+        return [Reply(None)] * (1 if all_ids is None else len(all_ids)), all_ids, many
     return [values.response(part) for part in (text if many else [text])], all_ids, many
 
 

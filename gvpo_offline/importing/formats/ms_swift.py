@@ -59,19 +59,25 @@ class MsSwiftFormat(TrainerFormat):
             return []
         _check_turns(record.get("num_turns"))
         rows = [{name: column[i] for name, column in columns.items()} for i in range(n)]
-        fragments = [self._response(row, row[step], weights, place) for row in rows]
+        fragments = [self._response(row, row[step], weights, place, record) for row in rows]
         if "advantages" in record and not self.config.reward_weights:
             advantages = _columns(record, ["prompt", "advantages"])["advantages"]
             check_batch(fragments, advantages, names)
         return fragments
 
     def _response(
-        self, row: Record, step: Any, weights: Mapping[str, float], place: RowLocation
+        self,
+        row: Record,
+        step: Any,
+        weights: Mapping[str, float],
+        place: RowLocation,
+        record: Record,
     ) -> Fragment:
         parts = {name: part(row[name], name) for name in weights}
         fragment = one_response(
             prompt=values.prompt(row["prompt"]),
             text=values.response(row["completion"]),
+            arguments=values.template_arguments(record),
             reward=add_parts(parts, weights),
             parts=parts,
             sampler=f"{place.run}@{step}",

@@ -2,7 +2,8 @@
 
 Rollouts of one task (`_ng_task_index`) with the same prompt are a group. Token ids in a rollout are
 imported unchanged, for all of its turns, and the loss mask is false on the tokens that tools
-returned in between. A rollout without token ids must be a single text message.
+returned in between. Items without token ids (messages, reasoning, calls of tools and their results)
+are rendered with the chat template of the policy.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
-from gvpo_offline.openai.shapes import output_text, responses_prompt, was_cut
+from gvpo_offline.openai.shapes import (
+    output_reply,
+    request_arguments,
+    responses_prompt,
+    was_cut,
+)
 from gvpo_offline.values import token_ids
 
 _PROMPT, _GENERATED = "prompt_token_ids", "generation_token_ids"
@@ -62,9 +68,11 @@ class NemoGymFormat(TrainerFormat):
         }
         if cut is None:
             params = record["responses_create_params"]
-            values.no_tools(params)
             fragment = one_response(
-                prompt=responses_prompt(params), text=output_text(output), **common
+                prompt=responses_prompt(params),
+                arguments=request_arguments(params),
+                text=output_reply(output),
+                **common,
             )
         else:
             fragment = one_response(prompt_ids=cut.prompt_ids, ids=cut.ids, mask=cut.mask, **common)

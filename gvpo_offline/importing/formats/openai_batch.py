@@ -33,7 +33,8 @@ from gvpo_offline.openai.answer import AnswerChoice, BadAnswerError, choices_of,
 from gvpo_offline.openai.shapes import (
     answer_errors,
     choice_content,
-    output_text,
+    output_reply,
+    request_arguments,
     request_prompt,
     was_cut,
 )
@@ -58,7 +59,7 @@ class _Request:
     """A request, its row in the request file, and whether a result was read for it."""
 
     place: RowLocation
-    tools: Any
+    arguments: str | None
     prompt: values.Prompt
     prompt_ids: Int32Array | None
     answered: bool = False
@@ -178,16 +179,16 @@ def _request(record: Record, place: RowLocation) -> _Request:
         if not isinstance(record.get("body"), dict):
             raise DataError("a request has a body", received=", ".join(record))
         body = record["body"]
-        return _Request(place, body.get("tools"), *request_prompt(body))
+        return _Request(place, request_arguments(body), *request_prompt(body))
     except DataError as error:
         raise with_location(error, file=place.label, row=place.row) from None
 
 
 def _response(body: Mapping[str, Any], request: _Request) -> Fragment:
-    values.no_tools({"tools": request.tools})
     return one_response(
         prompt=request.prompt,
-        text=output_text(body["output"]),
+        arguments=request.arguments,
+        text=output_reply(body["output"]),
         truncated=was_cut(body),
         reward=None,
     )
@@ -195,11 +196,10 @@ def _response(body: Mapping[str, Any], request: _Request) -> Fragment:
 
 def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
     sent = choice.prompt_token_ids
-    if sent is None:
-        values.no_tools({"tools": request.tools})
     text, ids = choice_content(choice)
     return one_response(
         prompt=request.prompt,
+        arguments=request.arguments,
         prompt_ids=request.prompt_ids if sent is None else token_ids(sent, "prompt_token_ids"),
         ids=ids,
         text=text,

@@ -20,7 +20,7 @@ _TURN = "\n\nAssistant:"
 _NEXT_TURN = "\n\nHuman:"
 
 Messages = list[dict[str, Any]]
-Pair = list[str]
+Pair = list[Any]
 
 
 def open_format(config: ImportConfig) -> RowFormat:
@@ -32,13 +32,12 @@ def open_format(config: ImportConfig) -> RowFormat:
     return RowFormat(
         config,
         required=("chosen", "rejected"),
-        optional=("prompt", "tools", *_SCORES),
+        optional=("prompt", *_SCORES),
         parse=_parse,
     )
 
 
 def _parse(record: Record) -> list[Fragment]:
-    values.no_tools(record)
     chosen, rejected, given = record["chosen"], record["rejected"], record.get("prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, pair = _from_texts(chosen, rejected, given)
@@ -81,7 +80,7 @@ def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[va
     shared, most = 0, min(len(chosen), len(rejected)) - 1
     while shared < most and chosen[shared] == rejected[shared]:
         shared += 1
-    pair = [values.response(chosen[shared:]) or "", values.response(rejected[shared:]) or ""]
+    pair: Pair = [_reply(chosen[shared:]), _reply(rejected[shared:])]
     if not shared:
         if given is None:
             raise _without_prompt([chosen, rejected])
@@ -94,6 +93,12 @@ def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[va
             remedy="remove the prompt column, or the messages that chosen and rejected share",
         )
     return values.prompt(head), pair
+
+
+def _reply(messages: Messages) -> str | values.Reply:
+    """A response of a pair: its text, if it is one text."""
+    reply = values.response(messages)
+    return (reply.text or "") if reply.messages is None else reply
 
 
 def _agrees(given: Any, head: Messages) -> bool:

@@ -28,8 +28,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
-from gvpo_offline.openai.answer import AnswerChoice
-from gvpo_offline.openai.shapes import answer_errors, chat
+from gvpo_offline.openai.shapes import chat
 from gvpo_offline.values import flags, token_ids
 
 _STEP = re.compile(r"step_(\d+)")
@@ -95,16 +94,17 @@ class PrimeRLFormat(TrainerFormat):
                 flags([m for node in path for m in node["mask"]], "mask"),
             )
             return one_response(prompt_ids=cut.prompt_ids, ids=cut.ids, mask=cut.mask, **common)
-        if len(sampled) != 1 or path[-1] is not sampled[0]:
+        first = next((i for i, node in enumerate(path) if node.get("sampled")), len(path))
+        written = [n for n in path[first:] if n["message"].get("role") == "assistant"]
+        if not sampled or any(node not in sampled for node in written):
             raise DataError(
-                "a trace without token ids has one answer, and ends with it",
-                received=f"{len(sampled)} answers among {len(path)} messages",
+                "the policy wrote every assistant message of a trace from its first one on",
+                received=f"{len(sampled)} of its messages among {len(path)}",
                 remedy="sample with the renderer's client, which logs token ids",
             )
-        prompt = chat([node["message"] for node in path[:-1]])
-        with answer_errors("a trace's answer is one text"):
-            text = AnswerChoice({"message": path[-1]["message"]}).text()
-        return one_response(prompt=prompt, text=text, **common)
+        prompt = chat([node["message"] for node in path[:first]])
+        reply = values.response([node["message"] for node in path[first:]])
+        return one_response(prompt=prompt, text=reply, **common)
 
     def _rewards(
         self, rewards: Mapping[str, Any]

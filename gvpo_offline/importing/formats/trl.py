@@ -94,6 +94,7 @@ class TrlFormat(TrainerFormat):
         fragment = one_response(
             prompt=values.prompt(record["prompt"]),
             text=values.response(record["completion"]),
+            arguments=values.template_arguments(record),
             reward=add_parts(parts, self._weights),
             parts=parts,
             sampler=f"{place.run}@{record['step']}",

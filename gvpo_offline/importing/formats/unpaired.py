@@ -12,13 +12,10 @@ from gvpo_offline.importing.sources.rows import Record
 
 def open_format(config: ImportConfig) -> RowFormat:
     """One response per row, grouped by prompt; the reward is 1 (desirable) or 0."""
-    return RowFormat(
-        config, required=("prompt", "completion", "label"), optional=("tools",), parse=_parse
-    )
+    return RowFormat(config, required=("prompt", "completion", "label"), parse=_parse)
 
 
 def _parse(record: Record) -> list[Fragment]:
-    values.no_tools(record)
     label = values.number(record["label"], "a label")
     if label not in (None, 0.0, 1.0):
         raise DataError(

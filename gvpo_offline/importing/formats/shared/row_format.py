@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
@@ -17,6 +18,8 @@ from gvpo_offline.importing.sources.rows import Record, Row
 __all__ = ["RowFormat", "comparison_id", "text_fragment"]
 
 _ID_DIGITS = 16
+# Columns with arguments of the chat template, in any format.
+_ARGUMENTS = ("tools", "chat_template_kwargs")
 
 
 class RowFormat:
@@ -46,7 +49,7 @@ class RowFormat:
     ) -> None:
         self._weights = part_weights(config, parts or {})
         self._known = KnownColumns(config, required)
-        self._columns = list(dict.fromkeys([*self._known.names, *optional]))
+        self._columns = list(dict.fromkeys([*self._known.names, *optional, *_ARGUMENTS]))
         self._parse = parse
 
     @property
@@ -59,11 +62,13 @@ class RowFormat:
         for row, record in rows:
             try:
                 metadata = self._known.metadata(record, source.columns)
+                arguments = values.template_arguments(record)
                 fragments = self._parse(record)
             except DataError as error:
                 raise with_location(error, file=source.label, row=row) from error.__cause__
             for fragment in fragments:
                 fragment.row, fragment.metadata = row, metadata
+                fragment.template_arguments = arguments
                 if fragment.components is not None:
                     fragment.rewards = weighted_sum(
                         fragment.components, self._weights, fragment.size
@@ -73,7 +78,7 @@ class RowFormat:
 
 def text_fragment(
     prompt: values.Prompt,
-    responses: Sequence[str | None],
+    responses: Sequence[Any],
     rewards: Sequence[float | None] | None = None,
     *,
     samplers: Sequence[str | None] | None = None,
@@ -86,7 +91,8 @@ def text_fragment(
 
     Args:
         prompt: as `values.prompt` returns it.
-        responses: n texts; None, where the log has null, is an empty text.
+        responses: n texts or messages, as the log holds them; None, where it has null, is an empty
+            text.
         rewards: n numbers, None where a response lacks its reward; or None if `parts` is given.
         samplers: n names, or None if the log has none.
         truncated: n flags, or None if no response was truncated.
@@ -96,11 +102,12 @@ def text_fragment(
     """
     n = len(responses)
     text, messages = prompt
+    replies = [values.response(value) for value in responses]
     return Fragment(
         prompt=text,
         messages=messages,
         prompt_token_ids=None,
-        responses=[values.response(text) or "" for text in responses],
+        responses=[reply.text or "" for reply in replies],
         response_token_ids=None,
         rewards=rewards,
         samplers=[None] * n if samplers is None else list(samplers),
@@ -108,13 +115,17 @@ def text_fragment(
         response_ids=None if response_ids is None else list(response_ids),
         group_id=group_id,
         components=None if parts is None else {name: list(part) for name, part in parts.items()},
+        response_messages=[reply.messages for reply in replies]
+        if any(reply.messages for reply in replies)
+        else None,
     )
 
 
-def comparison_id(prompt: values.Prompt, responses: Sequence[str | None]) -> str:
+def comparison_id(prompt: values.Prompt, responses: Sequence[Any]) -> str:
     """A group id for a row whose rewards only compare the responses of that row.
 
     Such rewards cannot be compared with those of another row, even one with the same prompt, so
     each row is its own group: the id is a hash of the prompt and all responses.
     """
-    return sha256_json([*prompt, *responses])[:_ID_DIGITS]
+    texts = [[r.text, r.messages] if isinstance(r, values.Reply) else r for r in responses]
+    return sha256_json([*prompt, *texts])[:_ID_DIGITS]

@@ -83,7 +83,8 @@ def one_response(
     reward: float | None,
     prompt: values.Prompt = (None, None),
     prompt_ids: Int32Array | None = None,
-    text: str | None = None,
+    text: values.Reply | str | None = None,
+    arguments: str | None = None,
     ids: Int32Array | None = None,
     mask: BoolArray | None = None,
     sampler: str | None = None,
@@ -97,7 +98,8 @@ def one_response(
         reward: the reward, or None if it is missing.
         prompt: as `values.prompt` returns it.
         prompt_ids: (P,) int32, or None to tokenise the prompt.
-        text: the response as text.
+        text: the response as text, or as `values.response` returns it.
+        arguments: arguments of the chat template, as `values.template_arguments` returns them.
         ids: (T,) int32, or None to tokenise the text.
         mask: (T,) bool, or None where every token counts.
         sampler: name of the sampler.
@@ -105,11 +107,12 @@ def one_response(
         response_id: the id of the response.
         parts: the parts of the reward by name.
     """
+    reply = text if isinstance(text, values.Reply) else values.Reply(text)
     return Fragment(
         prompt=prompt[0],
         messages=prompt[1],
         prompt_token_ids=prompt_ids,
-        responses=[text],
+        responses=[reply.text],
         response_token_ids=None if ids is None else [ids],
         rewards=[reward],
         samplers=[sampler],
@@ -117,6 +120,8 @@ def one_response(
         loss_mask=None if mask is None else [mask],
         response_ids=None if response_id is None else [response_id],
         components=None if parts is None else {name: [part] for name, part in parts.items()},
+        response_messages=None if reply.messages is None else [reply.messages],
+        template_arguments=arguments,
     )
 
 
@@ -304,6 +309,7 @@ class TrainerFormat(ABC):
         """The fragments of one row, with `row`, `metadata` and `sampler` settings applied."""
         try:
             metadata = self._known.metadata(record, None)
+            arguments = values.template_arguments(record)
             fragments = list(self.parse(record, place))
         except DataError as error:
             raise with_location(error, file=place.label, row=place.row) from error.__cause__
@@ -317,6 +323,7 @@ class TrainerFormat(ABC):
             ) from error
         for fragment in fragments:
             fragment.row, fragment.metadata = place.row, metadata
+            fragment.template_arguments = fragment.template_arguments or arguments
             if self.config.sampler is not None:
                 fragment.samplers = [None] * fragment.size
         return fragments
