@@ -196,11 +196,19 @@ def template_arguments(record: Mapping[str, Any], **further: Any) -> str | None:
                 received=repr(record[name])[:200],
                 remedy="correct or remove the column",
             )
-        found |= {"tools": value} if name == "tools" else value
+        found |= {"tools": [_decoded(tool) for tool in value]} if name == "tools" else value
     found |= {name: value for name, value in further.items() if value is not None}
     if not found:
         return None
     return valid_text(json.dumps(found, ensure_ascii=False, sort_keys=True, default=plain))
+
+
+def _decoded(tool: Any) -> Any:
+    """A tool definition, which data sets may hold as JSON text."""
+    try:
+        return json.loads(tool) if isinstance(tool, str) else tool
+    except ValueError as error:
+        raise DataError("a tool definition is a record, or its JSON", received=tool) from error
 
 
 def prompt(value: Any) -> Prompt:

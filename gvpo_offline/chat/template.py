@@ -224,6 +224,28 @@ class ChatTemplate:
         tail = self._split_tail(text[start:])
         return start + len(tail) if tail else -1
 
+    def closing_mark(self, text: str) -> int:
+        """The position behind the mark that a text ends with, white space aside; -1 if none."""
+        bare = text.rstrip()
+        marks = list(self._special.finditer(bare)) if self._special else []
+        return len(bare) if marks and marks[-1].end() == len(bare) else -1
+
+    def generated(self, messages: Sequence[Message], arguments: Arguments) -> list[tuple[int, int]]:
+        """The spans of the template's {% generation %} blocks in a rendering; none without any."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = self._tokenizer.get_chat_template(tools=arguments.get("tools"))
+        if "generation" not in given:
+            return []
+        _, spans = render_jinja_template(
+            conversations=[list(map(self._named, messages))],
+            chat_template=given,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+            **{name: value for name, value in arguments.items() if name != CONTINUE},
+        )
+        return [(int(first), int(last)) for first, last in spans[0]]
+
     def check_rendered(self, messages: Sequence[Message], text: str, arguments: Arguments) -> None:
         """Check that a rendering holds the text of every message and the name of every tool.
 

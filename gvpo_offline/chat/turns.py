@@ -3,7 +3,9 @@ given in between: results of tools, and the headers of turns.
 
 For a response of one message, the emitted text begins behind the generation prompt and ends with
 the first mark that ends the turn. A response of several messages alternates: each assistant message
-begins where the rendering of all messages before it, with the generation prompt, ends.
+begins where the rendering of all messages before it, with the generation prompt, ends. Where a
+template renders earlier turns differently once later ones follow, its {% generation %} blocks say
+what the policy emits, if it has them.
 """
 
 from __future__ import annotations
@@ -137,6 +139,10 @@ def message_pieces(
     own = [i for i, message in enumerate(response) if message["role"] == "assistant"]
     starts = list(_starts(template, frame, before, arguments, response, own))
     broken = next((i for i, s in zip(own, starts, strict=True) if not full.startswith(s)), None)
+    if broken is not None and broken > own[0] and full.startswith(frame.prompt):
+        marked = template.generated([*before, *response], arguments)
+        if len(marked) >= len(own):
+            return _marked_pieces(template, full, len(frame.prompt), marked[-len(own) :], end)
     if broken is not None:
         raise DataError(
             "the rendering of a response begins with the rendering of the turns before it",
@@ -154,6 +160,30 @@ def message_pieces(
         [m for m in response if m["role"] != "assistant"], full[len(frame.prompt) :], {}
     )
     return Turns(tuple(turns.pieces), turns.as_rendered)
+
+
+def _marked_pieces(
+    template: ChatTemplate,
+    full: str,
+    start: int,
+    spans: Sequence[tuple[int, int]],
+    end: str | None,
+) -> Turns:
+    """The pieces by the template's own {% generation %} blocks, one for each assistant message."""
+    pieces: list[Piece] = []
+    position = start
+    for number, (first, last) in enumerate(spans):
+        if number:
+            pieces.append(Piece(full[position:first], written=False))
+            position = first
+        closed = template.closing_mark(full[position:last])
+        if closed < 0:
+            closed = template.end_of_turn(full, last) - position
+        if number == len(spans) - 1 and end is None:
+            closed = len(full[position:last]) if closed > last - position else closed
+        pieces.append(Piece(full[position : position + closed], written=True))
+        position += closed
+    return Turns(tuple(pieces))
 
 
 def _starts(

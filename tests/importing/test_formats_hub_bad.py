@@ -64,11 +64,11 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
         {"chosen": [assistant("a")], "rejected": [assistant("b")]},
         "both begin with the prompt",
     ),
-    "preference: several turns of response": (
+    "preference: a response that begins with the user": (
         "preference",
         hub.PAIR_MESSAGES_ALONE,
-        {"chosen": [*CHAT, assistant("x")], "rejected": [user("q"), assistant("b")]},
-        "a list with one assistant message",
+        {"chosen": [user("q"), user("r"), assistant("x")], "rejected": [user("q"), assistant("b")]},
+        "a response begins with an assistant message; received the roles user, assistant",
     ),
     "preference: another prompt than in chosen": (
         "preference",
@@ -91,8 +91,13 @@ BAD: dict[str, tuple[str, datasets.Features, Row, str]] = {
     "preference: tools": (
         "preference",
         datasets.Features({**hub.PAIR_MESSAGES, "tools": hub.TEXTS}),
-        {"prompt": CHAT, "chosen": CHAT[:1], "rejected": CHAT[:1], "tools": ["{}"]},
-        "no tool definitions",
+        {
+            "prompt": CHAT[:1],
+            "chosen": [assistant("a")],
+            "rejected": [assistant("b")],
+            "tools": ["{}"],
+        },
+        "the chat template renders the prompt's tools",
     ),
     "unpaired: a score as label": (
         "unpaired",

@@ -98,27 +98,28 @@ def test_nemo_gym_failures(tmp_path: Path) -> None:
 
 
 CALL = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}
-REASONING = {"type": "reasoning", "id": "r", "summary": []}
+THOUGHT = [{"type": "summary_text", "text": "2 and 3"}]
+REASONING = {"type": "reasoning", "id": "r", "summary": THOUGHT}
 PICTURE = [{"type": "input_image", "image_url": "data:"}]
 
 
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        (gym_row(0, 0, [CALL, message("5")]), "received the items function_call, message"),
-        (gym_row(0, 0, [REASONING, message("5")]), "received the items reasoning, message"),
-        (gym_row(0, 0, []), "received the items none"),
+        (gym_row(0, 0, [CALL, message("5")]), "every field of a message; received tool_calls"),
+        (gym_row(0, 0, [REASONING, message("5")]), "of a message; received reasoning_content"),
+        (gym_row(0, 0, []), "a response has at least 1 item"),
         (gym_row(0, 0, [turn([1], [2]), turn([1, 3], [4])]), "different tokens in turn 1"),
         (
             gym_row(0, 0, [message("5")], responses_create_params={"input": "p", "tools": [CALL]}),
-            "a prompt has no tool definitions",
+            "the chat template renders the prompt's tools",
         ),
         (
             gym_row(
                 0, 0, [message("5")],
                 responses_create_params={"input": [{"role": "user", "content": PICTURE}]},
             ),
-            "a list of text parts",
+            "a part of type 'input_image' in a message of role user",
         ),
         (gym_row(0, 0, [message("5")], reward="x"), "reward is a number; received 'x'"),
         (gym_row(0, 0, [message("5")], reward=None), "each response has one"),
@@ -127,9 +128,12 @@ PICTURE = [{"type": "input_image", "image_url": "data:"}]
         ({"responses_create_params": {"input": "p"}}, "no response, reward among"),
     ],
 )  # fmt: skip
-def test_nemo_gym_refuses(row: dict[str, Any], match: str, tmp_path: Path) -> None:
+def test_nemo_gym_refuses(
+    row: dict[str, Any], match: str, tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
     path = write_jsonl(tmp_path / "rollouts.jsonl", [row])
-    assert refused(path, "nemo_gym", DataError, match, tmp_path / "o").row == 0
+    settings = {"tokenizer_name_or_path": str(tiny_tokenizer_dir)}
+    assert refused(path, "nemo_gym", DataError, match, tmp_path / "o", **settings).row == 0
 
 
 # --- prime-rl -------------------------------------------------------------------------------------
@@ -468,19 +472,19 @@ A = [request("a")]
         ([{"custom_id": "a"}], [result("a", choice("5"))], None, "a request has a body"),
         ([{"body": {}}], [result("a", choice("5"))], None, "an id is text or an integer"),
         ([{"custom_id": "a", "body": {"prompt": ["x", "y"]}}], [result("a")], None, "one prompt"),
-        ([request("a", tools=[CALL])], [result("a", choice("5"))], None, "tool definitions"),
+        ([request("a", tools=[CALL])], [result("a", choice("5"))], None, "prompt's tools"),
         (A, [result("a")], None, "a response's body has choices"),
         (
             A,
             [result("a", choice("5", message={"content": "5", "reasoning": "2 and 3"}))],
             None,
-            "a message with reasoning",
+            "received reasoning_content in a message of role 'assistant'",
         ),
         (
             A,
             [result("a", choice(None, message={"content": None, "tool_calls": [CALL]}))],
             None,
-            "a message with tool_calls",
+            "received tool_calls in a message of role 'assistant'",
         ),
         (
             A,

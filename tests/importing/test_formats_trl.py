@@ -25,6 +25,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.importing.formats.shared.trainer_logs import check_advantages
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns
+from gvpo_offline.tokenizer import load_tokenizer
 
 TRL = Path(__file__).parents[1] / "data" / "trl"
 WEIGHTS = {"digits": 1.0, "short": 0.5}
@@ -195,15 +196,31 @@ def test_what_is_no_log_of_trl(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_tool_turns_are_refused(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+def test_what_a_tool_said_is_read_and_not_scored(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """GRPOTrainer logs completions of agents as messages: assistant, tool, assistant."""
     rows = rows_of("chat", 1)
-    tool = {"role": "tool", "content": "5"}
-    rows[2]["completion"] = [*rows[2]["completion"], tool, {"role": "assistant", "content": "5"}]
+    tool = {"role": "tool", "content": "16 - 9"}
+    rows[2]["completion"] = [*rows[2]["completion"], tool, {"role": "assistant", "content": "7"}]
     path = tmp_path / "tools.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
-    settings = {"reward_weights": WEIGHTS, "tokenizer_name_or_path": str(tiny_tokenizer_dir)}
-    error = refused(path, "trl", DataError, "one assistant message", tmp_path / "o", **settings)
-    assert error.row == 2
+    import_log(
+        config(
+            path,
+            tmp_path / "out",
+            format="trl",
+            reward_weights=WEIGHTS,
+            tokenizer_name_or_path=str(tiny_tokenizer_dir),
+        )
+    )
+    (group,) = (g for g in read_groups(tmp_path / "out") if g.response_messages is not None)
+    index = next(i for i, messages in enumerate(group.response_messages or ()) if messages)
+    tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
+    assert group.loss_mask is not None
+    mask, ids = group.loss_mask[index], group.response_token_ids[index]
+    first = rows[2]["completion"][0]["content"]
+    assert tokenizer.decode(ids[mask]) == f"{first}<eos>7<eos>"
+    # The template's line end behind <eos>, the tool's turn, and the next generation prompt.
+    assert tokenizer.decode(ids[~mask]) == "\n<|tool|>\n16 - 9<eos>\n<|assistant|>\n"
 
 
 def group_of(groups: list[Group], text: str) -> Group:

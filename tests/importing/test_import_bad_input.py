@@ -76,10 +76,10 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "tool turns": (
         {
             **GOOD,
-            "response": [{"role": "assistant", "content": "x"}, {"role": "tool", "content": "y"}],
+            "response": [{"role": "tool", "content": "y"}, {"role": "assistant", "content": "x"}],
         },
         {},
-        "log token ids and a loss mask",
+        "a response begins with an assistant message; received the roles tool, assistant",
     ),
     "reward as text": ({**GOOD, "reward": "1.0"}, {}, "a reward is a number; received '1.0'"),
     "reward not finite": ({**GOOD, "reward": float("nan")}, {}, "finite number; received nan for"),
@@ -459,7 +459,9 @@ def test_groups_format(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_fit_the_log(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", [GOOD, GOOD])
-    chat = write_jsonl(tmp_path / "chat.jsonl", [{**GOOD, "prompt": [{"role": "user"}]}] * 2)
+    chat = write_jsonl(
+        tmp_path / "chat.jsonl", [{**GOOD, "prompt": [{"role": "user", "content": "q"}]}] * 2
+    )
     no_eos = train_tokenizer(tmp_path / "no_eos", eos=False, chat_template=False)
     known = {"tokenizer_name_or_path": str(tiny_tokenizer_dir)}
     for path, settings, message in (
