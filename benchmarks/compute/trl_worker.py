@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import trl.trainer.utils as trl_utils  # type: ignore[import-not-found]
+import trl.trainer.utils as trl_utils
 from cases import BETA, Case, GroupData, make_group
 from datasets import Dataset
 from shapes import build_model, weights_digest

@@ -122,8 +122,9 @@ class Encoder:
     @property
     def end_of_turn(self) -> int | None:
         """Id of the token that ends a response in a chat; None without a template or mark."""
-        ids = self._tokenize([self._turn_end], special=False)[0] if self._turn_end else []
-        return int(ids[-1]) if len(ids) else None
+        if not self._turn_end:
+            return None
+        return int(self._tokenize([self._turn_end], special=False)[0][-1])
 
     def has_end(self, *, chat: bool) -> bool:
         """Whether there is a token that ends responses: the tokenizer's, or of a chat's turns."""

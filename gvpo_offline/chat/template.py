@@ -128,13 +128,8 @@ class ChatTemplate:
                 )
         messages = [self._named(message) for message in messages]
         try:
-            try:
-                text = self._plain(messages, arguments, generation=generation)
-            except Exception:
-                if not _has_records(messages):
-                    raise
-                text = ""  # a template that joins arguments to text, as DeepSeek's
-            if _has_records(messages) and (not text or _prints_records(messages, text)):
+            text = self._with_records(messages, arguments, generation=generation)
+            if text is None:
                 text = self._plain(_as_text(messages), arguments, generation=generation)
         except Exception as error:
             raise DataError(
@@ -144,11 +139,28 @@ class ChatTemplate:
             ) from error
         return text
 
+    def _with_records(
+        self, messages: Sequence[Message], arguments: Arguments, *, generation: bool
+    ) -> str | None:
+        """A rendering with tool arguments as records, as templates expect that call `tojson`.
+
+        None if the template fails on them or prints them as Python dictionaries: it expects text,
+        as DeepSeek's does.
+        """
+        has_records = any(_records(messages))
+        try:
+            text = self._plain(messages, arguments, generation=generation)
+        except Exception:
+            if has_records:
+                return None
+            raise
+        return None if has_records and _prints_records(messages, text) else text
+
     def _named(self, message: Message) -> Message:
         """The message with its reasoning under the template's name for it."""
         if REASONING not in message or self.uses(REASONING):
             return message
-        name = next((n for n in ("thinking", "reasoning") if self.uses(f"{n}")), None)
+        name = next((n for n in ("thinking", "reasoning") if self.uses(n)), None)
         if name is None:
             raise _unknown_field(message, REASONING)
         return {name if key == REASONING else key: part for key, part in message.items()}
@@ -186,10 +198,11 @@ class ChatTemplate:
         tail = self._split_tail(behind)
         if not tail and found >= 0:
             tail = self._end_before_next_turn(turns, arguments)
+        head: str | None = ""
         if continued:
             if found < 0:
                 raise _not_rendered(last)
-            start, head = full[:found], ""
+            start = full[:found]
         else:
             start = self.render(prompt, arguments, generation=True)
             whole = found >= 0 and full.startswith(start)
@@ -320,10 +333,6 @@ def _records(messages: Sequence[Message]) -> list[dict[str, Any]]:
         for call in calls
         if isinstance(call["function"].get("arguments"), dict)
     ]
-
-
-def _has_records(messages: Sequence[Message]) -> bool:
-    return bool(_records(messages))
 
 
 def _prints_records(messages: Sequence[Message], text: str) -> bool:

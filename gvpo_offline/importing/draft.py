@@ -178,5 +178,5 @@ class _Tokenization:
                 )
         prompts = [draft.prompt_ids for draft, _ in pairs if draft.prompt_ids is not None]
         encoded = self._encoder.text_responses(prompts, asked)
-        for (_, response), own in zip(pairs, encoded, strict=True):
-            response.ids, response.mask = own.ids, own.mask
+        for (_, response), found in zip(pairs, encoded, strict=True):
+            response.ids, response.mask = found.ids, found.mask

@@ -167,14 +167,14 @@ def content_text(content: Any) -> str:
         BadAnswerError: it is neither, or not valid Unicode.
     """
     try:
-        content = joined_text(content)
+        text = joined_text(content)
     except DataError as error:
         raise BadAnswerError(f"neither text nor a list of text parts: {_shown(content)}") from error
     try:
-        content.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise BadAnswerError(f"a text that is not valid Unicode ({error.reason})") from error
-    return content
+    return text
 
 
 def result_body(result: Mapping[str, Any]) -> Any:

@@ -160,6 +160,7 @@ def _rules(
     named = [
         generation_config.eos_token_id if generation_config else None,
         tokenizer.tokenizer.eos_token_id,
+        tokenizer.end_of_turn,
     ]
     ends = {i for ids in named if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
     if not ends:

@@ -52,6 +52,11 @@ class SamplerTokenizer:
         self.same_as_dataset = tokenizer_fingerprint(alike) == tokenizer_fingerprint(dataset)
         self._encoder = Encoder(own, append_eos=False)
 
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token with which the chat template ends a turn; None without one."""
+        return self._encoder.end_of_turn
+
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[Int32Array]:
         """Token ids of the model's tokenizer: (P,) int32 for each prompt.
 

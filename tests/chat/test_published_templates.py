@@ -205,8 +205,10 @@ def test_reasoning_in_a_field_of_its_own() -> None:
         ("qwen3_5_think", "2 and 3\n</think>\n\n5<|im_end|>"),
         (
             "gptoss",
-            "<|channel|>analysis<|message|>2 and 3<|end|><|start|>assistant"
-             "<|channel|>final<|message|>5<|return|>",
+            (
+                "<|channel|>analysis<|message|>2 and 3<|end|>"
+                "<|start|>assistant<|channel|>final<|message|>5<|return|>"
+            ),
         ),
     ):
         _, found = encoded(encoder_of(name), [QUESTION], Response("5", [message]))
