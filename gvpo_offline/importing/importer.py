@@ -15,34 +15,26 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.assemble import Assembler, InputNames
-from gvpo_offline.importing.encode import Encoder, TokenizerRequirements, load_encoder
+from gvpo_offline.importing.encode import Encoder, load_encoder
+from gvpo_offline.importing.first_pass import FirstPass
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import (
-    DropsResponses,
     ExtraDependencies,
     LogFormat,
     StageLog,
-)
-from gvpo_offline.importing.fragment import (
-    GROUP_ID_DIGITS,
-    Fragment,
-    check_fragment,
-    prompt_key,
-    with_location,
 )
 from gvpo_offline.importing.outcome import COUNT_TEXTS, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
@@ -93,18 +85,6 @@ def import_log(config: ImportConfig, log: StageLog | None = None) -> ImportResul
             them.
     """
     return _Import(config, log).run()
-
-
-@dataclass
-class _FirstPass:
-    """SamplerInfo about all rows, collected while they are read."""
-
-    rows: list[int]
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    samplers: set[str] = field(default_factory=set)
-    components: set[str] = field(default_factory=set)
-    rewarded: str | None = None
-    unrewarded: str | None = None
 
 
 class _Import:
@@ -200,8 +180,10 @@ class _Import:
         spill = FragmentSpill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
         try:
             spill.open()
-            first = self._read(spill)
-            self._check_first_pass(first)
+            first = FirstPass(self.config, self.format, self.sources, self.encoder)
+            with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
+                first.read(spill, bar.update)
+            first.check()
             with self._bar("writing groups", spill.n_rows, "row") as bar:
                 for shard, task in enumerate(tasks):
                     if task not in records:
@@ -210,73 +192,6 @@ class _Import:
         finally:
             spill.close()
         return self._publish(root, [records[task] for task in tasks], first, identity)
-
-    def _read(self, spill: FragmentSpill) -> _FirstPass:
-        first = _FirstPass(rows=[0] * len(self.sources))
-        with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
-            for number, source in enumerate(self.sources):
-                self._read_source(number, source, spill, first, bar.update)
-                source.check_unchanged()
-            spill.flush()
-        if isinstance(self.format, DropsResponses):
-            first.left_out = self.format.finish()
-        return first
-
-    def _read_source(
-        self,
-        number: int,
-        source: Source,
-        spill: FragmentSpill,
-        first: _FirstPass,
-        advance: Callable[[int], Any],
-    ) -> None:
-        vocab_size = None if self.encoder is None else self.encoder.vocab_size
-        needs = TokenizerRequirements(self.encoder)
-        default = self.config.sampler or source.name
-        for fragment in self.format.read(source.rows(self.format.columns, advance), source):
-            fragment.file = number
-            try:
-                check_fragment(fragment, self.config, vocab_size=vocab_size)
-            except DataError as error:
-                location = {"file": source.label, "row": fragment.row}
-                raise with_location(error, group=fragment.group_id, **location) from None  # type: ignore[arg-type]
-            needs.check(fragment, source.label)
-            key = prompt_key(fragment)
-            if fragment.group_id is None:
-                fragment.group_id = key[:GROUP_ID_DIGITS]
-            self._note(fragment, source, default, first)
-            spill.add(fragment, key)
-
-    def _note(self, fragment: Fragment, source: Source, default: str, first: _FirstPass) -> None:
-        first.rows[fragment.file] += 1
-        first.samplers.update(name or default for name in fragment.samplers)
-        first.components.update(fragment.components or ())
-        if fragment.rewards is None:
-            first.unrewarded = first.unrewarded or f"{source.label}, row {fragment.row}"
-        else:
-            first.rewarded = first.rewarded or f"{source.label}, row {fragment.row}"
-
-    def _check_first_pass(self, first: _FirstPass) -> None:
-        if not sum(first.rows):
-            raise DataError(
-                "an import yields at least 1 group",
-                received="inputs without a row",
-                remedy="check the inputs",
-                file=self.sources[0].label,
-            )
-        if first.rewarded and first.unrewarded:
-            raise DataError(
-                "every row has a reward, or none has",
-                received=f"rewards at {first.rewarded} and none at {first.unrewarded}",
-                remedy="score the other rows, or import the two logs as two datasets",
-            )
-        unknown = sorted(set(self.config.samplers) - first.samplers)
-        if unknown:
-            raise ConfigError(
-                "samplers has settings only of samplers that are in the log",
-                received=f"{', '.join(unknown)}; the log has {', '.join(sorted(first.samplers))}",
-                remedy="correct the names, or set `sampler` or columns.sampler",
-            )
 
     def _buckets(self, shard: int) -> range:
         return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
@@ -296,7 +211,7 @@ class _Import:
         log: TaskLog,
         spill: FragmentSpill,
         shard: int,
-        first: _FirstPass,
+        first: FirstPass,
         advance: Callable[[int], Any],
     ) -> TaskRecord:
         names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
@@ -319,7 +234,7 @@ class _Import:
         return record.model_copy(update={"counts": dict(sorted(assembler.counts.items()))})
 
     def _publish(
-        self, root: Path, records: list[TaskRecord], first: _FirstPass, identity: str
+        self, root: Path, records: list[TaskRecord], first: FirstPass, identity: str
     ) -> ImportResult:
         counts = _counts(records, first)
         if not counts["groups"]:
@@ -366,7 +281,7 @@ def _task(shard: int) -> str:
     return f"{shard:05d}"
 
 
-def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
+def _counts(records: list[TaskRecord], first: FirstPass) -> dict[str, int]:
     files = [entry for record in records for entry in record.groups]
     counts = {
         "rows": sum(first.rows),
