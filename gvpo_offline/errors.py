@@ -7,6 +7,7 @@ traceback instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
@@ -38,6 +39,7 @@ class GVPOError(Exception):
         file: path of the file in question.
         row: zero-based row (or line) within `file`.
         group: id of the group in question.
+        more: further lines of the message, such as other faults that were found with this one.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class GVPOError(Exception):
         file: Any = None,
         row: int | None = None,
         group: str | None = None,
+        more: Sequence[str] = (),
     ) -> None:
         self.rule = rule
         self.received = received
@@ -56,6 +59,7 @@ class GVPOError(Exception):
         self.file = None if file is None else str(file)
         self.row = row
         self.group = group
+        self.more = tuple(more)
         super().__init__(self._message())
 
     def _message(self) -> str:
@@ -74,13 +78,13 @@ class GVPOError(Exception):
         message += "."
         if self.remedy:
             message += f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}."
-        return message
+        return "\n  ".join([message, *self.more])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors are pickled between processes (data loader workers); the default would lose the
         # keyword arguments. Other attributes, such as notes, are restored from `state`.
         state = self.__dict__.copy()
-        keywords = ("rule", "received", "remedy", "file", "row", "group")
+        keywords = ("rule", "received", "remedy", "file", "row", "group", "more")
         return (_rebuild, (type(self), {name: state[name] for name in keywords}), state)
 
 

@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import BoolArray, Group, Int32Array
+from gvpo_offline.group import Group
+from gvpo_offline.importing.broken_rows import BrokenRows
+from gvpo_offline.importing.draft import Draft as _Draft
+from gvpo_offline.importing.draft import DraftResponse as _Response
+from gvpo_offline.importing.draft import InputNames, Merger, Refusals
 from gvpo_offline.importing.encode import Encoder
-from gvpo_offline.importing.fragment import Fragment, with_location
+from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
-from gvpo_offline.rules import MIN_GROUP_SIZE
-
-
-@dataclass(frozen=True)
-class InputNames:
-    """Names of an input: in messages, in `Group.source`, and as the default sampler."""
-
-    label: str
-    file_name: str
-    sampler: str
-
-
-@dataclass(slots=True)
-class _Response:
-    """One response of a group that is being built."""
-
-    fragment: Fragment
-    text: str | None
-    ids: Int32Array | None
-    mask: BoolArray | None
-    reward: float | None
-    components: list[float | None]
-    sampler: str
-    truncated: bool
-    response_id: str | None
-    sampler_logprob: float | None
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A group that is being built."""
-
-    group_id: str
-    first: Fragment
-    prompt_ids: Int32Array | None
-    responses: list[_Response]
-    logged: int
+from gvpo_offline.importing.tally import Tally, model_max_length
+from gvpo_offline.rules import MIN_GROUP_SIZE, check_group
 
 
 class Assembler:
@@ -62,9 +31,13 @@ class Assembler:
         inputs: names of the inputs; `Fragment.file` is an index into them.
         components: names of all reward components in the log, in the order of the rows of
             `Group.components`. A component that a fragment lacks is NaN for its responses.
+        text_bytes: approximate length of all inputs.
+        earlier: number of broken rows that the first pass dropped.
+        reduced: ids of the groups that these rows belong to.
 
     Attributes:
         counts: numbers of dropped and cut responses and groups so far, by reason.
+        broken: the rows and groups that were dropped because they break a rule.
     """
 
     def __init__(
@@ -73,113 +46,103 @@ class Assembler:
         encoder: Encoder | None,
         inputs: Sequence[InputNames],
         components: Sequence[str] = (),
+        *,
+        text_bytes: int = 0,
+        earlier: int = 0,
+        reduced: Collection[str] = (),
     ) -> None:
         self._config = config
         self._encoder = encoder
         self._inputs = inputs
         self._components = components
-        self.counts: Counter[str] = Counter()
+        self._merger = Merger(config, inputs, components)
+        limit = None if encoder is None else model_max_length(encoder.tokenizer)
+        self._tally = Tally(text_bytes, limit)
+        self.counts: Counter[str] = self._tally.counts
+        self.broken = BrokenRows(config, earlier)
+        self._refusals = Refusals(self._merger, self.broken, self.counts)
+        self._reduced = reduced
+
+    def found(self) -> dict[str, Any]:
+        """The counts and details of a task's commit record."""
+        details = {**self._tally.details(), "broken": self.broken.records}
+        return {"counts": dict(sorted(self.counts.items())), "details": details}
 
     def groups(self, fragments: Sequence[Sequence[KeyedFragment]]) -> list[Group]:
         """Build one group per list of fragments, in order; the settings may drop some.
 
         Raises:
-            DataError: a group breaks a rule, or the settings say to stop; names file, row and
-                group.
+            DataError: a group breaks a rule and `on_error` is stop, or too many do; names file, row
+                and group.
         """
-        drafts = [self._merge(group) for group in fragments]
-        self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
-        self._tokenize_responses([r for draft in drafts for r in draft.responses])
+        drafts = [draft for group in fragments if (draft := self._merged(group)) is not None]
         kept: list[Group] = []
-        for draft in drafts:
+        for draft in self._tokenized(drafts):
             self._drop_unrewarded(draft)
             self._drop_empty(draft)
             if self._fits_max_length(draft) and self._has_min_size(draft):
-                kept.append(self._finish(draft))
+                kept += self._checked(draft)
         return kept
 
-    def _error(self, draft: _Draft, fragment: Fragment, error: DataError) -> DataError:
-        label = self._inputs[fragment.file].label
-        return with_location(error, file=label, row=fragment.row, group=draft.group_id)
+    def _merged(self, spilled: Sequence[KeyedFragment]) -> _Draft | None:
+        """The draft of a group, or None if its rows contradict each other and are dropped."""
+        try:
+            return self._merger.merge(spilled)
+        except DataError as error:
+            first = spilled[0][0]
+            assert first.group_id is not None
+            responses = [r for fragment, _ in spilled for r in self._merger.responses(fragment)]
+            self._refusals.group(_Draft(first.group_id, first, None, responses, 0), error)
+        return None
 
-    def _where(self, fragment: Fragment) -> str:
-        return f"{self._inputs[fragment.file].label}, row {fragment.row}"
+    def _tokenized(self, drafts: Sequence[_Draft]) -> Sequence[_Draft]:
+        """The drafts with token ids, without those whose prompts cannot be tokenised."""
+        try:
+            self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
+            self._tokenize_responses([r for draft in drafts for r in draft.responses])
+        except DataError:
+            if not self.broken.drops:
+                raise
+            # One at a time, to find which of them breaks the rule.
+            return [draft for draft in drafts if self._tokenize_one(draft)]
+        return drafts
 
-    def _merge(self, spilled: Sequence[KeyedFragment]) -> _Draft:
-        first, first_key = spilled[0]
-        assert first.group_id is not None
-        with_ids = next((f for f, _ in spilled if f.prompt_token_ids is not None), None)
-        prompt_ids = None if with_ids is None else with_ids.prompt_token_ids
-        draft = _Draft(first.group_id, first, prompt_ids, [], sum(f.size for f, _ in spilled))
-        for fragment, key in spilled:
-            if key != first_key:
-                raise self._error(
-                    draft,
-                    fragment,
-                    DataError(
-                        "all rows of a group have the same prompt",
-                        received=f"a prompt that differs from that of {self._where(first)}: "
-                        f"{fragment.messages or fragment.prompt!r} "
-                        f"instead of {first.messages or first.prompt!r}",
-                        remedy="give different prompts different group ids, or unset "
-                        "columns.group_id to group by the prompt",
-                    ),
-                )
-            ids = fragment.prompt_token_ids
-            if ids is not None and prompt_ids is not None and not np.array_equal(ids, prompt_ids):
-                assert with_ids is not None
-                raise self._error(
-                    draft,
-                    fragment,
-                    DataError(
-                        "all rows of a group have the same prompt",
-                        received="prompt token ids that differ from those of "
-                        f"{self._where(with_ids)}",
-                        remedy="give different prompts different group ids, or unset "
-                        "columns.prompt so that prompts are compared by their ids",
-                    ),
-                )
-            draft.responses += self._responses(fragment)
-        self._check_response_ids(draft)
-        return draft
-
-    def _responses(self, fragment: Fragment) -> list[_Response]:
-        default = self._config.sampler or self._inputs[fragment.file].sampler
-        held = fragment.components or {}
-        parts = [held.get(name) for name in self._components]
-        return [
-            _Response(
-                fragment=fragment,
-                text=text,
-                ids=fragment.ids_of(i),
-                mask=fragment.mask_of(i),
-                reward=None if fragment.rewards is None else fragment.rewards[i],
-                components=[None if part is None else part[i] for part in parts],
-                sampler=fragment.samplers[i] or default,
-                truncated=bool(fragment.truncated[i]),
-                response_id=None if fragment.response_ids is None else fragment.response_ids[i],
-                sampler_logprob=fragment.sampler_logprobs[i] if fragment.sampler_logprobs else None,
-            )
-            for i, text in enumerate(fragment.responses)
-        ]
-
-    def _check_response_ids(self, draft: _Draft) -> None:
-        seen: dict[str, Fragment] = {}
-        for response in draft.responses:
-            if response.response_id is None:
+    def _tokenize_one(self, draft: _Draft) -> bool:
+        """Tokenise a draft and drop what cannot be tokenised; False if that is the prompt."""
+        try:
+            self._tokenize_prompts([draft] if draft.prompt_ids is None else [])
+        except DataError as error:
+            self._refusals.group(draft, error)
+            return False
+        refused: Fragment | None = None
+        for response in tuple(draft.responses):
+            if response.fragment is refused:
                 continue
-            other = seen.get(response.response_id)
-            if other is not None:
-                raise self._error(
-                    draft,
-                    response.fragment,
-                    DataError(
-                        "response ids are unique within a group",
-                        received=f"{response.response_id!r}, which {self._where(other)} also has",
-                        remedy="remove the duplicate rows, or leave columns.response_id out",
-                    ),
-                )
-            seen[response.response_id] = response.fragment
+            try:
+                self._tokenize_responses([response])
+            except DataError as error:
+                refused = response.fragment
+                self._refusals.row(draft, refused, error)
+        return True
+
+    def _checked(self, draft: _Draft) -> list[Group]:
+        """The group of a draft; none if it breaks a rule of the dataset and is dropped."""
+        group = self._finish(draft)
+        if self.broken.drops:  # else the writer checks the group
+            try:
+                vocab_size = None if self._encoder is None else self._encoder.vocab_size
+                check_group(group, vocab_size=vocab_size)
+            except DataError as error:
+                self._refusals.group(draft, error)
+                return []
+        assert draft.prompt_ids is not None
+        self._tally.keep(draft.prompt_ids, draft.responses)
+        if draft.reduced or draft.group_id in self._reduced:
+            self.counts["groups_reduced_by_errors"] += 1
+        return [group]
+
+    def _error(self, draft: _Draft, fragment: Fragment, error: DataError) -> DataError:
+        return self._merger.located(draft, fragment, error)
 
     def _tokenize_prompts(self, drafts: Sequence[_Draft]) -> None:
         if not drafts:
@@ -224,21 +187,20 @@ class Assembler:
                 response.ids = self._encoder.with_end_token(body)
 
     def _drop(self, draft: _Draft, what: str, keep: Callable[[_Response], bool]) -> None:
-        before = len(draft.responses)
+        gone = [response for response in draft.responses if not keep(response)]
         draft.responses = [response for response in draft.responses if keep(response)]
-        self.counts[what] += before - len(draft.responses)
+        self._tally.drop(what, gone)
 
     def _drop_unrewarded(self, draft: _Draft) -> None:
         if draft.first.rewards is not None:  # then every row of the log has rewards
             self._drop(draft, "dropped_unrewarded_responses", lambda r: r.reward is not None)
 
     def _drop_empty(self, draft: _Draft) -> None:
-        empty = next((r for r in draft.responses if not _length(r)), None)
-        if empty is None:
-            return
-        if self._config.empty_responses != "drop":
+        while empty := next((r for r in draft.responses if not _length(r)), None):
+            if self._config.empty_responses == "drop":
+                break
             cut = ", cut before its first token" if empty.truncated else ""
-            raise self._error(
+            self._refusals.row(
                 draft,
                 empty.fragment,
                 DataError(
@@ -256,22 +218,23 @@ class Assembler:
             return True
         prompt = len(draft.prompt_ids)
         room = limit - prompt
-        over = next((r for r in draft.responses if _length(r) > room), None)
+        while over := next((r for r in draft.responses if _length(r) > room), None):
+            if self._config.overlong != "error":
+                break
+            error = DataError(
+                f"prompt and response have at most {limit} tokens (max_length)",
+                received=f"{prompt + _length(over)} ({prompt} + {_length(over)})",
+                remedy="raise max_length, or choose overlong: drop or overlong: truncate",
+            )
+            if room < 1:
+                self._refusals.group(draft, self._error(draft, over.fragment, error))
+                return False
+            self._refusals.row(draft, over.fragment, error)
         if over is None:
             return True
-        if self._config.overlong == "error":
-            raise self._error(
-                draft,
-                over.fragment,
-                DataError(
-                    f"prompt and response have at most {limit} tokens (max_length)",
-                    received=f"{prompt + _length(over)} ({prompt} + {_length(over)})",
-                    remedy="raise max_length, or choose overlong: drop or overlong: truncate",
-                ),
-            )
         if room < 1:
             self.counts["dropped_overlong_prompts"] += 1
-            self.counts["dropped_overlong_responses"] += len(draft.responses)
+            self._tally.drop("dropped_overlong_responses", draft.responses)
             return False
         if self._config.overlong == "truncate":
             self._cut(draft, room)
@@ -298,25 +261,22 @@ class Assembler:
             self.counts["dropped_groups_without_responses"] += 1
             return False
         if self._config.singletons == "drop":
-            self.counts["dropped_singletons"] += 1
+            self._tally.drop("dropped_singletons", draft.responses)
             return False
         left = "" if draft.logged == k else f" of {draft.logged} that were logged"
-        raise self._error(
-            draft,
-            draft.first,
-            DataError(
-                f"a group needs at least {MIN_GROUP_SIZE} responses",
-                received=f"{k}{left} for the prompt {draft.first.messages or draft.first.prompt!r}",
-                remedy="add responses for this prompt, or drop such groups (singletons: drop)",
-            ),
+        error = DataError(
+            f"a group needs at least {MIN_GROUP_SIZE} responses",
+            received=f"{k}{left} for the prompt {draft.first.messages or draft.first.prompt!r}",
+            remedy="add responses for this prompt, or drop such groups (singletons: drop)",
         )
+        self._refusals.group(draft, error)
+        return False
 
     def _finish(self, draft: _Draft) -> Group:
         first, responses = draft.first, draft.responses
         ids = tuple(r.ids for r in responses if r.ids is not None)
         assert len(ids) == len(responses)
         assert draft.prompt_ids is not None
-        self.counts["truncated_responses"] += sum(r.truncated for r in responses)
         masks = None
         if any(r.mask is not None for r in responses):
             masks = tuple(

@@ -11,14 +11,16 @@ from types import TracebackType
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
-from gvpo_offline.store.writer import claim_folder, lock_folder
+from gvpo_offline.store.writer import IMPORT_REPORT, claim_folder, lock_folder
 
 # Prefixes of the stages of `sample`, whose commit records are in the same folder.
 SAMPLING_STAGES = ("prompts-", "sample-")
 
 # Only files with names that an import gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
-_TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
+_TEMPORARY = re.compile(
+    r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json|import_report\.jsonl)\.[0-9a-f]{32}\.tmp$"
+)
 
 
 class OutputFolder:
@@ -119,6 +121,7 @@ class OutputFolder:
         """Remove the commit records and shards of `stage`, and the folders left empty."""
         shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
         self._sweep(set())
+        (self.root / IMPORT_REPORT).unlink(missing_ok=True)
         for name in ("commits", "groups", "rewards"):
             _remove_empty(self.root / name)
 

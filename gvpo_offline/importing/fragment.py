@@ -92,13 +92,29 @@ class Fragment:
 
 def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
     """A copy of `error` with the file, row and group added where it has none."""
-    return DataError(
+    located = DataError(
         error.rule,
         received=error.received,
         remedy=error.remedy,
         file=error.file or file,
         row=row if error.row is None else error.row,
         group=error.group or group,
+        more=error.more,
+    )
+    located.__cause__ = error.__cause__
+    return located
+
+
+def with_more(error: DataError, line: str) -> DataError:
+    """A copy of `error` with a further line in its message."""
+    return DataError(
+        error.rule,
+        received=error.received,
+        remedy=error.remedy,
+        file=error.file,
+        row=error.row,
+        group=error.group,
+        more=(*error.more, line),
     )
 
 

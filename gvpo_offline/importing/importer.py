@@ -27,6 +27,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.assemble import Assembler, InputNames
+from gvpo_offline.importing.broken_rows import summary, summary_lines, too_many, write_report
 from gvpo_offline.importing.encode import Encoder, load_encoder
 from gvpo_offline.importing.first_pass import FirstPass
 from gvpo_offline.importing.folder import OutputFolder
@@ -36,11 +37,12 @@ from gvpo_offline.importing.formats.shared.log_format import (
     LogFormat,
     StageLog,
 )
-from gvpo_offline.importing.outcome import COUNT_TEXTS, ImportResult
+from gvpo_offline.importing.outcome import COUNT_TEXTS, FOUND_TEXTS, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.tally import merged, model_max_length
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
@@ -52,6 +54,8 @@ from gvpo_offline.version import IMPORT_VERSION, __version__
 __all__ = ["ImportResult", "import_log", "run_import"]
 
 _NOT_RECORDED = ("output_dir", "show_progress")
+# Settings that do not decide the bytes of the dataset, or whose content is hashed instead.
+_NOT_IDENTIFYING = ("max_errors", "inputs", "tokenizer_name_or_path", "chat_template")
 _BUCKET_BYTES = 16 << 20
 _RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
@@ -113,7 +117,7 @@ class _Import:
             finished = folder.finished(identity)
             if finished is not None:
                 step = next(s for s in finished.lineage if s.config.get("identity") == identity)
-                return ImportResult(finished, step.counts, already_imported=True)
+                return ImportResult(finished, step.counts, True, step.details)
             log = TaskLog(folder.root, f"import-{identity[:12]}")
             records = folder.prepare(log)
             with undo_on_bad_input(lambda: folder.discard(log.stage)):
@@ -147,7 +151,7 @@ class _Import:
         the identity of imports that do not use it.
         """
         settings = identity_settings(self.config)
-        for name in (*_NOT_RECORDED, "inputs", "tokenizer_name_or_path", "chat_template"):
+        for name in (*_NOT_RECORDED, *_NOT_IDENTIFYING):
             settings.pop(name, None)
         tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
         return sha256_json(
@@ -189,9 +193,16 @@ class _Import:
                     if task not in records:
                         record = self._write(root, log, spill, shard, first, bar.update)
                         records[task] = log.commit(record)
+                    self._check_bound(first, records)
         finally:
             spill.close()
         return self._publish(root, [records[task] for task in tasks], first, identity)
+
+    def _check_bound(self, first: FirstPass, records: dict[str, TaskRecord]) -> None:
+        """Raise DataError if the first pass and the tasks so far found too many broken rows."""
+        found = _broken(first, [records[task] for task in sorted(records)])
+        if self.config.on_error == "drop" and len(found) > self.config.max_errors:
+            raise too_many(self.config, found)
 
     def _buckets(self, shard: int) -> range:
         return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
@@ -216,7 +227,15 @@ class _Import:
     ) -> TaskRecord:
         names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
         components = sorted(first.components)
-        assembler = Assembler(self.config, self.encoder, names, components)
+        assembler = Assembler(
+            self.config,
+            self.encoder,
+            names,
+            components,
+            text_bytes=sum(source.text_bytes for source in self.sources),
+            earlier=len(first.broken.records),
+            reduced=first.reduced,
+        )
         groups = self._groups(spill, shard, assembler, advance)
         record = TaskRecord(stage=log.stage, task=_task(shard))
         head = next(groups, None)
@@ -231,12 +250,18 @@ class _Import:
                 vocab_size=None if self.encoder is None else self.encoder.vocab_size,
                 rows_per_row_group=self.config.rows_per_row_group,
             )
-        return record.model_copy(update={"counts": dict(sorted(assembler.counts.items()))})
+        return record.model_copy(update=assembler.found())
 
     def _publish(
         self, root: Path, records: list[TaskRecord], first: FirstPass, identity: str
     ) -> ImportResult:
-        counts = _counts(records, first)
+        found, repeated = merged([record.details for record in records])
+        counts = _counts(records, first, repeated)
+        broken = _broken(first, records)
+        if broken:
+            found["broken"] = summary(broken)
+        if counts.get("over_model_max_length_responses") and self.encoder is not None:
+            found["model_max_length"] = model_max_length(self.encoder.tokenizer)
         if not counts["groups"]:
             raise DataError(
                 "an import yields at least 1 group",
@@ -244,6 +269,7 @@ class _Import:
                 remedy="the settings (singletons, empty_responses, missing_rewards, overlong) "
                 "dropped everything",
                 file=self.sources[0].label,
+                more=summary_lines(found["broken"]) if broken else (),
             )
         sidecars = [sidecar for record in records for sidecar in record.sidecars]
         family = RewardFamily(
@@ -262,7 +288,9 @@ class _Import:
             config={**settings, "identity": identity, IMPORT_VERSION_KEY: IMPORT_VERSION},
             inputs=[*(self.log.inputs if self.log else ()), *read],
             counts=counts,
+            details=found,
         )
+        write_report(root, broken)
 
         def build(newest: Manifest | None) -> Manifest:
             assert newest is None  # the folder is locked and holds no manifest
@@ -274,14 +302,22 @@ class _Import:
                 lineage=[step],
             )
 
-        return ImportResult(publish(root, build), counts, already_imported=False)
+        return ImportResult(publish(root, build), counts, False, found)
 
 
 def _task(shard: int) -> str:
     return f"{shard:05d}"
 
 
-def _counts(records: list[TaskRecord], first: FirstPass) -> dict[str, int]:
+def _broken(first: FirstPass, records: list[TaskRecord]) -> list[dict[str, Any]]:
+    """The lines of the report: those of the first pass, then those of the tasks."""
+    of_tasks = [line for record in records for line in record.details.get("broken", ())]
+    return [*first.broken.records, *of_tasks]
+
+
+def _counts(
+    records: list[TaskRecord], first: FirstPass, repeated: dict[str, int]
+) -> dict[str, int]:
     files = [entry for record in records for entry in record.groups]
     counts = {
         "rows": sum(first.rows),
@@ -289,7 +325,8 @@ def _counts(records: list[TaskRecord], first: FirstPass) -> dict[str, int]:
         "responses": sum(entry.n_responses for entry in files),
         "tokens": sum(entry.n_tokens for entry in files),
     }
-    dropped: Counter[str] = Counter(first.left_out)
+    dropped: Counter[str] = Counter({**first.left_out, **repeated})
     for record in records:
         dropped.update(record.counts)
-    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}}
+    found = {name: dropped[name] for name in FOUND_TEXTS if dropped[name]}
+    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}, **found}

@@ -61,7 +61,8 @@ class RowFormat:
                 metadata = self._known.metadata(record, source.columns)
                 fragments = self._parse(record)
             except DataError as error:
-                raise with_location(error, file=source.label, row=row) from error.__cause__
+                source.refuse(with_location(error, file=source.label, row=row), record)
+                continue
             for fragment in fragments:
                 fragment.row, fragment.metadata = row, metadata
                 if fragment.components is not None:
