@@ -60,7 +60,11 @@ class GVPOError(Exception):
         self.row = row
         self.group = group
         self.more = tuple(more)
-        super().__init__(self._message())
+        super().__init__("\n  ".join([self._message(), *self.more]))
+
+    def lines(self) -> list[str]:
+        """The message and the lines of `more`, each in one line even if it quotes several."""
+        return [" ".join(text.split()) for text in (self._message(), *self.more)]
 
     def _message(self) -> str:
         place = [
@@ -78,7 +82,7 @@ class GVPOError(Exception):
         message += "."
         if self.remedy:
             message += f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}."
-        return "\n  ".join([message, *self.more])
+        return message
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors are pickled between processes (data loader workers); the default would lose the

@@ -60,7 +60,7 @@ class Assembler:
         self._tally = Tally(text_bytes, limit)
         self.counts: Counter[str] = self._tally.counts
         self.broken = BrokenRows(config, earlier)
-        self._refusals = Refusals(self._merger, self.broken, self.counts)
+        self._refusals = Refusals(self._merger, self.broken)
         self._reduced = reduced
 
     def found(self) -> dict[str, Any]:

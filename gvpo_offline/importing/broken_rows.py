@@ -101,7 +101,7 @@ class BrokenRows:
         if not self._faults:
             return None
         (first, n), *others = self._faults.values()
-        more = [f"{_rows(n - 1)} more with this fault."] if n > 1 else []
+        more = [_more(n - 1)] if n > 1 else []
         more += [f"Also {_in_line(each, count)}" for each, count in others[: _RULES_NAMED - 1]]
         if len(others) >= _RULES_NAMED:
             rest = others[_RULES_NAMED - 1 :]
@@ -142,9 +142,13 @@ def _rows(n: int) -> str:
     return f"{n:,} row" if n == 1 else f"{n:,} rows"
 
 
+def _more(n: int) -> str:
+    return f"{n:,} more {'row breaks' if n == 1 else 'rows break'} this rule."
+
+
 def _in_line(error: DataError, n: int) -> str:
     lines = " ".join(str(error).splitlines())
-    return lines if n == 1 else f"{lines} {_rows(n - 1)} more with this fault."
+    return lines if n == 1 else f"{lines} {_more(n - 1)}"
 
 
 def _record(

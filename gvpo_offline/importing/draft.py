@@ -167,13 +167,11 @@ class Refusals:
     Args:
         merger: names the inputs of fragments.
         broken: collects what is dropped.
-        counts: counts the responses that are dropped.
     """
 
-    def __init__(self, merger: Merger, broken: BrokenRows, counts: Counter[str]) -> None:
+    def __init__(self, merger: Merger, broken: BrokenRows) -> None:
         self._merger = merger
         self._broken = broken
-        self._counts = counts
 
     def row(self, draft: Draft, fragment: Fragment, error: DataError) -> None:
         """Drop a row with all of its responses from its group.
@@ -204,4 +202,3 @@ class Refusals:
         if not self._broken.drops:
             raise located from error.__cause__
         self._broken.add(located, samplers=Counter(r.sampler for r in gone), dropped=what)
-        self._counts["dropped_broken_responses"] += len(gone)

@@ -198,6 +198,7 @@ def _group_id(fragment: Fragment) -> str | None:
     """The id of a fragment's group, or None if a fragment without an id has no prompt either."""
     if fragment.group_id is not None:
         return fragment.group_id
-    if not (fragment.prompt or fragment.messages) and fragment.prompt_token_ids is None:
+    try:
+        return prompt_key(fragment)[:GROUP_ID_DIGITS]
+    except DataError:
         return None
-    return prompt_key(fragment)[:GROUP_ID_DIGITS]
