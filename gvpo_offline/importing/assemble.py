@@ -18,7 +18,7 @@ from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
-from gvpo_offline.importing.tally import Tally, model_max_length
+from gvpo_offline.importing.tally import Tally
 from gvpo_offline.rules import MIN_GROUP_SIZE, check_group
 
 
@@ -31,7 +31,7 @@ class Assembler:
         inputs: names of the inputs; `Fragment.file` is an index into them.
         components: names of all reward components in the log, in the order of the rows of
             `Group.components`. A component that a fragment lacks is NaN for its responses.
-        text_bytes: approximate length of all inputs.
+        tally: counts what becomes of the responses; a new one by default.
         earlier: number of broken rows that the first pass dropped.
         reduced: ids of the groups that these rows belong to.
 
@@ -47,7 +47,7 @@ class Assembler:
         inputs: Sequence[InputNames],
         components: Sequence[str] = (),
         *,
-        text_bytes: int = 0,
+        tally: Tally | None = None,
         earlier: int = 0,
         reduced: Collection[str] = (),
     ) -> None:
@@ -56,8 +56,7 @@ class Assembler:
         self._inputs = inputs
         self._components = components
         self._merger = Merger(config, inputs, components)
-        limit = None if encoder is None else model_max_length(encoder.tokenizer)
-        self._tally = Tally(text_bytes, limit)
+        self._tally = tally or Tally()
         self.counts: Counter[str] = self._tally.counts
         self.broken = BrokenRows(config, earlier)
         self._refusals = Refusals(self._merger, self.broken)

@@ -42,7 +42,7 @@ from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
-from gvpo_offline.importing.tally import merged, model_max_length
+from gvpo_offline.importing.tally import MOST_SAMPLERS, Tally, merged, model_max_length
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
@@ -188,21 +188,18 @@ class _Import:
             with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
                 first.read(spill, bar.update)
             first.check()
+            broken = first.broken.total
             with self._bar("writing groups", spill.n_rows, "row") as bar:
                 for shard, task in enumerate(tasks):
                     if task not in records:
                         record = self._write(root, log, spill, shard, first, bar.update)
                         records[task] = log.commit(record)
-                    self._check_bound(first, records)
+                    broken += len(records[task].details.get("broken", ()))
+                    if broken > self.config.max_errors:
+                        raise too_many(self.config, _broken(first, [*records.values()]))
         finally:
             spill.close()
         return self._publish(root, [records[task] for task in tasks], first, identity)
-
-    def _check_bound(self, first: FirstPass, records: dict[str, TaskRecord]) -> None:
-        """Raise DataError if the first pass and the tasks so far found too many broken rows."""
-        found = _broken(first, [records[task] for task in sorted(records)])
-        if self.config.on_error == "drop" and len(found) > self.config.max_errors:
-            raise too_many(self.config, found)
 
     def _buckets(self, shard: int) -> range:
         return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
@@ -232,7 +229,11 @@ class _Import:
             self.encoder,
             names,
             components,
-            text_bytes=sum(source.text_bytes for source in self.sources),
+            tally=Tally(
+                sum(source.text_bytes for source in self.sources),
+                None if self.encoder is None else model_max_length(self.encoder.tokenizer),
+                by_sampler=len(first.samplers) <= MOST_SAMPLERS,
+            ),
             earlier=len(first.broken.records),
             reduced=first.reduced,
         )

@@ -26,6 +26,9 @@ _EXACT_BYTES = 256 << 20
 _SANE_LENGTH = 10**9
 # A difference between samplers in the share that was dropped is named from here on.
 _NOTABLE_SHARE = 0.1
+MOST_SAMPLERS = 256
+"""With more samplers than this, responses are not counted by sampler: each task would list all."""
+_ALL = "all samplers"
 _NOTABLE_RESPONSES = 20
 _SAMPLERS_NAMED = 10
 
@@ -46,9 +49,9 @@ class _BySampler:
     def __init__(self) -> None:
         self.found: dict[str, list[float]] = {}
 
-    def add(self, responses: Iterable[RatedResponse]) -> None:
+    def add(self, responses: Iterable[RatedResponse], name: str | None) -> None:
         for response in responses:
-            entry = self.found.setdefault(response.sampler, [0, 0, 0.0])
+            entry = self.found.setdefault(name or response.sampler, [0, 0, 0.0])
             entry[0] += 1
             if response.reward is not None:
                 entry[1] += 1
@@ -67,12 +70,16 @@ class Tally:
     Args:
         text_bytes: approximate length of all inputs.
         max_length: number of tokens that the tokenizer states as the model's limit, or None.
+        by_sampler: whether responses are counted by sampler; else under one name.
 
     Attributes:
         counts: numbers by reason.
     """
 
-    def __init__(self, text_bytes: int = 0, max_length: int | None = None) -> None:
+    def __init__(
+        self, text_bytes: int = 0, max_length: int | None = None, *, by_sampler: bool = True
+    ) -> None:
+        self._name = None if by_sampler else _ALL
         self.counts: Counter[str] = Counter()
         self._bits = power_of_two(text_bytes, _EXACT_BYTES).bit_length() - 1
         self._limit = max_length
@@ -84,11 +91,11 @@ class Tally:
         """Count dropped responses, in all and by sampler."""
         self.counts[reason] += len(responses)
         if responses:
-            self._dropped.setdefault(reason, _BySampler()).add(responses)
+            self._dropped.setdefault(reason, _BySampler()).add(responses, self._name)
 
     def keep(self, prompt: Int32Array, responses: Sequence[RatedResponse]) -> None:
         """Count a group that is written."""
-        self._kept.add(responses)
+        self._kept.add(responses, self._name)
         self.counts["truncated_responses"] += sum(r.truncated for r in responses)
         contents = [_content(r) for r in responses]
         distinct = sorted(set(contents))

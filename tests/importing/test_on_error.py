@@ -130,7 +130,7 @@ def test_a_rule_that_is_named_on_the_command_line(
 # --- drop: rows -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(faults=st.dictionaries(st.integers(0, 29), st.sampled_from(sorted(FAULTS)), max_size=12))
 def test_the_dataset_is_that_of_the_log_without_the_broken_rows(
     tmp_path_factory: pytest.TempPathFactory, faults: dict[int, str]

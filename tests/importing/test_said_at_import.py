@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.importing import ID_COLUMNS, config, id_rows, read_groups, write_jsonl
 
-from gvpo_offline.importing import tally
+from gvpo_offline.importing import importer, tally
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns
 from gvpo_offline.importing.tally import Tally, merged, sampler_lines
@@ -232,6 +232,19 @@ def test_a_long_list_of_samplers_is_cut() -> None:
     assert lines[10] == "and 3 more samplers"
     assert lines[11].startswith("warning: overlong: drop drops 12% of the responses of s12 and 0%")
     assert len(lines) == 12
+
+
+def test_very_many_samplers_are_counted_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the two samplers above: 50 kept of mean (10 · 0.5 + 40 · 0.25) / 50, 30 dropped."""
+    monkeypatch.setattr(importer, "MOST_SAMPLERS", 1)
+    log = write_jsonl(tmp_path / "log.jsonl", overlong_rows())
+    result = import_log(config(log, tmp_path / "out", max_length=6, overlong="drop", **IDS))
+    assert result.details["samplers"]["dropped_overlong_responses"] == {
+        "all samplers": {"kept": 50, "kept_mean_reward": 0.3, "dropped": 30}
+        | {"dropped_mean_reward": 0.75}
+    }
 
 
 # --- length ---------------------------------------------------------------------------------------
