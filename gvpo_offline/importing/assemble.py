@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,10 @@ import numpy as np
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.importing.broken_rows import BrokenRows
-from gvpo_offline.importing.draft import Draft as _Draft
-from gvpo_offline.importing.draft import DraftResponse as _Response
-from gvpo_offline.importing.draft import InputNames, Merger, Refusals
+from gvpo_offline.importing.draft import Draft, DraftResponse, InputNames
 from gvpo_offline.importing.encode import Encoder
-from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.fragment import Fragment, with_location
+from gvpo_offline.importing.refusals import Refusals
 from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.tally import Tally
@@ -55,11 +55,10 @@ class Assembler:
         self._encoder = encoder
         self._inputs = inputs
         self._components = components
-        self._merger = Merger(config, inputs, components)
         self._tally = tally or Tally()
         self.counts: Counter[str] = self._tally.counts
         self.broken = BrokenRows(config, earlier)
-        self._refusals = Refusals(self._merger, self.broken)
+        self._refusals = Refusals(self.broken, self._error)
         self._reduced = reduced
 
     def found(self) -> dict[str, Any]:
@@ -83,22 +82,25 @@ class Assembler:
                 kept += self._checked(draft)
         return kept
 
-    def _merged(self, spilled: Sequence[KeyedFragment]) -> _Draft | None:
+    def _merged(self, spilled: Sequence[KeyedFragment]) -> Draft | None:
         """The draft of a group, or None if its rows contradict each other and are dropped."""
         try:
-            return self._merger.merge(spilled)
+            return self._merge(spilled)
         except DataError as error:
             first = spilled[0][0]
             assert first.group_id is not None
-            responses = [r for fragment, _ in spilled for r in self._merger.responses(fragment)]
-            self._refusals.group(_Draft(first.group_id, first, None, responses, 0), error)
+            responses = [r for fragment, _ in spilled for r in self._responses(fragment)]
+            self._refusals.group(Draft(first.group_id, first, None, responses, 0), error)
         return None
 
-    def _tokenized(self, drafts: Sequence[_Draft]) -> Sequence[_Draft]:
+    def _tokenize(self, drafts: Sequence[Draft]) -> None:
+        self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
+        self._tokenize_responses([r for draft in drafts for r in draft.responses])
+
+    def _tokenized(self, drafts: Sequence[Draft]) -> Sequence[Draft]:
         """The drafts with token ids, without those whose prompts cannot be tokenised."""
         try:
-            self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
-            self._tokenize_responses([r for draft in drafts for r in draft.responses])
+            self._tokenize(drafts)
         except DataError:
             if not self.broken.drops:
                 raise
@@ -106,25 +108,24 @@ class Assembler:
             return [draft for draft in drafts if self._tokenize_one(draft)]
         return drafts
 
-    def _tokenize_one(self, draft: _Draft) -> bool:
+    def _tokenize_one(self, draft: Draft) -> bool:
         """Tokenise a draft and drop what cannot be tokenised; False if that is the prompt."""
+        prompt = replace(draft, responses=[])
         try:
-            self._tokenize_prompts([draft] if draft.prompt_ids is None else [])
+            self._tokenize([prompt])
         except DataError as error:
             self._refusals.group(draft, error)
             return False
-        refused: Fragment | None = None
-        for response in tuple(draft.responses):
-            if response.fragment is refused:
-                continue
+        draft.prompt_ids = prompt.prompt_ids
+        for fragment in {id(r.fragment): r.fragment for r in draft.responses}.values():
+            own = [r for r in draft.responses if r.fragment is fragment]
             try:
-                self._tokenize_responses([response])
+                self._tokenize([replace(draft, responses=own)])
             except DataError as error:
-                refused = response.fragment
-                self._refusals.row(draft, refused, error)
+                self._refusals.row(draft, fragment, error)
         return True
 
-    def _checked(self, draft: _Draft) -> list[Group]:
+    def _checked(self, draft: Draft) -> list[Group]:
         """The group of a draft; none if it breaks a rule of the dataset and is dropped."""
         group = self._finish(draft)
         if self.broken.drops:  # else the writer checks the group
@@ -140,10 +141,90 @@ class Assembler:
             self.counts["groups_reduced_by_errors"] += 1
         return [group]
 
-    def _error(self, draft: _Draft, fragment: Fragment, error: DataError) -> DataError:
-        return self._merger.located(draft, fragment, error)
+    def _error(self, draft: Draft, fragment: Fragment, error: DataError) -> DataError:
+        label = self._inputs[fragment.file].label
+        return with_location(error, file=label, row=fragment.row, group=draft.group_id)
 
-    def _tokenize_prompts(self, drafts: Sequence[_Draft]) -> None:
+    def _where(self, fragment: Fragment) -> str:
+        return f"{self._inputs[fragment.file].label}, row {fragment.row}"
+
+    def _merge(self, spilled: Sequence[KeyedFragment]) -> Draft:
+        first, first_key = spilled[0]
+        assert first.group_id is not None
+        with_ids = next((f for f, _ in spilled if f.prompt_token_ids is not None), None)
+        prompt_ids = None if with_ids is None else with_ids.prompt_token_ids
+        draft = Draft(first.group_id, first, prompt_ids, [], sum(f.size for f, _ in spilled))
+        for fragment, key in spilled:
+            if key != first_key:
+                raise self._error(
+                    draft,
+                    fragment,
+                    DataError(
+                        "all rows of a group have the same prompt",
+                        received=f"a prompt that differs from that of {self._where(first)}: "
+                        f"{fragment.messages or fragment.prompt!r} "
+                        f"instead of {first.messages or first.prompt!r}",
+                        remedy="give different prompts different group ids, or unset "
+                        "columns.group_id to group by the prompt",
+                    ),
+                )
+            ids = fragment.prompt_token_ids
+            if ids is not None and prompt_ids is not None and not np.array_equal(ids, prompt_ids):
+                assert with_ids is not None
+                raise self._error(
+                    draft,
+                    fragment,
+                    DataError(
+                        "all rows of a group have the same prompt",
+                        received="prompt token ids that differ from those of "
+                        f"{self._where(with_ids)}",
+                        remedy="give different prompts different group ids, or unset "
+                        "columns.prompt so that prompts are compared by their ids",
+                    ),
+                )
+            draft.responses += self._responses(fragment)
+        self._check_response_ids(draft)
+        return draft
+
+    def _responses(self, fragment: Fragment) -> list[DraftResponse]:
+        default = self._config.sampler or self._inputs[fragment.file].sampler
+        held = fragment.components or {}
+        parts = [held.get(name) for name in self._components]
+        return [
+            DraftResponse(
+                fragment=fragment,
+                text=text,
+                ids=fragment.ids_of(i),
+                mask=fragment.mask_of(i),
+                reward=None if fragment.rewards is None else fragment.rewards[i],
+                components=[None if part is None else part[i] for part in parts],
+                sampler=fragment.samplers[i] or default,
+                truncated=bool(fragment.truncated[i]),
+                response_id=None if fragment.response_ids is None else fragment.response_ids[i],
+                sampler_logprob=fragment.sampler_logprobs[i] if fragment.sampler_logprobs else None,
+            )
+            for i, text in enumerate(fragment.responses)
+        ]
+
+    def _check_response_ids(self, draft: Draft) -> None:
+        seen: dict[str, Fragment] = {}
+        for response in draft.responses:
+            if response.response_id is None:
+                continue
+            other = seen.get(response.response_id)
+            if other is not None:
+                raise self._error(
+                    draft,
+                    response.fragment,
+                    DataError(
+                        "response ids are unique within a group",
+                        received=f"{response.response_id!r}, which {self._where(other)} also has",
+                        remedy="remove the duplicate rows, or leave columns.response_id out",
+                    ),
+                )
+            seen[response.response_id] = response.fragment
+
+    def _tokenize_prompts(self, drafts: Sequence[Draft]) -> None:
         if not drafts:
             return
         assert self._encoder is not None  # checked by TokenizerRequirements
@@ -172,7 +253,7 @@ class Assembler:
                     ),
                 )
 
-    def _tokenize_responses(self, responses: Sequence[_Response]) -> None:
+    def _tokenize_responses(self, responses: Sequence[DraftResponse]) -> None:
         texts = [r for r in responses if r.ids is None]
         if not texts:
             return
@@ -185,16 +266,16 @@ class Assembler:
             else:
                 response.ids = self._encoder.with_end_token(body)
 
-    def _drop(self, draft: _Draft, what: str, keep: Callable[[_Response], bool]) -> None:
+    def _drop(self, draft: Draft, what: str, keep: Callable[[DraftResponse], bool]) -> None:
         gone = [response for response in draft.responses if not keep(response)]
         draft.responses = [response for response in draft.responses if keep(response)]
         self._tally.drop(what, gone)
 
-    def _drop_unrewarded(self, draft: _Draft) -> None:
+    def _drop_unrewarded(self, draft: Draft) -> None:
         if draft.first.rewards is not None:  # then every row of the log has rewards
             self._drop(draft, "dropped_unrewarded_responses", lambda r: r.reward is not None)
 
-    def _drop_empty(self, draft: _Draft) -> None:
+    def _drop_empty(self, draft: Draft) -> None:
         while empty := next((r for r in draft.responses if not _length(r)), None):
             if self._config.empty_responses == "drop":
                 break
@@ -210,7 +291,7 @@ class Assembler:
             )
         self._drop(draft, "dropped_empty_responses", lambda r: _length(r) > 0)
 
-    def _fits_max_length(self, draft: _Draft) -> bool:
+    def _fits_max_length(self, draft: Draft) -> bool:
         """Apply max_length to the responses; False if the group is dropped."""
         limit = self._config.max_length
         if limit is None or draft.prompt_ids is None:
@@ -240,7 +321,7 @@ class Assembler:
         self._drop(draft, "dropped_overlong_responses", lambda r: _length(r) <= room)
         return True
 
-    def _cut(self, draft: _Draft, room: int) -> None:
+    def _cut(self, draft: Draft, room: int) -> None:
         for response in draft.responses:
             if response.ids is None or len(response.ids) <= room:
                 continue
@@ -251,7 +332,7 @@ class Assembler:
             response.sampler_logprob = None  # the logged one is of the uncut response
             self.counts["cut_overlong_responses"] += 1
 
-    def _has_min_size(self, draft: _Draft) -> bool:
+    def _has_min_size(self, draft: Draft) -> bool:
         """Apply the minimum group size; False if the group is dropped."""
         k = len(draft.responses)
         if k >= MIN_GROUP_SIZE:
@@ -271,7 +352,7 @@ class Assembler:
         self._refusals.group(draft, error)
         return False
 
-    def _finish(self, draft: _Draft) -> Group:
+    def _finish(self, draft: Draft) -> Group:
         first, responses = draft.first, draft.responses
         ids = tuple(r.ids for r in responses if r.ids is not None)
         assert len(ids) == len(responses)
@@ -309,5 +390,5 @@ class Assembler:
         )
 
 
-def _length(response: _Response) -> int:
+def _length(response: DraftResponse) -> int:
     return 0 if response.ids is None else len(response.ids)

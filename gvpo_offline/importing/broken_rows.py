@@ -232,8 +232,8 @@ def summary_lines(counts: Mapping[str, Any]) -> list[str]:
     rules = list(counts["rules"].items())
     lines = [f"{n:,}: {rule}" for rule, n in rules[:_RULES_NAMED]]
     if len(rules) > _RULES_NAMED:
-        rest = rules[_RULES_NAMED:]
-        lines.append(f"{sum(n for _, n in rest):,}: {len(rest)} other rules")
+        others = rules[_RULES_NAMED:]
+        lines.append(f"{sum(n for _, n in others):,}: {len(others)} other rules")
     samplers = list(counts["samplers"].items())
     if samplers:
         named = ", ".join(f"{name} {n:,}" for name, n in samplers[:_SAMPLERS_NAMED])

@@ -26,8 +26,9 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
-from gvpo_offline.importing.assemble import Assembler, InputNames
+from gvpo_offline.importing.assemble import Assembler
 from gvpo_offline.importing.broken_rows import summary, summary_lines, too_many, write_report
+from gvpo_offline.importing.draft import InputNames
 from gvpo_offline.importing.encode import Encoder, load_encoder
 from gvpo_offline.importing.first_pass import FirstPass
 from gvpo_offline.importing.folder import OutputFolder

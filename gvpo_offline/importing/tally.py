@@ -152,11 +152,12 @@ def merged(details: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[s
         "dropped_mean_reward"}}}}` for the reasons for which a response was dropped, and
         `identical_groups` if there are any.
     """
-    kept, dropped = _BySampler(), {}
+    kept = _BySampler()
+    dropped: dict[str, _BySampler] = {}
     for each in details:
         kept.merge(each.get("kept", {}))
-        for reason, found in each.get("dropped", {}).items():
-            dropped.setdefault(reason, _BySampler()).merge(found)
+        for reason, numbers in each.get("dropped", {}).items():
+            dropped.setdefault(reason, _BySampler()).merge(numbers)
     samplers = {
         reason: {
             name: {
