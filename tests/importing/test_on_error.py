@@ -276,7 +276,7 @@ def test_formats_go_on_after_a_broken_row(
 
 def test_a_table_of_trl_with_a_broken_row(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     """The other rows of the step stay, with the advantages that were logged for them."""
-    rows = [
+    rows: Rows = [
         {
             "step": step,
             "prompt": "q",
@@ -490,7 +490,8 @@ def test_the_report_survives_an_interruption(
     options = {**IDS, "on_error": "drop", "shard_bytes": log.stat().st_size // 6}
     whole = import_log(config(log, tmp_path / "whole", **options))
     assert len(whole.manifest.groups) == 8
-    write, calls = importer.write_groups, []
+    write: Any = vars(importer)["write_groups"]
+    calls: list[Any] = []
 
     def fail_at_the_third(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)

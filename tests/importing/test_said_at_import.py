@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.importing import ID_COLUMNS, config, id_rows, read_groups, write_jsonl
 
+from gvpo_offline.group import BoolArray, Int32Array
 from gvpo_offline.importing import importer, tally
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns
@@ -80,10 +81,12 @@ def test_nothing_is_said_of_a_log_without_repetitions(tmp_path: Path) -> None:
 class _Response:
     """A response as the tally sees it."""
 
-    sampler, reward, mask, truncated = "s", 1.0, None, False
-
     def __init__(self, *ids: int) -> None:
-        self.ids: Any = np.array(ids, np.int32)
+        self.sampler = "s"
+        self.reward: float | None = 1.0
+        self.ids: Int32Array | None = np.array(ids, np.int32)
+        self.mask: BoolArray | None = None
+        self.truncated = False
 
 
 @given(
@@ -136,7 +139,7 @@ def overlong_rows() -> list[dict[str, Any]]:
     `long` writes 8 tokens in 15 of the groups (reward 0.75) and 3 in the other 5 (reward 0.5);
     `short` always writes 2 (reward 0.25).
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for g in range(20):
         length, reward = (8, 0.75) if g < 15 else (3, 0.5)
         for sampler, n, r in [("long", length, reward)] * 2 + [("short", 2, 0.25)] * 2:
