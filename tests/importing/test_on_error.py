@@ -321,6 +321,40 @@ def test_failed_responses_are_reported_one_by_one(tmp_path: Path, tiny_tokenizer
     assert result.counts["responses"] == 2
 
 
+def test_requests_of_a_batch_without_a_result_are_reported(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    """They are found after the last row, and named by their row in the request file."""
+    choices = [
+        {"index": i, "message": {"role": "assistant", "content": str(i)}, "finish_reason": "stop"}
+        for i in range(2)
+    ]
+    body = {"messages": [{"role": "user", "content": "q"}]}
+    requests = write_jsonl(
+        tmp_path / "requests.jsonl", [{"custom_id": key, "body": body} for key in "abc"]
+    )
+    ok = {"status_code": 200, "body": {"model": "m", "choices": choices}}
+    failed = {"status_code": 500, "body": {"error": {"message": "busy"}}}
+    results = write_jsonl(
+        tmp_path / "results.jsonl",
+        [{"custom_id": "b", "response": failed}, {"custom_id": "a", "response": ok}],
+    )
+    import_log(
+        config(
+            results,
+            tmp_path / "out",
+            format="openai_batch",
+            requests=str(requests),
+            tokenizer_name_or_path=str(tiny_tokenizer_dir),
+            on_error="drop",
+        )
+    )
+    first, second = report(tmp_path / "out")
+    assert (first["file"], first["row"]) == (str(results), 0)
+    assert (second["file"], second["row"]) == (str(requests), 2)
+    assert second["received"] == "request c has no result"
+
+
 # --- drop: groups, and rows that the second pass refuses ------------------------------------------
 
 
