@@ -146,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
     except GVPOError as error:
-        # On one line, even if the error quotes text of several lines.
-        print(f"gvpo-offline {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"gvpo-offline {name}: error:", "\n  ".join(error.lines()), file=sys.stderr)
         return 1
     return 0
 

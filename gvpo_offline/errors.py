@@ -7,6 +7,7 @@ traceback instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
@@ -38,6 +39,7 @@ class GVPOError(Exception):
         file: path of the file in question.
         row: zero-based row (or line) within `file`.
         group: id of the group in question.
+        more: further lines of the message, such as other faults that were found with this one.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class GVPOError(Exception):
         file: Any = None,
         row: int | None = None,
         group: str | None = None,
+        more: Sequence[str] = (),
     ) -> None:
         self.rule = rule
         self.received = received
@@ -56,7 +59,12 @@ class GVPOError(Exception):
         self.file = None if file is None else str(file)
         self.row = row
         self.group = group
-        super().__init__(self._message())
+        self.more = tuple(more)
+        super().__init__("\n  ".join([self._message(), *self.more]))
+
+    def lines(self) -> list[str]:
+        """The message and the lines of `more`, each in one line even if it quotes several."""
+        return [" ".join(text.split()) for text in (self._message(), *self.more)]
 
     def _message(self) -> str:
         place = [
@@ -80,7 +88,7 @@ class GVPOError(Exception):
         # Errors are pickled between processes (data loader workers); the default would lose the
         # keyword arguments. Other attributes, such as notes, are restored from `state`.
         state = self.__dict__.copy()
-        keywords = ("rule", "received", "remedy", "file", "row", "group")
+        keywords = ("rule", "received", "remedy", "file", "row", "group", "more")
         return (_rebuild, (type(self), {name: state[name] for name in keywords}), state)
 
 

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.importing.draft import Draft, DraftResponse, tokenize
+from gvpo_offline.importing.broken_rows import BrokenRows
+from gvpo_offline.importing.draft import Draft, DraftResponse, InputNames
 from gvpo_offline.importing.fragment import Fragment, with_location
+from gvpo_offline.importing.refusals import Refusals
 from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
-from gvpo_offline.rules import MIN_GROUP_SIZE
-
-
-@dataclass(frozen=True)
-class InputNames:
-    """Names of an input: in messages, in `Group.source`, and as the default sampler."""
-
-    label: str
-    file_name: str
-    sampler: str
+from gvpo_offline.importing.tally import Tally
+from gvpo_offline.importing.tokenization import tokenize
+from gvpo_offline.rules import MIN_GROUP_SIZE, check_group
 
 
 class Assembler:
@@ -36,9 +32,13 @@ class Assembler:
         inputs: names of the inputs; `Fragment.file` is an index into them.
         components: names of all reward components in the log, in the order of the rows of
             `Group.components`. A component that a fragment lacks is NaN for its responses.
+        tally: counts what becomes of the responses; a new one by default.
+        earlier: number of broken rows that the first pass dropped.
+        reduced: ids of the groups that these rows belong to.
 
     Attributes:
         counts: numbers of dropped and cut responses and groups so far, by reason.
+        broken: the rows and groups that were dropped because they break a rule.
     """
 
     def __init__(
@@ -47,29 +47,99 @@ class Assembler:
         encoder: Encoder | None,
         inputs: Sequence[InputNames],
         components: Sequence[str] = (),
+        *,
+        tally: Tally | None = None,
+        earlier: int = 0,
+        reduced: Collection[str] = (),
     ) -> None:
         self._config = config
         self._encoder = encoder
         self._inputs = inputs
         self._components = components
-        self.counts: Counter[str] = Counter()
+        self._tally = tally or Tally()
+        self.counts: Counter[str] = self._tally.counts
+        self.broken = BrokenRows(config, earlier)
+        self._refusals = Refusals(self.broken, self._error)
+        self._reduced = reduced
+
+    def found(self) -> dict[str, Any]:
+        """The counts and details of a task's commit record."""
+        details = {**self._tally.details(), "broken": self.broken.records}
+        return {"counts": dict(sorted(self.counts.items())), "details": details}
 
     def groups(self, fragments: Sequence[Sequence[KeyedFragment]]) -> list[Group]:
         """Build one group per list of fragments, in order; the settings may drop some.
 
         Raises:
-            DataError: a group breaks a rule, or the settings say to stop; names file, row and
-                group.
+            DataError: a group breaks a rule and `on_error` is stop, or too many do; names file, row
+                and group.
         """
-        drafts = [self._merge(group) for group in fragments]
-        self.counts.update(tokenize(drafts, self._encoder, self._config, self._error))
+        drafts = [draft for group in fragments if (draft := self._merged(group)) is not None]
         kept: list[Group] = []
-        for draft in drafts:
+        for draft in self._tokenized(drafts):
             self._drop_unrewarded(draft)
             self._drop_empty(draft)
             if self._fits_max_length(draft) and self._has_min_size(draft):
-                kept.append(self._finish(draft))
+                kept += self._checked(draft)
         return kept
+
+    def _merged(self, spilled: Sequence[KeyedFragment]) -> Draft | None:
+        """The draft of a group, or None if its rows contradict each other and are dropped."""
+        try:
+            return self._merge(spilled)
+        except DataError as error:
+            first = spilled[0][0]
+            assert first.group_id is not None
+            responses = [r for fragment, _ in spilled for r in self._responses(fragment)]
+            self._refusals.group(Draft(first.group_id, first, None, responses, 0), error)
+        return None
+
+    def _tokenize(self, drafts: Sequence[Draft]) -> None:
+        self.counts.update(tokenize(drafts, self._encoder, self._config, self._error))
+
+    def _tokenized(self, drafts: Sequence[Draft]) -> Sequence[Draft]:
+        """The drafts with token ids, without those whose prompts cannot be tokenised."""
+        try:
+            self._tokenize(drafts)
+        except DataError:
+            if not self.broken.drops:
+                raise
+            # One at a time, to find which of them breaks the rule.
+            return [draft for draft in drafts if self._tokenize_one(draft)]
+        return drafts
+
+    def _tokenize_one(self, draft: Draft) -> bool:
+        """Tokenise a draft and drop what cannot be tokenised; False if that is the prompt."""
+        prompt = replace(draft, responses=[])
+        try:
+            self._tokenize([prompt])
+        except DataError as error:
+            self._refusals.group(draft, error)
+            return False
+        draft.prompt_ids = prompt.prompt_ids
+        for fragment in {id(r.fragment): r.fragment for r in draft.responses}.values():
+            own = [r for r in draft.responses if r.fragment is fragment]
+            try:
+                self._tokenize([replace(draft, responses=own)])
+            except DataError as error:
+                self._refusals.row(draft, fragment, error)
+        return True
+
+    def _checked(self, draft: Draft) -> list[Group]:
+        """The group of a draft; none if it breaks a rule of the dataset and is dropped."""
+        group = self._finish(draft)
+        if self.broken.drops:  # else the writer checks the group
+            try:
+                vocab_size = None if self._encoder is None else self._encoder.vocab_size
+                check_group(group, vocab_size=vocab_size)
+            except DataError as error:
+                self._refusals.group(draft, error)
+                return []
+        assert draft.prompt_ids is not None
+        self._tally.keep(draft.prompt_ids, draft.responses)
+        if draft.reduced or draft.group_id in self._reduced:
+            self.counts["groups_reduced_by_errors"] += 1
+        return [group]
 
     def _error(self, draft: Draft, fragment: Fragment, error: DataError) -> DataError:
         label = self._inputs[fragment.file].label
@@ -156,21 +226,20 @@ class Assembler:
             seen[response.response_id] = response.fragment
 
     def _drop(self, draft: Draft, what: str, keep: Callable[[DraftResponse], bool]) -> None:
-        before = len(draft.responses)
+        gone = [response for response in draft.responses if not keep(response)]
         draft.responses = [response for response in draft.responses if keep(response)]
-        self.counts[what] += before - len(draft.responses)
+        self._tally.drop(what, gone)
 
     def _drop_unrewarded(self, draft: Draft) -> None:
         if draft.first.rewards is not None:  # then every row of the log has rewards
             self._drop(draft, "dropped_unrewarded_responses", lambda r: r.reward is not None)
 
     def _drop_empty(self, draft: Draft) -> None:
-        empty = next((r for r in draft.responses if not _length(r)), None)
-        if empty is None:
-            return
-        if self._config.empty_responses != "drop":
+        while empty := next((r for r in draft.responses if not _length(r)), None):
+            if self._config.empty_responses == "drop":
+                break
             cut = ", cut before its first token" if empty.truncated else ""
-            raise self._error(
+            self._refusals.row(
                 draft,
                 empty.fragment,
                 DataError(
@@ -188,22 +257,23 @@ class Assembler:
             return True
         prompt = len(draft.prompt_ids)
         room = limit - prompt
-        over = next((r for r in draft.responses if _length(r) > room), None)
+        while over := next((r for r in draft.responses if _length(r) > room), None):
+            if self._config.overlong != "error":
+                break
+            error = DataError(
+                f"prompt and response have at most {limit} tokens (max_length)",
+                received=f"{prompt + _length(over)} ({prompt} + {_length(over)})",
+                remedy="raise max_length, or choose overlong: drop or overlong: truncate",
+            )
+            if room < 1:
+                self._refusals.group(draft, self._error(draft, over.fragment, error))
+                return False
+            self._refusals.row(draft, over.fragment, error)
         if over is None:
             return True
-        if self._config.overlong == "error":
-            raise self._error(
-                draft,
-                over.fragment,
-                DataError(
-                    f"prompt and response have at most {limit} tokens (max_length)",
-                    received=f"{prompt + _length(over)} ({prompt} + {_length(over)})",
-                    remedy="raise max_length, or choose overlong: drop or overlong: truncate",
-                ),
-            )
         if room < 1:
             self.counts["dropped_overlong_prompts"] += 1
-            self.counts["dropped_overlong_responses"] += len(draft.responses)
+            self._tally.drop("dropped_overlong_responses", draft.responses)
             return False
         if self._config.overlong == "truncate":
             self._cut(draft, room)
@@ -230,25 +300,22 @@ class Assembler:
             self.counts["dropped_groups_without_responses"] += 1
             return False
         if self._config.singletons == "drop":
-            self.counts["dropped_singletons"] += 1
+            self._tally.drop("dropped_singletons", draft.responses)
             return False
         left = "" if draft.logged == k else f" of {draft.logged} that were logged"
-        raise self._error(
-            draft,
-            draft.first,
-            DataError(
-                f"a group needs at least {MIN_GROUP_SIZE} responses",
-                received=f"{k}{left} for the prompt {draft.first.messages or draft.first.prompt!r}",
-                remedy="add responses for this prompt, or drop such groups (singletons: drop)",
-            ),
+        error = DataError(
+            f"a group needs at least {MIN_GROUP_SIZE} responses",
+            received=f"{k}{left} for the prompt {draft.first.messages or draft.first.prompt!r}",
+            remedy="add responses for this prompt, or drop such groups (singletons: drop)",
         )
+        self._refusals.group(draft, error)
+        return False
 
     def _finish(self, draft: Draft) -> Group:
         first, responses = draft.first, draft.responses
         ids = tuple(r.ids for r in responses if r.ids is not None)
         assert len(ids) == len(responses)
         assert draft.prompt_ids is not None
-        self.counts["truncated_responses"] += sum(r.truncated for r in responses)
         masks = None
         if any(r.mask is not None for r in responses):
             masks = tuple(

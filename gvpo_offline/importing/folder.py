@@ -17,7 +17,7 @@ from gvpo_offline.store.manifest import (
     load_manifest,
     manifest_versions,
 )
-from gvpo_offline.store.writer import claim_folder, lock_folder
+from gvpo_offline.store.writer import IMPORT_REPORT, claim_folder, lock_folder
 from gvpo_offline.version import IMPORT_VERSION
 
 # Prefixes of the stages of `sample`, whose commit records are in the same folder.
@@ -25,7 +25,9 @@ SAMPLING_STAGES = ("prompts-", "sample-")
 
 # Only files with names that an import gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
-_TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
+_TEMPORARY = re.compile(
+    r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json|import_report\.jsonl)\.[0-9a-f]{32}\.tmp$"
+)
 
 
 class OutputFolder:
@@ -139,6 +141,7 @@ class OutputFolder:
         """Remove the commit records and shards of `stage`, and the folders left empty."""
         shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
         self._sweep(set())
+        (self.root / IMPORT_REPORT).unlink(missing_ok=True)
         for name in ("commits", "groups", "rewards"):
             _remove_empty(self.root / name)
 

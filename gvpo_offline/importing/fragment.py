@@ -99,19 +99,47 @@ class Fragment:
 
 def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
     """A copy of `error` with the file, row and group added where it has none."""
-    return DataError(
+    located = DataError(
         error.rule,
         received=error.received,
         remedy=error.remedy,
         file=error.file or file,
         row=row if error.row is None else error.row,
         group=error.group or group,
+        more=error.more,
+    )
+    located.__cause__ = error.__cause__
+    return located
+
+
+def with_more(error: DataError, line: str) -> DataError:
+    """A copy of `error` with a further line in its message."""
+    return DataError(
+        error.rule,
+        received=error.received,
+        remedy=error.remedy,
+        file=error.file,
+        row=error.row,
+        group=error.group,
+        more=(*error.more, line),
+    )
+
+
+def _no_prompt(received: Any) -> DataError:
+    return DataError(
+        "a prompt is not empty",
+        received=received,
+        remedy="log what the sampler was given, or remove the row",
     )
 
 
 def prompt_key(fragment: Fragment) -> str:
     """SHA-256 (hexadecimal) of the prompt: of its messages and template arguments, else its text,
-    else its token ids."""
+    else its token ids.
+
+    Raises:
+        DataError: there is no prompt.
+    """
     if fragment.messages is not None:
         # Columnar files may store the keys of a message in another order.
         content = {"messages": json.loads(fragment.messages)}
@@ -120,7 +148,8 @@ def prompt_key(fragment: Fragment) -> str:
         return sha256_json(content)
     if fragment.prompt is not None:
         return sha256_text("text\0" + fragment.prompt)
-    assert fragment.prompt_token_ids is not None  # checked by check_fragment
+    if fragment.prompt_token_ids is None:
+        raise _no_prompt(None)
     return tokens_key(fragment.prompt_token_ids)
 
 
@@ -144,11 +173,7 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
     allow_empty = config.empty_responses != "error"
     ids = fragment.prompt_token_ids
     if not (fragment.prompt or fragment.messages) and (ids is None or not len(ids)):
-        raise DataError(
-            "a prompt is not empty",
-            received=fragment.prompt,
-            remedy="log what the sampler was given, or remove the row",
-        )
+        raise _no_prompt(fragment.prompt)
     if ids is not None:
         _check_ids(ids, "prompt_token_ids", vocab_size)
     _check_lengths(fragment, allow_none=config.singletons != "error")

@@ -15,41 +15,36 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from gvpo_offline.chat.encoder import Encoder
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
-from gvpo_offline.importing.assemble import Assembler, InputNames
-from gvpo_offline.importing.encode import TokenizerRequirements, load_encoder
+from gvpo_offline.importing.assemble import Assembler
+from gvpo_offline.importing.broken_rows import summary, summary_lines, too_many, write_report
+from gvpo_offline.importing.draft import InputNames
+from gvpo_offline.importing.encode import load_encoder
+from gvpo_offline.importing.first_pass import FirstPass
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import (
-    DropsResponses,
     ExtraDependencies,
     LogFormat,
     StageLog,
 )
-from gvpo_offline.importing.fragment import (
-    GROUP_ID_DIGITS,
-    Fragment,
-    check_fragment,
-    prompt_key,
-    with_location,
-)
-from gvpo_offline.importing.outcome import COUNT_TEXTS, ImportResult
+from gvpo_offline.importing.outcome import COUNT_TEXTS, FOUND_TEXTS, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.tally import MOST_SAMPLERS, Tally, merged, model_max_length
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
@@ -61,6 +56,8 @@ from gvpo_offline.version import IMPORT_VERSION, __version__
 __all__ = ["ImportResult", "import_log", "run_import"]
 
 _NOT_RECORDED = ("output_dir", "show_progress")
+# Settings that do not decide the bytes of the dataset, or whose content is hashed instead.
+_NOT_IDENTIFYING = ("max_errors", "inputs", "tokenizer_name_or_path", "chat_template")
 _BUCKET_BYTES = 16 << 20
 _RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
@@ -96,18 +93,6 @@ def import_log(config: ImportConfig, log: StageLog | None = None) -> ImportResul
     return _Import(config, log).run()
 
 
-@dataclass
-class _FirstPass:
-    """SamplerInfo about all rows, collected while they are read."""
-
-    rows: list[int]
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    samplers: set[str] = field(default_factory=set)
-    components: set[str] = field(default_factory=set)
-    rewarded: str | None = None
-    unrewarded: str | None = None
-
-
 class _Import:
     """One run of the stage."""
 
@@ -134,7 +119,7 @@ class _Import:
             finished = folder.finished(identity)
             if finished is not None:
                 step = next(s for s in finished.lineage if s.config.get("identity") == identity)
-                return ImportResult(finished, step.counts, already_imported=True)
+                return ImportResult(finished, step.counts, True, step.details)
             log = TaskLog(folder.root, f"import-{identity[:12]}")
             records = folder.prepare(log)
             with undo_on_bad_input(lambda: folder.discard(log.stage)):
@@ -168,7 +153,7 @@ class _Import:
         the identity of imports that do not use it.
         """
         settings = identity_settings(self.config)
-        for name in (*_NOT_RECORDED, "inputs", "tokenizer_name_or_path", "chat_template"):
+        for name in (*_NOT_RECORDED, *_NOT_IDENTIFYING):
             settings.pop(name, None)
         tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
         ends = [] if self.encoder is None else sorted(self.encoder.end_ids)
@@ -203,83 +188,22 @@ class _Import:
         spill = FragmentSpill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
         try:
             spill.open()
-            first = self._read(spill)
-            self._check_first_pass(first)
+            first = FirstPass(self.config, self.format, self.sources, self.encoder)
+            with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
+                first.read(spill, bar.update)
+            first.check()
+            broken = first.broken.total
             with self._bar("writing groups", spill.n_rows, "row") as bar:
                 for shard, task in enumerate(tasks):
                     if task not in records:
                         record = self._write(root, log, spill, shard, first, bar.update)
                         records[task] = log.commit(record)
+                    broken += len(records[task].details.get("broken", ()))
+                    if broken > self.config.max_errors:
+                        raise too_many(self.config, _broken(first, [*records.values()]))
         finally:
             spill.close()
         return self._publish(root, [records[task] for task in tasks], first, identity)
-
-    def _read(self, spill: FragmentSpill) -> _FirstPass:
-        first = _FirstPass(rows=[0] * len(self.sources))
-        with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
-            for number, source in enumerate(self.sources):
-                self._read_source(number, source, spill, first, bar.update)
-                source.check_unchanged()
-            spill.flush()
-        if isinstance(self.format, DropsResponses):
-            first.left_out = self.format.finish()
-        return first
-
-    def _read_source(
-        self,
-        number: int,
-        source: Source,
-        spill: FragmentSpill,
-        first: _FirstPass,
-        advance: Callable[[int], Any],
-    ) -> None:
-        vocab_size = None if self.encoder is None else self.encoder.vocab_size
-        needs = TokenizerRequirements(self.encoder)
-        default = self.config.sampler or source.name
-        for fragment in self.format.read(source.rows(self.format.columns, advance), source):
-            fragment.file = number
-            try:
-                check_fragment(fragment, self.config, vocab_size=vocab_size)
-            except DataError as error:
-                location = {"file": source.label, "row": fragment.row}
-                raise with_location(error, group=fragment.group_id, **location) from None  # type: ignore[arg-type]
-            needs.check(fragment, source.label)
-            key = prompt_key(fragment)
-            if fragment.group_id is None:
-                fragment.group_id = key[:GROUP_ID_DIGITS]
-            self._note(fragment, source, default, first)
-            spill.add(fragment, key)
-
-    def _note(self, fragment: Fragment, source: Source, default: str, first: _FirstPass) -> None:
-        first.rows[fragment.file] += 1
-        first.samplers.update(name or default for name in fragment.samplers)
-        first.components.update(fragment.components or ())
-        if fragment.rewards is None:
-            first.unrewarded = first.unrewarded or f"{source.label}, row {fragment.row}"
-        else:
-            first.rewarded = first.rewarded or f"{source.label}, row {fragment.row}"
-
-    def _check_first_pass(self, first: _FirstPass) -> None:
-        if not sum(first.rows):
-            raise DataError(
-                "an import yields at least 1 group",
-                received="inputs without a row",
-                remedy="check the inputs",
-                file=self.sources[0].label,
-            )
-        if first.rewarded and first.unrewarded:
-            raise DataError(
-                "every row has a reward, or none has",
-                received=f"rewards at {first.rewarded} and none at {first.unrewarded}",
-                remedy="score the other rows, or import the two logs as two datasets",
-            )
-        unknown = sorted(set(self.config.samplers) - first.samplers)
-        if unknown:
-            raise ConfigError(
-                "samplers has settings only of samplers that are in the log",
-                received=f"{', '.join(unknown)}; the log has {', '.join(sorted(first.samplers))}",
-                remedy="correct the names, or set `sampler` or columns.sampler",
-            )
 
     def _buckets(self, shard: int) -> range:
         return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
@@ -299,12 +223,24 @@ class _Import:
         log: TaskLog,
         spill: FragmentSpill,
         shard: int,
-        first: _FirstPass,
+        first: FirstPass,
         advance: Callable[[int], Any],
     ) -> TaskRecord:
         names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
         components = sorted(first.components)
-        assembler = Assembler(self.config, self.encoder, names, components)
+        assembler = Assembler(
+            self.config,
+            self.encoder,
+            names,
+            components,
+            tally=Tally(
+                sum(source.text_bytes for source in self.sources),
+                None if self.encoder is None else model_max_length(self.encoder.tokenizer),
+                by_sampler=len(first.samplers) <= MOST_SAMPLERS,
+            ),
+            earlier=len(first.broken.records),
+            reduced=first.reduced,
+        )
         groups = self._groups(spill, shard, assembler, advance)
         record = TaskRecord(stage=log.stage, task=_task(shard))
         head = next(groups, None)
@@ -319,12 +255,18 @@ class _Import:
                 vocab_size=None if self.encoder is None else self.encoder.vocab_size,
                 rows_per_row_group=self.config.rows_per_row_group,
             )
-        return record.model_copy(update={"counts": dict(sorted(assembler.counts.items()))})
+        return record.model_copy(update=assembler.found())
 
     def _publish(
-        self, root: Path, records: list[TaskRecord], first: _FirstPass, identity: str
+        self, root: Path, records: list[TaskRecord], first: FirstPass, identity: str
     ) -> ImportResult:
-        counts = _counts(records, first)
+        found, repeated = merged([record.details for record in records])
+        counts = _counts(records, first, repeated)
+        broken = _broken(first, records)
+        if broken:
+            found["broken"] = summary(broken)
+        if counts.get("over_model_max_length_responses") and self.encoder is not None:
+            found["model_max_length"] = model_max_length(self.encoder.tokenizer)
         if not counts["groups"]:
             raise DataError(
                 "an import yields at least 1 group",
@@ -332,6 +274,7 @@ class _Import:
                 remedy="the settings (singletons, empty_responses, missing_rewards, overlong) "
                 "dropped everything",
                 file=self.sources[0].label,
+                more=summary_lines(found["broken"]) if broken else (),
             )
         sidecars = [sidecar for record in records for sidecar in record.sidecars]
         family = RewardFamily(
@@ -350,7 +293,9 @@ class _Import:
             config={**settings, "identity": identity, IMPORT_VERSION_KEY: IMPORT_VERSION},
             inputs=[*(self.log.inputs if self.log else ()), *read],
             counts=counts,
+            details=found,
         )
+        write_report(root, broken)
 
         def build(newest: Manifest | None) -> Manifest:
             assert newest is None  # the folder is locked and holds no manifest
@@ -362,14 +307,22 @@ class _Import:
                 lineage=[step],
             )
 
-        return ImportResult(publish(root, build), counts, already_imported=False)
+        return ImportResult(publish(root, build), counts, False, found)
 
 
 def _task(shard: int) -> str:
     return f"{shard:05d}"
 
 
-def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
+def _broken(first: FirstPass, records: list[TaskRecord]) -> list[dict[str, Any]]:
+    """The lines of the report: those of the first pass, then those of the tasks."""
+    of_tasks = [line for record in records for line in record.details.get("broken", ())]
+    return [*first.broken.records, *of_tasks]
+
+
+def _counts(
+    records: list[TaskRecord], first: FirstPass, repeated: dict[str, int]
+) -> dict[str, int]:
     files = [entry for record in records for entry in record.groups]
     counts = {
         "rows": sum(first.rows),
@@ -377,7 +330,8 @@ def _counts(records: list[TaskRecord], first: _FirstPass) -> dict[str, int]:
         "responses": sum(entry.n_responses for entry in files),
         "tokens": sum(entry.n_tokens for entry in files),
     }
-    dropped: Counter[str] = Counter(first.left_out)
+    dropped: Counter[str] = Counter({**first.left_out, **repeated})
     for record in records:
         dropped.update(record.counts)
-    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}}
+    found = {name: dropped[name] for name in FOUND_TEXTS if dropped[name]}
+    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}, **found}

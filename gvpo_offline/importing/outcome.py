@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from gvpo_offline.importing.broken_rows import summary_lines
+from gvpo_offline.importing.tally import sampler_lines
 from gvpo_offline.store.manifest import Manifest
+from gvpo_offline.store.writer import IMPORT_REPORT
 
 
 @dataclass(frozen=True)
@@ -16,11 +21,13 @@ class ImportResult:
         counts: numbers of rows, responses, groups and tokens, and of dropped or cut responses and
             groups by reason.
         already_imported: True if the folder already held this import and nothing was done.
+        details: what was dropped, by rule and by sampler; see `LineageStep.details`.
     """
 
     manifest: Manifest
     counts: dict[str, int]
     already_imported: bool
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The lines that the command prints."""
@@ -32,10 +39,31 @@ class ImportResult:
             f"{counts['tokens']} tokens"
         )
         lines.append(f"  samplers: {', '.join(sorted(self.manifest.samplers))}")
-        for name, text in COUNT_TEXTS.items():
+        for name, text in {**COUNT_TEXTS, **FOUND_TEXTS}.items():
             if self.counts.get(name):
-                lines.append(f"  {counts[name]} {text}")
-        return lines
+                lines.append(f"  {counts[name]} {text}{self._note(name)}")
+                by_sampler = self.details.get("samplers", {}).get(name, {})
+                if name in _CHOSEN_BY or len(by_sampler) > 1:
+                    said = sampler_lines(by_sampler, _CHOSEN_BY.get(name, "the import"))
+                    lines += [f"    {line}" for line in said]
+        return lines + self._broken_lines()
+
+    def _note(self, name: str) -> str:
+        if name == "over_model_max_length_responses":
+            return f" ({self.details.get('model_max_length', 0):,})"
+        if name == "identical_groups" and "identical_groups_counted_on" in self.details:
+            return f" (estimated from {self.details['identical_groups_counted_on']})"
+        return ""
+
+    def _broken_lines(self) -> list[str]:
+        """What `on_error: drop` dropped."""
+        broken = self.details.get("broken")
+        if not broken:
+            return []
+        rows, groups = broken["rows"], broken["groups"]
+        head = f"  {rows:,} rows and {groups:,} groups broke a rule and were dropped"
+        head += f" (on_error: drop); {IMPORT_REPORT} lists them"
+        return [head, *(f"    {line}" for line in summary_lines(broken))]
 
 
 # Printed text for each count of dropped or changed responses and groups.
@@ -57,4 +85,22 @@ COUNT_TEXTS = {
     "dropped_failed_responses": "responses that failed were dropped (failed_responses: drop)",
     "dropped_repeated_responses": "responses were dropped: repeated from an earlier step",
     "dropped_groups_without_responses": "groups were dropped: no response was left",
+}
+
+# As COUNT_TEXTS; recorded only if they are not 0.
+FOUND_TEXTS = {
+    "identical_responses": "responses repeat another response of their group, token for token",
+    "identical_groups": "groups repeat another group: the same prompt and the same responses",
+    "over_model_max_length_responses": "responses are longer, with their prompt, than the "
+    "tokenizer's model_max_length",
+    "groups_reduced_by_errors": "groups are without the responses of their broken rows "
+    "(on_error: drop)",
+}
+
+# The setting by which responses are chosen that are dropped for a reason.
+_CHOSEN_BY = {
+    "dropped_overlong_responses": "overlong: drop",
+    "dropped_empty_responses": "empty_responses: drop",
+    "dropped_unrewarded_responses": "missing_rewards: drop",
+    "dropped_singletons": "singletons: drop",
 }

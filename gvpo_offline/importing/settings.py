@@ -11,6 +11,7 @@ from gvpo_offline.store.location import local_folder
 
 OnLong = Literal["error", "drop", "truncate"]
 OnEmpty = Literal["error", "drop", "keep"]
+StopOrDrop = Literal["stop", "drop"]
 
 
 @dataclass
@@ -129,6 +130,13 @@ class ImportConfig:
     missing_rewards: ErrorOrDrop = "error"
     """A response without a reward (null, or known to be wrong) in a log that has rewards: error, or
     drop it and report the number."""
+    on_error: StopOrDrop = "stop"
+    """A row or group that breaks a rule: stop, or drop it and list it in import_report.jsonl. With
+    stop, every row is read first, and one error names all the rules that rows break. With drop, a
+    row is dropped with all of its responses; a group is dropped if its rows contradict each other
+    or its prompt breaks a rule. Damaged files and wrong settings always stop."""
+    max_errors: int = 1000
+    """With on_error: drop, the number of broken rows and groups above which the import stops."""
     append_eos: bool = True
     """End each response given as text, unless it was cut, with the token that ends the policy's
     turn: after chat messages the one that the chat template puts behind the assistant's text, else
@@ -159,6 +167,8 @@ class ImportConfig:
         positive("rows_per_row_group", self.rows_per_row_group)
         if self.max_length is not None:
             positive("max_length", self.max_length)
+        if self.max_errors < 0:
+            raise ConfigError("max_errors is at least 0", received=self.max_errors)
         if not self.inputs:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +45,7 @@ class TaskRecord(BaseModel):
     sidecars: list[Sidecar] = []
     files: list[FileEntry] = Field(default=[], description="Files of any other kind.")
     counts: dict[str, int] = Field(default={}, description="What else the task counted.")
+    details: dict[str, Any] = Field(default={}, description="Counts by name, as the stage needs.")
 
     def entries(self) -> list[FileEntry]:
         """Every file of the task."""

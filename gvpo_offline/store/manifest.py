@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, PlainSerializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic_core import core_schema
 
 from gvpo_offline.errors import DataError, IntegrityError
@@ -181,6 +189,17 @@ class LineageStep(_Record):
     config: dict[str, Any]
     inputs: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
+    details: dict[str, Any] = Field(
+        default={}, description="Counts by rule and by sampler of what was left out."
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_details(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Versions of this package without the field can read a manifest that does not use it.
+        content: dict[str, Any] = serialize(self)
+        if not self.details:
+            content.pop("details", None)
+        return content
 
 
 class Manifest(_Record):

@@ -28,7 +28,10 @@ from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet
 from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema, rewards_schema
 
 # Entries of a dataset's folder; a folder with others is not written to.
+IMPORT_REPORT = "import_report.jsonl"
+"""File beside the manifest that lists the rows that an import dropped; not part of the dataset."""
 _OWN_ENTRIES = {
+    IMPORT_REPORT,
     *("commits", "groups", "rewards", "reference", ".spill"),
     *("prompts", "samples", "batches", "judgements"),
 }

@@ -313,6 +313,9 @@ class Somewhere:
     label = "somewhere"
     columns = None
 
+    def refuse(self, error: DataError, record: Any = None) -> None:
+        raise error
+
 
 def mutations(value: Any) -> Iterator[Any]:
     """`value` with one odd value in one place, at any depth, or without one of its entries."""

@@ -580,16 +580,16 @@ def test_input_that_changes_during_the_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", id_rows(10))
-    from gvpo_offline.importing import importer
+    from gvpo_offline.importing import first_pass
 
-    check = importer.check_fragment
+    check = first_pass.check_fragment
 
     def append_then_check(*args: Any, **kwargs: Any) -> None:
         with log.open("a") as file:
             file.write("\n")
         check(*args, **kwargs)
 
-    monkeypatch.setattr(importer, "check_fragment", append_then_check)
+    monkeypatch.setattr(first_pass, "check_fragment", append_then_check)
     refused(
         config(log, tmp_path / "out", columns=Columns(**ID_COLUMNS)),
         DataError,

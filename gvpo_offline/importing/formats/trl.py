@@ -75,14 +75,13 @@ class TrlFormat(TrainerFormat):
         content = [{k: v for k, v in record.items() if k != "step"} for _, record in rows]
         if self.repeats.seen_before(run, content, len(rows)):
             return
-        fragments = [
-            fragment
-            for row, record in rows
-            for fragment in self.read_row(record, RowLocation(source.label, row, run))
-        ]
+        fragments, advantages = [], []
+        for row, record in rows:
+            for fragment in self.read_row(record, RowLocation(source.label, row, run), source):
+                fragments.append(fragment)
+                advantages.append(record.get(_ADVANTAGE))
         if not self.config.reward_weights:
             try:
-                advantages = [record.get(_ADVANTAGE) for _, record in rows]
                 check_batch(fragments, advantages, self._weights)
             except DataError as error:
                 raise with_location(error, file=source.label, row=rows[0][0]) from None

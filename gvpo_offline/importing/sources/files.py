@@ -10,7 +10,7 @@ import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Advance = Callable[[int], Any]
+OnRefused = Callable[[DataError, Mapping[str, Any] | None], None]
+"""Called with the error of a row, which names file and row, and the row if it was parsed."""
 
 _GZIP_FACTOR = 5
 _BATCH_BYTES = 4 << 20
@@ -43,7 +45,10 @@ class Source(ABC):
         text_bytes: approximate length of the rows in bytes, uncompressed.
         columns: names of the columns, or None if each row names its own.
         floats: names of the columns with floating-point numbers, or None if `columns` is None.
+        on_refused: called by `refuse` instead of raising; set while an import reads the rows.
     """
+
+    on_refused: OnRefused | None = None
 
     def __init__(self, label: str, name: str, files: Sequence[Path]) -> None:
         self.label = label
@@ -85,6 +90,23 @@ class Source(ABC):
                 file=self.label,
             )
 
+    def refuse(self, error: DataError, record: Mapping[str, Any] | None = None) -> None:
+        """Refuse one row of the input; when it returns, reading goes on with the next row.
+
+        Readers of rows call it instead of raising an error that concerns one row only, so that
+        `on_error` decides what a broken row does.
+
+        Args:
+            error: the rule that the row breaks; names file and row.
+            record: the row, or None if it could not be parsed.
+
+        Raises:
+            DataError: `error`, unless `on_refused` is set; else what `on_refused` raises.
+        """
+        if self.on_refused is None:
+            raise error
+        self.on_refused(error, record)
+
     @abstractmethod
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
         """Yield row numbers and rows, with at least the columns of `columns` that exist.
@@ -113,8 +135,8 @@ class JsonLines(Source):
             read = reported = 0
             for number, line in self._lines(raw):
                 read += len(line)
-                if not line.isspace():
-                    yield number, self._parse(number, line)
+                if not line.isspace() and (record := self._parsed(number, line)) is not None:
+                    yield number, record
                 if number % _REPORT_LINES == 0:
                     position = raw.tell() if self._gzip else read
                     advance(position - reported)
@@ -135,6 +157,14 @@ class JsonLines(Source):
                 file=self.label,
                 row=number + 1,
             ) from error
+
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any] | None:
+        """The object of a line, or None if the line was refused."""
+        try:
+            return self._parse(number, line)
+        except DataError as error:
+            self.refuse(error)
+        return None
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:

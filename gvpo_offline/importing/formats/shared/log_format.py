@@ -30,6 +30,9 @@ class InputInfo(Protocol):
     def floats(self) -> Sequence[str] | None:
         """The columns of floating-point numbers, or None where each row names its own columns."""
 
+    def refuse(self, error: DataError, record: Record | None = None) -> None:
+        """Refuse one row; see `Source.refuse`. A format calls it, then goes on to the next row."""
+
 
 class LogFormat(Protocol):
     """Turns the rows of one kind of log into fragments."""
@@ -41,10 +44,11 @@ class LogFormat(Protocol):
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """The fragments of one input, in the order of its rows, with `Fragment.row` set.
 
-        Lists of numbers are NumPy arrays in rows of columnar files and lists in rows of JSON.
+        Lists of numbers are NumPy arrays in rows of columnar files and lists in rows of JSON. A row
+        that is not of this format goes to `source.refuse`, with an error that names file and row.
 
         Raises:
-            DataError: a row is not of this format; names file and row.
+            DataError: the whole input is not of this format, or `source.refuse` raised the error.
         """
 
 
@@ -73,12 +77,13 @@ class DropsResponses(Protocol):
 def per_row(
     rows: Iterable[Row], source: InputInfo, parse: Callable[[Record, InputInfo], Fragment]
 ) -> Iterator[Fragment]:
-    """The fragment of each row; adds file and row to the DataErrors of `parse`."""
+    """The fragment of each row; a row for which `parse` raises DataError is refused."""
     for row, record in rows:
         try:
             fragment = parse(record, source)
         except DataError as error:
-            raise with_location(error, file=source.label, row=row) from error.__cause__
+            source.refuse(with_location(error, file=source.label, row=row), record)
+            continue
         fragment.row = row
         yield fragment
 

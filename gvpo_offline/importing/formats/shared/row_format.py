@@ -65,7 +65,8 @@ class RowFormat:
                 arguments = values.template_arguments(record)
                 fragments = self._parse(record)
             except DataError as error:
-                raise with_location(error, file=source.label, row=row) from error.__cause__
+                source.refuse(with_location(error, file=source.label, row=row), record)
+                continue
             for fragment in fragments:
                 fragment.row, fragment.metadata = row, metadata
                 fragment.template_arguments = arguments

@@ -286,6 +286,7 @@ class TrainerFormat(ABC):
         self._known = KnownColumns(config, required)
         self._failed: list[tuple[RowLocation, str]] = []
         self._n_failed = 0
+        self._source: InputInfo | None = None
 
     @abstractmethod
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
@@ -299,28 +300,34 @@ class TrainerFormat(ABC):
         """The fragments of each row; see `LogFormat.read`."""
         run = self.run_of(source)
         for row, record in rows:
-            yield from self.read_row(record, RowLocation(source.label, row, run))
+            yield from self.read_row(record, RowLocation(source.label, row, run), source)
 
     def run_of(self, source: InputInfo) -> str:
         """The name of the run that logged an input."""
         return run_name(source)
 
-    def read_row(self, record: Record, place: RowLocation) -> list[Fragment]:
-        """The fragments of one row, with `row`, `metadata` and `sampler` settings applied."""
+    def read_row(self, record: Record, place: RowLocation, source: InputInfo) -> list[Fragment]:
+        """The fragments of one row, with `row`, `metadata` and `sampler` settings applied; none if
+        the row is refused."""
+        self._source = source
         try:
             metadata = self._known.metadata(record, None)
             arguments = values.template_arguments(record)
             fragments = list(self.parse(record, place))
         except DataError as error:
-            raise with_location(error, file=place.label, row=place.row) from error.__cause__
+            source.refuse(with_location(error, file=place.label, row=place.row), record)
+            return []
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
+            fault = DataError(
                 f"a row of format: {self.config.format} has the nested fields of that format",
                 received=f"{type(error).__name__}: {error}",
                 remedy="correct or remove the row",
                 file=place.label,
                 row=place.row,
-            ) from error
+            )
+            fault.__cause__ = error
+            source.refuse(fault, record)
+            return []
         for fragment in fragments:
             fragment.row, fragment.metadata = place.row, metadata
             fragment.template_arguments = fragment.template_arguments or arguments
@@ -333,7 +340,14 @@ class TrainerFormat(ABC):
         return {"run": self.run_of(source)}
 
     def record_failure(self, place: RowLocation, cause: str) -> None:
-        """Record a response that the log marks as failed; `finish` refuses or counts them."""
+        """Record a response that the log marks as failed; `finish` refuses or counts them.
+
+        With `failed_responses: error` and `on_error: drop` it is a broken row like any other.
+        """
+        on_error = self.config.on_error
+        if on_error == "drop" and self.config.failed_responses == "error" and self._source:
+            self._source.refuse(_failed(cause, place))
+            return
         self._n_failed += 1
         if len(self._failed) < _NAMED_FAILURES:
             self._failed.append((place, cause))
@@ -346,14 +360,18 @@ class TrainerFormat(ABC):
                 f"{'' if p.label == first.label else f'{p.label}, '}row {p.row}: {cause}"
                 for p, cause in self._failed
             ]
-            raise DataError(
-                "the log has no failed responses",
-                received=f"{self._n_failed} that failed: {'; '.join(named)}",
-                remedy="sample them again, or drop them (failed_responses: drop)",
-                file=first.label,
-                row=first.row,
-            )
+            raise _failed(f"{self._n_failed} that failed: {'; '.join(named)}", first)
         return {
             "dropped_failed_responses": self._n_failed,
             "dropped_repeated_responses": self.repeats.responses,
         }
+
+
+def _failed(received: str, place: RowLocation) -> DataError:
+    return DataError(
+        "the log has no failed responses",
+        received=received,
+        remedy="sample them again, or drop them (failed_responses: drop)",
+        file=place.label,
+        row=place.row,
+    )
