@@ -40,6 +40,7 @@ class _Response:
     truncated: bool
     response_id: str | None
     sampler_logprob: float | None
+    stopped_by_string: bool
 
 
 @dataclass(slots=True)
@@ -159,6 +160,7 @@ class Assembler:
                 truncated=bool(fragment.truncated[i]),
                 response_id=None if fragment.response_ids is None else fragment.response_ids[i],
                 sampler_logprob=fragment.sampler_logprobs[i] if fragment.sampler_logprobs else None,
+                stopped_by_string=fragment.stopped(i),
             )
             for i, text in enumerate(fragment.responses)
         ]
@@ -218,7 +220,8 @@ class Assembler:
         bodies = self._encoder.responses([r.text or "" for r in texts])
         for response, body in zip(texts, bodies, strict=True):
             bare = not len(body)
-            if response.truncated or (bare and self._config.empty_responses != "keep"):
+            unended = response.truncated or response.stopped_by_string
+            if unended or (bare and self._config.empty_responses != "keep"):
                 response.ids = body
             else:
                 response.ids = self._encoder.with_end_token(body)

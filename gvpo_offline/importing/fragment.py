@@ -49,6 +49,10 @@ class Fragment:
         loss_mask: n arrays of (T_i,) bool; None where every token counts. None instead of the
             list: every token of every response counts.
         response_ids: n ids, or None if the log has none.
+        stopped_by_string: n flags, True where a stop string ended the response, so that the model
+            wrote no end token. None instead of the list: none of them.
+        failed: n causes: why the log marks the response as failed, or None. None instead of the
+            list: none failed. The format takes such responses out, so the importer sees none.
         sampler_logprobs: n log-probs of whole responses under their sampler, in nats; None where
             the log has none. None instead of the list: the log has none at all.
         group_id: the id of the group in the log; None: responses with the same prompt are a group.
@@ -73,6 +77,8 @@ class Fragment:
     source: str | None = None
     components: dict[str, list[float | None]] | None = None
     sampler_logprobs: Sequence[float | None] | None = None
+    stopped_by_string: list[bool] | None = None
+    failed: list[str | None] | None = None
     file: int = 0
     row: int = 0
 
@@ -84,6 +90,10 @@ class Fragment:
     def ids_of(self, index: int) -> Int32Array | None:
         """Token ids of response `index`, or None where its text is to be tokenised."""
         return None if self.response_token_ids is None else self.response_token_ids[index]
+
+    def stopped(self, index: int) -> bool:
+        """Whether a stop string ended response `index`."""
+        return self.stopped_by_string is not None and bool(self.stopped_by_string[index])
 
     def mask_of(self, index: int) -> BoolArray | None:
         """Loss mask of response `index`, or None where every token counts."""
@@ -148,7 +158,7 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
         if reward is None:
             if config.missing_rewards == "error":
                 raise DataError(
-                    "in a log with rewards each response has one",
+                    "in a log with rewards each response has one; null and NaN are none",
                     received=f"none for response {index}",
                     remedy="score the response, or drop such responses (missing_rewards: drop)",
                 )
@@ -176,6 +186,7 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
         "loss_mask",
         "response_ids",
         "sampler_logprobs",
+        "stopped_by_string",
     ):
         values = getattr(fragment, name)
         if values is not None and len(values) != n:

@@ -42,6 +42,7 @@ _SCHEMA = pa.schema(
         ("truncated", pa.list_(pa.bool_())),
         ("response_ids", pa.list_(pa.string())),
         ("sampler_logprobs", pa.list_(pa.float64())),
+        ("stopped_by_string", pa.list_(pa.bool_())),
         ("metadata", pa.string()),
         ("source", pa.string()),
     ]

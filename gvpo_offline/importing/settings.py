@@ -44,8 +44,12 @@ class Columns:
     """Log-probability of the response under its sampler, in nats, summed over the imported tokens
     that the loss mask counts. Null: not known. Only loss_type topr needs it."""
     truncated: str | None = None
-    """Whether the response was cut: a flag, or a finish reason, of which "length" means cut.
-    Null: not cut."""
+    """Whether the response was cut: a flag, or a finish reason (docs/howto/log-values.md lists the
+    words: complete, cut, failed). Null: not known, and taken as not cut."""
+    stop_reason: str | None = None
+    """What ended the response, as vLLM's stop_reason: the stop string, or a token id or null for
+    the end token. No end token is appended to a response that a stop string ended. A finish reason
+    (Anthropic's stop_reason) is taken as one if columns.truncated has none."""
     keep: list[str] = field(default_factory=list)
     """Further columns to store as JSON in the group's metadata, from the group's first row."""
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
+from gvpo_offline.finish_reasons import Ending, ending
 from gvpo_offline.group import Int32Array
 from gvpo_offline.openai.answer import (
     BESIDE_TEXT,
@@ -29,6 +30,7 @@ __all__ = [
     "choice_content",
     "output_text",
     "request_prompt",
+    "response_ending",
     "responses_prompt",
     "was_cut",
 ]
@@ -127,6 +129,23 @@ def output_text(output: Sequence[Mapping[str, Any]]) -> str:
         return content_text(output[0].get("content"))
 
 
+def response_ending(response: Mapping[str, Any]) -> tuple[Ending, str | None]:
+    """How a response of the responses API ended, and the word that says so.
+
+    Of an incomplete one `incomplete_details.reason` decides: a filter is no cut.
+
+    Raises:
+        DataError: a word that `finish_reasons` does not list.
+    """
+    details = response.get("incomplete_details")
+    reason = details.get("reason") if isinstance(details, dict) else details
+    if reason is not None:
+        found = ending(reason)
+        return ("cut" if found == "unknown" else found), reason
+    status = response.get("status")
+    return ending(status), status
+
+
 def was_cut(response: Mapping[str, Any]) -> bool:
     """Whether a response of the responses API was cut before its end."""
-    return response.get("status") == "incomplete" or bool(response.get("incomplete_details"))
+    return response_ending(response)[0] == "cut"

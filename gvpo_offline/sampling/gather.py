@@ -40,6 +40,7 @@ class SampledRows(Source):
             for sample in self._samples(chunk, self._measure):
                 ids = None if sample.token_ids is None else sample.token_ids.tolist()
                 content = [*sample.key, sample.seed, sample.text, ids, sample.finish_reason]
+                content += ["stop string"] if sample.stopped_by_string else []
                 encoded = json.dumps(content).encode()
                 digest.update(encoded)
                 self.text_bytes += len(encoded) + beside[sample.prompt]
@@ -97,6 +98,7 @@ def _fragment(record: Record, source: InputInfo) -> Fragment:
         rewards=None,
         samplers=[None],
         truncated=[sample.finish_reason == "length"],
+        stopped_by_string=[sample.stopped_by_string],
         metadata=prompt.metadata,
         source=prompt.source,
     )

@@ -6,13 +6,14 @@ of token ids). Its reward, id, mask and truncation columns then hold lists of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
 from gvpo_offline.importing.formats.shared.log_format import InputInfo, per_row
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.fragment import Fragment
@@ -33,6 +34,7 @@ class FlatFormat:
     def __init__(self, config: ImportConfig) -> None:
         self._names = config.columns
         self._default_sampler = config.sampler
+        self._failed = FailedResponses(config)
         roles = (
             "prompt",
             "response",
@@ -44,6 +46,7 @@ class FlatFormat:
             "response_token_ids",
             "loss_mask",
             "truncated",
+            "stop_reason",
             "sampler_logprob",
         )
         named = [getattr(self._names, role) for role in roles]
@@ -56,7 +59,14 @@ class FlatFormat:
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""
-        return per_row(rows, source, self._parse)
+        for fragment in per_row(rows, source, self._parse):
+            kept = self._failed.without_failed(fragment, source.label)
+            if kept is not None:
+                yield kept
+
+    def finish(self) -> Mapping[str, int]:
+        """The number of failed responses; see `DropsResponses.finish`."""
+        return self._failed.count()
 
     def _parse(self, record: Record, source: InputInfo) -> Fragment:
         names = self._names
@@ -80,7 +90,7 @@ class FlatFormat:
         def each(role: str, parse: Callable[[Any], Any], *, shared: bool = False) -> list[Any]:
             return _spread(value(role), getattr(names, role), n, many, parse, shared=shared)
 
-        return Fragment(
+        fragment = Fragment(
             prompt=prompt,
             messages=messages,
             prompt_token_ids=None if prompt_ids is None else token_ids(prompt_ids, "a prompt"),
@@ -88,7 +98,7 @@ class FlatFormat:
             response_token_ids=all_ids,
             rewards=each("reward", values.number) if names.reward else None,
             samplers=each("sampler", self._sampler, shared=True) if names.sampler else [None] * n,
-            truncated=each("truncated", values.truncated) if names.truncated else [False] * n,
+            truncated=[False] * n,
             loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
             response_ids=each("response_id", values.identifier) if names.response_id else None,
             sampler_logprobs=each("sampler_logprob", values.number)
@@ -97,6 +107,11 @@ class FlatFormat:
             group_id=values.identifier(value("group_id")) if names.group_id else None,
             metadata=self._metadata(record, source),
         )
+        if names.truncated or names.stop_reason:
+            reasons = each("truncated", _unchanged) if names.truncated else [None] * n
+            stops = each("stop_reason", _unchanged) if names.stop_reason else None
+            set_endings(fragment, reasons, stops)
+        return fragment
 
     def _sampler(self, value: Any) -> str | None:
         if isinstance(value, str) and value:
@@ -114,6 +129,10 @@ class FlatFormat:
             if name not in record:
                 raise _missing("columns.keep", name, record, source)
         return values.metadata(record, self._names.keep)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
 
 
 def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:

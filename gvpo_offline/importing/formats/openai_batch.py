@@ -35,6 +35,7 @@ from gvpo_offline.openai.shapes import (
     choice_content,
     output_text,
     request_prompt,
+    response_ending,
     was_cut,
 )
 from gvpo_offline.values import token_ids
@@ -130,6 +131,10 @@ class OpenAIBatchFormat(TrainerFormat):
             choices = [body] if "output" in body else choices_of(body)
         for index, choice in enumerate(choices):
             if "output" in body:
+                ended, word = response_ending(body)
+                if ended == "failed":
+                    self.record_failure(place, f"request {key}: the status {word!r}")
+                    continue
                 fragment = _response(body, request)
             else:
                 with answer_errors("a choice has a message or a text"):
@@ -204,6 +209,7 @@ def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
         ids=ids,
         text=text,
         truncated=values.truncated(choice.finish_reason),
+        stopped_by_string=choice.stopped_by_string,
         reward=None,
     )
 

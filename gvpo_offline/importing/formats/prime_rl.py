@@ -16,6 +16,7 @@ from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.finish_reasons import by_stop_string, ending
 from gvpo_offline.importing.formats.shared.trainer_logs import (
     RowLocation,
     TrainerFormat,
@@ -69,6 +70,10 @@ class PrimeRLFormat(TrainerFormat):
             if not trace.get("ok"):
                 self.record_failure(place, _failure(trace))
                 continue
+            reason = _last_reason(trace)
+            if ending(reason) == "failed":
+                self.record_failure(place, f"trace {trace['id']}: the finish reason {reason!r}")
+                continue
             fragment = self._response(trace, place, record)
             group = record.get("group")
             if group is None:
@@ -86,6 +91,7 @@ class PrimeRLFormat(TrainerFormat):
             "parts": parts,
             "sampler": "@".join(_sampler(episode, place)),
             "truncated": _truncated(trace),
+            "stopped_by_string": by_stop_string(_last_reason(trace)),
             "response_id": values.identifier(trace["id"]),
         }
         sampled = [node for node in path if node.get("sampled")]
@@ -131,9 +137,15 @@ def _failure(trace: Record) -> str:
     return f"trace {trace['id']} failed ({errors[-1].get('message')})"
 
 
+def _last_reason(trace: Record) -> Any:
+    """The finish reason of the last call that gave a response; None without one."""
+    calls = [call for call in trace.get("calls") or () if not call.get("error")]
+    return calls[-1].get("finish_reason") if calls else None
+
+
 def _truncated(trace: Record) -> bool:
-    ended = [c.get("finish_reason") for c in trace.get("calls") or () if not c.get("error")]
-    return trace.get("stop_condition") in _CUT or ended[-1:] == ["length"]
+    # Environments name their own stop conditions, so an unknown one is no cut.
+    return trace.get("stop_condition") in _CUT or ending(_last_reason(trace)) == "cut"
 
 
 def _path(trace: Record) -> Sequence[Node]:

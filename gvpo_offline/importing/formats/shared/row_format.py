@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
 from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import Parts, part_weights, weighted_sum
@@ -48,6 +50,7 @@ class RowFormat:
         self._known = KnownColumns(config, required)
         self._columns = list(dict.fromkeys([*self._known.names, *optional]))
         self._parse = parse
+        self._failed = FailedResponses(config)
 
     @property
     def columns(self) -> Sequence[str]:
@@ -68,7 +71,13 @@ class RowFormat:
                     fragment.rewards = weighted_sum(
                         fragment.components, self._weights, fragment.size
                     )
-                yield fragment
+                kept = self._failed.without_failed(fragment, source.label)
+                if kept is not None:
+                    yield kept
+
+    def finish(self) -> Mapping[str, int]:
+        """The number of failed responses; see `DropsResponses.finish`."""
+        return self._failed.count()
 
 
 def text_fragment(
@@ -77,7 +86,7 @@ def text_fragment(
     rewards: Sequence[float | None] | None = None,
     *,
     samplers: Sequence[str | None] | None = None,
-    truncated: Sequence[bool] | None = None,
+    finish_reasons: Sequence[Any] | None = None,
     parts: Parts | None = None,
     group_id: str | None = None,
     response_ids: Sequence[str] | None = None,
@@ -89,14 +98,14 @@ def text_fragment(
         responses: n texts; None, where the log has null, is an empty text.
         rewards: n numbers, None where a response lacks its reward; or None if `parts` is given.
         samplers: n names, or None if the log has none.
-        truncated: n flags, or None if no response was truncated.
+        finish_reasons: n finish reasons, flags or nulls, or None if the log has none.
         parts: the parts of the rewards, n numbers each.
         group_id: the group's id, or None: responses to the same prompt are then a group.
         response_ids: n ids, or None.
     """
     n = len(responses)
     text, messages = prompt
-    return Fragment(
+    fragment = Fragment(
         prompt=text,
         messages=messages,
         prompt_token_ids=None,
@@ -104,11 +113,12 @@ def text_fragment(
         response_token_ids=None,
         rewards=rewards,
         samplers=[None] * n if samplers is None else list(samplers),
-        truncated=[False] * n if truncated is None else list(truncated),
+        truncated=[False] * n,
         response_ids=None if response_ids is None else list(response_ids),
         group_id=group_id,
         components=None if parts is None else {name: list(part) for name, part in parts.items()},
     )
+    return fragment if finish_reasons is None else set_endings(fragment, finish_reasons)
 
 
 def comparison_id(prompt: values.Prompt, responses: Sequence[str | None]) -> str:

@@ -23,6 +23,7 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, Int32Array
 from gvpo_offline.hashing import sha256_text
+from gvpo_offline.importing.formats.shared.failures import FailedResponses
 from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights, weighted_sum
@@ -47,7 +48,6 @@ __all__ = [
 
 # Folder names that trainers choose, between a run's folder and its log files.
 _INNER_FOLDER = re.compile(r"completions|rollouts|step_\d+|train|eval|all|effective")
-_NAMED_FAILURES = 3
 _PROMPT_DIGITS = 16
 # Advantages of a group whose rewards differ by less, relative to their size, are rounding error.
 _MIN_SPREAD = 1e-3
@@ -88,6 +88,7 @@ def one_response(
     mask: BoolArray | None = None,
     sampler: str | None = None,
     truncated: bool = False,
+    stopped_by_string: bool = False,
     response_id: str | None = None,
     parts: Mapping[str, float | None] | None = None,
 ) -> Fragment:
@@ -102,6 +103,7 @@ def one_response(
         mask: (T,) bool, or None where every token counts.
         sampler: name of the sampler.
         truncated: whether the response was truncated.
+        stopped_by_string: whether a stop string ended it.
         response_id: the id of the response.
         parts: the parts of the reward by name.
     """
@@ -114,6 +116,7 @@ def one_response(
         rewards=[reward],
         samplers=[sampler],
         truncated=[truncated],
+        stopped_by_string=[True] if stopped_by_string else None,
         loss_mask=None if mask is None else [mask],
         response_ids=None if response_id is None else [response_id],
         components=None if parts is None else {name: [part] for name, part in parts.items()},
@@ -279,8 +282,7 @@ class TrainerFormat(ABC):
         self.config = config
         self.repeats = RepeatedBatches()
         self._known = KnownColumns(config, required)
-        self._failed: list[tuple[RowLocation, str]] = []
-        self._n_failed = 0
+        self._failed = FailedResponses(config)
 
     @abstractmethod
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
@@ -327,26 +329,11 @@ class TrainerFormat(ABC):
 
     def record_failure(self, place: RowLocation, cause: str) -> None:
         """Record a response that the log marks as failed; `finish` refuses or counts them."""
-        self._n_failed += 1
-        if len(self._failed) < _NAMED_FAILURES:
-            self._failed.append((place, cause))
+        self._failed.add(place.label, place.row, cause)
 
     def finish(self) -> Mapping[str, int]:
         """The number of dropped responses by reason; see `DropsResponses.finish`."""
-        if self._n_failed and self.config.failed_responses == "error":
-            first = self._failed[0][0]
-            named = [
-                f"{'' if p.label == first.label else f'{p.label}, '}row {p.row}: {cause}"
-                for p, cause in self._failed
-            ]
-            raise DataError(
-                "the log has no failed responses",
-                received=f"{self._n_failed} that failed: {'; '.join(named)}",
-                remedy="sample them again, or drop them (failed_responses: drop)",
-                file=first.label,
-                row=first.row,
-            )
         return {
-            "dropped_failed_responses": self._n_failed,
+            **self._failed.count(),
             "dropped_repeated_responses": self.repeats.responses,
         }
