@@ -12,6 +12,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, Group, Int32Array
 from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.importing.fragment import Fragment, with_location
+from gvpo_offline.importing.padding import Padding
 from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.rules import MIN_GROUP_SIZE
@@ -77,6 +78,7 @@ class Assembler:
     ) -> None:
         self._config = config
         self._encoder = encoder
+        self._padding = None if encoder is None else Padding.of_tokenizer(encoder.tokenizer)
         self._inputs = inputs
         self._components = components
         self.counts: Counter[str] = Counter()
@@ -90,6 +92,7 @@ class Assembler:
         """
         drafts = [self._merge(group) for group in fragments]
         self._tokenize_prompts([draft for draft in drafts if draft.prompt_ids is None])
+        self._remove_padding([r for draft in drafts for r in draft.responses])
         self._tokenize_responses([r for draft in drafts for r in draft.responses])
         kept: list[Group] = []
         for draft in drafts:
@@ -225,6 +228,22 @@ class Assembler:
                 response.ids = body
             else:
                 response.ids = self._encoder.with_end_token(body)
+
+    def _remove_padding(self, responses: Sequence[_Response]) -> None:
+        if self._padding is None:
+            return
+        for response in responses:
+            if response.ids is None:
+                continue
+            kept = self._padding.unpadded_length(response.ids)
+            mask = None if response.mask is None else response.mask[:kept]
+            if kept < len(response.ids) and (mask is None or mask.any()):
+                if response.mask is None or response.mask[kept:].any():
+                    response.sampler_logprob = None  # the logged one counts the padding
+                response.ids, response.mask = response.ids[:kept], mask
+                self.counts["unpadded_responses"] += 1
+            elif self._padding.ends_in_padding(response.ids):
+                self.counts["responses_that_end_in_padding"] += 1
 
     def _drop(self, draft: _Draft, what: str, keep: Callable[[_Response], bool]) -> None:
         before = len(draft.responses)

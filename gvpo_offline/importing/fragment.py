@@ -158,9 +158,10 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
         if reward is None:
             if config.missing_rewards == "error":
                 raise DataError(
-                    "in a log with rewards each response has one; null and NaN are none",
+                    "in a log with rewards each response has one",
                     received=f"none for response {index}",
-                    remedy="score the response, or drop such responses (missing_rewards: drop)",
+                    remedy="score the response: null and NaN are no reward; or drop such "
+                    "responses (missing_rewards: drop)",
                 )
         elif not math.isfinite(reward):
             raise DataError(

@@ -49,6 +49,7 @@ from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.sources.media import text_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
@@ -233,7 +234,7 @@ class _Import:
         vocab_size = None if self.encoder is None else self.encoder.vocab_size
         needs = TokenizerRequirements(self.encoder)
         default = self.config.sampler or source.name
-        for fragment in self.format.read(source.rows(self.format.columns, advance), source):
+        for fragment in self.format.read(text_rows(source, self.format.columns, advance), source):
             fragment.file = number
             try:
                 check_fragment(fragment, self.config, vocab_size=vocab_size)

@@ -42,6 +42,10 @@ class ImportResult:
 COUNT_TEXTS = {
     "truncated_responses": "responses are marked as truncated",
     "cut_overlong_responses": "responses were cut to max_length (overlong: truncate)",
+    "unpadded_responses": "responses were logged with padding behind their end token, which was "
+    "removed",
+    "responses_that_end_in_padding": "responses end with the padding token and no end token before "
+    "it; they were imported as logged",
     "dropped_overlong_responses": "responses over max_length were dropped",
     "dropped_overlong_prompts": "groups were dropped: their prompt alone reaches max_length",
     "dropped_empty_responses": "empty responses were dropped (empty_responses: drop)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -104,6 +105,13 @@ class ImportConfig:
     """Weights of the reward's components, by name, for formats with components: the reward is the
     weighted sum of the components that a response has; a component that is not named has weight 0.
     Default: the weights of the format."""
+    reward_map: dict[str, float] = field(default_factory=dict)
+    """Numbers that labels of the reward (and of its components) stand for, as in
+    {correct: 1, incorrect: 0}: texts, in the case in which the log writes them, or true and false.
+    A label that is not named is an error; numbers in the log stay as they are."""
+    cast_rewards: bool = False
+    """Take a reward (or component, or sampler_logprob) that is the text of a number as the number;
+    empty text and "nan", "null", "N/A" are missing."""
     requests: str | None = None
     """openai_batch: file or glob of the batch requests, which hold the prompts."""
     rewards: str | None = None
@@ -154,6 +162,9 @@ class ImportConfig:
         if not self.inputs:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
+        for label, number in self.reward_map.items():
+            if not math.isfinite(number):
+                raise ConfigError("reward_map has finite numbers", received=f"{label}: {number}")
         if (self.requests or self.rewards) and self.format != "openai_batch":
             raise ConfigError(
                 "requests and rewards are only used with format: openai_batch", received=self.format

@@ -16,6 +16,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
 from gvpo_offline.importing.formats.shared.log_format import InputInfo, per_row
 from gvpo_offline.importing.formats.shared.parts import part_weights
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
@@ -31,10 +32,14 @@ def open_format(config: ImportConfig) -> FlatFormat:
 class FlatFormat:
     """Reads a table whose column names are given in `config.columns`."""
 
+    reads_labels = True
+
     def __init__(self, config: ImportConfig) -> None:
         self._names = config.columns
         self._default_sampler = config.sampler
         self._failed = FailedResponses(config)
+        self._reward = RewardReader(config)
+        self._casts = config.cast_rewards
         roles = (
             "prompt",
             "response",
@@ -96,12 +101,12 @@ class FlatFormat:
             prompt_token_ids=None if prompt_ids is None else token_ids(prompt_ids, "a prompt"),
             responses=texts,
             response_token_ids=all_ids,
-            rewards=each("reward", values.number) if names.reward else None,
+            rewards=each("reward", self._reward) if names.reward else None,
             samplers=each("sampler", self._sampler, shared=True) if names.sampler else [None] * n,
             truncated=[False] * n,
             loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
             response_ids=each("response_id", values.identifier) if names.response_id else None,
-            sampler_logprobs=each("sampler_logprob", values.number)
+            sampler_logprobs=each("sampler_logprob", self._logprob)
             if names.sampler_logprob
             else None,
             group_id=values.identifier(value("group_id")) if names.group_id else None,
@@ -112,6 +117,10 @@ class FlatFormat:
             stops = each("stop_reason", _unchanged) if names.stop_reason else None
             set_endings(fragment, reasons, stops)
         return fragment
+
+    def _logprob(self, value: Any) -> float | None:
+        number = values.rating if self._casts else values.number
+        return number(value, "a sampler_logprob")
 
     def _sampler(self, value: Any) -> str | None:
         if isinstance(value, str) and value:

@@ -59,7 +59,7 @@ class NemoGymFormat(TrainerFormat):
         task, rollout = record.get("_ng_task_index"), record.get("_ng_rollout_index")
         cut = _trajectory(output)
         common: dict[str, Any] = {
-            "reward": values.number(record["reward"], "reward"),
+            "reward": self.reward(record["reward"], "reward"),
             "truncated": ended == "cut",
             "sampler": values.sampler(response.get("model")),
             "response_id": None if rollout is None else values.identifier(rollout),

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import ending
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
@@ -89,7 +88,7 @@ class OpenInstructFormat(TrainerFormat):
         fragment = one_response(
             prompt_ids=token_ids(record["prompt_tokens"], "prompt_tokens"),
             ids=token_ids(record["response_tokens"], "response_tokens"),
-            reward=values.number(record["reward"], "reward"),
+            reward=self.reward(record["reward"], "reward"),
             truncated=ended == "cut",
             sampler=f"{place.run}@{record['step']}",
         )

@@ -23,7 +23,6 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     TrainerFormat,
     add_parts,
     one_response,
-    part,
 )
 from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
@@ -153,7 +152,9 @@ class OpenAIBatchFormat(TrainerFormat):
             fragment.rewards = None
             return
         row = self._rewards.get(key, {})
-        parts = {name: part(_of_choice(row.get(name), index, n), name) for name in self._weights}
+        parts = {
+            name: self.part(_of_choice(row.get(name), index, n), name) for name in self._weights
+        }
         fragment.rewards = [add_parts(parts, self._weights)]
         fragment.components = {name: [value] for name, value in parts.items()}
 

@@ -23,7 +23,6 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     add_parts,
     group_id,
     one_response,
-    part,
     trajectory,
 )
 from gvpo_offline.importing.fragment import Fragment
@@ -115,7 +114,7 @@ class PrimeRLFormat(TrainerFormat):
     def _rewards(
         self, rewards: Mapping[str, Any]
     ) -> tuple[dict[str, float | None], Mapping[str, float]]:
-        parts = {name: part(r and r["score"], name) for name, r in rewards.items()}
+        parts = {name: self.part(r and r["score"], name) for name, r in rewards.items()}
         self._parts.update(parts)
         logged = {name: float(r["weight"]) if r else 1.0 for name, r in rewards.items()}
         chosen = self.config.reward_weights

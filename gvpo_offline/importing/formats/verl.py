@@ -50,7 +50,7 @@ class VerlFormat(TrainerFormat):
         fragment = one_response(
             prompt=values.prompt(record["input"]),
             text=values.response(record["output"]),
-            reward=values.number(record["score"], "score"),
+            reward=self.reward(record["score"], "score"),
             sampler=f"{place.run}@{record['step']}",
             response_id=None if request is None else values.identifier(request),
         )

@@ -32,6 +32,8 @@ class RowFormat:
             prompt.
         parts: the parts of the reward with their default weights, if it has parts. Rewards are
             then computed here, as weighted sums of `Fragment.components`.
+        reads_labels: whether `parse` reads rewards with a `RewardReader`, so that `reward_map` and
+            `cast_rewards` apply.
 
     Raises:
         ConfigError: a setting does not apply to the format.
@@ -45,12 +47,14 @@ class RowFormat:
         optional: Sequence[str] = (),
         parse: Callable[[Record], Sequence[Fragment]],
         parts: Mapping[str, float] | None = None,
+        reads_labels: bool = False,
     ) -> None:
         self._weights = part_weights(config, parts or {})
         self._known = KnownColumns(config, required)
         self._columns = list(dict.fromkeys([*self._known.names, *optional]))
         self._parse = parse
         self._failed = FailedResponses(config)
+        self.reads_labels = reads_labels
 
     @property
     def columns(self) -> Sequence[str]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gvpo_offline.importing.formats.shared.failures import FailedResponses
 from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights, weighted_sum
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
@@ -41,7 +42,6 @@ __all__ = [
     "check_batch",
     "group_id",
     "one_response",
-    "part",
     "run_name",
     "trajectory",
 ]
@@ -166,16 +166,6 @@ def trajectory(ids: Int32Array, mask: BoolArray) -> Trajectory:
     return Trajectory(ids[:first], ids[first:end], None if inner.all() else inner)
 
 
-def part(value: Any, name: str) -> float | None:
-    """A part of a reward; null and NaN mean that the part is missing (None).
-
-    Raises:
-        DataError: the value is not a number.
-    """
-    found = values.number(value, f"the reward {name!r}")
-    return None if found is None or math.isnan(found) else found
-
-
 def add_parts(parts: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
     """The weighted sum of a response's parts, or None if it has no part with a nonzero weight."""
     return weighted_sum({name: [value] for name, value in parts.items()}, weights, 1)[0]
@@ -250,9 +240,9 @@ def check_batch(
     for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].group_id):
         members = list(group)
         known = [
-            (f.rewards[0], a)
+            (f.rewards[0], float(a))
             for f, a in members
-            if f.rewards and f.rewards[0] is not None and isinstance(a, int | float)
+            if f.rewards and f.rewards[0] is not None and isinstance(a, int | float | Decimal)
         ]
         try:
             check_advantages([r for r, _ in known], [a for _, a in known], parts)
@@ -273,6 +263,7 @@ class TrainerFormat(ABC):
     """
 
     columns: Sequence[str] | None = None
+    reads_labels = True
 
     def __init__(
         self, config: ImportConfig, *, required: Sequence[str], has_parts: bool = False
@@ -281,6 +272,7 @@ class TrainerFormat(ABC):
             part_weights(config, {})
         self.config = config
         self.repeats = RepeatedBatches()
+        self.reward = RewardReader(config)
         self._known = KnownColumns(config, required)
         self._failed = FailedResponses(config)
 
@@ -326,6 +318,14 @@ class TrainerFormat(ABC):
     def dependencies(self, source: InputInfo) -> Mapping[str, str]:
         """The run, which is part of ids and sampler names; see `ExtraDependencies.dependencies`."""
         return {"run": self.run_of(source)}
+
+    def part(self, value: Any, name: str) -> float | None:
+        """A part of a reward; null and NaN mean that the part is missing (None).
+
+        Raises:
+            DataError: the value is no number, and no label of `reward_map`.
+        """
+        return self.reward(value, f"the reward {name!r}")
 
     def record_failure(self, place: RowLocation, cause: str) -> None:
         """Record a response that the log marks as failed; `finish` refuses or counts them."""
