@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import ErrorOrDrop, check_name, positive
+from gvpo_offline.settings import ErrorOrDrop, check_name, label_numbers, positive
 from gvpo_offline.store.location import local_folder
 
 OnLong = Literal["error", "drop", "truncate"]
@@ -162,9 +161,7 @@ class ImportConfig:
         if not self.inputs:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
-        for label, number in self.reward_map.items():
-            if not math.isfinite(number):
-                raise ConfigError("reward_map has finite numbers", received=f"{label}: {number}")
+        self.reward_map = label_numbers("reward_map", self.reward_map)
         if (self.requests or self.rewards) and self.format != "openai_batch":
             raise ConfigError(
                 "requests and rewards are only used with format: openai_batch", received=self.format

@@ -130,8 +130,8 @@ def metadata_types(dataset: GroupDataset, row_groups: Iterable[int] | None = Non
     """The polars type of every key of the metadata, inferred from all rows.
 
     Integers are Int64, other numbers Float64, flags Boolean, text String; nulls and NaN are
-    ignored. Mixed and nested values and integers beyond 64 bits make a key String: strings as they are, all other
-    values as JSON.
+    ignored. Mixed and nested values and integers beyond 64 bits make a key String: strings as they
+    are, all other values as JSON.
 
     Args:
         dataset: the dataset.
