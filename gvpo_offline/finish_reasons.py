@@ -107,6 +107,14 @@ _ENDINGS: dict[str, Ending] = {
     **dict.fromkeys(FAILED, "failed"),
     **dict.fromkeys(UNKNOWN, "unknown"),
 }
+# Words of the APIs that call the finish reason `stop_reason`, where others put the stop string.
+_API_NAMES = {"Anthropic", "Bedrock", "watsonx"}
+_IN_STOP_REASON = {
+    word
+    for words in (COMPLETE, CUT, FAILED)
+    for word, producers in words.items()
+    if _API_NAMES & set(producers.split(", "))
+}
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # As Python prints a member of an enumeration: FinishReason.MAX_TOKENS.
 _CLASS = re.compile(r"^(?:finish|stop)_?reason\.")
@@ -121,6 +129,14 @@ def normal_form(word: str) -> str:
 def is_known(word: str) -> bool:
     """Whether the table has a word."""
     return normal_form(word) in _ENDINGS
+
+
+def is_stop_reason(stopped_at: Any) -> bool:
+    """Whether what ended a response is a finish reason, as Anthropic's `stop_reason` is.
+
+    Words such as `stop` are none here: vLLM's `stop_reason` is the stop string, which may be STOP.
+    """
+    return isinstance(stopped_at, str) and normal_form(stopped_at) in _IN_STOP_REASON
 
 
 def ending(reason: Any) -> Ending:
@@ -163,7 +179,7 @@ def by_stop_string(reason: Any, stopped_at: Any = None) -> bool:
     Args:
         reason: the finish reason, as for `ending`.
         stopped_at: what ended the response, as servers give it: a text (the stop string), a token
-            id, or null (the end token). A text that is a finish reason is taken as that.
+            id, or null (the end token). A text that `is_stop_reason` is taken as that.
     """
     if isinstance(reason, dict):  # SGLang: {"type": "stop", "matched": text or token id}
         reason, stopped_at = reason.get("type"), reason.get("matched", stopped_at)
@@ -175,4 +191,4 @@ def by_stop_string(reason: Any, stopped_at: Any = None) -> bool:
             return False
     if not isinstance(stopped_at, str) or not stopped_at:
         return False
-    return not is_known(stopped_at) or normal_form(stopped_at) in STOP_STRING
+    return not is_stop_reason(stopped_at) or normal_form(stopped_at) in STOP_STRING

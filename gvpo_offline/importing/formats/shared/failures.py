@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.finish_reasons import by_stop_string, ending, is_known
+from gvpo_offline.finish_reasons import by_stop_string, ending, is_stop_reason
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 
@@ -108,7 +108,7 @@ def set_endings(
             remedy="log lists of one length in a row",
         )
     given = [
-        stop if reason is None and isinstance(stop, str) and is_known(stop) else reason
+        stop if reason is None and is_stop_reason(stop) else reason
         for reason, stop in zip(reasons, at, strict=True)
     ]
     endings = [ending(reason) for reason in given]
