@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from numbers import Number
+from decimal import Decimal
 from typing import Any, Literal
 
 from gvpo_offline.errors import DataError
@@ -162,7 +162,7 @@ def ending(reason: Any) -> Ending:
                 received=repr(reason),
                 remedy="log the flag itself, not its text",
             )
-    elif isinstance(reason, Number) and reason in (0, 1):
+    elif isinstance(reason, int | float | Decimal) and reason in (0, 1):
         return "cut" if reason else "complete"
     raise DataError(
         f"a finish reason is a flag, null or a word that means complete ({', '.join(COMPLETE)}), "
@@ -173,22 +173,28 @@ def ending(reason: Any) -> Ending:
     )
 
 
-def by_stop_string(reason: Any, stopped_at: Any = None) -> bool:
-    """Whether a stop string ended a response: the model wrote no end token then.
+def stop_string(reason: Any, stopped_at: Any = None) -> str | None:
+    """The stop string that ended a response; the model wrote no end token then.
 
     Args:
         reason: the finish reason, as for `ending`.
         stopped_at: what ended the response, as servers give it: a text (the stop string), a token
             id, or null (the end token). A text that `is_stop_reason` is taken as that.
+
+    Returns:
+        None where no stop string ended it; empty text where the string is not known.
     """
     if isinstance(reason, dict):  # SGLang: {"type": "stop", "matched": text or token id}
         reason, stopped_at = reason.get("type"), reason.get("matched", stopped_at)
-    if isinstance(reason, str):
-        word = normal_form(reason)
-        if word in STOP_STRING:
-            return True
-        if _ENDINGS.get(word, "complete") not in ("complete", "unknown"):
-            return False
-    if not isinstance(stopped_at, str) or not stopped_at:
-        return False
-    return not is_stop_reason(stopped_at) or normal_form(stopped_at) in STOP_STRING
+    word = normal_form(reason) if isinstance(reason, str) else None
+    if word is not None and _ENDINGS.get(word, "complete") not in ("complete", "unknown"):
+        return None
+    found = stopped_at if isinstance(stopped_at, str) and stopped_at else None
+    if found is not None and is_stop_reason(found):
+        word, found = normal_form(found), None
+    return "" if found is None and word in STOP_STRING else found
+
+
+def by_stop_string(reason: Any, stopped_at: Any = None) -> bool:
+    """Whether a stop string ended a response; see `stop_string`."""
+    return stop_string(reason, stopped_at) is not None

@@ -260,6 +260,7 @@ class Assembler:
             return
         if self._config.empty_responses != "drop":
             cut = ", cut before its first token" if empty.truncated else ""
+            cut += ", ended by a stop string" if empty.stopped_by_string else ""
             raise self._error(
                 draft,
                 empty.fragment,

@@ -51,6 +51,8 @@ class Fragment:
         response_ids: n ids, or None if the log has none.
         stopped_by_string: n flags, True where a stop string ended the response, so that the model
             wrote no end token. None instead of the list: none of them.
+        stop_strings: n stop strings, empty where the log does not name it, None where none ended
+            the response. The importer compares them with the end token and drops the list.
         failed: n causes: why the log marks the response as failed, or None. None instead of the
             list: none failed. The format takes such responses out, so the importer sees none.
         sampler_logprobs: n log-probs of whole responses under their sampler, in nats; None where
@@ -78,6 +80,7 @@ class Fragment:
     components: dict[str, list[float | None]] | None = None
     sampler_logprobs: Sequence[float | None] | None = None
     stopped_by_string: list[bool] | None = None
+    stop_strings: list[str | None] | None = None
     failed: list[str | None] | None = None
     file: int = 0
     row: int = 0
@@ -94,6 +97,24 @@ class Fragment:
     def stopped(self, index: int) -> bool:
         """Whether a stop string ended response `index`."""
         return self.stopped_by_string is not None and bool(self.stopped_by_string[index])
+
+    def set_stop_strings(self, strings: Sequence[str | None]) -> None:
+        """Set which stop string, or none, ended each of the n responses."""
+        if any(string is not None for string in strings):
+            self.stop_strings = list(strings)
+            self.stopped_by_string = [string is not None for string in strings]
+
+    def written_ends(self, end: str | None) -> None:
+        """Take responses that the end token's own text ended as ended by the model.
+
+        A server that was told to stop at the text of the end token names that text.
+
+        Args:
+            end: text of the end token, or None.
+        """
+        if self.stop_strings and end is not None and end in self.stop_strings:
+            self.stopped_by_string = [s is not None and s != end for s in self.stop_strings]
+        self.stop_strings = None
 
     def mask_of(self, index: int) -> BoolArray | None:
         """Loss mask of response `index`, or None where every token counts."""

@@ -232,10 +232,12 @@ class _Import:
         advance: Callable[[int], Any],
     ) -> None:
         vocab_size = None if self.encoder is None else self.encoder.vocab_size
+        end = None if self.encoder is None else self.encoder.tokenizer.eos_token
         needs = TokenizerRequirements(self.encoder)
         default = self.config.sampler or source.name
         for fragment in self.format.read(text_rows(source, self.format.columns, advance), source):
             fragment.file = number
+            fragment.written_ends(end)
             try:
                 check_fragment(fragment, self.config, vocab_size=vocab_size)
             except DataError as error:

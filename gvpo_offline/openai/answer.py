@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.finish_reasons import Ending, by_stop_string, ending
+from gvpo_offline.finish_reasons import Ending, ending, stop_string
 
 _STOPPED_AT = ("stop_reason", "matched_stop", "stop_sequence")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -74,16 +74,22 @@ class AnswerChoice:
         return self._ending == "cut"
 
     @property
-    def stopped_by_string(self) -> bool:
-        """Whether a stop string ended the response, so that the model wrote no end token.
+    def stop_string(self) -> str | None:
+        """The stop string that ended the response, so that the model wrote no end token.
 
-        vLLM says so in `stop_reason`, SGLang in `matched_stop`, text-generation-inference in the
-        finish reason, Anthropic's messages in `stop_sequence`.
+        None where no stop string did, empty text where the server does not name it. vLLM says so
+        in `stop_reason`, SGLang in `matched_stop`, text-generation-inference in the finish reason,
+        Anthropic's messages in `stop_sequence`.
         """
         stopped_at = next(
             (at for name in _STOPPED_AT if (at := self._choice.get(name)) is not None), None
         )
-        return by_stop_string(self.finish_reason, stopped_at)
+        return stop_string(self.finish_reason, stopped_at)
+
+    @property
+    def stopped_by_string(self) -> bool:
+        """Whether a stop string ended the response."""
+        return self.stop_string is not None
 
     @property
     def _ending(self) -> Ending | None:

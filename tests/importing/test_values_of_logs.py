@@ -92,6 +92,28 @@ def test_stop_reasons_of_a_flat_log(imported: Import) -> None:
     assert group.truncated == (False, False, False, True)
 
 
+def test_a_stop_string_that_is_the_end_token(imported: Import) -> None:
+    """A server that stops at the text of the end token does not return it: the model wrote it."""
+    rows = answers("a", "b", at=["<eos>", "\n"])
+    (group,), _ = imported(rows, columns=Columns(stop_reason="at"))
+    assert [ids[-1] == END for ids in group.response_token_ids] == [True, False]
+
+
+def test_a_stop_string_before_the_first_token(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """There is no token to keep, also where empty responses are kept as their end token."""
+    path = write_jsonl(tmp_path / "log.jsonl", answers("a", "", at=[None, "\n"]))
+    refused(
+        path,
+        "flat",
+        DataError,
+        "received '', ended by a stop string",
+        tmp_path / "never",
+        tokenizer_name_or_path=str(tiny_tokenizer_dir),
+        columns=Columns(stop_reason="at"),
+        empty_responses="keep",
+    )
+
+
 def test_a_row_with_a_group_and_anthropics_stop_reasons(imported: Import) -> None:
     row = {
         "prompt": "2 + 3",
@@ -174,6 +196,55 @@ def test_open_instruct_endings(tmp_path: Path) -> None:
     (group,) = read_groups(out)
     assert group.truncated == (False, True)
     assert result.counts["dropped_failed_responses"] == 1
+
+
+def test_nemo_gym_and_prime_rl_endings(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """A filter is no cut; the last call of a trace says how it ended."""
+    item = {"type": "message", "content": [{"type": "output_text", "text": "5"}]}
+    gym: Rows = [
+        {
+            "responses_create_params": {"input": "2 + 3?"},
+            "response": {"output": [item], **ended},
+            "reward": 1,
+            "_ng_rollout_index": i,
+        }
+        for i, ended in enumerate(
+            [
+                {"status": "completed"},
+                {"incomplete_details": {"reason": "max_output_tokens"}},
+                {"incomplete_details": {"reason": "content_filter"}},
+            ]
+        )
+    ]
+    nodes = [
+        {"message": {"role": "user", "content": "2 + 3?"}, "parent": None},
+        {"message": {"role": "assistant", "content": "5"}, "parent": 0, "sampled": True},
+    ]
+    prime: Rows = [
+        {
+            "id": str(i),
+            "ok": True,
+            "traces": [
+                {
+                    "id": f"t{i}",
+                    "ok": True,
+                    "nodes": nodes,
+                    "rewards": {"r": {"score": 1, "weight": 1}},
+                    "calls": [{"finish_reason": reason}],
+                }
+            ],
+        }
+        for i, reason in enumerate(["stop", "MAX_TOKENS", "abort"])
+    ]
+    for name, rows in (("nemo_gym", gym), ("prime_rl", prime)):
+        path = write_jsonl(tmp_path / name / "log.jsonl", rows)
+        settings = {"format": name, "tokenizer_name_or_path": str(tiny_tokenizer_dir)}
+        with pytest.raises(DataError, match="received 1 that failed: row 2"):
+            import_log(config(path, tmp_path / "never", **settings))
+        out = tmp_path / f"{name}-out"
+        import_log(config(path, out, failed_responses="drop", **settings))
+        (group,) = read_groups(out)
+        assert group.truncated == (False, True)
 
 
 def test_batch_results_that_a_stop_string_ended(imported: Import, tmp_path: Path) -> None:

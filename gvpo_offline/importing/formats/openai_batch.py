@@ -210,7 +210,7 @@ def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
         ids=ids,
         text=text,
         truncated=values.truncated(choice.finish_reason),
-        stopped_by_string=choice.stopped_by_string,
+        stop_string=choice.stop_string,
         reward=None,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.finish_reasons import by_stop_string, ending
+from gvpo_offline.finish_reasons import ending, stop_string
 from gvpo_offline.importing.formats.shared.trainer_logs import (
     RowLocation,
     TrainerFormat,
@@ -90,7 +90,7 @@ class PrimeRLFormat(TrainerFormat):
             "parts": parts,
             "sampler": "@".join(_sampler(episode, place)),
             "truncated": _truncated(trace),
-            "stopped_by_string": by_stop_string(_last_reason(trace)),
+            "stop_string": stop_string(_last_reason(trace)),
             "response_id": values.identifier(trace["id"]),
         }
         sampled = [node for node in path if node.get("sampled")]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.finish_reasons import by_stop_string, ending, is_stop_reason
+from gvpo_offline.finish_reasons import ending, is_stop_reason, stop_string
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 
@@ -24,6 +24,7 @@ _PER_RESPONSE = (
     "response_ids",
     "sampler_logprobs",
     "stopped_by_string",
+    "stop_strings",
 )
 
 
@@ -112,9 +113,8 @@ def set_endings(
         for reason, stop in zip(reasons, at, strict=True)
     ]
     endings = [ending(reason) for reason in given]
-    stopped = [by_stop_string(*pair) for pair in zip(given, at, strict=True)]
     fragment.truncated = [found == "cut" for found in endings]
-    fragment.stopped_by_string = stopped if any(stopped) else None
+    fragment.set_stop_strings([stop_string(*pair) for pair in zip(given, at, strict=True)])
     if "failed" in endings:
         fragment.failed = [
             f"the finish reason {reason!r}" if found == "failed" else None

@@ -88,7 +88,7 @@ def one_response(
     mask: BoolArray | None = None,
     sampler: str | None = None,
     truncated: bool = False,
-    stopped_by_string: bool = False,
+    stop_string: str | None = None,
     response_id: str | None = None,
     parts: Mapping[str, float | None] | None = None,
 ) -> Fragment:
@@ -103,11 +103,11 @@ def one_response(
         mask: (T,) bool, or None where every token counts.
         sampler: name of the sampler.
         truncated: whether the response was truncated.
-        stopped_by_string: whether a stop string ended it.
+        stop_string: the stop string that ended it, as `finish_reasons.stop_string` says.
         response_id: the id of the response.
         parts: the parts of the reward by name.
     """
-    return Fragment(
+    fragment = Fragment(
         prompt=prompt[0],
         messages=prompt[1],
         prompt_token_ids=prompt_ids,
@@ -116,11 +116,12 @@ def one_response(
         rewards=[reward],
         samplers=[sampler],
         truncated=[truncated],
-        stopped_by_string=[True] if stopped_by_string else None,
         loss_mask=None if mask is None else [mask],
         response_ids=None if response_id is None else [response_id],
         components=None if parts is None else {name: [part] for name, part in parts.items()},
     )
+    fragment.set_stop_strings([stop_string])
+    return fragment
 
 
 @dataclass(frozen=True)
