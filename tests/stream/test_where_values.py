@@ -48,7 +48,7 @@ def chosen(dataset: GroupDataset, where: Any) -> set[Any]:
     ("where", "expected"),
     [
         ('"metadata.score" >= 1', {None, "0.7"}),  # 2 and 10, not NaN
-        ('"metadata.score" > 1.5', {None, "0.7"}),
+        ("metadata.score > 1.5", {None, "0.7"}),
         ('NOT "metadata.score" < 1', {None, "0.7"}),
         ('"metadata.score" IS NULL', {"10.0", "x", "2"}),
         ('"metadata.score" = "metadata.score"', {"9.0", None, "0.7"}),
@@ -73,6 +73,7 @@ def test_nan_does_not_change_the_type_of_a_key(dataset: GroupDataset) -> None:
     [
         '"metadata.text" > 1',
         '"metadata.text" > 0.5',
+        "metadata.text > 0.5",
         '"metadata.text" = 9.0',
         '0.5 < "metadata.text"',
         '"metadata.text" < -.5',
