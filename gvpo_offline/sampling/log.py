@@ -31,7 +31,7 @@ _SCHEMA = pa.schema(
         ("token_logprobs", pa.list_(pa.float32())),
         ("finish_reason", pa.string()),
         ("error", pa.string()),
-        ("stopped_by_string", pa.bool_()),
+        ("stop_string", pa.string()),
     ]
 )
 Key = tuple[int, int]
@@ -53,8 +53,9 @@ class Sample:
             sampler reports it; or None.
         finish_reason: "stop", or "length" if it was cut.
         error: the cause of the failure; None if there is a response.
-        stopped_by_string: whether a stop string ended it, so that the model wrote no end token.
-            False in logs of versions that did not record it.
+        stop_string: the stop string that ended it, so that the model wrote no end token; empty
+            where the sampler does not name it. None: no stop string did, or the log is of a version
+            that did not record it.
     """
 
     prompt: int
@@ -65,7 +66,7 @@ class Sample:
     token_logprobs: npt.NDArray[np.float32] | None = None
     finish_reason: str | None = None
     error: str | None = None
-    stopped_by_string: bool = False
+    stop_string: str | None = None
 
     @property
     def key(self) -> Key:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.finish_reasons import by_stop_string
+from gvpo_offline.finish_reasons import stop_string
 from gvpo_offline.sampling.local import model_info
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import VllmSettings
@@ -114,5 +114,5 @@ class VllmSampler:
             token_ids=np.array(ids, np.int32) if self._tokenizer.same_as_dataset else None,
             token_logprobs=np.array(logprobs, np.float32),
             finish_reason=ended,
-            stopped_by_string=by_stop_string(output.finish_reason, output.stop_reason),
+            stop_string=stop_string(output.finish_reason, output.stop_reason),
         )

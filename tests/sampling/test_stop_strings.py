@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from support.importing import read_groups
+from support.importing import read_groups, write_jsonl
 from support.sampling import config, local
 from support.tiny_policy import train_tokenizer
 
@@ -16,6 +17,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.sampling.log import _SCHEMA, Sample, SampleLog, task_name
 from gvpo_offline.sampling.run import run_sample
 from gvpo_offline.sampling.vllm import VllmSampler
+from gvpo_offline.store.parquet import footer_sha256
 from gvpo_offline.tokenizer import load_tokenizer
 
 END = 2
@@ -44,34 +46,66 @@ def test_a_stop_string_under_another_tokenizer(tmp_path: Path, tiny_model_dir: P
     assert seen["stop string"] > 3
 
 
+def test_stop_strings_in_results_of_a_batch(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """A server that stops at a string, and one that stops at the end token's own text."""
+    asked = {"kind": "openai_batch", "model": "tiny", "responses": 3, "stop": ["\n", "<eos>"]}
+    run_sample(config(tmp_path, tiny_tokenizer_dir, {"s": asked}, n=1))
+    (path,) = (tmp_path / "data").rglob("requests-*.jsonl")
+    requests = [json.loads(line) for line in path.read_text().splitlines()]
+    results = [
+        {
+            "custom_id": request["custom_id"],
+            "response": {
+                "status_code": 200,
+                "body": {
+                    "choices": [
+                        {
+                            "message": {"content": f"answer {i}"},
+                            "finish_reason": "stop",
+                            "stop_reason": stop_reason,
+                        }
+                    ]
+                },
+            },
+        }
+        for i, (request, stop_reason) in enumerate(
+            zip(requests, [None, "\n", "<eos>"], strict=True)
+        )
+    ]
+    asked["results"] = [str(write_jsonl(tmp_path / "results.jsonl", results))]
+    run_sample(config(tmp_path, tiny_tokenizer_dir, {"s": asked}, n=1))
+    (group,) = read_groups(tmp_path / "data")
+    ended = {
+        text: ids[-1] == END
+        for text, ids in zip(group.responses or (), group.response_token_ids, strict=True)
+    }
+    assert ended == {"answer 0": True, "answer 1": False, "answer 2": True}
+
+
 def test_logs_without_the_flag_are_read(tmp_path: Path) -> None:
     """As versions wrote them that did not record what ended a response."""
     log = SampleLog(tmp_path, "s", "sample-s")
     samples = [
-        Sample(0, 0, 1, text="x", finish_reason="stop", stopped_by_string=True),
+        Sample(0, 0, 1, text="x", finish_reason="stop", stop_string="\n"),
         Sample(0, 1, 2, text="y", finish_reason="stop"),
         Sample(0, 2, 3, error="timeout"),
     ]
     new = log.write(task_name(0, 0), samples)
-    assert [s.stopped_by_string for s in log.read([new]).values()] == [True, False, False]
-    names = [name for name in _SCHEMA.names if name != "stopped_by_string"]
+    assert [s.stop_string for s in log.read([new]).values()] == ["\n", None, None]
+    names = [name for name in _SCHEMA.names if name != "stop_string"]
     path = tmp_path / new.files[0].path
     old = tmp_path / "old.parquet"
     pq.write_table(pq.read_table(path).select(names), old)
     older = SampleLog(tmp_path, "s", "sample-s")
-    entry = new.files[0].model_copy(update={"path": "old.parquet", "footer_sha256": footer(old)})
+    entry = new.files[0].model_copy(
+        update={"path": "old.parquet", "footer_sha256": footer_sha256(old)}
+    )
     read = older.read([new.model_copy(update={"files": [entry]})])
-    assert [(s.text, s.stopped_by_string) for s in read.values()] == [
-        ("x", False),
-        ("y", False),
-        (None, False),
+    assert [(s.text, s.stop_string) for s in read.values()] == [
+        ("x", None),
+        ("y", None),
+        (None, None),
     ]
-
-
-def footer(path: Path) -> str:
-    from gvpo_offline.store.parquet import footer_sha256
-
-    return footer_sha256(path)
 
 
 def vllm_output(**given: Any) -> Any:
@@ -82,15 +116,15 @@ def vllm_output(**given: Any) -> Any:
 @pytest.mark.parametrize(
     ("reason", "stop_reason", "ended", "by_string"),
     [
-        ("stop", None, "stop", False),
-        ("stop", 5, "stop", False),
-        ("stop", "\n", "stop", True),
-        ("length", None, "length", False),
-        ("repetition", "repetition_detected", "length", False),
+        ("stop", None, "stop", None),
+        ("stop", 5, "stop", None),
+        ("stop", "\n", "stop", "\n"),
+        ("length", None, "length", None),
+        ("repetition", "repetition_detected", "length", None),
     ],
 )
 def test_vllm_says_what_ended_a_response(
-    reason: str, stop_reason: Any, ended: str, by_string: bool
+    reason: str, stop_reason: Any, ended: str, by_string: str | None
 ) -> None:
     sampler = VllmSampler.__new__(VllmSampler)
     sampler._tokenizer = SimpleNamespace(text=lambda ids: "x", same_as_dataset=False)  # type: ignore[assignment]
@@ -99,14 +133,12 @@ def test_vllm_says_what_ended_a_response(
     )
     output = vllm_output(finish_reason=reason, stop_reason=stop_reason)
     sample = sampler._sample(request, output)  # type: ignore[arg-type]
-    assert (sample.finish_reason, sample.stopped_by_string) == (ended, by_string)
+    assert (sample.finish_reason, sample.stop_string) == (ended, by_string)
     aborted: Any = sampler._sample(request, vllm_output(finish_reason="abort", stop_reason=None))  # type: ignore[arg-type]
     assert aborted == "the finish reason 'abort'"
 
 
 def test_prompts_with_pictures_are_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
-    from support.importing import write_jsonl
-
     rows = [{"prompt": "hi"}, {"prompt": "What is this?", "images": ["x.png"]}]
     inputs = str(write_jsonl(tmp_path / "pictures.jsonl", rows))
     settings = config(
