@@ -546,6 +546,31 @@ def test_labels_in_components(imported: Import, tmp_path: Path) -> None:
     assert group.rewards.tolist() == [1.5, 0.25]
 
 
+def test_labels_in_the_log_of_trl(imported: Import, tmp_path: Path) -> None:
+    """A column of text is a reward where reward_weights names it: 2 * 1 + 0.5 and 2 * 0 + 0.25."""
+    table = pa.table(
+        {
+            "step": [1, 1],
+            "prompt": ["q", "q"],
+            "completion": ["a", "b"],
+            "length": [0.5, 0.25],
+            "verdict": ["pass", "fail"],
+            "advantage": [1.0, -1.0],
+        }
+    )
+    path = tmp_path / "run" / "completions" / "completions_00001.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(table, path)
+    (group,), _ = imported(
+        path,
+        format="trl",
+        reward_map={"pass": 1, "fail": 0},
+        reward_weights={"length": 1.0, "verdict": 2.0},
+    )
+    assert group.rewards is not None
+    assert group.rewards.tolist() == [2.5, 0.25]
+
+
 @pytest.mark.parametrize(
     ("name", "row"),
     [

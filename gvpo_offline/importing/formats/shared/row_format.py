@@ -90,7 +90,7 @@ def text_fragment(
     rewards: Sequence[float | None] | None = None,
     *,
     samplers: Sequence[str | None] | None = None,
-    finish_reasons: Sequence[Any] | None = None,
+    truncated: Sequence[Any] | None = None,
     parts: Parts | None = None,
     group_id: str | None = None,
     response_ids: Sequence[str] | None = None,
@@ -102,7 +102,7 @@ def text_fragment(
         responses: n texts; None, where the log has null, is an empty text.
         rewards: n numbers, None where a response lacks its reward; or None if `parts` is given.
         samplers: n names, or None if the log has none.
-        finish_reasons: n finish reasons, flags or nulls, or None if the log has none.
+        truncated: n finish reasons, flags or nulls, or None if the log has none.
         parts: the parts of the rewards, n numbers each.
         group_id: the group's id, or None: responses to the same prompt are then a group.
         response_ids: n ids, or None.
@@ -122,7 +122,7 @@ def text_fragment(
         group_id=group_id,
         components=None if parts is None else {name: list(part) for name, part in parts.items()},
     )
-    return fragment if finish_reasons is None else set_endings(fragment, finish_reasons)
+    return fragment if truncated is None else set_endings(fragment, truncated)
 
 
 def comparison_id(prompt: values.Prompt, responses: Sequence[str | None]) -> str:
