@@ -5,8 +5,9 @@ The dataclasses of settings are in the `settings` module of each subpackage. Loa
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import yaml
@@ -41,6 +42,28 @@ def required(name: str, value: str | Sequence[Any]) -> None:
     """Raise ConfigError if a required setting was not set."""
     if not value:
         raise ConfigError(f"{name} must be set", received="nothing", remedy=f"pass --{name}")
+
+
+def label_numbers(setting: str, given: Mapping[Any, float]) -> dict[str, float]:
+    """The numbers that labels stand for; the flags true and false, which YAML reads, as text.
+
+    Raises:
+        ConfigError: a label is neither text nor a flag, or a value is not a finite number.
+    """
+    numbers = {}
+    for label, number in given.items():
+        name = str(label).lower() if isinstance(label, bool) else label
+        if not (isinstance(name, str) and isinstance(number, int | float)):
+            raise ConfigError(
+                f"{setting} has labels (text, true or false) and the numbers that they stand for",
+                received=f"{label!r}: {number!r}",
+                remedy="leave numbers out, which stay as they are, or quote a label that looks "
+                "like a number",
+            )
+        if not math.isfinite(number):
+            raise ConfigError(f"{setting} has finite numbers", received=f"{label}: {number}")
+        numbers[name] = float(number)
+    return numbers
 
 
 def check_loss(loss_type: str, *, anchor: float, weighted: bool) -> None:

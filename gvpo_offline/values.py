@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from gvpo_offline import finish_reasons
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, FloatArray, Int32Array
+from gvpo_offline.json_text import parsed_messages as parsed_messages
 from gvpo_offline.messages import (
     is_message,
     is_plain,
@@ -27,13 +31,22 @@ from gvpo_offline.messages import (
 Prompt = tuple[str | None, str | None]
 """A prompt as (text, chat messages in JSON), of which at least one is None."""
 
-_CUT = ("length",)
 _NO_NUMBER = ("", "n/a", "none", "null", "nan")
 
 
 def plain(value: Any) -> Any:
-    """`value` as a JSON type: a list for an array, else text. For `default` of `json.dumps`."""
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+    """`value` as a JSON type, for `default` of `json.dumps`.
+
+    A list for an array, a number for a decimal or a NumPy number, else text.
+    """
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Decimal):
+        whole = value.is_finite() and value == value.to_integral_value()
+        return int(value) if whole else float(value)
+    return str(value)
 
 
 def valid_text(value: str) -> str:
@@ -217,6 +230,7 @@ def prompt(value: Any) -> Prompt:
     Raises:
         DataError: it is neither, or the list of messages is empty.
     """
+    value = parsed_messages(value)
     if value is None:
         return None, None
     if isinstance(value, str):
@@ -253,10 +267,11 @@ def response(value: Any) -> Reply:
     Raises:
         DataError: it is neither, or a message is invalid.
     """
-    if value is None or isinstance(value, str):
-        return Reply(None if value is None else valid_text(value))
     if isinstance(value, Reply):
         return value
+    value = parsed_messages(value, first=("assistant",))
+    if value is None or isinstance(value, str):
+        return Reply(None if value is None else valid_text(value))
     if isinstance(value, dict):
         value = structs(value, "chat messages") if isinstance(value.get("role"), list) else [value]
     if not (isinstance(value, list) and value and all(map(is_message, value))):
@@ -273,23 +288,24 @@ def response(value: Any) -> Reply:
 
 
 def number(value: Any, what: str = "a reward") -> float | None:
-    """A number; None for null.
+    """A number (also a decimal or a NumPy number); None for null and NaN, which are missing.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is none of these, or too large.
     """
     if value is None:
         return None
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float | Decimal | np.number | np.bool_):
         raise DataError(f"{what} is a number", received=repr(value), remedy="log the number itself")
     try:
-        return float(value)
+        found = float(value)
     except OverflowError as error:
         raise DataError(f"{what} is a finite number", received=value) from error
+    return None if math.isnan(found) else found
 
 
 def rating(value: Any, what: str = "a rating") -> float | None:
-    """A number or the text of a number, as in answers of judges; None for null and "N/A".
+    """A number or the text of a number, as in answers of judges; None for null, NaN and "N/A".
 
     Raises:
         DataError: it is neither.
@@ -299,7 +315,7 @@ def rating(value: Any, what: str = "a rating") -> float | None:
     if value.strip().lower() in _NO_NUMBER:
         return None
     try:
-        return float(value)
+        return number(float(value), what)
     except ValueError as error:
         raise DataError(f"{what} is a number, or N/A", received=repr(value)) from error
 
@@ -308,17 +324,16 @@ def truncated(value: Any) -> bool:
     """Whether a response was cut, from a flag or a finish reason; False for null.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or it says that the response failed.
     """
-    if value is None:
-        return False
-    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
-        return bool(value)
-    if isinstance(value, str) and value.lower() not in ("true", "false"):
-        return value in _CUT
-    raise DataError(
-        "truncated is a flag or a finish reason (such as stop, length)", received=repr(value)
-    )
+    found = finish_reasons.ending(value)
+    if found == "failed":
+        raise DataError(
+            "a response that is imported was completed or cut",
+            received=f"the finish reason {value!r}, which says that it failed",
+            remedy="remove the response, or sample it again",
+        )
+    return found == "cut"
 
 
 def identifier(value: Any) -> str:
@@ -327,8 +342,10 @@ def identifier(value: Any) -> str:
     Raises:
         DataError: it is neither, or empty.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return str(int(value))
     if isinstance(value, str) and value:
         return valid_text(value)
     raise DataError(

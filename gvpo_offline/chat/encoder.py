@@ -126,6 +126,17 @@ class Encoder:
             return None
         return int(self._tokenize([self._turn_end], special=False)[0][-1])
 
+    @property
+    def all_end_ids(self) -> frozenset[int]:
+        """Ids of every token that ends a response: of a text or of a chat's turn."""
+        turn = self.end_of_turn
+        return self.end_ids if turn is None else self.end_ids | {turn}
+
+    @property
+    def end_texts(self) -> tuple[str, ...]:
+        """The texts of these tokens."""
+        return tuple(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self.all_end_ids))))
+
     def has_end(self, *, chat: bool) -> bool:
         """Whether there is a token that ends responses: the tokenizer's, or of a chat's turns."""
         return self._eos is not None or (chat and self.end_of_turn is not None)

@@ -15,6 +15,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.importing.broken_rows import BrokenRows
 from gvpo_offline.importing.draft import Draft, DraftResponse, InputNames
 from gvpo_offline.importing.fragment import Fragment, with_location
+from gvpo_offline.importing.padding import Padding
 from gvpo_offline.importing.refusals import Refusals
 from gvpo_offline.importing.regroup import KeyedFragment
 from gvpo_offline.importing.settings import ImportConfig
@@ -54,6 +55,11 @@ class Assembler:
     ) -> None:
         self._config = config
         self._encoder = encoder
+        self._padding = (
+            None
+            if encoder is None
+            else Padding(encoder.all_end_ids, encoder.tokenizer.pad_token_id)
+        )
         self._inputs = inputs
         self._components = components
         self._tally = tally or Tally()
@@ -95,6 +101,7 @@ class Assembler:
         return None
 
     def _tokenize(self, drafts: Sequence[Draft]) -> None:
+        self._remove_padding([r for draft in drafts for r in draft.responses])
         self.counts.update(tokenize(drafts, self._encoder, self._config, self._error))
 
     def _tokenized(self, drafts: Sequence[Draft]) -> Sequence[Draft]:
@@ -203,6 +210,7 @@ class Assembler:
                 response_id=None if fragment.response_ids is None else fragment.response_ids[i],
                 sampler_logprob=fragment.sampler_logprobs[i] if fragment.sampler_logprobs else None,
                 messages=fragment.response_messages[i] if fragment.response_messages else None,
+                stopped_by_string=fragment.stopped(i),
             )
             for i, text in enumerate(fragment.responses)
         ]
@@ -225,6 +233,22 @@ class Assembler:
                 )
             seen[response.response_id] = response.fragment
 
+    def _remove_padding(self, responses: Sequence[DraftResponse]) -> None:
+        if self._padding is None:
+            return
+        for response in responses:
+            if response.ids is None:
+                continue
+            kept = self._padding.unpadded_length(response.ids)
+            mask = None if response.mask is None else response.mask[:kept]
+            if kept < len(response.ids) and (mask is None or mask.any()):
+                if response.mask is None or response.mask[kept:].any():
+                    response.sampler_logprob = None  # the logged one counts the padding
+                response.ids, response.mask = response.ids[:kept], mask
+                self.counts["unpadded_responses"] += 1
+            elif self._padding.ends_in_padding(response.ids):
+                self.counts["responses_that_end_in_padding"] += 1
+
     def _drop(self, draft: Draft, what: str, keep: Callable[[DraftResponse], bool]) -> None:
         gone = [response for response in draft.responses if not keep(response)]
         draft.responses = [response for response in draft.responses if keep(response)]
@@ -239,6 +263,7 @@ class Assembler:
             if self._config.empty_responses == "drop":
                 break
             cut = ", cut before its first token" if empty.truncated else ""
+            cut += ", ended by a stop string" if empty.stopped_by_string else ""
             self._refusals.row(
                 draft,
                 empty.fragment,

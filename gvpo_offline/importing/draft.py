@@ -32,11 +32,12 @@ class DraftResponse:
     response_id: str | None
     sampler_logprob: float | None
     messages: str | None = None
+    stopped_by_string: bool = False
 
     @property
     def ended(self) -> bool:
         """Whether the policy ended it with an end token."""
-        return not self.truncated
+        return not (self.truncated or self.stopped_by_string)
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ from gvpo_offline.importing.fragment import (
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
+from gvpo_offline.importing.sources.media import text_rows
 
 Advance = Callable[[int], Any]
 
@@ -62,6 +63,7 @@ class FirstPass:
         self._format = log_format
         self._sources = sources
         self._vocab_size = None if encoder is None else encoder.vocab_size
+        self._ends = () if encoder is None else encoder.end_texts
         self._needs = TokenizerRequirements(encoder)
         self.rows = [0] * len(sources)
         self.left_out: Mapping[str, int] = {}
@@ -125,8 +127,10 @@ class FirstPass:
             self._refuse(error, group, samplers)
 
         source.on_refused = refused
-        for fragment in self._format.read(source.rows(self._format.columns, advance), source):
+        rows = text_rows(source, self._format.columns, advance)
+        for fragment in self._format.read(rows, source):
             fragment.file = number
+            fragment.written_ends(self._ends)
             try:
                 check_fragment(fragment, self._config, vocab_size=self._vocab_size)
             except DataError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,12 @@ class Fragment:
         loss_mask: n arrays of (T_i,) bool; None where every token counts. None instead of the
             list: every token of every response counts.
         response_ids: n ids, or None if the log has none.
+        stopped_by_string: n flags, True where a stop string ended the response, so that the model
+            wrote no end token. None instead of the list: none of them.
+        stop_strings: n stop strings, empty where the log does not name it, None where none ended
+            the response. The importer compares them with the end token and drops the list.
+        failed: n causes: why the log marks the response as failed, or None. None instead of the
+            list: none failed. The format takes such responses out, so the importer sees none.
         sampler_logprobs: n log-probs of whole responses under their sampler, in nats; None where
             the log has none. None instead of the list: the log has none at all.
         group_id: the id of the group in the log; None: responses with the same prompt are a group.
@@ -80,6 +86,9 @@ class Fragment:
     sampler_logprobs: Sequence[float | None] | None = None
     response_messages: list[str | None] | None = None
     template_arguments: str | None = None
+    stopped_by_string: list[bool] | None = None
+    stop_strings: list[str | None] | None = None
+    failed: list[str | None] | None = None
     file: int = 0
     row: int = 0
 
@@ -91,6 +100,28 @@ class Fragment:
     def ids_of(self, index: int) -> Int32Array | None:
         """Token ids of response `index`, or None where its text is to be tokenised."""
         return None if self.response_token_ids is None else self.response_token_ids[index]
+
+    def stopped(self, index: int) -> bool:
+        """Whether a stop string ended response `index`."""
+        return self.stopped_by_string is not None and bool(self.stopped_by_string[index])
+
+    def set_stop_strings(self, strings: Sequence[str | None]) -> None:
+        """Set which stop string, or none, ended each of the n responses."""
+        if any(string is not None for string in strings):
+            self.stop_strings = list(strings)
+            self.stopped_by_string = [string is not None for string in strings]
+
+    def written_ends(self, ends: Collection[str]) -> None:
+        """Take responses that the end token's own text ended as ended by the model.
+
+        A server that was told to stop at the text of the end token names that text.
+
+        Args:
+            ends: texts of the end tokens.
+        """
+        if self.stop_strings and any(end in self.stop_strings for end in ends):
+            self.stopped_by_string = [s is not None and s not in ends for s in self.stop_strings]
+        self.stop_strings = None
 
     def mask_of(self, index: int) -> BoolArray | None:
         """Loss mask of response `index`, or None where every token counts."""
@@ -186,7 +217,8 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
                 raise DataError(
                     "in a log with rewards each response has one",
                     received=f"none for response {index}",
-                    remedy="score the response, or drop such responses (missing_rewards: drop)",
+                    remedy="score the response: null and NaN are no reward; or drop such "
+                    "responses (missing_rewards: drop)",
                 )
         elif not math.isfinite(reward):
             raise DataError(
@@ -213,6 +245,7 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
         "response_ids",
         "sampler_logprobs",
         "response_messages",
+        "stopped_by_string",
     ):
         values = getattr(fragment, name)
         if values is not None and len(values) != n:

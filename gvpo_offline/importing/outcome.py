@@ -76,6 +76,10 @@ COUNT_TEXTS = {
     "reopened_reasoning": "responses begin with a tag that the generation prompt holds already "
     "(<think>); it was not repeated",
     "cut_overlong_responses": "responses were cut to max_length (overlong: truncate)",
+    "unpadded_responses": "responses were logged with padding behind their end token, which was "
+    "removed",
+    "responses_that_end_in_padding": "responses end with the padding token and no end token before "
+    "it; they were imported as logged",
     "dropped_overlong_responses": "responses over max_length were dropped",
     "dropped_overlong_prompts": "groups were dropped: their prompt alone reaches max_length",
     "dropped_empty_responses": "empty responses were dropped (empty_responses: drop)",

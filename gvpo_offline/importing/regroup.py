@@ -44,6 +44,7 @@ _SCHEMA = pa.schema(
         ("sampler_logprobs", pa.list_(pa.float64())),
         ("response_messages", pa.list_(pa.string())),
         ("template_arguments", pa.string()),
+        ("stopped_by_string", pa.list_(pa.bool_())),
         ("metadata", pa.string()),
         ("source", pa.string()),
     ]

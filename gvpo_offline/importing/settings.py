@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import ErrorOrDrop, check_name, positive
+from gvpo_offline.settings import ErrorOrDrop, check_name, label_numbers, positive
 from gvpo_offline.store.location import local_folder
 
 OnLong = Literal["error", "drop", "truncate"]
@@ -47,8 +47,12 @@ class Columns:
     """Log-probability of the response under its sampler, in nats, summed over the imported tokens
     that the loss mask counts. Null: not known. Only loss_type topr needs it."""
     truncated: str | None = None
-    """Whether the response was cut: a flag, or a finish reason, of which "length" means cut.
-    Null: not cut."""
+    """Whether the response was cut: a flag, or a finish reason (docs/howto/log-values.md lists the
+    words: complete, cut, failed). Null: not known, and taken as not cut."""
+    stop_reason: str | None = None
+    """What ended the response, as vLLM's stop_reason: the stop string, or a token id or null for
+    the end token. No end token is appended to a response that a stop string ended. A finish reason
+    (Anthropic's stop_reason) is taken as one if columns.truncated has none."""
     tools: str | None = None
     """Tool definitions that the chat template renders into the prompt: a list, or its JSON."""
     chat_template_kwargs: str | None = None
@@ -108,6 +112,13 @@ class ImportConfig:
     """Weights of the reward's components, by name, for formats with components: the reward is the
     weighted sum of the components that a response has; a component that is not named has weight 0.
     Default: the weights of the format."""
+    reward_map: dict[str, float] = field(default_factory=dict)
+    """Numbers that labels of the reward (and of its components) stand for, as in
+    {correct: 1, incorrect: 0}: texts, in the case in which the log writes them, or true and false.
+    A label that is not named is an error; numbers in the log stay as they are."""
+    cast_rewards: bool = False
+    """Take a reward (or component, or sampler_logprob) that is the text of a number as the number;
+    empty text and "nan", "null", "N/A" are missing."""
     requests: str | None = None
     """openai_batch: file or glob of the batch requests, which hold the prompts."""
     rewards: str | None = None
@@ -172,6 +183,7 @@ class ImportConfig:
         if not self.inputs:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
+        self.reward_map = label_numbers("reward_map", self.reward_map)
         if (self.requests or self.rewards) and self.format != "openai_batch":
             raise ConfigError(
                 "requests and rewards are only used with format: openai_batch", received=self.format

@@ -13,11 +13,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.finish_reasons import Ending, ending, stop_string
 from gvpo_offline.messages import content_text as joined_text
 
-# As OpenAI says it, and as text-generation-inference does.
-_STOPPED = ("stop", "eos_token", "stop_sequence")
-_LENGTH = "length"
+_STOPPED_AT = ("stop_reason", "matched_stop", "stop_sequence")
 REASONING = ("reasoning", "reasoning_content")
 BESIDE_TEXT = ("tool_calls", "function_call", *REASONING)
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
@@ -61,8 +60,8 @@ class AnswerChoice:
     @property
     def refusal(self) -> str | None:
         """Why the model or a filter withheld the response; None if neither did."""
-        if self.finish_reason == "content_filter":
-            return "the finish reason 'content_filter'"
+        if self._ending == "failed":
+            return f"the finish reason {self.finish_reason!r}"
         refusal = self._message.get("refusal")
         return f"refused ({refusal})" if refusal else None
 
@@ -71,12 +70,39 @@ class AnswerChoice:
         """Whether the response was cut at the token limit.
 
         Raises:
-            BadAnswerError: it neither ended by itself nor was cut there.
+            BadAnswerError: it neither ended by itself nor was cut there, or the server does not
+                say how it ended.
         """
-        if self.finish_reason not in (*_STOPPED, _LENGTH):
+        if self._ending not in ("complete", "cut"):
             reason = self.finish_reason
             raise BadAnswerError(f"the finish reason {reason!r}, which is neither an end nor a cut")
-        return bool(self.finish_reason == _LENGTH)
+        return self._ending == "cut"
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the response, so that the model wrote no end token.
+
+        None where no stop string did, empty text where the server does not name it. vLLM says so
+        in `stop_reason`, SGLang in `matched_stop`, text-generation-inference in the finish reason,
+        Anthropic's messages in `stop_sequence`.
+        """
+        stopped_at = next(
+            (at for name in _STOPPED_AT if (at := self._choice.get(name)) is not None), None
+        )
+        return stop_string(self.finish_reason, stopped_at)
+
+    @property
+    def stopped_by_string(self) -> bool:
+        """Whether a stop string ended the response."""
+        return self.stop_string is not None
+
+    @property
+    def _ending(self) -> Ending | None:
+        """How the response ended; None for a finish reason that is not listed."""
+        try:
+            return ending(self.finish_reason)
+        except DataError:
+            return None
 
     def text(self, *, beside: Collection[str] = ()) -> str | None:
         """The text; None where the server gave null.

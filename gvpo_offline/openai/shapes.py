@@ -16,6 +16,7 @@ import numpy as np
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
+from gvpo_offline.finish_reasons import Ending, ending
 from gvpo_offline.group import Int32Array
 from gvpo_offline.messages import content_text, is_message
 from gvpo_offline.openai.answer import (
@@ -33,6 +34,7 @@ __all__ = [
     "output_reply",
     "request_arguments",
     "request_prompt",
+    "response_ending",
     "responses_prompt",
     "was_cut",
 ]
@@ -226,6 +228,23 @@ def output_reply(output: Sequence[Mapping[str, Any]]) -> values.Reply:
     return values.response(found)
 
 
+def response_ending(response: Mapping[str, Any]) -> tuple[Ending, str | None]:
+    """How a response of the responses API ended, and the word that says so.
+
+    Of an incomplete one `incomplete_details.reason` decides: a filter is no cut.
+
+    Raises:
+        DataError: a word that `finish_reasons` does not list.
+    """
+    details = response.get("incomplete_details")
+    reason = details.get("reason") if isinstance(details, dict) else details
+    if reason is not None:
+        found = ending(reason)
+        return ("cut" if found == "unknown" else found), reason
+    status = response.get("status")
+    return ending(status), status
+
+
 def was_cut(response: Mapping[str, Any]) -> bool:
     """Whether a response of the responses API was cut before its end."""
-    return response.get("status") == "incomplete" or bool(response.get("incomplete_details"))
+    return response_ending(response)[0] == "cut"

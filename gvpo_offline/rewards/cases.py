@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,32 @@ class ScoringInput:
                 )
             value = value[step]
         return value
+
+
+def gold_answer(group: ScoringInput, name: str) -> str | None:
+    """The gold answer in a metadata column as text; None for null and NaN, which are missing.
+
+    Args:
+        group: the group.
+        name: of the column, as for `ScoringInput.column`.
+
+    Raises:
+        DataError: the group has no such column, or it holds a list or a record: its text (with
+            brackets and quotes) is the answer of no response.
+    """
+    value = group.column(name)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, list | dict):
+        kind = "a list" if isinstance(value, list) else "a record"
+        raise DataError(
+            "a gold answer is text or a number",
+            received=f"{kind} in {name}: {json.dumps(value, ensure_ascii=False)[:120]}",
+            remedy="name the field that holds the answer (column: reward_model.ground_truth), or "
+            "score with a function, which gets the column as it is (kind: function)",
+            **group.location,
+        )
+    return str(value)
 
 
 class ScoringInputReader:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.openai.client import OPERATIONAL
+from gvpo_offline.settings import label_numbers
 
 
 def _regular(pattern: str) -> str:
@@ -25,6 +28,13 @@ def _no_secret(url: str) -> str:
     if "@" in url or "?" in url:
         raise ValueError("a base_url has no user, key or query: name the key in api_key_env")
     return url
+
+
+def _label_numbers(given: Any) -> Any:
+    try:
+        return label_numbers("rating_map", given) if isinstance(given, Mapping) else given
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -233,6 +243,11 @@ class RatingsSettings(_TableSettings):
     kind: Literal["ratings"]
     response_column: str = "response_id"
     rating_column: str = "rating"
+    rating_map: Annotated[dict[str, float], BeforeValidator(_label_numbers)] = Field(
+        default_factory=dict,
+        description="Numbers that ratings which are labels stand for, as in {good: 1, bad: 0}: "
+        "texts, in the case of the file, or true and false. Numbers stay as they are.",
+    )
     rater_column: str | None = Field(
         default=None, description="Column with the rater, who rates a response once. Null: unknown."
     )

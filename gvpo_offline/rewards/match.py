@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import ScoringInput
+from gvpo_offline.rewards.cases import ScoringInput, gold_answer
 from gvpo_offline.rewards.kinds import ExactSettings, NumericSettings
 from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
 
@@ -21,7 +21,7 @@ _NUMBER = re.compile(
 class ExactScorer(GroupScorer):
     """1 if two texts are equal, ignoring whitespace around them; else 0.
 
-    A group whose column is null has no correct answer: its numbers are missing.
+    A group whose column is null or NaN has no correct answer: its numbers are missing.
     """
 
     def __init__(self, settings: ExactSettings) -> None:
@@ -34,11 +34,11 @@ class ExactScorer(GroupScorer):
 
     def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = group.column(self._settings.column)
+        gold = gold_answer(group, self._settings.column)
         if gold is None:
             return numbers([None] * group.size)
         # Without a match, the column holds the answer alone.
-        wanted = self._read(str(gold), otherwise=str(gold))
+        wanted = self._read(gold, otherwise=gold)
         return numbers([float(self._read(text) == wanted) for text in group.responses])
 
     def _read(self, text: str, otherwise: str | None = None) -> str | None:
@@ -52,7 +52,8 @@ class ExactScorer(GroupScorer):
 class NumericScorer(GroupScorer):
     """1 if two numbers are equal within a tolerance; 0 if they differ or the response has none.
 
-    A group whose column is null, or has no number, has no correct answer: its numbers are missing.
+    A group whose column is null, NaN or without a number has no correct answer: its numbers are
+    missing.
     """
 
     def __init__(self, settings: NumericSettings) -> None:
@@ -65,8 +66,7 @@ class NumericScorer(GroupScorer):
 
     def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = group.column(self._settings.column)
-        text = "" if gold is None else str(gold)
+        text = gold_answer(group, self._settings.column) or ""
         matched = last_match(self._settings.pattern, text)
         wanted = last_number(text if matched is None else matched)
         if wanted is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gvpo_offline.errors import ConfigError, WorkerError
 from gvpo_offline.group import FloatArray
-from gvpo_offline.rewards.cases import ScoringInput
+from gvpo_offline.rewards.cases import ScoringInput, gold_answer
 from gvpo_offline.rewards.kinds import MathSettings
 from gvpo_offline.rewards.match import last_match
 from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
@@ -34,8 +34,8 @@ _WORD = re.compile(r"(?!(?:sin|cos|tan|cot|log|exp|sqrt|max|min|gcd|lcm|mod)\b)\
 class MathScorer(GroupScorer):
     """1 if math-verify shows that the answers are equal, else 0.
 
-    A group whose gold answer is null or cannot be parsed has no correct answer: its numbers are
-    missing. If a comparison takes longer than `timeout_s`, its process is killed and the next
+    A group whose gold answer is null, NaN or cannot be parsed has no correct answer: its numbers
+    are missing. If a comparison takes longer than `timeout_s`, its process is killed and the next
     comparison gets a new one; the number is then `on_failure` (default 0), as it is if the
     comparison raises. Both are counted: `timed_out`, `broke_down`.
     """
@@ -64,11 +64,11 @@ class MathScorer(GroupScorer):
 
     def score_group(self, group: ScoringInput) -> FloatArray:
         """(1, k)."""
-        gold = group.column(self._settings.column)
+        gold = gold_answer(group, self._settings.column)
         if gold is None:
             return numbers([None] * group.size)
         # Without a match, the column holds the answer alone.
-        wanted = last_match(self._settings.pattern, str(gold)) or str(gold)
+        wanted = last_match(self._settings.pattern, gold) or gold
         found = [last_match(self._settings.pattern, response) for response in group.responses]
         return numbers(
             [0.0 if answer is None else self._verified(wanted, answer) for answer in found]

@@ -116,6 +116,7 @@ def _sample(settings: RequestSettings, choice: AnswerChoice, request: SampleRequ
         token_ids=ids,
         token_logprobs=None if logprobs is None else np.array(logprobs, np.float32),
         finish_reason="length" if truncated else "stop",
+        stop_string=choice.stop_string,
     )
 
 

@@ -52,6 +52,7 @@ class Completion:
         logprobs: of each id, in nats, under the distribution it was drawn from (after temperature
             and filters).
         finish_reason: "stop" or "length"; empty while unfinished.
+        stopped_by_string: whether a stop string ended it, not an end token.
     """
 
     prompt: Int32Array
@@ -59,6 +60,7 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    stopped_by_string: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,8 @@ class Decoder:
                 completion.ids.append(token)
                 completion.logprobs.append(logprob)
                 completion.finish_reason = self._rules.finish_reason(completion)
+                stopped = completion.finish_reason == "stop"
+                completion.stopped_by_string = stopped and token not in self._rules.end_ids
                 ended += bool(completion.finish_reason)
         return ended
 

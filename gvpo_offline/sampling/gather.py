@@ -40,6 +40,7 @@ class SampledRows(Source):
             for sample in self._samples(chunk, self._measure):
                 ids = None if sample.token_ids is None else sample.token_ids.tolist()
                 content = [*sample.key, sample.seed, sample.text, ids, sample.finish_reason]
+                content += [] if sample.stop_string is None else [sample.stop_string]
                 encoded = json.dumps(content).encode()
                 digest.update(encoded)
                 self.text_bytes += len(encoded) + beside[sample.prompt]
@@ -88,7 +89,7 @@ def _plain_bytes(prompt: Prompt) -> int:
 def _fragment(record: Record, source: InputInfo) -> Fragment:
     prompt: Any = record["prompt"]
     sample: Sample = record["sample"]
-    return Fragment(
+    fragment = Fragment(
         prompt=prompt.prompt,
         messages=prompt.messages,
         prompt_token_ids=prompt.token_ids,
@@ -100,3 +101,5 @@ def _fragment(record: Record, source: InputInfo) -> Fragment:
         metadata=prompt.metadata,
         source=prompt.source,
     )
+    fragment.set_stop_strings([sample.stop_string])
+    return fragment

@@ -149,6 +149,7 @@ def _sample(request: SampleRequest, completion: Completion, tokenizer: SamplerTo
         token_ids=np.array(completion.ids, np.int32) if tokenizer.same_as_dataset else None,
         token_logprobs=np.array(completion.logprobs, np.float32),
         finish_reason=completion.finish_reason,
+        stop_string="" if completion.stopped_by_string else None,
     )
 
 

@@ -31,6 +31,7 @@ _SCHEMA = pa.schema(
         ("token_logprobs", pa.list_(pa.float32())),
         ("finish_reason", pa.string()),
         ("error", pa.string()),
+        ("stop_string", pa.string()),
     ]
 )
 Key = tuple[int, int]
@@ -52,6 +53,9 @@ class Sample:
             sampler reports it; or None.
         finish_reason: "stop", or "length" if it was cut.
         error: the cause of the failure; None if there is a response.
+        stop_string: the stop string that ended it, so that the model wrote no end token; empty
+            where the sampler does not name it. None: no stop string did, or the log is of a version
+            that did not record it.
     """
 
     prompt: int
@@ -62,6 +66,7 @@ class Sample:
     token_logprobs: npt.NDArray[np.float32] | None = None
     finish_reason: str | None = None
     error: str | None = None
+    stop_string: str | None = None
 
     @property
     def key(self) -> Key:
@@ -92,11 +97,13 @@ class SampleLog:
             IntegrityError: a file is missing or was altered.
         """
         found: dict[Key, Sample] = {}
-        names = [name for name in _SCHEMA.names if logprobs or name != _LOGPROBS]
+        wanted = [name for name in _SCHEMA.names if logprobs or name != _LOGPROBS]
         for record in records:
             entry = record.files[0]
             path = self.root / entry.path
             with open_parquet(path, entry.footer_sha256) as file:
+                # Earlier versions wrote fewer columns.
+                names = [name for name in wanted if name in file.schema_arrow.names]
                 for number in range(len(entry.row_groups)):
                     table = read_row_group(file, path, number, names)
                     found.update((sample.key, sample) for sample in _samples(table))

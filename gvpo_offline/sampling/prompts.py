@@ -26,6 +26,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.sources.media import text_rows
 from gvpo_offline.sampling.settings import SampleConfig
 from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
@@ -249,7 +250,7 @@ class _Reader:
     def _rows(self, what: str) -> Iterator[_Row]:
         with _bar(what, self._sources, self._config) as bar:
             for source in self._sources:
-                for number, record in source.rows(None, bar.update):
+                for number, record in text_rows(source, None, bar.update):
                     try:
                         yield self._parsed(source, number, record)
                     except DataError as error:

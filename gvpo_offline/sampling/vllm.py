@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.finish_reasons import stop_string
 from gvpo_offline.sampling.local import model_info
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import VllmSettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.tokenizer import load_tokenizer
+
+# vLLM's finish reasons of responses that were not aborted.
+_ENDED = {"stop": "stop", "length": "length", "repetition": "length"}
 
 
 class VllmSampler:
@@ -96,7 +100,8 @@ class VllmSampler:
         assert self._tokenizer is not None
         ids = list(output.token_ids)
         text = self._tokenizer.text(ids)
-        if output.finish_reason not in ("stop", "length"):
+        ended = _ENDED.get(output.finish_reason)
+        if ended is None:
             return request.failed(f"the finish reason {output.finish_reason!r}")
         if not (ids and (self._tokenizer.same_as_dataset or text)):
             return request.failed("an empty text")
@@ -108,5 +113,6 @@ class VllmSampler:
             text=text,
             token_ids=np.array(ids, np.int32) if self._tokenizer.same_as_dataset else None,
             token_logprobs=np.array(logprobs, np.float32),
-            finish_reason=output.finish_reason,
+            finish_reason=ended,
+            stop_string=stop_string(output.finish_reason, output.stop_reason),
         )

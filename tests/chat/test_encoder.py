@@ -183,7 +183,7 @@ def test_turns_that_change_without_blocks_are_refused() -> None:
     plain = FORGETS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     turns = [{"role": "assistant", "content": "hm>I look."}, *TOOL_TURNS[1:]]
     response = Response("", [normalised(message) for message in turns])
-    with pytest.raises(DataError, match="content .hm>I look.., which is not in"):
+    with pytest.raises(DataError, match="which is not in the rendering"):
         encode(encoder(plain), [QUESTION], response)
 
 

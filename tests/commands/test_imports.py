@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gvpo_offline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "hashing", "identity"),
     ("group", "settings", "messages"),
-    ("rules", "values"),
+    ("rules", "values", "finish_reasons", "json_text"),
     ("store", "contract"),
     ("info",),
     ("hub",),
@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "openai", "workers")
 # Modules that must not import torch, because they run without it or must start fast.
 WITHOUT_TORCH = (
-    *("version", "errors", "hashing", "group", "rules", "values", "contract"),
+    *("version", "errors", "hashing", "group", "rules", "values", "contract", "finish_reasons"),
     *("identity", "settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("store.arrow", "store.schema", "train.settings"),

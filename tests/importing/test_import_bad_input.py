@@ -82,7 +82,12 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {
         "a response begins with an assistant message; received the roles tool, assistant",
     ),
     "reward as text": ({**GOOD, "reward": "1.0"}, {}, "a reward is a number; received '1.0'"),
-    "reward not finite": ({**GOOD, "reward": float("nan")}, {}, "finite number; received nan for"),
+    "reward not finite": ({**GOOD, "reward": float("inf")}, {}, "finite number; received inf for"),
+    "reward not a number": (
+        {**GOOD, "reward": float("nan")},
+        {},
+        "each response has one; received none",
+    ),
     "reward too large": ({**GOOD, "reward": 10**400}, {}, "a reward is a finite number"),
     "reward shared by a group": (
         {**GOOD, "response": ["a", "b"], "reward": 1},

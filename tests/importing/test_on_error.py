@@ -184,7 +184,8 @@ def test_the_report_names_row_group_sampler_rule_value_and_remedy(tmp_path: Path
         "dropped": "row",
         "rule": "a reward is a number",
         "received": "'good'",
-        "remedy": "log the number itself",
+        "remedy": "log the number itself; or set reward_map to the numbers that labels stand for, "
+        "or cast_rewards: true for numbers that are text",
     }
     (step,) = result.manifest.lineage
     assert step.details["broken"] == {

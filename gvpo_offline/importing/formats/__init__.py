@@ -17,6 +17,7 @@ import pkgutil
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.importing.formats.shared.log_format import LogFormat
+from gvpo_offline.importing.formats.shared.scores import check_reads_labels
 from gvpo_offline.importing.settings import ImportConfig
 
 __all__ = ["find_format", "format_names"]
@@ -41,4 +42,5 @@ def find_format(config: ImportConfig) -> LogFormat:
         )
     module = importlib.import_module(f"{__name__}.{config.format}")
     log_format: LogFormat = module.open_format(config)
+    check_reads_labels(config, log_format)
     return log_format

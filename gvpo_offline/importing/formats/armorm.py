@@ -6,8 +6,11 @@ reward model scored the prompt as a chat of a single user message, and so is it 
 
 from __future__ import annotations
 
+from functools import partial
+
 from gvpo_offline import values
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
@@ -16,15 +19,18 @@ from gvpo_offline.importing.sources.rows import Record
 def open_format(config: ImportConfig) -> RowFormat:
     """One group per row; the reward is the reward model's score."""
     return RowFormat(
-        config, required=("prompt", "all_generated_responses", "all_rm_scores"), parse=_parse
+        config,
+        required=("prompt", "all_generated_responses", "all_rm_scores"),
+        parse=partial(_parse, read=RewardReader(config)),
+        reads_labels=True,
     )
 
 
-def _parse(record: Record) -> list[Fragment]:
+def _parse(record: Record, *, read: RewardReader) -> list[Fragment]:
     return [
         text_fragment(
             values.conversation([record["prompt"]]),
             values.entries(record["all_generated_responses"], "all_generated_responses"),
-            [values.number(score) for score in values.entries(record["all_rm_scores"], "scores")],
+            [read(score) for score in values.entries(record["all_rm_scores"], "scores")],
         )
     ]

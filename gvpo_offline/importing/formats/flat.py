@@ -6,15 +6,17 @@ of token ids). Its reward, id, mask and truncation columns then hold lists of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
 from gvpo_offline.importing.formats.shared.log_format import InputInfo, per_row
 from gvpo_offline.importing.formats.shared.parts import part_weights
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
@@ -31,9 +33,14 @@ def open_format(config: ImportConfig) -> FlatFormat:
 class FlatFormat:
     """Reads a table whose column names are given in `config.columns`."""
 
+    reads_labels = True
+
     def __init__(self, config: ImportConfig) -> None:
         self._names = config.columns
         self._default_sampler = config.sampler
+        self._failed = FailedResponses(config)
+        self._reward = RewardReader(config)
+        self._casts = config.cast_rewards
         roles = (
             "prompt",
             "response",
@@ -45,6 +52,7 @@ class FlatFormat:
             "response_token_ids",
             "loss_mask",
             "truncated",
+            "stop_reason",
             "sampler_logprob",
             "tools",
             "chat_template_kwargs",
@@ -59,7 +67,14 @@ class FlatFormat:
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""
-        return per_row(rows, source, self._parse)
+        for fragment in per_row(rows, source, self._parse):
+            kept = self._failed.without_failed(fragment, source)
+            if kept is not None:
+                yield kept
+
+    def finish(self) -> Mapping[str, int]:
+        """The number of failed responses; see `DropsResponses.finish`."""
+        return self._failed.count()
 
     def _parse(self, record: Record, source: InputInfo) -> Fragment:
         names = self._names
@@ -83,18 +98,18 @@ class FlatFormat:
         def each(role: str, parse: Callable[[Any], Any], *, shared: bool = False) -> list[Any]:
             return _spread(value(role), getattr(names, role), n, many, parse, shared=shared)
 
-        return Fragment(
+        fragment = Fragment(
             prompt=prompt,
             messages=messages,
             prompt_token_ids=None if prompt_ids is None else token_ids(prompt_ids, "a prompt"),
             responses=[reply.text for reply in replies],
             response_token_ids=all_ids,
-            rewards=each("reward", values.number) if names.reward else None,
+            rewards=each("reward", self._reward) if names.reward else None,
             samplers=each("sampler", self._sampler, shared=True) if names.sampler else [None] * n,
-            truncated=each("truncated", values.truncated) if names.truncated else [False] * n,
+            truncated=[False] * n,
             loss_mask=_masks(value("loss_mask"), names.loss_mask, n, many),
             response_ids=each("response_id", values.identifier) if names.response_id else None,
-            sampler_logprobs=each("sampler_logprob", values.number)
+            sampler_logprobs=each("sampler_logprob", self._logprob)
             if names.sampler_logprob
             else None,
             group_id=values.identifier(value("group_id")) if names.group_id else None,
@@ -106,6 +121,15 @@ class FlatFormat:
                 {"tools": value("tools"), "chat_template_kwargs": value("chat_template_kwargs")}
             ),
         )
+        if names.truncated or names.stop_reason:
+            reasons = each("truncated", _unchanged) if names.truncated else [None] * n
+            stops = each("stop_reason", _unchanged) if names.stop_reason else None
+            set_endings(fragment, reasons, stops)
+        return fragment
+
+    def _logprob(self, value: Any) -> float | None:
+        number = values.rating if self._casts else values.number
+        return number(value, "a sampler_logprob")
 
     def _sampler(self, value: Any) -> str | None:
         if isinstance(value, str) and value:
@@ -123,6 +147,10 @@ class FlatFormat:
             if name not in record:
                 raise _missing("columns.keep", name, record, source)
         return values.metadata(record, self._names.keep)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
 
 
 def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:

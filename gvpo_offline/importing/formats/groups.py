@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.log_format import InputInfo, per_row
 from gvpo_offline.importing.formats.shared.parts import part_weights
@@ -108,21 +109,18 @@ def _list(record: Record, name: str) -> list[Any]:
 def _entries(record: Record, name: str, kind: type) -> list[Any] | None:
     if record.get(name) is None:
         return None
-    values = _list(record, name)
-    for value in values:
+    found = _list(record, name)
+    for value in found:
         if not isinstance(value, kind):
-            raise DataError(f"{name} is a list of {kind.__name__}", received=values)
-    return values
+            raise DataError(f"{name} is a list of {kind.__name__}", received=found)
+    return found
 
 
-def _numbers(value: Any, what: str) -> list[float]:
+def _numbers(value: Any, what: str) -> list[float | None]:
     try:
-        array = np.asarray(value)
-        if array.ndim == 1 and array.dtype.kind in "biuf":
-            return [float(v) for v in array]
-    except ValueError:
-        pass
-    raise DataError(f"{what} is a list of numbers", received=value)
+        return [values.number(entry) for entry in values.entries(value, what)]
+    except DataError as error:
+        raise DataError(f"{what} is a list of numbers", received=value) from error
 
 
 def _optional_text(record: Record, name: str) -> str | None:

@@ -22,7 +22,6 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     check_batch,
     group_id,
     one_response,
-    part,
 )
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
@@ -73,7 +72,7 @@ class MsSwiftFormat(TrainerFormat):
         place: RowLocation,
         record: Record,
     ) -> Fragment:
-        parts = {name: part(row[name], name) for name in weights}
+        parts = {name: self.part(row[name], name) for name in weights}
         fragment = one_response(
             prompt=values.prompt(row["prompt"]),
             text=values.response(row["completion"]),

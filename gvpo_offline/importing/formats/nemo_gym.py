@@ -29,8 +29,8 @@ from gvpo_offline.importing.sources.rows import Record
 from gvpo_offline.openai.shapes import (
     output_reply,
     request_arguments,
+    response_ending,
     responses_prompt,
-    was_cut,
 )
 from gvpo_offline.values import token_ids
 
@@ -58,11 +58,15 @@ class NemoGymFormat(TrainerFormat):
         output = response.get("output") if isinstance(response, dict) else None
         if not isinstance(output, list):
             raise DataError("response.output is a list of items", received=repr(response))
+        ended, word = response_ending(response)
+        if ended == "failed":
+            self.record_failure(place, f"the status of its response is {word!r}")
+            return []
         task, rollout = record.get("_ng_task_index"), record.get("_ng_rollout_index")
         cut = _trajectory(output)
         common: dict[str, Any] = {
-            "reward": values.number(record["reward"], "reward"),
-            "truncated": was_cut(response),
+            "reward": self.reward(record["reward"], "reward"),
+            "truncated": ended == "cut",
             "sampler": values.sampler(response.get("model")),
             "response_id": None if rollout is None else values.identifier(rollout),
         }

@@ -63,7 +63,7 @@ class NemoRLFormat(TrainerFormat):
             prompt_ids=cut.prompt_ids,
             ids=cut.ids,
             mask=cut.mask,
-            reward=values.number(_single_entry(record, rewards), rewards),
+            reward=self.reward(_single_entry(record, rewards), rewards),
             sampler=f"{place.run}@{step}",
         )
         fragment.group_id = group_id(fragment, place.run, step)

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gvpo_offline import values
 from gvpo_offline.errors import DataError
+from gvpo_offline.finish_reasons import ending
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.trainer_logs import (
     RowLocation,
@@ -80,11 +80,16 @@ class OpenInstructFormat(TrainerFormat):
                 place, "it called tools, and the log does not mark the tokens of their output"
             )
             return []
+        reason = record["finish_reason"]
+        ended = ending(reason)
+        if ended == "failed":
+            self.record_failure(place, f"the finish reason {reason!r}")
+            return []
         fragment = one_response(
             prompt_ids=token_ids(record["prompt_tokens"], "prompt_tokens"),
             ids=token_ids(record["response_tokens"], "response_tokens"),
-            reward=values.number(record["reward"], "reward"),
-            truncated=values.truncated(record["finish_reason"]),
+            reward=self.reward(record["reward"], "reward"),
+            truncated=ended == "cut",
             sampler=f"{place.run}@{record['step']}",
         )
         fragment.group_id = group_id(fragment, place.run, record["step"])

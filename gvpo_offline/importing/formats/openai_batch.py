@@ -23,7 +23,6 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     TrainerFormat,
     add_parts,
     one_response,
-    part,
 )
 from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
@@ -36,6 +35,7 @@ from gvpo_offline.openai.shapes import (
     output_reply,
     request_arguments,
     request_prompt,
+    response_ending,
     was_cut,
 )
 from gvpo_offline.values import token_ids
@@ -131,6 +131,10 @@ class OpenAIBatchFormat(TrainerFormat):
             choices = [body] if "output" in body else choices_of(body)
         for index, choice in enumerate(choices):
             if "output" in body:
+                ended, word = response_ending(body)
+                if ended == "failed":
+                    self.record_failure(place, f"request {key}: the status {word!r}")
+                    continue
                 fragment = _response(body, request)
             else:
                 with answer_errors("a choice has a message or a text"):
@@ -149,7 +153,9 @@ class OpenAIBatchFormat(TrainerFormat):
             fragment.rewards = None
             return
         row = self._rewards.get(key, {})
-        parts = {name: part(_of_choice(row.get(name), index, n), name) for name in self._weights}
+        parts = {
+            name: self.part(_of_choice(row.get(name), index, n), name) for name in self._weights
+        }
         fragment.rewards = [add_parts(parts, self._weights)]
         fragment.components = {name: [value] for name, value in parts.items()}
 
@@ -204,6 +210,7 @@ def _choice(choice: AnswerChoice, request: _Request) -> Fragment:
         ids=ids,
         text=text,
         truncated=values.truncated(choice.finish_reason),
+        stop_string=choice.stop_string,
         reward=None,
     )
 

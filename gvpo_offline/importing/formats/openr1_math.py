@@ -39,9 +39,7 @@ def _parse(record: Record) -> list[Fragment]:
         text_fragment(
             values.conversation([record["problem"]]),
             responses,
-            truncated=None
-            if reasons is None
-            else [values.truncated(why) for why in values.entries(reasons, "finish_reasons")],
+            truncated=None if reasons is None else values.entries(reasons, "finish_reasons"),
             parts={
                 "correct": [_either(*pair) for pair in zip(math_verify, llama, strict=True)],
                 "math_verify": math_verify,

@@ -9,9 +9,11 @@ of each group and writes another format, which this module does not read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from gvpo_offline import values
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
@@ -19,9 +21,15 @@ from gvpo_offline.importing.sources.rows import Record
 
 def open_format(config: ImportConfig) -> RowFormat:
     """One response per row; the reward is `reward`, a column that may be missing."""
-    return RowFormat(config, required=("input", "output"), optional=("reward",), parse=_parse)
+    return RowFormat(
+        config,
+        required=("input", "output"),
+        optional=("reward",),
+        parse=partial(_parse, read=RewardReader(config)),
+        reads_labels=True,
+    )
 
 
-def _parse(record: Record) -> Sequence[Fragment]:
-    reward = [values.number(record["reward"])] if "reward" in record else None
+def _parse(record: Record, *, read: RewardReader) -> Sequence[Fragment]:
+    reward = [read(record["reward"])] if "reward" in record else None
     return [text_fragment(values.prompt(record["input"]), [record["output"]], reward)]

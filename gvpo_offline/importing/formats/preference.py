@@ -6,11 +6,13 @@ the prompt, the prompt is the common beginning of the two.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, comparison_id, text_fragment
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
@@ -33,11 +35,12 @@ def open_format(config: ImportConfig) -> RowFormat:
         config,
         required=("chosen", "rejected"),
         optional=("prompt", *_SCORES),
-        parse=_parse,
+        parse=partial(_parse, read=RewardReader(config)),
+        reads_labels=True,
     )
 
 
-def _parse(record: Record) -> list[Fragment]:
+def _parse(record: Record, *, read: RewardReader) -> list[Fragment]:
     chosen, rejected, given = record["chosen"], record["rejected"], record.get("prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, pair = _from_texts(chosen, rejected, given)
@@ -48,7 +51,7 @@ def _parse(record: Record) -> list[Fragment]:
             given,
         )
     if any(name in record for name in _SCORES):
-        return [text_fragment(prompt, pair, [values.number(record.get(n), n) for n in _SCORES])]
+        return [text_fragment(prompt, pair, [read(record.get(n), n) for n in _SCORES])]
     return [text_fragment(prompt, pair, [1.0, 0.0], group_id=comparison_id(prompt, pair))]
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.finish_reasons import ending, stop_string
 from gvpo_offline.importing.formats.shared.trainer_logs import (
     RowLocation,
     TrainerFormat,
     add_parts,
     group_id,
     one_response,
-    part,
     trajectory,
 )
 from gvpo_offline.importing.fragment import Fragment
@@ -68,6 +68,10 @@ class PrimeRLFormat(TrainerFormat):
             if not trace.get("ok"):
                 self.record_failure(place, _failure(trace))
                 continue
+            reason = _last_reason(trace)
+            if ending(reason) == "failed":
+                self.record_failure(place, f"trace {trace['id']}: the finish reason {reason!r}")
+                continue
             fragment = self._response(trace, place, record)
             group = record.get("group")
             if group is None:
@@ -85,6 +89,7 @@ class PrimeRLFormat(TrainerFormat):
             "parts": parts,
             "sampler": "@".join(_sampler(episode, place)),
             "truncated": _truncated(trace),
+            "stop_string": stop_string(_last_reason(trace)),
             "response_id": values.identifier(trace["id"]),
         }
         sampled = [node for node in path if node.get("sampled")]
@@ -109,7 +114,7 @@ class PrimeRLFormat(TrainerFormat):
     def _rewards(
         self, rewards: Mapping[str, Any]
     ) -> tuple[dict[str, float | None], Mapping[str, float]]:
-        parts = {name: part(r and r["score"], name) for name, r in rewards.items()}
+        parts = {name: self.part(r and r["score"], name) for name, r in rewards.items()}
         self._parts.update(parts)
         logged = {name: float(r["weight"]) if r else 1.0 for name, r in rewards.items()}
         chosen = self.config.reward_weights
@@ -131,9 +136,15 @@ def _failure(trace: Record) -> str:
     return f"trace {trace['id']} failed ({errors[-1].get('message')})"
 
 
+def _last_reason(trace: Record) -> Any:
+    """The finish reason of the last call that gave a response; None without one."""
+    calls = [call for call in trace.get("calls") or () if not call.get("error")]
+    return calls[-1].get("finish_reason") if calls else None
+
+
 def _truncated(trace: Record) -> bool:
-    ended = [c.get("finish_reason") for c in trace.get("calls") or () if not c.get("error")]
-    return trace.get("stop_condition") in _CUT or ended[-1:] == ["length"]
+    # Environments name their own stop conditions, so an unknown one is no cut.
+    return trace.get("stop_condition") in _CUT or ending(_last_reason(trace)) == "cut"
 
 
 def _path(trace: Record) -> Sequence[Node]:

@@ -5,8 +5,11 @@ A response whose verifier timed out or failed has no score: its reward is missin
 
 from __future__ import annotations
 
+from functools import partial
+
 from gvpo_offline import values
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
@@ -17,16 +20,17 @@ def open_format(config: ImportConfig) -> RowFormat:
     return RowFormat(
         config,
         required=("problem_id", "response_id", "prompt", "llm_response", "score"),
-        parse=_parse,
+        parse=partial(_parse, read=RewardReader(config)),
+        reads_labels=True,
     )
 
 
-def _parse(record: Record) -> list[Fragment]:
+def _parse(record: Record, *, read: RewardReader) -> list[Fragment]:
     return [
         text_fragment(
             values.conversation([record["prompt"]]),
             [record["llm_response"]],
-            [values.number(record["score"], "a score")],
+            [read(record["score"], "a score")],
             group_id=values.identifier(record["problem_id"]),
             response_ids=[values.identifier(record["response_id"])],
         )

@@ -24,7 +24,6 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     check_batch,
     group_id,
     one_response,
-    part,
 )
 from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
@@ -63,6 +62,9 @@ class TrlFormat(TrainerFormat):
                 )
             return self.config.reward_weights
         names = [name for name in source.floats if name != _ADVANTAGE]
+        if self.config.reward_map or self.config.cast_rewards:  # rewards that are text
+            present = source.columns or ()
+            names += [n for n in self.config.reward_weights if n in present and n not in names]
         if not names:
             raise DataError(
                 "TRL's log has one column of floating-point numbers per reward function",
@@ -89,7 +91,7 @@ class TrlFormat(TrainerFormat):
 
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
-        parts = {name: part(record.get(name), name) for name in self._weights}
+        parts = {name: self.part(record.get(name), name) for name in self._weights}
         fragment = one_response(
             prompt=values.prompt(record["prompt"]),
             text=values.response(record["completion"]),

@@ -51,7 +51,7 @@ class VerlFormat(TrainerFormat):
             prompt=values.prompt(record["input"]),
             text=values.response(record["output"]),
             arguments=values.template_arguments(record),
-            reward=values.number(record["score"], "score"),
+            reward=self.reward(record["score"], "score"),
             sampler=f"{place.run}@{record['step']}",
             response_id=None if request is None else values.identifier(request),
         )

@@ -34,13 +34,19 @@ def read_judgements(settings: PeopleSettings) -> tuple[pl.DataFrame, str]:
         IntegrityError: a file is damaged.
     """
     columns = _columns(settings)
+    labels = settings.rating_map if isinstance(settings, RatingsSettings) else {}
     rows, digests = [], []
     for source in find_sources(settings.inputs, csv=True):
         digests.append(source.sha256(_no_progress))
         for number, values in source.rows(None, _no_progress):
             row = {"file": source.label, "row": number}
             for name, (column, kind) in columns.items():
-                row[name] = _cell(values, column, kind, row)
+                row[name] = _cell(
+                    _numbered(values, column, labels) if kind is float else values,
+                    column,
+                    kind,
+                    row,
+                )
             rows.append(row)
         source.check_unchanged()
     schema = {"file": str, "row": int, **{name: kind for name, (_, kind) in columns.items()}}
@@ -70,6 +76,17 @@ def _columns(settings: PeopleSettings) -> dict[str, tuple[str, type]]:
     return group | {"first": (settings.response_column, str), "value": (value, float)} | rater
 
 
+def _numbered(
+    values: Mapping[str, Any], column: str, labels: Mapping[str, float]
+) -> Mapping[str, Any]:
+    """A row whose rating, if it is one of the labels, is the number that the label stands for."""
+    value = values.get(column)
+    label = str(value).lower() if isinstance(value, bool) else value
+    if not isinstance(label, str) or label not in labels:
+        return values
+    return {**values, column: labels[label]}
+
+
 def _cell(values: Mapping[str, Any], column: str, kind: type, row: dict[str, Any]) -> Any:
     """A cell as text (an id or a word), or as a finite number, which may be written as text."""
     value = values.get(column)
@@ -86,7 +103,7 @@ def _cell(values: Mapping[str, Any], column: str, kind: type, row: dict[str, Any
     raise DataError(
         f"column {column} holds {what} in every row",
         received=repr(value) if there else f"the columns {', '.join(values)}",
-        remedy="correct the row"
+        remedy=("correct the row" if kind is str else "correct the row, or set rating_map")
         if there
         else "set the name of the column in the scorer's settings",
         file=row["file"],

@@ -8,6 +8,7 @@ results do not depend on how the dataset is cut into files.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -128,9 +129,9 @@ def _expressions() -> dict[str, pl.Expr]:
 def metadata_types(dataset: GroupDataset, row_groups: Iterable[int] | None = None) -> MetadataTypes:
     """The polars type of every key of the metadata, inferred from all rows.
 
-    Integers are Int64, other numbers Float64, flags Boolean, text String; nulls are ignored. Mixed
-    and nested values and integers beyond 64 bits make a key String: strings as they are, all other
-    values as JSON.
+    Integers are Int64, other numbers Float64, flags Boolean, text String; nulls and NaN are
+    ignored. Mixed and nested values and integers beyond 64 bits make a key String: strings as they
+    are, all other values as JSON.
 
     Args:
         dataset: the dataset.
@@ -167,6 +168,8 @@ def _metadata(dataset: GroupDataset, row_group: int, table: pa.Table) -> list[di
 
 
 def _kind(value: Any) -> str:
+    if _is_nan(value):
+        return "NoneType"
     if isinstance(value, int) and not isinstance(value, bool) and value not in _INT64:
         return "large"
     return type(value).__name__
@@ -181,10 +184,17 @@ def _joined(kinds: set[str]) -> type[pl.DataType]:
     return {"int": pl.Int64, "bool": pl.Boolean}.get("+".join(known), pl.String)
 
 
+def _is_nan(value: Any) -> bool:
+    """Whether a value is NaN, which is missing; polars would take it for the largest number."""
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _value(value: Any, kind: type[pl.DataType]) -> Any:
-    """A value of the metadata, converted to its key's type."""
+    """A value of the metadata, converted to its key's type; None for null and NaN."""
     import polars as pl
 
+    if _is_nan(value):
+        return None
     if value is None or isinstance(value, str) or kind != pl.String:
         return value
     return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -17,6 +17,7 @@ _POLARS_TEXT = re.compile(r"\bcol\s*\(")
 # Polars opens the files that a subquery names (`SELECT … FROM read_csv(…)`) while it parses.
 _SUBQUERY = re.compile(r"\bselect\b", re.IGNORECASE)
 _QUOTED = re.compile(r"""'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/""", re.DOTALL)
+_DECIMAL = re.compile(r"(?<![\w.])(?:\d+\.\d*|\.\d+)(?![\w.])")
 
 
 def parse(where: str | pl.Expr) -> pl.Expr:
@@ -55,6 +56,15 @@ def parse(where: str | pl.Expr) -> pl.Expr:
             error,
             "write what stands after WHERE: group_size >= 4 AND source = 'math'",
         ) from error
+
+
+def with_float_literals(where: str) -> str:
+    """A predicate whose decimal literals (0.5) are written as floats (0.5e0)."""
+    pieces, end = [], 0
+    for quoted in _QUOTED.finditer(where):
+        pieces += [_DECIMAL.sub(r"\g<0>e0", where[end : quoted.start()]), quoted[0]]
+        end = quoted.end()
+    return "".join([*pieces, _DECIMAL.sub(r"\g<0>e0", where[end:])])
 
 
 def refused(rule: str, where: object, why: object, remedy: str | None = None) -> ConfigError:

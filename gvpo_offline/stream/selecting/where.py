@@ -23,7 +23,13 @@ from gvpo_offline.stream.selecting.columns import (
     LightColumns,
     metadata_types,
 )
-from gvpo_offline.stream.selecting.predicate import parse, refused, shown, suggestion
+from gvpo_offline.stream.selecting.predicate import (
+    parse,
+    refused,
+    shown,
+    suggestion,
+    with_float_literals,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -121,8 +127,11 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
     """
     import polars as pl
 
+    empty = pl.DataFrame(schema=columns.schema)
     try:
-        (kind,) = pl.DataFrame(schema=columns.schema).select(expression).dtypes
+        if isinstance(where, str):
+            _check_text(empty, where)
+        (kind,) = empty.select(expression).dtypes
     except pl.exceptions.PolarsError as error:
         keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.types.items())
         raise refused(
@@ -133,6 +142,22 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
         ) from error
     if kind != pl.Boolean:
         raise refused("a predicate is true or false", where, f"a value of type {kind}")
+
+
+def _check_text(empty: pl.DataFrame, where: str) -> None:
+    """Raise PolarsError if a predicate compares text with a number that has a decimal point.
+
+    Polars refuses to compare text with integers and floats, but compares it with decimals, which
+    literals such as 0.5 are in SQL, as if both were text: '10' < 9.5. With such literals as floats
+    it refuses these comparisons too.
+    """
+    import polars as pl
+
+    try:
+        empty.select(pl.sql_expr(with_float_literals(where)))
+    except pl.exceptions.PolarsError as error:
+        if "string" in str(error).lower():
+            raise
 
 
 def _is_row_wise(schema: pl.Schema, expression: pl.Expr) -> bool:

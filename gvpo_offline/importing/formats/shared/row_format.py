@@ -8,6 +8,7 @@ from typing import Any
 from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
 from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import Parts, part_weights, weighted_sum
@@ -33,6 +34,8 @@ class RowFormat:
             prompt.
         parts: the parts of the reward with their default weights, if it has parts. Rewards are
             then computed here, as weighted sums of `Fragment.components`.
+        reads_labels: whether `parse` reads rewards with a `RewardReader`, so that `reward_map` and
+            `cast_rewards` apply.
 
     Raises:
         ConfigError: a setting does not apply to the format.
@@ -46,11 +49,14 @@ class RowFormat:
         optional: Sequence[str] = (),
         parse: Callable[[Record], Sequence[Fragment]],
         parts: Mapping[str, float] | None = None,
+        reads_labels: bool = False,
     ) -> None:
         self._weights = part_weights(config, parts or {})
         self._known = KnownColumns(config, required)
         self._columns = list(dict.fromkeys([*self._known.names, *optional, *_ARGUMENTS]))
         self._parse = parse
+        self._failed = FailedResponses(config)
+        self.reads_labels = reads_labels
 
     @property
     def columns(self) -> Sequence[str]:
@@ -74,7 +80,13 @@ class RowFormat:
                     fragment.rewards = weighted_sum(
                         fragment.components, self._weights, fragment.size
                     )
-                yield fragment
+                kept = self._failed.without_failed(fragment, source)
+                if kept is not None:
+                    yield kept
+
+    def finish(self) -> Mapping[str, int]:
+        """The number of failed responses; see `DropsResponses.finish`."""
+        return self._failed.count()
 
 
 def text_fragment(
@@ -83,7 +95,7 @@ def text_fragment(
     rewards: Sequence[float | None] | None = None,
     *,
     samplers: Sequence[str | None] | None = None,
-    truncated: Sequence[bool] | None = None,
+    truncated: Sequence[Any] | None = None,
     parts: Parts | None = None,
     group_id: str | None = None,
     response_ids: Sequence[str] | None = None,
@@ -96,7 +108,7 @@ def text_fragment(
             text.
         rewards: n numbers, None where a response lacks its reward; or None if `parts` is given.
         samplers: n names, or None if the log has none.
-        truncated: n flags, or None if no response was truncated.
+        truncated: n finish reasons, flags or nulls, or None if the log has none.
         parts: the parts of the rewards, n numbers each.
         group_id: the group's id, or None: responses to the same prompt are then a group.
         response_ids: n ids, or None.
@@ -104,7 +116,7 @@ def text_fragment(
     n = len(responses)
     text, messages = prompt
     replies = [values.response(value) for value in responses]
-    return Fragment(
+    fragment = Fragment(
         prompt=text,
         messages=messages,
         prompt_token_ids=None,
@@ -112,7 +124,7 @@ def text_fragment(
         response_token_ids=None,
         rewards=rewards,
         samplers=[None] * n if samplers is None else list(samplers),
-        truncated=[False] * n if truncated is None else list(truncated),
+        truncated=[False] * n,
         response_ids=None if response_ids is None else list(response_ids),
         group_id=group_id,
         components=None if parts is None else {name: list(part) for name, part in parts.items()},
@@ -120,6 +132,7 @@ def text_fragment(
         if any(reply.messages for reply in replies)
         else None,
     )
+    return fragment if truncated is None else set_endings(fragment, truncated)
 
 
 def comparison_id(prompt: values.Prompt, responses: Sequence[Any]) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, Int32Array
 from gvpo_offline.hashing import sha256_text
+from gvpo_offline.importing.formats.shared.failures import FailedResponses
 from gvpo_offline.importing.formats.shared.known_columns import KnownColumns
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights, weighted_sum
+from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
@@ -40,14 +42,12 @@ __all__ = [
     "check_batch",
     "group_id",
     "one_response",
-    "part",
     "run_name",
     "trajectory",
 ]
 
 # Folder names that trainers choose, between a run's folder and its log files.
 _INNER_FOLDER = re.compile(r"completions|rollouts|step_\d+|train|eval|all|effective")
-_NAMED_FAILURES = 3
 _PROMPT_DIGITS = 16
 # Advantages of a group whose rewards differ by less, relative to their size, are rounding error.
 _MIN_SPREAD = 1e-3
@@ -89,6 +89,7 @@ def one_response(
     mask: BoolArray | None = None,
     sampler: str | None = None,
     truncated: bool = False,
+    stop_string: str | None = None,
     response_id: str | None = None,
     parts: Mapping[str, float | None] | None = None,
 ) -> Fragment:
@@ -104,11 +105,12 @@ def one_response(
         mask: (T,) bool, or None where every token counts.
         sampler: name of the sampler.
         truncated: whether the response was truncated.
+        stop_string: the stop string that ended it, as `finish_reasons.stop_string` says.
         response_id: the id of the response.
         parts: the parts of the reward by name.
     """
     reply = text if isinstance(text, values.Reply) else values.Reply(text)
-    return Fragment(
+    fragment = Fragment(
         prompt=prompt[0],
         messages=prompt[1],
         prompt_token_ids=prompt_ids,
@@ -123,6 +125,8 @@ def one_response(
         response_messages=None if reply.messages is None else [reply.messages],
         template_arguments=arguments,
     )
+    fragment.set_stop_strings([stop_string])
+    return fragment
 
 
 @dataclass(frozen=True)
@@ -166,16 +170,6 @@ def trajectory(ids: Int32Array, mask: BoolArray) -> Trajectory:
     first, end = int(own[0]), int(own[-1]) + 1
     inner = mask[first:end]
     return Trajectory(ids[:first], ids[first:end], None if inner.all() else inner)
-
-
-def part(value: Any, name: str) -> float | None:
-    """A part of a reward; null and NaN mean that the part is missing (None).
-
-    Raises:
-        DataError: the value is not a number.
-    """
-    found = values.number(value, f"the reward {name!r}")
-    return None if found is None or math.isnan(found) else found
 
 
 def add_parts(parts: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
@@ -252,9 +246,9 @@ def check_batch(
     for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].group_id):
         members = list(group)
         known = [
-            (f.rewards[0], a)
+            (f.rewards[0], float(a))
             for f, a in members
-            if f.rewards and f.rewards[0] is not None and isinstance(a, int | float)
+            if f.rewards and f.rewards[0] is not None and isinstance(a, int | float | Decimal)
         ]
         try:
             check_advantages([r for r, _ in known], [a for _, a in known], parts)
@@ -275,6 +269,7 @@ class TrainerFormat(ABC):
     """
 
     columns: Sequence[str] | None = None
+    reads_labels = True
 
     def __init__(
         self, config: ImportConfig, *, required: Sequence[str], has_parts: bool = False
@@ -283,9 +278,9 @@ class TrainerFormat(ABC):
             part_weights(config, {})
         self.config = config
         self.repeats = RepeatedBatches()
+        self.reward = RewardReader(config)
         self._known = KnownColumns(config, required)
-        self._failed: list[tuple[RowLocation, str]] = []
-        self._n_failed = 0
+        self._failed = FailedResponses(config)
         self._source: InputInfo | None = None
 
     @abstractmethod
@@ -339,39 +334,25 @@ class TrainerFormat(ABC):
         """The run, which is part of ids and sampler names; see `ExtraDependencies.dependencies`."""
         return {"run": self.run_of(source)}
 
+    def part(self, value: Any, name: str) -> float | None:
+        """A part of a reward; null and NaN mean that the part is missing (None).
+
+        Raises:
+            DataError: the value is no number, and no label of `reward_map`.
+        """
+        return self.reward(value, f"the reward {name!r}")
+
     def record_failure(self, place: RowLocation, cause: str) -> None:
         """Record a response that the log marks as failed; `finish` refuses or counts them.
 
         With `failed_responses: error` and `on_error: drop` it is a broken row like any other.
         """
-        on_error = self.config.on_error
-        if on_error == "drop" and self.config.failed_responses == "error" and self._source:
-            self._source.refuse(_failed(cause, place))
-            return
-        self._n_failed += 1
-        if len(self._failed) < _NAMED_FAILURES:
-            self._failed.append((place, cause))
+        refuse = None if self._source is None else self._source.refuse
+        self._failed.add(place.label, place.row, cause, refuse)
 
     def finish(self) -> Mapping[str, int]:
         """The number of dropped responses by reason; see `DropsResponses.finish`."""
-        if self._n_failed and self.config.failed_responses == "error":
-            first = self._failed[0][0]
-            named = [
-                f"{'' if p.label == first.label else f'{p.label}, '}row {p.row}: {cause}"
-                for p, cause in self._failed
-            ]
-            raise _failed(f"{self._n_failed} that failed: {'; '.join(named)}", first)
         return {
-            "dropped_failed_responses": self._n_failed,
+            **self._failed.count(),
             "dropped_repeated_responses": self.repeats.responses,
         }
-
-
-def _failed(received: str, place: RowLocation) -> DataError:
-    return DataError(
-        "the log has no failed responses",
-        received=received,
-        remedy="sample them again, or drop them (failed_responses: drop)",
-        file=place.label,
-        row=place.row,
-    )
