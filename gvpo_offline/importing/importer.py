@@ -28,12 +28,14 @@ from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.assemble import Assembler, InputNames
+from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.importing.encode import Encoder, TokenizerRequirements, load_encoder
 from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import (
     DropsResponses,
     ExtraDependencies,
+    FindsColumns,
     LogFormat,
     StageLog,
 )
@@ -48,7 +50,7 @@ from gvpo_offline.importing.outcome import COUNT_TEXTS, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
-from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.sources.joined import open_inputs
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import SCHEMA_VERSION
@@ -115,7 +117,12 @@ class _Import:
         self.log = log
         self.format: LogFormat = log.format if log else find_format(config)
         self.encoder: Encoder | None = load_encoder(config)
-        self.sources: list[Source] = list(log.sources if log else find_sources(config.inputs))
+        self.sources: list[Source] = list(log.sources if log else open_inputs(config))
+        self.notes: list[str] = []
+        if isinstance(self.format, FindsColumns):
+            self.config = self.format.find_columns(self.sources)
+            self.notes += self.format.notes()
+        self.chat = ChatPrompts(self.config, self.encoder)
         total = sum(source.text_bytes for source in self.sources)
         self.n_shards = power_of_two(total, config.shard_bytes)
         # The number of buckets bounds memory; it does not change the result.
@@ -133,7 +140,7 @@ class _Import:
             finished = folder.finished(identity)
             if finished is not None:
                 step = next(s for s in finished.lineage if s.config.get("identity") == identity)
-                return ImportResult(finished, step.counts, already_imported=True)
+                return ImportResult(finished, step.counts, True, self.notes)
             log = TaskLog(folder.root, f"import-{identity[:12]}")
             records = folder.prepare(log)
             with undo_on_bad_input(lambda: folder.discard(log.stage)):
@@ -154,11 +161,11 @@ class _Import:
             self.digests = [source.sha256(bar.update) for source in self.sources]
 
     def _dependencies(self, source: Source) -> dict[str, str]:
-        return (
-            dict(self.format.dependencies(source))
-            if isinstance(self.format, ExtraDependencies)
-            else {}
-        )
+        own = isinstance(self.format, ExtraDependencies)
+        return {
+            **source.dependencies(),
+            **(self.format.dependencies(source) if own else {}),  # type: ignore[attr-defined]
+        }
 
     def _identity(self) -> str:
         """SHA-256 over everything that determines the bytes of the dataset.
@@ -167,7 +174,7 @@ class _Import:
         the identity of imports that do not use it.
         """
         settings = identity_settings(self.config)
-        for name in (*_NOT_RECORDED, "inputs", "tokenizer_name_or_path", "chat_template"):
+        for name in (*_NOT_RECORDED, "inputs", "join", "tokenizer_name_or_path", "chat_template"):
             settings.pop(name, None)
         tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
         return sha256_json(
@@ -218,8 +225,10 @@ class _Import:
                 self._read_source(number, source, spill, first, bar.update)
                 source.check_unchanged()
             spill.flush()
-        if isinstance(self.format, DropsResponses):
-            first.left_out = self.format.finish()
+        left_out = Counter(self.format.finish() if isinstance(self.format, DropsResponses) else {})
+        for source in self.sources:
+            left_out.update(source.left_out())
+        first.left_out = left_out
         return first
 
     def _read_source(
@@ -235,6 +244,7 @@ class _Import:
         default = self.config.sampler or source.name
         for fragment in self.format.read(source.rows(self.format.columns, advance), source):
             fragment.file = number
+            self.chat.apply(fragment, source.label)
             try:
                 check_fragment(fragment, self.config, vocab_size=vocab_size)
             except DataError as error:
@@ -359,7 +369,7 @@ class _Import:
                 lineage=[step],
             )
 
-        return ImportResult(publish(root, build), counts, already_imported=False)
+        return ImportResult(publish(root, build), counts, False, self.notes)
 
 
 def _task(shard: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gvpo_offline.store.manifest import Manifest
@@ -16,11 +17,13 @@ class ImportResult:
         counts: numbers of rows, responses, groups and tokens, and of dropped or cut responses and
             groups by reason.
         already_imported: True if the folder already held this import and nothing was done.
+        notes: lines about how the log was read.
     """
 
     manifest: Manifest
     counts: dict[str, int]
     already_imported: bool
+    notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """The lines that the command prints."""
@@ -32,6 +35,7 @@ class ImportResult:
             f"{counts['tokens']} tokens"
         )
         lines.append(f"  samplers: {', '.join(sorted(self.manifest.samplers))}")
+        lines += [f"  {note}" for note in self.notes]
         for name, text in COUNT_TEXTS.items():
             if self.counts.get(name):
                 lines.append(f"  {counts[name]} {text}")
@@ -50,5 +54,7 @@ COUNT_TEXTS = {
     "dropped_singletons": "groups with a single response were dropped (singletons: drop)",
     "dropped_failed_responses": "responses that failed were dropped (failed_responses: drop)",
     "dropped_repeated_responses": "responses were dropped: repeated from an earlier step",
+    "dropped_unmatched_rows": "rows were dropped: their key is not in a joined file "
+    "(on_missing: drop)",
     "dropped_groups_without_responses": "groups were dropped: no response was left",
 }
