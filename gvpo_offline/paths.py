@@ -1,9 +1,9 @@
 """Values of nested columns by path: `request.messages`, `choices[0].message.content`.
 
-A path is a name, followed by names of fields (`.name`) and positions in lists (`[0]` or `.0`; `[-1]`
-is the last). A name that contains dots or brackets is found as it is written, at every level, and
-before any shorter name: in `attributes.llm.model` the record `attributes` may have a field
-`llm.model`, or a record `llm` with a field `model`. A field of a record that is null is null.
+A path is a name, followed by names of fields (`.name`) and positions in lists (`[0]` or `.0`, and
+`[-1]` for the last). A name that contains dots or brackets is found as it is written, at every
+level, and before any shorter name: in `attributes.llm.model` the record `attributes` may have a
+field `llm.model`, or a record `llm` with a field `model`. A field of a record that is null is null.
 """
 
 from __future__ import annotations

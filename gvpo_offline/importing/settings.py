@@ -81,9 +81,9 @@ class ImportConfig:
     """Imports logged, scored responses into a dataset of Parquet shards."""
 
     inputs: list[str] | str
-    """Files or globs: JSON (lines, a list, or objects over several lines) and CSV (.csv, .tsv), each
-    also compressed (.gz, .bz2, .zst), and Parquet; folders saved by `datasets`; or `hf:name` and
-    `hf:name:split` for a data set of the hub."""
+    """Files or globs: JSON (lines, a list, or objects over several lines) and CSV (.csv, .tsv),
+    each also compressed (.gz, .bz2, .zst), and Parquet; folders saved by `datasets`; or `hf:name`
+    and `hf:name:split` for a data set of the hub."""
     output_dir: str
     """Folder of the dataset: new, empty, or that of an interrupted run of the same import."""
     tokenizer_name_or_path: str | None = None
@@ -140,11 +140,11 @@ class ImportConfig:
     """Groups in one Parquet row group, the unit of reading."""
     rows_at: str | None = None
     """Path of the rows in JSON inputs that hold them below a field: `samples`, `results.results`,
-    `[0].rows`; * stands for every field or element, and `*` of a row is then the field's name. Null:
-    the elements of a list, or each object."""
+    `[0].rows`. A * stands for every field or element; the name of the field is then the row's
+    column `*`. Null: the elements of a list, or each object."""
     join: list[str] | str = field(default_factory=list)
-    """Files or globs, in any format of the inputs, whose columns are added to the rows of the log by
-    a key (`on`). Each entry of the list is joined by itself, in order."""
+    """Files or globs, of any kind that inputs may have, whose columns are added to the rows of the
+    log by a key (`on`). Each entry of the list is joined by itself, in order."""
     on: list[str] | str = field(default_factory=list)
     """The key of `join`: a column or path that both have (`task_id`), the log's and the file's
     (`doc.id=task_id`), or several with commas between them. One for all entries of join, or a list

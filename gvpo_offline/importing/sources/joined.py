@@ -163,8 +163,7 @@ class _Join:
             file, row = table.execute(query, (hashed,)).fetchone()
             raise DataError(
                 "a key occurs once in a joined file",
-                received=f"{_shown(key)} again, first at {self.sources[file].label}, row {row} "
-                "(counted from 0)",
+                received=f"{_shown(key)} again, first at {self.sources[file].label}, row {row}",
                 remedy="remove one of the rows, or name further columns in `on`. If a key has "
                 "several responses, make this file the input and join the other one",
                 **location,
@@ -193,7 +192,7 @@ class _Join:
             added = {name: value for name, value in added.items() if name in columns}
         for name in added.keys() & record.keys():
             if not _equal(added[name], record[name]):
-                place = f"{self.sources[found[0]].label}, row {found[1]} (counted from 0)"
+                place = f"{self.sources[found[0]].label}, row {found[1]}"
                 raise DataError(
                     "a column that the log and a joined file both have is equal in both",
                     received=f"{name}: {record[name]!r}, and {added[name]!r} in {place}",
