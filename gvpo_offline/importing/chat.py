@@ -94,9 +94,9 @@ class ChatPrompts:
             return
         self._rendered = None
         _log.warning(
-            "%s, row %d (counted from 0): a prompt is text without tokens of a chat "
-            "template, and the tokenizer's template is not applied to text. If the prompts are what "
-            "users wrote, set as_chat: true.",
+            "%s, row %d (counted from 0): a prompt is text without tokens of a chat template, and "
+            "the tokenizer's template is not applied to text. If the prompts are what users wrote, "
+            "set as_chat: true.",
             label,
             row,
         )

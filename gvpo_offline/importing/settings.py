@@ -61,6 +61,8 @@ class Columns:
         "prompt response reward sampler group_id response_id prompt_token_ids "
         "response_token_ids loss_mask sampler_logprob truncated keep"
     )
+    # The importer replaces auto by what the log has before it makes an identity.
+    identity_values: ClassVar[dict[str, Any]] = {AUTO: None}
 
     def __post_init__(self) -> None:
         for text, ids in (("prompt", "prompt_token_ids"), ("response", "response_token_ids")):
