@@ -152,7 +152,7 @@ def test_an_error_is_found_without_reading_the_rest_of_the_file() -> None:
     rows = text.rows(())
     for _ in range(50):
         next(rows)
-    with pytest.raises(BadJsonError, match='Expecting value at \'{"i": oops'):
+    with pytest.raises(BadJsonError, match=r"Expecting value at .*oops"):
         next(rows)
     assert text.line == 52  # the bracket has a line of its own
     assert stream.read_bytes <= 2 * json_text._CHUNK
