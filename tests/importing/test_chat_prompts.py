@@ -1,4 +1,4 @@
-"""Text prompts as chats: `as_chat` and `system_prompt` of `import`, and the warning without them."""
+"""Text prompts as chats: `as_chat` and `system_prompt` of `import`, and the warning without."""
 
 from __future__ import annotations
 
