@@ -142,7 +142,7 @@ class _Join:
         self._table, self._read = table, wanted
 
     def _add(self, table: sqlite3.Connection, place: tuple[int, int], record: Record) -> None:
-        location = {"file": self.sources[place[0]].label, "row": place[1]}
+        location: dict[str, Any] = {"file": self.sources[place[0]].label, "row": place[1]}
         try:
             key = _key_of(record, self.key.file)
         except DataError as error:

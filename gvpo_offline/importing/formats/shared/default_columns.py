@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from gvpo_offline.importing.settings import AUTO, Columns
 from gvpo_offline.importing.sources.files import Source
@@ -33,8 +34,8 @@ class DefaultColumns:
     def __init__(self, columns: Columns) -> None:
         roles = [f.name for f in fields(Columns) if getattr(columns, f.name) == AUTO]
         self._names = {role: (role, *_OTHER_NAMES.get(role, ())) for role in roles}
-        self._given = columns
-        self.columns = replace(columns, **dict.fromkeys(roles))
+        unset: dict[str, Any] = dict.fromkeys(roles)
+        self.columns = replace(columns, **unset)
         self.unused: dict[str, str] = {}
         self._used: dict[str, str] = {}
 
@@ -54,7 +55,8 @@ class DefaultColumns:
                 self._used[role] = everywhere[0]
             else:
                 self.unused.update(dict.fromkeys(names, role))
-        self.columns = replace(self.columns, **self._used)
+        used: dict[str, Any] = dict(self._used)
+        self.columns = replace(self.columns, **used)
         for own, source in zip(found, sources, strict=True):
             for name in [n for n in self.unused if own is not None and n in own]:
                 self._warn(name, source.label)
