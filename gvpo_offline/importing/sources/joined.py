@@ -97,7 +97,8 @@ def _key_of(record: Record, paths: Sequence[str]) -> list[str | None]:
 
 
 def _hashed(key: Sequence[str | None]) -> bytes:
-    return hashlib.blake2b(json.dumps(key).encode(), digest_size=_KEY_BYTES).digest()
+    # The text of the list, in which a lone surrogate is an escape.
+    return hashlib.blake2b(repr(key).encode(), digest_size=_KEY_BYTES).digest()
 
 
 class _Join:
