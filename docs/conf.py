@@ -30,6 +30,7 @@ toctrees = {
     "index": {
         "Start": ["start/install", "start/quickstart", "start/your-logs", "start/loop"],
         "How to": [
+            "howto/inputs",
             "howto/formats",
             "howto/formats-hub",
             "howto/log-values",

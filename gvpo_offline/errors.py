@@ -1,12 +1,14 @@
 """The errors that users can cause and correct: invalid data, settings, files or checkpoints.
 
 Every error states the rule that was broken, the value that was received and the remedy, and names
-the file, row and group if there is one. Bugs of this package raise ordinary exceptions with a
+the file, row and group if there is one. Rows are counted from 0, and a message that names one says
+so. Bugs of this package raise ordinary exceptions with a
 traceback instead.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 _SHOWN_CHARACTERS = 200
+_ROW = re.compile(r"\brow \d")
 
 
 def _shown(value: Any) -> str:
@@ -82,6 +85,8 @@ class GVPOError(Exception):
         message += "."
         if self.remedy:
             message += f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}."
+        if self.row is not None or _ROW.search(f"{self.received} {self.remedy}"):
+            message += " Rows are counted from 0."
         return message
 
     def __reduce__(self) -> tuple[Any, ...]:

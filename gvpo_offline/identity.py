@@ -11,11 +11,14 @@ to the identity at every value, because they did then. Each settings class names
 added to them. So the same inputs and settings have the same hash in that commit and in every later
 version, and no second form of a hash has to be accepted.
 
-Three consequences:
+Consequences:
 
 - The default of a setting that is not listed must not change: work that was done under the old
   default would be taken for work under the new one. Raise the stage's version instead.
 - A class that is written later needs no list.
+- A listed setting whose default does change enters the identity, at the new default, as the old
+  one: `identity_values` of its class maps the one to the other. That is right only if the new
+  default gives the same result wherever the old one did, or the stage's version is raised.
 - A listed setting that is removed stays in the identity at the value that it would have had, in
   `retired_settings` of its class.
 """
@@ -43,19 +46,23 @@ def identity_settings(settings: Any) -> dict[str, Any]:
 
     Args:
         settings: a dataclass, whose values may be dataclasses again. It and its bases may have
-            `always_in_identity`, names with spaces between them, and `retired_settings`, a mapping.
+            `always_in_identity`, names with spaces between them, `retired_settings`, a mapping, and
+            `identity_values`, a mapping from texts to the values that they stand for.
     """
     kind = type(settings)
     always: set[str] = set()
     retired: dict[str, Any] = {}
+    replaced: dict[str, Any] = {}
     for own in kind.__mro__:
         always |= set(vars(own).get("always_in_identity", "").split())
         retired = {**vars(own).get("retired_settings", {}), **retired}
+        replaced = {**vars(own).get("identity_values", {}), **replaced}
     values = {field.name: getattr(settings, field.name) for field in fields(kind)}
     plain = {
         name: identity_settings(values[name]) if is_dataclass(values[name]) else value
         for name, value in asdict(settings).items()
     }
+    plain = {n: replaced.get(v, v) if isinstance(v, str) else v for n, v in plain.items()}
     return {**retired, **in_identity(values, plain, defaults_of(kind), always)}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline import finish_reasons
+from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, FloatArray, Int32Array
 from gvpo_offline.json_text import parsed_messages as parsed_messages
@@ -27,6 +28,7 @@ from gvpo_offline.messages import (
     response_messages,
     without_nulls,
 )
+from gvpo_offline.paths import value_at
 
 Prompt = tuple[str | None, str | None]
 """A prompt as (text, chat messages in JSON), of which at least one is None."""
@@ -77,6 +79,7 @@ def entries(value: Any, what: str) -> list[Any]:
     Raises:
         DataError: `value` is not a list.
     """
+    value = cell_value(value)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, list):
@@ -293,6 +296,7 @@ def number(value: Any, what: str = "a reward") -> float | None:
     Raises:
         DataError: it is none of these, or too large.
     """
+    value = cell_value(value)
     if value is None:
         return None
     if not isinstance(value, int | float | Decimal | np.number | np.bool_):
@@ -326,7 +330,7 @@ def truncated(value: Any) -> bool:
     Raises:
         DataError: it is neither, or it says that the response failed.
     """
-    found = finish_reasons.ending(value)
+    found = finish_reasons.ending(cell_value(value))
     if found == "failed":
         raise DataError(
             "a response that is imported was completed or cut",
@@ -356,10 +360,11 @@ def identifier(value: Any) -> str:
 
 
 def metadata(record: Mapping[str, Any], keep: Sequence[str]) -> str | None:
-    """The columns `keep` of a row as JSON, or None if `keep` is empty."""
+    """The columns or paths `keep` of a row as JSON, or None if `keep` is empty."""
     if not keep:
         return None
-    return json.dumps({name: record[name] for name in keep}, default=plain, allow_nan=True)
+    kept = {name: value_at(record, name) for name in keep}
+    return json.dumps(kept, default=plain, allow_nan=True)
 
 
 def token_ids(value: Any, what: str) -> Int32Array:
@@ -375,6 +380,7 @@ def token_ids(value: Any, what: str) -> Int32Array:
     Raises:
         DataError: `value` has another type.
     """
+    value = cell_value(value)
     try:
         array = np.asarray(value)
     except ValueError:  # rows of different lengths
@@ -396,6 +402,7 @@ def flags(value: Any, what: str) -> BoolArray:
     Raises:
         DataError: `value` has another type.
     """
+    value = cell_value(value)
     try:
         array = np.asarray(value)
     except ValueError:

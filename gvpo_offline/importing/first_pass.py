@@ -14,6 +14,7 @@ from typing import Any
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.broken_rows import BrokenRows, row_names, summary, summary_lines
+from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.importing.encode import TokenizerRequirements
 from gvpo_offline.importing.formats.shared.log_format import DropsResponses, LogFormat
 from gvpo_offline.importing.fragment import (
@@ -40,6 +41,7 @@ class FirstPass:
         log_format: turns the rows into fragments.
         sources: the inputs.
         encoder: the tokenizer, or None.
+        chat: makes chat messages of prompts given as text, as the settings say.
 
     Attributes:
         rows: number of fragments of each input.
@@ -58,15 +60,17 @@ class FirstPass:
         log_format: LogFormat,
         sources: Sequence[Source],
         encoder: Encoder | None,
+        chat: ChatPrompts,
     ) -> None:
         self._config = config
         self._format = log_format
         self._sources = sources
+        self._chat = chat
         self._vocab_size = None if encoder is None else encoder.vocab_size
         self._ends = () if encoder is None else encoder.end_texts
         self._needs = TokenizerRequirements(encoder)
         self.rows = [0] * len(sources)
-        self.left_out: Mapping[str, int] = {}
+        self.left_out: Counter[str] = Counter()
         self.samplers: set[str] = set()
         self.components: set[str] = set()
         self.rewarded: str | None = None
@@ -97,7 +101,9 @@ class FirstPass:
             spill.flush()
             if isinstance(self._format, DropsResponses):
                 with self._collected():
-                    self.left_out = self._format.finish()
+                    self.left_out.update(self._format.finish())
+            for source in self._sources:
+                self.left_out.update(source.left_out())
         finally:
             for source in self._sources:
                 source.on_refused = None
@@ -132,6 +138,7 @@ class FirstPass:
             fragment.file = number
             fragment.written_ends(self._ends)
             try:
+                self._chat.apply(fragment, source.label)
                 check_fragment(fragment, self._config, vocab_size=self._vocab_size)
             except DataError as error:
                 place = with_location(

@@ -29,6 +29,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.assemble import Assembler
 from gvpo_offline.importing.broken_rows import summary, summary_lines, too_many, write_report
+from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.importing.draft import InputNames
 from gvpo_offline.importing.encode import load_encoder
 from gvpo_offline.importing.first_pass import FirstPass
@@ -36,6 +37,7 @@ from gvpo_offline.importing.folder import OutputFolder
 from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import (
     ExtraDependencies,
+    FindsColumns,
     LogFormat,
     StageLog,
 )
@@ -43,7 +45,7 @@ from gvpo_offline.importing.outcome import COUNT_TEXTS, FOUND_TEXTS, ImportResul
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
-from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.sources.joined import open_inputs
 from gvpo_offline.importing.tally import MOST_SAMPLERS, Tally, merged, model_max_length
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
@@ -57,7 +59,14 @@ __all__ = ["ImportResult", "import_log", "run_import"]
 
 _NOT_RECORDED = ("output_dir", "show_progress")
 # Settings that do not decide the bytes of the dataset, or whose content is hashed instead.
-_NOT_IDENTIFYING = ("max_errors", "inputs", "tokenizer_name_or_path", "chat_template")
+_NOT_IDENTIFYING = (
+    "join",
+    "join",
+    "max_errors",
+    "inputs",
+    "tokenizer_name_or_path",
+    "chat_template",
+)
 _BUCKET_BYTES = 16 << 20
 _RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
@@ -101,7 +110,12 @@ class _Import:
         self.log = log
         self.format: LogFormat = log.format if log else find_format(config)
         self.encoder: Encoder | None = load_encoder(config)
-        self.sources: list[Source] = list(log.sources if log else find_sources(config.inputs))
+        self.sources: list[Source] = list(log.sources if log else open_inputs(config))
+        self.notes: list[str] = []
+        if isinstance(self.format, FindsColumns):
+            self.config = self.format.find_columns(self.sources)
+            self.notes += self.format.notes()
+        self.chat = ChatPrompts(self.config, self.encoder)
         total = sum(source.text_bytes for source in self.sources)
         self.n_shards = power_of_two(total, config.shard_bytes)
         # The number of buckets bounds memory; it does not change the result.
@@ -119,7 +133,7 @@ class _Import:
             finished = folder.finished(identity)
             if finished is not None:
                 step = next(s for s in finished.lineage if s.config.get("identity") == identity)
-                return ImportResult(finished, step.counts, True, step.details)
+                return ImportResult(finished, step.counts, True, step.details, self.notes)
             log = TaskLog(folder.root, f"import-{identity[:12]}")
             records = folder.prepare(log)
             with undo_on_bad_input(lambda: folder.discard(log.stage)):
@@ -140,11 +154,11 @@ class _Import:
             self.digests = [source.sha256(bar.update) for source in self.sources]
 
     def _dependencies(self, source: Source) -> dict[str, str]:
-        return (
-            dict(self.format.dependencies(source))
-            if isinstance(self.format, ExtraDependencies)
-            else {}
-        )
+        own = isinstance(self.format, ExtraDependencies)
+        return {
+            **source.dependencies(),
+            **(self.format.dependencies(source) if own else {}),  # type: ignore[attr-defined]
+        }
 
     def _identity(self) -> str:
         """SHA-256 over everything that determines the bytes of the dataset.
@@ -188,7 +202,7 @@ class _Import:
         spill = FragmentSpill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
         try:
             spill.open()
-            first = FirstPass(self.config, self.format, self.sources, self.encoder)
+            first = FirstPass(self.config, self.format, self.sources, self.encoder, self.chat)
             with self._bar("reading rows", sum(s.size for s in self.sources), "B") as bar:
                 first.read(spill, bar.update)
             first.check()
@@ -307,7 +321,7 @@ class _Import:
                 lineage=[step],
             )
 
-        return ImportResult(publish(root, build), counts, False, found)
+        return ImportResult(publish(root, build), counts, False, found, self.notes)
 
 
 def _task(shard: int) -> str:

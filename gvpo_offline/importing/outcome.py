@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,14 @@ class ImportResult:
             groups by reason.
         already_imported: True if the folder already held this import and nothing was done.
         details: what was dropped, by rule and by sampler; see `LineageStep.details`.
+        notes: lines about how the log was read.
     """
 
     manifest: Manifest
     counts: dict[str, int]
     already_imported: bool
     details: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """The lines that the command prints."""
@@ -39,6 +41,7 @@ class ImportResult:
             f"{counts['tokens']} tokens"
         )
         lines.append(f"  samplers: {', '.join(sorted(self.manifest.samplers))}")
+        lines += [f"  {note}" for note in self.notes]
         for name, text in {**COUNT_TEXTS, **FOUND_TEXTS}.items():
             if self.counts.get(name):
                 lines.append(f"  {counts[name]} {text}{self._note(name)}")
@@ -88,6 +91,8 @@ COUNT_TEXTS = {
     "dropped_singletons": "groups with a single response were dropped (singletons: drop)",
     "dropped_failed_responses": "responses that failed were dropped (failed_responses: drop)",
     "dropped_repeated_responses": "responses were dropped: repeated from an earlier step",
+    "dropped_unmatched_rows": "rows were dropped: their key is not in a joined file "
+    "(on_missing: drop)",
     "dropped_groups_without_responses": "groups were dropped: no response was left",
 }
 

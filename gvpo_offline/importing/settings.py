@@ -14,12 +14,19 @@ OnEmpty = Literal["error", "drop", "keep"]
 StopOrDrop = Literal["stop", "drop"]
 
 
+AUTO = "auto"
+"""Value of a column's setting: use the column of the same name if the log has one."""
+
+
 @dataclass
 class Columns:
-    """Names of the log's columns. Null: the log does not have the column.
+    """Names of the log's columns, or paths of nested fields (`request.messages`,
+    `choices[0].message.content`); a column whose own name is written so is preferred.
 
     Every row must have each column that is named here. A value may be null only where the
-    description of the column says so.
+    description of the column says so. Null: the log has no such column, or it is not used. auto:
+    the column of the setting's own name is used if the first row of every input has it; the command
+    prints which are.
     """
 
     prompt: str | None = "prompt"
@@ -30,32 +37,33 @@ class Columns:
     and results of tools are rendered with the chat template); in a row-per-group log a list."""
     reward: str | None = "reward"
     """Reward: a finite number; in a row-per-group log a list of numbers."""
-    sampler: str | None = None
+    sampler: str | None = AUTO
     """Name of the sampler of the response; in a row-per-group log a list of names, or one name."""
-    group_id: str | None = None
+    group_id: str | None = AUTO
     """Id of the group. Without it, all responses with the same prompt are a group."""
-    response_id: str | None = None
+    response_id: str | None = AUTO
     """Id of the response, unique within its group."""
-    prompt_token_ids: str | None = None
+    prompt_token_ids: str | None = AUTO
     """Token ids of the prompt, chat template included; used unchanged. Null: tokenise the text."""
-    response_token_ids: str | None = None
+    response_token_ids: str | None = AUTO
     """Token ids of the response, end token included; used unchanged. Null: tokenise the text."""
-    loss_mask: str | None = None
+    loss_mask: str | None = AUTO
     """One 0/1 flag per response token: 0 where the policy did not generate the token. Requires
     token ids. Null: every token counts."""
-    sampler_logprob: str | None = None
+    sampler_logprob: str | None = AUTO
     """Log-probability of the response under its sampler, in nats, summed over the imported tokens
     that the loss mask counts. Null: not known. Only loss_type topr needs it."""
-    truncated: str | None = None
+    truncated: str | None = AUTO
     """Whether the response was cut: a flag, or a finish reason (docs/howto/log-values.md lists the
-    words: complete, cut, failed). Null: not known, and taken as not cut."""
-    stop_reason: str | None = None
+    words: complete, cut, failed). Null: not known, and taken as not cut. auto: the column truncated,
+    else finish_reason."""
+    stop_reason: str | None = AUTO
     """What ended the response, as vLLM's stop_reason: the stop string, or a token id or null for
     the end token. No end token is appended to a response that a stop string ended. A finish reason
     (Anthropic's stop_reason) is taken as one if columns.truncated has none."""
-    tools: str | None = None
+    tools: str | None = AUTO
     """Tool definitions that the chat template renders into the prompt: a list, or its JSON."""
-    chat_template_kwargs: str | None = None
+    chat_template_kwargs: str | None = AUTO
     """Further arguments that the prompt was rendered with (enable_thinking …): a record, or its
     JSON. Rows that differ in them have different prompts."""
     keep: list[str] = field(default_factory=list)
@@ -66,14 +74,16 @@ class Columns:
         "prompt response reward sampler group_id response_id prompt_token_ids "
         "response_token_ids loss_mask sampler_logprob truncated keep"
     )
+    # The importer replaces auto by what the log has before it makes an identity.
+    identity_values: ClassVar[dict[str, Any]] = {AUTO: None}
 
     def __post_init__(self) -> None:
         for text, ids in (("prompt", "prompt_token_ids"), ("response", "response_token_ids")):
-            if not (getattr(self, text) or getattr(self, ids)):
+            if not getattr(self, text) and getattr(self, ids) in (None, AUTO):
                 raise ConfigError(
                     f"columns.{text} or columns.{ids} names a column", received="neither"
                 )
-        if self.loss_mask and not self.response_token_ids:
+        if self.loss_mask not in (None, AUTO) and self.response_token_ids in (None, AUTO):
             raise ConfigError(
                 "a loss mask has one flag per token, so it needs the responses' token ids",
                 received="columns.loss_mask without columns.response_token_ids",
@@ -86,8 +96,9 @@ class ImportConfig:
     """Imports logged, scored responses into a dataset of Parquet shards."""
 
     inputs: list[str] | str
-    """Files or globs (.jsonl, .json, .parquet, .jsonl.gz …), folders saved by `datasets`, or
-    `hf:name` and `hf:name:split` for a data set of the hub."""
+    """Files or globs: JSON (lines, a list, or objects over several lines) and CSV (.csv, .tsv),
+    each also compressed (.gz, .bz2, .zst), and Parquet; folders saved by `datasets`; or `hf:name`
+    and `hf:name:split` for a data set of the hub."""
     output_dir: str
     """Folder of the dataset: new, empty, or that of an interrupted run of the same import."""
     tokenizer_name_or_path: str | None = None
@@ -161,6 +172,24 @@ class ImportConfig:
     """Approximate maximum of input bytes per shard."""
     rows_per_row_group: int = 256
     """Groups in one Parquet row group, the unit of reading."""
+    rows_at: str | None = None
+    """Path of the rows in JSON inputs that hold them below a field: `samples`, `results.results`,
+    `[0].rows`. A * stands for every field or element; the name of the field is then the row's
+    column `*`. Null: the elements of a list, or each object."""
+    join: list[str] | str = field(default_factory=list)
+    """Files or globs, of any kind that inputs may have, whose columns are added to the rows of the
+    log by a key (`on`). Each entry of the list is joined by itself, in order."""
+    on: list[str] | str = field(default_factory=list)
+    """The key of `join`: a column or path that both have (`task_id`), the log's and the file's
+    (`doc.id=task_id`), or several with commas between them. One for all entries of join, or a list
+    with one for each."""
+    on_missing: ErrorOrDrop = "error"
+    """A row of the log whose key is not in a joined file: error, or drop the row and report the
+    number."""
+    as_chat: bool = False
+    """Make a prompt that is text the user's message of a chat."""
+    system_prompt: str | None = None
+    """System message before each chat prompt that has none."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -188,9 +217,19 @@ class ImportConfig:
             raise ConfigError(
                 "requests and rewards are only used with format: openai_batch", received=self.format
             )
+        if bool(self.join) != bool(self.on) or not self._one_key_each():
+            raise ConfigError(
+                "join and on are set together, with one key for all files or one for each",
+                received=f"join: {self.join}, on: {self.on}",
+                remedy="set on to the column that the log and the joined file have in common",
+            )
         if self.empty_responses == "keep" and not self.append_eos:
             raise ConfigError(
                 "an empty response is kept as only the end token",
                 received="empty_responses: keep with append_eos: false",
                 remedy="set append_eos: true, or empty_responses: drop",
             )
+
+    def _one_key_each(self) -> bool:
+        n_files = 1 if isinstance(self.join, str) else len(self.join)
+        return isinstance(self.on, str) or len(self.on) in (min(1, n_files), n_files)

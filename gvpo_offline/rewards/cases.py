@@ -9,6 +9,7 @@ from typing import Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group, Int32Array
+from gvpo_offline.paths import MISSING, value_at
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
 
@@ -67,23 +68,20 @@ class ScoringInput:
         return self.messages or [{"role": "user", "content": self.prompt}]
 
     def column(self, name: str) -> Any:
-        """A metadata column by name, or a nested field by path (`reward_model.ground_truth`).
+        """A metadata column by name, or a nested field by path (`reward_model.ground_truth`,
+        `answers[0]`; see `paths`).
 
         Raises:
             DataError: the group has no such column.
         """
-        if name in self.metadata:
-            return self.metadata[name]
-        value: Any = self.metadata
-        for step in name.split("."):
-            if not isinstance(value, dict) or step not in value:
-                raise DataError(
-                    f"the group's metadata has the column {name}",
-                    received=f"{', '.join(self.metadata) or 'no metadata'}",
-                    remedy="name a column that was kept at import (columns.keep)",
-                    **self.location,
-                )
-            value = value[step]
+        value = value_at(self.metadata, name)
+        if value is MISSING:
+            raise DataError(
+                f"the group's metadata has the column {name}",
+                received=f"{', '.join(self.metadata) or 'no metadata'}",
+                remedy="name a column that was kept at import (columns.keep)",
+                **self.location,
+            )
         return value
 
 

@@ -23,10 +23,12 @@ from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.importing.sources.media import text_rows
+from gvpo_offline.paths import MISSING, value_at
 from gvpo_offline.sampling.settings import SampleConfig
 from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
@@ -234,6 +236,7 @@ class _Reader:
         self._encoder = encoder
         self._limits = limits
         self._sources = sources
+        self._chat = ChatPrompts(config, encoder)
         self.counts: Counter[str] = Counter()  # dropped prompts, and tokens of the longest other
 
     def chunks(self) -> Iterator[list[Prompt]]:
@@ -261,16 +264,17 @@ class _Reader:
 
     def _parsed(self, source: Source, number: int, record: Mapping[str, Any]) -> _Row:
         name = self._config.prompt_column
-        if name not in record:
+        found = value_at(record, name)
+        if found is MISSING:
             raise DataError(
                 f"a row has the column {name!r} that prompt_column names",
                 received=f"the columns {', '.join(record)}",
                 remedy="set prompt_column to the column that holds the prompt",
             )
-        text, messages = prompt_of(record[name])
+        text, messages = prompt_of(found)
         if not (text or messages):
             raise DataError("a prompt is not empty", received=repr(text), remedy="remove the row")
-        text, messages = self._as_chat(text, messages)
+        text, messages = self._chat.prompt(text, messages, source.label, number)
         rest = {column: value for column, value in record.items() if column != name}
         bare = Fragment(text, messages, None, [], None, None, [], [])
         return _Row(
@@ -281,21 +285,6 @@ class _Reader:
             messages=messages,
             metadata=json.dumps(rest, default=plain, allow_nan=True) if rest else None,
         )
-
-    def _as_chat(self, text: str | None, messages: str | None) -> tuple[str | None, str | None]:
-        system = self._config.system_prompt
-        if text is not None and not self._config.as_chat:
-            if system is not None:
-                raise DataError(
-                    "a system prompt goes before chat messages",
-                    received=f"text: {text}",
-                    remedy="set as_chat: true, or remove system_prompt",
-                )
-            return text, None
-        chat = json.loads(messages) if messages else [{"role": "user", "content": text}]
-        if system is not None and chat[0]["role"] != "system":
-            chat = [{"role": "system", "content": system}, *chat]
-        return None, json.dumps(chat, ensure_ascii=False)
 
     def _once(self, rows: Iterator[_Row], doubled: set[int]) -> Iterator[_Row]:
         """The rows without duplicate prompts."""

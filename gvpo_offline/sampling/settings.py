@@ -215,8 +215,9 @@ class SampleConfig:
     """Samples k responses to each prompt from named samplers, into one dataset of groups."""
 
     inputs: list[str] | str
-    """Files or globs (.jsonl, .json, .parquet, .jsonl.gz …), folders saved by `datasets`, or
-    `hf:name` and `hf:name:split` for a data set of the hub; a row is a prompt."""
+    """Files or globs: JSON (lines, a list, or objects over several lines) and CSV (.csv, .tsv),
+    each also compressed (.gz, .bz2, .zst), and Parquet; folders saved by `datasets`; or `hf:name`
+    and `hf:name:split` for a data set of the hub. A row is a prompt."""
     output_dir: str
     """The dataset's folder: empty, or as an earlier run of the same command left it."""
     tokenizer_name_or_path: str
@@ -226,7 +227,8 @@ class SampleConfig:
     """Samplers by name: each a `kind` (transformers, openai, vllm, openai_batch) and the settings
     of that kind."""
     prompt_column: str = "prompt"
-    """Column of the prompt: text, or a list of chat messages. All other columns become metadata."""
+    """Column of the prompt, or path of a nested field: text, or a list of chat messages. All other
+    columns become metadata."""
     as_chat: bool = False
     """Turn a text prompt into the user's message of a chat."""
     system_prompt: str | None = None

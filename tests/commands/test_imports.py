@@ -18,6 +18,7 @@ PACKAGE = ROOT / "gvpo_offline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "hashing", "identity"),
     ("group", "settings", "messages"),
+    ("cells", "paths"),
     ("rules", "values", "finish_reasons", "json_text"),
     ("store", "contract"),
     ("info",),
@@ -40,6 +41,7 @@ DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "opena
 # Modules that must not import torch, because they run without it or must start fast.
 WITHOUT_TORCH = (
     *("version", "errors", "hashing", "group", "rules", "values", "contract", "finish_reasons"),
+    *("cells", "paths"),
     *("identity", "settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("store.arrow", "store.schema", "train.settings"),

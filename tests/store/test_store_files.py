@@ -449,7 +449,8 @@ def test_errors_cross_process_borders_whole(kind: type[Exception]) -> None:
     )
     there = pickle.loads(pickle.dumps(error))
     assert type(there) is kind
-    assert str(there) == str(error) == "a/b, row 7, group 'g': a rule; received 3. A remedy."
+    text = "a/b, row 7, group 'g': a rule; received 3. A remedy. Rows are counted from 0."
+    assert str(there) == str(error) == text
     assert (there.file, there.row, there.group, there.remedy) == ("a/b", 7, "g", "a remedy")
 
 

@@ -173,7 +173,7 @@ def test_all_ranks_get_the_results(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("case", "kind", "message"),
     [
-        ("one fails", DataError, "row 7: rule."),
+        ("one fails", DataError, "row 7: rule. Rows are counted from 0."),
         ("first fails", DataError, "by 0."),
         ("nested", DataError, "early."),
     ],

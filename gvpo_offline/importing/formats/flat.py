@@ -7,21 +7,46 @@ of token ids). Its reward, id, mask and truncation columns then hold lists of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from gvpo_offline import values
+from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.default_columns import DefaultColumns
 from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
 from gvpo_offline.importing.formats.shared.log_format import InputInfo, per_row
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.importing.sources.files import Source
+from gvpo_offline.importing.sources.json_documents import list_fields
 from gvpo_offline.importing.sources.rows import Record, Row
 from gvpo_offline.messages import is_message
+from gvpo_offline.paths import MISSING, has, top_level_names, value_at
 from gvpo_offline.values import Reply, flags, token_ids
+
+_ROLES = (
+    "prompt",
+    "response",
+    "reward",
+    "sampler",
+    "group_id",
+    "response_id",
+    "prompt_token_ids",
+    "response_token_ids",
+    "loss_mask",
+    "truncated",
+    "stop_reason",
+    "sampler_logprob",
+    "tools",
+    "chat_template_kwargs",
+)
+# In a text file of columns, the list that such a cell holds is JSON.
+_LISTS = ("prompt_token_ids", "response_token_ids", "loss_mask")
 
 
 def open_format(config: ImportConfig) -> FlatFormat:
@@ -36,38 +61,35 @@ class FlatFormat:
     reads_labels = True
 
     def __init__(self, config: ImportConfig) -> None:
-        self._names = config.columns
+        self._config = config
         self._default_sampler = config.sampler
         self._failed = FailedResponses(config)
         self._reward = RewardReader(config)
         self._casts = config.cast_rewards
-        roles = (
-            "prompt",
-            "response",
-            "reward",
-            "sampler",
-            "group_id",
-            "response_id",
-            "prompt_token_ids",
-            "response_token_ids",
-            "loss_mask",
-            "truncated",
-            "stop_reason",
-            "sampler_logprob",
-            "tools",
-            "chat_template_kwargs",
-        )
-        named = [getattr(self._names, role) for role in roles]
-        self._columns = list(dict.fromkeys([*(n for n in named if n), *self._names.keep]))
+        self._defaults = DefaultColumns(config.columns)
+        self._names = self._defaults.columns
 
     @property
     def columns(self) -> Sequence[str]:
         """The columns that are read."""
-        return self._columns
+        named = [getattr(self._names, role) for role in _ROLES]
+        paths = [*(n for n in named if n), *self._names.keep, *self._defaults.unused]
+        return top_level_names(paths)
+
+    def find_columns(self, sources: Sequence[Source]) -> ImportConfig:
+        """See `FindsColumns.find_columns`."""
+        self._defaults.find(sources)
+        self._names = self._defaults.columns
+        return replace(self._config, columns=self._names)
+
+    def notes(self) -> Sequence[str]:
+        """See `FindsColumns.notes`."""
+        return self._defaults.notes()
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""
-        for fragment in per_row(rows, source, self._parse):
+        watched = self._defaults.watched(rows, source.label)
+        for fragment in per_row(watched, source, self._parse):
             kept = self._failed.without_failed(fragment, source)
             if kept is not None:
                 yield kept
@@ -83,11 +105,12 @@ class FlatFormat:
             name = getattr(names, role)
             if name is None:
                 return None
-            if name not in record:
+            found = value_at(record, name)
+            if found is MISSING:
                 if optional:
                     return None
                 raise _missing(f"columns.{role}", name, record, source)
-            return record[name]
+            return cell_value(found) if role in _LISTS else found
 
         prompt_ids = value("prompt_token_ids")
         prompt, messages = values.prompt(value("prompt", optional=prompt_ids is not None))
@@ -134,17 +157,18 @@ class FlatFormat:
     def _sampler(self, value: Any) -> str | None:
         if isinstance(value, str) and value:
             return values.valid_text(value)
-        if value is None and self._default_sampler:
+        if cell_value(value) is None and self._default_sampler:
             return None
         raise DataError(
             "the name of a sampler is text",
             received=repr(value),
-            remedy="write the name into the log, or set `sampler` to the name that null stands for",
+            remedy="write the name into the log, set `sampler` to the name that null stands for, "
+            "or set columns.sampler to null, so that the column is not used",
         )
 
     def _metadata(self, record: Record, source: InputInfo) -> str | None:
         for name in self._names.keep:
-            if name not in record:
+            if not has(record, name):
                 raise _missing("columns.keep", name, record, source)
         return values.metadata(record, self._names.keep)
 
@@ -155,12 +179,15 @@ def _unchanged(value: Any) -> Any:
 
 def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:
     present = ", ".join(source.columns if source.columns is not None else record) or "none"
+    remedy = f"set {setting} to one of them, or to null if the log has no such column"
+    if setting == "columns.keep":
+        remedy = "remove the name from columns.keep"
+    elif lists := list_fields(record):
+        remedy += f"; if the rows are in {' or '.join(lists)}, set rows_at to it"
     return DataError(
         f"the column {name!r} that {setting} names is in the log",
         received=f"the columns {present}",
-        remedy=f"set {setting} to one of them, or to null if the log has no such column"
-        if setting != "columns.keep"
-        else "remove the name from columns.keep",
+        remedy=remedy,
     )
 
 

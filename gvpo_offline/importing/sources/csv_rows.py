@@ -1,47 +1,100 @@
-"""CSV files as inputs: a header line, then one row per record; every value is text."""
+"""CSV and TSV files as inputs: a header line, then one row per record; every value is text."""
 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
+from gvpo_offline.cells import Cell
 from gvpo_offline.errors import DataError
+from gvpo_offline.importing.sources.compressed import (
+    FACTOR,
+    damage_named,
+    decompressed,
+    is_compressed,
+    without_suffix,
+)
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.rows import Row
 
+__all__ = ["DELIMITERS", "CsvRows"]
+
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+# Of a whole field: more than any response, and little enough that a quote that is never closed does
+# not fill the memory.
+_MAX_FIELD_CHARACTERS = 1 << 26
+_REPORT_ROWS = 256
+
 
 class CsvRows(Source):
-    """A CSV file in UTF-8. Rows are numbered from 0 after the header; values stay text.
+    """A CSV or TSV file in UTF-8, optionally compressed.
+
+    Rows are numbered from 0 after the header; blank lines are skipped and not counted. Values are
+    `Cell`, text which the formats that need numbers read as numbers.
 
     Raises:
-        DataError: the file has no header.
+        DataError: the file has no header, or a name occurs twice in it.
+        IntegrityError: the compressed file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path), path.stem, [path])
-        with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
-            self.columns = next(csv.reader(file), None)
-        if not self.columns:
-            raise DataError("a CSV file begins with a header", received="no line", file=path)
+        plain = without_suffix(path)
+        super().__init__(str(path), plain.stem, [path])
+        self.text_bytes = self.size * (FACTOR if is_compressed(path) else 1)
+        self._delimiter = DELIMITERS[plain.suffix]
+        with path.open("rb") as raw, damage_named(self.label, path.suffix, [0]):
+            header = next(self._records(raw, errors="replace"), [])
+        if not header or len(set(header)) < len(header):
+            raise DataError(
+                "a CSV file begins with a header, in which each name occurs once",
+                received=", ".join(header) or "no line",
+                remedy="add a line with the names of the columns",
+                file=path,
+            )
+        self.columns = header
+
+    def _records(self, raw: IO[bytes], *, errors: str = "strict") -> Iterator[list[str]]:
+        csv.field_size_limit(max(csv.field_size_limit(), _MAX_FIELD_CHARACTERS))
+        stream: Any = decompressed(raw, self.files[0].suffix)
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="", errors=errors)
+        records = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        return (record for record in records if record)
 
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
         """See `Source.rows`."""
-        number = -1
+        assert self.columns is not None
+        wanted = [(i, n) for i, n in enumerate(self.columns) if columns is None or n in columns]
+        row, reported = [0], 0
+        with self.files[0].open("rb") as raw:
+            records = self._records(raw)
+            self._next(records, row)
+            while (record := self._next(records, row)) is not None:
+                if len(record) != len(self.columns):
+                    received = f"{len(record)} values for {len(self.columns)} columns"
+                    raise self._invalid(received, row[0])
+                yield row[0], {name: Cell(record[i]) for i, name in wanted}
+                row[0] += 1
+                if row[0] % _REPORT_ROWS == 0:
+                    position = raw.tell()
+                    advance(position - reported)
+                    reported = position
+        advance(self.size - reported)
+
+    def _next(self, records: Iterator[list[str]], row: list[int]) -> list[str] | None:
         try:
-            with self.files[0].open(encoding="utf-8-sig", newline="") as file:
-                for number, record in enumerate(csv.DictReader(file, strict=True)):
-                    if None in record or None in record.values():
-                        raise ValueError("the number of values differs from the header")
-                    yield number, {k: v for k, v in record.items() if not columns or k in columns}
+            with damage_named(self.label, self.files[0].suffix, row):
+                return next(records, None)
         except (csv.Error, ValueError) as error:
-            if isinstance(error, DataError):  # raised by the caller that consumes the rows
-                raise
-            raise DataError(
-                "a row of a CSV file in UTF-8 has a value for each column of the header",
-                received=str(error),
-                remedy="correct the row; quote a value that contains commas or line breaks",
-                file=self.label,
-                row=number,
-            ) from error
-        advance(self.size)
+            raise self._invalid(str(error), row[0]) from error
+
+    def _invalid(self, received: str, row: int) -> DataError:
+        return DataError(
+            "a row of a CSV file in UTF-8 has a value for each column of the header",
+            received=received,
+            remedy="correct the row; quote a value that contains delimiters or line breaks",
+            file=self.label,
+            row=row,
+        )

@@ -6,9 +6,7 @@ length.
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,12 @@ import pyarrow.parquet as pq
 
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file, sha256_json
+from gvpo_offline.importing.sources.compressed import (
+    FACTOR,
+    damage_named,
+    decompressed,
+    is_compressed,
+)
 from gvpo_offline.importing.sources.rows import Row
 from gvpo_offline.store.arrow import to_rows
 
@@ -29,7 +33,6 @@ Advance = Callable[[int], Any]
 OnRefused = Callable[[DataError, Mapping[str, Any] | None], None]
 """Called with the error of a row, which names file and row, and the row if it was parsed."""
 
-_GZIP_FACTOR = 5
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 4096
 _REPORT_LINES = 256
@@ -107,12 +110,33 @@ class Source(ABC):
             raise error
         self.on_refused(error, record)
 
+    def column_names(self) -> Sequence[str] | None:
+        """The columns, or those of the first row; None if there is no row.
+
+        Raises:
+            DataError: the first row cannot be parsed.
+            IntegrityError: the file is damaged.
+        """
+        if self.columns is not None:
+            return self.columns
+        for _, record in self.rows(None, lambda _: None):
+            return list(record)
+        return None
+
+    def dependencies(self) -> Mapping[str, str]:
+        """Further values that the rows depend on, by name, such as hashes of other files."""
+        return {}
+
+    def left_out(self) -> Mapping[str, int]:
+        """Numbers of rows that were read and left out so far, by reason."""
+        return {}
+
     @abstractmethod
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
         """Yield row numbers and rows, with at least the columns of `columns` that exist.
 
         Args:
-            columns: names of columns; None: all.
+            columns: names of columns; None: all. Names that the input does not have are ignored.
             advance: called with the number of bytes read, for the progress bar.
 
         Raises:
@@ -122,12 +146,12 @@ class Source(ABC):
 
 
 class JsonLines(Source):
-    """A file of JSON objects, one per line, optionally compressed with gzip."""
+    """A file of JSON objects, one per line, optionally compressed."""
 
     def __init__(self, label: str, name: str, path: Path) -> None:
         super().__init__(label, name, [path])
-        self._gzip = path.suffix == ".gz"
-        self.text_bytes = self.size * (_GZIP_FACTOR if self._gzip else 1)
+        self._compressed = is_compressed(path)
+        self.text_bytes = self.size * (FACTOR if self._compressed else 1)
 
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
         """See `Source.rows`. Blank lines are skipped, but the numbering counts them."""
@@ -138,25 +162,17 @@ class JsonLines(Source):
                 if not line.isspace() and (record := self._parsed(number, line)) is not None:
                     yield number, record
                 if number % _REPORT_LINES == 0:
-                    position = raw.tell() if self._gzip else read
+                    position = raw.tell() if self._compressed else read
                     advance(position - reported)
                     reported = position
             advance(self.size - reported)
 
     def _lines(self, raw: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-        number = -1
-        try:
-            stream = gzip.GzipFile(fileobj=raw) if self._gzip else raw
-            for number, line in enumerate(stream):
+        suffix, row = self.files[0].suffix, [0]
+        with damage_named(self.label, suffix, row):
+            for number, line in enumerate(decompressed(raw, suffix)):
+                row[0] = number + 1
                 yield number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise IntegrityError(
-                "a .gz file is complete",
-                received=str(error),
-                remedy="copy or compress the file again",
-                file=self.label,
-                row=number + 1,
-            ) from error
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any] | None:
         """The object of a line, or None if the line was refused."""
@@ -174,8 +190,7 @@ class JsonLines(Source):
             raise DataError(
                 "each line is one JSON object in UTF-8",
                 received=f"{error}, in the line {line[:80]!r}",
-                remedy="correct or remove the line; if the file is one JSON array, write one "
-                "element per line",
+                remedy="correct or remove the line",
                 file=self.label,
                 row=number,
             ) from error

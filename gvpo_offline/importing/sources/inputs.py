@@ -1,4 +1,8 @@
-"""Opens inputs: files, globs, folders saved by `datasets`, and data sets of the hub."""
+"""Opens inputs: files, globs, folders saved by `datasets`, and data sets of the hub.
+
+A JSON file is JSON lines or a document (a list, or objects that take several lines each): its first
+characters tell which, not its suffix.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
-from gvpo_offline.importing.sources.csv_rows import CsvRows
+from gvpo_offline.importing.sources.compressed import without_suffix
+from gvpo_offline.importing.sources.csv_rows import DELIMITERS, CsvRows
 from gvpo_offline.importing.sources.files import DatasetRows, JsonLines, ParquetRows, Source
+from gvpo_offline.importing.sources.json_documents import JsonDocuments, holds_lines
+from gvpo_offline.importing.sources.json_text import path_steps
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,28 +29,30 @@ _PARQUET_SUFFIXES = (".parquet", ".pq")
 _HUB_PREFIX = "hf:"
 
 
-def find_sources(inputs: Sequence[str] | str, *, csv: bool = False) -> list[Source]:
+def find_sources(inputs: Sequence[str] | str, *, rows_at: str | None = None) -> list[Source]:
     """Open the inputs that paths, globs and hub names refer to, in order, each file once.
 
     Args:
         inputs: paths, globs, and hub names (hf:name, hf:name:split).
-        csv: whether CSV files are accepted; all of their values are text.
+        rows_at: path of the rows in JSON files, or None: the elements of a list, or each object.
 
     Raises:
         DataError: a path or glob matches nothing.
-        ConfigError: an input has an unsupported type.
+        ConfigError: an input has an unsupported type, or `rows_at` is set for another file than a
+            JSON file.
         IntegrityError: the footer of a Parquet file cannot be read.
     """
     sources: list[Source] = []
     seen: set[str] = set()
     for pattern in [inputs] if isinstance(inputs, str) else inputs:
         if pattern.startswith(_HUB_PREFIX):
+            _refuse_rows_at(rows_at, pattern)
             sources.append(_hub(pattern))
             continue
         for path in _matches(pattern):
             if (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
-                sources.append(CsvRows(path) if csv and path.suffix == ".csv" else _open_path(path))
+                sources.append(_open_path(path, rows_at))
     return sources
 
 
@@ -62,21 +71,49 @@ def _matches(pattern: str) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def _open_path(path: Path) -> Source:
+def _open_path(path: Path, rows_at: str | None) -> Source:
+    plain = without_suffix(path)
+    if path.is_file() and plain.suffix in _JSON_SUFFIXES:
+        if rows_at is None and holds_lines(path):
+            return JsonLines(str(path), plain.stem, path)
+        return JsonDocuments(str(path), plain.stem, path, _steps(rows_at))
+    _refuse_rows_at(rows_at, path)
     if path.is_dir():
         return _saved(path)
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    if plain.suffix in _JSON_SUFFIXES:
-        return JsonLines(str(path), plain.stem, path)
+    if plain.suffix in DELIMITERS:
+        return CsvRows(path)
     if path.suffix in _PARQUET_SUFFIXES:
         return ParquetRows(str(path), path.stem, path)
     raise ConfigError(
-        "an input is JSON lines (.jsonl, .ndjson, .json, optionally .gz), Parquet "
-        "(.parquet, .pq), or a folder saved by `datasets`",
+        "an input is JSON lines or another JSON file (.jsonl, .ndjson, .json), CSV (.csv, .tsv), "
+        "each optionally compressed (.gz, .bz2, .zst), Parquet (.parquet, .pq), or a folder saved "
+        "by `datasets`",
         received=path.name,
         remedy="convert or rename the file, or narrow the pattern",
         file=path,
     )
+
+
+def _steps(rows_at: str | None) -> list[str | int]:
+    try:
+        return path_steps(rows_at or "")
+    except ValueError:
+        raise ConfigError(
+            "rows_at is a path: names of fields with dots between them, [n] for an element of a "
+            "list, * for every field or element",
+            received=rows_at,
+            remedy="write it as in results.results, or runs.*.samples",
+        ) from None
+
+
+def _refuse_rows_at(rows_at: str | None, file: Any) -> None:
+    if rows_at is not None:
+        raise ConfigError(
+            "rows_at names the place of the rows in JSON files",
+            received=f"rows_at: {rows_at} for another kind of input",
+            remedy="leave rows_at out, or import the two kinds of inputs apart",
+            file=file,
+        )
 
 
 def _saved(path: Path) -> Source:

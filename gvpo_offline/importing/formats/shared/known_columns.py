@@ -8,7 +8,8 @@ from typing import Any
 
 from gvpo_offline import values
 from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.importing.settings import Columns, ImportConfig
+from gvpo_offline.importing.settings import AUTO, Columns, ImportConfig
+from gvpo_offline.paths import has, top_level_names
 
 __all__ = ["KnownColumns"]
 
@@ -21,7 +22,7 @@ class KnownColumns:
         required: the columns that each row has.
 
     Attributes:
-        names: both kinds of columns.
+        names: both kinds of columns; for a path in `columns.keep`, the columns that may hold it.
 
     Raises:
         ConfigError: a setting of `columns` other than `keep` is set.
@@ -30,7 +31,12 @@ class KnownColumns:
     def __init__(self, config: ImportConfig, required: Sequence[str]) -> None:
         default = Columns()
         named = [f.name for f in fields(Columns) if f.name != "keep"]
-        changed = [n for n in named if getattr(config.columns, n) != getattr(default, n)]
+        unset = {n: (getattr(default, n), None) for n in named if getattr(default, n) == AUTO}
+        changed = [
+            n
+            for n in named
+            if getattr(config.columns, n) not in unset.get(n, (getattr(default, n),))
+        ]
         if changed:
             raise ConfigError(
                 f"format: {config.format} has fixed column names, so only columns.keep is set",
@@ -39,7 +45,8 @@ class KnownColumns:
             )
         self._format = config.format
         self._keep = config.columns.keep
-        self.names = [*required, *self._keep]
+        self._needed = [*required, *self._keep]
+        self.names = [*required, *top_level_names(self._keep)]
 
     def metadata(self, record: Mapping[str, Any], present: Sequence[str] | None) -> str | None:
         """The values of the row's `columns.keep`, as a JSON object, or None if none are kept.
@@ -51,11 +58,11 @@ class KnownColumns:
         Raises:
             DataError: a column is missing.
         """
-        missing = [name for name in self.names if name not in record]
+        missing = [name for name in self._needed if not has(record, name)]
         if missing:
             there = ", ".join(record if present is None else present) or "none"
             raise DataError(
-                f"a row of format: {self._format} has the columns {', '.join(self.names)}",
+                f"a row of format: {self._format} has the columns {', '.join(self._needed)}",
                 received=f"no {', '.join(missing)} among {there}",
                 remedy="choose the log's format, or format: flat with the names of its columns",
             )

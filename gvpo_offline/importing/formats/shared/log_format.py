@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import Fragment, with_location
+from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.rows import Record, Row
 
@@ -86,6 +87,17 @@ def per_row(
             continue
         fragment.row = row
         yield fragment
+
+
+@runtime_checkable
+class FindsColumns(Protocol):
+    """A format that uses some columns wherever the log has them."""
+
+    def find_columns(self, sources: Sequence[Source]) -> ImportConfig:
+        """The settings with the names of the columns that are used; called once, before `read`."""
+
+    def notes(self) -> Sequence[str]:
+        """Lines for the user about the columns that were found."""
 
 
 @dataclass(frozen=True)
