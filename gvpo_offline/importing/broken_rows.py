@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import GROUP_ID_DIGITS, Fragment, prompt_key
 from gvpo_offline.importing.settings import ImportConfig
@@ -199,7 +199,7 @@ def row_names(
     try:
         if names.group_id is not None:
             return values.identifier(record.get(names.group_id)), samplers
-        text, messages = values.prompt(record.get(names.prompt or ""))
+        text, messages = conversations.prompt(record.get(names.prompt or ""))
     except DataError:
         return None, samplers
     if not (text or messages):

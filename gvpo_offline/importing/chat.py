@@ -7,9 +7,9 @@ import logging
 import re
 from typing import TYPE_CHECKING, Protocol
 
+from gvpo_offline.conversations import Prompt
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import Fragment, with_location
-from gvpo_offline.values import Prompt
 
 if TYPE_CHECKING:
     from gvpo_offline.chat.encoder import Encoder

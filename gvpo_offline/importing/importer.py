@@ -61,7 +61,6 @@ _NOT_RECORDED = ("output_dir", "show_progress")
 # Settings that do not decide the bytes of the dataset, or whose content is hashed instead.
 _NOT_IDENTIFYING = (
     "join",
-    "join",
     "max_errors",
     "inputs",
     "tokenizer_name_or_path",

@@ -55,8 +55,8 @@ class Columns:
     that the loss mask counts. Null: not known. Only loss_type topr needs it."""
     truncated: str | None = AUTO
     """Whether the response was cut: a flag, or a finish reason (docs/howto/log-values.md lists the
-    words: complete, cut, failed). Null: not known, and taken as not cut. auto: the column truncated,
-    else finish_reason."""
+    words: complete, cut, failed). Null: not known, and taken as not cut. auto: the column
+    truncated, else finish_reason."""
     stop_reason: str | None = AUTO
     """What ended the response, as vLLM's stop_reason: the stop string, or a token id or null for
     the end token. No end token is appended to a response that a stop string ended. A finish reason

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline import values
+from gvpo_offline import conversations
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import Ending, ending
 from gvpo_offline.group import Int32Array
@@ -53,7 +53,7 @@ def answer_errors(rule: str) -> Iterator[None]:
         raise DataError(rule, received=str(error), remedy=_WITH_IDS) from error
 
 
-def chat(messages: Any) -> values.Prompt:
+def chat(messages: Any) -> conversations.Prompt:
     """The messages of a chat completion's request as a prompt.
 
     Raises:
@@ -61,7 +61,7 @@ def chat(messages: Any) -> values.Prompt:
     """
     if not (isinstance(messages, list) and all(map(is_message, messages))):
         raise DataError("a chat's prompt is a list of messages", received=repr(messages))
-    return values.prompt(messages)
+    return conversations.prompt(messages)
 
 
 def request_arguments(body: Mapping[str, Any]) -> str | None:
@@ -88,7 +88,7 @@ def request_arguments(body: Mapping[str, Any]) -> str | None:
     tools = body.get("tools")
     if isinstance(tools, list):
         tools = [_nested_tool(tool) for tool in tools]
-    return values.template_arguments(
+    return conversations.template_arguments(
         {**body, "tools": tools},
         documents=body.get("documents") or None,
         **({CONTINUE: False} if closed else {}),
@@ -102,7 +102,7 @@ def _nested_tool(tool: Any) -> Any:
     return tool
 
 
-def request_prompt(body: Mapping[str, Any]) -> tuple[values.Prompt, Int32Array | None]:
+def request_prompt(body: Mapping[str, Any]) -> tuple[conversations.Prompt, Int32Array | None]:
     """The prompt of a request to any of the three APIs, and its token ids if it was sent so.
 
     Raises:
@@ -116,7 +116,7 @@ def request_prompt(body: Mapping[str, Any]) -> tuple[values.Prompt, Int32Array |
     if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
         return (None, None), token_ids(prompt, "prompt")
     if isinstance(prompt, str):
-        return values.prompt(prompt), None
+        return conversations.prompt(prompt), None
     raise DataError(
         "a request holds one prompt: messages, input, or prompt",
         received=f"prompt {prompt!r} among {', '.join(body) or 'nothing'}",
@@ -124,7 +124,7 @@ def request_prompt(body: Mapping[str, Any]) -> tuple[values.Prompt, Int32Array |
     )
 
 
-def responses_prompt(params: Mapping[str, Any]) -> values.Prompt:
+def responses_prompt(params: Mapping[str, Any]) -> conversations.Prompt:
     """The prompt of a request to the responses API.
 
     Raises:
@@ -136,7 +136,7 @@ def responses_prompt(params: Mapping[str, Any]) -> values.Prompt:
         raise DataError("a chat's prompt is a list of messages", received=repr(given))
     if params.get("instructions"):
         items = [{"role": "system", "content": params["instructions"]}, *items]
-    return values.prompt(item_messages(items))
+    return conversations.prompt(item_messages(items))
 
 
 def item_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ def _add_to_assistant(found: list[dict[str, Any]], kind: str, item: Mapping[str,
         )
 
 
-def choice_content(choice: AnswerChoice) -> tuple[values.Reply, Int32Array | None]:
+def choice_content(choice: AnswerChoice) -> tuple[conversations.Reply, Int32Array | None]:
     """A choice of either completions API: text or messages, and (T,) int32 token ids or None.
 
     Raises:
@@ -206,15 +206,15 @@ def choice_content(choice: AnswerChoice) -> tuple[values.Reply, Int32Array | Non
         ids = choice.token_ids
     message = choice.message
     if message.get("content") is None and not (message.keys() & {*BESIDE_TEXT} - {"content"}):
-        return values.Reply(None), None if ids is None else np.array(ids, np.int32)
+        return conversations.Reply(None), None if ids is None else np.array(ids, np.int32)
     if all(not message.get(name) for name in ("content", *BESIDE_TEXT)):
-        reply = values.Reply(message.get("content"))
+        reply = conversations.Reply(message.get("content"))
     else:
-        reply = values.response([{**message, "role": "assistant"}])
+        reply = conversations.response([{**message, "role": "assistant"}])
     return reply, None if ids is None else np.array(ids, np.int32)
 
 
-def output_reply(output: Sequence[Mapping[str, Any]]) -> values.Reply:
+def output_reply(output: Sequence[Mapping[str, Any]]) -> conversations.Reply:
     """A response of the responses API, from its items.
 
     Raises:
@@ -225,7 +225,7 @@ def output_reply(output: Sequence[Mapping[str, Any]]) -> values.Reply:
         raise DataError(
             "a response has at least 1 item", received="no items", remedy="sample it again"
         )
-    return values.response(found)
+    return conversations.response(found)
 
 
 def response_ending(response: Mapping[str, Any]) -> tuple[Ending, str | None]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from gvpo_offline.chat.encoder import Encoder
+from gvpo_offline.conversations import prompt as prompt_of
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json
@@ -36,7 +37,6 @@ from gvpo_offline.store.manifest import FileEntry
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
 from gvpo_offline.tokenizer import tokenizer_info
 from gvpo_offline.values import plain
-from gvpo_offline.values import prompt as prompt_of
 
 _VERSION = 1
 _TASK = "prompts"

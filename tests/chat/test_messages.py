@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.importing import config, read_groups, write_jsonl
 
-from gvpo_offline import values
+from gvpo_offline import conversations
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns
@@ -89,35 +89,35 @@ def test_bad_messages(message: dict[str, Any], match: str) -> None:
 
 def test_responses() -> None:
     one = {"role": "assistant", "content": [{"type": "text", "text": "5"}]}
-    assert values.response([one]) == values.Reply("5")
-    assert values.response(one) == values.Reply("5")
+    assert conversations.response([one]) == conversations.Reply("5")
+    assert conversations.response(one) == conversations.Reply("5")
     tool = {"role": "tool", "content": "5"}
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    several = values.response([call, tool, one])
+    several = conversations.response([call, tool, one])
     assert several.text == "5"
     assert several.messages is not None
     assert [m["role"] for m in json.loads(several.messages)] == ["assistant", "tool", "assistant"]
     # What a tool returned last, nobody read.
     assert [m["role"] for m in response_messages([call, tool])] == ["assistant"]
     with pytest.raises(DataError, match="was not refused; received refusal: 'I cannot'"):
-        values.response([{"role": "assistant", "content": None, "refusal": "I cannot"}])
+        conversations.response([{"role": "assistant", "content": None, "refusal": "I cannot"}])
 
 
 def test_arguments_of_the_template() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": None}}
-    found = values.template_arguments(
+    found = conversations.template_arguments(
         {"tools": [tool], "chat_template_kwargs": {"enable_thinking": False, "unset": None}}
     )
     assert json.loads(found or "") == {
         "enable_thinking": False,
         "tools": [{"type": "function", "function": {"name": "f"}}],
     }
-    assert values.template_arguments({"tools": json.dumps([tool])}) == values.template_arguments(
-        {"tools": [json.dumps(tool)]}
-    )
-    assert values.template_arguments({"tools": [], "chat_template_kwargs": None}) is None
+    assert conversations.template_arguments(
+        {"tools": json.dumps([tool])}
+    ) == conversations.template_arguments({"tools": [json.dumps(tool)]})
+    assert conversations.template_arguments({"tools": [], "chat_template_kwargs": None}) is None
     with pytest.raises(DataError, match="tools is a list, or its JSON"):
-        values.template_arguments({"tools": {"name": "f"}})
+        conversations.template_arguments({"tools": {"name": "f"}})
 
 
 TEMPLATE = (

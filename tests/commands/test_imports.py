@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "hashing", "identity"),
     ("group", "settings", "messages"),
     ("cells", "paths"),
-    ("rules", "values", "finish_reasons", "json_text"),
+    ("rules", "values", "conversations", "finish_reasons", "json_text"),
     ("store", "contract"),
     ("info",),
     ("hub",),

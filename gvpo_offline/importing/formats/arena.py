@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.fragment import Fragment
@@ -48,7 +48,7 @@ def _parse(record: Record) -> list[Fragment]:
     ]
 
 
-def _side(record: Record, name: str) -> tuple[values.Prompt, str]:
+def _side(record: Record, name: str) -> tuple[conversations.Prompt, str]:
     """The conversation with one model up to its last answer, and that last answer."""
     asked, answers = _turns(record, "prompt"), _turns(record, name)
     if len(asked) != len(answers) or not asked:
@@ -59,7 +59,7 @@ def _side(record: Record, name: str) -> tuple[values.Prompt, str]:
     # The data set has null where a model gave no answer.
     *earlier, last = (answer or "" for answer in answers)
     turns = [text for pair in zip(asked, earlier, strict=False) for text in pair]
-    return values.conversation([*turns, asked[-1]]), last
+    return conversations.conversation([*turns, asked[-1]]), last
 
 
 def _turns(record: Record, name: str) -> list[Any]:

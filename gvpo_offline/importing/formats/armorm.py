@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
@@ -29,7 +29,7 @@ def open_format(config: ImportConfig) -> RowFormat:
 def _parse(record: Record, *, read: RewardReader) -> list[Fragment]:
     return [
         text_fragment(
-            values.conversation([record["prompt"]]),
+            conversations.conversation([record["prompt"]]),
             values.entries(record["all_generated_responses"], "all_generated_responses"),
             [read(score) for score in values.entries(record["all_rm_scores"], "scores")],
         )

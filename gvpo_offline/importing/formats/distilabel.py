@@ -7,7 +7,7 @@ missing reward. Other tasks and older versions of distilabel write other columns
 
 from __future__ import annotations
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
@@ -34,7 +34,7 @@ def _parse(record: Record) -> list[Fragment]:
     models = next((record[name] for name in _MODELS if record.get(name) is not None), None)
     return [
         text_fragment(
-            values.conversation([record["instruction"]]),
+            conversations.conversation([record["instruction"]]),
             responses,
             [values.rating(rating) for rating in values.entries(ratings, "ratings")],
             samplers=None

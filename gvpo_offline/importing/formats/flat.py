@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.cells import cell_value
+from gvpo_offline.conversations import Reply
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.default_columns import DefaultColumns
 from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
@@ -27,7 +28,7 @@ from gvpo_offline.importing.sources.json_documents import list_fields
 from gvpo_offline.importing.sources.rows import Record, Row
 from gvpo_offline.messages import is_message
 from gvpo_offline.paths import MISSING, has, top_level_names, value_at
-from gvpo_offline.values import Reply, flags, token_ids
+from gvpo_offline.values import flags, token_ids
 
 _ROLES = (
     "prompt",
@@ -113,7 +114,7 @@ class FlatFormat:
             return cell_value(found) if role in _LISTS else found
 
         prompt_ids = value("prompt_token_ids")
-        prompt, messages = values.prompt(value("prompt", optional=prompt_ids is not None))
+        prompt, messages = conversations.prompt(value("prompt", optional=prompt_ids is not None))
         ids = value("response_token_ids")
         replies, all_ids, many = _responses(value("response", optional=ids is not None), ids)
         n = len(replies)
@@ -140,7 +141,7 @@ class FlatFormat:
             response_messages=[reply.messages for reply in replies]
             if any(reply.messages for reply in replies)
             else None,
-            template_arguments=values.template_arguments(
+            template_arguments=conversations.template_arguments(
                 {"tools": value("tools"), "chat_template_kwargs": value("chat_template_kwargs")}
             ),
         )
@@ -216,7 +217,7 @@ def _responses(text: Any, ids: Any) -> tuple[list[Reply], list[Any] | None, bool
         ]
     if text is None:
         return [Reply(None)] * (1 if all_ids is None else len(all_ids)), all_ids, many
-    return [values.response(part) for part in (text if many else [text])], all_ids, many
+    return [conversations.response(part) for part in (text if many else [text])], all_ids, many
 
 
 def _spread(

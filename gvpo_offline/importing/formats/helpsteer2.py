@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.fragment import Fragment
@@ -42,9 +42,9 @@ def _parse(record: Record) -> list[Fragment]:
     ]
 
 
-def _prompt(text: object) -> values.Prompt:
+def _prompt(text: object) -> conversations.Prompt:
     if not isinstance(text, str):
-        return values.conversation([text])
+        return conversations.conversation([text])
     first, *rest = _MARKER.split(text)
     roles = rest[::2]
     if roles != ["Assistant", "User"] * (len(roles) // 2):
@@ -53,4 +53,4 @@ def _prompt(text: object) -> values.Prompt:
             received=text,
             remedy="correct or remove the row",
         )
-    return values.conversation([first, *rest[1::2]])
+    return conversations.conversation([first, *rest[1::2]])

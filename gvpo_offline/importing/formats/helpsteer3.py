@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, comparison_id, text_fragment
 from gvpo_offline.importing.fragment import Fragment
@@ -26,7 +26,7 @@ def _parse(record: Record) -> list[Fragment]:
     preference = values.number(record["overall_preference"], "overall_preference")
     if preference is not None and not -3 <= preference <= 3:
         raise DataError("overall_preference lies between -3 and 3", received=preference)
-    prompt = values.prompt(record["context"])
+    prompt = conversations.prompt(record["context"])
     responses = [record["response1"], record["response2"]]
     return [
         text_fragment(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.trainer_logs import (
@@ -74,9 +74,9 @@ class MsSwiftFormat(TrainerFormat):
     ) -> Fragment:
         parts = {name: self.part(row[name], name) for name in weights}
         fragment = one_response(
-            prompt=values.prompt(row["prompt"]),
-            text=values.response(row["completion"]),
-            arguments=values.template_arguments(record),
+            prompt=conversations.prompt(row["prompt"]),
+            text=conversations.response(row["completion"]),
+            arguments=conversations.template_arguments(record),
             reward=add_parts(parts, weights),
             parts=parts,
             sampler=f"{place.run}@{step}",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, comparison_id, text_fragment
 from gvpo_offline.importing.fragment import Fragment
@@ -62,9 +62,9 @@ def win_rates(ranks: Sequence[float | None]) -> list[float | None]:
     return [None if math.isnan(share) else share for share in shares.tolist()]
 
 
-def _prompt(text: object) -> values.Prompt:
+def _prompt(text: object) -> conversations.Prompt:
     if not isinstance(text, str):
-        return values.conversation([text])
+        return conversations.conversation([text])
     before, *rest = _MARKER.split(text)
     roles, turns = rest[::2], rest[1::2]
     if (
@@ -78,4 +78,4 @@ def _prompt(text: object) -> values.Prompt:
             received=repr(text),
             remedy="correct or remove the row",
         )
-    return values.conversation(turns[:-1])
+    return conversations.conversation(turns[:-1])

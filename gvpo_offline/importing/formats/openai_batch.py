@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
@@ -60,7 +60,7 @@ class _Request:
 
     place: RowLocation
     arguments: str | None
-    prompt: values.Prompt
+    prompt: conversations.Prompt
     prompt_ids: Int32Array | None
     answered: bool = False
 

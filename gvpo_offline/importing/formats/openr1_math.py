@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.fragment import Fragment
@@ -37,7 +37,7 @@ def _parse(record: Record) -> list[Fragment]:
     reasons = record.get("finish_reasons")
     return [
         text_fragment(
-            values.conversation([record["problem"]]),
+            conversations.conversation([record["problem"]]),
             responses,
             truncated=None if reasons is None else values.entries(reasons, "finish_reasons"),
             parts={

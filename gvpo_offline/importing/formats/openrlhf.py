@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from gvpo_offline import values
+from gvpo_offline import conversations
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
@@ -32,4 +32,4 @@ def open_format(config: ImportConfig) -> RowFormat:
 
 def _parse(record: Record, *, read: RewardReader) -> Sequence[Fragment]:
     reward = [read(record["reward"])] if "reward" in record else None
-    return [text_fragment(values.prompt(record["input"]), [record["output"]], reward)]
+    return [text_fragment(conversations.prompt(record["input"]), [record["output"]], reward)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, comparison_id, text_fragment
 from gvpo_offline.importing.formats.shared.scores import RewardReader
@@ -55,14 +55,14 @@ def _parse(record: Record, *, read: RewardReader) -> list[Fragment]:
     return [text_fragment(prompt, pair, [1.0, 0.0], group_id=comparison_id(prompt, pair))]
 
 
-def _from_texts(chosen: str, rejected: str, given: Any) -> tuple[values.Prompt, Pair]:
+def _from_texts(chosen: str, rejected: str, given: Any) -> tuple[conversations.Prompt, Pair]:
     if given is not None:
-        return values.prompt(given), [chosen, rejected]
+        return conversations.prompt(given), [chosen, rejected]
     end = _prompt_end(_common_prefix(chosen, rejected))
     pair = [chosen[end:], rejected[end:]]
     if not end or chosen == rejected or any(_NEXT_TURN in text for text in pair):
         raise _without_prompt([chosen, rejected])
-    return values.prompt(chosen[:end]), pair
+    return conversations.prompt(chosen[:end]), pair
 
 
 def _common_prefix(a: str, b: str) -> str:
@@ -79,7 +79,9 @@ def _prompt_end(shared: str) -> int:
     return len(shared.removesuffix(" "))  # a space belongs to the word after it
 
 
-def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[values.Prompt, Pair]:
+def _from_messages(
+    chosen: Messages, rejected: Messages, given: Any
+) -> tuple[conversations.Prompt, Pair]:
     shared, most = 0, min(len(chosen), len(rejected)) - 1
     while shared < most and chosen[shared] == rejected[shared]:
         shared += 1
@@ -87,7 +89,7 @@ def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[va
     if not shared:
         if given is None:
             raise _without_prompt([chosen, rejected])
-        return values.prompt(given), pair
+        return conversations.prompt(given), pair
     head = chosen[:shared]
     if not _agrees(given, head):
         raise DataError(
@@ -95,12 +97,12 @@ def _from_messages(chosen: Messages, rejected: Messages, given: Any) -> tuple[va
             received=f"{given!r} and {head!r}",
             remedy="remove the prompt column, or the messages that chosen and rejected share",
         )
-    return values.prompt(head), pair
+    return conversations.prompt(head), pair
 
 
-def _reply(messages: Messages) -> str | values.Reply:
+def _reply(messages: Messages) -> str | conversations.Reply:
     """A response of a pair: its text, if it is one text."""
-    reply = values.response(messages)
+    reply = conversations.response(messages)
     return (reply.text or "") if reply.messages is None else reply
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.finish_reasons import ending, stop_string
 from gvpo_offline.importing.formats.shared.trainer_logs import (
@@ -108,7 +108,7 @@ class PrimeRLFormat(TrainerFormat):
                 remedy="sample with the renderer's client, which logs token ids",
             )
         prompt = chat([node["message"] for node in path[:first]])
-        reply = values.response([node["message"] for node in path[first:]])
+        reply = conversations.response([node["message"] for node in path[first:]])
         return one_response(prompt=prompt, text=reply, **common)
 
     def _rewards(

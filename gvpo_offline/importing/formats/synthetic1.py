@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
@@ -28,7 +28,7 @@ def open_format(config: ImportConfig) -> RowFormat:
 def _parse(record: Record, *, read: RewardReader) -> list[Fragment]:
     return [
         text_fragment(
-            values.conversation([record["prompt"]]),
+            conversations.conversation([record["prompt"]]),
             [record["llm_response"]],
             [read(record["score"], "a score")],
             group_id=values.identifier(record["problem_id"]),

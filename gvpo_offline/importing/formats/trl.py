@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from gvpo_offline import values
+from gvpo_offline import conversations
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights
@@ -93,9 +93,9 @@ class TrlFormat(TrainerFormat):
         """See `TrainerFormat.parse`."""
         parts = {name: self.part(record.get(name), name) for name in self._weights}
         fragment = one_response(
-            prompt=values.prompt(record["prompt"]),
-            text=values.response(record["completion"]),
-            arguments=values.template_arguments(record),
+            prompt=conversations.prompt(record["prompt"]),
+            text=conversations.response(record["completion"]),
+            arguments=conversations.template_arguments(record),
             reward=add_parts(parts, self._weights),
             parts=parts,
             sampler=f"{place.run}@{record['step']}",

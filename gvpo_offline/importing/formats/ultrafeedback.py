@@ -14,7 +14,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
@@ -49,7 +49,7 @@ def _parse(record: Record, *, refuse: bool) -> list[Fragment]:
             parts[name].append(value)
     return [
         text_fragment(
-            values.conversation([record["instruction"]]),
+            conversations.conversation([record["instruction"]]),
             [values.field(c, "response", "a completion") for c in completions],
             samplers=[values.sampler(completion.get("model")) for completion in completions],
             parts=parts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from gvpo_offline import values
+from gvpo_offline import conversations
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
 from gvpo_offline.importing.formats.shared.scores import RewardReader
@@ -31,4 +31,4 @@ def _parse(record: Record, *, read: RewardReader) -> list[Fragment]:
             received=record["label"],
             remedy="import scores with format: flat and columns.reward: label",
         )
-    return [text_fragment(values.prompt(record["prompt"]), [record["completion"]], [label])]
+    return [text_fragment(conversations.prompt(record["prompt"]), [record["completion"]], [label])]

@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Iterable
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.trainer_logs import (
     RowLocation,
@@ -48,9 +48,9 @@ class VerlFormat(TrainerFormat):
         uid = record.get("uid")
         request = record.get("request_id")
         fragment = one_response(
-            prompt=values.prompt(record["input"]),
-            text=values.response(record["output"]),
-            arguments=values.template_arguments(record),
+            prompt=conversations.prompt(record["input"]),
+            text=conversations.response(record["output"]),
+            arguments=conversations.template_arguments(record),
             reward=self.reward(record["score"], "score"),
             sampler=f"{place.run}@{record['step']}",
             response_id=None if request is None else values.identifier(request),

@@ -74,8 +74,9 @@ class CsvRows(Source):
             while (record := self._next(records, row)) is not None:
                 if len(record) != len(self.columns):
                     received = f"{len(record)} values for {len(self.columns)} columns"
-                    raise self._invalid(received, row[0])
-                yield row[0], {name: Cell(record[i]) for i, name in wanted}
+                    self.refuse(self._invalid(received, row[0]))
+                else:
+                    yield row[0], {name: Cell(record[i]) for i, name in wanted}
                 row[0] += 1
                 if row[0] % _REPORT_ROWS == 0:
                     position = raw.tell()

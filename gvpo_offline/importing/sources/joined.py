@@ -283,6 +283,7 @@ class JoinedRows(Source):
             wanted = _union([columns, *(top_level_names(j.key.log) for j in self._joins)])
         for join in self._joins:
             join.load(wanted)
+        self._source.on_refused = self.on_refused
         for number, row in self._source.rows(wanted, advance):
             record: Record | None = row
             try:
@@ -295,13 +296,15 @@ class JoinedRows(Source):
                         self._dropped[_DROPPED] += 1
                         break
             except DataError as error:
-                raise DataError(
+                located = DataError(
                     error.rule,
                     received=error.received,
                     remedy=error.remedy,
                     file=self.label,
                     row=number,
-                ) from None
+                )
+                self.refuse(located, row)
+                continue
             if record is not None:
                 yield number, record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gvpo_offline import values
+from gvpo_offline import conversations
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
@@ -68,7 +68,7 @@ class RowFormat:
         for row, record in rows:
             try:
                 metadata = self._known.metadata(record, source.columns)
-                arguments = values.template_arguments(record)
+                arguments = conversations.template_arguments(record)
                 fragments = self._parse(record)
             except DataError as error:
                 source.refuse(with_location(error, file=source.label, row=row), record)
@@ -90,7 +90,7 @@ class RowFormat:
 
 
 def text_fragment(
-    prompt: values.Prompt,
+    prompt: conversations.Prompt,
     responses: Sequence[Any],
     rewards: Sequence[float | None] | None = None,
     *,
@@ -103,7 +103,7 @@ def text_fragment(
     """A fragment of n responses given as text.
 
     Args:
-        prompt: as `values.prompt` returns it.
+        prompt: as `conversations.prompt` returns it.
         responses: n texts or messages, as the log holds them; None, where it has null, is an empty
             text.
         rewards: n numbers, None where a response lacks its reward; or None if `parts` is given.
@@ -115,7 +115,7 @@ def text_fragment(
     """
     n = len(responses)
     text, messages = prompt
-    replies = [values.response(value) for value in responses]
+    replies = [conversations.response(value) for value in responses]
     fragment = Fragment(
         prompt=text,
         messages=messages,
@@ -135,11 +135,11 @@ def text_fragment(
     return fragment if truncated is None else set_endings(fragment, truncated)
 
 
-def comparison_id(prompt: values.Prompt, responses: Sequence[Any]) -> str:
+def comparison_id(prompt: conversations.Prompt, responses: Sequence[Any]) -> str:
     """A group id for a row whose rewards only compare the responses of that row.
 
     Such rewards cannot be compared with those of another row, even one with the same prompt, so
     each row is its own group: the id is a hash of the prompt and all responses.
     """
-    texts = [[r.text, r.messages] if isinstance(r, values.Reply) else r for r in responses]
+    texts = [[r.text, r.messages] if isinstance(r, conversations.Reply) else r for r in responses]
     return sha256_json([*prompt, *texts])[:_ID_DIGITS]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_offline import values
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, Int32Array
 from gvpo_offline.hashing import sha256_text
@@ -81,9 +81,9 @@ def group_id(fragment: Fragment, *names: object) -> str:
 def one_response(
     *,
     reward: float | None,
-    prompt: values.Prompt = (None, None),
+    prompt: conversations.Prompt = (None, None),
     prompt_ids: Int32Array | None = None,
-    text: values.Reply | str | None = None,
+    text: conversations.Reply | str | None = None,
     arguments: str | None = None,
     ids: Int32Array | None = None,
     mask: BoolArray | None = None,
@@ -97,10 +97,10 @@ def one_response(
 
     Args:
         reward: the reward, or None if it is missing.
-        prompt: as `values.prompt` returns it.
+        prompt: as `conversations.prompt` returns it.
         prompt_ids: (P,) int32, or None to tokenise the prompt.
-        text: the response as text, or as `values.response` returns it.
-        arguments: arguments of the chat template, as `values.template_arguments` returns them.
+        text: the response as text, or as `conversations.response` returns it.
+        arguments: arguments of the chat template, as `conversations.template_arguments` returns them.
         ids: (T,) int32, or None to tokenise the text.
         mask: (T,) bool, or None where every token counts.
         sampler: name of the sampler.
@@ -109,7 +109,7 @@ def one_response(
         response_id: the id of the response.
         parts: the parts of the reward by name.
     """
-    reply = text if isinstance(text, values.Reply) else values.Reply(text)
+    reply = text if isinstance(text, conversations.Reply) else conversations.Reply(text)
     fragment = Fragment(
         prompt=prompt[0],
         messages=prompt[1],
@@ -307,7 +307,7 @@ class TrainerFormat(ABC):
         self._source = source
         try:
             metadata = self._known.metadata(record, None)
-            arguments = values.template_arguments(record)
+            arguments = conversations.template_arguments(record)
             fragments = list(self.parse(record, place))
         except DataError as error:
             source.refuse(with_location(error, file=place.label, row=place.row), record)
