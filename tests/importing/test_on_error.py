@@ -82,7 +82,7 @@ def test_one_broken_row_gives_the_error_of_that_row_alone(tmp_path: Path) -> Non
     rows[7]["reward"] = None
     one = stopped(write_jsonl(tmp_path / "log.jsonl", rows), tmp_path / "out", **IDS)
     assert (one.row, one.group, one.more) == (7, "g2", ())
-    assert str(one).endswith("(missing_rewards: drop).")
+    assert str(one).endswith("(missing_rewards: drop). Rows are counted from 0.")
     rows[8]["reward"] = None
     two = stopped(write_jsonl(tmp_path / "log.jsonl", rows), tmp_path / "out", **IDS)
     assert (two.rule, two.received, two.row) == (one.rule, one.received, one.row)

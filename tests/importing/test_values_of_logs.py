@@ -23,6 +23,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.padding import Padding
 from gvpo_offline.importing.settings import Columns
+from gvpo_offline.json_text import parsed_messages
 from gvpo_offline.settings import load_yaml
 
 NAN = float("nan")
@@ -378,19 +379,19 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "[1]
     ],
 )  # fmt: skip
 def test_a_text_that_is_no_list_of_messages_stays(text: str) -> None:
-    assert values.parsed_messages(text) is text
+    assert parsed_messages(text) is text
 
 
 def test_messages_as_json_text() -> None:
-    assert values.parsed_messages(json.dumps(CHAT)) == CHAT
-    assert values.parsed_messages("\n " + json.dumps(CHAT, indent=2)) == CHAT
+    assert parsed_messages(json.dumps(CHAT)) == CHAT
+    assert parsed_messages("\n " + json.dumps(CHAT, indent=2)) == CHAT
     calls = [{"role": "assistant", "tool_calls": []}]
-    assert values.parsed_messages(json.dumps(calls)) == calls
+    assert parsed_messages(json.dumps(calls)) == calls
     for value in (CHAT, None, 3, {"role": "user", "content": "x"}):
-        assert values.parsed_messages(value) is value
+        assert parsed_messages(value) is value
     # A response that is a list of messages of the user is what the model wrote.
     text = json.dumps(CHAT)
-    assert values.parsed_messages(text, first=("assistant",)) is text
+    assert parsed_messages(text, first=("assistant",)) is text
 
 
 # ---- numbers ----

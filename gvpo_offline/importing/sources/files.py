@@ -111,17 +111,19 @@ class Source(ABC):
         self.on_refused(error, record)
 
     def column_names(self) -> Sequence[str] | None:
-        """The columns, or those of the first row; None if there is no row.
+        """The columns, or those of the first row that can be parsed; None if there is no row.
 
         Raises:
-            DataError: the first row cannot be parsed.
+            DataError: the file as a whole cannot be parsed.
             IntegrityError: the file is damaged.
         """
         if self.columns is not None:
             return self.columns
-        for _, record in self.rows(None, lambda _: None):
-            return list(record)
-        return None
+        before, self.on_refused = self.on_refused, lambda _, __: None
+        try:
+            return next((list(record) for _, record in self.rows(None, lambda _: None)), None)
+        finally:
+            self.on_refused = before
 
     def dependencies(self) -> Mapping[str, str]:
         """Further values that the rows depend on, by name, such as hashes of other files."""

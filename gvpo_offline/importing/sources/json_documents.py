@@ -60,8 +60,10 @@ class JsonDocuments(Source):
                 if value is text:
                     break
                 if not isinstance(value, dict):
-                    raise self._invalid(f"{type(value).__name__}: {str(value)[:80]!r}", number)
-                yield number, value
+                    received = f"{type(value).__name__}: {str(value)[:80]!r}"
+                    self.refuse(self._invalid(received, number))
+                else:
+                    yield number, value
                 if number % _REPORT_ROWS == 0:
                     position = raw.tell()
                     advance(position - reported)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline import values
+from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.settings import ImportConfig
 
@@ -38,6 +39,9 @@ class RewardReader:
         Raises:
             DataError: a label that the map does not have, or a value that is no number.
         """
+        if isinstance(value, str) and value in self._map:
+            return self._map[value]
+        value = cell_value(value)
         if isinstance(value, bool | np.bool_) and self._maps_flags:
             names = _FLAGS[bool(value)]
             label = next((name for name in names if name in self._map), None)
@@ -46,8 +50,6 @@ class RewardReader:
             return self._map[label]
         if not isinstance(value, str):
             return values.number(value, what)
-        if value in self._map:
-            return self._map[value]
         if self._cast:
             try:
                 return values.rating(value, what)

@@ -100,7 +100,8 @@ def one_response(
         prompt: as `conversations.prompt` returns it.
         prompt_ids: (P,) int32, or None to tokenise the prompt.
         text: the response as text, or as `conversations.response` returns it.
-        arguments: arguments of the chat template, as `conversations.template_arguments` returns them.
+        arguments: arguments of the chat template, as `conversations.template_arguments` returns
+            them.
         ids: (T,) int32, or None to tokenise the text.
         mask: (T,) bool, or None where every token counts.
         sampler: name of the sampler.
