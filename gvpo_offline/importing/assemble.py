@@ -83,6 +83,8 @@ class Assembler:
     def groups(self, fragments: Sequence[Sequence[KeyedFragment]]) -> list[Group]:
         """Build one group per list of fragments, in order; the settings may drop some.
 
+        With `singletons: keep` some have a single response.
+
         Raises:
             DataError: a group breaks a rule, or the settings say to stop; names file, row and
                 group.
@@ -290,13 +292,18 @@ class Assembler:
             self.counts["cut_overlong_responses"] += 1
 
     def _has_min_size(self, draft: _Draft) -> bool:
-        """Apply the minimum group size; False if the group is dropped."""
+        """Apply the minimum group size; False if the group is dropped.
+
+        With `singletons: keep` a group of one response is kept; the importer stores it apart.
+        """
         k = len(draft.responses)
         if k >= MIN_GROUP_SIZE:
             return True
         if k == 0:
             self.counts["dropped_groups_without_responses"] += 1
             return False
+        if self._config.singletons == "keep":
+            return True
         if self._config.singletons == "drop":
             self.counts["dropped_singletons"] += 1
             return False
@@ -307,7 +314,8 @@ class Assembler:
             DataError(
                 f"a group needs at least {MIN_GROUP_SIZE} responses",
                 received=f"{k}{left} for the prompt {draft.first.messages or draft.first.prompt!r}",
-                remedy="add responses for this prompt, or drop such groups (singletons: drop)",
+                remedy="add responses for this prompt, drop such groups (singletons: drop), or "
+                "keep them as incomplete groups for a later merge (singletons: keep)",
             ),
         )
 
@@ -316,7 +324,8 @@ class Assembler:
         ids = tuple(r.ids for r in responses if r.ids is not None)
         assert len(ids) == len(responses)
         assert draft.prompt_ids is not None
-        self.counts["truncated_responses"] += sum(r.truncated for r in responses)
+        if len(responses) >= MIN_GROUP_SIZE:  # as all counts of responses
+            self.counts["truncated_responses"] += sum(r.truncated for r in responses)
         masks = None
         if any(r.mask is not None for r in responses):
             masks = tuple(

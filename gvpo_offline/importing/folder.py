@@ -16,6 +16,8 @@ from gvpo_offline.store.writer import claim_folder, lock_folder
 # Prefixes of the stages of `sample`, whose commit records are in the same folder.
 SAMPLING_STAGES = ("prompts-", "sample-")
 
+# The folders of an import's shards.
+_WRITTEN = ("groups", "rewards", "incomplete")
 # Only files with names that an import gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(r"^\.(\d{5}|\d{5}\.json|manifest-\d{6}\.json)\.[0-9a-f]{32}\.tmp$")
@@ -81,6 +83,8 @@ class OutputFolder:
         for family in manifest.rewards:
             for sidecar in family.files:
                 verify_file(self.root, sidecar.file, content=False)
+        for entry in manifest.incomplete.files if manifest.incomplete else ():
+            verify_file(self.root, entry, content=False)
         self._remove_spill()
         return manifest
 
@@ -110,21 +114,20 @@ class OutputFolder:
         tasks = sorted(log.folder.glob("*.json")) if log.folder.exists() else []
         found = {task.stem: log.committed(task.stem) for task in tasks}
         records = {task: record for task, record in found.items() if record is not None}
-        keep = [entry.path for record in records.values() for entry in record.groups]
-        keep += [s.file.path for record in records.values() for s in record.sidecars]
-        self._sweep(set(keep))
+        keep = {entry.path for record in records.values() for entry in record.entries()}
+        self._sweep(keep)
         return records
 
     def discard(self, stage: str) -> None:
         """Remove the commit records and shards of `stage`, and the folders left empty."""
         shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
         self._sweep(set())
-        for name in ("commits", "groups", "rewards"):
+        for name in ("commits", *_WRITTEN):
             _remove_empty(self.root / name)
 
     def _sweep(self, keep: set[str]) -> None:
         self._remove_spill()
-        written = {p for name in ("groups", "rewards") for p in (self.root / name).rglob("*")}
+        written = {p for name in _WRITTEN for p in (self.root / name).rglob("*")}
         records = (self.root / "commits").rglob("*")
         for path in sorted([*self.root.iterdir(), *records, *written]):
             shard = path in written and _SHARD.match(path.name)

@@ -35,9 +35,16 @@ class ImportResult:
         for name, text in COUNT_TEXTS.items():
             if self.counts.get(name):
                 lines.append(f"  {counts[name]} {text}")
+        if self.counts.get(INCOMPLETE):
+            lines.append(
+                f"  {counts[INCOMPLETE]} incomplete groups: prompts with a single response, which "
+                "nothing trains on until `merge` adds responses (singletons: keep)"
+            )
         return lines
 
 
+# The count of prompts with one response, present where there are some.
+INCOMPLETE = "incomplete_groups"
 # Printed text for each count of dropped or changed responses and groups.
 COUNT_TEXTS = {
     "truncated_responses": "responses are marked as truncated",

@@ -29,7 +29,7 @@ from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema, rewards_sche
 
 # Entries of a dataset's folder; a folder with others is not written to.
 _OWN_ENTRIES = {
-    *("commits", "groups", "rewards", "reference", ".spill"),
+    *("commits", "groups", "rewards", "reference", "incomplete", ".spill"),
     *("prompts", "samples", "batches", "judgements"),
 }
 
