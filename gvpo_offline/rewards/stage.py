@@ -32,8 +32,7 @@ from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import rewards_schema
-from gvpo_offline.store.sidecar_choice import check_has_groups
-from gvpo_offline.store.sidecar_choice import WeightedReward
+from gvpo_offline.store.sidecar_choice import WeightedReward, check_has_groups
 from gvpo_offline.store.survey import Survey, survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.version import __version__
