@@ -83,8 +83,8 @@ class OutputFolder:
         for family in manifest.rewards:
             for sidecar in family.files:
                 verify_file(self.root, sidecar.file, content=False)
-        for entry in manifest.incomplete.files if manifest.incomplete else ():
-            verify_file(self.root, entry, content=False)
+        for waiting in manifest.incomplete.files if manifest.incomplete else ():
+            verify_file(self.root, waiting, content=False)
         self._remove_spill()
         return manifest
 

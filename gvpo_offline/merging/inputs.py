@@ -348,7 +348,7 @@ def _member(
 
 def _families(manifest: Manifest) -> dict[tuple[str, str], RewardFamily | ReferenceFamily]:
     """A dataset's families, by their keys."""
-    families = [*manifest.rewards, *manifest.references]
+    families: list[RewardFamily | ReferenceFamily] = [*manifest.rewards, *manifest.references]
     return {_key(family): family for family in families}
 
 

@@ -196,6 +196,8 @@ def _earlier_compaction(dataset: InputDataset, config: CompactConfig) -> Lineage
 def _compacted(
     config: CompactConfig, dataset: InputDataset, spilled: Path
 ) -> tuple[Manifest, dict[str, int]]:
+    if not dataset.manifest.groups:  # incomplete groups alone, which stay in their files
+        return dataset.manifest, _counts([])
     families, _ = common_families([dataset], leave_out=False)
     dataset.join(families)
     old = dataset.manifest.groups
