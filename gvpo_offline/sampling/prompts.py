@@ -25,8 +25,8 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.encode import Encoder
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
-from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.sampling.waiting import WaitingPrompt, prompt_sources
 from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import FileEntry
@@ -124,7 +124,7 @@ def prepare_prompts(
         IntegrityError: an input is damaged.
     """
     root = Path(config.output_dir)
-    sources = find_sources(config.inputs)
+    sources = prompt_sources(config.inputs, config.prompt_column)
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
     drops = config.overlong_prompts == "drop"
@@ -212,6 +212,7 @@ class _Row:
     prompt: str | None
     messages: str | None
     metadata: str | None
+    waiting: WaitingPrompt | None = None
 
     @property
     def place(self) -> dict[str, Any]:
@@ -279,6 +280,7 @@ class _Reader:
             prompt=text,
             messages=messages,
             metadata=json.dumps(rest, default=plain, allow_nan=True) if rest else None,
+            waiting=record if isinstance(record, WaitingPrompt) else None,
         )
 
     def _as_chat(self, text: str | None, messages: str | None) -> tuple[str | None, str | None]:
@@ -339,6 +341,11 @@ class _Reader:
 
     def _prompt(self, row: _Row, ids: Int32Array) -> Prompt:
         file, number = row.source.file_name, row.number
+        if row.waiting is not None:
+            try:
+                row.waiting.check(ids)
+            except DataError as error:
+                raise with_location(error, file=row.source.label, row=number) from None
         return Prompt(0, row.key, file, number, row.prompt, row.messages, row.metadata, ids)
 
     def _fits(self, row: _Row, ids: Int32Array) -> bool:
