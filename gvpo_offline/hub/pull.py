@@ -105,7 +105,7 @@ def _check_paths(manifest: Manifest, repo: Repo) -> None:
         inside = len(parts) > 1 and parts[0] in _FOLDERS
         if not inside or ".." in parts or "\\" in entry.path:
             raise IntegrityError(
-                f"the files of a dataset lie under {', '.join(_FOLDERS)}",
+                "the files of a dataset lie under groups, rewards, reference and incomplete",
                 received=entry.path,
                 remedy="do not use this repository",
                 file=repo.label,
