@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.builders import differences
 from support.importing import ALL_COLUMNS, config, read_groups
-from support.merging import add_sidecars, import_rows, tree
+from support.merging import add_sidecars, import_rows, responses, tree
 
 from gvpo_offline.errors import DataError, StorageError
 from gvpo_offline.group import Group
@@ -321,3 +321,37 @@ def test_a_full_disk_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = merged(tmp_path / "one", tmp_path / "two").manifest
     straight = merged(tmp_path / "whole", tmp_path / "two").manifest
     assert [entry.sha256 for entry in again.files()] == [e.sha256 for e in straight.files()]
+
+
+def test_a_prompt_that_waits_beside_its_own_group(tmp_path: Path) -> None:
+    """A log with ids of its own may hold one prompt under two ids; `match: prompt` joins them."""
+    kept(
+        tmp_path / "one",
+        [row("x", [10], prompt=[1]), row("x", [11], prompt=[1]), row("y", [12], prompt=[1])],
+    )
+    kept(tmp_path / "two", [row("z", [13], prompt=[2])])
+    merged(tmp_path / "one", tmp_path / "two", match="prompt")
+    assert ids(read_groups(tmp_path / "one")) == {"x": [[10], [11], [12]]}
+    assert ids(waiting(tmp_path / "one")) == {"z": [[13]]}
+
+
+def test_groups_with_a_reference_join_a_dataset_that_has_none_yet(tmp_path: Path) -> None:
+    """A dataset of incomplete groups alone lacks no reward and no reference; it gets the groups of
+    the other one with all of theirs, as long as none of its own prompts is completed by them.
+    """
+    for name in ("one", "again"):
+        kept(tmp_path / name, [row("a", [10])])
+    kept(tmp_path / "two", [row("b", [20]), row("b", [21])])
+    add_sidecars(tmp_path / "two")
+    before = load_manifest(tmp_path / "two")
+    manifest = merged(tmp_path / "one", tmp_path / "two").manifest
+    assert (manifest.n_groups, manifest.n_incomplete) == (1, 1)
+    assert responses(tmp_path / "one") == responses(tmp_path / "two")
+    assert [f.name for f in manifest.rewards] == [f.name for f in before.rewards]
+    assert manifest.references[0].fingerprint == before.references[0].fingerprint
+    kept(tmp_path / "three", [row("a", [11]), row("a", [12])])
+    add_sidecars(tmp_path / "three")
+    with pytest.raises(DataError, match=r"length@2, which the incomplete groups"):
+        merged(tmp_path / "again", tmp_path / "three")
+    merged(tmp_path / "again", tmp_path / "three", incomplete="drop")
+    assert ids(read_groups(tmp_path / "again")) == {"a": [[10], [11], [12]]}
