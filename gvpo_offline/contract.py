@@ -19,6 +19,7 @@ from gvpo_offline.store.commit import SealedRecord
 from gvpo_offline.store.manifest import SealedManifest
 from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
+    INCOMPLETE_COLUMNS,
     REFERENCE_COLUMNS,
     REWARDS_COLUMNS,
     SCHEMA_VERSION,
@@ -54,10 +55,12 @@ def _json_type(kind: pa.DataType) -> dict[str, Any]:
     return {"type": "string"}
 
 
-def _column(column: Column) -> dict[str, Any]:
+def _column(column: Column, incomplete: bool) -> dict[str, Any]:
     described = _json_type(column.type)
     if column.name in _PER_RESPONSE:
-        described["minItems"] = MIN_GROUP_SIZE
+        described["minItems"] = 1 if incomplete else MIN_GROUP_SIZE
+        if incomplete:
+            described["maxItems"] = 1
     if column.name == "group_id":
         described["minLength"] = 1
     if column.name == "prompt_token_ids":
@@ -71,14 +74,22 @@ def _column(column: Column) -> dict[str, Any]:
     return {**described, "description": column.doc, "x-arrow-type": str(column.type)}
 
 
-def row_schema(title: str, columns: Sequence[Column]) -> dict[str, Any]:
-    """The JSON Schema of one row of a Parquet file with `columns`."""
+def row_schema(
+    title: str, columns: Sequence[Column], *, incomplete: bool = False
+) -> dict[str, Any]:
+    """The JSON Schema of one row of a Parquet file with `columns`.
+
+    Args:
+        title: of the schema.
+        columns: of the file.
+        incomplete: whether a row has one response, instead of at least two.
+    """
     return {
         "$schema": _DIALECT,
         "title": title,
         "type": "object",
         "x-schema-version": SCHEMA_VERSION,
-        "properties": {column.name: _column(column) for column in columns},
+        "properties": {column.name: _column(column, incomplete) for column in columns},
         "required": [column.name for column in columns if column.required],
     }
 
@@ -93,6 +104,11 @@ def contract() -> dict[str, str]:
         "reference.schema.json": row_schema("A row of a reference sidecar", REFERENCE_COLUMNS),
         "training_file.schema.json": row_schema(
             "A row of a self-contained Parquet file for training", inline
+        ),
+        "incomplete.schema.json": row_schema(
+            "One prompt with one response: a row of a file of incomplete groups",
+            INCOMPLETE_COLUMNS,
+            incomplete=True,
         ),
         "manifest.schema.json": {"$schema": _DIALECT, **SealedManifest.model_json_schema()},
         "commit.schema.json": {"$schema": _DIALECT, **SealedRecord.model_json_schema()},

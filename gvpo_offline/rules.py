@@ -16,14 +16,33 @@ MIN_GROUP_SIZE = 2
 
 
 def check_group(
-    group: Group, *, file: Any = None, row: int | None = None, vocab_size: int | None = None
+    group: Group,
+    *,
+    file: Any = None,
+    row: int | None = None,
+    vocab_size: int | None = None,
+    incomplete: bool = False,
 ) -> None:
-    """Raise DataError, naming `file`, `row` and the group, if `group` breaks a rule."""
+    """Raise DataError, naming `file`, `row` and the group, if `group` breaks a rule.
+
+    Args:
+        group: the group.
+        file, row: its place, for the error.
+        vocab_size: number of token ids, if known.
+        incomplete: whether it is an incomplete group, which has exactly one response.
+    """
     place: dict[str, Any] = {"file": file, "row": row, "group": group.group_id}
     k = group.group_size
     if not group.group_id:
         raise DataError("a group needs a non-empty group_id", received=group.group_id, **place)
-    if k < MIN_GROUP_SIZE:
+    if incomplete and k != 1:
+        raise DataError(
+            "an incomplete group has exactly 1 response",
+            received=f"{k}",
+            remedy="import the log again, or fix the program that wrote the file",
+            **place,
+        )
+    if k < MIN_GROUP_SIZE and not incomplete:
         raise DataError(
             f"a group needs at least {MIN_GROUP_SIZE} responses",
             received=f"{k}",

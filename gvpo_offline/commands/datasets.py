@@ -40,6 +40,8 @@ def _run_validate(values: dict[str, Any]) -> None:
         rewards = ", ".join(f"{r.name}@{r.version}" for r in found.manifest.rewards) or "none"
         references = ", ".join(r.fingerprint[:12] for r in found.manifest.references) or "none"
         print(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
+        if found.manifest.n_incomplete:
+            print(f"{found.manifest.n_incomplete:,} incomplete groups: prompts with one response")
 
 
 def _run_ls(values: dict[str, Any]) -> None:

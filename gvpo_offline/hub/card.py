@@ -53,17 +53,22 @@ def card(manifest: Manifest, repo_id: str, existing: str | None = None) -> str:
 
 
 def configs(manifest: Manifest) -> list[dict[str, Any]]:
-    """The configurations of `datasets.load_dataset`: groups, each reward, each reference.
+    """The configurations of `datasets.load_dataset`: groups, each reward, each reference, and
+    incomplete groups.
 
-    Files are listed one by one, in the manifest's order: row i of every configuration belongs to
-    the same group.
+    Files are listed one by one, in the manifest's order: row i of groups, rewards and references
+    belongs to the same group.
     """
     found = [_config("groups", manifest.groups, default=True)] if manifest.groups else []
     families = {
         **{f"reward-{family.name}-v{family.version}": family.files for family in manifest.rewards},
         **{f"reference-{f.fingerprint[:12]}": f.files for f in manifest.references},
     }
-    return found + [_config(name, _ordered(files, manifest)) for name, files in families.items()]
+    if manifest.groups:
+        found += [_config(name, _ordered(files, manifest)) for name, files in families.items()]
+    if manifest.incomplete is not None:
+        found.append(_config("incomplete", manifest.incomplete.files))
+    return found
 
 
 def _config(name: str, files: Iterable[FileEntry], **more: Any) -> dict[str, Any]:
@@ -107,7 +112,8 @@ def _part(manifest: Manifest, repo_id: str) -> str:
         [
             f"# {_title(repo_id)}\n",
             f"{manifest.n_groups:,} groups, each the responses to one prompt: {counts}.\n",
-            *_usage(manifest, repo_id),
+            *_incomplete(manifest),
+            *(_usage(manifest, repo_id) if manifest.groups else ()),
             *_contents(manifest),
             *_columns("groups", GROUPS_COLUMNS),
             *_columns("reward-…", REWARDS_COLUMNS),
@@ -116,6 +122,17 @@ def _part(manifest: Manifest, repo_id: str) -> str:
             *(_step(number, step) for number, step in enumerate(manifest.lineage, 1)),
         ]
     )
+
+
+def _incomplete(manifest: Manifest) -> list[str]:
+    if not manifest.n_incomplete:
+        return []
+    text = (
+        f"Apart from them, {manifest.n_incomplete:,} incomplete groups: prompts with one response, "
+        "which nothing trains on until `gvpo-offline merge` adds responses (configuration "
+        "`incomplete`).\n"
+    )
+    return [text]
 
 
 def _step(number: int, step: LineageStep) -> str:
@@ -132,6 +149,7 @@ def _usage(manifest: Manifest, repo_id: str) -> list[str]:
     train += [f"--reference {reference.fingerprint[:12]}"] if reference else []
     score = f"gvpo-offline reference --dataset data --model_name_or_path {name}"
     config = f"reward-{reward.name}-v{reward.version}" if reward else None
+    but = " but `incomplete`" if manifest.incomplete else ""
     return [
         "## Train from it\n",
         "```sh",
@@ -145,7 +163,7 @@ def _usage(manifest: Manifest, repo_id: str) -> list[str]:
         f'groups = load_dataset("{repo_id}", "groups", split="train")',
         *([f'rewards = load_dataset("{repo_id}", "{config}", split="train")'] if config else []),
         "```\n",
-        "Row i of every configuration belongs to the same group.\n",
+        f"Row i of every configuration{but} belongs to the same group.\n",
     ]
 
 

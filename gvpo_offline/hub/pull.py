@@ -30,6 +30,8 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.writer import claim_folder, lock_folder
 
+_FOLDERS = ("groups", "rewards", "reference", "incomplete")
+
 
 @dataclass(frozen=True)
 class PullResult:
@@ -100,10 +102,10 @@ def _check_paths(manifest: Manifest, repo: Repo) -> None:
     """
     for entry in manifest.files():
         parts = PurePosixPath(entry.path).parts
-        inside = len(parts) > 1 and parts[0] in ("groups", "rewards", "reference")
+        inside = len(parts) > 1 and parts[0] in _FOLDERS
         if not inside or ".." in parts or "\\" in entry.path:
             raise IntegrityError(
-                "the files of a dataset lie under groups, rewards and reference",
+                "the files of a dataset lie under groups, rewards, reference and incomplete",
                 received=entry.path,
                 remedy="do not use this repository",
                 file=repo.label,

@@ -24,7 +24,7 @@ from gvpo_offline.store.manifest import FileEntry, Manifest, load_manifest, mani
 CARD = "README.md"
 FILES_PER_COMMIT = 100  # as the hub recommends
 # What a repository may hold before the first push of a dataset.
-_ALLOWED = {CARD, ".gitattributes", "LICENSE", "groups", "rewards", "reference"}
+_ALLOWED = {CARD, ".gitattributes", "LICENSE", "groups", "rewards", "reference", "incomplete"}
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ class Assembler:
     def groups(self, fragments: Sequence[Sequence[KeyedFragment]]) -> list[Group]:
         """Build one group per list of fragments, in order; the settings may drop some.
 
+        With `singletons: keep` some have a single response.
+
         Raises:
             DataError: a group breaks a rule and `on_error` is stop, or too many do; names file, row
                 and group.
@@ -135,15 +137,17 @@ class Assembler:
     def _checked(self, draft: Draft) -> list[Group]:
         """The group of a draft; none if it breaks a rule of the dataset and is dropped."""
         group = self._finish(draft)
+        whole = group.group_size >= MIN_GROUP_SIZE  # else it waits for a merge, and is not counted
         if self.broken.drops:  # else the writer checks the group
             try:
                 vocab_size = None if self._encoder is None else self._encoder.vocab_size
-                check_group(group, vocab_size=vocab_size)
+                check_group(group, vocab_size=vocab_size, incomplete=not whole)
             except DataError as error:
                 self._refusals.group(draft, error)
                 return []
         assert draft.prompt_ids is not None
-        self._tally.keep(draft.prompt_ids, draft.responses)
+        if whole:
+            self._tally.keep(draft.prompt_ids, draft.responses)
         if draft.reduced or draft.group_id in self._reduced:
             self.counts["groups_reduced_by_errors"] += 1
         return [group]
@@ -317,13 +321,18 @@ class Assembler:
             self.counts["cut_overlong_responses"] += 1
 
     def _has_min_size(self, draft: Draft) -> bool:
-        """Apply the minimum group size; False if the group is dropped."""
+        """Apply the minimum group size; False if the group is dropped.
+
+        With `singletons: keep` a group of one response is kept; the importer stores it apart.
+        """
         k = len(draft.responses)
         if k >= MIN_GROUP_SIZE:
             return True
         if k == 0:
             self.counts["dropped_groups_without_responses"] += 1
             return False
+        if self._config.singletons == "keep":
+            return True
         if self._config.singletons == "drop":
             self._tally.drop("dropped_singletons", draft.responses)
             return False
@@ -331,7 +340,8 @@ class Assembler:
         error = DataError(
             f"a group needs at least {MIN_GROUP_SIZE} responses",
             received=f"{k}{left} for the prompt {draft.first.messages or draft.first.prompt!r}",
-            remedy="add responses for this prompt, or drop such groups (singletons: drop)",
+            remedy="add responses for this prompt, drop such groups (singletons: drop), or keep "
+            "them as incomplete groups for a later merge (singletons: keep)",
         )
         self._refusals.group(draft, error)
         return False

@@ -23,6 +23,8 @@ from gvpo_offline.version import IMPORT_VERSION
 # Prefixes of the stages of `sample`, whose commit records are in the same folder.
 SAMPLING_STAGES = ("prompts-", "sample-")
 
+# The folders of an import's shards.
+_WRITTEN = ("groups", "rewards", "incomplete")
 # Only files with names that an import gives are ever removed.
 _SHARD = re.compile(r"^\d{5}-[0-9a-f]{12}\.parquet$")
 _TEMPORARY = re.compile(
@@ -91,6 +93,8 @@ class OutputFolder:
         for family in manifest.rewards:
             for sidecar in family.files:
                 verify_file(self.root, sidecar.file, content=False)
+        for waiting in manifest.incomplete.files if manifest.incomplete else ():
+            verify_file(self.root, waiting, content=False)
         self._remove_spill()
         return manifest
 
@@ -132,9 +136,8 @@ class OutputFolder:
         tasks = sorted(log.folder.glob("*.json")) if log.folder.exists() else []
         found = {task.stem: log.committed(task.stem) for task in tasks}
         records = {task: record for task, record in found.items() if record is not None}
-        keep = [entry.path for record in records.values() for entry in record.groups]
-        keep += [s.file.path for record in records.values() for s in record.sidecars]
-        self._sweep(set(keep))
+        keep = {entry.path for record in records.values() for entry in record.entries()}
+        self._sweep(keep)
         return records
 
     def discard(self, stage: str) -> None:
@@ -142,12 +145,12 @@ class OutputFolder:
         shutil.rmtree(self.root / "commits" / stage, ignore_errors=True)
         self._sweep(set())
         (self.root / IMPORT_REPORT).unlink(missing_ok=True)
-        for name in ("commits", "groups", "rewards"):
+        for name in ("commits", *_WRITTEN):
             _remove_empty(self.root / name)
 
     def _sweep(self, keep: set[str]) -> None:
         self._remove_spill()
-        written = {p for name in ("groups", "rewards") for p in (self.root / name).rglob("*")}
+        written = {p for name in _WRITTEN for p in (self.root / name).rglob("*")}
         records = (self.root / "commits").rglob("*")
         for path in sorted([*self.root.iterdir(), *records, *written]):
             shard = path in written and _SHARD.match(path.name)

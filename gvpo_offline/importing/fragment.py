@@ -234,7 +234,7 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
         raise DataError(
             "a row holds at least 1 response",
             received="an empty list",
-            remedy="remove the row, or drop such groups (singletons: drop)",
+            remedy="remove the row, or drop such groups (singletons: drop or keep)",
         )
     for name in (
         "response_token_ids",

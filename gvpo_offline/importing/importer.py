@@ -12,7 +12,6 @@ interrupted run stay, and the same command continues from them.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,17 +40,24 @@ from gvpo_offline.importing.formats.shared.log_format import (
     LogFormat,
     StageLog,
 )
-from gvpo_offline.importing.outcome import COUNT_TEXTS, FOUND_TEXTS, ImportResult
+from gvpo_offline.importing.outcome import COUNT_TEXTS, FOUND_TEXTS, INCOMPLETE, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.joined import open_inputs
 from gvpo_offline.importing.tally import MOST_SAMPLERS, Tally, merged, model_max_length
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
-from gvpo_offline.store.manifest import IMPORT_VERSION_KEY, LineageStep, Manifest, RewardFamily
+from gvpo_offline.store.incomplete import write_shard
+from gvpo_offline.store.manifest import (
+    IMPORT_VERSION_KEY,
+    IncompleteGroups,
+    LineageStep,
+    Manifest,
+    RewardFamily,
+)
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.spill import power_of_two
-from gvpo_offline.store.writer import publish, write_groups
+from gvpo_offline.store.writer import publish
 from gvpo_offline.tokenizer import tokenizer_info
 from gvpo_offline.version import IMPORT_VERSION, __version__
 
@@ -254,20 +260,16 @@ class _Import:
             earlier=len(first.broken.records),
             reduced=first.reduced,
         )
-        groups = self._groups(spill, shard, assembler, advance)
-        record = TaskRecord(stage=log.stage, task=_task(shard))
-        head = next(groups, None)
-        if head is not None:
-            record = write_groups(
-                root,
-                log.stage,
-                _task(shard),
-                itertools.chain([head], groups),
-                reward=self.config.reward_name if first.rewarded else None,
-                components=components,
-                vocab_size=None if self.encoder is None else self.encoder.vocab_size,
-                rows_per_row_group=self.config.rows_per_row_group,
-            )
+        record = write_shard(
+            root,
+            log.stage,
+            _task(shard),
+            self._groups(spill, shard, assembler, advance),
+            reward=self.config.reward_name if first.rewarded else None,
+            components=components,
+            vocab_size=None if self.encoder is None else self.encoder.vocab_size,
+            rows_per_row_group=self.config.rows_per_row_group,
+        )
         return record.model_copy(update=assembler.found())
 
     def _publish(
@@ -280,7 +282,8 @@ class _Import:
             found["broken"] = summary(broken)
         if counts.get("over_model_max_length_responses") and self.encoder is not None:
             found["model_max_length"] = model_max_length(self.encoder.tokenizer)
-        if not counts["groups"]:
+        waiting = [entry for record in records for entry in record.files]
+        if not counts["groups"] and not waiting:
             raise DataError(
                 "an import yields at least 1 group",
                 received=", ".join(f"{name} {n}" for name, n in counts.items() if n),
@@ -293,6 +296,7 @@ class _Import:
         family = RewardFamily(
             name=self.config.reward_name, components=sorted(first.components), files=sidecars
         )
+        apart = family.model_copy(update={"files": []}) if first.rewarded else None
         read = [
             {"path": source.file_name, "sha256": digest, "rows": rows, **dependencies}
             for source, digest, rows, dependencies in zip(
@@ -317,6 +321,7 @@ class _Import:
                 samplers={s: self.config.samplers.get(s, {}) for s in sorted(first.samplers)},
                 groups=[entry for record in records for entry in record.groups],
                 rewards=[family] if first.rewarded else [],
+                incomplete=IncompleteGroups(files=waiting, reward=apart) if waiting else None,
                 lineage=[step],
             )
 
@@ -347,4 +352,7 @@ def _counts(
     for record in records:
         dropped.update(record.counts)
     found = {name: dropped[name] for name in FOUND_TEXTS if dropped[name]}
-    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}, **found}
+    waiting = sum(entry.rows for record in records for entry in record.files)
+    # Only where there are some: the counts of other imports are as they were before.
+    kept = {INCOMPLETE: waiting} if waiting else {}
+    return {**counts, **{name: dropped[name] for name in COUNT_TEXTS}, **found, **kept}

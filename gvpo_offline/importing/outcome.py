@@ -49,6 +49,11 @@ class ImportResult:
                 if name in _CHOSEN_BY or len(by_sampler) > 1:
                     said = sampler_lines(by_sampler, _CHOSEN_BY.get(name, "the import"))
                     lines += [f"    {line}" for line in said]
+        if self.counts.get(INCOMPLETE):
+            lines.append(
+                f"  {counts[INCOMPLETE]} incomplete groups: prompts with a single response, which "
+                "nothing trains on until `merge` adds responses (singletons: keep)"
+            )
         return lines + self._broken_lines()
 
     def _note(self, name: str) -> str:
@@ -69,6 +74,8 @@ class ImportResult:
         return [head, *(f"    {line}" for line in summary_lines(broken))]
 
 
+# The count of prompts with one response, present where there are some.
+INCOMPLETE = "incomplete_groups"
 # Printed text for each count of dropped or changed responses and groups.
 COUNT_TEXTS = {
     "truncated_responses": "responses are marked as truncated",

@@ -12,6 +12,7 @@ from gvpo_offline.store.location import local_folder
 OnLong = Literal["error", "drop", "truncate"]
 OnEmpty = Literal["error", "drop", "keep"]
 StopOrDrop = Literal["stop", "drop"]
+OnSingle = Literal["error", "drop", "keep"]
 
 
 AUTO = "auto"
@@ -141,8 +142,10 @@ class ImportConfig:
     """A response over max_length: error, drop the response, or truncate its tokens (its text stays
     as logged) and mark it as truncated. A prompt is never cut: a group whose prompt alone reaches
     max_length is an error or is dropped."""
-    singletons: ErrorOrDrop = "error"
-    """A prompt with one response or none: error, or drop it and report the number."""
+    singletons: OnSingle = "error"
+    """A prompt with one response: error, drop it and report the number, or keep it apart from the
+    groups as an incomplete group, which nothing trains on until `merge` adds responses to its
+    prompt. A prompt without responses: error, or with drop and keep it is dropped and counted."""
     failed_responses: ErrorOrDrop = "error"
     """A response that the log marks as failed (a failed request, an episode with an error, a
     masked-out sample): error, or drop it and report the number."""

@@ -15,6 +15,7 @@ from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import (
     FileEntry,
+    IncompleteGroups,
     Manifest,
     ReferenceFamily,
     RewardFamily,
@@ -72,6 +73,7 @@ class DatasetInfo:
             "samplers": manifest.samplers,
             "rewards": [_reward(family) for family in manifest.rewards],
             "references": [_reference(family, manifest) for family in manifest.references],
+            **({"incomplete": _incomplete(manifest.incomplete)} if manifest.incomplete else {}),
             "lineage": [step.model_dump(mode="json") for step in manifest.lineage],
             "versions": [
                 _version(before, *version)
@@ -157,6 +159,14 @@ def _reference(family: ReferenceFamily, manifest: Manifest) -> dict[str, Any]:
     return {**fields, "tokenizer": said, "size": _sidecars(family.files)}
 
 
+def _incomplete(held: IncompleteGroups) -> dict[str, Any]:
+    return {
+        "groups": held.n_groups,
+        "reward": held.reward and reward_label(held.reward),
+        "size": _files(held.files),
+    }
+
+
 def _version(before: Manifest | None, manifest: Manifest, written: str) -> dict[str, Any]:
     """A version and what it changed against the one before it."""
     old, parts = _parts(before) if before else {}, _parts(manifest)
@@ -177,9 +187,11 @@ def _parts(manifest: Manifest) -> dict[str, list[str]]:
     families = {f"reward {reward_label(family)}": family.files for family in manifest.rewards}
     families |= {f"reference {f.fingerprint[:12]}": f.files for f in manifest.references}
     base = [entry.path for entry in manifest.groups]
+    waiting = [entry.path for entry in manifest.incomplete.files] if manifest.incomplete else []
     return {
         "groups": base,
         **{label: [each.file.path for each in files] for label, files in families.items()},
+        **({"incomplete groups": waiting} if waiting else {}),
     }
 
 

@@ -31,6 +31,7 @@ def info_lines(info: DatasetInfo) -> list[str]:
         ("samplers", [sampler_text(name, each) for name, each in manifest.samplers.items()]),
         ("rewards", _table(map(_reward_cells, manifest.rewards, found["rewards"]))),
         ("references", _table(map(_reference_cells, manifest.references, found["references"]))),
+        *([("incomplete", _incomplete_lines(found["incomplete"]))] if manifest.incomplete else ()),
         ("lineage", _table(_step_cells(n, s) for n, s in enumerate(manifest.lineage, 1))),
         ("versions", _table(map(_version_cells, found["versions"]))),
         *(_content_sections(found["content"]) if info.surveys else ()),
@@ -46,14 +47,18 @@ def info_lines(info: DatasetInfo) -> list[str]:
 
 def overview_lines(infos: Sequence[DatasetInfo]) -> list[str]:
     """Several datasets as a table, one row each."""
-    heading = ("dataset", "version", "groups", "responses", "tokens", "size", "rewards", "refs")
-    rows: list[Sequence[str]] = [heading]
-    for found in (info.as_dict() for info in infos):
+    heading = ["dataset", "version", "groups", "responses", "tokens", "size", "rewards", "refs"]
+    described = [info.as_dict() for info in infos]
+    apart = any("incomplete" in found for found in described)
+    rows: list[Sequence[str]] = [[*heading, "incomplete"] if apart else heading]
+    for found in described:
         counts = [f"{found[name]:,}" for name in heading[1:5]]
         rewards = ", ".join(each["label"] for each in found["rewards"])
         references = ", ".join(each["fingerprint"][:12] for each in found["references"])
         size = size_text(found["total"]["bytes"])
-        rows.append((found["path"], *counts, size, rewards or "none", references or "none"))
+        held = [f"{found['incomplete']['groups']:,}" if "incomplete" in found else "none"]
+        cells = (found["path"], *counts, size, rewards or "none", references or "none")
+        rows.append((*cells, *held) if apart else cells)
     return _table(rows, right=range(1, 6))
 
 
@@ -120,11 +125,21 @@ def _size_lines(found: dict[str, Any]) -> list[str]:
     sizes = [("groups", found["base"])]
     sizes += [(f"reward {reward['label']}", reward["size"]) for reward in found["rewards"]]
     sizes += [(f"reference {r['fingerprint'][:12]}", r["size"]) for r in found["references"]]
+    sizes += [("incomplete groups", found["incomplete"]["size"])] if "incomplete" in found else []
     counts = ", ".join(f"{found[name]:,} {name}" for name in ("groups", "responses", "tokens"))
     return [
         f"{counts}; {each:.3g} responses a group",
         f"{', '.join(_size_cells(found['total']))}, of which",
         *("  " + row for row in _table([(part, *_size_cells(size)) for part, size in sizes])),
+    ]
+
+
+def _incomplete_lines(found: dict[str, Any]) -> list[str]:
+    reward = f", with reward {found['reward']}" if found["reward"] else ", without a reward"
+    size = ", ".join(_size_cells(found["size"]))
+    return [
+        f"{found['groups']:,} prompts with one response{reward}; {size}",
+        "nothing trains on them until `merge` adds responses to their prompts",
     ]
 
 

@@ -58,8 +58,15 @@ class Family:
 
     @property
     def folder(self) -> str:
-        """The folder of the first dataset's sidecars, relative to that dataset."""
-        return str(Path(self.members[0].files[0].file.path).parent)
+        """The folder of the first dataset's sidecars, relative to that dataset.
+
+        Of the first that has some: a dataset of incomplete groups alone has none.
+        """
+        found = next((member.files[0] for member in self.members if member.files), None)
+        if found is not None:
+            return str(Path(found.file.path).parent)
+        assert isinstance(self.members[0], RewardFamily)  # a reference has sidecars somewhere
+        return f"rewards/{self.members[0].name}"
 
 
 class InputDataset:
@@ -67,15 +74,19 @@ class InputDataset:
 
     Args:
         root: folder of the dataset.
-        number: index among the datasets that are merged.
+        position: index among the datasets that are merged, and among the members of a family.
+
+    Attributes:
+        number: index among the inputs of the rewrite. Where datasets have incomplete groups, it is
+            set to another number than `position`.
     """
 
-    def __init__(self, root: Path, number: int) -> None:
+    def __init__(self, root: Path, position: int) -> None:
         self.root = root
-        self.number = number
+        self.position = self.number = position
         self.manifest = load_manifest(root)
         self.groups = GroupDataset(root, self.manifest)
-        self._joined: list[tuple[Family, GroupDataset]] = []
+        self._joined: list[tuple[Family, GroupDataset | None]] = []
 
     def join(self, families: Sequence[Family]) -> None:
         """Check every file that will be read, and open the sidecars of `families`.
@@ -85,7 +96,7 @@ class InputDataset:
         """
         self.groups.verify()
         for family in families:
-            member = family.members[self.number]
+            member = family.members[self.position]
             dataset = (
                 GroupDataset(self.root, self.manifest, rewards=[WeightedReward(member)])
                 if isinstance(member, RewardFamily)
@@ -94,9 +105,13 @@ class InputDataset:
             dataset.verify()
             self._joined.append((family, dataset))
 
+    def keep(self, families: Sequence[Family]) -> None:
+        """Read only these of the families that `join` opened."""
+        self._joined = [(f, d) for f, d in self._joined if any(f is kept for kept in families)]
+
     def content(self, families: Sequence[Family]) -> str:
         """SHA-256 over the hashes of the groups files and of the sidecars of `families`."""
-        sidecars = [_by_base(family.members[self.number].files) for family in families]
+        sidecars = [_by_base(family.members[self.position].files) for family in families]
         return sha256_json(
             [[base.sha256, *(s[base.sha256] for s in sidecars)] for base in self.manifest.groups]
         )
@@ -108,7 +123,7 @@ class InputDataset:
         return own + sum(
             sidecar.file.bytes
             for family, _ in self._joined
-            for sidecar in family.members[self.number].files
+            for sidecar in family.members[self.position].files
         )
 
     def location(self, row_group: int) -> RowGroupLocation:
@@ -144,6 +159,9 @@ class InputDataset:
         values["row_group"] = pa.array(np.full(n, row_group, np.int32))
         values["row"] = pa.array(np.arange(n, dtype=np.int32))
         for family, dataset in self._joined:
+            if dataset is None:  # not known of these rows
+                values |= {family.field(c.name): pa.nulls(n, c.type) for c in family.columns}
+                continue
             names = [column.name for column in family.columns]
             # With the stored lengths in the table, reading checks every list.
             table = dataset.table(row_group, [*names, "response_lengths"])
@@ -159,6 +177,14 @@ class InputDataset:
 def groups_sha256(files: Sequence[BaseFile]) -> str:
     """SHA-256 over the hashes of groups files: identifies the groups of a version."""
     return sha256_json([file.sha256 for file in files])
+
+
+def added_sha256(manifest: Manifest) -> str:
+    """Identifies what a merge adds of a version: its groups, and its incomplete groups if any."""
+    groups = groups_sha256(manifest.groups)
+    if manifest.incomplete is None:
+        return groups
+    return sha256_json([groups, *(file.sha256 for file in manifest.incomplete.files)])
 
 
 def spill_schema(families: Sequence[Family]) -> pa.Schema:
@@ -240,7 +266,7 @@ def check_compatible(inputs: Sequence[InputDataset]) -> None:
                     remedy="import (or sample) one of the two again under another name",
                     file=other.root,
                 )
-    contents = [groups_sha256(item.manifest.groups) for item in inputs]
+    contents = [added_sha256(item.manifest) for item in inputs]
     for number, item in enumerate(inputs):
         if contents[number] in contents[:number]:
             raise DataError(
@@ -269,18 +295,20 @@ def common_families(
     Raises:
         DataError: a dataset lacks a reward or reference, and `leave_out` is False.
     """
-    held = [_families(item.manifest) for item in inputs]
+    # A dataset of incomplete groups alone has no sidecars, so it lacks none.
+    whole = [item for item in inputs if item.manifest.groups] or inputs
+    held = [_families(item.manifest) for item in whole]
     keys = list(dict.fromkeys(key for families in held for key in families))
     common, incomplete = [], []
     for key in keys:
-        members = tuple(families[key] for families in held if key in families)
         label, _ = key
-        if len(members) == len(inputs):
+        if all(key in families for families in held):
+            members = tuple(_member(item, key, held[0][key]) for item in inputs)
             common.append(Family(label, _columns(inputs, members), members))
             continue
         incomplete.append(label)
         if not leave_out:
-            lacking = next(i for i, f in zip(inputs, held, strict=True) if key not in f)
+            lacking = next(i for i, f in zip(whole, held, strict=True) if key not in f)
             otherwise = any(label == other for other, _ in _families(lacking.manifest))
             raise DataError(
                 "all merged datasets have the same rewards and references",
@@ -300,6 +328,8 @@ def _columns(
     ones that any sidecar has.
     """
     present: set[str] = set()
+    if not any(member.files for member in members) and isinstance(members[0], RewardFamily):
+        present.update(["components"] if members[0].components else [])
     for item, member in zip(inputs, members, strict=True):
         for sidecar in member.files:
             entry = sidecar.file
@@ -309,16 +339,37 @@ def _columns(
     return tuple(c for c in known[1:] if c.required or c.name in present)
 
 
+def _member(
+    item: InputDataset, key: tuple[str, str], template: RewardFamily | ReferenceFamily
+) -> RewardFamily | ReferenceFamily:
+    """A dataset's own entry of a family; without files if it has incomplete groups alone."""
+    return _families(item.manifest).get(key) or template.model_copy(update={"files": []})
+
+
 def _families(manifest: Manifest) -> dict[tuple[str, str], RewardFamily | ReferenceFamily]:
-    """A dataset's families, by label and a hash; the same family has the same key everywhere."""
-    found: dict[tuple[str, str], RewardFamily | ReferenceFamily] = {}
-    for family in manifest.rewards:
-        described = family.model_dump(mode="json", exclude={"files"})
-        found[f"reward {family.name}@{family.version}", sha256_json(described)] = family
-    for reference in manifest.references:
-        label = f"reference {reference.fingerprint[:12]}"
-        found[label, reference.fingerprint] = reference
-    return found
+    """A dataset's families, by their keys."""
+    families: list[RewardFamily | ReferenceFamily] = [*manifest.rewards, *manifest.references]
+    return {_key(family): family for family in families}
+
+
+def _key(family: RewardFamily | ReferenceFamily) -> tuple[str, str]:
+    """Label and a hash of a family; the same family has the same key everywhere."""
+    if isinstance(family, ReferenceFamily):
+        return family_label(family), family.fingerprint
+    described = family.model_dump(mode="json", exclude={"files"})
+    return family_label(family), sha256_json(described)
+
+
+def family_label(family: RewardFamily | ReferenceFamily) -> str:
+    """The name of a family in messages."""
+    if isinstance(family, ReferenceFamily):
+        return f"reference {family.fingerprint[:12]}"
+    return f"reward {family.name}@{family.version}"
+
+
+def same_family(one: RewardFamily | ReferenceFamily, other: RewardFamily | ReferenceFamily) -> bool:
+    """Whether two datasets' entries are of one family; see `common_families`."""
+    return _key(one) == _key(other)
 
 
 def _by_base(files: Sequence[Sidecar]) -> dict[str, str]:

@@ -36,7 +36,7 @@ class HashPartitions:
         self._ranges: list[tuple[int, int, bool]] = []
         self._touched = np.zeros(_MAX_PARTS, bool)
         self._read_dataset(rename)
-        for item in inputs[1:]:
+        for item in inputs[1:]:  # of incomplete groups, `ids` gives those that are joined
             for row_group in range(item.groups.n_row_groups):
                 _, named = item.ids(row_group, rename)
                 self._touch(text_keys(named))

@@ -32,6 +32,7 @@ class Planner:
     Attributes:
         duplicates, singletons: as in `RewriteSettings`.
         rewards: names of the columns of rewards.
+        waiting: numbers of the inputs that are incomplete groups.
         location: maps the numbers of an input and of its row group to a location, for errors.
         counts: numbers of joined groups, duplicates and dropped responses; `plan` adds to it.
     """
@@ -41,21 +42,23 @@ class Planner:
     rewards: Sequence[str]
     location: Callable[[int, int], RowGroupLocation]
     counts: Counter[str]
+    waiting: Sequence[int] = ()
 
     @property
     def columns(self) -> list[str]:
         """The columns that `plan` needs."""
         return [*PLAN_COLUMNS, *(self.rewards if self.duplicates != "keep" else ())]
 
-    def plan(self, table: pa.Table) -> ResponseIndex | None:
+    def plan(self, table: pa.Table) -> tuple[ResponseIndex | None, ResponseIndex | None]:
         """Plan the groups of a table, ordered by the hash of their id, then by id.
 
         Args:
             table: spilled rows; it holds all rows of each of its groups.
 
         Returns:
-            The responses of each group, ordered by input, row and position within the row; None if
-            no group remains.
+            The responses of each group, ordered by input, row and position within the row; and
+            those of the incomplete groups that remain incomplete, since all of their responses but
+            one are dropped as duplicates. None instead of no group.
 
         Raises:
             DataError: rows of one group have different prompts, or only a single response of a
@@ -121,10 +124,19 @@ class Planner:
 
     def _with_min_size(
         self, table: pa.Table, index: ResponseIndex, keep: npt.NDArray[np.bool_]
-    ) -> ResponseIndex | None:
-        """The index of the kept responses, without groups below the minimum size."""
+    ) -> tuple[ResponseIndex | None, ResponseIndex | None]:
+        """The index of the kept responses, without groups below the minimum size; and that of
+        incomplete groups below it.
+        """
         sizes = np.add.reduceat(keep.astype(np.int64), index.starts)
         few = sizes < MIN_GROUP_SIZE
+        still = np.zeros(len(few), bool)
+        if self.waiting:
+            apart = np.isin(table.column("input").to_numpy()[index.rows], self.waiting)
+            still = few & np.logical_and.reduceat(apart, index.starts)
+            completed = ~few & np.logical_or.reduceat(apart, index.starts)
+            self.counts["completed_groups"] += int(completed.sum())
+            few &= ~still
         if few.any() and self.singletons == "error":
             group = int(np.flatnonzero(few)[0])
             raise DataError(
@@ -134,10 +146,20 @@ class Planner:
                 **self._where(table, int(index.first[group])),
             )
         self.counts["dropped_singletons"] += int(few.sum())
-        keep = keep & ~np.repeat(few, index.sizes)
-        if not keep.any():
-            return None
-        return ResponseIndex(index.first[~few], sizes[~few], index.rows[keep], index.items[keep])
+        return _chosen(index, keep, sizes, ~few & ~still), _chosen(index, keep, sizes, still)
+
+
+def _chosen(
+    index: ResponseIndex,
+    keep: npt.NDArray[np.bool_],
+    sizes: Indices,
+    groups: npt.NDArray[np.bool_],
+) -> ResponseIndex | None:
+    """The kept responses of some groups; None if there is no group."""
+    if not groups.any():
+        return None
+    keep = keep & np.repeat(groups, index.sizes)
+    return ResponseIndex(index.first[groups], sizes[groups], index.rows[keep], index.items[keep])
 
 
 def _twins(table: pa.Table, index: ResponseIndex) -> Indices:

@@ -26,10 +26,11 @@ from gvpo_offline.group import Group
 from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, InputDataset, Rename, spill_schema
 from gvpo_offline.merging.plan import Planner
 from gvpo_offline.merging.settings import RewriteSettings
+from gvpo_offline.merging.waiting import incomplete_file, of_incomplete
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
-from gvpo_offline.store.manifest import Sidecar
+from gvpo_offline.store.manifest import FileEntry, Sidecar
 from gvpo_offline.store.response_index import ResponseIndex, n_partly_null, take_responses
 from gvpo_offline.store.schema import arrow_schema
 from gvpo_offline.store.spill import TableSpill, power_of_two
@@ -52,6 +53,7 @@ class Rewrite:
         response_ids: as in `MergeConfig`.
         rename: maps groups to their ids in the result; None: they keep their ids.
         done: records of shards that need not be written, by part.
+        reward: the reward of incomplete groups; None: they have none.
     """
 
     root: Path
@@ -62,6 +64,7 @@ class Rewrite:
     response_ids: Literal["error", "drop"] = "error"
     rename: Rename | None = None
     done: Mapping[int, TaskRecord] = field(default_factory=dict)
+    reward: Family | None = None
 
     def run(self, log: TaskLog, spilled: Path) -> list[TaskRecord]:
         """Write and commit every shard that is neither done nor committed.
@@ -102,7 +105,7 @@ class Rewrite:
                     bar.update()
         finally:
             spill.close()
-        if not any(record.groups for record in records.values()):
+        if not of_incomplete(self.inputs) and not any(r.groups for r in records.values()):
             raise DataError(
                 "a dataset has at least 1 group",
                 received="no group with two responses after duplicates were dropped",
@@ -136,7 +139,8 @@ class Rewrite:
     def _write(self, stage: str, spill: TableSpill, part: int, buckets: range) -> TaskRecord:
         counts: Counter[str] = Counter()
         plans: list[tuple[int, ResponseIndex]] = []
-        groups = self._groups(spill, buckets, plans, counts)
+        single: list[tuple[int, ResponseIndex]] = []
+        groups = self._groups(spill, buckets, plans, single, counts)
         head = next(groups, None)
         record = TaskRecord(stage=stage, task=task_name(part))
         if head is not None:
@@ -152,6 +156,10 @@ class Rewrite:
             )
             sidecars = [self._sidecar(spill, family, record, plans) for family in self.families]
             record = record.model_copy(update={"sidecars": sidecars})
+        if single:
+            record = record.model_copy(
+                update={"files": self._still_incomplete(spill, part, single)}
+            )
         for bucket in buckets:
             spill.remove(bucket)
         return record.model_copy(update={"counts": dict(sorted(counts.items()))})
@@ -161,9 +169,12 @@ class Rewrite:
         spill: TableSpill,
         buckets: range,
         plans: list[tuple[int, ResponseIndex]],
+        single: list[tuple[int, ResponseIndex]],
         counts: Counter[str],
     ) -> Iterator[Group]:
-        """Yield the groups of some buckets; append the plan of each bucket to `plans`."""
+        """Yield the groups of some buckets; append the plan of each bucket to `plans`, and that of
+        groups that remain incomplete to `single`.
+        """
         rewards = [f.field("rewards") for f in self.families if f.columns[0].name == "rewards"]
         planner = Planner(
             self.settings.duplicates,
@@ -171,12 +182,17 @@ class Rewrite:
             rewards,
             lambda number, row_group: self.inputs[number].location(row_group),
             counts,
+            [item.number for item in of_incomplete(self.inputs)],
         )
         names = dict.fromkeys([*planner.columns, *(column.name for column in GROUP_COLUMNS)])
         for bucket in buckets:
             table = spill.read(bucket, list(names))
-            index = None if table is None else planner.plan(table)
-            if table is None or index is None:
+            if table is None:
+                continue
+            index, left = planner.plan(table)
+            if left is not None:
+                single.append((bucket, left))
+            if index is None:
                 continue
             plans.append((bucket, index))
             for name in ("responses", "response_ids"):
@@ -200,6 +216,31 @@ class Rewrite:
             )
         counts["dropped_response_ids"] += 1
         return replace(group, response_ids=None)
+
+    def _still_incomplete(
+        self, spill: TableSpill, part: int, single: Sequence[tuple[int, ResponseIndex]]
+    ) -> list[FileEntry]:
+        """The file of incomplete groups whose further responses were dropped as duplicates."""
+        beside = () if self.reward is None else self.reward.columns
+        fields = {} if self.reward is None else {self.reward.field(c.name): c.name for c in beside}
+
+        def groups() -> Iterator[Group]:
+            for bucket, index in single:
+                table = spill.read(bucket, [*(c.name for c in GROUP_COLUMNS), *fields])
+                assert table is not None  # the groups of this plan were read from the bucket
+                table = table.rename_columns([fields.get(n, n) for n in table.schema.names])
+                yield from groups_from_table(
+                    take_responses(table, [*GROUP_COLUMNS, *beside], index)
+                )
+
+        return incomplete_file(
+            self.root,
+            task_name(part),
+            groups(),
+            self.reward,
+            self.inputs[0].manifest.tokenizer,
+            self.settings.rows_per_row_group,
+        )
 
     def _sidecar(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,29 @@ from gvpo_offline.identity import defaults_of, identity_settings
 from gvpo_offline.merging.inputs import (
     Family,
     InputDataset,
+    added_sha256,
     check_compatible,
     common_families,
     groups_sha256,
 )
 from gvpo_offline.merging.layout import HashPartitions
 from gvpo_offline.merging.names import PromptGroupIds
+from gvpo_offline.merging.outcome import COUNT_TEXTS, RewriteResult
 from gvpo_offline.merging.rewrite import Rewrite
 from gvpo_offline.merging.settings import CompactConfig, MergeConfig, RewriteSettings
+from gvpo_offline.merging.waiting import (
+    common_reward,
+    completable,
+    find_joins,
+    incomplete_groups,
+    with_incomplete,
+    write_remaining,
+)
 from gvpo_offline.merging.work import discard, locked_dataset, remove_old
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
+    IncompleteGroups,
     LineageStep,
     Manifest,
     ReferenceFamily,
@@ -47,72 +58,6 @@ from gvpo_offline.version import __version__
 _REWRITE_VERSION = 1
 # Settings that do not change the written files, given the datasets.
 _NOT_IN_IDENTITY = ("dataset", "add", "show_progress", "remove_old")
-
-
-@dataclass(frozen=True)
-class RewriteResult:
-    """The result of `merge` or `compact`.
-
-    Attributes:
-        stage: "merge" or "compact".
-        manifest: the newest version of the dataset.
-        before: numbers of groups, responses and tokens of the dataset before the stage.
-        added: numbers of groups, responses and tokens of the added datasets, by folder.
-        counts: numbers of groups, responses and tokens of the new version, and of joined groups,
-            duplicates and dropped responses and groups.
-        left_out: labels of rewards and references that only some of the datasets have.
-        skipped: folders whose groups an earlier merge already added.
-        changed: whether a new version was published.
-        freed: bytes freed by removing older versions; None if none were removed.
-    """
-
-    stage: str
-    manifest: Manifest
-    before: dict[str, int]
-    added: dict[str, dict[str, int]]
-    counts: dict[str, int]
-    left_out: list[str]
-    skipped: list[str]
-    changed: bool
-    freed: int | None = None
-
-    def lines(self) -> list[str]:
-        """The lines that the command prints."""
-        head = f"done, version {self.manifest.version}" if self.changed else "nothing to do"
-        lines = [f"{self.stage}: {head}", f"  before: {_sizes(self.before)}"]
-        lines += [f"  added: {_sizes(sizes)} from {name}" for name, sizes in self.added.items()]
-        if self.changed:
-            lines.append(f"  now: {_sizes(self.counts)} in {len(self.manifest.groups)} files")
-        lines += [
-            f"  {name} was skipped: an earlier merge already added it" for name in self.skipped
-        ]
-        lines += [
-            f"  {label} was left out: not every dataset has it"
-            for label in dict.fromkeys(self.left_out)
-        ]
-        for name, text in _COUNT_TEXTS.items():
-            if self.counts.get(name):
-                lines.append(f"  {self.counts[name]:,} {text}")
-        if self.freed is not None:
-            lines.append(f"  older versions were removed: {self.freed:,} bytes")
-        return lines
-
-
-_SIZES = ("groups", "responses", "tokens")
-_COUNT_TEXTS = {
-    "joined_groups": "groups were joined from several rows",
-    "duplicates": "responses have the token ids of an earlier response of their group",
-    "differing_rewards": "of these have another reward than that response",
-    "dropped_duplicates": "duplicates were dropped (duplicates: drop)",
-    "dropped_singletons": "groups with a single response left were dropped (singletons: drop)",
-    "dropped_responses": "groups lost their responses' texts: some of the responses have none",
-    "dropped_response_ids": "groups lost their response ids: some of the responses have none, or "
-    "two have the same (response_ids: drop)",
-}
-
-
-def _sizes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{sizes[name]:,} {name}" for name in _SIZES)
 
 
 def merge(config: MergeConfig) -> RewriteResult:
@@ -134,7 +79,7 @@ def merge(config: MergeConfig) -> RewriteResult:
         folders = [config.add] if isinstance(config.add, str) else config.add
         paths = {name: local_folder("add", name) for name in folders}
         merged = _merged_before(dataset.manifest)
-        found = {name: groups_sha256(load_manifest(path).groups) for name, path in paths.items()}
+        found = {name: added_sha256(load_manifest(path)) for name, path in paths.items()}
         skipped = [name for name in folders if found[name] in merged]
         names = [name for name in folders if name not in skipped]
         inputs = [dataset, *(InputDataset(paths[name], n) for n, name in enumerate(names, start=1))]
@@ -143,33 +88,56 @@ def merge(config: MergeConfig) -> RewriteResult:
         if not names:
             return RewriteResult("merge", dataset.manifest, before, {}, {}, [], skipped, False)
         check_compatible(inputs)
-        families, left_out = common_families(inputs, leave_out=config.incomplete == "drop")
-        for item in inputs:
-            item.join(families)
         rename = PromptGroupIds(spilled / "names.sqlite") if config.match == "prompt" else None
         try:
-            records = _merged(config, inputs, families, rename, spilled)
+            rewritten = _merged(config, inputs, rename, spilled)
         finally:
             if rename is not None:
                 rename.close()
-        counts = _counts(records)
+        counts = _counts(rewritten.records)
+        if any(item.manifest.incomplete for item in inputs):
+            counts["completed_groups"] = sum(
+                record.counts.get("completed_groups", 0) for record in rewritten.records
+            )
+            held = rewritten.incomplete
+            counts["incomplete_groups"] = 0 if held is None else held.n_groups
         described = [
             _lineage_input(item, name)
             for item, name in zip(inputs, [config.dataset, *names], strict=True)
         ]
         step = _step("merge", config, described, counts)
-        manifest = _publish(inputs, families, records, step)
+        manifest = _publish(inputs, rewritten, step)
+    left_out = rewritten.left_out
     return RewriteResult("merge", manifest, before, added, counts, left_out, skipped, True)
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """What a rewrite wrote: shards with the sidecars of `families`, and incomplete groups."""
+
+    records: Sequence[TaskRecord]
+    families: Sequence[Family]
+    incomplete: IncompleteGroups | None
+    left_out: list[str] = field(default_factory=list)
 
 
 def _merged(
     config: MergeConfig,
-    inputs: Sequence[InputDataset],
-    families: Sequence[Family],
+    datasets: Sequence[InputDataset],
     rename: PromptGroupIds | None,
     spilled: Path,
-) -> list[TaskRecord]:
-    root = inputs[0].root
+) -> _Rewritten:
+    leave_out = config.incomplete == "drop"
+    root, inputs = datasets[0].root, with_incomplete(datasets)
+    families, left_out = common_families(datasets, leave_out=leave_out)
+    for item in inputs:
+        item.join(families)
+    joined = find_joins(inputs, rename)
+    families, lacking = completable(families, joined, leave_out=leave_out)
+    reward, lost = common_reward(families, inputs, leave_out=leave_out)
+    left_out += lacking + lost
+    for item in inputs:
+        item.keep(families)
     partitions = HashPartitions(inputs, rename)
     total = sum(entry.bytes for item in inputs for entry in item.manifest.groups)
     n_parts = max(partitions.n_parts or 1, power_of_two(total, config.shard_bytes))
@@ -177,9 +145,14 @@ def _merged(
     # To find duplicates, all files have to be read.
     keep = n_parts == partitions.n_parts and config.duplicates == "keep"
     done = partitions.untouched(log.stage, families) if keep else {}
-    rewrite = Rewrite(root, inputs, families, config, n_parts, config.response_ids, rename, done)
+    rewrite = Rewrite(
+        *(root, inputs, families, config, n_parts, config.response_ids, rename, done, reward)
+    )
     with undo_on_bad_input(lambda: discard(root, log)):
-        return rewrite.run(log, spilled / "rows")
+        records = rewrite.run(log, spilled / "rows")
+        files = [entry for record in records for entry in record.files]
+        files += write_remaining(root, log, inputs, rename, reward, config.rows_per_row_group)
+    return _Rewritten(records, families, incomplete_groups(files, reward), left_out)
 
 
 def compact(config: CompactConfig) -> RewriteResult:
@@ -223,6 +196,8 @@ def _earlier_compaction(dataset: InputDataset, config: CompactConfig) -> Lineage
 def _compacted(
     config: CompactConfig, dataset: InputDataset, spilled: Path
 ) -> tuple[Manifest, dict[str, int]]:
+    if not dataset.manifest.groups:  # incomplete groups alone, which stay in their files
+        return dataset.manifest, _counts([])
     families, _ = common_families([dataset], leave_out=False)
     dataset.join(families)
     old = dataset.manifest.groups
@@ -239,7 +214,9 @@ def _compacted(
         return dataset.manifest, counts
     step = _step("compact", config, [], counts)
     step.config["groups_sha256"] = groups_sha256(new)
-    return _publish([dataset], families, records, step), counts
+    # Incomplete groups stay in their files.
+    rewritten = _Rewritten(records, families, dataset.manifest.incomplete)
+    return _publish([dataset], rewritten, step), counts
 
 
 def _recorded(config: RewriteSettings) -> dict[str, Any]:
@@ -285,7 +262,7 @@ def _lineage_input(item: InputDataset, name: str) -> dict[str, Any]:
     return {
         "path": name,
         "version": item.manifest.version,
-        "groups_sha256": groups_sha256(item.manifest.groups),
+        "groups_sha256": added_sha256(item.manifest),
         **_size_counts(item),
         "lineage": [] if item.number == 0 else [s.model_dump() for s in item.manifest.lineage],
     }
@@ -309,7 +286,7 @@ def _counts(records: Sequence[TaskRecord]) -> dict[str, int]:
         "groups": sum(entry.rows for entry in files),
         "responses": sum(entry.n_responses for entry in files),
         "tokens": sum(entry.n_tokens for entry in files),
-        **{name: found[name] for name in _COUNT_TEXTS},
+        **{name: found[name] for name in COUNT_TEXTS},
     }
 
 
@@ -323,17 +300,13 @@ def _step(
     )
 
 
-def _publish(
-    inputs: Sequence[InputDataset],
-    families: Sequence[Family],
-    records: Sequence[TaskRecord],
-    step: LineageStep,
-) -> Manifest:
+def _publish(inputs: Sequence[InputDataset], rewritten: _Rewritten, step: LineageStep) -> Manifest:
     """Publish the next version: the manifest with the new files and the samplers of all inputs."""
     root, old = inputs[0].root, inputs[0].manifest
+    records = rewritten.records
     rewards: list[RewardFamily] = []
     references: list[ReferenceFamily] = []
-    for number, family in enumerate(families):
+    for number, family in enumerate(rewritten.families):
         files: list[Sidecar] = [r.sidecars[number] for r in records if r.groups]
         member = family.members[0]
         if isinstance(member, RewardFamily):
@@ -356,7 +329,8 @@ def _publish(
                 "samplers": dict(sorted(samplers.items())),
                 "groups": [entry for record in records for entry in record.groups],
                 "rewards": rewards,
-                "references": references,
+                "references": references if any(r.groups for r in records) else [],
+                "incomplete": rewritten.incomplete,
                 "lineage": [*newest.lineage, step],
             }
         )

@@ -20,13 +20,18 @@ from gvpo_offline.store.manifest import (
 from gvpo_offline.store.writer import lock_folder
 
 # Only files with names of these stages are removed: other stages may be writing sidecars.
-_TEMPORARY = re.compile(r"^\.rewrite-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
-_SHARD = re.compile(r"^rewrite-\d{5}-[0-9a-f]{12}\.parquet$")
+_TEMPORARY = re.compile(r"^\.(rewrite|waiting)-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
+_SHARD = re.compile(r"^(rewrite|waiting)-\d{5}-[0-9a-f]{12}\.parquet$")
 
 
 def task_name(part: int) -> str:
     """The name of a part's task, from which the names of its files are made."""
     return f"rewrite-{part:05d}"
+
+
+def waiting_name(number: int) -> str:
+    """The name of the task that copies a file of incomplete groups."""
+    return f"waiting-{number:05d}"
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def locked_dataset(root: Path) -> Iterator[Path]:
 
 def _sweep(root: Path) -> None:
     """Remove temporary files and spilled rows of interrupted runs."""
-    for path in root.rglob(".rewrite-*.tmp"):
+    for path in root.rglob(".*.tmp"):
         if _TEMPORARY.match(path.name):
             path.unlink(missing_ok=True)
     shutil.rmtree(root / ".spill", ignore_errors=True)
@@ -91,7 +96,7 @@ def remove_old(root: Path, newest: Manifest) -> int:
     for version in versions:
         named = _named(load_manifest(root, version))
         old |= {name: size for name, size in named.items() if name not in kept}
-    for path in root.rglob("rewrite-*.parquet"):  # of interrupted runs
+    for path in root.rglob("*.parquet"):  # of interrupted runs
         name = str(path.relative_to(root))
         if _SHARD.match(path.name) and name not in kept:
             old[name] = path.stat().st_size
@@ -111,11 +116,8 @@ def remove_old(root: Path, newest: Manifest) -> int:
 
 def _named(manifest: Manifest) -> dict[str, int]:
     """Paths of a version's files, with their sizes in bytes."""
-    families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
-    sidecars = [sidecar.file for files in families for sidecar in files]
-    return {entry.path: entry.bytes for entry in (*manifest.groups, *sidecars)}
+    return {entry.path: entry.bytes for entry in manifest.files()}
 
 
 def _files(record: TaskRecord) -> set[str]:
-    sidecars = [sidecar.file for sidecar in record.sidecars]
-    return {entry.path for entry in (*record.groups, *sidecars)}
+    return {entry.path for entry in record.entries()}

@@ -20,6 +20,7 @@ from gvpo_offline.reference.score import score
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.location import is_url
+from gvpo_offline.store.sidecar_choice import check_has_groups
 from gvpo_offline.workers.settings import WorkerSettings
 
 BASE = "base"
@@ -83,6 +84,7 @@ def _score_on(
             "reference, or leave `reference` out if the file contains reference log-probs",
         )
     dataset = open_dataset(config.dataset, join=())
+    check_has_groups(dataset.manifest, dataset.root)
     before, training = next(model.parameters()).device, model.training
     moved = before != device
     try:

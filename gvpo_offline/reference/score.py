@@ -42,6 +42,7 @@ from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, TRAINING_COLUMNS, arrow_schema
+from gvpo_offline.store.sidecar_choice import check_has_groups
 from gvpo_offline.store.survey import survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
@@ -83,6 +84,7 @@ def run_reference(
     """
     worker_settings = worker_settings or WorkerSettings(show_progress=config.show_progress)
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
+    check_has_groups(dataset.manifest, dataset.root)
     tokenizer = load_policy_tokenizer(config)
     return score(dataset, lambda: _load(config), tokenizer, config, worker_settings).manifest
 

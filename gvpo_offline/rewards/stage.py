@@ -32,7 +32,7 @@ from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import rewards_schema
-from gvpo_offline.store.sidecar_choice import WeightedReward
+from gvpo_offline.store.sidecar_choice import WeightedReward, check_has_groups
 from gvpo_offline.store.survey import Survey, survey
 from gvpo_offline.store.writer import publish, write_sidecar
 from gvpo_offline.version import __version__
@@ -87,6 +87,7 @@ def run_reward(config: RewardConfig, worker_settings: WorkerSettings) -> RewardR
         StorageError: a file cannot be written. Files that were committed are kept.
     """
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
+    check_has_groups(dataset.manifest, dataset.root)
     # Sorted, so that the identity does not depend on the order in the settings.
     settings = dict(sorted(config.settings().items()))
     _check_no_self_reference(config.name, settings)

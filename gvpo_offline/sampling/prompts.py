@@ -27,10 +27,10 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
-from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.importing.sources.media import text_rows
 from gvpo_offline.paths import MISSING, value_at
 from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.sampling.waiting import WaitingPrompt, prompt_sources
 from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import FileEntry
@@ -127,7 +127,7 @@ def prepare_prompts(
         IntegrityError: an input is damaged.
     """
     root = Path(config.output_dir)
-    sources = find_sources(config.inputs)
+    sources = prompt_sources(config.inputs, config.prompt_column)
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
     drops = config.overlong_prompts == "drop"
@@ -215,6 +215,7 @@ class _Row:
     prompt: str | None
     messages: str | None
     metadata: str | None
+    waiting: WaitingPrompt | None = None
 
     @property
     def place(self) -> dict[str, Any]:
@@ -284,6 +285,7 @@ class _Reader:
             prompt=text,
             messages=messages,
             metadata=json.dumps(rest, default=plain, allow_nan=True) if rest else None,
+            waiting=record if isinstance(record, WaitingPrompt) else None,
         )
 
     def _once(self, rows: Iterator[_Row], doubled: set[int]) -> Iterator[_Row]:
@@ -329,6 +331,11 @@ class _Reader:
 
     def _prompt(self, row: _Row, ids: Int32Array) -> Prompt:
         file, number = row.source.file_name, row.number
+        if row.waiting is not None:
+            try:
+                row.waiting.check(ids)
+            except DataError as error:
+                raise with_location(error, file=row.source.label, row=number) from None
         return Prompt(0, row.key, file, number, row.prompt, row.messages, row.metadata, ids)
 
     def _fits(self, row: _Row, ids: Int32Array) -> bool:

@@ -69,6 +69,10 @@ class SampleResult:
         lines += [f"requests to upload: {path}" for path in self.requests]
         if self.manifest is not None:
             lines.append(f"dataset: {self.manifest.n_groups:,} groups")
+            if self.manifest.n_incomplete:
+                lines.append(
+                    f"{self.manifest.n_incomplete:,} incomplete groups: prompts with one response"
+                )
         return lines
 
 
@@ -130,6 +134,8 @@ class _Run:
                 self.prompts.entry.sha256,
                 [stage.name for stage in self.stages.values()],
                 config.gaps,
+                # A setting of a later version, which is absent at its default.
+                *(["keep_singletons"] if config.keep_singletons else []),
             ]
         )
 
@@ -144,7 +150,7 @@ class _Run:
             tokenizer_name_or_path=self.config.tokenizer_name_or_path,
             chat_template=self.config.chat_template,
             samplers=samplers,
-            singletons=self.config.gaps,
+            singletons="keep" if self.config.keep_singletons else self.config.gaps,
             show_progress=self.config.show_progress,
         )
 

@@ -217,7 +217,9 @@ class SampleConfig:
     inputs: list[str] | str
     """Files or globs: JSON (lines, a list, or objects over several lines) and CSV (.csv, .tsv),
     each also compressed (.gz, .bz2, .zst), and Parquet; folders saved by `datasets`; or `hf:name`
-    and `hf:name:split` for a data set of the hub. A row is a prompt."""
+    and `hf:name:split` for a data set of the hub. A row is a prompt. The folder of a
+    dataset stands for its incomplete groups: prompts with one response, which the new responses
+    complete once both datasets are merged."""
     output_dir: str
     """The dataset's folder: empty, or as an earlier run of the same command left it."""
     tokenizer_name_or_path: str
@@ -243,6 +245,9 @@ class SampleConfig:
     gaps: Literal["error", "drop"] = "error"
     """Responses that failed: make no dataset until a later run has sampled them, or drop and count
     them, and groups with fewer than 2 responses with them."""
+    keep_singletons: bool = False
+    """Keep a prompt with one response as an incomplete group, for a merge with another dataset.
+    Then one response to each prompt is enough."""
     prompts_per_task: int = 64
     """Number of prompts of a task, the unit of commits and of what an interrupted run repeats."""
     show_progress: bool = True
@@ -255,11 +260,12 @@ class SampleConfig:
         from gvpo_offline.rules import MIN_GROUP_SIZE
 
         total = sum(settings.responses for settings in self.parsed().values())
-        if total < MIN_GROUP_SIZE:
+        if total < MIN_GROUP_SIZE and not self.keep_singletons:
             raise ConfigError(
                 f"the samplers together give each prompt at least {MIN_GROUP_SIZE} responses",
                 received=f"{total}",
-                remedy="raise responses, or name another sampler",
+                remedy="raise responses, name another sampler, or, to merge with other responses "
+                "to the prompts, set keep_singletons: true",
             )
 
     def parsed(self) -> dict[str, SamplingSettings]:

@@ -29,8 +29,16 @@ def check_groups(
     *,
     vocab_size: int | None = None,
     progress: Progress | None = None,
+    incomplete: bool = False,
 ) -> None:
     """Check `columns` and the stored lengths of every group, and that group ids are unique.
+
+    Args:
+        dataset: the dataset.
+        columns: those that are checked.
+        vocab_size: number of token ids, if known.
+        progress: wraps the row group numbers.
+        incomplete: whether the groups are incomplete ones, of one response.
 
     Raises:
         DataError: naming file, row and group.
@@ -44,7 +52,11 @@ def check_groups(
         groups = groups_from_table(table)
         for row, group in enumerate(groups):
             check_group(
-                group, file=location.file, row=location.first_row + row, vocab_size=vocab_size
+                group,
+                file=location.file,
+                row=location.first_row + row,
+                vocab_size=vocab_size,
+                incomplete=incomplete,
             )
         for name in _LENGTHS:
             if name in table.column_names:

@@ -46,6 +46,7 @@ from gvpo_offline.store.schema import (
 from gvpo_offline.store.sidecar_choice import (
     RewardChoice,
     WeightedReward,
+    check_has_groups,
     choose_reference_family,
     choose_reward_families,
 )
@@ -368,7 +369,8 @@ def open_dataset(
         remote: how a URL is read: cache, timeout, attempts, options of the file system.
 
     Raises:
-        DataError: there is no dataset at `path`.
+        DataError: there is no dataset at `path`, or it holds incomplete groups alone and `join`
+            names something.
         ConfigError: the reward or reference does not exist, or there are several and none is named;
             or no installed file system reads the URL.
         IntegrityError: the manifest was altered, or a sidecar does not match its groups file.
@@ -377,6 +379,8 @@ def open_dataset(
     storage = open_storage(path, remote)
     manifest = storage.manifest(version)
     file = storage.root
+    if join:
+        check_has_groups(manifest, file)
     return GroupDataset(
         storage,
         manifest,

@@ -181,6 +181,27 @@ class ReferenceFamily(_Record):
     files: list[Sidecar]
 
 
+class IncompleteGroups(_Record):
+    """Prompts with one response each, apart from the groups: nothing trains on them.
+
+    They become groups once a merge adds further responses to their prompts.
+    """
+
+    files: list[FileEntry] = Field(
+        description="Parquet files under `incomplete/`: the columns of a groups file, with one "
+        "response per row, and `rewards` and `components` where there is a reward."
+    )
+    reward: RewardFamily | None = Field(
+        default=None,
+        description="The reward in the columns `rewards` and `components`; its `files` is empty.",
+    )
+
+    @property
+    def n_groups(self) -> int:
+        """Prompts with one response."""
+        return sum(file.rows for file in self.files)
+
+
 class LineageStep(_Record):
     """One command that added to the dataset."""
 
@@ -216,6 +237,9 @@ class Manifest(_Record):
     groups: list[BaseFile]
     rewards: list[RewardFamily] = []
     references: list[ReferenceFamily] = []
+    incomplete: IncompleteGroups | None = Field(
+        default=None, description="Prompts with one response each; left out where there are none."
+    )
     lineage: list[LineageStep] = []
 
     @property
@@ -223,11 +247,19 @@ class Manifest(_Record):
         """Groups of the dataset."""
         return sum(file.rows for file in self.groups)
 
+    @property
+    def n_incomplete(self) -> int:
+        """Prompts with one response, which are not among the groups."""
+        return 0 if self.incomplete is None else self.incomplete.n_groups
+
     def files(self) -> list[FileEntry]:
-        """Every file that the version names, once each: groups, rewards, references."""
+        """Every file that the version names, once each: groups, rewards, references, incomplete
+        groups.
+        """
         families = [f.files for f in self.rewards] + [f.files for f in self.references]
         sidecars = [sidecar.file for files in families for sidecar in files]
-        return list({entry.path: entry for entry in [*self.groups, *sidecars]}.values())
+        waiting = [] if self.incomplete is None else self.incomplete.files
+        return list({entry.path: entry for entry in [*self.groups, *sidecars, *waiting]}.values())
 
 
 class SealedManifest(_Record):
@@ -265,7 +297,8 @@ def manifest_versions(root: Path) -> list[int]:
 
 def dump_manifest(manifest: Manifest) -> str:
     """The text of a manifest file."""
-    return sealed_text("manifest", manifest)
+    # Without the key where there are none, so that other manifests keep their bytes.
+    return sealed_text("manifest", manifest, {"incomplete"} if manifest.incomplete is None else ())
 
 
 def load_manifest(root: Path, version: int | None = None) -> Manifest:

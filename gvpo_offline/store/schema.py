@@ -146,6 +146,22 @@ def arrow_schema(columns: Sequence[Column], metadata: dict[str, str] | None = No
     return pa.schema(fields, metadata=metadata)
 
 
+INCOMPLETE_COLUMNS: tuple[Column, ...] = (
+    *GROUPS_COLUMNS,
+    *(Column(c.name, c.type, False, c.doc) for c in REWARDS_COLUMNS[1:]),
+)
+"""Columns of a file of incomplete groups, whose rewards stand beside their only response."""
+
+
+def incomplete_schema(*, rewards: bool, components: bool) -> pa.Schema:
+    """The Arrow schema of a file of incomplete groups, with or without rewards and components."""
+    without = {
+        *(() if rewards else ("rewards",)),
+        *(() if rewards and components else ("components",)),
+    }
+    return arrow_schema([c for c in INCOMPLETE_COLUMNS if c.name not in without])
+
+
 def rewards_schema(*, components: bool) -> pa.Schema:
     """The Arrow schema of a rewards sidecar, with or without the column of components."""
     return arrow_schema([c for c in REWARDS_COLUMNS if components or c.required])

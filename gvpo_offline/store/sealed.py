@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,16 @@ from gvpo_offline.hashing import sha256_json
 Content = TypeVar("Content", bound=BaseModel)
 
 
-def sealed_text(name: str, content: BaseModel) -> str:
-    """The text of a file: a JSON object with the keys `sha256` and `name`."""
+def sealed_text(name: str, content: BaseModel, left_out: Collection[str] = ()) -> str:
+    """The text of a file: a JSON object with the keys `sha256` and `name`.
+
+    Args:
+        name: key of the content.
+        content: the content.
+        left_out: its fields that are not written.
+    """
     # Through JSON, since it turns NaN into null, and the hash must be of what is in the file.
-    plain = json.loads(content.model_dump_json())
+    plain = json.loads(content.model_dump_json(exclude=set(left_out) or None))
     return json.dumps({"sha256": sha256_json(plain), name: plain}, indent=1, ensure_ascii=False)
 
 

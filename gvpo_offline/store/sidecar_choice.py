@@ -1,4 +1,6 @@
-"""Selects the reward and reference sidecars of a dataset by name, version or fingerprint."""
+"""Selects the reward and reference sidecars of a dataset by name, version or fingerprint; checks
+that it has groups at all.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.store.manifest import Manifest, ReferenceFamily, RewardFamily
 
 RewardChoice = str | Mapping[str, float] | None
@@ -87,3 +89,18 @@ def choose_reference_family(
             file=file,
         )
     return matching[0]
+
+
+def check_has_groups(manifest: Manifest, file: Any) -> None:
+    """Raise DataError if a dataset holds incomplete groups alone: there is nothing to train on."""
+    if manifest.n_groups or not manifest.n_incomplete:
+        return
+    raise DataError(
+        "scoring and training need groups of at least 2 responses",
+        received=f"{manifest.n_incomplete} incomplete groups, each a prompt with 1 response, and "
+        "no other group",
+        remedy="add responses for these prompts: import another log of them, or sample some "
+        "(`gvpo-offline sample` with this dataset as `inputs`), then `gvpo-offline merge` both "
+        "datasets",
+        file=file,
+    )

@@ -16,6 +16,7 @@ from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.arrow import column_array, groups_from_table, split_nested_list
 from gvpo_offline.store.check import check_groups
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.incomplete import incomplete_dataset
 from gvpo_offline.store.location import RemoteSettings, is_url, local_path
 from gvpo_offline.store.manifest import BaseFile, Manifest
 from gvpo_offline.store.schema import GROUPS_COLUMNS
@@ -36,7 +37,7 @@ class Validation:
     Attributes:
         manifest: the version that was checked; None for a single Parquet file.
         survey: counts of the dataset.
-        n_files: number of files that were read, sidecars included.
+        n_files: number of files that were read, sidecars and incomplete groups included.
     """
 
     manifest: Manifest | None
@@ -87,7 +88,26 @@ def validate(
         dataset = GroupDataset(storage, manifest, reference=reference)
         _check_sidecar(dataset, _REFERENCE, progress, f"reference {reference.fingerprint[:12]}")
         files |= {entry.path for entry in dataset.files()}
+    files |= _check_incomplete(GroupDataset(storage, manifest), progress)
     return Validation(manifest, counted, len(files))
+
+
+def _check_incomplete(plain: GroupDataset, progress: Progress) -> set[str]:
+    """Check the incomplete groups of a dataset; returns the paths of their files."""
+    waiting = incomplete_dataset(plain.storage, plain.manifest)
+    if waiting is None:
+        return set()
+    tokenizer = plain.manifest.tokenizer
+    waiting.verify(whole=True)
+    check_groups(
+        waiting,
+        # Reading rewards compares their number with that of the responses.
+        [*(column.name for column in GROUPS_COLUMNS), "rewards", "components"],
+        vocab_size=tokenizer.vocab_size if tokenizer else None,
+        progress=lambda numbers: progress(numbers, "incomplete groups"),
+        incomplete=True,
+    )
+    return {entry.path for entry in waiting.files()}
 
 
 def _check_totals(root: Path | str, groups: Sequence[BaseFile], counted: Survey) -> None:

@@ -32,7 +32,7 @@ IMPORT_REPORT = "import_report.jsonl"
 """File beside the manifest that lists the rows that an import dropped; not part of the dataset."""
 _OWN_ENTRIES = {
     IMPORT_REPORT,
-    *("commits", "groups", "rewards", "reference", ".spill"),
+    *("commits", "groups", "rewards", "reference", "incomplete", ".spill"),
     *("prompts", "samples", "batches", "judgements"),
 }
 

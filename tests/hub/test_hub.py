@@ -16,7 +16,8 @@ import pytest
 import yaml
 from support.builders import build_dataset, make_groups, reference_family, reference_sidecar
 from support.hub_server import READ, HubServer, Repo
-from support.merging import tree
+from support.importing import id_rows
+from support.merging import import_rows, tree
 
 from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError, StorageError
@@ -131,6 +132,30 @@ def test_what_is_pulled_is_what_was_pushed(hub: HubServer, tmp_path: Path) -> No
     assert tree(tmp_path / "back") == {**files_of(manifest, data), name: there[name]}
     assert check(tmp_path / "back") == manifest
     assert open_dataset(tmp_path / "back").fingerprint == open_dataset(data).fingerprint
+
+
+def test_incomplete_groups_go_along(hub: HubServer, tmp_path: Path) -> None:
+    """Three groups and two prompts with one response: groups, rewards and incomplete groups."""
+    rows = [row for row in id_rows(5, k=2) if (row["group"], row["sampler"]) < ("g3", "s1")]
+    rows += [row for row in id_rows(5, k=2) if row["group"] == "g4" and row["sampler"] == "s0"]
+    manifest = import_rows(tmp_path / "data", rows, singletons="keep")
+    assert (manifest.n_groups, manifest.n_incomplete) == (3, 2)
+    assert pushed(tmp_path / "data").files == 3
+    back = pulled(tmp_path / "back")
+    assert back.manifest == manifest
+    assert check(tmp_path / "back") == manifest
+    text = hub.files(REPO)["README.md"].decode()
+    assert "Apart from them, 2 incomplete groups: prompts with one response" in text
+    front = yaml.safe_load(text.split("---")[1])
+    assert [each["config_name"] for each in front["configs"]] == [
+        *("groups", "reward-reward-v1", "incomplete")
+    ]
+    # A dataset of them alone.
+    singles = [row for row in id_rows(3, k=2) if row["sampler"] == "s0"]
+    alone = import_rows(tmp_path / "alone", singles, singletons="keep")
+    assert pushed(tmp_path / "alone", repo_id="somebody/alone").files == 1
+    assert pulled(tmp_path / "alone-back", repo_id="somebody/alone").manifest == alone
+    assert pushed(tmp_path / "alone", repo_id="somebody/alone").commits == 0
 
 
 def test_again_is_nothing_to_do(hub: HubServer, tmp_path: Path) -> None:
@@ -550,7 +575,7 @@ def test_a_manifest_does_not_reach_out_of_the_folder(
     base = dataset.manifest.groups[0].model_copy(update={"path": path})
     evil = dump_manifest(dataset.manifest.model_copy(update={"groups": [base]}))
     hub.put(REPO, {"manifest-000001.json": evil.encode()})
-    with pytest.raises(IntegrityError, match="lie under groups, rewards and reference"):
+    with pytest.raises(IntegrityError, match="lie under groups, rewards, reference and"):
         pulled(tmp_path / "back")
     assert tree(tmp_path / "back") == {}
 

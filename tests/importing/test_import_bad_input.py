@@ -611,14 +611,14 @@ from gvpo_offline.errors import StorageError
 def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (800, resource.RLIM_INFINITY))
 
-def full_at_the_third(*args, _write=importer.write_groups, **kwargs):
+def full_at_the_third(*args, _write=importer.write_shard, **kwargs):
     if args[2] == "00002":
         limit()
     return _write(*args, **kwargs)
 
 if sys.argv[3] == "spill":
     limit()
-importer.write_groups = full_at_the_third
+importer.write_shard = full_at_the_third
 try:
     importer.run_import(ImportConfig(inputs=sys.argv[1], output_dir=sys.argv[2],
         columns=Columns(**{columns}), shard_bytes={shard_bytes}, show_progress=False))

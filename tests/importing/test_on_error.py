@@ -525,7 +525,7 @@ def test_the_report_survives_an_interruption(
     options = {**IDS, "on_error": "drop", "shard_bytes": log.stat().st_size // 6}
     whole = import_log(config(log, tmp_path / "whole", **options))
     assert len(whole.manifest.groups) == 8
-    write: Any = vars(importer)["write_groups"]
+    write: Any = vars(importer)["write_shard"]
     calls: list[Any] = []
 
     def fail_at_the_third(*args: Any, **kwargs: Any) -> Any:
@@ -534,7 +534,7 @@ def test_the_report_survives_an_interruption(
             raise StorageError("there must be room on the disk", received="none")
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(importer, "write_groups", fail_at_the_third)
+    monkeypatch.setattr(importer, "write_shard", fail_at_the_third)
     out = tmp_path / "out"
     with pytest.raises(StorageError):
         import_log(config(log, out, **options))

@@ -44,18 +44,26 @@ class GroupsFormat:
         return [
             *(c.name for c in GROUPS_COLUMNS if c.name not in derived),
             "rewards",
+            "components",
             *_NOT_IMPORTED,
         ]
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""
-        warned = False
+        warned = told = False
         for row, record in rows:
             if not warned and any(record.get(name) is not None for name in _NOT_IMPORTED):
                 warned = True
                 _log.warning(
                     "%s holds reference log-probs. They are not imported: run `gvpo-offline "
                     "reference` on the dataset; it uses the forward pass of training.",
+                    source.label,
+                )
+            if not told and record.get("components") is not None:
+                told = True
+                _log.warning(
+                    "%s holds components of rewards, whose names are not in the file. They are not "
+                    "imported; `gvpo-offline merge` of the dataset keeps them.",
                     source.label,
                 )
             yield from per_row([(row, record)], source, _parse)
