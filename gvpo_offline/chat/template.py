@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gvpo_offline.chat.checks import bare, check_texts, not_rendered, unknown_field
+from gvpo_offline.chat.tool_arguments import argument_records, prints_records, with_text_arguments
 from gvpo_offline.errors import DataError
 from gvpo_offline.messages import PLAIN, REASONING, Message
 
@@ -25,6 +27,8 @@ CONTINUE = "continue_final_message"
 # Stands for an answer in a rendering. No template splits, trims or escapes letters.
 _ANSWER = "xQzAnswer7Kx"
 _PROBE: Message = {"role": "user", "content": "xQzQuestion7Kx"}
+# Number of sequences of roles for which it is remembered what the template renders.
+_SHAPES = 4096
 # Variables that transformers gives every template.
 _GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -42,6 +46,7 @@ class Frame:
         behind: all text behind the response. What follows the end of the turn (a newline,
             usually) is never emitted by a policy.
         prefill: text of the assistant that the prompt ends with.
+        mark: the token that `tail` ends with.
     """
 
     prompt: str
@@ -49,6 +54,7 @@ class Frame:
     tail: str
     behind: str
     prefill: str
+    mark: str = ""
 
 
 class ChatTemplate:
@@ -68,6 +74,10 @@ class ChatTemplate:
         special = {str(t.content) for t in added.values() if t.special}
         self.ends = {str(tokenizer.convert_ids_to_tokens(i)) for i in end_ids}
         self._special = alternatives(special | self.ends)
+        # Some tokenizers do not declare the tokens of their template as special.
+        self._added = alternatives({str(t.content) for t in added.values()})
+        self._heads: dict[str, tuple[str, str | None]] = {}
+        self._dropped: dict[str, frozenset[int]] = {}
         self._parts = False
         self._parts = self._needs_parts()
 
@@ -130,7 +140,7 @@ class ChatTemplate:
         try:
             text = self._with_records(messages, arguments, generation=generation)
             if text is None:
-                text = self._plain(_as_text(messages), arguments, generation=generation)
+                text = self._plain(with_text_arguments(messages), arguments, generation=generation)
         except Exception as error:
             raise DataError(
                 "the tokenizer's chat template renders the messages",
@@ -147,14 +157,14 @@ class ChatTemplate:
         None if the template fails on them or prints them as Python dictionaries: it expects text,
         as DeepSeek's does.
         """
-        has_records = any(_records(messages))
+        has_records = any(argument_records(messages))
         try:
             text = self._plain(messages, arguments, generation=generation)
         except Exception:
             if has_records:
                 return None
             raise
-        return None if has_records and _prints_records(messages, text) else text
+        return None if has_records and prints_records(messages, text) else text
 
     def _named(self, message: Message) -> Message:
         """The message with its reasoning under the template's name for it."""
@@ -162,7 +172,7 @@ class ChatTemplate:
             return message
         name = next((n for n in ("thinking", "reasoning") if self.uses(n)), None)
         if name is None:
-            raise _unknown_field(message, REASONING)
+            raise unknown_field(message, REASONING)
         return {name if key == REASONING else key: part for key, part in message.items()}
 
     def check_fields(self, message: Message) -> None:
@@ -170,7 +180,7 @@ class ChatTemplate:
         known = (*PLAIN, REASONING, "tool_call_id", "prefix", "weight", "loss_weight")
         for key in message:
             if key not in known and not self.uses(key):
-                raise _unknown_field(message, key)
+                raise unknown_field(message, key)
 
     def frame(self, prompt: Sequence[Message], arguments: Arguments) -> Frame:
         """The frame of a response to `prompt`.
@@ -195,22 +205,49 @@ class ChatTemplate:
         full = self.render(turns, arguments, generation=False)
         found = full.rfind(_ANSWER)
         behind = full[found + len(_ANSWER) :] if found >= 0 else ""
-        tail = self._split_tail(behind)
+        tail = self._split_tail(behind) or self._undeclared_tail(behind)
         if not tail and found >= 0:
             tail = self._end_before_next_turn(turns, arguments)
         head: str | None = ""
         if continued:
             if found < 0:
-                raise _not_rendered(last)
+                raise not_rendered(last)
             start = full[:found]
         else:
             start = self.render(prompt, arguments, generation=True)
             whole = found >= 0 and full.startswith(start)
-            head = full[len(start) : found] if whole else None
+            head = full[len(start) : found] if whole else self._usual_head(start, arguments)
         self.check_rendered(prompt, start, arguments)
-        return Frame(start, head, tail, behind, (last["content"] or "") if continued else "")
+        self._check_not_dropped(prompt, arguments)
+        if continued and not bare(start).endswith(bare(last["content"] or "")):
+            raise not_rendered(last)
+        marks = list(self._added.finditer(tail)) if self._added else []
+        mark = marks[-1].group() if marks and marks[-1].end() == len(tail) else tail
+        prefill = (last["content"] or "") if continued else ""
+        return Frame(start, head, tail, behind, prefill, mark)
 
-    def _split_tail(self, behind: str) -> str:
+    def _usual_head(self, start: str, arguments: Arguments) -> str | None:
+        """The text between the generation prompt and a response to one question.
+
+        For a prompt that the template renders differently once a response follows: some write the
+        system message into the last turn of the user, and there alone.
+        """
+        key = json.dumps(arguments, sort_keys=True, default=str)
+        if key not in self._heads:
+            turns: list[Message] = [_PROBE, {"role": "assistant", "content": _ANSWER}]
+            try:
+                opened = self.render(turns[:1], arguments, generation=True)
+                full = self.render(turns, arguments, generation=False)
+            except DataError:  # a template with further demands (a system message)
+                opened = full = ""
+            found = full.find(_ANSWER)
+            whole = found >= 0 and full.startswith(opened)
+            prompt_end = opened.rpartition(str(_PROBE["content"]))[2]
+            self._heads[key] = prompt_end, full[len(opened) : found] if whole else None
+        prompt_end, head = self._heads[key]
+        return head if start.endswith(prompt_end) else None
+
+    def _split_tail(self, behind: str, further: Collection[str] = ()) -> str:
         """The text behind a response up to the mark that ends the turn; empty without a mark."""
         mark = self._special.search(behind) if self._special else None
         end = 0
@@ -218,10 +255,15 @@ class ChatTemplate:
         # response, then of the turn), up to one that is known to end responses.
         while mark is not None and self._special is not None:
             end = mark.end()
-            if mark.group() in self.ends:
+            if mark.group() in self.ends or mark.group() in further:
                 break
             mark = self._special.match(behind, end)
         return behind[:end]
+
+    def _undeclared_tail(self, behind: str) -> str:
+        """The text behind a response up to the first added token that is not declared special."""
+        mark = self._added.search(behind) if self._added else None
+        return behind[: mark.end()] if mark else ""
 
     def _end_before_next_turn(self, turns: Sequence[Message], arguments: Arguments) -> str:
         """The mark that begins the next turn, if responses end with it (GLM-4), else nothing."""
@@ -232,10 +274,50 @@ class ChatTemplate:
         tail = self._split_tail(text[text.rfind(_ANSWER) + len(_ANSWER) :])
         return tail if tail in self.ends else ""
 
-    def end_of_turn(self, text: str, start: int) -> int:
-        """The position behind the mark that ends a turn, searched from `start`; -1 if none."""
-        tail = self._split_tail(text[start:])
-        return start + len(tail) if tail else -1
+    def end_of_turn(self, text: str, start: int, bound: int | None, mark: str) -> int:
+        """The position behind the mark that ends a turn; -1 if there is none.
+
+        Args:
+            text: a rendering.
+            start: where the last text of the turn ends.
+            bound: where the rendering of the turn ends if nothing follows it; None if that is not
+                known. A mark behind it begins the next turn; some templates end a turn with that
+                alone.
+            mark: the mark behind other responses.
+        """
+        if bound is None:
+            tail = self._split_tail(text[start:], {mark})
+            return start + len(tail) if tail else -1
+        known = alternatives(self.ends | {mark})
+        found = known.search(text, start, max(start, bound)) if known else None
+        if found is not None:
+            return found.end()
+        tail = self._split_tail(text[start : max(start, bound)])
+        if tail:
+            return start + len(tail)
+        found = self._special.search(text, start) if self._special else None
+        return found.end() if found is not None else -1
+
+    def end_before_result(
+        self, turns: Sequence[Message], arguments: Arguments, full: str
+    ) -> str | None:
+        """The mark between tool calls and their result, if a policy ends its response with it.
+
+        Args:
+            turns: messages, the last of them with tool calls.
+            arguments: arguments of the template.
+            full: their rendering.
+        """
+        call = turns[-1]["tool_calls"][-1]
+        result = {"role": "tool", "content": _ANSWER, "name": call["function"]["name"]}
+        result |= {"tool_call_id": call["id"]} if "id" in call else {}
+        try:
+            text = self.render([*turns, result], arguments, generation=False)
+        except DataError:
+            return None
+        bare = full.rstrip()
+        tail = self._split_tail(text[len(bare) :]) if text.startswith(bare) else ""
+        return tail.lstrip() if tail.strip() in self.ends else None
 
     def closing_mark(self, text: str) -> int:
         """The position behind the mark that a text ends with, white space aside; -1 if none."""
@@ -259,98 +341,47 @@ class ChatTemplate:
         )
         return [(int(first), int(last)) for first, last in spans[0]]
 
+    def _check_not_dropped(self, messages: Sequence[Message], arguments: Arguments) -> None:
+        """Check that the template renders the content of each message of a prompt.
+
+        A rendering with a unique word in the place of each content shows it, also where another
+        part of the prompt holds the same text. It depends on the roles and fields alone, so it is
+        done once for each sequence of them.
+
+        Raises:
+            DataError: the template does not render one; names its role.
+        """
+        shape = [[m["role"], sorted(k for k in m if m[k]), len(m.get("tool_calls") or ())]
+                 for m in messages]  # fmt: skip
+        key = json.dumps([shape, arguments], sort_keys=True, default=str)
+        if key not in self._dropped:
+            if len(self._dropped) >= _SHAPES:
+                self._dropped.clear()
+            words = {i: f"xQz{i}Word7Kx" for i, m in enumerate(messages) if m.get("content")}
+            turns = [
+                {**m, "content": words[i]} if i in words else m for i, m in enumerate(messages)
+            ]
+            try:
+                text = self.render(turns, arguments, generation=True)
+            except DataError:  # a template that checks a content
+                text = "".join(words.values())
+            missing = (i for i, word in words.items() if word not in text)
+            self._dropped[key] = frozenset(missing)
+        for i in self._dropped[key]:
+            if messages[i]["content"].strip():
+                raise not_rendered(messages[i])
+
     def check_rendered(self, messages: Sequence[Message], text: str, arguments: Arguments) -> None:
         """Check that a rendering holds the text of every message and the name of every tool.
 
         Raises:
             DataError: one is missing; names its role.
         """
-        counts: dict[str, int] = {}
         for message in messages:
             self.check_fields(message)
-            for needed in _texts(message):
-                counts[needed] = counts.get(needed, 0) + 1
-                if _count(text, needed) < counts[needed]:
-                    raise _not_rendered(message)
-        for tool in arguments.get("tools") or ():
-            name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
-            if not isinstance(name, str) or name not in text:
-                raise DataError(
-                    "the chat template renders the prompt's tools",
-                    received=f"the tool {name!r}, which the rendering does not hold",
-                    remedy="set chat_template to the template of the sampler, or log the prompt's "
-                    "token ids",
-                )
+        check_texts(messages, text, arguments)
 
 
 def alternatives(tokens: Collection[str]) -> re.Pattern[str] | None:
     ordered = sorted((t for t in tokens if t), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
-def _texts(message: Message) -> list[str]:
-    """The texts of a message that a rendering of it holds."""
-    content = (message.get("content") or "").strip()
-    if message["role"] == "assistant" and "</think>" in content:
-        # Templates leave the reasoning of earlier turns out, as the server did.
-        content = content.rpartition("</think>")[2].strip()
-    names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-    return [text for text in (content, *names) if text]
-
-
-def _count(text: str, needed: str) -> int:
-    found = text.count(needed)
-    if found:
-        return found
-    forms = [json.dumps(needed, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-    return max(text.count(form) for form in forms)
-
-
-def _not_rendered(message: Message) -> DataError:
-    shown = message.get("content") or json.dumps(message.get("tool_calls"))
-    return DataError(
-        "the chat template renders every message of a prompt",
-        received=f"a message of role {message['role']!r} whose text is not in the rendering: "
-        f"{shown[:200]!r}",
-        remedy="rename the role to one that the template knows, or set chat_template to the "
-        "template of the sampler",
-    )
-
-
-def _unknown_field(message: Message, key: str) -> DataError:
-    return DataError(
-        "the chat template renders every field of a message",
-        received=f"{key} in a message of role {message['role']!r}, a field that it does not read",
-        remedy="set chat_template to the template of the sampler, remove the field, or log token "
-        "ids",
-    )
-
-
-def _records(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    return [
-        call["function"]["arguments"]
-        for call in calls
-        if isinstance(call["function"].get("arguments"), dict)
-    ]
-
-
-def _prints_records(messages: Sequence[Message], text: str) -> bool:
-    """Whether the template printed arguments as Python dictionaries."""
-    return any(record and str(record) in text for record in _records(messages))
-
-
-def _as_text(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the arguments of tool calls as JSON text."""
-
-    def call_as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return {**call, "function": {**function, "arguments": arguments}}
-
-    return [
-        {**m, "tool_calls": list(map(call_as_text, m["tool_calls"]))} if m.get("tool_calls") else m
-        for m in messages
-    ]

@@ -1,0 +1,42 @@
+"""Arguments of tool calls as a template reads them: records, or JSON text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from gvpo_offline.messages import Message
+
+__all__ = ["argument_records", "prints_records", "with_text_arguments"]
+
+
+def argument_records(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The arguments of all tool calls that are records."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    return [
+        call["function"]["arguments"]
+        for call in calls
+        if isinstance(call["function"].get("arguments"), dict)
+    ]
+
+
+def prints_records(messages: Sequence[Message], text: str) -> bool:
+    """Whether the template printed arguments as Python dictionaries."""
+    return any(record and str(record) in text for record in argument_records(messages))
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of tool calls as JSON text."""
+
+    def call_as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    return [
+        {**m, "tool_calls": list(map(call_as_text, m["tool_calls"]))} if m.get("tool_calls") else m
+        for m in messages
+    ]
