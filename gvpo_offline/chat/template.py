@@ -26,11 +26,11 @@ CONTINUE = "continue_final_message"
 
 # Stands for an answer in a rendering. No template splits, trims or escapes letters.
 _ANSWER = "xQzAnswer7Kx"
-_PROBE: Message = {"role": "user", "content": "xQzQuestion7Kx"}
+PROBE: Message = {"role": "user", "content": "xQzQuestion7Kx"}
 # Number of sequences of roles for which it is remembered what the template renders.
 _SHAPES = 4096
 # Variables that transformers gives every template.
-_GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
+_GIVEN = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Frame:
             usually) is never emitted by a policy.
         prefill: text of the assistant that the prompt ends with.
         mark: the token that `tail` ends with.
+        like: the frame of the prompt `PROBE`, where the template renders this prompt differently
+            once a response follows, and both end with the same generation prompt.
     """
 
     prompt: str
@@ -55,6 +57,7 @@ class Frame:
     behind: str
     prefill: str
     mark: str = ""
+    like: Frame | None = None
 
 
 class ChatTemplate:
@@ -76,7 +79,7 @@ class ChatTemplate:
         self._special = alternatives(special | self.ends)
         # Some tokenizers do not declare the tokens of their template as special.
         self._added = alternatives({str(t.content) for t in added.values()})
-        self._heads: dict[str, tuple[str, str | None]] = {}
+        self._usual_frames: dict[str, Frame | None] = {}
         self._dropped: dict[str, frozenset[int]] = {}
         self._parts = False
         self._parts = self._needs_parts()
@@ -94,13 +97,13 @@ class ChatTemplate:
         """Whether the template reads content only as a list of parts, as those of models with
         vision do."""
         try:
-            if _PROBE["content"] in self._plain([_PROBE], {}, generation=True):
+            if PROBE["content"] in self._plain([PROBE], {}, generation=True):
                 return False
         except Exception:  # templates raise many kinds of errors
             pass
         self._parts = True
         try:
-            return _PROBE["content"] in self._plain([_PROBE], {}, generation=True)
+            return PROBE["content"] in self._plain([PROBE], {}, generation=True)
         except Exception:
             return False
 
@@ -129,10 +132,13 @@ class ChatTemplate:
             DataError: the template refuses the messages, or does not know an argument.
         """
         for name in arguments:
-            if name not in ("tools", CONTINUE, *_GIVEN) and not self.uses(name):
+            given = name in ("messages", "add_generation_prompt")
+            if given or not (name in ("tools", CONTINUE, *_GIVEN) or self.uses(name)):
                 raise DataError(
                     "the chat template uses each argument that a prompt was rendered with",
-                    received=f"{name}: {arguments[name]!r}, which it does not use",
+                    received=f"{name}: {arguments[name]!r}, which it does not use"
+                    if not given
+                    else f"{name}, which is not an argument of a prompt",
                     remedy="set chat_template to the template of the sampler, or leave the "
                     "argument out of the log",
                 )
@@ -216,7 +222,7 @@ class ChatTemplate:
         else:
             start = self.render(prompt, arguments, generation=True)
             whole = found >= 0 and full.startswith(start)
-            head = full[len(start) : found] if whole else self._usual_head(start, arguments)
+            head = full[len(start) : found] if whole else None
         self.check_rendered(prompt, start, arguments)
         self._check_not_dropped(prompt, arguments)
         if continued and not bare(start).endswith(bare(last["content"] or "")):
@@ -224,28 +230,23 @@ class ChatTemplate:
         marks = list(self._added.finditer(tail)) if self._added else []
         mark = marks[-1].group() if marks and marks[-1].end() == len(tail) else tail
         prefill = (last["content"] or "") if continued else ""
-        return Frame(start, head, tail, behind, prefill, mark)
+        like = self._usual(start, arguments) if head is None and prompt != [PROBE] else None
+        return Frame(start, head, tail, behind, prefill, mark, like)
 
-    def _usual_head(self, start: str, arguments: Arguments) -> str | None:
-        """The text between the generation prompt and a response to one question.
-
-        For a prompt that the template renders differently once a response follows: some write the
-        system message into the last turn of the user, and there alone.
+    def _usual(self, start: str, arguments: Arguments) -> Frame | None:
+        """The frame of one question, for a prompt that the template renders differently once a
+        response follows: some write the system message into the last turn of the user alone.
         """
         key = json.dumps(arguments, sort_keys=True, default=str)
-        if key not in self._heads:
-            turns: list[Message] = [_PROBE, {"role": "assistant", "content": _ANSWER}]
+        if key not in self._usual_frames:
             try:
-                opened = self.render(turns[:1], arguments, generation=True)
-                full = self.render(turns, arguments, generation=False)
+                self._usual_frames[key] = self.frame([PROBE], arguments)
             except DataError:  # a template with further demands (a system message)
-                opened = full = ""
-            found = full.find(_ANSWER)
-            whole = found >= 0 and full.startswith(opened)
-            prompt_end = opened.rpartition(str(_PROBE["content"]))[2]
-            self._heads[key] = prompt_end, full[len(opened) : found] if whole else None
-        prompt_end, head = self._heads[key]
-        return head if start.endswith(prompt_end) else None
+                self._usual_frames[key] = None
+        found = self._usual_frames[key]
+        if found is None or found.head is None:
+            return None
+        return found if start.endswith(found.prompt.rpartition(PROBE["content"])[2]) else None
 
     def _split_tail(self, behind: str, further: Collection[str] = ()) -> str:
         """The text behind a response up to the mark that ends the turn; empty without a mark."""
@@ -268,7 +269,7 @@ class ChatTemplate:
     def _end_before_next_turn(self, turns: Sequence[Message], arguments: Arguments) -> str:
         """The mark that begins the next turn, if responses end with it (GLM-4), else nothing."""
         try:
-            text = self.render([*turns, _PROBE], arguments, generation=False)
+            text = self.render([*turns, PROBE], arguments, generation=False)
         except DataError:  # templates may refuse a second turn of the user
             return ""
         tail = self._split_tail(text[text.rfind(_ANSWER) + len(_ANSWER) :])
@@ -330,7 +331,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         given = self._tokenizer.get_chat_template(tools=arguments.get("tools"))
-        if "generation" not in given:
+        if not re.search(r"{%-?\s*generation\b", given):
             return []
         _, spans = render_jinja_template(
             conversations=[list(map(self._named, messages))],

@@ -11,11 +11,12 @@ what the policy emits, if it has them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gvpo_offline.chat.parts import Found, align, not_found, parts_of, search, without_parts
-from gvpo_offline.chat.template import CONTINUE, Arguments, ChatTemplate, Frame
+from gvpo_offline.chat.reasoning import as_logged, split_reasoning
+from gvpo_offline.chat.template import CONTINUE, PROBE, Arguments, ChatTemplate, Frame
 from gvpo_offline.errors import DataError
 from gvpo_offline.messages import Message
 
@@ -72,7 +73,9 @@ def text_pieces(
     Raises:
         DataError: the template refuses the messages.
     """
-    text, reopened = _without_repeated_tag(frame.prompt, text)
+    if frame.like is not None:
+        return text_pieces(template, frame.like, [PROBE], arguments, text, end=end)
+    text, reopened = _without_repeated_tag(template, frame, text)
     body, mark = _split_mark(text, (frame.tail, *template.ends))
     answer: Message = {"role": "assistant", "content": frame.prefill + body}
     turns = [*prompt[:-1], {**prompt[-1], **answer}] if frame.prefill else [*prompt, answer]
@@ -89,10 +92,16 @@ def text_pieces(
     return Turns((Piece(head + body + close, written=True),), exact is not None, reopened)
 
 
-def _without_repeated_tag(prompt: str, text: str) -> tuple[str, bool]:
-    """The text without the tag that the generation prompt ends with, if it begins with it."""
-    tag = _LAST_TAG.search(prompt)
+def _without_repeated_tag(template: ChatTemplate, frame: Frame, text: str) -> tuple[str, bool]:
+    """The text without the tag that the generation prompt ends with, if it begins with it.
+
+    A tag at the end of what a person wrote, or of a text to be continued, is no such tag.
+    """
+    tag = _LAST_TAG.search(frame.prompt)
     if tag is None or not text.lstrip().startswith(tag.group(1)):
+        return text, False
+    opened = tag.group(1) in template.source and not frame.prefill
+    if not opened and frame.prefill.strip() != tag.group(1):
         return text, False
     if text.startswith(tag.group()):
         return text[len(tag.group()) :], True
@@ -129,12 +138,15 @@ def message_pieces(
     """
     for message in response:
         template.check_fields(message)
+    if frame.like is not None:
+        frame, prompt = frame.like, [PROBE]
     response, mark = _without_marks(response, (frame.tail, *template.ends))
     before = list(prompt)
     if frame.prefill:
         before = before[:-1]
         first = {**response[0], "content": frame.prefill + (response[0]["content"] or "")}
         response = [first, *response[1:]]
+    response, contents = split_reasoning(template, response)
     full = template.render([*before, *response], arguments, generation=False)
     own = [i for i, message in enumerate(response) if message["role"] == "assistant"]
     starts = list(_starts(template, frame, before, arguments, response, own))
@@ -155,7 +167,7 @@ def message_pieces(
             remedy="log the token ids and the loss mask, split the conversation into one row per "
             "turn, or set chat_template to one whose turns do not change",
         )
-    turns = _Assembly(template, frame, before, arguments, response, full)
+    turns = _Assembly(template, frame, before, arguments, response, full, contents)
     for number, (index, start) in enumerate(zip(own, map(len, starts), strict=True)):
         if number < len(own) - 1:
             turns.add(index, start, len(starts[number + 1]))
@@ -235,8 +247,10 @@ class _Assembly:
         arguments: Arguments,
         response: Sequence[Message],
         full: str,
+        contents: Mapping[int, str],
     ) -> None:
         self._template, self._frame, self._full = template, frame, full
+        self._contents = contents
         self._before, self._arguments, self._response = before, arguments, response
         self._parts = parts_of(response, frame.prefill)
         self._aligned = self._align()
@@ -281,7 +295,8 @@ class _Assembly:
         """Append the last turn; its end is the template's, unless the log holds another mark."""
         full = self._full
         written, position = self._turn(index, start, len(full))
-        calls = bool(self._response[index].get("tool_calls"))
+        message = self._response[index]
+        calls = bool(message.get("tool_calls"))
         if end is None and mark is None:
             self.pieces.append(Piece(written, written=True))
             return
@@ -290,13 +305,11 @@ class _Assembly:
             close = mark
         elif closed >= 0:
             close = full[position:closed]
-        elif calls:  # a template that marks the end of a turn by the next one
+        else:  # a template that marks the end of a turn by the next one
             turns = [*self._before, *self._response]
-            close = full[position:].rstrip() + (
-                self._template.end_before_result(turns, self._arguments, full) or end or ""
-            )
-        else:
-            close = end or ""
+            found = self._template.end_before_result(turns, self._arguments, full) if calls else ""
+            behind = "" if message["content"] and not calls else full[position:].rstrip()
+            close = behind + (found or end or "")
         self.pieces.append(Piece(written + close, written=True))
 
     def _turn(self, index: int, start: int, bound: int) -> tuple[str, int]:
@@ -315,6 +328,8 @@ class _Assembly:
             if not places:
                 raise not_found(part)
             found += places
+        if index in self._contents:
+            return self._with_reasoning(index, start, found)
         written, position = "", start
         for place in sorted(found, key=lambda f: f.start):
             rendered = full[place.start : place.end]
@@ -328,3 +343,22 @@ class _Assembly:
                 written += full[position : place.end]
                 position = max(position, place.end)
         return written, position
+
+    def _with_reasoning(self, index: int, start: int, found: Sequence[Found]) -> tuple[str, int]:
+        """As `_turn`, for a content that holds its reasoning."""
+        full, content = self._full, self._contents[index]
+        own = [f for f in found if not f.part.field.startswith("tool call")]
+        end = max(f.end for f in own)
+        last = max(own, key=lambda f: f.end).part
+        if last.field != "content":
+            closing = re.compile(r"\s*</think>").match(full, end)
+            end = closing.end() if closing else end
+        text = as_logged(full[:start], full[start:end], content)
+        if text is None:
+            raise not_found(last)
+        if last.field != "content":
+            # White space behind the reasoning is the template's.
+            text = text.rstrip()
+        self.as_rendered = self.as_rendered and text == full[start:end]
+        position = max(f.end for f in found)
+        return text + full[end : max(end, position)], max(end, position)
