@@ -28,7 +28,7 @@ class ChatSettings(Protocol):
 
     @property
     def system_prompt(self) -> str | None:
-        """The system message before each chat prompt that has none."""
+        """The system message before each chat prompt that has none (nor a developer's)."""
 
 
 class ChatPrompts:
@@ -85,7 +85,7 @@ class ChatPrompts:
         if messages is not None and system is None:
             return None, messages
         chat = json.loads(messages) if messages else [{"role": "user", "content": text}]
-        if system is not None and chat[0].get("role") != "system":
+        if system is not None and chat[0].get("role") not in ("system", "developer"):
             chat = [{"role": "system", "content": system}, *chat]
         return None, json.dumps(chat, ensure_ascii=False)
 

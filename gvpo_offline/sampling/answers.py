@@ -49,7 +49,7 @@ def request_body(settings: RequestSettings, requests: Sequence[SampleRequest]) -
     chat = endpoint(settings, prompt) == _CHAT
     body: dict[str, Any] = {"model": settings.model}
     if chat:
-        body["messages"] = json.loads(prompt.messages or "")
+        body |= _chat_body(json.loads(prompt.messages or ""))
     elif settings.return_token_ids or prompt.messages is not None:
         # Token ids, since a server would add a second beginning token to rendered text.
         body["prompt"] = prompt.token_ids.tolist()
@@ -71,6 +71,25 @@ def request_body(settings: RequestSettings, requests: Sequence[SampleRequest]) -
     extras = {name: getattr(settings, name) for name in _EXTRAS}
     body |= {name: value for name, value in extras.items() if value != _EXTRAS[name]}
     return body | settings.extra_body
+
+
+def _chat_body(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The messages in the form of OpenAI's API, and whether the last one is to be continued."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"].get("arguments")
+            if not isinstance(arguments, str):
+                text = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+                call["function"]["arguments"] = text
+    if messages[-1]["role"] != "assistant":
+        return {"messages": messages}
+    # The dataset's prompt ends within this message. By default servers close it and open another;
+    # vLLM and SGLang continue it with these arguments.
+    return {
+        "messages": messages,
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    }
 
 
 def read_answer(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.conversations import prompt as prompt_of
+from gvpo_offline.conversations import template_arguments
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json
@@ -42,6 +43,8 @@ _VERSION = 1
 _TASK = "prompts"
 _TOKENIZED_AT_ONCE = 256
 _LONGEST = "longest_prompt_tokens"
+# Columns that hold arguments of the chat template.
+_ARGUMENTS = ("tools", "chat_template_kwargs")
 T = TypeVar("T")
 _SCHEMA = pa.schema(
     [
@@ -276,6 +279,8 @@ class _Reader:
         if not (text or messages):
             raise DataError("a prompt is not empty", received=repr(text), remedy="remove the row")
         text, messages = self._chat.prompt(text, messages, source.label, number)
+        if messages is not None:
+            _refuse_arguments(record)
         rest = {column: value for column, value in record.items() if column != name}
         bare = Fragment(text, messages, None, [], None, None, [], [])
         return _Row(
@@ -357,6 +362,19 @@ class _Reader:
             )
         self.counts["dropped_overlong_prompts"] += 1
         return False
+
+
+def _refuse_arguments(record: Mapping[str, Any]) -> None:
+    """Refuse a prompt that was rendered with more than its messages."""
+    found = template_arguments(record)
+    if found is not None:
+        raise DataError(
+            "chat prompts are rendered without further arguments of the chat template",
+            received=f"the columns {' and '.join(n for n in _ARGUMENTS if record.get(n))}: "
+            f"{found[:200]}",
+            remedy="remove these columns, or give each prompt as the text that the template "
+            "renders, in the column that prompt_column names",
+        )
 
 
 def _short(key: str) -> int:
