@@ -25,6 +25,8 @@ _TOOL_CALLS = "tool_calls"
 # What servers and SDKs add to a message; no template renders it.
 _ENVELOPE = (
     *("id", "status", "type", "annotations", "created_at", "reasoning_details", "index"),
+    *("uuid", "timestamp", "created", "model", "usage", "cache_control"),
+    "provider_specific_fields",
     "_open",
 )
 # Why these three fields are read: a message with more than them is not a plain text.

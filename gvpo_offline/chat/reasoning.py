@@ -28,9 +28,8 @@ def split_reasoning(
     Returns:
         The messages, and the content as logged of each that was split, by index.
     """
-    reads = any(map(template.uses, (REASONING, "thinking", "reasoning")))
     logged: dict[int, str] = {}
-    if not reads or _OPEN not in template.source:
+    if not template.reads_reasoning or _OPEN not in template.source:
         return list(messages), logged
     found = list(messages)
     for i, message in enumerate(messages):

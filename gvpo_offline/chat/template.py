@@ -10,9 +10,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gvpo_offline.chat.checks import bare, check_texts, not_rendered, unknown_field
+from gvpo_offline.chat.checks import (
+    WholeRenderings,
+    bare,
+    check_texts,
+    not_rendered,
+    unknown_field,
+)
 from gvpo_offline.chat.tool_arguments import argument_records, prints_records, with_text_arguments
 from gvpo_offline.errors import DataError
+from gvpo_offline.hashing import sha256_json
 from gvpo_offline.messages import PLAIN, REASONING, Message
 
 if TYPE_CHECKING:
@@ -27,8 +34,8 @@ CONTINUE = "continue_final_message"
 # Stands for an answer in a rendering. No template splits, trims or escapes letters.
 _ANSWER = "xQzAnswer7Kx"
 PROBE: Message = {"role": "user", "content": "xQzQuestion7Kx"}
-# Number of sequences of roles for which it is remembered what the template renders.
-_SHAPES = 4096
+# Number of frames that are kept, one for each set of arguments.
+_FRAMES = 256
 # Variables that transformers gives every template.
 _GIVEN = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -80,7 +87,7 @@ class ChatTemplate:
         # Some tokenizers do not declare the tokens of their template as special.
         self._added = alternatives({str(t.content) for t in added.values()})
         self._usual_frames: dict[str, Frame | None] = {}
-        self._dropped: dict[str, frozenset[int]] = {}
+        self._whole = WholeRenderings(self.render)
         self._parts = False
         self._parts = self._needs_parts()
 
@@ -177,12 +184,26 @@ class ChatTemplate:
         if REASONING not in message or self.uses(REASONING):
             return message
         name = next((n for n in ("thinking", "reasoning") if self.uses(n)), None)
-        if name is None:
-            raise unknown_field(message, REASONING)
+        if name is None:  # as servers do with the reasoning of earlier turns
+            return {key: part for key, part in message.items() if key != REASONING}
         return {name if key == REASONING else key: part for key, part in message.items()}
 
+    @property
+    def reads_reasoning(self) -> bool:
+        """Whether the template reads reasoning apart from content."""
+        return any(map(self.uses, (REASONING, "thinking", "reasoning")))
+
+    def check_written(self, message: Message) -> None:
+        """As `check_fields`, for a message that the policy writes or continues."""
+        self.check_fields(message)
+        if REASONING in message and not self.reads_reasoning:
+            raise unknown_field(message, REASONING)
+
     def check_fields(self, message: Message) -> None:
-        """Raise DataError if a message has a field that the template does not know."""
+        """Raise DataError if a message has a field that the template does not know.
+
+        The reasoning of earlier turns is no such field: many templates leave it out.
+        """
         known = (*PLAIN, REASONING, "tool_call_id", "prefix", "weight", "loss_weight")
         for key in message:
             if key not in known and not self.uses(key):
@@ -198,6 +219,7 @@ class ChatTemplate:
         continued = last["role"] == "assistant" and arguments.get(CONTINUE, True)
         answer = _ANSWER
         if continued:
+            self.check_written(last)
             if last.get("tool_calls"):
                 raise DataError(
                     "a prompt ends with a message that a response can follow",
@@ -224,7 +246,7 @@ class ChatTemplate:
             whole = found >= 0 and full.startswith(start)
             head = full[len(start) : found] if whole else None
         self.check_rendered(prompt, start, arguments)
-        self._check_not_dropped(prompt, arguments)
+        self._whole.check(prompt, arguments)
         if continued and not bare(start).endswith(bare(last["content"] or "")):
             raise not_rendered(last)
         marks = list(self._added.finditer(tail)) if self._added else []
@@ -237,8 +259,10 @@ class ChatTemplate:
         """The frame of one question, for a prompt that the template renders differently once a
         response follows: some write the system message into the last turn of the user alone.
         """
-        key = json.dumps(arguments, sort_keys=True, default=str)
+        key = sha256_json(dict(arguments))
         if key not in self._usual_frames:
+            if len(self._usual_frames) >= _FRAMES:
+                self._usual_frames.clear()
             try:
                 self._usual_frames[key] = self.frame([PROBE], arguments)
             except DataError:  # a template with further demands (a system message)
@@ -341,36 +365,6 @@ class ChatTemplate:
             **{name: value for name, value in arguments.items() if name != CONTINUE},
         )
         return [(int(first), int(last)) for first, last in spans[0]]
-
-    def _check_not_dropped(self, messages: Sequence[Message], arguments: Arguments) -> None:
-        """Check that the template renders the content of each message of a prompt.
-
-        A rendering with a unique word in the place of each content shows it, also where another
-        part of the prompt holds the same text. It depends on the roles and fields alone, so it is
-        done once for each sequence of them.
-
-        Raises:
-            DataError: the template does not render one; names its role.
-        """
-        shape = [[m["role"], sorted(k for k in m if m[k]), len(m.get("tool_calls") or ())]
-                 for m in messages]  # fmt: skip
-        key = json.dumps([shape, arguments], sort_keys=True, default=str)
-        if key not in self._dropped:
-            if len(self._dropped) >= _SHAPES:
-                self._dropped.clear()
-            words = {i: f"xQz{i}Word7Kx" for i, m in enumerate(messages) if m.get("content")}
-            turns = [
-                {**m, "content": words[i]} if i in words else m for i, m in enumerate(messages)
-            ]
-            try:
-                text = self.render(turns, arguments, generation=True)
-            except DataError:  # a template that checks a content
-                text = "".join(words.values())
-            missing = (i for i, word in words.items() if word not in text)
-            self._dropped[key] = frozenset(missing)
-        for i in self._dropped[key]:
-            if messages[i]["content"].strip():
-                raise not_rendered(messages[i])
 
     def check_rendered(self, messages: Sequence[Message], text: str, arguments: Arguments) -> None:
         """Check that a rendering holds the text of every message and the name of every tool.

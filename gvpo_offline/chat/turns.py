@@ -137,7 +137,7 @@ def message_pieces(
             differently once later ones follow.
     """
     for message in response:
-        template.check_fields(message)
+        template.check_written(message)
     if frame.like is not None:
         frame, prompt = frame.like, [PROBE]
     response, mark = _without_marks(response, (frame.tail, *template.ends))

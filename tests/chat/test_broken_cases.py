@@ -240,3 +240,27 @@ def test_arguments_that_are_the_encoders_own() -> None:
     for name in ("messages", "add_generation_prompt"):
         with pytest.raises(DataError, match=f"received {name}, which is not an argument"):
             found.frame(Chat([QUESTION], {name: False}))
+
+
+def test_reasoning_of_earlier_turns_that_the_template_does_not_read() -> None:
+    """Servers leave it out of the prompt; in what the policy writes or continues it is refused."""
+    earlier = {"role": "assistant", "content": "5", "reasoning_content": "2 and 3"}
+    prompt = [QUESTION, earlier, {"role": "user", "content": "And 4 + 4?"}]
+    shown, text = encode(encoder_of("llama3"), "8", prompt)
+    assert "2 and 3" not in shown
+    assert text == "8<|eot_id|>"
+    for continued in (prompt[:2], [QUESTION]):
+        response: Any = "!" if continued[1:] else [normalised(earlier)]
+        with pytest.raises(DataError, match="received reasoning_content in a message of role"):
+            encode(encoder_of("llama3"), response, continued)
+
+
+def test_tools_that_the_template_drops_although_the_prompt_names_one() -> None:
+    prompt = [{"role": "user", "content": "Please look_up the weather."}]
+    with pytest.raises(DataError, match="the tool 'look_up', which the rendering does not hold"):
+        encode(encoder_of("llama3"), "No.", prompt, tools=True)
+
+
+def test_what_clients_add_to_a_message_is_no_field_of_it() -> None:
+    added = {"timestamp": 17, "model": "m", "cache_control": {"type": "ephemeral"}}
+    assert normalised({**QUESTION, **added}) == QUESTION
