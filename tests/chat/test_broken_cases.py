@@ -264,3 +264,17 @@ def test_tools_that_the_template_drops_although_the_prompt_names_one() -> None:
 def test_what_clients_add_to_a_message_is_no_field_of_it() -> None:
     added = {"timestamp": 17, "model": "m", "cache_control": {"type": "ephemeral"}}
     assert normalised({**QUESTION, **added}) == QUESTION
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen2_5", "<|im_end|>"),
+        ("qwen3", "<think>\n\n</think>\n\n<|im_end|>"),
+        ("gptoss", "<|channel|>final<|message|><|return|>"),
+    ],
+)
+def test_an_empty_response_has_what_the_template_writes_before_responses(
+    name: str, text: str
+) -> None:
+    assert encode(encoder_of(name), "")[1] == text
