@@ -10,6 +10,8 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.settings import required
 from gvpo_offline.store.location import RemoteSettings
 
+HeldOutRule = Literal["prompt", "group"]
+
 
 @dataclass
 class ResponseSettings:
