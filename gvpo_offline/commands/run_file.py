@@ -29,8 +29,8 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
 
     These are the objective, `eval_fraction`, `held_out_by`, and if no dataset is given the dataset:
     the run's `eval_dataset`, all of whose groups are evaluated, or else its training dataset. The
-    dataset's conditions, reward, reference and version are taken from the run only for a dataset of the run.
-    A setting that is given is used; if the run had another value, a warning is logged.
+    dataset's conditions, reward, reference and version are taken from the run only for a dataset of
+    the run. A setting that is given is used; if the run had another value, a warning is logged.
 
     Raises:
         ConfigError: no dataset is given, and the run has none or several.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,8 +133,8 @@ def read_prompt_hashes(
 ) -> UInt64Array:
     """`prompt_hash` of each group of a row group, or of some of its rows: (n,) uint64."""
     table = summary_columns(dataset, row_group, [PROMPT_HASH])
-    hashes: Any = as_numpy(column_array(table, PROMPT_HASH))
-    return hashes if rows is None else hashes[rows]
+    hashes: UInt64Array = as_numpy(column_array(table, PROMPT_HASH))
+    return hashes if rows is None else np.asarray(hashes[rows])
 
 
 def count_prompts(dataset: GroupDataset) -> PromptCounts:

@@ -28,8 +28,8 @@ RULE = "held_out_by"
 EARLIER_RULE: HeldOutRule = "group"
 
 
-def rule_to_resume(output_dir: Path, wanted: str | bool | None) -> HeldOutRule | None:
-    """The rule of the run whose checkpoint is resumed; None: no checkpoint is resumed.
+def rule_to_follow(output_dir: Path, wanted: str | bool | None) -> HeldOutRule:
+    """The rule of the run whose checkpoint is resumed; `prompt` if none is.
 
     Args:
         output_dir, wanted: as in `find_checkpoint`.
@@ -39,7 +39,7 @@ def rule_to_resume(output_dir: Path, wanted: str | bool | None) -> HeldOutRule |
     """
     checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
     if checkpoint is None:
-        return None
+        return "prompt"
     rule: HeldOutRule = read_identity(checkpoint).get("data", {}).get(RULE, EARLIER_RULE)
     return rule
 

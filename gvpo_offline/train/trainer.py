@@ -51,7 +51,7 @@ from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
-from gvpo_offline.train.held_out import EARLIER_RULE, RULE, overlap_warnings, rule_to_resume
+from gvpo_offline.train.held_out import EARLIER_RULE, RULE, overlap_warnings, rule_to_follow
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import check_data, check_held_out, check_sampler_logprobs, verify
@@ -165,8 +165,7 @@ class GVPOTrainer(CheckpointingTrainer):
         if self.args.eval_fraction and self.args.held_out_by == "auto":
             output_dir = Path(self.args.output_dir)
             self.hold_out_by(
-                broadcast_from_rank0(lambda: rule_to_resume(output_dir, resume_from_checkpoint))
-                or "prompt"
+                broadcast_from_rank0(lambda: rule_to_follow(output_dir, resume_from_checkpoint))
             )
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
         self.preflight()
