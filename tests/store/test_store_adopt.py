@@ -206,6 +206,7 @@ BROKEN: dict[str, tuple[Callable[[Rows], None], str]] = {
         change(6, "response_lengths", first_is(99)),
         "response_lengths is the number of tokens",
     ),
+    "wrong prompt hash": (put(6, prompt_hash=5), "prompt_hash is the hash of.*; received 5 inst"),
     "wrong number of tokens": (
         put(6, n_tokens=1),
         "n_tokens is the number of tokens.*; received 1, but",
