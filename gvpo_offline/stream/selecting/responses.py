@@ -57,8 +57,8 @@ def choose(table: pa.Table, settings: ResponseSettings) -> ResponseIndex:
 
     First the responses of the given samplers, or of all but these; of these at most
     `max_responses`: the first ones, or (spread) the best, the worst, and then repeatedly the one
-    whose reward is farthest from all rewards selected so far. Ties go to the reward selected least often, then to the response stored
-    first. So of rewards 0 and 1 both are selected in turn.
+    whose reward is farthest from all rewards selected so far. Ties go to the reward selected least
+    often, then to the response stored first. So of rewards 0 and 1 both are selected in turn.
 
     Args:
         table: rows with `samplers` and, for spread, `rewards`; none of them null.
