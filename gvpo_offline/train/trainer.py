@@ -176,7 +176,10 @@ class GVPOTrainer(CheckpointingTrainer):
         )
 
     def hold_out_by(self, rule: HeldOutRule) -> None:
-        """Split training and held-out groups by another rule, before training."""
+        """Split training and held-out groups by another rule, for the checks before training.
+
+        `train` itself follows `args.held_out_by`.
+        """
         if rule == self.data.held_out_by:
             return
         self.data = raise_together(lambda: self._prepare(held_out_by=rule))
