@@ -332,7 +332,7 @@ def test_the_whole_workflow(tmp_path: Path, tiny_model_dir: Path, server: ForkSe
         model_name_or_path=model,
         output_dir=out,
         groups_per_step=7,
-        num_train_epochs=2,
+        num_train_epochs=1,
         learning_rate=1e-2,
         eval_strategy="epoch",
         save_strategy="no",
