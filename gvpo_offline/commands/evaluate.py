@@ -137,6 +137,7 @@ def _view(config: EvaluateConfig) -> DatasetView:
         responses=config.responses,
         eval_fraction=eval_fraction,
         held_out=eval_fraction > 0,
+        held_out_by=config.held_out_by or "prompt",
     )
     view = DatasetView(dataset, selection)
     for line in view.notes:

@@ -31,7 +31,8 @@ class EvaluateConfig(SingleDatasetSettings, ModelSettings):
     model_name_or_path: str = ""
     """The policy: a folder or a hub name. If it is the folder of a run or of its checkpoint,
     settings that are not given are those of the run: dataset (with where, responses, reward,
-    reference and version), beta, loss_type, anchor, response_weights and eval_fraction."""
+    reference and version), beta, loss_type, anchor, response_weights, eval_fraction and
+    held_out_by."""
     beta: float | None = None
     """The beta of the objective, on which most metrics depend. Default: the run's. Required if the
     model is not in the folder of a run."""
@@ -45,6 +46,9 @@ class EvaluateConfig(SingleDatasetSettings, ModelSettings):
     """Evaluate only the groups that `train` holds out with this eval_fraction; 0: all groups.
     Default: the run's; 0 for the run's eval_dataset, and for a model that is not in the folder of a
     run."""
+    held_out_by: Literal["prompt", "group"] | None = None
+    """How eval_fraction splits, as in `train`. Default: the run's (group for a run of an earlier
+    version, whose run file does not say), or prompt."""
     max_tokens_per_micro_batch: int = 16_384
     """Most tokens in one forward pass, padding included."""
     layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"

@@ -8,6 +8,7 @@ from typing import Any
 
 from gvpo_offline.info.dataset import QUANTILES, DatasetInfo
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, RewardFamily
+from gvpo_offline.store.prompts import PromptCounts
 
 _MARGIN = 15
 _SHOWN_INPUTS = 3
@@ -35,6 +36,7 @@ def info_lines(info: DatasetInfo) -> list[str]:
         ("lineage", _table(_step_cells(n, s) for n, s in enumerate(manifest.lineage, 1))),
         ("versions", _table(map(_version_cells, found["versions"]))),
         *(_content_sections(found["content"]) if info.surveys else ()),
+        *((("prompts", _prompt_lines(info.prompts)),) if info.prompts else ()),
     ]
     when = f", written {_minute(found['written'])}" if found["written"] else ""
     lines = [f"{info.path}: version {manifest.version}{when}"]
@@ -208,6 +210,10 @@ def _content_sections(content: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("group sizes", [sizes] if sizes else []),
         ("lengths", _table([heading, *lengths], right=range(1, 7))),
     ]
+
+
+def _prompt_lines(counts: PromptCounts) -> list[str]:
+    return [f"{counts.about}{counts.prompts:,}; {counts.shared_text()}"]
 
 
 def _table(rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:

@@ -47,6 +47,13 @@ GROUPS_COLUMNS: tuple[Column, ...] = (
         False,
         "Whether each response was cut before its end. (k,)",
     ),
+    Column(
+        "prompt_hash",
+        pa.uint64(),
+        False,
+        "Hash of the prompt, equal for groups with the same prompt: the first 8 bytes, big-endian, "
+        "of the SHA-256 of its token ids as 32-bit little-endian integers.",
+    ),
     Column("prompt_token_ids", _TOKENS, True, "Token ids of the prompt, template included. (P,)"),
     Column(
         "response_token_ids",

@@ -203,6 +203,12 @@ def read_sharding_state(folder: Path) -> dict[str, Any] | None:
     return taken
 
 
+def read_identity(folder: Path) -> dict[str, dict[str, Any]]:
+    """The identity of the run that wrote a complete checkpoint, by part."""
+    identity: dict[str, dict[str, Any]] = _read_seal(folder)["identity"]
+    return identity
+
+
 def check_identity(
     folder: Path, identity: Identity, defaults: Identity = MappingProxyType({})
 ) -> None:

@@ -16,6 +16,7 @@ from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import import_warnings
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.held_out import overlap_warnings
 
 if TYPE_CHECKING:
     from gvpo_offline.train.data import TrainingData
@@ -48,7 +49,10 @@ def check_data(
     for view, own in zip(data.views, counts, strict=True):
         check_row_tokens(view.dataset, own, max_tokens)
     check_held_out(data.held_out, max_tokens)
+    shared = overlap_warnings(data.views, data.held_out.values()) if data.separate else []
     if log_summary:
+        for line in shared:
+            logger.warning(line)
         _log_summary(data, policy, counts, beta, max_tokens)
     return counts
 

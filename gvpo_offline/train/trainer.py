@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +41,7 @@ from gvpo_offline.reference.checks import (
 )
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.plan import shape_of
+from gvpo_offline.stream.settings import HeldOutRule
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
@@ -48,6 +51,7 @@ from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
+from gvpo_offline.train.held_out import EARLIER_RULE, RULE, overlap_warnings, rule_to_follow
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import check_data, check_held_out, check_sampler_logprobs, verify
@@ -96,9 +100,10 @@ class GVPOTrainer(CheckpointingTrainer):
     ) -> None:
         args = copy.copy(args or GVPOConfig())  # max_steps is set below, not in the caller's object
         self._scratch = scratch_folder(self)
-        self.data = raise_together(
-            lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
+        self._prepare = functools.partial(
+            TrainingData.prepare, train_dataset, eval_dataset, copy.copy(args), self._scratch
         )
+        self.data = raise_together(self._prepare)
         if isinstance(model, str):
             with unsharded_loading(args):
                 model = load_policy(ModelSettings(model_name_or_path=model))
@@ -119,7 +124,7 @@ class GVPOTrainer(CheckpointingTrainer):
         self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
-        epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
+        self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
         with settings_errors():
             super().__init__(
                 model=model,
@@ -128,7 +133,7 @@ class GVPOTrainer(CheckpointingTrainer):
                 train_dataset=steps,
                 eval_dataset=self.data.held_out or None,
                 processing_class=processing_class,
-                callbacks=[epochs, MetricWarningCallback(), *(callbacks or [])],
+                callbacks=[self._epochs, MetricWarningCallback(), *(callbacks or [])],
                 optimizers=optimizers,
             )
         self._objective = args.objective()
@@ -157,6 +162,11 @@ class GVPOTrainer(CheckpointingTrainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
+        if self.args.eval_fraction and self.args.held_out_by == "auto":
+            output_dir = Path(self.args.output_dir)
+            self.hold_out_by(
+                broadcast_from_rank0(lambda: rule_to_follow(output_dir, resume_from_checkpoint))
+            )
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
@@ -164,6 +174,20 @@ class GVPOTrainer(CheckpointingTrainer):
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
+
+    def hold_out_by(self, rule: HeldOutRule) -> None:
+        """Split training and held-out groups by another rule, for the checks before training.
+
+        `train` itself follows `args.held_out_by`.
+        """
+        if rule == self.data.held_out_by:
+            return
+        self.data = raise_together(lambda: self._prepare(held_out_by=rule))
+        steps = self.data.steps(self.args)
+        steps.cost = self.engine.cost
+        self.train_dataset, self.eval_dataset = steps, self.data.held_out or None
+        self.args.max_steps = len(steps)
+        self._epochs.set_draws(self.data.order, self.data.n_draws)
 
     def preflight(self, *, log_summary: bool = True) -> list[Survey]:
         """Verify the files, and check and summarise the training data.
@@ -190,8 +214,10 @@ class GVPOTrainer(CheckpointingTrainer):
         return run_identity(self.data, self.args, self._model_identity)
 
     def identity_defaults(self) -> dict[str, dict[str, Any]]:
-        """The defaults of an adapter's settings: PEFT adds some with most releases."""
-        return self._adapter_defaults
+        """The defaults of an adapter's settings: PEFT adds some with most releases; and the rule
+        of runs that do not name theirs.
+        """
+        return {**self._adapter_defaults, "data": {RULE: EARLIER_RULE}}
 
     def _start_reference_check(self) -> ReferenceMeter | None:
         same = self.policy.weights_sha256 == self.data.reference.weights_sha256
@@ -338,6 +364,9 @@ class GVPOTrainer(CheckpointingTrainer):
         if eval_dataset is not None:
             chosen = open_held_out(eval_dataset, self._scratch)
             check_held_out(chosen, self.args.max_tokens_per_micro_batch)
+            lines = overlap_warnings(self.data.views, chosen.values())
+            for line in lines if self.is_world_process_zero() else ():
+                logger.warning(line)
             return chosen
         if not self.data.held_out:
             raise ConfigError(

@@ -27,7 +27,7 @@ COMMANDS["validate"] = {"show_progress": False}
 EXPECTED: dict[str, Any] = json.loads((BEFORE / "expected.json").read_text())
 Run = Callable[..., None]
 # Columns of groups files since 849c9a7.
-ADDED = {"template_arguments", "response_messages"}
+ADDED = {"prompt_hash", "template_arguments", "response_messages"}
 
 # Rounding of a response's log-prob, by the probabilistic bound of Higham and Mary (SIAM J. Sci.
 # Comput. 41, 2019): n roundings in any order err by more than LAMBDA * sqrt(n) * u with a
