@@ -95,10 +95,11 @@ def _scorer_text(name: str, scorer: dict[str, Any]) -> str:
 
 
 def reference_text(family: ReferenceFamily) -> str:
-    """How a reference was computed: data types, attention, layout."""
+    """How a reference was computed: data types, attention, layout; and for which responses."""
     autocast = f" under {family.autocast_dtype} autocast" if family.autocast_dtype else ""
     attention = family.attn_implementation
-    return f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout"
+    of = f"; of {family.selection.text}" if family.selection else ""
+    return f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout{of}"
 
 
 def step_text(step: LineageStep) -> str:
