@@ -8,9 +8,9 @@ from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.reference.settings import ReferenceConfig
-from gvpo_offline.stream.settings import ResponseSettings
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.stream.settings import ResponseSettings
 from gvpo_offline.workers.settings import WorkerSettings
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,7 +55,7 @@ from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
-from gvpo_offline.store.manifest import Manifest, ReferenceFamily
+from gvpo_offline.store.manifest import BaseFile, Manifest, ReferenceFamily
 from gvpo_offline.store.parquet import write_parquet
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
 from gvpo_offline.store.writer import write_sidecar
@@ -139,6 +139,7 @@ def score(
         facts.with_path(scorer.path), model, config.model_name_or_path, selection
     )
     if (held := held_reference(view, family)) is not None:
+        remove_parts(dataset.folder, _stage_name(view, family))  # of a run that ended before that
         return Scored(held, dataset.manifest)
     check_writable(dataset.folder)
     for line in view.notes:
@@ -154,6 +155,15 @@ def score(
     manifest = publish_reference(dataset.folder, family, config, records)
     remove_parts(stage.root, stage.name)
     return Scored(family.fingerprint, manifest)
+
+
+def _stage_name(view: DatasetView, family: ReferenceFamily) -> str:
+    """The folder of the commit records: the reference, and what it is scored for."""
+    name = f"reference-{family.fingerprint[:NAME_DIGITS]}"
+    if view.fingerprint is None:
+        return name
+    # The same settings select other responses after a merge.
+    return f"{name}-{view.fingerprint[:_SELECTION_DIGITS]}"
 
 
 def _load(config: ReferenceConfig) -> nn.Module:
@@ -185,13 +195,12 @@ class _ReferenceStage:
         scorer: _ReferenceScorer | None,
     ) -> None:
         self.root = view.dataset.folder.resolve()
-        fingerprint = family.fingerprint[:NAME_DIGITS]
-        self.name = f"reference-{fingerprint}"
-        if view.fingerprint is not None:  # the same settings select others of other groups
-            self.name += f"-{view.fingerprint[:_SELECTION_DIGITS]}"
-        self.folder = f"reference/{fingerprint}"
-        self.files = view.dataset.manifest.groups
-        self.ranges = file_ranges(self.files, TaskLog(self.root, self.name))
+        self.name = _stage_name(view, family)
+        self.folder = f"reference/{family.fingerprint[:NAME_DIGITS]}"
+        self.files: Sequence[BaseFile] = view.dataset.manifest.groups
+        self.ranges: Mapping[str, FileRange] = file_ranges(
+            self.files, TaskLog(self.root, self.name)
+        )
         dataset = GroupDataset(self.root, view.dataset.manifest, view.dataset.rewards)
         self._view = replace(view, dataset=dataset)
         self._config = config
