@@ -153,7 +153,7 @@ def remove_parts(root: Path, stage: str) -> None:
     for path in sorted(log.folder.glob(f"{'?' * NAME_DIGITS}-*.json")):
         if not log.exists(path.name[:NAME_DIGITS]):
             continue
-        with suppress(FileNotFoundError):  # another process removes them too
+        with suppress(OSError):  # another process removes them too, or the folder is read-only
             files = read_record(path).files
             # First the record: a record whose file is missing is an error for the next run.
             path.unlink()
