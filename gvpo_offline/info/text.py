@@ -15,7 +15,7 @@ _SHOWN_INPUTS = 3
 _STEP_SETTINGS = {
     "import": ("format",),
     "reward": ("name", "version"),
-    "reference": ("model_name_or_path",),
+    "reference": ("model_name_or_path", "where"),
     "merge": ("add", "match"),
     "pull": ("repo_id", "commit", "rewards", "references"),
 }
