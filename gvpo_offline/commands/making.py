@@ -10,6 +10,7 @@ from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.stream.settings import ResponseSettings
 from gvpo_offline.workers.settings import WorkerSettings
 
 
@@ -55,11 +56,12 @@ def _run_reward(values: dict[str, Any]) -> None:
 def _run_reference(values: dict[str, Any]) -> None:
     from gvpo_offline.reference.score import run_reference
 
-    config = filled(ReferenceConfig, values)
+    responses = ResponseSettings(**values["responses"])
+    config = filled(ReferenceConfig, {**values, "responses": responses})
     manifest = run_reference(config, filled(WorkerSettings, values))
     if manifest is None:
         return
-    held = ", ".join(f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references)
+    held = ", ".join(f"{f.fingerprint[:12]} ({f.described})" for f in manifest.references)
     print(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
     print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
 

@@ -161,6 +161,8 @@ def _reference(family: ReferenceFamily, manifest: Manifest) -> dict[str, Any]:
     other = family.tokenizer_fingerprint
     said = "not said" if None in (own, other) else "the dataset's" if own == other else "another"
     fields = {name: getattr(family, name) for name in _REFERENCE_FIELDS}
+    if family.selection is not None:
+        fields["selection"] = family.selection.model_dump(mode="json")
     return {**fields, "tokenizer": said, "size": _sidecars(family.files)}
 
 

@@ -16,7 +16,7 @@ _SHOWN_INPUTS = 3
 _STEP_SETTINGS = {
     "import": ("format",),
     "reward": ("name", "version"),
-    "reference": ("model_name_or_path",),
+    "reference": ("model_name_or_path", "where"),
     "merge": ("add", "match"),
     "pull": ("repo_id", "commit", "rewards", "references"),
 }
@@ -102,10 +102,11 @@ def _scorer_text(name: str, scorer: dict[str, Any]) -> str:
 
 
 def reference_text(family: ReferenceFamily) -> str:
-    """How a reference was computed: data types, attention, layout."""
+    """How a reference was computed: data types, attention, layout; and for which responses."""
     autocast = f" under {family.autocast_dtype} autocast" if family.autocast_dtype else ""
     attention = family.attn_implementation
-    return f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout"
+    of = f"; of {family.selection.text}" if family.selection else ""
+    return f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout{of}"
 
 
 def step_text(step: LineageStep) -> str:

@@ -17,8 +17,10 @@ from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
+from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.store.schema import TRAINING_COLUMNS
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
@@ -153,7 +155,8 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
 def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
     for row_group in range(dataset.n_row_groups)[rank_slice()]:
         place = dataset.location(row_group)
-        for row, group in enumerate(dataset.groups(row_group), place.first_row):
+        groups = groups_from_table(dataset.table(row_group, TRAINING_COLUMNS))
+        for row, group in enumerate(groups, place.first_row):
             check_group(group, file=place.file, row=row, vocab_size=vocab_size)
 
 
@@ -174,6 +177,33 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
         "a prompt and one of its responses fit into max_tokens_per_micro_batch",
         received=f"{counts.max_row_tokens - 1:,} tokens, more than {max_tokens:,}",
         remedy="raise max_tokens_per_micro_batch, or exclude responses of that length at import",
+        file=place.file,
+        row=place.first_row + row,
+        group=group_id,
+    )
+
+
+def check_covered(dataset: GroupDataset, counts: Survey) -> None:
+    """Raise DataError if the reference has no log-prob of some selected responses.
+
+    Args:
+        dataset: the dataset, with its reference.
+        counts: survey of the selected groups and responses.
+    """
+    if counts.first_unscored is None:
+        return
+    assert dataset.reference is not None  # only a reference of a selection leaves responses out
+    selection = dataset.reference.selection
+    row_group, row, group_id = counts.first_unscored
+    place = dataset.location(row_group, "ref_seq_logprobs")
+    raise DataError(
+        "the reference has a log-prob of every selected response",
+        received=f"none for {counts.unscored_responses:,} of {counts.n_responses:,} responses, in "
+        f"{counts.unscored_groups:,} of {counts.n_groups:,} groups; reference "
+        f"{dataset.reference.fingerprint[:12]} was scored for "
+        f"{selection.text if selection else 'every response'}",
+        remedy="select responses that it was scored for, or run `gvpo-offline reference` with the "
+        "where, responses and reward of this run, or without where and responses",
         file=place.file,
         row=place.first_row + row,
         group=group_id,

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 from gvpo_offline.version import IMPORT_VERSION
@@ -167,7 +168,7 @@ class RewardFamily(_Record):
 
 
 class ReferenceFamily(_Record):
-    """The log-probs of every response under one reference policy."""
+    """The log-probs of every response, or of every selected response, under a reference policy."""
 
     fingerprint: str = Field(description="SHA-256 over the fields below but `files`.")
     model_name_or_path: str
@@ -178,7 +179,24 @@ class ReferenceFamily(_Record):
     attn_implementation: str
     layout: str = Field(default="padded", description="How groups were laid out for the model.")
     tokenizer_fingerprint: str | None
+    selection: ReferenceSelection | None = Field(
+        default=None, description="The responses that have log-probs; null or absent: every one."
+    )
     files: list[Sidecar]
+
+    @property
+    def described(self) -> str:
+        """The model, and the selection if there is one."""
+        of = f", of {self.selection.text}" if self.selection else ""
+        return f"{self.model_name_or_path}{of}"
+
+    @model_serializer(mode="wrap")
+    def _without_null_selection(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Versions that do not know the field read references of every response as before.
+        plain: dict[str, Any] = serialize(self)
+        if self.selection is None:
+            plain.pop("selection", None)
+        return plain
 
 
 class IncompleteGroups(_Record):

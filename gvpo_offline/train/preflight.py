@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slice
 from gvpo_offline.errors import DataError
-from gvpo_offline.reference.checks import PolicyFacts, check_row_tokens, reference_warnings
+from gvpo_offline.reference.checks import (
+    PolicyFacts,
+    check_covered,
+    check_row_tokens,
+    reference_warnings,
+)
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import import_warnings
 from gvpo_offline.store.survey import Survey
@@ -42,11 +47,12 @@ def check_data(
         One survey per training dataset.
 
     Raises:
-        DataError: a prompt with one response has more than `max_tokens` tokens, or a group is
-            invalid.
+        DataError: a prompt with one response has more than `max_tokens` tokens, the reference
+            lacks a selected response, or a group is invalid.
     """
     counts = surveys(data.views)
     for view, own in zip(data.views, counts, strict=True):
+        check_covered(view.dataset, own)
         check_row_tokens(view.dataset, own, max_tokens)
     check_held_out(data.held_out, max_tokens)
     shared = overlap_warnings(data.views, data.held_out.values()) if data.separate else []
@@ -86,9 +92,10 @@ def _log_summary(
 
 
 def check_held_out(held_out: Mapping[str, DatasetView], max_tokens: int) -> None:
-    """`check_row_tokens` of each held-out dataset."""
+    """`check_covered` and `check_row_tokens` of each held-out dataset."""
     views = tuple(held_out.values())
     for view, counts in zip(views, surveys(views), strict=True):
+        check_covered(view.dataset, counts)
         check_row_tokens(view.dataset, counts, max_tokens)
 
 
