@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gvpo_offline.compute.files import model_files
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.hashing import sha256_json
@@ -27,30 +28,37 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or a hub name.
 
     Args:
-        name_or_path: a folder or a hub name.
+        name_or_path: a folder or a hub name, or the path of a GGUF file (see `model_files`).
         revision: branch, tag or commit of a hub tokenizer.
         trust_remote_code: allow a hub tokenizer to run code from its repository.
         chat_template: path of a Jinja template that replaces the tokenizer's own.
+        gguf_file: GGUF file in the folder or repository that holds the tokenizer, unless the folder
+            has one of its own.
 
     Raises:
         ConfigError: there is no such tokenizer, or the template cannot be read.
     """
     from transformers import AutoTokenizer
 
+    files = model_files(name_or_path, gguf_file)
+    options = files.tokenizer_options
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+            files.name, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ConfigError(
             "the tokenizer is a folder with tokenizer files, or a hub name",
             received=f"{name_or_path!r} ({str(error).splitlines()[0]})",
             remedy="correct tokenizer_name_or_path",
         ) from error
+    if options:
+        tokenizer.name_or_path = str(files)  # datasets record it, to load the tokenizer again
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -65,8 +73,12 @@ def load_tokenizer(
 
 def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by its settings; errors as `load_tokenizer`."""
+    own, model = settings.tokenizer_name_or_path, settings.model_name_or_path
+    # With an adapter, gguf_file is a file of its base model.
+    elsewhere = own is not None or (Path(model) / "adapter_config.json").is_file()
     return load_tokenizer(
-        settings.tokenizer_name_or_path or settings.model_name_or_path,
+        own or model,
+        gguf_file=None if elsewhere else settings.gguf_file,
         revision=settings.model_revision,
         trust_remote_code=settings.trust_remote_code,
         chat_template=settings.chat_template,

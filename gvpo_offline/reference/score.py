@@ -30,6 +30,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.reference.checks import (
     PolicyFacts,
+    check_context,
     check_row_tokens,
     check_token_ids,
     check_tokenizers,
@@ -116,7 +117,9 @@ def score(
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
     dataset.verify()
-    check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
+    counts = survey(dataset)
+    check_context([(dataset, counts)], facts)
+    check_row_tokens(dataset, counts, config.max_tokens_per_micro_batch)
     scorer = _ReferenceScorer(model, config)
     family = _family(facts.with_path(scorer.path), model, config.model_name_or_path)
     if _held(dataset, family):
@@ -139,7 +142,9 @@ def _family(facts: PolicyFacts, model: nn.Module, name: str) -> ReferenceFamily:
     """The manifest entry of a reference, without files; its fingerprint excludes the name."""
     own = {"model_class": type(model).__name__}
     described, hashed = {**asdict(facts), **own}, {**identity_settings(facts), **own}
-    del described["n_embeddings"], hashed["n_embeddings"]
+    for name_of_size in ("n_embeddings", "context_length"):
+        described.pop(name_of_size)
+        hashed.pop(name_of_size, None)
     return ReferenceFamily(
         fingerprint=sha256_json(hashed), files=[], model_name_or_path=name, **described
     )

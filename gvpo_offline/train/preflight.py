@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slice
 from gvpo_offline.errors import DataError
-from gvpo_offline.reference.checks import PolicyFacts, check_row_tokens, reference_warnings
+from gvpo_offline.reference.checks import (
+    PolicyFacts,
+    check_context,
+    check_row_tokens,
+    reference_warnings,
+)
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import import_warnings
 from gvpo_offline.store.survey import Survey
@@ -41,13 +46,12 @@ def check_data(
         One survey per training dataset.
 
     Raises:
-        DataError: a prompt with one response has more than `max_tokens` tokens, or a group is
-            invalid.
+        DataError: a prompt with one response has more than `max_tokens` tokens or does not fit into
+            the policy's context, or a group is invalid.
     """
     counts = surveys(data.views)
-    for view, own in zip(data.views, counts, strict=True):
-        check_row_tokens(view.dataset, own, max_tokens)
-    check_held_out(data.held_out, max_tokens)
+    check_lengths(data.views, counts, policy, max_tokens)
+    check_held_out(data.held_out, policy, max_tokens)
     if log_summary:
         _log_summary(data, policy, counts, beta, max_tokens)
     return counts
@@ -81,11 +85,22 @@ def _log_summary(
             logger.info("held out %s: %s", name, line)
 
 
-def check_held_out(held_out: Mapping[str, DatasetView], max_tokens: int) -> None:
-    """`check_row_tokens` of each held-out dataset."""
+def check_held_out(
+    held_out: Mapping[str, DatasetView], policy: PolicyFacts, max_tokens: int
+) -> None:
+    """`check_lengths` of the held-out datasets."""
     views = tuple(held_out.values())
-    for view, counts in zip(views, surveys(views), strict=True):
-        check_row_tokens(view.dataset, counts, max_tokens)
+    check_lengths(views, surveys(views), policy, max_tokens)
+
+
+def check_lengths(
+    views: Sequence[DatasetView], counts: Sequence[Survey], policy: PolicyFacts, max_tokens: int
+) -> None:
+    """`check_context` of all views, and `check_row_tokens` of each."""
+    datasets = [view.dataset for view in views]
+    check_context(zip(datasets, counts, strict=True), policy)
+    for dataset, own in zip(datasets, counts, strict=True):
+        check_row_tokens(dataset, own, max_tokens)
 
 
 def surveys(views: Sequence[DatasetView]) -> list[Survey]:

@@ -337,7 +337,7 @@ class GVPOTrainer(CheckpointingTrainer):
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
             chosen = open_held_out(eval_dataset, self._scratch)
-            check_held_out(chosen, self.args.max_tokens_per_micro_batch)
+            check_held_out(chosen, self.policy, self.args.max_tokens_per_micro_batch)
             return chosen
         if not self.data.held_out:
             raise ConfigError(
