@@ -10,9 +10,9 @@ is SmolLM2-135M-Instruct, whose weights (4 bits) and chat template are inside th
 `gvpo_offline import`.
 
 Prints, as its last line, one JSON object: `first` and `last`, the mean log-prob (nats) of these
-tokens; `first_of_good`, the former of the good answers alone; `first_in_top_20` and `last_in_top_5`, the shares of answers whose token is among the
-likeliest ones; `rest`, the mean log-prob of all other tokens; `endings`, how often each last token
-occurs; `answers`, their number.
+tokens; `first_of_good`, the former of the good answers alone; `first_in_top_20` and
+`last_in_top_5`, the shares of answers whose token is among the likeliest ones; `rest`, the mean
+log-prob of all other tokens; `endings`, how often each last token occurs; `answers`, their number.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ LOG = (
     (
         "Give me three tips for sleeping better.",
         (
-            "Here are three tips for sleeping better:\n\n1. Go to bed at the same time every night.\n"
-            "2. Avoid screens for an hour before bed.\n3. Keep your bedroom cool and dark."
+            "Here are three tips for sleeping better:\n\n1. Go to bed at the same time every night."
+            "\n2. Avoid screens for an hour before bed.\n3. Keep your bedroom cool and dark."
         ),
         "You could try going to bed.",
     ),
@@ -71,8 +71,8 @@ LOG = (
     (
         "Explain what photosynthesis is.",
         (
-            "Photosynthesis is the process by which plants use sunlight, water and carbon dioxide to "
-            "make their own food and release oxygen."
+            "Photosynthesis is the process by which plants use sunlight, water and carbon dioxide "
+            "to make their own food and release oxygen."
         ),
         "It is something that plants do.",
     ),
@@ -94,8 +94,8 @@ LOG = (
     (
         "What does the Python function len do?",
         (
-            "The `len` function in Python returns the number of items in an object, such as a string "
-            "or a list."
+            "The `len` function in Python returns the number of items in an object, such as a "
+            "string or a list."
         ),
         "It makes a list longer.",
     ),
@@ -115,8 +115,8 @@ LOG = (
     (
         "How do I boil an egg?",
         (
-            "To boil an egg, place it in a pot of cold water, bring the water to a boil, and cook the "
-            "egg for 7 to 10 minutes."
+            "To boil an egg, place it in a pot of cold water, bring the water to a boil, and cook "
+            "the egg for 7 to 10 minutes."
         ),
         "Put it in the oven.",
     ),

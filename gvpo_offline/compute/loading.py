@@ -106,11 +106,11 @@ def check_complete(name: str, model_class: str, found: Mapping[str, Any]) -> Non
             remedy="correct config.json, or use the configuration that the weights were saved with",
         )
     if missing:
-        others = f"; and in the files, not in the model: {listed(unexpected)}" if unexpected else ""
+        others = f"the files hold {listed(unexpected)} instead: " if unexpected else ""
         raise ConfigError(
             f"the files of {name} hold every weight of {model_class}",
-            received=f"no {listed(missing)}{others}",
-            remedy=_remedy(missing, unexpected),
+            received=f"no {listed(missing)}",
+            remedy=others + _remedy(missing, unexpected),
         )
     if unexpected:
         logger.warning(

@@ -51,6 +51,7 @@ from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import check_data, check_held_out, check_sampler_logprobs, verify
+from gvpo_offline.train.saving import check_savable, mend_generation_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -113,6 +114,7 @@ class GVPOTrainer(CheckpointingTrainer):
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
         check_trainable(model)
+        mend_generation_config(model, warn=args.process_index == 0)
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
@@ -159,6 +161,8 @@ class GVPOTrainer(CheckpointingTrainer):
         """
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
         self.preflight()
+        if self.args.should_save:
+            check_savable(self.model, self.processing_class, self.args)
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
         return super().train(
