@@ -103,7 +103,9 @@ def check_complete(name: str, model_class: str, found: Mapping[str, Any]) -> Non
         raise ConfigError(
             f"the weights of {name} have the shapes of {model_class} with its configuration",
             received=listed(shapes),
-            remedy="correct config.json, or use the configuration that the weights were saved with",
+            remedy="correct config.json, or use the configuration that the weights were saved "
+            "with; of some architectures transformers does not read all settings in a GGUF file: "
+            "use their safetensors",
         )
     if missing:
         others = f"the files hold {listed(unexpected)} instead: " if unexpected else ""

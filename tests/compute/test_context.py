@@ -177,6 +177,6 @@ def test_the_longest_of_several_datasets_is_named(gpt2: Path, tmp_path: Path) ->
     trainer = trainer_of(
         gpt2, [str(root) for root in roots], tmp_path / "run", reference_check="off"
     )
-    with pytest.raises(DataError, match="60 tokens in dataset .*/60") as caught:
+    with pytest.raises(DataError, match=r"60 tokens in dataset .*/60") as caught:
         trainer.train()
     assert place_of(caught.value)[0].startswith(str(roots[1]))  # type: ignore[union-attr]
