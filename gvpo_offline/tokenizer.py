@@ -5,10 +5,12 @@ Tokenizers with one fingerprint make the same token ids of the same text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.files import model_files
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 # Padding and truncation are per-call settings that the fast tokenizer stores in its own JSON.
 _PER_CALL_KEYS = ("padding", "truncation")
+# A larger model_max_length means that the tokenizer knows none.
+_LONGEST_CONTEXT = 1 << 30
 
 
 def load_tokenizer(
@@ -83,6 +87,26 @@ def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         trust_remote_code=settings.trust_remote_code,
         chat_template=settings.chat_template,
     )
+
+
+def known_context(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens that the tokenizer's model can read, as far as the tokenizer's files say it.
+
+    It is `context_length` of the configuration in the tokenizer's folder, or else the tokenizer's
+    `model_max_length`, which tokenizers without a known limit set to a huge number. No model is
+    loaded, and the hub is not asked, so this is good for a warning and not for a refusal.
+
+    Returns:
+        The number of tokens; None if it is not known, or if the model has no limit.
+    """
+    folder = Path(str(tokenizer.name_or_path))
+    if (folder / "config.json").is_file():
+        from transformers import AutoConfig
+
+        with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
+            return context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit is not None and 0 < limit <= _LONGEST_CONTEXT else None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -205,9 +205,8 @@ def check_context(surveyed: Iterable[tuple[GroupDataset, Survey]], policy: Polic
     raise DataError(
         f"a prompt and one of its responses fit into the {limit:,} positions of the model",
         received=f"up to {counts.max_row_tokens - 1:,} tokens in dataset {dataset.root}",
-        remedy="leave longer groups out with `where` or `responses`, import with max_length: "
-        f"{limit}, use a model with a longer context, or set RoPE scaling in its config.json if "
-        "it supports that",
+        remedy="leave longer groups out (where: prompt_length + response_length_max <= "
+        f"{limit}; or max_length: {limit} at import), or use a model with a longer context",
         file=place.file,
         row=place.first_row + row,
         group=group_id,

@@ -161,8 +161,7 @@ class GVPOTrainer(CheckpointingTrainer):
         """
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
         self.preflight()
-        if self.args.should_save:
-            check_savable(self.model, self.processing_class, self.args)
+        raise_together(self._check_savable)
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
         return super().train(
@@ -188,6 +187,10 @@ class GVPOTrainer(CheckpointingTrainer):
             max_tokens=self.args.max_tokens_per_micro_batch,
             log_summary=log_summary and self.is_world_process_zero(),
         )
+
+    def _check_savable(self) -> None:
+        if self.args.should_save:
+            check_savable(self.model, self.processing_class, self.args)
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""

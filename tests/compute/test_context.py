@@ -31,6 +31,8 @@ from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.context import context_length
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.dataset import open_dataset
+from gvpo_offline.stream.settings import DatasetSettings
+from gvpo_offline.tokenizer import known_context, load_tokenizer
 
 LONG = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 PHI: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0}
@@ -163,6 +165,11 @@ def test_all_commands_refuse_rows_beyond_the_positions(
     with pytest.raises(DataError) as evaluation:
         run_evaluate(config)
     assert place_of(scoring.value) == place
+    # The remedy that the error names.
+    assert "where: prompt_length + response_length_max <= 48" in str(training.value)
+    short = DatasetSettings(str(scored), where="prompt_length + response_length_max <= 48")
+    fits = trainer_of(gpt2, short, tmp_path / "short", reference_check="off")
+    assert fits.preflight()[0].n_groups == 11
     for caught in (training, evaluation):
         assert place_of(caught.value)[1:] == place[1:]
         assert "48 positions" in str(caught.value)
@@ -180,3 +187,18 @@ def test_the_longest_of_several_datasets_is_named(gpt2: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"60 tokens in dataset .*/60") as caught:
         trainer.train()
     assert place_of(caught.value)[0].startswith(str(roots[1]))  # type: ignore[union-attr]
+
+
+def test_what_a_tokenizer_knows_of_its_model(
+    gpt2: Path, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """The configuration beside it, or else its own limit, unless that stands for none."""
+    assert known_context(load_tokenizer(str(gpt2))) == 48
+    alone = load_tokenizer(str(tiny_tokenizer_dir))
+    assert alone.model_max_length > 1e20
+    assert known_context(alone) is None
+    alone.model_max_length = 2048
+    alone.save_pretrained(tmp_path)
+    assert known_context(load_tokenizer(str(tmp_path))) == 2048
+    BloomConfig().save_pretrained(tmp_path)
+    assert known_context(load_tokenizer(str(tmp_path))) is None
