@@ -45,6 +45,7 @@ toctrees = {
             "howto/tuning",
             "howto/distributed",
             "howto/adapters",
+            "howto/models",
         ],
         "Reference": ["reference/index", "reference/losses"],
         "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],

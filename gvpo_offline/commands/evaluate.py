@@ -14,6 +14,7 @@ from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.reference.checks import (
+    check_context,
     check_covered,
     check_row_tokens,
     check_token_ids,
@@ -89,6 +90,8 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     facts = policy_facts(model, hash_weights=False, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
+    counts = view.survey()
+    check_context([(dataset, counts)], facts)
     engine = prepare_engine(
         model,
         max_tokens=config.max_tokens_per_micro_batch,
@@ -99,7 +102,6 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     assert dataset.reference is not None  # open_for_training checks it
     for line in reference_warnings(facts, dataset.reference):
         logger.warning(line)
-    counts = view.survey()
     check_covered(dataset, counts)
     check_row_tokens(dataset, counts, engine.cost.max_tokens)
     steps = sequential_steps(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)

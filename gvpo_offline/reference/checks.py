@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.compute.adapters import policy_sha256
+from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError, IntegrityError
@@ -46,6 +47,7 @@ class PolicyFacts:
         layout: layout of groups as model input.
         tokenizer_fingerprint: fingerprint of the tokenizer, or None if no tokenizer was given.
         n_embeddings: number of token embeddings, or None if the model does not provide it.
+        context_length: the most tokens that the model can read, or None if it has no limit.
     """
 
     weights_sha256: str | None
@@ -55,6 +57,7 @@ class PolicyFacts:
     tokenizer_fingerprint: str | None
     n_embeddings: int | None = None
     layout: str = "padded"
+    context_length: int | None = None
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = (
@@ -99,6 +102,7 @@ def policy_facts(
         attn_implementation=attention_of(model),
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         n_embeddings=_n_embeddings(model),
+        context_length=context_length(getattr(model, "config", None)),
     )
 
 
@@ -204,6 +208,35 @@ def check_covered(dataset: GroupDataset, counts: Survey) -> None:
         f"{selection.text if selection else 'every response'}",
         remedy="select responses that it was scored for, or run `gvpo-offline reference` with the "
         "where, responses and reward of this run, or without where and responses",
+        file=place.file,
+        row=place.first_row + row,
+        group=group_id,
+    )
+
+
+def check_context(surveyed: Iterable[tuple[GroupDataset, Survey]], policy: PolicyFacts) -> None:
+    """Raise DataError if a prompt with one response is longer than the policy's context.
+
+    Args:
+        surveyed: datasets with the surveys of what is used of them.
+        policy: facts of the policy.
+
+    Raises:
+        DataError: names the longest one of all datasets, with its file, row and group.
+    """
+    longest = max(surveyed, key=lambda item: item[1].max_row_tokens, default=None)
+    limit = policy.context_length
+    # A response's last token predicts nothing and is not in the input.
+    if longest is None or limit is None or longest[1].max_row_tokens - 1 <= limit:
+        return
+    dataset, counts = longest
+    row_group, row, group_id = counts.longest_row
+    place = dataset.location(row_group)
+    raise DataError(
+        f"a prompt and one of its responses fit into the {limit:,} positions of the model",
+        received=f"up to {counts.max_row_tokens - 1:,} tokens in dataset {dataset.root}",
+        remedy="leave longer groups out (where: prompt_length + response_length_max <= "
+        f"{limit}; or max_length: {limit} at import), or use a model with a longer context",
         file=place.file,
         row=place.first_row + row,
         group=group_id,

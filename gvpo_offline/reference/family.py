@@ -33,7 +33,9 @@ def reference_family(
     """The manifest entry of a reference, without files; its fingerprint excludes the name."""
     own = {"model_class": type(model).__name__}
     described, hashed = {**asdict(facts), **own}, {**identity_settings(facts), **own}
-    del described["n_embeddings"], hashed["n_embeddings"]
+    for name_of_size in ("n_embeddings", "context_length"):
+        described.pop(name_of_size)
+        hashed.pop(name_of_size, None)
     if selection is not None:
         hashed["selection"] = selection.model_dump(mode="json")
     return ReferenceFamily(

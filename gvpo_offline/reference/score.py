@@ -27,6 +27,7 @@ from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray, Group
 from gvpo_offline.reference.checks import (
+    check_context,
     check_row_tokens,
     check_token_ids,
     check_tokenizers,
@@ -134,7 +135,9 @@ def score(
     check_token_ids([dataset], facts)
     view = selected_view(dataset, config)
     view.dataset.verify()
-    check_row_tokens(dataset, view.survey(), config.max_tokens_per_micro_batch)
+    counts = view.survey()
+    check_context([(dataset, counts)], facts)
+    check_row_tokens(dataset, counts, config.max_tokens_per_micro_batch)
     scorer = _ReferenceScorer(model, config)
     selection = described_selection(view, config)
     family = reference_family(

@@ -137,6 +137,11 @@ class RewardModelSettings(_Settings):
         default=16_384, gt=0, description="Tokens of a batch, padding included."
     )
     use_cpu: bool = False
+    gguf_file: str | None = Field(
+        default=None,
+        description="Name of a GGUF file in the model's folder or repository; default: the only "
+        "one in a folder without other weights.",
+    )
 
 
 class _JudgeServerSettings(_Settings):

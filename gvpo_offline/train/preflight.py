@@ -13,6 +13,7 @@ from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slic
 from gvpo_offline.errors import DataError
 from gvpo_offline.reference.checks import (
     PolicyFacts,
+    check_context,
     check_covered,
     check_row_tokens,
     reference_warnings,
@@ -47,14 +48,12 @@ def check_data(
         One survey per training dataset.
 
     Raises:
-        DataError: a prompt with one response has more than `max_tokens` tokens, the reference
-            lacks a selected response, or a group is invalid.
+        DataError: a prompt with one response has more than `max_tokens` tokens or does not fit into
+            the policy's context, the reference lacks a selected response, or a group is invalid.
     """
     counts = surveys(data.views)
-    for view, own in zip(data.views, counts, strict=True):
-        check_covered(view.dataset, own)
-        check_row_tokens(view.dataset, own, max_tokens)
-    check_held_out(data.held_out, max_tokens)
+    check_lengths(data.views, counts, policy, max_tokens)
+    check_held_out(data.held_out, policy, max_tokens)
     shared = overlap_warnings(data.views, data.held_out.values()) if data.separate else []
     if log_summary:
         for line in shared:
@@ -91,12 +90,23 @@ def _log_summary(
             logger.info("held out %s: %s", name, line)
 
 
-def check_held_out(held_out: Mapping[str, DatasetView], max_tokens: int) -> None:
-    """`check_covered` and `check_row_tokens` of each held-out dataset."""
+def check_held_out(
+    held_out: Mapping[str, DatasetView], policy: PolicyFacts, max_tokens: int
+) -> None:
+    """`check_lengths` of the held-out datasets."""
     views = tuple(held_out.values())
-    for view, counts in zip(views, surveys(views), strict=True):
-        check_covered(view.dataset, counts)
-        check_row_tokens(view.dataset, counts, max_tokens)
+    check_lengths(views, surveys(views), policy, max_tokens)
+
+
+def check_lengths(
+    views: Sequence[DatasetView], counts: Sequence[Survey], policy: PolicyFacts, max_tokens: int
+) -> None:
+    """`check_context` of all views; `check_covered` and `check_row_tokens` of each."""
+    datasets = [view.dataset for view in views]
+    check_context(zip(datasets, counts, strict=True), policy)
+    for dataset, own in zip(datasets, counts, strict=True):
+        check_covered(dataset, own)
+        check_row_tokens(dataset, own, max_tokens)
 
 
 def surveys(views: Sequence[DatasetView]) -> list[Survey]:

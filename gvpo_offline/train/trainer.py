@@ -55,6 +55,7 @@ from gvpo_offline.train.held_out import EARLIER_RULE, RULE, overlap_warnings, ru
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.preflight import check_data, check_held_out, check_sampler_logprobs, verify
+from gvpo_offline.train.saving import check_savable, mend_generation_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -118,6 +119,7 @@ class GVPOTrainer(CheckpointingTrainer):
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
         check_trainable(model)
+        mend_generation_config(model, warn=args.process_index == 0)
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
@@ -169,6 +171,7 @@ class GVPOTrainer(CheckpointingTrainer):
             )
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
         self.preflight()
+        raise_together(self._check_savable)
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
         return super().train(
@@ -208,6 +211,10 @@ class GVPOTrainer(CheckpointingTrainer):
             max_tokens=self.args.max_tokens_per_micro_batch,
             log_summary=log_summary and self.is_world_process_zero(),
         )
+
+    def _check_savable(self) -> None:
+        if self.args.should_save:
+            check_savable(self.model, self.processing_class, self.args)
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""
@@ -363,7 +370,7 @@ class GVPOTrainer(CheckpointingTrainer):
             return {"": self.data.held_out[eval_dataset]}
         if eval_dataset is not None:
             chosen = open_held_out(eval_dataset, self._scratch)
-            check_held_out(chosen, self.args.max_tokens_per_micro_batch)
+            check_held_out(chosen, self.policy, self.args.max_tokens_per_micro_batch)
             lines = overlap_warnings(self.data.views, chosen.values())
             for line in lines if self.is_world_process_zero() else ():
                 logger.warning(line)

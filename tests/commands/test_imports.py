@@ -49,7 +49,7 @@ WITHOUT_TORCH = (
     *("stream.selecting.select", "stream.selecting.where", "stream.view"),
     *("train.checkpoint", "tokenizer", "tune.search", "commands.table", "cli"),
     *("info.dataset", "info.text", "hub.push", "hub.pull"),
-    *("compute.layout", "compute.tree"),
+    *("compute.layout", "compute.tree", "compute.context", "compute.files"),
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
 )
