@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -41,15 +42,18 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.best import BestCheckpointCallback, check_best_metric
 from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
-from gvpo_offline.train.checkpointing import CheckpointingTrainer
-from gvpo_offline.train.config import GVPOConfig, settings_errors
+from gvpo_offline.train.config import GVPOConfig, checked_config, settings_errors
 from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
+from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
+from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
+from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import check_data, check_held_out, check_sampler_logprobs, verify
 
 if TYPE_CHECKING:
@@ -58,7 +62,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GVPOTrainer(CheckpointingTrainer):
+@answers_unknown_arguments(TRAINER_NAMES, {"a setting: pass it to GVPOConfig": GVPOConfig})
+class GVPOTrainer(PredictingTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -67,7 +72,8 @@ class GVPOTrainer(CheckpointingTrainer):
         args: the configuration.
         train_dataset: a dataset's folder, a Parquet file or `datasets.Dataset` in the group shape,
             the result of `open_dataset`, or `DatasetSettings`; a list or dictionary of these is a
-            mix, in which each dataset has a share proportional to its `weight`.
+            mix, in which each dataset has a share proportional to its `weight`. Of a `DatasetDict`,
+            the split train is trained on, and a validation or test split is held out.
         eval_dataset: in the same forms; default: `args.eval_fraction` of each training dataset.
         processing_class: the policy's tokenizer. It must be the one that made the token ids, and is
             saved with the model.
@@ -94,11 +100,14 @@ class GVPOTrainer(CheckpointingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = copy.copy(args or GVPOConfig())  # max_steps is set below, not in the caller's object
+        check_hooks(self)
+        args = copy.copy(checked_config(args))  # max_steps is set below, not in the caller's object
         self._scratch = scratch_folder(self)
         self.data = raise_together(
             lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
+        if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
+            check_best_metric(args, self.data.held_out)
         if isinstance(model, str):
             with unsharded_loading(args):
                 model = load_policy(ModelSettings(model_name_or_path=model))
@@ -119,6 +128,7 @@ class GVPOTrainer(CheckpointingTrainer):
         self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
+        self._best = BestCheckpointCallback(self.is_of_run)
         epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
         with settings_errors():
             super().__init__(
@@ -128,7 +138,7 @@ class GVPOTrainer(CheckpointingTrainer):
                 train_dataset=steps,
                 eval_dataset=self.data.held_out or None,
                 processing_class=processing_class,
-                callbacks=[epochs, MetricWarningCallback(), *(callbacks or [])],
+                callbacks=[epochs, MetricWarningCallback(), self._best, *(callbacks or [])],
                 optimizers=optimizers,
             )
         self._objective = args.objective()
@@ -147,9 +157,10 @@ class GVPOTrainer(CheckpointingTrainer):
 
         Args:
             resume_from_checkpoint: True: the newest complete checkpoint in `output_dir`; "auto":
-                the same if there is one, else a new run; or the folder of a checkpoint. A resumed
-                run is bit-identical on devices of the same kind, and identical up to rounding on
-                another number of ranks; otherwise it is refused.
+                the same if there is one, else a new run; or the folder of a checkpoint; None: as
+                `args.resume_from_checkpoint` says. A resumed run is bit-identical on devices of the
+                same kind, and identical up to rounding on another number of ranks; otherwise it is
+                refused.
             kwargs: arguments of transformers' Trainer.
 
         Raises:
@@ -157,7 +168,11 @@ class GVPOTrainer(CheckpointingTrainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
-        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
+        check_hooks(self)
+        wanted = resume_from_checkpoint
+        wanted = self.args.resume_from_checkpoint if wanted is None else wanted
+        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
+        self._best.resumed_from = checkpoint
         self.preflight()
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -217,6 +232,9 @@ class GVPOTrainer(CheckpointingTrainer):
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context
+            if workers
+            else None,
         )
 
     def get_batch_samples(
@@ -259,6 +277,9 @@ class GVPOTrainer(CheckpointingTrainer):
                 *self._reference_meter.result(self.accelerator), self.policy, self.data.reference
             )
             self._reference_meter = None
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return total
 
     def _accumulate(self, model: nn.Module, micro_batch: MicroBatch, scale: float) -> Tensor:
