@@ -68,7 +68,13 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
             self.do_eval
         )  # transformers derives it; a copy with other settings must not keep it
         with settings_errors():
-            TrainingArguments.__post_init__(self)
+            try:
+                TrainingArguments.__post_init__(self)
+            except (
+                OSError,
+                TypeError,
+            ) as error:  # a file of settings, or its names
+                raise ValueError(f"{type(error).__name__}: {error}") from error
         self.do_eval = do_eval
         check_derived_fields(self)
         _check_precision(self)

@@ -103,12 +103,31 @@ EQUIVALENTS = {
     "val_files": ("eval_dataset",),
     "dataset_revision": ("dataset_version",),
     "system": ("system_prompt",),
-    "n": ("samplers",),
-    "num_generations": ("samplers",),
-    "temperature": ("samplers",),
-    "max_new_tokens": ("samplers",),
     "reward_funcs": ("scorers",),
     "verbose": ("show_progress",),
+}
+
+# Paths of verl's settings, and the last part of which they are equivalents.
+VERL_PATHS = {
+    "actor_rollout_ref.model.path": "model_path",
+    "critic.model.path": "reward_model_path",
+    "reward_model.model.path": "reward_model_path",
+    "actor_rollout_ref.actor.optim.lr": "lr",
+    "actor_rollout_ref.actor.ppo_mini_batch_size": "batch_size",
+    "actor_rollout_ref.rollout.n": "num_generations",
+    "trainer.default_local_dir": "output",
+}
+
+# Settings of a sampler of `gvpo-offline sample`, by their names in TRL and verl.
+SAMPLER_NAMES = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    "num_generations": "responses",
+    "n": "responses",
+    "max_new_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_completion_length": "max_new_tokens",
+    "max_response_length": "max_new_tokens",
+    "responses": "responses",
 }
 
 # Settings of TRL and verl without an equivalent in training, and what there is instead.
@@ -262,7 +281,7 @@ def _unknown(
         elif others:
             answers.append(f"{name} is {others[0]}")
         elif similar:
-            answers.append(f"did you mean {similar[0]} (for {name})?")
+            answers.append(f"did you mean {similar[0]} instead of {name}")
         else:
             answers.append(f"leave {name} out")
     return ConfigError(
