@@ -96,7 +96,7 @@ def suggestion(
     if written in known:
         return f"did you mean {dashes}{written}?"
     if name == "sample" and short in SAMPLER_NAMES:
-        return f"it is a setting of a sampler: {dashes}samplers.NAME.{SAMPLER_NAMES[short]}"
+        return f"it is a setting of a sampler: samplers.NAME.{SAMPLER_NAMES[short]}"
     if same:
         return f"here it is {' and '.join(dashes + each for each in same)}"
     if similar and short not in CONFIG_NAMES:

@@ -106,8 +106,6 @@ class GVPOTrainer(PredictingTrainer):
         self.data = raise_together(
             lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
         )
-        if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
-            check_best_metric(args, self.data.held_out)
         if isinstance(model, str):
             with unsharded_loading(args):
                 model = load_policy(ModelSettings(model_name_or_path=model))
@@ -128,8 +126,6 @@ class GVPOTrainer(PredictingTrainer):
         self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
-        self._best = BestCheckpointCallback(self.is_of_run)
-        epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
         with settings_errors():
             super().__init__(
                 model=model,
@@ -138,7 +134,7 @@ class GVPOTrainer(PredictingTrainer):
                 train_dataset=steps,
                 eval_dataset=self.data.held_out or None,
                 processing_class=processing_class,
-                callbacks=[epochs, MetricWarningCallback(), self._best, *(callbacks or [])],
+                callbacks=[*self._own_callbacks(args), *(callbacks or [])],
                 optimizers=optimizers,
             )
         self._objective = args.objective()
@@ -149,6 +145,13 @@ class GVPOTrainer(PredictingTrainer):
         )
         self.policy = self.policy.with_path(self.engine.path)
         steps.cost = self.engine.cost
+
+    def _own_callbacks(self, args: GVPOConfig) -> list[TrainerCallback]:
+        if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
+            check_best_metric(args, self.data.held_out)
+        self._best = BestCheckpointCallback(self.is_of_run)
+        epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
+        return [epochs, MetricWarningCallback(), self._best]
 
     # ---- before the first step ----
 
