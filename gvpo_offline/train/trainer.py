@@ -342,6 +342,7 @@ class GVPOTrainer(PredictingTrainer):
             metric_key_prefix: prefix of each key.
         """
         self.check_can_evaluate()
+        self._memory_tracker.start()
         chosen = self._chosen_held_out(eval_dataset)
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
@@ -350,6 +351,7 @@ class GVPOTrainer(PredictingTrainer):
             found = held_out_metrics(self.model, quiet, held_out, self.args, self.accelerator)
             for key, value in found.items():
                 metrics[f"{prefix}_{key}"] = value
+        self._memory_tracker.stop_and_update_metrics(metrics)
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
