@@ -230,7 +230,7 @@ def answers_unknown_arguments(
     """
 
     def decorate(kind: Kind) -> Kind:
-        init = kind.__init__
+        init = vars(kind)["__init__"]
         signature = inspect.signature(init)
         by_position = [
             name
