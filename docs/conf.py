@@ -28,7 +28,13 @@ repository_url = os.environ.get("DOCS_REPOSITORY", "https://github.com/OWNER/gvp
 # The navigation, by page. It is not written into the pages, where GitHub would show it as code.
 toctrees = {
     "index": {
-        "Start": ["start/install", "start/quickstart", "start/your-logs", "start/loop"],
+        "Start": [
+            "start/install",
+            "start/quickstart",
+            "start/your-logs",
+            "start/from-trl",
+            "start/loop",
+        ],
         "How to": [
             "howto/inputs",
             "howto/formats",

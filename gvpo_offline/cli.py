@@ -17,9 +17,11 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.command import Command
+from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.settings import load_yaml
+from gvpo_offline.train.foreign import closest
 from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, RunSettings
 from gvpo_offline.version import __version__
 
@@ -85,9 +87,20 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         others = [own for own in settings if own not in (GVPOSettings, CommonTrainingSettings)]
         settings = (*others, GVPOConfig)
     parser = _parser(name, command, settings, skip)
+    options = list(parser._option_string_actions)
+    check_flags(name, argv, options, COMMANDS)
     try:
         return _plain(parser.parse_args(_flags(command.positional, settings, argv)))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "a file of settings is YAML in UTF-8",
+            received=str(error),
+            remedy="save the file given with --config in UTF-8",
+        ) from error
     except ArgumentError as error:
+        unknown = explained(name, str(error), options, COMMANDS)
+        if unknown is not None:
+            raise unknown from error
         raise ConfigError(
             "flags and YAML keys are settings of the command, with values of the right type",
             received=_complaint(str(error)),
@@ -119,6 +132,8 @@ def _is_bool(field: Field[Any]) -> bool:
 def _complaint(text: str) -> str:
     """An error message of jsonargparse, shortened to the setting and the value if it has both."""
     key, value = _KEY.search(text), _VALUE.search(text)
+    if key and "NestedArg" in text:
+        return f"a setting within {key.group(1)}, which is a single value"
     if key and value:
         return f"{key.group(1)}: {value.group(1)}"
     return " ".join(text.split())
@@ -139,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in COMMANDS:
-        print(f"{_overview()}\n\nerror: no command {name!r}", file=sys.stderr)
+        similar = closest(name, COMMANDS)
+        hint = f": did you mean {similar[0]}?" if similar else ""
+        print(f"{_overview()}\n\nerror: no command {name!r}{hint}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)

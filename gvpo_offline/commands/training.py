@@ -76,7 +76,8 @@ def _datasets(values: dict[str, Any]) -> dict[str, Any]:
 
     def nested(item: dict[str, Any]) -> dict[str, Any]:
         remote = None if item["remote"] is None else RemoteSettings(**item["remote"])
-        return {**item, "responses": ResponseSettings(**item["responses"]), "remote": remote}
+        responses = ResponseSettings(**(item["responses"] or {}))
+        return {**item, "responses": responses, "remote": remote}
 
     lists: dict[str, Any] = {
         name: [DatasetSettings(**nested(item)) for item in values[name]]

@@ -141,6 +141,21 @@ def open_for_training(
     return open_dataset(path, reward=reward, reference=reference, version=version, remote=remote)
 
 
+def _open_temporary(path: Path, kind: type) -> GroupDataset:
+    """`open_for_training`; an error names the object in memory instead of the temporary file."""
+    try:
+        return open_for_training(path)
+    except DataError as error:
+        raise DataError(
+            error.rule,
+            received=error.received,
+            remedy=error.remedy,
+            file=f"the {kind.__name__} in memory",
+            row=error.row,
+            group=error.group,
+        ) from error
+
+
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     """Open any supported kind of training dataset.
 
@@ -159,7 +174,7 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = scratch / "in-memory.parquet"
         data.to_parquet(str(path))
-        return open_for_training(path)
+        return _open_temporary(path, type(data))
     if not isinstance(data, GroupDataset):
         raise ConfigError(
             "a dataset is a folder or its URL, a Parquet file or datasets.Dataset with the columns "

@@ -27,6 +27,7 @@ from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE
+from gvpo_offline.train.splits import chosen_splits, refuse_dataset_dict
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class TrainingData:
                 the datasets have different references.
             IntegrityError: the datasets have different tokenizers.
         """
+        train_dataset, eval_dataset = chosen_splits(train_dataset, eval_dataset, args.eval_fraction)
         opened = open_datasets(train_dataset, scratch)
         check_compatible([item.dataset for item in opened.values()])
         rule = held_out_by or ("prompt" if args.held_out_by == "auto" else args.held_out_by)
@@ -274,6 +276,7 @@ def check_compatible(datasets: Iterable[GroupDataset]) -> None:
 
 def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, DatasetView]:
     """Views of one or several datasets for evaluation; names and errors as `open_datasets`."""
+    refuse_dataset_dict(eval_dataset)
     opened = open_datasets(eval_dataset, scratch)
     return {name: _view(name, item) for name, item in opened.items()}
 

@@ -209,7 +209,10 @@ def test_help_shows_the_defaults_of_the_run() -> None:
         (["evaluate", "--dataset", "d"], "model_name_or_path must be set"),
         (["import", "--inputs", "[a.jsonl]"], "the following arguments are required: output_dir"),
         (["import", "--inputs", "[]", "--output_dir", "o"], "import needs at least one input"),
-        (["validate", "--dataset", "d", "--datset", "e"], "unrecognized arguments: --datset e"),
+        (
+            ["validate", "--dataset", "d", "--datset", "e"],
+            "--datset. Did you mean --dataset?",
+        ),
         (["validate", "d"], "unrecognized arguments: d"),
         (["validate", "--dataset", "nowhere"], "nowhere: a dataset is a folder that holds"),
         (
@@ -236,7 +239,10 @@ def test_a_wrong_flag_gives_one_line(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dataset: d\nshow_progres: true\n", "Option 'show_progres' is not accepted"),
+        (
+            "dataset: d\nshow_progres: true\n",
+            "the key show_progres. Did you mean show_progress?",
+        ),
         ("dataset: d\nshow_progress: maybe\n", "show_progress: maybe"),
         ("dataset: [d\n", "while parsing a flow sequence"),
         ("dataset: d\ndataset: e\n", "the key 'dataset' occurs twice"),
