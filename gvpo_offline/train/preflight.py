@@ -20,7 +20,7 @@ from gvpo_offline.reference.checks import (
     reference_warnings,
 )
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.manifest import import_warnings
+from gvpo_offline.store.import_versions import import_warnings
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.data import open_held_out

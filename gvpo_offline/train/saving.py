@@ -72,7 +72,7 @@ def _problem(config: Any) -> str | None:
 def check_savable(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: TrainingArguments
 ) -> None:
-    """Save all but the weights to a temporary folder.
+    """Save all but the weights to a temporary folder, on the processes that save.
 
     Args:
         model: a transformers model, or a PEFT model around one.
@@ -82,6 +82,8 @@ def check_savable(
     Raises:
         ConfigError: something cannot be saved; named.
     """
+    if not args.should_save:
+        return
     adapters = getattr(model, "peft_config", {})
     parts = {
         "configuration": None if adapters else getattr(model, "config", None),

@@ -161,8 +161,8 @@ class GVPOTrainer(PredictingTrainer):
         if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
             check_best_metric(args, self.data.held_out)
         self._best = BestCheckpointCallback(self.is_of_run)
-        epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
-        return [epochs, MetricWarningCallback(), self._best]
+        self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
+        return [self._epochs, MetricWarningCallback(), self._best]
 
     # ---- before the first step ----
 
@@ -191,7 +191,7 @@ class GVPOTrainer(PredictingTrainer):
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
         self._best.resumed_from = checkpoint
         self.preflight()
-        raise_together(self._check_savable)
+        raise_together(lambda: check_savable(self.model, self.processing_class, self.args))
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
         return super().train(
@@ -199,10 +199,7 @@ class GVPOTrainer(PredictingTrainer):
         )
 
     def hold_out_by(self, rule: HeldOutRule) -> None:
-        """Split training and held-out groups by another rule, for the checks before training.
-
-        `train` itself follows `args.held_out_by`.
-        """
+        """Split by another rule, for checks before `train`, which follows `args.held_out_by`."""
         if rule == self.data.held_out_by:
             return
         self.data = raise_together(lambda: self._prepare(held_out_by=rule))
@@ -231,10 +228,6 @@ class GVPOTrainer(PredictingTrainer):
             max_tokens=self.args.max_tokens_per_micro_batch,
             log_summary=log_summary and self.is_world_process_zero(),
         )
-
-    def _check_savable(self) -> None:
-        if self.args.should_save:
-            check_savable(self.model, self.processing_class, self.args)
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""

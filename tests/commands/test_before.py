@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo_offline import GVPOTrainer, cli, open_dataset
-from gvpo_offline.store import manifest as manifests
+from gvpo_offline.store import import_versions as manifests
 from gvpo_offline.version import IMPORT_VERSION
 
 BEFORE = Path(__file__).parents[1] / "data" / "before"
