@@ -40,6 +40,7 @@ toctrees = {
             "howto/formats",
             "howto/formats-hub",
             "howto/log-values",
+            "howto/tokens",
             "howto/sampling",
             "howto/rewards",
             "howto/reference",
