@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gvpo_offline.visible import visible
+
 __all__ = [
     "ConfigError",
     "DataError",
@@ -56,7 +58,8 @@ class GVPOError(Exception):
         self.file = None if file is None else str(file)
         self.row = row
         self.group = group
-        super().__init__(self._message())
+        # Values of a log may hold control characters, and messages go to terminals.
+        super().__init__(visible(self._message()))
 
     def _message(self) -> str:
         place = [
