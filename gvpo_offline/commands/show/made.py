@@ -79,8 +79,11 @@ def ends_lines(groups: list[Group], texts: TokenTexts | None) -> Iterator[str]:
                 f"{example}: the policy does not learn to stop after them"
             )
     if cut:
-        odd = f"; {n_cut_ended:,} of them end with an end token all the same" if n_cut_ended else ""
-        yield f"{cut:,} of {whole + cut:,} responses were cut, so they have no end token{odd}"
+        how = ", so they have no end token" if texts else ""
+        if n_cut_ended:
+            verb = "ends" if n_cut_ended == 1 else "end"
+            how = f"; {n_cut_ended:,} of them {verb} with an end token all the same"
+        yield f"{cut:,} of {whole + cut:,} responses were cut{how}"
     if len(groups) > 1:
         yield f"(counted in the first {len(groups):,} groups)"
 

@@ -219,8 +219,9 @@ def _context(shown: ShownGroup) -> Iterator[str]:
     group = shown.group
     if group.messages is not None:
         messages = _parsed(group.messages)
-        roles = [str(m.get("role", "?")) for m in messages if isinstance(m, dict)]
-        yield f"messages: {', '.join(roles)}"
+        records = messages if isinstance(messages, list) else []
+        roles = [str(m.get("role", "?")) for m in records if isinstance(m, dict)]
+        yield f"messages: {', '.join(roles) or _short(group.messages)}"
     if group.template_arguments is not None:
         yield f"template arguments: {_short(group.template_arguments)}"
     metadata = None if group.metadata is None else _parsed(group.metadata)

@@ -95,8 +95,13 @@ class TokenTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        # Some tokenizers have added tokens for runs of spaces, which are ordinary text.
-        self._added = {i: str(token.content) for i, token in added.items() if token.content.strip()}
+        names = {number: str(token.content) for number, token in added.items()}
+        # Runs of spaces and single bytes are ordinary text, also where they are added tokens.
+        self._added = {
+            number: name
+            for number, name in names.items()
+            if name.strip() and not _BYTE_TOKEN.fullmatch(name)
+        }
         pieces = tokenizer.convert_ids_to_tokens(tokenizer("é", add_special_tokens=False).input_ids)
         self._byte_values = _byte_level() if "Ã©" in "".join(map(str, pieces)) else {}
         self._tokens: dict[int, Token] = {}
