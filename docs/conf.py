@@ -32,6 +32,7 @@ toctrees = {
         "How to": [
             "howto/formats",
             "howto/formats-hub",
+            "howto/show",
             "howto/sampling",
             "howto/rewards",
             "howto/reference",

@@ -162,7 +162,7 @@ def test_metadata_and_ids_that_are_no_json_are_visible(
     fields = {"metadata": HOSTILE, "source": HOSTILE, "template_arguments": HOSTILE}
     groups = [
         make_group(n, k=2, messages=messages, **fields)
-        for n, messages in enumerate((HOSTILE, "5", '{"role": 1}', '[{"role": null}, "\x1b"]'))
+        for n, messages in enumerate((HOSTILE, "5", '{"role": 1}', '[{"role": null}, 3]'))
     ]
     build_dataset(tmp_path / "data", groups=groups)
     assert cli.main(["show", str(tmp_path / "data"), "--rows", "4"]) == 0
