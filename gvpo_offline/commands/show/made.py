@@ -46,50 +46,52 @@ def _lines(path: str | Path) -> Iterator[str]:
     yield f"  response  {excerpt(texts, ids, first=few, last=few)}"
     yield f"  its end   {last_tokens(texts, ids, _LAST_TOKENS)}"
     yield from ends_lines(groups, texts)
+    if len(groups) < dataset.n_groups:
+        yield f"(counted in the first {len(groups):,} of {dataset.n_groups:,} groups)"
 
 
 def ends_lines(groups: list[Group], texts: TokenTexts | None) -> Iterator[str]:
-    """How the responses of some groups end: counts by last token; those that were cut apart."""
+    """How the responses of some groups end: counts by last token, of those that were cut apart."""
     ended: Counter[int] = Counter()
-    cut = n_cut_ended = 0
+    cut: Counter[int] = Counter()
     for group in groups:
         for ids, truncated in zip(group.response_token_ids, group.truncated, strict=True):
-            last = int(ids[-1])
-            cut += truncated
-            n_cut_ended += truncated and texts is not None and last in texts.ends
-            ended[last] += not truncated
-    ended = +ended
-    whole = ended.total()
-    named = {last: n for last, n in ended.items() if texts is None or last in texts.ends}
+            (cut if truncated else ended)[int(ids[-1])] += 1
+    known = ended.keys() if texts is None else ended.keys() & texts.ends.keys()
+    named = Counter({last: n for last, n in ended.items() if last in known})
+    total = ended.total()
     if len(ended) == 1 and named:
-        (last,) = ended
         which = "each response that was not cut" if cut else "each response"
-        yield f"{which} ends with {_name(last, texts)}"
-    else:
-        for last, n in Counter(named).most_common(_SHOWN_ENDS):
-            yield f"{n:,} of {whole:,} responses that were not cut end with {_name(last, texts)}"
-        rest = whole - sum(n for _, n in Counter(named).most_common(_SHOWN_ENDS))
+        yield f"{which} ends with {_name(next(iter(named)), texts)}"
+    elif ended:
+        of = f"of {total:,} responses that were not cut"
+        first = named.most_common(_SHOWN_ENDS)
+        yield from (f"{n:,} {of} end with {_name(last, texts)}" for last, n in first)
+        rest = ended - Counter(dict(first))
         if rest and texts is None:
-            yield f"{rest:,} of {whole:,} responses that were not cut end with other ids"
-        elif rest:
-            others = Counter({last: n for last, n in ended.items() if last not in named})
-            example = f", such as {texts.token(others.most_common(1)[0][0])}" if others else ""
+            yield f"{rest.total():,} {of} end with other ids"
+        elif rest and texts is not None:
+            example = texts.token(rest.most_common(1)[0][0])
             yield (
-                f"{rest:,} of {whole:,} responses that were not cut end without an end token"
-                f"{example}: the policy does not learn to stop after them"
+                f"{rest.total():,} {of} end without an end token, such as {example}: "
+                "the policy does not learn to stop after them"
             )
     if cut:
-        how = ", so they have no end token" if texts else ""
-        if n_cut_ended:
-            verb = "ends" if n_cut_ended == 1 else "end"
-            how = f"; {n_cut_ended:,} of them {verb} with an end token all the same"
-        yield f"{cut:,} of {whole + cut:,} responses were cut{how}"
-    if len(groups) > 1:
-        yield f"(counted in the first {len(groups):,} groups)"
+        yield _cut_line(cut, total + cut.total(), texts)
+
+
+def _cut_line(cut: Counter[int], total: int, texts: TokenTexts | None) -> str:
+    """How many of all responses were cut, and how they end."""
+    line = f"{cut.total():,} of {total:,} responses were cut"
+    if texts is None:
+        return line
+    n = sum(count for last, count in cut.items() if last in texts.ends)
+    if not n:
+        return f"{line}, so they have no end token"
+    return f"{line}; {n:,} of them {'ends' if n == 1 else 'end'} with an end token all the same"
 
 
 def _name(last: int, texts: TokenTexts | None) -> str:
     if texts is None:
         return f"id {last}"
-    what = f", {texts.ends[last]}" if last in texts.ends else ""
-    return f"{texts.token(last).text} (id {last}){what}"
+    return f"{texts.token(last).text} (id {last}), {texts.ends[last]}"
