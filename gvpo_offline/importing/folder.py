@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
-from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
+from gvpo_offline.store.manifest import (
+    Manifest,
+    import_versions,
+    load_manifest,
+    manifest_versions,
+)
 from gvpo_offline.store.writer import claim_folder, lock_folder
+from gvpo_offline.version import IMPORT_VERSION
 
 # Prefixes of the stages of `sample`, whose commit records are in the same folder.
 SAMPLING_STAGES = ("prompts-", "sample-")
@@ -69,6 +76,7 @@ class OutputFolder:
             return None
         manifest = load_manifest(self.root)
         if not any(step.config.get("identity") == identity for step in manifest.lineage):
+            self._refuse_earlier(import_versions(manifest))
             raise DataError(
                 "the output folder is empty, or holds this import",
                 received=f"a dataset of {manifest.n_groups} groups, imported from other inputs or "
@@ -83,6 +91,18 @@ class OutputFolder:
                 verify_file(self.root, sidecar.file, content=False)
         self._remove_spill()
         return manifest
+
+    def _refuse_earlier(self, versions: Collection[int]) -> None:
+        earlier = min(versions, default=IMPORT_VERSION)
+        if earlier < IMPORT_VERSION:
+            raise DataError(
+                "the output folder is empty, or holds an import by this version of the package",
+                received=f"an import of import version {earlier}, which gives other token ids than "
+                f"version {IMPORT_VERSION}",
+                remedy="use the dataset as it is (training warns once), or import into another "
+                "output_dir",
+                file=self.root,
+            )
 
     def prepare(self, log: TaskLog) -> dict[str, TaskRecord]:
         """Remove the uncommitted files of an interrupted run of the same import.
@@ -103,7 +123,7 @@ class OutputFolder:
             raise DataError(
                 "the output folder is empty, or holds work of an interrupted run of this import",
                 received=f"committed work of {', '.join(others)}, which has other inputs, settings "
-                "or another tokenizer",
+                "or another tokenizer, or is of an earlier import version",
                 remedy="run that import again, choose another output_dir, or remove the folder",
                 file=self.root,
             )
