@@ -58,8 +58,7 @@ class GVPOError(Exception):
         self.file = None if file is None else str(file)
         self.row = row
         self.group = group
-        # Values of a log may hold control characters, and messages go to terminals.
-        super().__init__(visible(self._message()))
+        super().__init__(self._message())
 
     def _message(self) -> str:
         place = [
@@ -77,7 +76,8 @@ class GVPOError(Exception):
         message += "."
         if self.remedy:
             message += f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}."
-        return message
+        # Values of a log may hold control characters, and messages go to terminals.
+        return visible(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors are pickled between processes (data loader workers); the default would lose the

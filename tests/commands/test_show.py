@@ -504,6 +504,9 @@ def test_the_command(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (group,) = (line[6:] for line in out.split("\n") if line.startswith("group "))
     assert cli.main(["show", "--dataset", str(chats), "--group", group, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["group_id"] == group
+    for name in ("007", "1e5", "true"):  # not read as numbers or flags
+        assert cli.main(["show", str(chats), "--group", name]) == 1
+        assert f"received '{name}', which is the id of none" in capsys.readouterr().err
     assert cli.main(["show", str(chats), "more"]) == 1
     assert "unrecognized arguments: more" in capsys.readouterr().err
     assert cli.main(["show", str(chats), "--group", "none\x1b[2J"]) == 1

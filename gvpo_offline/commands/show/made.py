@@ -65,7 +65,8 @@ def ends_lines(groups: list[Group], texts: TokenTexts | None) -> Iterator[str]:
         yield f"{which} ends with {_name(next(iter(named)), texts)}"
     elif ended:
         of = f"of {total:,} responses that were not cut"
-        first = named.most_common(_SHOWN_ENDS)
+        # A tokenizer has few end tokens; without one, every id may be one.
+        first = named.most_common(_SHOWN_ENDS if texts is None else None)
         yield from (f"{n:,} {of} end with {_name(last, texts)}" for last, n in first)
         rest = ended - Counter(dict(first))
         if rest and texts is None:
