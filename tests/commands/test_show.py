@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.builders import (
     build_dataset,
     make_group,
@@ -319,6 +321,26 @@ def test_bytes_of_a_character_are_joined_in_texts_and_shown_in_lists(tmp_path: P
         (span,) = texts.spans(ids(*numbers))
         assert span.text.lstrip(" ") == "x漢 é\n"
         assert texts.token(10**6).text == "<no token 1000000>"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, TokenTexts]]:
+    """A byte-level tokenizer, and one that writes a space before each text."""
+    empty = str(tmp_path_factory.mktemp("empty"))
+    makers = (byte_level_tokenizer, metaspace_tokenizer)
+    made = [make(("<|im_end|>",), eos="<eos>") for make in makers]
+    return [(tokenizer, TokenTexts(tokenizer, empty)) for tokenizer in made]
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), min_size=1))
+def test_the_contents_of_tokens_make_the_text(
+    text: str, tokenizers: list[tuple[Any, TokenTexts]]
+) -> None:
+    """The tokens of any text, joined, are its bytes, after the space that a tokenizer writes."""
+    for (tokenizer, texts), space in zip(tokenizers, ("", " "), strict=True):
+        numbers = tokenizer(text, add_special_tokens=False).input_ids
+        joined = b"".join(texts.token(number).content for number in numbers)
+        assert joined.decode() == space + text
 
 
 def test_the_space_of_a_metaspace_token_is_shown(tmp_path: Path) -> None:
