@@ -32,11 +32,11 @@ toctrees = {
         "How to": [
             "howto/formats",
             "howto/formats-hub",
-            "howto/show",
             "howto/sampling",
             "howto/rewards",
             "howto/reference",
             "howto/merging",
+            "howto/show",
             "howto/selecting",
             "howto/mixing",
             "howto/remote",
