@@ -45,6 +45,7 @@ toctrees = {
             "howto/rewards",
             "howto/reference",
             "howto/merging",
+            "howto/show",
             "howto/selecting",
             "howto/mixing",
             "howto/remote",
