@@ -64,7 +64,7 @@ class GVPOError(Exception):
         self.file = None if file is None else str(file)
         self.row = row
         self.group = group
-        self.more = tuple(more)
+        self.more = tuple(map(visible, more))
         super().__init__("\n  ".join([self._message(), *self.more]))
 
     def lines(self) -> list[str]:
