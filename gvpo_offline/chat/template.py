@@ -17,10 +17,10 @@ from gvpo_offline.chat.checks import (
     not_rendered,
     unknown_field,
 )
-from gvpo_offline.chat.tool_arguments import argument_records, prints_records, with_text_arguments
+from gvpo_offline.chat.tool_arguments import argument_records, prints_records
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.messages import PLAIN, REASONING, Message
+from gvpo_offline.messages import PLAIN, REASONING, Message, with_text_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

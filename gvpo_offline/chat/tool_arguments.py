@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from gvpo_offline.messages import Message
 
-__all__ = ["argument_records", "prints_records", "with_text_arguments"]
+__all__ = ["argument_records", "prints_records"]
 
 
 def argument_records(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -24,19 +23,3 @@ def argument_records(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def prints_records(messages: Sequence[Message], text: str) -> bool:
     """Whether the template printed arguments as Python dictionaries."""
     return any(record and str(record) in text for record in argument_records(messages))
-
-
-def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the arguments of tool calls as JSON text."""
-
-    def call_as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return {**call, "function": {**function, "arguments": arguments}}
-
-    return [
-        {**m, "tool_calls": list(map(call_as_text, m["tool_calls"]))} if m.get("tool_calls") else m
-        for m in messages
-    ]

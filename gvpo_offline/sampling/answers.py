@@ -13,6 +13,7 @@ import numpy as np
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Int32Array
+from gvpo_offline.messages import CONTINUE, with_text_arguments
 from gvpo_offline.openai.answer import AnswerChoice, BadAnswerError, choice_of, choices_of
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.prompts import Prompt
@@ -49,7 +50,7 @@ def request_body(settings: RequestSettings, requests: Sequence[SampleRequest]) -
     chat = endpoint(settings, prompt) == _CHAT
     body: dict[str, Any] = {"model": settings.model}
     if chat:
-        body |= _chat_body(json.loads(prompt.messages or ""))
+        body |= _chat(prompt)
     elif settings.return_token_ids or prompt.messages is not None:
         # Token ids, since a server would add a second beginning token to rendered text.
         body["prompt"] = prompt.token_ids.tolist()
@@ -73,23 +74,19 @@ def request_body(settings: RequestSettings, requests: Sequence[SampleRequest]) -
     return body | settings.extra_body
 
 
-def _chat_body(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The messages in the form of OpenAI's API, and whether the last one is to be continued."""
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            arguments = call["function"].get("arguments")
-            if not isinstance(arguments, str):
-                text = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-                call["function"]["arguments"] = text
-    if messages[-1]["role"] != "assistant":
-        return {"messages": messages}
-    # The dataset's prompt ends within this message. By default servers close it and open another;
-    # vLLM and SGLang continue it with these arguments.
-    return {
-        "messages": messages,
-        "add_generation_prompt": False,
-        "continue_final_message": True,
-    }
+def _chat(prompt: Prompt) -> dict[str, Any]:
+    """The fields of a chat completion's request that make its prompt."""
+    messages = json.loads(prompt.messages or "")
+    body: dict[str, Any] = {"messages": with_text_arguments(messages)}
+    arguments = json.loads(prompt.template_arguments) if prompt.template_arguments else {}
+    continued = arguments.pop(CONTINUE, messages[-1]["role"] == "assistant")
+    if continued:  # else servers close the last message and open another one
+        body |= {CONTINUE: True, "add_generation_prompt": False}
+    if tools := arguments.pop("tools", None):
+        body["tools"] = tools
+    if arguments:
+        body["chat_template_kwargs"] = arguments
+    return body
 
 
 def read_answer(

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.importing import write_jsonl
-from support.sampling import config, remote
 
 from gvpo_offline.conversations import messages
-from gvpo_offline.errors import DataError
 from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.sampling.answers import request_body
 from gvpo_offline.sampling.prompts import Prompt
-from gvpo_offline.sampling.run import run_sample
 from gvpo_offline.sampling.settings import OpenAISettings
 from gvpo_offline.sampling.stage import SampleRequest
 
@@ -52,19 +47,6 @@ def test_a_last_assistant_message_is_continued_by_the_server_too() -> None:
     found = body(USER, {"role": "assistant", "content": "The sum is"})
     assert found["continue_final_message"] is True
     assert found["add_generation_prompt"] is False
-
-
-@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
-def test_arguments_of_the_template_are_refused(
-    tmp_path: Path, tiny_tokenizer_dir: Path, column: str
-) -> None:
-    """The prompts of a log with tools, rendered without them, are other prompts."""
-    value = [{"type": "function", "function": {"name": "add"}}] if column == "tools" else {"a": 1}
-    inputs = str(write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": [USER], column: value}]))
-    run = config(tmp_path, tiny_tokenizer_dir, {"s": remote("http://127.0.0.1:9")}, inputs=inputs)
-    with pytest.raises(DataError, match=f"received the columns {column}: ") as caught:
-        run_sample(run)
-    assert caught.value.row == 0
 
 
 def test_a_developers_message_is_a_system_message() -> None:
