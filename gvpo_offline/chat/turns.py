@@ -248,15 +248,14 @@ class _Assembly:
         return written + (self._full[position:closed] if closed >= 0 else end)
 
     def _find(self, text: str, start: int) -> tuple[int, int]:
-        """Where a text, or its stripped or JSON-escaped form, is in the rendering; (-1, 0) if
+        """Where a text, or its stripped or JSON-escaped form, is next in the rendering; (-1, 0) if
         nowhere."""
         forms = [text, text.strip()]
         forms += [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-        for form in forms:
-            found = self._full.find(form, start)
-            if found >= 0:
-                return found, len(form)
-        return -1, 0
+        places = [(self._full.find(form, start), form) for form in dict.fromkeys(forms)]
+        # The nearest: the result of a tool may repeat what its call holds in another form.
+        near = [(place, -len(form)) for place, form in places if place >= 0]
+        return (min(near)[0], -min(near)[1]) if near else (-1, 0)
 
 
 def _needed(message: Message, prefill: str) -> Iterator[tuple[str, str]]:
