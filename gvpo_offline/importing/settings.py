@@ -140,7 +140,8 @@ class ImportConfig:
     the prompts."""
     rewards: str | None = None
     """Formats that take requests: file or glob of rows with custom_id (gemini_batch: key) and one
-    column per component of the reward: a number, or a list with one number per choice."""
+    column per component of the reward: a number, or a list with one number per choice. swe_agent:
+    the reports of the evaluation, or rows with instance_id and components of the reward."""
     max_length: int | None = None
     """Maximum length of prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
@@ -221,12 +222,13 @@ class ImportConfig:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
         self.reward_map = label_numbers("reward_map", self.reward_map)
-        if (self.requests or self.rewards) and self.format not in _BATCHES:
-            raise ConfigError(
-                f"requests and rewards are only used with format: {', '.join(_BATCHES)}",
-                received=self.format,
-                remedy="join a file of rewards to other logs with join and on",
-            )
+        for name, formats in (("requests", _BATCHES), ("rewards", (*_BATCHES, "swe_agent"))):
+            if getattr(self, name) and self.format not in formats:
+                raise ConfigError(
+                    f"{name} is only used with format: {', '.join(formats)}",
+                    received=self.format,
+                    remedy="join another file to other logs with join and on",
+                )
         if bool(self.join) != bool(self.on) or not self._one_key_each():
             raise ConfigError(
                 "join and on are set together, with one key for all files or one for each",
