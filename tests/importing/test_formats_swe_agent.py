@@ -187,6 +187,29 @@ def test_rows_with_their_own_flag(tmp_path: Path) -> None:
     assert len({f.group_id for f in found}) == 1
 
 
+def test_flags_from_another_file_by_join(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    said = [{k: m[k] for k in ("role", "content")} for m in (SYSTEM, ISSUE)]
+    rows = [
+        {
+            "instance_id": "i",
+            "attempt": i,
+            "messages": [*said, {"role": "assistant", "content": str(i + 1)}],
+        }
+        for i in (0, 1)
+    ]
+    flags = [{"attempt": 1, "resolved": True}, {"attempt": 0, "resolved": False}]
+    settings = {
+        "format": "swe_agent",
+        "join": str(write_jsonl(tmp_path / "flags.jsonl", flags)),
+        "on": "attempt",
+        "tokenizer_name_or_path": str(tiny_tokenizer_dir),
+    }
+    import_log(config(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", **settings))
+    (group,) = read_groups(tmp_path / "out")
+    assert group.rewards is not None
+    assert (group.responses, group.rewards.tolist()) == (("1", "2"), [0.0, 1.0])
+
+
 def with_query(said: Messages, query: Messages) -> dict[str, Any]:
     made = trajectory(said)
     made["trajectory"][-1]["query"] = query
