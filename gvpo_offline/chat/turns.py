@@ -25,6 +25,8 @@ __all__ = ["Piece", "Turns", "message_pieces", "text_pieces"]
 # The last tag of a generation prompt (<think>, [THINK]), and white space behind it.
 _LAST_TAG = re.compile(r"(<[^<>/\s]+>|\[[A-Z_]+\])\s*$")
 
+_OPENED, _CLOSED = "<think>", "</think>"
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -218,6 +220,9 @@ class _Assembly:
         position, written = start, ""
         for name, text in _needed(message, prefill):
             found, length = self._find(text, position)
+            if found < 0 and name == "content":
+                text, length = self._reasoning_moved(text, position)
+                found = position if length else -1
             if found < 0:
                 raise DataError(
                     "the chat template renders every part of a response's message",
@@ -241,6 +246,35 @@ class _Assembly:
             )
         self.pieces.append(Piece(written + self._full[position:closed], written=True))
         self._position = closed
+
+    def _reasoning_moved(self, text: str, start: int) -> tuple[str, int]:
+        """A text whose reasoning the template takes out, to set it between its own tags.
+
+        Args:
+            text: a text with </think>; that of the reasoning's beginning may be missing.
+            start: where its rendering begins.
+
+        Returns:
+            The text that the policy emits, the logged one behind a tag that it may lack, and the
+            length of what the template renders instead: 0 if it drops a part of the text.
+        """
+        thought, tag, rest = text.partition(_CLOSED)
+        if not tag:
+            return text, 0
+        bare, _ = _without_repeated_tag(self._full[:start], text)
+        pieces = (thought.strip().removeprefix(_OPENED).strip(), tag, rest.strip())
+        between, position = ["", _OPENED], start
+        for piece in filter(None, pieces):
+            found = self._full.find(piece, position)
+            if found < 0 or self._full[position:found].strip() not in between:
+                return text, 0
+            if position == start and not text.lstrip().startswith(_OPENED):
+                bare = self._full[start:found] + bare
+            between, position = [""], found + len(piece)
+        blank = text[len(text.rstrip()) :]
+        if blank and self._full.startswith(blank, position):
+            position += len(blank)
+        return bare, position - start
 
     def _last(self, written: str, position: int, closed: int, end: str | None) -> str:
         if end is None:

@@ -115,6 +115,32 @@ def test_a_call_that_its_result_repeats_is_found_in_its_own_turn(
     assert '$ say "5" twice' in runs[1][1]
 
 
+@pytest.mark.parametrize(
+    ("text", "emitted"),
+    [
+        # resources_servers/gdpval and legal_agent_bench: the template would write line ends.
+        ("<think>I add.</think>It is easy.", "<think>I add.</think>It is easy."),
+        ("<think>I add.</think>\n\n", "<think>I add.</think>\n\n"),
+        # resources_servers/ns_tools: the sampler's generation prompt held the first tag.
+        ("I add.\n</think>\nEasy.", "<think>\nI add.\n</think>\nEasy."),
+    ],
+)
+def test_reasoning_within_the_text_stays_as_logged(
+    text: str, emitted: str, tmp_path: Path, qwen3: str
+) -> None:
+    """Qwen-3's template takes the reasoning out of the text and writes it in its own form."""
+    items = [said(text), call("add", '{"a": 2}'), result("5"), said("<think>x</think>It is 5.")]
+    rows = [rollout([user("2 + 3?")], items, 0), rollout([user("2 + 3?")], [said("5")], 1)]
+    path = write_jsonl(tmp_path / "run" / "rollouts.jsonl", rows)
+    import_log(config(path, tmp_path / "out", format="nemo_gym", tokenizer_name_or_path=qwen3))
+    _, runs = parts(tmp_path / "out")
+    assert [counts for counts, _ in runs] == [True, False, True]
+    assert runs[0][1].startswith(emitted)
+    called = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>'
+    assert runs[0][1].removeprefix(emitted).strip() == called
+    assert runs[2][1] == "<think>x</think>It is 5.<|im_end|>"
+
+
 def test_a_prompt_that_the_environment_made_is_read_from_the_output(tmp_path: Path) -> None:
     """Input is empty, and the output begins with the system's and the user's messages:
     resources_servers/gdpval/data/example_rollouts.jsonl."""
