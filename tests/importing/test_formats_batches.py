@@ -85,6 +85,12 @@ def test_anthropic_results_join_requests_and_rewards(
     assert group.rewards.tolist() == [0.0, 1.0]
 
 
+def test_requests_may_be_the_body_of_the_call(tmp_path: Path) -> None:
+    body = {"requests": [asked("a", "1?"), asked("b", "2?")]}
+    found = read(tmp_path, "anthropic_batch", [body], [succeeded("b", "2"), succeeded("a", "1")])
+    assert [(prompt(f)[0]["content"], f.responses) for f in found] == [("2?", ["2"]), ("1?", ["1"])]
+
+
 def test_anthropic_stop_sequence(tmp_path: Path) -> None:
     """The model wrote no end token where a stop sequence ended the response."""
     ended = {"stop_reason": "stop_sequence", "stop_sequence": "END"}

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.importing import config, read_groups, write_jsonl
 from support.reading_formats import fragments, refused
@@ -107,6 +109,66 @@ def test_replies_without_a_rank_have_no_reward(tmp_path: Path) -> None:
     assert made.rewards == [None]
 
 
+def messages_of(root: dict[str, Any], parent: str | None = None) -> list[dict[str, Any]]:
+    """A tree as the data sets of the Hub have it: a row per message, labels in columns. The
+    features are those of the card of OpenAssistant/oasst1."""
+    own = {key: value for key, value in root.items() if key != "replies"}
+    given = root.get("labels") or {}
+    own |= {
+        "parent_id": parent,
+        "message_tree_id": "p",
+        "rank": root.get("rank"),
+        "model_name": root.get("model_name"),
+        "labels": {
+            "name": list(given),
+            "value": [label["value"] for label in given.values()],
+            "count": [label["count"] for label in given.values()],
+        },
+    }
+    below = [messages_of(reply, root["message_id"]) for reply in root["replies"]]
+    return [own, *(row for rows in below for row in rows)]
+
+
+DEEP = asked(
+    "p",
+    said("x", 1, labels=labels(0.5)),
+    said("y", 0, asked("q", said("a", 1), said("b", 0)), labels=labels(0.25)),
+)
+
+
+def test_rows_of_messages_are_joined_to_trees(tmp_path: Path) -> None:
+    rows = messages_of(DEEP)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "flat.parquet")
+    whole, _ = fragments(write_jsonl(tmp_path / "trees.jsonl", [tree(DEEP)]), "open_assistant")
+    for path in (write_jsonl(tmp_path / "flat.jsonl", rows), tmp_path / "flat.parquet"):
+        assert fragments(path, "open_assistant")[0] == whole
+    assert [f.group_id for f in whole] == ["p", "q"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (messages_of(DEEP)[:3] + messages_of(DEEP)[4:5], "no message q, whose reply is a"),
+        (messages_of(DEEP)[1:2], "no message p, whose reply is x"),
+        (messages_of(DEEP)[:1] * 2, "2 messages, 1 ids"),
+    ],
+)
+def test_incomplete_trees(
+    rows: list[Any], match: str, tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    path = write_jsonl(tmp_path / "flat.jsonl", rows)
+    settings = {"tokenizer_name_or_path": str(tiny_tokenizer_dir)}
+    refused(path, "open_assistant", DataError, match, tmp_path / "o", **settings)
+
+
+def test_the_messages_of_a_tree_follow_each_other(tmp_path: Path) -> None:
+    other = [{**row, "message_tree_id": "o"} for row in messages_of(asked("o", said("z", 0)))]
+    rows = [*messages_of(DEEP)[:2], *other, *messages_of(DEEP)[2:]]
+    path = write_jsonl(tmp_path / "flat.jsonl", rows)
+    with pytest.raises(DataError, match="further messages of the tree p"):
+        fragments(path, "open_assistant")
+
+
 @pytest.mark.parametrize(
     ("row", "match"),
     [
@@ -115,7 +177,7 @@ def test_replies_without_a_rank_have_no_reward(tmp_path: Path) -> None:
         (tree(asked("p", node("q", "judge"))), "a message has a role: prompter, assistant"),
         (tree(asked("p", said("x", 0, text=None))), "None in message 'x'"),
         (tree(asked("p", node("x", "assistant", rank="first"))), "a rank is a number"),
-        ({"message_id": "p", "text": "a"}, "no message_tree_id, prompt among"),
+        ({"id": "p", "text": "a"}, "no message_tree_id, prompt among"),
     ],
 )
 def test_refused_trees(

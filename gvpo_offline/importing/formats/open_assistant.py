@@ -1,25 +1,34 @@
-"""Open-Assistant's exports of message trees: one tree per row, with the users' ranking of replies.
+"""Open-Assistant's exports: trees of messages, with the users' ranking of replies.
 
-The assistant's replies to one message of a prompter are a group; the prompt is the path from the
-root of the tree to that message.
+A row is a tree, or one message of it, as in the data sets of the Hub; the messages of a tree then
+follow each other. The assistant's replies to one message of a prompter are a group; the prompt is
+the path from the root of the tree to that message.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
+from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fragment
-from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
-from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.importing.sources.rows import Record, Row
 
 Node = Mapping[str, Any]
+
+_TREE = "message_tree_id"
+_FLAT = (
+    *("message_id", "parent_id", "text", "role", "deleted", "rank", "model_name", "labels"),
+    "tree_state",
+)
 
 _RANK = "rank"
 # The labels that people give a message, from 0 to 1.
@@ -28,6 +37,7 @@ _LABELS = (
     *("sexual_content", "moral_judgement", "political_content"),
     *("quality", "toxicity", "humor", "helpfulness", "creativity", "violence"),
 )
+_PAIRS = ("name", "value")
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -43,12 +53,17 @@ class OpenAssistantFormat(RowFormat):
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(
             config,
-            required=("message_tree_id", "prompt"),
+            required=(_TREE, "prompt"),
+            optional=_FLAT,
             parse=self._groups,
             parts={_RANK: 1.0, **dict.fromkeys(_LABELS, 0.0)},
         )
         self._deleted = 0
         self._weighted = [name for name, weight in config.reward_weights.items() if weight]
+
+    def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
+        """The fragments of each tree; see `LogFormat.read`."""
+        yield from super().read(_trees(rows, source), source)
 
     def finish(self) -> Mapping[str, int]:
         """The number of replies that are deleted, or follow a deleted message."""
@@ -96,6 +111,59 @@ class OpenAssistantFormat(RowFormat):
         )
 
 
+def _trees(rows: Iterable[Row], source: InputInfo) -> Iterator[Row]:
+    """Rows of trees: those of the input, or each joined from the rows of its messages."""
+    seen: set[str] = set()
+
+    def tree_of(row: Row) -> tuple[bool, str]:
+        return "prompt" in row[1] or "message_id" not in row[1], str(row[1].get(_TREE))
+
+    for (whole, name), group in itertools.groupby(rows, key=tree_of):
+        if whole:
+            yield from group
+            continue
+        messages = list(group)
+        try:
+            if name in seen:
+                raise DataError(
+                    "the messages of a tree follow each other",
+                    received=f"further messages of the tree {name}",
+                    remedy=f"sort the log by {_TREE}",
+                )
+            seen.add(name)
+            yield messages[0][0], _joined([dict(record) for _, record in messages])
+        except DataError as error:
+            number, record = messages[0]
+            source.refuse(with_location(error, file=source.label, row=number), record)
+
+
+def _joined(messages: list[dict[str, Any]]) -> Record:
+    """A tree from its messages.
+
+    Raises:
+        DataError: a message has no parent among them, or several have none.
+    """
+    by_id = {message["message_id"]: message | {"replies": []} for message in messages}
+    roots = [message for message in by_id.values() if message.get("parent_id") is None]
+    for message in by_id.values():
+        parent = message.get("parent_id")
+        if parent is not None and parent not in by_id:
+            raise DataError(
+                "a tree has all of its messages",
+                received=f"no message {parent}, whose reply is {message['message_id']}",
+                remedy="import the whole export; or remove the tree",
+            )
+        if parent is not None:
+            by_id[parent]["replies"].append(message)
+    if len(roots) != 1 or len(by_id) != len(messages):
+        raise DataError(
+            "a tree has one message without a parent, and each message once",
+            received=f"{len(roots)} without a parent, {len(messages)} messages, {len(by_id)} ids",
+            remedy="remove the tree",
+        )
+    return {**roots[0], "prompt": roots[0]}
+
+
 def _replies(node: Node) -> list[Node]:
     return [*values.structs(node.get("replies") or [], "the replies to a message")]
 
@@ -138,8 +206,13 @@ def _shares(replies: list[Node]) -> list[float | None]:
 def _labels(reply: Node) -> dict[str, float | None]:
     """The mean values of a reply's labels that are known here."""
     labels = values.struct(reply.get("labels"), "the labels of a message")
-    return {
-        name: values.number(values.struct(labels[name], f"the label {name}").get("value"), name)
-        for name in _LABELS
-        if labels.get(name) is not None
-    }
+    if "name" in labels:  # columns have lists of names and values
+        names, means = (values.entries(labels.get(n), f"the {n}s of labels") for n in _PAIRS)
+        given = dict(zip(names, means, strict=False))
+    else:
+        given = {
+            name: values.struct(label, f"the label {name}").get("value")
+            for name, label in labels.items()
+            if label is not None
+        }
+    return {name: values.number(given[name], name) for name in _LABELS if name in given}

@@ -201,16 +201,23 @@ class BatchFormat(TrainerFormat):
         for source in find_sources(pattern):
             for row, record in source.rows(None, lambda _: None):
                 place = RowLocation(source.label, row, "")
-                try:
-                    key = self.key(record)
-                    if key in seen:
-                        raise DataError(
-                            f"each {self.id_columns[0]} occurs once", received=repr(key)
-                        )
-                except DataError as error:
-                    raise with_location(error, file=source.label, row=row) from None
-                seen.add(key)
-                yield key, record, place
+                for one in _of_a_call(record):
+                    try:
+                        key = self.key(one)
+                        if key in seen:
+                            raise DataError(
+                                f"each {self.id_columns[0]} occurs once", received=repr(key)
+                            )
+                    except DataError as error:
+                        raise with_location(error, file=source.label, row=row) from None
+                    seen.add(key)
+                    yield key, one, place
+
+
+def _of_a_call(record: Record) -> list[Record]:
+    """The requests of a row: it may be the body of the API call that sent all of them."""
+    requests = record.get("requests")
+    return values.structs(requests, "requests") if isinstance(requests, list) else [record]
 
 
 def _of_choice(value: Any, index: int, n: int) -> Any:
