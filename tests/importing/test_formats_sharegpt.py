@@ -161,6 +161,30 @@ def test_alpaca_layout(tmp_path: Path) -> None:
     assert [f.rewards for f in found] == [[1.0, 0.0], [0.0]]
 
 
+def test_turns_and_messages_give_the_same_fragments(tmp_path: Path) -> None:
+    """{"from", "value"} and {"role", "content"} are two spellings of one conversation."""
+    turns = [turn("system", "Add."), turn("human", "5 by 3?"), turn("function_call", AREA)]
+    turns += [turn("observation", "15"), turn("gpt", "It is 15.")]
+    function = json.loads(AREA)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    said = [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": [{"type": "text", "value": "5 by 3?"}]},
+        call,
+        {"role": "tool", "content": "15"},
+        {"role": "assistant", "content": "It is 15."},
+    ]
+    parts = [*said[:2], {"role": "assistant", "content": [{"type": "tool_call", "value": AREA}]}]
+    rows = [
+        {"conversations": turns, "label": True},
+        {"messages": said, "label": True},
+        {"messages": [*parts, *said[3:]], "label": True},
+    ]
+    one, two, three = fragments(write_jsonl(tmp_path / "a.jsonl", rows), "sharegpt")[0]
+    two.row = three.row = one.row
+    assert one == two == three
+
+
 def test_json_and_parquet_give_the_same_fragments(tmp_path: Path) -> None:
     several = [turn("human", "b?"), turn("gpt", "B"), turn("human", "c?")]
     rows = [pair(turn("human", "a?")), pair(*several)]
