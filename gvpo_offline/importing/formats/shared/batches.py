@@ -214,7 +214,7 @@ class BatchFormat(TrainerFormat):
                     yield key, one, place
 
 
-def _of_a_call(record: Record) -> list[Record]:
+def _of_a_call(record: Record) -> Sequence[Record]:
     """The requests of a row: it may be the body of the API call that sent all of them."""
     requests = record.get("requests")
     return values.structs(requests, "requests") if isinstance(requests, list) else [record]
