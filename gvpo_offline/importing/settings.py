@@ -15,6 +15,9 @@ StopOrDrop = Literal["stop", "drop"]
 OnSingle = Literal["error", "drop", "keep"]
 
 
+# Formats that read scores from a file of their own.
+_WITH_REWARDS = ("openai_batch", "otel")
+
 AUTO = "auto"
 """Value of a column's setting: use the column of the same name if the log has one."""
 
@@ -135,7 +138,8 @@ class ImportConfig:
     """openai_batch: file or glob of the batch requests, which hold the prompts."""
     rewards: str | None = None
     """openai_batch: file or glob of JSON lines with custom_id and one column per component of the
-    reward: a number, or a list with one number per choice."""
+    reward: a number, or a list with one number per choice. otel: file or glob of annotations, with
+    the id of a span, a name and a score or label."""
     max_length: int | None = None
     """Maximum length of prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
@@ -216,9 +220,14 @@ class ImportConfig:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
         self.reward_map = label_numbers("reward_map", self.reward_map)
-        if (self.requests or self.rewards) and self.format != "openai_batch":
+        if self.requests and self.format != "openai_batch":
             raise ConfigError(
-                "requests and rewards are only used with format: openai_batch", received=self.format
+                "requests is only used with format: openai_batch", received=self.format
+            )
+        if self.rewards and self.format not in _WITH_REWARDS:
+            raise ConfigError(
+                f"rewards is only used with format: {' or '.join(_WITH_REWARDS)}",
+                received=self.format,
             )
         if bool(self.join) != bool(self.on) or not self._one_key_each():
             raise ConfigError(
