@@ -25,14 +25,19 @@ class NamedScores:
         config: the import's settings.
         kind: what the producer calls a score, for errors ("metric", "scorer").
         labels: numbers that the producer's own labels stand for; `reward_map` comes before them.
+        default: the score that is the reward without `reward_weights`, if the producer has one.
     """
 
     def __init__(
-        self, config: ImportConfig, kind: str, labels: Mapping[str, float] | None = None
+        self,
+        config: ImportConfig,
+        kind: str,
+        labels: Mapping[str, float] | None = None,
+        default: str | None = None,
     ) -> None:
         known = {**(labels or {}), **config.reward_map}
         self._read = RewardReader(replace(config, reward_map=known))
-        self._weights = config.reward_weights
+        self._weights = config.reward_weights or ({} if default is None else {default: 1.0})
         self._kind = kind
         self._only: str | None = None
         self._seen: dict[str, None] = {}
