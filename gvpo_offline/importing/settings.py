@@ -16,7 +16,7 @@ OnSingle = Literal["error", "drop", "keep"]
 
 
 # Formats that read scores from a file of their own.
-_WITH_REWARDS = ("openai_batch", "otel")
+_WITH_REWARDS = ("openai_batch", "otel", "langfuse", "langsmith", "mlflow", "weave")
 
 AUTO = "auto"
 """Value of a column's setting: use the column of the same name if the log has one."""
@@ -101,8 +101,8 @@ class ImportConfig:
 
     inputs: list[str] | str
     """Files or globs: JSON (lines, a list, or objects over several lines) and CSV (.csv, .tsv),
-    each also compressed (.gz, .bz2, .zst), and Parquet; folders saved by `datasets`; or `hf:name`
-    and `hf:name:split` for a data set of the hub."""
+    each also compressed (.gz, .bz2, .zst), Parquet, and logs of Inspect (.eval); folders saved by
+    `datasets`; or `hf:name` and `hf:name:split` for a data set of the hub."""
     output_dir: str
     """Folder of the dataset: new, empty, or that of an interrupted run of the same import."""
     tokenizer_name_or_path: str | None = None
@@ -112,7 +112,8 @@ class ImportConfig:
     Data sets of the hub (docs/howto/formats-hub.md): arena, armorm, distilabel, helpsteer2,
     helpsteer3, nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of
     trainers and results of batch APIs (docs/howto/formats.md): ms_swift, nemo_gym, nemo_rl,
-    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl."""
+    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl. Logs of evaluations and traces (the
+    same page): inspect, lm_eval, promptfoo; langfuse, langsmith, mlflow, otel, weave."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None
@@ -138,8 +139,8 @@ class ImportConfig:
     """openai_batch: file or glob of the batch requests, which hold the prompts."""
     rewards: str | None = None
     """openai_batch: file or glob of JSON lines with custom_id and one column per component of the
-    reward: a number, or a list with one number per choice. otel: file or glob of annotations, with
-    the id of a span, a name and a score or label."""
+    reward: a number, or a list with one number per choice. otel, langfuse, langsmith, mlflow and
+    weave: file or glob of scores, with the id of what they score, a name, and a number or label."""
     max_length: int | None = None
     """Maximum length of prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"

@@ -276,6 +276,11 @@ IMAGE = [{"type": "image", "image": "attachment://1"}, {"type": "text", "text": 
             sample(1, 1, assistant("", tool_calls=[{"function": "f", "parse_error": "bad"}])),
             "could not parse: bad",
         ),
+        (
+            sample(1, 1, "Yes", messages=[user("?"), {**assistant("Y"), "source": "input"},
+                                          assistant("es")]),
+            "whether the response continues that message",
+        ),
         ({"id": 1, "epoch": 1}, "no input among"),
     ],
 )  # fmt: skip

@@ -302,6 +302,10 @@ BLOB = {"role": "assistant", "parts": [{"type": "blob", "modality": "image", "co
             "the annotation 'a' is a number; received 'good'",
         ),
         (exported(1, inferred("x"), annotations=[{"score": 1}]), "an annotation has a name"),
+        (
+            exported(1, inferred("x", **{"llm.input_messages.0.message.role": "assistant"})),
+            "whether the response continues that message",
+        ),
         (exported(1, conventional([said("1", "why")])), "a finish reason is"),
         (exported(1, conventional([{"role": "user", "parts": []}])), "begins with an assistant"),
     ],

@@ -135,6 +135,12 @@ def _split(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         )
     if start == 0:
         raise DataError("a prompt is not empty", received="no message before the model's")
+    if given[start - 1].get("role") == "assistant":
+        raise DataError(
+            "the message before the model's first one is not the assistant's",
+            received=f"the assistant's {str(given[start - 1].get('content'))[:80]!r}",
+            remedy="remove the sample: whether the response continues that message is not known",
+        )
     attachments = values.struct(record.get("attachments"), "attachments")
     messages = [_message(message, attachments) for message in given]
     return messages[:start], messages[start:]

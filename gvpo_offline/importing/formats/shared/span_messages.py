@@ -78,9 +78,20 @@ def generation(attributes: Mapping[str, Any], kind: Any) -> Generation | None:
             received=f"the attributes {_names(attributes)}",
             remedy="switch the recording of contents on where the spans are made",
         )
+    _check_last(given)
     own = reasons if len(reasons) == len(found) else [None] * len(found)
     words = [name or word for name, word in zip(named, own, strict=True)]
     return Generation(given, list(found), words, model, sent_tools(tools))
+
+
+def _check_last(given: list[Message] | str) -> None:
+    last = given[-1] if isinstance(given, list) and given else {}
+    if isinstance(last, dict) and last.get("role") == "assistant":
+        raise DataError(
+            "the last message that was sent is not the assistant's",
+            received=f"the assistant's {str(last.get('content'))[:80]!r}",
+            remedy="remove the span: whether the response continues that message is not known",
+        )
 
 
 def _names(attributes: Mapping[str, Any]) -> str:
@@ -109,6 +120,7 @@ def _openinference(attributes: Mapping[str, Any], model: Any) -> Generation:
     if not given and len(prompts) == 1:
         given = at(prompts[0], "prompt", "text") or prompts[0]
     outputs = [_inferred(message) for message in as_list(at(llm, "output_messages"))]
+    _check_last(given)
     # The instrumentation of OpenAI's client numbers choices; others number messages.
     raw = parsed(at(attributes, "output", "value"))
     choices = as_list(at(raw, "choices"))
