@@ -108,6 +108,7 @@ def test_errors_and_endings(tmp_path: Path) -> None:
     [
         (result({"a": 1}, 1.0), "the parsed JSON, not its text"),
         (result(None, 1.0), "received NoneType"),
+        (result("Thinking: 8 * 8\n\n64", 1.0), "reasoning that promptfoo put into it"),
         (result("64", 1.0, prompt={"raw": "- role: user\n  content: hi"}), "received YAML"),
         (result("64", 1.0, prompt={"label": "x"}), r"prompt\.raw is the prompt"),
         (result("64", 1.0, testCase={"options": {"transform": "trim"}}), r"options\.transform"),

@@ -64,7 +64,7 @@ class OtelFormat(TrainerFormat):
 
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
-        found = []
+        found: list[Fragment] = []
         for span in spans_of(record):
             key = span_id(span)
             attributes = span_attributes(span, _PREFIXES)

@@ -26,6 +26,8 @@ from gvpo_offline.importing.sources.rows import Record
 
 _ERROR = 2  # failureReason: 0 none, 1 an assertion, 2 an error
 _CHANGES = ("transform", "postprocess")
+# What promptfoo writes before the reasoning of a model, in one text with the answer.
+_THINKING = "Thinking: "
 _MEDIA = ("images", "audio", "video")
 _ATTACKS = ("redteamFinalPrompt", "redteamHistory", "redteamTreeHistory", "messages")
 
@@ -129,6 +131,12 @@ def _prompt(raw: Any) -> conversations.Prompt:
 
 def _response(output: Any) -> conversations.Reply:
     """The response: a text, or the list of tool calls that promptfoo makes of a message."""
+    if isinstance(output, str) and output.startswith(_THINKING):
+        raise DataError(
+            "response.output is the text that the model wrote",
+            received=f"reasoning that promptfoo put into it: {output[:80]!r}",
+            remedy="evaluate again with showThinking: false, or remove the result",
+        )
     if isinstance(output, str):
         return conversations.Reply(values.valid_text(output))
     calls = output if isinstance(output, list) else []
