@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-stream bench-compute \
+	bench-stream bench-compute bench-tokens \
 	bench-collect bench-elastic bench-convergence bench-losses study \
 	clean
 
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
+	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
@@ -104,6 +105,9 @@ bench-memory: $(STAMP)
 
 bench-collect: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/collect/evidence.py $(ARGS)
+
+bench-tokens: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/first_last_tokens.py $(ARGS)
 
 bench-convergence: $(STAMP)
 	$(BIN)/python benchmarks/convergence/convergence.py $(ARGS)

@@ -28,16 +28,24 @@ repository_url = os.environ.get("DOCS_REPOSITORY", "https://github.com/OWNER/gvp
 # The navigation, by page. It is not written into the pages, where GitHub would show it as code.
 toctrees = {
     "index": {
-        "Start": ["start/install", "start/quickstart", "start/your-logs", "start/loop"],
+        "Start": [
+            "start/install",
+            "start/quickstart",
+            "start/your-logs",
+            "start/from-trl",
+            "start/loop",
+        ],
         "How to": [
             "howto/inputs",
             "howto/formats",
             "howto/formats-hub",
             "howto/log-values",
+            "howto/tokens",
             "howto/sampling",
             "howto/rewards",
             "howto/reference",
             "howto/merging",
+            "howto/show",
             "howto/selecting",
             "howto/mixing",
             "howto/remote",
@@ -45,6 +53,7 @@ toctrees = {
             "howto/tuning",
             "howto/distributed",
             "howto/adapters",
+            "howto/models",
         ],
         "Reference": ["reference/index", "reference/losses"],
         "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],

@@ -46,6 +46,8 @@ _PER_RESPONSE = {
 def _json_type(kind: pa.DataType) -> dict[str, Any]:
     if pa.types.is_list(kind):
         return {"type": "array", "items": _json_type(kind.value_type)}
+    if pa.types.is_unsigned_integer(kind):
+        return {"type": "integer", "minimum": 0}
     if pa.types.is_integer(kind):
         return {"type": "integer"}
     if pa.types.is_floating(kind):

@@ -28,7 +28,8 @@ class Group:
         loss_mask: k arrays of (T_i,) bool, or None if every token counts in the log-prob.
         rewards: (k,) float64.
         components: (C, k) float64, NaN where missing; the reward family names the C parts.
-        ref_seq_logprobs: (k,) float64, nats.
+        ref_seq_logprobs: (k,) float64, nats; NaN for a response that a reference of a selection
+            leaves out.
         sampler_seq_logprobs: (k,) float64, nats: of each response under its sampler.
         prompt, messages, responses, response_ids, metadata, source, template_arguments,
             response_messages: as in `GROUPS_COLUMNS`.

@@ -14,6 +14,8 @@ from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.reference.checks import (
+    check_context,
+    check_covered,
     check_row_tokens,
     check_token_ids,
     check_tokenizers,
@@ -88,6 +90,8 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     facts = policy_facts(model, hash_weights=False, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
+    counts = view.survey()
+    check_context([(dataset, counts)], facts)
     engine = prepare_engine(
         model,
         max_tokens=config.max_tokens_per_micro_batch,
@@ -98,7 +102,8 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     assert dataset.reference is not None  # open_for_training checks it
     for line in reference_warnings(facts, dataset.reference):
         logger.warning(line)
-    check_row_tokens(dataset, view.survey(), engine.cost.max_tokens)
+    check_covered(dataset, counts)
+    check_row_tokens(dataset, counts, engine.cost.max_tokens)
     steps = sequential_steps(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
     with tqdm(
         total=steps.n_draws, unit="group", desc="evaluate", disable=not config.show_progress
@@ -137,6 +142,7 @@ def _view(config: EvaluateConfig) -> DatasetView:
         responses=config.responses,
         eval_fraction=eval_fraction,
         held_out=eval_fraction > 0,
+        held_out_by=config.held_out_by or "prompt",
     )
     view = DatasetView(dataset, selection)
     for line in view.notes:

@@ -15,6 +15,7 @@ from gvpo_offline.reference.base import BASE
 from gvpo_offline.settings import required
 from gvpo_offline.stream.settings import ResponseSettings
 from gvpo_offline.train.checkpoint import RUN_FILE
+from gvpo_offline.train.held_out import EARLIER_RULE, RULE
 from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import GVPOSettings
 
@@ -26,10 +27,10 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
     """Fill settings that were not given from the run that trained the policy.
 
-    These are the objective, `eval_fraction`, and if no dataset is given the dataset: the run's
-    `eval_dataset`, all of whose groups are evaluated, or else its training dataset. The dataset's
-    conditions, reward, reference and version are taken from the run only for a dataset of the run.
-    A setting that is given is used; if the run had another value, a warning is logged.
+    These are the objective, `eval_fraction`, `held_out_by`, and if no dataset is given the dataset:
+    the run's `eval_dataset`, all of whose groups are evaluated, or else its training dataset. The
+    dataset's conditions, reward, reference and version are taken from the run only for a dataset of
+    the run. A setting that is given is used; if the run had another value, a warning is logged.
 
     Raises:
         ConfigError: no dataset is given, and the run has none or several.
@@ -72,7 +73,7 @@ def objective_of(config: EvaluateConfig) -> Objective:
             received=f"no {RUN_FILE} in {config.model_name_or_path}",
             remedy="pass --beta, with the beta of the runs to compare with",
         )
-    given = {name: getattr(config, name) for name in _TRAINING_SETTINGS}
+    given = {name: getattr(config, name) for name in (*_TRAINING_SETTINGS, RULE)}
     settings = GVPOSettings(**{name: value for name, value in given.items() if value is not None})
     return Objective(settings.beta, settings.loss_type, settings.anchor, settings.response_weights)
 
@@ -92,6 +93,7 @@ def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
         training = run["training"]
         own = {name: training[name] for name in _TRAINING_SETTINGS if name in training}
+        own[RULE] = training.get(RULE, EARLIER_RULE)
         trained, held_out = _datasets(run)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(

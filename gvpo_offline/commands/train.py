@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -91,17 +91,20 @@ def run_train(
 ) -> GVPOTrainer:
     """Train, and save the policy and the settings of the run to `args.output_dir`."""
     trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
-    settings: dict[str, Any] = {
-        "package_version": __version__,
-        "model": asdict(model),
-        "data": data.public(),
-        "lora": asdict(lora),
-        "training": args.to_sanitized_dict(),
-        # What the settings refer to at this time; later versions of the datasets may hold more.
-        "reference": trainer.data.reference.fingerprint,
-        "rewards": [_reward_of(view.dataset.rewards) for view in trainer.data.views],
-        "identity": trainer.identity(),
-    }
+
+    def settings() -> dict[str, Any]:
+        return {
+            "package_version": __version__,
+            "model": asdict(model),
+            "data": data.public(),
+            "lora": asdict(lora),
+            "training": {**args.to_sanitized_dict(), "held_out_by": trainer.data.held_out_by},
+            # What the settings refer to at this time; later versions of the datasets may hold more.
+            "reference": trainer.data.reference.fingerprint,
+            "rewards": [_reward_of(view.dataset.rewards) for view in trainer.data.views],
+            "identity": trainer.identity(),
+        }
+
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):
@@ -174,14 +177,14 @@ class _BaseReference:
 class _RunFile(TrainerCallback):
     """Writes the settings of the run to its folder when training starts."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: Callable[[], dict[str, Any]]) -> None:
         self._settings = settings
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            text = json.dumps(self._settings, indent=1, default=str)
+            text = json.dumps(self._settings(), indent=1, default=str)
             (Path(args.output_dir) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 

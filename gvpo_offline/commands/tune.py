@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
+from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.commands.train import TrainerInputs
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
@@ -20,6 +22,7 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
 from gvpo_offline.train.checkpoint import TUNE_FOLDER
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.held_out import EARLIER_RULE
 from gvpo_offline.train.preflight import surveys
 from gvpo_offline.train.settings import LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
@@ -33,7 +36,7 @@ from gvpo_offline.tune.search import (
     score,
 )
 from gvpo_offline.tune.settings import TuneSettings
-from gvpo_offline.tune.trials import Trials, finite_or_none
+from gvpo_offline.tune.trials import Trials, finite_or_none, searches
 
 logger = logging.getLogger(__name__)
 _COLUMNS = (
@@ -143,13 +146,13 @@ def run_tune(
             received="DeepSpeed, which keeps the settings of the first trial",
             remedy="tune with DDP or FSDP2, or on one GPU; the result also applies to DeepSpeed",
         )
+    folder = Path(args.output_dir) / TUNE_FOLDER
+    args = _with_rule_of_search(run, args, folder)
     training = _summed(run.preflight(log_summary=False))
     held_out = _summed(surveys(list(run.data.held_out.values())))
     _check_unequal(training, "training")
     _check_unequal(held_out, "held-out")
-    trials = Trials(
-        parts.trainer, args, run.args.max_steps, Path(args.output_dir) / TUNE_FOLDER, _identity(run)
-    )
+    trials = Trials(parts.trainer, args, run.args.max_steps, folder, _identity(run))
     first, steps = run.is_world_process_zero(), min(tune.tune_steps, run.args.max_steps)
     del run
     clear_device_cache(garbage_collection=True)
@@ -160,6 +163,31 @@ def run_tune(
         logger.warning(line)
     _write(report, trials.folder)
     return report
+
+
+def _with_rule_of_search(run: GVPOTrainer, args: GVPOConfig, folder: Path) -> GVPOConfig:
+    """The settings, with the `held_out_by` of a search that an earlier version began in `folder`.
+
+    The trainer `run` then splits its groups by that rule as well.
+    """
+    if args.held_out_by != "auto" or not args.eval_fraction:
+        return args
+    begun = broadcast_from_rank0(lambda: searches(folder))
+    if not begun or _identity(run)["settings"] in begun:
+        return args
+    run.hold_out_by(EARLIER_RULE)
+    if _identity(run)["settings"] not in begun:
+        run.hold_out_by("prompt")
+        return args
+    if run.is_world_process_zero():
+        logger.warning(
+            "%s: the search goes on as an earlier version began it, with groups held out by their "
+            "ids; to hold out prompts, set held_out_by: prompt",
+            folder,
+        )
+    args = copy.copy(args)
+    args.held_out_by = EARLIER_RULE
+    return args
 
 
 def _search(

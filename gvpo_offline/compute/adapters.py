@@ -7,6 +7,7 @@ a policy with an adapter can serve as the reference without a second copy of the
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ _IGNORED_SETTINGS = {
     *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying"),
     *("layers_to_transform", "layers_pattern"),
 }
+_MISSING_KEYS = ".*Found missing adapter keys"
 
 
 def load_policy(
@@ -64,12 +66,22 @@ def load_policy(
 
     base = load_model(base_settings(settings, config), device, compute_dtype)
     try:
-        loaded: nn.Module = PeftModel.from_pretrained(
-            base,
-            settings.model_name_or_path,
-            is_trainable=True,
-            revision=settings.model_revision,
-        )
+        with warnings.catch_warnings():
+            # PEFT only warns about weights that the adapter's files lack, which it leaves random.
+            warnings.filterwarnings("error", message=_MISSING_KEYS)
+            loaded: nn.Module = PeftModel.from_pretrained(
+                base,
+                settings.model_name_or_path,
+                is_trainable=True,
+                revision=settings.model_revision,
+            )
+    except UserWarning as error:
+        raise ConfigError(
+            "the files of an adapter hold all of its weights",
+            received=f"{settings.model_name_or_path!r} ({error})",
+            remedy="save the adapter again with PEFT's save_pretrained, without a wrapper around "
+            "the model",
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             "an adapter fits the base model that its configuration names",
@@ -88,6 +100,8 @@ def adapter_config(settings: ModelSettings) -> PeftConfig | None:
     from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
     name, revision = settings.model_name_or_path, settings.model_revision
+    if name.endswith(".gguf") and not Path(name).is_dir():
+        return None
     try:
         if find_adapter_config_file(name, revision=revision) is None:
             return None

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from gvpo_offline.compute.files import model_files
+from gvpo_offline.compute.loading import load_pretrained
 from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX, ModelSettings
 from gvpo_offline.errors import ConfigError
 
@@ -38,7 +39,8 @@ def load_model(
             the other weights.
 
     Raises:
-        ConfigError: the model cannot be loaded, or cannot be quantised as requested.
+        ConfigError: the model cannot be loaded, its files lack weights, or it cannot be quantised
+            as requested.
     """
     from transformers import AutoModelForCausalLM
 
@@ -46,19 +48,14 @@ def load_model(
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     options |= quantisation_options(settings, device, compute_dtype)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            settings.model_name_or_path,
-            revision=settings.model_revision,
-            trust_remote_code=settings.trust_remote_code,
-            **options,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(
-            "the model is a folder or hub name that transformers loads as a causal language model",
-            received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
-            remedy="correct model_name_or_path",
-        ) from error
+    model: PreTrainedModel = load_pretrained(
+        AutoModelForCausalLM,
+        model_files(settings.model_name_or_path, settings.gguf_file),
+        what="a causal language model",
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+        **options,
+    )
     disable_cpu_repacking(model)
     return model if device is None or quantisation(model) else model.to(device)
 

@@ -23,6 +23,7 @@ from gvpo_offline.compute.attention import (
     restore_attention,
     use_tree_attention,
 )
+from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import DEFAULT_KEPT_BYTES, causal_lm, install
 from gvpo_offline.compute.model import attention_of, in_float32, no_trace
@@ -217,7 +218,9 @@ class _Probe:
         self._model = model
         self._inner = causal_lm(model)
         self._device = next(model.parameters()).device
-        self._groups = probe_groups(vocab_size_of(self._inner), self._device)
+        self._groups = probe_groups(
+            vocab_size_of(self._inner), self._device, context_length(self._inner.config)
+        )
         n = sum(group.group_size for group in self._groups)
         # Signs mixed, sizes unequal, none 0, so that no error hides, nor two of equal responses.
         self._weights = torch.linspace(-1.0, 2.0, n, dtype=torch.float64)

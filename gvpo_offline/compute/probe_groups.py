@@ -14,15 +14,21 @@ from gvpo_offline.group import Group
 # Parameters whose gradients are compared: how many, and the most elements of one.
 _N_PARAMETERS = 16
 _SMALL_PARAMETER = 1 << 20
+# Tokens of the longest row on a GPU: a prompt of 5, and a response of 4 x 22.
+_LONGEST_ROW = 93
 
 
-def probe_groups(vocab_size: int, device: torch.device) -> list[Group]:
+def probe_groups(
+    vocab_size: int, device: torch.device, context_length: int | None = None
+) -> list[Group]:
     """Two groups, with equal responses, a shared prefix and a response of one token.
 
-    About 80 distinct tokens; more on a GPU, which uses other kernels for short rows.
+    About 80 distinct tokens; more on a GPU, which uses other kernels for short rows, unless they
+    would exceed the model's context.
     """
     rng = np.random.default_rng(0)
-    times = 1 if device.type == "cpu" else 4
+    short = context_length is not None and context_length < _LONGEST_ROW
+    times = 1 if device.type == "cpu" or short else 4
 
     def tokens(n: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         return rng.integers(0, vocab_size, size=n).astype(np.int32)

@@ -11,7 +11,7 @@ class ModelSettings:
     """Name and loading options of a model."""
 
     model_name_or_path: str
-    """The model, or a PEFT adapter, as a folder or a hub name."""
+    """The model, or a PEFT adapter, as a folder, a hub name, or the path of a GGUF file."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer_name_or_path: str | None = None
@@ -30,6 +30,10 @@ class ModelSettings:
     load_in_8bit: bool = False
     """Load the weights of linear layers in 8 bits with bitsandbytes. Log-probs then depend
     slightly on which tokens are computed together."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the model's folder or hub repository that holds the weights (extra
+    gvpo-offline[gguf]); they are loaded in `dtype`. Default: the only GGUF file of a folder without
+    other weights. The tokenizer is the folder's, or else that of the GGUF file."""
 
 
 LayoutName = Literal["shared", "packed", "continued", "padded"]

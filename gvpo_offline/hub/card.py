@@ -6,6 +6,7 @@ stays as its authors wrote it.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from gvpo_offline.info.text import (
     step_text,
 )
 from gvpo_offline.store.manifest import FileEntry, LineageStep, Manifest, Sidecar
+from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 
 # Part of the cards that earlier versions pushed: do not change.
@@ -145,8 +147,11 @@ def _usage(manifest: Manifest, repo_id: str) -> list[str]:
     reference = manifest.references[-1] if manifest.references else None
     name = shlex.quote(reference.model_name_or_path) if reference else "MODEL"
     train = [f"--model_name_or_path {name} --output_dir run"]
-    train += [f"--reward {reward_label(reward)}"] if reward else []
+    selection = reference.selection if reference else None
+    if selection is None or selection.reward is None:
+        train += [f"--reward {reward_label(reward)}"] if reward else []
     train += [f"--reference {reference.fingerprint[:12]}"] if reference else []
+    train += _selection_flags(selection) if selection else []
     score = f"gvpo-offline reference --dataset data --model_name_or_path {name}"
     config = f"reward-{reward.name}-v{reward.version}" if reward else None
     but = " but `incomplete`" if manifest.incomplete else ""
@@ -164,6 +169,17 @@ def _usage(manifest: Manifest, repo_id: str) -> list[str]:
         *([f'rewards = load_dataset("{repo_id}", "{config}", split="train")'] if config else []),
         "```\n",
         f"Row i of every configuration{but} belongs to the same group.\n",
+    ]
+
+
+def _selection_flags(selection: ReferenceSelection) -> list[str]:
+    """The flags of `train` that select the responses of a reference."""
+    flags: dict[str, Any] = {"--reward": selection.reward, "--where": selection.where}
+    flags |= {f"--responses.{name}": value for name, value in selection.responses.items()}
+    return [
+        f"{flag} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+        for flag, value in flags.items()
+        if value is not None
     ]
 
 

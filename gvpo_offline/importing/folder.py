@@ -11,9 +11,9 @@ from types import TracebackType
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
+from gvpo_offline.store.import_versions import import_versions
 from gvpo_offline.store.manifest import (
     Manifest,
-    import_versions,
     load_manifest,
     manifest_versions,
 )

@@ -47,9 +47,9 @@ from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.joined import open_inputs
 from gvpo_offline.importing.tally import MOST_SAMPLERS, Tally, merged, model_max_length
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
+from gvpo_offline.store.import_versions import IMPORT_VERSION_KEY
 from gvpo_offline.store.incomplete import write_shard
 from gvpo_offline.store.manifest import (
-    IMPORT_VERSION_KEY,
     IncompleteGroups,
     LineageStep,
     Manifest,

@@ -24,6 +24,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
+from gvpo_offline.store.prompts import PromptCounts, count_prompts
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.storage import open_storage
 from gvpo_offline.store.survey import Survey, survey
@@ -45,11 +46,13 @@ class DatasetInfo:
             oldest first; the last one is the version described. At a URL that one alone.
         surveys: counts over all groups with each reward, by its label; with "" as the only label if
             the dataset has no reward; empty if the groups were not read.
+        prompts: counts of groups that share a prompt; None if the groups were not read.
     """
 
     path: str
     versions: Sequence[tuple[Manifest, str]]
     surveys: Mapping[str, Survey]
+    prompts: PromptCounts | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -79,7 +82,7 @@ class DatasetInfo:
                 _version(before, *version)
                 for before, version in zip(befores, self.versions, strict=False)
             ],
-            **({"content": _content(self.surveys)} if self.surveys else {}),
+            **({"content": _content(self.surveys, self.prompts)} if self.surveys else {}),
         }
 
 
@@ -105,7 +108,10 @@ def dataset_info(
         older = [number for number in manifest_versions(root) if number < newest.version]
         manifests = [*(load_manifest(root, number) for number in older), newest]
         versions = [(manifest, _written(root, manifest.version)) for manifest in manifests]
-    return DatasetInfo(str(path), versions, _surveys(path, version) if content else {})
+    if not content:
+        return DatasetInfo(str(path), versions, {})
+    dataset = open_dataset(path, version=version, join=())
+    return DatasetInfo(str(path), versions, _surveys(dataset), count_prompts(dataset))
 
 
 def _written(root: Path, version: int) -> str:
@@ -113,8 +119,7 @@ def _written(root: Path, version: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _surveys(path: str | Path, version: int | None) -> dict[str, Survey]:
-    dataset = open_dataset(path, version=version, join=())
+def _surveys(dataset: GroupDataset) -> dict[str, Survey]:
     joined = {
         reward_label(family): GroupDataset(
             dataset.storage, dataset.manifest, [WeightedReward(family)]
@@ -156,6 +161,8 @@ def _reference(family: ReferenceFamily, manifest: Manifest) -> dict[str, Any]:
     other = family.tokenizer_fingerprint
     said = "not said" if None in (own, other) else "the dataset's" if own == other else "another"
     fields = {name: getattr(family, name) for name in _REFERENCE_FIELDS}
+    if family.selection is not None:
+        fields["selection"] = family.selection.model_dump(mode="json")
     return {**fields, "tokenizer": said, "size": _sidecars(family.files)}
 
 
@@ -195,7 +202,7 @@ def _parts(manifest: Manifest) -> dict[str, list[str]]:
     }
 
 
-def _content(surveys: Mapping[str, Survey]) -> dict[str, Any]:
+def _content(surveys: Mapping[str, Survey], prompts: PromptCounts | None) -> dict[str, Any]:
     base = next(iter(surveys.values()))
     rewards = {label: each for label, each in surveys.items() if label and each.n_groups}
     samplers = {
@@ -219,11 +226,20 @@ def _content(surveys: Mapping[str, Survey]) -> dict[str, Any]:
             for label, each in rewards.items()
         },
         "group_sizes": dict(sorted(base.group_sizes.items())),
+        **({"prompts": _prompts(prompts)} if prompts else {}),
         "lengths": {
             "prompt": _quantiles(base.prompt_lengths),
             "response": _quantiles(base.response_lengths),
         },
         "quantiles": list(QUANTILES),
+    }
+
+
+def _prompts(counts: PromptCounts) -> dict[str, Any]:
+    return {
+        "prompts": counts.prompts,
+        "groups_with_shared_prompt": counts.sharing,
+        "exact": counts.exact,
     }
 
 

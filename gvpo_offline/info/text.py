@@ -8,6 +8,8 @@ from typing import Any
 
 from gvpo_offline.info.dataset import QUANTILES, DatasetInfo
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, RewardFamily
+from gvpo_offline.store.prompts import PromptCounts
+from gvpo_offline.visible import visible
 
 _MARGIN = 15
 _SHOWN_INPUTS = 3
@@ -15,7 +17,7 @@ _SHOWN_INPUTS = 3
 _STEP_SETTINGS = {
     "import": ("format",),
     "reward": ("name", "version"),
-    "reference": ("model_name_or_path",),
+    "reference": ("model_name_or_path", "where"),
     "merge": ("add", "match"),
     "pull": ("repo_id", "commit", "rewards", "references"),
 }
@@ -35,6 +37,7 @@ def info_lines(info: DatasetInfo) -> list[str]:
         ("lineage", _table(_step_cells(n, s) for n, s in enumerate(manifest.lineage, 1))),
         ("versions", _table(map(_version_cells, found["versions"]))),
         *(_content_sections(found["content"]) if info.surveys else ()),
+        *((("prompts", _prompt_lines(info.prompts)),) if info.prompts else ()),
     ]
     when = f", written {_minute(found['written'])}" if found["written"] else ""
     lines = [f"{info.path}: version {manifest.version}{when}"]
@@ -100,10 +103,11 @@ def _scorer_text(name: str, scorer: dict[str, Any]) -> str:
 
 
 def reference_text(family: ReferenceFamily) -> str:
-    """How a reference was computed: data types, attention, layout."""
+    """How a reference was computed: data types, attention, layout; and for which responses."""
     autocast = f" under {family.autocast_dtype} autocast" if family.autocast_dtype else ""
     attention = family.attn_implementation
-    return f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout"
+    of = f"; of {family.selection.text}" if family.selection else ""
+    return f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout{of}"
 
 
 def step_text(step: LineageStep) -> str:
@@ -210,9 +214,13 @@ def _content_sections(content: dict[str, Any]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def _prompt_lines(counts: PromptCounts) -> list[str]:
+    return [f"{counts.about}{counts.prompts:,}; {counts.shared_text()}"]
+
+
 def _table(rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
     """Rows with their cells in columns; the columns `right` are aligned to the right."""
-    cells = [list(row) for row in rows]
+    cells = [[visible(cell, keep="") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligned = set(right)
     return [

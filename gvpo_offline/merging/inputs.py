@@ -30,8 +30,8 @@ from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.tokenizer import check_same_tokenizer
 
-# Stored lengths are computed again when groups are written.
-_COUNTED = ("n_tokens", "prompt_length", "response_lengths")
+# Stored lengths and hashes are computed again when groups are written.
+_COUNTED = ("n_tokens", "prompt_length", "response_lengths", "prompt_hash")
 GROUP_COLUMNS = tuple(column for column in GROUPS_COLUMNS if column.name not in _COUNTED)
 LOCATION_COLUMNS = ("key", "input", "row_group", "row")
 

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.compute.adapters import policy_sha256
+from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.rules import check_group
+from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.store.schema import TRAINING_COLUMNS
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
@@ -44,6 +47,7 @@ class PolicyFacts:
         layout: layout of groups as model input.
         tokenizer_fingerprint: fingerprint of the tokenizer, or None if no tokenizer was given.
         n_embeddings: number of token embeddings, or None if the model does not provide it.
+        context_length: the most tokens that the model can read, or None if it has no limit.
     """
 
     weights_sha256: str | None
@@ -53,6 +57,7 @@ class PolicyFacts:
     tokenizer_fingerprint: str | None
     n_embeddings: int | None = None
     layout: str = "padded"
+    context_length: int | None = None
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = (
@@ -97,6 +102,7 @@ def policy_facts(
         attn_implementation=attention_of(model),
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         n_embeddings=_n_embeddings(model),
+        context_length=context_length(getattr(model, "config", None)),
     )
 
 
@@ -153,7 +159,8 @@ def check_token_ids(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> No
 def _check_token_ids(dataset: GroupDataset, vocab_size: int) -> None:
     for row_group in range(dataset.n_row_groups)[rank_slice()]:
         place = dataset.location(row_group)
-        for row, group in enumerate(dataset.groups(row_group), place.first_row):
+        groups = groups_from_table(dataset.table(row_group, TRAINING_COLUMNS))
+        for row, group in enumerate(groups, place.first_row):
             check_group(group, file=place.file, row=row, vocab_size=vocab_size)
 
 
@@ -174,6 +181,62 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
         "a prompt and one of its responses fit into max_tokens_per_micro_batch",
         received=f"{counts.max_row_tokens - 1:,} tokens, more than {max_tokens:,}",
         remedy="raise max_tokens_per_micro_batch, or exclude responses of that length at import",
+        file=place.file,
+        row=place.first_row + row,
+        group=group_id,
+    )
+
+
+def check_covered(dataset: GroupDataset, counts: Survey) -> None:
+    """Raise DataError if the reference has no log-prob of some selected responses.
+
+    Args:
+        dataset: the dataset, with its reference.
+        counts: survey of the selected groups and responses.
+    """
+    if counts.first_unscored is None:
+        return
+    assert dataset.reference is not None  # only a reference of a selection leaves responses out
+    selection = dataset.reference.selection
+    row_group, row, group_id = counts.first_unscored
+    place = dataset.location(row_group, "ref_seq_logprobs")
+    raise DataError(
+        "the reference has a log-prob of every selected response",
+        received=f"none for {counts.unscored_responses:,} of {counts.n_responses:,} responses, in "
+        f"{counts.unscored_groups:,} of {counts.n_groups:,} groups; reference "
+        f"{dataset.reference.fingerprint[:12]} was scored for "
+        f"{selection.text if selection else 'every response'}",
+        remedy="select responses that it was scored for, or run `gvpo-offline reference` with the "
+        "where, responses and reward of this run, or without where and responses",
+        file=place.file,
+        row=place.first_row + row,
+        group=group_id,
+    )
+
+
+def check_context(surveyed: Iterable[tuple[GroupDataset, Survey]], policy: PolicyFacts) -> None:
+    """Raise DataError if a prompt with one response is longer than the policy's context.
+
+    Args:
+        surveyed: datasets with the surveys of what is used of them.
+        policy: facts of the policy.
+
+    Raises:
+        DataError: names the longest one of all datasets, with its file, row and group.
+    """
+    longest = max(surveyed, key=lambda item: item[1].max_row_tokens, default=None)
+    limit = policy.context_length
+    # A response's last token predicts nothing and is not in the input.
+    if longest is None or limit is None or longest[1].max_row_tokens - 1 <= limit:
+        return
+    dataset, counts = longest
+    row_group, row, group_id = counts.longest_row
+    place = dataset.location(row_group)
+    raise DataError(
+        f"a prompt and one of its responses fit into the {limit:,} positions of the model",
+        received=f"up to {counts.max_row_tokens - 1:,} tokens in dataset {dataset.root}",
+        remedy="leave longer groups out (where: prompt_length + response_length_max <= "
+        f"{limit}; or max_length: {limit} at import), or use a model with a longer context",
         file=place.file,
         row=place.first_row + row,
         group=group_id,

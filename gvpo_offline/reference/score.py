@@ -8,9 +8,9 @@ data types, attention implementation.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,29 +26,44 @@ from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray, Group
-from gvpo_offline.hashing import sha256_json
-from gvpo_offline.identity import identity_settings
 from gvpo_offline.reference.checks import (
-    PolicyFacts,
+    check_context,
     check_row_tokens,
     check_token_ids,
     check_tokenizers,
     policy_facts,
 )
+from gvpo_offline.reference.family import (
+    check_writable,
+    held_reference,
+    publish_reference,
+    reference_family,
+)
+from gvpo_offline.reference.parts import (
+    NAME_DIGITS,
+    FileRange,
+    file_ranges,
+    remove_parts,
+    run_parts,
+)
+from gvpo_offline.reference.selection import (
+    SelectedGroups,
+    described_selection,
+    selected_view,
+)
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.arrow import reference_to_table
-from gvpo_offline.store.commit import TaskRecord, verify_file
+from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import local_folder
-from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
-from gvpo_offline.store.schema import REFERENCE_COLUMNS, TRAINING_COLUMNS, arrow_schema
+from gvpo_offline.store.manifest import BaseFile, Manifest, ReferenceFamily
+from gvpo_offline.store.parquet import write_parquet
+from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
 from gvpo_offline.store.sidecar_choice import check_has_groups
-from gvpo_offline.store.survey import survey
-from gvpo_offline.store.writer import publish, write_sidecar
+from gvpo_offline.store.writer import write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.version import __version__
-from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
@@ -58,7 +73,8 @@ if TYPE_CHECKING:
 TokenLogprobs = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 logger = logging.getLogger(__name__)
-_NAME_DIGITS = 16
+_SELECTION_DIGITS = 12
+_NO_TOKENS = np.zeros(0, np.float32)
 
 
 def run_reference(
@@ -117,54 +133,42 @@ def score(
     facts = policy_facts(model, hash_weights=True, autocast=autocasting, tokenizer=tokenizer)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
-    dataset.verify()
-    check_row_tokens(dataset, survey(dataset), config.max_tokens_per_micro_batch)
+    view = selected_view(dataset, config)
+    view.dataset.verify()
+    counts = view.survey()
+    check_context([(dataset, counts)], facts)
+    check_row_tokens(dataset, counts, config.max_tokens_per_micro_batch)
     scorer = _ReferenceScorer(model, config)
-    family = _family(facts.with_path(scorer.path), model, config.model_name_or_path)
-    if _held(dataset, family):
-        return Scored(family.fingerprint, dataset.manifest)
-    _check_writable(dataset.folder)
+    selection = described_selection(view, config)
+    family = reference_family(
+        facts.with_path(scorer.path), model, config.model_name_or_path, selection
+    )
+    if (held := held_reference(view, family)) is not None:
+        remove_parts(dataset.folder, _stage_name(view, family))  # of a run that ended before that
+        return Scored(held, dataset.manifest)
+    check_writable(dataset.folder)
+    for line in view.notes:
+        logger.info(line)
     here = worker_settings.engine == "local" and worker_settings.workers == 1
-    stage = _ReferenceStage(dataset, config, family, scorer if here else None)
+    stage = _ReferenceStage(view, config, family, scorer if here else None)
     del model, scorer
     if not here and torch.cuda.is_available():
         torch.cuda.empty_cache()  # free the memory for the models of the workers
-    records = run_stage(stage, worker_settings)
+    records = run_parts(stage, worker_settings)
     if records is None:
         return Scored(family.fingerprint, None)
-    sidecars = [sidecar for record in records for sidecar in record.sidecars]
-    family = family.model_copy(update={"files": sidecars})
-    return Scored(family.fingerprint, _publish(dataset.folder, family, config))
+    manifest = publish_reference(dataset.folder, family, config, records)
+    remove_parts(stage.root, stage.name)
+    return Scored(family.fingerprint, manifest)
 
 
-def _family(facts: PolicyFacts, model: nn.Module, name: str) -> ReferenceFamily:
-    """The manifest entry of a reference, without files; its fingerprint excludes the name."""
-    own = {"model_class": type(model).__name__}
-    described, hashed = {**asdict(facts), **own}, {**identity_settings(facts), **own}
-    del described["n_embeddings"], hashed["n_embeddings"]
-    return ReferenceFamily(
-        fingerprint=sha256_json(hashed), files=[], model_name_or_path=name, **described
-    )
-
-
-def _check_writable(root: Path) -> None:
-    if not os.access(root, os.W_OK):
-        raise ConfigError(
-            "reference log-probs are stored in the dataset's folder",
-            received="a folder that is not writable",
-            remedy="score a writable copy of the dataset with `gvpo-offline reference`",
-            file=root,
-        )
-
-
-def _held(dataset: GroupDataset, family: ReferenceFamily) -> bool:
-    """Whether the dataset has this reference for all groups, also after a merge or a compaction."""
-    held = [f for f in dataset.manifest.references if f.fingerprint == family.fingerprint]
-    for sidecar in held[0].files if held else ():
-        verify_file(dataset.folder, sidecar.file)
-    if held:
-        logger.info("the dataset already has reference %s", family.fingerprint[:12])
-    return bool(held)
+def _stage_name(view: DatasetView, family: ReferenceFamily) -> str:
+    """The folder of the commit records: the reference, and what it is scored for."""
+    name = f"reference-{family.fingerprint[:NAME_DIGITS]}"
+    if view.fingerprint is None:
+        return name
+    # The same settings select other responses after a merge.
+    return f"{name}-{view.fingerprint[:_SELECTION_DIGITS]}"
 
 
 def _load(config: ReferenceConfig) -> nn.Module:
@@ -176,10 +180,10 @@ def _load(config: ReferenceConfig) -> nn.Module:
 
 
 class _ReferenceStage:
-    """A stage whose task scores one groups file; see `workers.stage.Stage`.
+    """A stage whose task scores a groups file, or a part of one; see `parts.PartsStage`.
 
     Args:
-        dataset: the dataset to score.
+        view: the groups and responses to score.
         config: the settings, which name the model.
         family: the manifest entry of the reference.
         scorer: the loaded model if tasks run in this process, which then shows a progress bar per
@@ -190,22 +194,31 @@ class _ReferenceStage:
 
     def __init__(
         self,
-        dataset: GroupDataset,
+        view: DatasetView,
         config: ReferenceConfig,
         family: ReferenceFamily,
         scorer: _ReferenceScorer | None,
     ) -> None:
-        self.root = dataset.folder.resolve()
-        self.name = f"reference-{family.fingerprint[:_NAME_DIGITS]}"
-        self._dataset = GroupDataset(self.root, dataset.manifest)
+        self.root = view.dataset.folder.resolve()
+        self.name = _stage_name(view, family)
+        self.folder = f"reference/{family.fingerprint[:NAME_DIGITS]}"
+        self.files: Sequence[BaseFile] = view.dataset.manifest.groups
+        self.ranges: Mapping[str, FileRange] = file_ranges(
+            self.files, TaskLog(self.root, self.name)
+        )
+        dataset = GroupDataset(self.root, view.dataset.manifest, view.dataset.rewards)
+        self._view = replace(view, dataset=dataset)
         self._config = config
         self._family = family
         self._scorer = scorer
         self._show_file = config.show_progress and scorer is not None
 
     def tasks(self) -> Sequence[Task]:
-        """One task per groups file, named by the file's hash."""
-        return [Task(b.sha256[:_NAME_DIGITS], b.rows) for b in self._dataset.manifest.groups]
+        """One task per groups file, named by the file's hash, or several for a large one."""
+        return [
+            Task(name, sum(self.files[own.file].row_groups[own.start : own.stop]))
+            for name, own in self.ranges.items()
+        ]
 
     def start(self) -> None:
         """Load the model.
@@ -228,53 +241,37 @@ class _ReferenceStage:
             )
 
     def work(self, task: Task) -> TaskRecord:
-        """Score one file."""
-        scorer = self._scorer
-        assert scorer is not None  # start has been called
-        files = self._dataset.manifest.groups
-        number = next(i for i, file in enumerate(files) if file.sha256.startswith(task.name))
-        base = files[number]
-        first = sum(len(file.row_groups) for file in files[:number])
-        row_groups = range(first, first + len(base.row_groups))
-        shown = tqdm(row_groups, desc=base.path, leave=False, disable=not self._show_file)
-        sidecar = write_sidecar(
-            self.root,
-            f"reference/{self._family.fingerprint[:_NAME_DIGITS]}",
-            task.name,
-            base,
-            arrow_schema(REFERENCE_COLUMNS),
-            (
-                scorer.table(
-                    self._dataset.groups(row_group, TRAINING_COLUMNS), self.root / base.path
-                )
-                for row_group in shown
-            ),
-        )
-        return TaskRecord(stage=self.name, task=task.name, sidecars=[sidecar])
+        """Score one file, or a part of it."""
+        own = self.ranges[task.name]
+        base = self.files[own.file]
+        schema = arrow_schema(REFERENCE_COLUMNS)
+        counts: Counter[str] = Counter()
+        tables = self._tables(own, counts)
+        record = TaskRecord(stage=self.name, task=task.name)
+        changes: dict[str, Any] = {}
+        if own.whole:
+            sidecar = write_sidecar(self.root, self.folder, task.name, base, schema, tables)
+            changes["sidecars"] = [sidecar]
+        else:
+            changes["files"] = [write_parquet(self.root, self.folder, task.name, schema, tables)]
+        if self._view.selection is not None:
+            changes["counts"] = dict(counts)
+        return record.model_copy(update=changes)
+
+    def _tables(self, own: FileRange, counts: Counter[str]) -> Iterator[pa.Table]:
+        """The sidecar's row groups of a range; adds what was scored to `counts`."""
+        assert self._scorer is not None  # start has been called
+        base = self.files[own.file]
+        first = sum(len(file.row_groups) for file in self.files[: own.file])
+        numbers = range(first + own.start, first + own.stop)
+        for number in tqdm(numbers, desc=base.path, leave=False, disable=not self._show_file):
+            selected = SelectedGroups.read(self._view, number)
+            counts["groups"] += len(selected.groups)
+            counts["responses"] += sum(group.group_size for group in selected.groups)
+            yield self._scorer.table(selected, self.root / base.path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scorer": None}
-
-
-def _publish(root: Path, family: ReferenceFamily, config: ReferenceConfig) -> Manifest:
-    step = LineageStep(
-        stage="reference",
-        package_version=__version__,
-        config=asdict(config),
-        counts={"files": len(family.files)},
-    )
-
-    def build(newest: Manifest | None) -> Manifest | None:
-        assert newest is not None  # the dataset was opened from it
-        if family in newest.references:
-            logger.info("the dataset already has reference %s", family.fingerprint[:12])
-            return None
-        others = [f for f in newest.references if f.fingerprint != family.fingerprint]
-        return newest.model_copy(
-            update={"references": [*others, family], "lineage": [*newest.lineage, step]}
-        )
-
-    return publish(root, build)
 
 
 class _ReferenceScorer:
@@ -295,8 +292,23 @@ class _ReferenceScorer:
         """The layout and kernels that the probe chose."""
         return self._engine.path
 
-    def table(self, groups: Sequence[Group], file: Path) -> pa.Table:
-        """The reference sidecar's rows for `groups`."""
+    def table(self, selected: SelectedGroups, file: Path) -> pa.Table:
+        """The reference sidecar's rows of a row group; NaN for responses that are not selected."""
+        sums: list[FloatArray] = [np.full(size, np.nan) for size in selected.sizes]
+        tokens: list[list[TokenLogprobs]] = [[_NO_TOKENS] * size for size in selected.sizes]
+        scored = self._scores(selected.groups, file)
+        for row, items, (own, own_tokens) in zip(
+            selected.rows, selected.items, scored, strict=True
+        ):
+            sums[row][items] = own
+            for item, values in zip(items, own_tokens, strict=True):
+                tokens[row][item] = values
+        return reference_to_table(selected.ids, sums, tokens)
+
+    def _scores(
+        self, groups: Sequence[Group], file: Path
+    ) -> list[tuple[FloatArray, list[TokenLogprobs]]]:
+        """The log-probs of each group: (k,) of its responses, and k times (T_i,) of tokens."""
         sums: list[FloatArray] = [np.zeros(0)] * len(groups)
         tokens: list[list[TokenLogprobs]] = [[] for _ in groups]
         for members in pack([shape_of(group) for group in groups], self._engine.cost):
@@ -313,7 +325,7 @@ class _ReferenceScorer:
                         file=file,
                         group=group.group_id,
                     )
-        return reference_to_table([group.group_id for group in groups], sums, tokens)
+        return list(zip(sums, tokens, strict=True))
 
     def _score(self, groups: Sequence[Group]) -> list[TokenLogprobs]:
         device = next(self._model.parameters()).device

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.settings import positive, required
+from gvpo_offline.stream.settings import ResponseSettings
 
 
 @dataclass
@@ -15,6 +16,14 @@ class ReferenceConfig(ModelSettings):
 
     dataset: str = ""
     """The dataset's folder."""
+    where: str | None = None
+    """Score only groups for which this SQL condition is true, as `where` of `train`
+    (docs/howto/selecting.md). Default: all."""
+    responses: ResponseSettings = field(default_factory=ResponseSettings)
+    """Score only these responses of each group, as `responses` of `train`. Default: all."""
+    reward: dict[str, float] | str | None = None
+    """The reward that where and responses refer to, as `reward` of `train`: name, name@version or
+    {name: weight}. Default: the dataset's only reward."""
     bf16: bool = False
     """Autocast matrix products to bfloat16, as `train` does with the same flag. Keep them equal."""
     fp16: bool = False

@@ -16,6 +16,7 @@ from gvpo_offline.rewards.kinds import (
     RatingsSettings,
     RewardModelSettings,
     ScorerSettings,
+    TransformSettings,
     VerlSettings,
     VotesSettings,
 )
@@ -23,6 +24,7 @@ from gvpo_offline.rewards.match import ExactScorer, NumericScorer
 from gvpo_offline.rewards.maths import MathScorer
 from gvpo_offline.rewards.model import ModelScorer
 from gvpo_offline.rewards.scorer import Scorer
+from gvpo_offline.rewards.transform import TransformScorer
 from gvpo_offline.store.dataset import GroupDataset
 
 
@@ -55,5 +57,7 @@ def build_scorer(settings: ScorerSettings, dataset: GroupDataset) -> Scorer:
             from gvpo_offline.rewards.people.scorers import PeopleScorer
 
             return PeopleScorer(settings, dataset)
+        case TransformSettings():
+            return TransformScorer(settings, dataset)
         case _:
             return FamilyScorer(settings, dataset)

@@ -137,6 +137,11 @@ class RewardModelSettings(_Settings):
         default=16_384, gt=0, description="Tokens of a batch, padding included."
     )
     use_cpu: bool = False
+    gguf_file: str | None = Field(
+        default=None,
+        description="Name of a GGUF file in the model's folder or repository; default: the only "
+        "one in a folder without other weights.",
+    )
 
 
 class _JudgeServerSettings(_Settings):
@@ -299,6 +304,45 @@ class RewardSettings(_Settings):
     reward: str = Field(description="name (the newest version) or name@version.")
 
 
+class TransformSettings(_Settings):
+    """A transform of a reward that the dataset already has, within each group."""
+
+    kind: Literal["transform"]
+    of: str = Field(description="The reward: name (the newest version) or name@version.")
+    transform: Literal["rank", "logit", "standardise", "clip"] = Field(
+        description="rank: the share of the group's other responses with a lower reward, equal "
+        "rewards count half. logit: log(p / (1 - p)) of a reward p between 0 and 1. standardise: "
+        "(r - mean) / std over the group, std with k - 1, and 0 where all rewards of the group are "
+        "equal. clip: min(max(r, low), high)."
+    )
+    low: float | None = Field(
+        default=None, allow_inf_nan=False, description="clip: lowest reward. Null: no bound."
+    )
+    high: float | None = Field(
+        default=None, allow_inf_nan=False, description="clip: highest reward. Null: no bound."
+    )
+    eps: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="logit: rewards in [0, 1] are first clipped to [eps, 1 - eps]. 0: a reward of "
+        "0 or 1 is an error.",
+    )
+
+    @model_validator(mode="after")
+    def _parameters_of_the_transform(self) -> Self:
+        bounds = [bound for bound in (self.low, self.high) if bound is not None]
+        if (self.transform == "clip") != bool(bounds):
+            raise ValueError("clip needs low, high or both; the other transforms have neither")
+        if len(bounds) == 2 and bounds[0] >= bounds[1]:
+            raise ValueError("low is below high")
+        if self.eps and self.transform != "logit":
+            raise ValueError("eps is a parameter of logit alone")
+        if self.transform == "logit" and self.eps and 1 - self.eps == 1:
+            raise ValueError("eps is at least 1.2e-16: 1 - eps is 1 otherwise")
+        return self
+
+
 ScorerSettings = Annotated[
     FunctionSettings
     | VerlSettings
@@ -311,6 +355,7 @@ ScorerSettings = Annotated[
     | JudgePairsSettings
     | RatingsSettings
     | RanksSettings
-    | VotesSettings,
+    | VotesSettings
+    | TransformSettings,
     Field(discriminator="kind"),
 ]

@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.compute.context import context_length
+from gvpo_offline.compute.files import model_files
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import RewardModelSettings
 from gvpo_offline.rewards.scorer import SimpleScorer, settings_of
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+# Settings that say where the model is and where it runs.
+_NAMES = ("model_name_or_path", "model_revision", "trust_remote_code", "use_cpu", "gguf_file")
 
 
 class ModelScorer(SimpleScorer):
@@ -39,8 +44,8 @@ class ModelScorer(SimpleScorer):
 
         self._load()
         described = settings_of(self._settings)
-        for name in ("model_name_or_path", "model_revision", "trust_remote_code", "use_cpu"):
-            del described[name]  # the hash of the weights identifies the model
+        for name in _NAMES:  # the hash of the weights identifies the model
+            described.pop(name, None)
         return {
             **described,
             "dtype": dtype_name(next(self._model.parameters()).dtype),
@@ -60,22 +65,22 @@ class ModelScorer(SimpleScorer):
             return
         from transformers import AutoModelForSequenceClassification
 
+        from gvpo_offline.compute.loading import load_pretrained
+
         settings = self._settings
-        options = {
+        options: dict[str, Any] = {
             "revision": settings.model_revision,
             "trust_remote_code": settings.trust_remote_code,
         }
-        tokenizer = load_tokenizer(settings.model_name_or_path, **options)  # type: ignore[arg-type]
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                settings.model_name_or_path, dtype=settings.dtype, **options
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(
-                "a reward model can be loaded as a sequence classifier",
-                received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",
-                remedy="correct model_name_or_path",
-            ) from error
+        files = model_files(settings.model_name_or_path, settings.gguf_file)
+        tokenizer = load_tokenizer(str(files), **options)
+        model = load_pretrained(
+            AutoModelForSequenceClassification,
+            files,
+            what="a sequence classifier",
+            dtype=settings.dtype,
+            **options,
+        )
         if model.config.num_labels != 1:
             raise ConfigError(
                 "a reward model has one label",
@@ -100,7 +105,7 @@ class ModelScorer(SimpleScorer):
     def _encoded(self, group: ScoringInput) -> list[list[int]]:
         texts = [self._text(group, index) for index in range(group.size)]
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        limit = getattr(self._model.config, "max_position_embeddings", None)
+        limit = context_length(self._model.config)
         longest = max(map(len, found))
         if limit is not None and longest > limit:
             raise DataError(

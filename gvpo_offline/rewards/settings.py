@@ -27,7 +27,7 @@ class RewardConfig:
     scorers: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
     """The scorers, by names of your choice. Each has a `kind`, a `weight` (default 1) and the
     settings of its kind (docs/howto/rewards.md). Kinds: function, verl, math, exact, numeric,
-    model, reward, judge, judge_pairs, ratings, ranks, votes."""
+    model, reward, judge, judge_pairs, ratings, ranks, votes, transform."""
     missing: float | None = None
     """Reward of a response for which no scorer has a number. Null: stop with an error that names
     the response."""

@@ -23,7 +23,7 @@ from gvpo_offline.group import FloatArray
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.rewards.build import build_scorer
 from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
-from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings
+from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings, TransformSettings
 from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.store.arrow import rewards_to_table
@@ -145,10 +145,12 @@ def _check_no_self_reference(name: str, settings: dict[str, ScorerSettings]) -> 
     That version would be itself in the next run.
     """
     for scorer, given in settings.items():
-        if isinstance(given, RewardSettings) and given.reward == name:
+        used = {"reward": given.reward} if isinstance(given, RewardSettings) else {}
+        used |= {"of": given.of} if isinstance(given, TransformSettings) else {}
+        for setting in (key for key, reward in used.items() if reward == name):
             raise ConfigError(
                 "a reward that uses an earlier version of itself names the version",
-                received=f"scorers.{scorer}.reward: {name}",
+                received=f"scorers.{scorer}.{setting}: {name}",
                 remedy=f"set {name}@1, or give the new reward another name",
             )
 

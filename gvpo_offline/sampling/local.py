@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gvpo_offline.compute.context import context_length
+from gvpo_offline.compute.files import model_files
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.sampling.log import Sample
@@ -27,7 +29,9 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 _TAIL_TOKENS = 8
 
 
-def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) -> SamplerInfo:
+def model_info(
+    name_or_path: str, revision: str | None, *, remote_code: bool, gguf_file: str | None = None
+) -> SamplerInfo:
     """The context length of a transformers model, and a hash or commit of its weights.
 
     Raises:
@@ -35,28 +39,28 @@ def model_info(name_or_path: str, revision: str | None, *, remote_code: bool) ->
     """
     from transformers import AutoConfig
 
+    files = model_files(name_or_path, gguf_file)
+    options = files.options
     try:
         config = AutoConfig.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=remote_code
+            files.name, revision=revision, trust_remote_code=remote_code, **options
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
             "the model is a folder or hub name that transformers loads as a causal language model",
-            received=f"{name_or_path!r} ({str(error).splitlines()[0]})",
+            received=f"{str(files)!r} ({str(error).splitlines()[0]})",
             remedy="correct model_name_or_path",
         ) from error
-    folder = Path(name_or_path)
+    folder = Path(files.name)
     if folder.is_dir():
-        paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-        content = "".join(f"{path.name}:{sha256_file(path)}\n" for path in paths)
+        paths = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+        paths |= {folder / files.gguf_file} if files.gguf_file else set()
+        content = "".join(f"{path.name}:{sha256_file(path)}\n" for path in sorted(paths))
         weights = hashlib.sha256(content.encode()).hexdigest()
     else:
-        weights = str(getattr(config, "_commit_hash", None))
-    return SamplerInfo(_context_length(config), {"model": weights})
-
-
-def _context_length(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+        parts = (getattr(config, "_commit_hash", None), files.gguf_file)
+        weights = ":".join(str(part) for part in parts[: 1 if files.gguf_file is None else 2])
+    return SamplerInfo(context_length(config), {"model": weights})
 
 
 class TransformersSampler:
@@ -76,6 +80,7 @@ class TransformersSampler:
             settings.model_name_or_path,
             settings.model_revision,
             remote_code=settings.trust_remote_code,
+            gguf_file=settings.gguf_file,
         )
         template = load_policy_tokenizer(settings).chat_template
         return SamplerInfo(
@@ -96,7 +101,7 @@ class TransformersSampler:
         model = load_model(settings)
         disable_dropout(model)
         model.to(default_device(use_cpu=settings.use_cpu)).eval()
-        self._context = _context_length(model.config)
+        self._context = context_length(model.config)
         self._tokenizer = SamplerTokenizer(load_policy_tokenizer(settings), self._dataset_tokenizer)
         self._decoder = Decoder(
             model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gvpo_offline.group import FloatArray, Group
+from gvpo_offline.hashing import UInt64Array
 from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
@@ -160,9 +162,28 @@ def to_rows(array: pa.Array) -> list[Any]:
     return [piece if ok else None for piece, ok in zip(pieces, valid, strict=True)]
 
 
+def prompt_hashes(prompts: pa.ListArray) -> UInt64Array:
+    """The first 64 bits of the SHA-256 of each prompt: (n,) uint64.
+
+    The ids are hashed as 32-bit little-endian integers. `importing.fragment.tokens_key` is the
+    whole hash, in hexadecimal digits.
+
+    Args:
+        prompts: (n,) lists of int32, without nulls.
+    """
+    values = np.ascontiguousarray(as_numpy(prompts.values), dtype="<i4")
+    content = values.tobytes()
+    ends = (values.itemsize * list_offsets(prompts)).tolist()
+    digests = b"".join(
+        hashlib.sha256(content[a:b]).digest()[:8] for a, b in itertools.pairwise(ends)
+    )
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
 def groups_to_table(groups: Sequence[Group]) -> pa.Table:
     """The rows of a groups file for `groups`, in their order."""
     tokens, flags = pa.int32(), pa.bool_()
+    prompts = list_array([g.prompt_token_ids for g in groups], tokens)
     values: dict[str, Any] = {
         "group_id": [g.group_id for g in groups],
         "source": [g.source for g in groups],
@@ -171,7 +192,8 @@ def groups_to_table(groups: Sequence[Group]) -> pa.Table:
         "response_lengths": [g.response_lengths for g in groups],
         "samplers": [g.samplers for g in groups],
         "truncated": [g.truncated for g in groups],
-        "prompt_token_ids": list_array([g.prompt_token_ids for g in groups], tokens),
+        "prompt_hash": prompt_hashes(prompts),
+        "prompt_token_ids": prompts,
         "response_token_ids": nested_list_array([g.response_token_ids for g in groups], tokens),
         "loss_mask": nested_list_array([g.loss_mask for g in groups], flags),
         "prompt": [g.prompt for g in groups],

@@ -15,11 +15,12 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import text_keys
 from gvpo_offline.rules import check_group
-from gvpo_offline.store.arrow import groups_from_table
+from gvpo_offline.store.arrow import column_array, groups_from_table, prompt_hashes
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.row_groups import PrefetchedRowGroups
 
 _LENGTHS = ("n_tokens", "prompt_length", "response_lengths")
+_STORED = (*_LENGTHS, "prompt_hash")
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -31,7 +32,8 @@ def check_groups(
     progress: Progress | None = None,
     incomplete: bool = False,
 ) -> None:
-    """Check `columns` and the stored lengths of every group, and that group ids are unique.
+    """Check `columns`, the stored lengths and prompt hashes of every group, and that group ids are
+    unique.
 
     Args:
         dataset: the dataset.
@@ -44,10 +46,10 @@ def check_groups(
         DataError: naming file, row and group.
         IntegrityError: a file is damaged.
     """
-    numbers: Iterable[int] = PrefetchedRowGroups(dataset, [*columns, *_LENGTHS])
+    numbers: Iterable[int] = PrefetchedRowGroups(dataset, [*columns, *_STORED])
     keys = [np.zeros(0, np.uint64)]
     for row_group in progress(numbers) if progress else numbers:
-        table = dataset.table(row_group, [*columns, *_LENGTHS])
+        table = dataset.table(row_group, [*columns, *_STORED])
         location = dataset.location(row_group)
         groups = groups_from_table(table)
         for row, group in enumerate(groups):
@@ -61,6 +63,8 @@ def check_groups(
         for name in _LENGTHS:
             if name in table.column_names:
                 _check_lengths(table, name, groups, location.of_row)
+        if "prompt_hash" in table.column_names:
+            _check_prompt_hashes(table, location.of_row)
         keys.append(text_keys(group.group_id for group in groups))
     # 64-bit hashes of the ids save memory; a collision is improbable at any dataset size here.
     values, counts = np.unique(np.concatenate(keys), return_counts=True)
@@ -82,6 +86,21 @@ def _check_lengths(
                 f"{name} is the number of tokens of the group",
                 received=f"{value}, but the tokens number {actual}",
                 remedy=f"correct the column {name}, or leave it out",
+                **location_of(table, row),
+            )
+
+
+def _check_prompt_hashes(
+    table: pa.Table, location_of: Callable[[pa.Table, int], dict[str, Any]]
+) -> None:
+    actual = prompt_hashes(column_array(table, "prompt_token_ids")).tolist()
+    stored = table.column("prompt_hash").to_pylist()
+    for row, (value, own) in enumerate(zip(stored, actual, strict=True)):
+        if value is not None and value != own:
+            raise DataError(
+                "prompt_hash is the hash of the prompt's token ids (schemas/groups.schema.json)",
+                received=f"{value} instead of {own}",
+                remedy="correct the column prompt_hash, or leave it out",
                 **location_of(table, row),
             )
 

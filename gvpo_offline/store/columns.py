@@ -92,7 +92,12 @@ def _holds_null(value: Any) -> bool:
 
 
 def check_scalars(
-    table: pa.Table, name: str, sizes: pa.ChunkedArray, location: RowGroupLocation
+    table: pa.Table,
+    name: str,
+    sizes: pa.ChunkedArray,
+    location: RowGroupLocation,
+    *,
+    gaps: bool = False,
 ) -> None:
     """Check that a joined column (rewards, ref_seq_logprobs) has one finite number per response.
 
@@ -101,6 +106,7 @@ def check_scalars(
         name: the column.
         sizes: responses of each row.
         location: location of the column's row group.
+        gaps: whether NaN stands for a response without a number, which is no error.
 
     Raises:
         DataError: a list has another length than its group, or holds a number that is not finite.
@@ -115,7 +121,10 @@ def check_scalars(
             remedy="write the column again for these groups",
             **location.of_row(table, row),
         )
-    finite = pc.is_finite(pc.list_flatten(table.column(name)))
+    values = pc.list_flatten(table.column(name))
+    finite = pc.is_finite(values)
+    if gaps:
+        finite = pc.or_(finite, pc.is_nan(values))
     if not pc.all(finite).as_py() and len(finite):
         index = int(np.flatnonzero(~finite.to_numpy())[0])
         ends = np.cumsum(lengths.to_numpy())

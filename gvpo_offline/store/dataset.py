@@ -195,7 +195,8 @@ class GroupDataset:
         Raises:
             IntegrityError: a page fails its checksum, or a sidecar belongs to another groups file.
             DataError: a required column is missing, a column has another type, or there is not one
-                finite reward and reference log-prob per response.
+                finite reward and reference log-prob per response. A reference of a selection has
+                NaN for every other response.
         """
         file, local = self.locate(row_group)
         base = self.manifest.groups[file]
@@ -232,7 +233,8 @@ class GroupDataset:
             if sizes is not None and name == "components":
                 check_components(read, sizes, self._n_components, location)
             elif sizes is not None and name != "ref_token_logprobs":
-                check_scalars(read, name, sizes, location)
+                gaps = name == "ref_seq_logprobs" and self._reference_has_gaps
+                check_scalars(read, name, sizes, location, gaps=gaps)
             if name == "rewards" and (joined.weight != 1.0 or len(self.rewards) > 1):
                 before = table.column(name) if name in table.column_names else None
                 column = add_weighted(before, column, joined.weight)
@@ -243,6 +245,10 @@ class GroupDataset:
                     table = table.drop_columns([name])
             table = table.append_column(name, column)
         return table
+
+    @property
+    def _reference_has_gaps(self) -> bool:
+        return self.reference is not None and self.reference.selection is not None
 
     @property
     def _n_components(self) -> int:

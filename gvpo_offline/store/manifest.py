@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -26,9 +26,9 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
-from gvpo_offline.version import IMPORT_VERSION
 
 Result = TypeVar("Result")
 
@@ -167,7 +167,7 @@ class RewardFamily(_Record):
 
 
 class ReferenceFamily(_Record):
-    """The log-probs of every response under one reference policy."""
+    """The log-probs of every response, or of every selected response, under a reference policy."""
 
     fingerprint: str = Field(description="SHA-256 over the fields below but `files`.")
     model_name_or_path: str
@@ -178,7 +178,24 @@ class ReferenceFamily(_Record):
     attn_implementation: str
     layout: str = Field(default="padded", description="How groups were laid out for the model.")
     tokenizer_fingerprint: str | None
+    selection: ReferenceSelection | None = Field(
+        default=None, description="The responses that have log-probs; null or absent: every one."
+    )
     files: list[Sidecar]
+
+    @property
+    def described(self) -> str:
+        """The model, and the selection if there is one."""
+        of = f", of {self.selection.text}" if self.selection else ""
+        return f"{self.model_name_or_path}{of}"
+
+    @model_serializer(mode="wrap")
+    def _without_null_selection(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Versions that do not know the field read references of every response as before.
+        plain: dict[str, Any] = serialize(self)
+        if self.selection is None:
+            plain.pop("selection", None)
+        return plain
 
 
 class IncompleteGroups(_Record):
@@ -348,45 +365,3 @@ def _refuse_newer(sealed: Any, path: Path | str) -> None:
             remedy="upgrade gvpo-offline",
             file=path,
         )
-
-
-IMPORT_VERSION_KEY = "import_version"
-"""Where a lineage step of `import` or `sample` records the import version, in its `config`."""
-
-_MAKES_GROUPS = ("import", "sample")
-_FIRST_RECORDED = 2  # the version of the steps that were written before it was recorded
-
-
-def import_versions(manifest: Manifest) -> set[int]:
-    """The import versions of a dataset's groups, those of merged datasets included.
-
-    Empty where no command of this package made the groups: a file that another program wrote.
-    """
-    steps = [step.model_dump() for step in manifest.lineage]
-    return {
-        int(step["config"].get(IMPORT_VERSION_KEY, _FIRST_RECORDED))
-        for step in _with_merged(steps)
-        if step["stage"] in _MAKES_GROUPS
-    }
-
-
-def _with_merged(steps: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Lineage steps, and those of the datasets that merges added, at any depth."""
-    for step in steps:
-        yield step
-        for added in step["inputs"]:
-            yield from _with_merged(added.get("lineage", ()))
-
-
-def import_warnings(manifest: Manifest) -> list[str]:
-    """At most one line for people: that groups were imported by an earlier import version."""
-    older = sorted(version for version in import_versions(manifest) if version < IMPORT_VERSION)
-    if not older:
-        return []
-    line = (
-        f"the groups were imported with import version {', '.join(map(str, older))}; this version "
-        f"of gvpo-offline has import version {IMPORT_VERSION}, which would make other token ids or "
-        "groups of the same log. Training uses the groups as they are; import the log again to "
-        "have what the present version makes of it"
-    )
-    return [line]

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.group import Group
+from gvpo_offline.store.arrow import column_array, prompt_hashes
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema
 
@@ -32,12 +33,14 @@ def summary_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str
     """Some columns of a row group, complete even where the file does not store them.
 
     A file from another program may lack lengths, samplers or sources, in some rows or in all. They
-    are then computed from the groups; for the lengths that reads all tokens.
+    are then computed from the groups; for the lengths that reads all tokens, for
+    `prompt_hash` those of the prompts.
 
     Args:
         dataset: the dataset.
         row_group: number of the row group.
-        columns: those of `_DERIVED`, rewards and reference log-probs where joined, metadata.
+        columns: those of `_DERIVED`, prompt_hash, metadata, rewards and reference log-probs where
+            joined.
 
     Returns:
         The columns, and `group_id`.
@@ -47,11 +50,7 @@ def summary_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str
             compared with the response lengths even if those are not among `columns`.
     """
     table = dataset.table(row_group, [*columns, "response_lengths"])
-    missing = [
-        name
-        for name in columns
-        if name in _DERIVED and (name not in table.column_names or table.column(name).null_count)
-    ]
+    missing = [name for name in columns if name in _DERIVED and not _complete(table, name)]
     if missing:
         table = table.drop_columns([name for name in missing if name in table.column_names])
         groups = dataset.groups(row_group)
@@ -59,7 +58,17 @@ def summary_columns(dataset: GroupDataset, row_group: int, columns: Sequence[str
         for name in missing:
             values = [_DERIVED[name](group) for group in groups]
             table = table.append_column(name, pa.array(values, types.field(name).type))
+    if "prompt_hash" in columns and not _complete(table, "prompt_hash"):
+        # Also where some rows are null: a hash with nulls would be read as a floating-point number.
+        table = table.drop_columns([n for n in table.column_names if n == "prompt_hash"])
+        prompts = dataset.table(row_group, ["prompt_token_ids"])
+        hashes = prompt_hashes(column_array(prompts, "prompt_token_ids"))
+        table = table.append_column("prompt_hash", pa.array(hashes))
     return table.select([name for name in table.column_names if name in {"group_id", *columns}])
+
+
+def _complete(table: pa.Table, name: str) -> bool:
+    return name in table.column_names and not table.column(name).null_count
 
 
 _AHEAD = 8
@@ -108,4 +117,6 @@ class PrefetchedRowGroups:
 
     def _fetch(self, row_group: int) -> None:
         with suppress(GVPOError):
-            self.dataset.table(row_group, self.columns)
+            table = self.dataset.table(row_group, self.columns)
+            if "prompt_hash" in self.columns and not _complete(table, "prompt_hash"):
+                self.dataset.table(row_group, ["prompt_token_ids"])

@@ -47,6 +47,13 @@ GROUPS_COLUMNS: tuple[Column, ...] = (
         False,
         "Whether each response was cut before its end. (k,)",
     ),
+    Column(
+        "prompt_hash",
+        pa.uint64(),
+        False,
+        "Hash of the prompt, equal for groups with the same prompt: the first 8 bytes, big-endian, "
+        "of the SHA-256 of its token ids as 32-bit little-endian integers.",
+    ),
     Column("prompt_token_ids", _TOKENS, True, "Token ids of the prompt, template included. (P,)"),
     Column(
         "response_token_ids",
@@ -109,13 +116,16 @@ REFERENCE_COLUMNS: tuple[Column, ...] = (
         "ref_seq_logprobs",
         pa.list_(pa.float64()),
         True,
-        "log pi_ref(response | prompt), summed over the tokens that count, in nats. (k,)",
+        "log pi_ref(response | prompt), summed over the tokens that count, in nats; NaN for a "
+        "response that was not scored, only where the manifest names a selection of the reference. "
+        "(k,)",
     ),
     Column(
         "ref_token_logprobs",
         pa.list_(pa.list_(pa.float32())),
         False,
-        "log pi_ref of every response token, in nats. (k, T_i)",
+        "log pi_ref of every response token, in nats; an empty list for a response that was not "
+        "scored. (k, T_i)",
     ),
 )
 

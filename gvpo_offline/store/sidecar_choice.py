@@ -79,7 +79,7 @@ def choose_reference_family(
     prefix = fingerprint or ""
     matching = [f for f in manifest.references if f.fingerprint.startswith(prefix)]
     if len(matching) != 1:
-        held = [f"{f.fingerprint[:12]} ({f.model_name_or_path})" for f in manifest.references]
+        held = [f"{f.fingerprint[:12]} ({f.described})" for f in manifest.references]
         raise ConfigError(
             "training needs the log-probs of one reference",
             received=f"reference={fingerprint!r}, and the dataset holds {held or 'none'}",

@@ -44,6 +44,10 @@ class Survey:
         max_group_tokens: tokens of the largest group, its prompt counted once.
         max_row_tokens: the longest prompt with one of its responses.
         longest_row: row group, row within it and id of the group where that is.
+        unscored_responses: responses without a reference log-prob, which a reference of a selection
+            may leave out; 0 if the dataset has no reference.
+        unscored_groups: groups with at least one such response.
+        first_unscored: row group, row within it and id of the first such group; None: no group.
     """
 
     group_sizes: Counter[int] = field(default_factory=Counter)
@@ -61,6 +65,9 @@ class Survey:
     max_group_tokens: int = 0
     max_row_tokens: int = 0
     longest_row: tuple[int, int, str] = (0, 0, "")
+    unscored_responses: int = 0
+    unscored_groups: int = 0
+    first_unscored: tuple[int, int, str] | None = None
 
     @property
     def n_groups(self) -> int:
@@ -122,6 +129,11 @@ class Survey:
             max_group_tokens=max(self.max_group_tokens, other.max_group_tokens),
             max_row_tokens=first.max_row_tokens,
             longest_row=first.longest_row,
+            unscored_responses=self.unscored_responses + other.unscored_responses,
+            unscored_groups=self.unscored_groups + other.unscored_groups,
+            first_unscored=min(
+                filter(None, [self.first_unscored, other.first_unscored]), default=None
+            ),
         )
 
     def add(
@@ -169,6 +181,21 @@ class Survey:
             self._add_gaps(
                 np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
             )
+
+        if "ref_seq_logprobs" in table.column_names:
+            self._add_unscored(table, row_group, rows)
+
+    def _add_unscored(
+        self, table: pa.Table, row_group: int, rows: npt.NDArray[np.int64] | None
+    ) -> None:
+        values, starts = _flat(table, "ref_seq_logprobs")
+        missing = np.add.reduceat(np.isnan(values), starts, dtype=np.int64)
+        at = np.flatnonzero(missing)
+        self.unscored_responses += int(missing.sum())
+        self.unscored_groups += len(at)
+        if len(at) and self.first_unscored is None:
+            row = int(at[0] if rows is None else rows[at[0]])
+            self.first_unscored = (row_group, row, table.column("group_id")[int(at[0])].as_py())
 
     def _add_gaps(self, best: npt.NDArray[np.float64], worst: npt.NDArray[np.float64]) -> None:
         with np.errstate(over="ignore"):  # an infinite gap counts in the last bin

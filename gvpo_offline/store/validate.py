@@ -151,10 +151,15 @@ def _check_sums(dataset: GroupDataset, row_group: int, table: pa.Table) -> None:
 
 def _sum_problem(group: Group, logprobs: Sequence[npt.NDArray[np.float32]]) -> str | None:
     """The problem with the per-token log-probs of a group, or None."""
-    if [len(values) for values in logprobs] != group.response_lengths:
-        return f"{[len(v) for v in logprobs]} log-probs for {group.response_lengths} tokens"
     assert group.ref_seq_logprobs is not None
+    # A response that a reference of a selection leaves out has NaN, and no token log-probs.
+    scored = ~np.isnan(group.ref_seq_logprobs)
+    expected_lengths = [n * int(ok) for n, ok in zip(group.response_lengths, scored, strict=True)]
+    if [len(values) for values in logprobs] != expected_lengths:
+        return f"{[len(v) for v in logprobs]} log-probs for {expected_lengths} tokens"
     for index, values in enumerate(logprobs):
+        if not scored[index]:
+            continue
         counting = values if group.loss_mask is None else values[group.loss_mask[index]]
         total = float(np.sum(counting, dtype=np.float64))
         expected = float(group.ref_seq_logprobs[index])

@@ -10,13 +10,16 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.settings import required
 from gvpo_offline.store.location import RemoteSettings
 
+HeldOutRule = Literal["prompt", "group"]
+
 
 @dataclass
 class ResponseSettings:
     """Which responses of each group to use. A group with fewer than two of them is left out."""
 
     samplers: list[str] = field(default_factory=list)
-    """Only responses of these samplers: names, or patterns such as gpt-*. Default: all."""
+    """Only responses of these samplers: names, or patterns such as gpt-*. With ! before each, and
+    in quotes (["!gpt-*"]): of all samplers but these. Default: all."""
     max_responses: int | None = None
     """Greatest number of responses of a group. Default: all."""
     prefer: Literal["first", "spread"] = "first"
@@ -24,7 +27,19 @@ class ResponseSettings:
     spread: the best, the worst, then repeatedly the one whose reward is farthest from all rewards
     selected so far."""
 
+    @property
+    def excludes(self) -> bool:
+        """Whether `samplers` says which samplers to leave out."""
+        return any(name.startswith("!") for name in self.samplers)
+
     def __post_init__(self) -> None:
+        excluded = [name for name in self.samplers if name.startswith("!")]
+        if excluded and len(excluded) < len(self.samplers):
+            raise ConfigError(
+                "responses.samplers names the samplers to use, or with ! those to leave out",
+                received=f"both: {', '.join(self.samplers)}",
+                remedy="write ! before each of them, or before none",
+            )
         if self.max_responses is not None and self.max_responses < 2:
             raise ConfigError("max_responses is at least 2", received=self.max_responses)
         if self.prefer != "first" and self.max_responses is None:

@@ -222,6 +222,10 @@ class EpochCallback(TrainerCallback):
 
     def __init__(self, groups_per_step: int, order: MixedOrder, n_draws: int) -> None:
         self._groups_per_step = groups_per_step
+        self.set_draws(order, n_draws)
+
+    def set_draws(self, order: MixedOrder, n_draws: int) -> None:
+        """Count other draws; the arguments are those of the class."""
         self._n_groups = order.n_groups
         self._n_draws = n_draws
 

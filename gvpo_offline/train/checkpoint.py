@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from gvpo_offline.errors import ConfigError, ResumeError, StorageError
 from gvpo_offline.store.commit import fsync_folder, storage_errors, temporary_name
 
+_logger = logging.getLogger(__name__)
 SEAL_NAME = "gvpo_checkpoint.json"
 RUN_FILE = "gvpo_run.json"
 _MARKER_NAME = "gvpo_checkpoint_begun"
@@ -68,6 +70,28 @@ def begin_checkpoint(folder: Path) -> None:
         _remove(folder)
     folder.mkdir(parents=True)
     (folder / _MARKER_NAME).touch()
+
+
+def rotate_sealed(output_dir: Path, limit: int | None, keep: Iterable[str]) -> None:
+    """Remove the complete checkpoints of the lowest steps until `limit` are left.
+
+    Their order is that of their steps: a copied folder has other times of modification. Folders
+    that are not complete checkpoints of this package are neither counted nor removed.
+
+    Args:
+        output_dir: the folder of the run.
+        limit: number of checkpoints to keep; None or 0: all.
+        keep: names of folders that stay, even beyond the limit.
+    """
+    if limit is None or limit <= 0:
+        return
+    sealed = [folder for folder in checkpoint_folders(output_dir) if is_sealed(folder)]
+    removable = [folder for folder in sealed if folder.name not in set(keep)]
+    for folder in removable[: max(len(sealed) - limit, 0)]:
+        try:
+            _remove(folder)
+        except OSError as error:  # the run goes on: it only needs more space
+            _logger.warning("%s could not be removed: %s", folder, error)
 
 
 def _remove(folder: Path) -> None:
@@ -201,6 +225,12 @@ def read_sharding_state(folder: Path) -> dict[str, Any] | None:
     """The `sharding_state` of a complete checkpoint; None if its seal has none."""
     taken: dict[str, Any] | None = _read_seal(folder)["taken"]
     return taken
+
+
+def read_identity(folder: Path) -> dict[str, dict[str, Any]]:
+    """The identity of the run that wrote a complete checkpoint, by part."""
+    identity: dict[str, dict[str, Any]] = _read_seal(folder)["identity"]
+    return identity
 
 
 def check_identity(

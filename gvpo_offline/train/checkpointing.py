@@ -7,24 +7,40 @@ ranks.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import rotate_checkpoints
 
 from gvpo_offline.collectives import raise_together
+from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.train.checkpoint import (
     begin_checkpoint,
     check_identity,
     check_output_dir,
     find_checkpoint,
+    is_sealed,
     read_sharding_state,
+    rotate_sealed,
     save_errors,
     seal_checkpoint,
 )
 from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.resharding import check_sharding_state, sharding_state
+
+
+@contextlib.contextmanager
+def _changed(settings: Any, **values: Any) -> Iterator[None]:
+    """A context in which `settings` has other values of some attributes."""
+    before = {name: getattr(settings, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(settings, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 class CheckpointingTrainer(ShardedTrainer):
@@ -51,27 +67,65 @@ class CheckpointingTrainer(ShardedTrainer):
         )
         return checkpoint
 
+    def is_of_run(self, folder: Path) -> bool:
+        """Whether a complete checkpoint has the identity of this run."""
+        try:
+            check_identity(folder, self.identity(), self.identity_defaults())
+        except ResumeError:
+            return False
+        return True
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as transformers does, then seal; older checkpoints are removed after that."""
+        """Save as transformers does, then seal; then upload, and remove older checkpoints."""
         output_dir = Path(self._get_output_dir(trial=trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with save_errors(folder) if self.args.should_save else contextlib.nullcontext():
-                raise_together(lambda: begin_checkpoint(folder) if self.args.should_save else None)
-                raise_together(
-                    lambda: super(CheckpointingTrainer, self)._save_checkpoint(model, trial)
-                )
-                raise_together(lambda: self._seal(folder) if self.args.should_save else None)
-        finally:
-            self.args.save_total_limit = limit
+        saving = save_errors(folder) if self.args.should_save else contextlib.nullcontext()
+        with _changed(self.args, save_total_limit=None), saving:
+            raise_together(lambda: begin_checkpoint(folder) if self.args.should_save else None)
+            raise_together(lambda: super(CheckpointingTrainer, self)._save_checkpoint(model, trial))
+            raise_together(lambda: self._seal(folder) if self.args.should_save else None)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            best = self.state.best_model_checkpoint
+            keep = [folder.name, *([Path(best).name] if best else [])]
+            rotate_sealed(output_dir, self.args.save_total_limit, keep)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As transformers, after the seal: resuming from an uploaded checkpoint needs it too."""
+        if is_sealed(Path(checkpoint_folder)):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers, which with save_total_limit 1 keeps the best checkpoint alone.
+
+        transformers would also remove folders that only begin with the name of a checkpoint.
+        """
+        with _changed(self.args, save_total_limit=None):
+            output = super()._finalize_training(*args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.save_total_limit == 1 and best:
+            rotate_sealed(Path(self.args.output_dir), 1, [Path(best).name])
+        return output
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers.
+
+        Raises:
+            ConfigError: the repository can be neither found nor made: no network, no permission.
+        """
+        raise_together(lambda: self._init_hf_repo(*args, **kwargs))
+
+    def _init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of the hub's client, of its HTTP library, or of the system
+            raise ConfigError(
+                "push_to_hub makes a repository in the hub before training starts",
+                received=f"{type(error).__name__}: {' '.join(str(error).split())}",
+                remedy="log in with `hf auth login`, check hub_model_id and the network, or leave "
+                "push_to_hub out and run `hf upload` on output_dir later",
+            ) from error
 
     def _seal(self, folder: Path) -> None:
         seal_checkpoint(

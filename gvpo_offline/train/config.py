@@ -17,21 +17,10 @@ from dataclasses import dataclass, fields
 from transformers import TrainingArguments
 
 from gvpo_offline.errors import GVPOError
+from gvpo_offline.train.fields import check_derived_fields, check_fields
+from gvpo_offline.train.foreign import CONFIG_NAMES, PAGE, answers_unknown_arguments
 from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import GVPOSettings
-
-# Settings of transformers that are refused, and what to do instead.
-_REFUSED = {
-    "per_device_train_batch_size": "set groups_per_step and max_tokens_per_micro_batch",
-    "gradient_accumulation_steps": "set groups_per_step; micro-batches follow from "
-    "max_tokens_per_micro_batch",
-    "auto_find_batch_size": "lower max_tokens_per_micro_batch",
-    "label_smoothing_factor": "leave it at 0",
-    "neftune_noise_alpha": "leave it out: log-probs must be deterministic",
-    "train_sampling_strategy": "leave it out: the seed determines the order",
-    "dataloader_drop_last": "leave it out: the last step has the remaining groups",
-    "ignore_data_skip": "leave it out: skipping to a step reads nothing",
-}
 
 
 @contextlib.contextmanager
@@ -51,6 +40,7 @@ def settings_errors() -> Iterator[None]:
         ) from error
 
 
+@answers_unknown_arguments(CONFIG_NAMES)
 @dataclass
 class GVPOConfig(GVPOSettings, TrainingArguments):
     """`transformers.TrainingArguments` with the settings of GVPO. The batch size is in groups.
@@ -73,16 +63,19 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
 
     def __post_init__(self) -> None:
         GVPOSettings.__post_init__(self)
-        defaults = {field.name: field.default for field in fields(TrainingArguments)}
-        for name, remedy in _REFUSED.items():
-            if name in defaults and getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"{name} is not used in GVPO training",
-                    received=getattr(self, name),
-                    remedy=remedy,
-                )
+        check_fields(self, TrainingArguments)
+        # transformers derives it; a copy with other settings must not keep it.
+        do_eval: bool = vars(self)["do_eval"]
         with settings_errors():
-            TrainingArguments.__post_init__(self)
+            try:
+                TrainingArguments.__post_init__(self)
+            except (
+                OSError,
+                TypeError,
+            ) as error:  # a file of settings, or its names
+                raise ValueError(f"{type(error).__name__}: {error}") from error
+        self.do_eval = do_eval
+        check_derived_fields(self)
         _check_precision(self)
         check_parallelism(self)
         # One device per process: if several GPUs are visible, transformers would otherwise split
@@ -97,6 +90,24 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
     def settings(self) -> dict[str, object]:
         """The fields of `GVPOSettings` as a plain dictionary."""
         return {field.name: getattr(self, field.name) for field in fields(GVPOSettings)}
+
+
+def checked_config(args: Any) -> GVPOConfig:
+    """The argument `args` of a trainer; default: a `GVPOConfig` with its defaults.
+
+    Raises:
+        ConfigError: it is something else, such as the configuration of a TRL trainer.
+    """
+    if args is None:
+        return GVPOConfig()
+    if not isinstance(args, GVPOConfig):
+        raise ConfigError(
+            "args is a GVPOConfig",
+            received=f"a {type(args).__name__}",
+            remedy="pass GVPOConfig(output_dir=…, beta=…, groups_per_step=…); it has the fields of "
+            f"transformers.TrainingArguments. {PAGE} has a table of names",
+        )
+    return args
 
 
 def _check_precision(args: GVPOConfig) -> None:

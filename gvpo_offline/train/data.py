@@ -21,11 +21,13 @@ from gvpo_offline.stream.mix import Mix, MixedOrder, quotas_of
 from gvpo_offline.stream.order import Selection
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.selecting.select import select
-from gvpo_offline.stream.settings import DatasetSettings
+from gvpo_offline.stream.settings import DatasetSettings, HeldOutRule
 from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.held_out import EARLIER_RULE, RULE
+from gvpo_offline.train.splits import chosen_splits, refuse_dataset_dict
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class TrainingData:
         order: the infinite sequence of draws.
         n_draws: number of draws (groups, counted each time they are drawn) of the run.
         held_out: views for evaluation, by name; a single one is named "".
+        held_out_by: how `eval_fraction` splits training and held-out groups.
+        separate: whether `held_out` are datasets of their own, and not shares of `views`.
     """
 
     views: tuple[DatasetView, ...]
@@ -53,10 +57,17 @@ class TrainingData:
     order: MixedOrder
     n_draws: int
     held_out: dict[str, DatasetView]
+    held_out_by: HeldOutRule
+    separate: bool
 
     @classmethod
     def prepare(
-        cls, train_dataset: Any, eval_dataset: Any, args: GVPOConfig, scratch: Path
+        cls,
+        train_dataset: Any,
+        eval_dataset: Any,
+        args: GVPOConfig,
+        scratch: Path,
+        held_out_by: HeldOutRule | None = None,
     ) -> TrainingData:
         """Open the datasets, select groups, and choose their order.
 
@@ -65,16 +76,20 @@ class TrainingData:
             eval_dataset: the same, or None: `args.eval_fraction` of each training dataset.
             args: the settings of the run.
             scratch: a folder for in-memory datasets, created if needed.
+            held_out_by: replaces `args.held_out_by`.
 
         Raises:
             ConfigError: the run has no steps, evaluation is requested without held-out groups, or
                 the datasets have different references.
             IntegrityError: the datasets have different tokenizers.
         """
+        train_dataset, eval_dataset = chosen_splits(train_dataset, eval_dataset, args.eval_fraction)
         opened = open_datasets(train_dataset, scratch)
         check_compatible([item.dataset for item in opened.values()])
+        rule = held_out_by or ("prompt" if args.held_out_by == "auto" else args.held_out_by)
         conditions = {
             "eval_fraction": args.eval_fraction,
+            "held_out_by": rule,
             "drop_equal_rewards": args.drop_equal_rewards,
         }
         views = tuple(_view(name, item, **conditions) for name, item in opened.items())
@@ -94,14 +109,15 @@ class TrainingData:
                 received=f"num_train_epochs={args.num_train_epochs}, max_steps={args.max_steps}",
                 remedy="raise num_train_epochs, or set max_steps",
             )
-        held_out = _held_out(opened, eval_dataset, args, scratch)
+        held_out = _held_out(opened, eval_dataset, args.eval_fraction, rule, scratch)
         if str(args.eval_strategy.value) != "no" and not held_out:
             raise ConfigError(
                 "evaluation needs held-out groups",
                 received=f"eval_strategy={args.eval_strategy.value} without any",
                 remedy="set eval_fraction, or pass an eval_dataset",
             )
-        return cls(views, weights, order, n_draws, held_out)
+        separate = eval_dataset is not None
+        return cls(views, weights, order, n_draws, held_out, rule, separate)
 
     @property
     def reference(self) -> ReferenceFamily:
@@ -137,6 +153,7 @@ class TrainingData:
     def identity(self, args: GVPOConfig) -> dict[str, Any]:
         """Everything that determines the groups of each step, as plain data."""
         parts: dict[str, Any] = {}
+        splits = args.eval_fraction > 0
         for number, (view, weight) in enumerate(zip(self.views, self.weights, strict=True), 1):
             prefix = f"dataset {number}: " if len(self.views) > 1 else ""
             parts[f"{prefix}files"] = view.dataset.fingerprint
@@ -149,6 +166,7 @@ class TrainingData:
             "shuffle_window": args.shuffle_window,
             "groups_per_step": args.groups_per_step,
             "n_draws": self.n_draws,
+            **({RULE: self.held_out_by} if splits and self.held_out_by != EARLIER_RULE else {}),
         }
 
 
@@ -258,6 +276,7 @@ def check_compatible(datasets: Iterable[GroupDataset]) -> None:
 
 def open_held_out(eval_dataset: Any, scratch: Path) -> dict[str, DatasetView]:
     """Views of one or several datasets for evaluation; names and errors as `open_datasets`."""
+    refuse_dataset_dict(eval_dataset)
     opened = open_datasets(eval_dataset, scratch)
     return {name: _view(name, item) for name, item in opened.items()}
 
@@ -275,21 +294,23 @@ def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
 
 
 def _held_out(
-    opened: Mapping[str, OpenedDataset], eval_dataset: Any, args: GVPOConfig, scratch: Path
+    opened: Mapping[str, OpenedDataset],
+    eval_dataset: Any,
+    eval_fraction: float,
+    held_out_by: HeldOutRule,
+    scratch: Path,
 ) -> dict[str, DatasetView]:
     if eval_dataset is not None:
         return open_held_out(eval_dataset, scratch)
-    if args.eval_fraction == 0.0:
+    if eval_fraction == 0.0:
         return {}
-    views = {
-        name: _view(name, item, eval_fraction=args.eval_fraction, held_out=True)
-        for name, item in opened.items()
-    }
+    how = {"eval_fraction": eval_fraction, "held_out_by": held_out_by, "held_out": True}
+    views = {name: _view(name, item, **how) for name, item in opened.items()}
     for view in views.values():
         if view.n_groups == 0:
             raise ConfigError(
                 "eval_fraction holds out at least one group",
-                received=f"{args.eval_fraction} of {view.dataset.n_groups} groups",
+                received=f"{eval_fraction} of {view.dataset.n_groups} groups",
                 remedy="raise it, or pass an eval_dataset",
                 file=view.dataset.root,
             )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from transformers import Trainer, TrainingArguments
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.saving import rescue_weights
 
 logger = logging.getLogger(__name__)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardedTrainer(Trainer):
@@ -89,6 +93,26 @@ class ShardedTrainer(Trainer):
         self._save(output_dir or self.args.output_dir, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers; if that fails for another reason than the disk, write the weights alone.
+
+        Raises:
+            ConfigError: the model could not be saved; says in which file the weights are.
+        """
+        try:
+            super()._save(output_dir, state_dict)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise
+            folder = Path(self.args.output_dir) / f"weights-{self.state.global_step}"
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            saved = (
+                rescue_weights(model, state_dict, folder, error) if self.args.should_save else None
+            )
+            if saved is None:
+                raise
+            raise saved from error
 
 
 def _share_tied_weights(weights: dict[str, Any], model: nn.Module) -> None:

@@ -104,6 +104,7 @@ def evaluate_policy(
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int], object] | None = None,
+    into: Evaluation | None = None,
 ) -> Evaluation:
     """Evaluate `model` on all groups of `shares`, without gradients.
 
@@ -115,10 +116,11 @@ def evaluate_policy(
         device: the model's device.
         autocast_dtype: data type of matrix products; None: that of the weights.
         progress: called after each micro-batch with its number of groups.
+        into: what the micro-batches are added to; default: a new `Evaluation`.
     """
     training = model.training
     model.eval()
-    evaluation = Evaluation()
+    evaluation = Evaluation() if into is None else into
     try:
         with torch.no_grad(), autocast(device, autocast_dtype):
             for share in shares:

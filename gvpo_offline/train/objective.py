@@ -187,7 +187,8 @@ class LossInputs:
         """The inputs of at least one group.
 
         Raises:
-            DataError: some groups have rewards or reference log-probs and others do not.
+            DataError: some groups have rewards or reference log-probs and others do not, or a
+                response has no reference log-prob.
         """
         sizes = [group.group_size for group in groups]
         index = torch.from_numpy(np.repeat(np.arange(len(groups)), sizes))
@@ -202,4 +203,13 @@ def _scalars(groups: Sequence[Group], name: str) -> Tensor:
     if len(present) != len(values):
         missing = next(g for g, value in zip(groups, values, strict=True) if value is None)
         raise DataError(f"every group has {name}", received="none", group=missing.group_id)
+    for group, value in zip(groups, present, strict=True):
+        if np.isnan(value).any():  # a reference of a selection that leaves the response out
+            raise DataError(
+                f"{name} has a number for every response that a loss is computed of",
+                received=f"NaN for response {int(np.flatnonzero(np.isnan(value))[0])}",
+                remedy="score these responses with `gvpo-offline reference`, or select the "
+                "responses that the reference was scored for",
+                group=group.group_id,
+            )
     return torch.from_numpy(np.concatenate(present).astype(np.float64))

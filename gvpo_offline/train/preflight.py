@@ -7,15 +7,24 @@ import logging
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slice
-from gvpo_offline.errors import DataError
-from gvpo_offline.reference.checks import PolicyFacts, check_row_tokens, reference_warnings
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.reference.checks import (
+    PolicyFacts,
+    check_context,
+    check_covered,
+    check_row_tokens,
+    reference_warnings,
+)
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.manifest import import_warnings
+from gvpo_offline.store.import_versions import import_warnings
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.data import open_held_out
+from gvpo_offline.train.held_out import overlap_warnings
 
 if TYPE_CHECKING:
     from gvpo_offline.train.data import TrainingData
@@ -41,14 +50,16 @@ def check_data(
         One survey per training dataset.
 
     Raises:
-        DataError: a prompt with one response has more than `max_tokens` tokens, or a group is
-            invalid.
+        DataError: a prompt with one response has more than `max_tokens` tokens or does not fit into
+            the policy's context, the reference lacks a selected response, or a group is invalid.
     """
     counts = surveys(data.views)
-    for view, own in zip(data.views, counts, strict=True):
-        check_row_tokens(view.dataset, own, max_tokens)
-    check_held_out(data.held_out, max_tokens)
+    check_lengths(data.views, counts, policy, max_tokens)
+    check_held_out(data.held_out, policy, max_tokens)
+    shared = overlap_warnings(data.views, data.held_out.values()) if data.separate else []
     if log_summary:
+        for line in shared:
+            logger.warning(line)
         _log_summary(data, policy, counts, beta, max_tokens)
     return counts
 
@@ -81,11 +92,64 @@ def _log_summary(
             logger.info("held out %s: %s", name, line)
 
 
-def check_held_out(held_out: Mapping[str, DatasetView], max_tokens: int) -> None:
-    """`check_row_tokens` of each held-out dataset."""
+def check_held_out(
+    held_out: Mapping[str, DatasetView], policy: PolicyFacts, max_tokens: int
+) -> None:
+    """`check_lengths` of the held-out datasets."""
     views = tuple(held_out.values())
-    for view, counts in zip(views, surveys(views), strict=True):
-        check_row_tokens(view.dataset, counts, max_tokens)
+    check_lengths(views, surveys(views), policy, max_tokens)
+
+
+def held_out_views(
+    data: TrainingData,
+    eval_dataset: Any,
+    scratch: Path,
+    *,
+    policy: PolicyFacts,
+    max_tokens: int,
+    warns: bool,
+) -> Mapping[str, DatasetView]:
+    """The held-out groups that an evaluation reads, by the name in their metrics' keys.
+
+    Args:
+        data: the data of the run.
+        eval_dataset: the name of one of its held-out datasets, another dataset, or None for all.
+        scratch: folder for data that is given in memory.
+        policy: facts of the policy.
+        max_tokens: maximum number of tokens of a micro-batch.
+        warns: log a warning if the run trains on the prompts of another dataset.
+
+    Raises:
+        ConfigError: the run holds nothing out.
+        DataError: another dataset does not fit the policy; see `check_held_out`.
+    """
+    if isinstance(eval_dataset, str) and eval_dataset in data.held_out:
+        return {"": data.held_out[eval_dataset]}
+    if eval_dataset is not None:
+        chosen = open_held_out(eval_dataset, scratch)
+        check_held_out(chosen, policy, max_tokens)
+        lines = overlap_warnings(data.views, chosen.values())
+        for line in lines if warns else ():
+            logger.warning(line)
+        return chosen
+    if not data.held_out:
+        raise ConfigError(
+            "evaluation needs held-out groups",
+            received="none",
+            remedy="set eval_fraction, or pass an eval_dataset",
+        )
+    return data.held_out
+
+
+def check_lengths(
+    views: Sequence[DatasetView], counts: Sequence[Survey], policy: PolicyFacts, max_tokens: int
+) -> None:
+    """`check_context` of all views; `check_covered` and `check_row_tokens` of each."""
+    datasets = [view.dataset for view in views]
+    check_context(zip(datasets, counts, strict=True), policy)
+    for dataset, own in zip(datasets, counts, strict=True):
+        check_covered(dataset, own)
+        check_row_tokens(dataset, own, max_tokens)
 
 
 def surveys(views: Sequence[DatasetView]) -> list[Survey]:

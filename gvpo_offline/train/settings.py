@@ -50,7 +50,12 @@ class GVPOSettings:
     log_entropy: bool = False
     """Log the policy's mean entropy over the response tokens, in nats. Makes a step slower."""
     eval_fraction: float = 0.0
-    """Share of the groups held out for evaluation, in [0, 1), chosen by a hash of the group id."""
+    """Share of the prompts held out for evaluation, in [0, 1), with all of their groups, chosen by
+    a hash of the prompt's token ids: a prompt is on one side only, in every dataset and run."""
+    held_out_by: Literal["auto", "prompt", "group"] = "auto"
+    """How eval_fraction splits. prompt: by prompts. group: by group ids, as earlier versions did; a
+    prompt that occurs in several groups is then both trained on and held out. auto: prompt, and for
+    a resumed run the rule that it began with."""
     drop_equal_rewards: bool = False
     """Leave out groups whose rewards are all equal. Such groups are not without effect: their
     target is the reference, so leaving them out changes the objective."""
@@ -79,6 +84,8 @@ class GVPOSettings:
             raise ConfigError("anchor lies in [0, 1]", received=self.anchor)
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ConfigError("eval_fraction lies in [0, 1)", received=self.eval_fraction)
+        if self.held_out_by not in ("auto", "prompt", "group"):
+            raise ConfigError("held_out_by is auto, prompt or group", received=self.held_out_by)
         for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):
             positive(name, getattr(self, name))
         for name in ("kept_logits_mb", "read_ahead"):

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -30,7 +33,7 @@ from gvpo_offline.compute.adapters import check_trainable, load_policy, with_ada
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_device
 from gvpo_offline.compute.settings import ModelSettings
-from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.errors import GVPOError
 from gvpo_offline.reference.checks import (
     check_log_ratios,
     check_token_ids,
@@ -39,18 +42,28 @@ from gvpo_offline.reference.checks import (
 )
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.plan import shape_of
+from gvpo_offline.stream.settings import HeldOutRule
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
-from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.best import BestCheckpointCallback, check_best_metric
 from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
-from gvpo_offline.train.checkpointing import CheckpointingTrainer
-from gvpo_offline.train.config import GVPOConfig, settings_errors
-from gvpo_offline.train.data import TrainingData, open_held_out, scratch_folder
+from gvpo_offline.train.config import GVPOConfig, checked_config, settings_errors
+from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.evaluation import held_out_metrics
+from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
+from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
+from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
-from gvpo_offline.train.preflight import check_data, check_held_out, check_sampler_logprobs, verify
+from gvpo_offline.train.prediction import PredictingTrainer
+from gvpo_offline.train.preflight import (
+    check_data,
+    check_sampler_logprobs,
+    held_out_views,
+    verify,
+)
+from gvpo_offline.train.saving import check_savable, mend_generation_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -58,7 +71,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GVPOTrainer(CheckpointingTrainer):
+@answers_unknown_arguments(TRAINER_NAMES, {"a setting: pass it to GVPOConfig": GVPOConfig})
+class GVPOTrainer(PredictingTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -67,7 +81,8 @@ class GVPOTrainer(CheckpointingTrainer):
         args: the configuration.
         train_dataset: a dataset's folder, a Parquet file or `datasets.Dataset` in the group shape,
             the result of `open_dataset`, or `DatasetSettings`; a list or dictionary of these is a
-            mix, in which each dataset has a share proportional to its `weight`.
+            mix, in which each dataset has a share proportional to its `weight`. Of a `DatasetDict`,
+            the split train is trained on, and a validation or test split is held out.
         eval_dataset: in the same forms; default: `args.eval_fraction` of each training dataset.
         processing_class: the policy's tokenizer. It must be the one that made the token ids, and is
             saved with the model.
@@ -94,11 +109,13 @@ class GVPOTrainer(CheckpointingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = copy.copy(args or GVPOConfig())  # max_steps is set below, not in the caller's object
+        check_hooks(self)
+        args = copy.copy(checked_config(args))  # max_steps is set below, not in the caller's object
         self._scratch = scratch_folder(self)
-        self.data = raise_together(
-            lambda: TrainingData.prepare(train_dataset, eval_dataset, args, self._scratch)
+        self._prepare = functools.partial(
+            TrainingData.prepare, train_dataset, eval_dataset, copy.copy(args), self._scratch
         )
+        self.data = raise_together(self._prepare)
         if isinstance(model, str):
             with unsharded_loading(args):
                 model = load_policy(ModelSettings(model_name_or_path=model))
@@ -113,13 +130,13 @@ class GVPOTrainer(CheckpointingTrainer):
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
         check_trainable(model)
+        mend_generation_config(model, warn=args.process_index == 0)
         if args.disable_dropout:
             disable_dropout(model)
         self._model_identity = model_identity(model)
         self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
-        epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
         with settings_errors():
             super().__init__(
                 model=model,
@@ -128,7 +145,7 @@ class GVPOTrainer(CheckpointingTrainer):
                 train_dataset=steps,
                 eval_dataset=self.data.held_out or None,
                 processing_class=processing_class,
-                callbacks=[epochs, MetricWarningCallback(), *(callbacks or [])],
+                callbacks=[*self._own_callbacks(args), *(callbacks or [])],
                 optimizers=optimizers,
             )
         self._objective = args.objective()
@@ -140,6 +157,13 @@ class GVPOTrainer(CheckpointingTrainer):
         self.policy = self.policy.with_path(self.engine.path)
         steps.cost = self.engine.cost
 
+    def _own_callbacks(self, args: GVPOConfig) -> list[TrainerCallback]:
+        if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
+            check_best_metric(args, self.data.held_out)
+        self._best = BestCheckpointCallback(self.is_of_run)
+        self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
+        return [self._epochs, MetricWarningCallback(), self._best]
+
     # ---- before the first step ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -147,9 +171,10 @@ class GVPOTrainer(CheckpointingTrainer):
 
         Args:
             resume_from_checkpoint: True: the newest complete checkpoint in `output_dir`; "auto":
-                the same if there is one, else a new run; or the folder of a checkpoint. A resumed
-                run is bit-identical on devices of the same kind, and identical up to rounding on
-                another number of ranks; otherwise it is refused.
+                the same if there is one, else a new run; or the folder of a checkpoint; None: as
+                `args.resume_from_checkpoint` says. A resumed run is bit-identical on devices of the
+                same kind, and identical up to rounding on another number of ranks; otherwise it is
+                refused.
             kwargs: arguments of transformers' Trainer.
 
         Raises:
@@ -157,13 +182,32 @@ class GVPOTrainer(CheckpointingTrainer):
             IntegrityError: a file was altered, or the reference is not the policy's.
             StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
-        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(resume_from_checkpoint))
+        check_hooks(self)
+        wanted = resume_from_checkpoint
+        wanted = self.args.resume_from_checkpoint if wanted is None else wanted
+        if self.args.eval_fraction and self.args.held_out_by == "auto":
+            output_dir = Path(self.args.output_dir)
+            self.hold_out_by(broadcast_from_rank0(lambda: rule_to_follow(output_dir, wanted)))
+        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
+        self._best.resumed_from = checkpoint
         self.preflight()
+        raise_together(lambda: check_savable(self.model, self.processing_class, self.args))
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
         )
+
+    def hold_out_by(self, rule: HeldOutRule) -> None:
+        """Split by another rule, for checks before `train`, which follows `args.held_out_by`."""
+        if rule == self.data.held_out_by:
+            return
+        self.data = raise_together(lambda: self._prepare(held_out_by=rule))
+        steps = self.data.steps(self.args)
+        steps.cost = self.engine.cost
+        self.train_dataset, self.eval_dataset = steps, self.data.held_out or None
+        self.args.max_steps = len(steps)
+        self._epochs.set_draws(self.data.order, self.data.n_draws)
 
     def preflight(self, *, log_summary: bool = True) -> list[Survey]:
         """Verify the files, and check and summarise the training data.
@@ -190,8 +234,10 @@ class GVPOTrainer(CheckpointingTrainer):
         return run_identity(self.data, self.args, self._model_identity)
 
     def identity_defaults(self) -> dict[str, dict[str, Any]]:
-        """The defaults of an adapter's settings: PEFT adds some with most releases."""
-        return self._adapter_defaults
+        """The defaults of an adapter's settings: PEFT adds some with most releases; and the rule
+        of runs that do not name theirs.
+        """
+        return {**self._adapter_defaults, "data": {RULE: EARLIER_RULE}}
 
     def _start_reference_check(self) -> ReferenceMeter | None:
         same = self.policy.weights_sha256 == self.data.reference.weights_sha256
@@ -217,6 +263,9 @@ class GVPOTrainer(CheckpointingTrainer):
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context
+            if workers
+            else None,
         )
 
     def get_batch_samples(
@@ -259,6 +308,9 @@ class GVPOTrainer(CheckpointingTrainer):
                 *self._reference_meter.result(self.accelerator), self.policy, self.data.reference
             )
             self._reference_meter = None
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return total
 
     def _accumulate(self, model: nn.Module, micro_batch: MicroBatch, scale: float) -> Tensor:
@@ -318,7 +370,15 @@ class GVPOTrainer(CheckpointingTrainer):
             metric_key_prefix: prefix of each key.
         """
         self.check_can_evaluate()
-        chosen = self._chosen_held_out(eval_dataset)
+        self._memory_tracker.start()
+        chosen = held_out_views(
+            self.data,
+            eval_dataset,
+            self._scratch,
+            policy=self.policy,
+            max_tokens=self.args.max_tokens_per_micro_batch,
+            warns=self.is_world_process_zero(),
+        )
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
@@ -326,26 +386,12 @@ class GVPOTrainer(CheckpointingTrainer):
             found = held_out_metrics(self.model, quiet, held_out, self.args, self.accelerator)
             for key, value in found.items():
                 metrics[f"{prefix}_{key}"] = value
+        self._memory_tracker.stop_and_update_metrics(metrics)
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, DatasetView]:
-        if isinstance(eval_dataset, str) and eval_dataset in self.data.held_out:
-            return {"": self.data.held_out[eval_dataset]}
-        if eval_dataset is not None:
-            chosen = open_held_out(eval_dataset, self._scratch)
-            check_held_out(chosen, self.args.max_tokens_per_micro_batch)
-            return chosen
-        if not self.data.held_out:
-            raise ConfigError(
-                "evaluation needs held-out groups",
-                received="none",
-                remedy="set eval_fraction, or pass an eval_dataset",
-            )
-        return self.data.held_out
 
 
 def _only_item(items: list[StepShare | GVPOError]) -> dict[str, StepShare | GVPOError]:

@@ -7,6 +7,7 @@ the metrics.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -207,6 +208,7 @@ class Trials:
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
         args.report_to, args.push_to_hub = [], False
+        args.resume_from_checkpoint = None
         return args
 
     def _cached(
@@ -248,6 +250,15 @@ class Trials:
 def finite_or_none(metrics: Metrics) -> dict[str, float | None]:
     """Metrics for JSON, with None for each value that is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def searches(folder: Path) -> set[str]:
+    """The identities of the searches whose trials are in a folder: their `settings`."""
+    found = set()
+    for path in (folder / "trials").glob("*.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # `_read` refuses such a file
+            found.add(str(json.loads(path.read_text(encoding="utf-8"))["settings"]))
+    return found
 
 
 def _read(path: Path) -> dict[str, float | None]:

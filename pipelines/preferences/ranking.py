@@ -94,7 +94,12 @@ def log_ratios(config: EvaluateConfig) -> Iterator[tuple[Group, Floats]]:
     model = load_model(config).to(device).eval()
     budget = config.max_tokens_per_micro_batch
     engine = prepare_engine(model, max_tokens=budget, layout=config.layout, gradients=False)
-    held_out = select(dataset, eval_fraction=config.eval_fraction or 0.0, held_out=True)
+    held_out = select(
+        dataset,
+        eval_fraction=config.eval_fraction or 0.0,
+        held_out=True,
+        held_out_by=config.held_out_by or "prompt",
+    )
     steps = sequential_steps(DatasetView(dataset, held_out), groups_per_step=64, cost=engine.cost)
     with autocast(device, autocast_dtype(bf16=config.bf16, fp16=config.fp16)):
         for share in step_shares(steps):

@@ -22,6 +22,7 @@ from fit import (
 )
 from logs import PERSON
 
+from gvpo_offline.hashing import text_keys
 from gvpo_offline.stream.selecting.conditions import held_out_mask
 
 Row = dict[str, Any]
@@ -45,10 +46,13 @@ class Split:
 
     @classmethod
     def read(cls, dataset: Path, held_out: float, not_trained: float) -> Split:
-        """Split as `eval_fraction` does: `not_trained` holds out a superset of `held_out`."""
+        """Split as `eval_fraction` does by group: `not_trained` holds out a superset of `held_out`.
+
+        Each group has another question.
+        """
         ids = Answers.read(dataset).ids
-        last = held_out_mask(list(ids), held_out)
-        neither = held_out_mask(list(ids), not_trained)
+        last = held_out_mask(text_keys(ids), held_out)
+        neither = held_out_mask(text_keys(ids), not_trained)
 
         def of(kept: Bools) -> Answers:
             return Answers.read(dataset, [name for name, own in zip(ids, kept, strict=True) if own])

@@ -101,6 +101,7 @@ class Run:
             "learning_rate": self.rate,
             "seed": self.seed,
             "eval_fraction": NOT_TRAINED,
+            "held_out_by": "group",
             "num_train_epochs": 1,
             "eval_strategy": "no",
             "save_strategy": "no",
@@ -158,7 +159,8 @@ class Study:
         dataset = open_dataset(self.dataset(log))
         budget = trainer.args.max_tokens_per_micro_batch
         engine = prepare_engine(model, max_tokens=budget, gradients=False)
-        view = DatasetView(dataset, select(dataset, eval_fraction=NOT_TRAINED, held_out=True))
+        held_out = select(dataset, eval_fraction=NOT_TRAINED, held_out=True, held_out_by="group")
+        view = DatasetView(dataset, held_out)
         for share in step_shares(sequential_steps(view, groups_per_step=64, cost=engine.cost)):
             for groups, _ in share.micro_batches:
                 logprobs = engine.seq_logprobs(model, groups).tolist()

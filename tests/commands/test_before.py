@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo_offline import GVPOTrainer, cli, open_dataset
-from gvpo_offline.store import manifest as manifests
+from gvpo_offline.store import import_versions as manifests
 from gvpo_offline.version import IMPORT_VERSION
 
 BEFORE = Path(__file__).parents[1] / "data" / "before"
@@ -27,7 +27,7 @@ COMMANDS["validate"] = {"show_progress": False}
 EXPECTED: dict[str, Any] = json.loads((BEFORE / "expected.json").read_text())
 Run = Callable[..., None]
 # Columns of groups files since 849c9a7.
-ADDED = {"template_arguments", "response_messages"}
+ADDED = {"prompt_hash", "template_arguments", "response_messages"}
 
 # Rounding of a response's log-prob, by the probabilistic bound of Higham and Mary (SIAM J. Sci.
 # Comput. 41, 2019): n roundings in any order err by more than LAMBDA * sqrt(n) * u with a

@@ -204,6 +204,24 @@ def rewards(group: Group) -> np.ndarray[Any, Any]:
     return np.asarray(group.rewards)
 
 
+def test_content_says_how_many_groups_share_a_prompt(tmp_path: Path) -> None:
+    """Prompt 1 in three groups, prompt 2 in one, prompt 3 in two: 5 of 6 groups share theirs."""
+    groups = [
+        make_group(number, prompt_token_ids=np.array([prompt, 9], np.int32))
+        for number, prompt in enumerate([1, 2, 3, 1, 3, 1])
+    ]
+    build_dataset(tmp_path, groups=groups)
+    info = dataset_info(tmp_path, content=True)
+    assert info.as_dict()["content"]["prompts"] == {
+        "prompts": 3,
+        "groups_with_shared_prompt": 5,
+        "exact": True,
+    }
+    (line,) = section(info_lines(info), "prompts")
+    assert line == "3; 5 of 6 groups share their prompt with another group"
+    assert "prompts" not in "\n".join(info_lines(dataset_info(tmp_path)))
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=60))
 def test_quantiles_of_lengths(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:

@@ -400,13 +400,20 @@ def test_a_reward_model_is_told_apart_by_its_weights(reward_model: Path, tmp_pat
 def test_what_a_reward_model_refuses(
     reward_model: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     with pytest.raises(
         DataError, match=r"fit into the reward model's 96 positions.*tokens"
     ) as error:
         score(classifier(reward_model), scoring_input(["cat " * 100]))
     assert error.value.group == "g"
-    with pytest.raises(ConfigError, match=r"has one label; received .* with 2"):
+    with pytest.raises(ConfigError, match=r"no score\.weight"):  # a model without a classifier
         classifier(tiny_model_dir).identity()
+    two = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=2)
+    two.save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"has one label; received .* with 2"):
+        classifier(tmp_path / "two").identity()
     with pytest.raises(ConfigError, match="nowhere"):
         classifier(tmp_path / "nowhere").identity()
 

@@ -133,6 +133,12 @@ def test_optional_columns_may_be_null_in_some_rows(tmp_path: Path) -> None:
 # ---- each rule broken once ----
 
 
+def wrong_hash(rows: Rows) -> None:
+    """Null in every row but the sixth."""
+    for number, row in enumerate(rows):
+        row["prompt_hash"] = 5 if number == 6 else None
+
+
 def put(row: int, **values: Any) -> Callable[[Rows], None]:
     return lambda rows: rows[row].update(values)
 
@@ -206,6 +212,7 @@ BROKEN: dict[str, tuple[Callable[[Rows], None], str]] = {
         change(6, "response_lengths", first_is(99)),
         "response_lengths is the number of tokens",
     ),
+    "wrong prompt hash": (wrong_hash, "prompt_hash is the hash of.*; received 5 instead of"),
     "wrong number of tokens": (
         put(6, n_tokens=1),
         "n_tokens is the number of tokens.*; received 1, but",

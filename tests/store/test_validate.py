@@ -223,6 +223,7 @@ UNGATED: dict[str, tuple[list[Group], dict[str, pa.Array], str]] = {
         lengths_of("prompt_length", 6, 77),
         "prompt_length is the number",
     ),
+    "prompt_hash": (make_groups(10), lengths_of("prompt_hash", 6, 7), "prompt_hash is the hash"),
     "n_tokens": (make_groups(10), lengths_of("n_tokens", 6, 7777), "n_tokens is the number"),
     "response_lengths": (
         make_groups(10),

@@ -121,7 +121,7 @@ def test_killed_while_a_checkpoint_is_written(
         cut = tmp_path / f"checkpoint-{3 * number + 3}"
         assert cut.is_dir()
         assert not is_sealed(cut)
-    for place in ("seal_checkpoint", "rotate_checkpoints"):
+    for place in ("seal_checkpoint", "rotate_sealed"):
         before = whole_checkpoints(tmp_path)
         child = server.start(
             command(tmp_path), kill_at=[f"gvpo_offline.train.checkpointing:{place}", 1, 0]

@@ -40,7 +40,7 @@ class GroupsFormat:
     @property
     def columns(self) -> Sequence[str]:
         """The columns that are read."""
-        derived = {"n_tokens", "prompt_length", "response_lengths"}
+        derived = {"n_tokens", "prompt_length", "response_lengths", "prompt_hash"}
         return [
             *(c.name for c in GROUPS_COLUMNS if c.name not in derived),
             "rewards",

@@ -93,9 +93,11 @@ def holds_lines(path: Path) -> bool:
         except Exception:  # damaged: reading the rows raises the error
             return True
     text = head.decode("utf-8-sig", errors="replace").lstrip()
-    if not text.startswith("{"):
-        return not text.startswith("[")
+    if not text.startswith(("{", "[")):
+        return True
     first, _, rest = text.partition("\n")
+    if text.startswith("["):
+        return bool(rest.strip()) and _is_json(first)
     if not rest and len(head) == _HEAD:
         return True  # the first line is longer than the head
     try:
@@ -108,6 +110,14 @@ def holds_lines(path: Path) -> bool:
         return not (several_lines and rest.strip())
     except (ValueError, RecursionError):
         return True
+    return True
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
     return True
 
 

@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import BoolArray
-from gvpo_offline.hashing import splitmix64, text_keys
+from gvpo_offline.hashing import UInt64Array, splitmix64, text_keys
 from gvpo_offline.rules import MIN_GROUP_SIZE
-from gvpo_offline.store.arrow import column_array, split_list
+from gvpo_offline.store.arrow import as_numpy, column_array, split_list
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.prompts import PROMPT_HASH, PromptCounter
 from gvpo_offline.stream.selecting.predicate import shown
 from gvpo_offline.stream.selecting.responses import (
     check_sampler_patterns,
@@ -25,13 +26,13 @@ from gvpo_offline.stream.selecting.responses import (
     take_all_columns,
 )
 from gvpo_offline.stream.selecting.where import nothing_selected, predicate_masks
-from gvpo_offline.stream.settings import ResponseSettings
+from gvpo_offline.stream.settings import HeldOutRule, ResponseSettings
 
 if TYPE_CHECKING:
     import polars as pl
 
-# Datasets are sorted by the hash of the id; without this key the held-out groups would be the first
-# ones of the dataset.
+# Datasets are sorted by the hash of the id, and ids may be hashes of prompts; without this key the
+# held-out groups would be the first ones of the dataset.
 _HELD_OUT_KEY = np.uint64(0x48454C444F555421)
 
 
@@ -108,32 +109,64 @@ class WhereCondition:
         return f"where {shown(self._where)}: {self._n_true:,} of {total:,} groups{null}"
 
 
-def held_out_mask(group_ids: list[str], fraction: float) -> BoolArray:
+def held_out_mask(keys: UInt64Array, fraction: float) -> BoolArray:
     """Whether groups belong to the held-out `fraction`: (n,) bool.
 
-    A hash of the id alone decides, so that a group is held out in every run, with any seed, and in
-    every later version of the dataset.
+    A hash alone decides, so that a group is held out in every run, with any seed, in every later
+    version of the dataset, and in every other dataset.
+
+    Args:
+        keys: (n,) uint64: the `prompt_hash` of each group; or, by the rule of earlier versions,
+            `text_keys` of the group ids.
+        fraction: in [0, 1].
     """
-    hashes = splitmix64(text_keys(group_ids) ^ _HELD_OUT_KEY)
+    hashes = splitmix64(keys ^ _HELD_OUT_KEY)
     return np.asarray(hashes.astype(np.float64) < fraction * 2.0**64)
 
 
 class HeldOutCondition:
-    """The held-out fraction of the groups, or all other groups."""
+    """The held-out fraction of the groups, or all other groups.
 
-    columns: tuple[str, ...] = ("group_id",)
+    Args:
+        fraction: in (0, 1).
+        held_out: which side.
+        by: what is held out. prompt: all groups of a prompt are on one side. group: each group by
+            its id, as in earlier versions; groups of one prompt may then be on both sides.
+    """
 
-    def __init__(self, fraction: float, *, held_out: bool) -> None:
+    columns: tuple[str, ...] = ("group_id", PROMPT_HASH)
+
+    def __init__(self, fraction: float, *, held_out: bool, by: HeldOutRule = "prompt") -> None:
         self._fraction = fraction
         self._held_out = held_out
+        self._by = by
+        self._counter = PromptCounter()
 
     def keep(self, rows: SelectedRows) -> SelectedRows:
         """The rows on one side of the split."""
-        ids = rows.table.column("group_id").to_pylist()
-        return rows.only(held_out_mask(ids, self._fraction) == self._held_out)
+        prompts = as_numpy(column_array(rows.table, PROMPT_HASH))
+        keys = prompts
+        if self._by == "group":
+            keys = text_keys(rows.table.column("group_id").to_pylist())
+        mask = held_out_mask(keys, self._fraction)
+        self._counter.add(prompts, mask)
+        return rows.only(mask == self._held_out)
 
-    def note(self) -> None:
-        """None: the trainer logs the counts of both sides."""
+    def note(self) -> str:
+        """The held-out prompts and groups, and how many groups share a prompt."""
+        found = self._counter.counts()
+        about, held = found.about, found.marked_prompts
+        both = ""
+        if self._by == "group":
+            both = (
+                f"; {about}{found.on_both_sides:,} of {about}{held:,} held-out prompts are trained "
+                "on as well (in a new run, held_out_by: prompt prevents it)"
+            )
+        return (
+            f"eval_fraction {self._fraction:g}, by {self._by}: {about}{held:,} of "
+            f"{about}{found.prompts:,} prompts are held out, {found.marked_groups:,} of "
+            f"{found.groups:,} groups; {found.shared_text()}{both}"
+        )
 
 
 class ResponseCondition:

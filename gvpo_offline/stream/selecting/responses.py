@@ -33,7 +33,8 @@ def keeps_all_responses(settings: ResponseSettings) -> bool:
 
 def response_summary(settings: ResponseSettings) -> str:
     """The settings, as log lines show them."""
-    of = f"of {', '.join(settings.samplers)}" if settings.samplers else ""
+    names = ", ".join(name.removeprefix("!") for name in settings.samplers)
+    of = f"of {'all but ' if settings.excludes else ''}{names}" if names else ""
     few = f"at most {settings.max_responses}, {settings.prefer}" if settings.max_responses else ""
     return "; ".join(part for part in (of, few) if part)
 
@@ -42,11 +43,11 @@ def check_sampler_patterns(patterns: Sequence[str], names: Iterable[str], file: 
     """Raise ConfigError if a pattern matches none of a dataset's samplers."""
     known = sorted(names)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in known):
             raise ConfigError(
                 "responses.samplers holds samplers of the dataset, or patterns that match one",
                 received=pattern,
-                remedy=suggestion(pattern, known),
+                remedy=suggestion(pattern.removeprefix("!"), known),
                 file=file,
             )
 
@@ -54,10 +55,10 @@ def check_sampler_patterns(patterns: Sequence[str], names: Iterable[str], file: 
 def choose(table: pa.Table, settings: ResponseSettings) -> ResponseIndex:
     """The selected responses of each row, in stored order.
 
-    First the responses of the given samplers; of these at most `max_responses`: the first ones, or
-    (spread) the best, the worst, and then repeatedly the one whose reward is farthest from all
-    rewards selected so far. Ties go to the reward selected least often, then to the response stored
-    first. So of rewards 0 and 1 both are selected in turn.
+    First the responses of the given samplers, or of all but these; of these at most
+    `max_responses`: the first ones, or (spread) the best, the worst, and then repeatedly the one
+    whose reward is farthest from all rewards selected so far. Ties go to the reward selected least
+    often, then to the response stored first. So of rewards 0 and 1 both are selected in turn.
 
     Args:
         table: rows with `samplers` and, for spread, `rewards`; none of them null.
@@ -72,7 +73,7 @@ def choose(table: pa.Table, settings: ResponseSettings) -> ResponseIndex:
     kept = np.arange(len(rows), dtype=np.int64)
     if settings.samplers:
         names = column_array(table, "samplers").flatten()
-        kept = kept[_of_samplers(names, settings.samplers)]
+        kept = kept[_of_samplers(names, settings)]
     if settings.max_responses is not None and settings.prefer == "spread":
         rewards = column_array(table, "rewards").flatten().to_numpy(zero_copy_only=False)
         kept = kept[_spread(rewards[kept], rows[kept], settings.max_responses)]
@@ -117,10 +118,11 @@ def _only(group: Group, items: Sequence[int]) -> Group:
     return replace(group, **changes)
 
 
-def _of_samplers(names: pa.Array, patterns: Sequence[str]) -> npt.NDArray[np.bool_]:
+def _of_samplers(names: pa.Array, settings: ResponseSettings) -> npt.NDArray[np.bool_]:
+    patterns = [pattern.removeprefix("!") for pattern in settings.samplers]
     encoded = names.dictionary_encode()
     matching = [
-        any(fnmatchcase(name, pattern) for pattern in patterns)
+        any(fnmatchcase(name, pattern) for pattern in patterns) != settings.excludes
         for name in encoded.dictionary.to_pylist()
     ]
     codes = encoded.indices.to_numpy(zero_copy_only=False)

@@ -20,7 +20,7 @@ from gvpo_offline.stream.selecting.conditions import (
     WhereCondition,
 )
 from gvpo_offline.stream.selecting.responses import keeps_all_responses
-from gvpo_offline.stream.settings import ResponseSettings
+from gvpo_offline.stream.settings import HeldOutRule, ResponseSettings
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,6 +35,7 @@ def select(
     responses: ResponseSettings = _ALL,
     eval_fraction: float = 0.0,
     held_out: bool = False,
+    held_out_by: HeldOutRule = "prompt",
     drop_equal_rewards: bool = False,
 ) -> Selection | None:
     """The groups of a dataset to train on, or (`held_out`) those kept for evaluation.
@@ -48,6 +49,8 @@ def select(
             groups with all of their responses.
         responses: which of their responses to use; a group with fewer than two is left out.
         eval_fraction, held_out: of those, the groups that are held out, or all others.
+        held_out_by: prompt: all groups of a prompt are on one side, in every dataset; group: each
+            group by its id, the rule of runs that began with an earlier version.
         drop_equal_rewards: leave out groups whose selected responses all have one reward.
 
     Returns:
@@ -62,7 +65,7 @@ def select(
     if where is not None:
         conditions.append(WhereCondition(dataset, where))
     if eval_fraction:
-        conditions.append(HeldOutCondition(eval_fraction, held_out=held_out))
+        conditions.append(HeldOutCondition(eval_fraction, held_out=held_out, by=held_out_by))
     if chosen is not None:
         conditions.append(chosen)
     if drop_equal_rewards:

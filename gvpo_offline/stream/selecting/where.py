@@ -107,6 +107,13 @@ def _check_names(dataset: GroupDataset, where: object, names: list[str]) -> None
             raise refused(
                 "a predicate on ref_seq_logprobs needs a dataset with a reference", where, name
             )
+        if name == "ref_seq_logprobs" and dataset.reference and dataset.reference.selection:
+            raise refused(
+                "a predicate on ref_seq_logprobs needs the log-probs of every response",
+                where,
+                f"a reference of {dataset.reference.selection.text}",
+                "score the dataset without a selection (`gvpo-offline reference`)",
+            )
 
 
 def _check_keys(columns: LightColumns, where: object, names: list[str]) -> None:
