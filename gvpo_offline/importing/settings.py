@@ -221,13 +221,11 @@ class ImportConfig:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
         self.reward_map = label_numbers("reward_map", self.reward_map)
-        if self.requests and self.format != "openai_batch":
+        batch = self.format == "openai_batch"
+        if (self.requests and not batch) or (self.rewards and self.format not in _WITH_REWARDS):
             raise ConfigError(
-                "requests is only used with format: openai_batch", received=self.format
-            )
-        if self.rewards and self.format not in _WITH_REWARDS:
-            raise ConfigError(
-                f"rewards is only used with format: {' or '.join(_WITH_REWARDS)}",
+                "requests and rewards are only used with format: openai_batch, and rewards with "
+                f"{', '.join(_WITH_REWARDS[1:])}",
                 received=self.format,
             )
         if bool(self.join) != bool(self.on) or not self._one_key_each():

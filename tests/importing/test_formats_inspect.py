@@ -12,11 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from support.chat_templates import chat_tokenizer
 from support.importing import config, read_groups
 from support.reading_formats import fragments
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.importing.importer import import_log
+from gvpo_offline.tokenizer import load_tokenizer
 
 SYSTEM = {"id": "KbRXi6", "content": "Say Yes or No.", "role": "system"}
 
@@ -186,6 +188,37 @@ def test_tools_reasoning_and_attachments(tmp_path: Path) -> None:
     assert json.loads(found.template_arguments or "")["tools"] == [
         {"type": "function", "function": {**tool, "description": "Adds."}}
     ]
+
+
+def test_tool_results_are_read_and_not_scored(tmp_path: Path) -> None:
+    """To the tokens: what the model wrote counts, with the ends of its turns; what a tool returned
+    does not."""
+    name = tmp_path / "tokenizer"
+    chat_tokenizer("qwen2_5").save_pretrained(name)
+    call = {"id": "c1", "function": "add", "arguments": {"x": 1}, "type": "function"}
+    turns = [
+        user("Is 1 odd?"),
+        assistant("", tool_calls=[call]),
+        {"role": "tool", "content": "odd it is", "tool_call_id": "c1", "function": "add"},
+    ]
+    rows = [
+        sample(1, epoch, text, "CI"[epoch - 1], messages=[*turns, assistant(text)])
+        for epoch, text in ((1, "Yes"), (2, "No"))
+    ]
+    path = archive(tmp_path / "log.eval", members(rows), 93)
+    settings = {"format": "inspect", "tokenizer_name_or_path": str(name)}
+    import_log(config(path, tmp_path / "out", **settings))
+    (group,) = read_groups(tmp_path / "out")
+    tokenizer = load_tokenizer(str(name))
+    assert group.loss_mask is not None
+    whole = [tokenizer.decode(ids) for ids in group.response_token_ids]
+    own = [
+        tokenizer.decode([int(i) for i, counts in zip(ids, mask, strict=True) if counts])
+        for ids, mask in zip(group.response_token_ids, group.loss_mask, strict=True)
+    ]
+    called = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
+    assert own == [f"{called}Yes<|im_end|>", f"{called}No<|im_end|>"]
+    assert all("odd it is" in text for text in whole)
 
 
 def test_examples_in_the_input_belong_to_the_prompt(tmp_path: Path) -> None:

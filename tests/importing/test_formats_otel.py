@@ -10,10 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.importing import config, read_groups, write_jsonl
 from support.reading_formats import fragments
 
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.importing.formats.shared.spans import as_list, span_attributes
 from gvpo_offline.importing.importer import import_log
 
 QUESTION = {"role": "user", "content": "How long is it valid?"}
@@ -275,6 +278,43 @@ def test_failed_spans(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 that failed: row 0: .*rate limited; row 1"):
         fragments(path, "otel")
     assert fragments(path, "otel", failed_responses="drop")[0] == []
+
+
+NAMES = st.text("abcxyz_", min_size=1, max_size=3)
+TREES = st.recursive(
+    st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3)
+        | st.dictionaries(NAMES, inner, min_size=1, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def flattened(value: Any, name: str) -> dict[str, Any]:
+    """The attributes of a nested value, one for each leaf."""
+    if not isinstance(value, list | dict):
+        return {name: value}
+    parts = enumerate(value) if isinstance(value, list) else value.items()
+    return {k: v for step, part in parts for k, v in flattened(part, f"{name}.{step}").items()}
+
+
+def with_lists(value: Any) -> Any:
+    """Records whose names are positions, as lists."""
+    if not isinstance(value, dict):
+        return value
+    if all(name.isdigit() for name in value):
+        return [with_lists(part) for part in as_list(value)]
+    return {name: with_lists(part) for name, part in value.items()}
+
+
+@given(TREES)
+def test_flattening_attributes_loses_nothing(tree: Any) -> None:
+    attributes = flattened(tree, "llm.x")
+    found = span_attributes({"attributes": attributes}, ("llm",))
+    assert with_lists(found["llm"]["x"]) == tree
+    listed = [{"key": key, "value": otlp_value(value)} for key, value in attributes.items()]
+    assert span_attributes({"attributes": listed}, ("llm",)) == found
 
 
 PICTURE = "llm.input_messages.0.message.contents.0.message_content"
