@@ -250,10 +250,11 @@ def test_scores(tmp_path: Path) -> None:
     assert found.components == {"match": [1.0], "judge.tone": [3.0]}
     with pytest.raises(ConfigError, match=r"speed; the log has match, judge.style, judge.tone"):
         fragments(path, "inspect", reward_weights={"match": 1.0, "speed": 1.0})
-    header = {**HEADER, "eval": {"model": "m", "task": "t"}}
-    path = as_json(tmp_path / "unscored.json", [sample(1, 1, "Yes", scores=None)], header)
+    path = as_json(tmp_path / "unscored.json", [sample(1, 1, "Yes", scores=None)])
     (found,), _ = fragments(path, "inspect")
     assert found.rewards is None
+    (found,), _ = fragments(path, "inspect", missing_rewards="drop")
+    assert found.rewards == [None]
     path = as_json(tmp_path / "nan.json", [sample(1, 1, "Yes", float("nan"))])
     (found,), _ = fragments(path, "inspect")
     assert found.rewards == [None]

@@ -43,6 +43,7 @@ class InspectFormat(TrainerFormat):
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=("id", "input", "eval"), has_parts=True)
         self._scores = NamedScores(config, "scorer", LABELS)
+        self._expects_scores = bool(config.reward_weights or config.missing_rewards == "drop")
 
     def run_of(self, source: InputInfo) -> str:
         """Empty: neither ids nor names depend on the path of a log."""
@@ -72,7 +73,7 @@ class InspectFormat(TrainerFormat):
         task = log.get("task")
         names = [values.identifier(name) for name in (task, record["id"]) if name is not None]
         fragment.group_id = group_id(fragment, *names)
-        if record.get("scores") is None and not log.get("scorers"):
+        if record.get("scores") is None and not self._expects_scores:
             fragment.rewards = None  # the log was not scored
             return [fragment]
         return [self._scores.set(fragment, _scores(record))]

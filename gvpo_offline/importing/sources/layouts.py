@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.importing.sources.compressed import damage_named, decompressed
 from gvpo_offline.importing.sources.files import Advance
 from gvpo_offline.importing.sources.json_documents import JsonDocuments
@@ -41,11 +42,11 @@ class DocumentRows(JsonDocuments):
 
     def __init__(self, label: str, name: str, path: Path, layout: Layout) -> None:
         super().__init__(label, name, path, path_steps(layout.rows_at))
-        self._beside = layout.beside
+        self._layout = layout
 
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
         """See `Source.rows`."""
-        common = {field: self._field(field) for field in self._beside}
+        common = {field: self._field(field) for field in self._layout.beside}
         for number, record in super().rows(columns, advance):
             yield number, {**common, **record}
 
@@ -58,3 +59,13 @@ class DocumentRows(JsonDocuments):
                     return next(text.rows([field]), None)
             except BadJsonError as error:
                 raise self._invalid(f"{error} (line {text.line})", 0) from error
+
+    def _invalid(self, received: str, row: int) -> DataError:
+        return DataError(
+            "a JSON file of this format holds objects below a field, in UTF-8",
+            received=received,
+            remedy=f"correct the file, which holds its rows at {self._layout.rows_at}; set rows_at "
+            "if they are elsewhere",
+            file=self.label,
+            row=row,
+        )
