@@ -133,7 +133,9 @@ def test_annotations_in_another_file(tmp_path: Path, tiny_tokenizer_dir: Path) -
         {"id": f"{n}", "span_id": f"{n:016x}", "name": name, "annotator_kind": "HUMAN",
          "result": {"label": label, "score": score, "explanation": None}}
         for n in (10, 11, 12)
-        for name, label, score in (("helpful", None, n - 10.0), ("tone", "good", None))
+        for name, label, score in (
+            ("helpful", None, n - 10.0), ("tone", "good", None), ("note", None, None),
+        )
     ]  # fmt: skip
     scores = write_jsonl(tmp_path / "annotations.jsonl", annotations)
     settings = {
@@ -149,7 +151,7 @@ def test_annotations_in_another_file(tmp_path: Path, tiny_tokenizer_dir: Path) -
         fragments(path, "otel", rewards=str(scores))
     with pytest.raises(ConfigError, match="speed; the log has helpful, tone"):
         fragments(path, "otel", rewards=str(scores), reward_weights={"speed": 1.0})
-    twice = [annotations[0], {**annotations[2], "span_id": "000000000000000a"}]
+    twice = [annotations[0], {**annotations[3], "span_id": "000000000000000a"}]
     again = write_jsonl(tmp_path / "again.jsonl", twice)
     with pytest.raises(DataError, match=r"helpful: 0.0 and 1.0") as caught:
         fragments(path, "otel", rewards=str(again))
@@ -268,6 +270,33 @@ def test_choices_parts_and_tools_of_openinference(tmp_path: Path) -> None:
     assert json.loads(found[0].template_arguments or "") == {"tools": [tool]}
     (message,) = json.loads((found[1].response_messages or [""])[0] or "")
     assert message["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_the_other_apis_of_openai(tmp_path: Path) -> None:
+    """Of the responses API each item is a message; of completions each choice is a text. A content
+    of type tool_use repeats a tool call."""
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Easy."}]}
+    part = {"type": "output_text", "text": "A year."}
+    items = [thought, {"type": "message", "role": "assistant", "content": [part]}]
+    body = {"object": "response", "status": "incomplete", "output": items}
+    second = {"llm.output_messages.1.message.role": "assistant", "output.value": json.dumps(body)}
+    plain = {
+        "openinference.span.kind": "LLM", "llm.model_name": "m", "llm.finish_reason": "length",
+        "llm.prompts.0.prompt.text": "1 + 1 =", "llm.choices.0.completion.text": " 2",
+    }  # fmt: skip
+    message = "llm.output_messages.0.message"
+    used = inferred("", **{
+        f"{message}.contents.0.message_content.type": "tool_use",
+        f"{message}.tool_calls.0.tool_call.function.name": "f",
+    })  # fmt: skip
+    rows = [exported(n, a) for n, a in enumerate((inferred("", **second), plain, used))]
+    found, _ = fragments(write_jsonl(tmp_path / "a.jsonl", rows), "otel")
+    assert json.loads((found[0].response_messages or [""])[0] or "") == [
+        {"role": "assistant", "content": "A year.", "reasoning_content": "Easy."}
+    ]
+    assert [f.truncated for f in found] == [[True], [True], [False]]
+    assert (found[1].prompt, found[1].responses) == ("1 + 1 =", [" 2"])
+    assert '"name": "f"' in ((found[2].response_messages or [""])[0] or "")
 
 
 def test_failed_spans(tmp_path: Path) -> None:

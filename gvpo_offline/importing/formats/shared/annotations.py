@@ -76,7 +76,7 @@ class Annotations:
 
 
 def add_score(scores: dict[str, Any], entry: Mapping[str, Any]) -> None:
-    """Add one annotation: its number, else its label.
+    """Add one annotation: its number, else its label; a note, which has neither, is left out.
 
     Raises:
         DataError: it has no name, or `scores` has another of that name.
@@ -90,6 +90,8 @@ def add_score(scores: dict[str, Any], entry: Mapping[str, Any]) -> None:
         )
     number = _first(entry, _NUMBERS)
     value = _first(entry, _LABELS) if number is None else number
+    if value is None:
+        return
     if name in scores and scores[name] != value:
         raise DataError(
             "a response has one annotation of each name",

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gvpo_offline.conversations import Reply
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.spans import as_list, at, parsed
+from gvpo_offline.openai.shapes import output_reply, response_ending
 
 __all__ = ["Generation", "generation", "sent_tools"]
 
@@ -31,7 +33,7 @@ class Generation:
     """
 
     prompt: list[Message] | str | None
-    responses: list[list[Message] | str]
+    responses: list[list[Message] | Reply]
     reasons: list[Any]
     model: Any
     tools: list[Any] = field(default_factory=list)
@@ -54,7 +56,7 @@ def generation(attributes: Mapping[str, Any], kind: Any) -> Generation | None:
         return None
     model = at(gen_ai, "response", "model") or at(gen_ai, "request", "model")
     reasons = as_list(at(gen_ai, "response", "finish_reasons"))
-    if at(attributes, "llm", "output_messages") is not None:
+    if any(at(attributes, "llm", name) is not None for name in ("output_messages", "choices")):
         return _openinference(attributes, at(attributes, "llm", "model_name") or model)
     if at(gen_ai, "output", "messages") is not None:
         outputs = as_list(at(gen_ai, "output", "messages"))
@@ -121,9 +123,16 @@ def _openinference(attributes: Mapping[str, Any], model: Any) -> Generation:
         given = at(prompts[0], "prompt", "text") or prompts[0]
     outputs = [_inferred(message) for message in as_list(at(llm, "output_messages"))]
     _check_last(given)
-    # The instrumentation of OpenAI's client numbers choices; others number messages.
     raw = parsed(at(attributes, "output", "value"))
+    tools = sent_tools(as_list(at(llm, "tools")))
+    if isinstance(at(raw, "output"), list):  # the responses API, whose items are messages here
+        _, word = response_ending(raw)
+        return Generation(given, [output_reply(raw["output"])], [word], model, tools)
+    # The instrumentation of OpenAI's client numbers choices; others number messages.
     choices = as_list(at(raw, "choices"))
+    texts = [at(choice, "completion", "text") for choice in as_list(at(llm, "choices"))]
+    if texts and not outputs:
+        outputs = [{"role": "assistant", "content": text} for text in texts]
     if len(outputs) > 1 and len(choices) != len(outputs):
         raise DataError(
             "a span has one output message, or one for each choice of output.value",
@@ -133,8 +142,7 @@ def _openinference(attributes: Mapping[str, Any], model: Any) -> Generation:
     words = [at(choice, "finish_reason") for choice in choices]
     if len(words) != len(outputs):
         words = [at(llm, "finish_reason")] * len(outputs)
-    tools = as_list(at(llm, "tools"))
-    return Generation(given, [[own] for own in outputs], words, model, sent_tools(tools))
+    return Generation(given, [[own] for own in outputs], words, model, tools)
 
 
 def _inferred(entry: Any) -> Message:
@@ -142,10 +150,12 @@ def _inferred(entry: Any) -> Message:
     message = at(entry, "message") or entry
     found: Message = {"role": at(message, "role"), "content": at(message, "content")}
     contents = as_list(at(message, "contents"))
+    calls = [_call(at(call, "tool_call") or call) for call in as_list(at(message, "tool_calls"))]
     if contents:
         parts = [at(part, "message_content") or part for part in contents]
+        if calls:  # which Anthropic's content repeats
+            parts = [part for part in parts if at(part, "type") != "tool_use"]
         found |= _joined([(at(p, "type"), at(p, "text")) for p in parts], str(found["role"]))
-    calls = [_call(at(call, "tool_call") or call) for call in as_list(at(message, "tool_calls"))]
     if at(message, "function_call_name"):
         arguments = at(message, "function_call_arguments_json")
         calls.append(_call({"name": at(message, "function_call_name"), "arguments": arguments}))
