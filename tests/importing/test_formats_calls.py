@@ -242,6 +242,33 @@ def test_choices_and_the_responses_api(tmp_path: Path) -> None:
     assert (json.loads(found.messages or ""), found.responses) == (CHAT, ["2"])
 
 
+def test_other_clients(tmp_path: Path) -> None:
+    """Anthropic's answers, and LangChain's messages as Langfuse writes them."""
+    answer = {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "large",
+        "content": [{"type": "text", "text": "2"}], "stop_reason": "max_tokens",
+        "stop_sequence": None, "usage": {"input_tokens": 9},
+    }  # fmt: skip
+    sent = {"model": "large", "max_tokens": 1, "system": "Count.", "messages": CHAT[1:]}
+    call = weave_call(answer, op="anthropic.Messages.create", inputs=sent)
+    (found,), _ = read(tmp_path, "weave", call)
+    assert (json.loads(found.messages or ""), found.responses) == (CHAT, ["2"])
+    assert (found.truncated, found.samplers) == ([True], ["large"])
+    called = {
+        "role": "assistant", "content": "", "additional_kwargs": {"refusal": None},
+        "tool_calls": [{"name": "f", "args": {"x": 1}, "id": "c", "type": "tool_call"}],
+    }  # fmt: skip
+    (found,), _ = read(tmp_path, "langfuse", observation(1, called))
+    assert json.loads((found.response_messages or [""])[0] or "") == [
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "id": "c", "function": {"name": "f", "arguments": {"x": 1}}},
+        ]},
+    ]  # fmt: skip
+    gemini = weave_call({"candidates": []}, op="google.genai.models.Models.generate_content")
+    with pytest.raises(DataError, match="what came back from a model is"):
+        read(tmp_path, "weave", gemini)
+
+
 @pytest.mark.parametrize(
     ("name", "row", "cause"),
     [

@@ -124,6 +124,10 @@ def test_every_export_of_the_spans_gives_the_same(tmp_path: Path) -> None:
         assert [f.samplers for f in found] == [["m"], ["m"]]
         assert [(f.rewards, f.truncated) for f in found] == [(None, [False])] * 2
         assert counts["dropped_other_spans"] == 0
+    (tmp_path / "whole.json").write_text(json.dumps(otlp(SPANS), indent=1))
+    below = "resourceSpans[*].scopeSpans[*].spans"
+    found, _ = fragments(tmp_path / "whole.json", "otel", rows_at=below)
+    assert [(f.row, f.responses) for f in found] == [(0, ["A year."]), (1, ["Two."])]
 
 
 def test_annotations_in_another_file(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:

@@ -17,8 +17,10 @@ from gvpo_offline.importing.sources.rows import Record
 
 # weave:///entity/project/op/NAME:DIGEST
 _OP = re.compile(r"(?:.*/op/)?([^:/]+)(?::.*)?")
+# Of the clients that Weave patches; an answer in a form that is not known is refused.
 _MODELS = re.compile(
-    r".*(?:\b|\.)(?:completions\.(?:create|parse)|responses\.(?:create|parse)|litellm\.a?completion)"
+    r"(?:.*\.)?(?:completions\.(?:create|parse)|responses\.(?:create|parse)|chat\.complete|"
+    r"litellm\.a?completion|(?:Async)?Messages\.create|generate_content)"
 )
 _FEEDBACK = re.compile(r"wandb\.(?:runnable|annotation)\.(.+)")
 

@@ -46,6 +46,12 @@ _ROLES = {
     "SystemMessage": "system", "ToolMessage": "tool", "HumanMessageChunk": "user",
     "AIMessageChunk": "assistant", "SystemMessageChunk": "system", "ToolMessageChunk": "tool",
 }  # fmt: skip
+# What APIs and LangChain put beside the fields of a message; no template renders it.
+_ENVELOPE = (
+    *("audio", "provider_specific_fields", "additional_kwargs", "response_metadata"),
+    *("usage_metadata", "model", "usage", "stop_reason", "stop_sequence", "container"),
+    "invalid_tool_calls",
+)
 Answer = tuple[conversations.Reply, Any]
 """A response and its finish reason."""
 
@@ -260,8 +266,28 @@ def _message(message: Any) -> dict[str, Any]:
     inner = at(message, "kwargs") or at(message, "data") or message
     if not isinstance(inner, dict):
         raise DataError("a message is a record", received=str(message)[:120])
-    if isinstance(inner.get("role"), str):
-        return {k: v for k, v in inner.items() if k not in ("audio", "provider_specific_fields")}
+    role = inner.get("role")
+    found: dict[str, Any]
+    if isinstance(role, str):
+        found = {name: value for name, value in inner.items() if name not in _ENVELOPE}
+    else:
+        role = _role(message)
+        found = {"role": role, "content": inner.get("content")}
+        if role == "tool" and inner.get("tool_call_id"):
+            found["tool_call_id"] = inner["tool_call_id"]
+    calls = as_list(inner.get("tool_calls"))
+    if calls:
+        found["tool_calls"] = [_call(call) for call in calls]
+        if isinstance(found.get("content"), list):  # Anthropic's content repeats the calls
+            parts = [part for part in found["content"] if at(part, "type") != "tool_use"]
+            found["content"] = parts or None
+    thought = at(inner, "additional_kwargs", "reasoning_content")
+    if thought:
+        found["reasoning_content"] = thought
+    return found
+
+
+def _role(message: Any) -> str:
     kind = at(message, "type")
     if at(message, "lc") is not None:
         kind = (as_list(at(message, "id")) or [None])[-1]
@@ -271,21 +297,12 @@ def _message(message: Any) -> dict[str, Any]:
             "a message has a role, or a type of LangChain",
             received=f"{kind!r} in {str(message)[:80]}",
         )
-    found = {"role": role, "content": inner.get("content")}
-    calls = as_list(inner.get("tool_calls"))
-    if calls:
-        found["tool_calls"] = [
-            {"type": "function", "id": at(call, "id"), "function": {
-                "name": at(call, "name"), "arguments": at(call, "args") or {},
-            }}
-            for call in calls
-        ]  # fmt: skip
-        if isinstance(found["content"], list):  # Anthropic's content repeats the calls
-            parts = [p for p in found["content"] if at(p, "type") != "tool_use"]
-            found["content"] = parts or None
-    thought = at(inner, "additional_kwargs", "reasoning_content")
-    if thought:
-        found["reasoning_content"] = thought
-    if role == "tool" and inner.get("tool_call_id"):
-        found["tool_call_id"] = inner["tool_call_id"]
-    return found
+    return role
+
+
+def _call(call: Any) -> Any:
+    """A tool call in OpenAI's form; LangChain's has `name` and `args`."""
+    if at(call, "function") is not None or at(call, "args") is None:
+        return call
+    own = {"name": at(call, "name"), "arguments": at(call, "args")}
+    return {"type": "function", "id": at(call, "id"), "function": own}
