@@ -43,7 +43,9 @@ def test_a_group_is_a_prompt_in_the_files_of_several_models(
     (a / f"results_{date}.json").write_text(json.dumps({"model_name": "org/small-v2"}))
     second = write_jsonl(b / f"samples_add_{date}.jsonl", [sample(d, " 2") for d in (1, 0)])
     settings = {"format": "lm_eval", "tokenizer_name_or_path": str(tiny_tokenizer_dir)}
-    import_log(config([first, second], tmp_path / "out", **settings))
+    result = import_log(config([first, second], tmp_path / "out", **settings))
+    inputs = result.manifest.lineage[-1].inputs
+    assert [entry["model"] for entry in inputs] == ["org/small-v2", "org/large"]
     groups = sorted(read_groups(tmp_path / "out"), key=lambda group: group.prompt or "")
     assert [group.prompt for group in groups] == ["What is 0 + 1?", "What is 1 + 1?"]
     for group in groups:

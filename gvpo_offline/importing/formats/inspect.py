@@ -49,6 +49,10 @@ class InspectFormat(TrainerFormat):
         """Empty: neither ids nor names depend on the path of a log."""
         return ""
 
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """None: the fragments depend on the rows and the settings alone."""
+        return {}
+
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         cause = _failure(record)

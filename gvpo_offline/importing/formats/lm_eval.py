@@ -64,6 +64,11 @@ class LMEvalFormat(TrainerFormat):
         """The model that wrote the responses, or empty text; see `_model`."""
         return _model(source.label) or ""
 
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """The model, which the results file or the folder names."""
+        model = self.run_of(source)
+        return {"model": model} if model else {}
+
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """The fragments of each row; see `LogFormat.read`."""
         self._first, self._matched = (None, []), False

@@ -48,6 +48,10 @@ class PromptfooFormat(TrainerFormat):
         """Empty: neither ids nor names depend on the path of a log."""
         return ""
 
+    def dependencies(self, source: InputInfo) -> Mapping[str, str]:
+        """None: the fragments depend on the rows and the settings alone."""
+        return {}
+
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         response = values.struct(record.get("response"), "response")
