@@ -20,16 +20,13 @@ from gvpo_offline.chat.checks import (
 from gvpo_offline.chat.tool_arguments import argument_records, prints_records
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.messages import PLAIN, REASONING, Message, with_text_arguments
+from gvpo_offline.messages import CONTINUE, PLAIN, REASONING, Message, with_text_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Arguments = Mapping[str, Any]
 """Arguments of a template beside the messages: `tools`, `enable_thinking` and others."""
-
-CONTINUE = "continue_final_message"
-"""The argument that says whether a prompt's last assistant message is continued (default: yes)."""
 
 # Stands for an answer in a rendering. No template splits, trims or escapes letters.
 _ANSWER = "xQzAnswer7Kx"
