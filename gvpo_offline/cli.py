@@ -29,6 +29,16 @@ from gvpo_offline.version import __version__
 _HELP_FLAGS = {"-h", "--help"}
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _VALUE = re.compile(r"(?:Got value|Given value)[^:]*: (.*)")
+_REQUIRED = re.compile(r"the following arguments are required: (.*)")
+_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])\.")
+_KINDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping of names to values",
+}
 
 
 def _parser(name: str, command: Command, settings: Sequence[type], skip: set[str]) -> Any:
@@ -106,7 +116,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(
             "flags and YAML keys are settings of the command, with values of the right type",
             received=_complaint(str(error)),
-            remedy=f"see gvpo-offline {name} --help",
+            remedy=f"{_expected(str(error))}see gvpo-offline {name} --help",
         ) from error
 
 
@@ -154,7 +164,19 @@ def _complaint(text: str) -> str:
         return f"a setting within {key.group(1)}, which is a single value"
     if key and value:
         return f"{key.group(1)}: {value.group(1)}"
+    if missing := _REQUIRED.search(text):
+        return f"no {missing.group(1).strip()}"
     return " ".join(text.split())
+
+
+def _expected(text: str) -> str:
+    """What a setting takes, by an error message of jsonargparse, as a sentence; "" if unknown."""
+    key, kinds = _KEY.search(text), _EXPECTED.findall(text)
+    if key is None or len(kinds) != 1:
+        return ""
+    kind, values = kinds[0]
+    takes = f"one of {values}" if values else _KINDS.get(kind, "")
+    return f"set {key.group(1)} to {takes}; " if takes else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

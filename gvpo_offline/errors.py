@@ -22,16 +22,44 @@ __all__ = [
     "ResumeError",
     "StorageError",
     "WorkerError",
+    "label_path",
+    "labelled",
 ]
 
 _SHOWN_CHARACTERS = 200
 _ROW = re.compile(r"\brow \d")
+# What begins a remedy and stays as it is written: the name of a setting, or a command.
+_AS_WRITTEN = re.compile(r"\w+_\w+|\w+:|pip ")
+
+
+# Paths that messages call by another name.
+_LABELS: dict[str, str] = {}
+
+
+def label_path(path: Any, label: str) -> None:
+    """Let errors call a path `label`: a temporary file that holds an object of the caller."""
+    _LABELS[str(path)] = label
+
+
+def labelled(text: Any) -> str:
+    """`text` with the labels of `label_path` in place of the paths."""
+    found = str(text)
+    for path, label in _LABELS.items():
+        found = found.replace(path, label)
+    return found
 
 
 def _shown(value: Any) -> str:
     """`value` as quoted in a message: its repr (a string unchanged), shortened if long."""
     text = repr(value) if not isinstance(value, str) else value
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+def _sentence(text: str) -> str:
+    """`text` with a capital at its begin, unless that is a name, and a mark at its end."""
+    first = text[0] if _AS_WRITTEN.match(text) else text[0].upper()
+    found = first + text[1:].rstrip(".")
+    return found if found.endswith("?") else f"{found}."
 
 
 class GVPOError(Exception):
@@ -61,7 +89,7 @@ class GVPOError(Exception):
         self.rule = rule
         self.received = received
         self.remedy = remedy
-        self.file = None if file is None else str(file)
+        self.file = None if file is None else labelled(file)
         self.row = row
         self.group = group
         self.more = tuple(map(visible, more))
@@ -84,13 +112,13 @@ class GVPOError(Exception):
         message = (", ".join(place) + ": " if place else "") + self.rule
         if self.received is not None:
             message += f"; received {_shown(self.received)}"
-        message += "."
+        message += "" if message.endswith(".") else "."
         if self.remedy:
-            message += f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}."
+            message += f" {_sentence(self.remedy)}"
         if self.row is not None or _ROW.search(f"{self.received} {self.remedy}"):
             message += " Rows are counted from 0."
         # Values of a log may hold control characters, and messages go to terminals.
-        return visible(message)
+        return visible(labelled(message))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors are pickled between processes (data loader workers); the default would lose the

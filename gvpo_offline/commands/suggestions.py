@@ -97,6 +97,8 @@ def suggestion(
         return f"did you mean {dashes}{written}?"
     if name == "sample" and short in SAMPLER_NAMES:
         return f"it is a setting of a sampler: samplers.NAME.{SAMPLER_NAMES[short]}"
+    if short in known:
+        return f"did you mean {dashes}{short}?"
     if same:
         return f"here it is {' and '.join(dashes + each for each in same)}"
     if similar and short not in CONFIG_NAMES:

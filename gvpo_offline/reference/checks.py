@@ -16,7 +16,7 @@ from gvpo_offline.compute.adapters import policy_sha256
 from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
 from gvpo_offline.compute.settings import ComputePath
-from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.errors import DataError, IntegrityError, labelled
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.dataset import GroupDataset
@@ -137,7 +137,9 @@ def check_tokenizers(datasets: Iterable[GroupDataset], policy: PolicyFacts) -> N
                 else "no processing_class was given"
             )
             logger.warning(
-                "cannot compare the tokenizers of %s and the policy: %s", dataset.root, why
+                "cannot compare the tokenizers of %s and the policy: %s",
+                labelled(dataset.root),
+                why,
             )
 
 
@@ -234,7 +236,7 @@ def check_context(surveyed: Iterable[tuple[GroupDataset, Survey]], policy: Polic
     place = dataset.location(row_group)
     raise DataError(
         f"a prompt and one of its responses fit into the {limit:,} positions of the model",
-        received=f"up to {counts.max_row_tokens - 1:,} tokens in dataset {dataset.root}",
+        received=f"up to {counts.max_row_tokens - 1:,} tokens in {dataset.root}",
         remedy="leave longer groups out (where: prompt_length + response_length_max <= "
         f"{limit}; or max_length: {limit} at import), or use a model with a longer context",
         file=place.file,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.errors import ConfigError, DataError, label_path
 from gvpo_offline.hashing import sha256_file, sha256_json
 from gvpo_offline.store.check import check_groups
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -146,21 +146,6 @@ def open_for_training(
     return open_dataset(path, reward=reward, reference=reference, version=version, remote=remote)
 
 
-def _open_temporary(path: Path, kind: type) -> GroupDataset:
-    """`open_for_training`; an error names the object in memory instead of the temporary file."""
-    try:
-        return open_for_training(path)
-    except DataError as error:
-        raise DataError(
-            error.rule,
-            received=error.received,
-            remedy=error.remedy,
-            file=f"the {kind.__name__} in memory",
-            row=error.row,
-            group=error.group,
-        ) from error
-
-
 def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
     """Open any supported kind of training dataset.
 
@@ -179,12 +164,15 @@ def resolve_dataset(data: Any, scratch: Path) -> GroupDataset:
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = scratch / "in-memory.parquet"
         data.to_parquet(str(path))
-        return _open_temporary(path, type(data))
+        for place in (path, scratch):
+            label_path(place, f"the {type(data).__name__} in memory")
+        return open_for_training(path)
     if not isinstance(data, GroupDataset):
         raise ConfigError(
             "a dataset is a folder or its URL, a Parquet file or datasets.Dataset with the columns "
             "of schemas/training_file.schema.json, or the result of open_dataset",
-            received=type(data).__name__,
+            received="none" if data is None else f"an object of class {type(data).__name__}",
+            remedy="pass the folder that `gvpo-offline import` wrote",
         )
     if not data.rewards or data.reference is None:
         raise ConfigError(

@@ -281,11 +281,12 @@ def _unknown(
         elif others:
             answers.append(f"{name} is {others[0]}")
         elif similar:
-            answers.append(f"did you mean {similar[0]} instead of {name}")
+            answers.append(f"did you mean {similar[0]} instead of {name}?")
         else:
             answers.append(f"leave {name} out")
+    end = "" if answers[-1].endswith("?") else "."
     return ConfigError(
         f"{owner} has other arguments than TRL's and transformers' classes",
         received=", ".join(unknown),
-        remedy="; ".join(answers) + f". {PAGE} has a table of names",
+        remedy="; ".join(answers) + f"{end} {PAGE} has a table of names",
     )

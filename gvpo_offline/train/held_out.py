@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gvpo_offline.collectives import gather_results, rank_slice
+from gvpo_offline.errors import labelled
 from gvpo_offline.group import BoolArray
 from gvpo_offline.hashing import UInt64Array
 from gvpo_offline.store.prompts import (
@@ -60,7 +61,7 @@ def overlap_warnings(training: Sequence[DatasetView], held_out: Iterable[Dataset
         if n_both:
             share = counts.prompts / len(parts[0][1])  # more than 1 if the prompts are a sample
             warnings.append(
-                f"{view.name or view.dataset.root}: {counts.about}{round(share * n_both):,} of "
+                f"{view.name or labelled(view.dataset.root)}: {counts.about}{round(share * n_both):,} of "
                 f"{counts.about}{counts.prompts:,} prompts for evaluation are trained on as well, "
                 "so its metrics are not of unseen prompts: leave them out of the training data, or "
                 "hold out prompts with eval_fraction"

@@ -83,7 +83,11 @@ class GVPOSettings:
         if not 0.0 <= self.anchor <= 1.0:
             raise ConfigError("anchor lies in [0, 1]", received=self.anchor)
         if not 0.0 <= self.eval_fraction < 1.0:
-            raise ConfigError("eval_fraction lies in [0, 1)", received=self.eval_fraction)
+            raise ConfigError(
+                "eval_fraction lies in [0, 1)",
+                received=self.eval_fraction,
+                remedy="eval_fraction: 0.02 holds out 2% of the prompts, and 0 none",
+            )
         if self.held_out_by not in ("auto", "prompt", "group"):
             raise ConfigError("held_out_by is auto, prompt or group", received=self.held_out_by)
         for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):

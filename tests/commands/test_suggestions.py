@@ -29,7 +29,8 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["train", "--learning_rte", "1"],
             "received --learning_rte. Did you mean --learning_rate?",
         ),
-        (["train", "--learning-rate=1"], "Did you mean --learning_rate?"),
+        # A flag with dashes is the setting: only what else is required is missing.
+        (["train", "--learning-rate=1"], "received no model_name_or_path."),
         (["import", "--columns.promt", "x"], "Did you mean --columns.prompt?"),
         (["train", "--responses.sampler", "x"], "Did you mean --responses.samplers?"),
         (["ls", "data", "--vrsion", "3"], "Did you mean --dataset_version?"),
@@ -57,6 +58,8 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--compute_metrics", "m"], "evaluate and predict compute the metrics"),
         # A setting of another command.
         (["import", "--beta", "1"], "It is a setting of gvpo-offline tune, train, evaluate."),
+        # The last part of the key is a setting of the command.
+        (["reward", "--reward.name", "correct"], "received --reward.name. Did you mean --name?"),
         # Nothing is similar.
         (["reward", "--xyzzy", "1"], "received --xyzzy. See gvpo-offline reward --help."),
         (["validate", "--dataset.a", "1"], "a setting within dataset, which is a single value"),
@@ -67,7 +70,27 @@ def test_a_wrong_flag_is_answered(
 ) -> None:
     line = line_of(argv, capsys)
     assert answer.lower() in line.lower()
-    assert line.endswith(f"See gvpo-offline {argv[0]} --help.")
+    assert line.lower().endswith(f"see gvpo-offline {argv[0]} --help.")
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        (["train", "--beta", "abc"], "received beta: abc. Set beta to a number; see"),
+        (
+            ["train", "--held_out_by", "row"],
+            "received held_out_by: row. Set held_out_by to one of 'auto', 'prompt', 'group'; see",
+        ),
+        (["import", "--max_errors", "x"], "Set max_errors to an integer; see"),
+        (["sample", "--samplers", "[1]"], "Set samplers to a mapping of names to values; see"),
+        (["train", "--beta", "0.1"], "received no model_name_or_path. See"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_answered_with_the_right_type(
+    argv: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = line_of(argv, capsys)
+    assert f"{answer} gvpo-offline {argv[0]} --help." in line
 
 
 def test_a_batch_setting_of_trl_is_answered(

@@ -150,7 +150,7 @@ def test_all_commands_refuse_rows_beyond_the_positions(
         dataset = score(root, gpt2)
         trainer_of(gpt2, dataset, tmp_path / "run", max_steps=1).train()
         return
-    with pytest.raises(DataError, match=r"48 positions.*49 tokens in dataset") as scoring:
+    with pytest.raises(DataError, match=r"48 positions.*49 tokens in ") as scoring:
         score(root, gpt2)
     # Scored by another program: the trainer and evaluate check for themselves.
     scored = unscored_dataset(
@@ -184,7 +184,7 @@ def test_the_longest_of_several_datasets_is_named(gpt2: Path, tmp_path: Path) ->
     trainer = trainer_of(
         gpt2, [str(root) for root in roots], tmp_path / "run", reference_check="off"
     )
-    with pytest.raises(DataError, match=r"60 tokens in dataset .*/60") as caught:
+    with pytest.raises(DataError, match=r"60 tokens in .*/60") as caught:
         trainer.train()
     assert place_of(caught.value)[0].startswith(str(roots[1]))  # type: ignore[union-attr]
 

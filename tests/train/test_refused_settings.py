@@ -344,3 +344,21 @@ def test_errors_of_data_in_memory_name_no_temporary_file(
 ) -> None:
     with pytest.raises(DataError, match=r"^the Dataset in memory: .*no column rewards"):
         trainer_of(tiny_model_dir, in_memory.remove_columns("rewards"), tmp_path)
+
+
+def test_later_messages_about_data_in_memory_name_no_temporary_file(
+    in_memory: datasets.Dataset,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The warning of the tokenizer check, and an error of the check of token ids after it."""
+    beyond = in_memory.map(
+        lambda row: {"prompt_token_ids": [10_000, *row["prompt_token_ids"]]},
+        remove_columns=[own for own in ("prompt_length", "n_tokens") if own in in_memory.features],
+    ).remove_columns([own for own in ("prompt_hash",) if own in in_memory.features])
+    with pytest.raises(DataError, match=r"^the Dataset in memory, row 0, group .*10000") as error:
+        trainer_of(tiny_model_dir, beyond, tmp_path)
+    assert error.value.file == "the Dataset in memory"
+    assert "the tokenizers of the Dataset in memory and the policy" in caplog.text
+    assert "gvpo-offline-" not in caplog.text
