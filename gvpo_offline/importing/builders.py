@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, Protocol
 
 from gvpo_offline.chat.encoder import Encoder
@@ -31,7 +32,7 @@ from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.tally import Tally, model_max_length
 from gvpo_offline.workers.process import MAIN_GUARD, Handler, WorkerDeathError, WorkerProcess
 
-_RESPONSES_AT_ONCE = 2048
+_RESPONSES_AT_ONCE = 1024
 # A worker for less text than this would take longer to start than to do its work.
 _WORKER_BYTES = 4 << 20
 _AHEAD = 2
@@ -273,6 +274,11 @@ def _prepare(config: ImportConfig) -> Handler:
     """The handler of a worker process: takes a `Building`, then one batch at a time."""
     os.environ[_THREADS] = "false"
     logging.disable(logging.WARNING)  # the importing process has said what there is to say
+    folder = config.tokenizer_name_or_path
+    if "torch" not in sys.modules and folder and (Path(folder) / "tokenizer.json").is_file():
+        # Half of a worker's memory and most of its start would be torch, which transformers loads
+        # where it finds it. A tokenizer of this file needs none; one in a GGUF file does.
+        sys.modules["torch"] = None  # type: ignore[assignment]
     return _Worker(config)
 
 
