@@ -19,8 +19,10 @@ Prints a line per import, and as its last line one JSON object:
     cpu_seconds             user and system time by setting: [importing process, workers]
     first_pass_share        CPU time of reading and checking rows, which no worker shares, over all
                             CPU time of one process
-    speedup_2_workers_cpu   what the CPU times give for two idle cores: all of one process over the
-                            first pass and half of the rest; a busy machine disturbs it less
+    worker_start            CPU seconds in which one worker starts
+    speedup_2_workers_cpu   what the CPU times give for two idle cores, which a busy machine
+                            disturbs less: the first pass beside the start of the workers, then half
+                            of what is left
 
 The peak is an upper bound: the importing process, and for each worker the largest of them.
 """
@@ -28,6 +30,7 @@ The peak is an upper bound: the importing process, and for each worker the large
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -105,14 +108,16 @@ def run_import(folder: Path, log: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def measure(folder: Path, n_rows: int, memory_rows: int, n_words: int) -> dict[str, Any]:
+def measure(
+    folder: Path, n_rows: int, memory_rows: int, n_words: int, pairs: int
+) -> dict[str, Any]:
     """All imports; returns the figures."""
     command = [sys.executable, __file__, "--make-tokenizer", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     log = folder / "log.jsonl"
     write_log(log, n_rows, n_words)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
-    for _ in range(PAIRS):
+    for _ in range(pairs):
         for name, runs in found.items():
             runs.append(run_import(folder, log, name))
     assert len({run["bytes"] for runs in found.values() for run in runs}) == 1, "other bytes"
@@ -124,8 +129,10 @@ def measure(folder: Path, n_rows: int, memory_rows: int, n_words: int) -> dict[s
     def median(name: str, key: str) -> float:
         return statistics.median(run[key] for run in found[name])
 
-    one, first = median("1", "cpu"), median("2", "first_pass")
+    one, first, start = median("1", "cpu"), median("2", "first_pass"), median("2", "start")
     both = median("2", "cpu") + median("2", "cpu_workers")
+    alone = max(first, 2 * start)
+    ideal = alone + (both - first - 2 * start) / 2
     seconds = {name: median(name, "seconds") for name in SETTINGS}
     return {
         "rows_per_second": round(n_rows / seconds["1"]),
@@ -138,7 +145,8 @@ def measure(folder: Path, n_rows: int, memory_rows: int, n_words: int) -> dict[s
             for name in SETTINGS
         },
         "first_pass_share": round(median("1", "first_pass") / one, 3),
-        "speedup_2_workers_cpu": round(one / (first + (both - first) / 2), 2),
+        "worker_start": round(start, 2),
+        "speedup_2_workers_cpu": round(one / ideal, 2),
         "rows": n_rows,
         "tokens": found["1"][0]["tokens"],
         "memory_rows": memory_rows,
@@ -190,6 +198,7 @@ def child(folder: Path, log: Path, workers: int) -> None:
         workers=workers,
         show_progress=False,
     )
+    start = worker_start(config) if workers > 1 else 0.0
     began, cpu = time.perf_counter(), time.process_time()
     result = import_log(config)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -201,12 +210,25 @@ def child(folder: Path, log: Path, workers: int) -> None:
         **{name: result.counts[name] for name in ("rows", "tokens")},
         "seconds": seconds,
         "cpu": cpu,
-        "cpu_workers": others.ru_utime + others.ru_stime,
+        "cpu_workers": others.ru_utime + others.ru_stime - start,
+        "start": start,
         "first_pass": first[0],
         "peak_mb": peak * unit / _MB,
         "bytes": " ".join(files),
     }
     print(json.dumps(found))
+
+
+def worker_start(config: Any) -> float:
+    """CPU seconds of a worker that starts and does nothing."""
+    from gvpo_offline.importing.builders import _prepare
+    from gvpo_offline.workers.process import WorkerProcess
+
+    worker = WorkerProcess(functools.partial(_prepare, config))
+    worker.receive()
+    worker.kill()
+    used = resource.getrusage(_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 _CHILDREN = resource.RUSAGE_CHILDREN
@@ -216,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rows a second and memory of import, by workers.")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of the log that is timed")
     parser.add_argument("--memory-rows", type=int, default=MEMORY_ROWS, help="rows at 1x")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="times that each import is timed")
     parser.add_argument("--words", type=int, default=WORDS, help="words of a response")
     parser.add_argument("--make-tokenizer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -227,7 +250,8 @@ def main() -> None:
         child(Path(folder), Path(log), int(workers))
     else:
         with tempfile.TemporaryDirectory(prefix="gvpo-offline-import-") as name:
-            print(json.dumps(measure(Path(name), given.rows, given.memory_rows, given.words)))
+            sizes = (given.rows, given.memory_rows, given.words, given.pairs)
+            print(json.dumps(measure(Path(name), *sizes)))
 
 
 if __name__ == "__main__":

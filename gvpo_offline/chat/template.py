@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gvpo_offline.chat.compiled import compiled_template, is_text
 from gvpo_offline.errors import DataError
 from gvpo_offline.messages import PLAIN, REASONING, Message
 
@@ -68,6 +69,7 @@ class ChatTemplate:
         special = {str(t.content) for t in added.values() if t.special}
         self.ends = {str(tokenizer.convert_ids_to_tokens(i)) for i in end_ids}
         self._special = alternatives(special | self.ends)
+        self._compiled = compiled_template(tokenizer)
         self._parts = False
         self._parts = self._needs_parts()
 
@@ -95,6 +97,8 @@ class ChatTemplate:
             return False
 
     def _plain(self, messages: Sequence[Message], arguments: Arguments, *, generation: bool) -> str:
+        if self._compiled and not (self._parts or arguments) and all(map(is_text, messages)):
+            return self._compiled(messages, generation)
         if self._parts:
             messages = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} if m["content"] else m

@@ -42,9 +42,7 @@ class SecondPass:
             shard: its number. Shards are taken in order, each one to its end.
             earlier: number of broken rows that the first pass dropped.
         """
-        return ShardGroups(
-            self._of_shard(shard), self._advance, BrokenRows(self._config, earlier)
-        )
+        return ShardGroups(self._of_shard(shard), self._advance, BrokenRows(self._config, earlier))
 
     def _of_shard(self, shard: int) -> Iterator[Built]:
         for number, built in self._batches:

@@ -141,7 +141,6 @@ def test_a_killed_worker_is_one_error_and_the_same_command_continues(
     assert files(out) == files(tmp_path / "whole")
 
 
-
 def test_what_a_worker_raises_at_its_start_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
