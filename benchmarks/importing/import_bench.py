@@ -53,7 +53,10 @@ RESPONSES = 8
 PAIRS = 3
 # Name: number of workers, and whether the tokenizer may start threads.
 SETTINGS = {"1": (1, False), "2": (2, False), "threads": (1, True)}
-_SYLLABLES = "ba co di fu ge ho in ka lo me ny or pa qu re st tion ing er al en the and".split()
+_SYLLABLES = (
+    *("ba", "co", "di", "fu", "ge", "ho", "in", "ka", "lo", "me", "ny", "or"),
+    *("pa", "qu", "re", "st", "tion", "ing", "er", "al", "en", "the", "and"),
+)
 _SENTENCE = 15
 _MB = 2**20
 
