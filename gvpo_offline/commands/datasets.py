@@ -1,4 +1,4 @@
-"""Commands on datasets that exist: `merge`, `compact`, `validate`, `ls`."""
+"""Commands on datasets that exist: `merge`, `compact`, `validate`, `ls`, `show`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
-from gvpo_offline.commands.settings import ListConfig, ValidateConfig
+from gvpo_offline.commands.console import say
+from gvpo_offline.commands.settings import ListConfig, ShowConfig, ValidateConfig
 from gvpo_offline.merging.settings import CompactConfig, MergeConfig
 from gvpo_offline.store.location import RemoteSettings
 
@@ -14,13 +15,13 @@ from gvpo_offline.store.location import RemoteSettings
 def _run_merge(values: dict[str, Any]) -> None:
     from gvpo_offline.merging.stages import merge
 
-    print("\n".join(merge(filled(MergeConfig, values)).lines()))
+    say(*merge(filled(MergeConfig, values)).lines())
 
 
 def _run_compact(values: dict[str, Any]) -> None:
     from gvpo_offline.merging.stages import compact
 
-    print("\n".join(compact(filled(CompactConfig, values)).lines()))
+    say(*compact(filled(CompactConfig, values)).lines())
 
 
 def _run_validate(values: dict[str, Any]) -> None:
@@ -30,7 +31,7 @@ def _run_validate(values: dict[str, Any]) -> None:
     config = filled(ValidateConfig, values)
     found = run_validate(config)
     counts = found.survey
-    print(
+    say(
         f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "
         f"{counts.n_responses:,} responses, {counts.n_tokens:,} tokens, "
         f"{counts.equal_reward_groups:,} groups of equal rewards, "
@@ -39,9 +40,9 @@ def _run_validate(values: dict[str, Any]) -> None:
     if found.manifest is not None:
         rewards = ", ".join(f"{r.name}@{r.version}" for r in found.manifest.rewards) or "none"
         references = ", ".join(r.fingerprint[:12] for r in found.manifest.references) or "none"
-        print(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
+        say(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
         if found.manifest.n_incomplete:
-            print(f"{found.manifest.n_incomplete:,} incomplete groups: prompts with one response")
+            say(f"{found.manifest.n_incomplete:,} incomplete groups: prompts with one response")
 
 
 def _run_ls(values: dict[str, Any]) -> None:
@@ -55,11 +56,19 @@ def _run_ls(values: dict[str, Any]) -> None:
     ]
     if config.json:
         for info in infos:
-            print(json.dumps(info.as_dict()))
+            say(json.dumps(info.as_dict()))
     elif len(infos) > 1 and not config.content:
-        print("\n".join(overview_lines(infos)))
+        say(*overview_lines(infos))
     else:
-        print("\n\n".join("\n".join(info_lines(info)) for info in infos))
+        for number, info in enumerate(infos):
+            say(*([""] if number else []), *info_lines(info))
+
+
+def _run_show(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.show.run import show
+
+    values["remote"] = RemoteSettings(**values["remote"])
+    show(filled(ShowConfig, values))
 
 
 COMMANDS: dict[str, Command] = {
@@ -86,6 +95,13 @@ COMMANDS: dict[str, Command] = {
         _run_ls,
         (ListConfig,),
         "Example: gvpo-offline ls --dataset data; or, shorter, gvpo-offline ls data",
+        positional="dataset",
+    ),
+    "show": Command(
+        "Print groups as the model reads them: texts of the ids, masks, rewards, log-probs.",
+        _run_show,
+        (ShowConfig,),
+        "Example: gvpo-offline show --dataset data --rows 3; or, shorter, gvpo-offline show data",
         positional="dataset",
     ),
 }

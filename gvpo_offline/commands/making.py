@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
+from gvpo_offline.commands.console import say
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.reference.settings import ReferenceConfig
@@ -15,21 +16,24 @@ from gvpo_offline.workers.settings import WorkerSettings
 
 
 def _run_import(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.show.made import made_lines
     from gvpo_offline.importing.importer import import_log
 
     values["columns"] = Columns(**values["columns"])
-    print("\n".join(import_log(filled(ImportConfig, values)).lines()))
-    print(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
+    say(*import_log(filled(ImportConfig, values)).lines())
+    say(*made_lines(values["output_dir"]))
+    say(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
 
 
 def _run_sample(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.show.made import made_lines
     from gvpo_offline.sampling.run import run_sample
 
     engine = filled(WorkerSettings, values)
     result = run_sample(filled(SampleConfig, values), engine)
-    print("\n".join(result.lines()))
+    say(*result.lines())
     if result.manifest is None and engine.shard and not result.asked:
-        print("this shard is done; the shard that finishes last writes the dataset")
+        say("this shard is done; the shard that finishes last writes the dataset")
         return
     if result.manifest is None:
         asked = result.n_gaps + sum(result.responses.values())
@@ -39,7 +43,8 @@ def _run_sample(values: dict[str, Any]) -> None:
             remedy="run the same command again, which requests only the missing ones, or leave "
             "them out (gaps: drop)",
         )
-    print(f"next: gvpo-offline reward --dataset {values['output_dir']} …")
+    say(*made_lines(values["output_dir"]))
+    say(f"next: gvpo-offline reward --dataset {values['output_dir']} …")
 
 
 def _run_reward(values: dict[str, Any]) -> None:
@@ -49,8 +54,8 @@ def _run_reward(values: dict[str, Any]) -> None:
     result = run_reward(config, filled(WorkerSettings, values))
     if result is None:
         return
-    print("\n".join(result.lines()))
-    print(f"next: gvpo-offline train --dataset {config.dataset} --reward {config.name} …")
+    say(*result.lines())
+    say(f"next: gvpo-offline train --dataset {config.dataset} --reward {config.name} …")
 
 
 def _run_reference(values: dict[str, Any]) -> None:
@@ -62,8 +67,8 @@ def _run_reference(values: dict[str, Any]) -> None:
     if manifest is None:
         return
     held = ", ".join(f"{f.fingerprint[:12]} ({f.described})" for f in manifest.references)
-    print(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
-    print(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
+    say(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
+    say(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
 
 
 COMMANDS: dict[str, Command] = {

@@ -1,4 +1,4 @@
-"""Settings of `evaluate`, `validate` and `ls`."""
+"""Settings of `evaluate`, `validate`, `ls` and `show`."""
 
 from __future__ import annotations
 
@@ -90,4 +90,50 @@ class ListConfig:
         if self.dataset_version is not None and len(self.dataset) > 1:
             raise ConfigError(
                 "dataset_version needs a single dataset", received=", ".join(self.dataset)
+            )
+
+
+@dataclass
+class ShowConfig:
+    """Print groups of a dataset as the model reads them."""
+
+    dataset: str
+    """The dataset's folder or URL, or a Parquet file with one group per row. It can also be given
+    without the flag: `gvpo-offline show data`."""
+    group: str | None = None
+    """Only the group with this id, or with the only id that begins so."""
+    rows: int = 3
+    """Number of groups to show: the first ones, or the first ones for which `where` is true."""
+    where: str | None = None
+    """Only groups for which this SQL condition is true, as in `train` (docs/howto/selecting.md)."""
+    reward: dict[str, float] | str | None = None
+    """The reward to show, as `name` or `name@version`; or the weighted sum of several,
+    {name: weight}. Default: every reward, each in its newest version."""
+    reference: str | None = None
+    """The reference to show, by the first digits of its fingerprint. Default: every reference."""
+    prompt_tokens: bool = False
+    """Also print the prompt token by token, with ids."""
+    full: bool = False
+    """Print long prompts and responses whole, and every token of the lists of tokens."""
+    tokenizer_name_or_path: str | None = None
+    """The tokenizer that decodes the ids: a folder or a hub name. Its fingerprint must be the
+    dataset's. Default: the one that made the dataset; where it cannot be had, ids are printed."""
+    chat_template: str | None = None
+    """Path of the Jinja template that the dataset was imported with instead of the tokenizer's.
+    Default: the path that the dataset records."""
+    dataset_version: int | None = None
+    """An older version of the dataset: the number of its manifest. Default: the newest."""
+    remote: RemoteSettings = field(default_factory=RemoteSettings)
+    """How a dataset at a URL is read."""
+    json: bool = False
+    """Print one line per group, with a JSON object of everything that is known of it."""
+
+    def __post_init__(self) -> None:
+        required("dataset", self.dataset)
+        positive("rows", self.rows)
+        if self.group is not None and self.where is not None:
+            raise ConfigError(
+                "either `group` or `where` says which groups to show",
+                received="both",
+                remedy="leave one of them out",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
+from gvpo_offline.commands.console import say
 from gvpo_offline.hub.settings import PullConfig, PushConfig
 
 
@@ -19,8 +20,8 @@ def _run_push(values: dict[str, Any]) -> None:
         if done.commits
         else "the repository has it already"
     )
-    print(f"{done.url}: version {done.version}: {said}")
-    print(f"next: gvpo-offline pull --repo_id {config.repo_id} --output_dir …")
+    say(f"{done.url}: version {done.version}: {said}")
+    say(f"next: gvpo-offline pull --repo_id {config.repo_id} --output_dir …")
 
 
 def _run_pull(values: dict[str, Any]) -> None:
@@ -29,11 +30,11 @@ def _run_pull(values: dict[str, Any]) -> None:
 
     config = filled(PullConfig, values)
     done = pull(config)
-    print(
+    say(
         f"{config.output_dir}: version {done.manifest.version}, {done.manifest.n_groups:,} groups; "
         f"{done.files:,} files, {size_text(done.bytes)} downloaded, every SHA-256 verified"
     )
-    print(f"next: gvpo-offline ls {config.output_dir}")
+    say(f"next: gvpo-offline ls {config.output_dir}")
 
 
 COMMANDS: dict[str, Command] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
+from gvpo_offline.commands.console import say
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.store.location import RemoteSettings
@@ -37,9 +38,9 @@ def _run_tune(values: dict[str, Any]) -> None:
         args=filled(GVPOConfig, values),
     )
     if found is not None:
-        print(found.table())
-        print(f"next: gvpo-offline train --config … --config {found.file}")
-        print(json.dumps(found.summary()))
+        say(*found.table().split("\n"))
+        say(f"next: gvpo-offline train --config … --config {found.file}")
+        say(json.dumps(found.summary()))
 
 
 def _run_train(values: dict[str, Any]) -> None:
@@ -54,9 +55,9 @@ def _run_train(values: dict[str, Any]) -> None:
         args=filled(GVPOConfig, values),
     )
     if trainer.is_world_process_zero():
-        print(f"the trained policy: {trainer.args.output_dir}")
+        say(f"the trained policy: {trainer.args.output_dir}")
         # Settings that are left out are read from the run's folder.
-        print(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
+        say(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:
@@ -64,11 +65,11 @@ def _run_evaluate(values: dict[str, Any]) -> None:
 
     config = filled(EvaluateConfig, _datasets(values))
     report = run_evaluate(config)
-    print(report.table())
+    say(*report.table().split("\n"))
     text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
-    print(json.dumps(report.metrics))
+    say(json.dumps(report.metrics))
 
 
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from gvpo_offline.info.dataset import QUANTILES, DatasetInfo
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, RewardFamily
 from gvpo_offline.store.prompts import PromptCounts
+from gvpo_offline.visible import visible
 
 _MARGIN = 15
 _SHOWN_INPUTS = 3
@@ -219,7 +220,7 @@ def _prompt_lines(counts: PromptCounts) -> list[str]:
 
 def _table(rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
     """Rows with their cells in columns; the columns `right` are aligned to the right."""
-    cells = [list(row) for row in rows]
+    cells = [[visible(cell, keep="") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligned = set(right)
     return [

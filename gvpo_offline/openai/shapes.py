@@ -18,7 +18,7 @@ from gvpo_offline import conversations
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import Ending, ending
 from gvpo_offline.group import Int32Array
-from gvpo_offline.messages import content_text, is_message
+from gvpo_offline.messages import CONTINUE, content_text, is_message
 from gvpo_offline.openai.answer import (
     BESIDE_TEXT,
     AnswerChoice,
@@ -39,8 +39,6 @@ __all__ = [
     "was_cut",
 ]
 
-# The name that vLLM gives this argument, and that the chat template's arguments have here.
-CONTINUE = "continue_final_message"
 _WITH_IDS = "sample again and have the server return token ids (vLLM: return_token_ids)"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Int32Array
+from gvpo_offline.messages import CONTINUE, with_text_arguments
 from gvpo_offline.openai.answer import AnswerChoice, BadAnswerError, choice_of, choices_of
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.prompts import Prompt
@@ -49,7 +50,7 @@ def request_body(settings: RequestSettings, requests: Sequence[SampleRequest]) -
     chat = endpoint(settings, prompt) == _CHAT
     body: dict[str, Any] = {"model": settings.model}
     if chat:
-        body["messages"] = json.loads(prompt.messages or "")
+        body |= _chat(prompt)
     elif settings.return_token_ids or prompt.messages is not None:
         # Token ids, since a server would add a second beginning token to rendered text.
         body["prompt"] = prompt.token_ids.tolist()
@@ -71,6 +72,21 @@ def request_body(settings: RequestSettings, requests: Sequence[SampleRequest]) -
     extras = {name: getattr(settings, name) for name in _EXTRAS}
     body |= {name: value for name, value in extras.items() if value != _EXTRAS[name]}
     return body | settings.extra_body
+
+
+def _chat(prompt: Prompt) -> dict[str, Any]:
+    """The fields of a chat completion's request that make its prompt."""
+    messages = json.loads(prompt.messages or "")
+    body: dict[str, Any] = {"messages": with_text_arguments(messages)}
+    arguments = json.loads(prompt.template_arguments) if prompt.template_arguments else {}
+    continued = arguments.pop(CONTINUE, messages[-1]["role"] == "assistant")
+    if continued:  # else servers close the last message and open another one
+        body |= {CONTINUE: True, "add_generation_prompt": False}
+    if tools := arguments.pop("tools", None):
+        body["tools"] = tools
+    if arguments:
+        body["chat_template_kwargs"] = arguments
+    return body
 
 
 def read_answer(

@@ -100,6 +100,7 @@ def _fragment(record: Record, source: InputInfo) -> Fragment:
         truncated=[sample.finish_reason == "length"],
         metadata=prompt.metadata,
         source=prompt.source,
+        template_arguments=prompt.template_arguments,
     )
     fragment.set_stop_strings([sample.stop_string])
     return fragment

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.conversations import prompt as prompt_of
+from gvpo_offline.conversations import template_arguments
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json
@@ -53,6 +54,7 @@ _SCHEMA = pa.schema(
         ("messages", pa.string()),
         ("metadata", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
+        ("template_arguments", pa.string()),
     ]
 )
 
@@ -70,6 +72,7 @@ class Prompt:
         messages: its chat messages as JSON, or None.
         metadata: the input's other columns as a JSON object, or None.
         token_ids: (P,) int32 of the dataset's tokenizer, template included.
+        template_arguments: further arguments of the chat template as a JSON object, or None.
     """
 
     index: int
@@ -80,6 +83,7 @@ class Prompt:
     messages: str | None
     metadata: str | None
     token_ids: Int32Array
+    template_arguments: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,10 @@ class PromptFile:
         """
         path = self.root / self.entry.path
         with open_parquet(path, self.entry.footer_sha256) as file:
-            table = read_row_group(file, path, chunk, _SCHEMA.names).combine_chunks()
-        columns = [to_rows(table.column(name).chunk(0)) for name in _SCHEMA.names]
+            # Earlier versions wrote no template arguments.
+            names = [name for name in _SCHEMA.names if name in file.schema_arrow.names]
+            table = read_row_group(file, path, chunk, names).combine_chunks()
+        columns = [to_rows(table.column(name).chunk(0)) for name in names]
         return [Prompt(*row) for row in zip(*columns, strict=True)]
 
 
@@ -199,10 +205,11 @@ def _bar(what: str, sources: Sequence[Source], config: SampleConfig) -> tqdm[Any
 def _table(prompts: Sequence[Prompt]) -> pa.Table:
     values = {
         name: pa.array([getattr(p, name) for p in prompts], _SCHEMA.field(name).type)
-        for name in _SCHEMA.names[:-1]
+        for name in _SCHEMA.names
+        if name != "token_ids"
     }
     values["token_ids"] = list_array([p.token_ids for p in prompts], pa.int32())
-    return pa.Table.from_pydict(values, schema=_SCHEMA)
+    return pa.Table.from_pydict({n: values[n] for n in _SCHEMA.names}, schema=_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +221,7 @@ class _Row:
     key: str
     prompt: str | None
     messages: str | None
+    arguments: str | None
     metadata: str | None
     waiting: WaitingPrompt | None = None
 
@@ -277,13 +285,22 @@ class _Reader:
             raise DataError("a prompt is not empty", received=repr(text), remedy="remove the row")
         text, messages = self._chat.prompt(text, messages, source.label, number)
         rest = {column: value for column, value in record.items() if column != name}
+        arguments = template_arguments(record)
+        if arguments and messages is None:
+            raise DataError(
+                "tools and chat_template_kwargs belong to a prompt of chat messages",
+                received=f"{arguments} beside the text {text!r}",
+                remedy="set as_chat: true, or remove the columns",
+            )
         bare = Fragment(text, messages, None, [], None, None, [], [])
+        bare.template_arguments = arguments
         return _Row(
             source=source,
             number=number,
             key=prompt_key(bare),
             prompt=text,
             messages=messages,
+            arguments=arguments,
             metadata=json.dumps(rest, default=plain, allow_nan=True) if rest else None,
             waiting=record if isinstance(record, WaitingPrompt) else None,
         )
@@ -319,7 +336,7 @@ class _Reader:
         rendered = []
         for row in chats:
             try:
-                rendered.append(self._encoder.render(row.messages or ""))
+                rendered.append(self._encoder.render(row.messages or "", row.arguments))
             except DataError as error:
                 raise with_location(
                     error, file=row.source.label, row=row.number
@@ -336,7 +353,9 @@ class _Reader:
                 row.waiting.check(ids)
             except DataError as error:
                 raise with_location(error, file=row.source.label, row=number) from None
-        return Prompt(0, row.key, file, number, row.prompt, row.messages, row.metadata, ids)
+        return Prompt(
+            *(0, row.key, file, number, row.prompt, row.messages, row.metadata, ids, row.arguments)
+        )
 
     def _fits(self, row: _Row, ids: Int32Array) -> bool:
         if not len(ids):

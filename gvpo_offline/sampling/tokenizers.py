@@ -73,7 +73,9 @@ class SamplerTokenizer:
                 remedy="set chat_template in the sampler's settings",
             )
         return [
-            self._encoder.rendered([self._encoder.render(prompt.messages)])[0]
+            self._encoder.rendered(
+                [self._encoder.render(prompt.messages, prompt.template_arguments)]
+            )[0]
             if prompt.messages
             else self._encoder.prompts([prompt.prompt or ""])[0]
             for prompt in prompts

@@ -24,7 +24,10 @@ from gvpo_offline.store.incomplete import incomplete_dataset
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import load_manifest, manifest_versions
 
-_COLUMNS = ("prompt", "messages", "metadata", "prompt_token_ids", "response_token_ids")
+_COLUMNS = (
+    *("prompt", "messages", "template_arguments", "metadata"),
+    *("prompt_token_ids", "response_token_ids"),
+)
 
 
 class WaitingPrompts(Source):
@@ -66,6 +69,10 @@ class WaitingPrompts(Source):
                 group=group.group_id,
             )
         beside = json.loads(group.metadata) if group.metadata else {}
+        if group.template_arguments:
+            arguments = json.loads(group.template_arguments)
+            beside["tools"] = arguments.pop("tools", None)
+            beside["chat_template_kwargs"] = arguments
         return {**beside, self._column: prompt}
 
 

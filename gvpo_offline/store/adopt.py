@@ -31,12 +31,16 @@ from gvpo_offline.store.sidecar_choice import RewardChoice, WeightedReward
 _INLINE = ("rewards", "ref_seq_logprobs")
 
 
-def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> GroupDataset:
+def adopt_parquet(
+    paths: Sequence[str | Path], *, need: Sequence[str] = (), checked: bool = True
+) -> GroupDataset:
     """Open Parquet files with the columns of a groups file as one dataset, without copying them.
 
     Args:
         paths: files with at least the required columns of `schemas/groups.schema.json`.
         need: further required columns: `rewards`, `ref_seq_logprobs`.
+        checked: hash the files and check every group. False, for a look at a few groups of one
+            file: neither is done, and the file is not read as a whole.
 
     Raises:
         DataError: a column is missing, or a group breaks a rule; names file, row and group.
@@ -48,7 +52,7 @@ def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> G
     required = [column.name for column in GROUPS_COLUMNS if column.required] + list(need)
     bases, names = [], set(_INLINE)
     for path in files:
-        present, base = _base_file(path)
+        present, base = _base_file(path, hashed=checked)
         missing = [name for name in required if name not in present]
         if missing:
             raise DataError(
@@ -62,17 +66,18 @@ def adopt_parquet(paths: Sequence[str | Path], *, need: Sequence[str] = ()) -> G
         names &= present
         bases.append(base)
     dataset = _in_memory(files, bases, names)
-    check_groups(dataset, [*TRAINING_COLUMNS, "response_ids", *_INLINE])
+    if checked:
+        check_groups(dataset, [*TRAINING_COLUMNS, "response_ids", *_INLINE])
     return dataset
 
 
-def _base_file(path: Path) -> tuple[set[str], BaseFile]:
+def _base_file(path: Path, *, hashed: bool) -> tuple[set[str], BaseFile]:
     """The column names of a file, and its manifest entry."""
     with open_parquet(path) as file:
         metadata = file.metadata
         entry = BaseFile(
             path=str(path),
-            sha256=sha256_file(path),
+            sha256=sha256_file(path) if hashed else "",
             bytes=path.stat().st_size,
             row_groups=tuple(
                 metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)

@@ -40,6 +40,7 @@ COMMANDS = (
     "compact",
     "validate",
     "ls",
+    "show",
     "push",
     "pull",
     "tune",

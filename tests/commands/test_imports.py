@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "hashing", "identity"),
+    ("version", "visible", "errors", "hashing", "identity"),
     ("group", "settings", "messages"),
     ("cells", "paths"),
     ("rules", "values", "conversations", "finish_reasons", "json_text"),
@@ -40,8 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "openai", "workers")
 # Modules that must not import torch, because they run without it or must start fast.
 WITHOUT_TORCH = (
-    *("version", "errors", "hashing", "group", "rules", "values", "contract", "finish_reasons"),
-    *("cells", "paths"),
+    *("version", "visible", "errors", "hashing", "group", "rules", "values", "contract"),
+    *("cells", "paths", "finish_reasons", "json_text", "messages", "conversations"),
     *("identity", "settings", "compute.settings", "reference.settings", "tune.settings"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("store.arrow", "store.schema", "train.settings"),

@@ -1,0 +1,35 @@
+"""Printing of what commands report: texts of a log never control the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from gvpo_offline.visible import visible
+
+
+def say(*lines: str) -> None:
+    """Print lines, each on one line of its own; control characters are printed as escapes."""
+    for line in lines:
+        emit(visible(line, keep="\t"))
+
+
+def emit(line: str) -> None:
+    """Print a line whose texts are visible already, with the styles that it holds."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def has_styles() -> bool:
+    """Whether standard output is a terminal that shows styles (https://no-color.org)."""
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return not plain and sys.stdout.isatty()
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log records whose control characters are printed as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return visible(super().format(record))

@@ -1,0 +1,1 @@
+"""`gvpo-offline show`: groups of a dataset as the model reads them."""
