@@ -130,7 +130,7 @@ def measure(
         peaks.append(run_import(folder, log, "2")["peak_mb"])
 
     def median(name: str, key: str) -> float:
-        return statistics.median(run[key] for run in found[name])
+        return float(statistics.median(run[key] for run in found[name]))
 
     one, first, start = median("1", "cpu"), median("2", "first_pass"), median("2", "start")
     both = median("2", "cpu") + median("2", "cpu_workers")
@@ -190,7 +190,7 @@ def child(folder: Path, log: Path, workers: int) -> None:
         read(self, *arguments)
         first.append(time.process_time() - began)
 
-    FirstPass.read = timed  # type: ignore[method-assign]
+    FirstPass.read = timed  # type: ignore[method-assign, assignment]
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     config = ImportConfig(

@@ -229,7 +229,9 @@ class WorkerBuilders:
 
     def _wait(self, timeout_s: float | None = None) -> None:
         """Take the replies that are there; without a timeout, wait for one."""
-        connections = {self._workers[worker].connection: worker for worker in self._running}
+        connections: dict[Any, int] = {
+            self._workers[worker].connection: worker for worker in self._running
+        }
         for connection in wait(list(connections), timeout_s):
             worker = connections[connection]
             number = self._running.pop(worker)
