@@ -21,7 +21,7 @@ help:
 	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
-	@echo "make bench-import  rows a second and memory of import, by workers (8 minutes)"
+	@echo "make bench-import  rows a second and memory of import, by workers (10 minutes)"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"

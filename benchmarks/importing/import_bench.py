@@ -46,7 +46,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS = 24_000
+ROWS = 48_000
 MEMORY_ROWS = 12_000
 WORDS = 300  # about 600 tokens
 RESPONSES = 8
