@@ -24,9 +24,9 @@ from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.broken_rows import summary, summary_lines, too_many, write_report
 from gvpo_offline.importing.builders import Building, open_builders
-from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.importing.draft import InputNames
 from gvpo_offline.importing.encode import load_encoder
 from gvpo_offline.importing.first_pass import FirstPass
