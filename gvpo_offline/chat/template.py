@@ -17,6 +17,7 @@ from gvpo_offline.chat.checks import (
     not_rendered,
     unknown_field,
 )
+from gvpo_offline.chat.compiled import compiled_template, is_text
 from gvpo_offline.chat.tool_arguments import argument_records, prints_records
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
@@ -85,6 +86,7 @@ class ChatTemplate:
         self._added = alternatives({str(t.content) for t in added.values()})
         self._usual_frames: dict[str, Frame | None] = {}
         self._whole = WholeRenderings(self.render)
+        self._compiled = compiled_template(tokenizer)
         self._parts = False
         self._parts = self._needs_parts()
 
@@ -112,6 +114,8 @@ class ChatTemplate:
             return False
 
     def _plain(self, messages: Sequence[Message], arguments: Arguments, *, generation: bool) -> str:
+        if self._compiled and not (self._parts or arguments) and all(map(is_text, messages)):
+            return self._compiled(messages, generation)
         if self._parts:
             messages = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} if m["content"] else m

@@ -207,6 +207,10 @@ class ImportConfig:
     """Make a prompt that is text the user's message of a chat."""
     system_prompt: str | None = None
     """System message before each chat prompt that has none."""
+    workers: int = 1
+    """Number of processes that tokenise. With 1, this process does it, in as many threads as the
+    tokenizer starts; with more, each worker has one thread, and a small log uses fewer workers. The
+    dataset is the same, byte for byte, with any number."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -222,6 +226,7 @@ class ImportConfig:
         local_folder("output_dir", self.output_dir)
         positive("shard_bytes", self.shard_bytes)
         positive("rows_per_row_group", self.rows_per_row_group)
+        positive("workers", self.workers)
         if self.max_length is not None:
             positive("max_length", self.max_length)
         if self.max_errors < 0:
