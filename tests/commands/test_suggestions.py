@@ -58,6 +58,7 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--compute_metrics", "m"], "evaluate and predict compute the metrics"),
         # A setting of another command.
         (["import", "--beta", "1"], "It is a setting of gvpo-offline tune, train, evaluate."),
+        (["import", "--columns.messages", "x"], "Here it is --columns.prompt."),
         # The last part of the key is a setting of the command.
         (["reward", "--reward.name", "correct"], "received --reward.name. Did you mean --name?"),
         # Nothing is similar.
