@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
@@ -13,6 +14,8 @@ from gvpo_offline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _SHOWN = 4
+# Modules of transformers that log a table of the weights that were not found.
+_REPORTERS = ("modeling_utils", "utils.loading_report")
 # Parts of the messages of RuntimeErrors that are about the files, and not about the device.
 _OF_FILES = ("state_dict", "conversion of the weights", "PytorchStreamReader")
 # Names that wrappers of modules add to the names of weights: DataParallel and DDP, torch.compile,
@@ -45,9 +48,10 @@ def load_pretrained(kind: Any, files: ModelFiles, *, what: str, **options: Any) 
     """
     options |= _gguf_options(files, options)
     try:
-        model, found = kind.from_pretrained(
-            files.name, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with _without_report():
+            model, found = kind.from_pretrained(
+                files.name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(part in str(error) for part in _OF_FILES):
             raise
@@ -60,6 +64,23 @@ def load_pretrained(kind: Any, files: ModelFiles, *, what: str, **options: Any) 
     if files.gguf_file is not None:
         model.name_or_path = str(files)  # PEFT notes it as the base of an adapter
     return model
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Drop transformers' table of weights: `check_complete` says the same, as an error if it is."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    owners = [logging.getLogger(f"transformers.{name}") for name in _REPORTERS]
+    for owner in owners:
+        owner.addFilter(keep)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner.removeFilter(keep)
 
 
 def first_line(error: Exception) -> str:

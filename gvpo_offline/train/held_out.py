@@ -61,10 +61,10 @@ def overlap_warnings(training: Sequence[DatasetView], held_out: Iterable[Dataset
         if n_both:
             share = counts.prompts / len(parts[0][1])  # more than 1 if the prompts are a sample
             warnings.append(
-                f"{view.name or labelled(view.dataset.root)}: {counts.about}{round(share * n_both):,} of "
-                f"{counts.about}{counts.prompts:,} prompts for evaluation are trained on as well, "
-                "so its metrics are not of unseen prompts: leave them out of the training data, or "
-                "hold out prompts with eval_fraction"
+                f"{view.name or labelled(view.dataset.root)}: "
+                f"{counts.about}{round(share * n_both):,} of {counts.about}{counts.prompts:,} "
+                "prompts for evaluation are trained on as well, so its metrics are not of "
+                "unseen prompts: leave them out of the training data, or hold out prompts with eval_fraction"
             )
     return warnings
 

@@ -8,6 +8,7 @@ import pytest
 
 from gvpo_offline import cli
 from gvpo_offline.commands.table import COMMANDS
+from gvpo_offline.importing.settings import Columns
 from gvpo_offline.train.foreign import CONFIG_NAMES, EQUIVALENTS, SAMPLER_NAMES, VERL_PATHS
 
 
@@ -175,5 +176,6 @@ def test_every_answer_refers_to_settings_that_exist() -> None:
 
     kinds = [kind for command in COMMANDS.values() for kind in command.settings]
     known = {name for kind in (*kinds, GVPOConfig) for name in kind.__dataclass_fields__}
+    known |= {f"columns.{name}" for name in Columns.__dataclass_fields__}
     assert {target for targets in EQUIVALENTS.values() for target in targets} <= known
     assert set(VERL_PATHS.values()) <= {*EQUIVALENTS, *CONFIG_NAMES, *SAMPLER_NAMES}

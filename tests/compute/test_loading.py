@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.training import load, score, unscored_dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BloomConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BloomConfig,
+    Qwen3ForCausalLM,
+)
 
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.files import model_files
@@ -60,6 +66,25 @@ def test_a_layer_that_the_files_lack_is_named(tiny_model_dir: Path, tmp_path: Pa
     assert "hold every weight of Qwen3ForCausalLM" in message
     assert f"no {LAYER}input_layernorm.weight, " in message
     assert "and 7 more" in message
+
+
+def test_the_error_stands_alone_without_transformers_table(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """transformers logs a line for each missing weight; the filter that drops them is removed."""
+    folder = changed(tiny_model_dir, tmp_path / "m", lambda held: without(held, LAYER))
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    owner = logging.getLogger("transformers")
+    owner.addHandler(handler)
+    try:
+        refusal(folder)
+        assert [each.getMessage() for each in records] == []
+        Qwen3ForCausalLM.from_pretrained(folder)
+    finally:
+        owner.removeHandler(handler)
+    assert [f"{LAYER}mlp.up_proj.weight" in each.getMessage() for each in records] == [True]
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
