@@ -64,7 +64,8 @@ def overlap_warnings(training: Sequence[DatasetView], held_out: Iterable[Dataset
                 f"{view.name or labelled(view.dataset.root)}: "
                 f"{counts.about}{round(share * n_both):,} of {counts.about}{counts.prompts:,} "
                 "prompts for evaluation are trained on as well, so its metrics are not of "
-                "unseen prompts: leave them out of the training data, or hold out prompts with eval_fraction"
+                "unseen prompts: leave them out of the training data, or hold out prompts with "
+                "eval_fraction"
             )
     return warnings
 
