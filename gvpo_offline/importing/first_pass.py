@@ -129,7 +129,7 @@ class FirstPass:
         default = self._config.sampler or source.name
 
         def refused(error: DataError, record: Mapping[str, Any] | None) -> None:
-            group, samplers = row_names(record, self._config, default)
+            group, samplers = row_names(record, self._config, default, self._chat)
             self._refuse(error, group, samplers)
 
         source.on_refused = refused
