@@ -17,7 +17,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.command import Command
-from gvpo_offline.commands.console import VisibleFormatter
+from gvpo_offline.commands.console import LogHandler, VisibleFormatter
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f": did you mean {similar[0]}?" if similar else ""
         print(f"{_overview()}\n\nerror: no command {name!r}{hint}", file=sys.stderr)
         return 2
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(VisibleFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)

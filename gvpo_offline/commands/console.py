@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 from gvpo_offline.visible import visible
 
@@ -25,6 +26,22 @@ def has_styles() -> bool:
     """Whether standard output is a terminal that shows styles (https://no-color.org)."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return not plain and sys.stdout.isatty()
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes log records to standard error, each on lines of its own beside progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None:  # no bar can be shown
+            super().emit(record)
+            return
+        try:
+            tqdm.tqdm.write(self.format(record), file=self.stream, end=self.terminator)
+            self.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class VisibleFormatter(logging.Formatter):

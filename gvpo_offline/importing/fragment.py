@@ -284,7 +284,11 @@ def _check_response(
 ) -> None:
     ids, mask = fragment.ids_of(index), fragment.mask_of(index)
     if ids is None and text is None:
-        raise DataError("a response is text or token ids", received=f"neither for response {index}")
+        raise DataError(
+            "a response is text or token ids",
+            received=f"neither for response {index}",
+            remedy="write the response into the log, or remove it",
+        )
     more = fragment.response_messages is not None and fragment.response_messages[index]
     if not allow_empty and not more and not (text if ids is None else len(ids)):
         raise DataError(

@@ -56,6 +56,7 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--ref_model", "m"], "`gvpo-offline reference` computes them once"),
         (["train", "--compute_metrics", "m"], "evaluate and predict compute the metrics"),
         # A setting of another command.
+        (["import", "--inputs", "a.jsonl", "b.jsonl"], "a list is one value, '[a, b]', and"),
         (["import", "--beta", "1"], "It is a setting of gvpo-offline tune, train, evaluate."),
         # Nothing is similar.
         (["reward", "--xyzzy", "1"], "received --xyzzy. See gvpo-offline reward --help."),

@@ -74,7 +74,7 @@ class JsonDocuments(Source):
         return DataError(
             "a JSON file holds objects, in a list or one after the other, in UTF-8",
             received=received,
-            remedy="correct the file"
+            remedy="correct the file, or rows_at"
             if self._rows_at
             else "correct the file; if its rows are below a field, set rows_at to that field",
             file=self.label,
@@ -122,9 +122,17 @@ def _is_json(line: str) -> bool:
 
 
 def list_fields(record: Any) -> list[str]:
-    """The fields of an object that hold lists of objects, which may be the rows of the file."""
-    return [
-        name
-        for name, value in record.items()
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
-    ]
+    """Paths of the fields that hold lists of objects, which may be the rows of the file.
+
+    Fields of an object, or of an object in it, are looked at.
+    """
+    found = []
+    for name, value in record.items():
+        inner = value if isinstance(value, dict) else {}
+        found += [name] * _is_table(value)
+        found += [f"{name}.{field}" for field, rows in inner.items() if _is_table(rows)]
+    return found
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
