@@ -86,7 +86,9 @@ def template_arguments(record: Mapping[str, Any], **further: Any) -> str | None:
     found |= {name: value for name, value in further.items() if value is not None}
     if not found:
         return None
-    return valid_text(json.dumps(found, ensure_ascii=False, sort_keys=True, default=plain))
+    # The keys within a tool keep their order: templates print them in it.
+    ordered = dict(sorted(found.items()))
+    return valid_text(json.dumps(ordered, ensure_ascii=False, default=plain))
 
 
 def _decoded(tool: Any) -> Any:

@@ -25,6 +25,8 @@ _TOOL_CALLS = "tool_calls"
 # What servers and SDKs add to a message; no template renders it.
 _ENVELOPE = (
     *("id", "status", "type", "annotations", "created_at", "reasoning_details", "index"),
+    *("uuid", "timestamp", "created", "model", "usage", "cache_control"),
+    "provider_specific_fields",
     "_open",
 )
 # Why these three fields are read: a message with more than them is not a plain text.
@@ -109,7 +111,7 @@ def normalised(message: Mapping[str, Any]) -> Message:
     if "function_call" in rest:  # the form of OpenAI before tool calls
         rest[_TOOL_CALLS] = [{"type": "function", "function": rest.pop("function_call")}]
     if _TOOL_CALLS in rest:
-        rest[_TOOL_CALLS] = [_tool_call(call) for call in rest[_TOOL_CALLS]]
+        rest[_TOOL_CALLS] = [_tool_call(_parsed(call)) for call in _list(rest[_TOOL_CALLS])]
     reasoning = [rest.pop(name) for name in _REASONING_NAMES if name in rest]
     if reasoning:
         rest.setdefault(REASONING, reasoning[0])
@@ -129,6 +131,19 @@ def _is_empty(value: Any) -> bool:
     return isinstance(value, str | list | dict) and not value
 
 
+def _parsed(value: Any) -> Any:
+    """A value that data sets may hold as JSON text."""
+    try:
+        return without_nulls(json.loads(value)) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _list(calls: Any) -> list[Any]:
+    found = _parsed(calls)
+    return found if isinstance(found, list) else [found]
+
+
 def _tool_call(call: Any) -> dict[str, Any]:
     """A tool call with arguments as a record; OpenAI's APIs hold them as JSON text."""
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -141,7 +156,9 @@ def _tool_call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            decoded = without_nulls(json.loads(arguments))
+            # Servers write the arguments of a call without any as an empty text or null.
+            decoded = without_nulls(json.loads(arguments or "{}"))
+            decoded = {} if decoded is None else decoded
         except ValueError:
             decoded = None
         # Text that is no JSON object stays as the model wrote it.

@@ -224,7 +224,8 @@ class Encoder:
         elif response.text:
             turns = text_pieces(*parts, response.text, end=end)
         else:
-            turns = Turns((Piece(end or "", written=True),))
+            head = (frame.like or frame).head or ""
+            turns = Turns((Piece(head + (end or ""), written=True),))
         self.counts["not_as_rendered_responses"] += not turns.as_rendered
         self.counts["reopened_reasoning"] += turns.reopened
         return turns

@@ -10,8 +10,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gvpo_offline.chat.checks import (
+    WholeRenderings,
+    bare,
+    check_texts,
+    not_rendered,
+    unknown_field,
+)
+from gvpo_offline.chat.tool_arguments import argument_records, prints_records
 from gvpo_offline.errors import DataError
-from gvpo_offline.messages import PLAIN, REASONING, Message
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.messages import PLAIN, REASONING, Message, with_text_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +33,11 @@ CONTINUE = "continue_final_message"
 
 # Stands for an answer in a rendering. No template splits, trims or escapes letters.
 _ANSWER = "xQzAnswer7Kx"
-_PROBE: Message = {"role": "user", "content": "xQzQuestion7Kx"}
+PROBE: Message = {"role": "user", "content": "xQzQuestion7Kx"}
+# Number of frames that are kept, one for each set of arguments.
+_FRAMES = 256
 # Variables that transformers gives every template.
-_GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
+_GIVEN = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,9 @@ class Frame:
         behind: all text behind the response. What follows the end of the turn (a newline,
             usually) is never emitted by a policy.
         prefill: text of the assistant that the prompt ends with.
+        mark: the token that `tail` ends with.
+        like: the frame of the prompt `PROBE`, where the template renders this prompt differently
+            once a response follows, and both end with the same generation prompt.
     """
 
     prompt: str
@@ -49,6 +63,8 @@ class Frame:
     tail: str
     behind: str
     prefill: str
+    mark: str = ""
+    like: Frame | None = None
 
 
 class ChatTemplate:
@@ -68,6 +84,10 @@ class ChatTemplate:
         special = {str(t.content) for t in added.values() if t.special}
         self.ends = {str(tokenizer.convert_ids_to_tokens(i)) for i in end_ids}
         self._special = alternatives(special | self.ends)
+        # Some tokenizers do not declare the tokens of their template as special.
+        self._added = alternatives({str(t.content) for t in added.values()})
+        self._usual_frames: dict[str, Frame | None] = {}
+        self._whole = WholeRenderings(self.render)
         self._parts = False
         self._parts = self._needs_parts()
 
@@ -84,13 +104,13 @@ class ChatTemplate:
         """Whether the template reads content only as a list of parts, as those of models with
         vision do."""
         try:
-            if _PROBE["content"] in self._plain([_PROBE], {}, generation=True):
+            if PROBE["content"] in self._plain([PROBE], {}, generation=True):
                 return False
         except Exception:  # templates raise many kinds of errors
             pass
         self._parts = True
         try:
-            return _PROBE["content"] in self._plain([_PROBE], {}, generation=True)
+            return PROBE["content"] in self._plain([PROBE], {}, generation=True)
         except Exception:
             return False
 
@@ -119,10 +139,13 @@ class ChatTemplate:
             DataError: the template refuses the messages, or does not know an argument.
         """
         for name in arguments:
-            if name not in ("tools", CONTINUE, *_GIVEN) and not self.uses(name):
+            given = name in ("messages", "add_generation_prompt")
+            if given or not (name in ("tools", CONTINUE, *_GIVEN) or self.uses(name)):
                 raise DataError(
                     "the chat template uses each argument that a prompt was rendered with",
-                    received=f"{name}: {arguments[name]!r}, which it does not use",
+                    received=f"{name}: {arguments[name]!r}, which it does not use"
+                    if not given
+                    else f"{name}, which is not an argument of a prompt",
                     remedy="set chat_template to the template of the sampler, or leave the "
                     "argument out of the log",
                 )
@@ -130,7 +153,7 @@ class ChatTemplate:
         try:
             text = self._with_records(messages, arguments, generation=generation)
             if text is None:
-                text = self._plain(_as_text(messages), arguments, generation=generation)
+                text = self._plain(with_text_arguments(messages), arguments, generation=generation)
         except Exception as error:
             raise DataError(
                 "the tokenizer's chat template renders the messages",
@@ -147,30 +170,44 @@ class ChatTemplate:
         None if the template fails on them or prints them as Python dictionaries: it expects text,
         as DeepSeek's does.
         """
-        has_records = any(_records(messages))
+        has_records = any(argument_records(messages))
         try:
             text = self._plain(messages, arguments, generation=generation)
         except Exception:
             if has_records:
                 return None
             raise
-        return None if has_records and _prints_records(messages, text) else text
+        return None if has_records and prints_records(messages, text) else text
 
     def _named(self, message: Message) -> Message:
         """The message with its reasoning under the template's name for it."""
         if REASONING not in message or self.uses(REASONING):
             return message
         name = next((n for n in ("thinking", "reasoning") if self.uses(n)), None)
-        if name is None:
-            raise _unknown_field(message, REASONING)
+        if name is None:  # as servers do with the reasoning of earlier turns
+            return {key: part for key, part in message.items() if key != REASONING}
         return {name if key == REASONING else key: part for key, part in message.items()}
 
+    @property
+    def reads_reasoning(self) -> bool:
+        """Whether the template reads reasoning apart from content."""
+        return any(map(self.uses, (REASONING, "thinking", "reasoning")))
+
+    def check_written(self, message: Message) -> None:
+        """As `check_fields`, for a message that the policy writes or continues."""
+        self.check_fields(message)
+        if REASONING in message and not self.reads_reasoning:
+            raise unknown_field(message, REASONING)
+
     def check_fields(self, message: Message) -> None:
-        """Raise DataError if a message has a field that the template does not know."""
+        """Raise DataError if a message has a field that the template does not know.
+
+        The reasoning of earlier turns is no such field: many templates leave it out.
+        """
         known = (*PLAIN, REASONING, "tool_call_id", "prefix", "weight", "loss_weight")
         for key in message:
             if key not in known and not self.uses(key):
-                raise _unknown_field(message, key)
+                raise unknown_field(message, key)
 
     def frame(self, prompt: Sequence[Message], arguments: Arguments) -> Frame:
         """The frame of a response to `prompt`.
@@ -182,6 +219,7 @@ class ChatTemplate:
         continued = last["role"] == "assistant" and arguments.get(CONTINUE, True)
         answer = _ANSWER
         if continued:
+            self.check_written(last)
             if last.get("tool_calls"):
                 raise DataError(
                     "a prompt ends with a message that a response can follow",
@@ -195,22 +233,46 @@ class ChatTemplate:
         full = self.render(turns, arguments, generation=False)
         found = full.rfind(_ANSWER)
         behind = full[found + len(_ANSWER) :] if found >= 0 else ""
-        tail = self._split_tail(behind)
+        tail = self._split_tail(behind) or self._undeclared_tail(behind)
         if not tail and found >= 0:
             tail = self._end_before_next_turn(turns, arguments)
         head: str | None = ""
         if continued:
             if found < 0:
-                raise _not_rendered(last)
+                raise not_rendered(last)
             start = full[:found]
         else:
             start = self.render(prompt, arguments, generation=True)
             whole = found >= 0 and full.startswith(start)
             head = full[len(start) : found] if whole else None
         self.check_rendered(prompt, start, arguments)
-        return Frame(start, head, tail, behind, (last["content"] or "") if continued else "")
+        self._whole.check(prompt, arguments)
+        if continued and not bare(start).endswith(bare(last["content"] or "")):
+            raise not_rendered(last)
+        marks = list(self._added.finditer(tail)) if self._added else []
+        mark = marks[-1].group() if marks and marks[-1].end() == len(tail) else tail
+        prefill = (last["content"] or "") if continued else ""
+        like = self._usual(start, arguments) if head is None and prompt != [PROBE] else None
+        return Frame(start, head, tail, behind, prefill, mark, like)
 
-    def _split_tail(self, behind: str) -> str:
+    def _usual(self, start: str, arguments: Arguments) -> Frame | None:
+        """The frame of one question, for a prompt that the template renders differently once a
+        response follows: some write the system message into the last turn of the user alone.
+        """
+        key = sha256_json(dict(arguments))
+        if key not in self._usual_frames:
+            if len(self._usual_frames) >= _FRAMES:
+                self._usual_frames.clear()
+            try:
+                self._usual_frames[key] = self.frame([PROBE], arguments)
+            except DataError:  # a template with further demands (a system message)
+                self._usual_frames[key] = None
+        found = self._usual_frames[key]
+        if found is None or found.head is None:
+            return None
+        return found if start.endswith(found.prompt.rpartition(PROBE["content"])[2]) else None
+
+    def _split_tail(self, behind: str, further: Collection[str] = ()) -> str:
         """The text behind a response up to the mark that ends the turn; empty without a mark."""
         mark = self._special.search(behind) if self._special else None
         end = 0
@@ -218,24 +280,69 @@ class ChatTemplate:
         # response, then of the turn), up to one that is known to end responses.
         while mark is not None and self._special is not None:
             end = mark.end()
-            if mark.group() in self.ends:
+            if mark.group() in self.ends or mark.group() in further:
                 break
             mark = self._special.match(behind, end)
         return behind[:end]
 
+    def _undeclared_tail(self, behind: str) -> str:
+        """The text behind a response up to the first added token that is not declared special."""
+        mark = self._added.search(behind) if self._added else None
+        return behind[: mark.end()] if mark else ""
+
     def _end_before_next_turn(self, turns: Sequence[Message], arguments: Arguments) -> str:
         """The mark that begins the next turn, if responses end with it (GLM-4), else nothing."""
         try:
-            text = self.render([*turns, _PROBE], arguments, generation=False)
+            text = self.render([*turns, PROBE], arguments, generation=False)
         except DataError:  # templates may refuse a second turn of the user
             return ""
         tail = self._split_tail(text[text.rfind(_ANSWER) + len(_ANSWER) :])
         return tail if tail in self.ends else ""
 
-    def end_of_turn(self, text: str, start: int) -> int:
-        """The position behind the mark that ends a turn, searched from `start`; -1 if none."""
-        tail = self._split_tail(text[start:])
-        return start + len(tail) if tail else -1
+    def end_of_turn(self, text: str, start: int, bound: int | None, mark: str) -> int:
+        """The position behind the mark that ends a turn; -1 if there is none.
+
+        Args:
+            text: a rendering.
+            start: where the last text of the turn ends.
+            bound: where the rendering of the turn ends if nothing follows it; None if that is not
+                known. A mark behind it begins the next turn; some templates end a turn with that
+                alone.
+            mark: the mark behind other responses.
+        """
+        if bound is None:
+            tail = self._split_tail(text[start:], {mark})
+            return start + len(tail) if tail else -1
+        known = alternatives(self.ends | {mark})
+        found = known.search(text, start, max(start, bound)) if known else None
+        if found is not None:
+            return found.end()
+        tail = self._split_tail(text[start : max(start, bound)])
+        if tail:
+            return start + len(tail)
+        found = self._special.search(text, start) if self._special else None
+        return found.end() if found is not None else -1
+
+    def end_before_result(
+        self, turns: Sequence[Message], arguments: Arguments, full: str
+    ) -> str | None:
+        """The mark between tool calls and their result, if a policy ends its response with it.
+
+        Args:
+            turns: messages, the last of them with tool calls.
+            arguments: arguments of the template.
+            full: their rendering.
+        """
+        call = turns[-1]["tool_calls"][-1]
+        result = {"role": "tool", "content": _ANSWER, "name": call["function"]["name"]}
+        result |= {"tool_call_id": call["id"]} if "id" in call else {}
+        try:
+            text = self.render([*turns, result], arguments, generation=False)
+        except DataError:
+            return None
+        bare = full.rstrip()
+        tail = self._split_tail(text[len(bare) :]) if text.startswith(bare) else ""
+        return tail.lstrip() if tail.strip() in self.ends else None
 
     def closing_mark(self, text: str) -> int:
         """The position behind the mark that a text ends with, white space aside; -1 if none."""
@@ -248,7 +355,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         given = self._tokenizer.get_chat_template(tools=arguments.get("tools"))
-        if "generation" not in given:
+        if not re.search(r"{%-?\s*generation\b", given):
             return []
         _, spans = render_jinja_template(
             conversations=[list(map(self._named, messages))],
@@ -265,92 +372,11 @@ class ChatTemplate:
         Raises:
             DataError: one is missing; names its role.
         """
-        counts: dict[str, int] = {}
         for message in messages:
             self.check_fields(message)
-            for needed in _texts(message):
-                counts[needed] = counts.get(needed, 0) + 1
-                if _count(text, needed) < counts[needed]:
-                    raise _not_rendered(message)
-        for tool in arguments.get("tools") or ():
-            name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
-            if not isinstance(name, str) or name not in text:
-                raise DataError(
-                    "the chat template renders the prompt's tools",
-                    received=f"the tool {name!r}, which the rendering does not hold",
-                    remedy="set chat_template to the template of the sampler, or log the prompt's "
-                    "token ids",
-                )
+        check_texts(messages, text, arguments)
 
 
 def alternatives(tokens: Collection[str]) -> re.Pattern[str] | None:
     ordered = sorted((t for t in tokens if t), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
-def _texts(message: Message) -> list[str]:
-    """The texts of a message that a rendering of it holds."""
-    content = (message.get("content") or "").strip()
-    if message["role"] == "assistant" and "</think>" in content:
-        # Templates leave the reasoning of earlier turns out, as the server did.
-        content = content.rpartition("</think>")[2].strip()
-    names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-    return [text for text in (content, *names) if text]
-
-
-def _count(text: str, needed: str) -> int:
-    found = text.count(needed)
-    if found:
-        return found
-    forms = [json.dumps(needed, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-    return max(text.count(form) for form in forms)
-
-
-def _not_rendered(message: Message) -> DataError:
-    shown = message.get("content") or json.dumps(message.get("tool_calls"))
-    return DataError(
-        "the chat template renders every message of a prompt",
-        received=f"a message of role {message['role']!r} whose text is not in the rendering: "
-        f"{shown[:200]!r}",
-        remedy="rename the role to one that the template knows, or set chat_template to the "
-        "template of the sampler",
-    )
-
-
-def _unknown_field(message: Message, key: str) -> DataError:
-    return DataError(
-        "the chat template renders every field of a message",
-        received=f"{key} in a message of role {message['role']!r}, a field that it does not read",
-        remedy="set chat_template to the template of the sampler, remove the field, or log token "
-        "ids",
-    )
-
-
-def _records(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    return [
-        call["function"]["arguments"]
-        for call in calls
-        if isinstance(call["function"].get("arguments"), dict)
-    ]
-
-
-def _prints_records(messages: Sequence[Message], text: str) -> bool:
-    """Whether the template printed arguments as Python dictionaries."""
-    return any(record and str(record) in text for record in _records(messages))
-
-
-def _as_text(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the arguments of tool calls as JSON text."""
-
-    def call_as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return {**call, "function": {**function, "arguments": arguments}}
-
-    return [
-        {**m, "tool_calls": list(map(call_as_text, m["tool_calls"]))} if m.get("tool_calls") else m
-        for m in messages
-    ]

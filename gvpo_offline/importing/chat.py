@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatPrompts", "ChatSettings"]
 
+# Requests hold it whatever the model, and it says no more than how the sampler was run.
+_EFFORT = "reasoning_effort"
 _log = logging.getLogger(__name__)
 
 
@@ -28,7 +30,7 @@ class ChatSettings(Protocol):
 
     @property
     def system_prompt(self) -> str | None:
-        """The system message before each chat prompt that has none."""
+        """The system message before each chat prompt that has none (nor a developer's)."""
 
 
 class ChatPrompts:
@@ -45,6 +47,7 @@ class ChatPrompts:
 
     def __init__(self, settings: ChatSettings, encoder: Encoder | None) -> None:
         self._settings = settings
+        self._template = None if encoder is None else encoder.template
         self._rendered: re.Pattern[str] | None = None
         if encoder is not None and encoder.tokenizer.chat_template and not settings.as_chat:
             special = [token for token in encoder.tokenizer.all_special_tokens if token]
@@ -64,6 +67,17 @@ class ChatPrompts:
             fragment.prompt, fragment.messages = self.prompt(
                 fragment.prompt, fragment.messages, label, fragment.row
             )
+            if fragment.template_arguments and _EFFORT in fragment.template_arguments:
+                self._leave_out_effort(fragment)
+
+    def _leave_out_effort(self, fragment: Fragment) -> None:
+        """Leave out an effort that the template does not use: the prompts are the same."""
+        if self._template is None or self._template.uses(_EFFORT):
+            return
+        arguments = json.loads(fragment.template_arguments or "{}")
+        arguments.pop(_EFFORT, None)
+        left = json.dumps(arguments, ensure_ascii=False, sort_keys=True)
+        fragment.template_arguments = left if arguments else None
 
     def prompt(
         self, text: str | None, messages: str | None, label: str, row: int, *, warn: bool = True
@@ -88,7 +102,7 @@ class ChatPrompts:
         if messages is not None and system is None:
             return None, messages
         chat = json.loads(messages) if messages else [{"role": "user", "content": text}]
-        if system is not None and chat[0].get("role") != "system":
+        if system is not None and chat[0].get("role") not in ("system", "developer"):
             chat = [{"role": "system", "content": system}, *chat]
         return None, json.dumps(chat, ensure_ascii=False)
 

@@ -28,7 +28,7 @@ from gvpo_offline.importing.fragment import (
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
-from gvpo_offline.importing.sources.media import text_rows
+from gvpo_offline.importing.sources.media import MEDIA, text_rows
 
 Advance = Callable[[int], Any]
 
@@ -133,7 +133,8 @@ class FirstPass:
             self._refuse(error, group, samplers)
 
         source.on_refused = refused
-        rows = text_rows(source, self._format.columns, advance)
+        media = getattr(self._format, "media_columns", MEDIA)
+        rows = text_rows(source, self._format.columns, advance, media=media)
         for fragment in self._format.read(rows, source):
             fragment.file = number
             fragment.written_ends(self._ends)

@@ -15,6 +15,9 @@ StopOrDrop = Literal["stop", "drop"]
 OnSingle = Literal["error", "drop", "keep"]
 
 
+# Formats whose prompts are in another file than their responses.
+_BATCHES = ("anthropic_batch", "gemini_batch", "openai_batch")
+
 AUTO = "auto"
 """Value of a column's setting: use the column of the same name if the log has one."""
 
@@ -112,7 +115,8 @@ class ImportConfig:
     Data sets of the hub (docs/howto/formats-hub.md): arena, armorm, distilabel, helpsteer2,
     helpsteer3, nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of
     trainers and results of batch APIs (docs/howto/formats.md): ms_swift, nemo_gym, nemo_rl,
-    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl."""
+    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl. Further logs
+    (docs/howto/formats.md): anthropic_batch, gemini_batch, open_assistant, sharegpt, swe_agent."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None
@@ -135,10 +139,12 @@ class ImportConfig:
     """Take a reward (or component, or sampler_logprob) that is the text of a number as the number;
     empty text and "nan", "null", "N/A" are missing."""
     requests: str | None = None
-    """openai_batch: file or glob of the batch requests, which hold the prompts."""
+    """anthropic_batch, gemini_batch, openai_batch: file or glob of the batch requests, which hold
+    the prompts."""
     rewards: str | None = None
-    """openai_batch: file or glob of JSON lines with custom_id and one column per component of the
-    reward: a number, or a list with one number per choice."""
+    """Formats that take requests: file or glob of rows with custom_id (gemini_batch: key) and one
+    column per component of the reward: a number, or a list with one number per choice. swe_agent:
+    the reports of the evaluation, or rows with instance_id and components of the reward."""
     max_length: int | None = None
     """Maximum length of prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
@@ -219,10 +225,13 @@ class ImportConfig:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
         self.reward_map = label_numbers("reward_map", self.reward_map)
-        if (self.requests or self.rewards) and self.format != "openai_batch":
-            raise ConfigError(
-                "requests and rewards are only used with format: openai_batch", received=self.format
-            )
+        for name, formats in (("requests", _BATCHES), ("rewards", (*_BATCHES, "swe_agent"))):
+            if getattr(self, name) and self.format not in formats:
+                raise ConfigError(
+                    f"{name} is only used with format: {', '.join(formats)}",
+                    received=self.format,
+                    remedy="join another file to other logs with join and on",
+                )
         if bool(self.join) != bool(self.on) or not self._one_key_each():
             raise ConfigError(
                 "join and on are set together, with one key for all files or one for each",

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from gvpo_offline.chat.checks import check_texts
 from gvpo_offline.chat.encoder import Chat, Encoder, Response
 from gvpo_offline.chat.template import Frame
 from gvpo_offline.chat.turns import Turns
@@ -75,6 +76,8 @@ class _Tokenization:
             texts, self._encoder.prompts([d.first.prompt or "" for d in texts]), strict=True
         ):
             draft.prompt_ids = found
+        for draft in texts:
+            self._check_tools(draft)
         for draft in drafts:
             self._check_prompt(draft)
         self._chat_responses(frames)
@@ -85,6 +88,19 @@ class _Tokenization:
         own = draft.first.template_arguments
         arguments = {**self._config.chat_template_kwargs, **(json.loads(own) if own else {})}
         return Chat(json.loads(draft.first.messages or "[]"), arguments)
+
+    def _check_tools(self, draft: Draft) -> None:
+        """Check that a prompt given as text holds the tools beside it."""
+        arguments = json.loads(draft.first.template_arguments or "{}")
+        try:
+            check_texts([], draft.first.prompt or "", {"tools": arguments.get("tools")})
+        except DataError as error:
+            fault = DataError(
+                "a prompt that is text holds the tools that the policy was given",
+                received=f"{error.received}: {(draft.first.prompt or '')[-200:]!r}",
+                remedy="set as_chat: true, log the prompt as messages, or leave the tools out",
+            )
+            raise self._locate(draft, draft.first, fault) from None
 
     def _check_prompt(self, draft: Draft) -> None:
         if draft.prompt_ids is None or not len(draft.prompt_ids):

@@ -39,6 +39,7 @@ __all__ = [
     "was_cut",
 ]
 
+EFFORT = "reasoning_effort"
 _WITH_IDS = "sample again and have the server return token ids (vLLM: return_token_ids)"
 
 
@@ -65,6 +66,7 @@ def chat(messages: Any) -> conversations.Prompt:
 def request_arguments(body: Mapping[str, Any]) -> str | None:
     """The arguments that a request gives the chat template, as JSON; None without any.
 
+    Servers pass `reasoning_effort` on to the template, and `reasoning.effort` of the responses API.
     A request of chat completions that ends with an assistant message is continued only where it
     says so (`continue_final_message`): servers close that message and open another one.
 
@@ -83,12 +85,14 @@ def request_arguments(body: Mapping[str, Any]) -> str | None:
     messages = body.get("messages") or ()
     last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
     closed = last.get("role") == "assistant" and not (body.get(CONTINUE) or last.get("prefix"))
-    tools = body.get("tools")
+    tools, reasoning = body.get("tools"), body.get("reasoning")
+    effort = body.get(EFFORT) or (reasoning.get("effort") if isinstance(reasoning, dict) else None)
     if isinstance(tools, list):
         tools = [_nested_tool(tool) for tool in tools]
     return conversations.template_arguments(
         {**body, "tools": tools},
         documents=body.get("documents") or None,
+        **({EFFORT: effort} if effort else {}),
         **({CONTINUE: False} if closed else {}),
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,11 +27,14 @@ from gvpo_offline.train.evaluation import (
     step_shares,
 )
 from gvpo_offline.train.objective import reduced_sum
+from gvpo_offline.train.preflight import held_out_views
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gvpo_offline.reference.checks import PolicyFacts
     from gvpo_offline.train.config import GVPOConfig
+    from gvpo_offline.train.data import TrainingData
 
 
 class GroupPredictions(NamedTuple):
@@ -160,9 +164,19 @@ class PredictingTrainer(CheckpointingTrainer):
     """A Trainer that predicts: log-ratios of single responses."""
 
     engine: Engine
+    data: TrainingData
+    policy: PolicyFacts
+    _scratch: Path
 
-    def _chosen_held_out(self, eval_dataset: Any) -> dict[str, DatasetView]:
-        raise NotImplementedError
+    def _chosen_held_out(self, eval_dataset: Any) -> Mapping[str, DatasetView]:
+        return held_out_views(
+            self.data,
+            eval_dataset,
+            self._scratch,
+            policy=self.policy,
+            max_tokens=self.args.max_tokens_per_micro_batch,
+            warns=self.is_world_process_zero(),
+        )
 
     def predict(
         self,

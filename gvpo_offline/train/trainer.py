@@ -60,7 +60,6 @@ from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import (
     check_data,
     check_sampler_logprobs,
-    held_out_views,
     verify,
 )
 from gvpo_offline.train.saving import check_savable, mend_generation_config
@@ -371,14 +370,7 @@ class GVPOTrainer(PredictingTrainer):
         """
         self.check_can_evaluate()
         self._memory_tracker.start()
-        chosen = held_out_views(
-            self.data,
-            eval_dataset,
-            self._scratch,
-            policy=self.policy,
-            max_tokens=self.args.max_tokens_per_micro_batch,
-            warns=self.is_world_process_zero(),
-        )
+        chosen = self._chosen_held_out(eval_dataset)
         metrics: dict[str, float] = {}
         for name, held_out in chosen.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix

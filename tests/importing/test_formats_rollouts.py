@@ -531,5 +531,5 @@ def test_batch_settings(tmp_path: Path) -> None:
         path, "openai_batch", ConfigError, "received q", tmp_path / "o",
         **settings, reward_weights={"q": 1.0},
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"requests and rewards .* openai_batch"):
+    with pytest.raises(ConfigError, match=r"requests is only used with format: .*openai_batch"):
         config(path, tmp_path / "o", requests="x")

@@ -26,6 +26,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "howto" / "formats.md"
 NAMES = (
     *("ms_swift", "nemo_gym", "nemo_rl", "open_instruct", "openai_batch", "openrlhf", "prime_rl"),
     *("trl", "verl"),
+    *("anthropic_batch", "gemini_batch", "open_assistant", "sharegpt", "swe_agent"),
 )
 
 

@@ -195,11 +195,13 @@ def test_every_field_of_a_group_goes_along() -> None:
     group = make_group(0, k=4, samplers=("a", "b", "a", "b"), masked=True)
     group = replace(group, components=np.arange(8.0).reshape(2, 4))
     group = replace(group, sampler_seq_logprobs=-np.arange(4.0))
+    group = replace(group, response_messages=("", "[1]", "[2]", "[3]"))
     (taken,) = with_responses([group], ResponseSettings(["b"]))
     assert taken.components.tolist() == [[1.0, 3.0], [5.0, 7.0]]
     assert taken.sampler_seq_logprobs.tolist() == [-1.0, -3.0]
     assert taken.responses == ("response 0.1", "response 0.3")
     assert taken.response_ids == ("0.1", "0.3")
+    assert taken.response_messages == ("[1]", "[3]")
     assert taken.group_size == 2
     assert group.loss_mask is not None
     assert [mask.tolist() for mask in taken.loss_mask] == [
@@ -209,6 +211,7 @@ def test_every_field_of_a_group_goes_along() -> None:
     # Masks of other responses differ, so that a mask of the wrong response is noticed.
     assert len({tuple(mask.tolist()) for mask in group.loss_mask}) == 4
     unchanged = {"group_id", "prompt_token_ids", "source", "prompt", "messages", "metadata"}
+    unchanged.add("template_arguments")
     assert set(differences(group, taken)) == set(Group.__slots__) - unchanged - {
         "truncated" if taken.truncated == group.truncated else ""
     }

@@ -17,6 +17,7 @@ from gvpo_offline.hashing import sha256_text, text_key
 from gvpo_offline.store.arrow import groups_to_table, list_array, reference_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.import_versions import IMPORT_VERSION_KEY
 from gvpo_offline.store.manifest import (
     BaseFile,
     LineageStep,
@@ -28,6 +29,7 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
 from gvpo_offline.store.writer import publish, write_groups, write_sidecar
+from gvpo_offline.version import IMPORT_VERSION
 
 SAMPLERS = ("base", "hot", "person")
 VOCAB_SIZE = 100
@@ -230,7 +232,13 @@ def build_dataset(
         groups=[base for record in records for base in record.groups],
         rewards=[RewardFamily(name=reward, files=rewards)] if reward else [],
         references=[reference_family(references)] if reference else [],
-        lineage=[LineageStep(stage="import", package_version="0", config={"made": "up"})],
+        lineage=[
+            LineageStep(
+                stage="import",
+                package_version="0",
+                config={"made": "up", IMPORT_VERSION_KEY: IMPORT_VERSION},
+            )
+        ],
     )
     publish(root, lambda newest: manifest)
     joined = [n for n, held in (("reward", reward), ("reference", reference)) if held]

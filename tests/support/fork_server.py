@@ -109,7 +109,8 @@ class ForkServer:
         Args:
             argv: the arguments after `gvpo-offline`.
             options: `env` (environment variables), `file_bytes` (largest file that it may write),
-                `kill_in_save` (number of the call of torch.save in which it kills itself),
+                `kill_in_save` (number of the call of torch.save into a
+                checkpoint in which it kills itself),
                 `kill_at` ("module:name" of a function, number of its call, and the delay in seconds
                 from the start of that call after which the child is killed), `watch` (folder in
                 which the child records its computation, see `watching`), `program` (a script, or
@@ -194,9 +195,10 @@ def _kill_in_save(call: int) -> None:
 
     def counting(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal calls
-        calls += 1
+        # Before training, the trainer tries to save its settings to a temporary folder.
+        calls += "checkpoint-" in str(file)
         save(content, file, *args, **kwargs)
-        if calls == call:
+        if calls == call and "checkpoint-" in str(file):
             os.truncate(file, os.path.getsize(file) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -4,10 +4,13 @@ Rollouts of one task (`_ng_task_index`) with the same prompt are a group. Token 
 imported unchanged, for all of its turns, and the loss mask is false on the tokens that tools
 returned in between. Items without token ids (messages, reasoning, calls of tools and their results)
 are rendered with the chat template of the policy.
+
+Environments that make the prompt themselves log it at the beginning of the output, or not at all.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +46,13 @@ def open_format(config: ImportConfig) -> NemoGymFormat:
 
 
 class NemoGymFormat(TrainerFormat):
-    """Reads the rows of NeMo-Gym's rollouts."""
+    """Reads the rows of NeMo-Gym's rollouts.
+
+    Attributes:
+        media_columns: none: pictures are items, and `image` is the name of a container's image.
+    """
+
+    media_columns = ()
 
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=("responses_create_params", "response", "reward"))
@@ -57,7 +66,8 @@ class NemoGymFormat(TrainerFormat):
         response = record["response"]
         output = response.get("output") if isinstance(response, dict) else None
         if not isinstance(output, list):
-            raise DataError("response.output is a list of items", received=repr(response))
+            raise DataError("response.output is a list of items", received=repr(response)[:200])
+        output = _last_transition(output)
         ended, word = response_ending(response)
         if ended == "failed":
             self.record_failure(place, f"the status of its response is {word!r}")
@@ -71,7 +81,7 @@ class NemoGymFormat(TrainerFormat):
             "response_id": None if rollout is None else values.identifier(rollout),
         }
         if cut is None:
-            params = record["responses_create_params"]
+            params, output = _with_prompt(record["responses_create_params"], output)
             fragment = one_response(
                 prompt=responses_prompt(params),
                 arguments=request_arguments(params),
@@ -82,6 +92,58 @@ class NemoGymFormat(TrainerFormat):
             fragment = one_response(prompt_ids=cut.prompt_ids, ids=cut.ids, mask=cut.mask, **common)
         fragment.group_id = group_id(fragment, place.run, *([] if task is None else [task]))
         return [fragment]
+
+
+def _last_transition(output: list[Any]) -> list[Any]:
+    """The items of an output. Aviary's agent logs a list of items for each step, which begins with
+    all items of the step before it.
+
+    Raises:
+        DataError: a step does not begin so.
+    """
+    if not output or not all(isinstance(step, list) for step in output):
+        return output
+    for number, (step, after) in enumerate(itertools.pairwise(output)):
+        if after[: len(step)] != step:
+            raise DataError(
+                "the items of each step begin with all items of the step before it",
+                received=f"other items in step {number + 1}: the context was rewritten",
+                remedy="remove the rollout",
+            )
+    last: list[Any] = output[-1]
+    return last
+
+
+def _with_prompt(
+    params: Mapping[str, Any], output: list[Any]
+) -> tuple[Mapping[str, Any], list[Any]]:
+    """The request with the messages that the output begins with in its prompt, and the rest.
+
+    Raises:
+        DataError: the rollout holds no prompt.
+    """
+    given = params["input"]
+    n = next((i for i, item in enumerate(output) if not _is_prompt(item)), len(output))
+    if not given and not n:
+        raise DataError(
+            "a rollout holds its prompt: in responses_create_params.input, or as the first "
+            "messages of response.output",
+            received="neither: the environment made the prompt and did not log it",
+            remedy="remove the row, or log the token ids (prompt_token_ids)",
+        )
+    if not n:
+        return params, output
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
+    return {**params, "input": [*items, *output[:n]]}, output[n:]
+
+
+def _is_prompt(item: Any) -> bool:
+    """Whether an item is a message that the policy did not write."""
+    return (
+        isinstance(item, dict)
+        and item.get("type", "message") == "message"
+        and item.get("role") not in (None, "assistant")
+    )
 
 
 def _trajectory(output: Sequence[Mapping[str, Any]]) -> Trajectory | None:

@@ -82,9 +82,7 @@ def _prompt_end(shared: str) -> int:
 def _from_messages(
     chosen: Messages, rejected: Messages, given: Any
 ) -> tuple[conversations.Prompt, Pair]:
-    shared, most = 0, min(len(chosen), len(rejected)) - 1
-    while shared < most and chosen[shared] == rejected[shared]:
-        shared += 1
+    shared = _shared(chosen, rejected, given)
     pair: Pair = [_reply(chosen[shared:]), _reply(rejected[shared:])]
     if not shared:
         if given is None:
@@ -98,6 +96,23 @@ def _from_messages(
             remedy="remove the prompt column, or the messages that chosen and rejected share",
         )
     return conversations.prompt(head), pair
+
+
+def _shared(chosen: Messages, rejected: Messages, given: Any) -> int:
+    """The number of messages that both begin with and that are the prompt's.
+
+    A response begins with the assistant's message: what a tool returned after equal calls is part
+    of both responses, and so are the calls.
+    """
+    shared, most = 0, min(len(chosen), len(rejected)) - 1
+    if most < 0 or (given is not None and chosen[0].get("role") == "assistant"):
+        return 0
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    before = shared
+    while before and any(m[before].get("role") != "assistant" for m in (chosen, rejected)):
+        before -= 1
+    return before or shared
 
 
 def _reply(messages: Messages) -> str | conversations.Reply:

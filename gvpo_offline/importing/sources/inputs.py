@@ -24,7 +24,7 @@ from gvpo_offline.importing.sources.json_text import path_steps
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".traj")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _HUB_PREFIX = "hf:"
 
@@ -85,9 +85,9 @@ def _open_path(path: Path, rows_at: str | None) -> Source:
     if path.suffix in _PARQUET_SUFFIXES:
         return ParquetRows(str(path), path.stem, path)
     raise ConfigError(
-        "an input is JSON lines or another JSON file (.jsonl, .ndjson, .json), CSV (.csv, .tsv), "
-        "each optionally compressed (.gz, .bz2, .zst), Parquet (.parquet, .pq), or a folder saved "
-        "by `datasets`",
+        "an input is JSON lines or another JSON file (.jsonl, .ndjson, .json, .traj), CSV (.csv, "
+        ".tsv), each optionally compressed (.gz, .bz2, .zst), Parquet (.parquet, .pq), or a folder "
+        "saved by `datasets`",
         received=path.name,
         remedy="convert or rename the file, or narrow the pattern",
         file=path,

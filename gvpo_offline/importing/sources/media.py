@@ -12,16 +12,28 @@ from gvpo_offline.importing.sources.rows import Row
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
-def text_rows(source: Source, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+def text_rows(
+    source: Source,
+    columns: Sequence[str] | None,
+    advance: Advance,
+    *,
+    media: Sequence[str] = MEDIA,
+) -> Iterator[Row]:
     """The rows of a source, as `Source.rows`, checked to have no pictures, films or sounds.
 
+    Args:
+        source: the source.
+        columns: the columns that are read, or None for all.
+        advance: called with the number of bytes read.
+        media: the columns that hold pictures, films or sounds.
+
     Raises:
-        DataError: as `Source.rows`; or a column of `MEDIA` has a value: the model would be trained
+        DataError: as `Source.rows`; or a column of `media` has a value: the model would be trained
             on a prompt without what the prompt speaks of.
     """
-    wanted = None if columns is None else list(dict.fromkeys([*columns, *MEDIA]))
+    wanted = None if columns is None else list(dict.fromkeys([*columns, *media]))
     for row, record in source.rows(wanted, advance):
-        for name in MEDIA:
+        for name in media:
             value = record.get(name)
             if value is not None and not _is_empty(value):
                 error = DataError(

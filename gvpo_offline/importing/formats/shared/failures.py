@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import ending, is_stop_reason, stop_string
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
@@ -133,6 +134,7 @@ def set_endings(
         stop if reason is None and is_stop_reason(stop) else reason
         for reason, stop in zip(reasons, at, strict=True)
     ]
+    given = [cell_value(reason) for reason in given]
     endings = [ending(reason) for reason in given]
     fragment.truncated = [found == "cut" for found in endings]
     fragment.set_stop_strings([stop_string(*pair) for pair in zip(given, at, strict=True)])

@@ -36,7 +36,11 @@ class InputInfo(Protocol):
 
 
 class LogFormat(Protocol):
-    """Turns the rows of one kind of log into fragments."""
+    """Turns the rows of one kind of log into fragments.
+
+    A format whose pictures, films and sounds have other columns than `sources.media.MEDIA` names
+    them in an attribute `media_columns`.
+    """
 
     @property
     def columns(self) -> Sequence[str] | None:

@@ -75,7 +75,7 @@ class RowFormat:
                 continue
             for fragment in fragments:
                 fragment.row, fragment.metadata = row, metadata
-                fragment.template_arguments = arguments
+                fragment.template_arguments = fragment.template_arguments or arguments
                 if fragment.components is not None:
                     fragment.rewards = weighted_sum(
                         fragment.components, self._weights, fragment.size
