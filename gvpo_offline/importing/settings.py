@@ -139,8 +139,8 @@ class ImportConfig:
     """Take a reward (or component, or sampler_logprob) that is the text of a number as the number;
     empty text and "nan", "null", "N/A" are missing."""
     requests: str | None = None
-    """anthropic_batch, gemini_batch, openai_batch: file or glob of the batch requests, which hold
-    the prompts."""
+    """File or glob of the batch requests, which hold the prompts (anthropic_batch, gemini_batch,
+    openai_batch)."""
     rewards: str | None = None
     """Formats that take requests: file or glob of rows with custom_id (gemini_batch: key) and one
     column per component of the reward: a number, or a list with one number per choice. swe_agent:

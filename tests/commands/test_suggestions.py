@@ -29,7 +29,7 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["train", "--learning_rte", "1"],
             "received --learning_rte. Did you mean --learning_rate?",
         ),
-        (["train", "--learning-rate=1"], "Did you mean --learning_rate?"),
+        (["train", "--learning-rte=1"], "Did you mean --learning_rate?"),
         (["import", "--columns.promt", "x"], "Did you mean --columns.prompt?"),
         (["train", "--responses.sampler", "x"], "Did you mean --responses.samplers?"),
         (["ls", "data", "--vrsion", "3"], "Did you mean --dataset_version?"),

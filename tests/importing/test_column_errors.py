@@ -55,7 +55,10 @@ def test_a_missing_field_is_looked_for_in_its_column(tmp_path: Path) -> None:
             {"v": 3, "results": {"stats": {}, "results": [{"prompt": "cat"}]}},
             "the rows are in results.results, set rows_at",
         ),
-        ({"v": [1], "a": [{"x": 1}], "b": {"c": [{"x": 1}]}}, "in a or b.c, set rows_at"),
+        (
+            {"v": [1], "a": [{"x": 1}], "b": {"c": [{"prompt": 1}], "d": [{"x": 1}]}},
+            "in a or b.c, set rows_at",
+        ),
     ],
 )
 def test_rows_below_a_field_are_found(tmp_path: Path, content: Any, said: str) -> None:
@@ -101,3 +104,31 @@ def test_a_finish_reason_beside_a_flag(
     if said:
         assert "the column 'truncated', which is used as columns.truncated: it is not" in said[0]
         assert "Set columns.truncated: finish_reason to use it, or truncated to leave" in said[0]
+
+
+CSV = "prompt,response,reward\ncat,cat,1\ncat,caf\u00e9,0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", CSV.replace(",", ";").encode(), r"',' stands between .*Write the file with comm"),
+        ("a.csv", CSV.replace(",", "\t").encode(), r"received 'prompt\\tresponse\\treward', where"),
+        ("a.tsv", CSV.encode(), r"'\\t' stands between the values of a \.tsv file"),
+        ("a.csv", CSV.encode("cp1252"), r"row 0: .*Save the file in UTF-8"),
+        ("a.csv", CSV.replace("reward", "prompt").encode(), "Give each column a name of its own"),
+        ("a.csv", b"", "Add a line with the names"),
+    ],
+)
+def test_csv_files_of_other_shapes(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    """Semicolons, tabs, another encoding, a name twice, no header."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        import_log(config(tmp_path / name, tmp_path / "out", columns=Columns()))
+
+
+def test_a_log_of_which_every_row_is_left_out(tmp_path: Path) -> None:
+    log = write_jsonl(tmp_path / "log.jsonl", [{"k": 1, "prompt": "cat"}, {"k": 2}])
+    gold = write_jsonl(tmp_path / "gold.jsonl", [{"k": 3, "gold": 4}])
+    with pytest.raises(DataError, match="no row to import; dropped_unmatched_rows 2"):
+        import_log(config(log, tmp_path / "out", join=[str(gold)], on=["k"], on_missing="drop"))

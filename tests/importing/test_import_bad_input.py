@@ -477,7 +477,7 @@ def test_settings_that_do_not_fit_the_log(tmp_path: Path, tiny_tokenizer_dir: Pa
         (log, {"chat_template": "x.jinja"}, "a chat template needs a tokenizer"),
         (log, {"chat_template": str(tmp_path / "x.jinja"), **known}, "the path of a Jinja file"),
         (log, {"samplers": {"bob": {}}, **known}, "received bob; the log has log"),
-        (log, {"format": "flatt", **known}, "Choose one of .*flat, groups"),
+        (log, {"format": "flatt", **known}, "Choose one of .*flat, .*groups"),
         (tmp_path / "no_eos" / "*.json", known, "columns|one JSON object"),
         (tmp_path, known, "was saved by `datasets`"),
         (tmp_path / "out.txt", known, "JSON lines"),

@@ -21,6 +21,7 @@ from gvpo_offline.importing.sources.compressed import (
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.json_text import BadJsonError, JsonText, Step, is_cut_short
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.paths import has
 
 __all__ = ["JsonDocuments", "holds_lines"]
 
@@ -121,16 +122,20 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def list_fields(record: Any) -> list[str]:
+def list_fields(record: Any, wanted: str) -> list[str]:
     """Paths of the fields that hold lists of objects, which may be the rows of the file.
 
-    Fields of an object, or of an object in it, are looked at.
+    A field of an object in the object counts only if its rows have the column `wanted`.
     """
     found = []
     for name, value in record.items():
         inner = value if isinstance(value, dict) else {}
         found += [name] * _is_table(value)
-        found += [f"{name}.{field}" for field, rows in inner.items() if _is_table(rows)]
+        found += [
+            f"{name}.{field}"
+            for field, rows in inner.items()
+            if _is_table(rows) and has(rows[0], wanted)
+        ]
     return found
 
 
