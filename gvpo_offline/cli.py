@@ -17,7 +17,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.command import Command
-from gvpo_offline.commands.console import LogHandler, VisibleFormatter
+from gvpo_offline.commands.console import LogHandler, VisibleFormatter, complain
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
     except GVPOError as error:
-        print(f"gvpo-offline {name}: error:", "\n  ".join(error.lines()), file=sys.stderr)
+        complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
         return 1
     return 0
 

@@ -28,17 +28,27 @@ def has_styles() -> bool:
     return not plain and sys.stdout.isatty()
 
 
+def complain(text: str) -> None:
+    """Print an error to standard error, on lines of its own beside progress bars."""
+    _write(text, sys.stderr)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=stream)
+    else:  # no bar can be shown
+        print(text, file=stream)
+
+
 class LogHandler(logging.StreamHandler[TextIO]):
     """Writes log records to standard error, each on lines of its own beside progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
-        tqdm = sys.modules.get("tqdm")
-        if tqdm is None:  # no bar can be shown
-            super().emit(record)
-            return
         try:
-            tqdm.tqdm.write(self.format(record), file=self.stream, end=self.terminator)
+            _write(self.format(record), self.stream)
             self.flush()
         except Exception:
             self.handleError(record)

@@ -94,3 +94,24 @@ def test_rows_of_groups_name_each_sampler(tmp_path: Path, tiny_tokenizer_dir: Pa
     lines, groups = report_of(tmp_path, tiny_tokenizer_dir, [sound, *broken], sampler="old")
     assert [line["samplers"] for line in lines] == [{"a": 2, "b": 1}, {"c": 1}, {"old": 1}]
     assert [line["group"] for line in lines] == groups * 3
+
+
+def test_a_failed_response_drops_its_row(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    """The row holds a group of three, of which one failed: the others do not stay alone."""
+    rows = [
+        {"prompt": prompt, "response": ["1", "2", "3"], "reward": [0, 1, 2], "finish_reason": ends}
+        for prompt, ends in (
+            ("cat", ["stop", "content_filter", "error"]),
+            ("hello", ["stop", "length", None]),
+        )
+    ]
+    lines, groups = report_of(tmp_path, tiny_tokenizer_dir, rows, sampler="m")
+    (line,) = lines
+    assert (line["row"], line["samplers"], line["rule"]) == (
+        0,
+        {"m": 3},
+        "the log has no failed responses",
+    )
+    assert line["received"] == "the finish reason 'content_filter', and 1 more that failed"
+    assert len(groups) == 1
+    assert line["group"] not in (None, groups[0])

@@ -149,6 +149,7 @@ class FlatFormat:
             reasons = each("truncated", _unchanged) if names.truncated else [None] * n
             stops = each("stop_reason", _unchanged) if names.stop_reason else None
             set_endings(fragment, reasons, stops)
+            self._failed.check(fragment)
         return fragment
 
     def _logprob(self, value: Any) -> float | None:
@@ -240,6 +241,7 @@ def _spread(
         raise DataError(
             f"column {name!r} has one entry per response of the row",
             received=f"{len(value)} for {n} responses",
+            remedy="log lists of one length in a row",
         )
     return [parse(part) for part in value]
 
