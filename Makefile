@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-stream bench-compute bench-tokens \
+	bench-import bench-stream bench-compute bench-tokens \
 	bench-collect bench-elastic bench-convergence bench-losses study \
 	clean
 
@@ -21,6 +21,7 @@ help:
 	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
+	@echo "make bench-import  rows a second and memory of import, by workers (10 minutes)"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"
@@ -92,6 +93,10 @@ docs: $(STAMP)
 
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas
+
+# One thread of the tokenizer for each process, so that two workers stand for two cores.
+bench-import: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/importing/import_bench.py $(ARGS)
 
 bench-stream: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream/stream_bench.py $(ARGS)

@@ -102,6 +102,8 @@ def normalised(message: Mapping[str, Any]) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise DataError("a message has a role", received=f"role {role!r}")
+    if len(message) == 2 and isinstance(text := message.get("content"), str):
+        return {"role": role, "content": text}
     kept: Message = {"role": role}
     rest = {
         key: value

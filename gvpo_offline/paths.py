@@ -41,6 +41,8 @@ def value_at(record: Mapping[str, Any], path: str) -> Any:
         The value; None if a record on the path is null; `MISSING` if a name or a position on the
         path does not exist.
     """
+    if path and isinstance(record, dict) and path in record:
+        return record[path]
     value: Any = record
     rest = path
     while rest:

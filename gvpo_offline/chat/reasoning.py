@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["as_logged", "split_reasoning"]
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_OPENING = re.compile(rf"\s*{_OPEN}\s*")
 _WITH_REASONING = re.compile(rf"\s*(?:{_OPEN})?(.*?){_CLOSE}(.*)", re.DOTALL)
 
 
@@ -61,5 +62,8 @@ def as_logged(before: str, rendered: str, content: str) -> str | None:
         text = text.removeprefix(opened) if opened else text
     if bare(text) == bare(rendered):
         return text
-    # The log leaves out a tag that the policy wrote.
-    return rendered if bare(_OPEN + text) == bare(rendered) else None
+    # The log leaves out a tag that the policy wrote: the template's, and the text as logged.
+    opening = _OPENING.match(rendered)
+    if opening is None or bare(_OPEN + text) != bare(rendered):
+        return None
+    return opening.group() + text.lstrip()

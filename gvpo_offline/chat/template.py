@@ -17,19 +17,17 @@ from gvpo_offline.chat.checks import (
     not_rendered,
     unknown_field,
 )
+from gvpo_offline.chat.compiled import compiled_template, is_text
 from gvpo_offline.chat.tool_arguments import argument_records, prints_records
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.messages import PLAIN, REASONING, Message, with_text_arguments
+from gvpo_offline.messages import CONTINUE, PLAIN, REASONING, Message, with_text_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Arguments = Mapping[str, Any]
 """Arguments of a template beside the messages: `tools`, `enable_thinking` and others."""
-
-CONTINUE = "continue_final_message"
-"""The argument that says whether a prompt's last assistant message is continued (default: yes)."""
 
 # Stands for an answer in a rendering. No template splits, trims or escapes letters.
 _ANSWER = "xQzAnswer7Kx"
@@ -88,6 +86,7 @@ class ChatTemplate:
         self._added = alternatives({str(t.content) for t in added.values()})
         self._usual_frames: dict[str, Frame | None] = {}
         self._whole = WholeRenderings(self.render)
+        self._compiled = compiled_template(tokenizer)
         self._parts = False
         self._parts = self._needs_parts()
 
@@ -115,6 +114,8 @@ class ChatTemplate:
             return False
 
     def _plain(self, messages: Sequence[Message], arguments: Arguments, *, generation: bool) -> str:
+        if self._compiled and not (self._parts or arguments) and all(map(is_text, messages)):
+            return self._compiled(messages, generation)
         if self._parts:
             messages = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} if m["content"] else m

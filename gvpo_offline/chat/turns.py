@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from gvpo_offline.chat.parts import Found, align, not_found, parts_of, search, without_parts
 from gvpo_offline.chat.reasoning import as_logged, split_reasoning
-from gvpo_offline.chat.template import CONTINUE, PROBE, Arguments, ChatTemplate, Frame
+from gvpo_offline.chat.template import PROBE, Arguments, ChatTemplate, Frame
 from gvpo_offline.errors import DataError
-from gvpo_offline.messages import Message
+from gvpo_offline.messages import CONTINUE, Message
 
 __all__ = ["Piece", "Turns", "message_pieces", "text_pieces"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -34,8 +33,7 @@ class Assembler:
         components: names of all reward components in the log, in the order of the rows of
             `Group.components`. A component that a fragment lacks is NaN for its responses.
         tally: counts what becomes of the responses; a new one by default.
-        earlier: number of broken rows that the first pass dropped.
-        reduced: ids of the groups that these rows belong to.
+        reduced: ids of the groups of broken rows that the first pass dropped.
 
     Attributes:
         counts: numbers of dropped and cut responses and groups so far, by reason.
@@ -50,7 +48,6 @@ class Assembler:
         components: Sequence[str] = (),
         *,
         tally: Tally | None = None,
-        earlier: int = 0,
         reduced: Collection[str] = (),
     ) -> None:
         self._config = config
@@ -64,14 +61,9 @@ class Assembler:
         self._components = components
         self._tally = tally or Tally()
         self.counts: Counter[str] = self._tally.counts
-        self.broken = BrokenRows(config, earlier)
+        self.broken = BrokenRows(config)
         self._refusals = Refusals(self.broken, self._error)
         self._reduced = reduced
-
-    def found(self) -> dict[str, Any]:
-        """The counts and details of a task's commit record."""
-        details = {**self._tally.details(), "broken": self.broken.records}
-        return {"counts": dict(sorted(self.counts.items())), "details": details}
 
     def groups(self, fragments: Sequence[Sequence[KeyedFragment]]) -> list[Group]:
         """Build one group per list of fragments, in order; the settings may drop some.

@@ -84,18 +84,29 @@ class BrokenRows:
         """
         if self.raised is not None:
             raise self.raised
-        self.total += 1
         first, n = self._faults.get(error.rule, (error, 0))
         self._faults[error.rule] = (first, n + 1)
         if self.drops:
-            self.records.append(_record(error, group, samplers or {}, dropped))
-            if self._earlier + self.total > self._config.max_errors:
-                self.raised = too_many(self._config, self.records, self._earlier)
-                raise self.raised
-        elif self.total >= STOP_AFTER:
+            self.extend([_record(error, group, samplers or {}, dropped)])
+            return
+        self.total += 1
+        if self.total >= STOP_AFTER:
             self.raised = self.error()
             assert self.raised is not None
             raise self.raised
+
+    def extend(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add lines of the report of another collection, with `on_error: drop`.
+
+        Raises:
+            DataError: there are too many broken rows; names every rule.
+        """
+        for record in records:
+            self.total += 1
+            self.records.append(record)
+            if self._earlier + self.total > self._config.max_errors:
+                self.raised = too_many(self._config, self.records, self._earlier)
+                raise self.raised
 
     def error(self) -> DataError | None:
         """One error for all broken rows, which names every rule; None if there are none.

@@ -13,8 +13,8 @@ from typing import Any
 
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.broken_rows import BrokenRows, row_names, summary, summary_lines
-from gvpo_offline.importing.chat import ChatPrompts
 from gvpo_offline.importing.encode import TokenizerRequirements
 from gvpo_offline.importing.formats.shared.log_format import DropsResponses, LogFormat
 from gvpo_offline.importing.fragment import (

@@ -6,6 +6,7 @@ fragments of a group are merged later, from all rows and files.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -172,16 +173,22 @@ def prompt_key(fragment: Fragment) -> str:
         DataError: there is no prompt.
     """
     if fragment.messages is not None:
-        # Columnar files may store the keys of a message in another order.
-        content = {"messages": json.loads(fragment.messages)}
-        if fragment.template_arguments:
-            content["arguments"] = json.loads(fragment.template_arguments)
-        return sha256_json(content)
+        return _chat_key(fragment.messages, fragment.template_arguments)
     if fragment.prompt is not None:
         return sha256_text("text\0" + fragment.prompt)
     if fragment.prompt_token_ids is None:
         raise _no_prompt(None)
     return tokens_key(fragment.prompt_token_ids)
+
+
+# The responses to a prompt are usually logged one after another.
+@functools.lru_cache(maxsize=256)
+def _chat_key(messages: str, arguments: str | None) -> str:
+    # Columnar files may store the keys of a message in another order.
+    content = {"messages": json.loads(messages)}
+    if arguments:
+        content["arguments"] = json.loads(arguments)
+    return sha256_json(content)
 
 
 def tokens_key(ids: Int32Array) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from tqdm import tqdm
 
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
-from gvpo_offline.importing.assemble import Assembler
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.broken_rows import summary, summary_lines, too_many, write_report
-from gvpo_offline.importing.chat import ChatPrompts
+from gvpo_offline.importing.builders import Building, open_builders
 from gvpo_offline.importing.draft import InputNames
 from gvpo_offline.importing.encode import load_encoder
 from gvpo_offline.importing.first_pass import FirstPass
@@ -42,10 +40,11 @@ from gvpo_offline.importing.formats.shared.log_format import (
 )
 from gvpo_offline.importing.outcome import COUNT_TEXTS, FOUND_TEXTS, INCOMPLETE, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
+from gvpo_offline.importing.second_pass import SecondPass
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.joined import open_inputs
-from gvpo_offline.importing.tally import MOST_SAMPLERS, Tally, merged, model_max_length
+from gvpo_offline.importing.tally import MOST_SAMPLERS, merged, model_max_length
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.import_versions import IMPORT_VERSION_KEY
 from gvpo_offline.store.incomplete import write_shard
@@ -63,7 +62,7 @@ from gvpo_offline.version import IMPORT_VERSION, __version__
 
 __all__ = ["ImportResult", "import_log", "run_import"]
 
-_NOT_RECORDED = ("output_dir", "show_progress")
+_NOT_RECORDED = ("output_dir", "show_progress", "workers")
 # Settings that do not decide the bytes of the dataset, or whose content is hashed instead.
 _NOT_IDENTIFYING = (
     "join",
@@ -73,7 +72,6 @@ _NOT_IDENTIFYING = (
     "chat_template",
 )
 _BUCKET_BYTES = 16 << 20
-_RESPONSES_AT_ONCE = 2048
 _log = logging.getLogger(__name__)
 
 
@@ -205,6 +203,9 @@ class _Import:
             b for shard, task in enumerate(tasks) if task in records for b in self._buckets(shard)
         }
         spill = FragmentSpill(root / ".spill", self.n_shards * self.buckets_per_shard, skip=done)
+        total = sum(source.text_bytes for source in self.sources)
+        # Worker processes load the tokenizer while this process reads the rows.
+        builders = open_builders(self.config, self.encoder, total)
         try:
             spill.open()
             first = FirstPass(self.config, self.format, self.sources, self.encoder, self.chat)
@@ -212,65 +213,50 @@ class _Import:
                 first.read(spill, bar.update)
             first.check()
             broken = first.broken.total
+            pending = [shard for shard, task in enumerate(tasks) if task not in records]
+            buckets = {shard: self._buckets(shard) for shard in pending}
             with self._bar("writing groups", spill.n_rows, "row") as bar:
+                builders.begin(self._building(first))
+                second = SecondPass(self.config, builders.run(spill, buckets), bar.update)
                 for shard, task in enumerate(tasks):
                     if task not in records:
-                        record = self._write(root, log, spill, shard, first, bar.update)
+                        record = self._write(root, log, second, shard, first)
                         records[task] = log.commit(record)
                     broken += len(records[task].details.get("broken", ()))
                     if broken > self.config.max_errors:
                         raise too_many(self.config, _broken(first, [*records.values()]))
         finally:
+            builders.close()
             spill.close()
         return self._publish(root, [records[task] for task in tasks], first, identity)
 
     def _buckets(self, shard: int) -> range:
         return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
 
-    def _groups(
-        self, spill: FragmentSpill, shard: int, assembler: Assembler, advance: Callable[[int], Any]
-    ) -> Iterator[Group]:
-        for bucket in self._buckets(shard):
-            for piece in spill.groups(bucket, _RESPONSES_AT_ONCE):
-                yield from assembler.groups(piece)
-                advance(sum(len(fragments) for fragments in piece))
-            spill.remove(bucket)
+    def _building(self, first: FirstPass) -> Building:
+        return Building(
+            inputs=[InputNames(s.label, s.file_name, s.name) for s in self.sources],
+            components=sorted(first.components),
+            text_bytes=sum(source.text_bytes for source in self.sources),
+            by_sampler=len(first.samplers) <= MOST_SAMPLERS,
+            reduced=frozenset(first.reduced),
+        )
 
     def _write(
-        self,
-        root: Path,
-        log: TaskLog,
-        spill: FragmentSpill,
-        shard: int,
-        first: FirstPass,
-        advance: Callable[[int], Any],
+        self, root: Path, log: TaskLog, second: SecondPass, shard: int, first: FirstPass
     ) -> TaskRecord:
-        names = [InputNames(s.label, s.file_name, s.name) for s in self.sources]
-        components = sorted(first.components)
-        assembler = Assembler(
-            self.config,
-            self.encoder,
-            names,
-            components,
-            tally=Tally(
-                sum(source.text_bytes for source in self.sources),
-                None if self.encoder is None else model_max_length(self.encoder.tokenizer),
-                by_sampler=len(first.samplers) <= MOST_SAMPLERS,
-            ),
-            earlier=len(first.broken.records),
-            reduced=first.reduced,
-        )
+        found = second.shard(shard, earlier=len(first.broken.records))
         record = write_shard(
             root,
             log.stage,
             _task(shard),
-            self._groups(spill, shard, assembler, advance),
+            found.groups(),
             reward=self.config.reward_name if first.rewarded else None,
-            components=components,
+            components=sorted(first.components),
             vocab_size=None if self.encoder is None else self.encoder.vocab_size,
             rows_per_row_group=self.config.rows_per_row_group,
         )
-        return record.model_copy(update=assembler.found())
+        return record.model_copy(update=found.of_record())
 
     def _publish(
         self, root: Path, records: list[TaskRecord], first: FirstPass, identity: str

@@ -105,6 +105,11 @@ COUNT_TEXTS = {
 
 # As COUNT_TEXTS; recorded only if they are not 0.
 FOUND_TEXTS = {
+    "dropped_other_spans": "spans are no requests to a model (tools, agents, chains …) and were "
+    "left out",
+    "unused_annotations": "scores, or ids that have scores, belong to no single response of "
+    "the log",
+    "dropped_filter_responses": "responses were read once: rows of other filters repeat them",
     "identical_responses": "responses repeat another response of their group, token for token",
     "identical_groups": "groups repeat another group: the same prompt and the same responses",
     "differing_metadata_groups": "groups have rows whose kept columns differ; those of the first "

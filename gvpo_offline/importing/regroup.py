@@ -8,7 +8,9 @@ buckets.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,34 @@ _PLAIN = [n for n in _SCHEMA.names if n not in _BUILDERS and n not in ("key", "p
 
 KeyedFragment = tuple[Fragment, str]
 """A fragment and the key of its prompt."""
+
+
+@dataclass(frozen=True)
+class SpilledGroups:
+    """The fragments of some whole groups, as they were spilled; cheap to pickle.
+
+    Attributes:
+        rows: a fragment per row, the groups in order of hash(group_id).
+        sizes: number of fragments of each group.
+    """
+
+    rows: pa.Table
+    sizes: tuple[int, ...]
+
+    def fragments(self) -> list[list[KeyedFragment]]:
+        """The fragments of each group, in order of input and row."""
+        columns = {name: to_rows(self.rows.column(name).chunk(0)) for name in _SCHEMA.names}
+        keys = columns.pop("prompt_key")
+        del columns["key"]
+        columns["components"] = [
+            None if row is None else dict(row) for row in columns["components"]
+        ]
+        names = list(columns)
+        spilled = iter(
+            (Fragment(**dict(zip(names, values, strict=True))), key)
+            for values, key in zip(zip(*columns.values(), strict=True), keys, strict=True)
+        )
+        return [list(itertools.islice(spilled, size)) for size in self.sizes]
 
 
 def _weight(fragment: Fragment) -> int:
@@ -122,15 +152,12 @@ class FragmentSpill:
             self._spill.flush()
         self._buffer, self._buffered = [], 0
 
-    def groups(self, bucket: int, responses_at_once: int) -> Iterator[list[list[KeyedFragment]]]:
+    def groups(self, bucket: int, responses_at_once: int) -> Iterator[SpilledGroups]:
         """Yield the groups of a bucket in order of hash(group_id), in batches.
 
         Args:
             bucket: number of the bucket.
             responses_at_once: approximate number of responses in a batch.
-
-        Yields:
-            Batches of groups; a group is a list of its fragments in order of input and row.
         """
         table = self._spill.read(bucket, _SCHEMA.names)
         if table is None:
@@ -167,16 +194,6 @@ def _to_batch(rows: Sequence[tuple[int, str, Fragment]]) -> pa.RecordBatch:
 
 def _read_batch(
     table: pa.Table, indices: pa.Array, batch: Sequence[tuple[int, int]]
-) -> list[list[KeyedFragment]]:
-    first, last = batch[0][0], batch[-1][1]
-    rows = table.take(indices[first:last]).combine_chunks()
-    columns = {name: to_rows(rows.column(name).chunk(0)) for name in _SCHEMA.names}
-    keys = columns.pop("prompt_key")
-    del columns["key"]
-    columns["components"] = [None if row is None else dict(row) for row in columns["components"]]
-    names = list(columns)
-    spilled = [
-        (Fragment(**dict(zip(names, values, strict=True))), key)
-        for values, key in zip(zip(*columns.values(), strict=True), keys, strict=True)
-    ]
-    return [spilled[start - first : end - first] for start, end in batch]
+) -> SpilledGroups:
+    rows = table.take(indices[batch[0][0] : batch[-1][1]]).combine_chunks()
+    return SpilledGroups(rows, tuple(end - start for start, end in batch))

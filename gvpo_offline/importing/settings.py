@@ -17,6 +17,11 @@ OnSingle = Literal["error", "drop", "keep"]
 
 # Formats whose prompts are in another file than their responses.
 _BATCHES = ("anthropic_batch", "gemini_batch", "openai_batch")
+# Formats that read scores from a file of their own.
+_WITH_REWARDS = (
+    *(*_BATCHES, "swe_agent"),
+    *("langfuse", "langsmith", "mlflow", "otel", "weave"),
+)
 
 AUTO = "auto"
 """Value of a column's setting: use the column of the same name if the log has one."""
@@ -104,8 +109,8 @@ class ImportConfig:
 
     inputs: list[str] | str
     """Files or globs: JSON (lines, a list, or objects over several lines) and CSV (.csv, .tsv),
-    each also compressed (.gz, .bz2, .zst), and Parquet; folders saved by `datasets`; or `hf:name`
-    and `hf:name:split` for a data set of the hub."""
+    each also compressed (.gz, .bz2, .zst), Parquet, and logs of Inspect (.eval); folders saved by
+    `datasets`; or `hf:name` and `hf:name:split` for a data set of the hub."""
     output_dir: str
     """Folder of the dataset: new, empty, or that of an interrupted run of the same import."""
     tokenizer_name_or_path: str | None = None
@@ -115,8 +120,9 @@ class ImportConfig:
     Data sets of the hub (docs/howto/formats-hub.md): arena, armorm, distilabel, helpsteer2,
     helpsteer3, nectar, openr1_math, preference, synthetic1, ultrafeedback, unpaired. Logs of
     trainers and results of batch APIs (docs/howto/formats.md): ms_swift, nemo_gym, nemo_rl,
-    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl. Further logs
-    (docs/howto/formats.md): anthropic_batch, gemini_batch, open_assistant, sharegpt, swe_agent."""
+    open_instruct, openai_batch, openrlhf, prime_rl, trl, verl. Logs of agents, people and batches,
+    of evaluations and traces (the same page): anthropic_batch, gemini_batch, open_assistant,
+    sharegpt, swe_agent; inspect, lm_eval, promptfoo; langfuse, langsmith, mlflow, otel, weave."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     sampler: str | None = None
@@ -139,12 +145,14 @@ class ImportConfig:
     """Take a reward (or component, or sampler_logprob) that is the text of a number as the number;
     empty text and "nan", "null", "N/A" are missing."""
     requests: str | None = None
-    """File or glob of the batch requests, which hold the prompts (anthropic_batch, gemini_batch,
-    openai_batch)."""
+    """File or glob of the batch requests, which hold the prompts (format: anthropic_batch,
+    gemini_batch or openai_batch)."""
     rewards: str | None = None
-    """Formats that take requests: file or glob of rows with custom_id (gemini_batch: key) and one
-    column per component of the reward: a number, or a list with one number per choice. swe_agent:
-    the reports of the evaluation, or rows with instance_id and components of the reward."""
+    """Rewards beside the log. Formats that take requests: file or glob of rows with custom_id
+    (gemini_batch: key) and one column per component of the reward: a number, or a list with one
+    number per choice. swe_agent: the reports of the evaluation, or rows with instance_id and
+    components of the reward. otel, langfuse, langsmith, mlflow and weave: scores, with the id of
+    what they score, a name, and a number or label."""
     max_length: int | None = None
     """Maximum length of prompt plus response, in tokens. Default: no limit."""
     overlong: OnLong = "error"
@@ -202,6 +210,10 @@ class ImportConfig:
     """Make a prompt that is text the user's message of a chat."""
     system_prompt: str | None = None
     """System message before each chat prompt that has none."""
+    workers: int = 1
+    """Number of processes that tokenise. With 1, this process does it, in as many threads as the
+    tokenizer starts; with more, each worker has one thread, and a small log uses fewer workers. The
+    dataset is the same, byte for byte, with any number."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -217,6 +229,7 @@ class ImportConfig:
         local_folder("output_dir", self.output_dir)
         positive("shard_bytes", self.shard_bytes)
         positive("rows_per_row_group", self.rows_per_row_group)
+        positive("workers", self.workers)
         if self.max_length is not None:
             positive("max_length", self.max_length)
         if self.max_errors < 0:
@@ -225,7 +238,7 @@ class ImportConfig:
             raise ConfigError("import needs at least one input", received="[]", remedy="set inputs")
         check_name("reward_name", self.reward_name)
         self.reward_map = label_numbers("reward_map", self.reward_map)
-        for name, formats in (("requests", _BATCHES), ("rewards", (*_BATCHES, "swe_agent"))):
+        for name, formats in (("requests", _BATCHES), ("rewards", _WITH_REWARDS)):
             if getattr(self, name) and self.format not in formats:
                 raise ConfigError(
                     f"{name} is only used with format: {', '.join(formats)}",

@@ -111,6 +111,14 @@ class Tally:
         if not self._bits or key >> (64 - self._bits) == 0:
             self._contents.append(key)
 
+    def merge(self, other: Tally) -> None:
+        """Add the numbers of another tally with the same settings."""
+        self.counts.update(other.counts)
+        self._kept.merge(other._kept.found)
+        for reason, by in other._dropped.items():
+            self._dropped.setdefault(reason, _BySampler()).merge(by.found)
+        self._contents.extend(other._contents)
+
     def _count(self, name: str, n: int) -> None:
         if n:
             self.counts[name] += n

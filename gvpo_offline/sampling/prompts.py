@@ -25,7 +25,7 @@ from gvpo_offline.conversations import template_arguments
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.importing.chat import ChatPrompts
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.media import text_rows

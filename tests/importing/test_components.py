@@ -109,7 +109,7 @@ def test_components_survive_the_spill(
         spill.add(fragment(components=components, row=row), "key")
     spill.flush()
     (groups,) = spill.groups(0, 100)
-    assert [one.components for one, _ in groups[0]] == parts
+    assert [one.components for one, _ in groups.fragments()[0]] == parts
     spill.close()
 
 

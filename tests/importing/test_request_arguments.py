@@ -12,7 +12,7 @@ from support.importing import config, read_groups, write_jsonl
 
 from gvpo_offline.chat.encoder import Chat, Encoder
 from gvpo_offline.errors import DataError
-from gvpo_offline.importing.chat import ChatPrompts
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gvpo_offline.conversations import messages
-from gvpo_offline.importing.chat import ChatPrompts
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.sampling.answers import request_body
 from gvpo_offline.sampling.prompts import Prompt
 from gvpo_offline.sampling.settings import OpenAISettings

@@ -14,7 +14,7 @@ from gvpo_offline.importing.formats import find_format
 from gvpo_offline.importing.formats.shared.log_format import DropsResponses
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.importer import import_log
-from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.importing.sources.joined import open_inputs
 
 
 def fragments(
@@ -25,7 +25,7 @@ def fragments(
     log_format = find_format(made)
     found = [
         fragment
-        for source in find_sources(made.inputs)
+        for source in open_inputs(made)
         for fragment in log_format.read(source.rows(log_format.columns, lambda _: None), source)
     ]
     return found, log_format.finish() if isinstance(log_format, DropsResponses) else {}

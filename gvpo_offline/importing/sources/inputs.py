@@ -17,9 +17,11 @@ import pyarrow as pa
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.importing.sources.compressed import without_suffix
 from gvpo_offline.importing.sources.csv_rows import DELIMITERS, CsvRows
+from gvpo_offline.importing.sources.eval_archive import EvalArchive
 from gvpo_offline.importing.sources.files import DatasetRows, JsonLines, ParquetRows, Source
 from gvpo_offline.importing.sources.json_documents import JsonDocuments, holds_lines
 from gvpo_offline.importing.sources.json_text import path_steps
+from gvpo_offline.importing.sources.layouts import LAYOUTS, DocumentRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,12 +31,15 @@ _PARQUET_SUFFIXES = (".parquet", ".pq")
 _HUB_PREFIX = "hf:"
 
 
-def find_sources(inputs: Sequence[str] | str, *, rows_at: str | None = None) -> list[Source]:
+def find_sources(
+    inputs: Sequence[str] | str, *, rows_at: str | None = None, log_format: str | None = None
+) -> list[Source]:
     """Open the inputs that paths, globs and hub names refer to, in order, each file once.
 
     Args:
         inputs: paths, globs, and hub names (hf:name, hf:name:split).
         rows_at: path of the rows in JSON files, or None: the elements of a list, or each object.
+        log_format: name of the format, which may say where the rows of a `.json` file are.
 
     Raises:
         DataError: a path or glob matches nothing.
@@ -52,7 +57,7 @@ def find_sources(inputs: Sequence[str] | str, *, rows_at: str | None = None) -> 
         for path in _matches(pattern):
             if (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
-                sources.append(_open_path(path, rows_at))
+                sources.append(_open_path(path, rows_at, log_format))
     return sources
 
 
@@ -71,9 +76,11 @@ def _matches(pattern: str) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def _open_path(path: Path, rows_at: str | None) -> Source:
+def _open_path(path: Path, rows_at: str | None, log_format: str | None) -> Source:
     plain = without_suffix(path)
     if path.is_file() and plain.suffix in _JSON_SUFFIXES:
+        if rows_at is None and plain.suffix == ".json" and log_format in LAYOUTS:
+            return DocumentRows(str(path), plain.stem, path, LAYOUTS[log_format])
         if rows_at is None and holds_lines(path):
             return JsonLines(str(path), plain.stem, path)
         return JsonDocuments(str(path), plain.stem, path, _steps(rows_at))
@@ -82,12 +89,14 @@ def _open_path(path: Path, rows_at: str | None) -> Source:
         return _saved(path)
     if plain.suffix in DELIMITERS:
         return CsvRows(path)
+    if path.is_file() and path.suffix == ".eval":
+        return EvalArchive(path)
     if path.suffix in _PARQUET_SUFFIXES:
         return ParquetRows(str(path), path.stem, path)
     raise ConfigError(
         "an input is JSON lines or another JSON file (.jsonl, .ndjson, .json, .traj), CSV (.csv, "
-        ".tsv), each optionally compressed (.gz, .bz2, .zst), Parquet (.parquet, .pq), or a folder "
-        "saved by `datasets`",
+        ".tsv), each optionally compressed (.gz, .bz2, .zst), Parquet (.parquet, .pq), a log of "
+        "Inspect (.eval), or a folder saved by `datasets`",
         received=path.name,
         remedy="convert or rename the file, or narrow the pattern",
         file=path,

@@ -39,7 +39,7 @@ def open_inputs(config: ImportConfig) -> list[Source]:
         DataError: a path or glob matches nothing.
         IntegrityError: the footer of a Parquet file cannot be read.
     """
-    sources = find_sources(config.inputs, rows_at=config.rows_at)
+    sources = find_sources(config.inputs, rows_at=config.rows_at, log_format=config.format)
     patterns = [config.join] if isinstance(config.join, str) else list(config.join)
     if not patterns:
         return sources

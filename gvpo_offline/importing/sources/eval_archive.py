@@ -1,0 +1,154 @@
+"""Inspect's `.eval` logs: zip archives of JSON, one member for each sample.
+
+The members are read one after the other, so memory holds one sample. Python's `zipfile` reads the
+directory of the archive; the members are decompressed here, because it has no Zstandard, with which
+Inspect compresses them since 2025.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.importing.sources.compressed import FACTOR
+from gvpo_offline.importing.sources.files import Advance, Source
+from gvpo_offline.importing.sources.rows import Row
+
+__all__ = ["EvalArchive"]
+
+_SAMPLE = re.compile(r"samples/.+_epoch_\d+\.json", re.DOTALL)
+_IN_CHUNKS = re.compile(r"samples/.+_epoch_\d+/sample\.json", re.DOTALL)
+# The newest first: a log that is complete, one that is being written, one of 2024.
+_HEADERS = ("header.json", "_journal/start.json", "start.json")
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_ZSTD = (93, 20)
+
+
+class EvalArchive(Source):
+    """A `.eval` log. A row is a sample, with the log's `eval` (model, task) as a further field.
+
+    A sample that was written several times (a retry) is read once, as it was written last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), path.stem, [path])
+        self.text_bytes = self.size * FACTOR
+
+    def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
+        """See `Source.rows`. Rows are numbered in the order of the archive."""
+        with self.files[0].open("rb") as raw:
+            members = self._members(raw)
+            header = self._header(raw, members)
+            samples = [member for name, member in members.items() if _SAMPLE.fullmatch(name)]
+            if not samples and any(map(_IN_CHUNKS.fullmatch, members)):
+                raise DataError(
+                    "a sample of a .eval log is one member of the archive",
+                    received="samples in chunks",
+                    remedy="convert the log (inspect log convert --to json)",
+                    file=self.label,
+                )
+            reported = 0
+            for number, member in enumerate(samples):
+                record = self._parsed(raw, member, number)
+                if record is not None:
+                    yield number, {"eval": header, **record}
+                done = min(self.size, reported + member.compress_size)
+                advance(done - reported)
+                reported = done
+            advance(self.size - reported)
+
+    def _members(self, raw: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                return {member.filename: member for member in archive.infolist()}
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise self._damaged(str(error), None) from error
+
+    def _header(self, raw: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> Any:
+        name = next((name for name in _HEADERS if name in members), None)
+        header = None if name is None else self._json(raw, members[name], None)
+        found = header.get("eval") if isinstance(header, dict) else None
+        if not isinstance(found, dict):
+            raise DataError(
+                f"a .eval log has the field eval in {' or '.join(_HEADERS)}",
+                received=f"the members {', '.join(list(members)[:10]) or 'none'}",
+                remedy="write the log again with Inspect",
+                file=self.label,
+            )
+        return found
+
+    def _parsed(
+        self, raw: IO[bytes], member: zipfile.ZipInfo, row: int
+    ) -> Mapping[str, Any] | None:
+        """The sample of a member, or None if it was refused."""
+        try:
+            found = self._json(raw, member, row)
+            if not isinstance(found, dict):
+                raise self._no_object(type(found).__name__, member, row)
+        except DataError as error:
+            self.refuse(error)
+            return None
+        return found
+
+    def _json(self, raw: IO[bytes], member: zipfile.ZipInfo, row: int | None) -> Any:
+        text = self._content(raw, member, row)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._no_object(str(error), member, row) from error
+
+    def _content(self, raw: IO[bytes], member: zipfile.ZipInfo, row: int | None) -> bytes:
+        try:
+            raw.seek(member.header_offset)
+            signature, name_length, extra_length = _LOCAL_HEADER.unpack(
+                raw.read(_LOCAL_HEADER.size)
+            )
+            if signature != b"PK\x03\x04":
+                raise ValueError(f"no member at its place: {member.filename}")
+            raw.seek(name_length + extra_length, io.SEEK_CUR)
+            found = _decompressed(raw.read(member.compress_size), member.compress_type)
+        except (struct.error, ValueError, OSError, zlib.error, pa.ArrowException) as error:
+            raise self._damaged(str(error), row) from error
+        if len(found) != member.file_size or zlib.crc32(found) != member.CRC:
+            raise self._damaged(f"another content of {member.filename} than its checksum", row)
+        return found
+
+    def _no_object(self, received: str, member: zipfile.ZipInfo, row: int | None) -> DataError:
+        return DataError(
+            "a sample of a .eval log is a JSON object",
+            received=f"{received} in {member.filename}",
+            remedy="write the log again with Inspect",
+            file=self.label,
+            row=row,
+        )
+
+    def _damaged(self, received: str, row: int | None) -> IntegrityError:
+        return IntegrityError(
+            "a .eval log is a complete zip archive",
+            received=received,
+            remedy="copy the log again",
+            file=self.label,
+            row=row,
+        )
+
+
+def _decompressed(data: bytes, method: int) -> bytes:
+    if method == zipfile.ZIP_STORED:
+        return data
+    if method == zipfile.ZIP_DEFLATED:
+        return zlib.decompress(data, -zlib.MAX_WBITS)
+    if method in _ZSTD:
+        # A member may have several frames, which the stream reads one after the other.
+        with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
+            return bytes(stream.read())
+    raise ValueError(f"a member compressed by method {method}")
