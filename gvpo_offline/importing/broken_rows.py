@@ -19,7 +19,7 @@ from typing import Any, Literal
 from gvpo_offline import conversations, values
 from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
-from gvpo_offline.importing.chat import ChatPrompts
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.fragment import GROUP_ID_DIGITS, Fragment, prompt_key
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.messages import is_message
