@@ -130,11 +130,11 @@ class Fragment:
 
 
 def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
-    """A copy of `error` with the file, row and group added where it has none."""
+    """A copy of `error` with the file, row and group, and a remedy, added where it has none."""
     located = DataError(
         error.rule,
         received=error.received,
-        remedy=error.remedy,
+        remedy=error.remedy or "correct the row, or remove it from the log",
         file=error.file or file,
         row=row if error.row is None else error.row,
         group=error.group or group,

@@ -132,3 +132,20 @@ def test_a_log_of_which_every_row_is_left_out(tmp_path: Path) -> None:
     gold = write_jsonl(tmp_path / "gold.jsonl", [{"k": 3, "gold": 4}])
     with pytest.raises(DataError, match="no row to import; dropped_unmatched_rows 2"):
         import_log(config(log, tmp_path / "out", join=[str(gold)], on=["k"], on_missing="drop"))
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"response": ["1", "2"], "reward": 1}, {}),
+        ({"response": "1", "reward": 1, "loss_mask": "x", "response_token_ids": [3]}, {}),
+        ({"chosen": 17, "rejected": "2"}, {"format": "preference"}),
+    ],
+)
+def test_every_error_of_a_row_has_a_remedy(
+    tmp_path: Path, row: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Rules that need no advice of their own say what can be done about any row."""
+    log = write_jsonl(tmp_path / "log.jsonl", [{"prompt": "cat", **row}])
+    with pytest.raises(DataError, match=r"Correct the row, or remove it from the log\."):
+        import_log(config(log, tmp_path / "out", **{"columns": Columns(), **settings}))
