@@ -43,8 +43,9 @@ def refused(tmp_path: Path, content: Any, **settings: Any) -> str:
 
 def test_a_missing_field_is_looked_for_in_its_column(tmp_path: Path) -> None:
     columns = Columns(prompt="doc.question", prompt_token_ids=None)
-    message = refused(tmp_path, [RECORD], columns=columns)
+    message = refused(tmp_path, [{**RECORD, "calls": [{"name": "f"}]}], columns=columns)
     assert "received doc with the fields answer, parts." in message
+    assert "rows_at" not in message
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def _missing(setting: str, name: str, record: Record, source: InputInfo) -> Data
     within = nearest(record, name)
     if setting == "columns.keep":
         remedy = "remove the name from columns.keep"
-    elif lists := list_fields(record, name):
+    elif source.columns is None and not within and (lists := list_fields(record, name)):
         remedy += f"; if the rows are in {' or '.join(lists)}, set rows_at to it"
     return DataError(
         f"the column {name!r} that {setting} names is in the log",
