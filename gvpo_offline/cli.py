@@ -17,7 +17,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.command import Command
-from gvpo_offline.commands.console import VisibleFormatter
+from gvpo_offline.commands.console import LogHandler, VisibleFormatter, complain
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
@@ -198,14 +198,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f": did you mean {similar[0]}?" if similar else ""
         print(f"{_overview()}\n\nerror: no command {name!r}{hint}", file=sys.stderr)
         return 2
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(VisibleFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)
     try:
         COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
     except GVPOError as error:
-        print(f"gvpo-offline {name}: error:", "\n  ".join(error.lines()), file=sys.stderr)
+        complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
         return 1
     return 0
 

@@ -76,6 +76,21 @@ def _entry(value: Any, path: str) -> tuple[Any, str]:
     return entry, path[step.end() :].removeprefix(".")
 
 
+def nearest(record: Mapping[str, Any], path: str) -> str:
+    """Where a path that leads to nothing leaves a record: the last value on it, and its fields.
+
+    Empty if already the path's first name is no column.
+    """
+    for at in range(len(path) - 1, 0, -1):
+        value = value_at(record, path[:at]) if path[at] in ".[" else MISSING
+        if isinstance(value, Mapping):
+            return f"{path[:at]} with the fields {', '.join(map(str, value)) or 'none'}"
+        if value is not MISSING:
+            kind = f"a list of {len(value)}" if isinstance(value, list) else None
+            return f"{path[:at]}, {kind or f'of type {type(value).__name__}'}"
+    return ""
+
+
 def has(record: Mapping[str, Any], path: str) -> bool:
     """Whether a record has the column or the nested field."""
     return path in record or value_at(record, path) is not MISSING

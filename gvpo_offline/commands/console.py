@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 from gvpo_offline.visible import visible
 
@@ -25,6 +26,32 @@ def has_styles() -> bool:
     """Whether standard output is a terminal that shows styles (https://no-color.org)."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return not plain and sys.stdout.isatty()
+
+
+def complain(text: str) -> None:
+    """Print an error to standard error, on lines of its own beside progress bars."""
+    _write(text, sys.stderr)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=stream)
+    else:  # no bar can be shown
+        print(text, file=stream)
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes log records to standard error, each on lines of its own beside progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        try:
+            _write(self.format(record), self.stream)
+            self.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class VisibleFormatter(logging.Formatter):

@@ -74,6 +74,13 @@ def explained(
         first = found.group(1).split()[0]
         if "=" in first and not first.startswith("-"):
             return _error(name, first, first.partition("=")[0], known, commands, "--")
+        if not first.startswith("-"):
+            return ConfigError(
+                _RULE,
+                received=f"unrecognized arguments: {found.group(1)}",
+                remedy="each value follows the name of its setting; a list is one value, '[a, b]', "
+                f"and a pattern is written in quotes, '*.jsonl'. See gvpo-offline {name} --help",
+            )
     return None
 
 

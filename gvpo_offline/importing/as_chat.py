@@ -79,7 +79,9 @@ class ChatPrompts:
         left = json.dumps(arguments, ensure_ascii=False, sort_keys=True)
         fragment.template_arguments = left if arguments else None
 
-    def prompt(self, text: str | None, messages: str | None, label: str, row: int) -> Prompt:
+    def prompt(
+        self, text: str | None, messages: str | None, label: str, row: int, *, warn: bool = True
+    ) -> Prompt:
         """The prompt as text or messages, of which the other is None.
 
         Raises:
@@ -94,7 +96,8 @@ class ChatPrompts:
                     remedy="set as_chat: true, or remove system_prompt",
                 )
                 raise with_location(error, file=label, row=row)
-            self._warn(text or "", label, row)
+            if warn:
+                self._warn(text or "", label, row)
             return text, None
         if messages is not None and system is None:
             return None, messages

@@ -140,6 +140,9 @@ class Assembler:
         assert draft.prompt_ids is not None
         if whole:
             self._tally.keep(draft.prompt_ids, draft.responses)
+            kept = draft.first.metadata
+            if any(r.fragment.metadata != kept for r in draft.responses):
+                self.counts["differing_metadata_groups"] += 1
         if draft.reduced or draft.group_id in self._reduced:
             self.counts["groups_reduced_by_errors"] += 1
         return [group]

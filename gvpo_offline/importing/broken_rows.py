@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gvpo_offline import conversations, values
+from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
+from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.fragment import GROUP_ID_DIGITS, Fragment, prompt_key
 from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.messages import is_message
+from gvpo_offline.paths import MISSING, value_at
 from gvpo_offline.store.commit import fsync_folder, storage_errors, temporary_name
 from gvpo_offline.store.writer import IMPORT_REPORT
 
@@ -30,6 +34,7 @@ STOP_AFTER = 1000
 _RULES_NAMED = 20
 _SAMPLERS_NAMED = 10
 _RECEIVED_CHARACTERS = 500
+_ARGUMENTS = ("tools", "chat_template_kwargs")
 
 
 class BrokenRows:
@@ -182,7 +187,7 @@ def _record(
 
 
 def row_names(
-    record: Record | None, config: ImportConfig, default: str
+    record: Record | None, config: ImportConfig, default: str, chat: ChatPrompts
 ) -> tuple[str | None, dict[str, int]]:
     """The group, and the number of responses by sampler, of a row that is not a valid fragment.
 
@@ -190,33 +195,55 @@ def row_names(
         record: the row, or None if it could not be parsed.
         config: the import's settings. Only `format: flat` names the columns of both.
         default: the sampler of responses for which the log names none.
+        chat: makes chat messages of prompts given as text, as for valid rows.
 
     Returns:
-        The group's id or None, and one response of the row's sampler, or nothing: as far as both
-        are known.
+        The group's id or None, and the number of responses of the row's samplers, or nothing: as
+        far as both are known.
     """
     names = config.columns
     if config.format != "flat":
         return None, {} if config.sampler is None else {config.sampler: 1}
-    if names.sampler is None:
-        samplers = {default: 1}
-    else:
-        named = (record or {}).get(names.sampler)
-        samplers = {named: 1} if isinstance(named, str) and named else {}
     if record is None:
-        return None, samplers
-    if names.response and isinstance(record.get(names.response), list):
-        samplers = {name: len(record[names.response]) for name in samplers}
+        return None, {default: 1} if names.sampler is None else {}
+
+    def value(name: str | None) -> Any:
+        found = None if name is None else value_at(record, name)
+        return None if found is MISSING else found
+
+    n = _group_size(value(names.response), value(names.response_token_ids))
+    named: Any = value(names.sampler)
+    if names.sampler is None or (cell_value(named) is None and config.sampler is not None):
+        named = default
+    if n is None or not isinstance(named, list):
+        named = [named] * (1 if n is None else n)
+    known = all(isinstance(name, str) and name for name in named)
+    samplers = dict(Counter(named)) if known else {}
     try:
         if names.group_id is not None:
-            return values.identifier(record.get(names.group_id)), samplers
-        text, messages = conversations.prompt(record.get(names.prompt or ""))
+            return values.identifier(value(names.group_id)), samplers
+        arguments = {name: value(getattr(names, name)) for name in _ARGUMENTS}
+        text, messages = conversations.prompt(value(names.prompt))
+        ids = value(names.prompt_token_ids)
+        if ids is not None:
+            ids = values.token_ids(cell_value(ids), "a prompt")
+        elif text or messages:
+            text, messages = chat.prompt(text, messages, default, 0, warn=False)
+        else:
+            return None, samplers
+        fragment = Fragment(text, messages, ids, [], None, None, [], [])
+        fragment.template_arguments = conversations.template_arguments(arguments)
+        return prompt_key(fragment)[:GROUP_ID_DIGITS], samplers
     except DataError:
         return None, samplers
-    if not (text or messages):
-        return None, samplers
-    prompt = Fragment(text, messages, None, [], None, None, [], [])
-    return prompt_key(prompt)[:GROUP_ID_DIGITS], samplers
+
+
+def _group_size(responses: Any, ids: Any) -> int | None:
+    """The number of responses of a row that holds a group; None: it holds one response."""
+    if isinstance(responses, list):
+        return None if responses and all(map(is_message, responses)) else len(responses)
+    many = responses is None and isinstance(ids, list) and any(isinstance(i, list) for i in ids)
+    return len(ids) if many else None
 
 
 def summary(records: Iterable[Record]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class FirstPass:
         default = self._config.sampler or source.name
 
         def refused(error: DataError, record: Mapping[str, Any] | None) -> None:
-            group, samplers = row_names(record, self._config, default)
+            group, samplers = row_names(record, self._config, default, self._chat)
             self._refuse(error, group, samplers)
 
         source.on_refused = refused
@@ -180,9 +180,13 @@ class FirstPass:
         """
         if not sum(self.rows) and (self.broken.drops or not self.broken.total):
             dropped = f"{self.broken.total:,} broken rows only (on_error: drop)"
+            left_out = [f"{reason} {n}" for reason, n in self.left_out.items() if n]
+            none = (
+                f"no row to import; {', '.join(left_out)}" if left_out else "inputs without a row"
+            )
             raise DataError(
                 "an import yields at least 1 group",
-                received=dropped if self.broken.total else "inputs without a row",
+                received=dropped if self.broken.total else none,
                 remedy="check the inputs",
                 file=self._sources[0].label,
                 more=summary_lines(summary(self.broken.records)),

@@ -130,11 +130,11 @@ class Fragment:
 
 
 def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
-    """A copy of `error` with the file, row and group added where it has none."""
+    """A copy of `error` with the file, row and group, and a remedy, added where it has none."""
     located = DataError(
         error.rule,
         received=error.received,
-        remedy=error.remedy,
+        remedy=error.remedy or "correct the row, or remove it from the log",
         file=error.file or file,
         row=row if error.row is None else error.row,
         group=error.group or group,
@@ -291,7 +291,11 @@ def _check_response(
 ) -> None:
     ids, mask = fragment.ids_of(index), fragment.mask_of(index)
     if ids is None and text is None:
-        raise DataError("a response is text or token ids", received=f"neither for response {index}")
+        raise DataError(
+            "a response is text or token ids",
+            received=f"neither for response {index}",
+            remedy="write the response into the log, or remove it",
+        )
     more = fragment.response_messages is not None and fragment.response_messages[index]
     if not allow_empty and not more and not (text if ids is None else len(ids)):
         raise DataError(

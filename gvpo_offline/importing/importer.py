@@ -273,8 +273,8 @@ class _Import:
             raise DataError(
                 "an import yields at least 1 group",
                 received=", ".join(f"{name} {n}" for name, n in counts.items() if n),
-                remedy="the settings (singletons, empty_responses, missing_rewards, overlong) "
-                "dropped everything",
+                remedy="the settings (singletons, empty_responses, missing_rewards, overlong, "
+                "on_error) dropped everything",
                 file=self.sources[0].label,
                 more=summary_lines(found["broken"]) if broken else (),
             )

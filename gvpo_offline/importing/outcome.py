@@ -112,6 +112,8 @@ FOUND_TEXTS = {
     "dropped_filter_responses": "responses were read once: rows of other filters repeat them",
     "identical_responses": "responses repeat another response of their group, token for token",
     "identical_groups": "groups repeat another group: the same prompt and the same responses",
+    "differing_metadata_groups": "groups have rows whose kept columns differ; those of the first "
+    "row are stored",
     "over_model_max_length_responses": "responses are longer, with their prompt, than the "
     "tokenizer's model_max_length",
     "groups_reduced_by_errors": "groups are without the responses of their broken rows "

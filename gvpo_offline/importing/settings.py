@@ -90,7 +90,10 @@ class Columns:
         for text, ids in (("prompt", "prompt_token_ids"), ("response", "response_token_ids")):
             if not getattr(self, text) and getattr(self, ids) in (None, AUTO):
                 raise ConfigError(
-                    f"columns.{text} or columns.{ids} names a column", received="neither"
+                    f"columns.{text} or columns.{ids} names a column",
+                    received="neither",
+                    remedy=f"set columns.{ids} to the column of the token ids, or do not set "
+                    f"columns.{text} to null",
                 )
         if self.loss_mask not in (None, AUTO) and self.response_token_ids in (None, AUTO):
             raise ConfigError(

@@ -64,5 +64,5 @@ class RewardConfig:
             raise ConfigError(
                 "a scorer has a kind, and settings of that kind",
                 received=f"scorers.{'.'.join(map(str, first['loc']))}: {first['msg']}",
-                remedy="docs/howto/rewards.md lists them",
+                remedy="see docs/howto/rewards.md",
             ) from error

@@ -62,6 +62,13 @@ def choose_reward_families(
 def _family(manifest: Manifest, name: str | None, file: Any) -> RewardFamily:
     named = {f"{family.name}@{family.version}": family for family in manifest.rewards}
     matching = [f for key, f in named.items() if name in (None, f.name, key)]
+    if not matching and name is not None:
+        raise ConfigError(
+            "a reward is one of the dataset's, by its name or as name@version",
+            received=f"{name!r}, and the dataset holds {sorted(named) or 'none'}",
+            remedy="name one of them, or compute it with `gvpo-offline reward`",
+            file=file,
+        )
     if not matching or (name is None and len({f.name for f in matching}) > 1):
         raise ConfigError(
             "training needs one reward of the dataset",

@@ -32,6 +32,7 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         # A flag with dashes is the setting: only what else is required is missing.
         (["train", "--learning-rate=1"], "received no model_name_or_path."),
+        (["train", "--learning-rte=1"], "Did you mean --learning_rate?"),
         (["import", "--columns.promt", "x"], "Did you mean --columns.prompt?"),
         (["train", "--responses.sampler", "x"], "Did you mean --responses.samplers?"),
         (["ls", "data", "--vrsion", "3"], "Did you mean --dataset_version?"),
@@ -58,6 +59,7 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--ref_model", "m"], "`gvpo-offline reference` computes them once"),
         (["train", "--compute_metrics", "m"], "evaluate and predict compute the metrics"),
         # A setting of another command.
+        (["import", "--inputs", "a.jsonl", "b.jsonl"], "a list is one value, '[a, b]', and"),
         (["import", "--beta", "1"], "It is a setting of gvpo-offline tune, train, evaluate."),
         (["import", "--columns.messages", "x"], "Here it is --columns.prompt."),
         # The last part of the key is a setting of the command.

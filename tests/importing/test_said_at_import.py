@@ -272,3 +272,21 @@ def test_responses_beyond_the_tokenizers_limit(tmp_path: Path, tiny_tokenizer_di
         f"  {over} responses are longer, with their prompt, than the tokenizer's model_max_length "
         "(7)" in result.lines()
     )
+
+
+def test_groups_whose_rows_differ_in_kept_columns(tmp_path: Path) -> None:
+    """Metadata belongs to the group: of 3 groups one has two gold answers, the first is stored."""
+    rows = [
+        {"prompt_ids": [1, g], "response_ids": [5 + r, 2], "group": f"g{g}", "reward": r}
+        | {"sampler": "m", "gold": g + (g == 1) * r}
+        for g in range(3)
+        for r in range(2)
+    ]
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
+    columns = Columns(**{**ID_COLUMNS, "keep": ["gold"]})
+    result = import_log(config(log, tmp_path / "out", columns=columns))
+    assert result.counts["differing_metadata_groups"] == 1
+    line = "  1 groups have rows whose kept columns differ; those of the first row are stored"
+    assert line in result.lines()
+    stored = {g.group_id: g.metadata for g in read_groups(tmp_path / "out")}
+    assert stored == {f"g{g}": f'{{"gold": {g}}}' for g in range(3)}

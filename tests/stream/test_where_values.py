@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -94,3 +95,20 @@ def test_only_literals_are_written_anew() -> None:
     assert with_float_literals(where) == (
         "a > 0.5e0 AND \"m.x1.5\" = '0.5' AND b2.5 < 1e-3 OR c = -.25e0 AND d = 3 -- 0.5"
     )
+
+
+def test_fields_of_metadata_that_are_not_columns(tmp_path: Path) -> None:
+    """A kept path is a name with dots; a record that was kept whole has no columns of its own."""
+    values = {"doc.level": 2, "doc": {"size": 1}, "plain": 1}
+    groups = [replace(group, metadata=json.dumps(values)) for group in make_groups(2)]
+    build_dataset(tmp_path, groups=groups)
+    dataset = open_dataset(tmp_path, join=())
+    assert sum(int(m.sum()) for m, _ in predicate_masks(dataset, 'metadata."doc.level" > 1')) == 2
+    shown = 'The metadata has metadata.doc (String), metadata."doc.level" (Int64), metadata.plain'
+    for field in ("level", "size"):
+        with pytest.raises(ConfigError) as caught:
+            list(predicate_masks(dataset, f"metadata.doc.{field} > 0"))
+        message = str(caught.value)
+        assert f"received the field '{field}', which does not exist" in message
+        assert shown in message
+        assert "of a record, keep the fields themselves (import --columns.keep)" in message

@@ -27,7 +27,7 @@ from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.json_documents import list_fields
 from gvpo_offline.importing.sources.rows import Record, Row
 from gvpo_offline.messages import is_message
-from gvpo_offline.paths import MISSING, has, top_level_names, value_at
+from gvpo_offline.paths import MISSING, has, nearest, top_level_names, value_at
 from gvpo_offline.values import flags, token_ids
 
 _ROLES = (
@@ -149,6 +149,7 @@ class FlatFormat:
             reasons = each("truncated", _unchanged) if names.truncated else [None] * n
             stops = each("stop_reason", _unchanged) if names.stop_reason else None
             set_endings(fragment, reasons, stops)
+            self._failed.check(fragment)
         return fragment
 
     def _logprob(self, value: Any) -> float | None:
@@ -181,13 +182,14 @@ def _unchanged(value: Any) -> Any:
 def _missing(setting: str, name: str, record: Record, source: InputInfo) -> DataError:
     present = ", ".join(source.columns if source.columns is not None else record) or "none"
     remedy = f"set {setting} to one of them, or to null if the log has no such column"
+    within = nearest(record, name)
     if setting == "columns.keep":
         remedy = "remove the name from columns.keep"
-    elif lists := list_fields(record):
+    elif source.columns is None and not within and (lists := list_fields(record, name)):
         remedy += f"; if the rows are in {' or '.join(lists)}, set rows_at to it"
     return DataError(
         f"the column {name!r} that {setting} names is in the log",
-        received=f"the columns {present}",
+        received=within or f"the columns {present}",
         remedy=remedy,
     )
 
@@ -239,6 +241,7 @@ def _spread(
         raise DataError(
             f"column {name!r} has one entry per response of the row",
             received=f"{len(value)} for {n} responses",
+            remedy="log lists of one length in a row",
         )
     return [parse(part) for part in value]
 

@@ -27,6 +27,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 # not fill the memory.
 _MAX_FIELD_CHARACTERS = 1 << 26
 _REPORT_ROWS = 256
+_SEPARATORS = ("\t", ";", "|", ",")
 
 
 class CsvRows(Source):
@@ -36,7 +37,8 @@ class CsvRows(Source):
     `Cell`, text which the formats that need numbers read as numbers.
 
     Raises:
-        DataError: the file has no header, or a name occurs twice in it.
+        DataError: the file has no header, a name occurs twice in it, or it seems to have another
+            delimiter.
         IntegrityError: the compressed file is damaged.
     """
 
@@ -51,7 +53,16 @@ class CsvRows(Source):
             raise DataError(
                 "a CSV file begins with a header, in which each name occurs once",
                 received=", ".join(header) or "no line",
-                remedy="add a line with the names of the columns",
+                remedy="give each column a name of its own"
+                if header
+                else "add a line with the names of the columns",
+                file=path,
+            )
+        if len(header) == 1 and (other := [d for d in _SEPARATORS if d in header[0]]):
+            raise DataError(
+                f"{self._delimiter!r} stands between the values of a {plain.suffix} file",
+                received=f"{header[0]!r}, where {other[0]!r} may be meant",
+                remedy="write the file with commas, or with tabs under the suffix .tsv",
                 file=path,
             )
         self.columns = header
@@ -88,14 +99,22 @@ class CsvRows(Source):
         try:
             with damage_named(self.label, self.files[0].suffix, row):
                 return next(records, None)
+        except UnicodeDecodeError as error:
+            remedy = "save the file in UTF-8 (spreadsheets call it CSV UTF-8)"
+            raise self._invalid(str(error), row[0], remedy) from error
         except (csv.Error, ValueError) as error:
             raise self._invalid(str(error), row[0]) from error
 
-    def _invalid(self, received: str, row: int) -> DataError:
+    def _invalid(
+        self,
+        received: str,
+        row: int,
+        remedy: str = "correct the row; quote a value that contains delimiters or line breaks",
+    ) -> DataError:
         return DataError(
             "a row of a CSV file in UTF-8 has a value for each column of the header",
             received=received,
-            remedy="correct the row; quote a value that contains delimiters or line breaks",
+            remedy=remedy,
             file=self.label,
             row=row,
         )

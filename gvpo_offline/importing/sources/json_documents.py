@@ -21,6 +21,7 @@ from gvpo_offline.importing.sources.compressed import (
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.json_text import BadJsonError, JsonText, Step, is_cut_short
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.paths import has
 
 __all__ = ["JsonDocuments", "holds_lines"]
 
@@ -74,7 +75,7 @@ class JsonDocuments(Source):
         return DataError(
             "a JSON file holds objects, in a list or one after the other, in UTF-8",
             received=received,
-            remedy="correct the file"
+            remedy="correct the file, or rows_at"
             if self._rows_at
             else "correct the file; if its rows are below a field, set rows_at to that field",
             file=self.label,
@@ -121,10 +122,22 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def list_fields(record: Any) -> list[str]:
-    """The fields of an object that hold lists of objects, which may be the rows of the file."""
-    return [
-        name
-        for name, value in record.items()
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
-    ]
+def list_fields(record: Any, wanted: str) -> list[str]:
+    """Paths of the fields that hold lists of objects, which may be the rows of the file.
+
+    A field of an object in the object counts only if its rows have the column `wanted`.
+    """
+    found = []
+    for name, value in record.items():
+        inner = value if isinstance(value, dict) else {}
+        found += [name] * _is_table(value)
+        found += [
+            f"{name}.{field}"
+            for field, rows in inner.items()
+            if _is_table(rows) and has(rows[0], wanted)
+        ]
+    return found
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)

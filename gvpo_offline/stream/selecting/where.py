@@ -7,6 +7,7 @@ read into memory and evaluated at once, so that sums do not depend on how the da
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,15 +141,27 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
             _check_text(empty, where)
         (kind,) = empty.select(expression).dtypes
     except pl.exceptions.PolarsError as error:
-        keys = ", ".join(f"{KEY_PREFIX}{key} ({kind})" for key, kind in columns.types.items())
+        keys = ", ".join(f"{_written(key)} ({kind})" for key, kind in columns.types.items())
+        remedy = f"the metadata has {keys}" if keys else "see docs/howto/selecting.md for the types"
+        received = _first_line(error)
+        if isinstance(error, pl.exceptions.StructFieldNotFoundError):
+            dotted = any(key.startswith(f"{received}.") for key in columns.types)
+            remedy += (
+                "; a name with dots is written in double quotes"
+                if dotted
+                else "; of a record, keep the fields themselves (import --columns.keep)"
+            )
+            received = f"the field {received!r}, which does not exist"
         raise refused(
-            "a predicate fits the types of its columns",
-            where,
-            _first_line(error),
-            f"the metadata has {keys}" if keys else "see docs/howto/selecting.md for the types",
+            "a predicate fits the types of its columns", where, received, remedy
         ) from error
     if kind != pl.Boolean:
         raise refused("a predicate is true or false", where, f"a value of type {kind}")
+
+
+def _written(key: str) -> str:
+    """A key of the metadata as a condition names it: in double quotes if it is not a plain name."""
+    return KEY_PREFIX + (key if re.fullmatch(r"[A-Za-z_]\w*", key) else f'"{key}"')
 
 
 def _check_text(empty: pl.DataFrame, where: str) -> None:

@@ -28,7 +28,8 @@ class DefaultColumns:
 
     Attributes:
         columns: the settings with a name or None for each auto; before `find`, always None.
-        unused: names of columns that would have been used if every input had them.
+        unused: names of columns that would have been used if every input had them, and no other
+            column of the same meaning.
     """
 
     def __init__(self, columns: Columns) -> None:
@@ -53,6 +54,7 @@ class DefaultColumns:
             need = _NEEDS.get(role)
             if everywhere and (need is None or self._name_of(need) is not None):
                 self._used[role] = everywhere[0]
+                self.unused.update(dict.fromkeys((n for n in names if n != everywhere[0]), role))
             else:
                 self.unused.update(dict.fromkeys(names, role))
         used: dict[str, Any] = dict(self._used)
@@ -67,17 +69,21 @@ class DefaultColumns:
     def _warn(self, name: str, label: str) -> None:
         role = self.unused.pop(name)
         need = _NEEDS.get(role)
-        why = "which the first row of an input lacks"
+        why, instead = "which the first row of an input lacks", "null"
+        if role in self._used:
+            instead = self._used[role]
+            why = f"and the column {instead!r}, which is used as columns.{role}"
         if need is not None and self._name_of(need) is None:
             why = f"since a {role} needs columns.{need}"
         _log.warning(
-            "%s has the column %r, %s: it is not used. Set columns.%s: %s to use it, or null to "
+            "%s has the column %r, %s: it is not used. Set columns.%s: %s to use it, or %s to "
             "leave it out without this warning.",
             label,
             name,
             why,
             role,
             name,
+            instead,
         )
 
     def watched(self, rows: Iterable[Row], label: str) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import ending, is_stop_reason, stop_string
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
-from gvpo_offline.importing.fragment import Fragment
+from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
 
 __all__ = ["FailedResponses", "only_responses", "set_endings"]
@@ -82,8 +82,20 @@ class FailedResponses:
             raise _failed(f"{self.n} that failed: {'; '.join(named)}", first, row)
         return {"dropped_failed_responses": self.n}
 
+    def check(self, fragment: Fragment) -> None:
+        """Refuse a row with failed responses if such a row is broken, with all of its responses.
+
+        Raises:
+            DataError: a response failed, with `failed_responses: error` and `on_error: drop`.
+        """
+        causes = [cause for cause in fragment.failed or () if cause is not None]
+        if self._refuses and causes:
+            more = f", and {len(causes) - 1} more that failed" if len(causes) > 1 else ""
+            raise _failed(f"{causes[0]}{more}")
+
     def without_failed(self, fragment: Fragment, source: InputInfo) -> Fragment | None:
-        """A fragment without its failed responses, which are recorded; None if all failed.
+        """A fragment without its failed responses, which are recorded; None if all failed, or if
+        the row was refused (`check`).
 
         Args:
             fragment: its `row` and `failed` are set.
@@ -91,14 +103,19 @@ class FailedResponses:
         """
         if fragment.failed is None:
             return fragment
+        try:
+            self.check(fragment)
+        except DataError as error:
+            source.refuse(with_location(error, file=source.label, row=fragment.row))
+            return None
         for cause in fragment.failed:
             if cause is not None:
-                self.add(source.label, fragment.row, cause, source.refuse)
+                self.add(source.label, fragment.row, cause)
         kept = [index for index, cause in enumerate(fragment.failed) if cause is None]
         return only_responses(fragment, kept) if kept else None
 
 
-def _failed(received: str, label: str, row: int) -> DataError:
+def _failed(received: str, label: str | None = None, row: int | None = None) -> DataError:
     return DataError(
         "the log has no failed responses",
         received=received,
