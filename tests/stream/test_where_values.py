@@ -112,3 +112,10 @@ def test_fields_of_metadata_that_are_not_columns(tmp_path: Path) -> None:
         assert f"received the field '{field}', which does not exist" in message
         assert shown in message
         assert "of a record, keep the fields themselves (import --columns.keep)" in message
+
+
+@pytest.mark.parametrize("where", ["metadata.level > 3", pl.col("metadata.level") > 3])
+def test_a_dataset_without_metadata_says_so(tmp_path: Path, where: Any) -> None:
+    build_dataset(tmp_path, groups=[replace(group, metadata=None) for group in make_groups(2)])
+    with pytest.raises(ConfigError, match=r"level'.* The dataset has no metadata: `import --col"):
+        list(predicate_masks(open_dataset(tmp_path, join=()), where))

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 _MASK = "__selected"
 PredicateMask = tuple[npt.NDArray[np.bool_], int]
+_NO_METADATA = (
+    "the dataset has no metadata: `import --columns.keep` keeps columns of the log as metadata"
+)
 
 
 def predicate_masks(dataset: GroupDataset, where: str | pl.Expr) -> Iterator[PredicateMask]:
@@ -122,7 +125,7 @@ def _check_keys(columns: LightColumns, where: object, names: list[str]) -> None:
     for name in names:
         if name.startswith(KEY_PREFIX) and name.removeprefix(KEY_PREFIX) not in columns.types:
             keys = [KEY_PREFIX + key for key in columns.types]
-            remedy = suggestion(name, keys) if keys else "the dataset has no metadata"
+            remedy = suggestion(name, keys) if keys else _NO_METADATA
             raise refused(
                 "a predicate names existing keys of the metadata", where, f"{name!r}", remedy
             )
@@ -145,6 +148,13 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
         remedy = f"the metadata has {keys}" if keys else "see docs/howto/selecting.md for the types"
         received = _first_line(error)
         if isinstance(error, pl.exceptions.StructFieldNotFoundError):
+            if not keys:
+                raise refused(
+                    "a predicate names existing keys of the metadata",
+                    where,
+                    f"the field {received!r}",
+                    _NO_METADATA,
+                ) from error
             dotted = any(key.startswith(f"{received}.") for key in columns.types)
             remedy += (
                 "; a name with dots is written in double quotes"
