@@ -116,7 +116,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(
             "flags and YAML keys are settings of the command, with values of the right type",
             received=_complaint(str(error)),
-            remedy=f"{_expected(str(error))}see gvpo-offline {name} --help",
+            remedy=f"{_expected(str(error))}See gvpo-offline {name} --help",
         ) from error
 
 
@@ -176,7 +176,7 @@ def _expected(text: str) -> str:
         return ""
     kind, values = kinds[0]
     takes = f"one of {values}" if values else _KINDS.get(kind, "")
-    return f"set {key.group(1)} to {takes}; " if takes else ""
+    return f"set {key.group(1)} to {takes}. " if takes else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -203,12 +203,12 @@ def test_help_shows_the_defaults_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["validate"], "the following arguments are required: dataset"),
-        (["train"], "the following arguments are required: model_name_or_path"),
+        (["validate"], "received no dataset. See"),
+        (["train"], "received no model_name_or_path. See"),
         (["train", "--model_name_or_path", "m"], "a run has either `dataset` or `datasets`"),
         (["reference", "--model_name_or_path", "m"], "dataset must be set"),
         (["evaluate", "--dataset", "d"], "model_name_or_path must be set"),
-        (["import", "--inputs", "[a.jsonl]"], "the following arguments are required: output_dir"),
+        (["import", "--inputs", "[a.jsonl]"], "received no output_dir. See"),
         (["import", "--inputs", "[]", "--output_dir", "o"], "import needs at least one input"),
         (
             ["validate", "--dataset", "d", "--datset", "e"],

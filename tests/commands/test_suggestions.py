@@ -74,19 +74,19 @@ def test_a_wrong_flag_is_answered(
 ) -> None:
     line = line_of(argv, capsys)
     assert answer.lower() in line.lower()
-    assert line.lower().endswith(f"see gvpo-offline {argv[0]} --help.")
+    assert line.endswith(f"See gvpo-offline {argv[0]} --help.")
 
 
 @pytest.mark.parametrize(
     ("argv", "answer"),
     [
-        (["train", "--beta", "abc"], "received beta: abc. Set beta to a number; see"),
+        (["train", "--beta", "abc"], "received beta: abc. Set beta to a number. See"),
         (
             ["train", "--held_out_by", "row"],
-            "received held_out_by: row. Set held_out_by to one of 'auto', 'prompt', 'group'; see",
+            "received held_out_by: row. Set held_out_by to one of 'auto', 'prompt', 'group'. See",
         ),
-        (["import", "--max_errors", "x"], "Set max_errors to an integer; see"),
-        (["sample", "--samplers", "[1]"], "Set samplers to a mapping of names to values; see"),
+        (["import", "--max_errors", "x"], "Set max_errors to an integer. See"),
+        (["sample", "--samplers", "[1]"], "Set samplers to a mapping of names to values. See"),
         (["train", "--beta", "0.1"], "received no model_name_or_path. See"),
     ],
 )
