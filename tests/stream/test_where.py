@@ -355,7 +355,7 @@ def test_every_column_of_the_list_can_be_named(dataset: GroupDataset) -> None:
             pl.col("metadata.lvel") > 3,
             r"keys of the metadata.*Did you mean metadata\.level\?",
         ),
-        ("metadata.lvel > 3", r"received lvel.*has metadata\.level \(Int64\)"),
+        ("metadata.lvel > 3", r"received the field 'lvel'.*has metadata\.level \(Int64\)"),
         ("TRUE", "names columns, one by one"),
         (pl.col("*") > 1, "names columns, one by one"),
         ("group_size", "true or false; received a value of type Int64"),
@@ -588,7 +588,9 @@ def test_the_command_line(
         "evaluate", where="metadata.levle > 1", model_name_or_path="nowhere", beta=0.1
     )
     assert status == 1
-    assert re.search(r"error: .*received levle.*the metadata has metadata\.level", output, re.I)
+    assert re.search(
+        r"error: .*received the field 'levle'.*the metadata has metadata\.level", output, re.I
+    )
 
 
 # ---- the documentation ----

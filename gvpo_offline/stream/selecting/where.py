@@ -7,6 +7,7 @@ read into memory and evaluated at once, so that sums do not depend on how the da
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,11 +157,10 @@ def _check_boolean(columns: LightColumns, where: object, expression: pl.Expr) ->
                     _NO_METADATA,
                 ) from error
             dotted = any(key.startswith(f"{received}.") for key in columns.types)
-            remedy += (
-                "; a name with dots is written in double quotes"
-                if dotted
-                else "; of a record, keep the fields themselves (import --columns.keep)"
-            )
+            if dotted:
+                remedy += "; a name with dots is written in double quotes"
+            elif not difflib.get_close_matches(received, columns.types, cutoff=0.75):
+                remedy += "; of a record, keep the fields themselves (import --columns.keep)"
             received = f"the field {received!r}, which does not exist"
         raise refused(
             "a predicate fits the types of its columns", where, received, remedy
