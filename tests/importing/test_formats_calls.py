@@ -194,7 +194,7 @@ def test_mlflow(tmp_path: Path) -> None:
 
 
 def weave_call(output: Any, op: str = "openai.chat.completions.create", **changed: Any) -> Any:
-    """A call with the fields of Weave's export (`CallSchema`), of its OpenAI integration."""
+    """A call of Weave's OpenAI integration; no public export was found to check its fields on."""
     return {
         "id": "0198", "project_id": "e/p", "op_name": f"weave:///e/p/op/{op}:f00d", "trace_id": "t",
         "parent_id": None, "attributes": {}, "exception": None,
