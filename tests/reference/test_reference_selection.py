@@ -324,7 +324,7 @@ def test_a_selection_by_a_reward_names_the_reward(
     unscored: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     root = copy_of(unscored, tmp_path / "data")
-    with pytest.raises(ConfigError, match=r"reward='points'.*reward@1"):
+    with pytest.raises(ConfigError, match=r"received 'points'.*reward@1"):
         score(root, tiny_model_dir, where="reward_gap > 0", reward="points")
     with pytest.raises(ConfigError, match="an SQL condition, which the manifest records"):
         score(root, tiny_model_dir, where=pl.col("reward_gap") > 0)

@@ -230,7 +230,7 @@ def test_rewards_that_are_there_make_others(root: Path) -> None:
         assert one.rewards is not None
         assert other.rewards is not None
         np.testing.assert_array_equal(both.rewards, 0.5 * one.rewards + 2 * other.rewards)
-    with pytest.raises(ConfigError, match=r"reward='nothing'.*'level@1', 'mix@1', 'numeric@1'"):
+    with pytest.raises(ConfigError, match=r"received 'nothing'.*'level@1', 'mix@1', 'numeric@1'"):
         reward(root, {"a": {"kind": "reward", "reward": "nothing"}})
     with pytest.raises(ConfigError, match=r"names the version.*scorers\.a\.reward: mix.*mix@1"):
         reward(root, {"a": {"kind": "reward", "reward": "mix"}}, name="mix")

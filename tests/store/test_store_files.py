@@ -334,7 +334,7 @@ def test_rewards_are_chosen_by_name_and_version(tmp_path: Path) -> None:
     assert rewards(version=2) == {7.0}  # one name, the newest version of it
     with pytest.raises(ConfigError, match=r"reward=None.*length@1.*reward@1.*reward@2"):
         open_dataset(tmp_path)
-    with pytest.raises(ConfigError, match="reward='none'"):
+    with pytest.raises(ConfigError, match="received 'none'"):
         open_dataset(tmp_path, reward="none")
     with pytest.raises(ConfigError, match="reward@3"):
         open_dataset(tmp_path, reward="reward@3")

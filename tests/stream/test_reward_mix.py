@@ -151,7 +151,7 @@ def test_versions_are_named_and_the_newest_is_taken(tmp_path: Path) -> None:
         ({"correct": float("inf"), "tokens": 1.0}, "weights of rewards are finite"),
         (
             {"correct": 1.0, "brevity": -0.2},
-            r"reward='brevity', and the dataset holds \['correct@1', 'exact@1', 'tokens@1'\]",
+            r"received 'brevity', and the dataset holds \['correct@1', 'exact@1', 'tokens@1'\]",
         ),
         ({"correct@9": 1.0}, "correct@9"),
         (None, "reward=None, and the dataset holds"),
