@@ -211,7 +211,9 @@ def test_some_rewards_and_references(hub: HubServer, tmp_path: Path) -> None:
         pushed(tmp_path / "part", repo_id="somebody/other")
     with pytest.raises(DataError, match=r"choose another output_dir|Choose another output_dir"):
         pulled(tmp_path / "part", rewards="reward")
-    with pytest.raises(ConfigError, match=r"received 'accuracy', and the dataset holds \['again@1'"):
+    with pytest.raises(
+        ConfigError, match=r"received 'accuracy', and the dataset holds \['again@1'"
+    ):
         pulled(tmp_path / "none", rewards="accuracy")
 
 
