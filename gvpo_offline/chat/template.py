@@ -116,9 +116,12 @@ class ChatTemplate:
     def _plain(self, messages: Sequence[Message], arguments: Arguments, *, generation: bool) -> str:
         if self._compiled and not (self._parts or arguments) and all(map(is_text, messages)):
             return self._compiled(messages, generation)
+        messages = list(map(_without_null, messages))
         if self._parts:
             messages = [
-                {**m, "content": [{"type": "text", "text": m["content"]}]} if m["content"] else m
+                {**m, "content": [{"type": "text", "text": m["content"]}]}
+                if m.get("content")
+                else m
                 for m in messages
             ]
         given = {name: value for name, value in arguments.items() if name != CONTINUE}
@@ -359,7 +362,7 @@ class ChatTemplate:
         if not re.search(r"{%-?\s*generation\b", given):
             return []
         _, spans = render_jinja_template(
-            conversations=[list(map(self._named, messages))],
+            conversations=[[_without_null(self._named(m)) for m in messages]],
             chat_template=given,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
@@ -376,6 +379,14 @@ class ChatTemplate:
         for message in messages:
             self.check_fields(message)
         check_texts(messages, text, arguments)
+
+
+def _without_null(message: Message) -> Message:
+    """A message without a content that is null, which templates may print as "None".
+
+    transformers leaves it out too, in its newer versions.
+    """
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def alternatives(tokens: Collection[str]) -> re.Pattern[str] | None:
