@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from gvpo_offline.visible import visible
 
@@ -34,6 +34,7 @@ _AS_WRITTEN = re.compile(r"\w+_\w+|\w+:|pip ")
 
 # Paths that messages call by another name.
 _LABELS: dict[str, str] = {}
+_ARGUMENTS = ("rule", "received", "remedy", "file", "row", "group", "more")
 
 
 def label_path(path: Any, label: str) -> None:
@@ -95,6 +96,13 @@ class GVPOError(Exception):
         self.more = tuple(map(visible, more))
         super().__init__("\n  ".join([self._message(), *self.more]))
 
+    def replaced(self, **changes: Any) -> Self:
+        """A copy with other arguments, named as in the constructor, and the same cause."""
+        kept = {name: getattr(self, name) for name in _ARGUMENTS}
+        copy = type(self)(**{**kept, **changes})
+        copy.__cause__ = self.__cause__
+        return copy
+
     def lines(self) -> list[str]:
         """The message and the lines of `more`, each in one line even if it quotes several."""
         return [" ".join(text.split()) for text in (self._message(), *self.more)]
@@ -124,8 +132,7 @@ class GVPOError(Exception):
         # Errors are pickled between processes (data loader workers); the default would lose the
         # keyword arguments. Other attributes, such as notes, are restored from `state`.
         state = self.__dict__.copy()
-        keywords = ("rule", "received", "remedy", "file", "row", "group", "more")
-        return (_rebuild, (type(self), {name: state[name] for name in keywords}), state)
+        return (_rebuild, (type(self), {name: state[name] for name in _ARGUMENTS}), state)
 
 
 def _rebuild(kind: type[GVPOError], keywords: dict[str, Any]) -> GVPOError:

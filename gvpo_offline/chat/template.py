@@ -127,7 +127,7 @@ class ChatTemplate:
         given = {name: value for name, value in arguments.items() if name != CONTINUE}
         return str(
             self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation, **given
+                messages, tokenize=False, add_generation_prompt=generation, **given
             )
         )
 

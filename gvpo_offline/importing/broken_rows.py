@@ -126,17 +126,7 @@ class BrokenRows:
             )
         if self.total >= STOP_AFTER:
             more.append(f"Reading ended after {self.total:,} broken rows.")
-        error = DataError(
-            first.rule,
-            received=first.received,
-            remedy=first.remedy,
-            file=first.file,
-            row=first.row,
-            group=first.group,
-            more=more,
-        )
-        error.__cause__ = first.__cause__
-        return error
+        return first.replaced(more=more)
 
 
 def too_many(config: ImportConfig, records: Sequence[Record], earlier: int = 0) -> DataError:

@@ -20,6 +20,7 @@ from gvpo_offline.hashing import sha256_json, sha256_text
 from gvpo_offline.importing.settings import ImportConfig
 
 __all__ = [
+    "PER_RESPONSE",
     "Fragment",
     "check_fragment",
     "with_location",
@@ -28,6 +29,12 @@ __all__ = [
 ]
 
 GROUP_ID_DIGITS = 16
+PER_RESPONSE = (
+    *("responses", "response_token_ids", "rewards", "samplers", "truncated", "loss_mask"),
+    *("response_ids", "sampler_logprobs", "response_messages", "stopped_by_string"),
+    "stop_strings",
+)
+"""The fields of a fragment that hold one entry per response, or None."""
 
 
 @dataclass(slots=True)
@@ -131,30 +138,17 @@ class Fragment:
 
 def with_location(error: DataError, *, file: Any, row: int, group: str | None = None) -> DataError:
     """A copy of `error` with the file, row and group, and a remedy, added where it has none."""
-    located = DataError(
-        error.rule,
-        received=error.received,
+    return error.replaced(
         remedy=error.remedy or "correct the row, or remove it from the log",
         file=error.file or file,
         row=row if error.row is None else error.row,
         group=error.group or group,
-        more=error.more,
     )
-    located.__cause__ = error.__cause__
-    return located
 
 
 def with_more(error: DataError, line: str) -> DataError:
     """A copy of `error` with a further line in its message."""
-    return DataError(
-        error.rule,
-        received=error.received,
-        remedy=error.remedy,
-        file=error.file,
-        row=error.row,
-        group=error.group,
-        more=(*error.more, line),
-    )
+    return error.replaced(more=(*error.more, line))
 
 
 def _no_prompt(received: Any) -> DataError:
@@ -243,17 +237,7 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
             received="an empty list",
             remedy="remove the row, or drop such groups (singletons: drop or keep)",
         )
-    for name in (
-        "response_token_ids",
-        "rewards",
-        "samplers",
-        "truncated",
-        "loss_mask",
-        "response_ids",
-        "sampler_logprobs",
-        "response_messages",
-        "stopped_by_string",
-    ):
+    for name in PER_RESPONSE:
         values = getattr(fragment, name)
         if values is not None and len(values) != n:
             raise DataError(

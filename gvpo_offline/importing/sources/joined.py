@@ -147,9 +147,7 @@ class _Join:
         try:
             key = _key_of(record, self.key.file)
         except DataError as error:
-            raise DataError(
-                error.rule, received=error.received, remedy=error.remedy, **location
-            ) from None
+            raise error.replaced(**location) from None
         if None in key:
             raise DataError("a key is not null", received=key, remedy="remove the row", **location)
         # The log has the key under its own name.
@@ -296,13 +294,7 @@ class JoinedRows(Source):
                         self._dropped[_DROPPED] += 1
                         break
             except DataError as error:
-                located = DataError(
-                    error.rule,
-                    received=error.received,
-                    remedy=error.remedy,
-                    file=self.label,
-                    row=number,
-                )
+                located = error.replaced(file=self.label, row=number)
                 self.refuse(located, row)
                 continue
             if record is not None:

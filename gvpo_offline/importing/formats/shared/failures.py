@@ -10,7 +10,7 @@ from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import ending, is_stop_reason, stop_string
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
-from gvpo_offline.importing.fragment import Fragment, with_location
+from gvpo_offline.importing.fragment import PER_RESPONSE, Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
 
 __all__ = ["FailedResponses", "only_responses", "set_endings"]
@@ -19,19 +19,6 @@ Refuse = Callable[[DataError], None]
 """Refuses a row; see `InputInfo.refuse`."""
 
 _NAMED = 3
-_PER_RESPONSE = (
-    "responses",
-    "response_token_ids",
-    "rewards",
-    "samplers",
-    "truncated",
-    "loss_mask",
-    "response_ids",
-    "sampler_logprobs",
-    "stopped_by_string",
-    "stop_strings",
-    "response_messages",
-)
 
 
 class FailedResponses:
@@ -166,7 +153,7 @@ def set_endings(
 def only_responses(fragment: Fragment, kept: Sequence[int]) -> Fragment:
     """A fragment with only the responses whose indices are `kept`, in that order."""
     lists: dict[str, Any] = {"failed": None}
-    for name in _PER_RESPONSE:
+    for name in PER_RESPONSE:
         values = getattr(fragment, name)
         lists[name] = None if values is None else [values[index] for index in kept]
     if fragment.components is not None:
