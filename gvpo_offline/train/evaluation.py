@@ -162,8 +162,19 @@ def held_out_statistics(
     held_out: DatasetView,
     args: GVPOConfig,
     accelerator: Accelerator,
+    *,
+    into: Evaluation | None = None,
 ) -> GroupStatistics:
-    """Sums over held-out groups and all ranks; every rank must call this."""
+    """Sums over held-out groups and all ranks; every rank must call this.
+
+    Args:
+        model: the policy.
+        engine: its compute engine.
+        held_out: the groups.
+        args: the settings of the run.
+        accelerator: the run's.
+        into: what this rank's micro-batches are added to; see `evaluate_policy`.
+    """
     steps = sequential_steps(
         held_out,
         groups_per_step=args.groups_per_step,
@@ -178,6 +189,7 @@ def held_out_statistics(
         objective=args.objective(),
         device=args.device,
         autocast_dtype=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
+        into=into,
     )
     own = evaluation.statistics.to_tensor().to(float64_device(args.device))
     return GroupStatistics.from_tensor(reduced_sum(accelerator, own))

@@ -14,19 +14,12 @@ from transformers import TrainerControl
 
 from gvpo_offline.collectives import gather_results
 from gvpo_offline.compute.engine import Engine
-from gvpo_offline.compute.model import autocast_dtype, float64_device
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
-from gvpo_offline.losses import GroupLoss, GroupStatistics
+from gvpo_offline.losses import GroupLoss
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.checkpointing import CheckpointingTrainer
-from gvpo_offline.train.evaluation import (
-    Evaluation,
-    evaluate_policy,
-    sequential_steps,
-    step_shares,
-)
-from gvpo_offline.train.objective import reduced_sum
+from gvpo_offline.train.evaluation import Evaluation, held_out_statistics
 from gvpo_offline.train.preflight import held_out_views
 
 if TYPE_CHECKING:
@@ -112,25 +105,9 @@ def held_out_predictions(
         prefix: prefix of the metrics' names.
     """
     started = time.perf_counter()
-    steps = sequential_steps(
-        held_out,
-        groups_per_step=args.groups_per_step,
-        cost=engine.cost,
-        rank=args.process_index,
-        world_size=args.world_size,
-    )
     evaluation = ResponseEvaluation()
-    evaluate_policy(
-        model,
-        engine,
-        step_shares(steps),
-        objective=args.objective(),
-        device=args.device,
-        autocast_dtype=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
-        into=evaluation,
-    )
-    own = evaluation.statistics.to_tensor().to(float64_device(args.device))
-    metrics = GroupStatistics.from_tensor(reduced_sum(accelerator, own)).metrics()
+    statistics = held_out_statistics(model, engine, held_out, args, accelerator, into=evaluation)
+    metrics = statistics.metrics()
     metrics["runtime"] = time.perf_counter() - started
     found: dict[str, Any] = {}
     for part in gather_results(lambda: evaluation.groups):
