@@ -7,33 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.tiny_policy import save_tiny
 
 
 def make_tiny_llama(folder: Path, tokenizer_dir: Path) -> Path:
     """Save a two-layer Llama with seeded random weights and a tied head, and the tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, tokenizer_dir, LlamaConfig, LlamaForCausalLM)
 
 
 def write_gguf(model_dir: Path, file: Path) -> Path:

@@ -58,27 +58,42 @@ def train_tokenizer(folder: Path, *, eos: bool = True, chat_template: bool = Tru
 
 def make_tiny_model(folder: Path, tokenizer_dir: Path) -> Path:
     """Save a two-layer Qwen3 with seeded random weights, and the tokenizer, in one folder."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return save_tiny(folder, tokenizer_dir, Qwen3Config, Qwen3ForCausalLM, head_dim=8)
+
+
+def save_tiny(folder: Path, tokenizer_dir: Path, config: Any, kind: Any, **settings: Any) -> Path:
+    """Save a two-layer model with seeded random weights and a tied head, and the tokenizer.
+
+    Args:
+        folder: of both.
+        tokenizer_dir: folder of the tokenizer.
+        config: class of the model's configuration, with the settings of a Llama.
+        kind: class of the model.
+        settings: further settings of the configuration.
+    """
     import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    config = Qwen3Config(
+    made = config(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(config)
+        model = kind(made)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
