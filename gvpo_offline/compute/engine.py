@@ -164,9 +164,7 @@ class Engine:
         try:
             parts = cut_group(shape_of(group), self.cost)
         except DataError as error:
-            raise DataError(
-                error.rule, received=error.received, remedy=error.remedy, group=group.group_id
-            ) from None
+            raise error.replaced(group=group.group_id) from None
         pieces = []
         for part in parts:
             some = _with_responses(group, part)

@@ -72,9 +72,7 @@ class Objective:
             if error.group is None or not error.group.isdigit():
                 raise
             group = groups[int(error.group)].group_id
-            raise DataError(
-                error.rule, received=error.received, remedy=error.remedy, group=group
-            ) from error
+            raise error.replaced(group=group) from error
 
 
 def _counted_tokens(groups: Sequence[Group]) -> Tensor:
