@@ -145,7 +145,6 @@ def prepare_prompts(
         digests = [source.sha256(bar.update) for source in sources]
     drops = config.overlong_prompts == "drop"
     systems = system_prompts(config.parsed())
-    under_system = limits_with_system(systems, limits) if drops else []
     identity = sha256_json(
         {
             "version": _VERSION,
@@ -153,7 +152,7 @@ def prepare_prompts(
             "settings": [getattr(config, name) for name in _SETTINGS],
             "limit": min(limits.values(), default=None) if drops else None,
             "tokenizer": tokenizer_info(encoder.tokenizer).fingerprint,
-            **({"limits_with_system": under_system} if under_system else {}),
+            **(limits_with_system(systems, limits) if drops else {}),
         }
     )
     log = TaskLog(root, f"prompts-{identity[:12]}")

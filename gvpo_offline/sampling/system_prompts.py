@@ -144,9 +144,10 @@ def prompt_lengths(
 
 def limits_with_system(
     systems: Mapping[str, SystemPrompt], limits: Mapping[str, int]
-) -> list[tuple[str, int]]:
+) -> dict[str, list[tuple[str, int]]]:
     """What decides, beside the shortest limit, which prompts are too long: for an identity."""
-    return sorted((own.text, limits[name]) for name, own in systems.items() if name in limits)
+    found = sorted((own.text, limits[name]) for name, own in systems.items() if name in limits)
+    return {"limits_with_system": found} if found else {}
 
 
 class PromptsUnderSystem:
