@@ -11,8 +11,10 @@ import numpy as np
 
 from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.files import model_files
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
+from gvpo_offline.sampling.adapters import adapter_identity, adapter_of, without_wrapper
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import SamplingSettings, TransformersSettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
@@ -74,18 +76,23 @@ class TransformersSampler:
         self._context: int | None = None
 
     def info(self) -> SamplerInfo:
-        """The model's context length and its weights."""
-        settings = self._settings
+        """The model's context length and its weights, and those of an adapter."""
+        from gvpo_offline.compute.adapters import base_settings
+
+        settings: ModelSettings = self._settings
+        held = adapter_of(settings)
+        adapter = {} if held is None else {"adapter": adapter_identity(settings)}
+        if held is not None:
+            settings = base_settings(settings, held)
         info = model_info(
             settings.model_name_or_path,
             settings.model_revision,
             remote_code=settings.trust_remote_code,
             gguf_file=settings.gguf_file,
         )
-        template = load_policy_tokenizer(settings).chat_template
-        return SamplerInfo(
-            info.context_length, {**info.identity, "chat_template": sha256_json(template)}
-        )
+        template = load_policy_tokenizer(self._settings).chat_template
+        identity = {**info.identity, **adapter, "chat_template": sha256_json(template)}
+        return SamplerInfo(info.context_length, identity)
 
     def start(self) -> None:
         """Load the model.
@@ -94,11 +101,12 @@ class TransformersSampler:
             ConfigError: it cannot be loaded, has no end token, or keeps its state in a way that
                 does not allow batches.
         """
-        from gvpo_offline.compute.model import default_device, disable_dropout, load_model
+        from gvpo_offline.compute.adapters import load_policy
+        from gvpo_offline.compute.model import default_device, disable_dropout
         from gvpo_offline.sampling.decode import Decoder
 
         settings = self._settings
-        model = load_model(settings)
+        model = without_wrapper(load_policy(settings))
         disable_dropout(model)
         model.to(default_device(use_cpu=settings.use_cpu)).eval()
         self._context = context_length(model.config)

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.finish_reasons import stop_string
+from gvpo_offline.sampling.adapters import refuse_adapter
 from gvpo_offline.sampling.local import model_info
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import VllmSettings
@@ -34,10 +36,16 @@ class VllmSampler:
         self._tokenizer: SamplerTokenizer | None = None
 
     def info(self) -> SamplerInfo:
-        """The model's context length, or the limit that `engine` sets, and its weights."""
+        """The model's context length, or the limit that `engine` sets, and its weights.
+
+        Raises:
+            ConfigError: there is no such model, or it is an adapter.
+        """
         settings = self._settings
         remote = bool(settings.engine.get("trust_remote_code"))
-        info = model_info(settings.model_name_or_path, settings.model_revision, remote_code=remote)
+        name, revision = settings.model_name_or_path, settings.model_revision
+        refuse_adapter(ModelSettings(name, revision))
+        info = model_info(name, revision, remote_code=remote)
         return SamplerInfo(
             settings.engine.get("max_model_len") or info.context_length, info.identity
         )
