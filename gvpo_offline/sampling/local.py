@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gvpo_offline.compute.context import context_length
-from gvpo_offline.compute.files import model_files
+from gvpo_offline.compute.files import gguf_refusal, model_files
+from gvpo_offline.compute.loading import first_line
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
@@ -22,6 +23,7 @@ from gvpo_offline.sampling.tokenizers import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.tokenizer import load_policy_tokenizer
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import LogitsProcessorList
 
     from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules
@@ -47,10 +49,12 @@ def model_info(
         config = AutoConfig.from_pretrained(
             files.name, revision=revision, trust_remote_code=remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
+        if (refusal := gguf_refusal(files, error)) is not None:
+            raise refusal from error
         raise ConfigError(
             "the model is a folder or hub name that transformers loads as a causal language model",
-            received=f"{str(files)!r} ({str(error).splitlines()[0]})",
+            received=f"{str(files)!r} ({first_line(error)})",
             remedy="correct model_name_or_path",
         ) from error
     folder = Path(files.name)
@@ -77,13 +81,8 @@ class TransformersSampler:
 
     def info(self) -> SamplerInfo:
         """The model's context length and its weights, and those of an adapter."""
-        from gvpo_offline.compute.adapters import base_settings
-
-        settings: ModelSettings = self._settings
-        held = adapter_of(settings)
-        adapter = {} if held is None else {"adapter": adapter_identity(settings)}
-        if held is not None:
-            settings = base_settings(settings, held)
+        settings, held = self._whole_model()
+        adapter = {} if held is None else {"adapter": adapter_identity(self._settings)}
         info = model_info(
             settings.model_name_or_path,
             settings.model_revision,
@@ -93,6 +92,19 @@ class TransformersSampler:
         template = load_policy_tokenizer(self._settings).chat_template
         identity = {**info.identity, **adapter, "chat_template": sha256_json(template)}
         return SamplerInfo(info.context_length, identity)
+
+    def _whole_model(self) -> tuple[ModelSettings, PeftConfig | None]:
+        """Settings of the model, or of the base model of an adapter, and the adapter's."""
+        from gvpo_offline.compute.adapters import base_settings
+
+        held = adapter_of(self._settings)
+        return (self._settings if held is None else base_settings(self._settings, held)), held
+
+    def check(self) -> None:
+        """Check that the model's files hold all of its weights; see `check_model`."""
+        from gvpo_offline.compute.model import check_model
+
+        check_model(self._whole_model()[0])
 
     def start(self) -> None:
         """Load the model.

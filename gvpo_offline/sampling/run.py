@@ -104,6 +104,7 @@ def run_sample(config: SampleConfig, worker_settings: WorkerSettings | None = No
     run = _Run(config, root)
     if (finished := run.finished()) is not None:
         return replace(run.result(finished), without_logprobs=run.gaps_of(finished))
+    run.check_later_samplers()
     for name, stage in run.stages.items():
         if run.settings[name].ready:
             run_stage(stage, worker_settings or WorkerSettings(show_progress=config.show_progress))
@@ -196,6 +197,20 @@ class _Run:
             remedy="choose another output_dir, and merge both datasets if you need both",
             file=self.root,
         )
+
+    def check_later_samplers(self) -> None:
+        """Check the samplers that start only when another one has given all of its responses.
+
+        Raises:
+            ConfigError, DataError: one of them cannot start.
+        """
+        pending = [
+            name
+            for name, stage in self.stages.items()
+            if self.settings[name].ready and next(stage.gaps(), None) is not None
+        ]
+        for name in pending[1:]:
+            self.samplers[name].check()
 
     def result(self, manifest: Manifest | None) -> SampleResult:
         """The result: which responses exist, and which are missing."""

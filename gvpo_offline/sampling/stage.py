@@ -57,6 +57,13 @@ class Sampler(Protocol):
             ConfigError: there is no such model.
         """
 
+    def check(self) -> None:
+        """Check at little cost what `start` needs, without starting the sampler.
+
+        Raises:
+            ConfigError: files, the key or the package are missing.
+        """
+
     def start(self) -> None:
         """Load the model, or check the client.
 

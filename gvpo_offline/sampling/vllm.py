@@ -6,6 +6,7 @@ Written against vLLM's documented offline interface (`LLM.generate`, `SamplingPa
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,11 @@ class VllmSampler:
             settings.engine.get("max_model_len") or info.context_length, info.identity
         )
 
+    def check(self) -> None:
+        """Check that vLLM is installed."""
+        if importlib.util.find_spec("vllm") is None:
+            raise _not_installed("it is not installed")
+
     def start(self) -> None:
         """Load the model.
 
@@ -59,11 +65,7 @@ class VllmSampler:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ConfigError(
-                "kind: vllm needs the package vllm",
-                received=str(error),
-                remedy="pip install 'gvpo-offline[vllm]'",
-            ) from error
+            raise _not_installed(str(error)) from error
         settings = self._settings
         # Log-probs of the distribution drawn from, as all samplers report them.
         options = {"logprobs_mode": "processed_logprobs", **settings.engine}
@@ -124,3 +126,11 @@ class VllmSampler:
             finish_reason=ended,
             stop_string=stop_string(output.finish_reason, output.stop_reason),
         )
+
+
+def _not_installed(found: str) -> ConfigError:
+    return ConfigError(
+        "kind: vllm needs the package vllm",
+        received=found,
+        remedy="pip install 'gvpo-offline[vllm]'",
+    )
