@@ -44,6 +44,7 @@ _HARMLESS = frozenset(
         *("spaces_between_special_tokens", "max_tokens", "max_completion_tokens"),
         *("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"),
         *("add_special_tokens", "return_tokens_as_token_ids", "return_token_ids"),
+        "prompt_logprobs",
     }
 )
 _NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
