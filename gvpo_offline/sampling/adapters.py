@@ -25,8 +25,8 @@ def adapter_of(settings: ModelSettings) -> PeftConfig | None:
     """Configuration of the adapter that the settings name; None if they name a full model.
 
     Raises:
-        ConfigError: the folder holds a model too, the adapter names no base model, or it is of a
-            kind without layers in the model (learned prompts), which the decoder cannot apply.
+        ConfigError: the folder holds a model too, the adapter names no base model, or PEFT's
+            wrapper takes part in its forward, which the decoder cannot apply.
     """
     from gvpo_offline.compute.adapters import adapter_config
 
@@ -39,10 +39,10 @@ def adapter_of(settings: ModelSettings) -> PeftConfig | None:
             received=f"{settings.model_name_or_path!r} without base_model_name_or_path",
             remedy="write the base model's folder or hub name into adapter_config.json",
         )
-    if found.is_prompt_learning:
+    if _needs_wrapper(found):
         raise ConfigError(
-            "a sampler in this process applies adapters whose weights are in the model's layers "
-            "(LoRA and its kin)",
+            "a sampler in this process applies adapters that act in the model's layers alone (LoRA "
+            "and its kin)",
             received=f"{settings.model_name_or_path!r}, of kind {_kind(found)}",
             remedy="serve the model with its adapter, and sample with kind: openai",
         )
@@ -96,6 +96,12 @@ def refuse_adapter(settings: ModelSettings) -> None:
             f"AutoPeftModelForCausalLM as M; M.from_pretrained('{name}').merge_and_unload()"
             ".save_pretrained('merged')\", and copy the tokenizer to merged",
         )
+
+
+def _needs_wrapper(config: PeftConfig) -> bool:
+    """Whether PEFT's wrapper takes part in a forward: learned prompts, X-LoRA, activated LoRA."""
+    activated = getattr(config, "alora_invocation_tokens", None) is not None
+    return config.is_prompt_learning or activated or _kind(config) == "XLORA"
 
 
 def _kind(config: PeftConfig) -> str:

@@ -58,6 +58,9 @@ _NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 # What servers write for the log-prob of a very unlikely token (OpenAI, vLLM).
 _UNLIKELY = -9999.0
+# A log-prob of 0 may be this much above it: the rounding of a log-softmax in bfloat16, which errs
+# by 2^-9 of a value of order 1.
+_ROUNDING = 2.0**-8
 
 
 def other_distribution(settings: SamplingSettings) -> str | None:
@@ -93,6 +96,8 @@ def sequence_logprob(sample: Sample, settings: SamplingSettings) -> float | str:
         return "no log-prob of each token was logged"
     if not (np.isfinite(values).all() and (values > _UNLIKELY).all()):
         return f"a token's log-prob is {values.min():g}, which servers write for very unlikely ones"
+    if values.max() > _ROUNDING:
+        return "a token's log-prob is above 0: the server reports logits, or something else"
     return float(values.sum(dtype=np.float64))
 
 

@@ -135,6 +135,11 @@ def test_what_cannot_be_sampled_is_said(
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(base, settings).save_pretrained(learned)
     assert "PROMPT_TUNING" in refusal(learned)
+    activated = tmp_path / "activated"
+    shutil.copytree(adapter_dir, activated)
+    file = activated / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": [5]}))
+    assert "in the model's layers alone" in refusal(activated)
     lost = tmp_path / "lost"
     shutil.copytree(adapter_dir, lost)
     file = lost / "adapter_config.json"

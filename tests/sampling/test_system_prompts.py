@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,19 @@ def test_only_a_set_system_prompt_is_in_the_identity(tmp_path: Path, tiny_model_
     names = {stage(), stage(system_prompt=None)}
     assert len(names) == 1
     assert len({*names, stage(system_prompt="a"), stage(system_prompt="")}) == 3
+
+
+def test_a_stage_with_one_travels_to_a_worker(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Also after it was used, without the tokenizer that it has loaded."""
+    samplers = {"s": local(tiny_model_dir, system_prompt=SYSTEM)}
+    stage = _Run(config(tmp_path, tiny_model_dir, samplers, n=2), tmp_path / "data").stages["s"]
+    asked = [request.prompt for request, _ in stage.gaps()]
+    pickled = pickle.dumps(stage)
+    assert len(pickled) < 10_000
+    again = [request.prompt for request, _ in pickle.loads(pickled).gaps()]
+    assert [p.token_ids.tolist() for p in again] == [p.token_ids.tolist() for p in asked]
+    assert all(json.loads(p.messages or "")[0]["content"] == SYSTEM for p in again)
+    assert len(asked) == 6
 
 
 @pytest.mark.parametrize("kind", ["transformers", "vllm", "openai", "openai_batch"])
