@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.compute.context import context_length
-from gvpo_offline.compute.files import model_files
+from gvpo_offline.compute.files import gguf_refusal, model_files
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.hashing import sha256_json
@@ -56,6 +56,8 @@ def load_tokenizer(
             files.name, revision=revision, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        if (refusal := gguf_refusal(files, error)) is not None:
+            raise refusal from error
         raise ConfigError(
             "the tokenizer is a folder with tokenizer files, or a hub name",
             received=f"{name_or_path!r} ({str(error).splitlines()[0]})",

@@ -6,6 +6,7 @@ A GGUF file holds weights, configuration and tokenizer. Loads neither torch nor 
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from gvpo_offline.errors import ConfigError
 
 _SUFFIX = ".gguf"
+# transformers' errors about an architecture, and those of the package gguf about a data type.
+_ARCHITECTURE = re.compile(r"GGUF model with architecture (\S+) is not|gguf model_type: (\S+) in")
+_DATA_TYPE = re.compile(r"Dequantization for (\S+) is not")
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 # A folder with one of these files has a tokenizer of its own beside a GGUF file.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -115,3 +119,32 @@ def _only_gguf_file(folder: Path) -> str | None:
             file=folder,
         )
     return found[0]
+
+
+def gguf_refusal(files: ModelFiles, error: Exception) -> ConfigError | None:
+    """What an error of `from_pretrained` means if transformers cannot read a GGUF file's content.
+
+    Args:
+        files: what `from_pretrained` was given.
+        error: what it raised.
+
+    Returns:
+        The error that names the architecture, or the data type of weights, that is not read; None
+        if the error is about something else.
+    """
+    if files.gguf_file is None:
+        return None
+    if found := _ARCHITECTURE.search(str(error)):
+        return ConfigError(
+            "a GGUF file is of an architecture whose weights transformers dequantises",
+            received=f"{str(files)!r} of the architecture {found[1] or found[2]!r}",
+            remedy="use the model's safetensors (model_name_or_path: the folder or hub name with "
+            "config.json), or a version of transformers that reads the architecture",
+        )
+    if found := _DATA_TYPE.search(str(error)):
+        return ConfigError(
+            "the weights of a GGUF file are of a data type that the package gguf dequantises",
+            received=f"{str(files)!r} with weights of type {found[1]}",
+            remedy="use a file with other types (Q8_0, F16), or the model's safetensors",
+        )
+    return None

@@ -9,13 +9,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from gvpo_offline.compute.files import ModelFiles
+from gvpo_offline.compute.files import ModelFiles, gguf_refusal
 from gvpo_offline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _SHOWN = 4
 # Modules of transformers that log a table of the weights that were not found.
 _REPORTERS = ("modeling_utils", "utils.loading_report")
+# What transformers raises, beside ValueErrors, where a GGUF file lacks something that it reads.
+_OF_GGUF = (KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
 # Parts of the messages of RuntimeErrors that are about the files, and not about the device.
 _OF_FILES = ("state_dict", "conversion of the weights", "PytorchStreamReader")
 # Names that wrappers of modules add to the names of weights: DataParallel and DDP, torch.compile,
@@ -52,8 +54,13 @@ def load_pretrained(kind: Any, files: ModelFiles, *, what: str, **options: Any) 
             model, found = kind.from_pretrained(
                 files.name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(part in str(error) for part in _OF_FILES):
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, *_OF_GGUF) as error:
+        if (refusal := gguf_refusal(files, error)) is not None:
+            raise refusal from error
+        own = isinstance(error, _OF_GGUF) and files.gguf_file is not None
+        if isinstance(error, (RuntimeError, *_OF_GGUF)) and not (
+            own or any(part in str(error) for part in _OF_FILES)
+        ):
             raise
         raise ConfigError(
             f"the model is a folder or hub name that transformers loads as {what}",

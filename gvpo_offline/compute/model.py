@@ -60,6 +60,38 @@ def load_model(
     return model if device is None or quantisation(model) else model.to(device)
 
 
+def check_model(settings: ModelSettings) -> None:
+    """Check that a model's files hold all of its weights, without reading the weights.
+
+    It compares names and shapes. Weights of a GGUF file and weights that were saved quantised are
+    not checked.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = model_files(settings.model_name_or_path, settings.gguf_file)
+    if files.gguf_file is not None:
+        return
+    options: dict[str, Any] = {
+        "revision": settings.model_revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    with contextlib.suppress(OSError, ValueError, KeyError):  # `load_pretrained` says what is wrong
+        config = AutoConfig.from_pretrained(files.name, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            return
+    load_pretrained(
+        AutoModelForCausalLM,
+        files,
+        what="a causal language model",
+        device_map="meta",
+        dtype=settings.dtype,
+        **options,
+    )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model computes on; FSDP2 shards (DTensors) may be offloaded to the CPU."""
     weight = next(model.parameters())

@@ -105,6 +105,17 @@ def import_log(config: ImportConfig, log: StageLog | None = None) -> ImportResul
     return _Import(config, log).run()
 
 
+def import_stage(config: ImportConfig, log: StageLog | None = None) -> str:
+    """The name of the stage, a folder under `commits/`, in which this import commits its shards.
+
+    Raises:
+        DataError, ConfigError, IntegrityError: as `import_log`.
+    """
+    run = _Import(config, log)
+    run.hash_inputs()
+    return run.stage()
+
+
 class _Import:
     """One run of the stage."""
 
@@ -131,16 +142,20 @@ class _Import:
         # Several processes of one stage may import the same log; only the first does the work.
         wait = self.log is not None
         with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
-            self._hash_inputs()
+            self.hash_inputs()
             identity = self._identity()
             finished = folder.finished(identity)
             if finished is not None:
                 step = next(s for s in finished.lineage if s.config.get("identity") == identity)
                 return ImportResult(finished, step.counts, True, step.details, self.notes)
-            log = TaskLog(folder.root, f"import-{identity[:12]}")
+            log = TaskLog(folder.root, self.stage())
             records = folder.prepare(log)
             with undo_on_bad_input(lambda: folder.discard(log.stage)):
                 return self._import(folder.root, log, records, identity)
+
+    def stage(self) -> str:
+        """The name of the stage; after `hash_inputs`."""
+        return f"import-{self._identity()[:12]}"
 
     def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
         bar: AbstractContextManager[Any] = tqdm(
@@ -152,7 +167,8 @@ class _Import:
         )
         return bar
 
-    def _hash_inputs(self) -> None:
+    def hash_inputs(self) -> None:
+        """Hash the inputs, for the identity."""
         with self._bar("checking inputs", sum(s.size for s in self.sources), "B") as bar:
             self.digests = [source.sha256(bar.update) for source in self.sources]
 

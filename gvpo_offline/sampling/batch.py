@@ -78,6 +78,10 @@ class BatchSampler:
         """The context length that the settings give."""
         return SamplerInfo(self._settings.context_length)
 
+    def check(self) -> None:
+        """Check that the result files exist, as `start` does."""
+        find_sources(self._settings.results)
+
     def start(self) -> None:
         """Index the result files.
 

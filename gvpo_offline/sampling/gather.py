@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.rows import Record, Row
 from gvpo_offline.sampling.log import Sample, SampleLog
 from gvpo_offline.sampling.prompts import Prompt, PromptFile
+from gvpo_offline.sampling.sampler_logprobs import other_distribution, sequence_logprob
+from gvpo_offline.sampling.settings import SamplingSettings
+
+_EARLIER = "an earlier version of the package began this import without them"
 
 
 class SampledRows(Source):
@@ -25,12 +30,29 @@ class SampledRows(Source):
     Args:
         prompts: the prompts.
         log: the sampler's log, whose tasks are all committed.
+        settings: of the sampler.
+        logprobs: whether the rows have the responses' log-probs under the sampler. Earlier versions
+            made none; an import that one of them began goes on without them.
+
+    Attributes:
+        without_logprobs: number of responses without log-prob, by cause.
     """
 
-    def __init__(self, prompts: PromptFile, log: SampleLog) -> None:
+    def __init__(
+        self,
+        prompts: PromptFile,
+        log: SampleLog,
+        settings: SamplingSettings,
+        *,
+        logprobs: bool = True,
+    ) -> None:
         super().__init__(f"samples/{log.name}", log.name, [])
         self._prompts = prompts
         self._log = log
+        self._settings = settings
+        cause = other_distribution(settings) if logprobs else _EARLIER
+        self._cause = cause
+        self.without_logprobs: Counter[str] = Counter()
         self._chunks = range(len(prompts.entry.row_groups))
         # The importer sizes shards and buckets by the content, since file sizes depend on rounds.
         # Each response's row includes its prompt.
@@ -41,6 +63,11 @@ class SampledRows(Source):
                 ids = None if sample.token_ids is None else sample.token_ids.tolist()
                 content = [*sample.key, sample.seed, sample.text, ids, sample.finish_reason]
                 content += [] if sample.stop_string is None else [sample.stop_string]
+                logprob = self._logprob(sample)
+                if isinstance(logprob, str):
+                    self.without_logprobs[logprob] += 1
+                else:
+                    content += [logprob]
                 encoded = json.dumps(content).encode()
                 digest.update(encoded)
                 self.text_bytes += len(encoded) + beside[sample.prompt]
@@ -49,6 +76,10 @@ class SampledRows(Source):
     def _measure(self, n_bytes: int) -> None:
         self.size += n_bytes
 
+    def _logprob(self, sample: Sample) -> float | str:
+        """The response's log-prob, in nats, or why it has none."""
+        return self._cause or sequence_logprob(sample, self._settings)
+
     def sha256(self, advance: Advance) -> str:
         """SHA-256 of the responses, independent of rounds."""
         advance(self.size)
@@ -56,7 +87,7 @@ class SampledRows(Source):
 
     def _samples(self, chunk: int, advance: Advance) -> list[Sample]:
         rounds = self._log.rounds(chunk)
-        found = self._log.read(rounds)
+        found = self._log.read(rounds, logprobs=self._cause is None)
         advance(sum(record.files[0].bytes for record in rounds))
         return [sample for sample in found.values() if sample.error is None]
 
@@ -66,7 +97,9 @@ class SampledRows(Source):
         for chunk in self._chunks:
             prompts = {prompt.index: prompt for prompt in self._prompts.read(chunk)}
             for sample in self._samples(chunk, advance):
-                yield row, {"prompt": prompts[sample.prompt], "sample": sample}
+                logprob = self._logprob(sample)
+                given = None if isinstance(logprob, str) else logprob
+                yield row, {"prompt": prompts[sample.prompt], "sample": sample, "logprob": given}
                 row += 1
 
 
@@ -103,4 +136,6 @@ def _fragment(record: Record, source: InputInfo) -> Fragment:
         template_arguments=prompt.template_arguments,
     )
     fragment.set_stop_strings([sample.stop_string])
+    if record["logprob"] is not None:
+        fragment.sampler_logprobs = [record["logprob"]]
     return fragment

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gvpo_offline.compute.context import context_length
-from gvpo_offline.compute.files import model_files
+from gvpo_offline.compute.files import gguf_refusal, model_files
+from gvpo_offline.compute.loading import first_line
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_file, sha256_json
+from gvpo_offline.sampling.adapters import adapter_identity, adapter_of, without_wrapper
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import SamplingSettings, TransformersSettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
@@ -20,6 +23,7 @@ from gvpo_offline.sampling.tokenizers import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.tokenizer import load_policy_tokenizer
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import LogitsProcessorList
 
     from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules
@@ -45,10 +49,12 @@ def model_info(
         config = AutoConfig.from_pretrained(
             files.name, revision=revision, trust_remote_code=remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
+        if (refusal := gguf_refusal(files, error)) is not None:
+            raise refusal from error
         raise ConfigError(
             "the model is a folder or hub name that transformers loads as a causal language model",
-            received=f"{str(files)!r} ({str(error).splitlines()[0]})",
+            received=f"{str(files)!r} ({first_line(error)})",
             remedy="correct model_name_or_path",
         ) from error
     folder = Path(files.name)
@@ -74,18 +80,31 @@ class TransformersSampler:
         self._context: int | None = None
 
     def info(self) -> SamplerInfo:
-        """The model's context length and its weights."""
-        settings = self._settings
+        """The model's context length and its weights, and those of an adapter."""
+        settings, held = self._whole_model()
+        adapter = {} if held is None else {"adapter": adapter_identity(self._settings)}
         info = model_info(
             settings.model_name_or_path,
             settings.model_revision,
             remote_code=settings.trust_remote_code,
             gguf_file=settings.gguf_file,
         )
-        template = load_policy_tokenizer(settings).chat_template
-        return SamplerInfo(
-            info.context_length, {**info.identity, "chat_template": sha256_json(template)}
-        )
+        template = load_policy_tokenizer(self._settings).chat_template
+        identity = {**info.identity, **adapter, "chat_template": sha256_json(template)}
+        return SamplerInfo(info.context_length, identity)
+
+    def _whole_model(self) -> tuple[ModelSettings, PeftConfig | None]:
+        """Settings of the model, or of the base model of an adapter, and the adapter's."""
+        from gvpo_offline.compute.adapters import base_settings
+
+        held = adapter_of(self._settings)
+        return (self._settings if held is None else base_settings(self._settings, held)), held
+
+    def check(self) -> None:
+        """Check that the model's files hold all of its weights; see `check_model`."""
+        from gvpo_offline.compute.model import check_model
+
+        check_model(self._whole_model()[0])
 
     def start(self) -> None:
         """Load the model.
@@ -94,11 +113,12 @@ class TransformersSampler:
             ConfigError: it cannot be loaded, has no end token, or keeps its state in a way that
                 does not allow batches.
         """
-        from gvpo_offline.compute.model import default_device, disable_dropout, load_model
+        from gvpo_offline.compute.adapters import load_policy
+        from gvpo_offline.compute.model import default_device, disable_dropout
         from gvpo_offline.sampling.decode import Decoder
 
         settings = self._settings
-        model = load_model(settings)
+        model = without_wrapper(load_policy(settings))
         disable_dropout(model)
         model.to(default_device(use_cpu=settings.use_cpu)).eval()
         self._context = context_length(model.config)

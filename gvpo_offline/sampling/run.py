@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from gvpo_offline.errors import DataError
@@ -12,14 +12,16 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.encode import load_encoder
 from gvpo_offline.importing.folder import SAMPLING_STAGES
 from gvpo_offline.importing.formats.shared.log_format import StageLog
-from gvpo_offline.importing.importer import import_log
+from gvpo_offline.importing.importer import import_log, import_stage
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.sampling.gather import SampledFormat, SampledRows
 from gvpo_offline.sampling.log import SampleLog
 from gvpo_offline.sampling.prompts import prepare_prompts
+from gvpo_offline.sampling.sampler_logprobs import lines_about_gaps
 from gvpo_offline.sampling.samplers import open_sampler
 from gvpo_offline.sampling.settings import BatchSettings, SampleConfig, recorded
 from gvpo_offline.sampling.stage import Sampler, SampleStage
+from gvpo_offline.sampling.system_prompts import PromptsUnderSystem, system_prompts
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.location import local_folder
@@ -31,6 +33,7 @@ from gvpo_offline.workers.settings import WorkerSettings
 # Increase it when the same prompts and settings give other responses than before.
 _VERSION = 1
 _CAUSES_SHOWN = 3
+_WITHOUT_LOGPROBS = "without_sampler_logprobs"
 _NOT_RECORDED = ("output_dir", "show_progress", "samplers")
 
 
@@ -45,6 +48,8 @@ class SampleResult:
         counts: number of dropped prompts, by reason.
         requests: request files that were written, for the user to upload.
         asked: whether each response was requested at least once, by this shard or another.
+        without_logprobs: number of responses whose log-prob under their sampler is not known, by
+            cause, by sampler; those with all log-probs are left out.
     """
 
     manifest: Manifest | None
@@ -53,6 +58,7 @@ class SampleResult:
     counts: dict[str, int]
     requests: Sequence[Path] = ()
     asked: bool = True
+    without_logprobs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def n_gaps(self) -> int:
@@ -73,6 +79,7 @@ class SampleResult:
                 lines.append(
                     f"{self.manifest.n_incomplete:,} incomplete groups: prompts with one response"
                 )
+            lines += lines_about_gaps(self.without_logprobs)
         return lines
 
 
@@ -96,7 +103,8 @@ def run_sample(config: SampleConfig, worker_settings: WorkerSettings | None = No
     claim_folder(root)
     run = _Run(config, root)
     if (finished := run.finished()) is not None:
-        return run.result(finished)
+        return replace(run.result(finished), without_logprobs=run.gaps_of(finished))
+    run.check_later_samplers()
     for name, stage in run.stages.items():
         if run.settings[name].ready:
             run_stage(stage, worker_settings or WorkerSettings(show_progress=config.show_progress))
@@ -104,7 +112,8 @@ def run_sample(config: SampleConfig, worker_settings: WorkerSettings | None = No
     # `gaps: drop` concerns failed responses, not those that were never requested.
     if found.n_gaps and not (config.gaps == "drop" and found.asked):
         return run.with_requests(found)
-    return replace(found, manifest=run.publish(found))
+    manifest = run.publish(found)
+    return replace(found, manifest=manifest, without_logprobs=run.gaps_of(manifest))
 
 
 class _Run:
@@ -114,10 +123,8 @@ class _Run:
         self.config = config
         self.root = root
         self.settings = config.parsed()
-        dataset_tokenizer = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
-        self.samplers = {
-            name: open_sampler(s, dataset_tokenizer) for name, s in self.settings.items()
-        }
+        self.tokenizer = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
+        self.samplers = {name: open_sampler(s, self.tokenizer) for name, s in self.settings.items()}
         self.info = {name: sampler.info() for name, sampler in self.samplers.items()}
         encoder = load_encoder(self._import_config())
         assert encoder is not None
@@ -167,7 +174,10 @@ class _Run:
             }
         )
         log = SampleLog(self.root, name, f"sample-{name}-{identity[:12]}")
-        return SampleStage(self.prompts, sampler, log, settings.responses, settings.seed)
+        system = system_prompts({name: settings}).get(name)
+        own_prompts = PromptsUnderSystem(system, self.tokenizer) if system else None
+        parts = (self.prompts, sampler, log, settings.responses, settings.seed)
+        return SampleStage(*parts, own_prompts)
 
     def finished(self) -> Manifest | None:
         """The dataset that a run with these prompts and settings made, or None.
@@ -188,6 +198,20 @@ class _Run:
             file=self.root,
         )
 
+    def check_later_samplers(self) -> None:
+        """Check the samplers that start only when another one has given all of its responses.
+
+        Raises:
+            ConfigError, DataError: one of them cannot start.
+        """
+        pending = [
+            name
+            for name, stage in self.stages.items()
+            if self.settings[name].ready and next(stage.gaps(), None) is not None
+        ]
+        for name in pending[1:]:
+            self.samplers[name].check()
+
     def result(self, manifest: Manifest | None) -> SampleResult:
         """The result: which responses exist, and which are missing."""
         gaps = {
@@ -204,20 +228,56 @@ class _Run:
     def publish(self, found: SampleResult) -> Manifest:
         """Make the dataset of the existing responses, and remove uncommitted files."""
         given = [name for name, n in found.responses.items() if n]
-        settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_RECORDED}
-        missing = {name: causes.total() for name, causes in found.gaps.items()}
-        log = StageLog(
-            stage="sample",
-            config={**settings, "sampling": self.identity, "missing": missing},
-            inputs=self.prompts.inputs,
-            sources=[SampledRows(self.prompts, self.stages[name].log) for name in given],
-            format=SampledFormat(),
-        )
         described = self._import_config()
-        samplers = {name: described.samplers[name] for name in given}
-        manifest = import_log(replace(described, samplers=samplers), log).manifest
+        described = replace(described, samplers={n: described.samplers[n] for n in given})
+        log = self._log(found, given)
+        begun = [path.name for path in (self.root / "commits").glob("import-*")]
+        if begun and import_stage(described, log) not in begun:
+            earlier = self._log(found, given, logprobs=False)
+            log = earlier if import_stage(described, earlier) in begun else log
+        manifest = import_log(described, log).manifest
         _sweep(self.root)
         return manifest
+
+    def _log(self, found: SampleResult, given: Sequence[str], *, logprobs: bool = True) -> StageLog:
+        """The responses of some samplers as rows to import.
+
+        Args:
+            found: which responses exist.
+            given: the samplers that have responses.
+            logprobs: as for `SampledRows`.
+        """
+        settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_RECORDED}
+        missing = {name: causes.total() for name, causes in found.gaps.items()}
+        sources = [
+            SampledRows(
+                *(self.prompts, self.stages[name].log, self.settings[name]), logprobs=logprobs
+            )
+            for name in given
+        ]
+        gaps = {
+            name: dict(source.without_logprobs)
+            for name, source in zip(given, sources, strict=True)
+            if source.without_logprobs
+        }
+        return StageLog(
+            stage="sample",
+            config={
+                **settings,
+                "sampling": self.identity,
+                "missing": missing,
+                **({_WITHOUT_LOGPROBS: gaps} if gaps else {}),
+            },
+            inputs=self.prompts.inputs,
+            sources=sources,
+            format=SampledFormat(),
+        )
+
+    def gaps_of(self, manifest: Manifest) -> Mapping[str, Mapping[str, int]]:
+        """The responses without log-prob in the dataset of this run, by cause, by sampler."""
+        step = next(s for s in manifest.lineage if s.config.get("sampling") == self.identity)
+        found: Mapping[str, Mapping[str, int]] = step.config.get(_WITHOUT_LOGPROBS, {})
+        return found
 
     def with_requests(self, result: SampleResult) -> SampleResult:
         """The result, with request files for the responses that batch samplers miss."""

@@ -24,6 +24,10 @@ class ServerSampler:
         """The context length that the settings give."""
         return SamplerInfo(self._settings.context_length)
 
+    def check(self) -> None:
+        """Check the package and the key, as `start` does."""
+        OpenAIClient(self._settings).start()
+
     def start(self) -> None:
         """Check the package and the key.
 

@@ -6,13 +6,16 @@ Written against vLLM's documented offline interface (`LLM.generate`, `SamplingPa
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.finish_reasons import stop_string
+from gvpo_offline.sampling.adapters import refuse_adapter
 from gvpo_offline.sampling.local import model_info
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import VllmSettings
@@ -34,13 +37,24 @@ class VllmSampler:
         self._tokenizer: SamplerTokenizer | None = None
 
     def info(self) -> SamplerInfo:
-        """The model's context length, or the limit that `engine` sets, and its weights."""
+        """The model's context length, or the limit that `engine` sets, and its weights.
+
+        Raises:
+            ConfigError: there is no such model, or it is an adapter.
+        """
         settings = self._settings
         remote = bool(settings.engine.get("trust_remote_code"))
-        info = model_info(settings.model_name_or_path, settings.model_revision, remote_code=remote)
+        name, revision = settings.model_name_or_path, settings.model_revision
+        refuse_adapter(ModelSettings(name, revision))
+        info = model_info(name, revision, remote_code=remote)
         return SamplerInfo(
             settings.engine.get("max_model_len") or info.context_length, info.identity
         )
+
+    def check(self) -> None:
+        """Check that vLLM is installed."""
+        if importlib.util.find_spec("vllm") is None:
+            raise _not_installed("it is not installed")
 
     def start(self) -> None:
         """Load the model.
@@ -51,11 +65,7 @@ class VllmSampler:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ConfigError(
-                "kind: vllm needs the package vllm",
-                received=str(error),
-                remedy="pip install 'gvpo-offline[vllm]'",
-            ) from error
+            raise _not_installed(str(error)) from error
         settings = self._settings
         # Log-probs of the distribution drawn from, as all samplers report them.
         options = {"logprobs_mode": "processed_logprobs", **settings.engine}
@@ -116,3 +126,11 @@ class VllmSampler:
             finish_reason=ended,
             stop_string=stop_string(output.finish_reason, output.stop_reason),
         )
+
+
+def _not_installed(found: str) -> ConfigError:
+    return ConfigError(
+        "kind: vllm needs the package vllm",
+        received=found,
+        remedy="pip install 'gvpo-offline[vllm]'",
+    )
