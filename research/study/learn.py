@@ -41,6 +41,7 @@ class Outcome:
             groups; see `GroupStatistics.metrics`.
         score: the score of `gvpo-offline tune` for these metrics.
         trained_explained_variance: explained variance of 100 training groups.
+        by_prompt: objective of each prompt, to compare runs by pairs.
     """
 
     reward: float
@@ -54,6 +55,7 @@ class Outcome:
     log_mass: float
     score: float
     trained_explained_variance: float
+    by_prompt: tuple[float, ...]
 
 
 def cosine(peak: float, steps: int) -> Rate:
@@ -165,6 +167,7 @@ def evaluate(
     reference = prepare_engine(world.policy, max_tokens=MAX_TOKENS, gradients=False)
     log_ratios = _logprobs(engine, model, asked) - _logprobs(reference, world.policy, asked)
     kl = float(np.mean(log_ratios))
+    by_prompt = (rewards - beta * log_ratios.reshape(rewards.shape)).mean(1)
     held_out = fit(model, log[len(log) - N_HELD_OUT :], beta)
     perfect = rewards >= 1 - 1e-9
     return Outcome(
@@ -179,6 +182,7 @@ def evaluate(
         log_mass=held_out["log_mass_mean"],
         score=score(held_out),
         trained_explained_variance=fit(model, log[:100], beta)["explained_variance"],
+        by_prompt=tuple(by_prompt.round(4).tolist()),
     )
 
 
