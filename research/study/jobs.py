@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import multiprocessing
+import os
+import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -160,7 +163,16 @@ def _world(task: str, folder: Path) -> World:
 
 @functools.lru_cache(maxsize=8)
 def _log(task: str, folder: Path, mix: str, seed: int) -> list[Group]:
-    return make_log(_world(task, folder), json.loads(mix), seed)
+    """The groups of a log, kept in a file: many runs in several processes use the same one."""
+    name = hashlib.sha256(f"{task} {mix} {seed}".encode()).hexdigest()[:16]
+    path = folder / f"log-{name}.pickle"
+    if not path.exists():
+        made = make_log(_world(task, folder), json.loads(mix), seed)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_bytes(pickle.dumps(made))
+        new.replace(path)
+    groups: list[Group] = pickle.loads(path.read_bytes())
+    return groups
 
 
 def in_processes(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterable[Any]:

@@ -55,9 +55,8 @@ def choose_rates(points: Mapping[str, Point], run: Run) -> dict[str, float]:
             waiting = sorted(set(points) - set(chosen))
             raise ValueError(f"points without a neighbour that has a rate: {waiting}")
         wanted = {name: [_trial(points[name], n) for n in tried[name]] for name in open_points}
-        rows = {
-            Job(**row["job"]).key: row for row in run([job for own in wanted.values() for job in own])
-        }
+        jobs_of_all = [job for own in wanted.values() for job in own]
+        rows = {Job(**row["job"]).key: row for row in run(jobs_of_all)}
         for name, jobs in wanted.items():
             found = [rows[job.key] for job in jobs]
             objectives = [_objective(row) for row in found]

@@ -60,10 +60,17 @@ class World:
         """The policy before training."""
         return self.models["policy"]
 
-    def rewards(self, prompts: Sequence[Words], drawn: Sequence[Sequence[Answer]]) -> FloatArray:
-        """Rewards of sampled answers, (prompts, answers)."""
+    def rewards(
+        self,
+        prompts: Sequence[Words],
+        drawn: Sequence[Sequence[Answer]],
+        *,
+        as_logged: bool = False,
+    ) -> FloatArray:
+        """Rewards of sampled answers, (prompts, answers); as a log holds them if `as_logged`."""
         pairs = zip(prompts, drawn, strict=True)
-        reward = self.tokenizer.task.reward
+        task = self.tokenizer.task
+        reward = task.logged if as_logged else task.reward
         return np.array([[reward(prompt, answer.words) for answer in own] for prompt, own in pairs])
 
     def sampler(self, name: str) -> tuple[PreTrainedModel, float]:
