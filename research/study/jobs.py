@@ -21,6 +21,7 @@ from tasks import TASKS
 from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
 from gvpo_offline.group import Group
+from gvpo_offline.train.imitation import ALPHA_OF_ALL_WRONG
 from gvpo_offline.train.objective import Objective
 
 BETA = 0.1
@@ -150,6 +151,15 @@ def objective_of(job: Job, groups: Sequence[Group]) -> Objective:
         imitation_without=job.imitation_without,
         link=job.link,
     )
+
+
+def auto_imitation_of_groups(groups: Sequence[Group]) -> float:
+    """The number that the setting `imitation: auto` stands for, of groups in memory."""
+    lowest = min(float(group.rewards.min()) for group in groups if group.rewards is not None)
+    wrong = [
+        group.rewards is not None and float(group.rewards.max()) == lowest for group in groups
+    ]
+    return ALPHA_OF_ALL_WRONG * sum(wrong) / len(wrong)
 
 
 def _unequal(group: Group) -> bool:
