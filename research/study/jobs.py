@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -16,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from learn import cosine, evaluate, train, train_in_rounds
+from learn import Outcome, cosine, evaluate, train, train_in_rounds
 from tasks import TASKS
 from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.train.imitation import ALPHA_OF_ALL_WRONG
 from gvpo_offline.train.objective import Objective
@@ -27,6 +29,7 @@ from gvpo_offline.train.objective import Objective
 BETA = 0.1
 STEPS = 100
 Row = dict[str, Any]
+FIGURES = tuple(own.name for own in fields(Outcome) if own.name != "by_prompt")
 
 
 @dataclass(frozen=True)
@@ -94,25 +97,26 @@ class Runner:
         return _log(task, self.folder / TASKS[task].models, json.dumps(mix), seed)
 
     def __call__(self, job: Job) -> Row:
-        """Train and evaluate; returns the row for `runs.jsonl`."""
+        """Train and evaluate; returns the row for `runs.jsonl`.
+
+        The figures are NaN if training diverged.
+        """
         torch.set_num_threads(1)
         started = time.process_time()
         world, log = self.world(job.task), self.log(job.task, job.mix, job.seed)
         policy, alpha = world.policy, 0.0
         if job.loss != "none":
             objective = objective_of(job, log[: len(log) - N_HELD_OUT])
-            policy, alpha = self._trained(job, objective, world, log), objective.imitation
+            alpha = objective.imitation
+            try:
+                policy = self._trained(job, objective, world, log)
+            except DataError:  # log-probs that are not finite: the rate is too large
+                return _row(job, dict.fromkeys(FIGURES, math.nan), alpha, started)
         prompts = world.validation if job.validate else world.test
         outcome = asdict(evaluate(world, policy, log, prompts, beta=job.beta, seed=job.seed))
         if not job.validate:
             del outcome["by_prompt"]  # only rates are compared by prompt
-        seconds = time.process_time() - started
-        return {
-            "job": asdict(job),
-            **outcome,
-            "alpha": alpha,
-            "cpu_seconds": round(seconds, 2),
-        }
+        return _row(job, outcome, alpha, started)
 
     def _trained(self, job: Job, objective: Objective, world: World, log: list[Group]) -> Any:
         if not job.equal_groups:
@@ -137,6 +141,11 @@ class Runner:
         return train(start, log, objective, rate=rate, steps=job.steps, seed=job.seed)
 
 
+def _row(job: Job, outcome: Row, alpha: float, started: float) -> Row:
+    seconds = round(time.process_time() - started, 2)
+    return {"job": asdict(job), **outcome, "alpha": alpha, "cpu_seconds": seconds}
+
+
 def objective_of(job: Job, groups: Sequence[Group]) -> Objective:
     """The objective of a run on training groups."""
     alpha = job.imitation
@@ -156,9 +165,7 @@ def objective_of(job: Job, groups: Sequence[Group]) -> Objective:
 def auto_imitation_of_groups(groups: Sequence[Group]) -> float:
     """The number that the setting `imitation: auto` stands for, of groups in memory."""
     lowest = min(float(group.rewards.min()) for group in groups if group.rewards is not None)
-    wrong = [
-        group.rewards is not None and float(group.rewards.max()) == lowest for group in groups
-    ]
+    wrong = [group.rewards is not None and float(group.rewards.max()) == lowest for group in groups]
     return ALPHA_OF_ALL_WRONG * sum(wrong) / len(wrong)
 
 

@@ -82,7 +82,7 @@ def best_rate(rows: Sequence[Row]) -> float:
 
 def _behind(row: Row, best: Row) -> bool:
     """Whether a row with a smaller rate is within one standard error of the best."""
-    if row["job"]["rate"] > best["job"]["rate"]:
+    if row["job"]["rate"] > best["job"]["rate"] or not math.isfinite(row["objective"]):
         return False
     gaps = np.subtract(best["by_prompt"], row["by_prompt"])
     return bool(gaps.mean() <= gaps.std(ddof=1) / math.sqrt(len(gaps)))

@@ -171,6 +171,8 @@ def test_of_rates_that_are_level_the_smallest_is_taken(modules: dict[str, Module
     best, larger = own(1e-3, 0.5, 0.5), own(3e-3, 0.5, 0.5 - 1e-9)
     assert best_rate([own(3e-4, 0.5, 0.3 + 1e-9), best, larger]) == 3e-4
     assert best_rate([own(3e-4, 0.4, 0.3), best, larger]) == 1e-3
+    diverged = own(1e-4, math.nan)
+    assert best_rate([diverged, best, larger]) == 1e-3
 
 
 def test_lines_of_another_version_are_not_taken_for_runs(
