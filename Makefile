@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-import bench-stream bench-compute bench-tokens \
-	bench-collect bench-elastic bench-convergence bench-losses study \
+	bench-collect bench-elastic bench-convergence bench-losses study study-short \
 	clean
 
 help:
@@ -29,7 +29,8 @@ help:
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
-	@echo "make study        every loss on the same logs of two tasks; what moves it (under 40 minutes)"
+	@echo "make study        every loss on the same logs of three tasks; what moves it (under 60 minutes)"
+	@echo "make study-short  the losses of main interest on the logs of two tasks (under 12 minutes)"
 	@echo "make wheel-check  install the built wheel into an empty environment; import and train a step"
 	@echo "make venv         set up .venv and nothing else"
 
@@ -127,6 +128,9 @@ bench-elastic: $(STAMP)
 # Each of its processes has one thread, so that the same seeds give the same tables.
 study: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python research/study/study.py $(ARGS)
+
+study-short: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python research/study/study.py --short --output_dir runs/study-short $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,11 +1,19 @@
-"""Search for beta and the learning rate by short trials.
+"""Search for beta, the learning rate and, by sampled answers, the loss, by short trials.
 
-`search` does not depend on the training loop: the caller passes a function that runs one trial.
-`trials` runs trials with GVPOTrainer.
+`search` and `judged` do not depend on the training loop: the caller passes functions that run a
+trial, and for `judged` one that judges its policy. `trials` runs trials with GVPOTrainer.
 """
 
 from __future__ import annotations
 
+from gvpo_offline.tune.judged import (
+    JudgedProposal,
+    JudgedTrial,
+    LossCandidates,
+    TrialSettings,
+    propose_judged,
+)
+from gvpo_offline.tune.racing import MeanOverPrompts, PromptEstimates, SampleBudget
 from gvpo_offline.tune.search import (
     CANDIDATE_GAPS,
     INITIAL_GAP,
@@ -26,16 +34,24 @@ from gvpo_offline.tune.search import (
 __all__ = [
     "INITIAL_GAP",
     "CANDIDATE_GAPS",
+    "JudgedProposal",
+    "JudgedTrial",
+    "LossCandidates",
+    "MeanOverPrompts",
     "Metrics",
+    "PromptEstimates",
     "Proposal",
     "RangePoint",
+    "SampleBudget",
     "Trial",
+    "TrialSettings",
     "beta_candidates",
     "initial_beta",
     "diverged",
     "largest_usable_rate",
     "misfit",
     "propose",
+    "propose_judged",
     "range_rate",
     "score",
 ]

@@ -26,7 +26,7 @@ INITIAL_GAP = 4.0
 # Learning rates of a range test; and the grid of a search, with two learning rates per decade.
 LOWEST_RATE, HIGHEST_RATE = 1e-7, 1e-2
 _RUNGS_PER_DECADE = 2
-_HIGHEST_RUNG = 2  # grid points above the largest usable rate
+HIGHEST_RUNG = 2  # grid points above the largest usable rate
 # A range test looks at the mean misfit of the last _WINDOW steps. A learning rate is usable while
 # the mean exceeds its initial value by at most the share _SLACK, or by its noise if that is larger.
 # The test has diverged beyond the share _DIVERGED and beyond _DIVERGED_NOISE times the noise.
@@ -229,20 +229,20 @@ def propose(
     done: dict[tuple[float, float], Trial] = {}
 
     def scored(beta: float, rung: int) -> float:
-        rate = _rate(largest_rate, rung)
+        rate = grid_rate(largest_rate, rung)
         if (beta, rate) not in done:
             done[beta, rate] = Trial(beta, rate, steps, trial(beta, rate, steps))
         return score(done[beta, rate].metrics)
 
-    lowest = math.floor(_RUNGS_PER_DECADE * math.log10(LOWEST_RATE / largest_rate))
+    lowest = lowest_rung(largest_rate)
     first = [-3, -2, -1]
     rung = _hill_climb(
-        lambda n: scored(initial_beta, n), first, min(lowest, first[0]), _HIGHEST_RUNG
+        lambda n: scored(initial_beta, n), first, min(lowest, first[0]), HIGHEST_RUNG
     )
     if scored(initial_beta, rung) == -math.inf:
         raise ConfigError(
             "the policy's log-probs stay finite at some learning rate",
-            received=f"none from {_rate(largest_rate, lowest):g} up",
+            received=f"none from {grid_rate(largest_rate, lowest):g} up",
             remedy="check the data and the model: train a few steps at a very small learning rate",
         )
     last, at = len(ladder) - 1, ladder.index(initial_beta)
@@ -251,26 +251,50 @@ def propose(
     if beta != initial_beta:
         near = [rung - 1, rung, rung + 1]
         rung = _hill_climb(lambda n: scored(beta, n), near, near[0], near[-1])
-    return Proposal(beta, _rate(largest_rate, rung), tuple(done.values()))
+    return Proposal(beta, grid_rate(largest_rate, rung), tuple(done.values()))
 
 
 def _hill_climb(value: Callable[[int], float], first: Sequence[int], low: int, high: int) -> int:
-    """The integer in low..high with the largest value, by hill climbing from `first`.
+    """`hill_climb` by a value; of equal values the lowest integer wins."""
+    values: dict[int, float] = {}
 
-    While the best is at an end of the evaluated range, the next integer beyond is evaluated. Of
-    equal values the lowest integer wins.
+    def best(tried: Sequence[int]) -> int:
+        values.update({n: value(n) for n in tried if n not in values})
+        return max(tried, key=values.__getitem__)
+
+    return hill_climb(best, first, low, high)
+
+
+def hill_climb(
+    best: Callable[[Sequence[int]], int], first: Sequence[int], low: int, high: int
+) -> int:
+    """The best integer in low..high, by hill climbing from `first`.
+
+    While the best is at an end of the tried range, the next integer beyond is tried.
+
+    Args:
+        best: the best of some integers, which it gets in ascending order.
+        first: the integers to begin with.
+        low: the smallest integer that may be tried beyond them.
+        high: the largest integer that may be tried beyond them.
     """
-    values = {n: value(n) for n in first}
+    tried = sorted(first)
     while True:
-        best = max(sorted(values), key=values.__getitem__)
-        beyond = {min(values): best - 1, max(values): best + 1}.get(best, best)
-        if beyond == best or not low <= beyond <= high:
-            return best
-        values[beyond] = value(beyond)
+        found = best(tried)
+        beyond = {tried[0]: found - 1, tried[-1]: found + 1}.get(found, found)
+        if beyond == found or not low <= beyond <= high:
+            return found
+        tried = sorted([*tried, beyond])
 
 
-def _rate(largest: float, rung: int) -> float:
+def grid_rate(largest: float, rung: int) -> float:
+    """The learning rate of a grid point: two per decade, 0 being the largest usable rate."""
     return _rounded(largest * 10.0 ** (rung / _RUNGS_PER_DECADE))
+
+
+def lowest_rung(largest: float) -> int:
+    """The grid point at or below `LOWEST_RATE`."""
+    return math.floor(_RUNGS_PER_DECADE * math.log10(LOWEST_RATE / largest))
 
 
 def _rounded(value: float) -> float:

@@ -10,13 +10,12 @@ from typing import Any
 from jobs import BETA
 
 BLUE, ORANGE, GREY, GREEN = "#1a73e8", "#e8710a", "#9aa0a6", "#188038"
-COLOURS = {"gvpo": BLUE, "rft": ORANGE, "listwise": GREEN, "awr": GREY}
+COLOURS = {"gvpo": BLUE, "rft": ORANGE, "recommended": GREEN}
 SWEEPS = {
     "beta": "β",
     "sampler": "sampler of all 7 responses",
     "group size": "responses per prompt",
     "person": "responses by the person",
-    "rounds": "rounds",
 }
 
 
@@ -38,11 +37,17 @@ def draw(whole: Mapping[str, Any], folder: Path) -> None:
     for axis, task in zip(axes[0], tasks, strict=True):
         _losses(axis, task, whole)
     _save(figure, folder / "study-losses.svg")
-    shape = (len(tasks), len(SWEEPS))
+    moved = [task for task in tasks if f"{task}: beta" in whole["tables"]]
+    if not moved:
+        return
+    shape = (len(moved), len(SWEEPS))
     figure, axes = plt.subplots(*shape, figsize=(3.1 * shape[1], 2.7 * shape[0]), squeeze=False)
-    for row, task in zip(axes, tasks, strict=True):
+    for row, task in zip(axes, moved, strict=True):
         for axis, sweep in zip(row, SWEEPS, strict=True):
-            _moves(axis, task, sweep, whole["tables"][f"{task}: {sweep}"])
+            if table := whole["tables"].get(f"{task}: {sweep}"):
+                _moves(axis, task, sweep, table)
+            else:
+                axis.set_axis_off()
         row[0].set_ylabel(f"{task}: reward - β KL")
     _save(figure, folder / "study-moves.svg")
 
@@ -51,7 +56,7 @@ def _losses(axis: Any, task: str, whole: Mapping[str, Any]) -> None:
     table = whole["tables"][f"{task}: losses"]
     items = sorted(table.items(), key=lambda item: item[1]["objective"][0])
     for place, (label, cells) in enumerate(items):
-        colour = BLUE if label.startswith("gvpo") else ORANGE if label == "rft" else GREY
+        colour = COLOURS.get(label, BLUE if label.startswith("gvpo") else GREY)
         value, error = cells["objective"]
         axis.errorbar(value, place, xerr=error, color=colour, marker="o", ms=5, capsize=3)
     axis.set_yticks(range(len(items)), [label for label, _ in items])
@@ -66,13 +71,19 @@ def _losses(axis: Any, task: str, whole: Mapping[str, Any]) -> None:
 def _moves(axis: Any, task: str, sweep: str, table: Mapping[str, Any]) -> None:
     lines: dict[str, list[tuple[str, float, float]]] = {}
     for label, cells in table.items():
-        loss, setting = label.split(", ")
+        loss, setting = label.split(", ", 1)
         lines.setdefault(loss, []).append((setting, *cells["objective"]))
     for loss, points in lines.items():
         names, values, errors = zip(*points, strict=True)
         heights = [0.0 if math.isnan(error) else error for error in errors]
         axis.errorbar(
-            range(len(names)), values, heights, color=COLOURS[loss], label=loss, marker="o", ms=3
+            range(len(names)),
+            values,
+            heights,
+            color=COLOURS.get(loss, GREY),
+            label=loss,
+            marker="o",
+            ms=3,
         )
         axis.set_xticks(range(len(names)), names)
     axis.set_xlabel(SWEEPS[sweep])

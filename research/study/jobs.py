@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import math
 import multiprocessing
+import os
+import pickle
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from learn import cosine, evaluate, train, train_in_rounds
+from learn import Outcome, cosine, evaluate, train, train_in_rounds
+from tasks import TASKS
 from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
+from gvpo_offline.train.imitation import ALPHA_OF_ALL_WRONG
 from gvpo_offline.train.objective import Objective
 
 BETA = 0.1
 STEPS = 100
 Row = dict[str, Any]
+FIGURES = tuple(own.name for own in fields(Outcome) if own.name != "by_prompt")
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,11 @@ class Job:
         beta: beta of the loss and of reward - beta KL. With several rounds each round trains with
             beta * rounds, which leaves the optimum of the run unchanged.
         mix: number of responses to a prompt, by sampler.
+        imitation, imitation_of, imitation_weights, imitation_without, link: as the settings of
+            training; imitation may be "auto".
         steps: optimizer steps.
         rounds: number of rounds of equal length, each with its own reference.
-        start: "policy", or "rft": the policy after a run of rft with ten times the rate.
+        warm_rate: above 0, training starts from the policy after a run of rft with this rate.
         anchor, weights: settings of the GVPO loss.
         equal_groups: whether to train on groups whose rewards are all equal.
         validate: evaluate on validation prompts instead of test prompts.
@@ -49,9 +59,14 @@ class Job:
     seed: int
     beta: float = BETA
     mix: dict[str, int] = field(default_factory=lambda: dict(MIXED))
+    imitation: float | str = 0.0
+    imitation_of: str = "best"
+    imitation_weights: str = "equal"
+    imitation_without: list[str] = field(default_factory=list)
+    link: str = "log"
     steps: int = STEPS
     rounds: int = 1
-    start: str = "policy"
+    warm_rate: float = 0.0
     anchor: float = 0.0
     weights: str = "equal"
     equal_groups: bool = True
@@ -75,27 +90,35 @@ class Runner:
 
     def world(self, task: str) -> World:
         """The world of a task."""
-        return _world(task, self.folder / task)
+        return _world(task, self.folder / TASKS[task].models)
 
     def log(self, task: str, mix: dict[str, int], seed: int) -> list[Group]:
         """The groups of a log."""
-        return _log(task, self.folder / task, json.dumps(mix), seed)
+        return _log(task, self.folder / TASKS[task].models, json.dumps(mix), seed)
 
     def __call__(self, job: Job) -> Row:
-        """Train and evaluate; returns the row for `runs.jsonl`."""
+        """Train and evaluate; returns the row for `runs.jsonl`.
+
+        The figures are NaN if training diverged.
+        """
         torch.set_num_threads(1)
         started = time.process_time()
         world, log = self.world(job.task), self.log(job.task, job.mix, job.seed)
-        policy = world.policy
+        policy, alpha = world.policy, 0.0
         if job.loss != "none":
-            policy = self._trained(job, world, log)
+            objective = objective_of(job, log[: len(log) - N_HELD_OUT])
+            alpha = objective.imitation
+            try:
+                policy = self._trained(job, objective, world, log)
+            except DataError:  # log-probs that are not finite: the rate is too large
+                return _row(job, dict.fromkeys(FIGURES, math.nan), alpha, started)
         prompts = world.validation if job.validate else world.test
-        outcome = evaluate(world, policy, log, prompts, beta=job.beta, seed=job.seed)
-        seconds = time.process_time() - started
-        return {"job": asdict(job), **asdict(outcome), "cpu_seconds": round(seconds, 2)}
+        outcome = asdict(evaluate(world, policy, log, prompts, beta=job.beta, seed=job.seed))
+        if not job.validate:
+            del outcome["by_prompt"]  # only rates are compared by prompt
+        return _row(job, outcome, alpha, started)
 
-    def _trained(self, job: Job, world: World, log: list[Group]) -> Any:
-        objective = Objective(job.beta * job.rounds, job.loss, job.anchor, job.weights)
+    def _trained(self, job: Job, objective: Objective, world: World, log: list[Group]) -> Any:
         if not job.equal_groups:
             n = len(log) - N_HELD_OUT
             log = [group for group in log[:n] if _unequal(group)] + log[n:]
@@ -110,12 +133,40 @@ class Runner:
                 rounds=job.rounds,
             )
         start = world.policy
-        if job.start == "rft":
+        if job.warm_rate:
             warm = Objective(job.beta, "rft")
-            rate = cosine(10 * job.rate, job.steps)
+            rate = cosine(job.warm_rate, job.steps)
             start = train(start, log, warm, rate=rate, steps=job.steps, seed=job.seed + 100)
         rate = cosine(job.rate, job.steps)
         return train(start, log, objective, rate=rate, steps=job.steps, seed=job.seed)
+
+
+def _row(job: Job, outcome: Row, alpha: float, started: float) -> Row:
+    seconds = round(time.process_time() - started, 2)
+    return {"job": asdict(job), **outcome, "alpha": alpha, "cpu_seconds": seconds}
+
+
+def objective_of(job: Job, groups: Sequence[Group]) -> Objective:
+    """The objective of a run on training groups."""
+    alpha = job.imitation
+    return Objective(
+        job.beta * job.rounds,
+        job.loss,
+        job.anchor,
+        job.weights,
+        imitation=auto_imitation_of_groups(groups) if alpha == "auto" else alpha,
+        imitation_of=job.imitation_of,
+        imitation_weights=job.imitation_weights,
+        imitation_without=job.imitation_without,
+        link=job.link,
+    )
+
+
+def auto_imitation_of_groups(groups: Sequence[Group]) -> float:
+    """The number that the setting `imitation: auto` stands for, of groups in memory."""
+    lowest = min(float(group.rewards.min()) for group in groups if group.rewards is not None)
+    wrong = [group.rewards is not None and float(group.rewards.max()) == lowest for group in groups]
+    return ALPHA_OF_ALL_WRONG * sum(wrong) / len(wrong)
 
 
 def _unequal(group: Group) -> bool:
@@ -129,7 +180,16 @@ def _world(task: str, folder: Path) -> World:
 
 @functools.lru_cache(maxsize=8)
 def _log(task: str, folder: Path, mix: str, seed: int) -> list[Group]:
-    return make_log(_world(task, folder), json.loads(mix), seed)
+    """The groups of a log, kept in a file: many runs in several processes use the same one."""
+    name = hashlib.sha256(f"{task} {mix} {seed}".encode()).hexdigest()[:16]
+    path = folder / f"log-{name}.pickle"
+    if not path.exists():
+        made = make_log(_world(task, folder), json.loads(mix), seed)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_bytes(pickle.dumps(made))
+        new.replace(path)
+    groups: list[Group] = pickle.loads(path.read_bytes())
+    return groups
 
 
 def in_processes(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterable[Any]:
@@ -161,12 +221,18 @@ def run_all(jobs: Iterable[Job], runner: Runner, path: Path, workers: int) -> li
 
 
 def _done(path: Path) -> dict[str, Row]:
-    """The rows of finished runs by key; an incomplete last line is ignored."""
+    """The rows of finished runs by key.
+
+    An incomplete last line is ignored, and so is a line of another version of the study: its job
+    has other fields than `Job`, and a field that it lacks may have had another value.
+    """
     rows = {}
+    names = {own.name for own in fields(Job)}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[Job(**row["job"]).key] = row
+        if set(row["job"]) == names:
+            rows[Job(**row["job"]).key] = row
     return rows

@@ -41,6 +41,7 @@ class Outcome:
             groups; see `GroupStatistics.metrics`.
         score: the score of `gvpo-offline tune` for these metrics.
         trained_explained_variance: explained variance of 100 training groups.
+        by_prompt: objective of each prompt, to compare runs by pairs.
     """
 
     reward: float
@@ -54,6 +55,7 @@ class Outcome:
     log_mass: float
     score: float
     trained_explained_variance: float
+    by_prompt: tuple[float, ...]
 
 
 def cosine(peak: float, steps: int) -> Rate:
@@ -148,23 +150,9 @@ def evaluate(
     seed: int,
 ) -> Outcome:
     """Evaluate a policy on `prompts`, and its fit to the log."""
-    tokenizer = world.tokenizer
-    drawn = answers(model, tokenizer, prompts, k=ANSWERS, seed=seed)
-    rewards = world.rewards(prompts, drawn)
-    asked = [
-        Group(
-            group_id=f"{number}",
-            prompt_token_ids=tokenizer.ids(prompt),
-            response_token_ids=tuple(answer.ids for answer in own),
-            samplers=("policy",) * ANSWERS,
-            truncated=(False,) * ANSWERS,
-        )
-        for number, (prompt, own) in enumerate(zip(prompts, drawn, strict=True))
-    ]
-    engine = prepare_engine(model, max_tokens=MAX_TOKENS, gradients=False)
-    reference = prepare_engine(world.policy, max_tokens=MAX_TOKENS, gradients=False)
-    log_ratios = _logprobs(engine, model, asked) - _logprobs(reference, world.policy, asked)
+    rewards, log_ratios = answered(world, model, prompts, k=ANSWERS, seed=seed)
     kl = float(np.mean(log_ratios))
+    by_prompt = (rewards - beta * log_ratios).mean(1)
     held_out = fit(model, log[len(log) - N_HELD_OUT :], beta)
     perfect = rewards >= 1 - 1e-9
     return Outcome(
@@ -179,7 +167,46 @@ def evaluate(
         log_mass=held_out["log_mass_mean"],
         score=score(held_out),
         trained_explained_variance=fit(model, log[:100], beta)["explained_variance"],
+        by_prompt=tuple(by_prompt.round(4).tolist()),
     )
+
+
+def answered(
+    world: World,
+    model: PreTrainedModel,
+    prompts: Sequence[Words],
+    *,
+    k: int,
+    seed: int,
+    as_logged: bool = False,
+) -> tuple[FloatArray, FloatArray]:
+    """Rewards, and log-ratios in nats, of k sampled answers per prompt: (prompts, k) each.
+
+    Args:
+        world: the world of the task.
+        model: the policy.
+        prompts: the prompts.
+        k: answers per prompt.
+        seed: seed of the answers.
+        as_logged: rewards are `Task.logged` instead of `Task.reward`.
+    """
+    tokenizer = world.tokenizer
+    drawn = answers(model, tokenizer, prompts, k=k, seed=seed)
+    asked = [
+        Group(
+            group_id=f"{number}",
+            prompt_token_ids=tokenizer.ids(prompt),
+            response_token_ids=tuple(answer.ids for answer in own),
+            samplers=("policy",) * k,
+            truncated=(False,) * k,
+        )
+        for number, (prompt, own) in enumerate(zip(prompts, drawn, strict=True))
+    ]
+    engine = prepare_engine(model, max_tokens=MAX_TOKENS, gradients=False)
+    reference = prepare_engine(world.policy, max_tokens=MAX_TOKENS, gradients=False)
+    log_ratios = _logprobs(engine, model, asked) - _logprobs(reference, world.policy, asked)
+    rewards = world.rewards(prompts, drawn, as_logged=as_logged)
+    return rewards, log_ratios.reshape(rewards.shape)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ Row = dict[str, Any]
 Labelled = tuple[str, str, Row]
 FIGURES = {
     "objective": "reward - β KL",
+    "paired": "minus gvpo's",
     "reward": "reward",
     "pass_1": "pass@1",
     "pass_k": "pass@8",
@@ -27,6 +28,8 @@ FIGURES = {
     "best_log_ratio": "best log-ratio",
     "log_mass": "log-mass",
 }
+# Tables whose rows are losses on one log.
+OF_LOSSES = ("losses", "models only", "own answers")
 # This loss does not depend on beta, so its objective at other betas follows from reward and KL.
 WITHOUT_BETA = "rft"
 Cell = tuple[float, float]
@@ -42,27 +45,41 @@ def finish(
 ) -> None:
     """Write `study.json` and `tables.md`, draw the pictures, print the tables and a JSON object."""
     tables = tables_of(labelled)
-    tuned = {found["task"]: _against_grid(found, tables) for found in searches}
-    verdict = {
-        "losses": {task: _standing(task, labelled) for task in frames},
-        "tune": tuned,
-        "judges": {task: _judges(task, labelled) for task in frames},
-        "runs": len({json.dumps(row["job"], sort_keys=True) for _, _, row in labelled}),
+    standings = {
+        name: standing(table, name.split(": ")[0], labelled)
+        for name in tables
+        for table in [name.split(": ")[1]]
+        if table in OF_LOSSES
     }
+    verdict: dict[str, Any] = {
+        "objective": {task: _objectives(tables[f"{task}: losses"]) for task in frames},
+        "recommended": standings,
+    }
+    if searches:
+        verdict["tune"] = [against_grid(found, labelled) for found in searches]
+        verdict["judges"] = {task: _judges(task, labelled) for task in frames}
+    verdict["runs"] = len({json.dumps(row["job"], sort_keys=True) for _, _, row in labelled})
     whole = {"tables": tables, "frames": frames, "searches": list(searches), **verdict}
     (folder / "study.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     text = "\n\n".join(_markdown(name, table, frames, labelled) for name, table in tables.items())
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")
-    cpu = sum(row["cpu_seconds"] for _, _, row in labelled)
-    print(json.dumps({**verdict, "seconds": round(seconds), "cpu_seconds_of_runs": round(cpu)}))
     from draw import draw
 
     draw(whole, folder)
+    cpu = sum(row["cpu_seconds"] for _, _, row in labelled)
+    print(json.dumps({**verdict, "seconds": round(seconds), "cpu_seconds_of_runs": round(cpu)}))
+
+
+def _objectives(table: Table) -> dict[str, float]:
+    return {label: round(cells["objective"][0], 4) for label, cells in table.items()}
 
 
 def tables_of(labelled: Sequence[Labelled]) -> dict[str, Table]:
-    """Mean and standard error of each figure, by "task: comparison" and setting."""
+    """Mean and standard error of each figure, by "task: comparison" and setting.
+
+    "paired" is the objective minus that of GVPO with the same log, over the seeds of both.
+    """
     rows: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for sweep, label, row in labelled:
         rows[f"{row['job']['task']}: {sweep}"][label].append(row)
@@ -71,9 +88,26 @@ def tables_of(labelled: Sequence[Labelled]) -> dict[str, Table]:
     }
     for name, table in tables.items():
         task, sweep = name.split(": ")
+        for label in table:
+            base = rows[name].get(_base(sweep, label))
+            if base and label != _base(sweep, label):
+                table[label]["paired"] = paired(rows[name][label], base)
         if sweep == "beta":
             table.update(_at_other_betas(rows[f"{task}: losses"][WITHOUT_BETA], list(table)))
     return tables
+
+
+def _base(sweep: str, label: str) -> str:
+    """The label of GVPO with the same setting."""
+    if sweep in OF_LOSSES or ", " not in label:
+        return "gvpo"
+    return f"gvpo, {label.split(', ', 1)[1]}"
+
+
+def paired(own: Sequence[Row], base: Sequence[Row]) -> Cell:
+    """Mean difference of the objectives over the seeds that both have, and its standard error."""
+    one, other = ({row["job"]["seed"]: row["objective"] for row in rows} for rows in (own, base))
+    return _cell([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
 
 
 def _at_other_betas(rows: Sequence[Row], labels: Sequence[str]) -> Table:
@@ -89,7 +123,7 @@ def _at_other_betas(rows: Sequence[Row], labels: Sequence[str]) -> Table:
 
 
 def _cells(rows: Sequence[Row]) -> dict[str, Cell]:
-    return {name: _cell([row[name] for row in rows]) for name in FIGURES}
+    return {name: _cell([row[name] for row in rows]) for name in FIGURES if name != "paired"}
 
 
 def _cell(values: Sequence[float]) -> Cell:
@@ -98,58 +132,68 @@ def _cell(values: Sequence[float]) -> Cell:
     return mean(values), error
 
 
-def _standing(task: str, labelled: Sequence[Labelled]) -> dict[str, Any]:
-    """The best loss, and the difference between it and GVPO, paired by seed."""
-    by_loss: dict[str, dict[int, float]] = defaultdict(dict)
+def standing(table: str, task: str, labelled: Sequence[Labelled]) -> dict[str, Any]:
+    """How the recommendation compares with the best other loss, and with `gvpo` and `rft`.
+
+    Returns:
+        The best other loss, by the mean difference over the seeds that it shares with the
+        recommendation; that difference with its standard error; and the share of the gap between
+        `gvpo` and `rft` that the recommendation closes, over the seeds of all three.
+    """
+    rows: dict[str, list[Row]] = defaultdict(list)
     for sweep, label, row in labelled:
-        if sweep == "losses" and row["job"]["task"] == task:
-            by_loss[label][row["job"]["seed"]] = row["objective"]
-    own = {loss: seeds for loss, seeds in by_loss.items() if not loss.startswith("gvpo,")}
-    means = {loss: mean(seeds.values()) for loss, seeds in own.items()}
-    best = max(means, key=means.__getitem__)
-    behind = _cell([own[best][seed] - own["gvpo"][seed] for seed in own["gvpo"]])
+        if sweep == table and row["job"]["task"] == task:
+            rows[label].append(row)
+    own = rows.pop("recommended")
+    ahead = {label: paired(others, own) for label, others in rows.items()}
+    best = max(ahead, key=lambda label: ahead[label][0])
+    gained, gap = (paired(one, rows["gvpo"])[0] for one in (own, rows["rft"]))
     return {
-        "best": best,
-        "gvpo_behind": [round(value, 4) for value in behind] if best != "gvpo" else [0.0, 0.0],
-        "gvpo_within_one_se": best == "gvpo" or behind[0] <= behind[1],
-        "reward_minus_beta_kl": {loss: round(value, 4) for loss, value in means.items()},
+        "best_other": best,
+        "behind_it": [round(value, 4) for value in ahead[best]],
+        "ahead_of_gvpo": [round(value, 4) for value in paired(own, rows["gvpo"])],
+        "ahead_of_rft": [round(value, 4) for value in paired(own, rows["rft"])],
+        "share_of_gap_closed": round(gained / gap, 3) if gap > 0 else None,
+        "alpha": round(mean(row["alpha"] for row in own), 3),
     }
 
 
 def _judges(task: str, labelled: Sequence[Labelled]) -> dict[str, float]:
-    """How well metrics of held-out groups rank runs: the share of pairs of runs of the grid that a
-    metric orders in the same way as the reward of new answers."""
+    """How well metrics of held-out groups rank runs: the share of pairs of runs of the grid on the
+    same log that a metric orders in the same way as the reward of new answers."""
     grid = [row for sweep, _, row in labelled if sweep == "grid" and row["job"]["task"] == task]
-    pairs = [(a, b) for a, b in combinations(grid, 2) if a["reward"] != b["reward"]]
+    pairs = [
+        (a, b)
+        for a, b in combinations(grid, 2)
+        if a["job"]["seed"] == b["job"]["seed"] and a["reward"] != b["reward"]
+    ]
     return {
         name: mean((a[name] > b[name]) == (a["reward"] > b["reward"]) for a, b in pairs)
         for name in ("score", "reweighted_reward", "explained_variance", "best_log_ratio")
     }
 
 
-def _against_grid(found: Mapping[str, Any], tables: Mapping[str, Table]) -> dict[str, Any]:
-    """The proposals of `tune` compared with the best of the grid: for a given beta by
-    reward - beta KL, for a searched beta by reward."""
-    task = found["task"]
-    grid = tables[f"{task}: grid"]
-    settled = [label for label in grid if label.startswith(f"{BETA:g}, ")]
-    told = {}
-    for name, figure, labels in (
-        ("rate", "objective", settled),
-        ("both", "reward", list(grid)),
-    ):
-        best = max(labels, key=lambda label: grid[label][figure][0])
-        own = tables[f"{task}: tune {name}"]["proposed"][figure][0]
-        told[name] = {
-            "beta": found[name]["beta"],
-            "rate": found[name]["rate"],
-            figure: round(own, 4),
-            "grid_best": best,
-            f"grid_{figure}": round(grid[best][figure][0], 4),
-            "share_of_best": round(own / grid[best][figure][0], 3),
-            "trials": len(found[name]["trials"]),
-        }
-    return told
+def against_grid(found: Mapping[str, Any], labelled: Sequence[Labelled]) -> dict[str, Any]:
+    """The proposal of a search beside the best of the grid on the same log, by reward - beta KL at
+    the beta of the study, on test prompts."""
+    case = (found["task"], found["seed"])
+    value: dict[str, dict[str, float]] = {"tune": {}, "grid": {}}
+    for sweep, label, row in labelled:
+        if sweep in value and (row["job"]["task"], row["job"]["seed"]) == case:
+            value[sweep][label] = row["reward"] - BETA * row["kl"]
+    (own,) = value["tune"].values()
+    best = max(value["grid"], key=value["grid"].__getitem__)
+    return {
+        "task": found["task"],
+        "seed": found["seed"],
+        "proposed": found["chosen"]["settings"],
+        "objective": round(own, 4),
+        "grid_best": best,
+        "grid_objective": round(value["grid"][best], 4),
+        "share_of_best": round(own / value["grid"][best], 3),
+        "trials": len(found["trials"]) - 1,
+        "answers_per_prompt": found["samples"],
+    }
 
 
 def _markdown(
@@ -163,18 +207,19 @@ def _markdown(
         if own == sweep and row["job"]["task"] == task
     }
     items = list(table.items())
-    if sweep in ("losses", "models only"):
+    if sweep in OF_LOSSES:
         items.sort(key=lambda item: -item[1]["objective"][0])
     heads = ["", *FIGURES.values(), "rate"]
     lines = [
-        f"### {name}",
+        f"## {name}",
         "",
         "| " + " | ".join(heads) + " |",
         "| --- " * len(heads) + "|",
     ]
     if sweep == "losses":
         frame = frames[task]
-        cells = [f"{frame['objective'][f'{BETA:g}']:.3f}", f"{frame['reward'][f'{BETA:g}']:.3f}"]
+        best = f"{BETA:g}"
+        cells = [f"{frame['objective'][best]:.3f}", "", f"{frame['reward'][best]:.3f}"]
         lines.append(f"| *the optimum* | {' | '.join(cells)} |" + " |" * (len(heads) - 3))
     for label, cells_of in items:
         cells = [_figure(cells_of.get(figure)) for figure in FIGURES]

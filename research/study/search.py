@@ -1,122 +1,170 @@
-"""The search of `gvpo-offline tune` on a log of the study, without access to the verifier."""
+"""The search of `gvpo-offline tune --judge sample` on logs of the study."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jobs import BETA, STEPS, Runner
-from learn import cosine, fit, train
-from world import MIXED, N_HELD_OUT
+from jobs import BETA, STEPS, Job, Runner
+from learn import answered, cosine, train
+from transformers import PreTrainedModel
+from world import MIXED, N_HELD_OUT, World
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupStatistics
 from gvpo_offline.train.objective import Objective
-from gvpo_offline.tune import (
-    Metrics,
-    RangePoint,
-    Trial,
-    beta_candidates,
-    diverged,
-    initial_beta,
-    largest_usable_rate,
-    misfit,
-    propose,
-    range_rate,
-    score,
+from gvpo_offline.tune import RangePoint, diverged, largest_usable_rate, misfit, range_rate
+from gvpo_offline.tune.judged import (
+    JudgedProposal,
+    JudgedTrial,
+    LossCandidates,
+    TrialSettings,
+    propose_judged,
 )
+from gvpo_offline.tune.racing import PromptEstimates
+
+# What is searched; the grid that the proposals are compared with has the same settings.
+BETAS = (BETA / 2, BETA, 2 * BETA)
+IMITATIONS = (0.0, 1.0, 10.0)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+# Answers to each prompt are drawn in batches of this size, each with a seed of its own.
+BATCH = 8
+# A case: a task, and the seed of its log.
+Case = tuple[str, int]
+
+
+def grid(task: str, seed: int) -> list[Job]:
+    """The grid of a case: three betas without imitation, and imitation at the beta of the study."""
+    plain = [(beta, 0.0, rate) for beta in BETAS for rate in RATES[:-1]]
+    imitating = [(BETA, alpha, rate) for alpha in IMITATIONS[1:] for rate in RATES]
+    return [
+        Job(task, "gvpo", rate, seed, beta, imitation=alpha)
+        for beta, alpha, rate in (*plain, *imitating)
+    ]
+
+
+def proposed(found: dict[str, Any]) -> Job:
+    """The run with the proposal of a search."""
+    own = found["chosen"]["settings"]
+    if own is None:
+        return Job(found["task"], "none", 0.0, found["seed"])
+    return Job(
+        found["task"],
+        own["loss_type"],
+        own["learning_rate"],
+        found["seed"],
+        own["beta"],
+        imitation=own["imitation"],
+    )
 
 
 @dataclass(frozen=True)
 class Search:
-    """Proposes beta and learning rate of GVPO for the log of a task, and stores the result.
+    """Proposes imitation, beta and learning rate for a log, and stores the result.
+
+    Trials answer the prompts of the log's held-out groups. Their answers are scored as the log is:
+    for the task with a simulated reward model by its scores.
 
     Attributes:
         runner: loads the worlds and logs.
-        folder: where `tune-TASK.json` is written.
-        seed: seed of the log and the training order.
+        folder: where `tune-TASK-SEED.json` is written.
     """
 
     runner: Runner
     folder: Path
-    seed: int = 1
 
-    def __call__(self, task: str) -> dict[str, Any]:
-        """Search with beta given, and with beta searched; read from `tune-TASK.json` if done."""
-        path = self.folder / f"tune-{task}.json"
+    def __call__(self, case: Case) -> dict[str, Any]:
+        """Search; read from `tune-TASK-SEED.json` if done."""
+        task, seed = case
+        path = self.folder / f"tune-{task}-{seed}.json"
         if path.exists():
             return json.loads(path.read_text())  # type: ignore[no-any-return]
         torch.set_num_threads(1)
-        world, log = self.runner.world(task), self.runner.log(task, MIXED, self.seed)
-        trial = self._trial(task, world.policy, log)
-        gap = reward_gap(log[: len(log) - N_HELD_OUT])
-        found: dict[str, Any] = {"task": task, "reward_gap": gap}
-        candidates = beta_candidates(gap)
-        for name, betas in (("rate", [BETA]), ("both", candidates)):
-            first = initial_beta(betas, gap)
-            largest = largest_usable_rate(self._range(world.policy, log, first))
-            done = propose(
-                trial, betas=betas, initial_beta=first, largest_rate=largest, steps=STEPS
-            )
-            found[name] = {
-                "beta": done.beta,
-                "rate": done.learning_rate,
-                "largest_rate": largest,
-                "trials": [_plain(own) for own in done.trials],
-            }
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        return found
-
-    def _trial(
-        self, task: str, policy: Any, log: list[Group]
-    ) -> Callable[[float, float, int], Metrics]:
-        known: dict[tuple[float, float], Metrics] = {}
-
-        def trial(beta: float, rate: float, steps: int) -> Metrics:
-            if (beta, rate) not in known:
-                schedule = cosine(rate, steps)
-                model = train(
-                    policy, log, Objective(beta), rate=schedule, steps=steps, seed=self.seed
-                )
-                known[beta, rate] = fit(model, log[len(log) - N_HELD_OUT :], beta)
-            return known[beta, rate]
-
-        return trial
-
-    def _range(self, policy: Any, log: list[Group], beta: float) -> list[RangePoint]:
-        points: list[RangePoint] = []
-
-        def each_step(step: int, seen: GroupStatistics) -> bool:
-            points.append(RangePoint(range_rate(step, STEPS), misfit(seen.metrics())))
-            return not diverged(points)
-
-        train(
-            policy,
-            log,
-            Objective(beta),
-            rate=lambda step: range_rate(step, STEPS),
-            steps=STEPS,
-            seed=self.seed,
-            each_step=each_step,
+        world, log = self.runner.world(task), self.runner.log(task, MIXED, seed)
+        largest = largest_usable_rate(_range(world.policy, log, seed))
+        found = propose_judged(
+            _trial(world.policy, log, seed),
+            _judge(world, seed),
+            untouched=world.policy,
+            losses=[LossCandidates("gvpo", IMITATIONS, BETAS)],
+            largest_rate=largest,
+            judge_beta=BETA,
         )
-        return points
+        told = {"task": task, "seed": seed, "largest_rate": largest, **_plain(found)}
+        path.write_text(json.dumps(told, indent=1) + "\n")
+        return told
 
 
-def _plain(trial: Trial) -> dict[str, float]:
+def _trial(
+    policy: PreTrainedModel, log: Sequence[Group], seed: int
+) -> Callable[[TrialSettings], PreTrainedModel | None]:
+    def trial(own: TrialSettings) -> PreTrainedModel | None:
+        objective = Objective(own.beta, own.loss_type, imitation=own.imitation)
+        rate = cosine(own.learning_rate, STEPS)
+        try:
+            return train(policy, log, objective, rate=rate, steps=STEPS, seed=seed)
+        except DataError:  # log-probs that are not finite
+            return None
+
+    return trial
+
+
+def _judge(world: World, seed: int) -> Callable[[PreTrainedModel, int], PromptEstimates]:
+    """Estimates from n answers to each held-out prompt, the same random numbers for each policy."""
+    prompts = world.prompts[len(world.prompts) - N_HELD_OUT :]
+    drawn: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    def batch(model: PreTrainedModel, number: int) -> tuple[Any, Any]:
+        if (id(model), number) not in drawn:
+            drawn[id(model), number] = answered(
+                world, model, prompts, k=BATCH, seed=1000 + 100 * seed + number, as_logged=True
+            )
+        return drawn[id(model), number]
+
+    def judge(model: PreTrainedModel, n: int) -> PromptEstimates:
+        parts = [batch(model, number) for number in range(n // BATCH)]
+        rewards, log_ratios = (np.concatenate(own, axis=1) for own in zip(*parts, strict=True))
+        return PromptEstimates(rewards.mean(1), log_ratios.mean(1))
+
+    return judge
+
+
+def _range(policy: PreTrainedModel, log: Sequence[Group], seed: int) -> list[RangePoint]:
+    points: list[RangePoint] = []
+
+    def each_step(step: int, seen: GroupStatistics) -> bool:
+        points.append(RangePoint(range_rate(step, STEPS), misfit(seen.metrics())))
+        return not diverged(points)
+
+    train(
+        policy,
+        log,
+        Objective(BETA),
+        rate=lambda step: range_rate(step, STEPS),
+        steps=STEPS,
+        seed=seed,
+        each_step=each_step,
+    )
+    return points
+
+
+def _plain(found: JudgedProposal) -> dict[str, Any]:
+    trained = [_trial_of(own) for own in found.trials]
+    return {"chosen": _trial_of(found.chosen), "trials": trained, "samples": found.samples}
+
+
+def _trial_of(own: JudgedTrial) -> dict[str, Any]:
+    settings = None if own.settings is None else asdict(own.settings)
     return {
-        "beta": trial.beta,
-        "rate": trial.learning_rate,
-        "score": score(trial.metrics),
-        "explained_variance": trial.metrics["explained_variance"],
+        "settings": settings,
+        "samples": own.samples,
+        "reward": own.reward.mean,
+        "objective": own.objective.mean,
+        "objective_se": own.objective.se,
     }
-
-
-def reward_gap(groups: Sequence[Group]) -> float:
-    """The median of the best minus the worst reward, over groups with unequal rewards."""
-    gaps = [float(np.ptp(group.rewards)) for group in groups if group.rewards is not None]
-    return float(np.median([gap for gap in gaps if gap > 0]))

@@ -1,4 +1,4 @@
-"""Two tasks with a verifier, and writers of imperfect answers. Pure Python.
+"""Three tasks with a verifier, and writers of imperfect answers. Pure Python.
 
 `change`: pay an amount with the coins in a purse.
 
@@ -15,12 +15,18 @@ not optimal.
 
 The reward is 1 for the right sum and 0 otherwise. The writers drop carries: nine in ten of their
 answers are wrong.
+
+`rated`: `change` with another log. Its rewards are the graded scores of a simulated reward model:
+the reward of `change` plus an error that is a fixed function of prompt and response. New answers
+are judged by the reward of `change`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Protocol
 
 Words = tuple[str, ...]
@@ -31,9 +37,17 @@ DIGITS = 3
 
 
 class Task(Protocol):
-    """The interface of a task."""
+    """The interface of a task.
+
+    Attributes:
+        name: the name of the task.
+        models: the name of the task whose models and prompts it uses.
+        vocabulary: the words of prompts and responses.
+        max_new_tokens: limit of a sampled answer.
+    """
 
     name: str
+    models: str
     vocabulary: Words
     max_new_tokens: int
 
@@ -49,11 +63,14 @@ class Task(Protocol):
     def reward(self, prompt: Words, response: Words) -> float:
         """The reward in [0, 1]; 1 for the best possible answer."""
 
+    def logged(self, prompt: Words, response: Words) -> float:
+        """The reward that a log holds."""
+
 
 class Change:
     """Pay an amount with as few coins as possible."""
 
-    name = "change"
+    name = models = "change"
     vocabulary = ("pay", "with", ":", *map(str, range(10)), *(f"c{coin}" for coin in COINS))
     max_new_tokens = 32
 
@@ -91,6 +108,10 @@ class Change:
             return 0.0
         return fewest(amount, tuple(kinds)) / len(coins)
 
+    def logged(self, prompt: Words, response: Words) -> float:
+        """The reward."""
+        return self.reward(prompt, response)
+
 
 def _purse(prompt: Words) -> tuple[int, list[int]]:
     return int(prompt[1] + prompt[2]), [int(word[1:]) for word in prompt[4:-1]]
@@ -107,7 +128,7 @@ def fewest(amount: int, kinds: tuple[int, ...]) -> int:
 class Carry:
     """Add two numbers of three digits."""
 
-    name = "carry"
+    name = models = "carry"
     vocabulary = ("+", "=", *map(str, range(10)))
     max_new_tokens = 6
     dropped = 0.7
@@ -131,6 +152,10 @@ class Carry:
         """1 for the right sum, else 0."""
         return float(response == self._added(prompt, lambda place: True))
 
+    def logged(self, prompt: Words, response: Words) -> float:
+        """The reward."""
+        return self.reward(prompt, response)
+
     def _added(self, prompt: Words, carries: Carries) -> Words:
         one, two = prompt[:DIGITS], prompt[DIGITS + 1 : -1]
         carry, digits = 0, []
@@ -141,4 +166,23 @@ class Carry:
         return tuple(map(str, [*digits, carry] if carry else digits))
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Change(), Carry())}
+class Rated(Change):
+    """`Change` with a log whose rewards are scores of a simulated reward model.
+
+    The error of a score is Gaussian with the standard deviation `error`. It depends on prompt and
+    response alone, as that of a trained reward model does: the same response always has the same
+    score, and scoring again does not help.
+    """
+
+    name = "rated"
+    error = 0.2
+
+    def logged(self, prompt: Words, response: Words) -> float:
+        """The score: the reward plus the error. It may lie outside of [0, 1]."""
+        text = " ".join((*prompt, *response)).encode()
+        number = int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
+        uniform = (number + 0.5) / 2**48
+        return self.reward(prompt, response) + self.error * NormalDist().inv_cdf(uniform)
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Change(), Carry(), Rated())}

@@ -60,10 +60,17 @@ class World:
         """The policy before training."""
         return self.models["policy"]
 
-    def rewards(self, prompts: Sequence[Words], drawn: Sequence[Sequence[Answer]]) -> FloatArray:
-        """Rewards of sampled answers, (prompts, answers)."""
+    def rewards(
+        self,
+        prompts: Sequence[Words],
+        drawn: Sequence[Sequence[Answer]],
+        *,
+        as_logged: bool = False,
+    ) -> FloatArray:
+        """Rewards of sampled answers, (prompts, answers); as a log holds them if `as_logged`."""
         pairs = zip(prompts, drawn, strict=True)
-        reward = self.tokenizer.task.reward
+        task = self.tokenizer.task
+        reward = task.logged if as_logged else task.reward
         return np.array([[reward(prompt, answer.words) for answer in own] for prompt, own in pairs])
 
     def sampler(self, name: str) -> tuple[PreTrainedModel, float]:
@@ -72,7 +79,10 @@ class World:
 
 
 def make_models(task: str, folder: Path, seed: int = 0) -> None:
-    """Pretrain a task's models and save each in a subfolder of `folder`, unless already done."""
+    """Pretrain a task's models and save each in a subfolder of `folder`, unless already done.
+
+    `task` has models of its own: it is the `Task.models` of a task.
+    """
     if (folder / "done").exists():
         return
     tokenizer, recipe = WordTokenizer(TASKS[task]), RECIPES[task]
@@ -88,8 +98,9 @@ def make_models(task: str, folder: Path, seed: int = 0) -> None:
 
 
 def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[Any, float]]:
-    """Reference values of a task: for a log, each sampler's mean reward and the share of groups
-    with unequal rewards; for the test prompts, the optimum's reward - beta KL and reward by beta.
+    """Reference values of a task: for a log, each sampler's mean reward, the share of groups with
+    unequal rewards, and the share of pairs of responses with unequal true rewards that the log's
+    rewards order alike; for the test prompts, the optimum's reward - beta KL and reward by beta.
 
     The maximum of E[R] - beta KL is beta log E_ref[e^{R / beta}], and the optimum's reward is
     E_ref[R e^{R / beta}] / E_ref[e^{R / beta}]; both are estimated from 256 answers of the
@@ -108,7 +119,20 @@ def frame_of(world: World, betas: Sequence[float]) -> dict[str, dict[Any, float]
     of_sampler = {own: [i for i, name in enumerate(names) if name == own] for own in MIXED}
     samplers = {own: float(logged[:, places].mean()) for own, places in of_sampler.items()}
     samplers["groups of unequal rewards"] = float((np.ptp(logged, axis=1) > 0).mean())
+    samplers["pairs ordered alike"] = _ordered_alike(world, log)
     return {"samplers": samplers, "objective": objective, "reward": reward}
+
+
+def _ordered_alike(world: World, log: Sequence[Group]) -> float:
+    """Share of the pairs of a group with unequal true rewards whose logged rewards agree."""
+    agree = []
+    for prompt, group in zip(world.prompts, log, strict=True):
+        answers = [world.tokenizer.text(ids) for ids in group.response_token_ids]
+        true = np.array([world.tokenizer.task.reward(prompt, answer) for answer in answers])
+        assert group.rewards is not None
+        i, j = np.nonzero(true[:, None] > true[None, :])
+        agree.append(group.rewards[i] > group.rewards[j])
+    return float(np.concatenate(agree).mean())
 
 
 def load_world(name: str, folder: Path, seed: int = 0) -> World:
@@ -159,7 +183,7 @@ def make_log(world: World, mix: Mapping[str, int], seed: int) -> list[Group]:
             response_token_ids=tuple(answer.ids for _, answer in own),
             samplers=tuple(name for name, _ in own),
             truncated=(False,) * len(own),
-            rewards=np.array([task.reward(prompt, answer.words) for _, answer in own]),
+            rewards=np.array([task.logged(prompt, answer.words) for _, answer in own]),
             sampler_seq_logprobs=None
             if "person" in mix
             else np.array([answer.logprob for _, answer in own]),
