@@ -54,7 +54,7 @@ GROUP_SIZES = (2, 3, 4, 8, 16)
 # Responses per prompt in the sweep of k: few enough for k to matter, and divisible by each k.
 FEW_RESPONSES = 96
 ANCHORS = (0.0, 0.01, 0.1, 1.0)
-ALPHAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+ALPHAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 UNLOGGED = "π* never logged"
 BETAS = (0.1, 0.25, 0.5, 1.0)
 Row = dict[str, Any]
