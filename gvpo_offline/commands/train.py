@@ -98,7 +98,11 @@ def run_train(
             "model": asdict(model),
             "data": data.public(),
             "lora": asdict(lora),
-            "training": {**args.to_sanitized_dict(), "held_out_by": trainer.data.held_out_by},
+            "training": {
+                **args.to_sanitized_dict(),
+                "learning_rate": trainer.args.learning_rate,
+                "held_out_by": trainer.data.held_out_by,
+            },
             # What the settings refer to at this time; later versions of the datasets may hold more.
             "reference": trainer.data.reference.fingerprint,
             "rewards": [_reward_of(view.dataset.rewards) for view in trainer.data.views],

@@ -48,6 +48,7 @@ def group_loss(
     anchor: float = 0.0,
     response_weights: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
+    token_counts: Tensor | None = None,
 ) -> GroupLoss:
     """Compute the loss named `loss_type` on whole groups.
 
@@ -57,6 +58,9 @@ def group_loss(
         anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
         sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
             the same tokens. Required by topr, ignored by the other losses. Constant.
+        token_counts: (N,) > 0, the number of tokens of each response that the log-probs sum over.
+            With it the metrics that begin with likely_ weigh responses by what the reference finds
+            likely per token (`losses.likelihood`); without it they count each response alike.
 
     Raises:
         ConfigError: there is no such loss, or it does not accept a setting that was passed.
@@ -78,6 +82,7 @@ def group_loss(
         anchor=1.0 if loss_type == "pmd_mean" else anchor,
         response_weights=response_weights,
         sampler_logprobs=sampler_logprobs if loss_type == "topr" else None,
+        token_counts=token_counts,
     )
     return (
         gvpo(terms) if loss_type in ("gvpo", "pmd_mean") else _finished(terms, BASELINES[loss_type])

@@ -19,7 +19,8 @@ class GroupTerms:
 
     `group_N` (int64) numbers the groups 0..G-1 in ascending order of the input ids. Only
     `log_ratios_N` has a gradient. `response_weights_N` has mean 1 in each group (all ones if no
-    weights were given). `sampler_logprobs_N` is None if the log does not hold them.
+    weights were given). `sampler_logprobs_N` is None if the log does not hold them, and
+    `token_counts_N` (float64, at least 1) if the caller did not pass them.
     """
 
     log_ratios_N: Tensor
@@ -31,6 +32,7 @@ class GroupTerms:
     beta: float
     anchor: float = 0.0
     sampler_logprobs_N: Tensor | None = None
+    token_counts_N: Tensor | None = None
 
     @classmethod
     def build(
@@ -44,6 +46,7 @@ class GroupTerms:
         anchor: float = 0.0,
         response_weights: Tensor | None = None,
         sampler_logprobs: Tensor | None = None,
+        token_counts: Tensor | None = None,
     ) -> GroupTerms:
         """Check a loss's tensors and settings; arguments and errors as in `group_loss`."""
         given = {
@@ -53,6 +56,7 @@ class GroupTerms:
             "group_index": group_index,
             "response_weights": response_weights,
             "sampler_logprobs": sampler_logprobs,
+            "token_counts": token_counts,
         }
         named = {name: tensor for name, tensor in given.items() if tensor is not None}
         _check_settings(beta, anchor)
@@ -62,19 +66,19 @@ class GroupTerms:
         ids_G, group_N, sizes_G = torch.unique(group_index, return_inverse=True, return_counts=True)
         _check_group_sizes(ids_G, group_N, sizes_G)
         # Apple's MPS has no float64; these few numbers per response are moved to the CPU.
-        policy_N = named["seq_logprobs"]
-        device = torch.device("cpu") if policy_N.is_mps else policy_N.device
+        device = torch.device("cpu") if seq_logprobs.is_mps else seq_logprobs.device
         # Sizes are float64 too: a Python float times an integer tensor would be float32.
         group_N, sizes_G = group_N.to(device), sizes_G.to(device).double()
         float_N = {name: values.to(device).double() for name, values in named.items()}
-        rewards_N = float_N["rewards"].detach()
+        policy_N = float_N.pop("seq_logprobs")  # the only one whose gradient is wanted
+        float_N = {name: values.detach() for name, values in float_N.items()}
+        rewards_N, ref_N = float_N["rewards"], float_N["ref_logprobs"]
         weights_N = torch.ones_like(rewards_N)
         if "response_weights" in named:
-            weights_N = _relative(float_N["response_weights"].detach(), group_N, sizes_G)
-        ref_N = float_N["ref_logprobs"].detach()
-        sampler_N = float_N["sampler_logprobs"].detach() if "sampler_logprobs" in named else None
+            weights_N = _relative(float_N["response_weights"], group_N, sizes_G)
+        sampler_N, counts_N = float_N.get("sampler_logprobs"), float_N.get("token_counts")
         terms = cls(
-            log_ratios_N=float_N["seq_logprobs"] - ref_N,
+            log_ratios_N=policy_N - ref_N,
             ref_logprobs_N=ref_N,
             rewards_N=rewards_N,
             response_weights_N=weights_N,
@@ -83,14 +87,23 @@ class GroupTerms:
             beta=float(beta),
             anchor=float(anchor),
             sampler_logprobs_N=sampler_N,
+            token_counts_N=counts_N,
         )
-        # The only synchronisation per call: a bad input makes residual or weight non-finite.
-        sound_N = torch.isfinite(terms.residuals_N.detach() * weights_N) & (weights_N > 0)
-        if sampler_N is not None:
-            sound_N &= torch.isfinite(sampler_N)
+        # The only synchronisation per call.
+        sound_N = terms._sound_N()
         if not bool(sound_N.all()):
             _raise_unsound(sound_N, named)
         return terms
+
+    def _sound_N(self) -> Tensor:
+        """Whether each row's inputs are valid: a bad one makes residual or weight non-finite."""
+        weights_N = self.response_weights_N
+        sound_N = torch.isfinite(self.residuals_N.detach() * weights_N) & (weights_N > 0)
+        if self.sampler_logprobs_N is not None:
+            sound_N &= torch.isfinite(self.sampler_logprobs_N)
+        if self.token_counts_N is not None:
+            sound_N &= torch.isfinite(self.token_counts_N) & (self.token_counts_N > 0)
+        return sound_N
 
     @property
     def residuals_N(self) -> Tensor:
@@ -201,7 +214,7 @@ def _raise_unsound(sound_N: Tensor, named: Mapping[str, Tensor]) -> None:
     rule, bad_N = "a row's inputs must stay finite in float64 when combined", ~sound_N
     received: object = "an overflow"
     for name, values in named.items():
-        positive = name == "response_weights"
+        positive = name in ("response_weights", "token_counts")
         unsound_N = ~torch.isfinite(values) | (values <= 0 if positive else False)
         if bool(unsound_N.any()):
             rule, bad_N = f"{name} must be finite" + " and above 0" * positive, unsound_N

@@ -50,13 +50,14 @@ class Objective:
             DataError: as `group_loss`; names the group by its id.
         """
         own = LossInputs.of(groups)
-        more: dict[str, Any] = {}
+        counts = _counted_tokens(groups)
+        more: dict[str, Any] = {"token_counts": counts}
         if self.loss_type == "topr":
             held = [g.sampler_seq_logprobs for g in groups if g.sampler_seq_logprobs is not None]
             if len(held) == len(groups):
                 more["sampler_logprobs"] = torch.from_numpy(np.concatenate(held))
         if self.response_weights == "inverse_length":
-            more["response_weights"] = 1.0 / _counted_tokens(groups)
+            more["response_weights"] = 1.0 / counts
         try:
             return group_loss(
                 self.loss_type,

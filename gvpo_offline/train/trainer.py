@@ -55,6 +55,7 @@ from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
+from gvpo_offline.train.metrics_file import MetricsFileCallback
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import (
@@ -63,6 +64,7 @@ from gvpo_offline.train.preflight import (
     verify,
 )
 from gvpo_offline.train.saving import check_savable, mend_generation_config
+from gvpo_offline.train.schedule import WARMUP_RULE, ZERO
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -129,6 +131,7 @@ class GVPOTrainer(PredictingTrainer):
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
         check_trainable(model)
+        self.choose_learning_rate(args, model)
         mend_generation_config(model, warn=args.process_index == 0)
         if args.disable_dropout:
             disable_dropout(model)
@@ -161,7 +164,7 @@ class GVPOTrainer(PredictingTrainer):
             check_best_metric(args, self.data.held_out)
         self._best = BestCheckpointCallback(self.is_of_run)
         self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
-        return [self._epochs, MetricWarningCallback(), self._best]
+        return [self._epochs, MetricWarningCallback(), MetricsFileCallback(), self._best]
 
     # ---- before the first step ----
 
@@ -184,6 +187,7 @@ class GVPOTrainer(PredictingTrainer):
         check_hooks(self)
         wanted = resume_from_checkpoint
         wanted = self.args.resume_from_checkpoint if wanted is None else wanted
+        self.follow_schedule(wanted)
         if self.args.eval_fraction and self.args.held_out_by == "auto":
             output_dir = Path(self.args.output_dir)
             self.hold_out_by(broadcast_from_rank0(lambda: rule_to_follow(output_dir, wanted)))
@@ -230,13 +234,14 @@ class GVPOTrainer(PredictingTrainer):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""
-        return run_identity(self.data, self.args, self._model_identity)
+        return run_identity(self.data, self.args, self._model_identity, self.schedule_identity())
 
     def identity_defaults(self) -> dict[str, dict[str, Any]]:
-        """The defaults of an adapter's settings: PEFT adds some with most releases; and the rule
+        """The defaults of an adapter's settings: PEFT adds some with most releases; and the rules
         of runs that do not name theirs.
         """
-        return {**self._adapter_defaults, "data": {RULE: EARLIER_RULE}}
+        rules = {"data": {RULE: EARLIER_RULE}, "optimization": {WARMUP_RULE: ZERO}}
+        return {**self._adapter_defaults, **rules}
 
     def _start_reference_check(self) -> ReferenceMeter | None:
         same = self.policy.weights_sha256 == self.data.reference.weights_sha256
