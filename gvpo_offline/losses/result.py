@@ -20,7 +20,7 @@ class GroupStatistics:
 
     Sums are added over micro-batches with `+` and over ranks by all-reducing `to_tensor()`. Means
     of metrics would depend on how groups are distributed over micro-batches.
-    `sums` is (22,) float64 in the order of `NAMES`; only `as_dict` and `metrics`
+    `sums` is (25,) float64 in the order of `NAMES`; only `as_dict` and `metrics`
     synchronise with the device.
     """
 
@@ -48,6 +48,9 @@ class GroupStatistics:
         "likely_reweighted_reward",  # of sum w R e^l / sum w e^l, with e^l capped
         "likely_log_mass",  # of log (sum w e^l / sum w)
         "likely_share",  # of mean w
+        "imitating_groups",  # groups whose loss has the term of imitation
+        "imitation",  # over these groups, of -sum q log pi
+        "imitation_part",  # over these groups, of alpha beta times the same
     )
 
     sums: Tensor
@@ -65,7 +68,7 @@ class GroupStatistics:
         return cls(sums.detach().double())
 
     def to_tensor(self) -> Tensor:
-        """A copy of the sums, (22,) float64, free to be all-reduced in place."""
+        """A copy of the sums, (25,) float64, free to be all-reduced in place."""
         return self.sums.clone()
 
     def __add__(self, other: GroupStatistics) -> GroupStatistics:
@@ -95,10 +98,17 @@ class GroupStatistics:
         whom the policy never imitates do not count; in the first, a response gains at most what
         others of its group lose (`losses.likelihood`). likely_share, in (0, 1], is the mean weight.
         Without token counts every weight is 1.
+
+        With imitation also imitation_loss, the mean over groups of the negative log-prob of the
+        imitated responses (nats), and squares_loss, the loss without alpha beta times that.
         """
         total = self.as_dict()
         n_groups, n_responses = total["n_groups"], total["n_responses"]
         unexplained = _ratio(total["residual_sq"], total["reward_sq"])
+        parts = {}
+        if total["imitating_groups"]:
+            parts["squares_loss"] = _ratio(total["loss"] - total["imitation_part"], n_groups)
+            parts["imitation_loss"] = _ratio(total["imitation"], n_groups)
         return {
             "loss": _ratio(total["loss"], n_groups),
             "explained_variance": 1.0 - unexplained,
@@ -117,6 +127,7 @@ class GroupStatistics:
             "likely_reweighted_reward_mean": _ratio(total["likely_reweighted_reward"], n_groups),
             "likely_log_mass_mean": _ratio(total["likely_log_mass"], n_groups),
             "likely_share": _ratio(total["likely_share"], n_groups),
+            **parts,
         }
 
 
@@ -184,6 +195,7 @@ def _statistics(result: GroupLoss) -> GroupStatistics:
         "reweighted_reward": terms.mean(rewards_N, ratios_N).sum(),
         "log_mass": (largest_G + terms.mean(ratios_N).log()).sum(),
         **_likely_sums(terms, log_ratios_N),
+        **_imitation_sums(terms, result.n_groups),
     }
     return GroupStatistics(torch.stack([sums[name] for name in GroupStatistics.NAMES]))
 
@@ -202,6 +214,19 @@ def _likely_sums(terms: GroupTerms, log_ratios_N: Tensor) -> dict[str, Tensor]:
         "likely_reweighted_reward": terms.sum(reweighted_N * terms.rewards_N).sum(),
         "likely_log_mass": (largest_G + mass_G - terms.sum(weights_N).log()).sum(),
         "likely_share": terms.mean(weights_N).sum(),
+    }
+
+
+def _imitation_sums(terms: GroupTerms, n_groups: int) -> dict[str, Tensor]:
+    """The sums about imitation; zeros for a loss without it."""
+    if not terms.imitation:
+        zero = terms.rewards_N.new_zeros(())
+        return {"imitating_groups": zero, "imitation": zero, "imitation_part": zero}
+    total = terms.imitation_losses_G.detach().sum()
+    return {
+        "imitating_groups": total.new_tensor(n_groups),
+        "imitation": total,
+        "imitation_part": terms.imitation * terms.beta * total,
     }
 
 

@@ -20,7 +20,8 @@ class GroupTerms:
     `group_N` (int64) numbers the groups 0..G-1 in ascending order of the input ids. Only
     `log_ratios_N` has a gradient. `response_weights_N` has mean 1 in each group (all ones if no
     weights were given). `sampler_logprobs_N` is None if the log does not hold them, and
-    `token_counts_N` (float64, at least 1) if the caller did not pass them.
+    `token_counts_N` (float64, at least 1) if the caller did not pass them. `imitation` is alpha,
+    and `imitated_N` the share of each response in what its group imitates (None: nothing).
     """
 
     log_ratios_N: Tensor
@@ -32,6 +33,8 @@ class GroupTerms:
     beta: float
     anchor: float = 0.0
     sampler_logprobs_N: Tensor | None = None
+    imitation: float = 0.0
+    imitated_N: Tensor | None = None
     token_counts_N: Tensor | None = None
 
     @classmethod
@@ -102,7 +105,7 @@ class GroupTerms:
         if self.sampler_logprobs_N is not None:
             sound_N &= torch.isfinite(self.sampler_logprobs_N)
         if self.token_counts_N is not None:
-            sound_N &= torch.isfinite(self.token_counts_N) & (self.token_counts_N > 0)
+            sound_N &= torch.isfinite(self.token_counts_N) & (self.token_counts_N >= 1)
         return sound_N
 
     @property
@@ -114,6 +117,13 @@ class GroupTerms:
     def seq_logprobs_N(self) -> Tensor:
         """The policy's log-probability of each response, nats, with the gradient."""
         return self.log_ratios_N + self.ref_logprobs_N
+
+    @property
+    def imitation_losses_G(self) -> Tensor:
+        """Negative log-prob of the imitated responses by their shares, (G,) nats; 0 if none."""
+        if self.imitated_N is None:
+            return torch.zeros_like(self.group_sizes_G)
+        return -self.sum(self.imitated_N * self.seq_logprobs_N)
 
     def sum(self, values_N: Tensor) -> Tensor:
         """Sum of `values_N` in each group, (G,)."""
@@ -214,10 +224,12 @@ def _raise_unsound(sound_N: Tensor, named: Mapping[str, Tensor]) -> None:
     rule, bad_N = "a row's inputs must stay finite in float64 when combined", ~sound_N
     received: object = "an overflow"
     for name, values in named.items():
-        positive = name in ("response_weights", "token_counts")
-        unsound_N = ~torch.isfinite(values) | (values <= 0 if positive else False)
+        bounds = {"response_weights": (values <= 0, " and above 0")}
+        bounds["token_counts"] = (values < 1, " and at least 1")
+        beyond, bound = bounds.get(name, (False, ""))
+        unsound_N = ~torch.isfinite(values) | beyond
         if bool(unsound_N.any()):
-            rule, bad_N = f"{name} must be finite" + " and above 0" * positive, unsound_N
+            rule, bad_N = f"{name} must be finite{bound}", unsound_N
             received = values[unsound_N][0].item()
             break
     row = int(bad_N.nonzero()[0])

@@ -17,7 +17,7 @@ from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.compute.adapters import is_adapted
 from gvpo_offline.train.checkpoint import find_checkpoint, read_identity
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.distributed import ShardedTrainer
+from gvpo_offline.train.counting import CountingTrainer
 from gvpo_offline.train.settings import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def start_above_zero(scheduler: Any, warmup_steps: int) -> None:
             group["lr"] = rate
 
 
-class ScheduledTrainer(ShardedTrainer):
+class ScheduledTrainer(CountingTrainer):
     """A Trainer with a default learning rate by what it trains, and no step of rate 0."""
 
     _default_rate = ""  # why the run has its learning rate, if it sets none

@@ -41,7 +41,6 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.settings import HeldOutRule
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.train.best import BestCheckpointCallback, check_best_metric
@@ -55,8 +54,9 @@ from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
+from gvpo_offline.train.imitation import check_imitated, objective_of_run
 from gvpo_offline.train.metrics_file import MetricsFileCallback
-from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
+from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import (
     check_data,
@@ -135,10 +135,14 @@ class GVPOTrainer(PredictingTrainer):
         mend_generation_config(model, warn=args.process_index == 0)
         if args.disable_dropout:
             disable_dropout(model)
-        self._model_identity = model_identity(model)
-        self._adapter_defaults = adapter_defaults(model)
+        self._model_identity, self._adapter_defaults = (
+            model_identity(model),
+            adapter_defaults(model),
+        )
         steps = self.data.steps(args)
         args.max_steps = len(steps)
+        self._wanted_imitation = args.imitation
+        self._objective = objective_of_run(args, self._wanted_imitation, self.data)
         with settings_errors():
             super().__init__(
                 model=model,
@@ -150,7 +154,6 @@ class GVPOTrainer(PredictingTrainer):
                 callbacks=[*self._own_callbacks(args), *(callbacks or [])],
                 optimizers=optimizers,
             )
-        self._objective = args.objective()
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
         self.engine: Engine = training_engine(
@@ -211,6 +214,7 @@ class GVPOTrainer(PredictingTrainer):
         self.train_dataset, self.eval_dataset = steps, self.data.held_out or None
         self.args.max_steps = len(steps)
         self._epochs.set_draws(self.data.order, self.data.n_draws)
+        self._objective = objective_of_run(self.args, self._wanted_imitation, self.data)
 
     def preflight(self, *, log_summary: bool = True) -> list[Survey]:
         """Verify the files, and check and summarise the training data.
@@ -224,13 +228,15 @@ class GVPOTrainer(PredictingTrainer):
         verify(self.data.datasets(), content=self.args.verify == "full")
         if self.args.loss_type == "topr":
             check_sampler_logprobs([*self.data.views, *self.data.held_out.values()])
-        return check_data(
+        counts = check_data(
             self.data,
             self.policy,
             beta=self.args.beta,
             max_tokens=self.args.max_tokens_per_micro_batch,
             log_summary=log_summary and self.is_world_process_zero(),
         )
+        check_imitated(self.args, counts)
+        return counts
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""
@@ -332,23 +338,6 @@ class GVPOTrainer(PredictingTrainer):
         return self.engine.accumulate(
             model, groups, objective, self.accelerator.backward, n_forwards=n_forwards
         )
-
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """The batch size in groups, which transformers prints in its summary."""
-        return self.args.groups_per_step
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x parameters x laid-out tokens, the estimate that transformers uses."""
-        share: StepShare = inputs["share"]
-        layout = self.engine.cost.layout
-        tokens = sum(shape_of(group).tokens(layout) for group in share.groups)
-        return 6 * tokens * int(sum(p.numel() for p in self.model.parameters()))
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if self.args.include_num_input_tokens_seen == "no":
-            return
-        own = torch.tensor(inputs["share"].n_tokens, device=self.args.device)
-        self.state.num_input_tokens_seen += int(reduced_sum(self.accelerator, own))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the previous log line to those of transformers."""
