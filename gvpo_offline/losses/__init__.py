@@ -65,8 +65,7 @@ def group_loss(
             the same tokens. Required by topr, ignored by the other losses. Constant.
         imitation: alpha >= 0; above 0, alpha * beta times the mean negative log-prob of a group's
             best responses is added (`losses.imitation`). Losses of squares accept it.
-        imitation_of: best or soft, as `imitated_shares`.
-        imitation_weights: equal or reference, as `imitated_shares`.
+        imitation_of, imitation_weights: best or soft, equal or reference, as `imitated_shares`.
         imitated: (N,) bool: the responses that may be imitated; None: all.
         token_counts: (N,) >= 1, the number of tokens of each response that the log-probs sum over;
             without it the metrics likely_… count all responses alike (`losses.likelihood`).
@@ -99,13 +98,7 @@ def group_loss(
     result = gvpo(terms) if squares else _finished(terms, BASELINES[loss_type])
     if not imitation:
         return result
-    shares_N = imitated_shares(
-        terms,
-        of=imitation_of,
-        weights=imitation_weights,
-        allowed=imitated,
-        token_counts=token_counts,
-    )
+    shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
     return with_imitation(result, float(imitation), shares_N)
 
 

@@ -130,15 +130,12 @@ class GVPOTrainer(PredictingTrainer):
         check_token_ids(self.data.datasets(), self.policy)
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
-        check_trainable(model)
-        self.choose_learning_rate(args, model)
+        self.choose_learning_rate(args, check_trainable(model))
         mend_generation_config(model, warn=args.process_index == 0)
         if args.disable_dropout:
             disable_dropout(model)
-        self._model_identity, self._adapter_defaults = (
-            model_identity(model),
-            adapter_defaults(model),
-        )
+        self._model_identity = model_identity(model)
+        self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
         self._wanted_imitation = args.imitation
