@@ -63,8 +63,7 @@ def group_loss(
         anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
         sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
             the same tokens. Required by topr, ignored by the other losses. Constant.
-        imitation: alpha >= 0; above 0, alpha * beta times the mean negative log-prob of a group's
-            best responses is added (`losses.imitation`). Losses of squares accept it.
+        imitation: alpha >= 0 of `losses.imitation`; above 0 only with losses of squares.
         imitation_of, imitation_weights: best or soft, equal or reference, as `imitated_shares`.
         imitated: (N,) bool: the responses that may be imitated; None: all.
         token_counts: (N,) >= 1, the number of tokens of each response that the log-probs sum over;
