@@ -61,8 +61,7 @@ def group_loss(
         loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
         seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
         anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
-        sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
-            the same tokens. Required by topr, ignored by the other losses. Constant.
+        sampler_logprobs: (N,) as seq_logprobs, under each response's sampler; for topr. Constant.
         imitation: alpha >= 0 of `losses.imitation`; above 0 only with losses of squares.
         imitation_of, imitation_weights: best or soft, equal or reference, as `imitated_shares`.
         imitated: (N,) bool: the responses that may be imitated; None: all.
