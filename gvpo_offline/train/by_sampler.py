@@ -89,15 +89,19 @@ def sampler_table(means: Mapping[str, Mapping[str, float]], most: int | None = N
 
     Args:
         means: by sampler.
-        most: the number of samplers to show; None: all. A last line says how many are left out.
+        most: the number of samplers to show, those with the most responses; None: all. A last
+            line says how many are left out.
     """
-    width = max(len(name) for name in (*means, "sampler"))
-    by_reward = sorted(means.items(), key=lambda item: -item[1]["reward_mean"])
+    shown = sorted(means, key=lambda name: (-means[name]["responses"], name))[:most]
+    width = max(len(name) for name in (*shown, "sampler"))
+    by_reward = sorted(shown, key=lambda name: (-means[name]["reward_mean"], name))
     lines = [f"{'sampler':<{width}}  responses  reward  likely  log-ratio (nats)      weight"]
-    lines += [
-        f"{name:<{width}}  {row['responses']:>9,.0f}  {row['reward_mean']:>6.3f}  "
-        f"{row['likely_share']:>6.2f}  {row['log_ratio_mean']:>16.4g}  {row['weight_mean']:>10.3g}"
-        for name, row in by_reward[:most]
-    ]
-    more = len(means) - len(by_reward[:most])
+    for name in by_reward:
+        row = means[name]
+        lines.append(
+            f"{name:<{width}}  {row['responses']:>9,.0f}  {row['reward_mean']:>6.3f}  "
+            f"{row['likely_share']:>6.2f}  {row['log_ratio_mean']:>16.4g}  "
+            f"{row['weight_mean']:>10.3g}"
+        )
+    more = len(means) - len(shown)
     return [*lines, f"and {more:,} more"] if more else lines

@@ -18,6 +18,7 @@ from gvpo_offline.compute.adapters import is_adapted
 from gvpo_offline.train.checkpoint import find_checkpoint, read_identity
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.counting import CountingTrainer
+from gvpo_offline.train.movement import MovementCallback
 from gvpo_offline.train.settings import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
 
 logger = logging.getLogger(__name__)
@@ -82,16 +83,27 @@ def start_above_zero(scheduler: Any, warmup_steps: int) -> None:
 class ScheduledTrainer(CountingTrainer):
     """A Trainer with a default learning rate by what it trains, and no step of rate 0."""
 
+    _adapted = False
     _default_rate = ""  # why the run has its learning rate, if it sets none
     _warmup_rule = FIRST_STEP
 
     def choose_learning_rate(self, args: GVPOConfig, model: nn.Module) -> None:
         """Set the default learning rate where the run sets none; before the Trainer is made."""
+        self._adapted = is_adapted(model)
         if args.learning_rate is not None:
             return
-        adapted = is_adapted(model)
-        self._default_rate = "an adapter is trained" if adapted else "the whole model is trained"
-        set_learning_rate(args, ADAPTER_LEARNING_RATE if adapted else FULL_LEARNING_RATE)
+        what = "an adapter is trained" if self._adapted else "the whole model is trained"
+        self._default_rate = what
+        set_learning_rate(args, ADAPTER_LEARNING_RATE if self._adapted else FULL_LEARNING_RATE)
+
+    def movement_warning(self) -> MovementCallback:
+        """A callback that warns if the policy does not move."""
+
+        def noise() -> float:
+            floor = getattr(self, "noise_floor", None)
+            return 0.0 if floor is None else float(floor.nats)
+
+        return MovementCallback(noise, adapted=self._adapted)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As transformers; but the first step of a warm-up has a positive learning rate."""

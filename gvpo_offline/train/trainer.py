@@ -164,7 +164,8 @@ class GVPOTrainer(PredictingTrainer):
             check_best_metric(args, self.data.held_out)
         self._best = BestCheckpointCallback(self.is_of_run)
         self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
-        return [self._epochs, MetricWarningCallback(), MetricsFileCallback(), self._best]
+        watching = [MetricWarningCallback(), self.movement_warning(), MetricsFileCallback()]
+        return [self._epochs, *watching, self._best]
 
     # ---- before the first step ----
 

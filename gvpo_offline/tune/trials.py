@@ -42,6 +42,7 @@ from gvpo_offline.train.callbacks import MetricWarningCallback
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.evaluation import held_out_statistics
 from gvpo_offline.train.metrics_file import MetricsFileCallback
+from gvpo_offline.train.movement import MovementCallback
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.search import (
     LIKELY,
@@ -55,7 +56,10 @@ from gvpo_offline.tune.search import (
 )
 
 logger = logging.getLogger(__name__)
-_OUTPUT = (PrinterCallback, ProgressCallback, MetricWarningCallback, MetricsFileCallback)
+_OUTPUT = (
+    *(PrinterCallback, ProgressCallback),
+    *(MetricWarningCallback, MovementCallback, MetricsFileCallback),
+)
 
 
 class TrialTrainer(GVPOTrainer):
