@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Thresholds of the warnings: nats, shares of the rewards' variance, a share of the loss.
 LOW_BEST_LOG_RATIO = -1.0
 LOW_LOG_MASS = -2.0
-UNLIKELY_MASS = 1.0
+HIGH_LOG_MASS = 1.0
 LOW_EXPLAINED_VARIANCE = -0.5
 EXPLAINED_FALL = 0.02
 LOSS_RISE = 0.01
@@ -81,7 +81,7 @@ def metric_warnings(
             "differences within a group, so all responses of a group can become unlikely together. "
             "What helps: a small anchor (gvpo), a larger beta, a lower learning rate, fewer epochs",
         )
-    yield from _mass_warnings(now)
+    yield from _mass_warnings(now, held_out=held_out)
     explained = now.get("explained_variance", math.nan)
     if regression and not held_out and explained < LOW_EXPLAINED_VARIANCE:
         yield MetricWarning(
@@ -94,7 +94,7 @@ def metric_warnings(
         yield from _held_out_warnings(lines, regression=regression)
 
 
-def _mass_warnings(now: Mapping[str, float]) -> Iterator[MetricWarning]:
+def _mass_warnings(now: Mapping[str, float], *, held_out: bool) -> Iterator[MetricWarning]:
     """Warnings about the probability of the logged responses in total.
 
     The metrics that begin with likely_ leave out writers whom the policy never imitates. They are
@@ -111,15 +111,17 @@ def _mass_warnings(now: Mapping[str, float]) -> Iterator[MetricWarning]:
             "so the policy moves to responses that were not logged and have no reward. What helps: "
             "a larger beta, a lower learning rate, fewer epochs, a small anchor (gvpo)",
         )
-    if every - mass > UNLIKELY_MASS:
+    if held_out and every > HIGH_LOG_MASS:
         yield MetricWarning(
-            "unlikely_mass",
-            every - mass,
-            f"the log-ratios rise most on responses that the reference finds unlikely: "
-            f"log_mass_mean is {every:.3g} nats, and {mass:.3g} without them "
-            "(likely_log_mass_mean). The policy imitates a writer, such as a person, whose texts "
-            "it hardly ever gives itself. The table by sampler of an evaluation names the writer. "
-            "What helps: a larger beta, gvpo instead of imitation, or leaving that sampler out",
+            "high_log_mass",
+            every,
+            f"log_mass_mean of held-out responses is {every:.3g} nats. Over answers of the "
+            "reference the mean of e^l is 1, whose logarithm is 0: so the log-ratios rise on "
+            "responses of a "
+            "writer, such as a person, who is not the reference, and reweighted_reward_mean tells "
+            "little of the policy's own answers. The table by sampler names the writer; "
+            "likely_reweighted_reward_mean lets a response gain only what others lose. What helps: "
+            "a larger beta, less imitation, or leaving that sampler out",
         )
 
 
