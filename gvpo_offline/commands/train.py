@@ -99,9 +99,11 @@ def run_train(
             "data": data.public(),
             "lora": asdict(lora),
             "training": {
-                **args.to_sanitized_dict(),
+                **args.to_sanitized_dict(),  # which makes lists text
                 "learning_rate": trainer.args.learning_rate,
                 "held_out_by": trainer.data.held_out_by,
+                "imitation": trainer.args.imitation,  # the number, also for auto
+                "imitation_without": list(args.imitation_without),
             },
             # What the settings refer to at this time; later versions of the datasets may hold more.
             "reference": trainer.data.reference.fingerprint,

@@ -29,12 +29,46 @@ import math
 import torch
 from torch import Tensor
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.losses.terms import GroupTerms
 
 # Nats per token. Answers that one model gives at temperatures 0.5 and 1 differ by this much under
 # that model (docs/howto/tuning.md), and all of them are its own.
 SLACK = 2.0
 _LARGEST_EXPONENT = 700.0  # e^709 overflows float64
+
+
+def checked_counts(
+    token_counts: Tensor | None, group_index: Tensor, terms: GroupTerms
+) -> Tensor | None:
+    """Token counts as the terms hold them, (N,) float64; None for None.
+
+    The metrics that begin with likely_ are computed of them (without them they count all responses
+    alike), and the shares of imitation with the weights of the reference.
+
+    Raises:
+        DataError: there is not one for each row, or one is below 1 or not finite.
+    """
+    if token_counts is None:
+        return None
+    if token_counts.shape != terms.rewards_N.shape:
+        raise DataError(
+            f"token_counts must have one entry for each of the {len(terms.rewards_N)} rows",
+            received=tuple(token_counts.shape),
+            remedy="pass the same rows, in the same order, in every argument",
+        )
+    # On the device of the counts: there on the CPU, they cost no synchronisation with a GPU.
+    sound_N = torch.isfinite(token_counts) & (token_counts >= 1)
+    if not bool(sound_N.all()):
+        row = int((~sound_N).nonzero()[0])
+        raise DataError(
+            "token_counts are at least 1",
+            received=token_counts[row].item(),
+            remedy="drop the response, of which nothing is trained",
+            row=row,
+            group=str(int(group_index[row])),
+        )
+    return token_counts.to(terms.rewards_N.device).double()
 
 
 def log_likely_weights(terms: GroupTerms) -> Tensor:

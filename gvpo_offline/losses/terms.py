@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gvpo_offline.errors import ConfigError, DataError
 
+# Exponents are clamped to this many nats, so that exp does not overflow.
+LARGEST_EXPONENT = 20.0
+
 
 @dataclass(frozen=True, eq=False)
 class GroupTerms:
@@ -20,8 +23,10 @@ class GroupTerms:
     `group_N` (int64) numbers the groups 0..G-1 in ascending order of the input ids. Only
     `log_ratios_N` has a gradient. `response_weights_N` has mean 1 in each group (all ones if no
     weights were given). `sampler_logprobs_N` is None if the log does not hold them, and
-    `token_counts_N` (float64, at least 1) if the caller did not pass them. `imitation` is alpha,
-    and `imitated_N` the share of each response in what its group imitates (None: nothing).
+    `reference_N` (bool: which responses the reference wrote) if it is not known. `imitation` is
+    alpha, and `imitated_N` the share of each response in what its group imitates (None: nothing).
+    `baseline_shift` is AsymRE's delta. `token_counts_N` (float64) is the number of tokens that each
+    log-prob sums over, None if it is not known.
     """
 
     log_ratios_N: Tensor
@@ -35,6 +40,9 @@ class GroupTerms:
     sampler_logprobs_N: Tensor | None = None
     imitation: float = 0.0
     imitated_N: Tensor | None = None
+    reference_N: Tensor | None = None
+    link: str = "log"
+    baseline_shift: float = 0.0
     token_counts_N: Tensor | None = None
 
     @classmethod
@@ -49,7 +57,7 @@ class GroupTerms:
         anchor: float = 0.0,
         response_weights: Tensor | None = None,
         sampler_logprobs: Tensor | None = None,
-        token_counts: Tensor | None = None,
+        reference_rows: Tensor | None = None,
     ) -> GroupTerms:
         """Check a loss's tensors and settings; arguments and errors as in `group_loss`."""
         given = {
@@ -59,7 +67,7 @@ class GroupTerms:
             "group_index": group_index,
             "response_weights": response_weights,
             "sampler_logprobs": sampler_logprobs,
-            "token_counts": token_counts,
+            "reference_rows": reference_rows,
         }
         named = {name: tensor for name, tensor in given.items() if tensor is not None}
         _check_settings(beta, anchor)
@@ -69,19 +77,18 @@ class GroupTerms:
         ids_G, group_N, sizes_G = torch.unique(group_index, return_inverse=True, return_counts=True)
         _check_group_sizes(ids_G, group_N, sizes_G)
         # Apple's MPS has no float64; these few numbers per response are moved to the CPU.
-        device = torch.device("cpu") if seq_logprobs.is_mps else seq_logprobs.device
+        policy_N = named["seq_logprobs"]
+        device = torch.device("cpu") if policy_N.is_mps else policy_N.device
         # Sizes are float64 too: a Python float times an integer tensor would be float32.
         group_N, sizes_G = group_N.to(device), sizes_G.to(device).double()
         float_N = {name: values.to(device).double() for name, values in named.items()}
-        policy_N = float_N.pop("seq_logprobs")  # the only one whose gradient is wanted
-        float_N = {name: values.detach() for name, values in float_N.items()}
-        rewards_N, ref_N = float_N["rewards"], float_N["ref_logprobs"]
+        rewards_N, ref_N = float_N["rewards"].detach(), float_N["ref_logprobs"].detach()
         weights_N = torch.ones_like(rewards_N)
         if "response_weights" in named:
-            weights_N = _relative(float_N["response_weights"], group_N, sizes_G)
-        sampler_N, counts_N = float_N.get("sampler_logprobs"), float_N.get("token_counts")
+            weights_N = _relative(float_N["response_weights"].detach(), group_N, sizes_G)
+        sampler_N = float_N["sampler_logprobs"].detach() if "sampler_logprobs" in named else None
         terms = cls(
-            log_ratios_N=policy_N - ref_N,
+            log_ratios_N=float_N["seq_logprobs"] - ref_N,
             ref_logprobs_N=ref_N,
             rewards_N=rewards_N,
             response_weights_N=weights_N,
@@ -90,28 +97,32 @@ class GroupTerms:
             beta=float(beta),
             anchor=float(anchor),
             sampler_logprobs_N=sampler_N,
-            token_counts_N=counts_N,
+            reference_N=float_N["reference_rows"] != 0 if "reference_rows" in named else None,
         )
-        # The only synchronisation per call.
-        sound_N = terms._sound_N()
+        # The only synchronisation per call: a bad input makes residual or weight non-finite.
+        sound_N = torch.isfinite(terms.residuals_N.detach() * weights_N) & (weights_N > 0)
+        if sampler_N is not None:
+            sound_N &= torch.isfinite(sampler_N)
         if not bool(sound_N.all()):
             _raise_unsound(sound_N, named)
         return terms
 
-    def _sound_N(self) -> Tensor:
-        """Whether each row's inputs are valid: a bad one makes residual or weight non-finite."""
-        weights_N = self.response_weights_N
-        sound_N = torch.isfinite(self.residuals_N.detach() * weights_N) & (weights_N > 0)
-        if self.sampler_logprobs_N is not None:
-            sound_N &= torch.isfinite(self.sampler_logprobs_N)
-        if self.token_counts_N is not None:
-            sound_N &= torch.isfinite(self.token_counts_N) & (self.token_counts_N >= 1)
-        return sound_N
-
     @property
     def residuals_N(self) -> Tensor:
-        """r = R - beta * l, in units of reward."""
-        return self.rewards_N - self.beta * self.log_ratios_N
+        """r = R - beta * l, in units of reward; with the link of chi-squared, l as linked."""
+        return self.rewards_N - self.beta * self.linked_N
+
+    @property
+    def linked_N(self) -> Tensor:
+        """What beta is multiplied by: the log-ratio l, or l + e^l - 1 with link chi_squared.
+
+        That is the link of chi-squared preference optimisation (arXiv 2407.13399), phi(z) = z +
+        log z of z = pi / pi_ref, minus the 1 that makes it 0 at the reference and cancels in
+        differences. The exponent is clipped to 20 nats, so that e^l does not overflow.
+        """
+        if self.link == "log":
+            return self.log_ratios_N
+        return self.log_ratios_N + self.log_ratios_N.clamp(max=LARGEST_EXPONENT).exp() - 1
 
     @property
     def seq_logprobs_N(self) -> Tensor:
@@ -153,6 +164,18 @@ class GroupTerms:
         """`values_N` as log-probabilities over their group, (N,)."""
         shifted_N = values_N - self.max(values_N)[self.group_N]
         return shifted_N - self.sum(shifted_N.exp()).log()[self.group_N]
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """All k^2 ordered pairs of rows of each group, a row with itself too: two (P,) int64."""
+        order_N = torch.argsort(self.group_N, stable=True)
+        sizes_G = self.group_sizes_G.long()
+        sorted_N = self.group_N[order_N]
+        partners_N = sizes_G[sorted_N]
+        first_N = (sizes_G.cumsum(0) - sizes_G)[sorted_N]
+        left_P = torch.repeat_interleave(partners_N)
+        within_P = torch.arange(left_P.shape[0], device=left_P.device)
+        within_P = within_P - (partners_N.cumsum(0) - partners_N)[left_P]
+        return order_N[left_P], order_N[first_N[left_P] + within_P]
 
     def best_and_worst(self) -> tuple[Tensor, Tensor]:
         """The rows of each group's best and worst response by reward, two (G,) int64.
@@ -224,12 +247,10 @@ def _raise_unsound(sound_N: Tensor, named: Mapping[str, Tensor]) -> None:
     rule, bad_N = "a row's inputs must stay finite in float64 when combined", ~sound_N
     received: object = "an overflow"
     for name, values in named.items():
-        bounds = {"response_weights": (values <= 0, " and above 0")}
-        bounds["token_counts"] = (values < 1, " and at least 1")
-        beyond, bound = bounds.get(name, (False, ""))
-        unsound_N = ~torch.isfinite(values) | beyond
+        positive = name == "response_weights"
+        unsound_N = ~torch.isfinite(values) | (values <= 0 if positive else False)
         if bool(unsound_N.any()):
-            rule, bad_N = f"{name} must be finite{bound}", unsound_N
+            rule, bad_N = f"{name} must be finite" + " and above 0" * positive, unsound_N
             received = values[unsound_N][0].item()
             break
     row = int(bad_N.nonzero()[0])
