@@ -240,6 +240,7 @@ class GVPOTrainer(PredictingTrainer):
         """The defaults of an adapter's settings: PEFT adds some with most releases; and the rules
         of runs that do not name theirs.
         """
+        rules: dict[str, dict[str, Any]]
         rules = {"data": {RULE: EARLIER_RULE}, "optimization": {WARMUP_RULE: ZERO}}
         return {**self._adapter_defaults, **rules}
 
