@@ -69,10 +69,9 @@ def group_loss(
         loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
         seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
         anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
-        link: log, or chi_squared: `GroupTerms.linked_N` takes the place of the log-ratios.
-        asymre_delta: below 0, in units of reward; only `asymre` uses it.
-        sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
-            the same tokens. Required by topr, and by oapl without reference_rows. Constant.
+        link: log or chi_squared: `GroupTerms.linked_N`. asymre_delta: below 0; only for `asymre`.
+        sampler_logprobs: (N,) as seq_logprobs, of each response under its sampler; required by
+            topr, and by oapl without reference_rows. Constant.
         reference_rows: (N,) bool: the reference's responses, some in each group; for qrpo, oapl.
         imitation: alpha >= 0 of `losses.imitation`; above 0 only with losses of squares.
         imitation_of, imitation_weights, imitated: `of`, `weights`, `allowed` of `imitated_shares`.
@@ -95,7 +94,8 @@ def group_loss(
         response_weights=response_weights,
         **needed_inputs(loss_type, given),
     )
-    terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
+    if link != "log" or loss_type == "asymre":
+        terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
     terms = replace(terms, token_counts_N=checked_counts(token_counts, group_index, terms))
     check_references(terms, group_index)
     result = _result(loss_type, terms)
