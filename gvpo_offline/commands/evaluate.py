@@ -26,6 +26,7 @@ from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
+from gvpo_offline.train.by_sampler import sampler_table
 from gvpo_offline.train.evaluation import evaluate_policy, sequential_steps, step_shares
 
 logger = logging.getLogger(__name__)
@@ -56,14 +57,7 @@ class EvaluationReport:
         """The report as text."""
         lines = [f"{self.n_groups:,} groups"]
         lines += [f"  {name:<22} {value:>12.5g}" for name, value in self.metrics.items()]
-        width = max(len(name) for name in self.samplers)
-        lines.append(f"{'sampler':<{width}}  responses  reward  log-ratio (nats)")
-        by_reward = sorted(self.samplers.items(), key=lambda item: -item[1]["reward_mean"])
-        lines += [
-            f"{name:<{width}}  {row['responses']:>9,.0f}  {row['reward_mean']:>6.3f}  "
-            f"{row['log_ratio_mean']:>16.4g}"
-            for name, row in by_reward
-        ]
+        lines += sampler_table(self.samplers)
         return "\n".join(lines)
 
 

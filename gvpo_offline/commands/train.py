@@ -100,6 +100,7 @@ def run_train(
             "lora": asdict(lora),
             "training": {
                 **args.to_sanitized_dict(),  # which makes lists text
+                "learning_rate": trainer.args.learning_rate,
                 "held_out_by": trainer.data.held_out_by,
                 "imitation": trainer.args.imitation,  # the number, also for auto
                 "imitation_without": list(args.imitation_without),

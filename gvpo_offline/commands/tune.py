@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+import math
 import operator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from gvpo_offline.train.settings import LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.search import (
     Proposal,
+    Trial,
     beta_candidates,
     initial_beta,
     largest_usable_rate,
@@ -42,8 +44,8 @@ logger = logging.getLogger(__name__)
 _COLUMNS = (
     ("explained_variance", "explained"),
     ("loss", "loss"),
-    ("reweighted_reward_mean", "reweighted"),
-    ("log_mass_mean", "log-mass"),
+    ("likely_reweighted_reward_mean", "reweighted"),
+    ("likely_log_mass_mean", "log-mass"),
     ("best_log_ratio_mean", "best l"),
     ("pair_accuracy", "pairs"),
 )
@@ -106,10 +108,15 @@ class TuneReport:
         ]
         for trial in self.proposal.trials:
             mark = "*" if trial is self.proposal.chosen else " "
-            figures = " ".join(f"{trial.metrics[name]:>10.4g}" for name, _ in _COLUMNS)
+            figures = " ".join(f"{_figure(trial, name):>10.4g}" for name, _ in _COLUMNS)
             settings = f"{trial.beta:>8g} {trial.learning_rate:>8g}"
             lines.append(f"{mark} {settings} {score(trial.metrics):>10.4g} {figures}")
         return "\n".join(lines)
+
+
+def _figure(trial: Trial, name: str) -> float:
+    """A metric of a trial; of a search that an earlier version began, the one without weights."""
+    return trial.metrics.get(name, trial.metrics.get(name.removeprefix("likely_"), math.nan))
 
 
 def run_tune(

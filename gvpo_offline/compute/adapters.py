@@ -173,8 +173,8 @@ def with_adapter(model: nn.Module, settings: PeftConfig, seed: int) -> nn.Module
     return adapted
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Raise ConfigError if a model that is about to be trained has no trainable weights."""
+def check_trainable(model: nn.Module) -> nn.Module:
+    """The model; raises ConfigError if it has no trainable weights."""
     disable_cpu_repacking(model)
     if quantisation(model) and not hasattr(model, "peft_config"):
         raise _frozen(str(quantisation(model)))
@@ -184,6 +184,7 @@ def check_trainable(model: nn.Module) -> None:
             received="no weight that requires a gradient",
             remedy="load an adapter with is_trainable=True",
         )
+    return model
 
 
 def is_adapted(model: nn.Module) -> bool:

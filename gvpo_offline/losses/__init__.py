@@ -17,6 +17,7 @@ from torch import Tensor
 from gvpo_offline.losses import anchored, baselines
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
 from gvpo_offline.losses.imitation import imitated_shares, with_imitation
+from gvpo_offline.losses.likelihood import checked_counts
 from gvpo_offline.losses.needs import check_references, needed_inputs
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
@@ -68,16 +69,13 @@ def group_loss(
         loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
         seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
         anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
-        link: log, or chi_squared: `GroupTerms.linked_N` takes the place of the log-ratios.
-        asymre_delta: below 0, in units of reward; only `asymre` uses it.
-        sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
-            the same tokens. Required by topr, and by oapl without reference_rows. Constant.
-        reference_rows: (N,) bool: the responses that were drawn from the reference, at least one in
-            each group. Required by qrpo; for oapl.
-        imitation: alpha >= 0; above 0, alpha * beta times the mean negative log-prob of a group's
-            best responses is added (`losses.imitation`). Losses of squares accept it.
-        imitation_of, imitation_weights, imitated, token_counts: the arguments `of`, `weights`,
-            `allowed` and `token_counts` of `imitated_shares`.
+        link: log or chi_squared: `GroupTerms.linked_N`. asymre_delta: below 0; only for `asymre`.
+        sampler_logprobs: (N,) as seq_logprobs, of each response under its sampler; required by
+            topr, and by oapl without reference_rows. Constant.
+        reference_rows: (N,) bool: the reference's responses, some in each group; for qrpo, oapl.
+        imitation: alpha >= 0 of `losses.imitation`; above 0 only with losses of squares.
+        imitation_of, imitation_weights, imitated: `of`, `weights`, `allowed` of `imitated_shares`.
+        token_counts: (N,) the tokens that each log-prob sums over; `checked_counts` says what for.
 
     Raises:
         ConfigError: there is no such loss, or it does not accept a setting that was passed.
@@ -96,13 +94,14 @@ def group_loss(
         response_weights=response_weights,
         **needed_inputs(loss_type, given),
     )
-    terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
+    if link != "log" or loss_type == "asymre":
+        terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
+    terms = replace(terms, token_counts_N=checked_counts(token_counts, group_index, terms))
     check_references(terms, group_index)
     result = _result(loss_type, terms)
     if not imitation:
         return result
-    how = {"of": imitation_of, "weights": imitation_weights}
-    shares_N = imitated_shares(terms, **how, allowed=imitated, token_counts=token_counts)
+    shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
     return with_imitation(result, float(imitation), shares_N)
 
 

@@ -95,6 +95,7 @@ def imitated_shares(
         weights: equal or reference.
         allowed: (N,) bool: whether a response may be imitated; None: all may.
         token_counts: (N,) the number of tokens of each response that count; for reference.
+            Default: those of `terms`.
 
     Raises:
         DataError: shapes that differ, or token counts that are missing or below 1.
@@ -110,7 +111,9 @@ def imitated_shares(
     if of == "best":
         scores_N = torch.where(rewards_N == best_G[terms.group_N], 0.0, never)
     if weights == "reference":
-        scores_N = scores_N + terms.ref_logprobs_N / _counts(token_counts, terms)
+        scores_N = scores_N + terms.ref_logprobs_N / _counts(
+            terms.token_counts_N if token_counts is None else token_counts, terms
+        )
     scores_N = torch.where(allowed_N & worth_G[terms.group_N], scores_N, never)
     largest_G = torch.where(worth_G, terms.max(scores_N), 0.0)
     parts_N = (scores_N - largest_G[terms.group_N]).exp()

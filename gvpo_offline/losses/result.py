@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gvpo_offline.losses.likelihood import conserved_log_ratios, log_likely_weights
 from gvpo_offline.losses.terms import GroupTerms
 
 
@@ -19,7 +20,7 @@ class GroupStatistics:
 
     Sums are added over micro-batches with `+` and over ranks by all-reducing `to_tensor()`. Means
     of metrics would depend on how groups are distributed over micro-batches.
-    `sums` is (21,) float64 in the order of `NAMES`; only `as_dict` and `metrics`
+    `sums` is (25,) float64 in the order of `NAMES`; only `as_dict` and `metrics`
     synchronise with the device.
     """
 
@@ -42,6 +43,11 @@ class GroupStatistics:
         "group_reward",  # over groups, of mean R
         "reweighted_reward",  # over groups, of sum R e^l / sum e^l
         "log_mass",  # over groups, of log mean e^l
+        # With the weights w of `losses.likelihood`, over groups:
+        "likely_reward",  # of sum w R / sum w
+        "likely_reweighted_reward",  # of sum w R e^l / sum w e^l, with e^l capped
+        "likely_log_mass",  # of log (sum w e^l / sum w)
+        "likely_share",  # of mean w
         "imitating_groups",  # groups whose loss has the term of imitation
         "imitation",  # over these groups, of -sum q log pi
         "imitation_part",  # over these groups, of alpha beta times the same
@@ -62,7 +68,7 @@ class GroupStatistics:
         return cls(sums.detach().double())
 
     def to_tensor(self) -> Tensor:
-        """A copy of the sums, (21,) float64, free to be all-reduced in place."""
+        """A copy of the sums, (25,) float64, free to be all-reduced in place."""
         return self.sums.clone()
 
     def __add__(self, other: GroupStatistics) -> GroupStatistics:
@@ -86,6 +92,12 @@ class GroupStatistics:
         difference is a gain. log_mass_mean is log mean e^l (nats): for responses drawn from the
         reference the mean of e^l is 1 in expectation. Far below 0, the policy's probability has
         gone to responses that nobody logged.
+
+        likely_reweighted_reward_mean, likely_reward_mean and likely_log_mass_mean are these three
+        with each response weighted by how likely the reference finds it per token, so that writers
+        whom the policy never imitates do not count; in the first, a response gains at most what
+        others of its group lose (`losses.likelihood`). likely_share, in (0, 1], is the mean weight.
+        Without token counts every weight is 1.
 
         With imitation also imitation_loss, the mean over groups of the negative log-prob of the
         imitated responses (nats), and squares_loss, the loss without alpha beta times that.
@@ -111,6 +123,10 @@ class GroupStatistics:
             "group_reward_mean": _ratio(total["group_reward"], n_groups),
             "reweighted_reward_mean": _ratio(total["reweighted_reward"], n_groups),
             "log_mass_mean": _ratio(total["log_mass"], n_groups),
+            "likely_reward_mean": _ratio(total["likely_reward"], n_groups),
+            "likely_reweighted_reward_mean": _ratio(total["likely_reweighted_reward"], n_groups),
+            "likely_log_mass_mean": _ratio(total["likely_log_mass"], n_groups),
+            "likely_share": _ratio(total["likely_share"], n_groups),
             **parts,
         }
 
@@ -178,9 +194,27 @@ def _statistics(result: GroupLoss) -> GroupStatistics:
         "group_reward": terms.mean(rewards_N).sum(),
         "reweighted_reward": terms.mean(rewards_N, ratios_N).sum(),
         "log_mass": (largest_G + terms.mean(ratios_N).log()).sum(),
+        **_likely_sums(terms, log_ratios_N),
         **_imitation_sums(terms, result.n_groups),
     }
     return GroupStatistics(torch.stack([sums[name] for name in GroupStatistics.NAMES]))
+
+
+def _likely_sums(terms: GroupTerms, log_ratios_N: Tensor) -> dict[str, Tensor]:
+    """The sums by the rules of `losses.likelihood`."""
+    log_weights_N = log_likely_weights(terms)
+    capped_N = conserved_log_ratios(terms, log_weights_N, log_ratios_N)
+    reweighted_N = terms.log_softmax(log_weights_N + capped_N).exp()
+    weights_N = log_weights_N.exp()
+    products_N = log_weights_N + log_ratios_N
+    largest_G = terms.max(products_N)
+    mass_G = terms.sum((products_N - largest_G[terms.group_N]).exp()).log()
+    return {
+        "likely_reward": terms.mean(terms.rewards_N, weights_N).sum(),
+        "likely_reweighted_reward": terms.sum(reweighted_N * terms.rewards_N).sum(),
+        "likely_log_mass": (largest_G + mass_G - terms.sum(weights_N).log()).sum(),
+        "likely_share": terms.mean(weights_N).sum(),
+    }
 
 
 def _imitation_sums(terms: GroupTerms, n_groups: int) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ class GroupTerms:
     weights were given). `sampler_logprobs_N` is None if the log does not hold them, and
     `reference_N` (bool: which responses the reference wrote) if it is not known. `imitation` is
     alpha, and `imitated_N` the share of each response in what its group imitates (None: nothing).
-    `baseline_shift` is AsymRE's delta.
+    `baseline_shift` is AsymRE's delta. `token_counts_N` (float64) is the number of tokens that each
+    log-prob sums over, None if it is not known.
     """
 
     log_ratios_N: Tensor
@@ -42,6 +43,7 @@ class GroupTerms:
     reference_N: Tensor | None = None
     link: str = "log"
     baseline_shift: float = 0.0
+    token_counts_N: Tensor | None = None
 
     @classmethod
     def build(
@@ -80,11 +82,10 @@ class GroupTerms:
         # Sizes are float64 too: a Python float times an integer tensor would be float32.
         group_N, sizes_G = group_N.to(device), sizes_G.to(device).double()
         float_N = {name: values.to(device).double() for name, values in named.items()}
-        rewards_N = float_N["rewards"].detach()
+        rewards_N, ref_N = float_N["rewards"].detach(), float_N["ref_logprobs"].detach()
         weights_N = torch.ones_like(rewards_N)
         if "response_weights" in named:
             weights_N = _relative(float_N["response_weights"].detach(), group_N, sizes_G)
-        ref_N = float_N["ref_logprobs"].detach()
         sampler_N = float_N["sampler_logprobs"].detach() if "sampler_logprobs" in named else None
         terms = cls(
             log_ratios_N=float_N["seq_logprobs"] - ref_N,

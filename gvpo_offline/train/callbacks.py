@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 # Thresholds of the warnings: nats, shares of the rewards' variance, a share of the loss.
 LOW_BEST_LOG_RATIO = -1.0
 LOW_LOG_MASS = -2.0
+HIGH_LOG_MASS = 1.0
 LOW_EXPLAINED_VARIANCE = -0.5
 EXPLAINED_FALL = 0.02
 LOSS_RISE = 0.01
@@ -38,6 +40,7 @@ _WORSE = 2.0  # a warning is repeated when it is this many times as bad
 _REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")
 _EVAL = "eval"
 _MARK = "_explained_variance"  # suffix of a key that every line of held-out metrics has
+_OF_SAMPLER = re.compile(r"_(log_ratio|reward|weight)/")
 
 Line = tuple[int, Mapping[str, float]]
 
@@ -78,15 +81,7 @@ def metric_warnings(
             "differences within a group, so all responses of a group can become unlikely together. "
             "What helps: a small anchor (gvpo), a larger beta, a lower learning rate, fewer epochs",
         )
-    mass = now.get("log_mass_mean", math.nan)
-    if mass < LOW_LOG_MASS:
-        yield MetricWarning(
-            "log_mass",
-            -mass,
-            f"the logged responses lose probability in total: log_mass_mean is {mass:.3g} nats, "
-            "so the policy moves to responses that were not logged and have no reward. What helps: "
-            "a larger beta, a lower learning rate, fewer epochs, a small anchor (gvpo)",
-        )
+    yield from _mass_warnings(now, held_out=held_out)
     explained = now.get("explained_variance", math.nan)
     if regression and not held_out and explained < LOW_EXPLAINED_VARIANCE:
         yield MetricWarning(
@@ -97,6 +92,37 @@ def metric_warnings(
         )
     if held_out:
         yield from _held_out_warnings(lines, regression=regression)
+
+
+def _mass_warnings(now: Mapping[str, float], *, held_out: bool) -> Iterator[MetricWarning]:
+    """Warnings about the probability of the logged responses in total.
+
+    The metrics that begin with likely_ leave out writers whom the policy never imitates. They are
+    missing in the history of a run that an earlier version began.
+    """
+    every = now.get("log_mass_mean", math.nan)
+    mass = now.get("likely_log_mass_mean", every)
+    if mass < LOW_LOG_MASS:
+        name = "likely_log_mass_mean" if "likely_log_mass_mean" in now else "log_mass_mean"
+        yield MetricWarning(
+            "log_mass",
+            -mass,
+            f"the logged responses lose probability in total: {name} is {mass:.3g} nats, "
+            "so the policy moves to responses that were not logged and have no reward. What helps: "
+            "a larger beta, a lower learning rate, fewer epochs, a small anchor (gvpo)",
+        )
+    if held_out and every > HIGH_LOG_MASS:
+        yield MetricWarning(
+            "high_log_mass",
+            every,
+            f"log_mass_mean of held-out responses is {every:.3g} nats. Over answers of the "
+            "reference the mean of e^l is 1, whose logarithm is 0: so the log-ratios rise on "
+            "responses of a "
+            "writer, such as a person, who is not the reference, and reweighted_reward_mean tells "
+            "little of the policy's own answers. The table by sampler names the writer; "
+            "likely_reweighted_reward_mean lets a response gain only what others lose. What helps: "
+            "a larger beta, less imitation, or leaving that sampler out",
+        )
 
 
 def _held_out_warnings(lines: Sequence[Line], *, regression: bool) -> Iterator[MetricWarning]:
@@ -166,7 +192,9 @@ def _parts(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The metrics of a logged line, by prefix: "" (training), eval, or eval_<dataset>."""
     if "explained_variance" in logs:
         return {"": dict(logs)}
-    prefixes = [key.removesuffix(_MARK) for key in logs if key.endswith(_MARK)]
+    # A figure of a sampler, FIGURE/SAMPLER, may end in anything.
+    keys = [key for key in logs if key.endswith(_MARK) and not _OF_SAMPLER.search(key)]
+    prefixes = [key.removesuffix(_MARK) for key in keys]
     return {
         prefix: {
             key.removeprefix(f"{prefix}_"): value

@@ -26,8 +26,8 @@ from gvpo_offline.train.checkpoint import (
     save_errors,
     seal_checkpoint,
 )
-from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.resharding import check_sharding_state, sharding_state
+from gvpo_offline.train.schedule import ScheduledTrainer
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def _changed(settings: Any, **values: Any) -> Iterator[None]:
             setattr(settings, name, value)
 
 
-class CheckpointingTrainer(ShardedTrainer):
+class CheckpointingTrainer(ScheduledTrainer):
     """A Trainer that seals its checkpoints and resumes from sealed ones of the same run."""
 
     def identity(self) -> dict[str, dict[str, Any]]:

@@ -53,8 +53,9 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
             `groups_per_step` and `max_tokens_per_micro_batch` replace.
     """
 
-    learning_rate: float = 1e-6
-    """Peak learning rate. The default is the published one for GVPO."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 1e-6 (the published one for GVPO) where the whole model is
+    trained, 1e-4 where an adapter is; the trainer sets it in its copy of these settings."""
     logging_steps: float = 10
     """Optimizer steps between two log lines of metrics."""
     fsdp: bool = False

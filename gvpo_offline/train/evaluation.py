@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +16,18 @@ from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast, autocast_dtype, float64_device
 from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss, GroupStatistics
+from gvpo_offline.losses.likelihood import log_likely_weights
 from gvpo_offline.stream.mix import MixedOrder
 from gvpo_offline.stream.plan import CostModel
 from gvpo_offline.stream.steps import StepDataset, StepShare
 from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.by_sampler import (
+    MOST_SAMPLERS,
+    SamplerTotals,
+    reduced_totals,
+    sampler_metrics,
+    sampler_table,
+)
 from gvpo_offline.train.objective import Objective, reduced_sum
 
 if TYPE_CHECKING:
@@ -26,25 +35,7 @@ if TYPE_CHECKING:
 
     from gvpo_offline.train.config import GVPOConfig
 
-
-@dataclass
-class SamplerTotals:
-    """Sums over the responses of one sampler."""
-
-    responses: int = 0
-    reward: float = 0.0
-    log_ratio: float = 0.0
-    weight: float = 0.0
-
-    def means(self) -> dict[str, float]:
-        """Means per response: reward, log-ratio in nats, weight."""
-        n = self.responses
-        return {
-            "responses": n,
-            "reward_mean": self.reward / n,
-            "log_ratio_mean": self.log_ratio / n,
-            "weight_mean": self.weight / n,
-        }
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,14 +50,15 @@ class Evaluation:
         self.statistics = self.statistics + result.statistics
         names = [name for group in groups for name in group.samplers]
         rows = torch.stack(
-            [result.terms.rewards_N, result.terms.log_ratios_N.detach(), result.weights]
+            [
+                result.terms.rewards_N,
+                result.terms.log_ratios_N.detach(),
+                result.weights,
+                log_likely_weights(result.terms).exp(),
+            ]
         )
-        for name, (reward, log_ratio, weight) in zip(names, rows.T.tolist(), strict=True):
-            totals = self.samplers[name]
-            totals.responses += 1
-            totals.reward += reward
-            totals.log_ratio += log_ratio
-            totals.weight += weight
+        for name, row in zip(names, rows.T.tolist(), strict=True):
+            self.samplers[name].add(SamplerTotals(1, *row))
 
 
 def sequential_steps(
@@ -147,12 +139,22 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """Metrics of a policy in training on held-out groups; every rank must call this.
 
+    Logs a table by sampler on the main process.
+
     Returns:
-        `GroupStatistics.metrics`, and `runtime` in seconds.
+        `GroupStatistics.metrics`, `sampler_metrics`, and `runtime` in seconds.
     """
     started = time.perf_counter()
-    metrics = held_out_statistics(model, engine, held_out, args, accelerator).metrics()
+    own = Evaluation()
+    statistics = held_out_statistics(model, engine, held_out, args, accelerator, into=own)
+    samplers = reduced_totals(own.samplers)
+    metrics = {**statistics.metrics(), **sampler_metrics(samplers)}
     metrics["runtime"] = time.perf_counter() - started
+    if args.process_index == 0 and len(samplers) > 1:
+        means = {name: totals.means() for name, totals in samplers.items()}
+        logger.info("held out%s, by sampler:", f" ({held_out.name})" if held_out.name else "")
+        for line in sampler_table(means, MOST_SAMPLERS):
+            logger.info("  %s", line)
     return metrics
 
 

@@ -26,7 +26,10 @@ _OPTIMIZATION = (
 
 
 def run_identity(
-    data: TrainingData, args: GVPOConfig, model_part: dict[str, Any]
+    data: TrainingData,
+    args: GVPOConfig,
+    model_part: dict[str, Any],
+    schedule_part: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
     """The identity of a run, as plain data.
 
@@ -34,12 +37,14 @@ def run_identity(
         data: what it trains on.
         args: its settings.
         model_part: `model_identity` of its model before training.
+        schedule_part: `ScheduledTrainer.schedule_identity`.
     """
+    optimization = {name: str(getattr(args, name, None)) for name in _OPTIMIZATION.split()}
     return {
         "data": data.identity(args),
         "objective": identity_settings(args.objective()),
         "model": model_part,
-        "optimization": {name: str(getattr(args, name, None)) for name in _OPTIMIZATION.split()},
+        "optimization": {**optimization, **schedule_part},
     }
 
 

@@ -93,7 +93,12 @@ class Objective:
             DataError: as `group_loss`; names the group by its id.
         """
         own = LossInputs.of(groups)
-        more: dict[str, Any] = {"link": self.link, "asymre_delta": self.asymre_delta}
+        counts = _counted_tokens(groups)
+        more: dict[str, Any] = {
+            "link": self.link,
+            "asymre_delta": self.asymre_delta,
+            "token_counts": counts,
+        }
         if self.reference_sampler:
             more["reference_rows"] = _written_by([self.reference_sampler], groups)
         if self.loss_type in ("topr", "oapl"):
@@ -101,7 +106,7 @@ class Objective:
             if len(held) == len(groups):
                 more["sampler_logprobs"] = torch.from_numpy(np.concatenate(held))
         if self.response_weights == "inverse_length":
-            more["response_weights"] = 1.0 / _counted_tokens(groups)
+            more["response_weights"] = 1.0 / counts
         if self.imitation:
             more |= self._imitation(groups)
         try:
@@ -130,8 +135,6 @@ class Objective:
         }
         if self.imitation_without:
             more["imitated"] = ~_written_by(self.imitation_without, groups)
-        if self.imitation_weights == "reference":
-            more["token_counts"] = _counted_tokens(groups)
         return more
 
 

@@ -18,6 +18,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss
 from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.by_sampler import reduced_totals, sampler_metrics
 from gvpo_offline.train.checkpointing import CheckpointingTrainer
 from gvpo_offline.train.evaluation import Evaluation, held_out_statistics
 from gvpo_offline.train.preflight import held_out_views
@@ -107,7 +108,7 @@ def held_out_predictions(
     started = time.perf_counter()
     evaluation = ResponseEvaluation()
     statistics = held_out_statistics(model, engine, held_out, args, accelerator, into=evaluation)
-    metrics = statistics.metrics()
+    metrics = {**statistics.metrics(), **sampler_metrics(reduced_totals(evaluation.samplers))}
     metrics["runtime"] = time.perf_counter() - started
     found: dict[str, Any] = {}
     for part in gather_results(lambda: evaluation.groups):

@@ -19,6 +19,12 @@ from gvpo_offline.settings import (
     positive,
 )
 
+# Peak learning rates of runs that set none. The first is the published one for GVPO, of full
+# training. An adapter starts as zero and has far fewer weights, so that at this rate the policy
+# would hardly move (docs/howto/adapters.md).
+FULL_LEARNING_RATE = 1e-6
+ADAPTER_LEARNING_RATE = 1e-4
+
 
 @dataclass
 class GVPOSettings:
@@ -181,13 +187,14 @@ class CommonTrainingSettings:
 
     output_dir: str = "trainer_output"
     """Folder of the run, for checkpoints, the trained model and the run's settings."""
-    learning_rate: float = 1e-6
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 1e-6 where the whole model is trained, 1e-4 where an adapter is
+    (LoRA)."""
     lr_scheduler_type: str = "linear"
     """Schedule of the learning rate: linear, cosine, constant_with_warmup …"""
     warmup_steps: float = 0
-    """Steps, or if below 1 the share of the run, over which the learning rate rises to its
-    peak."""
+    """Steps, or if below 1 the share of the run, over which the learning rate rises to its peak:
+    linearly, 1/(n+1) of it at the first of n steps."""
     num_train_epochs: float = 3.0
     """Number of passes over the training groups."""
     max_steps: int = -1

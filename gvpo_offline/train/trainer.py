@@ -41,7 +41,6 @@ from gvpo_offline.reference.checks import (
     policy_facts,
 )
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.settings import HeldOutRule
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.train.best import BestCheckpointCallback, check_best_metric
@@ -57,10 +56,12 @@ from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.imitation import objective_of_run
 from gvpo_offline.train.loss_inputs import check_loss_inputs, check_samplers
-from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
+from gvpo_offline.train.metrics_file import MetricsFileCallback
+from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import check_data, verify
 from gvpo_offline.train.saving import check_savable, mend_generation_config
+from gvpo_offline.train.schedule import WARMUP_RULE, ZERO
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -126,7 +127,7 @@ class GVPOTrainer(PredictingTrainer):
         check_token_ids(self.data.datasets(), self.policy)
         if peft_config is not None:
             model = with_adapter(model, peft_config, args.seed)
-        check_trainable(model)
+        self.choose_learning_rate(args, check_trainable(model))
         mend_generation_config(model, warn=args.process_index == 0)
         if args.disable_dropout:
             disable_dropout(model)
@@ -160,7 +161,8 @@ class GVPOTrainer(PredictingTrainer):
             check_best_metric(args, self.data.held_out)
         self._best = BestCheckpointCallback(self.is_of_run)
         self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
-        return [self._epochs, MetricWarningCallback(), self._best]
+        watching = [MetricWarningCallback(), self.movement_warning(), MetricsFileCallback()]
+        return [self._epochs, *watching, self._best]
 
     # ---- before the first step ----
 
@@ -183,6 +185,7 @@ class GVPOTrainer(PredictingTrainer):
         check_hooks(self)
         wanted = resume_from_checkpoint
         wanted = self.args.resume_from_checkpoint if wanted is None else wanted
+        self.follow_schedule(wanted)
         if self.args.eval_fraction and self.args.held_out_by == "auto":
             output_dir = Path(self.args.output_dir)
             self.hold_out_by(broadcast_from_rank0(lambda: rule_to_follow(output_dir, wanted)))
@@ -231,13 +234,15 @@ class GVPOTrainer(PredictingTrainer):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""
-        return run_identity(self.data, self.args, self._model_identity)
+        return run_identity(self.data, self.args, self._model_identity, self.schedule_identity())
 
     def identity_defaults(self) -> dict[str, dict[str, Any]]:
-        """The defaults of an adapter's settings: PEFT adds some with most releases; and the rule
+        """The defaults of an adapter's settings: PEFT adds some with most releases; and the rules
         of runs that do not name theirs.
         """
-        return {**self._adapter_defaults, "data": {RULE: EARLIER_RULE}}
+        rules: dict[str, dict[str, Any]]
+        rules = {"data": {RULE: EARLIER_RULE}, "optimization": {WARMUP_RULE: ZERO}}
+        return {**self._adapter_defaults, **rules}
 
     def _start_reference_check(self) -> ReferenceMeter | None:
         same = self.policy.weights_sha256 == self.data.reference.weights_sha256
@@ -328,23 +333,6 @@ class GVPOTrainer(PredictingTrainer):
         return self.engine.accumulate(
             model, groups, objective, self.accelerator.backward, n_forwards=n_forwards
         )
-
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """The batch size in groups, which transformers prints in its summary."""
-        return self.args.groups_per_step
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x parameters x laid-out tokens, the estimate that transformers uses."""
-        share: StepShare = inputs["share"]
-        layout = self.engine.cost.layout
-        tokens = sum(shape_of(group).tokens(layout) for group in share.groups)
-        return 6 * tokens * int(sum(p.numel() for p in self.model.parameters()))
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if self.args.include_num_input_tokens_seen == "no":
-            return
-        own = torch.tensor(inputs["share"].n_tokens, device=self.args.device)
-        self.state.num_input_tokens_seen += int(reduced_sum(self.accelerator, own))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the previous log line to those of transformers."""

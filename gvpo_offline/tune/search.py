@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from gvpo_offline.errors import ConfigError, DataError
 
 Metrics = Mapping[str, float]
+LIKELY = "likely_log_mass_mean"  # a metric that earlier versions do not have
 
 # Log-ratio gaps, in nats, between the best and the worst response of a group at the optimum:
 # (max R - min R) / beta. The candidates, and the one at which the search starts.
@@ -181,16 +182,26 @@ def score(metrics: Metrics) -> float:
     """The score of a trial on held-out groups; larger is better. Units of reward.
 
     The gain in mean reward if the logged responses are reweighted by the ratio of policy to
-    reference (`reweighted_reward_mean` - `group_reward_mean`), times the share of probability that
-    stays on logged responses (exp of `log_mass_mean`, at most 1). The rest of the probability went
-    to responses without a reward and is counted as no gain. A constant added to all rewards of a
-    group does not change the score.
+    reference (`likely_reweighted_reward_mean` - `likely_reward_mean`), times the share of
+    probability that stays on logged responses (exp of `likely_log_mass_mean`, at most 1). The rest
+    of the probability went to responses without a reward and is counted as no gain. Responses count
+    by how likely the reference finds them per token (`losses.likelihood`): a writer whom the policy
+    never imitates would otherwise decide. A constant added to all rewards of a group does not
+    change the score.
+
+    Metrics without these names, which earlier versions gave, are scored by
+    `reweighted_reward_mean`, `group_reward_mean` and `log_mass_mean`, which count all responses
+    alike.
 
     Returns:
         The score; -inf if a metric is nan.
     """
-    gain = metrics["reweighted_reward_mean"] - metrics["group_reward_mean"]
-    log_mass = metrics["log_mass_mean"]
+    if LIKELY in metrics:
+        gain = metrics["likely_reweighted_reward_mean"] - metrics["likely_reward_mean"]
+        log_mass = metrics[LIKELY]
+    else:
+        gain = metrics["reweighted_reward_mean"] - metrics["group_reward_mean"]
+        log_mass = metrics["log_mass_mean"]
     if math.isnan(gain + log_mass):
         return -math.inf
     return gain * math.exp(min(0.0, log_mass))

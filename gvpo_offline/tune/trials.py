@@ -41,8 +41,11 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.train.callbacks import MetricWarningCallback
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.evaluation import held_out_statistics
+from gvpo_offline.train.metrics_file import MetricsFileCallback
+from gvpo_offline.train.movement import MovementCallback
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.search import (
+    LIKELY,
     LOWEST_RATE,
     Metrics,
     RangePoint,
@@ -53,6 +56,10 @@ from gvpo_offline.tune.search import (
 )
 
 logger = logging.getLogger(__name__)
+_OUTPUT = (
+    *(PrinterCallback, ProgressCallback),
+    *(MetricWarningCallback, MovementCallback, MetricsFileCallback),
+)
 
 
 class TrialTrainer(GVPOTrainer):
@@ -60,7 +67,7 @@ class TrialTrainer(GVPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for printing in (PrinterCallback, ProgressCallback, MetricWarningCallback):
+        for printing in _OUTPUT:
             self.remove_callback(printing)
 
     def preflight(self, *, log_summary: bool = True) -> list[Survey]:
@@ -172,11 +179,36 @@ class Trials:
             return found
 
         metrics = self._cached("trial", beta, learning_rate, steps, run)
+        if self._begun_earlier:
+            metrics = {name: own for name, own in metrics.items() if "likely_" not in name}
         self.log(
             f"beta {beta:g}, learning rate {learning_rate:g}: score {score(metrics):.4g}, "
             f"held-out explained variance {metrics['explained_variance']:.4g}"
         )
         return metrics
+
+    @functools.cached_property
+    def _begun_earlier(self) -> bool:
+        """Whether an earlier version, with another score, ran trials of this search.
+
+        All trials of a search must be compared by one score.
+        """
+        begun = broadcast_from_rank0(
+            lambda: any(
+                content["settings"] == self.identity.get("settings")
+                and content["kind"] == "trial"
+                and LIKELY not in content["figures"]
+                for content in _contents(self.folder)
+            )
+        )
+        if begun and self.args.process_index == 0:
+            logger.warning(
+                "%s: the search goes on with the score of the version that began it, which counts "
+                "all responses alike, also those of writers whom the policy never imitates; to "
+                "search with the present score, remove the folder",
+                self.folder,
+            )
+        return begun
 
     def range_test(self, beta: float, steps: int) -> list[RangePoint]:
         """The points of a learning-rate range test, up to the step at which training diverged."""
@@ -254,10 +286,17 @@ def finite_or_none(metrics: Metrics) -> dict[str, float | None]:
 
 def searches(folder: Path) -> set[str]:
     """The identities of the searches whose trials are in a folder: their `settings`."""
-    found = set()
-    for path in (folder / "trials").glob("*.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # `_read` refuses such a file
-            found.add(str(json.loads(path.read_text(encoding="utf-8"))["settings"]))
+    return {str(content["settings"]) for content in _contents(folder)}
+
+
+def _contents(folder: Path) -> list[dict[str, Any]]:
+    """What the files of trials in a folder hold; damaged files, which `_read` refuses, left out."""
+    found = []
+    for path in sorted((folder / "trials").glob("*.json")):
+        with contextlib.suppress(ValueError, TypeError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if {"settings", "kind", "figures"} <= set(content):
+                found.append(content)
     return found
 
 

@@ -56,6 +56,11 @@ def test_the_worked_group() -> None:
             "group_reward_mean": 0.5,
             "reweighted_reward_mean": (math.e + 0.5 / math.e) / (math.e + 1 + 1 / math.e),
             "log_mass_mean": math.log((math.e + 1 + 1 / math.e) / 3),
+            "likely_reward_mean": 0.5,
+            # The ratios e, 1, 1 / e have a mean above 1: the first is capped at 2 - 1 / e.
+            "likely_reweighted_reward_mean": (2 - 0.5 / math.e) / 3,
+            "likely_log_mass_mean": math.log((math.e + 1 + 1 / math.e) / 3),
+            "likely_share": 1.0,
         }
     )
 

@@ -19,7 +19,7 @@ def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
     log_ratio = batch.seq - batch.ref
     residual = batch.rewards - batch.beta * log_ratio
     unexplained = spread = concordant = comparable = 0.0
-    best, variances, group_rewards, reweighted, masses = [], [], [], [], []
+    best, variances, group_rewards, reweighted, conserved, masses = [], [], [], [], [], []
     for rows in batch.rows_of_groups():
         reward, ratio, rest = batch.rewards[rows], log_ratio[rows], residual[rows]
         unexplained += float(((rest - rest.mean()) ** 2).sum())
@@ -30,6 +30,8 @@ def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
         variances.append(float(reward.var()))
         group_rewards.append(float(reward.mean()))
         reweighted.append(float((torch.softmax(ratio, 0) * reward).sum()))
+        ratios = torch.minimum(ratio.exp(), torch.tensor(cap_by_bisection(ratio.exp())))
+        conserved.append(float((ratios * reward).sum() / ratios.sum()))
         masses.append(float(torch.logsumexp(ratio, 0)) - math.log(len(rows)))
         for i, j in itertools.combinations(range(len(rows)), 2):
             sign = torch.sign(reward[i] - reward[j]) * torch.sign(ratio[i] - ratio[j])
@@ -49,7 +51,26 @@ def metrics_by_loops(batch: Batch, result: GroupLoss) -> dict[str, float]:
         "group_reward_mean": sum(group_rewards) / len(group_rewards),
         "reweighted_reward_mean": sum(reweighted) / len(reweighted),
         "log_mass_mean": sum(masses) / len(masses),
+        # Without token counts every response has the weight 1 (test_losses_likelihood).
+        "likely_reward_mean": sum(group_rewards) / len(group_rewards),
+        "likely_reweighted_reward_mean": sum(conserved) / len(conserved),
+        "likely_log_mass_mean": sum(masses) / len(masses),
+        "likely_share": 1.0,
     }
+
+
+def cap_by_bisection(ratios: torch.Tensor) -> float:
+    """The cap at which the mean of min(ratio, cap) is 1; infinite if the mean is at most 1."""
+    if float(ratios.mean()) <= 1:
+        return math.inf
+    low, high = 1.0, float(ratios.max())
+    for _ in range(200):
+        middle = (low + high) / 2
+        if float(ratios.clamp(max=middle).mean()) > 1:
+            high = middle
+        else:
+            low = middle
+    return low
 
 
 @properties

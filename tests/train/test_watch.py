@@ -11,6 +11,7 @@ from support.training import scored_dataset, trainer_of
 
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.callbacks import MetricMonitor
+from gvpo_offline.train.movement import stillness
 
 
 def said(*lines: dict[str, float], loss_type: str = "gvpo") -> list[list[str]]:
@@ -80,6 +81,48 @@ def test_logged_responses_that_lose_probability() -> None:
     assert "were not logged" in said(*lines)[2][0]
 
 
+def test_unlikely_writers_do_not_hide_a_loss_of_probability() -> None:
+    """log_mass_mean is above 0 because of a person's responses; without them it is below -2."""
+    lines = [
+        training(log_mass_mean=2.6, likely_log_mass_mean=-1.9),
+        training(log_mass_mean=2.6, likely_log_mass_mean=-2.1),
+    ]
+    texts = said(*lines)
+    assert [len(own) for own in texts] == [0, 1]
+    assert "likely_log_mass_mean is -2.1 nats" in texts[1][0]
+
+
+def test_held_out_responses_that_gain_more_than_the_references_can() -> None:
+    """Above 1 nat, and again when twice as high; in training a loss of imitation does that."""
+    values = (0.7, 1.0, 1.1, 2.1, 2.64)
+    lines = [held_out(log_mass_mean=own) for own in values]
+    assert counts(*lines) == [0, 0, 1, 0, 1]
+    assert "log_mass_mean of held-out responses is 2.64 nats" in said(*lines)[4][0]
+    assert counts(*(training(log_mass_mean=own) for own in values)) == [0] * 5
+
+
+# ---- a policy that does not move ----
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "noise", "warned_of"),
+    [
+        (0.0, 0.004, 0.0, "0.004 nats"),  # below a hundredth of a nat
+        (0.006, 0.006, 0.0, "0.0085 nats"),  # root of the sum of squares
+        (0.0, 0.02, 0.0, ""),
+        (0.0, 0.02, 0.05, "0.02 nats (root mean square), and rounding alone gives 0.05"),
+        (0.0, 0.11, 0.05, ""),  # more than twice the noise
+        (math.nan, math.nan, 0.05, ""),
+    ],
+)
+def test_log_ratios_that_have_not_left_the_noise(
+    mean: float, std: float, noise: float, warned_of: str
+) -> None:
+    found = stillness({"log_ratio_mean": mean, "log_ratio_std": std}, noise)
+    assert warned_of in found
+    assert bool(found) == bool(warned_of)
+
+
 def test_each_held_out_dataset_has_its_own_warnings() -> None:
     """Explained variance falls on maths but not on chat; one line holds the metrics of both."""
     falls = [0.5, 0.4, 0.3]
@@ -141,3 +184,37 @@ def test_a_resumed_run_does_not_repeat_warnings(
     resumed = trainer_of(tiny_model_dir, dataset, tmp_path, eval_dataset=dataset, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert warned(caplog) == late
+
+
+@pytest.mark.parametrize(("rate", "n_warnings"), [(1e-9, 1), (1e-2, 0)])
+def test_a_run_that_does_not_move_is_warned_of_once(
+    dataset: GroupDataset,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rate: float,
+    n_warnings: int,
+) -> None:
+    """Of 20 steps, step 2 is the first after a tenth, and the first line. A resumed run does not
+    repeat the warning.
+    """
+    settings = {
+        "learning_rate": rate,
+        "groups_per_step": 4,
+        "max_steps": 20,
+        "logging_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 10,
+    }
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **settings)
+    trainer.train()
+    name = "gvpo_offline.train.movement"
+    found = [r.message for r in caplog.records if r.name == name]
+    assert len(found) == n_warnings
+    for text in found:
+        assert text.startswith("step 2 of 20: the policy has hardly moved")
+        assert "The learning rate is 1e-09; a whole model usually needs 1e-06 or more" in text
+    caplog.clear()
+    resumed = trainer_of(tiny_model_dir, dataset, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert not [r for r in caplog.records if r.name == name]
