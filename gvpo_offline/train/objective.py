@@ -56,7 +56,7 @@ class Objective:
             if len(held) == len(groups):
                 more["sampler_logprobs"] = torch.from_numpy(np.concatenate(held))
         if self.response_weights == "inverse_length":
-            more["response_weights"] = 1.0 / _counted_tokens(groups)
+            more["response_weights"] = 1.0 / counted_tokens(groups)
         try:
             return group_loss(
                 self.loss_type,
@@ -75,7 +75,7 @@ class Objective:
             raise error.replaced(group=group) from error
 
 
-def _counted_tokens(groups: Sequence[Group]) -> Tensor:
+def counted_tokens(groups: Sequence[Group]) -> Tensor:
     """Number of tokens of each response that the loss mask counts, (N,) float64."""
     counts = [
         len(ids) if group.loss_mask is None else int(group.loss_mask[i].sum())
@@ -138,26 +138,6 @@ class StepMeter:
             metrics["entropy"] = entropy / scored
         self.clear()
         return metrics
-
-
-class ReferenceMeter:
-    """The largest and the mean |log-ratio| over the responses of the first step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._largest = torch.zeros((), dtype=torch.float64, device=device)
-        self._total = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, log_ratios: Tensor) -> None:
-        """Add (R,) log-ratios, nats."""
-        sizes = log_ratios.detach().abs().to(self._total)
-        self._largest = torch.maximum(self._largest, sizes.max())
-        self._total += torch.stack([sizes.sum(), torch.ones_like(sizes).sum()])
-
-    def result(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Largest and mean |log-ratio| over all ranks, nats; every rank must call this."""
-        largest = accelerator.gather(self._largest.reshape(1)).max()
-        total = reduced_sum(accelerator, self._total)
-        return float(largest), float(total[0] / total[1])
 
 
 def reduced_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
