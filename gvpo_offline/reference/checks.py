@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.compute.adapters import policy_sha256
 from gvpo_offline.compute.context import context_length
-from gvpo_offline.compute.model import attention_of, dtype_name, dtype_of
+from gvpo_offline.compute.model import attention_of, device_of, dtype_name, dtype_of
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError, labelled
 from gvpo_offline.rules import check_group
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Version of how log-probs are computed in 16 bits. 2: the head is float32 except on CUDA.
+ARITHMETIC = 2
+
 
 @dataclass(frozen=True)
 class PolicyFacts:
@@ -43,6 +46,7 @@ class PolicyFacts:
         tokenizer_fingerprint: fingerprint of the tokenizer, or None if no tokenizer was given.
         n_embeddings: number of token embeddings, or None if the model does not provide it.
         context_length: the most tokens that the model can read, or None if it has no limit.
+        arithmetic: version of the arithmetic in 16 bits, see `ARITHMETIC`; 1 where none changed.
     """
 
     weights_sha256: str | None
@@ -53,6 +57,7 @@ class PolicyFacts:
     n_embeddings: int | None = None
     layout: str = "padded"
     context_length: int | None = None
+    arithmetic: int = 1
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = (
@@ -82,6 +87,7 @@ def policy_facts(
     hash_weights: bool,
     autocast: torch.dtype | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device | None = None,
 ) -> PolicyFacts:
     """The facts of a model that will compute log-probs.
 
@@ -90,15 +96,20 @@ def policy_facts(
         hash_weights: whether to hash the weights, which reads all of them.
         autocast: data type of autocast, or None.
         tokenizer: the policy's tokenizer, or None.
+        device: where it will compute; default: where it is.
     """
+    own, of_autocast = dtype_of(model), dtype_name(autocast)
+    on_cuda = (device or device_of(model)).type == "cuda"
+    same_as_before = on_cuda or coarsest_dtype(own, of_autocast) == "float32"
     return PolicyFacts(
         weights_sha256=policy_sha256(model) if hash_weights else None,
-        dtype=dtype_of(model),
-        autocast_dtype=dtype_name(autocast),
+        dtype=own,
+        autocast_dtype=of_autocast,
         attn_implementation=attention_of(model),
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         n_embeddings=_n_embeddings(model),
         context_length=context_length(getattr(model, "config", None)),
+        arithmetic=1 if same_as_before else ARITHMETIC,
     )
 
 
@@ -243,7 +254,7 @@ def check_context(surveyed: Iterable[tuple[GroupDataset, Survey]], policy: Polic
 
 def reference_differences(policy: PolicyFacts, reference: ReferenceFamily) -> list[str]:
     """A sentence for each setting that differs between the policy and the scored reference."""
-    pairs = [
+    pairs: list[tuple[str, object, object]] = [
         ("dtype", reference.dtype, policy.dtype),
         ("autocast dtype", reference.autocast_dtype, policy.autocast_dtype),
     ]
@@ -251,6 +262,7 @@ def reference_differences(policy: PolicyFacts, reference: ReferenceFamily) -> li
         pairs += [
             ("attention", reference.attn_implementation, policy.attn_implementation),
             ("layout", reference.layout, policy.layout),
+            ("version of 16-bit arithmetic", reference.arithmetic, policy.arithmetic),
         ]
     return [
         f"the reference was scored with {name} {theirs}, the policy runs with {ours}"

@@ -120,6 +120,7 @@ class GVPOTrainer(PredictingTrainer):
             hash_weights=args.reference_check == "auto",
             autocast=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
             tokenizer=processing_class,
+            device=args.device,
         )
         check_tokenizers(self.data.datasets(), self.policy)
         check_token_ids(self.data.datasets(), self.policy)
