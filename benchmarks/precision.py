@@ -276,7 +276,7 @@ def figures(subject: Subject) -> dict[str, Any]:
         way: {
             "sd": spread(values - exact),
             "over_epsilon": spread(values - exact)
-            / EPSILON["float16" if "float16" in way.split()[1] else "bfloat16"],
+            / EPSILON["bfloat16" if "bfloat16" in way else "float16"],
             "mean": float((values - exact).mean()),
         }
         for way, values in rounded.items()
