@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 # Spacing of the numbers next to 1, by the name of the type that limits precision. int8: rows of
 # activations are rounded to 127 steps.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "int8": 2.0**-7}
-# Standard deviation per root token over epsilon, where it is not measured: the largest that
-# benchmarks/precision.py found, that of a language model with bfloat16 weights.
+# Standard deviation per root token over epsilon, where it is not measured. benchmarks/precision.py
+# finds 4 to 6 for a language model under autocast and 6 to 13 with bfloat16 weights, and half of
+# that between two packings; below 1 for random weights.
 ASSUMED_FACTOR = 8.0
 # Tokens of the responses that the noise is measured on, prompts included. The standard deviation
 # over a few hundred tokens is known to 1 / sqrt(2 * 300), 4%, if their errors are independent.

@@ -88,11 +88,13 @@ def find_noise(
     steps: StepDataset,
     args: GVPOConfig,
     checkpoint: Path | None,
+    *,
+    sharded: bool,
 ) -> RunNoise:
     """Measure the noise of a run on its next groups, and log it; every rank must call this.
 
     Rank 0 computes the first responses in the run's data type and in float32. The noise is assumed
-    if the model is sharded, or wrapped by an earlier `train`, or does not compute in float32.
+    if the model will be sharded, is wrapped by an earlier `train`, or fails in float32.
 
     Args:
         model: the policy, before it is wrapped.
@@ -101,6 +103,7 @@ def find_noise(
         steps: the steps of the run.
         args: its settings.
         checkpoint: the checkpoint that the run resumes from, or None.
+        sharded: whether the weights will be sharded, which then rounds them to the run's data type.
     """
     dtype = coarsest_dtype(policy.coarsest_dtype, reference.dtype, reference.autocast_dtype)
     name = checkpoint.name if checkpoint else ""
@@ -110,7 +113,7 @@ def find_noise(
     autocast = policy.autocast_dtype if policy.coarsest_dtype == dtype else dtype
 
     def measure() -> Rounding | None:
-        if dtype not in _AUTOCAST or not _computes(model, args.device):
+        if dtype not in _AUTOCAST or sharded or not _computes(model, args.device):
             return None
         return measured_rounding(model, engine, groups, _AUTOCAST.get(autocast or ""))
 
@@ -165,8 +168,8 @@ def _log(
         logger.warning(
             "rounding noise is comparable to what beta asks for: %.2g nats in each log-ratio, "
             "where a group's rewards ask for a gap of %.2g nats on average, (max R - min R) / "
-            "beta. It lowers the explained variance by %.2g. What helps: fp16 in place of bf16 (an "
-            "eighth of the noise), float32 weights where they are bfloat16 (dtype), float32 "
+            "beta. It lowers the explained variance by %.2g. What helps: fp16 in place of bf16 (a "
+            "third to an eighth of the noise), float32 weights where they are bfloat16 (dtype), float32 "
             "throughout, or a smaller beta; score the reference with the same settings",
             *(floor.nats, float(np.mean(gaps)) / beta, share),
         )

@@ -193,6 +193,7 @@ class GVPOTrainer(PredictingTrainer):
         noise = find_noise(
             *(self.model, self.engine, self.policy, self.data.reference, self.train_dataset),
             *(self.args, checkpoint),
+            sharded=self.is_sharded,
         )
         self.noise_floor = noise.floor
         compared = not checkpoint and starts_as_reference(
