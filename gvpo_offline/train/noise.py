@@ -169,8 +169,8 @@ def _log(
             "rounding noise is comparable to what beta asks for: %.2g nats in each log-ratio, "
             "where a group's rewards ask for a gap of %.2g nats on average, (max R - min R) / "
             "beta. It lowers the explained variance by %.2g. What helps: fp16 in place of bf16 (a "
-            "third to an eighth of the noise), float32 weights where they are bfloat16 (dtype), float32 "
-            "throughout, or a smaller beta; score the reference with the same settings",
+            "third to an eighth of the noise), float32 weights where they are bfloat16 (dtype), "
+            "float32 throughout, or a smaller beta; score the reference with the same settings",
             *(floor.nats, float(np.mean(gaps)) / beta, share),
         )
 
