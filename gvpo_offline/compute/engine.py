@@ -167,7 +167,7 @@ class Engine:
             raise error.replaced(group=group.group_id) from None
         pieces = []
         for part in parts:
-            some = _with_responses(group, part)
+            some = with_responses(group, part)
             if self._goes_below_prompt:
                 layout = without_prompt(some, counted_only=counted_only)
             else:
@@ -207,7 +207,7 @@ def seq_sums(values_M: Tensor, targets: Targets) -> Tensor:
     return sums
 
 
-def _with_responses(group: Group, which: Sequence[int]) -> Group:
+def with_responses(group: Group, which: Sequence[int]) -> Group:
     """A group with only the given responses; sets only the fields that layouts read."""
     mask = group.loss_mask
     return replace(

@@ -90,8 +90,10 @@ def pair_logprobs(
 ) -> PairLogprobs:
     """log softmax(logits of hidden row)[token] for pairs of a row and a token.
 
-    Differentiable in the hidden states and in every weight of the head. Matrix products have the
-    dtype of the output layer's weight, or of autocast; all other operations are float32.
+    Differentiable in the hidden states and in every weight of the head. On CUDA, factors of matrix
+    products have the dtype of the output layer's weight, or of autocast, and products are float32.
+    On other devices all is float32, because products of 16-bit factors would be rounded to 16 bits
+    there: half of the variance of a log-prob's error in bfloat16 (benchmarks/precision.py).
 
     Args:
         head: from `find_head`.
@@ -114,6 +116,8 @@ def pair_logprobs(
     matmul_dtype = parts[0].weight_VK.dtype
     if torch.is_autocast_enabled(device_type) and matmul_dtype != torch.float64:
         matmul_dtype = torch.get_autocast_dtype(device_type)
+    if device_type != "cuda":
+        matmul_dtype = torch.promote_types(matmul_dtype, torch.float32)
     return fused_pair_logprobs(
         parts,
         pair_row_N,

@@ -178,6 +178,11 @@ class ReferenceFamily(_Record):
     attn_implementation: str
     layout: str = Field(default="padded", description="How groups were laid out for the model.")
     tokenizer_fingerprint: str | None
+    arithmetic: int = Field(
+        default=1,
+        description="Version of the arithmetic in bfloat16 and float16; absent: 1. 2: the output "
+        "layer is computed in float32, except on CUDA.",
+    )
     selection: ReferenceSelection | None = Field(
         default=None, description="The responses that have log-probs; null or absent: every one."
     )
@@ -190,11 +195,13 @@ class ReferenceFamily(_Record):
         return f"{self.model_name_or_path}{of}"
 
     @model_serializer(mode="wrap")
-    def _without_null_selection(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Versions that do not know the field read references of every response as before.
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Versions that do not know a field read references at its default as before.
         plain: dict[str, Any] = serialize(self)
         if self.selection is None:
             plain.pop("selection", None)
+        if self.arithmetic == 1:
+            plain.pop("arithmetic", None)
         return plain
 
 

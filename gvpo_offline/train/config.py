@@ -14,7 +14,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_xla_available
 
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.train.fields import check_derived_fields, check_fields
@@ -67,6 +69,8 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
         check_fields(self, TrainingArguments)
         # transformers derives it; a copy with other settings must not keep it.
         do_eval: bool = vars(self)["do_eval"]
+        use_cpu = self.use_cpu
+        self.use_cpu = use_cpu or _needs_use_cpu(self)
         with settings_errors():
             try:
                 TrainingArguments.__post_init__(self)
@@ -75,7 +79,7 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
                 TypeError,
             ) as error:  # a file of settings, or its names
                 raise ValueError(f"{type(error).__name__}: {error}") from error
-        self.do_eval = do_eval
+        self.do_eval, self.use_cpu = do_eval, use_cpu
         check_derived_fields(self)
         _check_precision(self)
         check_parallelism(self)
@@ -109,6 +113,14 @@ def checked_config(args: Any) -> GVPOConfig:
             f"transformers.TrainingArguments. {PAGE} has a table of names",
         )
     return args
+
+
+def _needs_use_cpu(args: GVPOConfig) -> bool:
+    """Whether transformers refuses bf16 without use_cpu: there is no accelerator.
+
+    It computes on the CPU there anyway, without bf16 by itself.
+    """
+    return args.bf16 and not torch.accelerator.is_available() and not is_torch_xla_available()
 
 
 def _check_precision(args: GVPOConfig) -> None:

@@ -93,7 +93,7 @@ class Objective:
             DataError: as `group_loss`; names the group by its id.
         """
         own = LossInputs.of(groups)
-        counts = _counted_tokens(groups)
+        counts = counted_tokens(groups)
         more: dict[str, Any] = {
             "link": self.link,
             "asymre_delta": self.asymre_delta,
@@ -143,7 +143,7 @@ def _written_by(names: Sequence[str], groups: Sequence[Group]) -> Tensor:
     return torch.tensor([own in names for group in groups for own in group.samplers])
 
 
-def _counted_tokens(groups: Sequence[Group]) -> Tensor:
+def counted_tokens(groups: Sequence[Group]) -> Tensor:
     """Number of tokens of each response that the loss mask counts, (N,) float64."""
     counts = [
         len(ids) if group.loss_mask is None else int(group.loss_mask[i].sum())
@@ -206,26 +206,6 @@ class StepMeter:
             metrics["entropy"] = entropy / scored
         self.clear()
         return metrics
-
-
-class ReferenceMeter:
-    """The largest and the mean |log-ratio| over the responses of the first step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._largest = torch.zeros((), dtype=torch.float64, device=device)
-        self._total = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, log_ratios: Tensor) -> None:
-        """Add (R,) log-ratios, nats."""
-        sizes = log_ratios.detach().abs().to(self._total)
-        self._largest = torch.maximum(self._largest, sizes.max())
-        self._total += torch.stack([sizes.sum(), torch.ones_like(sizes).sum()])
-
-    def result(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Largest and mean |log-ratio| over all ranks, nats; every rank must call this."""
-        largest = accelerator.gather(self._largest.reshape(1)).max()
-        total = reduced_sum(accelerator, self._total)
-        return float(largest), float(total[0] / total[1])
 
 
 def reduced_sum(accelerator: Accelerator, values: Tensor) -> Tensor:

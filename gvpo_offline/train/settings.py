@@ -114,7 +114,8 @@ class GVPOSettings:
     """Set all dropout probabilities to 0: the objective needs deterministic log-probs."""
     reference_check: Literal["auto", "error", "off"] = "auto"
     """Before the first update, compare the policy's log-probs with those of the reference, and stop
-    if they differ by more than rounding. auto: only if the policy has the reference's weights;
+    if they differ by more than rounding, which in 16 bits is measured and grows with the root of a
+    response's length. auto: only if the policy has the reference's weights;
     error: always; off: never."""
     verify: Literal["full", "size"] = "full"
     """Before the first step, check the SHA-256 of every file (about a second per GB), or only its
@@ -204,7 +205,8 @@ class CommonTrainingSettings:
     weight_decay: float = 0.0
     """Weight decay."""
     bf16: bool = False
-    """Autocast matrix products to bfloat16. The reference should be scored with the same flag."""
+    """Autocast matrix products to bfloat16. The reference should be scored with the same flag. Also
+    on a CPU, where it is slow without bfloat16 instructions. fp16 has less rounding noise."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass, which saves memory and takes time. Before
     transformers 5.20: gradient_checkpointing."""

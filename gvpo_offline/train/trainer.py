@@ -34,12 +34,7 @@ from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.model import autocast_dtype, disable_dropout, float64_device
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import GVPOError
-from gvpo_offline.reference.checks import (
-    check_log_ratios,
-    check_token_ids,
-    check_tokenizers,
-    policy_facts,
-)
+from gvpo_offline.reference.checks import check_token_ids, check_tokenizers, policy_facts
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import HeldOutRule
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
@@ -57,9 +52,11 @@ from gvpo_offline.train.identity import adapter_defaults, model_identity, run_id
 from gvpo_offline.train.imitation import objective_of_run
 from gvpo_offline.train.loss_inputs import check_loss_inputs, check_samplers
 from gvpo_offline.train.metrics_file import MetricsFileCallback
-from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter
+from gvpo_offline.train.noise import NoiseFloor, find_noise
+from gvpo_offline.train.objective import StepMeter
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import check_data, verify
+from gvpo_offline.train.reference_check import ReferenceMeter, starts_as_reference
 from gvpo_offline.train.saving import check_savable, mend_generation_config
 from gvpo_offline.train.schedule import WARMUP_RULE, ZERO
 
@@ -122,6 +119,7 @@ class GVPOTrainer(PredictingTrainer):
             hash_weights=args.reference_check == "auto",
             autocast=autocast_dtype(bf16=args.bf16, fp16=args.fp16),
             tokenizer=processing_class,
+            device=args.device,
         )
         check_tokenizers(self.data.datasets(), self.policy)
         check_token_ids(self.data.datasets(), self.policy)
@@ -150,6 +148,7 @@ class GVPOTrainer(PredictingTrainer):
             )
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
+        self.noise_floor: NoiseFloor | None = None
         self.engine: Engine = training_engine(
             self.model, args, self._meter.add_entropy, sharded=self.is_sharded
         )
@@ -193,7 +192,16 @@ class GVPOTrainer(PredictingTrainer):
         self._best.resumed_from = checkpoint
         self.preflight()
         raise_together(lambda: check_savable(self.model, self.processing_class, self.args))
-        self._reference_meter = None if checkpoint else self._start_reference_check()
+        noise = find_noise(
+            *(self.model, self.engine, self.policy, self.data.reference, self.train_dataset),
+            *(self.args, checkpoint),
+            sharded=self.is_sharded,
+        )
+        self.noise_floor = noise.floor
+        compared = not checkpoint and starts_as_reference(
+            self.policy, self.data.reference, self.args.reference_check
+        )
+        self._reference_meter = ReferenceMeter(noise.rounding) if compared else None
         self._meter.clear()
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
@@ -243,17 +251,6 @@ class GVPOTrainer(PredictingTrainer):
         rules: dict[str, dict[str, Any]]
         rules = {"data": {RULE: EARLIER_RULE}, "optimization": {WARMUP_RULE: ZERO}}
         return {**self._adapter_defaults, **rules}
-
-    def _start_reference_check(self) -> ReferenceMeter | None:
-        same = self.policy.weights_sha256 == self.data.reference.weights_sha256
-        if self.args.reference_check == "error" or (self.args.reference_check == "auto" and same):
-            return ReferenceMeter(float64_device(self.args.device))
-        if self.args.reference_check == "auto":
-            logger.info(
-                "the policy is not the reference (%s): log-ratios do not start at 0",
-                self.data.reference.model_name_or_path,
-            )
-        return None
 
     # ---- steps ----
 
@@ -309,9 +306,7 @@ class GVPOTrainer(PredictingTrainer):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
         if self.state.global_step == 0 and self._reference_meter is not None:
-            check_log_ratios(
-                *self._reference_meter.result(self.accelerator), self.policy, self.data.reference
-            )
+            self._reference_meter.check(self.policy, self.data.reference)
             self._reference_meter = None
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -324,8 +319,7 @@ class GVPOTrainer(PredictingTrainer):
 
         def objective(logprobs: Tensor) -> Tensor:
             if self._reference_meter is not None:
-                reference = LossInputs.of(groups).ref_seq_logprobs.to(logprobs.device)
-                self._reference_meter.add(logprobs.detach() - reference)
+                self._reference_meter.add(groups, logprobs)
             loss = self._objective(logprobs, groups)
             self._meter.add(loss.statistics)
             return loss.group_losses.sum() * scale

@@ -391,20 +391,36 @@ def test_bf16_is_as_good_as_the_models_own(way: str, kept_bytes: int) -> None:
     assert off < 1.2 * relative_difference(gradients(model, own), exact_grads)
 
 
-def test_autocast_rounds_the_factors() -> None:
-    model = tiny_model("granite")
-    head, hidden = find_head(model), 20 * hidden_of(model)  # logits of a few nats
-    weight = model.get_output_embeddings().weight
+def test_autocast_leaves_the_head_in_float32_on_a_cpu() -> None:
+    """A CPU would round the products of bfloat16 factors, the logits, to bfloat16 too."""
+    head, hidden = find_head(tiny_model("granite")), hidden_of(tiny_model("granite"))
 
     def logprobs() -> Tensor:
         return pair_logprobs(head, hidden, ROWS, TOKENS, kept_bytes=0).logprobs_N
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = logprobs()
+        under_autocast = logprobs()
+    assert torch.equal(under_autocast, logprobs())
+
+
+def test_bfloat16_products_round_the_factors() -> None:
+    """As on CUDA. The expected logits are those of the same factors, divided by 3 after one more
+    rounding of 2^-9, at most 0.03 for the logits below 15 nats here.
+    """
+    model = tiny_model("granite")
+    hidden = (20 * hidden_of(model)).detach()  # logits of a few nats
+    weight = model.get_output_embeddings().weight
+
+    def logprobs(dtype: torch.dtype) -> Tensor:
+        return fused_pair_logprobs(
+            [LogitTerm(hidden, weight)], ROWS, TOKENS, scale=1 / 3, matmul_dtype=dtype, kept_bytes=0
+        ).logprobs_N
+
+    rounded = logprobs(torch.bfloat16)
     logits = hidden.bfloat16() @ weight.bfloat16().T / 3.0
     expected = torch.log_softmax(logits.double(), dim=-1)[ROWS, TOKENS]
     assert rounded.dtype == torch.float32
-    assert (rounded - logprobs()).abs().max() > 1e-3
+    assert (rounded - logprobs(torch.float32)).abs().max() > 1e-3
     torch.testing.assert_close(rounded.double(), expected, atol=0.03, rtol=0)
 
 

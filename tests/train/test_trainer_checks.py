@@ -30,14 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gvpo_offline.commands.evaluate import EvaluationReport, run_evaluate
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.errors import DataError, IntegrityError
-from gvpo_offline.reference.checks import (
-    TOLERANCE_NATS,
-    PolicyFacts,
-    check_log_ratios,
-    reference_warnings,
-)
+from gvpo_offline.reference.checks import PolicyFacts, reference_warnings
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.train import noise
 
 N_GROUPS = 24
 
@@ -286,13 +282,18 @@ def test_the_tolerance_is_that_of_the_coarsest_data_type() -> None:
     assert coarsest("float16", "float32") == "float16"
     assert coarsest("bfloat16", None) == "bfloat16"
     assert coarsest("float64", None) == "float32"
-    assert TOLERANCE_NATS["float32"] < TOLERANCE_NATS["float16"] < TOLERANCE_NATS["bfloat16"]
 
 
 def test_bfloat16_policy_and_reference_agree_within_its_noise(
-    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the same data type for both, the check passes without a warning."""
+    """With the same data type for both, the check passes without a warning, except that some CPUs
+    emulate bfloat16.
+    """
+    monkeypatch.setattr(noise, "_warn_of_emulation", lambda: None)
     root = unscored_dataset(tmp_path / "data", tiny_model_dir)
     data = score(root, tiny_model_dir, bf16=True)
     trainer = trainer_of(tiny_model_dir, data, tmp_path / "out", bf16=True, groups_per_step=24)
@@ -349,18 +350,6 @@ def test_a_reference_without_data_types_gives_no_warning() -> None:
     rough = PolicyFacts(None, "float32", "bfloat16", "sdpa", None)
     assert reference_warnings(rough, scored_by()) == []
     assert len(reference_warnings(rough, scored_by(dtype="float32"))) == 1
-
-
-def test_the_coarser_of_policy_and_reference_sets_the_tolerance() -> None:
-    """Half a nat is within rounding if one of them used bfloat16, and an error if neither did."""
-    exact = PolicyFacts(None, "float32", None, "sdpa", None)
-    rough = PolicyFacts(None, "float32", "bfloat16", "sdpa", None)
-    check_log_ratios(0.5, 0.1, rough, scored_by(dtype="float32"))
-    check_log_ratios(0.5, 0.1, exact, scored_by(dtype="float32", autocast_dtype="bfloat16"))
-    check_log_ratios(0.009, 0.001, exact, scored_by(dtype="float32"))
-    for largest, policy in ((0.5, exact), (1.5, rough)):
-        with pytest.raises(IntegrityError, match=f"received up to {largest} nats"):
-            check_log_ratios(largest, 0.1, policy, scored_by(dtype="float32"))
 
 
 def test_dropout_of_the_policy_is_off(tiny_model_dir: Path, tmp_path: Path) -> None:
