@@ -27,19 +27,24 @@ _OTHER_FLAGS = (
 
 
 def _run_tune(values: dict[str, Any]) -> None:
-    from gvpo_offline.commands.tune import run_tune
     from gvpo_offline.train.config import GVPOConfig
 
-    found = run_tune(
+    tune = filled(TuneSettings, values)
+    if tune.judge == "sample":
+        from gvpo_offline.commands.judged_tune import run_judged_tune as run
+    else:
+        from gvpo_offline.commands.tune import run_tune as run  # type: ignore[assignment]
+    found = run(
         model=filled(ModelSettings, values),
         data=filled(DataSettings, _datasets(values)),
         lora=filled(LoraSettings, values),
-        tune=filled(TuneSettings, values),
+        tune=tune,
         args=filled(GVPOConfig, values),
     )
     if found is not None:
         say(*found.table().split("\n"))
-        say(f"next: gvpo-offline train --config … --config {found.file}")
+        if found.file is not None:
+            say(f"next: gvpo-offline train --config … --config {found.file}")
         say(json.dumps(found.summary()))
 
 
@@ -90,7 +95,7 @@ def _datasets(values: dict[str, Any]) -> dict[str, Any]:
 
 COMMANDS: dict[str, Command] = {
     "tune": Command(
-        "Choose beta and learning rate by short trials, before `train` with the same settings.",
+        "Choose beta, learning rate and loss by short trials, before `train` with the same settings.",
         _run_tune,
         (
             ModelSettings,

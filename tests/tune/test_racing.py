@@ -64,7 +64,7 @@ def test_the_error_of_a_paired_difference_is_without_the_difficulty_of_prompts()
 
 
 def test_the_kl_is_charged_at_one_beta() -> None:
-    """Rewards 1 and 0.7 with a KL of 4 and 0 nats: 0.6 and 0.7 at beta 0.1, 0.92 and 0.7 at 0.02."""
+    """Rewards 1, 0.7 with a KL of 4 and 0 nats: 0.6 and 0.7 at beta 0.1, 0.92 and 0.7 at 0.02."""
     for beta, best in ((0.1, 1), (0.02, 0)):
         policies = Policies([1.0, 0.7], kls=[4.0, 0.0])
         race = policies.race(SampleBudget(64, 64), beta)

@@ -1,0 +1,268 @@
+"""`gvpo-offline tune` with `judge: sample`: trials ranked by the answers of their policies."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
+
+from gvpo_offline.commands.judged_report import JudgedReport, written_settings
+from gvpo_offline.commands.train import TrainerInputs
+from gvpo_offline.commands.tune import (
+    check_held_out,
+    check_not_deepspeed,
+    check_unequal,
+    search_identity,
+    summed,
+)
+from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.hashing import sha256_json
+from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
+from gvpo_offline.store.survey import Survey
+from gvpo_offline.stream.settings import DataSettings
+from gvpo_offline.train.checkpoint import TUNE_FOLDER
+from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.imitation import auto_imitation
+from gvpo_offline.train.preflight import surveys
+from gvpo_offline.train.settings import GVPOSettings, LoraSettings
+from gvpo_offline.train.trainer import GVPOTrainer
+from gvpo_offline.tune.candidates import loss_candidates, nearest
+from gvpo_offline.tune.judged import JudgedProposal, LossCandidates, propose_judged
+from gvpo_offline.tune.policies import JudgedTrials, sampled_policy
+from gvpo_offline.tune.racing import SampleBudget
+from gvpo_offline.tune.search import largest_usable_rate
+from gvpo_offline.tune.settings import TuneSettings
+from gvpo_offline.tune.trials import Trials
+
+logger = logging.getLogger(__name__)
+
+
+def run_judged_tune(
+    *,
+    model: ModelSettings,
+    data: DataSettings,
+    lora: LoraSettings,
+    tune: TuneSettings,
+    args: GVPOConfig,
+) -> JudgedReport | None:
+    """Search, and write `tune.json` and `proposed.yaml` to the folder `tune` in `output_dir`.
+
+    Everything that could fail later is checked before the first trial. A search that was
+    interrupted continues: neither finished trials nor sampled answers are repeated.
+
+    Returns:
+        The report; None on every rank but the first.
+
+    Raises:
+        ConfigError: there is no reward configuration, or no held-out group; a loss does not fit the
+            other settings or the data; the policy cannot be sampled in this process; its KL cannot
+            be computed; or DeepSpeed is used.
+        DataError: no training group has unequal rewards; or the reward cannot score the logged
+            responses.
+    """
+    _check_reward(args)
+    check_held_out(args, data)
+    _check_candidates(tune, args)
+    parts = TrainerInputs.opened(model, data, lora)
+    short = _without_sampling(args, (tune.losses or [args.loss_type])[0])
+    run = parts.trainer(short, GVPOTrainer)
+    check_not_deepspeed(run)
+    args = copy.copy(args)
+    args.imitation = _imitation(run, args)
+    candidates = _candidates(tune, args, args.imitation)
+    first = candidates[0]
+    short.imitation = run.args.imitation = sorted(first.imitations)[len(first.imitations) // 2]
+    check_unequal(_preflight(run, candidates), "training")
+    evaluator = SampledEvaluator.prepare(
+        args,
+        list(run.data.held_out.values()),
+        sampled_policy(run, unsharded=True),
+        run.processing_class,
+        seed=args.seed,
+    )
+    _check_kl(evaluator)
+    folder = Path(args.output_dir) / TUNE_FOLDER
+    trials = Trials(parts.trainer, short, run.args.max_steps, folder, search_identity(run))
+    judged = JudgedTrials(
+        replace(trials, identity=_identity(run)),
+        evaluator,
+        _judge_identity(evaluator),
+        min(tune.tune_steps, run.args.max_steps),
+        tune.answers(args.eval_samples)[0],
+    )
+    is_first = run.is_world_process_zero()
+    del run
+    clear_device_cache(garbage_collection=True)
+    try:
+        report = _search(trials, judged, candidates, tune, args)
+    finally:
+        evaluator.reward.stop()
+    judged.clear()
+    if not is_first:
+        return None
+    for line in report.warnings():
+        logger.warning(line)
+    report.write(folder)
+    return report
+
+
+def _search(
+    trials: Trials,
+    judged: JudgedTrials,
+    candidates: list[LossCandidates],
+    tune: TuneSettings,
+    args: GVPOConfig,
+) -> JudgedReport:
+    budget = SampleBudget(*tune.answers(args.eval_samples))
+    judge_beta = tune.judge_beta or args.beta
+    trials.log(f"trials are judged by reward - {judge_beta:g} KL; {judged.evaluator.described()}")
+    beta = nearest(candidates[0].betas, judge_beta)
+    largest = largest_usable_rate(trials.range_test(beta, judged.steps))
+    trials.log(f"the largest usable learning rate is about {largest:g}")
+    found = propose_judged(
+        judged.trial,
+        judged.judge,
+        untouched=judged.untouched,
+        losses=candidates,
+        largest_rate=largest,
+        judge_beta=judge_beta,
+        budget=budget,
+        release=judged.release,
+    )
+    return _report(found, judged, candidates, args, largest)
+
+
+def _report(
+    found: JudgedProposal,
+    judged: JudgedTrials,
+    candidates: list[LossCandidates],
+    args: GVPOConfig,
+    largest: float,
+) -> JudgedReport:
+    searched = {"learning_rate"}
+    searched |= {"loss_type"} if len(candidates) > 1 else set()
+    searched |= {"imitation"} if any(len(own.imitations) > 1 for own in candidates) else set()
+    searched |= {"beta"} if any(len(own.betas) > 1 for own in candidates) else set()
+    run = {
+        "loss_type": args.loss_type,
+        "imitation": args.imitation,
+        "beta": args.beta,
+        "learning_rate": args.learning_rate,
+    }
+    best = found.best.settings
+    assert best is not None
+    beaten = found.chosen is found.untouched
+    sums = tuple(
+        judged.sums(judged.handle(trial.settings), trial.samples) if trial.samples else None
+        for trial in found.trials
+    )
+    return JudgedReport(
+        proposal=found,
+        written=written_settings(best, searched, run),
+        sums=sums,
+        largest_rate=largest,
+        steps=judged.steps,
+        prompts=len(judged.evaluator.prompts),
+        sampling=judged.evaluator.described(),
+        file=None if beaten else judged.trials.folder / "proposed.yaml",
+    )
+
+
+def _candidates(tune: TuneSettings, args: GVPOConfig, imitation: float) -> list[LossCandidates]:
+    return loss_candidates(tune, loss_type=args.loss_type, imitation=imitation, beta=args.beta)
+
+
+# ---- checks before the first trial ----
+
+
+def _check_reward(args: GVPOConfig) -> None:
+    if not args.eval_reward:
+        raise ConfigError(
+            "judge: sample scores sampled answers: eval_reward says how",
+            received="judge: sample without eval_reward",
+            remedy="set eval_reward to the YAML file that `gvpo-offline reward` was run with; "
+            "without a reward for new answers use judge: log",
+        )
+
+
+def _check_candidates(tune: TuneSettings, args: GVPOConfig) -> None:
+    """Check every combination of candidates with the other settings of the run, as in training."""
+    for own in _candidates(tune, args, 1.0 if args.imitation == "auto" else args.imitation):
+        for imitation in own.imitations:
+            for beta in own.betas:
+                given: dict[str, Any] = {
+                    **args.settings(),
+                    "loss_type": own.loss_type,
+                    "imitation": imitation,
+                    "beta": beta,
+                }
+                GVPOSettings(**given)
+
+
+def _check_kl(evaluator: SampledEvaluator) -> None:
+    if evaluator.reference.unavailable:
+        raise ConfigError(
+            "judge: sample ranks trials by reward - judge_beta * KL to the reference",
+            received=f"no KL: {evaluator.reference.unavailable}",
+            remedy="make the reference's weights available at the path in the dataset, or score "
+            "the dataset under a reference that is (`gvpo-offline reference`)",
+        )
+
+
+def _without_sampling(args: GVPOConfig, loss_type: str) -> GVPOConfig:
+    """The settings with another loss, and without sampled evaluations while a trial trains."""
+    args = copy.copy(args)
+    args.eval_samples, args.eval_reward = 0, None
+    args.loss_type, args.imitation = loss_type, 0.0  # type: ignore[assignment]
+    return args
+
+
+def _imitation(run: GVPOTrainer, args: GVPOConfig) -> float:
+    """The run's own imitation, as a number; every rank must call this."""
+    if args.imitation != "auto":
+        return float(args.imitation)
+    return auto_imitation(surveys(run.data.views))
+
+
+def _preflight(run: GVPOTrainer, candidates: list[LossCandidates]) -> Survey:
+    """Check data and reference for each loss; the survey of the training groups."""
+    found = []
+    for own in candidates:
+        run.args.loss_type = own.loss_type  # type: ignore[assignment]
+        found.append(summed(run.preflight(log_summary=False)))
+        run.args.verify = "size"  # the files have been verified
+    run.args.loss_type = candidates[0].loss_type  # type: ignore[assignment]
+    return found[0]
+
+
+# ---- identities ----
+
+
+def _identity(run: GVPOTrainer) -> dict[str, Any]:
+    """A hash of what determines a trial's weights, apart from what is searched."""
+    identity = run.identity()
+    for name in ("beta", "loss_type", "imitation"):
+        identity["objective"].pop(name, None)
+    del identity["optimization"]["learning_rate"]
+    held_out = {
+        name: [view.dataset.fingerprint, view.fingerprint]
+        for name, view in run.data.held_out.items()
+    }
+    weights = run.policy.weights_sha256
+    return {"settings": sha256_json({**identity, "held_out": held_out, "policy": weights})}
+
+
+def _judge_identity(evaluator: SampledEvaluator) -> dict[str, Any]:
+    """What answers and their rewards depend on besides the weights of the policy."""
+    return {
+        "reward": evaluator.reward.identity(),
+        "prompts": sha256_json([prompt.key for prompt in evaluator.prompts]),
+        "max_new_tokens": evaluator.rules.max_new_tokens,
+        "temperature": evaluator.temperature,
+        "seed": evaluator.seed,
+    }
