@@ -77,12 +77,11 @@ class JudgedReport:
             f"  {'loss':<9} {'imitation':>9} {'beta':>7} {'rate':>8} {'objective':>17} "
             f"{'reward':>8} {'KL':>8} {'answers':>7} {'behind':>17} {'cut':>5} {'failed':>6}"
         )
-        lines = [
-            self.sampling,
+        words = (
             f"trials of {self.steps} steps; objective: reward - {beta:g} KL, ± standard error over "
-            "prompts; answers: of each prompt; behind: the chosen trial's objective minus this one's",
-            head,
-        ]
+            "prompts; behind: the chosen trial's objective minus this one's, paired by prompt"
+        )
+        lines = [self.sampling, words, head]
         for trial, sums in zip(self.proposal.trials, self.sums, strict=True):
             lines.append(_row(trial, sums, chosen=trial is self.proposal.chosen))
         lines += ["", *self.statements()]

@@ -95,7 +95,7 @@ def _datasets(values: dict[str, Any]) -> dict[str, Any]:
 
 COMMANDS: dict[str, Command] = {
     "tune": Command(
-        "Choose beta, learning rate and loss by short trials, before `train` with the same settings.",
+        "Choose beta, learning rate or loss by short trials, before `train` with these settings.",
         _run_tune,
         (
             ModelSettings,
