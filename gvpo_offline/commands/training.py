@@ -10,6 +10,7 @@ from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
 from gvpo_offline.train.settings import (
@@ -101,6 +102,7 @@ COMMANDS: dict[str, Command] = {
             ModelSettings,
             DataSettings,
             GVPOSettings,
+            SampledEvalSettings,
             CommonTrainingSettings,
             LoraSettings,
             RunSettings,
@@ -116,6 +118,7 @@ COMMANDS: dict[str, Command] = {
             ModelSettings,
             DataSettings,
             GVPOSettings,
+            SampledEvalSettings,
             CommonTrainingSettings,
             LoraSettings,
             RunSettings,
