@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.tune.answers import AnswerSums
 from gvpo_offline.tune.judged import JudgedProposal, JudgedTrial, TrialSettings
 from gvpo_offline.tune.policies import described
-from gvpo_offline.tune.racing import MeanOverPrompts
+from gvpo_offline.tune.racing import is_above
 
 # Two trials are told apart if their paired difference is above this many standard errors.
 _DISTINGUISHED = 1.0
@@ -170,12 +171,12 @@ def _row(trial: JudgedTrial, sums: AnswerSums | None, *, chosen: bool) -> str:
     )
 
 
-def _shown(own: MeanOverPrompts | None) -> str:
+def _shown(own: Estimate | None) -> str:
     return "unknown" if own is None else f"{own.mean:.4f} ± {own.se:.4f}"
 
 
-def _verdict(behind: MeanOverPrompts) -> str:
-    if behind.above(_DISTINGUISHED):
+def _verdict(behind: Estimate) -> str:
+    if is_above(behind, _DISTINGUISHED):
         return ""
     return ": within one standard error of their paired difference, so not distinguishable"
 
@@ -193,8 +194,8 @@ def _plain(trial: JudgedTrial) -> dict[str, Any]:
     }
 
 
-def _estimate(own: MeanOverPrompts | None) -> dict[str, float | None] | None:
-    if own is None or own.prompts == 0:
+def _estimate(own: Estimate | None) -> dict[str, float | None] | None:
+    if own is None or own.n == 0:
         return None
     return {"mean": own.mean, "se": own.se if math.isfinite(own.se) else None}
 

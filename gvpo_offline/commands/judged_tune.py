@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
+from gvpo_offline.collectives import raise_together
 from gvpo_offline.commands.judged_report import JudgedReport, written_settings
 from gvpo_offline.commands.train import TrainerInputs
 from gvpo_offline.commands.tune import (
@@ -33,7 +34,7 @@ from gvpo_offline.train.settings import GVPOSettings, LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.candidates import loss_candidates, nearest
 from gvpo_offline.tune.judged import JudgedProposal, LossCandidates, propose_judged
-from gvpo_offline.tune.policies import JudgedTrials, sampled_policy
+from gvpo_offline.tune.policies import JudgedTrials
 from gvpo_offline.tune.racing import SampleBudget
 from gvpo_offline.tune.search import largest_usable_rate
 from gvpo_offline.tune.settings import TuneSettings
@@ -66,9 +67,91 @@ def run_judged_tune(
             responses.
     """
     _check_reward(args)
+    _check_temperature(tune, args)
     check_held_out(args, data)
     _check_candidates(tune, args)
-    parts = TrainerInputs.opened(model, data, lora)
+    search = _prepared(TrainerInputs.opened(model, data, lora), tune, args)
+    clear_device_cache(garbage_collection=True)
+    try:
+        report = search.report()
+    finally:
+        search.judged.evaluator.reward.stop()
+    search.judged.clear()
+    if args.process_index != 0:
+        return None
+    for line in report.warnings():
+        logger.warning(line)
+    report.write(search.judged.trials.folder)
+    return report
+
+
+@dataclass(frozen=True)
+class _JudgedSearch:
+    """A search whose settings and data have been checked.
+
+    Attributes:
+        trials: runs the range test.
+        judged: runs the trials.
+        candidates: the losses to try.
+        tune: the settings of the search.
+        args: the settings of the run; `imitation` is a number.
+    """
+
+    trials: Trials
+    judged: JudgedTrials
+    candidates: list[LossCandidates]
+    tune: TuneSettings
+    args: GVPOConfig
+
+    def report(self) -> JudgedReport:
+        """Run the range test and the trials."""
+        judge_beta, judged = self.tune.judge_beta or self.args.beta, self.judged
+        sampling = judged.evaluator.described()
+        judged.trials.log(f"trials are judged by reward - {judge_beta:g} KL; {sampling}")
+        beta = nearest(self.candidates[0].betas, judge_beta)
+        largest = largest_usable_rate(self.trials.range_test(beta, judged.steps))
+        judged.trials.log(f"the largest usable learning rate is about {largest:g}")
+        found = propose_judged(
+            judged.trial,
+            judged.judge,
+            untouched=judged.untouched,
+            losses=self.candidates,
+            largest_rate=largest,
+            judge_beta=judge_beta,
+            budget=SampleBudget(*self.tune.answers(self.args.eval_samples)),
+            release=judged.release,
+        )
+        beaten = found.chosen is found.untouched
+        return JudgedReport(
+            proposal=found,
+            written=self._written(found),
+            sums=tuple(
+                judged.sums(judged.handle(own.settings), own.samples) if own.samples else None
+                for own in found.trials
+            ),
+            largest_rate=largest,
+            steps=judged.steps,
+            prompts=len(judged.evaluator.prompts),
+            sampling=sampling,
+            file=None if beaten else judged.trials.folder / "proposed.yaml",
+        )
+
+    def _written(self, found: JudgedProposal) -> dict[str, Any]:
+        """The settings that the proposal sets."""
+        several = {
+            "learning_rate": True,
+            "loss_type": len(self.candidates) > 1,
+            "imitation": any(len(own.imitations) > 1 for own in self.candidates),
+            "beta": any(len(own.betas) > 1 for own in self.candidates),
+        }
+        run = {name: getattr(self.args, name) for name in several}
+        assert found.best.settings is not None
+        searched = {name for name, own in several.items() if own}
+        return written_settings(found.best.settings, searched, run)
+
+
+def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _JudgedSearch:
+    """Load the policy, and check data, reference, sampling and reward."""
     short = _without_sampling(args, (tune.losses or [args.loss_type])[0])
     run = parts.trainer(short, GVPOTrainer)
     check_not_deepspeed(run)
@@ -78,12 +161,16 @@ def run_judged_tune(
     first = candidates[0]
     short.imitation = run.args.imitation = sorted(first.imitations)[len(first.imitations) // 2]
     check_unequal(_preflight(run, candidates), "training")
-    evaluator = SampledEvaluator.prepare(
-        args,
-        list(run.data.held_out.values()),
-        sampled_policy(run, unsharded=True),
-        run.processing_class,
-        seed=args.seed,
+    evaluator = raise_together(
+        lambda: SampledEvaluator.prepare(
+            args,
+            list(run.data.held_out.values()),
+            run.sampled_policy(),
+            run.processing_class,
+            # Not that of evaluations: their answers then have no part in the choice.
+            seed=args.seed + 1,
+            device=args.device,
+        )
     )
     _check_kl(evaluator)
     folder = Path(args.output_dir) / TUNE_FOLDER
@@ -95,82 +182,7 @@ def run_judged_tune(
         min(tune.tune_steps, run.args.max_steps),
         tune.answers(args.eval_samples)[0],
     )
-    is_first = run.is_world_process_zero()
-    del run
-    clear_device_cache(garbage_collection=True)
-    try:
-        report = _search(trials, judged, candidates, tune, args)
-    finally:
-        evaluator.reward.stop()
-    judged.clear()
-    if not is_first:
-        return None
-    for line in report.warnings():
-        logger.warning(line)
-    report.write(folder)
-    return report
-
-
-def _search(
-    trials: Trials,
-    judged: JudgedTrials,
-    candidates: list[LossCandidates],
-    tune: TuneSettings,
-    args: GVPOConfig,
-) -> JudgedReport:
-    budget = SampleBudget(*tune.answers(args.eval_samples))
-    judge_beta = tune.judge_beta or args.beta
-    trials.log(f"trials are judged by reward - {judge_beta:g} KL; {judged.evaluator.described()}")
-    beta = nearest(candidates[0].betas, judge_beta)
-    largest = largest_usable_rate(trials.range_test(beta, judged.steps))
-    trials.log(f"the largest usable learning rate is about {largest:g}")
-    found = propose_judged(
-        judged.trial,
-        judged.judge,
-        untouched=judged.untouched,
-        losses=candidates,
-        largest_rate=largest,
-        judge_beta=judge_beta,
-        budget=budget,
-        release=judged.release,
-    )
-    return _report(found, judged, candidates, args, largest)
-
-
-def _report(
-    found: JudgedProposal,
-    judged: JudgedTrials,
-    candidates: list[LossCandidates],
-    args: GVPOConfig,
-    largest: float,
-) -> JudgedReport:
-    searched = {"learning_rate"}
-    searched |= {"loss_type"} if len(candidates) > 1 else set()
-    searched |= {"imitation"} if any(len(own.imitations) > 1 for own in candidates) else set()
-    searched |= {"beta"} if any(len(own.betas) > 1 for own in candidates) else set()
-    run = {
-        "loss_type": args.loss_type,
-        "imitation": args.imitation,
-        "beta": args.beta,
-        "learning_rate": args.learning_rate,
-    }
-    best = found.best.settings
-    assert best is not None
-    beaten = found.chosen is found.untouched
-    sums = tuple(
-        judged.sums(judged.handle(trial.settings), trial.samples) if trial.samples else None
-        for trial in found.trials
-    )
-    return JudgedReport(
-        proposal=found,
-        written=written_settings(best, searched, run),
-        sums=sums,
-        largest_rate=largest,
-        steps=judged.steps,
-        prompts=len(judged.evaluator.prompts),
-        sampling=judged.evaluator.described(),
-        file=None if beaten else judged.trials.folder / "proposed.yaml",
-    )
+    return _JudgedSearch(trials, judged, candidates, tune, args)
 
 
 def _candidates(tune: TuneSettings, args: GVPOConfig, imitation: float) -> list[LossCandidates]:
@@ -187,6 +199,16 @@ def _check_reward(args: GVPOConfig) -> None:
             received="judge: sample without eval_reward",
             remedy="set eval_reward to the YAML file that `gvpo-offline reward` was run with; "
             "without a reward for new answers use judge: log",
+        )
+
+
+def _check_temperature(tune: TuneSettings, args: GVPOConfig) -> None:
+    most = tune.answers(args.eval_samples)[1]
+    if args.eval_temperature == 0 and most > 1:
+        raise ConfigError(
+            "at temperature 0 all answers to a prompt are the same",
+            received=f"up to {most} answers per prompt with eval_temperature: 0",
+            remedy="set judge_samples: [1, 1], or a temperature",
         )
 
 

@@ -13,7 +13,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,14 @@ from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import load_file, save_file
 
 from gvpo_offline.collectives import broadcast_from_rank0
-from gvpo_offline.compute.model import autocast_dtype
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
-from gvpo_offline.sampled_eval.policy import SampledPolicy
+from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.store.commit import create_only, storage_errors
-from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers
 from gvpo_offline.tune.judged import TrialSettings
-from gvpo_offline.tune.racing import MeanOverPrompts, PromptEstimates
+from gvpo_offline.tune.racing import PromptEstimates
 from gvpo_offline.tune.trials import Trials, TrialTrainer, stays_finite
 
 logger = logging.getLogger(__name__)
@@ -77,27 +75,6 @@ class JudgedTrainer(TrialTrainer):
     def _bare(self) -> torch.nn.Module:
         bare: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return bare
-
-
-def sampled_policy(trainer: GVPOTrainer, *, unsharded: bool = False) -> SampledPolicy:
-    """The policy of a trainer, as `SampledEvaluator` takes it.
-
-    Args:
-        trainer: the trainer.
-        unsharded: take it as it is before training starts, when FSDP2 has not sharded it.
-
-    Raises:
-        ConfigError: FSDP2 will shard it, and has not.
-    """
-    if not unsharded:
-        trainer.check_can_evaluate()
-    args = trainer.args
-    return SampledPolicy(
-        trainer.model,
-        replace(trainer.engine, on_entropy=None),
-        autocast_dtype(bf16=args.bf16, fp16=args.fp16),
-        in_lockstep=trainer.is_sharded and not unsharded,
-    )
 
 
 @dataclass(frozen=True)
@@ -267,14 +244,15 @@ class JudgedTrials:
 
     def _draw(self, handle: PolicyOfTrial, trainer: JudgedTrainer, numbers: range) -> None:
         """Draw answers of the policy of a trainer, and write their sums."""
-        found = self.evaluator.evaluate(sampled_policy(trainer), numbers)
+        trainer.check_can_evaluate()
+        found = self.evaluator.evaluate(trainer.sampled_policy(), numbers)
         sums = AnswerSums.of(found)
         content = {"causes": dict(found.causes), "prompts": sums.plain()}
         self._write(handle, answers_name(handle.stem, numbers), content)
         so_far, number = self._answers(handle, numbers.stop)
         if so_far is not None:
             own = so_far.estimates()
-            reward, kl = MeanOverPrompts.of(own.rewards_P), MeanOverPrompts.of(own.kls_P)
+            reward, kl = Estimate.of(own.rewards_P), Estimate.of(own.kls_P)
             self.trials.log(
                 f"{described(handle.settings)}: reward {reward.mean:.4g} ± {reward.se:.2g}, KL "
                 f"{kl.mean:.4g} ± {kl.se:.2g} nats, from {number} answers per prompt"

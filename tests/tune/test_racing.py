@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.tune import PromptEstimates, SampleBudget
-from gvpo_offline.tune.racing import MeanOverPrompts, Race, difference
+from gvpo_offline.tune.racing import Race, difference, is_above
 
 PROMPTS = 50
 NOISE = 0.3  # deviation of one answer's reward
@@ -57,10 +58,10 @@ def test_the_error_of_a_paired_difference_is_without_the_difficulty_of_prompts()
     one, other = race.enter(better_P), race.enter(base_P)
     found = difference(one, other, 0.5)
     assert found is not None
-    assert (found.mean, found.prompts) == (2.0, 3)
+    assert (found.mean, found.n) == (2.0, 3)
     assert found.se == pytest.approx(1 / math.sqrt(3))
-    assert found.above(2)
-    assert not found.above(4)
+    assert is_above(found, 2)
+    assert not is_above(found, 4)
 
 
 def test_the_kl_is_charged_at_one_beta() -> None:
@@ -108,7 +109,7 @@ def test_the_cost_is_bounded_and_what_is_left_is_said(
         found = difference(best, own, 0.1)
         assert found is not None
         assert found.mean >= 0
-        if own is not best and not found.above(2):
+        if own is not best and not is_above(found, 2):
             assert own.samples == best.samples == most
 
 
@@ -212,5 +213,5 @@ def test_bad_budgets_and_estimates_are_refused() -> None:
     )
     with pytest.raises(DataError, match="at least 2"):
         alone.enter(1)
-    found = MeanOverPrompts.of(np.array([math.nan]))
-    assert (found.prompts, math.isnan(found.mean)) == (0, True)
+    found = Estimate.of(np.array([math.nan]))
+    assert (found.n, math.isnan(found.mean)) == (0, True)
