@@ -43,6 +43,13 @@ class SampledTrainer(PredictingTrainer):
             in_lockstep=isinstance(self.model, FSDPModule),
         )
 
+    def prepare_sampling(self) -> None:
+        """Make the evaluator if `eval_samples` is set; all ranks must call this; errors as
+        `sampled_evaluator`.
+        """
+        if self.args.eval_samples:
+            self.sampled_evaluator()
+
     def sampled_evaluator(self) -> SampledEvaluator:
         """The evaluator for the run's settings and held-out groups; made when first asked for.
 
