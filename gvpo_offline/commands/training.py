@@ -75,7 +75,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
-    say(json.dumps(report.metrics))
+    say(json.dumps(report.summary()))
 
 
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,41 @@ def markdown_table(answers: list[ShownAnswer]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def sampled_lines(result: SampledResult, beta: float, most: int = 3) -> list[str]:
+    """A result as lines of text: estimates with standard errors over prompts, and a few answers."""
+    metrics = result.metrics(beta)
+
+    def estimate(name: str) -> str:
+        return f"{metrics[name]:.5g} ± {metrics[f'{name}_se']:.2g}"
+
+    kl = f"no KL: {result.no_kl}"
+    if not result.no_kl:
+        kl = (
+            f"KL {estimate('sampled_kl')} nats, reward - {beta:g} KL "
+            f"{estimate('sampled_objective')}"
+        )
+    cut = 100 * metrics["sampled_truncated"]
+    lines = [
+        f"{result.n_answers:,} fresh answers to {len(result.prompts):,} prompts:",
+        f"  reward {estimate('sampled_reward')}, {kl}",
+        f"  mean length {metrics['sampled_length']:.1f} tokens, {cut:.1f}% cut at the limit",
+        *failure_lines(result),
+    ]
+    return [*lines, *(f"  {each.line()}" for each in shown_answers(result, most))]
+
+
+def failure_lines(result: SampledResult, most: int = 3) -> list[str]:
+    """How many answers have no reward and why, the most frequent causes first; [] if all have."""
+    failed = sum(result.causes.values())
+    if not failed:
+        return []
+    causes = sorted(result.causes.items(), key=lambda item: -item[1])[:most]
+    shown = "; ".join(f"{n} x {visible(cause)}" for cause, n in causes)
+    return [
+        f"  {failed:,} of {result.n_answers:,} answers have no reward and are left out: {shown}"
+    ]
+
+
 def _short(text: str) -> str:
     text = visible(" ".join(text.split()))
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"

@@ -15,7 +15,7 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
 from gvpo_offline.sampled_eval.policy import SampledPolicy
 from gvpo_offline.sampled_eval.result import KL_METRICS, SampledResult
-from gvpo_offline.sampled_eval.shown import shown_answers
+from gvpo_offline.sampled_eval.shown import failure_lines, shown_answers
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.tables import log_table
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from gvpo_offline.compute.engine import Engine
 
 logger = logging.getLogger(__name__)
-_CAUSES_SHOWN = 3
 
 
 class SampledTrainer(PredictingTrainer):
@@ -42,6 +41,13 @@ class SampledTrainer(PredictingTrainer):
             autocast_dtype(bf16=self.args.bf16, fp16=self.args.fp16),
             in_lockstep=isinstance(self.model, FSDPModule),
         )
+
+    def prepare_sampling(self) -> None:
+        """Make the evaluator if `eval_samples` is set; all ranks must call this; errors as
+        `sampled_evaluator`.
+        """
+        if self.args.eval_samples:
+            self.sampled_evaluator()
 
     def sampled_evaluator(self) -> SampledEvaluator:
         """The evaluator for the run's settings and held-out groups; made when first asked for.
@@ -119,14 +125,6 @@ class SampledTrainer(PredictingTrainer):
         step = self.state.global_step
         for each in shown_answers(result):
             logger.info("step %d, sampled answer: %s", step, each.line())
-        failed = sum(result.causes.values())
-        if failed:
-            causes = sorted(result.causes.items(), key=lambda item: -item[1])[:_CAUSES_SHOWN]
-            logger.warning(
-                "step %d: %d of %d sampled answers have no reward and are left out: %s",
-                step,
-                failed,
-                result.n_answers,
-                "; ".join(f"{n} x {cause}" for cause, n in causes),
-            )
+        for line in failure_lines(result):
+            logger.warning("step %d: %s", step, line.strip())
         log_table(self.callback_handler.callbacks, shown_answers(result, most=16), step)

@@ -157,8 +157,7 @@ class GVPOTrainer(SampledTrainer):
         )
         self.policy = self.policy.with_path(self.engine.path)
         steps.cost = self.engine.cost
-        if args.eval_samples:
-            self.sampled_evaluator()
+        self.prepare_sampling()
 
     def _own_callbacks(self, args: GVPOConfig) -> list[TrainerCallback]:
         if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
@@ -194,6 +193,7 @@ class GVPOTrainer(SampledTrainer):
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
         self._best.resumed_from = checkpoint
         self.preflight()
+        self.prepare_sampling()
         raise_together(lambda: check_savable(self.model, self.processing_class, self.args))
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()

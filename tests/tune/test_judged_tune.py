@@ -12,7 +12,6 @@ from support.rounding import ADAM_EPSILON
 from support.training import scored_dataset
 from tune.test_tune import N_GROUPS, STEPS, run, starting_well
 
-from gvpo_offline import cli
 from gvpo_offline.store.dataset import GroupDataset
 
 SCORE = """

@@ -1,0 +1,147 @@
+"""Settings of `tune` with `judge: sample`, its candidates, and what is refused before trials."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.training import scored_dataset
+from tune.test_tune import N_GROUPS, starting_well
+
+from gvpo_offline import cli
+from gvpo_offline.commands.judged_report import written_settings
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.tune import LossCandidates, TrialSettings
+from gvpo_offline.tune.candidates import loss_candidates
+from gvpo_offline.tune.settings import TuneSettings
+
+EXACT = {"scorers": {"right": {"kind": "exact", "column": "level"}}}
+
+
+def sampling(**changes: Any) -> TuneSettings:
+    return TuneSettings(judge="sample", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge": "guess"}, "judge is log or sample"),
+        ({"losses": ["gvpo"]}, "a log cannot choose between losses"),
+        ({"imitations": [0.0]}, "imitations needs judge: sample"),
+        ({"judge_beta": 0.1}, "judge_beta needs judge: sample"),
+        ({"judge_samples": [8, 64]}, "judge_samples needs judge: sample"),
+        ({"judge": "sample", "losses": ["gvpo", "ppo"]}, "each of losses is one of gvpo, .* ppo"),
+        ({"judge": "sample", "losses": ["rft", "rft"]}, "losses are all different"),
+        ({"judge": "sample", "imitations": [0.0, -1.0]}, "imitations is a finite number of at"),
+        ({"judge": "sample", "imitations": [math.inf]}, "imitations is a finite number of at"),
+        ({"judge": "sample", "judge_beta": 0.0}, "judge_beta is a positive number"),
+        ({"judge": "sample", "judge_samples": [8]}, "the fewest and the most answers"),
+        ({"judge": "sample", "judge_samples": [8, 4]}, "1 <= fewest <= most"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TuneSettings(**changes)
+
+
+def test_the_answers_follow_from_the_evaluations_of_the_run() -> None:
+    assert sampling().answers(0) == (8, 64)
+    assert sampling().answers(4) == (4, 32)
+    assert sampling(judge_samples=[2, 6]).answers(4) == (2, 6)
+
+
+def test_each_loss_has_the_candidates_that_it_uses() -> None:
+    """rft uses neither imitation nor beta: it gets 0, and the beta nearest to 0.2 in logarithms
+    (0.4 is at log 2 from it, 0.05 at log 4). Without lists the run's own settings are taken.
+    """
+    run: dict[str, Any] = {"loss_type": "gvpo", "imitation": 0.3, "beta": 0.2}
+    assert loss_candidates(sampling(), **run) == [LossCandidates("gvpo", (0.3,), (0.2,))]
+    found = loss_candidates(
+        sampling(losses=["rft", "ipo", "dpo"], imitations=[0.0, 1.0], betas=[0.05, 0.4]), **run
+    )
+    assert found == [
+        LossCandidates("rft", (0.0,), (0.4,)),
+        LossCandidates("ipo", (0.0, 1.0), (0.05, 0.4)),
+        LossCandidates("dpo", (0.0,), (0.05, 0.4)),
+    ]
+    with pytest.raises(ConfigError, match="losses of squares"):
+        loss_candidates(sampling(losses=["rft"], imitations=[1.0]), **run)
+
+
+def test_the_proposal_sets_what_was_searched_or_differs() -> None:
+    """rft under a run with imitation must set it to 0, or `train` would refuse it."""
+    run = {"loss_type": "gvpo", "imitation": 0.3, "beta": 0.2, "learning_rate": 1e-6}
+    assert written_settings(TrialSettings("gvpo", 0.3, 0.2, 1e-6), {"learning_rate"}, run) == {
+        "learning_rate": 1e-6
+    }
+    assert written_settings(
+        TrialSettings("rft", 0.0, 0.2, 1e-4), {"learning_rate", "loss_type"}, run
+    ) == {"loss_type": "rft", "imitation": 0.0, "learning_rate": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
+    groups = [starting_well(number) for number in range(N_GROUPS)]
+    return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_reward": None, "eval_samples": 0}, "eval_reward says how"),
+        ({"eval_fraction": 0.0}, "tune evaluates trials on held-out groups"),
+        ({"eval_temperature": 0.0, "eval_samples": 1}, "at temperature 0 all answers"),
+        ({"losses": ["gvpo", "rft"], "anchor": 0.5}, "only loss_type gvpo has an anchor"),
+        ({"losses": ["rft"], "imitations": [1.0]}, "losses of squares"),
+        ({"losses": ["gvpo", "topr"]}, "topr"),
+        ({"eval_reward": {"scorers": {"a": {"kind": "votes", "inputs": "x"}}}}, "kind"),
+        ({"eval_max_new_tokens": 5000}, "fit into the model's context"),
+        ({"no_reference": True}, "no KL: the reference .* cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_the_first_trial(
+    changes: dict[str, Any],
+    message: str,
+    dataset: GroupDataset,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one line that names the rule."""
+    settings = {
+        "model_name_or_path": tiny_model_dir,
+        "dataset": dataset.root,
+        "output_dir": tmp_path / "run",
+        "eval_fraction": 0.25,
+        "groups_per_step": 8,
+        "max_steps": 20,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "judge": "sample",
+        "eval_samples": 2,
+        "eval_reward": EXACT,
+        **changes,
+    }
+    if settings.pop("no_reference", False):
+        moved = tmp_path / "model"
+        moved.mkdir()
+        for path in tiny_model_dir.iterdir():
+            (moved / path.name).write_bytes(path.read_bytes())
+        groups = [starting_well(number) for number in range(16)]
+        settings["dataset"] = scored_dataset(tmp_path / "data", moved, groups=groups).root
+        for path in moved.iterdir():
+            path.unlink()
+        moved.rmdir()
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(settings, default=str))
+    capsys.readouterr()
+    assert cli.main(["tune", "--config", str(config)]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+    assert not (tmp_path / "run" / "tune").exists()
