@@ -10,14 +10,13 @@ from typing import Any
 
 from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.tune.answers import AnswerSums
-from gvpo_offline.tune.judged import JudgedProposal, JudgedTrial, TrialSettings
+from gvpo_offline.tune.judged import JudgedProposal, JudgedTrial
 from gvpo_offline.tune.policies import described
 from gvpo_offline.tune.racing import is_above
 
 # Two trials are told apart if their paired difference is above this many standard errors.
 _DISTINGUISHED = 1.0
 _CUT = 0.1
-_NAMES = ("loss_type", "imitation", "beta", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -137,22 +136,8 @@ class JudgedReport:
             (folder / "proposed.yaml").unlink(missing_ok=True)
             return
         lines = ["# By gvpo-offline tune; `train` takes it after the run's own file."]
-        lines += [f"{name}: {value}" for name, value in self.written.items()]
+        lines += [f"{name}: {json.dumps(value)}" for name, value in self.written.items()]
         self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def written_settings(
-    chosen: TrialSettings, searched: set[str], run: dict[str, Any]
-) -> dict[str, Any]:
-    """The settings of a trial that were searched, or that differ from the run's.
-
-    Args:
-        chosen: the trial's settings.
-        searched: names of the settings that had several candidates.
-        run: the run's own settings.
-    """
-    own = {name: getattr(chosen, name) for name in _NAMES}
-    return {name: value for name, value in own.items() if name in searched or value != run[name]}
 
 
 def _row(trial: JudgedTrial, sums: AnswerSums | None, *, chosen: bool) -> str:

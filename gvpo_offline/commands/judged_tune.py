@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 
 from gvpo_offline.collectives import raise_together
-from gvpo_offline.commands.judged_report import JudgedReport, written_settings
+from gvpo_offline.commands.judged_report import JudgedReport
 from gvpo_offline.commands.train import TrainerInputs
 from gvpo_offline.commands.tune import (
     check_held_out,
@@ -32,7 +33,7 @@ from gvpo_offline.train.imitation import auto_imitation
 from gvpo_offline.train.preflight import surveys
 from gvpo_offline.train.settings import GVPOSettings, LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
-from gvpo_offline.tune.candidates import loss_candidates, nearest
+from gvpo_offline.tune.candidates import loss_candidates, nearest, settings_of_loss
 from gvpo_offline.tune.judged import JudgedProposal, LossCandidates, propose_judged
 from gvpo_offline.tune.policies import JudgedTrials
 from gvpo_offline.tune.racing import SampleBudget
@@ -144,10 +145,12 @@ class _JudgedSearch:
             "imitation": any(len(own.imitations) > 1 for own in self.candidates),
             "beta": any(len(own.betas) > 1 for own in self.candidates),
         }
-        run = {name: getattr(self.args, name) for name in several}
-        assert found.best.settings is not None
-        searched = {name for name, own in several.items() if own}
-        return written_settings(found.best.settings, searched, run)
+        best = found.best.settings
+        assert best is not None
+        run = {**self.args.settings(), "learning_rate": self.args.learning_rate}
+        own = {name: getattr(best, name) for name in several}
+        own |= settings_of_loss(best.loss_type, run)
+        return {n: v for n, v in own.items() if several.get(n) or v != run[n]}
 
 
 def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _JudgedSearch:
@@ -158,9 +161,9 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
     args = copy.copy(args)
     args.imitation = _imitation(run, args)
     candidates = _candidates(tune, args, args.imitation)
-    first = candidates[0]
-    short.imitation = run.args.imitation = sorted(first.imitations)[len(first.imitations) // 2]
-    check_unequal(_preflight(run, candidates), "training")
+    check_unequal(_preflight(run, candidates, args), "training")
+    first = sorted(candidates[0].imitations)
+    short.imitation = run.args.imitation = first[len(first) // 2]
     evaluator = raise_together(
         lambda: SampledEvaluator.prepare(
             args,
@@ -179,6 +182,7 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
         replace(trials, identity=_identity(run)),
         evaluator,
         _judge_identity(evaluator),
+        args.settings(),
         min(tune.tune_steps, run.args.max_steps),
         tune.answers(args.eval_samples)[0],
     )
@@ -219,6 +223,7 @@ def _check_candidates(tune: TuneSettings, args: GVPOConfig) -> None:
             for beta in own.betas:
                 given: dict[str, Any] = {
                     **args.settings(),
+                    **settings_of_loss(own.loss_type, args.settings()),
                     "loss_type": own.loss_type,
                     "imitation": imitation,
                     "beta": beta,
@@ -240,8 +245,15 @@ def _without_sampling(args: GVPOConfig, loss_type: str) -> GVPOConfig:
     """The settings with another loss, and without sampled evaluations while a trial trains."""
     args = copy.copy(args)
     args.eval_samples, args.eval_reward = 0, None
-    args.loss_type, args.imitation = loss_type, 0.0  # type: ignore[assignment]
+    _set_loss(args, loss_type, args.settings())
     return args
+
+
+def _set_loss(args: GVPOConfig, loss_type: str, run: Mapping[str, Any]) -> None:
+    """Set a loss without imitation, with those settings of the run that it has."""
+    for name, value in settings_of_loss(loss_type, run).items():
+        setattr(args, name, value)
+    args.loss_type, args.imitation = loss_type, 0.0  # type: ignore[assignment]
 
 
 def _imitation(run: GVPOTrainer, args: GVPOConfig) -> float:
@@ -251,15 +263,15 @@ def _imitation(run: GVPOTrainer, args: GVPOConfig) -> float:
     return auto_imitation(surveys(run.data.views))
 
 
-def _preflight(run: GVPOTrainer, candidates: list[LossCandidates]) -> Survey:
-    """Check data and reference for each loss; the survey of the training groups."""
-    found = []
-    for own in candidates:
-        run.args.loss_type = own.loss_type  # type: ignore[assignment]
-        found.append(summed(run.preflight(log_summary=False)))
+def _preflight(run: GVPOTrainer, candidates: list[LossCandidates], args: GVPOConfig) -> Survey:
+    """Check data and reference for each loss, the first one last; the training groups' survey."""
+    found = None
+    for own in reversed(candidates):
+        _set_loss(run.args, own.loss_type, args.settings())
+        found = summed(run.preflight(log_summary=False))
         run.args.verify = "size"  # the files have been verified
-    run.args.loss_type = candidates[0].loss_type  # type: ignore[assignment]
-    return found[0]
+    assert found is not None
+    return found
 
 
 # ---- identities ----
@@ -268,8 +280,7 @@ def _preflight(run: GVPOTrainer, candidates: list[LossCandidates]) -> Survey:
 def _identity(run: GVPOTrainer) -> dict[str, Any]:
     """A hash of what determines a trial's weights, apart from what is searched."""
     identity = run.identity()
-    for name in ("beta", "loss_type", "imitation"):
-        identity["objective"].pop(name, None)
+    del identity["objective"]
     del identity["optimization"]["learning_rate"]
     held_out = {
         name: [view.dataset.fingerprint, view.fingerprint]

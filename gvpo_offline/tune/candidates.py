@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import SQUARES
+from gvpo_offline.identity import defaults_of
+from gvpo_offline.settings import ANCHORED, LINKED, SQUARES
+from gvpo_offline.train.settings import GVPOSettings
 from gvpo_offline.tune.judged import LossCandidates
 from gvpo_offline.tune.settings import TuneSettings
 
 # The losses in which neither beta nor the reference occurs.
 WITHOUT_BETA = ("rft", "topr", "sft", "asymre")
+# Settings of the objective that not every loss has, with the losses that have them.
+_OF_LOSSES = {
+    "anchor": ("gvpo",),
+    "response_weights": ("gvpo",),
+    "link": LINKED,
+    "reference_sampler": ANCHORED,
+    "asymre_delta": ("asymre",),
+}
 
 
 def loss_candidates(
@@ -51,3 +62,17 @@ def loss_candidates(
 def nearest(betas: Sequence[float], judge_beta: float) -> float:
     """The beta nearest to `judge_beta`, in logarithms."""
     return min(betas, key=lambda own: abs(math.log(own / judge_beta)))
+
+
+def settings_of_loss(loss_type: str, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that not every loss has: their defaults where a loss has them not.
+
+    Args:
+        loss_type: name of the loss.
+        run: the settings of the run, by name.
+    """
+    defaults = defaults_of(GVPOSettings)
+    return {
+        name: run[name] if loss_type in losses else defaults[name]
+        for name, losses in _OF_LOSSES.items()
+    }

@@ -24,10 +24,13 @@ from safetensors.torch import load_file, save_file
 from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.identity import identity_settings
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
 from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.store.commit import create_only, storage_errors
+from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers
+from gvpo_offline.tune.candidates import settings_of_loss
 from gvpo_offline.tune.judged import TrialSettings
 from gvpo_offline.tune.racing import PromptEstimates
 from gvpo_offline.tune.trials import Trials, TrialTrainer, stays_finite
@@ -102,7 +105,8 @@ class JudgedTrials:
         trials: makes the trainers; its `identity` has all that the weights depend on besides the
             trial's settings and steps.
         evaluator: draws and scores answers.
-        judge: what the answers depend on besides the weights, as plain data.
+        judge_identity: what the answers depend on besides the weights, as plain data.
+        run: the settings of the run, by name, of which each loss takes those that it has.
         steps: optimizer steps of each trial.
         fewest: answers per prompt that are drawn while a trained policy is in memory.
     """
@@ -110,6 +114,7 @@ class JudgedTrials:
     trials: Trials
     evaluator: SampledEvaluator
     judge_identity: Mapping[str, Any]
+    run: Mapping[str, Any]
     steps: int
     fewest: int
 
@@ -178,7 +183,9 @@ class JudgedTrials:
         if settings is None:
             name = "untouched"
         else:
-            trained |= {"steps": self.steps, **vars(settings)}
+            objective = identity_settings(self._args(settings, Path()).objective())
+            rate = settings.learning_rate
+            trained |= {"steps": self.steps, "learning_rate": rate, "objective": objective}
             name = (
                 f"{settings.loss_type}-imitation-{settings.imitation:g}-beta-{settings.beta:g}"
                 f"-rate-{settings.learning_rate:g}"
@@ -220,9 +227,7 @@ class JudgedTrials:
         if broadcast_from_rank0(weights.exists):
             self._draw(handle, self._untrained(scratch, weights), numbers)
             return
-        args = self.trials.short_args(scratch, own.beta, own.learning_rate, self.steps)
-        args.loss_type, args.imitation = own.loss_type, own.imitation  # type: ignore[assignment]
-        trainer: JudgedTrainer = self.trials.trainer(args, JudgedTrainer)
+        trainer: JudgedTrainer = self.trials.trainer(self._args(own, scratch), JudgedTrainer)
         drawn: list[None] = []
         if stays_finite(trainer.train) and stays_finite(
             lambda: drawn.append(self._draw(handle, trainer, numbers))
@@ -230,6 +235,14 @@ class JudgedTrials:
             self._keep(handle, trainer)
         else:
             self._write(handle, self._diverged(handle).name, {"diverged": True})
+
+    def _args(self, own: TrialSettings, scratch: Path) -> GVPOConfig:
+        """The settings of a trial's training."""
+        args = self.trials.short_args(scratch, own.beta, own.learning_rate, self.steps)
+        for name, value in settings_of_loss(own.loss_type, self.run).items():
+            setattr(args, name, value)
+        args.loss_type, args.imitation = own.loss_type, own.imitation  # type: ignore[assignment]
+        return args
 
     def _untrained(self, scratch: Path, weights: Path | None) -> JudgedTrainer:
         """A trainer with the initial weights, or with those of a file."""

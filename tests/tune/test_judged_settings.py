@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from support.training import scored_dataset
 from tune.test_tune import N_GROUPS, starting_well
 
 from gvpo_offline import cli
-from gvpo_offline.commands.judged_report import written_settings
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.settings import LossType
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.tune import LossCandidates, TrialSettings
-from gvpo_offline.tune.candidates import loss_candidates
+from gvpo_offline.train.settings import GVPOSettings
+from gvpo_offline.tune import LossCandidates
+from gvpo_offline.tune.candidates import loss_candidates, settings_of_loss
 from gvpo_offline.tune.settings import TuneSettings
 
 EXACT = {"scorers": {"right": {"kind": "exact", "column": "level"}}}
@@ -73,15 +75,17 @@ def test_each_loss_has_the_candidates_that_it_uses() -> None:
         loss_candidates(sampling(losses=["rft"], imitations=[1.0]), **run)
 
 
-def test_the_proposal_sets_what_was_searched_or_differs() -> None:
-    """rft under a run with imitation must set it to 0, or `train` would refuse it."""
-    run = {"loss_type": "gvpo", "imitation": 0.3, "beta": 0.2, "learning_rate": 1e-6}
-    assert written_settings(TrialSettings("gvpo", 0.3, 0.2, 1e-6), {"learning_rate"}, run) == {
-        "learning_rate": 1e-6
-    }
-    assert written_settings(
-        TrialSettings("rft", 0.0, 0.2, 1e-4), {"learning_rate", "loss_type"}, run
-    ) == {"loss_type": "rft", "imitation": 0.0, "learning_rate": 1e-4}
+def test_each_loss_takes_those_settings_of_the_run_that_it_has() -> None:
+    """A run of gvpo with an anchor and a link of chi-squared: dpo has the link alone, rft none."""
+    run = {**asdict(GVPOSettings(anchor=0.25, link="chi_squared")), "learning_rate": 1e-6}
+    defaults = settings_of_loss("rft", run)
+    assert (defaults["anchor"], defaults["link"], defaults["asymre_delta"]) == (0.0, "log", -0.1)
+    assert settings_of_loss("gvpo", run) == {**defaults, "anchor": 0.25, "link": "chi_squared"}
+    assert settings_of_loss("dpo", run) == {**defaults, "link": "chi_squared"}
+    for loss in get_args(LossType):
+        if loss != "qrpo":  # which needs a reference sampler
+            own = {**settings_of_loss(loss, run), "loss_type": loss}
+            GVPOSettings(**{**asdict(GVPOSettings()), **own})
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
         ({"eval_reward": None, "eval_samples": 0}, "eval_reward says how"),
         ({"eval_fraction": 0.0}, "tune evaluates trials on held-out groups"),
         ({"eval_temperature": 0.0, "eval_samples": 1}, "at temperature 0 all answers"),
-        ({"losses": ["gvpo", "rft"], "anchor": 0.5}, "only loss_type gvpo has an anchor"),
+        ({"losses": ["gvpo", "qrpo"]}, "qrpo compares rewards"),
         ({"losses": ["rft"], "imitations": [1.0]}, "losses of squares"),
         ({"losses": ["gvpo", "topr"]}, "topr"),
         ({"eval_reward": {"scorers": {"a": {"kind": "votes", "inputs": "x"}}}}, "kind"),
