@@ -21,7 +21,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import load_file, save_file
 
-from gvpo_offline.collectives import broadcast_from_rank0
+from gvpo_offline.collectives import broadcast_from_rank0, gather_results
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
@@ -57,7 +57,7 @@ class JudgedTrainer(TrialTrainer):
         }
 
     def load_parameters(self, path: Path) -> None:
-        """Take over the parameters in a file of `trained_parameters`; every rank must call this.
+        """Take over the parameters in a file of `trained_parameters`; every rank must do so.
 
         Raises:
             ConfigError: the file is of another model.
@@ -224,7 +224,7 @@ class JudgedTrials:
         if own is None:
             self._draw(handle, self._untrained(scratch, None), numbers)
             return
-        if broadcast_from_rank0(weights.exists):
+        if all(gather_results(weights.exists)):  # each rank reads the file, on its own machine
             self._draw(handle, self._untrained(scratch, weights), numbers)
             return
         trainer: JudgedTrainer = self.trials.trainer(self._args(own, scratch), JudgedTrainer)
