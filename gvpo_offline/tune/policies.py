@@ -9,6 +9,7 @@ file is missing, the policy is trained again, which gives the same weights on th
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import tempfile
@@ -228,10 +229,8 @@ class JudgedTrials:
             self._draw(handle, self._untrained(scratch, weights), numbers)
             return
         trainer: JudgedTrainer = self.trials.trainer(self._args(own, scratch), JudgedTrainer)
-        drawn: list[None] = []
-        if stays_finite(trainer.train) and stays_finite(
-            lambda: drawn.append(self._draw(handle, trainer, numbers))
-        ):
+        draw = functools.partial(self._draw, handle, trainer, numbers)
+        if stays_finite(trainer.train) and stays_finite(draw):
             self._keep(handle, trainer)
         else:
             self._write(handle, self._diverged(handle).name, {"diverged": True})
