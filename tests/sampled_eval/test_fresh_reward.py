@@ -99,6 +99,21 @@ def test_a_judge_is_asked_at_once_and_nothing_is_stored(root: Path, served: Judg
     assert shown_numbers(served.bodies[-1]["messages"][-1]["content"]) == [4]
 
 
+def test_a_judge_that_does_not_answer_is_said_before_training(
+    tmp_path: Path, served: JudgeServer
+) -> None:
+    """One answer to three requests is enough: single failures are counted later."""
+    root = answered_dataset(tmp_path / "data", 4, reward="reward")
+    prompts = read_prompts([DatasetView(open_dataset(root, join=("reward",)))])
+    best = [own.logged.responses[0] for own in prompts]
+    served.fault = lambda question, times: None if best[2] in question else "prose"
+    fresh({"helpful": judge(served)}).check(prompts)
+    served.fault = lambda question, times: "prose"
+    with pytest.raises(DataError, match="the judge answers a request about a logged") as error:
+        fresh({"helpful": judge(served)}).check(prompts)
+    assert error.value.group == "group-00000"
+
+
 # ---- answers without a reward ----
 
 FAILING = """

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from support.builders import build_dataset, make_groups
 from support.sampled_answers import GROUPS, word_dataset, word_group
 
+from gvpo_offline import cli
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
 from gvpo_offline.sampled_eval.prompts import fresh_input, read_prompts
@@ -139,3 +141,15 @@ def test_settings_that_are_right() -> None:
     check_sampled_settings(
         SampledEvalSettings(eval_samples=1, eval_reward=REWARD, eval_temperature=0)
     )
+
+
+def test_the_reward_may_be_in_the_file_of_the_run(tmp_path: Path) -> None:
+    """As the path of a file, or as its content; texts within it are not read as YAML again."""
+    scorers = {"a": {"kind": "exact", "column": "answer", "pattern": "#### (.*)"}}
+    path = tmp_path / "train.yaml"
+    run = {"model_name_or_path": "model", "dataset": "data", "eval_samples": 4}
+    for given in ({"scorers": scorers, "missing": 0.5}, "reward.yaml"):
+        path.write_text(yaml.safe_dump({**run, "eval_reward": given}))
+        values = cli._parse("train", cli.COMMANDS["train"], ["--config", str(path)])
+        assert values["eval_reward"] == given
+        assert values["eval_samples"] == 4
