@@ -17,6 +17,8 @@ from gvpo_offline.tune.racing import is_above
 # Two trials are told apart if their paired difference is above this many standard errors.
 _DISTINGUISHED = 1.0
 _CUT = 0.1
+# With fewer prompts a standard error is itself uncertain by more than 1 / sqrt(2 * 20) = 16%.
+_FEW_PROMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,11 @@ class JudgedReport:
             lines.append(
                 f"{failed:,} sampled answers could not be scored and are in no mean reward; the "
                 "causes are in the files in trials/"
+            )
+        if self.prompts < _FEW_PROMPTS:
+            lines.append(
+                f"the standard errors over {self.prompts} held-out prompts are rough: hold out "
+                "more (eval_fraction, eval_prompts)"
             )
         cut = [own.truncated_share for own in self.sums if own is not None]
         if cut and max(cut) > _CUT:

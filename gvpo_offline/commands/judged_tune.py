@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
+from transformers.trainer_utils import IntervalStrategy
 
 from gvpo_offline.collectives import raise_together
 from gvpo_offline.commands.judged_report import JudgedReport
@@ -24,7 +25,8 @@ from gvpo_offline.commands.tune import (
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
-from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
+from gvpo_offline.sampled_eval.evaluator import SampledEvaluator, check_decodable
+from gvpo_offline.sampled_eval.policy import SampledPolicy
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
 from gvpo_offline.train.checkpoint import TUNE_FOLDER
@@ -164,6 +166,7 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
     check_unequal(_preflight(run, candidates, args), "training")
     first = sorted(candidates[0].imitations)
     short.imitation = run.args.imitation = first[len(first) // 2]
+    raise_together(lambda: check_can_answer(run.sampled_policy()))
     evaluator = raise_together(
         lambda: SampledEvaluator.prepare(
             args,
@@ -231,6 +234,16 @@ def _check_candidates(tune: TuneSettings, args: GVPOConfig) -> None:
                 GVPOSettings(**given)
 
 
+def check_can_answer(policy: SampledPolicy) -> None:
+    """Raise ConfigError unless the decoder in this process can run the policy."""
+    try:
+        check_decodable(policy)
+    except ConfigError as error:
+        raise error.replaced(
+            remedy="set judge: log, which compares trials by logged responses"
+        ) from error.__cause__
+
+
 def _check_kl(evaluator: SampledEvaluator) -> None:
     if evaluator.reference.unavailable:
         raise ConfigError(
@@ -242,9 +255,10 @@ def _check_kl(evaluator: SampledEvaluator) -> None:
 
 
 def _without_sampling(args: GVPOConfig, loss_type: str) -> GVPOConfig:
-    """The settings with another loss, and without sampled evaluations while a trial trains."""
+    """The settings with another loss, and without evaluations while a trial trains."""
     args = copy.copy(args)
     args.eval_samples, args.eval_reward = 0, None
+    args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     _set_loss(args, loss_type, args.settings())
     return args
 

@@ -208,6 +208,7 @@ class Trials:
         args.logging_first_step = False
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
+        args.eval_samples, args.eval_reward = 0, None
         args.report_to, args.push_to_hub = [], False
         args.resume_from_checkpoint = None
         return args

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from support.hybrid_models import REFUSED, hybrid_model
+from support.sampled_answers import policy_of
 from support.training import scored_dataset
 from tune.test_tune import N_GROUPS, starting_well
 
 from gvpo_offline import cli
+from gvpo_offline.commands.judged_tune import check_can_answer
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.settings import LossType
 from gvpo_offline.store.dataset import GroupDataset
@@ -149,3 +152,10 @@ def test_what_cannot_be_judged_is_refused_before_the_first_trial(
     assert len(errors) == 1
     assert re.search(message, errors[0]), errors[0]
     assert not (tmp_path / "run" / "tune").exists()
+
+
+def test_a_model_that_the_decoder_cannot_run_is_refused() -> None:
+    """A hybrid whose logits after padding differ from those of the whole text."""
+    policy = policy_of(hybrid_model(sorted(REFUSED)[0]))
+    with pytest.raises(ConfigError, match=r"from its cache, in a padded batch.*judge: log"):
+        check_can_answer(policy)

@@ -80,7 +80,14 @@ def test_the_proposal_trains_and_an_interrupted_search_continues(
     policies that are trained again since their weights were removed: the same numbers follow.
     """
     out, config, train = tmp_path / "run", tmp_path / "tune.yaml", tmp_path / "train.yaml"
-    settings = settings_of(dataset, reward, tiny_model_dir, out)
+    settings = settings_of(
+        dataset,
+        reward,
+        tiny_model_dir,
+        out,
+        eval_strategy="epoch",
+        metric_for_best_model="sampled_objective",
+    )
     mine = tuned(
         settings, losses=["gvpo", "rft"], imitations=[1.0], judge_beta=0.02, judge_samples=[2, 4]
     )
@@ -109,7 +116,11 @@ def test_the_proposal_trains_and_an_interrupted_search_continues(
     assert not (out / "tune" / "policies").exists()
 
     before = files_of(out)
-    later = next(path for path in before if path.name.endswith("answers-2-4.json"))
+    later = next(
+        path
+        for path in before
+        if path.name.endswith("answers-2-4.json") and "untouched" not in path.name
+    )
     whole = next(path for path in before if "judged-rft" in path.name)
     lost = {later, *(path for path in before if path.name[:45] == whole.name[:45])}
     for path in lost:
