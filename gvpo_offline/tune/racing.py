@@ -161,11 +161,12 @@ class Race(Generic[Handle]):
     def better(self, among: Sequence[Contender[Handle]]) -> Contender[Handle]:
         """The best of some trials, for a decision of the search.
 
-        Trials that are `CLOSE` to the best get up to twice the fewest answers before. If even the
-        best of them is beaten by a trial of the race, none gets more.
+        Trials that are `CLOSE` to the best get up to twice the fewest answers before, except those
+        that a trial of the race beats. If the best of them is beaten, none gets more.
         """
         leader = self.best(among)
         close = [own for own in among if own is not leader and not self._behind(own, leader, CLOSE)]
+        close = [own for own in close if not self._beaten(own)]
         if close and not self._beaten(leader):
             for own in (leader, *close):
                 self._sample(own, min(2 * self._budget.fewest, self._budget.most))

@@ -156,6 +156,21 @@ def test_a_decision_of_the_search_doubles_the_answers_of_close_trials_only() -> 
     assert policies.asked == {0: 4, 1: 4, 2: 4}
 
 
+def test_a_released_trial_is_not_asked_again_for_a_decision_between_others() -> None:
+    """The prompts of the first 4 answers put the trials at 0.5, 0.4 and 0.35. The second is close to
+    the first; the third is close to the second, and the first beats it. A decision between the last
+    two spends no answers on it.
+    """
+    policies = Policies([0.5, 0.4, 0.35])
+    policies.noise[:] = 0
+    policies.noise[1] = np.where(np.arange(PROMPTS) % 2, 0.4, -0.4)  # difference: 0.1, se 0.057
+    policies.noise[2] = np.where(np.arange(PROMPTS) % 4 < 2, 0.4, -0.4)  # 0.05, se 0.081; 0.15
+    race = policies.race(SampleBudget(4, 64))
+    assert policies.released == [2]
+    race.better(race.contenders[1:])
+    assert policies.asked == {0: 4, 1: 4, 2: 4}
+
+
 def test_a_beaten_trial_comes_back_if_the_best_was_lucky() -> None:
     """After 4 answers the first and the third policy look better by 1 than they are after 8. The
     second, which was released, then leads with 0.6 against 0.58, and both get all answers.
