@@ -26,6 +26,7 @@ _logger = logging.getLogger(__name__)
 SEAL_NAME = "gvpo_checkpoint.json"
 RUN_FILE = "gvpo_run.json"
 METRICS_FILE = "metrics.jsonl"
+SAMPLED = "sampled_eval"  # its key for how the run samples answers
 _MARKER_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"

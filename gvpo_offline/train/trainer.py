@@ -54,9 +54,9 @@ from gvpo_offline.train.loss_inputs import check_loss_inputs, check_samplers
 from gvpo_offline.train.metrics_file import MetricsFileCallback
 from gvpo_offline.train.noise import NoiseFloor, find_noise
 from gvpo_offline.train.objective import StepMeter
-from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import check_data, verify
 from gvpo_offline.train.reference_check import ReferenceMeter, starts_as_reference
+from gvpo_offline.train.sampled import SampledTrainer
 from gvpo_offline.train.saving import check_savable, mend_generation_config
 from gvpo_offline.train.schedule import WARMUP_RULE, ZERO
 
@@ -67,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 
 @answers_unknown_arguments(TRAINER_NAMES, {"a setting: pass it to GVPOConfig": GVPOConfig})
-class GVPOTrainer(PredictingTrainer):
+class GVPOTrainer(SampledTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -154,6 +154,7 @@ class GVPOTrainer(PredictingTrainer):
         )
         self.policy = self.policy.with_path(self.engine.path)
         steps.cost = self.engine.cost
+        self.prepare_sampling()
 
     def _own_callbacks(self, args: GVPOConfig) -> list[TrainerCallback]:
         if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
@@ -191,6 +192,7 @@ class GVPOTrainer(PredictingTrainer):
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
         self._best.resumed_from = checkpoint
         self.preflight()
+        self.prepare_sampling()
         raise_together(lambda: check_savable(self.model, self.processing_class, self.args))
         noise = find_noise(
             *(self.model, self.engine, self.policy, self.data.reference, self.train_dataset),
@@ -361,6 +363,8 @@ class GVPOTrainer(PredictingTrainer):
             found = held_out_metrics(self.model, quiet, held_out, self.args, self.accelerator)
             for key, value in found.items():
                 metrics[f"{prefix}_{key}"] = value
+        if eval_dataset is None:
+            metrics |= self.sampled_metrics(metric_key_prefix)
         self._memory_tracker.stop_and_update_metrics(metrics)
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
