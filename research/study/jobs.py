@@ -149,12 +149,14 @@ def _row(job: Job, outcome: Row, alpha: float, started: float) -> Row:
 def objective_of(job: Job, groups: Sequence[Group]) -> Objective:
     """The objective of a run on training groups."""
     alpha = job.imitation
+    if isinstance(alpha, str):
+        alpha = auto_imitation_of_groups(groups)
     return Objective(
         job.beta * job.rounds,
         job.loss,
         job.anchor,
         job.weights,
-        imitation=auto_imitation_of_groups(groups) if alpha == "auto" else alpha,
+        imitation=alpha,
         imitation_of=job.imitation_of,
         imitation_weights=job.imitation_weights,
         imitation_without=job.imitation_without,

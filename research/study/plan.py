@@ -80,7 +80,7 @@ Labelled = tuple[str, str, Job]
 
 def job_of(task: str, label: str, **changes: Any) -> Job:
     """The run of a label of a table of losses on a task."""
-    given = {"task": task, "loss": label, "rate": 0.0, "seed": SEED}
+    given: dict[str, Any] = {"task": task, "loss": label, "rate": 0.0, "seed": SEED}
     return Job(**given | SETTINGS.get(label, {}) | changes)
 
 
