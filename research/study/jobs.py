@@ -23,7 +23,7 @@ from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.train.imitation import ALPHA_OF_ALL_WRONG
+from gvpo_offline.train.imitation import alpha_of
 from gvpo_offline.train.objective import Objective
 
 BETA = 0.1
@@ -43,8 +43,8 @@ class Job:
         beta: beta of the loss and of reward - beta KL. With several rounds each round trains with
             beta * rounds, which leaves the optimum of the run unchanged.
         mix: number of responses to a prompt, by sampler.
-        imitation, imitation_of, imitation_weights, imitation_without, link: as the settings of
-            training; imitation may be "auto".
+        imitation, imitation_of, imitation_weights, imitation_without, link, reference_sampler: as
+            the settings of training; imitation may be "auto".
         steps: optimizer steps.
         rounds: number of rounds of equal length, each with its own reference.
         warm_rate: above 0, training starts from the policy after a run of rft with this rate.
@@ -64,6 +64,7 @@ class Job:
     imitation_weights: str = "equal"
     imitation_without: list[str] = field(default_factory=list)
     link: str = "log"
+    reference_sampler: str = ""
     steps: int = STEPS
     rounds: int = 1
     warm_rate: float = 0.0
@@ -161,14 +162,17 @@ def objective_of(job: Job, groups: Sequence[Group]) -> Objective:
         imitation_weights=job.imitation_weights,
         imitation_without=job.imitation_without,
         link=job.link,
+        reference_sampler=job.reference_sampler,
     )
 
 
 def auto_imitation_of_groups(groups: Sequence[Group]) -> float:
     """The number that the setting `imitation: auto` stands for, of groups in memory."""
-    lowest = min(float(group.rewards.min()) for group in groups if group.rewards is not None)
-    wrong = [group.rewards is not None and float(group.rewards.max()) == lowest for group in groups]
-    return ALPHA_OF_ALL_WRONG * sum(wrong) / len(wrong)
+    rewards = [group.rewards for group in groups if group.rewards is not None]
+    unequal = [own for own in rewards if np.ptp(own)]
+    best = sum(int((own == own.max()).sum()) for own in unequal)
+    gap = float(np.median([np.ptp(own) for own in unequal])) if unequal else math.nan
+    return alpha_of(best, sum(map(len, rewards)), gap)
 
 
 def _unequal(group: Group) -> bool:

@@ -20,7 +20,7 @@ MODELS_ONLY = {"older": 3, "other": 2, "hot": 2}
 OWN = {"policy": 7}
 ALPHAS = (0.3, 1.0, 3.0, 10.0)
 # What the comparisons of main interest are, with all seeds; others have `FEW`.
-MAIN = ("gvpo", "recommended", "rft", "gvpo + 0.3", "gvpo + 1")
+MAIN = ("gvpo", "recommended", "rft")
 # Where the search of a learning rate begins: found by earlier searches, it only saves runs. A line
 # for a loss is for tasks of which it has none of their own.
 NEAR: dict[str, float] = {
@@ -36,12 +36,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recommended": RECOMMENDED,
     **{f"gvpo + {alpha:g}": {"loss": "gvpo", "imitation": alpha} for alpha in ALPHAS},
     "gvpo, chi-squared link": {"loss": "gvpo", "link": "chi_squared"},
+    "gvpo, anchor 0.1": {"loss": "gvpo", "anchor": 0.1},
 }
-# The losses of each table of losses; a name that is not in `SETTINGS` is a `loss_type`.
+# The losses of each table of losses; a name that is not in `SETTINGS` is a `loss_type`. topr needs
+# sampler log-probs, oapl these or responses of the reference, and qrpo responses of the reference.
 IMITATING = ("recommended", *(f"gvpo + {alpha:g}" for alpha in ALPHAS))
 EVERY = (
-    *("gvpo", *IMITATING, "gvpo, chi-squared link", "pmd_mean", "rebel", "ipo", "dpo", "listwise"),
-    *("rft", "sft", "awr", "grpo", "rloo", "oapl", "qrpo", "asymre"),
+    *("gvpo", *IMITATING, "gvpo, chi-squared link", "gvpo, anchor 0.1", "pmd_mean", "rebel", "ipo"),
+    *("dpo", "listwise", "rft", "sft", "awr", "grpo", "rloo", "asymre"),
 )
 RATED = ("gvpo", *IMITATING, "rft", "sft", "awr", "ipo", "dpo", "pmd_mean")
 OWN_ANSWERS = {
@@ -49,6 +51,7 @@ OWN_ANSWERS = {
     "carry": ("gvpo", "recommended", "rft", "oapl"),
     "rated": ("gvpo", "recommended", "rft"),
 }
+OF_MODELS = ("topr", "oapl", "gvpo", "rft", "recommended")
 IN_SHORT = ("gvpo", "recommended", "rft", "sft", "awr", "ipo", "dpo", "listwise")
 
 
@@ -110,11 +113,11 @@ def _loss(task: str, label: str, seeds: Sequence[int]) -> Entry:
 
 
 def losses(task: str) -> Iterator[Entry]:
-    """All losses on the mixed log of a task; topr needs sampler log-probs, so a log of models."""
+    """All losses on the mixed log of a task, and some on a log of models with log-probs."""
     for label in RATED if task == "rated" else EVERY:
         yield _loss(task, label, SEEDS if label in MAIN else FEW)
     if task != "rated":
-        for label in ("topr", "gvpo", "rft", "recommended"):
+        for label in OF_MODELS:
             job = job_of(task, label, mix=dict(MODELS_ONLY))
             yield Entry("models only", label, Point(job, _near(task, label)), FEW)
 
@@ -122,14 +125,15 @@ def losses(task: str) -> Iterator[Entry]:
 def own_answers(task: str) -> Iterator[Entry]:
     """Losses on a log of the policy's own answers, seven to a prompt."""
     for label in OWN_ANSWERS[task]:
-        point = Point(job_of(task, label, mix=dict(OWN)), _near(task, label))
+        own = {"reference_sampler": "policy"} if label in ("oapl", "qrpo") else {}
+        point = Point(job_of(task, label, mix=dict(OWN), **own), _near(task, label))
         yield Entry("own answers", label, point, SEEDS if label in MAIN else FEW)
 
 
 def moved(task: str) -> Iterator[Entry]:
     """A few losses with one setting of the log or of training changed at a time."""
     three = ("gvpo", "recommended", "rft")
-    samplers = ("hot", "older", "other") if task == "change" else ("older",)
+    samplers = ("older", "other") if task == "change" else ("older",)
     shares = (2, 4) if task == "change" else (4,)
     for label in ("gvpo", "recommended"):
         for beta in BETAS:
@@ -160,8 +164,6 @@ def moved(task: str) -> Iterator[Entry]:
 
 def ways(task: str) -> Iterator[Entry]:
     """Other ways to train, and other forms of the imitation term."""
-    for rounds in (1, 2):
-        yield _changed(task, "rounds", "gvpo", f"{rounds}", FEW, rounds=rounds)
     for name, changes in {
         "soft": {"imitation_of": "soft"},
         "weighted by the reference": {"imitation_weights": "reference"},

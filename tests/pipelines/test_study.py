@@ -231,7 +231,8 @@ def smallest() -> None:
     jobs, learn, study, world = (__import__(n) for n in ("jobs", "learn", "study", "world"))
     world.RECIPES["carry"] = world.Recipe(16, 16, 8)
     world.N_PROMPTS, world.N_VALIDATION, world.N_TEST, world.N_HELD_OUT = 24, 4, 4, 8
-    learn.N_HELD_OUT, learn.GROUPS_PER_STEP = 8, 4
+    jobs.N_HELD_OUT = learn.N_HELD_OUT = 8
+    learn.GROUPS_PER_STEP = 4
     folder = Path(sys.argv[1])
     study.make_models("carry", folder / "carry")
     runner = study.Runner(folder)
