@@ -39,8 +39,7 @@ class Survey:
         sampler_rewards: sum of rewards per sampler; empty if the dataset has no rewards.
         equal_reward_groups: groups whose responses all have one reward. They take part in training:
             their target is the reference.
-        best_responses: responses with the highest reward of their group, in groups of unequal
-            rewards.
+        lowest_reward_groups: those of them whose reward is the lowest of all groups.
         reward_range: lowest and highest reward; (inf, -inf) if there is none.
         gap_bins: histogram of max reward - min reward of the groups with unequal rewards.
         max_group_tokens: tokens of the largest group, its prompt counted once.
@@ -60,7 +59,7 @@ class Survey:
     sampler_truncated: Counter[str] = field(default_factory=Counter)
     sampler_rewards: Counter[str] = field(default_factory=Counter)
     equal_reward_groups: int = 0
-    best_responses: int = 0
+    lowest_reward_groups: int = 0
     reward_range: tuple[float, float] = (math.inf, -math.inf)
     gap_bins: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(_N_BINS, dtype=np.int64)
@@ -127,7 +126,8 @@ class Survey:
         return Survey(
             **counters,
             equal_reward_groups=self.equal_reward_groups + other.equal_reward_groups,
-            best_responses=self.best_responses + other.best_responses,
+            lowest_reward_groups=self.lowest_reward_groups * (low <= other_low)
+            + other.lowest_reward_groups * (other_low <= low),
             reward_range=(min(low, other_low), max(high, other_high)),
             gap_bins=self.gap_bins + other.gap_bins,
             max_group_tokens=max(self.max_group_tokens, other.max_group_tokens),
@@ -181,13 +181,12 @@ class Survey:
             rewards, starts = _flat(table, "rewards")
             self.sampler_rewards.update(per_sampler(rewards))
             best = np.maximum.reduceat(rewards, starts)
-            worst = np.minimum.reduceat(rewards, starts)
             low, high = self.reward_range
             self.reward_range = min(low, float(rewards.min())), max(high, float(rewards.max()))
-            sizes = np.diff(starts, append=len(rewards))
-            n_best = np.add.reduceat(rewards == np.repeat(best, sizes), starts, dtype=np.int64)
-            self.best_responses += int(n_best[best > worst].sum())
-            self._add_gaps(best, worst)
+            lowest = int((best == self.reward_range[0]).sum())
+            self.lowest_reward_groups *= low == self.reward_range[0]
+            self.lowest_reward_groups += lowest
+            self._add_gaps(best, np.minimum.reduceat(rewards, starts))
 
         if "ref_seq_logprobs" in table.column_names:
             self._add_unscored(table, row_group, rows)

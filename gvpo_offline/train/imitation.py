@@ -15,39 +15,28 @@ if TYPE_CHECKING:
     from gvpo_offline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
-# Found on logs of the study (docs/evidence/results.md): alpha times the share of the responses that
-# are imitated, and the largest alpha, both in units of the median reward gap.
-AUTO_SHARE, AUTO_LARGEST = 0.3, 10.0
+# Where every group is all wrong, imitation is as strong as in the runs that came closest to rft.
+ALPHA_OF_ALL_WRONG = 10.0
 
 
 def auto_imitation(counts: Sequence[Survey]) -> float:
-    """The alpha that `imitation: auto` stands for: `alpha_of` the groups of all datasets.
+    """The alpha that `imitation: auto` stands for.
+
+    10 times the share of groups whose responses all have the lowest reward of their dataset, times
+    the range of its rewards, which gives alpha the unit of the rewards. Such groups say only that
+    the policy should stay at the reference, and the more there are, the more of GVPO's squares are
+    about wrong responses. Without such groups imitation is 0.
 
     Args:
         counts: the survey of each training dataset's groups.
     """
-    whole = sum(counts, Survey())
-    return alpha_of(whole.best_responses, whole.n_responses, whole.median_reward_gap)
-
-
-def alpha_of(best_responses: int, n_responses: int, reward_gap: float) -> float:
-    """The alpha that `imitation: auto` stands for, in units of reward.
-
-    0.3 responses per imitated response, times the reward gap. The squares are about all responses,
-    imitation about the best ones: the fewer of the logged responses are worth imitating, the more
-    squares each of these stands against. Rewards that are multiplied by a number give an alpha
-    multiplied by it, which leaves the optimum where it is if beta is multiplied too.
-
-    Args:
-        best_responses: responses with the highest reward of their group, in groups of unequal
-            rewards.
-        n_responses: all responses.
-        reward_gap: the median of max - min reward over groups of unequal rewards; NaN if there are
-            none, for which alpha is 0.
-    """
-    if not best_responses:
-        return 0.0
-    return min(AUTO_SHARE * n_responses / best_responses, AUTO_LARGEST) * reward_gap
+    n_groups = sum(own.n_groups for own in counts)
+    total = 0.0
+    for own in counts:
+        low, high = own.reward_range
+        if own.lowest_reward_groups:
+            total += own.lowest_reward_groups * (high - low)
+    return ALPHA_OF_ALL_WRONG * total / max(n_groups, 1)
 
 
 def objective_of_run(args: GVPOConfig, wanted: float | str, data: TrainingData) -> Objective:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from gvpo_offline.commands.run_file import objective_of
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.survey import Survey, survey
-from gvpo_offline.train.imitation import alpha_of, auto_imitation
+from gvpo_offline.store.survey import Survey
+from gvpo_offline.train.imitation import auto_imitation
 from gvpo_offline.train.objective import Objective
 
 PERSON = "a-person"
@@ -74,14 +73,22 @@ def test_a_run_minimises_the_sum(
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_auto_is_computed_from_the_training_groups(
+def test_auto_is_the_share_of_all_wrong_groups(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Of 32 responses 8 are the best of a mixed group, and the reward gap is 1: 0.3 * 32 / 8 = 1.2.
-    The survey knows the median gap within 1.2%."""
-    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, imitation="auto")
-    assert trainer.args.imitation == pytest.approx(1.2, rel=0.012)
-    assert trainer.identity()["objective"]["imitation"] == trainer.args.imitation
+    """Two of eight groups have the lowest reward only: 10 * 2 / 8 * (1 - 0) = 2.5.
+
+    The number is in the run's identity, and a resumed run has the same one.
+    """
+    how = {"imitation": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **how)
+    assert trainer.args.imitation == 2.5
+    assert trainer.identity()["objective"]["imitation"] == 2.5
+    trainer.train()
+    again = trainer_of(tiny_model_dir, dataset, tmp_path, **how)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.args.imitation == 2.5
+    assert again.state.global_step == 2
     with pytest.raises(ConfigError, match="imitation auto"):
         config_of(tmp_path, imitation="auto").objective()
 
@@ -97,24 +104,37 @@ def test_auto_follows_the_groups_that_are_held_out(
         assert trainer.args.imitation == trainer._objective.imitation == expected
 
 
+def surveyed(*rewards: list[float]) -> Survey:
+    """The fields of a survey that the rule reads, of groups of these rewards."""
+    low = min(map(min, rewards))
+    return Survey(
+        group_sizes=Survey().group_sizes.__class__(map(len, rewards)),
+        lowest_reward_groups=sum(max(own) == low for own in rewards),
+        reward_range=(low, max(map(max, rewards))),
+    )
+
+
 def test_the_rule_of_auto() -> None:
-    """One of ten responses is imitated: 0.3 * 10 = 3, in units of the gap. Nothing to imitate: 0.
-    One of a hundred would be 30; the largest is 10."""
-    assert alpha_of(10, 100, 1.0) == pytest.approx(3.0)
-    assert alpha_of(10, 100, 4.0) == pytest.approx(12.0)
-    assert alpha_of(50, 100, 1.0) == pytest.approx(0.6)
-    assert alpha_of(1, 100, 0.5) == pytest.approx(5.0)
-    assert alpha_of(0, 100, math.nan) == 0.0
-    assert auto_imitation([]) == auto_imitation([Survey()]) == 0.0
+    """Rewards times 4 give 4 times the alpha; groups of one high reward count nothing."""
+    wrong, mixed, right = [0.0, 0.0], [0.0, 1.0], [1.0, 1.0]
+    assert auto_imitation([surveyed(wrong, mixed, right, mixed)]) == 2.5
+    assert auto_imitation([surveyed([0.0, 0.0], [0.0, 4.0])]) == 10 * 0.5 * 4
+    assert auto_imitation([surveyed(mixed, right)]) == 0.0
+    assert auto_imitation([surveyed(wrong, wrong)]) == 0.0
+    assert auto_imitation([Survey()]) == 0.0
+    assert auto_imitation([surveyed(wrong, mixed), surveyed(mixed, mixed)]) == 2.5
+    # The lowest reward of two parts of a dataset is that of the part that has it.
+    both = surveyed([0.5, 0.5], [0.5, 1.0]) + surveyed(wrong, mixed)
+    assert both.lowest_reward_groups == 1
+    both = surveyed(wrong, mixed) + surveyed(wrong, right)
+    assert both.lowest_reward_groups == 2
 
 
-def test_the_survey_counts_the_best_responses_of_groups_of_unequal_rewards(
-    dataset: GroupDataset,
-) -> None:
-    """Two in each of the four mixed groups; none in groups of equal rewards, right or wrong."""
+def test_the_survey_counts_groups_of_the_lowest_reward(dataset: GroupDataset) -> None:
+    from gvpo_offline.store.survey import survey
+
     found = survey(dataset)
-    assert (found.best_responses, found.n_responses) == (8, 32)
-    assert (found + found + Survey()).best_responses == 16
+    assert (found.lowest_reward_groups, found.equal_reward_groups) == (2, 4)
 
 
 def test_a_sampler_that_wrote_nothing_is_refused_before_training(
