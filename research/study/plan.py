@@ -40,18 +40,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # The losses of each table of losses; a name that is not in `SETTINGS` is a `loss_type`. topr needs
 # sampler log-probs, oapl these or responses of the reference, and qrpo responses of the reference.
-IMITATING = ("recommended", *(f"gvpo + {alpha:g}" for alpha in ALPHAS))
-EVERY = (
-    *("gvpo", *IMITATING, "gvpo, chi-squared link", "gvpo, anchor 0.1", "pmd_mean", "rebel", "ipo"),
-    *("dpo", "listwise", "rft", "sft", "awr", "grpo", "rloo", "asymre"),
-)
-RATED = ("gvpo", *IMITATING, "rft", "sft", "awr", "ipo", "dpo", "pmd_mean")
-OWN_ANSWERS = {
-    "change": ("gvpo", *IMITATING, "rft", "sft", "awr", "ipo", "dpo", "oapl", "qrpo"),
-    "carry": ("gvpo", "recommended", "rft", "oapl"),
-    "rated": ("gvpo", "recommended", "rft"),
+SOME = ("gvpo", "recommended", "gvpo + 0.3", "gvpo + 1", "gvpo + 3")
+MIXED_LOG = {
+    "change": (
+        *(*SOME, "gvpo, chi-squared link", "gvpo, anchor 0.1", "pmd_mean", "rebel", "ipo", "dpo"),
+        *("listwise", "rft", "sft", "awr", "grpo", "rloo", "asymre"),
+    ),
+    "carry": (
+        *(*SOME, "gvpo + 10", "gvpo, chi-squared link", "pmd_mean", "ipo", "dpo"),
+        *("rft", "sft", "awr", "rloo", "asymre"),
+    ),
+    "rated": (*SOME, "rft", "sft", "awr", "ipo", "pmd_mean"),
 }
-OF_MODELS = ("topr", "oapl", "gvpo", "rft", "recommended")
+OWN_ANSWERS = {
+    "change": (*SOME, "rft", "sft", "awr", "ipo", "dpo", "oapl", "qrpo"),
+    "carry": ("gvpo", "recommended", "rft"),
+    "rated": (),
+}
+OF_MODELS = {
+    "change": ("topr", "oapl", "gvpo", "rft", "recommended"),
+    "carry": ("topr", "gvpo", "rft"),
+    "rated": (),
+}
 IN_SHORT = ("gvpo", "recommended", "rft", "sft", "awr", "ipo", "dpo", "listwise")
 
 
@@ -114,12 +124,11 @@ def _loss(task: str, label: str, seeds: Sequence[int]) -> Entry:
 
 def losses(task: str) -> Iterator[Entry]:
     """All losses on the mixed log of a task, and some on a log of models with log-probs."""
-    for label in RATED if task == "rated" else EVERY:
+    for label in MIXED_LOG[task]:
         yield _loss(task, label, SEEDS if label in MAIN else FEW)
-    if task != "rated":
-        for label in OF_MODELS:
-            job = job_of(task, label, mix=dict(MODELS_ONLY))
-            yield Entry("models only", label, Point(job, _near(task, label)), FEW)
+    for label in OF_MODELS[task]:
+        job = job_of(task, label, mix=dict(MODELS_ONLY))
+        yield Entry("models only", label, Point(job, _near(task, label)), FEW)
 
 
 def own_answers(task: str) -> Iterator[Entry]:
@@ -133,7 +142,7 @@ def own_answers(task: str) -> Iterator[Entry]:
 def moved(task: str) -> Iterator[Entry]:
     """A few losses with one setting of the log or of training changed at a time."""
     three = ("gvpo", "recommended", "rft")
-    samplers = ("older", "other") if task == "change" else ("older",)
+    samplers = ("older", "other") if task == "change" else ()
     shares = (2, 4) if task == "change" else (4,)
     for label in ("gvpo", "recommended"):
         for beta in BETAS:
@@ -144,7 +153,7 @@ def moved(task: str) -> Iterator[Entry]:
         for n in shares:
             mix = {"older": 8 - n, "person": n}
             yield _changed(task, "person", label, f"{n} of 8", FEW, mix=mix)
-    for n in shares:
+    for n in shares if task == "change" else ():
         yield _changed(
             task,
             "person",
