@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gvpo_offline.store.survey import Survey
@@ -15,43 +15,93 @@ if TYPE_CHECKING:
     from gvpo_offline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
-# Where every group is all wrong, imitation is as strong as in the runs that came closest to rft.
-ALPHA_OF_ALL_WRONG = 10.0
+# Found on logs of the study (docs/evidence/results.md). In units of the median reward gap: alpha
+# where answers differ in quality, and what is added where every group is all wrong.
+ALPHA_AT_LEAST, ALPHA_OF_ALL_WRONG = 1.0, 10.0
+# A sampler is not imitated if its best responses cost the reference this many times the nats per
+# token of the best responses of all other samplers.
+UNLIKELY = 1.2
 
 
 def auto_imitation(counts: Sequence[Survey]) -> float:
-    """The alpha that `imitation: auto` stands for.
-
-    10 times the share of groups whose responses all have the lowest reward of their dataset, times
-    the range of its rewards, which gives alpha the unit of the rewards. Such groups say only that
-    the policy should stay at the reference, and the more there are, the more of GVPO's squares are
-    about wrong responses. Without such groups imitation is 0.
+    """The alpha that `imitation: auto` stands for: `alpha_of` the groups of all datasets.
 
     Args:
-        counts: the survey of each training dataset's groups.
+        counts: the survey of each training dataset's groups. Each has a lowest reward of its own.
     """
-    n_groups = sum(own.n_groups for own in counts)
-    total = 0.0
-    for own in counts:
-        low, high = own.reward_range
-        if own.lowest_reward_groups:
-            total += own.lowest_reward_groups * (high - low)
-    return ALPHA_OF_ALL_WRONG * total / max(n_groups, 1)
+    whole = sum(counts, Survey())
+    wrong = sum(own.lowest_reward_groups for own in counts)
+    return alpha_of(wrong, whole.n_groups, whole.median_reward_gap)
 
 
-def objective_of_run(args: GVPOConfig, wanted: float | str, data: TrainingData) -> Objective:
-    """The objective of a run; sets `args.imitation` to its alpha, a number.
+def alpha_of(lowest_reward_groups: int, n_groups: int, reward_gap: float) -> float:
+    """The alpha that `imitation: auto` stands for, in units of reward.
 
-    The number that auto stands for depends on the training groups alone, so a resumed run has the
-    same one. With auto, every rank must call this.
+    1 plus 10 times the share of the groups whose responses all have the lowest reward, times the
+    reward gap. Such groups show nothing to imitate, and their squares ask the policy to stay at the
+    reference: the more there are, the less of the loss is about right answers. Rewards that are
+    multiplied by a number give an alpha multiplied by it, which leaves the optimum where it is if
+    beta is multiplied too.
+
+    Args:
+        lowest_reward_groups: groups whose responses all have the lowest reward of their dataset.
+        n_groups: all groups.
+        reward_gap: the median of max - min reward over groups of unequal rewards; NaN if there are
+            none, for which alpha is 0: there is nothing to imitate.
+    """
+    if not reward_gap > 0:
+        return 0.0
+    return (ALPHA_AT_LEAST + ALPHA_OF_ALL_WRONG * lowest_reward_groups / n_groups) * reward_gap
+
+
+def unlikely_samplers(best: Mapping[str, float], nats: Mapping[str, float]) -> list[str]:
+    """The samplers that `imitation: auto` does not imitate, sorted.
+
+    Those whose best responses the reference finds unlikely: they cost more than 1.2 times the nats
+    per token of the best responses of all other samplers. To imitate them is to learn their habits,
+    such as a person's, and not only what makes them good. The squares use their responses.
+
+    Args:
+        best: the number of responses with the highest reward of their group, by sampler, in groups
+            of unequal rewards.
+        nats: the sum over these of -(reference log-prob) / (tokens), by sampler.
+    """
+    n_best, total = sum(best.values()), sum(nats.values())
+    others = {name: n_best - n for name, n in best.items() if 0 < n < n_best}
+    return sorted(
+        name
+        for name, n_others in others.items()
+        if nats[name] / best[name] > UNLIKELY * (total - nats[name]) / n_others
+    )
+
+
+def objective_of_run(
+    args: GVPOConfig, wanted: tuple[float | str, Sequence[str]], data: TrainingData
+) -> Objective:
+    """The objective of a run; sets `args.imitation` and `args.imitation_without` to what it uses.
+
+    What auto stands for depends on the training groups alone, so it is the same for a resumed run.
+    With auto, every rank must call this.
 
     Args:
         args: the settings of the run.
-        wanted: the setting `imitation` as it was given.
+        wanted: the settings `imitation` and `imitation_without` as they were given. auto leaves out
+            samplers of its own choice only if none were named.
         data: what the run trains on.
     """
-    if wanted == "auto":
-        args.imitation = auto_imitation(surveys(data.views))
+    alpha, without = wanted
+    if alpha == "auto":
+        counts = surveys(data.views)
+        args.imitation = auto_imitation(counts)
+        whole = sum(counts, Survey())
+        left_out = unlikely_samplers(whole.sampler_best, whole.sampler_best_nats)
+        args.imitation_without = list(without or left_out)
         if args.process_index == 0:
-            logger.info("imitation auto: alpha is %.4g for these training groups", args.imitation)
+            names = ", ".join(args.imitation_without) or "none"
+            logger.info(
+                "imitation auto: alpha is %.4g for these training groups; samplers that are not "
+                "imitated: %s",
+                args.imitation,
+                names,
+            )
     return args.objective()

@@ -65,8 +65,10 @@ class GVPOSettings:
     unlikely together with the others. Groups of equal rewards add nothing. It moves the optimum
     towards the logged best responses. alpha has the unit of the rewards: where they lie in 0..1, 1
     suits graded rewards, and 3 to 10 rewards of right and wrong of which nearly all are wrong.
-    auto: a number from a survey of the training data, logged before the first step. Only for losses
-    of squares."""
+    auto: 1 plus 10 times the share of groups whose responses all have the lowest reward, times the
+    median reward gap of a group; and without the samplers whose best responses the reference finds
+    unlikely, if imitation_without names none. Logged before the first step. Only for losses of
+    squares."""
     imitation_of: Literal["best", "soft"] = "best"
     """Which responses of a group imitation is of. best: those of the highest reward, ties alike.
     soft: all, by softmax(reward / beta)."""

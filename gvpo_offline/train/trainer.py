@@ -133,7 +133,7 @@ class GVPOTrainer(SampledTrainer):
         self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
-        self._wanted_imitation = args.imitation
+        self._wanted_imitation = (args.imitation, tuple(args.imitation_without))
         self._objective = objective_of_run(args, self._wanted_imitation, self.data)
         with settings_errors():
             super().__init__(

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.train.imitation import ALPHA_OF_ALL_WRONG
+from gvpo_offline.train.imitation import alpha_of, unlikely_samplers
 from gvpo_offline.train.objective import Objective
 
 BETA = 0.1
@@ -43,8 +44,8 @@ class Job:
         beta: beta of the loss and of reward - beta KL. With several rounds each round trains with
             beta * rounds, which leaves the optimum of the run unchanged.
         mix: number of responses to a prompt, by sampler.
-        imitation, imitation_of, imitation_weights, imitation_without, link: as the settings of
-            training; imitation may be "auto".
+        imitation, imitation_of, imitation_weights, imitation_without, link, reference_sampler: as
+            the settings of training; imitation may be "auto".
         steps: optimizer steps.
         rounds: number of rounds of equal length, each with its own reference.
         warm_rate: above 0, training starts from the policy after a run of rft with this rate.
@@ -64,6 +65,7 @@ class Job:
     imitation_weights: str = "equal"
     imitation_without: list[str] = field(default_factory=list)
     link: str = "log"
+    reference_sampler: str = ""
     steps: int = STEPS
     rounds: int = 1
     warm_rate: float = 0.0
@@ -148,25 +150,42 @@ def _row(job: Job, outcome: Row, alpha: float, started: float) -> Row:
 
 def objective_of(job: Job, groups: Sequence[Group]) -> Objective:
     """The objective of a run on training groups."""
-    alpha = job.imitation
+    alpha, without = job.imitation, job.imitation_without
+    if isinstance(alpha, str):
+        alpha, left_out = auto_imitation_of_groups(groups)
+        without = without or left_out
     return Objective(
         job.beta * job.rounds,
         job.loss,
         job.anchor,
         job.weights,
-        imitation=auto_imitation_of_groups(groups) if alpha == "auto" else alpha,
+        imitation=alpha,
         imitation_of=job.imitation_of,
         imitation_weights=job.imitation_weights,
-        imitation_without=job.imitation_without,
+        imitation_without=without,
         link=job.link,
+        reference_sampler=job.reference_sampler,
     )
 
 
-def auto_imitation_of_groups(groups: Sequence[Group]) -> float:
-    """The number that the setting `imitation: auto` stands for, of groups in memory."""
-    lowest = min(float(group.rewards.min()) for group in groups if group.rewards is not None)
-    wrong = [group.rewards is not None and float(group.rewards.max()) == lowest for group in groups]
-    return ALPHA_OF_ALL_WRONG * sum(wrong) / len(wrong)
+def auto_imitation_of_groups(groups: Sequence[Group]) -> tuple[float, list[str]]:
+    """What the setting `imitation: auto` stands for, of groups in memory: the number, and the
+    samplers that are not imitated."""
+    held = [(group, group.rewards, group.ref_seq_logprobs) for group in groups]
+    lowest = min(float(rewards.min()) for _, rewards, _ in held if rewards is not None)
+    wrong, gaps, best, nats = 0, list[float](), Counter[str](), Counter[str]()
+    for group, rewards, logprobs in held:
+        assert rewards is not None
+        assert logprobs is not None
+        wrong += float(rewards.max()) == lowest
+        if not np.ptp(rewards):
+            continue
+        gaps.append(float(np.ptp(rewards)))
+        for i in np.flatnonzero(rewards == rewards.max()):
+            best[group.samplers[i]] += 1
+            nats[group.samplers[i]] -= float(logprobs[i]) / len(group.response_token_ids[i])
+    gap = float(np.median(gaps)) if gaps else math.nan
+    return alpha_of(wrong, len(groups), gap), unlikely_samplers(best, nats)
 
 
 def _unequal(group: Group) -> bool:

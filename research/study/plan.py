@@ -20,7 +20,7 @@ MODELS_ONLY = {"older": 3, "other": 2, "hot": 2}
 OWN = {"policy": 7}
 ALPHAS = (0.3, 1.0, 3.0, 10.0)
 # What the comparisons of main interest are, with all seeds; others have `FEW`.
-MAIN = ("gvpo", "recommended", "rft", "gvpo + 0.3", "gvpo + 1")
+MAIN = ("gvpo", "recommended", "rft")
 # Where the search of a learning rate begins: found by earlier searches, it only saves runs. A line
 # for a loss is for tasks of which it has none of their own.
 NEAR: dict[str, float] = {
@@ -36,18 +36,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recommended": RECOMMENDED,
     **{f"gvpo + {alpha:g}": {"loss": "gvpo", "imitation": alpha} for alpha in ALPHAS},
     "gvpo, chi-squared link": {"loss": "gvpo", "link": "chi_squared"},
+    "gvpo, anchor 0.1": {"loss": "gvpo", "anchor": 0.1},
 }
-# The losses of each table of losses; a name that is not in `SETTINGS` is a `loss_type`.
-IMITATING = ("recommended", *(f"gvpo + {alpha:g}" for alpha in ALPHAS))
-EVERY = (
-    *("gvpo", *IMITATING, "gvpo, chi-squared link", "pmd_mean", "rebel", "ipo", "dpo", "listwise"),
-    *("rft", "sft", "awr", "grpo", "rloo", "oapl", "qrpo", "asymre"),
-)
-RATED = ("gvpo", *IMITATING, "rft", "sft", "awr", "ipo", "dpo", "pmd_mean")
+# The losses of each table of losses; a name that is not in `SETTINGS` is a `loss_type`. topr needs
+# sampler log-probs, oapl these or responses of the reference, and qrpo responses of the reference.
+SOME = ("gvpo", "recommended", "gvpo + 0.3", "gvpo + 1", "gvpo + 3")
+MIXED_LOG = {
+    "change": (
+        *(*SOME, "gvpo, chi-squared link", "gvpo, anchor 0.1", "pmd_mean", "rebel", "ipo", "dpo"),
+        *("listwise", "rft", "sft", "awr", "grpo", "rloo", "asymre"),
+    ),
+    "carry": (
+        *(*SOME, "gvpo + 10", "gvpo, chi-squared link", "pmd_mean", "ipo", "dpo"),
+        *("rft", "sft", "awr", "rloo", "asymre"),
+    ),
+    "rated": (*SOME, "rft", "sft", "awr", "ipo", "pmd_mean"),
+}
 OWN_ANSWERS = {
-    "change": ("gvpo", *IMITATING, "rft", "sft", "awr", "ipo", "dpo", "oapl", "qrpo"),
-    "carry": ("gvpo", "recommended", "rft", "oapl"),
-    "rated": ("gvpo", "recommended", "rft"),
+    "change": (*SOME, "rft", "sft", "awr", "ipo", "dpo", "oapl", "qrpo"),
+    "carry": ("gvpo", "recommended", "rft"),
+    "rated": (),
+}
+OF_MODELS = {
+    "change": ("topr", "oapl", "gvpo", "rft", "recommended"),
+    "carry": ("topr", "gvpo", "rft"),
+    "rated": (),
 }
 IN_SHORT = ("gvpo", "recommended", "rft", "sft", "awr", "ipo", "dpo", "listwise")
 
@@ -80,7 +93,7 @@ Labelled = tuple[str, str, Job]
 
 def job_of(task: str, label: str, **changes: Any) -> Job:
     """The run of a label of a table of losses on a task."""
-    given = {"task": task, "loss": label, "rate": 0.0, "seed": SEED}
+    given: dict[str, Any] = {"task": task, "loss": label, "rate": 0.0, "seed": SEED}
     return Job(**given | SETTINGS.get(label, {}) | changes)
 
 
@@ -110,26 +123,26 @@ def _loss(task: str, label: str, seeds: Sequence[int]) -> Entry:
 
 
 def losses(task: str) -> Iterator[Entry]:
-    """All losses on the mixed log of a task; topr needs sampler log-probs, so a log of models."""
-    for label in RATED if task == "rated" else EVERY:
+    """All losses on the mixed log of a task, and some on a log of models with log-probs."""
+    for label in MIXED_LOG[task]:
         yield _loss(task, label, SEEDS if label in MAIN else FEW)
-    if task != "rated":
-        for label in ("topr", "gvpo", "rft", "recommended"):
-            job = job_of(task, label, mix=dict(MODELS_ONLY))
-            yield Entry("models only", label, Point(job, _near(task, label)), FEW)
+    for label in OF_MODELS[task]:
+        job = job_of(task, label, mix=dict(MODELS_ONLY))
+        yield Entry("models only", label, Point(job, _near(task, label)), FEW)
 
 
 def own_answers(task: str) -> Iterator[Entry]:
     """Losses on a log of the policy's own answers, seven to a prompt."""
     for label in OWN_ANSWERS[task]:
-        point = Point(job_of(task, label, mix=dict(OWN)), _near(task, label))
+        own = {"reference_sampler": "policy"} if label in ("oapl", "qrpo") else {}
+        point = Point(job_of(task, label, mix=dict(OWN), **own), _near(task, label))
         yield Entry("own answers", label, point, SEEDS if label in MAIN else FEW)
 
 
 def moved(task: str) -> Iterator[Entry]:
     """A few losses with one setting of the log or of training changed at a time."""
     three = ("gvpo", "recommended", "rft")
-    samplers = ("hot", "older", "other") if task == "change" else ("older",)
+    samplers = ("older", "other") if task == "change" else ()
     shares = (2, 4) if task == "change" else (4,)
     for label in ("gvpo", "recommended"):
         for beta in BETAS:
@@ -140,7 +153,7 @@ def moved(task: str) -> Iterator[Entry]:
         for n in shares:
             mix = {"older": 8 - n, "person": n}
             yield _changed(task, "person", label, f"{n} of 8", FEW, mix=mix)
-    for n in shares:
+    for n in shares if task == "change" else ():
         yield _changed(
             task,
             "person",
@@ -160,8 +173,6 @@ def moved(task: str) -> Iterator[Entry]:
 
 def ways(task: str) -> Iterator[Entry]:
     """Other ways to train, and other forms of the imitation term."""
-    for rounds in (1, 2):
-        yield _changed(task, "rounds", "gvpo", f"{rounds}", FEW, rounds=rounds)
     for name, changes in {
         "soft": {"imitation_of": "soft"},
         "weighted by the reference": {"imitation_weights": "reference"},

@@ -32,7 +32,7 @@ from gvpo_offline.tune.racing import PromptEstimates
 # What is searched; the grid that the proposals are compared with has the same settings.
 BETAS = (BETA / 2, BETA, 2 * BETA)
 IMITATIONS = (0.0, 1.0, 10.0)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 # Answers to each prompt are drawn in batches of this size, each with a seed of its own.
 BATCH = 8
 # A case: a task, and the seed of its log.
@@ -41,11 +41,11 @@ Case = tuple[str, int]
 
 def grid(task: str, seed: int) -> list[Job]:
     """The grid of a case: three betas without imitation, and imitation at the beta of the study."""
-    plain = [(beta, 0.0, rate) for beta in BETAS for rate in RATES[:-1]]
-    imitating = [(BETA, alpha, rate) for alpha in IMITATIONS[1:] for rate in RATES]
+    settings = [*((beta, 0.0) for beta in BETAS), *((BETA, alpha) for alpha in IMITATIONS[1:])]
     return [
         Job(task, "gvpo", rate, seed, beta, imitation=alpha)
-        for beta, alpha, rate in (*plain, *imitating)
+        for beta, alpha in settings
+        for rate in RATES
     ]
 
 

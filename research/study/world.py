@@ -127,7 +127,7 @@ def _ordered_alike(world: World, log: Sequence[Group]) -> float:
     """Share of the pairs of a group with unequal true rewards whose logged rewards agree."""
     agree = []
     for prompt, group in zip(world.prompts, log, strict=True):
-        answers = [world.tokenizer.text(ids) for ids in group.response_token_ids]
+        answers = [world.tokenizer.text(ids.tolist()) for ids in group.response_token_ids]
         true = np.array([world.tokenizer.task.reward(prompt, answer) for answer in answers])
         assert group.rewards is not None
         i, j = np.nonzero(true[:, None] > true[None, :])

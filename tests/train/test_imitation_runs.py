@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from gvpo_offline.commands.run_file import objective_of
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.store.survey import Survey
-from gvpo_offline.train.imitation import auto_imitation
+from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.train import imitation
+from gvpo_offline.train.imitation import alpha_of, auto_imitation, unlikely_samplers
 from gvpo_offline.train.objective import Objective
 
 PERSON = "a-person"
@@ -73,24 +76,64 @@ def test_a_run_minimises_the_sum(
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_auto_is_the_share_of_all_wrong_groups(
+def test_auto_is_computed_from_the_training_groups(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Two of eight groups have the lowest reward only: 10 * 2 / 8 * (1 - 0) = 2.5.
-
-    The number is in the run's identity, and a resumed run has the same one.
-    """
-    how = {"imitation": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **how)
-    assert trainer.args.imitation == 2.5
-    assert trainer.identity()["objective"]["imitation"] == 2.5
-    trainer.train()
-    again = trainer_of(tiny_model_dir, dataset, tmp_path, **how)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert again.args.imitation == 2.5
-    assert again.state.global_step == 2
+    """Two of eight groups have the lowest reward only, and the median gap of the others is 1: 1 +
+    10 * 2 / 8 = 3.5. The survey knows the median within 1.2%."""
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, imitation="auto")
+    assert trainer.args.imitation == pytest.approx(3.5, rel=0.012)
+    assert trainer.identity()["objective"]["imitation"] == trainer.args.imitation
     with pytest.raises(ConfigError, match="imitation auto"):
         config_of(tmp_path, imitation="auto").objective()
+
+
+def test_auto_leaves_out_the_samplers_that_the_rule_names(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a threshold of 0 every sampler with a best response is named: the person and two. Names
+    that were given stay; without auto nobody is left out."""
+    monkeypatch.setattr(imitation, "UNLIKELY", 0.0)
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path / "a", imitation="auto")
+    assert trainer.args.imitation_without == [PERSON, "two"]
+    assert trainer.identity()["objective"]["imitation_without"] == [PERSON, "two"]
+    trainer.hold_out_by("prompt")  # the rule is applied again, to what was given
+    assert trainer.args.imitation_without == [PERSON, "two"]
+    given = {"imitation_without": ["one"]}
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path / "b", imitation="auto", **given)
+    assert trainer.args.imitation_without == ["one"]
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path / "c", imitation=1.0)
+    assert trainer.args.imitation_without == []
+
+
+def test_unlikely_samplers() -> None:
+    """The person's 10 best responses cost 3 nats per token each. The others' 20 cost 2 and 2.2, on
+    average 2.1: 3 is 1.43 times as much, and 2.2 is 0.9 times the 2.5 of the rest."""
+    best, nats = {PERSON: 10, "one": 10, "two": 10}, {PERSON: 30.0, "one": 20.0, "two": 22.0}
+    assert unlikely_samplers(best, nats) == [PERSON]
+    assert unlikely_samplers(best, {**nats, PERSON: 25.0}) == []  # 1.19 times
+    assert unlikely_samplers(best, {**nats, PERSON: 26.0}) == [PERSON]  # 1.24 times
+    assert unlikely_samplers({PERSON: 10}, {PERSON: 30.0}) == []
+    assert unlikely_samplers({PERSON: 10, "one": 0}, {PERSON: 30.0, "one": 0.0}) == []
+    assert unlikely_samplers({}, {}) == []
+
+
+def test_the_survey_sums_the_nats_of_best_responses(dataset: GroupDataset) -> None:
+    """In the four mixed groups the first and the third response are best: the person's and one of
+    two's."""
+    found = survey(dataset)
+    assert {name: n for name, n in found.sampler_best.items() if n} == {PERSON: 4, "two": 4}
+    groups = [
+        group
+        for row_group in range(dataset.n_row_groups)
+        for group in dataset.groups(row_group)
+        if group.rewards is not None and np.ptp(group.rewards)
+    ]
+    for place, name in ((0, PERSON), (2, "two")):
+        nats = [-g.ref_seq_logprobs[place] / len(g.response_token_ids[place]) for g in groups]
+        assert found.sampler_best_nats[name] == pytest.approx(sum(nats))
+    both = found + found + Survey()
+    assert both.sampler_best_nats[PERSON] == pytest.approx(2 * found.sampler_best_nats[PERSON])
 
 
 def test_auto_follows_the_groups_that_are_held_out(
@@ -106,23 +149,35 @@ def test_auto_follows_the_groups_that_are_held_out(
 
 def surveyed(*rewards: list[float]) -> Survey:
     """The fields of a survey that the rule reads, of groups of these rewards."""
-    low = min(map(min, rewards))
-    return Survey(
-        group_sizes=Survey().group_sizes.__class__(map(len, rewards)),
-        lowest_reward_groups=sum(max(own) == low for own in rewards),
-        reward_range=(low, max(map(max, rewards))),
+    found, low = Survey(), min(map(min, rewards))
+    best, worst = (np.array([end(own) for own in rewards]) for end in (max, min))
+    found._add_gaps(best, worst)
+    return replace(
+        found,
+        group_sizes=Counter(map(len, rewards)),
+        lowest_reward_groups=int((best == low).sum()),
+        reward_range=(low, float(best.max())),
     )
 
 
 def test_the_rule_of_auto() -> None:
-    """Rewards times 4 give 4 times the alpha; groups of one high reward count nothing."""
+    """(1 + 10 * share of all-wrong groups) * median gap, which a survey knows within 1.2%. Groups
+    of one high reward count nothing; nothing is imitated where no group has unequal rewards."""
+    assert alpha_of(4, 8, 1.0) == pytest.approx(6.0)
+    assert alpha_of(4, 8, 3.0) == pytest.approx(18.0)
     wrong, mixed, right = [0.0, 0.0], [0.0, 1.0], [1.0, 1.0]
-    assert auto_imitation([surveyed(wrong, mixed, right, mixed)]) == 2.5
-    assert auto_imitation([surveyed([0.0, 0.0], [0.0, 4.0])]) == 10 * 0.5 * 4
-    assert auto_imitation([surveyed(mixed, right)]) == 0.0
-    assert auto_imitation([surveyed(wrong, wrong)]) == 0.0
-    assert auto_imitation([Survey()]) == 0.0
-    assert auto_imitation([surveyed(wrong, mixed), surveyed(mixed, mixed)]) == 2.5
+    for expected, *parts in (
+        (3.5, (wrong, mixed, right, mixed)),
+        (6.0 * 4, ([0.0, 0.0], [0.0, 4.0])),
+        (1.0, (mixed, right)),
+        (0.0, (wrong, wrong)),
+        (3.5, (wrong, mixed), (mixed, mixed)),
+        # Each dataset has its own lowest reward.
+        (6.0, (wrong, mixed), ([2.0, 2.0], [2.0, 3.0])),
+    ):
+        found = auto_imitation([surveyed(*own) for own in parts])
+        assert found == pytest.approx(expected, rel=0.012)
+    assert auto_imitation([]) == auto_imitation([Survey()]) == 0.0
     # The lowest reward of two parts of a dataset is that of the part that has it.
     both = surveyed([0.5, 0.5], [0.5, 1.0]) + surveyed(wrong, mixed)
     assert both.lowest_reward_groups == 1
@@ -131,8 +186,6 @@ def test_the_rule_of_auto() -> None:
 
 
 def test_the_survey_counts_groups_of_the_lowest_reward(dataset: GroupDataset) -> None:
-    from gvpo_offline.store.survey import survey
-
     found = survey(dataset)
     assert (found.lowest_reward_groups, found.equal_reward_groups) == (2, 4)
 
