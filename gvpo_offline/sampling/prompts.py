@@ -31,6 +31,13 @@ from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.media import text_rows
 from gvpo_offline.paths import MISSING, value_at
 from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.sampling.system_prompts import (
+    PlainPrompt,
+    limits_with_system,
+    prompt_lengths,
+    refuse_text,
+    system_prompts,
+)
 from gvpo_offline.sampling.waiting import WaitingPrompt, prompt_sources
 from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
@@ -137,6 +144,8 @@ def prepare_prompts(
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
     drops = config.overlong_prompts == "drop"
+    systems = system_prompts(config.parsed())
+    under_system = limits_with_system(systems, limits) if drops else []
     identity = sha256_json(
         {
             "version": _VERSION,
@@ -144,6 +153,7 @@ def prepare_prompts(
             "settings": [getattr(config, name) for name in _SETTINGS],
             "limit": min(limits.values(), default=None) if drops else None,
             "tokenizer": tokenizer_info(encoder.tokenizer).fingerprint,
+            **({"limits_with_system": under_system} if under_system else {}),
         }
     )
     log = TaskLog(root, f"prompts-{identity[:12]}")
@@ -162,8 +172,8 @@ def prepare_prompts(
         counts = dict(sorted(reader.counts.items()))
         record = TaskRecord(stage=log.stage, task=_TASK, files=[entry], counts=counts)
         record = log.commit(record)
-    elif record.counts[_LONGEST] > min(limits.values(), default=record.counts[_LONGEST]):
-        for _ in reader.chunks():  # a sampler was added: raises for a prompt too long for it
+    elif systems or record.counts[_LONGEST] > min(limits.values(), default=2**63):
+        for _ in reader.chunks():  # a sampler was added: raises for a prompt it cannot have
             pass
     inputs = [
         {"path": source.file_name, "sha256": digest}
@@ -244,6 +254,7 @@ class _Reader:
         self._config = config
         self._encoder = encoder
         self._limits = limits
+        self._systems = system_prompts(config.parsed())
         self._sources = sources
         self._chat = ChatPrompts(config, encoder)
         self.counts: Counter[str] = Counter()  # dropped prompts, and tokens of the longest other
@@ -284,6 +295,7 @@ class _Reader:
         if not (text or messages):
             raise DataError("a prompt is not empty", received=repr(text), remedy="remove the row")
         text, messages = self._chat.prompt(text, messages, source.label, number)
+        refuse_text(self._systems, text)
         rest = {column: value for column, value in record.items() if column != name}
         arguments = template_arguments(record)
         if arguments and messages is None:
@@ -360,7 +372,9 @@ class _Reader:
     def _fits(self, row: _Row, ids: Int32Array) -> bool:
         if not len(ids):
             raise DataError("a prompt needs at least 1 token", received=row.prompt, **row.place)
-        tight = [name for name, limit in self._limits.items() if len(ids) > limit]
+        found = PlainPrompt(row.messages, row.arguments, ids, row.place)
+        lengths = prompt_lengths(self._systems, self._limits, found, self._encoder)
+        tight = [name for name, limit in self._limits.items() if lengths[name] > limit]
         if not tight:
             self.counts[_LONGEST] = max(self.counts[_LONGEST], len(ids))
             return True
@@ -369,7 +383,7 @@ class _Reader:
             raise DataError(
                 f"a prompt leaves room for max_new_tokens: for sampler {tight[0]!r} it has at most "
                 f"{limit} tokens",
-                received=f"{len(ids)} tokens: {row.prompt or row.messages}",
+                received=f"{lengths[tight[0]]} tokens: {row.prompt or row.messages}",
                 remedy="shorten the prompt, lower max_new_tokens, or drop such prompts "
                 "(overlong_prompts: drop)",
                 **row.place,

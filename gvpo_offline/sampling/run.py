@@ -20,6 +20,7 @@ from gvpo_offline.sampling.prompts import prepare_prompts
 from gvpo_offline.sampling.samplers import open_sampler
 from gvpo_offline.sampling.settings import BatchSettings, SampleConfig, recorded
 from gvpo_offline.sampling.stage import Sampler, SampleStage
+from gvpo_offline.sampling.system_prompts import PromptsUnderSystem, system_prompts
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.location import local_folder
@@ -114,10 +115,8 @@ class _Run:
         self.config = config
         self.root = root
         self.settings = config.parsed()
-        dataset_tokenizer = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
-        self.samplers = {
-            name: open_sampler(s, dataset_tokenizer) for name, s in self.settings.items()
-        }
+        self.tokenizer = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
+        self.samplers = {name: open_sampler(s, self.tokenizer) for name, s in self.settings.items()}
         self.info = {name: sampler.info() for name, sampler in self.samplers.items()}
         encoder = load_encoder(self._import_config())
         assert encoder is not None
@@ -167,7 +166,10 @@ class _Run:
             }
         )
         log = SampleLog(self.root, name, f"sample-{name}-{identity[:12]}")
-        return SampleStage(self.prompts, sampler, log, settings.responses, settings.seed)
+        system = system_prompts({name: settings}).get(name)
+        own_prompts = PromptsUnderSystem(system, self.tokenizer) if system else None
+        parts = (self.prompts, sampler, log, settings.responses, settings.seed)
+        return SampleStage(*parts, own_prompts)
 
     def finished(self) -> Manifest | None:
         """The dataset that a run with these prompts and settings made, or None.

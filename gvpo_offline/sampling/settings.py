@@ -42,6 +42,10 @@ class SamplingSettings:
     """Maximum number of tokens of a response."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a response."""
+    system_prompt: str | None = None
+    """System message of this sampler alone, for prompts that are chats: it replaces the system
+    message of a prompt, or is put before the first message. The dataset stores the prompt without
+    it."""
 
     # Settings that change no response.
     operational: ClassVar[frozenset[str]] = frozenset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,12 +81,19 @@ class SampleStage:
         log: its log.
         responses: number of responses to each prompt.
         seed: the sampler's seed.
+        own_prompts: the sampler's prompts, made of the dataset's; None: they are the dataset's.
     """
 
     unit = "responses"
 
     def __init__(
-        self, prompts: PromptFile, sampler: Sampler, log: SampleLog, responses: int, seed: int
+        self,
+        prompts: PromptFile,
+        sampler: Sampler,
+        log: SampleLog,
+        responses: int,
+        seed: int,
+        own_prompts: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
     ) -> None:
         self.root = log.root
         self.name = log.tasks.stage
@@ -95,6 +102,7 @@ class SampleStage:
         self._sampler = sampler
         self._responses = responses
         self._seed = seed
+        self._own_prompts = own_prompts
         # Determined once, so that all workers see the same tasks.
         self._tasks = [self._task(chunk) for chunk in range(len(prompts.entry.row_groups))]
 
@@ -144,9 +152,10 @@ class SampleStage:
 
     def _missing(self, chunk: int, rounds: Sequence[TaskRecord]) -> list[SampleRequest]:
         have = self.log.read(rounds)
+        prompts = self._prompts.read(chunk)
         return [
             SampleRequest(prompt, number, self._seed_of(prompt, number))
-            for prompt in self._prompts.read(chunk)
+            for prompt in (self._own_prompts(prompts) if self._own_prompts else prompts)
             for number in range(self._responses)
             if not _succeeded(have.get((prompt.index, number)))
         ]
