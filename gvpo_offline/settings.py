@@ -86,6 +86,51 @@ def check_loss(loss_type: str, *, anchor: float, weighted: bool) -> None:
         )
 
 
+# The losses that imitation can stand beside: sums of squares, whose minimum bounds what it does.
+SQUARES = ("gvpo", "pmd_mean", "rebel", "ipo")
+
+
+def check_imitation(
+    loss_type: str,
+    imitation: float,
+    *,
+    of: str = "best",
+    weights: str = "equal",
+    without: Sequence[str] = (),
+) -> None:
+    """Raise ConfigError unless the settings of imitation are in range and fit the loss.
+
+    Args:
+        loss_type: name of the loss.
+        imitation: alpha.
+        of, weights, without: the settings `imitation_of`, `imitation_weights`,
+            `imitation_without`.
+    """
+    number = isinstance(imitation, int | float) and not isinstance(imitation, bool)
+    if not (number and math.isfinite(imitation) and imitation >= 0):
+        raise ConfigError(
+            "imitation is a finite number of at least 0",
+            received=imitation,
+            remedy="0 leaves it out; for rewards in 0..1 try 0.3, 1 and 3",
+        )
+    if of not in ("best", "soft"):
+        raise ConfigError("imitation_of is best or soft", received=of)
+    if weights not in ("equal", "reference"):
+        raise ConfigError("imitation_weights is equal or reference", received=weights)
+    if isinstance(without, str) or not all(isinstance(name, str) and name for name in without):
+        raise ConfigError(
+            "imitation_without is a list of names of samplers",
+            received=without,
+            remedy="write [name], also for a single one",
+        )
+    if imitation and loss_type not in SQUARES:
+        raise ConfigError(
+            f"imitation is added to losses of squares: {', '.join(SQUARES)}",
+            received=f"imitation {imitation:g} with loss_type {loss_type}",
+            remedy="set loss_type to one of them, or leave imitation out",
+        )
+
+
 # ---- YAML ----
 
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")

@@ -20,7 +20,10 @@ from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import GVPOSettings
 
 _logger = logging.getLogger(__name__)
-_TRAINING_SETTINGS = ("beta", "loss_type", "anchor", "response_weights", "eval_fraction")
+_TRAINING_SETTINGS = (
+    *("beta", "loss_type", "anchor", "response_weights", "eval_fraction"),
+    *("imitation", "imitation_of", "imitation_weights", "imitation_without"),
+)
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
@@ -75,7 +78,7 @@ def objective_of(config: EvaluateConfig) -> Objective:
         )
     given = {name: getattr(config, name) for name in (*_TRAINING_SETTINGS, RULE)}
     settings = GVPOSettings(**{name: value for name, value in given.items() if value is not None})
-    return Objective(settings.beta, settings.loss_type, settings.anchor, settings.response_weights)
+    return Objective.of(settings)
 
 
 def _path_of_run_file(model: str) -> Path | None:

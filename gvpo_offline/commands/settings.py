@@ -31,8 +31,8 @@ class EvaluateConfig(SingleDatasetSettings, ModelSettings):
     model_name_or_path: str = ""
     """The policy: a folder or a hub name. If it is the folder of a run or of its checkpoint,
     settings that are not given are those of the run: dataset (with where, responses, reward,
-    reference and version), beta, loss_type, anchor, response_weights, eval_fraction and
-    held_out_by."""
+    reference and version), beta, loss_type, anchor, response_weights, those of imitation,
+    eval_fraction and held_out_by."""
     beta: float | None = None
     """The beta of the objective, on which most metrics depend. Default: the run's. Required if the
     model is not in the folder of a run."""
@@ -42,6 +42,14 @@ class EvaluateConfig(SingleDatasetSettings, ModelSettings):
     """As in `train`. Default: the run's, or 0."""
     response_weights: Literal["equal", "inverse_length"] | None = None
     """As in `train`. Default: the run's, or equal."""
+    imitation: float | None = None
+    """As in `train`, a number. Default: the run's, or 0."""
+    imitation_of: Literal["best", "soft"] | None = None
+    """As in `train`. Default: the run's, or best."""
+    imitation_weights: Literal["equal", "reference"] | None = None
+    """As in `train`. Default: the run's, or equal."""
+    imitation_without: list[str] | None = None
+    """As in `train`. Default: the run's, or none."""
     eval_fraction: float | None = None
     """Evaluate only the groups that `train` holds out with this eval_fraction; 0: all groups.
     Default: the run's; 0 for the run's eval_dataset, and for a model that is not in the folder of a

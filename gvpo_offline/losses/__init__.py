@@ -17,9 +17,10 @@ from torch import Tensor
 from gvpo_offline.errors import DataError
 from gvpo_offline.losses import baselines
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
+from gvpo_offline.losses.imitation import imitated_shares, with_imitation
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
-from gvpo_offline.settings import check_loss
+from gvpo_offline.settings import check_imitation, check_loss
 
 __all__ = ["LOSS_TYPES", "GroupLoss", "GroupStatistics", "GroupTerms", "group_loss", "gvpo_loss"]
 
@@ -48,6 +49,11 @@ def group_loss(
     anchor: float = 0.0,
     response_weights: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
+    imitation: float = 0.0,
+    imitation_of: str = "best",
+    imitation_weights: str = "equal",
+    imitated: Tensor | None = None,
+    token_counts: Tensor | None = None,
 ) -> GroupLoss:
     """Compute the loss named `loss_type` on whole groups.
 
@@ -57,12 +63,20 @@ def group_loss(
         anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
         sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
             the same tokens. Required by topr, ignored by the other losses. Constant.
+        imitation: alpha >= 0; above 0, alpha * beta times the mean negative log-prob of a group's
+            best responses is added (`losses.imitation`). Losses of squares accept it.
+        imitation_of: best or soft, as `imitated_shares`.
+        imitation_weights: equal or reference, as `imitated_shares`.
+        imitated: (N,) bool: the responses that may be imitated; None: all.
+        token_counts: (N,) the number of tokens of each response that the log-probs sum over;
+            required by imitation_weights reference.
 
     Raises:
         ConfigError: there is no such loss, or it does not accept a setting that was passed.
         DataError: as `gvpo_loss`; or topr was called without sampler_logprobs.
     """
     check_loss(loss_type, anchor=anchor, weighted=response_weights is not None)
+    check_imitation(loss_type, imitation, of=imitation_of, weights=imitation_weights)
     if loss_type == "topr" and sampler_logprobs is None:
         raise DataError(
             "topr needs the log-probs of the samplers",
@@ -79,9 +93,20 @@ def group_loss(
         response_weights=response_weights,
         sampler_logprobs=sampler_logprobs if loss_type == "topr" else None,
     )
-    return (
-        gvpo(terms) if loss_type in ("gvpo", "pmd_mean") else _finished(terms, BASELINES[loss_type])
+    if loss_type in ("gvpo", "pmd_mean"):
+        result = gvpo(terms)
+    else:
+        result = _finished(terms, BASELINES[loss_type])
+    if not imitation:
+        return result
+    shares_N = imitated_shares(
+        terms,
+        of=imitation_of,
+        weights=imitation_weights,
+        allowed=imitated,
+        token_counts=token_counts,
     )
+    return with_imitation(result, float(imitation), shares_N)
 
 
 def _finished(terms: GroupTerms, loss: Callable[[GroupTerms], Tensor]) -> GroupLoss:

@@ -19,7 +19,7 @@ class GroupStatistics:
 
     Sums are added over micro-batches with `+` and over ranks by all-reducing `to_tensor()`. Means
     of metrics would depend on how groups are distributed over micro-batches.
-    `sums` is (18,) float64 in the order of `NAMES`; only `as_dict` and `metrics`
+    `sums` is (21,) float64 in the order of `NAMES`; only `as_dict` and `metrics`
     synchronise with the device.
     """
 
@@ -42,6 +42,9 @@ class GroupStatistics:
         "group_reward",  # over groups, of mean R
         "reweighted_reward",  # over groups, of sum R e^l / sum e^l
         "log_mass",  # over groups, of log mean e^l
+        "imitating_groups",  # groups whose loss has the term of imitation
+        "imitation",  # over these groups, of -sum q log pi
+        "imitation_part",  # over these groups, of alpha beta times the same
     )
 
     sums: Tensor
@@ -59,7 +62,7 @@ class GroupStatistics:
         return cls(sums.detach().double())
 
     def to_tensor(self) -> Tensor:
-        """A copy of the sums, (18,) float64, free to be all-reduced in place."""
+        """A copy of the sums, (21,) float64, free to be all-reduced in place."""
         return self.sums.clone()
 
     def __add__(self, other: GroupStatistics) -> GroupStatistics:
@@ -83,10 +86,17 @@ class GroupStatistics:
         difference is a gain. log_mass_mean is log mean e^l (nats): for responses drawn from the
         reference the mean of e^l is 1 in expectation. Far below 0, the policy's probability has
         gone to responses that nobody logged.
+
+        With imitation also imitation_loss, the mean over groups of the negative log-prob of the
+        imitated responses (nats), and squares_loss, the loss without alpha beta times that.
         """
         total = self.as_dict()
         n_groups, n_responses = total["n_groups"], total["n_responses"]
         unexplained = _ratio(total["residual_sq"], total["reward_sq"])
+        parts = {}
+        if total["imitating_groups"]:
+            parts["squares_loss"] = _ratio(total["loss"] - total["imitation_part"], n_groups)
+            parts["imitation_loss"] = _ratio(total["imitation"], n_groups)
         return {
             "loss": _ratio(total["loss"], n_groups),
             "explained_variance": 1.0 - unexplained,
@@ -101,6 +111,7 @@ class GroupStatistics:
             "group_reward_mean": _ratio(total["group_reward"], n_groups),
             "reweighted_reward_mean": _ratio(total["reweighted_reward"], n_groups),
             "log_mass_mean": _ratio(total["log_mass"], n_groups),
+            **parts,
         }
 
 
@@ -167,8 +178,22 @@ def _statistics(result: GroupLoss) -> GroupStatistics:
         "group_reward": terms.mean(rewards_N).sum(),
         "reweighted_reward": terms.mean(rewards_N, ratios_N).sum(),
         "log_mass": (largest_G + terms.mean(ratios_N).log()).sum(),
+        **_imitation_sums(terms, result.n_groups),
     }
     return GroupStatistics(torch.stack([sums[name] for name in GroupStatistics.NAMES]))
+
+
+def _imitation_sums(terms: GroupTerms, n_groups: int) -> dict[str, Tensor]:
+    """The sums about imitation; zeros for a loss without it."""
+    if not terms.imitation:
+        zero = terms.rewards_N.new_zeros(())
+        return {"imitating_groups": zero, "imitation": zero, "imitation_part": zero}
+    total = terms.imitation_losses_G.detach().sum()
+    return {
+        "imitating_groups": total.new_tensor(n_groups),
+        "imitation": total,
+        "imitation_part": terms.imitation * terms.beta * total,
+    }
 
 
 def _pair_counts(terms: GroupTerms, log_ratios_N: Tensor) -> tuple[Tensor, Tensor]:

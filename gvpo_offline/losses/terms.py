@@ -19,7 +19,8 @@ class GroupTerms:
 
     `group_N` (int64) numbers the groups 0..G-1 in ascending order of the input ids. Only
     `log_ratios_N` has a gradient. `response_weights_N` has mean 1 in each group (all ones if no
-    weights were given). `sampler_logprobs_N` is None if the log does not hold them.
+    weights were given). `sampler_logprobs_N` is None if the log does not hold them. `imitation` is
+    alpha, and `imitated_N` the share of each response in what its group imitates (None: nothing).
     """
 
     log_ratios_N: Tensor
@@ -31,6 +32,8 @@ class GroupTerms:
     beta: float
     anchor: float = 0.0
     sampler_logprobs_N: Tensor | None = None
+    imitation: float = 0.0
+    imitated_N: Tensor | None = None
 
     @classmethod
     def build(
@@ -101,6 +104,13 @@ class GroupTerms:
     def seq_logprobs_N(self) -> Tensor:
         """The policy's log-probability of each response, nats, with the gradient."""
         return self.log_ratios_N + self.ref_logprobs_N
+
+    @property
+    def imitation_losses_G(self) -> Tensor:
+        """Negative log-prob of the imitated responses by their shares, (G,) nats; 0 if none."""
+        if self.imitated_N is None:
+            return torch.zeros_like(self.group_sizes_G)
+        return -self.sum(self.imitated_N * self.seq_logprobs_N)
 
     def sum(self, values_N: Tensor) -> Tensor:
         """Sum of `values_N` in each group, (G,)."""

@@ -39,6 +39,7 @@ class Survey:
         sampler_rewards: sum of rewards per sampler; empty if the dataset has no rewards.
         equal_reward_groups: groups whose responses all have one reward. They take part in training:
             their target is the reference.
+        lowest_reward_groups: those of them whose reward is the lowest of all groups.
         reward_range: lowest and highest reward; (inf, -inf) if there is none.
         gap_bins: histogram of max reward - min reward of the groups with unequal rewards.
         max_group_tokens: tokens of the largest group, its prompt counted once.
@@ -58,6 +59,7 @@ class Survey:
     sampler_truncated: Counter[str] = field(default_factory=Counter)
     sampler_rewards: Counter[str] = field(default_factory=Counter)
     equal_reward_groups: int = 0
+    lowest_reward_groups: int = 0
     reward_range: tuple[float, float] = (math.inf, -math.inf)
     gap_bins: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(_N_BINS, dtype=np.int64)
@@ -124,6 +126,8 @@ class Survey:
         return Survey(
             **counters,
             equal_reward_groups=self.equal_reward_groups + other.equal_reward_groups,
+            lowest_reward_groups=self.lowest_reward_groups * (low <= other_low)
+            + other.lowest_reward_groups * (other_low <= low),
             reward_range=(min(low, other_low), max(high, other_high)),
             gap_bins=self.gap_bins + other.gap_bins,
             max_group_tokens=max(self.max_group_tokens, other.max_group_tokens),
@@ -176,11 +180,13 @@ class Survey:
         if "rewards" in table.column_names:
             rewards, starts = _flat(table, "rewards")
             self.sampler_rewards.update(per_sampler(rewards))
+            best = np.maximum.reduceat(rewards, starts)
             low, high = self.reward_range
             self.reward_range = min(low, float(rewards.min())), max(high, float(rewards.max()))
-            self._add_gaps(
-                np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
-            )
+            lowest = int((best == self.reward_range[0]).sum())
+            self.lowest_reward_groups *= low == self.reward_range[0]
+            self.lowest_reward_groups += lowest
+            self._add_gaps(best, np.minimum.reduceat(rewards, starts))
 
         if "ref_seq_logprobs" in table.column_names:
             self._add_unscored(table, row_group, rows)

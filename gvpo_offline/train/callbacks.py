@@ -139,10 +139,11 @@ class MetricMonitor:
 
     Args:
         loss_type: the loss of the run.
+        imitation: alpha; above 0, the optimum's explained variance is below 1.
     """
 
-    def __init__(self, loss_type: str = "gvpo") -> None:
-        self._regression = loss_type in _REGRESSIONS
+    def __init__(self, loss_type: str = "gvpo", imitation: float = 0.0) -> None:
+        self._regression = loss_type in _REGRESSIONS and not imitation
         self._lines: dict[str, list[Line]] = defaultdict(list)
         self._said: dict[tuple[str, str], float] = {}
 
@@ -194,7 +195,7 @@ class MetricWarningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._watch = MetricMonitor(args.loss_type)
+        self._watch = MetricMonitor(args.loss_type, args.imitation)
         for line in state.log_history:
             self._watch.read(line["step"], line)
 

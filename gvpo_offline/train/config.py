@@ -84,8 +84,8 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
             self._n_gpu = 1
 
     def objective(self) -> Objective:
-        """The objective of the run."""
-        return Objective(self.beta, self.loss_type, self.anchor, self.response_weights)
+        """The objective of the run; errors as `Objective.of`."""
+        return Objective.of(self)
 
     def settings(self) -> dict[str, object]:
         """The fields of `GVPOSettings` as a plain dictionary."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gvpo_offline.errors import DataError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss, GroupStatistics, group_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from gvpo_offline.train.settings import GVPOSettings
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,47 @@ class Objective:
         anchor: as `gvpo_loss`.
         response_weights: "equal", or "inverse_length": `gvpo_loss` with f = 1 / (number of tokens
             of the response that count).
+        imitation: alpha, as `group_loss`. The setting "auto" is a number here: see
+            `train.imitation`.
+        imitation_of, imitation_weights: as `group_loss`.
+        imitation_without: names of samplers whose responses are not imitated.
     """
 
     beta: float
     loss_type: str = "gvpo"
     anchor: float = 0.0
     response_weights: str = "equal"
+    imitation: float = 0.0
+    imitation_of: str = "best"
+    imitation_weights: str = "equal"
+    imitation_without: list[str] = field(default_factory=list)
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = "beta loss_type anchor response_weights"
+
+    @classmethod
+    def of(cls, settings: GVPOSettings) -> Objective:
+        """The objective of a run's settings.
+
+        Raises:
+            ConfigError: imitation is auto, which `imitation_of_run` resolves.
+        """
+        if settings.imitation == "auto":
+            raise ConfigError(
+                "imitation auto is resolved from the training data",
+                received="no training data",
+                remedy="set a number, such as the one in the run file of the training run",
+            )
+        return cls(
+            settings.beta,
+            settings.loss_type,
+            settings.anchor,
+            settings.response_weights,
+            imitation=float(settings.imitation),
+            imitation_of=settings.imitation_of,
+            imitation_weights=settings.imitation_weights,
+            imitation_without=sorted(set(settings.imitation_without)),
+        )
 
     def __call__(self, logprobs_N: Tensor, groups: Sequence[Group]) -> GroupLoss:
         """The loss of whole groups.
@@ -57,6 +91,8 @@ class Objective:
                 more["sampler_logprobs"] = torch.from_numpy(np.concatenate(held))
         if self.response_weights == "inverse_length":
             more["response_weights"] = 1.0 / _counted_tokens(groups)
+        if self.imitation:
+            more |= self._imitation(groups)
         try:
             return group_loss(
                 self.loss_type,
@@ -73,6 +109,20 @@ class Objective:
                 raise
             group = groups[int(error.group)].group_id
             raise error.replaced(group=group) from error
+
+    def _imitation(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """The arguments of `group_loss` about imitation."""
+        more: dict[str, Any] = {
+            "imitation": self.imitation,
+            "imitation_of": self.imitation_of,
+            "imitation_weights": self.imitation_weights,
+        }
+        if self.imitation_without:
+            names = [name for group in groups for name in group.samplers]
+            more["imitated"] = torch.tensor([n not in self.imitation_without for n in names])
+        if self.imitation_weights == "reference":
+            more["token_counts"] = _counted_tokens(groups)
+        return more
 
 
 def _counted_tokens(groups: Sequence[Group]) -> Tensor:

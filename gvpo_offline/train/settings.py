@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import LossType, check_loss, positive
+from gvpo_offline.settings import LossType, check_imitation, check_loss, positive
 
 
 @dataclass
@@ -32,6 +32,24 @@ class GVPOSettings:
     anchor: float = 0.0
     """Weight, in [0, 1], of a penalty on the squared mean log-ratio of each group. Stabilises
     training at a small beta, but moves the optimum; 1 is the PMD-mean loss."""
+    imitation: float | Literal["auto"] = 0.0
+    """alpha, at least 0: adds alpha * beta times the mean negative log-probability (nats) of each
+    group's best responses to the loss, so that they do not become unlikely together with the
+    others. Groups of equal rewards add nothing. It moves the optimum towards the logged best
+    responses. alpha has the unit of the rewards: 1 is much where they lie in 0..1 and answers
+    differ in quality, 3 to 10 suits rewards of right and wrong of which nearly all are wrong. auto:
+    a number from a survey of the training data, logged before the first step. Only for losses of
+    squares."""
+    imitation_of: Literal["best", "soft"] = "best"
+    """Which responses of a group imitation is of. best: those of the highest reward, ties alike.
+    soft: all, by softmax(reward / beta)."""
+    imitation_weights: Literal["equal", "reference"] = "equal"
+    """How the imitated responses of a group are weighted against each other. equal; or reference:
+    also by e to the power of the reference's mean log-prob per token, so that a text that the
+    reference finds unlikely, such as a scripted person's, has a small share."""
+    imitation_without: list[str] = field(default_factory=list)
+    """Names of samplers whose responses are not imitated. The best of the other samplers' responses
+    are, where they have more than the group's lowest reward."""
     groups_per_step: int = 32
     """Groups per optimizer step, over all ranks: the batch size."""
     max_tokens_per_micro_batch: int = 16_384
@@ -80,6 +98,14 @@ class GVPOSettings:
             raise ConfigError("beta is a positive number", received=self.beta)
         weighted = self.response_weights != "equal"
         check_loss(self.loss_type, anchor=self.anchor, weighted=weighted)
+        check_imitation(
+            self.loss_type,
+            # The number that auto stands for may be above 0, which not every loss accepts.
+            1.0 if self.imitation == "auto" else self.imitation,
+            of=self.imitation_of,
+            weights=self.imitation_weights,
+            without=self.imitation_without,
+        )
         if not 0.0 <= self.anchor <= 1.0:
             raise ConfigError("anchor lies in [0, 1]", received=self.anchor)
         if not 0.0 <= self.eval_fraction < 1.0:

@@ -55,6 +55,7 @@ from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
+from gvpo_offline.train.imitation import check_imitated, objective_of_run
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import (
@@ -136,6 +137,8 @@ class GVPOTrainer(PredictingTrainer):
         self._adapter_defaults = adapter_defaults(model)
         steps = self.data.steps(args)
         args.max_steps = len(steps)
+        self._wanted_imitation = args.imitation
+        self._objective = objective_of_run(args, self._wanted_imitation, self.data)
         with settings_errors():
             super().__init__(
                 model=model,
@@ -147,7 +150,6 @@ class GVPOTrainer(PredictingTrainer):
                 callbacks=[*self._own_callbacks(args), *(callbacks or [])],
                 optimizers=optimizers,
             )
-        self._objective = args.objective()
         self._meter = StepMeter(float64_device(args.device))
         self._reference_meter: ReferenceMeter | None = None
         self.engine: Engine = training_engine(
@@ -207,6 +209,7 @@ class GVPOTrainer(PredictingTrainer):
         self.train_dataset, self.eval_dataset = steps, self.data.held_out or None
         self.args.max_steps = len(steps)
         self._epochs.set_draws(self.data.order, self.data.n_draws)
+        self._objective = objective_of_run(self.args, self._wanted_imitation, self.data)
 
     def preflight(self, *, log_summary: bool = True) -> list[Survey]:
         """Verify the files, and check and summarise the training data.
@@ -220,13 +223,15 @@ class GVPOTrainer(PredictingTrainer):
         verify(self.data.datasets(), content=self.args.verify == "full")
         if self.args.loss_type == "topr":
             check_sampler_logprobs([*self.data.views, *self.data.held_out.values()])
-        return check_data(
+        counts = check_data(
             self.data,
             self.policy,
             beta=self.args.beta,
             max_tokens=self.args.max_tokens_per_micro_batch,
             log_summary=log_summary and self.is_world_process_zero(),
         )
+        check_imitated(self.args, counts)
+        return counts
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The settings that a resumed run must share: data, objective, model, optimization."""

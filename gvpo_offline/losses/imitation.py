@@ -1,0 +1,135 @@
+"""Imitation of a group's good responses, as a term beside a loss of squares.
+
+A loss of squares fixes the differences of log-ratios within a group and says nothing of their
+level: the log-probs of all logged responses may fall together. The term
+
+    alpha * beta * I,   I = -sum_i q_i * log pi(y_i | x)     nats
+
+says what to do, and the squares say by how much responses differ. q are shares of the group's
+responses that sum to 1 (`imitated_shares`), or 0 for all of them where there is nothing to imitate.
+
+**The scale alpha * beta.** The gradient of GVPO's loss in log pi(y_i) is -beta / (k - 1) * w_i, and
+that of this term is -alpha * beta * q_i. So the ratio of the two, alpha * q_i * (k - 1) / w_i, does
+not depend on beta: an alpha that was found at one beta holds at another one. alpha has the unit of
+the rewards, as w has: w_i + alpha * (k - 1) * q_i is the weight of both together. Rewards and beta
+multiplied by c, which leave the optimum of the squares where it is, want alpha multiplied by c too;
+the loss is then multiplied by c^2. For rewards in 0..1, alpha is a share of their range.
+
+**What it does to the optimum.** With an alpha above 0 the minimiser is no longer
+pi_ref exp(R / beta) / Z. Let mu(y) be the share of the logged responses that are y, and v(y) that
+of the imitated mass, over the groups of one prompt; of a tabular policy the gradient is zero where
+
+    mu(y) * mean w / (k - 1) = alpha * (s * pi(y) - v(y)),   s = sum of v
+
+(means over the groups that hold y): the policy is pulled from the optimum towards v, the logged
+best responses, and the residuals w that this costs grow with alpha and not with alpha / beta.
+`docs/evidence/convergence.md` has the measured distance to the optimum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.losses.result import GroupLoss
+from gvpo_offline.losses.terms import GroupTerms
+
+
+def with_imitation(result: GroupLoss, alpha: float, shares_N: Tensor) -> GroupLoss:
+    """A loss of squares plus the term of imitation.
+
+    Args:
+        result: the loss of squares.
+        alpha: above 0.
+        shares_N: (N,) float64, as `imitated_shares`.
+
+    Returns:
+        The sum. Its weights are those of the gradient of both: w_i + alpha * (k - 1) * q_i.
+    """
+    terms = replace(result.terms, imitation=alpha, imitated_N=shares_N)
+    group_losses_G = result.group_losses + alpha * terms.beta * terms.imitation_losses_G
+    others_N = terms.group_sizes_G[terms.group_N] - 1
+    weights_N = result.weights + alpha * others_N * shares_N
+    return GroupLoss(group_losses_G.mean(), weights_N, group_losses_G, terms)
+
+
+def imitated_shares(
+    terms: GroupTerms,
+    *,
+    of: str = "best",
+    weights: str = "equal",
+    allowed: Tensor | None = None,
+    token_counts: Tensor | None = None,
+) -> Tensor:
+    """The share q of each response in what its group imitates, (N,) float64.
+
+    The candidates are the allowed responses of a group. Nothing is imitated in a group whose best
+    candidate has no more than the group's lowest reward: with all responses allowed these are the
+    groups of equal rewards. In all other groups the shares sum to 1 over the candidates:
+
+        best, equal      1 / m for each of the m best candidates: the loss `rft`
+        soft, equal      softmax(R / beta); at beta -> 0 this is best
+        best, reference  proportional to e^p among the m best, p = ref_logprob / tokens
+        soft, reference  proportional to e^(R / beta + p)
+
+    p is the reference's mean log-prob per token, so that e^p is the geometric mean of the tokens'
+    probabilities. Log-probs of whole responses differ by tens of nats: one response would have all.
+    A single best candidate has the share 1 whatever its p.
+
+    Args:
+        terms: the checked inputs of the loss.
+        of: best or soft.
+        weights: equal or reference.
+        allowed: (N,) bool: whether a response may be imitated; None: all may.
+        token_counts: (N,) the number of tokens of each response that count; for reference.
+
+    Raises:
+        DataError: shapes that differ, or token counts that are missing or below 1.
+    """
+    rewards_N = terms.rewards_N
+    allowed_N = torch.ones_like(rewards_N, dtype=torch.bool)
+    if allowed is not None:
+        allowed_N = _checked("allowed", allowed, terms).bool()
+    never = torch.full_like(rewards_N, -math.inf)
+    best_G = terms.max(torch.where(allowed_N, rewards_N, never))
+    worth_G = best_G > -terms.max(-rewards_N)  # -inf, and so false, where nothing is allowed
+    scores_N = rewards_N / terms.beta
+    if of == "best":
+        scores_N = torch.where(rewards_N == best_G[terms.group_N], 0.0, never)
+    if weights == "reference":
+        scores_N = scores_N + terms.ref_logprobs_N / _counts(token_counts, terms)
+    scores_N = torch.where(allowed_N & worth_G[terms.group_N], scores_N, never)
+    largest_G = torch.where(worth_G, terms.max(scores_N), 0.0)
+    parts_N = (scores_N - largest_G[terms.group_N]).exp()
+    return parts_N / torch.where(worth_G, terms.sum(parts_N), 1.0)[terms.group_N]
+
+
+def _counts(token_counts: Tensor | None, terms: GroupTerms) -> Tensor:
+    rule = "imitation weighted by the reference needs the number of counted tokens of each response"
+    if token_counts is None:
+        raise DataError(rule, received="none", remedy="pass token_counts")
+    counts_N = _checked("token_counts", token_counts, terms).double()
+    if not bool((counts_N >= 1).all()):
+        row = int((~(counts_N >= 1)).nonzero()[0])
+        raise DataError(
+            "token_counts are at least 1",
+            received=float(counts_N[row]),
+            remedy="drop the response, of which nothing is trained",
+            row=row,
+        )
+    return counts_N
+
+
+def _checked(name: str, values: Tensor, terms: GroupTerms) -> Tensor:
+    """`values` on the device of the terms; DataError unless there is one for each row."""
+    if values.shape != terms.rewards_N.shape:
+        raise DataError(
+            f"{name} must have one entry for each of the {len(terms.rewards_N)} rows",
+            received=tuple(values.shape),
+            remedy="pass the same rows, in the same order, in every argument",
+        )
+    return values.to(terms.rewards_N.device)
