@@ -1,5 +1,8 @@
 """Constraints on an answer, each with its sentence in the prompt and its check by a program.
 
+`constraints_met` is the reward function of reward.yaml. All that it needs is in this file, whose
+hash identifies the reward.
+
 A constraint is a JSON record: `kind` and the values that the kind needs. `KINDS` maps each kind to
 its sentence and its check.
 """
@@ -15,12 +18,16 @@ from typing import Any
 
 Constraint = dict[str, Any]
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-# Words that English text of any topic is full of; a text of many words without any is no sentence.
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+# Words that English text of any topic is full of; many words without any are no sentence.
 _COMMON = frozenset(
-    "a an the of to in on at for with from by and or but as is are was be it its this that they "
-    "their you your we i he she can will not do have has when if so up out all more most no name "
-    "reason".split()
+    word
+    for line in (
+        "a an the of to in on at for with from by and or but as is are was be it its this that",
+        "they their you your we i he she can will not do have has when if so up out all more most",
+        "no name reason topic text",
+    )
+    for word in line.split()
 )
 _MIN_WORDS = 3
 _LONGEST_WORD = 20
@@ -99,7 +106,9 @@ KINDS: dict[str, Kind] = {
     "exclamation": Kind(
         lambda c: "End with an exclamation mark.", lambda c, text: text.rstrip()[-1:] == "!", "end"
     ),
-    "lower": Kind(lambda c: "Use no capital letters.", lambda c, text: text == text.lower(), "case"),
+    "lower": Kind(
+        lambda c: "Use no capital letters.", lambda c, text: text == text.lower(), "case"
+    ),
     "upper": Kind(
         lambda c: "Write everything in capital letters.",
         lambda c, text: text == text.upper(),
@@ -141,6 +150,19 @@ def share_met(constraints: Sequence[Constraint], text: str) -> float:
         return 0.0
     met = [KINDS[c["kind"]].holds(c, text) for c in constraints]
     return sum(met) / len(met)
+
+
+def constraints_met(
+    completions: Sequence[Any], constraints: Sequence[str], **_: Any
+) -> list[float]:
+    """The rewards of answers: texts, or lists of one chat message.
+
+    Args:
+        completions: the answers.
+        constraints: the constraints of each answer's prompt, as JSON.
+    """
+    texts = [own if isinstance(own, str) else own[-1]["content"] for own in completions]
+    return [share_met(json.loads(own), text) for own, text in zip(constraints, texts, strict=True)]
 
 
 def draw(rng: random.Random, related: Sequence[str], lengths: Sequence[int]) -> list[Constraint]:

@@ -1,0 +1,239 @@
+"""Losses compared on a pretrained language model, from logged answers to instructions.
+
+    python pipelines/instructions/run.py --output_dir runs/instructions     hours
+    python pipelines/instructions/run.py --quick                            15 minutes on two cores
+
+    SmolLM2-135M-Instruct -> policy, noised copy (models.py)
+    prompts.py -> train, validation and test prompts
+    sample -> + import (person.py) -> merge -> reward -> reference -> the log
+    for each loss and learning rate: train -> sample -> reward -> reference    validation prompts
+    for each loss, with the best rate, and seed: the same                      test prompts
+
+Every run is a line of `runs.jsonl` (jobs.py) and is not repeated: after an interruption, run the
+same command again. Jobs start in the order of their importance, so that the tables (report.py) say
+something early. Prints the tables, and one JSON object on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs import LOSSES, PERSON, UNTOUCHED, Job, Row, Runner, run_all
+from models import write_noised, write_policy
+from person import person
+from prompts import read_prompts, write_prompts
+from report import beta_of_runs, read, summary, table
+from stages import CommandError, Stages
+
+MAX_NEW_TOKENS = 64
+NOISE = 0.05
+# The samplers of the log that are models; the folder of each is a folder of the run.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "hot": {"model": "policy", "responses": 2, "temperature": 1.2, "top_p": 0.95},
+    "prompted": {
+        "model": "policy",
+        "responses": 2,
+        "system_prompt": "Follow every instruction exactly.",
+    },
+    "noised": {"model": "noised", "responses": 2},
+}
+LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+WITHOUT_PERSON = ("gvpo", "recommended", "rft")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run.
+
+    Attributes:
+        prompts: number of prompts by name.
+        steps: optimizer steps of a training run.
+        trials: the learning rates that every loss is tried with.
+        extended: whether the next rate of `LADDER` is tried where the best is at an end.
+        trial_answers: answers to each validation prompt.
+        seeds: seeds of the comparison.
+        answers: answers to each test prompt.
+    """
+
+    prompts: dict[str, int]
+    steps: int
+    trials: tuple[float, ...]
+    extended: bool
+    trial_answers: int
+    seeds: tuple[int, ...]
+    answers: int
+
+
+FULL = Plan(
+    prompts={"train": 160, "validation": 32, "test": 64},
+    steps=32,
+    trials=LADDER[1:3],
+    extended=True,
+    trial_answers=6,
+    seeds=(0, 1, 2, 3),
+    answers=6,
+)
+QUICK = Plan(
+    prompts={"train": 24, "validation": 8, "test": 16},
+    steps=3,
+    trials=LADDER[2:3],
+    extended=False,
+    trial_answers=2,
+    seeds=(0,),
+    answers=2,
+)
+
+
+def write_log(folder: Path, plan: Plan, seed: int = 0) -> float:
+    """The log with rewards and reference, in `folder`/dataset; returns the CPU seconds."""
+    started = time.process_time()
+    write_policy(folder / "policy")
+    write_noised(folder / "policy", folder / "noised", noise=NOISE, seed=seed)
+    write_prompts(folder / "prompts", plan.prompts, seed)
+    _write_person(folder, seed)
+    stages, dataset, policy = Stages(folder / "log"), folder / "dataset", folder / "policy"
+    samplers = {}
+    for name, settings in SAMPLERS.items():
+        own = {**_sampler(), "kind": "transformers", **settings}
+        samplers[name] = {**own, "model_name_or_path": str(folder / own.pop("model"))}
+    tokenized = {"tokenizer_name_or_path": policy}
+    seconds = [
+        stages.gvpo(
+            "sample",
+            "sample",
+            inputs=folder / "prompts" / "train.jsonl",
+            output_dir=dataset,
+            samplers=samplers,
+            **tokenized,
+        ),
+        stages.gvpo(
+            "import",
+            "import",
+            inputs=folder / "person.jsonl",
+            output_dir=folder / PERSON,
+            **tokenized,
+        ),
+        stages.gvpo("merge", "merge", dataset=dataset, add=folder / PERSON),
+        stages.gvpo("reward", "reward", dataset=dataset),
+        stages.gvpo("reference", "reference", dataset=dataset, model_name_or_path=policy),
+    ]
+    return sum(seconds) + time.process_time() - started
+
+
+def _sampler() -> dict[str, Any]:
+    return {"max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32"}
+
+
+def _write_person(folder: Path, seed: int) -> None:
+    """The person's answers: one to each training prompt."""
+    rng = random.Random(seed)
+    rows = []
+    for row in read_prompts(folder / "prompts" / "train.jsonl"):
+        answer = person(row["topic"], json.loads(row["constraints"]), rng)
+        rows.append(json.dumps({**row, "response": answer, "sampler": PERSON}) + "\n")
+    (folder / "person.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+def tune_rates(plan: Plan, run: Any) -> dict[str, float]:
+    """The learning rate of each loss with the best reward - beta KL on validation prompts."""
+    tried = {loss: list(plan.trials) for loss in LOSSES}
+    best: dict[str, float] = {}
+    while tried.keys() - best.keys():
+        jobs = [
+            _job(plan, loss, rate, 0, prompts="validation")
+            for loss, rates in tried.items()
+            for rate in rates
+        ]
+        rows = run(jobs)
+        for loss in tried.keys() - best.keys():
+            own = [row for row in rows if row["job"]["loss"] == loss]
+            rate = max(own, key=_objective)["job"]["rate"]
+            at = LADDER.index(rate) + (1 if rate == max(tried[loss]) else -1)
+            outside = rate in (min(tried[loss]), max(tried[loss]))
+            # One further rate at most: a loss gets two or three trials.
+            if plan.extended and outside and len(tried[loss]) < 3 and 0 <= at < len(LADDER):
+                tried[loss].append(LADDER[at])
+            else:
+                best[loss] = rate
+    return best
+
+
+def _objective(row: Row) -> float:
+    def mean(values: Sequence[Sequence[float]]) -> float:
+        return sum(map(sum, values)) / sum(map(len, values))
+
+    return mean(row["rewards"]) - beta_of_runs() * mean(row["log_ratios"])
+
+
+def _job(
+    plan: Plan,
+    loss: str,
+    rate: float,
+    seed: int,
+    *,
+    person: bool = True,
+    prompts: str = "test",
+) -> Job:
+    answers = plan.answers if prompts == "test" else plan.trial_answers
+    steps = plan.steps if loss != UNTOUCHED else 0
+    return Job(loss, rate, seed, person, prompts, steps, answers, LOSSES.get(loss, {}))
+
+
+def comparison(plan: Plan, rates: dict[str, float]) -> list[Job]:
+    """The runs on test prompts, the most important first."""
+    jobs = []
+    for seed in plan.seeds:
+        jobs.append(_job(plan, UNTOUCHED, 0.0, seed))
+        jobs += [_job(plan, loss, rate, seed) for loss, rate in rates.items()]
+        jobs += [_job(plan, loss, rates[loss], seed, person=False) for loss in WITHOUT_PERSON]
+    return jobs
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--quick", action="store_true", help="fewer prompts, steps and seeds")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--log_only", action="store_true", help="write the log and stop")
+    parser.add_argument("--keep_weights", action="store_true", help="keep all trained policies")
+    given = parser.parse_args(argv)
+    default = Path("runs/instructions-quick" if given.quick else "runs/instructions")
+    given.output_dir = (given.output_dir or default).resolve()
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parse(argv)
+    plan, folder = QUICK if given.quick else FULL, given.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        print(f"the log: {write_log(folder, plan):.0f} CPU s", flush=True)
+        if given.log_only:
+            return
+        runner = Runner(folder, _sampler(), list(SAMPLERS), given.keep_weights)
+        path = folder / "runs.jsonl"
+        run = partial(run_all, runner=runner, path=path, workers=given.workers)
+        rates = tune_rates(plan, run)
+        print("learning rates: " + json.dumps(rates), flush=True)
+        jobs = comparison(plan, rates)
+        wanted = [asdict(job) for job in jobs]
+        (folder / "comparison.json").write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+        run(jobs)
+    except CommandError as error:
+        sys.exit(str(error))
+    runs = read(folder)
+    print(f"\n{table(runs, beta_of_runs())}\n")
+    print(json.dumps(summary(runs, beta_of_runs())))
+
+
+if __name__ == "__main__":
+    main()
