@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,10 +22,11 @@ from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
+from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
@@ -98,6 +99,7 @@ def run_train(
             "model": asdict(model),
             "data": data.public(),
             "lora": asdict(lora),
+            **sampled_settings(args),
             "training": {**args.to_sanitized_dict(), "held_out_by": trainer.data.held_out_by},
             # What the settings refer to at this time; later versions of the datasets may hold more.
             "reference": trainer.data.reference.fingerprint,
@@ -111,6 +113,13 @@ def run_train(
         trainer.save_model()
         trainer.save_state()
     return trainer
+
+
+def sampled_settings(args: GVPOConfig) -> dict[str, Any]:
+    """How the run samples answers, for its run file; nothing if it does not."""
+    if not args.eval_samples:
+        return {}
+    return {SAMPLED: {own.name: getattr(args, own.name) for own in fields(SampledEvalSettings)}}
 
 
 def _reward_of(rewards: Sequence[WeightedReward]) -> dict[str, float] | str:

@@ -10,6 +10,7 @@ from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
 from gvpo_offline.train.settings import (
@@ -69,7 +70,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
-    say(json.dumps(report.metrics))
+    say(json.dumps(report.summary()))
 
 
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +97,7 @@ COMMANDS: dict[str, Command] = {
             ModelSettings,
             DataSettings,
             GVPOSettings,
+            SampledEvalSettings,
             CommonTrainingSettings,
             LoraSettings,
             RunSettings,
@@ -111,6 +113,7 @@ COMMANDS: dict[str, Command] = {
             ModelSettings,
             DataSettings,
             GVPOSettings,
+            SampledEvalSettings,
             CommonTrainingSettings,
             LoraSettings,
             RunSettings,

@@ -146,7 +146,7 @@ class ScoringInputReader:
             groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
         place = self._dataset.location(row_group)
         return [
-            self._input(
+            self.scoring_input(
                 group,
                 row_group,
                 {"file": place.file, "row": place.first_row + row, "group": group.group_id},
@@ -154,7 +154,14 @@ class ScoringInputReader:
             for row, group in enumerate(groups)
         ]
 
-    def _input(self, group: Group, row_group: int, location: dict[str, Any]) -> ScoringInput:
+    def scoring_input(self, group: Group, row_group: int, location: dict[str, Any]) -> ScoringInput:
+        """A group as scorers see it; errors as `read`.
+
+        Args:
+            group: with its texts and metadata, or with its token ids where it has no texts.
+            row_group: number of its row group.
+            location: its file, row and id.
+        """
         prompt, responses = group.prompt, group.responses
         if group.messages is not None:
             prompt = None  # the text is the rendered chat template

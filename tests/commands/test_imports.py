@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("merging",),
     ("sampling", "rewards", "reference"),
     ("losses",),
+    ("sampled_eval",),
     ("train",),
     ("tune",),
     ("commands",),
