@@ -1,14 +1,13 @@
 """The runs of the comparison: each is one line of `runs.jsonl`, and finished runs are not repeated.
 
-A run trains the policy with one loss, lets it answer prompts that nobody trained on, and scores the
-answers: `train`, `sample`, `reward`, `reference` (`evaluate_policy`). Its folder keeps the logs and
-the answers; the trained weights are removed, unless `--keep_weights`.
+A run trains the policy with one loss (`train`), lets it answer prompts that nobody trained on, and
+scores the answers (`evaluate --sample`). Its folder keeps logs and reports; the trained weights,
+half a gigabyte, are removed.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from stages import Stages
 
-from gvpo_offline import open_dataset
 from gvpo_offline.hashing import sha256_json
 
 Row = dict[str, Any]
@@ -78,15 +75,15 @@ class Runner:
     """Executes jobs.
 
     Attributes:
-        folder: of the run, with `policy`, `prompts` and `dataset`.
-        sampler: settings of `sample` for the trained policy, other than the model and the number.
+        folder: of the run, with what `run.write_log` wrote.
         models: names of the samplers of the log that are models.
+        max_new_tokens: limit of an answer.
         keep_weights: whether trained weights stay on disk.
     """
 
     folder: Path
-    sampler: dict[str, Any]
     models: Sequence[str]
+    max_new_tokens: int
     keep_weights: bool = False
 
     def __call__(self, job: Job) -> Row:
@@ -96,11 +93,29 @@ class Runner:
         if job.loss != UNTOUCHED:
             policy = stages.folder / "trained"
             seconds["train"] = self._train(stages, job, policy)
-        row = self._evaluated(stages, job, policy, seconds)
+        report = stages.folder / "report.json"
+        seconds["evaluate"] = stages.gvpo(
+            "evaluate",
+            "evaluate",
+            dataset=self.folder / job.prompts,
+            model_name_or_path=policy,
+            output_file=report,
+            eval_samples=job.answers,
+            eval_max_new_tokens=self.max_new_tokens,
+        )
+        found = json.loads(report.read_text(encoding="utf-8"))
+        row: Row = {
+            "job": asdict(job),
+            "prompts": found["sampled"]["prompts"],
+            "sampled": found["sampled"]["metrics"],
+            "logged": found["metrics"],
+            "cpu_seconds": {name: round(value, 1) for name, value in seconds.items()},
+        }
         if job.loss != UNTOUCHED:
             row["training"] = _training(policy)
             if not self.keep_weights:
-                shutil.rmtree(policy, ignore_errors=True)
+                for file in policy.glob("*.safetensors"):
+                    file.unlink()
         return row
 
     def _train(self, stages: Stages, job: Job, output: Path) -> float:
@@ -117,63 +132,6 @@ class Runner:
             **job.settings,
             **chosen,
         )
-
-    def _evaluated(self, stages: Stages, job: Job, policy: Path, seconds: dict[str, float]) -> Row:
-        """Fresh answers at temperature 1, their rewards and log-ratios."""
-        answers = stages.folder / "answers"
-        sampler = {
-            **self.sampler,
-            "kind": "transformers",
-            "model_name_or_path": str(policy),
-            "responses": job.answers,
-            "seed": job.seed,
-        }
-        seconds["sample"] = stages.gvpo(
-            "sample",
-            "sample",
-            inputs=self.folder / "prompts" / f"{job.prompts}.jsonl",
-            output_dir=answers,
-            tokenizer_name_or_path=self.folder / "policy",
-            samplers={"policy": sampler},
-        )
-        seconds["reward"] = stages.gvpo("reward", "reward", dataset=answers)
-        seconds["reference"] = stages.gvpo(
-            "reference",
-            "reference",
-            dataset=answers,
-            model_name_or_path=self.folder / "policy",
-        )
-        cpu = {name: round(value, 1) for name, value in seconds.items()}
-        return {"job": asdict(job), **read_answers(answers), "cpu_seconds": cpu}
-
-
-def read_answers(dataset: Path) -> Row:
-    """Rewards, log-ratios (nats), lengths (tokens) of sampled answers, and whether they were cut.
-
-    Each is a list of P lists, in the order of the prompts. The policy's log-probs are those that
-    `sample` recorded, which at temperature 1 without filters are those of the policy itself.
-    """
-    drawn: dict[int, dict[int, Row]] = {}
-    for file in sorted(dataset.glob("samples/policy/*.parquet")):
-        for answer in pq.read_table(file).to_pylist():  # type: ignore[no-untyped-call]
-            drawn.setdefault(answer["prompt"], {})[answer["number"]] = answer
-    own = [[drawn[p][n] for n in sorted(drawn[p])] for p in sorted(drawn)]
-    opened = open_dataset(dataset)
-    groups = [group for i in range(opened.n_row_groups) for group in opened.groups(i)]
-    row: Row = {"rewards": [], "log_ratios": [], "lengths": [], "cut": []}
-    for group, answers in zip(groups, own, strict=True):
-        assert group.rewards is not None
-        assert group.ref_seq_logprobs is not None
-        policy = [sum(answer["token_logprobs"]) for answer in answers]
-        lengths = [len(answer["token_ids"]) for answer in answers]
-        if lengths != list(group.response_lengths):
-            raise ValueError(f"{dataset}: samples and groups have different orders")
-        row["rewards"].append([round(float(r), 4) for r in group.rewards])
-        ratios = [p - float(q) for p, q in zip(policy, group.ref_seq_logprobs, strict=True)]
-        row["log_ratios"].append([round(ratio, 4) for ratio in ratios])
-        row["lengths"].append(lengths)
-        row["cut"].append([int(answer["finish_reason"] == "length") for answer in answers])
-    return row
 
 
 def _training(trained: Path) -> Row:
@@ -204,10 +162,10 @@ def run_all(
             file.write(json.dumps(row) + "\n")
             found[job.key], done = row, done + 1
             seconds = sum(row["cpu_seconds"].values())
-            reward, kl = _mean(row["rewards"]), _mean(row["log_ratios"])
+            own = row["sampled"]
             print(
-                f"[{done}/{len(pending)}] {job.name}: reward {reward:.3f}, KL {kl:.2f}, "
-                f"cut {_mean(row['cut']):.2f}; {seconds:.0f} CPU s",
+                f"[{done}/{len(pending)}] {job.name}: reward {own['sampled_reward']:.3f}, KL "
+                f"{own['sampled_kl']:.2f}, cut {own['sampled_truncated']:.2f}; {seconds:.0f} CPU s",
                 flush=True,
             )
 
@@ -220,11 +178,6 @@ def run_all(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [found[job.key] for job in wanted]
-
-
-def _mean(values: Sequence[Sequence[float]]) -> float:
-    flat = [value for own in values for value in own]
-    return sum(flat) / len(flat)
 
 
 def _end_last_line(path: Path) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 from constraints import draw, sentences
 
 Row = dict[str, Any]
+# Requests for one sentence: after others (a fact, a tip) SmolLM2 goes on in lists without an end.
 REQUESTS = (
     "Write one short sentence about {}.",
-    "Say something brief about {}.",
-    "Tell me one fact about {}.",
-    "Give me a short tip about {}.",
+    "Write a sentence about {}.",
+    "Write one simple sentence about {}.",
+    "Write one sentence for children about {}.",
 )
 LENGTHS = (6, 8, 10, 12)
 # Each line is a topic and two words that belong to it.

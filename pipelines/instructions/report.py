@@ -87,9 +87,14 @@ class Runs:
     def of(cls, rows: Iterable[Row]) -> Runs:
         """The runs of some rows, which differ in their seed alone."""
         ordered = sorted(rows, key=lambda row: row["job"]["seed"])
-        names = ("rewards", "log_ratios", "lengths", "cut")
-        values = [np.array([row[name] for row in ordered], float).mean(-1).T for name in names]
         seeds = tuple(row["job"]["seed"] for row in ordered)
+        keys = [[own["prompt"] for own in row["prompts"]] for row in ordered]
+        if any(own != keys[0] for own in keys):
+            raise ValueError("runs of one comparison have different prompts")
+        values = [
+            np.array([[own[name] for own in row["prompts"]] for row in ordered], float).T
+            for name in ("reward", "kl", "length", "truncated")
+        ]
         return cls(ordered[0]["job"]["rate"], seeds, *values)
 
     def common(self, other: Runs) -> tuple[Runs, Runs]:

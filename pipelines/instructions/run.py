@@ -5,9 +5,9 @@
 
     SmolLM2-135M-Instruct -> policy, noised copy (models.py)
     prompts.py -> train, validation and test prompts
-    sample -> + import (person.py) -> merge -> reward -> reference -> the log
-    for each loss and learning rate: train -> sample -> reward -> reference    validation prompts
-    for each loss, with the best rate, and seed: the same                      test prompts
+    sample -> + import (person.py) -> merge -> reward -> reference: the log
+    for each loss and learning rate: train -> evaluate --sample (answers to validation prompts)
+    for each loss, at its best rate, and seed: the same (answers to test prompts)
 
 Every run is a line of `runs.jsonl` (jobs.py) and is not repeated: after an interruption, run the
 same command again. Jobs start in the order of their importance, so that the tables (report.py) say
@@ -94,43 +94,54 @@ QUICK = Plan(
 
 
 def write_log(folder: Path, plan: Plan, seed: int = 0) -> float:
-    """The log with rewards and reference, in `folder`/dataset; returns the CPU seconds."""
+    """Policy, prompts and log in `folder`; returns the CPU seconds.
+
+    The log is `folder`/dataset; `folder`/validation and `folder`/test have the other prompts, with
+    a few answers of the same models to compare fresh ones with. All have rewards and reference.
+    """
     started = time.process_time()
     write_policy(folder / "policy")
     write_noised(folder / "policy", folder / "noised", noise=NOISE, seed=seed)
     write_prompts(folder / "prompts", plan.prompts, seed)
     _write_person(folder, seed)
-    stages, dataset, policy = Stages(folder / "log"), folder / "dataset", folder / "policy"
-    samplers = {}
-    for name, settings in SAMPLERS.items():
-        own = {**_sampler(), "kind": "transformers", **settings}
-        samplers[name] = {**own, "model_name_or_path": str(folder / own.pop("model"))}
-    tokenized = {"tokenizer_name_or_path": policy}
-    seconds = [
-        stages.gvpo(
-            "sample",
-            "sample",
-            inputs=folder / "prompts" / "train.jsonl",
-            output_dir=dataset,
-            samplers=samplers,
-            **tokenized,
-        ),
-        stages.gvpo(
-            "import",
-            "import",
-            inputs=folder / "person.jsonl",
-            output_dir=folder / PERSON,
-            **tokenized,
-        ),
-        stages.gvpo("merge", "merge", dataset=dataset, add=folder / PERSON),
-        stages.gvpo("reward", "reward", dataset=dataset),
-        stages.gvpo("reference", "reference", dataset=dataset, model_name_or_path=policy),
-    ]
-    return sum(seconds) + time.process_time() - started
+    seconds = time.process_time() - started
+    stages = Stages(folder / "log")
+    seconds += _sample(stages, folder, "train", "dataset", SAMPLERS)
+    seconds += stages.gvpo(
+        "import",
+        "import",
+        inputs=folder / "person.jsonl",
+        output_dir=folder / PERSON,
+        tokenizer_name_or_path=folder / "policy",
+    )
+    seconds += stages.gvpo("merge", "merge", dataset=folder / "dataset", add=folder / PERSON)
+    few = {name: {**settings, "responses": 1} for name, settings in SAMPLERS.items()}
+    for name in ("validation", "test"):
+        seconds += _sample(stages, folder, name, name, few)
+    for name in ("dataset", "validation", "test"):
+        given = {"dataset": folder / name}
+        seconds += stages.gvpo(f"reward-{name}", "reward", **given)
+        model = {"model_name_or_path": folder / "policy"}
+        seconds += stages.gvpo(f"reference-{name}", "reference", **given, **model)
+    return seconds
 
 
-def _sampler() -> dict[str, Any]:
-    return {"max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32"}
+def _sample(
+    stages: Stages, folder: Path, prompts: str, dataset: str, samplers: dict[str, dict[str, Any]]
+) -> float:
+    """Answers of the samplers to some prompts, as a dataset; returns the CPU seconds."""
+    given = {}
+    for name, settings in samplers.items():
+        own = {"kind": "transformers", "max_new_tokens": MAX_NEW_TOKENS, **settings}
+        given[name] = {**own, "model_name_or_path": str(folder / own.pop("model"))}
+    return stages.gvpo(
+        f"sample-{prompts}",
+        "sample",
+        inputs=folder / "prompts" / f"{prompts}.jsonl",
+        output_dir=folder / dataset,
+        tokenizer_name_or_path=folder / "policy",
+        samplers=given,
+    )
 
 
 def _write_person(folder: Path, seed: int) -> None:
@@ -168,10 +179,8 @@ def tune_rates(plan: Plan, run: Any) -> dict[str, float]:
 
 
 def _objective(row: Row) -> float:
-    def mean(values: Sequence[Sequence[float]]) -> float:
-        return sum(map(sum, values)) / sum(map(len, values))
-
-    return mean(row["rewards"]) - beta_of_runs() * mean(row["log_ratios"])
+    objectives = [own["reward"] - beta_of_runs() * own["kl"] for own in row["prompts"]]
+    return float(sum(objectives) / len(objectives))
 
 
 def _job(
@@ -219,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"the log: {write_log(folder, plan):.0f} CPU s", flush=True)
         if given.log_only:
             return
-        runner = Runner(folder, _sampler(), list(SAMPLERS), given.keep_weights)
+        runner = Runner(folder, list(SAMPLERS), MAX_NEW_TOKENS, given.keep_weights)
         path = folder / "runs.jsonl"
         run = partial(run_all, runner=runner, path=path, workers=given.workers)
         rates = tune_rates(plan, run)

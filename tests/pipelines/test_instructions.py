@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,12 +35,12 @@ def pipeline() -> Iterator[dict[str, ModuleType]]:
     ("constraint", "meets", "fails"),
     [
         ({"kind": "at_most", "n": 4}, "Tea isn't cold, ever.", "Tea is not cold at all."),
-        ({"kind": "between", "n": 3}, "Tea is hot and wet and good.", "Tea is hot and wet and so good."),
+        ({"kind": "between", "n": 3}, "It is hot, wet and good.", "It is hot and wet and so good."),
         ({"kind": "bullets", "n": 2}, "- tea is hot\n* so is soup\n", "- tea is hot\nso is soup"),
         ({"kind": "bullets", "n": 2}, "- tea\n- soup", "- tea\n- soup\n- bread"),
         ({"kind": "json", "keys": ["a", "b"]}, '{"b": "hot", "a": "tea"}', '{"a": "tea"}'),
         ({"kind": "json", "keys": ["a", "b"]}, '{"a": "x", "b": "y"}', '{"a": "x", "b": 1}'),
-        ({"kind": "json", "keys": ["a", "b"]}, ' {"a": "x", "b": "y"}\n', 'So: {"a": "x", "b": "y"}'),
+        ({"kind": "json", "keys": ["a", "b"]}, ' {"a": "x", "b": "y"}', 'A: {"a": "x", "b": "y"}'),
         ({"kind": "question"}, "Is tea hot? ", "Is tea hot? Yes."),
         ({"kind": "exclamation"}, "Tea is hot!", "Tea is hot"),
         ({"kind": "lower"}, "tea is hot.", "Tea is hot."),
@@ -168,14 +169,15 @@ def test_errors_are_those_of_repeated_studies(pipeline: dict[str, ModuleType]) -
     assert abs(np.mean(estimates) - truth) < 3 * error
 
 
-def row_of(job: Any, rewards: list[list[float]], ratios: list[list[float]]) -> dict[str, Any]:
-    """A finished run's line."""
-    from dataclasses import asdict
-
-    cut = [[0 for _ in own] for own in rewards]
-    lengths = [[10 for _ in own] for own in rewards]
-    values = {"rewards": rewards, "log_ratios": ratios, "lengths": lengths, "cut": cut}
-    return {"job": asdict(job), **values, "cpu_seconds": {"train": 1.0}}
+def row_of(job: Any, rewards: list[float], kl: float = 0.0) -> dict[str, Any]:
+    """A finished run's line, with one reward for each prompt."""
+    prompts = [
+        {"prompt": str(number), "reward": reward, "kl": kl, "length": 10.0, "truncated": 0.0}
+        for number, reward in enumerate(rewards)
+    ]
+    sampled = {"sampled_reward": rewards[0], "sampled_kl": kl, "sampled_truncated": 0.0}
+    cpu = {"train": 1.0}
+    return {"job": asdict(job), "prompts": prompts, "sampled": sampled, "cpu_seconds": cpu}
 
 
 def test_a_run_is_a_line_and_is_not_repeated(
@@ -188,7 +190,7 @@ def test_a_run_is_a_line_and_is_not_repeated(
 
     def runner(job: Any) -> dict[str, Any]:
         done.append(job.seed)
-        return row_of(job, [[0.5]], [[0.1]])
+        return row_of(job, [0.5])
 
     jobs.run_all([first], runner, path, 1)
     with path.open("a") as file:
@@ -208,7 +210,7 @@ def test_a_failed_run_is_reported_and_the_finished_ones_are_kept(
     def runner(job: Any) -> dict[str, Any]:
         if job.seed == 1:
             raise stages.CommandError("train failed; see train.log")
-        return row_of(job, [[0.5]], [[0.1]])
+        return row_of(job, [0.5])
 
     with pytest.raises(stages.CommandError, match=r"see train\.log"):
         jobs.run_all(wanted, runner, tmp_path / "runs.jsonl", 1)
@@ -244,7 +246,7 @@ def test_every_loss_gets_two_or_three_rates(pipeline: dict[str, ModuleType]) -> 
     def fake(wanted: list[Any]) -> list[dict[str, Any]]:
         tried.extend((job.loss, job.rate) for job in wanted if job.loss in ("gvpo", "rft", "dpo"))
         distance = [abs(np.log(job.rate / peaks.get(job.loss, 1e-4))) for job in wanted]
-        return [row_of(j, [[-float(d)]], [[0.0]]) for j, d in zip(wanted, distance, strict=True)]
+        return [row_of(j, [-float(d)]) for j, d in zip(wanted, distance, strict=True)]
 
     best = run.tune_rates(run.FULL, fake)
     assert set(best) == set(jobs.LOSSES)
@@ -269,8 +271,7 @@ def test_the_report_pairs_runs_by_prompt_and_seed(
         for seed in (0, 1):
             job = jobs.Job(loss, 0.0, seed, True, "test", 2, 2)
             wanted.append(job)
-            rewards = [[0.0 + gain, 0.2 + gain], [0.8 + gain, 1.0 + gain]]
-            lines.append(row_of(job, rewards, [[kl, kl], [kl, kl]]))
+            lines.append(row_of(job, [0.1 + gain, 0.9 + gain], kl))
     unfinished = jobs.Job("rft", 1e-6, 0, True, "test", 2, 2)
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = [json.loads(job.key) for job in [*wanted, unfinished]]
