@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-import bench-stream bench-compute bench-tokens \
-	bench-collect bench-elastic bench-convergence bench-losses study \
+	bench-collect bench-elastic bench-convergence bench-losses study instructions \
 	clean
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make study        every loss on the same logs of two tasks; what moves it (under 40 minutes)"
+	@echo "make instructions losses on SmolLM2-135M, fresh answers judged (hours; 15 minutes with ARGS=--quick)"
 	@echo "make wheel-check  install the built wheel into an empty environment; import and train a step"
 	@echo "make venv         set up .venv and nothing else"
 
@@ -127,6 +128,10 @@ bench-elastic: $(STAMP)
 # Each of its processes has one thread, so that the same seeds give the same tables.
 study: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python research/study/study.py $(ARGS)
+
+# Two processes of one thread each. Finished runs are kept: an interrupted comparison resumes.
+instructions: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python pipelines/instructions/run.py --workers $(WORKERS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -133,7 +133,8 @@ def _sample(
     given = {}
     for name, settings in samplers.items():
         own = {"kind": "transformers", "max_new_tokens": MAX_NEW_TOKENS, **settings}
-        given[name] = {**own, "model_name_or_path": str(folder / own.pop("model"))}
+        own["model_name_or_path"] = str(folder / own.pop("model"))
+        given[name] = own
     return stages.gvpo(
         f"sample-{prompts}",
         "sample",
