@@ -16,7 +16,21 @@ from gvpo_offline.errors import ConfigError
 
 ErrorOrDrop = Literal["error", "drop"]
 LossType = Literal[
-    "gvpo", "pmd_mean", "rebel", "ipo", "dpo", "listwise", "rft", "awr", "grpo", "rloo", "topr"
+    "gvpo",
+    "pmd_mean",
+    "rebel",
+    "ipo",
+    "dpo",
+    "listwise",
+    "rft",
+    "awr",
+    "grpo",
+    "rloo",
+    "topr",
+    "oapl",
+    "qrpo",
+    "asymre",
+    "sft",
 ]
 
 
@@ -66,13 +80,23 @@ def label_numbers(setting: str, given: Mapping[Any, float]) -> dict[str, float]:
     return numbers
 
 
-def check_loss(loss_type: str, *, anchor: float, weighted: bool) -> None:
+# The losses that imitation can stand beside: sums of squares, whose minimum bounds what it does.
+SQUARES = ("gvpo", "pmd_mean", "rebel", "ipo", "oapl", "qrpo")
+# The losses of differences of log-ratios, in which the constant of another link cancels.
+LINKED = ("gvpo", "pmd_mean", "rebel", "ipo", "dpo")
+# The losses that use responses of a sampler that is the reference.
+ANCHORED = ("oapl", "qrpo")
+ASYMRE_DELTA = -0.1
+
+
+def check_loss(loss_type: str, *, anchor: float, weighted: bool, link: str = "log") -> None:
     """Raise ConfigError unless the loss exists and has the settings that are set.
 
     Args:
         loss_type: name of the loss.
         anchor: the setting `anchor`.
         weighted: whether responses have weights.
+        link: the setting `link`.
     """
     if loss_type not in get_args(LossType):
         raise ConfigError(
@@ -84,10 +108,52 @@ def check_loss(loss_type: str, *, anchor: float, weighted: bool) -> None:
             received=f"loss_type {loss_type}",
             remedy="leave them out, or set loss_type to gvpo",
         )
+    if link not in ("log", "chi_squared"):
+        raise ConfigError("link is log or chi_squared", received=link)
+    if link != "log" and loss_type not in LINKED:
+        raise ConfigError(
+            f"link chi_squared is for losses of differences: {', '.join(LINKED)}",
+            received=f"loss_type {loss_type}",
+            remedy="leave link out, or set loss_type to one of them",
+        )
 
 
-# The losses that imitation can stand beside: sums of squares, whose minimum bounds what it does.
-SQUARES = ("gvpo", "pmd_mean", "rebel", "ipo")
+def check_reference_sampler(loss_type: str, reference_sampler: str) -> None:
+    """Raise ConfigError unless `reference_sampler` is set where, and only where, a loss uses it."""
+    if reference_sampler and loss_type not in ANCHORED:
+        raise ConfigError(
+            f"reference_sampler is used by {' and '.join(ANCHORED)} only",
+            received=f"loss_type {loss_type}",
+            remedy="leave it out, or set loss_type to one of them",
+        )
+    if loss_type == "qrpo" and not reference_sampler:
+        raise ConfigError(
+            "qrpo compares rewards with those of the reference's responses",
+            received="no reference_sampler",
+            remedy="set reference_sampler to the sampler that is the reference, or set loss_type "
+            "to gvpo, which needs no quantiles",
+        )
+
+
+def checked_delta(delta: float, loss_type: str = "asymre") -> float:
+    """The setting `asymre_delta`.
+
+    Raises:
+        ConfigError: it is not a finite number below 0, or was set for another loss.
+    """
+    if not (isinstance(delta, int | float) and math.isfinite(delta) and delta < 0):
+        raise ConfigError(
+            "asymre_delta is a finite number below 0",
+            received=delta,
+            remedy="-0.1 suits rewards in 0..1; at 0 and above the policy's support collapses",
+        )
+    if loss_type != "asymre" and delta != ASYMRE_DELTA:
+        raise ConfigError(
+            "asymre_delta is used by asymre only",
+            received=f"loss_type {loss_type}",
+            remedy="leave it out, or set loss_type to asymre",
+        )
+    return float(delta)
 
 
 def check_imitation(

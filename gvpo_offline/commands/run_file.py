@@ -11,6 +11,7 @@ from typing import Any
 
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.errors import ConfigError, IntegrityError
+from gvpo_offline.identity import defaults_of
 from gvpo_offline.reference.base import BASE
 from gvpo_offline.settings import required
 from gvpo_offline.stream.settings import ResponseSettings
@@ -20,11 +21,17 @@ from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import GVPOSettings
 
 _logger = logging.getLogger(__name__)
-_TRAINING_SETTINGS = (
-    *("beta", "loss_type", "anchor", "response_weights", "eval_fraction"),
+# The settings of the objective that not every loss has.
+_OF_THE_LOSS = (
+    *("anchor", "response_weights", "link", "reference_sampler", "asymre_delta"),
     *("imitation", "imitation_of", "imitation_weights", "imitation_without"),
 )
 _SAMPLING_SETTINGS = ("eval_reward", "eval_prompts", "eval_max_new_tokens", "eval_temperature")
+_TRAINING_SETTINGS = ("beta", "loss_type", *_OF_THE_LOSS, "eval_fraction")
+# Defaults of the settings that not every loss has, of which nothing is said.
+_UNSAID = [
+    (name, value) for name, value in defaults_of(GVPOSettings).items() if name in _OF_THE_LOSS[2:]
+]
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
@@ -34,7 +41,8 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
     These are the objective, `eval_fraction`, `held_out_by`, and if no dataset is given the dataset:
     the run's `eval_dataset`, all of whose groups are evaluated, or else its training dataset. The
     dataset's conditions, reward, reference and version are taken from the run only for a dataset of
-    the run. A setting that is given is used; if the run had another value, a warning is logged.
+    the run, and the further settings of its loss only for that loss. A setting that is given is
+    used; if the run had another value, a warning is logged.
 
     Raises:
         ConfigError: no dataset is given, and the run has none or several.
@@ -46,6 +54,8 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
         return config
     own = _settings_of_run(path, config.dataset)
     own |= _sampling_of_run(path) if config.sample else {}
+    if config.loss_type not in (None, own.get("loss_type")):
+        own = {name: value for name, value in own.items() if name not in _OF_THE_LOSS}
     missing = {name: value for name, value in own.items() if not _is_given(config, name)}
     for name, value in own.items():
         if name not in missing and name != "dataset" and _differs(getattr(config, name), value):
@@ -59,7 +69,7 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
     shown = ", ".join(
         f"{name} {value}"
         for name, value in missing.items()
-        if value not in (None, ResponseSettings())
+        if value not in (None, ResponseSettings()) and (name, value) not in _UNSAID
     )
     if shown:
         _logger.info("settings of the run (%s): %s", path, shown)

@@ -33,8 +33,8 @@ class EvaluateConfig(SingleDatasetSettings, SampledEvalSettings, ModelSettings):
     model_name_or_path: str = ""
     """The policy: a folder or a hub name. If it is the folder of a run or of its checkpoint,
     settings that are not given are those of the run: dataset (with where, responses, reward,
-    reference and version), beta, loss_type, anchor, response_weights, those of imitation,
-    eval_fraction and held_out_by."""
+    reference and version), those of the objective (beta, loss_type and the others that are listed
+    below), eval_fraction and held_out_by."""
     beta: float | None = None
     """The beta of the objective, on which most metrics depend. Default: the run's. Required if the
     model is not in the folder of a run."""
@@ -44,6 +44,12 @@ class EvaluateConfig(SingleDatasetSettings, SampledEvalSettings, ModelSettings):
     """As in `train`. Default: the run's, or 0."""
     response_weights: Literal["equal", "inverse_length"] | None = None
     """As in `train`. Default: the run's, or equal."""
+    link: Literal["log", "chi_squared"] | None = None
+    """As in `train`. Default: the run's, or log."""
+    reference_sampler: str | None = None
+    """As in `train`. Default: the run's, or none."""
+    asymre_delta: float | None = None
+    """As in `train`. Default: the run's, or -0.1."""
     imitation: float | None = None
     """As in `train`, a number. Default: the run's, or 0."""
     imitation_of: Literal["best", "soft"] | None = None

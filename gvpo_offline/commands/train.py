@@ -100,7 +100,12 @@ def run_train(
             "data": data.public(),
             "lora": asdict(lora),
             **sampled_settings(args),
-            "training": {**args.to_sanitized_dict(), "held_out_by": trainer.data.held_out_by},
+            "training": {
+                **args.to_sanitized_dict(),  # which makes lists text
+                "held_out_by": trainer.data.held_out_by,
+                "imitation": trainer.args.imitation,  # the number, also for auto
+                "imitation_without": list(args.imitation_without),
+            },
             # What the settings refer to at this time; later versions of the datasets may hold more.
             "reference": trainer.data.reference.fingerprint,
             "rewards": [_reward_of(view.dataset.rewards) for view in trainer.data.views],

@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gvpo_offline.errors import DataError
-from gvpo_offline.losses import baselines
+from gvpo_offline.losses import anchored, baselines
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
 from gvpo_offline.losses.imitation import imitated_shares, with_imitation
+from gvpo_offline.losses.needs import check_references, needed_inputs
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
-from gvpo_offline.settings import check_imitation, check_loss
+from gvpo_offline.settings import ASYMRE_DELTA, check_imitation, check_loss, checked_delta
 
 __all__ = ["LOSS_TYPES", "GroupLoss", "GroupStatistics", "GroupTerms", "group_loss", "gvpo_loss"]
 
@@ -34,6 +34,10 @@ BASELINES: dict[str, Callable[[GroupTerms], Tensor]] = {
     "grpo": baselines.grpo,
     "rloo": baselines.rloo,
     "topr": baselines.topr,
+    "oapl": anchored.oapl,
+    "qrpo": anchored.qrpo,
+    "asymre": baselines.asymre,
+    "sft": baselines.sft,
 }
 LOSS_TYPES = ("gvpo", "pmd_mean", *BASELINES)
 
@@ -48,7 +52,10 @@ def group_loss(
     beta: float,
     anchor: float = 0.0,
     response_weights: Tensor | None = None,
+    link: str = "log",
+    asymre_delta: float = ASYMRE_DELTA,
     sampler_logprobs: Tensor | None = None,
+    reference_rows: Tensor | None = None,
     imitation: float = 0.0,
     imitation_of: str = "best",
     imitation_weights: str = "equal",
@@ -61,28 +68,24 @@ def group_loss(
         loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
         seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
         anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
+        link: log, or chi_squared: `GroupTerms.linked_N` takes the place of the log-ratios.
+        asymre_delta: below 0, in units of reward; only `asymre` uses it.
         sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
-            the same tokens. Required by topr, ignored by the other losses. Constant.
+            the same tokens. Required by topr, and by oapl without reference_rows. Constant.
+        reference_rows: (N,) bool: the responses that were drawn from the reference, at least one in
+            each group. Required by qrpo; for oapl.
         imitation: alpha >= 0; above 0, alpha * beta times the mean negative log-prob of a group's
             best responses is added (`losses.imitation`). Losses of squares accept it.
-        imitation_of: best or soft, as `imitated_shares`.
-        imitation_weights: equal or reference, as `imitated_shares`.
-        imitated: (N,) bool: the responses that may be imitated; None: all.
-        token_counts: (N,) the number of tokens of each response that the log-probs sum over;
-            required by imitation_weights reference.
+        imitation_of, imitation_weights, imitated, token_counts: the arguments `of`, `weights`,
+            `allowed` and `token_counts` of `imitated_shares`.
 
     Raises:
         ConfigError: there is no such loss, or it does not accept a setting that was passed.
-        DataError: as `gvpo_loss`; or topr was called without sampler_logprobs.
+        DataError: as `gvpo_loss` and `imitated_shares`; or what the loss requires is missing.
     """
-    check_loss(loss_type, anchor=anchor, weighted=response_weights is not None)
+    check_loss(loss_type, anchor=anchor, weighted=response_weights is not None, link=link)
     check_imitation(loss_type, imitation, of=imitation_of, weights=imitation_weights)
-    if loss_type == "topr" and sampler_logprobs is None:
-        raise DataError(
-            "topr needs the log-probs of the samplers",
-            received="none",
-            remedy="import a log that has them, or choose another loss_type",
-        )
+    given = {"sampler_logprobs": sampler_logprobs, "reference_rows": reference_rows}
     terms = GroupTerms.build(
         seq_logprobs,
         ref_logprobs,
@@ -91,22 +94,27 @@ def group_loss(
         beta=beta,
         anchor=1.0 if loss_type == "pmd_mean" else anchor,
         response_weights=response_weights,
-        sampler_logprobs=sampler_logprobs if loss_type == "topr" else None,
+        **needed_inputs(loss_type, given),
     )
-    if loss_type in ("gvpo", "pmd_mean"):
-        result = gvpo(terms)
-    else:
-        result = _finished(terms, BASELINES[loss_type])
+    terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
+    check_references(terms, group_index)
+    result = _result(loss_type, terms)
     if not imitation:
         return result
-    shares_N = imitated_shares(
-        terms,
-        of=imitation_of,
-        weights=imitation_weights,
-        allowed=imitated,
-        token_counts=token_counts,
-    )
+    how = {"of": imitation_of, "weights": imitation_weights}
+    shares_N = imitated_shares(terms, **how, allowed=imitated, token_counts=token_counts)
     return with_imitation(result, float(imitation), shares_N)
+
+
+def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:
+    if loss_type not in ("gvpo", "pmd_mean"):
+        return _finished(terms, BASELINES[loss_type])
+    # The closed form of the weights is that of the plain link.
+    return gvpo(terms) if terms.link == "log" else _finished(terms, _gvpo_losses)
+
+
+def _gvpo_losses(terms: GroupTerms) -> Tensor:
+    return gvpo(terms).group_losses
 
 
 def _finished(terms: GroupTerms, loss: Callable[[GroupTerms], Tensor]) -> GroupLoss:

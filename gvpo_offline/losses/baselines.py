@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gvpo_offline.losses.terms import GroupTerms
+from gvpo_offline.losses.terms import LARGEST_EXPONENT, GroupTerms
 
 # The published constants: AWR clips its weights at omega_max = 20 (arXiv 1910.00177; weight_clip in
 # the authors' code), and PPO clips ratios to [1 - 0.2, 1 + 0.2] (arXiv 1707.06347).
 AWR_LARGEST_WEIGHT = 20.0
 CLIP = 0.2
-# Exponents are clamped to this many nats, so that exp does not overflow.
-_LARGEST_EXPONENT = 20.0
 
 
 def rebel(terms: GroupTerms) -> Tensor:
@@ -72,6 +70,16 @@ def rft(terms: GroupTerms) -> Tensor:
     best_N = (terms.rewards_N == terms.max(terms.rewards_N)[terms.group_N]).double()
     unequal_G = (terms.sum(best_N) < terms.group_sizes_G).double()
     return -unequal_G * terms.mean(terms.seq_logprobs_N, best_N)
+
+
+def sft(terms: GroupTerms) -> Tensor:
+    """Negative log-probability of the best response of every group, the first of ties, in nats.
+
+    Supervised fine-tuning on the best logged answers. Unlike `rft` it also imitates in groups of
+    equal rewards, right or wrong. beta and the reference are not used.
+    """
+    best_G, _ = terms.best_and_worst()
+    return -terms.seq_logprobs_N[best_G]
 
 
 def awr(terms: GroupTerms) -> Tensor:
@@ -128,11 +136,25 @@ def topr(terms: GroupTerms) -> Tensor:
     return -terms.mean(taper_N * advantages_N * terms.seq_logprobs_N)
 
 
+def asymre(terms: GroupTerms) -> Tensor:
+    """-(R - mean R - delta) log pi with delta < 0 (AsymRE, arXiv 2506.20520).
+
+    REINFORCE without importance weights whose baseline lies below the mean reward of the log, so
+    that good responses count for more than bad ones. With delta >= 0 the policy's support
+    collapses. Neither beta nor the reference is used.
+    """
+    advantages_N = terms.centre(terms.rewards_N) - terms.baseline_shift
+    return -terms.mean(advantages_N * terms.seq_logprobs_N)
+
+
 def _preference(terms: GroupTerms) -> tuple[Tensor, Tensor]:
-    """Log-ratio gap of best and worst response, (G,) nats; and (G,) 1.0 if their rewards differ."""
+    """Gap of best and worst response in (linked) log-ratios, (G,) nats; and (G,) 1.0 if their
+    rewards differ.
+    """
     best_G, worst_G = terms.best_and_worst()
     preferred_G = (terms.rewards_N[best_G] > terms.rewards_N[worst_G]).double()
-    return terms.log_ratios_N[best_G] - terms.log_ratios_N[worst_G], preferred_G
+    linked_N = terms.linked_N
+    return linked_N[best_G] - linked_N[worst_G], preferred_G
 
 
 def _kl_estimate(terms: GroupTerms) -> Tensor:
@@ -141,4 +163,4 @@ def _kl_estimate(terms: GroupTerms) -> Tensor:
 
 
 def _exp(values_N: Tensor) -> Tensor:
-    return values_N.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp()
+    return values_N.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()

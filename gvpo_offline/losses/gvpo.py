@@ -79,7 +79,7 @@ def gvpo(terms: GroupTerms) -> GroupLoss:
     weights_N = centred_N.detach()
     if terms.anchor:
         # The weighted mean, so that anchor 1 is (weighted) PMD-mean, sum f (R - R_bar - beta l)^2.
-        pull_G = terms.beta * terms.mean(terms.log_ratios_N, factors_N)
+        pull_G = terms.beta * terms.mean(terms.linked_N, factors_N)
         squares_G = squares_G + terms.anchor * terms.group_sizes_G * pull_G.square()
         weights_N = weights_N - terms.anchor * pull_G.detach()[terms.group_N]
     group_losses_G = squares_G / (2 * (terms.group_sizes_G - 1))

@@ -202,15 +202,8 @@ def _pair_counts(terms: GroupTerms, log_ratios_N: Tensor) -> tuple[Tensor, Tenso
 
     Enumerates the k^2 ordered pairs of every group, so it is exact for any mixture of k.
     """
-    order_N = torch.argsort(terms.group_N, stable=True)
-    rewards_N, log_ratios_N = terms.rewards_N[order_N], log_ratios_N[order_N]
-    group_N, sizes_G = terms.group_N[order_N], terms.group_sizes_G.long()
-    partners_N = sizes_G[group_N]
-    first_N = (sizes_G.cumsum(0) - sizes_G)[group_N]
-    left_P = torch.repeat_interleave(partners_N)
-    within_P = torch.arange(left_P.shape[0], device=left_P.device)
-    within_P = within_P - (partners_N.cumsum(0) - partners_N)[left_P]
-    right_P = first_N[left_P] + within_P
+    rewards_N = terms.rewards_N
+    left_P, right_P = terms.pairs()
     better_P = rewards_N[left_P] > rewards_N[right_P]
     gap_P = log_ratios_N[left_P] - log_ratios_N[right_P]
     agreement_P = (gap_P > 0).double() + 0.5 * (gap_P == 0).double()

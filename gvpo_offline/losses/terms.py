@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gvpo_offline.errors import ConfigError, DataError
 
+# Exponents are clamped to this many nats, so that exp does not overflow.
+LARGEST_EXPONENT = 20.0
+
 
 @dataclass(frozen=True, eq=False)
 class GroupTerms:
@@ -19,8 +22,10 @@ class GroupTerms:
 
     `group_N` (int64) numbers the groups 0..G-1 in ascending order of the input ids. Only
     `log_ratios_N` has a gradient. `response_weights_N` has mean 1 in each group (all ones if no
-    weights were given). `sampler_logprobs_N` is None if the log does not hold them. `imitation` is
+    weights were given). `sampler_logprobs_N` is None if the log does not hold them, and
+    `reference_N` (bool: which responses the reference wrote) if it is not known. `imitation` is
     alpha, and `imitated_N` the share of each response in what its group imitates (None: nothing).
+    `baseline_shift` is AsymRE's delta.
     """
 
     log_ratios_N: Tensor
@@ -34,6 +39,9 @@ class GroupTerms:
     sampler_logprobs_N: Tensor | None = None
     imitation: float = 0.0
     imitated_N: Tensor | None = None
+    reference_N: Tensor | None = None
+    link: str = "log"
+    baseline_shift: float = 0.0
 
     @classmethod
     def build(
@@ -47,6 +55,7 @@ class GroupTerms:
         anchor: float = 0.0,
         response_weights: Tensor | None = None,
         sampler_logprobs: Tensor | None = None,
+        reference_rows: Tensor | None = None,
     ) -> GroupTerms:
         """Check a loss's tensors and settings; arguments and errors as in `group_loss`."""
         given = {
@@ -56,6 +65,7 @@ class GroupTerms:
             "group_index": group_index,
             "response_weights": response_weights,
             "sampler_logprobs": sampler_logprobs,
+            "reference_rows": reference_rows,
         }
         named = {name: tensor for name, tensor in given.items() if tensor is not None}
         _check_settings(beta, anchor)
@@ -86,6 +96,7 @@ class GroupTerms:
             beta=float(beta),
             anchor=float(anchor),
             sampler_logprobs_N=sampler_N,
+            reference_N=float_N["reference_rows"] != 0 if "reference_rows" in named else None,
         )
         # The only synchronisation per call: a bad input makes residual or weight non-finite.
         sound_N = torch.isfinite(terms.residuals_N.detach() * weights_N) & (weights_N > 0)
@@ -97,8 +108,20 @@ class GroupTerms:
 
     @property
     def residuals_N(self) -> Tensor:
-        """r = R - beta * l, in units of reward."""
-        return self.rewards_N - self.beta * self.log_ratios_N
+        """r = R - beta * l, in units of reward; with the link of chi-squared, l as linked."""
+        return self.rewards_N - self.beta * self.linked_N
+
+    @property
+    def linked_N(self) -> Tensor:
+        """What beta is multiplied by: the log-ratio l, or l + e^l - 1 with link chi_squared.
+
+        That is the link of chi-squared preference optimisation (arXiv 2407.13399), phi(z) = z +
+        log z of z = pi / pi_ref, minus the 1 that makes it 0 at the reference and cancels in
+        differences. The exponent is clipped to 20 nats, so that e^l does not overflow.
+        """
+        if self.link == "log":
+            return self.log_ratios_N
+        return self.log_ratios_N + self.log_ratios_N.clamp(max=LARGEST_EXPONENT).exp() - 1
 
     @property
     def seq_logprobs_N(self) -> Tensor:
@@ -140,6 +163,18 @@ class GroupTerms:
         """`values_N` as log-probabilities over their group, (N,)."""
         shifted_N = values_N - self.max(values_N)[self.group_N]
         return shifted_N - self.sum(shifted_N.exp()).log()[self.group_N]
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """All k^2 ordered pairs of rows of each group, a row with itself too: two (P,) int64."""
+        order_N = torch.argsort(self.group_N, stable=True)
+        sizes_G = self.group_sizes_G.long()
+        sorted_N = self.group_N[order_N]
+        partners_N = sizes_G[sorted_N]
+        first_N = (sizes_G.cumsum(0) - sizes_G)[sorted_N]
+        left_P = torch.repeat_interleave(partners_N)
+        within_P = torch.arange(left_P.shape[0], device=left_P.device)
+        within_P = within_P - (partners_N.cumsum(0) - partners_N)[left_P]
+        return order_N[left_P], order_N[first_N[left_P] + within_P]
 
     def best_and_worst(self) -> tuple[Tensor, Tensor]:
         """The rows of each group's best and worst response by reward, two (G,) int64.

@@ -1,13 +1,11 @@
-"""What the setting `imitation: auto` stands for, and the samplers that imitation leaves out."""
+"""What the setting `imitation: auto` stands for."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.train.preflight import surveys
 
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from gvpo_offline.train.config import GVPOConfig
     from gvpo_offline.train.data import TrainingData
     from gvpo_offline.train.objective import Objective
-    from gvpo_offline.train.settings import GVPOSettings
 
 logger = logging.getLogger(__name__)
 # Where every group is all wrong, imitation is as strong as in the runs that came closest to rft.
@@ -58,17 +55,3 @@ def objective_of_run(args: GVPOConfig, wanted: float | str, data: TrainingData) 
         if args.process_index == 0:
             logger.info("imitation auto: alpha is %.4g for these training groups", args.imitation)
     return args.objective()
-
-
-def check_imitated(settings: GVPOSettings, counts: Sequence[Survey]) -> None:
-    """Raise ConfigError if `imitation_without` names a sampler that wrote no training response."""
-    known: Counter[str] = Counter()
-    for own in counts:
-        known.update(own.samplers)
-    unknown = sorted(set(settings.imitation_without) - set(known))
-    if unknown:
-        raise ConfigError(
-            "imitation_without has names of samplers of the training responses",
-            received=", ".join(unknown),
-            remedy=f"these wrote them: {', '.join(sorted(known))}",
-        )

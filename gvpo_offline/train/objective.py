@@ -14,6 +14,7 @@ from torch import Tensor
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss, GroupStatistics, group_loss
+from gvpo_offline.settings import ASYMRE_DELTA
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +36,8 @@ class Objective:
             `train.imitation`.
         imitation_of, imitation_weights: as `group_loss`.
         imitation_without: names of samplers whose responses are not imitated.
+        link, asymre_delta: as `group_loss`.
+        reference_sampler: the sampler that is the reference; "": not known.
     """
 
     beta: float
@@ -45,6 +48,9 @@ class Objective:
     imitation_of: str = "best"
     imitation_weights: str = "equal"
     imitation_without: list[str] = field(default_factory=list)
+    link: str = "log"
+    reference_sampler: str = ""
+    asymre_delta: float = ASYMRE_DELTA
 
     # Frozen; see `identity`.
     always_in_identity: ClassVar[str] = "beta loss_type anchor response_weights"
@@ -71,6 +77,9 @@ class Objective:
             imitation_of=settings.imitation_of,
             imitation_weights=settings.imitation_weights,
             imitation_without=sorted(set(settings.imitation_without)),
+            link=settings.link,
+            reference_sampler=settings.reference_sampler,
+            asymre_delta=settings.asymre_delta,
         )
 
     def __call__(self, logprobs_N: Tensor, groups: Sequence[Group]) -> GroupLoss:
@@ -84,8 +93,10 @@ class Objective:
             DataError: as `group_loss`; names the group by its id.
         """
         own = LossInputs.of(groups)
-        more: dict[str, Any] = {}
-        if self.loss_type == "topr":
+        more: dict[str, Any] = {"link": self.link, "asymre_delta": self.asymre_delta}
+        if self.reference_sampler:
+            more["reference_rows"] = _written_by([self.reference_sampler], groups)
+        if self.loss_type in ("topr", "oapl"):
             held = [g.sampler_seq_logprobs for g in groups if g.sampler_seq_logprobs is not None]
             if len(held) == len(groups):
                 more["sampler_logprobs"] = torch.from_numpy(np.concatenate(held))
@@ -118,11 +129,15 @@ class Objective:
             "imitation_weights": self.imitation_weights,
         }
         if self.imitation_without:
-            names = [name for group in groups for name in group.samplers]
-            more["imitated"] = torch.tensor([n not in self.imitation_without for n in names])
+            more["imitated"] = ~_written_by(self.imitation_without, groups)
         if self.imitation_weights == "reference":
             more["token_counts"] = _counted_tokens(groups)
         return more
+
+
+def _written_by(names: Sequence[str], groups: Sequence[Group]) -> Tensor:
+    """Whether each response is of one of these samplers, (N,) bool."""
+    return torch.tensor([own in names for group in groups for own in group.samplers])
 
 
 def _counted_tokens(groups: Sequence[Group]) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slice
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.checks import (
     PolicyFacts,
     check_context,
@@ -156,29 +156,6 @@ def surveys(views: Sequence[DatasetView]) -> list[Survey]:
     """The survey of each view; each rank reads its slice of the row groups. All ranks must call."""
     parts = gather_results(lambda: [view.survey(rank_slice()) for view in views])
     return [functools.reduce(operator.add, own) for own in zip(*parts, strict=True)]
-
-
-def check_sampler_logprobs(views: Sequence[DatasetView]) -> None:
-    """Raise DataError, naming file, row and group, if a response's sampler has no log-prob."""
-    for view in views:
-        gather_results(functools.partial(_check_sampler_logprobs, view))
-
-
-def _check_sampler_logprobs(view: DatasetView) -> None:
-    name = "sampler_seq_logprobs"
-    for row_group in range(view.dataset.n_row_groups)[rank_slice()]:
-        table = view.dataset.table(row_group, [name])
-        rows = range(table.num_rows) if view.selection is None else view.selection.rows(row_group)
-        held = table.column(name).is_valid().to_pylist() if name in table.column_names else None
-        missing = next((int(row) for row in rows if held is None or not held[row]), None)
-        if missing is not None:
-            raise DataError(
-                "topr needs the log-probs of every response under its sampler",
-                received="none",
-                remedy="import a log that has them (columns.sampler_logprob), leave such groups "
-                "out, or choose another loss_type",
-                **view.dataset.location(row_group).of_row(table, missing),
-            )
 
 
 def verify(datasets: Iterable[GroupDataset], *, content: bool) -> None:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.settings import LossType, check_imitation, check_loss, positive
+from gvpo_offline.settings import (
+    LossType,
+    check_imitation,
+    check_loss,
+    check_reference_sampler,
+    checked_delta,
+    positive,
+)
 
 
 @dataclass
@@ -23,15 +30,29 @@ class GVPOSettings:
     (max reward - min reward) / beta nats, so a good beta depends on the scale of the rewards."""
     loss_type: LossType = "gvpo"
     """The loss. gvpo, rebel and listwise have the same optimum. pmd_mean is gvpo with anchor 1. ipo
-    and dpo compare the best response of a group with the worst. rft and awr imitate good responses.
-    grpo and rloo are controls, without importance weights. topr needs logged log-probs of the
-    responses under their samplers."""
+    and dpo compare the best response of a group with the worst. rft, sft and awr imitate good
+    responses. grpo, rloo and asymre are controls, without importance weights. topr needs logged
+    log-probs of the responses under their samplers. oapl and qrpo need responses of the reference
+    (reference_sampler), or oapl the logged log-probs instead."""
     response_weights: Literal["equal", "inverse_length"] = "equal"
     """Weight of each response in the squared error of its group: equal, or the inverse of the
     response's length in tokens. Both have the same optimum. Only for loss_type gvpo."""
     anchor: float = 0.0
     """Weight, in [0, 1], of a penalty on the squared mean log-ratio of each group. Stabilises
     training at a small beta, but moves the optimum; 1 is the PMD-mean loss."""
+    link: Literal["log", "chi_squared"] = "log"
+    """What beta multiplies: log, the log-ratio l; or chi_squared, l + e^l, which lets a response
+    become likelier only in proportion to its reward and not exponentially (chi-squared preference
+    optimisation). It moves the optimum. Only for losses of differences: gvpo, pmd_mean, rebel, ipo
+    and dpo."""
+    reference_sampler: str = ""
+    """Name of the sampler that is the reference: that drew responses from the reference model at
+    temperature 1, without truncation. qrpo and oapl estimate a prompt's value from them, and need
+    at least one in each group. Without it, oapl weights all responses by their samplers' logged
+    log-probs."""
+    asymre_delta: float = -0.1
+    """What loss_type asymre adds to a group's mean reward for its baseline, below 0, in units of
+    reward: the lower, the less bad responses count against good ones."""
     imitation: float | Literal["auto"] = 0.0
     """alpha, at least 0: adds alpha * beta times the mean negative log-probability (nats) of each
     group's best responses to the loss, so that they do not become unlikely together with the
@@ -97,7 +118,9 @@ class GVPOSettings:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError("beta is a positive number", received=self.beta)
         weighted = self.response_weights != "equal"
-        check_loss(self.loss_type, anchor=self.anchor, weighted=weighted)
+        check_loss(self.loss_type, anchor=self.anchor, weighted=weighted, link=self.link)
+        check_reference_sampler(self.loss_type, self.reference_sampler)
+        checked_delta(self.asymre_delta, self.loss_type)
         check_imitation(
             self.loss_type,
             # The number that auto stands for may be above 0, which not every loss accepts.

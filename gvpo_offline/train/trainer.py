@@ -55,13 +55,10 @@ from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
-from gvpo_offline.train.imitation import check_imitated, objective_of_run
+from gvpo_offline.train.imitation import objective_of_run
+from gvpo_offline.train.loss_inputs import check_loss_inputs, check_samplers
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
-from gvpo_offline.train.preflight import (
-    check_data,
-    check_sampler_logprobs,
-    verify,
-)
+from gvpo_offline.train.preflight import check_data, verify
 from gvpo_offline.train.sampled import SampledTrainer
 from gvpo_offline.train.saving import check_savable, mend_generation_config
 
@@ -223,8 +220,7 @@ class GVPOTrainer(SampledTrainer):
             One survey per training dataset.
         """
         verify(self.data.datasets(), content=self.args.verify == "full")
-        if self.args.loss_type == "topr":
-            check_sampler_logprobs([*self.data.views, *self.data.held_out.values()])
+        check_loss_inputs(self.args, [*self.data.views, *self.data.held_out.values()])
         counts = check_data(
             self.data,
             self.policy,
@@ -232,7 +228,7 @@ class GVPOTrainer(SampledTrainer):
             max_tokens=self.args.max_tokens_per_micro_batch,
             log_summary=log_summary and self.is_world_process_zero(),
         )
-        check_imitated(self.args, counts)
+        check_samplers(self.args, counts)
         return counts
 
     def identity(self) -> dict[str, dict[str, Any]]:

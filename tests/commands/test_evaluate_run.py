@@ -13,7 +13,7 @@ from support.rewarding import reward
 from support.training import score, scored_dataset, unscored_dataset
 
 from gvpo_offline.commands.evaluate import EvaluationReport, run_evaluate
-from gvpo_offline.commands.run_file import with_run_settings
+from gvpo_offline.commands.run_file import objective_of, with_run_settings
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.commands.train import run_train
 from gvpo_offline.compute.settings import ModelSettings
@@ -24,6 +24,7 @@ from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.stream.settings import DataSettings, ResponseSettings
 from gvpo_offline.train.checkpoint import RUN_FILE
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 
@@ -141,6 +142,17 @@ def saved(folder: Path, training: dict[str, Any], data: dict[str, Any], **more: 
 
 
 OBJECTIVE = {"beta": 0.3, "loss_type": "gvpo", "anchor": 0.0, "response_weights": "equal"}
+
+
+def test_settings_of_the_runs_loss_are_not_those_of_another(tmp_path: Path) -> None:
+    """A run of gvpo with imitation: for dpo, which has none, only beta is the run's."""
+    imitating = {"imitation": 0.3, "imitation_of": "soft", "imitation_without": ["person"]}
+    model = saved(tmp_path / "run", {**OBJECTIVE, **imitating}, {"dataset": "d"})
+    own = objective_of(with_run_settings(EvaluateConfig(model)))
+    expected = {"imitation": 0.3, "imitation_of": "soft", "imitation_without": ["person"]}
+    assert own == Objective(0.3, **expected)
+    other = objective_of(with_run_settings(EvaluateConfig(model, loss_type="dpo")))
+    assert other == Objective(0.3, "dpo")
 
 
 def test_which_dataset_of_a_run_is_evaluated(tmp_path: Path) -> None:

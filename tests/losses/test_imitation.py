@@ -14,7 +14,7 @@ from torch import Tensor
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.losses import LOSS_TYPES, GroupLoss, GroupStatistics, group_loss
 from gvpo_offline.losses.imitation import imitated_shares
-from gvpo_offline.settings import SQUARES
+from gvpo_offline.settings import ANCHORED, SQUARES
 
 BETA = 0.5
 # One group: log-probs, reference, rewards. log-ratios 0.5, -0.25, 0.
@@ -35,6 +35,8 @@ def call(name: str = "gvpo", alpha: float = 0.0, **changes: Any) -> GroupLoss:
         "beta": BETA,
         **changes,
     }
+    if name in ANCHORED:  # the first two responses are the reference's
+        given["reference_rows"] = torch.tensor([True, True, False])
     arrays = [given.pop(key) for key in ("seq", "ref", "rewards", "group")]
     return group_loss(name, *arrays, imitation=alpha, **given)
 

@@ -41,7 +41,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
     return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, groups=groups)
 
 
-@pytest.mark.parametrize("name", LOSS_TYPES)
+# qrpo needs a sampler that is the reference: test_loss_inputs has it.
+@pytest.mark.parametrize("name", [n for n in LOSS_TYPES if n not in ("qrpo", "asymre", "sft")])
 def test_a_run_minimises_its_loss(
     name: str, dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

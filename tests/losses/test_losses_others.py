@@ -15,7 +15,7 @@ from torch import Tensor
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.losses import LOSS_TYPES, GroupLoss, group_loss
 
-examples = settings(max_examples=20, deadline=None)  # of eleven losses each
+examples = settings(max_examples=20, deadline=None)  # of fifteen losses each
 
 # One group: rewards 1, 0, 0.5; log-ratios 0.4, -0.2, 0.1 on a reference of -1, -2, -3; beta 0.5.
 REWARDS = [1.0, 0.0, 0.5]
@@ -26,6 +26,10 @@ LOGPROBS = [-0.6, -2.2, -2.9]
 SAMPLER = [-0.5, -2.0, -3.0]
 
 # DPO: -log sigmoid(0.5 * 0.6). TOPR: A = 0.5, -0.5, 0, and the worst is tapered by exp(-0.2).
+# OAPL: weights pi_ref / mu = e^-0.5, 1, 1 of e^(R / beta) = e^2, 1, e; beta l = 0.2, -0.1, 0.05.
+# QRPO: quantiles 1, 1/3, 2/3; Z = 0.5 (e^2 - 1). AsymRE: A + 0.1 = 0.6, -0.4, 0.1.
+V_STAR = 0.5 * math.log((math.exp(1.5) + 1 + math.e) / (math.exp(-0.5) + 2))
+LEVEL = 0.5 * math.log(0.5 * (math.exp(2) - 1))
 WORKED = {
     "gvpo": (0.35**2 + 0.35**2) / 4,  # residuals 0.8, 0.1, 0.45, mean 0.45
     "pmd_mean": (0.35**2 + 0.35**2 + 3 * (0.5 * 0.1) ** 2) / 4,
@@ -34,12 +38,23 @@ WORKED = {
     "dpo": math.log1p(math.exp(-0.3)),
     "rft": 0.6,
     "awr": (math.e * 0.6 + math.exp(-1) * 2.2 + 2.9) / 3,
+    "oapl": ((0.8 - V_STAR) ** 2 + (0.1 - V_STAR) ** 2 + (0.45 - V_STAR) ** 2) / 4,
+    "qrpo": ((0.8 - LEVEL) ** 2 + (1 / 3 + 0.1 - LEVEL) ** 2 + (2 / 3 - 0.05 - LEVEL) ** 2) / 4,
+    "asymre": -(0.6 * -0.6 - 0.4 * -2.2 + 0.1 * -2.9) / 3,
+    "sft": 0.6,
     "topr": -(0.5 * -0.6 - math.exp(-0.2) * 0.5 * -2.2) / 3,
 }
 
 
 def tensor(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def inputs_of(name: str, sampler: Tensor) -> dict[str, Tensor]:
+    """What a loss needs beside policy, reference and rewards; for qrpo the reference wrote all."""
+    if name in ("topr", "oapl"):
+        return {"sampler_logprobs": sampler}
+    return {"reference_rows": torch.ones_like(sampler).bool()} if name == "qrpo" else {}
 
 
 def loss_of(name: str, batch: Batch, seq: Tensor | None = None) -> GroupLoss:
@@ -51,7 +66,7 @@ def loss_of(name: str, batch: Batch, seq: Tensor | None = None) -> GroupLoss:
         batch.rewards,
         batch.group,
         beta=batch.beta,
-        sampler_logprobs=batch.ref - 0.3 if name == "topr" else None,
+        **inputs_of(name, batch.ref - 0.3),
     )
 
 
@@ -70,7 +85,7 @@ def test_a_worked_group(name: str) -> None:
         tensor(REWARDS),
         torch.zeros(3, dtype=torch.long),
         beta=BETA,
-        sampler_logprobs=tensor(SAMPLER) if name == "topr" else None,
+        **inputs_of(name, tensor(SAMPLER)),
     )
     assert float(result.loss) == pytest.approx(WORKED.get(name) or by_hand(name), abs=1e-12)
 
@@ -107,7 +122,7 @@ def test_rows_may_come_in_any_order_and_groups_in_any_number_of_calls(
     untied = all(
         len(set(batch.rewards[own].tolist())) == len(own) for own in batch.rows_of_groups()
     )
-    if untied or name not in ("rebel", "ipo", "dpo"):
+    if untied or name not in ("rebel", "ipo", "dpo", "sft"):
         shuffled = loss_of(name, batch.take(torch.tensor(rows)))
         assert shuffled.group_losses.tolist() == pytest.approx(
             whole.group_losses.tolist(), rel=1e-9
@@ -134,7 +149,8 @@ def test_gradients_against_differences(name: str) -> None:
     group = torch.tensor([0, 0, 0, 1, 1, 1, 1])
 
     def loss(values: Tensor) -> Tensor:
-        return group_loss(name, values, ref, rewards, group, beta=0.7).loss
+        more = inputs_of(name, ref - 0.3)
+        return group_loss(name, values, ref, rewards, group, beta=0.7, **more).loss
 
     assert torch.autograd.gradcheck(loss, seq.requires_grad_())
 
@@ -231,8 +247,7 @@ def test_what_is_refused() -> None:
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
 def test_evaluation_needs_no_graph(name: str) -> None:
-    sampler = tensor(SAMPLER) if name == "topr" else None
     with torch.no_grad():
-        result = call(name, sampler_logprobs=sampler)
+        result = call(name, **inputs_of(name, tensor(SAMPLER)))
     assert not result.loss.requires_grad
     assert math.isfinite(result.metrics["explained_variance"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.fork_server import ForkServer
+
+from gvpo_offline import open_dataset
 
 FOLDER = Path(__file__).parents[2] / "pipelines" / "instructions"
 NAMES = ("constraints", "jobs", "models", "person", "prompts", "report", "run", "stages")
@@ -287,3 +291,67 @@ def test_the_report_pairs_runs_by_prompt_and_seed(
     assert found["recommended_is"] == jobs.LOSSES["recommended"]
     table = report.table(report.read(tmp_path), beta=0.15)
     assert "| with the person | gvpo |  | 0.600 ± 0.400 | +0.100 ± 0.000 | 0.200 ± 0.000 |" in table
+
+
+@pytest.fixture
+def small(
+    pipeline: dict[str, ModuleType],
+    server: ForkServer,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder for a run of two losses on a tiny policy; commands run in forked children."""
+    run, jobs, stages = (pipeline[name] for name in ("run", "jobs", "stages"))
+    losses = {name: jobs.LOSSES[name] for name in ("gvpo", "recommended")}
+    plan = run.Plan({"train": 8, "validation": 2, "test": 3}, 2, (1e-4,), False, 2, (0,), 2)
+    settings = {"QUICK": plan, "LOSSES": losses, "WITHOUT_PERSON": ("gvpo",), "MAX_NEW_TOKENS": 6}
+    for name, value in settings.items():
+        monkeypatch.setattr(run, name, value)
+
+    def forked(argv: list[str], log: Path) -> tuple[float, int]:
+        command = argv[argv.index("gvpo_offline.cli") + 1 :]
+        status, output = server.run(command, cwd=str(FOLDER.parents[1]))
+        log.write_text(output, encoding="utf-8")
+        return 1.0, status
+
+    monkeypatch.setattr(stages, "_measured", forked)
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_model_dir, folder / "policy")
+    return folder
+
+
+def test_from_prompts_to_figures_and_again(
+    pipeline: dict[str, ModuleType], small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All stages through the command line: seven responses to each training prompt with the person,
+    six without; the untouched policy is at KL 0, a trained one is not. Run again, nothing is
+    repeated and the last line is the same.
+    """
+    run = pipeline["run"]
+    run.main(["--quick", "--output_dir", str(small)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = json.loads(last)
+    assert set(found) == {
+        *("untouched", "gvpo", "recommended", "without_person", "recommended_is", "beta", "prompts")
+    }
+    assert found["prompts"] == 3
+    assert found["untouched"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert found["gvpo"]["kl"] != 0
+    assert set(found["without_person"]) == {"gvpo"}
+    assert 0 <= found["gvpo"]["reward"] <= 1
+    assert found["gvpo"]["reward_se"] >= 0
+    opened = open_dataset(small / "dataset")
+    groups = [group for i in range(opened.n_row_groups) for group in opened.groups(i)]
+    assert [sorted(group.samplers) for group in groups] == 8 * [
+        ["hot", "hot", "noised", "noised", "person", "prompted", "prompted"]
+    ]
+    rows = [json.loads(line) for line in (small / "runs.jsonl").read_text().splitlines()]
+    assert len(rows) == 6  # two trials, untouched, two losses, one without the person
+    assert not list((small / "jobs").glob("*/trained/*.safetensors"))
+    logs = list((small / "jobs").glob("*gvpo*without-person*/train.log"))
+    assert "responses of hot, prompted, noised" in logs[0].read_text()
+    written = (small / "runs.jsonl").stat().st_mtime_ns
+    run.main(["--quick", "--output_dir", str(small)])
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert (small / "runs.jsonl").stat().st_mtime_ns == written

@@ -134,7 +134,7 @@ def test_a_sampler_that_wrote_nothing_is_refused_before_training(
     trainer = trainer_of(
         tiny_model_dir, dataset, tmp_path, imitation=1.0, imitation_without=["nobody", PERSON]
     )
-    with pytest.raises(ConfigError, match="names of samplers") as error:
+    with pytest.raises(ConfigError, match="imitation_without has names of samplers") as error:
         trainer.preflight()
     assert error.value.received == "nobody"
     assert "a-person, one, two" in str(error.value)
