@@ -329,7 +329,7 @@ def test_from_prompts_to_figures_and_again(
     repeated and the last line is the same.
     """
     run = pipeline["run"]
-    run.main(["--quick", "--output_dir", str(small)])
+    run.main(["--quick", "--workers", "1", "--output_dir", str(small)])
     last = capsys.readouterr().out.splitlines()[-1]
     found = json.loads(last)
     assert set(found) == {
@@ -352,6 +352,6 @@ def test_from_prompts_to_figures_and_again(
     logs = list((small / "jobs").glob("*gvpo*without-person*/train.log"))
     assert "responses of hot, prompted, noised" in logs[0].read_text()
     written = (small / "runs.jsonl").stat().st_mtime_ns
-    run.main(["--quick", "--output_dir", str(small)])
+    run.main(["--quick", "--workers", "1", "--output_dir", str(small)])
     assert capsys.readouterr().out.splitlines()[-1] == last
     assert (small / "runs.jsonl").stat().st_mtime_ns == written
