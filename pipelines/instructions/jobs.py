@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages import Stages
+import yaml
+from stages import HERE, Stages
 
 from gvpo_offline.hashing import sha256_json
 
@@ -45,6 +46,7 @@ class Job:
         prompts: the prompts that the trained policy answers: validation or test.
         steps: optimizer steps.
         answers: number of answers to each prompt.
+        recipe: the result of `recipe`: with other settings in the YAML files, a run is another one.
         settings: settings of `train`, those of the loss.
     """
 
@@ -55,6 +57,7 @@ class Job:
     prompts: str
     steps: int
     answers: int
+    recipe: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,6 +71,12 @@ class Job:
         without = "" if self.person else "-without-person"
         label = f"{self.loss}-{self.rate:g}-seed{self.seed}{without}-{self.prompts}"
         return f"{label}-{sha256_json(asdict(self))[:6]}"
+
+
+def recipe() -> str:
+    """A hash of the settings in train.yaml and evaluate.yaml."""
+    files = [HERE / f"{command}.yaml" for command in ("train", "evaluate")]
+    return sha256_json([yaml.safe_load(file.read_text(encoding="utf-8")) for file in files])[:8]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from typing import Any
 from constraints import draw, sentences
 
 Row = dict[str, Any]
-# Requests for one sentence: after others (a fact, a tip) SmolLM2 goes on in lists without an end.
+# Requests for a short sentence: after others (a fact, a tip) SmolLM2 writes lists without an end.
 REQUESTS = (
     "Write one short sentence about {}.",
-    "Write a sentence about {}.",
-    "Write one simple sentence about {}.",
-    "Write one sentence for children about {}.",
+    "Write a short sentence about {}.",
+    "Write one simple short sentence about {}.",
+    "Write one brief sentence about {}.",
 )
 LENGTHS = (6, 8, 10, 12)
 # Each line is a topic and two words that belong to it.

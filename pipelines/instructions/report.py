@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 from jobs import LOSSES, UNTOUCHED, Job, Row, rows_of
+from stages import HERE
 
 Floats = npt.NDArray[np.float64]
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)

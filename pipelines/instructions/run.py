@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs import LOSSES, PERSON, UNTOUCHED, Job, Row, Runner, run_all
+from jobs import LOSSES, PERSON, UNTOUCHED, Job, Row, Runner, recipe, run_all
 from models import write_noised, write_policy
 from person import person
 from prompts import read_prompts, write_prompts
@@ -35,16 +35,18 @@ from report import beta_of_runs, read, summary, table
 from stages import CommandError, Stages
 
 MAX_NEW_TOKENS = 64
-NOISE = 0.05
+NOISE = 0.04
 # The samplers of the log that are models; the folder of each is a folder of the run.
 SAMPLERS: dict[str, dict[str, Any]] = {
-    "hot": {"model": "policy", "responses": 2, "temperature": 1.2, "top_p": 0.95},
+    # Without top_p half of the answers at this temperature are noise that never ends.
+    "hot": {"model": "policy", "responses": 2, "temperature": 1.2, "top_p": 0.8},
     "prompted": {
         "model": "policy",
         "responses": 2,
+        "temperature": 0.8,
         "system_prompt": "Follow every instruction exactly.",
     },
-    "noised": {"model": "noised", "responses": 2},
+    "noised": {"model": "noised", "responses": 2, "temperature": 0.8},
 }
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
 WITHOUT_PERSON = ("gvpo", "recommended", "rft")
@@ -195,7 +197,7 @@ def _job(
 ) -> Job:
     answers = plan.answers if prompts == "test" else plan.trial_answers
     steps = plan.steps if loss != UNTOUCHED else 0
-    return Job(loss, rate, seed, person, prompts, steps, answers, LOSSES.get(loss, {}))
+    return Job(loss, rate, seed, person, prompts, steps, answers, recipe(), LOSSES.get(loss, {}))
 
 
 def comparison(plan: Plan, rates: dict[str, float]) -> list[Job]:

@@ -40,12 +40,13 @@ class Stages:
         """
         command = [str(part) for part in argv]
         record = self.folder / f"{stage}.done.json"
+        named = [part.replace(f"{HERE}/", "") for part in command]
         if record.exists():
             done = json.loads(record.read_text(encoding="utf-8"))
-            if done["command"] != command:
+            if done["command"] != named:
                 raise CommandError(
-                    f"{record} is of another command: {' '.join(done['command'])}\nRemove the "
-                    "folder of the run, or choose another --output_dir"
+                    f"{record} is of another command: {' '.join(done['command'])}\nnow: "
+                    f"{' '.join(named)}\nRemove the folder of the run, or choose another one"
                 )
             return float(done["cpu_seconds"])
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ class Stages:
         seconds, status = _measured([sys.executable, *command], log)
         if status:
             raise CommandError(f"{' '.join(command)}\nfailed; see {log}")
-        done = {"command": command, "cpu_seconds": round(seconds, 3)}
+        done = {"command": named, "cpu_seconds": round(seconds, 3)}
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(done) + "\n", encoding="utf-8")
         os.replace(partial, record)
