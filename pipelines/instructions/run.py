@@ -59,7 +59,8 @@ class Plan:
     Attributes:
         prompts: number of prompts by name.
         steps: optimizer steps of a training run.
-        trials: the learning rates that every loss is tried with.
+        tuned: the losses that are tried with several learning rates; others take the last trial.
+        trials: these rates.
         extended: whether the next rate of `LADDER` is tried where the best is at an end.
         trial_answers: answers to each validation prompt.
         seeds: seeds of the comparison.
@@ -68,6 +69,7 @@ class Plan:
 
     prompts: dict[str, int]
     steps: int
+    tuned: tuple[str, ...]
     trials: tuple[float, ...]
     extended: bool
     trial_answers: int
@@ -78,6 +80,7 @@ class Plan:
 FULL = Plan(
     prompts={"train": 160, "validation": 32, "test": 64},
     steps=32,
+    tuned=tuple(LOSSES),
     trials=LADDER[1:3],
     extended=True,
     trial_answers=6,
@@ -87,7 +90,8 @@ FULL = Plan(
 QUICK = Plan(
     prompts={"train": 24, "validation": 8, "test": 16},
     steps=3,
-    trials=LADDER[2:3],
+    tuned=("gvpo",),
+    trials=LADDER[1:3],
     extended=False,
     trial_answers=2,
     seeds=(0,),
@@ -159,8 +163,8 @@ def _write_person(folder: Path, seed: int) -> None:
 
 def tune_rates(plan: Plan, run: Any) -> dict[str, float]:
     """The learning rate of each loss with the best reward - beta KL on validation prompts."""
-    tried = {loss: list(plan.trials) for loss in LOSSES}
-    best: dict[str, float] = {}
+    tried = {loss: list(plan.trials) for loss in plan.tuned}
+    best = {loss: plan.trials[-1] for loss in LOSSES if loss not in tried}
     while tried.keys() - best.keys():
         jobs = [
             _job(plan, loss, rate, 0, prompts="validation")
@@ -178,7 +182,7 @@ def tune_rates(plan: Plan, run: Any) -> dict[str, float]:
                 tried[loss].append(LADDER[at])
             else:
                 best[loss] = rate
-    return best
+    return {loss: best[loss] for loss in LOSSES}  # in the order of their importance
 
 
 def _objective(row: Row) -> float:

@@ -70,8 +70,8 @@ def prepare(policy: str, data: Path, folder: Path, questions: int) -> Study:
     if policy == SMALL:
         pretrain_policy(data, own)
     else:
-        command = [sys.executable, MODELS, "--output_dir", own / "policy"]
-        StageRunner(own).stage("policy", command)
+        flags = ("--output_dir", own / "policy")
+        StageRunner(own).stage("policy", [sys.executable, MODELS, *flags])
     write_first(data, folder / "data", questions)
     import_and_score(folder / "data", own / "models", own / "policy", with_person=False)
     return Study(own)

@@ -304,7 +304,8 @@ def small(
     """A folder for a run of two losses on a tiny policy; commands run in forked children."""
     run, jobs, stages = (pipeline[name] for name in ("run", "jobs", "stages"))
     losses = {name: jobs.LOSSES[name] for name in ("gvpo", "recommended")}
-    plan = run.Plan({"train": 8, "validation": 2, "test": 3}, 2, (1e-4,), False, 2, (0,), 2)
+    sizes = {"train": 8, "validation": 2, "test": 3}
+    plan = run.Plan(sizes, 2, ("gvpo",), (1e-5, 1e-4), False, 2, (0,), 2)
     settings = {"QUICK": plan, "LOSSES": losses, "WITHOUT_PERSON": ("gvpo",), "MAX_NEW_TOKENS": 6}
     for name, value in settings.items():
         monkeypatch.setattr(run, name, value)
