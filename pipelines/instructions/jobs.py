@@ -41,7 +41,7 @@ class Job:
     Attributes:
         loss: a name in `LOSSES`, or `UNTOUCHED`: no training.
         rate: the peak learning rate; 0 without training.
-        seed: of the training order and of the sampled answers.
+        seed: of the training order; `evaluate` takes the same random numbers for all policies.
         person: whether the scripted person's answers are trained on.
         prompts: the prompts that the trained policy answers: validation or test.
         steps: optimizer steps.

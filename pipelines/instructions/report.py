@@ -7,7 +7,8 @@ shows the runs that are finished, also while others still run.
 Every figure is a mean over test prompts and seeds, of prompts' means over their answers. Its
 standard error covers both. Prompts and seeds are crossed: the variance of the mean is that of the
 prompts' means over P, plus that of the seeds' means over S, less that of the residuals over P S,
-which both contain. Gains are paired: differences between two runs of one seed on one prompt.
+which both contain. Gains are paired by prompt, with the untouched policy, which has one run; other
+differences are between two runs of one seed on one prompt.
 """
 
 from __future__ import annotations
@@ -129,7 +130,6 @@ def table(runs: Labelled, beta: float) -> str:
     heads = "reward", "gain", "KL", "reward - beta KL", "tokens", "cut", "seeds"
     lines = [_line("log", "loss", "rate", *heads), _line(*["---"] * (3 + len(heads)))]
     for (loss, person), own in sorted(runs.items(), key=lambda item: _order(item[0])):
-        mine, base = own.common(untouched)
         log = "" if loss == UNTOUCHED else "with the person" if person else "models alone"
         lines.append(
             _line(
@@ -137,7 +137,7 @@ def table(runs: Labelled, beta: float) -> str:
                 loss,
                 f"{own.rate:g}" if own.rate else "",
                 estimate(own.rewards).unsigned,
-                "" if loss == UNTOUCHED else str(estimate(mine.rewards - base.rewards)),
+                "" if loss == UNTOUCHED else str(estimate(own.rewards - untouched.rewards)),
                 estimate(own.kls).unsigned,
                 estimate(own.rewards - beta * own.kls).unsigned,
                 f"{own.lengths.mean():.0f}",
@@ -176,12 +176,11 @@ def summary(runs: Labelled, beta: float) -> dict[str, Any]:
     untouched = runs[UNTOUCHED, True]
 
     def figures(own: Runs) -> dict[str, float]:
-        mine, base = own.common(untouched)
         estimates = {
             "reward": estimate(own.rewards),
             "kl": estimate(own.kls),
             "objective": estimate(own.rewards - beta * own.kls),
-            "gain": estimate(mine.rewards - base.rewards),
+            "gain": estimate(own.rewards - untouched.rewards),
         }
         found = {name: value.mean for name, value in estimates.items()}
         found |= {f"{name}_se": value.se for name, value in estimates.items()}

@@ -206,9 +206,8 @@ def _job(
 
 def comparison(plan: Plan, rates: dict[str, float]) -> list[Job]:
     """The runs on test prompts, the most important first."""
-    jobs = []
+    jobs = [_job(plan, UNTOUCHED, 0.0, 0)]
     for seed in plan.seeds:
-        jobs.append(_job(plan, UNTOUCHED, 0.0, seed))
         jobs += [_job(plan, loss, rate, seed) for loss, rate in rates.items()]
         jobs += [_job(plan, loss, rates[loss], seed, person=False) for loss in WITHOUT_PERSON]
     return jobs
