@@ -151,8 +151,19 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         n_groups=steps.n_draws,
         metrics=evaluation.statistics.metrics(),
         samplers={name: totals.means() for name, totals in sorted(evaluation.samplers.items())},
-        sampled=evaluator and evaluator.evaluate(policy, range(config.eval_samples)),
+        sampled=_sampled(evaluator, policy, config.eval_samples),
     )
+
+
+def _sampled(
+    evaluator: SampledEvaluator | None, policy: SampledPolicy, n_answers: int
+) -> SampledResult | None:
+    if evaluator is None:
+        return None
+    try:
+        return evaluator.evaluate(policy, range(n_answers))
+    finally:
+        evaluator.reward.stop()
 
 
 def _evaluator(

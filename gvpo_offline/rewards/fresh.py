@@ -24,7 +24,6 @@ REFUSED_KINDS = {
     "mean share of wins is 1/2 for every policy",
 }
 _CAN = "function, verl, math, exact, numeric, model or judge"
-_REMEDY = f"use scorers of kind {_CAN}: the configuration of `gvpo-offline reward`"
 
 
 def refused_kind(kind: str, scorer: str = "") -> ConfigError:

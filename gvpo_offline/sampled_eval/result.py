@@ -103,10 +103,10 @@ class PromptAnswers:
         return replace(
             self,
             texts=(*self.texts, *later.texts),
-            **{
-                name: np.concatenate([getattr(self, name), getattr(later, name)])
-                for name in ("rewards", "log_ratios", "lengths", "truncated")
-            },
+            rewards=np.concatenate([self.rewards, later.rewards]),
+            log_ratios=np.concatenate([self.log_ratios, later.log_ratios]),
+            lengths=np.concatenate([self.lengths, later.lengths]),
+            truncated=np.concatenate([self.truncated, later.truncated]),
         )
 
     def as_dict(self, beta: float) -> dict[str, Any]:

@@ -70,8 +70,10 @@ class FreshReward:
         """Score the best logged response of a few prompts.
 
         Raises:
-            ConfigError: a scorer's function, model, package or server is missing.
-            DataError: no response can be scored; says why the first one cannot.
+            ConfigError: a scorer's function, model or package is missing, or a server refuses the
+                key.
+            DataError: no response can be scored, or a judge answers for none of them; says why
+                the first one cannot.
         """
         self.identity()
         self._start()
@@ -79,12 +81,31 @@ class FreshReward:
         for prompt in prompts[:_TRIED]:
             try:
                 self._scorers.score([only_response(prompt.logged, 0)])
+                self._check_answered(prompt)
             except DataError as error:
                 first = first or error
             else:
                 return
         if first is not None:
             raise first
+
+    def _check_answered(self, prompt: HeldOutPrompt) -> None:
+        for cause, _ in self._failed_requests().most_common(1):
+            raise DataError(
+                "the judge answers a request about a logged response in the required form",
+                received=cause,
+                remedy="check base_url and model of the judge, and that its server runs",
+                **prompt.logged.location,
+            )
+
+    def _failed_requests(self) -> Counter[str]:
+        """The failed requests of all judges since the last call, by cause."""
+        found: Counter[str] = Counter()
+        for scorer in self._scorers.scorers.values():
+            if isinstance(scorer, FreshJudge):
+                found.update(scorer.causes)
+                scorer.causes.clear()
+        return found
 
     def _start(self) -> None:
         if not self._started:
@@ -100,14 +121,11 @@ class FreshReward:
         self._start()
         found = FreshRewards()
         found.rewards = self._scored(inputs, found.causes)
-        judges = [s for s in self._scorers.scorers.values() if isinstance(s, FreshJudge)]
-        asked: Counter[str] = Counter()
-        for judge in judges:
-            asked.update({f"the judge's request failed: {k}": n for k, n in judge.causes.items()})
-            judge.causes.clear()
+        asked = self._failed_requests()
         without = sum(int(np.isnan(own).sum()) for own in found.rewards) - found.causes.total()
         if without:
-            found.causes[asked.most_common(1)[0][0] if asked else NO_NUMBER] += without
+            failed = f"the judge's request failed: {asked.most_common(1)[0][0]}" if asked else ""
+            found.causes[failed or NO_NUMBER] += without
         return found
 
     def _scored(self, inputs: Sequence[ScoringInput], causes: Counter[str]) -> list[FloatArray]:

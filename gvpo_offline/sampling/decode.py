@@ -177,7 +177,9 @@ class Decoder:
         Models differ in where they keep their state and in whether they respect padding; one that
         does not fit would give wrong logits without an error.
         """
-        prompts = [_PROBE[:3], _PROBE]
+        vocab_size = getattr(self._model.config.get_text_config(), "vocab_size", None)
+        ids = _PROBE % (vocab_size or len(_PROBE) * _PROBE.max())
+        prompts = [ids[:3], ids]
         try:
             batch = self._prefill([Completion(prompt, seed=0) for prompt in prompts])
             found_BV = self._next_logits(batch)

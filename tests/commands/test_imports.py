@@ -44,6 +44,7 @@ WITHOUT_TORCH = (
     *("version", "visible", "errors", "hashing", "group", "rules", "values", "contract"),
     *("cells", "paths", "finish_reasons", "json_text", "messages", "conversations"),
     *("identity", "settings", "compute.settings", "reference.settings", "tune.settings"),
+    *("sampled_eval.settings", "rewards.fresh"),
     *("store.adopt", "store.dataset", "store.survey", "store.validate", "store.writer"),
     *("store.arrow", "store.schema", "train.settings"),
     *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),
