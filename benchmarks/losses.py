@@ -25,7 +25,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +43,12 @@ from gvpo_offline.group import Group
 from gvpo_offline.losses import LOSS_TYPES
 from gvpo_offline.train.objective import Objective
 
-BASELINES = LOSS_TYPES[1:]
+IMITATING = "gvpo + imitation"
+COMPARED = (*LOSS_TYPES, IMITATING)
+BASELINES = COMPARED[1:]
 BETA = 0.1
 GROUPS, RESPONSES, PROMPT = 4, 8, 32
+REFERENCE = "reference"  # the sampler of half of the responses
 MANY_GROUPS = 64  # groups of a call whose fixed cost is shared by many groups
 RATIOS = ("ratio", "error", "wall_ratio")
 SHORTEST, LONGEST = 60, 140
@@ -61,6 +63,13 @@ SIZES = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+
+
+def objective_of(name: str) -> Objective:
+    """The objective of a loss, or of GVPO with imitation, soft and weighted by the reference."""
+    if name == IMITATING:
+        return Objective(BETA, imitation=1.0, imitation_of="soft", imitation_weights="reference")
+    return Objective(BETA, name, reference_sampler=REFERENCE if name == "qrpo" else "")
 
 
 class Seconds(NamedTuple):
@@ -102,7 +111,7 @@ class TurnsTrainer(GVPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """A training step with the loss of this step."""
         loss_type = self.turns[self.state.global_step]
-        self._objective = replace(self._objective, loss_type=loss_type)
+        self._objective = objective_of(loss_type)
         return super().training_step(*args, **kwargs)
 
 
@@ -119,6 +128,7 @@ def made_up(number: int) -> Group:
         prompt_tokens=PROMPT,
         vocab_size=vocab_size,
         response_token_ids=responses,
+        samplers=(REFERENCE, "another") * (RESPONSES // 2),
         rewards=rng.permutation(RESPONSES) / RESPONSES,
         ref_seq_logprobs=even + rng.normal(0.0, 1.0, RESPONSES),
         sampler_seq_logprobs=even + rng.normal(0.0, 1.0, RESPONSES),
@@ -165,10 +175,10 @@ def alone_seconds(groups: list[Group], rounds: int) -> dict[str, float]:
     ref = np.concatenate([g.ref_seq_logprobs for g in groups if g.ref_seq_logprobs is not None])
     logprobs = torch.from_numpy(ref + rng.normal(0.0, 1.0, len(ref))).requires_grad_()
     calls = 20
-    taken: dict[str, list[float]] = {loss: [] for loss in LOSS_TYPES}
+    taken: dict[str, list[float]] = {loss: [] for loss in COMPARED}
     for _ in range(rounds):
-        for loss in LOSS_TYPES:
-            objective = Objective(BETA, loss)
+        for loss in COMPARED:
+            objective = objective_of(loss)
             start = Seconds.now()
             for _ in range(calls):
                 torch.autograd.grad(objective(logprobs, groups).loss, logprobs)
@@ -189,7 +199,7 @@ def figures_of(
 ) -> dict[str, dict[str, float]]:
     """The figures by loss; GVPO has no ratio."""
     found: dict[str, dict[str, float]] = {}
-    for loss in LOSS_TYPES:
+    for loss in COMPARED:
         figures = {}
         if loss in steps:
             cpu = [own.cpu / ((a.cpu + b.cpu) / 2) for own, a, b in steps[loss]]

@@ -29,9 +29,9 @@ from gvpo_offline.version import __version__
 
 _HELP_FLAGS = {"-h", "--help"}
 _KEY = re.compile(r'Parser key "([^"]+)"')
-_VALUE = re.compile(r"(?:Got value|Given value)[^:]*: (.*)")
+_VALUE = re.compile(r"(?:Got value|Given value)(?! type)[^:]*: (.*)")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
-_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])\.")
+_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])(?:\.|$)", re.M)
 _KINDS = {
     "int": "an integer",
     "float": "a number",
@@ -174,11 +174,11 @@ def _complaint(text: str) -> str:
 def _expected(text: str) -> str:
     """What a setting takes, by an error message of jsonargparse, as a sentence; "" if unknown."""
     key, kinds = _KEY.search(text), _EXPECTED.findall(text)
-    if key is None or len(kinds) != 1:
+    kinds = [(kind, values) for kind, values in kinds if kind != "NoneType"]
+    takes = [f"one of {values}" if values else _KINDS.get(kind, "") for kind, values in kinds]
+    if key is None or not takes or not all(takes):
         return ""
-    kind, values = kinds[0]
-    takes = f"one of {values}" if values else _KINDS.get(kind, "")
-    return f"set {key.group(1)} to {takes}. " if takes else ""
+    return f"set {key.group(1)} to {' or '.join(takes)}. "
 
 
 def main(argv: Sequence[str] | None = None) -> int:

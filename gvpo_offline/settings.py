@@ -99,8 +99,11 @@ def check_loss(loss_type: str, *, anchor: float, weighted: bool, link: str = "lo
         link: the setting `link`.
     """
     if loss_type not in get_args(LossType):
+        several = not isinstance(loss_type, str)
         raise ConfigError(
-            f"loss_type is one of {', '.join(get_args(LossType))}", received=loss_type
+            f"loss_type is one of {', '.join(get_args(LossType))}",
+            received=loss_type,
+            remedy="set one, and imitation for a term of sft beside it" if several else None,
         )
     if loss_type != "gvpo" and (anchor or weighted):
         raise ConfigError(

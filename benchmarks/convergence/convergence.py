@@ -9,11 +9,12 @@ The baseline is the KL of the untrained reference, and the threshold (`gate`) is
 tables also show the share of pi* on responses that are not in the log, about which no loss has
 information.
 
-Prints the table and four sweeps as Markdown: KL by the number of groups, by the sampler's distance
-from the reference, by k, and for GVPO by anchor and beta. Writes the figures of all seeds to
-runs/bench-convergence/convergence.json, the input of `pictures.py`. The last line is one JSON
-object: `untouched`, the KL of the untrained reference; the mean KL over seeds by loss and sampler;
-`gvpo_passes` (for covering samplers) and `controls_fail`.
+Prints the table and five sweeps as Markdown: KL by the number of groups, by the sampler's distance
+from the reference, by k, and for GVPO by anchor and beta, and by the alpha of imitation and
+sampler. Writes the figures of all seeds to runs/bench-convergence/convergence.json, the input of
+`pictures.py`. The last line is one JSON object: `untouched`, the KL of the untrained reference; the
+mean KL over seeds by loss and sampler; `gvpo_passes` (for covering samplers) and `controls_fail`.
+`--only gvpo rft` measures these losses and the sweep of alpha alone, and writes no file.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ GROUP_SIZES = (2, 3, 4, 8, 16)
 # Responses per prompt in the sweep of k: few enough for k to matter, and divisible by each k.
 FEW_RESPONSES = 96
 ANCHORS = (0.0, 0.01, 0.1, 1.0)
+ALPHAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 UNLOGGED = "π* never logged"
 BETAS = (0.1, 0.25, 0.5, 1.0)
 Row = dict[str, Any]
@@ -95,10 +97,13 @@ class Worlds:
         logged[setting.log.prompt, setting.log.response] = 1.0
         return float((self.all.optimum.exp() * (1 - logged)).sum(-1).mean())
 
-    def ends(self, loss: str, setting: Setting, *, anchor: float = 0.0) -> Row:
+    def ends(
+        self, loss: str, setting: Setting, *, anchor: float = 0.0, imitation: float = 0.0
+    ) -> Row:
         """KL to the optimum after training: mean over seeds, standard error, by seed; seconds."""
         started = time.perf_counter()
-        logprobs = train(self.all, setting.log, objective_of(loss, setting, anchor=anchor))
+        objective = objective_of(loss, setting, anchor=anchor, imitation=imitation)
+        logprobs = train(self.all, setting.log, objective)
         kl_S = self.all.kl_by_prompt(logprobs).reshape(-1, N_PROMPTS).mean(1)
         error = float(kl_S.std() / len(kl_S) ** 0.5) if len(kl_S) > 1 else 0.0
         seconds = time.perf_counter() - started
@@ -177,6 +182,20 @@ def anchors(seeds: int) -> list[Row]:
     return found
 
 
+def imitations(worlds: Worlds, settings: dict[str, Setting]) -> list[Row]:
+    """KL of GVPO with imitation by alpha and sampler."""
+    heading("alpha", settings)
+    found: list[Row] = []
+    for alpha in ALPHAS:
+        ends = {
+            name: worlds.ends("gvpo", setting, imitation=alpha)
+            for name, setting in settings.items()
+        }
+        line(f"{alpha:g}", ends.values())
+        found += [{"x": alpha, "series": name, **row} for name, row in ends.items()]
+    return found
+
+
 def heading(corner: str, columns: Iterable[str]) -> None:
     """The first two lines of a Markdown table."""
     cells = [corner, *columns]
@@ -215,19 +234,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/bench-convergence"))
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
+    parser.add_argument("--only", nargs="+", help="only these losses and imitation; no sweeps")
     given = parser.parse_args()
     worlds = Worlds(given.seeds)
     print(f"{given.seeds} seeds; the untouched reference: {worlds.untouched:.4f} nats")
     settings = {name: worlds.setting(name) for name in SAMPLERS}
     unlogged = {name: worlds.unlogged(setting) for name, setting in settings.items()}
-    found = table(worlds, settings, (*LOSSES, WEIGHTED, *CONTROLS))
+    found = table(worlds, settings, tuple(given.only or (*LOSSES, WEIGHTED, *CONTROLS)))
     line(UNLOGGED, (), *(f"{share:.2%}" for share in unlogged.values()))
+    imitated = imitations(worlds, settings)
+    if given.only:
+        print(json.dumps({"losses": found, "imitation": imitated}))
+        return
     swept = sweeps(worlds, SWEPT_LOSSES)
     swept["anchor"] = anchors(given.seeds)
     figures = verdict(found, worlds.untouched)
     given.output_dir.mkdir(parents=True, exist_ok=True)
     whole = {"seeds": given.seeds, "gate": GATE, "untouched": worlds.untouched, "table": found}
-    whole |= {"unlogged": unlogged, "sweeps": swept, "verdict": figures}
+    whole |= {"unlogged": unlogged, "sweeps": swept, "imitation": imitated, "verdict": figures}
     (given.output_dir / "convergence.json").write_text(json.dumps(whole, indent=1) + "\n")
     if given.pictures:
         draw_all(whole, given.pictures)

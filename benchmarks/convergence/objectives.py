@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gvpo_offline.losses import LOSS_TYPES, GroupTerms, group_loss
 
-LOSSES = LOSS_TYPES
+# The optimum of qrpo is that of another reward, the quantile.
+LOSSES = tuple(name for name in LOSS_TYPES if name != "qrpo")
 WEIGHTED = "exact importance weights"
 CONTROLS = ("rewards / deviation", "log-ratios / length")
 
@@ -29,15 +30,20 @@ class Setting:
     probs: Tensor
 
 
-def objective_of(name: str, setting: Setting, *, anchor: float = 0.0) -> Objective:
-    """The loss or control with the given name; `anchor` applies to gvpo."""
+def objective_of(
+    name: str, setting: Setting, *, anchor: float = 0.0, imitation: float = 0.0
+) -> Objective:
+    """The loss or control with the given name; `anchor` and `imitation` apply to gvpo.
+
+    topr and oapl get the exact log-probs of the sampler.
+    """
     beta = setting.world.beta
     scale: Tensor | float = 1.0
     if name == WEIGHTED:
         return importance_weighted(setting)
     if name == "log-ratios / length":
         scale = relative_lengths(setting.world, setting.log)
-    sampler = setting.log.take(setting.probs.log()) if name == "topr" else None
+    sampler = setting.log.take(setting.probs.log()) if name in ("topr", "oapl") else None
 
     def objective(seq_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, log: Log) -> Tensor:
         if name == "rewards / deviation":
@@ -50,6 +56,7 @@ def objective_of(name: str, setting: Setting, *, anchor: float = 0.0) -> Objecti
             log.group,
             beta=beta,
             anchor=anchor,
+            imitation=imitation,
             sampler_logprobs=sampler,
         ).loss
 

@@ -96,7 +96,8 @@ def group_loss(
         response_weights=response_weights,
         **needed_inputs(loss_type, given),
     )
-    terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
+    if link != "log" or loss_type == "asymre":
+        terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
     check_references(terms, group_index)
     result = _result(loss_type, terms)
     if not imitation:

@@ -13,17 +13,26 @@ that of this term is -alpha * beta * q_i. So the ratio of the two, alpha * q_i *
 not depend on beta: an alpha that was found at one beta holds at another one. alpha has the unit of
 the rewards, as w has: w_i + alpha * (k - 1) * q_i is the weight of both together. Rewards and beta
 multiplied by c, which leave the optimum of the squares where it is, want alpha multiplied by c too;
-the loss is then multiplied by c^2. For rewards in 0..1, alpha is a share of their range.
+the loss is then multiplied by c^2. `imitation: auto` does so by itself. The squares of `ipo` are in
+nats^2 and not in reward^2: there alpha / beta^2 has the effect that alpha has elsewhere.
 
-**What it does to the optimum.** With an alpha above 0 the minimiser is no longer
-pi_ref exp(R / beta) / Z. Let mu(y) be the share of the logged responses that are y, and v(y) that
-of the imitated mass, over the groups of one prompt; of a tabular policy the gradient is zero where
+**What it does to the optimum.** With alpha above 0 the minimiser is no longer
+pi_ref exp(R / beta) / Z. Over all groups of one prompt, let W(y) be the sum of w_i / (k - 1) over
+the responses that are y, v(y) the sum of their shares q_i, and s the sum of v. The policy of a
+table rests where
 
-    mu(y) * mean w / (k - 1) = alpha * (s * pi(y) - v(y)),   s = sum of v
+    W(y) = alpha * (s * pi(y) - v(y))                    for every y
 
-(means over the groups that hold y): the policy is pulled from the optimum towards v, the logged
-best responses, and the residuals w that this costs grow with alpha and not with alpha / beta.
+The left side is 0 at GVPO's optimum, and the right side at the distribution v / s of what is
+imitated: the policy lies between the two, and alpha says where. A response that was never logged
+has W = v = 0, so that pi(y) = 0 for every alpha above 0: GVPO alone leaves it with its share of the
+reference, imitation takes its probability in the end, at a speed that grows with alpha.
 `docs/evidence/convergence.md` has the measured distance to the optimum.
+
+**Which losses.** Those of squares: a square holds its residual to a finite value, so that the sum
+has a minimum. Losses that are imitation already (rft, sft, awr) have nothing to add it to; those
+whose gradient does not fall with what was reached (dpo, grpo, rloo, topr, asymre) have no such
+minimum; listwise is a cross-entropy of its own.
 """
 
 from __future__ import annotations

@@ -202,9 +202,10 @@ CONFIG_NAMES = {
     "lr": "it is called learning_rate",
     "batch_size": "set groups_per_step: the batch size is in groups",
     "warmup_ratio": "set warmup_steps: below 1 it is a share of the run",
-    "f_divergence_type": "the penalty is the KL divergence",
+    "f_divergence_type": "the penalty is the KL divergence; link: chi_squared adds chi-squared",
     "label_smoothing": "the loss takes rewards as they are; change the rewards instead",
-    "rpo_alpha": "loss_type rft imitates good responses",
+    "rpo_alpha": "set imitation, whose numbers are others: it is of log-probs summed over tokens",
+    "loss_weights": "set loss_type and imitation: a loss of squares with a term of imitation",
     "desirable_weight": "rewards say how much better a response is",
     "undesirable_weight": "rewards say how much better a response is",
     **dict.fromkeys(

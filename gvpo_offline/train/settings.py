@@ -54,13 +54,13 @@ class GVPOSettings:
     """What loss_type asymre adds to a group's mean reward for its baseline, below 0, in units of
     reward: the lower, the less bad responses count against good ones."""
     imitation: float | Literal["auto"] = 0.0
-    """alpha, at least 0: adds alpha * beta times the mean negative log-probability (nats) of each
-    group's best responses to the loss, so that they do not become unlikely together with the
-    others. Groups of equal rewards add nothing. It moves the optimum towards the logged best
-    responses. alpha has the unit of the rewards: 1 is much where they lie in 0..1 and answers
-    differ in quality, 3 to 10 suits rewards of right and wrong of which nearly all are wrong. auto:
-    a number from a survey of the training data, logged before the first step. Only for losses of
-    squares."""
+    """Weight of imitation, alpha, at least 0: adds alpha * beta times the mean negative
+    log-probability (nats) of each group's best responses to the loss, so that they do not become
+    unlikely together with the others. Groups of equal rewards add nothing. It moves the optimum
+    towards the logged best responses. alpha has the unit of the rewards: where they lie in 0..1, 1
+    suits graded rewards, and 3 to 10 rewards of right and wrong of which nearly all are wrong.
+    auto: a number from a survey of the training data, logged before the first step. Only for losses
+    of squares."""
     imitation_of: Literal["best", "soft"] = "best"
     """Which responses of a group imitation is of. best: those of the highest reward, ties alike.
     soft: all, by softmax(reward / beta)."""

@@ -82,6 +82,10 @@ def test_a_wrong_flag_is_answered(
     [
         (["train", "--beta", "abc"], "received beta: abc. Set beta to a number. See"),
         (
+            ["train", "--imitation", "much"],
+            "received imitation: much. Set imitation to a number or one of 'auto'. See",
+        ),
+        (
             ["train", "--held_out_by", "row"],
             "received held_out_by: row. Set held_out_by to one of 'auto', 'prompt', 'group'. See",
         ),

@@ -76,10 +76,19 @@ def test_a_run_minimises_the_sum(
 def test_auto_is_the_share_of_all_wrong_groups(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Two of eight groups have the lowest reward only: 10 * 2 / 8 * (1 - 0) = 2.5."""
-    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, imitation="auto")
+    """Two of eight groups have the lowest reward only: 10 * 2 / 8 * (1 - 0) = 2.5.
+
+    The number is in the run's identity, and a resumed run has the same one.
+    """
+    how = {"imitation": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **how)
     assert trainer.args.imitation == 2.5
     assert trainer.identity()["objective"]["imitation"] == 2.5
+    trainer.train()
+    again = trainer_of(tiny_model_dir, dataset, tmp_path, **how)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.args.imitation == 2.5
+    assert again.state.global_step == 2
     with pytest.raises(ConfigError, match="imitation auto"):
         config_of(tmp_path, imitation="auto").objective()
 
