@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-import bench-stream bench-compute bench-tokens \
-	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short \
+	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
 	clean
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make bench-precision  rounding noise of log-probs in 16 bits, and what removes it (5 minutes)"
 	@echo "make study        every loss on the same logs of three tasks; what moves it (under 60 minutes)"
 	@echo "make study-short  the losses of main interest on the logs of two tasks (under 12 minutes)"
+	@echo "make instructions losses on SmolLM2-135M, fresh answers judged (hours; 15 minutes with ARGS=--quick)"
 	@echo "make wheel-check  install the built wheel into an empty environment; import and train a step"
 	@echo "make venv         set up .venv and nothing else"
 
@@ -136,6 +137,10 @@ study: $(STAMP)
 
 study-short: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python research/study/study.py --short --output_dir runs/study-short $(ARGS)
+
+# Two processes of one thread each. Finished runs are kept: an interrupted comparison resumes.
+instructions: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python pipelines/instructions/run.py --workers $(WORKERS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -159,10 +159,11 @@ class Study:
         dataset = open_dataset(self.dataset(log))
         budget = trainer.args.max_tokens_per_micro_batch
         engine = prepare_engine(model, max_tokens=budget, gradients=False)
-        held_out = select(dataset, eval_fraction=NOT_TRAINED, held_out=True, held_out_by="group")
+        share = trainer.args.eval_fraction
+        held_out = select(dataset, eval_fraction=share, held_out=True, held_out_by="group")
         view = DatasetView(dataset, held_out)
-        for share in step_shares(sequential_steps(view, groups_per_step=64, cost=engine.cost)):
-            for groups, _ in share.micro_batches:
+        for step in step_shares(sequential_steps(view, groups_per_step=64, cost=engine.cost)):
+            for groups, _ in step.micro_batches:
                 logprobs = engine.seq_logprobs(model, groups).tolist()
                 for group in groups:
                     assert group.ref_seq_logprobs is not None  # open_dataset joined them

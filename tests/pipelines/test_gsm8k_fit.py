@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.fork_server import ForkServer, Shell
 
 from gvpo_offline import gvpo_loss
 
@@ -143,3 +147,54 @@ def test_the_figures_are_those_of_evaluate(fit: ModuleType) -> None:
     assert found["explained_variance"] == pytest.approx(own["explained_variance"])
     assert found["pair_accuracy"] == pytest.approx(own["pair_accuracy"])
     assert found["best"] == pytest.approx(beta * own["best_log_ratio_mean"])
+
+
+COPY = """
+import shutil, sys
+shutil.copytree({source!r}, sys.argv[sys.argv.index("--output_dir") + 1])
+"""
+
+
+def test_two_policies_on_the_same_questions(
+    server: ForkServer, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pretrained.py` with a tiny policy: of the first 24 of 30 questions, those that the halves of
+    the split hold out are evaluated, the others are trained on; the best of two rates is reported.
+    """
+    monkeypatch.syspath_prepend(FIT.parent)
+    own = ("compare", "fit", "logs", "losses", "on_path", "pretrained", "run")
+    for name in own:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pretrained = importlib.import_module("pretrained")
+    monkeypatch.setattr(subprocess, "run", Shell(server, {}))
+    (tmp_path / "copy.py").write_text(COPY.format(source=str(tiny_model_dir)))
+    monkeypatch.setattr(pretrained, "MODELS", tmp_path / "copy.py")
+    samplers = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+    lines = []
+    for number in range(30):
+        said = {
+            name: {
+                "solution": f"{number} + {place}\nA: {number}",
+                "is_correct": place % 2 == (number % 5 == 0),
+            }
+            for place, name in enumerate(samplers)
+        }
+        question = f"What is {number} + {number}?"
+        lines.append(json.dumps({"question": question, "ground_truth": "A: 1", **said}) + "\n")
+    (tmp_path / "example_model_solutions.jsonl").write_text("".join(lines))
+    try:
+        study = pretrained.prepare(pretrained.PRETRAINED, tmp_path, tmp_path / "out", 24)
+        assert pretrained.costs(study)["groups"] == 24
+        row = pretrained.best_row(study, "gvpo", (1e-4, 1e-3), beta=0.3)
+    finally:
+        for name in own:
+            sys.modules.pop(name, None)
+    assert set(row["trials"]) == {1e-4, 1e-3}
+    assert row["rate"] == max(row["trials"], key=row["trials"].get)
+    assert row["held_out"] > 0
+    assert row["trained"] > 0
+    assert row["held_out"] + row["trained"] < 24
+    # Who answered mostly decides here whether the answer is right.
+    assert row["who_answered"]["pair_accuracy"][0] > 0.5
+    assert row["who_answered"]["kendall"][0] > 0
