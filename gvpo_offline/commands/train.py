@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=GVPOTrainer)
 
 
@@ -112,6 +114,8 @@ def run_train(
             "identity": trainer.identity(),
         }
 
+    if args.eval_samples and args.eval_strategy.value == "no":
+        logger.warning("eval_samples has no effect: eval_strategy is no, so nothing is evaluated")
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):

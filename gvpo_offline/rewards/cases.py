@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group, Int32Array
 from gvpo_offline.paths import MISSING, value_at
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 
@@ -122,14 +125,22 @@ class ScoringInputReader:
         token_ids: read response_token_ids as well; otherwise token ids are read only if a group
             has no texts.
         tokenizer: folder or hub name of the dataset's tokenizer, if it is no longer at the path
-            in the manifest.
+            in the manifest; or the tokenizer itself, which the caller has compared with the
+            dataset's.
     """
 
-    def __init__(self, dataset: GroupDataset, *, token_ids: bool, tokenizer: str | None) -> None:
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        *,
+        token_ids: bool,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+    ) -> None:
         self._dataset = dataset
         self._token_ids = token_ids
-        self._tokenizer_name = tokenizer
-        self._tokenizer: Any = None
+        named = tokenizer is None or isinstance(tokenizer, str)
+        self._tokenizer_name = tokenizer if isinstance(tokenizer, str) else None
+        self._tokenizer: Any = None if named else tokenizer
 
     def read(self, row_group: int) -> list[ScoringInput]:
         """All groups of a row group, in order.

@@ -93,7 +93,7 @@ class SampledEvaluator:
         views = list(views)
         tokenizer = _required(tokenizer)
         check_decodable(policy)
-        prompts = read_prompts(views, most=settings.eval_prompts)
+        prompts = read_prompts(views, most=settings.eval_prompts, tokenizer=tokenizer)
         inner = causal_lm(policy.model)
         limit = answer_limit(
             prompts,
@@ -127,7 +127,7 @@ class SampledEvaluator:
         self, settings: SampledEvalSettings, views: Iterable[DatasetView], policy: SampledPolicy
     ) -> SampledEvaluator:
         """The evaluator for other held-out groups; arguments and errors as `prepare`."""
-        prompts = read_prompts(views, most=settings.eval_prompts)
+        prompts = read_prompts(views, most=settings.eval_prompts, tokenizer=self.tokenizer)
         limit = answer_limit(
             prompts,
             settings.eval_max_new_tokens,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from gvpo_offline.compute.adapters import adapter_disabled
 from gvpo_offline.compute.engine import Engine
@@ -53,7 +53,7 @@ class ModelCalls:
     def __call__(self, **inputs: Any) -> Any:
         """Logits for inputs of `forward`; for the argument `call`, what it asks for."""
         if self._in_lockstep:
-            self._others_compute(own=1)
+            self._ranks_that_compute(own=1)
         if "call" in inputs:
             return self._model(**inputs)
         return SimpleNamespace(logits=self._model(call=LogitsCall(inputs)))
@@ -68,13 +68,14 @@ class ModelCalls:
         if not self._in_lockstep:
             return
         self._in_lockstep = False
-        while self._others_compute(own=0):
+        while self._ranks_that_compute(own=0).item():
             dummy()
 
-    def _others_compute(self, *, own: int) -> bool:
+    def _ranks_that_compute(self, *, own: int) -> Tensor:
+        """The number of ranks that call the model now; a scalar, which need not be waited for."""
         computing = torch.tensor(own, device=self.device)
         dist.all_reduce(computing)
-        return bool(computing.item())
+        return computing
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group, Int32Array
 from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.stream.selecting.responses import with_responses
 from gvpo_offline.stream.view import DatasetView
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 _COLUMNS = (
@@ -49,7 +52,10 @@ class HeldOutPrompt:
 
 
 def read_prompts(
-    views: Iterable[DatasetView], *, most: int | None = None, tokenizer: str | None = None
+    views: Iterable[DatasetView],
+    *,
+    most: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[HeldOutPrompt]:
     """The distinct prompts of some groups, in stored order.
 
@@ -59,7 +65,8 @@ def read_prompts(
     Args:
         views: the groups, with rewards.
         most: keep only this many prompts: those with the smallest keys.
-        tokenizer: folder or hub name of the dataset's tokenizer, for datasets without texts.
+        tokenizer: the dataset's, for groups without texts; default: the one that the dataset
+            names.
 
     Raises:
         ConfigError: there is no group.
@@ -91,7 +98,9 @@ def read_prompts(
     return [prompt for key, prompt in found.items() if key in kept]
 
 
-def _prompts(view: DatasetView, tokenizer: str | None) -> Iterator[HeldOutPrompt]:
+def _prompts(
+    view: DatasetView, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[HeldOutPrompt]:
     reader = ScoringInputReader(view.dataset, token_ids=True, tokenizer=tokenizer)
     for row_group in range(view.dataset.n_row_groups):
         selection = view.selection

@@ -173,6 +173,57 @@ def test_the_model_is_left_as_it_was(
     assert all(p.grad is not None for p in policy.model.parameters() if p.requires_grad)
 
 
+# ---- ranks of a sharded model ----
+
+
+class OtherRank:
+    """Stands in for torch.distributed with one other rank, which calls the model some times."""
+
+    def __init__(self, n_calls: int) -> None:
+        self.left = n_calls
+        self.seen: list[int] = []
+
+    def all_reduce(self, own: torch.Tensor) -> None:
+        self.seen.append(int(own))
+        own += int(self.left > 0)
+        self.left -= 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rank_that_has_finished_keeps_step(
+    made: tuple[Path, GroupDataset], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The other rank makes 5 forward passes. This one makes 2, fails or not, and 3 over a dummy
+    input; before each, and once more, both say whether they still compute.
+    """
+    policy = replace(policy_of(load(made[0])), in_lockstep=True)
+    passes: list[int] = []
+    policy.model.register_forward_hook(lambda *given: passes.append(1))
+    other = OtherRank(5)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", other.all_reduce)
+
+    def draw() -> None:
+        with policy.decoding() as calls:
+            for _ in range(2):
+                calls(input_ids=torch.ones((1, 3), dtype=torch.long), use_cache=False)
+            if fails:
+                raise DataError("logits are finite")
+
+    if fails:
+        with pytest.raises(DataError, match="logits are finite"):
+            draw()
+    else:
+        draw()
+    assert len(passes) == 5
+    assert other.seen == [1, 1, 0, 0, 0, 0]
+    other.left, other.seen[:] = 2, []
+    assert policy.seq_logprobs([], []) == []  # a rank without prompts
+    assert len(passes) == 7
+    assert other.seen == [0, 0, 0]
+
+
 # ---- the reference ----
 
 

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from support.builders import build_dataset, make_groups
 from support.sampled_answers import GROUPS, word_dataset, word_group
+from transformers import AutoTokenizer
 
 from gvpo_offline import cli
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.sampled_eval.prompts import fresh_input, read_prompts
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings, check_sampled_settings
@@ -79,11 +80,19 @@ def test_only_selected_groups_and_responses(tmp_path: Path) -> None:
 
 
 def test_texts_that_are_not_stored_are_decoded(tmp_path: Path) -> None:
+    """By the tokenizer that the dataset names, or by the policy's if it names none."""
     plain = [replace(group, prompt=None, responses=None) for group in GROUPS]
-    _, dataset = word_dataset(tmp_path, groups=plain)
-    prompts = read_prompts([DatasetView(dataset)])
-    assert [own.text for own in prompts] == ["red green", "blue", "two two red"]
-    assert prompts[0].logged.responses == ("two three",)
+    model, dataset = word_dataset(tmp_path, groups=plain)
+    nameless = dataset_of(tmp_path / "nameless", plain)
+    policys = AutoTokenizer.from_pretrained(model)
+    for prompts in (
+        read_prompts([DatasetView(dataset)]),
+        read_prompts([DatasetView(nameless)], tokenizer=policys),
+    ):
+        assert [own.text for own in prompts] == ["red green", "blue", "two two red"]
+        assert prompts[0].logged.responses == ("two three",)
+    with pytest.raises(DataError, match="names no tokenizer"):
+        read_prompts([DatasetView(nameless)])
 
 
 def test_what_scorers_see_of_fresh_answers(tmp_path: Path) -> None:

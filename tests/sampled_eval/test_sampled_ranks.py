@@ -58,10 +58,10 @@ def first_metrics(
     reward = out.parent / "reward.yaml"
     reward.write_text(json.dumps(reward_file(out.parent, LENGTH)))
     settings = {
-        "eval_samples": 3,
+        "eval_samples": 2,
         "eval_reward": reward,
         "eval_prompts": PROMPTS,
-        "eval_max_new_tokens": 40,
+        "eval_max_new_tokens": 16,
         "eval_on_start": "true",
         "max_steps": 1,
         "save_strategy": "no",
@@ -85,12 +85,12 @@ def test_ranks_share_the_prompts(
     tmp_path: Path,
     server: ForkServer,
 ) -> None:
-    """The same answers, so the same rewards and lengths. Log-ratios are differences of sums of 40
-    log-probs of up to 6 nats in float32, each with a few roundings of 240 nats: 1e-4.
+    """The same answers, so the same rewards and lengths. Log-ratios are differences of sums of 16
+    log-probs of about 6 nats in float32, each with a few roundings of 100 nats: 1e-4.
     """
     policy = policies[kind]
     one = first_metrics(server, dataset, policy, tmp_path / "one", 1)
-    assert one["sampled_kl"] > 0.1
+    assert one["sampled_kl"] > 0.01
     for n, more in WAYS[kind]:
         many = first_metrics(server, dataset, policy, tmp_path / f"on-{n}", n, **more)
         for name in ("sampled_reward", "sampled_length", "sampled_truncated", "sampled_failed"):
