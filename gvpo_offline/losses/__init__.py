@@ -86,11 +86,9 @@ def group_loss(
     check_loss(loss_type, anchor=anchor, weighted=response_weights is not None, link=link)
     check_imitation(loss_type, imitation, of=imitation_of, weights=imitation_weights)
     given = {"sampler_logprobs": sampler_logprobs, "reference_rows": reference_rows}
+    rows = seq_logprobs, ref_logprobs, rewards, group_index
     terms = GroupTerms.build(
-        seq_logprobs,
-        ref_logprobs,
-        rewards,
-        group_index,
+        *rows,
         beta=beta,
         anchor=1.0 if loss_type == "pmd_mean" else anchor,
         response_weights=response_weights,
