@@ -63,8 +63,6 @@ def first_metrics(
         "eval_prompts": PROMPTS,
         "eval_max_new_tokens": 16,
         "eval_on_start": "true",
-        "eval_strategy": "steps",
-        "eval_steps": 100,
         "max_steps": 1,
         "save_strategy": "no",
         "reference_check": "off",
@@ -75,7 +73,7 @@ def first_metrics(
     assert {status for status, _ in ended} == {0}, "\n".join(text for _, text in ended)
     lines = json.loads((out / "trainer_state.json").read_text())["log_history"]
     found = [line for line in lines if "eval_sampled_reward" in line]
-    assert [line["step"] for line in found] == [0]
+    assert [line["step"] for line in found] == [0, 1]
     return {name: found[0][f"eval_{name}"] for name in METRICS}
 
 

@@ -157,7 +157,7 @@ def test_a_decision_of_the_search_doubles_the_answers_of_close_trials_only() -> 
 
 
 def test_a_released_trial_is_not_asked_again_for_a_decision_between_others() -> None:
-    """The prompts of the first 4 answers put the trials at 0.5, 0.4 and 0.35. The second is close to
+    """The first 4 answers put the trials at 0.5, 0.4 and 0.35. The second is not apart from
     the first; the third is close to the second, and the first beats it. A decision between the last
     two spends no answers on it.
     """
