@@ -21,7 +21,13 @@ from gvpo_offline.losses.likelihood import checked_counts
 from gvpo_offline.losses.needs import check_references, needed_inputs
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
-from gvpo_offline.settings import ASYMRE_DELTA, check_imitation, check_loss, checked_delta
+from gvpo_offline.settings import (
+    ASYMRE_DELTA,
+    SIZELESS,
+    check_imitation,
+    check_loss,
+    checked_delta,
+)
 
 __all__ = ["LOSS_TYPES", "GroupLoss", "GroupStatistics", "GroupTerms", "group_loss", "gvpo_loss"]
 
@@ -102,7 +108,8 @@ def group_loss(
     if not imitation:
         return result
     shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
-    return with_imitation(result, float(imitation), shares_N)
+    sized = loss_type not in SIZELESS
+    return with_imitation(result, float(imitation), shares_N, sized=sized)
 
 
 def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:

@@ -3,22 +3,24 @@
 A loss of squares fixes the differences of log-ratios within a group and says nothing of their
 level: the log-probs of all logged responses may fall together. The term
 
-    alpha * beta * I,   I = -sum_i q_i * log pi(y_i | x)     nats
+    alpha * beta * D * I,   I = -sum_i q_i * log pi(y_i | x)     nats
 
 says what to do, and the squares say by how much responses differ. q are shares of the group's
 responses that sum to 1 (`imitated_shares`), or 0 for all of them where there is nothing to imitate.
+D is the reward of the best imitated response minus the lowest reward of the group.
 
-**The scale alpha * beta.** The gradient of GVPO's loss in log pi(y_i) is -beta / (k - 1) * w_i, and
-that of this term is -alpha * beta * q_i. So the ratio of the two, alpha * q_i * (k - 1) / w_i, does
-not depend on beta: an alpha that was found at one beta holds at another one. alpha has the unit of
-the rewards, as w has: w_i + alpha * (k - 1) * q_i is the weight of both together. Rewards and beta
-multiplied by c, which leave the optimum of the squares where it is, want alpha multiplied by c too;
-the loss is then multiplied by c^2. `imitation: auto` does so by itself. The squares of `ipo` are in
-nats^2 and not in reward^2: there alpha / beta^2 has the effect that alpha has elsewhere.
+**The scale alpha * beta * D.** The gradient of GVPO's loss in log pi(y_i) is -beta / (k - 1) * w_i,
+and that of this term is -alpha * beta * D * q_i. So the ratio of the two, alpha * (k - 1) * D * q_i
+/ w_i, does not depend on beta: an alpha that was found at one beta holds at another one. w is in
+units of reward, as D is, so alpha is a plain number: rewards and beta multiplied by c, which leave
+the optimum of the squares where it is, multiply both parts by c^2. With rewards of 0 and 1 the term
+is alpha * beta times the loss `rft`. And rewards that come close to each other let the term go to
+0, as they do with the squares. `ipo` and `qrpo` ignore the size of rewards: there D is 1. The
+squares of `ipo` are in nats^2: alpha * beta^2 has the effect there that alpha has elsewhere.
 
 **What it does to the optimum.** With alpha above 0 the minimiser is no longer
 pi_ref exp(R / beta) / Z. Over all groups of one prompt, let W(y) be the sum of w_i / (k - 1) over
-the responses that are y, v(y) the sum of their shares q_i, and s the sum of v. The policy of a
+the responses that are y, v(y) the sum of their D * q_i, and s the sum of v. The policy of a
 table rests where
 
     W(y) = alpha * (s * pi(y) - v(y))                    for every y
@@ -48,22 +50,35 @@ from gvpo_offline.losses.result import GroupLoss
 from gvpo_offline.losses.terms import GroupTerms
 
 
-def with_imitation(result: GroupLoss, alpha: float, shares_N: Tensor) -> GroupLoss:
+def with_imitation(
+    result: GroupLoss, alpha: float, shares_N: Tensor, *, sized: bool = True
+) -> GroupLoss:
     """A loss of squares plus the term of imitation.
 
     Args:
         result: the loss of squares.
         alpha: above 0.
         shares_N: (N,) float64, as `imitated_shares`.
+        sized: whether the loss of squares uses the size of reward differences; otherwise D is 1.
 
     Returns:
-        The sum. Its weights are those of the gradient of both: w_i + alpha * (k - 1) * q_i.
+        The sum. Its weights are those of the gradient of both: w_i + alpha * (k - 1) * D * q_i.
     """
-    terms = replace(result.terms, imitation=alpha, imitated_N=shares_N)
-    group_losses_G = result.group_losses + alpha * terms.beta * terms.imitation_losses_G
-    others_N = terms.group_sizes_G[terms.group_N] - 1
-    weights_N = result.weights + alpha * others_N * shares_N
+    gaps_G = _gaps(result.terms, shares_N)
+    if not sized:
+        gaps_G = (gaps_G > 0).double()
+    terms = replace(result.terms, imitation_G=alpha * gaps_G, imitated_N=shares_N)
+    group_losses_G = result.group_losses + terms.beta * terms.imitation_G * terms.imitation_losses_G
+    scales_G = terms.imitation_G * (terms.group_sizes_G - 1)
+    weights_N = result.weights + scales_G[terms.group_N] * shares_N
     return GroupLoss(group_losses_G.mean(), weights_N, group_losses_G, terms)
+
+
+def _gaps(terms: GroupTerms, shares_N: Tensor) -> Tensor:
+    """D: the best imitated reward minus the lowest of the group, (G,); 0 if nothing is imitated."""
+    lowest_G = -terms.max(-terms.rewards_N)
+    imitated_N = torch.where(shares_N > 0, terms.rewards_N, lowest_G[terms.group_N])
+    return terms.max(imitated_N) - lowest_G
 
 
 def imitated_shares(

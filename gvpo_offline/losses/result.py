@@ -50,7 +50,7 @@ class GroupStatistics:
         "likely_share",  # of mean w
         "imitating_groups",  # groups whose loss has the term of imitation
         "imitation",  # over these groups, of -sum q log pi
-        "imitation_part",  # over these groups, of alpha beta times the same
+        "imitation_part",  # over these groups, of alpha beta D times the same
     )
 
     sums: Tensor
@@ -100,7 +100,7 @@ class GroupStatistics:
         Without token counts every weight is 1.
 
         With imitation also imitation_loss, the mean over groups of the negative log-prob of the
-        imitated responses (nats), and squares_loss, the loss without alpha beta times that.
+        imitated responses (nats), and squares_loss, the loss without the term of imitation.
         """
         total = self.as_dict()
         n_groups, n_responses = total["n_groups"], total["n_responses"]
@@ -219,14 +219,14 @@ def _likely_sums(terms: GroupTerms, log_ratios_N: Tensor) -> dict[str, Tensor]:
 
 def _imitation_sums(terms: GroupTerms, n_groups: int) -> dict[str, Tensor]:
     """The sums about imitation; zeros for a loss without it."""
-    if not terms.imitation:
+    if terms.imitation_G is None:
         zero = terms.rewards_N.new_zeros(())
         return {"imitating_groups": zero, "imitation": zero, "imitation_part": zero}
-    total = terms.imitation_losses_G.detach().sum()
+    losses_G = terms.imitation_losses_G.detach()
     return {
-        "imitating_groups": total.new_tensor(n_groups),
-        "imitation": total,
-        "imitation_part": terms.imitation * terms.beta * total,
+        "imitating_groups": losses_G.new_tensor(n_groups),
+        "imitation": losses_G.sum(),
+        "imitation_part": terms.beta * (terms.imitation_G * losses_G).sum(),
     }
 
 

@@ -23,8 +23,9 @@ class GroupTerms:
     `group_N` (int64) numbers the groups 0..G-1 in ascending order of the input ids. Only
     `log_ratios_N` has a gradient. `response_weights_N` has mean 1 in each group (all ones if no
     weights were given). `sampler_logprobs_N` is None if the log does not hold them, and
-    `reference_N` (bool: which responses the reference wrote) if it is not known. `imitation` is
-    alpha, and `imitated_N` the share of each response in what its group imitates (None: nothing).
+    `reference_N` (bool: which responses the reference wrote) if it is not known. `imitation_G` is
+    the factor alpha D of imitation in each group (None: no imitation), and `imitated_N` the share
+    of each response in what its group imitates.
     `baseline_shift` is AsymRE's delta. `token_counts_N` (float64) is the number of tokens that each
     log-prob sums over, None if it is not known.
     """
@@ -38,7 +39,7 @@ class GroupTerms:
     beta: float
     anchor: float = 0.0
     sampler_logprobs_N: Tensor | None = None
-    imitation: float = 0.0
+    imitation_G: Tensor | None = None
     imitated_N: Tensor | None = None
     reference_N: Tensor | None = None
     link: str = "log"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from gvpo_offline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
-# Found on logs of the study (docs/evidence/results.md). In units of the median reward gap: alpha
-# where answers differ in quality, and what is added where every group is all wrong.
+# Found on logs of the study (docs/evidence/results.md): alpha where answers differ in quality, and
+# what is added where every group is all wrong.
 ALPHA_AT_LEAST, ALPHA_OF_ALL_WRONG = 1.0, 10.0
 # A sampler is not imitated if its best responses cost the reference this many times the nats per
 # token of the best responses of all other samplers.
@@ -31,27 +31,23 @@ def auto_imitation(counts: Sequence[Survey]) -> float:
     """
     whole = sum(counts, Survey())
     wrong = sum(own.lowest_reward_groups for own in counts)
-    return alpha_of(wrong, whole.n_groups, whole.median_reward_gap)
+    return alpha_of(wrong, whole.n_groups)
 
 
-def alpha_of(lowest_reward_groups: int, n_groups: int, reward_gap: float) -> float:
-    """The alpha that `imitation: auto` stands for, in units of reward.
+def alpha_of(lowest_reward_groups: int, n_groups: int) -> float:
+    """The alpha that `imitation: auto` stands for.
 
-    1 plus 10 times the share of the groups whose responses all have the lowest reward, times the
-    reward gap. Such groups show nothing to imitate, and their squares ask the policy to stay at the
-    reference: the more there are, the less of the loss is about right answers. Rewards that are
-    multiplied by a number give an alpha multiplied by it, which leaves the optimum where it is if
-    beta is multiplied too.
+    1 plus 10 times the share of the groups whose responses all have the lowest reward. Such groups
+    show nothing to imitate, and their squares ask the policy to stay at the reference: the more
+    there are, the less of the loss is about right answers.
 
     Args:
         lowest_reward_groups: groups whose responses all have the lowest reward of their dataset.
-        n_groups: all groups.
-        reward_gap: the median of max - min reward over groups of unequal rewards; NaN if there are
-            none, for which alpha is 0: there is nothing to imitate.
+        n_groups: all groups; without any, alpha is 0.
     """
-    if not reward_gap > 0:
+    if not n_groups:
         return 0.0
-    return (ALPHA_AT_LEAST + ALPHA_OF_ALL_WRONG * lowest_reward_groups / n_groups) * reward_gap
+    return ALPHA_AT_LEAST + ALPHA_OF_ALL_WRONG * lowest_reward_groups / n_groups
 
 
 def unlikely_samplers(best: Mapping[str, float], nats: Mapping[str, float]) -> list[str]:

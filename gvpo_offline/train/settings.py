@@ -60,15 +60,14 @@ class GVPOSettings:
     """What loss_type asymre adds to a group's mean reward for its baseline, below 0, in units of
     reward: the lower, the less bad responses count against good ones."""
     imitation: float | Literal["auto"] = 0.0
-    """Weight of imitation, alpha, at least 0: adds alpha * beta times the mean negative
-    log-probability (nats) of each group's best responses to the loss, so that they do not become
-    unlikely together with the others. Groups of equal rewards add nothing. It moves the optimum
-    towards the logged best responses. alpha has the unit of the rewards: where they lie in 0..1, 1
-    suits graded rewards, and 3 to 10 rewards of right and wrong of which nearly all are wrong.
-    auto: 1 plus 10 times the share of groups whose responses all have the lowest reward, times the
-    median reward gap of a group; and without the samplers whose best responses the reference finds
-    unlikely, if imitation_without names none. Logged before the first step. Only for losses of
-    squares."""
+    """Weight of imitation, alpha, at least 0: adds alpha * beta * (max R - min R of the group)
+    times the mean negative log-probability (nats) of each group's best responses to the loss, so
+    that they do not become unlikely together with the others. Groups of equal rewards add nothing.
+    It moves the optimum towards the logged best responses. alpha does not depend on the scale of
+    rewards: 1 suits graded rewards, and 3 to 10 rewards of right and wrong of which nearly all are
+    wrong. auto: 1 plus 10 times the share of groups whose responses all have the lowest reward; and
+    without the samplers whose best responses the reference finds unlikely, if imitation_without
+    names none. Logged before the first step. Only for losses of squares."""
     imitation_of: Literal["best", "soft"] = "best"
     """Which responses of a group imitation is of. best: those of the highest reward, ties alike.
     soft: all, by softmax(reward / beta)."""

@@ -173,19 +173,17 @@ def auto_imitation_of_groups(groups: Sequence[Group]) -> tuple[float, list[str]]
     samplers that are not imitated."""
     held = [(group, group.rewards, group.ref_seq_logprobs) for group in groups]
     lowest = min(float(rewards.min()) for _, rewards, _ in held if rewards is not None)
-    wrong, gaps, best, nats = 0, list[float](), Counter[str](), Counter[str]()
+    wrong, best, nats = 0, Counter[str](), Counter[str]()
     for group, rewards, logprobs in held:
         assert rewards is not None
         assert logprobs is not None
         wrong += float(rewards.max()) == lowest
         if not np.ptp(rewards):
             continue
-        gaps.append(float(np.ptp(rewards)))
         for i in np.flatnonzero(rewards == rewards.max()):
             best[group.samplers[i]] += 1
             nats[group.samplers[i]] -= float(logprobs[i]) / len(group.response_token_ids[i])
-    gap = float(np.median(gaps)) if gaps else math.nan
-    return alpha_of(wrong, len(groups), gap), unlikely_samplers(best, nats)
+    return alpha_of(wrong, len(groups)), unlikely_samplers(best, nats)
 
 
 def _unequal(group: Group) -> bool:

@@ -42,8 +42,8 @@ def call(name: str = "gvpo", alpha: float = 0.0, **changes: Any) -> GroupLoss:
 
 
 @pytest.mark.parametrize("name", SQUARES)
-def test_the_term_is_alpha_beta_times_rft(name: str) -> None:
-    """rft is (2 + 3) / 2 = 2.5 nats; alpha 2 at beta 0.5 adds 2 * 0.5 * 2.5 = 2.5."""
+def test_with_rewards_of_0_and_1_the_term_is_alpha_beta_times_rft(name: str) -> None:
+    """rft is (2 + 3) / 2 = 2.5 nats; alpha 2 at beta 0.5 adds 2 * 0.5 * 1 * 2.5 = 2.5."""
     plain, both, rft = call(name), call(name, 2.0), call("rft")
     assert float(rft.loss) == 2.5
     assert float(both.loss) == pytest.approx(float(plain.loss) + 2.5, rel=1e-14)
@@ -60,6 +60,24 @@ def test_the_weights_are_those_of_the_gradient(name: str) -> None:
     result = call(name, 2.0, seq=seq)
     (gradient,) = torch.autograd.grad(result.loss, seq)
     assert torch.allclose(gradient, -BETA / 2 * result.weights, rtol=1e-12, atol=0)
+
+
+def test_the_term_grows_with_the_gap_between_rewards() -> None:
+    """Rewards 0.75, 0.5, 0.75: the gap is 0.25, so alpha 2 at beta 0.5 adds 2 * 0.5 * 0.25 * 2.5.
+
+    Without the best responses the best of the others are worth what they are above the lowest. ipo
+    ignores the size of rewards, and adds what it adds for a gap of 1.
+    """
+    close = tensor([0.75, 0.5, 0.75])
+    added = float(call(alpha=2.0, rewards=close).loss) - float(call(rewards=close).loss)
+    assert added == pytest.approx(0.625, rel=1e-14)
+    added = float(call("ipo", 2.0, rewards=close).loss) - float(call("ipo", rewards=close).loss)
+    assert added == pytest.approx(2.5, rel=1e-14)
+    # The second response, -4.25 nats, is 0.5 above the lowest: 2 * 0.5 * 0.5 * 4.25.
+    graded, second = tensor([1.0, 0.5, 0.0]), torch.tensor([False, True, True])
+    both = call(alpha=2.0, rewards=graded, imitated=second)
+    assert float(both.loss) - float(call(rewards=graded).loss) == pytest.approx(2.125, rel=1e-14)
+    assert both.metrics["imitation_loss"] == 4.25
 
 
 @pytest.mark.parametrize("of", ["best", "soft"])
@@ -98,10 +116,10 @@ def batch_of(rewards: list[list[float]], seed: int) -> tuple[Tensor, Tensor, Ten
 
 @settings(max_examples=25)
 @given(rewards=groups_of_rewards, seed=st.integers(0, 99), scale=st.sampled_from([0.25, 8.0]))
-def test_alpha_has_the_unit_of_the_rewards(
+def test_alpha_does_not_depend_on_the_scale_of_rewards(
     rewards: list[list[float]], seed: int, scale: float
 ) -> None:
-    """Rewards, beta and alpha times c: the loss times c^2, with the gradient and so the optimum.
+    """Rewards and beta times c: the loss times c^2, with the gradient and so the optimum.
 
     c is a power of 2, by which float64 multiplies exactly.
     """
@@ -110,10 +128,10 @@ def test_alpha_has_the_unit_of_the_rewards(
         how = {"imitation_of": of}
         plain = group_loss("gvpo", seq, ref, own, group, beta=0.5, imitation=0.3, **how)
         scaled = group_loss(
-            "gvpo", seq, ref, scale * own, group, beta=scale * 0.5, imitation=scale * 0.3, **how
+            "gvpo", seq, ref, scale * own, group, beta=scale * 0.5, imitation=0.3, **how
         )
         expected = scale**2 * plain.group_losses
-        # rewards / beta is the same; alpha * beta rounds, and sums of k terms do.
+        # rewards / beta is the same, and a power of 2 changes no rounding but that of 0.3 * beta.
         assert torch.allclose(scaled.group_losses, expected, rtol=1e-14, atol=0)
 
 

@@ -35,7 +35,7 @@ def test_the_stationary_point() -> None:
     """W(y) = alpha (s pi(y) - v(y)), the equation in `losses.imitation`, at the end of training.
 
     W(y) is the sum over a prompt's groups of sum_{i: y_i = y} w_i / (k - 1), v(y) the sum of the
-    shares q of y, and s the sum of v. Both sides are sums over the groups, here divided by s. The
+    D q of y, and s the sum of v. Both sides are sums over the groups, here divided by s. The
     equation is the gradient in the logits divided by beta: training leaves 1e-3 of its size, the
     largest of |alpha (pi - v / s)|.
     """
@@ -43,9 +43,10 @@ def test_the_stationary_point() -> None:
     log = draw_log(world, "uniform", groups_per_prompt=50)
     logprobs = trained(world, log, alpha, steps=1200)
     result = loss_at(world, log, logprobs, 0.0)
-    shares_N = loss_at(world, log, logprobs, alpha).terms.imitated_N
-    assert shares_N is not None
-    terms = result.terms
+    terms = loss_at(world, log, logprobs, alpha).terms
+    assert terms.imitated_N is not None
+    assert terms.imitation_G is not None
+    shares_N = terms.imitation_G[terms.group_N] / alpha * terms.imitated_N
     parts_N = result.weights / (terms.group_sizes_G[terms.group_N] - 1)
     left, imitated = (
         torch.zeros_like(logprobs).index_put((log.prompt, log.response), values, accumulate=True)
