@@ -63,17 +63,19 @@ def group_loss(
     imitated: Tensor | None = None,
     token_counts: Tensor | None = None,
 ) -> GroupLoss:
-    """Compute the loss named `loss_type` on whole groups.
+    """The loss named `loss_type` of whole groups.
 
     Args:
         loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
-        seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
-        anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
-        link: log or chi_squared: `GroupTerms.linked_N`. asymre_delta: below 0; only for `asymre`.
-        sampler_logprobs: (N,) as seq_logprobs, of each response under its sampler; required by
-            topr, and by oapl without reference_rows. Constant.
+        seq_logprobs, ref_logprobs, rewards, group_index, beta, anchor, response_weights: as
+            `gvpo_loss`; only `gvpo` accepts the last two.
+        link: log, or chi_squared: `GroupTerms.linked_N` takes the place of the log-ratios.
+        asymre_delta: below 0, in units of reward; only `asymre` uses it.
+        sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
+            the same tokens. Required by topr, and by oapl without reference_rows. Constant.
         reference_rows: (N,) bool: the reference's responses, some in each group; for qrpo, oapl.
-        imitation: alpha >= 0 of `losses.imitation`; above 0 only with losses of squares.
+        imitation: alpha >= 0; above 0, alpha * beta times the mean negative log-prob of a group's
+            best responses is added (`losses.imitation`). Losses of squares accept it.
         imitation_of, imitation_weights, imitated: `of`, `weights`, `allowed` of `imitated_shares`.
         token_counts: (N,) the tokens that each log-prob sums over; `checked_counts` says what for.
 
@@ -83,26 +85,24 @@ def group_loss(
     """
     check_loss(loss_type, anchor=anchor, weighted=response_weights is not None, link=link)
     check_imitation(loss_type, imitation, of=imitation_of, weights=imitation_weights)
-    given = {"sampler_logprobs": sampler_logprobs, "reference_rows": reference_rows}
+    more = {"sampler_logprobs": sampler_logprobs, "reference_rows": reference_rows}
     terms = GroupTerms.build(
-        seq_logprobs,
-        ref_logprobs,
-        rewards,
-        group_index,
+        *(seq_logprobs, ref_logprobs, rewards, group_index),
         beta=beta,
         anchor=1.0 if loss_type == "pmd_mean" else anchor,
         response_weights=response_weights,
-        **needed_inputs(loss_type, given),
+        **needed_inputs(loss_type, more),
     )
     if link != "log" or loss_type == "asymre":
         terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
     terms = replace(terms, token_counts_N=checked_counts(token_counts, group_index, terms))
     check_references(terms, group_index)
     result = _result(loss_type, terms)
-    if not imitation:
-        return result
-    shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
-    return with_imitation(result, float(imitation), shares_N)
+    if imitation:
+        how = {"of": imitation_of, "weights": imitation_weights}
+        shares_N = imitated_shares(terms, **how, allowed=imitated)
+        result = with_imitation(result, float(imitation), shares_N)
+    return result
 
 
 def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:

@@ -144,6 +144,23 @@ def saved(folder: Path, training: dict[str, Any], data: dict[str, Any], **more: 
 OBJECTIVE = {"beta": 0.3, "loss_type": "gvpo", "anchor": 0.0, "response_weights": "equal"}
 
 
+def test_the_imitation_of_a_run_is_evaluated(
+    root: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The run file has the number that auto stands for, and the list of samplers."""
+    own = next(iter(open_dataset(root).groups(0)[0].samplers))
+    how = {"imitation": "auto", "imitation_of": "soft", "imitation_without": [own]}
+    trainer = train(tiny_model_dir, root, tmp_path / "run", **how)
+    written = json.loads((tmp_path / "run" / RUN_FILE).read_text())["training"]
+    assert written["imitation"] == trainer.args.imitation
+    assert written["imitation_without"] == [own]
+    evaluated = evaluate(tmp_path / "run")
+    assert objective_of(evaluated.config) == trainer.args.objective()
+    again = evaluate(tmp_path / "run", imitation=0.5)
+    parts = again.metrics["squares_loss"], 0.5 * BETA * again.metrics["imitation_loss"]
+    assert again.metrics["loss"] == pytest.approx(sum(parts), rel=1e-12)
+
+
 def test_settings_of_the_runs_loss_are_not_those_of_another(tmp_path: Path) -> None:
     """A run of gvpo with imitation: for dpo, which has none, only beta is the run's."""
     imitating = {"imitation": 0.3, "imitation_of": "soft", "imitation_without": ["person"]}
