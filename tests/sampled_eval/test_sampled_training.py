@@ -186,6 +186,27 @@ def test_another_dataset_is_evaluated_without_sampling(whole: GVPOTrainer) -> No
     assert not any("sampled" in name for name in whole.evaluate(whole.data.views[0].dataset))
 
 
+def test_the_prompts_are_those_of_the_groups_held_out_now(
+    dataset: GroupDataset, length: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Another rule holds out other groups; the scorers and the reference stay."""
+    trainer = run_of(dataset, length, tiny_model_dir, tmp_path)
+    before = trainer.sampled_evaluator()
+    trainer.hold_out_by("group")
+    after = trainer.sampled_evaluator()
+    (view,) = trainer.data.held_out.values()
+    assert view.selection is not None
+    ids = [
+        view.dataset.groups(i)[int(row)].group_id
+        for i in range(view.dataset.n_row_groups)
+        for row in view.selection.rows(i)
+    ]
+    assert [own.logged.group_id for own in after.prompts] == ids
+    assert [own.key for own in after.prompts] != [own.key for own in before.prompts]
+    assert after.reference is before.reference
+    assert after.reward is before.reward
+
+
 # ---- loggers ----
 
 
