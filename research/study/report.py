@@ -49,7 +49,7 @@ def finish(
         name: standing(table, name.split(": ")[0], labelled)
         for name in tables
         for table in [name.split(": ")[1]]
-        if table in OF_LOSSES
+        if table in OF_LOSSES and "recommended" in tables[name]
     }
     verdict: dict[str, Any] = {
         "objective": {task: _objectives(tables[f"{task}: losses"]) for task in frames},
