@@ -62,12 +62,12 @@ def group_loss(
     imitated: Tensor | None = None,
     token_counts: Tensor | None = None,
 ) -> GroupLoss:
-    """Compute the loss named `loss_type` on whole groups.
+    """The loss named `loss_type` of whole groups.
 
     Args:
         loss_type: one of `LOSS_TYPES`; `pmd_mean` is GVPO with anchor 1.
-        seq_logprobs, ref_logprobs, rewards, group_index, beta: as `gvpo_loss`.
-        anchor, response_weights: as `gvpo_loss`; only `gvpo` accepts them.
+        seq_logprobs, ref_logprobs, rewards, group_index, beta, anchor, response_weights: as
+            `gvpo_loss`; only `gvpo` accepts the last two.
         link: log, or chi_squared: `GroupTerms.linked_N` takes the place of the log-ratios.
         asymre_delta: below 0, in units of reward; only `asymre` uses it.
         sampler_logprobs: (N,) the log-probability of each response under its sampler, in nats, over
@@ -85,25 +85,23 @@ def group_loss(
     """
     check_loss(loss_type, anchor=anchor, weighted=response_weights is not None, link=link)
     check_imitation(loss_type, imitation, of=imitation_of, weights=imitation_weights)
-    given = {"sampler_logprobs": sampler_logprobs, "reference_rows": reference_rows}
+    more = {"sampler_logprobs": sampler_logprobs, "reference_rows": reference_rows}
     terms = GroupTerms.build(
-        seq_logprobs,
-        ref_logprobs,
-        rewards,
-        group_index,
+        *(seq_logprobs, ref_logprobs, rewards, group_index),
         beta=beta,
         anchor=1.0 if loss_type == "pmd_mean" else anchor,
         response_weights=response_weights,
-        **needed_inputs(loss_type, given),
+        **needed_inputs(loss_type, more),
     )
-    terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
+    if link != "log" or loss_type == "asymre":
+        terms = replace(terms, link=link, baseline_shift=checked_delta(asymre_delta))
     check_references(terms, group_index)
     result = _result(loss_type, terms)
-    if not imitation:
-        return result
-    how = {"of": imitation_of, "weights": imitation_weights}
-    shares_N = imitated_shares(terms, **how, allowed=imitated, token_counts=token_counts)
-    return with_imitation(result, float(imitation), shares_N)
+    if imitation:
+        how = {"of": imitation_of, "weights": imitation_weights}
+        shares_N = imitated_shares(terms, **how, allowed=imitated, token_counts=token_counts)
+        result = with_imitation(result, float(imitation), shares_N)
+    return result
 
 
 def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:

@@ -98,13 +98,17 @@ class GroupTerms:
             sampler_logprobs_N=sampler_N,
             reference_N=float_N["reference_rows"] != 0 if "reference_rows" in named else None,
         )
+        terms._check_sound(named)
+        return terms
+
+    def _check_sound(self, named: Mapping[str, Tensor]) -> None:
         # The only synchronisation per call: a bad input makes residual or weight non-finite.
-        sound_N = torch.isfinite(terms.residuals_N.detach() * weights_N) & (weights_N > 0)
-        if sampler_N is not None:
-            sound_N &= torch.isfinite(sampler_N)
+        weights_N = self.response_weights_N
+        sound_N = torch.isfinite(self.residuals_N.detach() * weights_N) & (weights_N > 0)
+        if self.sampler_logprobs_N is not None:
+            sound_N &= torch.isfinite(self.sampler_logprobs_N)
         if not bool(sound_N.all()):
             _raise_unsound(sound_N, named)
-        return terms
 
     @property
     def residuals_N(self) -> Tensor:
