@@ -51,6 +51,7 @@ toctrees = {
             "howto/remote",
             "howto/sharing",
             "howto/tuning",
+            "howto/sampled-evaluation",
             "howto/distributed",
             "howto/adapters",
             "howto/models",

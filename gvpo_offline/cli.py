@@ -21,6 +21,7 @@ from gvpo_offline.commands.console import LogHandler, VisibleFormatter, complain
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.settings import load_yaml
 from gvpo_offline.train.foreign import closest
 from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, RunSettings
@@ -95,7 +96,8 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
 
         # GVPOConfig comes last because the first class defines a flag: RunSettings must define
         # resume_from_checkpoint, which also takes true and auto.
-        others = [own for own in settings if own not in (GVPOSettings, CommonTrainingSettings)]
+        held = (GVPOSettings, SampledEvalSettings, CommonTrainingSettings)
+        others = [own for own in settings if own not in held]
         settings = (*others, GVPOConfig)
     argv = _with_underscores(settings, argv)
     parser = _parser(name, command, settings, skip)

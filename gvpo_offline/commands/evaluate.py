@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -22,11 +22,19 @@ from gvpo_offline.reference.checks import (
     policy_facts,
     reference_warnings,
 )
+from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
+from gvpo_offline.sampled_eval.policy import SampledPolicy
+from gvpo_offline.sampled_eval.result import SampledResult
+from gvpo_offline.sampled_eval.settings import check_sampled_settings
+from gvpo_offline.sampled_eval.shown import sampled_lines
 from gvpo_offline.store.adopt import open_for_training
 from gvpo_offline.stream.selecting.select import select
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.evaluation import evaluate_policy, sequential_steps, step_shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 _GROUPS_PER_STEP = 64
@@ -41,16 +49,32 @@ class EvaluationReport:
         n_groups: number of evaluated groups.
         metrics: as `GroupStatistics.metrics`.
         samplers: `SamplerTotals.means` of each sampler.
+        sampled: fresh answers, if `sample` is set.
     """
 
     config: EvaluateConfig
     n_groups: int
     metrics: dict[str, float]
     samplers: dict[str, dict[str, float]]
+    sampled: SampledResult | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {"n_groups": self.n_groups, "metrics": self.metrics, "samplers": self.samplers}
+        plain = {"n_groups": self.n_groups, "metrics": self.metrics, "samplers": self.samplers}
+        if self.sampled is None:
+            return plain
+        return {**plain, "sampled": self.sampled.as_dict(self._beta)}
+
+    def summary(self) -> dict[str, Any]:
+        """All metrics by name, as plain data."""
+        if self.sampled is None:
+            return dict(self.metrics)
+        return {**self.metrics, **self.sampled.as_dict(self._beta)["metrics"]}
+
+    @property
+    def _beta(self) -> float:
+        assert self.config.beta is not None  # `objective_of` checks it
+        return self.config.beta
 
     def table(self) -> str:
         """The report as text."""
@@ -64,6 +88,8 @@ class EvaluationReport:
             f"{row['log_ratio_mean']:>16.4g}"
             for name, row in by_reward
         ]
+        if self.sampled is not None:
+            lines += sampled_lines(self.sampled, self._beta)
         return "\n".join(lines)
 
 
@@ -79,6 +105,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
     """
     config = with_run_settings(config)
+    check_sampled_settings(config)
     objective = objective_of(config)
     view = _view(config)
     dataset = view.dataset
@@ -104,6 +131,8 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         logger.warning(line)
     check_covered(dataset, counts)
     check_row_tokens(dataset, counts, engine.cost.max_tokens)
+    policy = SampledPolicy(model, engine, autocasting)
+    evaluator = _evaluator(config, view, policy, tokenizer) if config.sample else None
     steps = sequential_steps(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
     with tqdm(
         total=steps.n_draws, unit="group", desc="evaluate", disable=not config.show_progress
@@ -122,7 +151,31 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
         n_groups=steps.n_draws,
         metrics=evaluation.statistics.metrics(),
         samplers={name: totals.means() for name, totals in sorted(evaluation.samplers.items())},
+        sampled=_sampled(evaluator, policy, config.eval_samples),
     )
+
+
+def _sampled(
+    evaluator: SampledEvaluator | None, policy: SampledPolicy, n_answers: int
+) -> SampledResult | None:
+    if evaluator is None:
+        return None
+    try:
+        return evaluator.evaluate(policy, range(n_answers))
+    finally:
+        evaluator.reward.stop()
+
+
+def _evaluator(
+    config: EvaluateConfig,
+    view: DatasetView,
+    policy: SampledPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+) -> SampledEvaluator:
+    """What samples and scores answers, with everything checked that could fail later."""
+    evaluator = SampledEvaluator.prepare(config, [view], policy, tokenizer)
+    logger.info("sampled evaluation: %s", evaluator.described())
+    return evaluator
 
 
 def _view(config: EvaluateConfig) -> DatasetView:

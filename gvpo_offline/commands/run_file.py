@@ -15,7 +15,7 @@ from gvpo_offline.identity import defaults_of
 from gvpo_offline.reference.base import BASE
 from gvpo_offline.settings import required
 from gvpo_offline.stream.settings import ResponseSettings
-from gvpo_offline.train.checkpoint import RUN_FILE
+from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE
 from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import GVPOSettings
@@ -26,6 +26,7 @@ _OF_THE_LOSS = (
     *("anchor", "response_weights", "link", "reference_sampler", "asymre_delta"),
     *("imitation", "imitation_of", "imitation_weights", "imitation_without"),
 )
+_SAMPLING_SETTINGS = ("eval_reward", "eval_prompts", "eval_max_new_tokens", "eval_temperature")
 _TRAINING_SETTINGS = ("beta", "loss_type", *_OF_THE_LOSS, "eval_fraction")
 # Defaults of the settings that not every loss has, of which nothing is said.
 _UNSAID = [
@@ -54,6 +55,7 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
     own = _settings_of_run(path, config.dataset)
     if config.loss_type not in (None, own.get("loss_type")):
         own = {name: value for name, value in own.items() if name not in _OF_THE_LOSS}
+    own |= _sampling_of_run(path) if config.sample else {}
     missing = {name: value for name, value in own.items() if not _is_given(config, name)}
     for name, value in own.items():
         if name not in missing and name != "dataset" and _differs(getattr(config, name), value):
@@ -125,6 +127,12 @@ def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:
             remedy="pass --dataset, one of these",
         )
     return own | candidates[0] if candidates else own
+
+
+def _sampling_of_run(path: Path) -> dict[str, Any]:
+    """How the run sampled answers, if it did."""
+    held = json.loads(path.read_text(encoding="utf-8")).get(SAMPLED) or {}
+    return {name: held[name] for name in _SAMPLING_SETTINGS if name in held}
 
 
 def _datasets(run: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

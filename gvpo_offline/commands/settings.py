@@ -7,6 +7,7 @@ from typing import Literal
 
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.sampled_eval.settings import DEFAULT_SAMPLES, SampledEvalSettings
 from gvpo_offline.settings import LossType, positive, required
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import SingleDatasetSettings
@@ -25,8 +26,9 @@ class ValidateConfig:
 
 
 @dataclass
-class EvaluateConfig(SingleDatasetSettings, ModelSettings):
-    """Fit of a policy on held-out groups: explained variance, log-ratios, ranking."""
+class EvaluateConfig(SingleDatasetSettings, SampledEvalSettings, ModelSettings):
+    """Fit of a policy on held-out groups: explained variance, log-ratios, ranking; with `sample`
+    also reward and divergence of fresh answers."""
 
     model_name_or_path: str = ""
     """The policy: a folder or a hub name. If it is the folder of a run or of its checkpoint,
@@ -73,14 +75,22 @@ class EvaluateConfig(SingleDatasetSettings, ModelSettings):
     """Autocast matrix products to float16."""
     use_cpu: bool = False
     """Use the CPU even if there is a GPU."""
+    sample: bool = False
+    """Also sample fresh answers to the held-out prompts, eval_samples of them (default then: 8),
+    score them as eval_reward says, and report reward, KL and reward - beta KL. Of a run that did
+    so while training, eval_reward, eval_prompts and eval_max_new_tokens are the run's unless they
+    are given."""
     output_file: str | None = None
-    """Also write the metrics to this JSON file."""
+    """Also write the metrics to this JSON file; with `sample` also the means of each prompt."""
     show_progress: bool = True
     """Show progress bars."""
 
     def __post_init__(self) -> None:
         required("model_name_or_path", self.model_name_or_path)
         positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
+        self.sample = self.sample or self.eval_samples > 0
+        if self.sample and not self.eval_samples:
+            self.eval_samples = 1 if self.eval_temperature == 0 else DEFAULT_SAMPLES
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,10 +23,11 @@ from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.train.checkpoint import RUN_FILE, save_errors
+from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=GVPOTrainer)
 
 
@@ -98,6 +101,7 @@ def run_train(
             "model": asdict(model),
             "data": data.public(),
             "lora": asdict(lora),
+            **sampled_settings(args),
             "training": {
                 **args.to_sanitized_dict(),  # which makes lists text
                 "held_out_by": trainer.data.held_out_by,
@@ -110,12 +114,21 @@ def run_train(
             "identity": trainer.identity(),
         }
 
+    if args.eval_samples and args.eval_strategy.value == "no":
+        logger.warning("eval_samples has no effect: eval_strategy is no, so nothing is evaluated")
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):
         trainer.save_model()
         trainer.save_state()
     return trainer
+
+
+def sampled_settings(args: GVPOConfig) -> dict[str, Any]:
+    """How the run samples answers, for its run file; nothing if it does not."""
+    if not args.eval_samples:
+        return {}
+    return {SAMPLED: {own.name: getattr(args, own.name) for own in fields(SampledEvalSettings)}}
 
 
 def _reward_of(rewards: Sequence[WeightedReward]) -> dict[str, float] | str:

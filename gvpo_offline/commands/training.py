@@ -10,6 +10,7 @@ from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
 from gvpo_offline.train.settings import (
@@ -27,19 +28,24 @@ _OTHER_FLAGS = (
 
 
 def _run_tune(values: dict[str, Any]) -> None:
-    from gvpo_offline.commands.tune import run_tune
     from gvpo_offline.train.config import GVPOConfig
 
-    found = run_tune(
+    tune = filled(TuneSettings, values)
+    if tune.judge == "sample":
+        from gvpo_offline.commands.judged_tune import run_judged_tune as run
+    else:
+        from gvpo_offline.commands.tune import run_tune as run  # type: ignore[assignment]
+    found = run(
         model=filled(ModelSettings, values),
         data=filled(DataSettings, _datasets(values)),
         lora=filled(LoraSettings, values),
-        tune=filled(TuneSettings, values),
+        tune=tune,
         args=filled(GVPOConfig, values),
     )
     if found is not None:
         say(*found.table().split("\n"))
-        say(f"next: gvpo-offline train --config … --config {found.file}")
+        if found.file is not None:
+            say(f"next: gvpo-offline train --config … --config {found.file}")
         say(json.dumps(found.summary()))
 
 
@@ -69,7 +75,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
-    say(json.dumps(report.metrics))
+    say(json.dumps(report.summary()))
 
 
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:
@@ -90,12 +96,13 @@ def _datasets(values: dict[str, Any]) -> dict[str, Any]:
 
 COMMANDS: dict[str, Command] = {
     "tune": Command(
-        "Choose beta and learning rate by short trials, before `train` with the same settings.",
+        "Choose beta, learning rate or loss by short trials, before `train` with these settings.",
         _run_tune,
         (
             ModelSettings,
             DataSettings,
             GVPOSettings,
+            SampledEvalSettings,
             CommonTrainingSettings,
             LoraSettings,
             RunSettings,
@@ -111,6 +118,7 @@ COMMANDS: dict[str, Command] = {
             ModelSettings,
             DataSettings,
             GVPOSettings,
+            SampledEvalSettings,
             CommonTrainingSettings,
             LoraSettings,
             RunSettings,

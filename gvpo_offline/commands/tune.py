@@ -132,27 +132,17 @@ def run_tune(
             allow several trainers in one process.
         DataError: no training group, or no held-out group, has unequal rewards.
     """
-    if args.eval_fraction == 0.0 and not data.evaluation():
-        raise ConfigError(
-            "tune evaluates trials on held-out groups",
-            received="none",
-            remedy="set eval_fraction, or pass an eval_dataset",
-        )
+    check_held_out(args, data)
     parts = TrainerInputs.opened(model, data, lora)
     run = parts.trainer(args, GVPOTrainer)  # checks the settings of the whole run
-    if run.is_deepspeed_enabled:
-        raise ConfigError(
-            "tune runs several trials with different settings in one process",
-            received="DeepSpeed, which keeps the settings of the first trial",
-            remedy="tune with DDP or FSDP2, or on one GPU; the result also applies to DeepSpeed",
-        )
+    check_not_deepspeed(run)
     folder = Path(args.output_dir) / TUNE_FOLDER
-    args = _with_rule_of_search(run, args, folder)
-    training = _summed(run.preflight(log_summary=False))
-    held_out = _summed(surveys(list(run.data.held_out.values())))
-    _check_unequal(training, "training")
-    _check_unequal(held_out, "held-out")
-    trials = Trials(parts.trainer, args, run.args.max_steps, folder, _identity(run))
+    args = with_rule_of_search(run, args, folder)
+    training = summed(run.preflight(log_summary=False))
+    held_out = summed(surveys(list(run.data.held_out.values())))
+    check_unequal(training, "training")
+    check_unequal(held_out, "held-out")
+    trials = Trials(parts.trainer, args, run.args.max_steps, folder, search_identity(run))
     first, steps = run.is_world_process_zero(), min(tune.tune_steps, run.args.max_steps)
     del run
     clear_device_cache(garbage_collection=True)
@@ -165,7 +155,27 @@ def run_tune(
     return report
 
 
-def _with_rule_of_search(run: GVPOTrainer, args: GVPOConfig, folder: Path) -> GVPOConfig:
+def check_held_out(args: GVPOConfig, data: DataSettings) -> None:
+    """Raise ConfigError if there are no held-out groups."""
+    if args.eval_fraction == 0.0 and not data.evaluation():
+        raise ConfigError(
+            "tune evaluates trials on held-out groups",
+            received="none",
+            remedy="set eval_fraction, or pass an eval_dataset",
+        )
+
+
+def check_not_deepspeed(run: GVPOTrainer) -> None:
+    """Raise ConfigError if the run uses DeepSpeed."""
+    if run.is_deepspeed_enabled:
+        raise ConfigError(
+            "tune runs several trials with different settings in one process",
+            received="DeepSpeed, which keeps the settings of the first trial",
+            remedy="tune with DDP or FSDP2, or on one GPU; the result also applies to DeepSpeed",
+        )
+
+
+def with_rule_of_search(run: GVPOTrainer, args: GVPOConfig, folder: Path) -> GVPOConfig:
     """The settings, with the `held_out_by` of a search that an earlier version began in `folder`.
 
     The trainer `run` then splits its groups by that rule as well.
@@ -173,10 +183,10 @@ def _with_rule_of_search(run: GVPOTrainer, args: GVPOConfig, folder: Path) -> GV
     if args.held_out_by != "auto" or not args.eval_fraction:
         return args
     begun = broadcast_from_rank0(lambda: searches(folder))
-    if not begun or _identity(run)["settings"] in begun:
+    if not begun or search_identity(run)["settings"] in begun:
         return args
     run.hold_out_by(EARLIER_RULE)
-    if _identity(run)["settings"] not in begun:
+    if search_identity(run)["settings"] not in begun:
         run.hold_out_by("prompt")
         return args
     if run.is_world_process_zero():
@@ -210,11 +220,13 @@ def _search(
     return TuneReport(found, gap, betas, largest, steps, held_out_groups, file)
 
 
-def _summed(counts: list[Survey]) -> Survey:
+def summed(counts: list[Survey]) -> Survey:
+    """The sum of some surveys, at least one."""
     return functools.reduce(operator.add, counts)
 
 
-def _check_unequal(counts: Survey, which: str) -> None:
+def check_unequal(counts: Survey, which: str) -> None:
+    """Raise DataError if the rewards of every group are equal."""
     if counts.equal_reward_groups == counts.n_groups:
         raise DataError(
             f"some {which} groups have unequal rewards",
@@ -223,7 +235,7 @@ def _check_unequal(counts: Survey, which: str) -> None:
         )
 
 
-def _identity(run: GVPOTrainer) -> dict[str, Any]:
+def search_identity(run: GVPOTrainer) -> dict[str, Any]:
     """A hash of what determines a trial's metrics, apart from what is searched."""
     identity = run.identity()
     del identity["objective"]["beta"], identity["optimization"]["learning_rate"]

@@ -81,6 +81,17 @@ class PromptCall:
     states: KeyValueStates = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class LogitsCall:
+    """Argument `call` of `forward` that requests the logits of the model's own forward pass.
+
+    Attributes:
+        inputs: arguments of the transformers model's `forward`.
+    """
+
+    inputs: dict[str, Any]
+
+
 def install(model: nn.Module) -> None:
     """Add the argument `call` to a model's `forward`; without it `forward` is unchanged."""
     original = model.forward
@@ -97,6 +108,9 @@ def install(model: nn.Module) -> None:
             return plain(*args, **kwargs)
         if isinstance(call, PromptCall):
             return _prompt_states(self, call)
+        if isinstance(call, LogitsCall):
+            inner = causal_lm(self)
+            return (plain if inner is self else inner)(**call.inputs).logits
         return _token_logprobs(self, call, plain)
 
     forward.__wrapped_forward__ = original  # type: ignore[attr-defined]

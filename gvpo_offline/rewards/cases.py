@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group, Int32Array
 from gvpo_offline.paths import MISSING, value_at
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 
@@ -122,14 +125,22 @@ class ScoringInputReader:
         token_ids: read response_token_ids as well; otherwise token ids are read only if a group
             has no texts.
         tokenizer: folder or hub name of the dataset's tokenizer, if it is no longer at the path
-            in the manifest.
+            in the manifest; or the tokenizer itself, which the caller has compared with the
+            dataset's.
     """
 
-    def __init__(self, dataset: GroupDataset, *, token_ids: bool, tokenizer: str | None) -> None:
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        *,
+        token_ids: bool,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+    ) -> None:
         self._dataset = dataset
         self._token_ids = token_ids
-        self._tokenizer_name = tokenizer
-        self._tokenizer: Any = None
+        named = tokenizer is None or isinstance(tokenizer, str)
+        self._tokenizer_name = tokenizer if isinstance(tokenizer, str) else None
+        self._tokenizer: Any = None if named else tokenizer
 
     def read(self, row_group: int) -> list[ScoringInput]:
         """All groups of a row group, in order.
@@ -146,7 +157,7 @@ class ScoringInputReader:
             groups = self._dataset.groups(row_group, [*_TEXT, *_IDS])
         place = self._dataset.location(row_group)
         return [
-            self._input(
+            self.scoring_input(
                 group,
                 row_group,
                 {"file": place.file, "row": place.first_row + row, "group": group.group_id},
@@ -154,7 +165,14 @@ class ScoringInputReader:
             for row, group in enumerate(groups)
         ]
 
-    def _input(self, group: Group, row_group: int, location: dict[str, Any]) -> ScoringInput:
+    def scoring_input(self, group: Group, row_group: int, location: dict[str, Any]) -> ScoringInput:
+        """A group as scorers see it; errors as `read`.
+
+        Args:
+            group: with its texts and metadata, or with its token ids where it has no texts.
+            row_group: number of its row group.
+            location: its file, row and id.
+        """
         prompt, responses = group.prompt, group.responses
         if group.messages is not None:
             prompt = None  # the text is the rendered chat template

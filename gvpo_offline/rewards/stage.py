@@ -24,8 +24,8 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.rewards.build import build_scorer
 from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings, TransformSettings
-from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.rewards.settings import RewardConfig
+from gvpo_offline.rewards.weighted import WeightedScorers
 from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -91,24 +91,21 @@ def run_reward(config: RewardConfig, worker_settings: WorkerSettings) -> RewardR
     # Sorted, so that the identity does not depend on the order in the settings.
     settings = dict(sorted(config.settings().items()))
     _check_no_self_reference(config.name, settings)
-    scorers = {name: build_scorer(given, dataset) for name, given in settings.items()}
-    described: dict[str, Any] = {
-        "scorers": {
-            name: {**scorer.identity(), "weight": settings[name].weight}
-            for name, scorer in scorers.items()
-        },
-        "missing": config.missing,
-    }
+    scorers = WeightedScorers(
+        {name: build_scorer(given, dataset) for name, given in settings.items()},
+        {name: given.weight for name, given in settings.items()},
+    )
+    described = scorers.identity(config.missing)
     if (existing := _existing(dataset, config.name, described)) is not None:
         return RewardResult(existing, _counted(dataset, existing), {})
-    weights = [given.weight for given in settings.values()]
-    stage = RewardStage(dataset, config, scorers, weights, sha256_json(described))
+    stage = RewardStage(dataset, config, scorers, sha256_json(described))
     try:
-        prepared = [scorer.prepare(stage.reader, worker_settings) for scorer in scorers.values()]
+        prepared = [
+            scorer.prepare(stage.reader, worker_settings) for scorer in scorers.scorers.values()
+        ]
         records = run_stage(stage, worker_settings) if all(prepared) else None
     finally:
-        for scorer in scorers.values():
-            scorer.stop()
+        scorers.stop()
     if records is None:
         return None
     counts: Counter[str] = Counter()
@@ -117,7 +114,7 @@ def run_reward(config: RewardConfig, worker_settings: WorkerSettings) -> RewardR
     family = RewardFamily(
         name=config.name,
         config=described,
-        components=stage.components,
+        components=scorers.components,
         files=[sidecar for record in records for sidecar in record.sidecars],
     )
     published = _publish(dataset, family, config, dict(counts))
@@ -161,8 +158,7 @@ class RewardStage:
     Args:
         dataset: the dataset to score.
         config: the run's settings.
-        scorers: by name, in the order of the components.
-        weights: one per scorer.
+        scorers: the scorers of the reward.
         identity: hash of all that the sidecars depend on, apart from the groups.
 
     Attributes:
@@ -175,8 +171,7 @@ class RewardStage:
         self,
         dataset: GroupDataset,
         config: RewardConfig,
-        scorers: dict[str, Scorer],
-        weights: Sequence[float],
+        scorers: WeightedScorers,
         identity: str,
     ) -> None:
         self.root = dataset.folder.resolve()
@@ -184,21 +179,11 @@ class RewardStage:
         self._dataset = GroupDataset(self.root, dataset.manifest)
         self._config = config
         self._scorers = scorers
-        self._weights = np.array(weights)
         self.reader = ScoringInputReader(
             self._dataset,
-            token_ids=any(scorer.needs_token_ids for scorer in scorers.values()),
+            token_ids=scorers.needs_token_ids,
             tokenizer=config.tokenizer_name_or_path,
         )
-
-    @property
-    def components(self) -> list[str]:
-        """Names of the components: each scorer, followed by its extra components."""
-        return [
-            f"{name}{suffix}"
-            for name, scorer in self._scorers.items()
-            for suffix in ("", *(f".{extra}" for extra in scorer.extra_components))
-        ]
 
     def tasks(self) -> Sequence[Task]:
         """One per file, named by its hash, so that only files that were added later are scored."""
@@ -206,8 +191,7 @@ class RewardStage:
 
     def start(self) -> None:
         """Start the scorers."""
-        for scorer in self._scorers.values():
-            scorer.start()
+        self._scorers.start()
 
     def work(self, task: Task) -> TaskRecord:
         """Score one file."""
@@ -215,7 +199,7 @@ class RewardStage:
         number = next(i for i, b in enumerate(files) if b.sha256.startswith(task.name))
         first = sum(len(file.row_groups) for file in files[:number])
         counts: Counter[str] = Counter()
-        for scorer in self._scorers.values():
+        for scorer in self._scorers.scorers.values():
             scorer.counts.clear()
 
         def tables() -> Iterator[pa.Table]:
@@ -230,25 +214,24 @@ class RewardStage:
             rewards_schema(components=True),
             tables(),
         )
-        for name, scorer in self._scorers.items():
+        for name, scorer in self._scorers.scorers.items():
             counts.update({f"{name}.{what}": n for what, n in scorer.counts.items()})
         return TaskRecord(
             stage=self.name, task=task.name, sidecars=[sidecar], counts=dict(sorted(counts.items()))
         )
 
     def _table(self, groups: Sequence[ScoringInput], counts: Counter[str]) -> pa.Table:
-        scored = [scorer.score(groups) for scorer in self._scorers.values()]
-        rewards, components = [], []
-        for group, parts in zip(groups, zip(*scored, strict=True), strict=True):
-            # The first row of each scorer's numbers goes into the reward.
-            rewards.append(self._total(group, np.stack([part[0] for part in parts]), counts))
-            components.append(np.concatenate(parts))
-        return rewards_to_table([group.group_id for group in groups], rewards, components)
+        scored = self._scorers.score(groups)
+        rewards = [
+            self._filled(group, own.total, counts)
+            for group, own in zip(groups, scored, strict=True)
+        ]
+        ids = [group.group_id for group in groups]
+        return rewards_to_table(ids, rewards, [own.components for own in scored])
 
-    def _total(self, group: ScoringInput, values: FloatArray, counts: Counter[str]) -> FloatArray:
-        """The weighted sum over the scorers that have a number: (n_scorers, k) to (k,)."""
-        missing = np.isnan(values).all(axis=0)
-        total: FloatArray = np.nansum(self._weights[:, np.newaxis] * values, axis=0)
+    def _filled(self, group: ScoringInput, total: FloatArray, counts: Counter[str]) -> FloatArray:
+        """The rewards of a group, with `missing` for the responses without a number: (k,)."""
+        missing = np.isnan(total)
         if not missing.any():
             return total
         counts["missing"] += int(missing.sum())

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import splitmix64
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The batch is rebuilt once this share of its rows, 1 / _IDLE, is finished.
 _IDLE = 8
@@ -126,6 +123,25 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor
     return ids_B, scores_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
 
 
+class DecodableModel(Protocol):
+    """What `Decoder` needs of a model; every causal language model of transformers has it."""
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the transformers model."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its inputs."""
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The function whose parameters name the inputs that the model takes."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """An output with `logits`, (B, T, V)."""
+
+
 class Decoder:
     """Generates a queue of completions with one model.
 
@@ -138,7 +154,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: DecodableModel,
         rules: DecodingRules,
         *,
         batch_size: int,
@@ -153,14 +169,17 @@ class Decoder:
         # A model that names its cache differently ignores this one; `probe` finds that out.
         self._cache = next((name for name in _CACHES if name in parameters), _CACHES[0])
 
-    @torch.inference_mode()
+    # Not inference_mode: a policy in training would keep the tensors that it caches here.
+    @torch.no_grad()
     def probe(self) -> None:
         """Raise ConfigError unless a padded batch with a cache gives the logits of whole texts.
 
         Models differ in where they keep their state and in whether they respect padding; one that
         does not fit would give wrong logits without an error.
         """
-        prompts = [_PROBE[:3], _PROBE]
+        vocab_size = getattr(self._model.config.get_text_config(), "vocab_size", None)
+        ids = _PROBE % (vocab_size or len(_PROBE) * _PROBE.max())
+        prompts = [ids[:3], ids]
         try:
             batch = self._prefill([Completion(prompt, seed=0) for prompt in prompts])
             found_BV = self._next_logits(batch)
@@ -177,11 +196,11 @@ class Decoder:
             raise ConfigError(
                 "a model gives the same logits from its cache, in a padded batch, as from the "
                 "whole text",
-                received=f"{type(self._model).__name__}: {error}",
+                received=f"{getattr(self._model, 'name', type(self._model).__name__)}: {error}",
                 remedy="serve the model and sample with kind: openai",
             ) from error
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, completions: Sequence[Completion]) -> Iterator[Completion]:
         """The completions, each as soon as it is finished."""
         # Longest prompts first, so that the rows of a batch need little padding.

@@ -158,15 +158,23 @@ def _sample(request: SampleRequest, completion: Completion, tokenizer: SamplerTo
     )
 
 
-def _rules(
-    settings: SamplingSettings, generation_config: Any, tokenizer: SamplerTokenizer
-) -> DecodingRules:
-    from gvpo_offline.sampling.decode import DecodingRules
+def end_token_ids(
+    generation_config: Any, eos_token_id: int | None, end_of_turn: int | None
+) -> frozenset[int]:
+    """The tokens that end a response of a model.
 
+    Args:
+        generation_config: the model's, or None.
+        eos_token_id: the tokenizer's.
+        end_of_turn: the token with which the chat template ends a turn; None without one.
+
+    Raises:
+        ConfigError: there is none.
+    """
     named = [
         generation_config.eos_token_id if generation_config else None,
-        tokenizer.tokenizer.eos_token_id,
-        tokenizer.end_of_turn,
+        eos_token_id,
+        end_of_turn,
     ]
     ends = {i for ids in named if ids is not None for i in ([ids] if isinstance(ids, int) else ids)}
     if not ends:
@@ -175,16 +183,25 @@ def _rules(
             received="a model and a tokenizer without one (eos_token_id)",
             remedy="set it in the model's generation_config.json",
         )
+    return frozenset(ends)
+
+
+def _rules(
+    settings: SamplingSettings, generation_config: Any, tokenizer: SamplerTokenizer
+) -> DecodingRules:
+    from gvpo_offline.sampling.decode import DecodingRules
+
+    ends = end_token_ids(generation_config, tokenizer.tokenizer.eos_token_id, tokenizer.end_of_turn)
     return DecodingRules(
-        processors=_processors(settings),
+        processors=logits_processors(settings),
         greedy=settings.temperature == 0,
-        end_ids=frozenset(ends),
+        end_ids=ends,
         max_new_tokens=settings.max_new_tokens,
         stops=_stops(settings.stop, tokenizer) if settings.stop else None,
     )
 
 
-def _processors(settings: SamplingSettings) -> LogitsProcessorList:
+def logits_processors(settings: SamplingSettings) -> LogitsProcessorList:
     """transformers' logits processors, in the order in which `generate` applies them."""
     import transformers as hf
 

@@ -11,21 +11,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.losses import GroupStatistics
+from gvpo_offline.sampled_eval.result import METRICS
 from gvpo_offline.train.checkpoint import is_sealed
 
 logger = logging.getLogger(__name__)
 
 
-def metric_names(held_out: Iterable[str], *, imitates: bool = False) -> list[str]:
+def metric_names(
+    held_out: Iterable[str], *, imitates: bool = False, sampled: bool = False
+) -> list[str]:
     """Names of the metrics that an evaluation gives, without the prefix `eval_`.
 
     Args:
         held_out: names of the held-out datasets; a single one is named "".
         imitates: whether the objective has the term of imitation.
+        sampled: whether it samples answers.
     """
     own = [*GroupStatistics.zeros().metrics(), "runtime"]
     own += ["squares_loss", "imitation_loss"] if imitates else []
-    return [f"{name}_{metric}" if name else metric for name in held_out for metric in own]
+    logged = [f"{name}_{metric}" if name else metric for name in held_out for metric in own]
+    return [*logged, *(METRICS if sampled else ())]
 
 
 def check_best_metric(args: TrainingArguments, held_out: Iterable[str]) -> None:
@@ -37,7 +42,11 @@ def check_best_metric(args: TrainingArguments, held_out: Iterable[str]) -> None:
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy.value == "no":
         return
-    names = metric_names(held_out, imitates=bool(getattr(args, "imitation", 0)))
+    names = metric_names(
+        held_out,
+        imitates=bool(getattr(args, "imitation", 0)),
+        sampled=getattr(args, "eval_samples", 0) > 0,
+    )
     if metric not in names and metric.removeprefix("eval_") not in names:
         raise ConfigError(
             "metric_for_best_model is a metric that evaluation gives",

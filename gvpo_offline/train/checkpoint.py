@@ -25,6 +25,7 @@ from gvpo_offline.store.commit import fsync_folder, storage_errors, temporary_na
 _logger = logging.getLogger(__name__)
 SEAL_NAME = "gvpo_checkpoint.json"
 RUN_FILE = "gvpo_run.json"
+SAMPLED = "sampled_eval"  # its key for how the run samples answers
 _MARKER_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"

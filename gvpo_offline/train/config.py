@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from transformers import TrainingArguments
 
 from gvpo_offline.errors import GVPOError
+from gvpo_offline.sampled_eval.settings import SampledEvalSettings, check_sampled_settings
 from gvpo_offline.train.fields import check_derived_fields, check_fields
 from gvpo_offline.train.foreign import CONFIG_NAMES, PAGE, answers_unknown_arguments
 from gvpo_offline.train.objective import Objective
@@ -42,10 +43,11 @@ def settings_errors() -> Iterator[None]:
 
 @answers_unknown_arguments(CONFIG_NAMES)
 @dataclass
-class GVPOConfig(GVPOSettings, TrainingArguments):
+class GVPOConfig(GVPOSettings, SampledEvalSettings, TrainingArguments):
     """`transformers.TrainingArguments` with the settings of GVPO. The batch size is in groups.
 
-    `GVPOSettings` documents the fields added here, and transformers all others. The defaults of
+    `GVPOSettings` and `SampledEvalSettings` document the fields added here, and transformers all
+    others. The defaults of
     `learning_rate` and `logging_steps` differ from those of transformers, and `fsdp` is a bool.
 
     Raises:
@@ -63,6 +65,7 @@ class GVPOConfig(GVPOSettings, TrainingArguments):
 
     def __post_init__(self) -> None:
         GVPOSettings.__post_init__(self)
+        check_sampled_settings(self)
         check_fields(self, TrainingArguments)
         # transformers derives it; a copy with other settings must not keep it.
         do_eval: bool = vars(self)["do_eval"]

@@ -58,8 +58,8 @@ from gvpo_offline.train.identity import adapter_defaults, model_identity, run_id
 from gvpo_offline.train.imitation import objective_of_run
 from gvpo_offline.train.loss_inputs import check_loss_inputs, check_samplers
 from gvpo_offline.train.objective import LossInputs, ReferenceMeter, StepMeter, reduced_sum
-from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.preflight import check_data, verify
+from gvpo_offline.train.sampled import SampledTrainer
 from gvpo_offline.train.saving import check_savable, mend_generation_config
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 
 @answers_unknown_arguments(TRAINER_NAMES, {"a setting: pass it to GVPOConfig": GVPOConfig})
-class GVPOTrainer(PredictingTrainer):
+class GVPOTrainer(SampledTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:
@@ -154,6 +154,7 @@ class GVPOTrainer(PredictingTrainer):
         )
         self.policy = self.policy.with_path(self.engine.path)
         steps.cost = self.engine.cost
+        self.prepare_sampling()
 
     def _own_callbacks(self, args: GVPOConfig) -> list[TrainerCallback]:
         if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
@@ -189,6 +190,7 @@ class GVPOTrainer(PredictingTrainer):
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
         self._best.resumed_from = checkpoint
         self.preflight()
+        self.prepare_sampling()
         raise_together(lambda: check_savable(self.model, self.processing_class, self.args))
         self._reference_meter = None if checkpoint else self._start_reference_check()
         self._meter.clear()
@@ -379,6 +381,8 @@ class GVPOTrainer(PredictingTrainer):
             found = held_out_metrics(self.model, quiet, held_out, self.args, self.accelerator)
             for key, value in found.items():
                 metrics[f"{prefix}_{key}"] = value
+        if eval_dataset is None:
+            metrics |= self.sampled_metrics(metric_key_prefix)
         self._memory_tracker.stop_and_update_metrics(metrics)
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(

@@ -13,7 +13,7 @@ from gvpo_offline.tune.judged import (
     TrialSettings,
     propose_judged,
 )
-from gvpo_offline.tune.racing import MeanOverPrompts, PromptEstimates, SampleBudget
+from gvpo_offline.tune.racing import PromptEstimates, SampleBudget
 from gvpo_offline.tune.search import (
     CANDIDATE_GAPS,
     INITIAL_GAP,
@@ -37,7 +37,6 @@ __all__ = [
     "JudgedProposal",
     "JudgedTrial",
     "LossCandidates",
-    "MeanOverPrompts",
     "Metrics",
     "PromptEstimates",
     "Proposal",

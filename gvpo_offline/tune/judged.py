@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Generic
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.tune.racing import (
     Contender,
     Handle,
-    MeanOverPrompts,
     PromptEstimates,
     Race,
     SampleBudget,
@@ -87,10 +87,10 @@ class JudgedTrial:
 
     settings: TrialSettings | None
     samples: int
-    reward: MeanOverPrompts
-    kl: MeanOverPrompts
-    objective: MeanOverPrompts
-    behind: MeanOverPrompts | None
+    reward: Estimate
+    kl: Estimate
+    objective: Estimate
+    behind: Estimate | None
     failed: int
 
 
@@ -148,24 +148,21 @@ def propose_judged(
         trial: trains from the policy's initial weights and returns a handle of the trained policy;
             None if training diverged. Called once for each setting.
         judge: as for `Race`: estimates of a handle's policy from the first n answers to each
-            prompt, with the same random numbers for every policy. A larger n is asked for later, of
-            few trials: keep the sums if sampling is expensive.
-        untouched: handle of the policy before training, which is judged too.
+            prompt, with the same random numbers for every policy. A larger n follows for few.
+        untouched: handle of the policy before training.
         losses: the losses to try, with candidates for their settings.
         largest_rate: `largest_usable_rate` of a range test, for the first loss.
         judge_beta: what the KL is multiplied with, for all trials. Objectives at the betas of the
             trials themselves would not be comparable: a smaller beta forgives a larger KL.
         budget: the fewest and the most answers per prompt of a trial; default: 8 and 64.
-        release: called with a handle that is beaten for now, so that its weights may be deleted;
-            never with `untouched`. `judge` may still ask for it later; the caller then trains it
-            again.
+        release: called with a handle that is beaten, so that its weights may be deleted; never with
+            `untouched`. `judge` is asked for it again only if the best trial turns out worse.
 
     Raises:
         ConfigError: every trial diverged, or there are no losses.
         DataError: there are fewer than 2 prompts, or estimates are of different prompts.
     """
-    if not losses:
-        raise ConfigError("a search tries at least one loss", received="none")
+    _check_losses(losses)
     race = Race(
         judge,
         beta=judge_beta,
@@ -185,6 +182,11 @@ def propose_judged(
         )
     race.finish()
     return search.proposal()
+
+
+def _check_losses(losses: Sequence[LossCandidates]) -> None:
+    if not losses:
+        raise ConfigError("a search tries at least one loss", received="none")
 
 
 class _Search(Generic[Handle]):
@@ -269,16 +271,16 @@ class _Search(Generic[Handle]):
         settings: TrialSettings | None,
         chosen: Contender[Handle],
     ) -> JudgedTrial:
-        nothing = MeanOverPrompts(math.nan, math.nan, 0)
+        nothing = Estimate(math.nan, math.nan, 0)
         behind = None if own is chosen else difference(chosen, own, self._judge_beta)
         if own.estimates is None:
             return JudgedTrial(settings, 0, nothing, nothing, nothing, behind, 0)
         return JudgedTrial(
             settings,
             own.samples,
-            MeanOverPrompts.of(own.estimates.rewards_P),
-            MeanOverPrompts.of(own.estimates.kls_P),
-            MeanOverPrompts.of(own.estimates.values(self._judge_beta)),
+            Estimate.of(own.estimates.rewards_P),
+            Estimate.of(own.estimates.kls_P),
+            Estimate.of(own.estimates.values(self._judge_beta)),
             behind,
             own.estimates.failed,
         )

@@ -19,6 +19,7 @@ import numpy as np
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import FloatArray
+from gvpo_offline.sampled_eval.result import Estimate
 
 Handle = TypeVar("Handle")
 
@@ -49,30 +50,9 @@ class PromptEstimates:
         return np.asarray(self.rewards_P - beta * self.kls_P, np.float64)
 
 
-@dataclass(frozen=True)
-class MeanOverPrompts:
-    """A mean over prompts, its standard error, and the number of prompts with a number."""
-
-    mean: float
-    se: float
-    prompts: int
-
-    @classmethod
-    def of(cls, values_P: FloatArray) -> MeanOverPrompts:
-        """Of (P,) numbers, one for each prompt; NaN: the prompt has none and is not counted.
-
-        The standard error is the sample deviation over the root of the number of prompts; NaN for
-        a single prompt.
-        """
-        own = values_P[~np.isnan(values_P)]
-        if len(own) == 0:
-            return cls(math.nan, math.nan, 0)
-        se = float(own.std(ddof=1)) / math.sqrt(len(own)) if len(own) > 1 else math.nan
-        return cls(float(own.mean()), se, len(own))
-
-    def above(self, standard_errors: float) -> bool:
-        """Whether the mean is above 0 by more than a number of standard errors."""
-        return self.mean > standard_errors * self.se
+def is_above(own: Estimate, standard_errors: float) -> bool:
+    """Whether a mean is above 0 by more than a number of its standard errors."""
+    return own.mean > standard_errors * own.se
 
 
 @dataclass(frozen=True)
@@ -112,20 +92,18 @@ class Contender(Generic[Handle]):
         """The mean of reward - beta KL; -inf if training diverged or no answer has a reward."""
         if self.estimates is None:
             return -math.inf
-        found = MeanOverPrompts.of(self.estimates.values(beta)).mean
+        found = Estimate.of(self.estimates.values(beta)).mean
         return -math.inf if math.isnan(found) else found
 
     def kl(self) -> float:
         """The mean KL in nats; inf if there is none."""
         if self.estimates is None:
             return math.inf
-        found = MeanOverPrompts.of(self.estimates.kls_P).mean
+        found = Estimate.of(self.estimates.kls_P).mean
         return math.inf if math.isnan(found) else found
 
 
-def difference(
-    one: Contender[Handle], other: Contender[Handle], beta: float
-) -> MeanOverPrompts | None:
+def difference(one: Contender[Handle], other: Contender[Handle], beta: float) -> Estimate | None:
     """The paired difference of two trials, over prompts for which both have a number.
 
     Returns:
@@ -133,7 +111,7 @@ def difference(
     """
     if one.estimates is None or other.estimates is None:
         return None
-    return MeanOverPrompts.of(one.estimates.values(beta) - other.estimates.values(beta))
+    return Estimate.of(one.estimates.values(beta) - other.estimates.values(beta))
 
 
 class Race(Generic[Handle]):
@@ -183,11 +161,12 @@ class Race(Generic[Handle]):
     def better(self, among: Sequence[Contender[Handle]]) -> Contender[Handle]:
         """The best of some trials, for a decision of the search.
 
-        Trials that are `CLOSE` to the best get up to twice the fewest answers before. If even the
-        best of them is beaten by a trial of the race, none gets more.
+        Trials that are `CLOSE` to the best get up to twice the fewest answers before, except those
+        that a trial of the race beats. If the best of them is beaten, none gets more.
         """
         leader = self.best(among)
         close = [own for own in among if own is not leader and not self._behind(own, leader, CLOSE)]
+        close = [own for own in close if not self._beaten(own)]
         if close and not self._beaten(leader):
             for own in (leader, *close):
                 self._sample(own, min(2 * self._budget.fewest, self._budget.most))
@@ -243,7 +222,7 @@ class Race(Generic[Handle]):
         if own.mean(self._beta) == -math.inf:
             return True
         found = difference(leader, own, self._beta)
-        return found is not None and found.above(errors)
+        return found is not None and is_above(found, errors)
 
     def _beaten(self, own: Contender[Handle]) -> bool:
         leader = self.best(self.contenders)

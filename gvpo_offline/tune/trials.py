@@ -73,7 +73,7 @@ class TrialTrainer(GVPOTrainer):
         Returns:
             `GroupStatistics.metrics`; nan if log-probs were not finite at some point.
         """
-        if not _stays_finite(self.train):
+        if not stays_finite(self.train):
             return GroupStatistics.zeros().metrics()
         self.check_can_evaluate()
         quiet = replace(self.engine, on_entropy=None)
@@ -85,7 +85,7 @@ class TrialTrainer(GVPOTrainer):
                 for view in self.data.held_out.values()
             )
 
-        if not _stays_finite(evaluate):
+        if not stays_finite(evaluate):
             return GroupStatistics.zeros().metrics()
         return functools.reduce(operator.add, found).metrics()
 
@@ -106,7 +106,7 @@ class RangeTestTrainer(TrialTrainer):
         steps = self.args.max_steps
         seen = _RangeCallback(self.args.loss_type, steps)
         self.add_callback(seen)
-        _stays_finite(self.train)
+        stays_finite(self.train)
         return seen.points
 
 
@@ -131,7 +131,7 @@ class _RangeCallback(TrainerCallback):
             control.should_training_stop = True
 
 
-def _stays_finite(work: Callable[[], Any]) -> bool:
+def stays_finite(work: Callable[[], Any]) -> bool:
     """Call `work`; whether the policy's log-probs stayed finite on every rank.
 
     The data have been checked before, so a DataError of the loss is about the policy's log-probs.
@@ -167,7 +167,7 @@ class Trials:
         """Held-out metrics after a short run, for `tune.propose`."""
 
         def run(scratch: Path) -> dict[str, float]:
-            args = self._short_args(scratch, beta, learning_rate, steps)
+            args = self.short_args(scratch, beta, learning_rate, steps)
             found: dict[str, float] = self.trainer(args, TrialTrainer).train_and_evaluate()
             return found
 
@@ -182,7 +182,7 @@ class Trials:
         """The points of a learning-rate range test, up to the step at which training diverged."""
 
         def run(scratch: Path) -> dict[str, float]:
-            args = self._short_args(scratch, beta, LOWEST_RATE, steps)
+            args = self.short_args(scratch, beta, LOWEST_RATE, steps)
             args.logging_steps = 1
             points = self.trainer(args, RangeTestTrainer).run_range_test()
             return {str(step): point.misfit for step, point in enumerate(points)}
@@ -195,9 +195,10 @@ class Trials:
         if self.args.process_index == 0:
             logger.info(text)
 
-    def _short_args(
+    def short_args(
         self, scratch: Path, beta: float, learning_rate: float, steps: int
     ) -> GVPOConfig:
+        """The settings of a short run, which writes nothing but to a scratch folder."""
         args = copy.copy(self.args)
         args.output_dir = str(scratch)
         args.beta, args.learning_rate, args.max_steps = beta, learning_rate, steps
@@ -207,6 +208,7 @@ class Trials:
         args.logging_first_step = False
         args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
+        args.eval_samples, args.eval_reward = 0, None
         args.report_to, args.push_to_hub = [], False
         args.resume_from_checkpoint = None
         return args

@@ -151,9 +151,9 @@ def test_the_sum_is_over_what_is_there(
     from support.rewarding import scoring_input
 
     from gvpo_offline.rewards.stage import RewardStage
+    from gvpo_offline.rewards.weighted import weighted_total
 
     stage = RewardStage.__new__(RewardStage)
-    stage._weights = np.array(weights)
     stage._config = RewardConfig("data", scorers={"a": {}}, missing=missing)
     values = [[row[i] for row in rows] for i in range(len(weights))]
     numbers = np.array(values, np.float64)
@@ -164,12 +164,13 @@ def test_the_sum_is_over_what_is_there(
         ]  # type: ignore[operator]
         expected.append(sum(there) if there else missing)
     counts: Counter[str] = Counter()
+    total = weighted_total(np.array(weights), numbers)
     if None in expected:
         with pytest.raises(DataError):
-            stage._total(scoring_input(["x"] * 3), numbers, counts)
+            stage._filled(scoring_input(["x"] * 3), total, counts)
         return
     np.testing.assert_allclose(
-        stage._total(scoring_input(["x"] * 3), numbers, counts), expected, atol=1e-6
+        stage._filled(scoring_input(["x"] * 3), total, counts), expected, atol=1e-6
     )
 
 

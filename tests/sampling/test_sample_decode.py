@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules, draw, uniforms
-from gvpo_offline.sampling.local import _processors
+from gvpo_offline.sampling.local import logits_processors
 from gvpo_offline.sampling.settings import SamplingSettings
 
 MAX_NEW = 14
@@ -141,7 +141,7 @@ def test_the_processors_are_those_of_generate() -> None:
     theirs = model._get_logits_processor(generation)
     torch.manual_seed(0)
     ids, logits = torch.randint(0, VOCAB_SIZE, (3, 9)), torch.randn(3, VOCAB_SIZE)
-    assert torch.equal(_processors(chosen)(ids, logits.clone()), theirs(ids, logits.clone()))
+    assert torch.equal(logits_processors(chosen)(ids, logits.clone()), theirs(ids, logits.clone()))
 
 
 @given(

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.tune import PromptEstimates, SampleBudget
-from gvpo_offline.tune.racing import MeanOverPrompts, Race, difference
+from gvpo_offline.tune.racing import Race, difference, is_above
 
 PROMPTS = 50
 NOISE = 0.3  # deviation of one answer's reward
@@ -57,14 +58,14 @@ def test_the_error_of_a_paired_difference_is_without_the_difficulty_of_prompts()
     one, other = race.enter(better_P), race.enter(base_P)
     found = difference(one, other, 0.5)
     assert found is not None
-    assert (found.mean, found.prompts) == (2.0, 3)
+    assert (found.mean, found.n) == (2.0, 3)
     assert found.se == pytest.approx(1 / math.sqrt(3))
-    assert found.above(2)
-    assert not found.above(4)
+    assert is_above(found, 2)
+    assert not is_above(found, 4)
 
 
 def test_the_kl_is_charged_at_one_beta() -> None:
-    """Rewards 1 and 0.7 with a KL of 4 and 0 nats: 0.6 and 0.7 at beta 0.1, 0.92 and 0.7 at 0.02."""
+    """Rewards 1, 0.7 with a KL of 4 and 0 nats: 0.6 and 0.7 at beta 0.1, 0.92 and 0.7 at 0.02."""
     for beta, best in ((0.1, 1), (0.02, 0)):
         policies = Policies([1.0, 0.7], kls=[4.0, 0.0])
         race = policies.race(SampleBudget(64, 64), beta)
@@ -108,7 +109,7 @@ def test_the_cost_is_bounded_and_what_is_left_is_said(
         found = difference(best, own, 0.1)
         assert found is not None
         assert found.mean >= 0
-        if own is not best and not found.above(2):
+        if own is not best and not is_above(found, 2):
             assert own.samples == best.samples == most
 
 
@@ -151,6 +152,21 @@ def test_a_decision_of_the_search_doubles_the_answers_of_close_trials_only() -> 
     policies = Policies([0.9, 0.5, 0.5])
     policies.noise[2] = policies.noise[1]
     race = policies.race(SampleBudget(4, 64))
+    race.better(race.contenders[1:])
+    assert policies.asked == {0: 4, 1: 4, 2: 4}
+
+
+def test_a_released_trial_is_not_asked_again_for_a_decision_between_others() -> None:
+    """The first 4 answers put the trials at 0.5, 0.4 and 0.35. The second is not apart from
+    the first; the third is close to the second, and the first beats it. A decision between the last
+    two spends no answers on it.
+    """
+    policies = Policies([0.5, 0.4, 0.35])
+    policies.noise[:] = 0
+    policies.noise[1] = np.where(np.arange(PROMPTS) % 2, 0.4, -0.4)  # difference: 0.1, se 0.057
+    policies.noise[2] = np.where(np.arange(PROMPTS) % 4 < 2, 0.4, -0.4)  # 0.05, se 0.081; 0.15
+    race = policies.race(SampleBudget(4, 64))
+    assert policies.released == [2]
     race.better(race.contenders[1:])
     assert policies.asked == {0: 4, 1: 4, 2: 4}
 
@@ -212,5 +228,5 @@ def test_bad_budgets_and_estimates_are_refused() -> None:
     )
     with pytest.raises(DataError, match="at least 2"):
         alone.enter(1)
-    found = MeanOverPrompts.of(np.array([math.nan]))
-    assert (found.prompts, math.isnan(found.mean)) == (0, True)
+    found = Estimate.of(np.array([math.nan]))
+    assert (found.n, math.isnan(found.mean)) == (0, True)

@@ -176,7 +176,7 @@ def test_a_trial_has_the_runs_share_of_warm_up(tmp_path: Path) -> None:
     for given, expected in ((30, 10), (0.1, 0.1), (0, 0)):
         args = config_of(tmp_path, warmup_steps=given, eval_strategy="steps", eval_steps=5)
         trials = Trials(lambda *_: None, args, 300, tmp_path, {})
-        short = trials._short_args(tmp_path, 0.3, 1e-4, 100)
+        short = trials.short_args(tmp_path, 0.3, 1e-4, 100)
         assert short.warmup_steps == expected
         assert (short.beta, short.learning_rate, short.max_steps) == (0.3, 1e-4, 100)
         assert (args.warmup_steps, args.eval_strategy) == (given, "steps")

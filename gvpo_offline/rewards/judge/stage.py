@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.openai.answer import REASONING, BadAnswerError, choice_of
@@ -103,7 +103,7 @@ class JudgeStage:
 
     def _requests(
         self, group: ScoringInput, before: dict[Key, Judgement], journal: Journal
-    ) -> list[_JudgeRequest]:
+    ) -> list[JudgeRequest]:
         """The requests about a group that have no answer in earlier rounds."""
         requests = []
         for first, second in self._items(group):
@@ -113,7 +113,7 @@ class JudgeStage:
                 seed = self._settings.seed if last is None else last.seed + 1
                 key = (group.group_id, first, second)
                 requests.append(
-                    _JudgeRequest(key, self._settings, self._rubric, messages, seed, journal)
+                    JudgeRequest(key, self._settings, self._rubric, messages, seed, journal)
                 )
         return requests
 
@@ -139,7 +139,14 @@ class JudgeStage:
         )
 
 
-class _JudgeRequest:
+class AnswerStore(Protocol):
+    """Keeps the answers of a judge as they arrive."""
+
+    def add(self, judgement: Judgement) -> None:
+        """Keep an answer."""
+
+
+class JudgeRequest:
     """One request, repeated until its answer can be parsed; see `openai.client.ServerRequest`."""
 
     endpoint = "chat/completions"
@@ -151,7 +158,7 @@ class _JudgeRequest:
         rubric: Rubric,
         messages: list[Message],
         seed: int,
-        journal: Journal,
+        journal: AnswerStore,
     ) -> None:
         self.key = key
         self._settings = settings
