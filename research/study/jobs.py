@@ -213,8 +213,11 @@ def _log(task: str, folder: Path, mix: str, seed: int) -> list[Group]:
 
 def in_processes(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterable[Any]:
     """Results of `work` on each item in worker processes, in the order of completion."""
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(work, items)
+    wanted = list(items)
+    if not wanted:
+        return
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(wanted))) as pool:
+        yield from pool.imap_unordered(work, wanted)
         pool.close()
         pool.join()
 
