@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -173,7 +173,8 @@ def auto_imitation_of_groups(groups: Sequence[Group]) -> tuple[float, list[str]]
     samplers that are not imitated."""
     held = [(group, group.rewards, group.ref_seq_logprobs) for group in groups]
     lowest = min(float(rewards.min()) for _, rewards, _ in held if rewards is not None)
-    wrong, gaps, best, nats = 0, list[float](), Counter[str](), Counter[str]()
+    wrong, gaps, best = 0, list[float](), Counter[str]()
+    nats: dict[str, float] = defaultdict(float)
     for group, rewards, logprobs in held:
         assert rewards is not None
         assert logprobs is not None
