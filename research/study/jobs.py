@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -173,7 +173,8 @@ def auto_imitation_of_groups(groups: Sequence[Group]) -> tuple[float, list[str]]
     samplers that are not imitated."""
     held = [(group, group.rewards, group.ref_seq_logprobs) for group in groups]
     lowest = min(float(rewards.min()) for _, rewards, _ in held if rewards is not None)
-    wrong, best, nats = 0, Counter[str](), Counter[str]()
+    wrong, best = 0, Counter[str]()
+    nats: dict[str, float] = defaultdict(float)
     for group, rewards, logprobs in held:
         assert rewards is not None
         assert logprobs is not None
@@ -211,8 +212,11 @@ def _log(task: str, folder: Path, mix: str, seed: int) -> list[Group]:
 
 def in_processes(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterable[Any]:
     """Results of `work` on each item in worker processes, in the order of completion."""
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(work, items)
+    wanted = list(items)
+    if not wanted:
+        return
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(wanted))) as pool:
+        yield from pool.imap_unordered(work, wanted)
         pool.close()
         pool.join()
 

@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+import numpy as np
 from jobs import BETA
 
 Row = dict[str, Any]
@@ -49,7 +50,7 @@ def finish(
         name: standing(table, name.split(": ")[0], labelled)
         for name in tables
         for table in [name.split(": ")[1]]
-        if table in OF_LOSSES
+        if table in OF_LOSSES and "recommended" in tables[name]
     }
     verdict: dict[str, Any] = {
         "objective": {task: _objectives(tables[f"{task}: losses"]) for task in frames},
@@ -127,9 +128,11 @@ def _cells(rows: Sequence[Row]) -> dict[str, Cell]:
 
 
 def _cell(values: Sequence[float]) -> Cell:
-    """Mean and standard error; the error of a single value is NaN."""
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return mean(values), error
+    """Mean and standard error; NaN if a value is NaN, and the error of fewer than two values."""
+    if not values:
+        return math.nan, math.nan
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return float(np.mean(values)), error
 
 
 def standing(table: str, task: str, labelled: Sequence[Labelled]) -> dict[str, Any]:

@@ -130,7 +130,11 @@ def test_the_survey_sums_the_nats_of_best_responses(dataset: GroupDataset) -> No
         if group.rewards is not None and np.ptp(group.rewards)
     ]
     for place, name in ((0, PERSON), (2, "two")):
-        nats = [-g.ref_seq_logprobs[place] / len(g.response_token_ids[place]) for g in groups]
+        nats = [
+            -g.ref_seq_logprobs[place] / len(g.response_token_ids[place])
+            for g in groups
+            if g.ref_seq_logprobs is not None
+        ]
         assert found.sampler_best_nats[name] == pytest.approx(sum(nats))
     both = found + found + Survey()
     assert both.sampler_best_nats[PERSON] == pytest.approx(2 * found.sampler_best_nats[PERSON])
