@@ -144,11 +144,13 @@ class Runner:
 
 
 def _training(trained: Path) -> Row:
-    """The last logged metrics of a training run."""
+    """The last logged metrics of a training run, and alpha, the number that `imitation` was."""
     state = json.loads((trained / "trainer_state.json").read_text(encoding="utf-8"))
     logged = [row for row in state["log_history"] if "loss" in row]
     kept = ("loss", "grad_norm", "explained_variance", "log_ratio_mean", "best_log_ratio_mean")
-    return {name: logged[-1][name] for name in kept if name in logged[-1]} if logged else {}
+    run = json.loads((trained / "gvpo_run.json").read_text(encoding="utf-8"))
+    metrics = {name: logged[-1][name] for name in kept if name in logged[-1]} if logged else {}
+    return {**metrics, "alpha": run["training"]["imitation"]}
 
 
 def run_all(

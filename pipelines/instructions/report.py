@@ -70,6 +70,7 @@ class Runs:
 
     Attributes:
         rate: the learning rate.
+        alpha: what `imitation` was, for `auto` the number that it stood for; None: no training.
         seeds: their seeds, in the order of the columns.
         rewards: mean reward of the answers.
         kls: mean log-ratio to the reference, nats.
@@ -78,6 +79,7 @@ class Runs:
     """
 
     rate: float
+    alpha: float | None
     seeds: tuple[int, ...]
     rewards: Floats
     kls: Floats
@@ -96,7 +98,9 @@ class Runs:
             np.array([[own[name] for own in row["prompts"]] for row in ordered], float).T
             for name in ("reward", "kl", "length", "truncated")
         ]
-        return cls(ordered[0]["job"]["rate"], seeds, *values)
+        first = ordered[0]
+        alpha = first.get("training", {}).get("alpha")
+        return cls(first["job"]["rate"], alpha, seeds, *values)
 
     def common(self, other: Runs) -> tuple[Runs, Runs]:
         """Both with the seeds alone that both have."""
@@ -106,7 +110,8 @@ class Runs:
     def _of_seeds(self, seeds: Sequence[int]) -> Runs:
         columns = [self.seeds.index(seed) for seed in seeds]
         values = (self.rewards, self.kls, self.lengths, self.cut)
-        return Runs(self.rate, tuple(seeds), *(own[:, columns] for own in values))
+        kept = (own[:, columns] for own in values)
+        return Runs(self.rate, self.alpha, tuple(seeds), *kept)
 
 
 # (loss, whether the person's answers are trained on)
@@ -173,7 +178,7 @@ def _line(*cells: str) -> str:
 
 def summary(runs: Labelled, beta: float) -> dict[str, Any]:
     """The figures of each loss on the log with the person, and of those without, as JSON."""
-    untouched = runs[UNTOUCHED, True]
+    untouched, recommended = runs[UNTOUCHED, True], runs.get(("recommended", True))
 
     def figures(own: Runs) -> dict[str, float]:
         estimates = {
@@ -195,7 +200,7 @@ def summary(runs: Labelled, beta: float) -> dict[str, Any]:
         "without_person": {
             loss: figures(own) for (loss, person), own in runs.items() if not person
         },
-        "recommended_is": LOSSES["recommended"],
+        "recommended_is": {**LOSSES["recommended"], "alpha": recommended and recommended.alpha},
         "beta": beta,
         "prompts": len(untouched.rewards),
     }

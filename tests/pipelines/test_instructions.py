@@ -181,7 +181,8 @@ def row_of(job: Any, rewards: list[float], kl: float = 0.0) -> dict[str, Any]:
     ]
     sampled = {"sampled_reward": rewards[0], "sampled_kl": kl, "sampled_truncated": 0.0}
     cpu = {"train": 1.0}
-    return {"job": asdict(job), "prompts": prompts, "sampled": sampled, "cpu_seconds": cpu}
+    row = {"job": asdict(job), "prompts": prompts, "sampled": sampled, "cpu_seconds": cpu}
+    return {**row, "training": {"alpha": 0.5}}
 
 
 def test_a_run_is_a_line_and_is_not_repeated(
@@ -288,7 +289,7 @@ def test_the_report_pairs_runs_by_prompt_and_seed(
     assert found["gvpo"]["objective"] == pytest.approx(0.57)
     assert found["untouched"]["kl"] == 0
     assert "rft" not in found
-    assert found["recommended_is"] == jobs.LOSSES["recommended"]
+    assert found["recommended_is"] == {**jobs.LOSSES["recommended"], "alpha": 0.5}
     table = report.table(report.read(tmp_path), beta=0.15)
     assert "| with the person | gvpo |  | 0.600 ± 0.400 | +0.100 ± 0.000 | 0.200 ± 0.000 |" in table
 
@@ -340,6 +341,7 @@ def test_from_prompts_to_figures_and_again(
     assert found["untouched"]["kl"] == pytest.approx(0, abs=1e-4)
     assert found["gvpo"]["kl"] != 0
     assert set(found["without_person"]) == {"gvpo"}
+    assert found["recommended_is"]["alpha"] >= 0
     assert 0 <= found["gvpo"]["reward"] <= 1
     assert found["gvpo"]["reward_se"] >= 0
     opened = open_dataset(small / "dataset")
