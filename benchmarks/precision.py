@@ -155,12 +155,12 @@ def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
         return forward
 
     for module in modules:
-        module.forward = exact(module.forward)  # type: ignore[method-assign]
+        module.forward = exact(module.forward)
     try:
         yield
     finally:
         for module, original in zip(modules, before, strict=True):
-            module.forward = original  # type: ignore[method-assign]
+            module.forward = original
 
 
 @contextlib.contextmanager

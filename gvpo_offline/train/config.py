@@ -72,7 +72,7 @@ class GVPOConfig(GVPOSettings, SampledEvalSettings, TrainingArguments):
         check_fields(self, TrainingArguments)
         # transformers derives it; a copy with other settings must not keep it.
         do_eval: bool = vars(self)["do_eval"]
-        use_cpu = self.use_cpu
+        use_cpu: bool = vars(self)["use_cpu"]
         self.use_cpu = use_cpu or _needs_use_cpu(self)
         with settings_errors():
             try:

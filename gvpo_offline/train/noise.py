@@ -141,7 +141,7 @@ def _computes(model: nn.Module, device: torch.device) -> bool:
 
 def _warn_of_emulation() -> None:
     """Warn if the CPU has no instructions for bfloat16."""
-    known = torch.backends.mkldnn.is_available()
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if known and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning(
             "this CPU has no instructions for bfloat16 and emulates it: a step takes many times as "

@@ -91,6 +91,8 @@ class GVPOTrainer(SampledTrainer):
     """
 
     args: GVPOConfig
+    noise_floor: NoiseFloor | None = None  # from the start of `train`
+    _reference_meter: ReferenceMeter | None = None
 
     def __init__(
         self,
@@ -147,8 +149,6 @@ class GVPOTrainer(SampledTrainer):
                 optimizers=optimizers,
             )
         self._meter = StepMeter(float64_device(args.device))
-        self._reference_meter: ReferenceMeter | None = None
-        self.noise_floor: NoiseFloor | None = None
         self.engine: Engine = training_engine(
             self.model, args, self._meter.add_entropy, sharded=self.is_sharded
         )
