@@ -108,8 +108,7 @@ def group_loss(
     if not imitation:
         return result
     shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
-    sized = loss_type not in SIZELESS
-    return with_imitation(result, float(imitation), shares_N, sized=sized)
+    return with_imitation(result, float(imitation), shares_N, sized=loss_type not in SIZELESS)
 
 
 def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:

@@ -67,9 +67,10 @@ def with_imitation(
     gaps_G = _gaps(result.terms, shares_N)
     if not sized:
         gaps_G = (gaps_G > 0).double()
-    terms = replace(result.terms, imitation_G=alpha * gaps_G, imitated_N=shares_N)
-    group_losses_G = result.group_losses + terms.beta * terms.imitation_G * terms.imitation_losses_G
-    scales_G = terms.imitation_G * (terms.group_sizes_G - 1)
+    factors_G = alpha * gaps_G
+    terms = replace(result.terms, imitation_G=factors_G, imitated_N=shares_N)
+    group_losses_G = result.group_losses + terms.beta * factors_G * terms.imitation_losses_G
+    scales_G = factors_G * (terms.group_sizes_G - 1)
     weights_N = result.weights + scales_G[terms.group_N] * shares_N
     return GroupLoss(group_losses_G.mean(), weights_N, group_losses_G, terms)
 

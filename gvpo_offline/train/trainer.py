@@ -113,9 +113,7 @@ class GVPOTrainer(SampledTrainer):
             TrainingData.prepare, train_dataset, eval_dataset, copy.copy(args), self._scratch
         )
         self.data = raise_together(self._prepare)
-        if isinstance(model, str):
-            with unsharded_loading(args):
-                model = load_policy(ModelSettings(model_name_or_path=model))
+        model = _loaded(model, args)
         self.policy = policy_facts(
             model,
             hash_weights=args.reference_check == "auto",
@@ -371,6 +369,14 @@ class GVPOTrainer(SampledTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+def _loaded(model: nn.Module | str, args: GVPOConfig) -> nn.Module:
+    """The model; loaded from its folder or hub name if that was given."""
+    if not isinstance(model, str):
+        return model
+    with unsharded_loading(args):
+        return load_policy(ModelSettings(model_name_or_path=model))
 
 
 def _only_item(items: list[StepShare | GVPOError]) -> dict[str, StepShare | GVPOError]:
