@@ -229,7 +229,6 @@ class GVPOTrainer(SampledTrainer):
             One survey per training dataset.
         """
         verify(self.data.datasets(), content=self.args.verify == "full")
-        check_loss_inputs(self.args, [*self.data.views, *self.data.held_out.values()])
         counts = check_data(
             self.data,
             self.policy,
@@ -238,6 +237,7 @@ class GVPOTrainer(SampledTrainer):
             log_summary=log_summary and self.is_world_process_zero(),
         )
         check_samplers(self.args, counts)
+        check_loss_inputs(self.args, [*self.data.views, *self.data.held_out.values()])
         return counts
 
     def identity(self) -> dict[str, dict[str, Any]]:
