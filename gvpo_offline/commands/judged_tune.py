@@ -31,8 +31,7 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
 from gvpo_offline.train.checkpoint import TUNE_FOLDER
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.imitation import auto_imitation
-from gvpo_offline.train.preflight import surveys
+from gvpo_offline.train.imitation import resolved_auto
 from gvpo_offline.train.settings import GVPOSettings, LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.candidates import loss_candidates, nearest, settings_of_loss
@@ -152,7 +151,11 @@ class _JudgedSearch:
         run = {**self.args.settings(), "learning_rate": self.args.learning_rate}
         own = {name: getattr(best, name) for name in several}
         own |= settings_of_loss(best.loss_type, run)
-        return {n: v for n, v in own.items() if several.get(n) or v != run[n]}
+        written = {n: v for n, v in own.items() if several.get(n) or v != run[n]}
+        if written.get("imitation") and run["imitation_without"]:
+            # auto, which may have named them, is not in force beside a number.
+            written["imitation_without"] = run["imitation_without"]
+        return written
 
 
 def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _JudgedSearch:
@@ -161,7 +164,11 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
     run = parts.trainer(short, GVPOTrainer)
     check_not_deepspeed(run)
     args = copy.copy(args)
-    args.imitation = _imitation(run, args)
+    if args.imitation == "auto":
+        args.imitation, args.imitation_without = resolved_auto(
+            run.data, args.imitation_without, log=run.is_world_process_zero()
+        )
+        short.imitation_without = run.args.imitation_without = args.imitation_without
     candidates = _candidates(tune, args, args.imitation)
     check_unequal(_preflight(run, candidates, args), "training")
     first = sorted(candidates[0].imitations)
@@ -268,13 +275,6 @@ def _set_loss(args: GVPOConfig, loss_type: str, run: Mapping[str, Any]) -> None:
     for name, value in settings_of_loss(loss_type, run).items():
         setattr(args, name, value)
     args.loss_type, args.imitation = loss_type, 0.0  # type: ignore[assignment]
-
-
-def _imitation(run: GVPOTrainer, args: GVPOConfig) -> float:
-    """The run's own imitation, as a number; every rank must call this."""
-    if args.imitation != "auto":
-        return float(args.imitation)
-    return auto_imitation(surveys(run.data.views))
 
 
 def _preflight(run: GVPOTrainer, candidates: list[LossCandidates], args: GVPOConfig) -> Survey:

@@ -165,31 +165,49 @@ def unlikely_samplers_of(parts: Sequence[BestResponses]) -> list[str]:
     return sorted(name for name in cost if cost[name] > UNLIKELY * usual[name])
 
 
+def resolved_auto(
+    data: TrainingData, without: Sequence[str], *, log: bool
+) -> tuple[float, list[str]]:
+    """The numbers and names that `imitation: auto` stands for; every rank must call this.
+
+    They depend on the training groups alone, so they are the same for a resumed run.
+
+    Args:
+        data: what the run trains on.
+        without: the setting `imitation_without`. auto leaves out samplers of its own choice only if
+            none are named.
+        log: whether this process logs them.
+
+    Returns:
+        alpha, and the samplers that are not imitated.
+    """
+    alpha = auto_imitation(surveys(data.views))
+    names = list(without or unlikely_samplers_of(best_responses(data.views)))
+    if log:
+        logger.info(
+            "imitation auto: alpha is %.4g for these training groups; samplers that are not "
+            "imitated: %s",
+            alpha,
+            ", ".join(names) or "none",
+        )
+    return alpha, names
+
+
 def objective_of_run(
     args: GVPOConfig, wanted: tuple[float | str, Sequence[str]], data: TrainingData
 ) -> Objective:
     """The objective of a run; sets `args.imitation` and `args.imitation_without` to what it uses.
 
-    What auto stands for depends on the training groups alone, so it is the same for a resumed run.
     With auto, every rank must call this.
 
     Args:
         args: the settings of the run.
-        wanted: the settings `imitation` and `imitation_without` as they were given. auto leaves out
-            samplers of its own choice only if none were named.
+        wanted: the settings `imitation` and `imitation_without` as they were given.
         data: what the run trains on.
     """
     alpha, without = wanted
     if alpha == "auto":
-        counts = surveys(data.views)
-        args.imitation = auto_imitation(counts)
-        args.imitation_without = list(without or unlikely_samplers_of(best_responses(data.views)))
-        if args.process_index == 0:
-            names = ", ".join(args.imitation_without) or "none"
-            logger.info(
-                "imitation auto: alpha is %.4g for these training groups; samplers that are not "
-                "imitated: %s",
-                args.imitation,
-                names,
-            )
+        args.imitation, args.imitation_without = resolved_auto(
+            data, without, log=args.process_index == 0
+        )
     return args.objective()

@@ -92,6 +92,7 @@ class GVPOTrainer(SampledTrainer):
 
     args: GVPOConfig
     noise_floor: NoiseFloor | None = None  # from the start of `train`
+    _logs_noise = True
     _reference_meter: ReferenceMeter | None = None
 
     def __init__(
@@ -196,6 +197,7 @@ class GVPOTrainer(SampledTrainer):
             *(self.model, self.engine, self.policy, self.data.reference, self.train_dataset),
             *(self.args, checkpoint),
             sharded=self.is_sharded,
+            log=self._logs_noise,
         )
         self.noise_floor = noise.floor
         compared = not checkpoint and starts_as_reference(
