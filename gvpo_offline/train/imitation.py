@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -155,7 +155,7 @@ def unlikely_samplers_of(parts: Sequence[BestResponses]) -> list[str]:
     Args:
         parts: the best responses of each dataset.
     """
-    cost, usual = Counter[str](), Counter[str]()
+    cost, usual = defaultdict[str, float](float), defaultdict[str, float](float)
     for part in parts:
         n_best, total = sum(part.counts.values()), sum(part.nats.values())
         for name, n in part.counts.items():
