@@ -71,8 +71,8 @@ def test_means_are_over_prompts_and_errors_too() -> None:
 
 def test_an_answer_without_a_reward_is_no_zero() -> None:
     """It is counted, and left out of the reward: that of prompt a is of its second answer alone.
-    The divergence needs none: that of a is (4 + 2) / 2, so that its objective is 3 - 3. Prompt b has
-    no reward and no objective.
+    The divergence needs none: that of a is (4 + 2) / 2, so that its objective is 3 - 3. Prompt b
+    has no reward and no objective.
     """
     result = SampledResult(
         (
