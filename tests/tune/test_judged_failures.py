@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.sampled_eval.result import PromptAnswers, SampledResult
 from gvpo_offline.tune.judged import TrialSettings
 from gvpo_offline.tune.policies import JudgedTrials, PolicyOfTrial
@@ -68,3 +68,29 @@ def test_answers_without_a_reward_are_said_at_once(tmp_path: Path) -> None:
     assert "untouched policy: reward 1 " in mean
     assert failed.startswith("1 of 2 answers have no reward")
     assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_a_policy_that_is_not_finite_at_later_answers_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first answers are in a file; the weights are loaded again for further ones."""
+    lines: list[str] = []
+
+    def evaluate(policy: object, numbers: range) -> SampledResult:
+        if numbers.start:
+            raise DataError("a model's logits are finite numbers", received="NaN")
+        return result(1.0, 0.0)
+
+    trials: Any = SimpleNamespace(folder=tmp_path, log=lines.append)
+    evaluator: Any = SimpleNamespace(evaluate=evaluate)
+    judged = JudgedTrials(trials, evaluator, {}, {}, 10, 1)
+    trainer: Any = SimpleNamespace(check_can_evaluate=lambda: None, sampled_policy=lambda: None)
+    monkeypatch.setattr(JudgedTrials, "_untrained", lambda *args: trainer)
+    handle = PolicyOfTrial(TrialSettings("gvpo", 0.0, 0.1, 1e-3), "judged-own", "own", {})
+    weights = judged._weights(handle)
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    judged._draw(handle, trainer, range(1))
+    assert judged.judge(handle, 1).rewards_P.tolist() == [1.0, 0.0]
+    assert np.isnan(judged.judge(handle, 2).rewards_P).tolist() == [True, True]
+    assert judged._has_diverged(handle)
