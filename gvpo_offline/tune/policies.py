@@ -14,10 +14,11 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
 from gvpo_offline.sampled_eval.result import Estimate
+from gvpo_offline.sampled_eval.shown import failure_lines
 from gvpo_offline.store.commit import create_only, storage_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers
@@ -141,20 +143,26 @@ class JudgedTrials:
     def judge(self, handle: PolicyOfTrial, samples: int) -> PromptEstimates:
         """Estimates from the first answers to each prompt; draws those that are in no file.
 
+        A policy whose logits are not finite at a later answer has no reward at any prompt, and so
+        loses as one that diverged before.
+
         Raises:
-            ConfigError: a policy that was trained before diverges when it is trained again.
+            ConfigError: there are no answers of a policy that gave some before.
         """
         found, number = self._answers(handle, samples)
         if number < samples:
             self._sample(handle, range(number, samples))
             found, _ = self._answers(handle, samples)
-        if found is None or self._has_diverged(handle):
+        if found is None:
             raise ConfigError(
                 "a trial gives the same policy when it is repeated",
                 received=f"{described(handle.settings)}: training diverged this time",
                 remedy="continue the search on the machine that began it",
             )
-        return found.estimates()
+        own = found.estimates()
+        if self._has_diverged(handle):
+            return replace(own, rewards_P=np.full_like(own.rewards_P, np.nan))
+        return own
 
     def sums(self, handle: PolicyOfTrial, samples: int) -> AnswerSums | None:
         """Sums over the answers so far, the first `samples` of each prompt."""
@@ -226,7 +234,9 @@ class JudgedTrials:
             self._draw(handle, self._untrained(scratch, None), numbers)
             return
         if all(gather_results(weights.exists)):  # each rank reads the file, on its own machine
-            self._draw(handle, self._untrained(scratch, weights), numbers)
+            kept = self._untrained(scratch, weights)
+            if not stays_finite(lambda: self._draw(handle, kept, numbers)):
+                self._write(handle, self._diverged(handle).name, {"diverged": True})
             return
         trainer: JudgedTrainer = self.trials.trainer(self._args(own, scratch), JudgedTrainer)
         draw = functools.partial(self._draw, handle, trainer, numbers)
@@ -259,6 +269,12 @@ class JudgedTrials:
         trainer.check_can_evaluate()
         found = self.evaluator.evaluate(trainer.sampled_policy(), numbers)
         sums = AnswerSums.of(found)
+        if handle.settings is None and not found.reward.n:
+            raise ConfigError(  # before the answers are written, since a file would be kept
+                "eval_reward has a number for some answers of the untouched policy",
+                received=" ".join(failure_lines(found, most=1)).strip(),
+                remedy="correct the reward, or start its server; then run the command again",
+            )
         content = {"causes": dict(found.causes), "prompts": sums.plain()}
         self._write(handle, answers_name(handle.stem, numbers), content)
         so_far, number = self._answers(handle, numbers.stop)
@@ -269,6 +285,8 @@ class JudgedTrials:
                 f"{described(handle.settings)}: reward {reward.mean:.4g} ± {reward.se:.2g}, KL "
                 f"{kl.mean:.4g} ± {kl.se:.2g} nats, from {number} answers per prompt"
             )
+        for line in failure_lines(found):
+            self.trials.log(line.strip())
 
     def _write(self, handle: PolicyOfTrial, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps({**handle.key, **content}, indent=1) + "\n"

@@ -41,8 +41,8 @@ class TuneSettings:
     run's beta."""
     judge_samples: list[int] = field(default_factory=list)
     """With judge: sample, the fewest and the most answers per prompt of a trial's policy. Each gets
-    the fewest, and those that cannot be told apart from the best more. Default: eval_samples (8 if
-    that is 0), and 8 times as many."""
+    the fewest, and those that cannot be told apart from the best more. Default:
+    eval_samples, and 8 times as many."""
 
     def __post_init__(self) -> None:
         if self.tune_steps < MIN_TUNE_STEPS:
