@@ -31,7 +31,7 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
 from gvpo_offline.train.checkpoint import TUNE_FOLDER
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.imitation import auto_imitation
+from gvpo_offline.train.imitation import resolved_auto
 from gvpo_offline.train.preflight import surveys
 from gvpo_offline.train.settings import GVPOSettings, LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
@@ -98,6 +98,7 @@ class _JudgedSearch:
         candidates: the losses to try.
         tune: the settings of the search.
         args: the settings of the run; `imitation` is a number.
+        auto: whether that number, and `imitation_without`, are what `imitation: auto` stood for.
     """
 
     trials: Trials
@@ -105,6 +106,7 @@ class _JudgedSearch:
     candidates: list[LossCandidates]
     tune: TuneSettings
     args: GVPOConfig
+    auto: bool
 
     def report(self) -> JudgedReport:
         """Run the range test and the trials."""
@@ -144,7 +146,7 @@ class _JudgedSearch:
         several = {
             "learning_rate": True,
             "loss_type": len(self.candidates) > 1,
-            "imitation": any(len(own.imitations) > 1 for own in self.candidates),
+            "imitation": self.auto or any(len(own.imitations) > 1 for own in self.candidates),
             "beta": any(len(own.betas) > 1 for own in self.candidates),
         }
         best = found.best.settings
@@ -152,7 +154,11 @@ class _JudgedSearch:
         run = {**self.args.settings(), "learning_rate": self.args.learning_rate}
         own = {name: getattr(best, name) for name in several}
         own |= settings_of_loss(best.loss_type, run)
-        return {n: v for n, v in own.items() if several.get(n) or v != run[n]}
+        written = {n: v for n, v in own.items() if several.get(n) or v != run[n]}
+        # Without these a run with the proposed imitation would imitate samplers that no trial did.
+        if self.auto and best.imitation:
+            written["imitation_without"] = self.args.imitation_without
+        return written
 
 
 def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _JudgedSearch:
@@ -160,8 +166,13 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
     short = _without_sampling(args, (tune.losses or [args.loss_type])[0])
     run = parts.trainer(short, GVPOTrainer)
     check_not_deepspeed(run)
-    args = copy.copy(args)
-    args.imitation = _imitation(run, args)
+    args, auto = copy.copy(args), args.imitation == "auto"
+    if auto:
+        args.imitation, args.imitation_without = resolved_auto(
+            surveys(run.data.views), args.imitation_without, log=args.process_index == 0
+        )
+        short.imitation_without = run.args.imitation_without = args.imitation_without
+    assert not isinstance(args.imitation, str)
     candidates = _candidates(tune, args, args.imitation)
     check_unequal(_preflight(run, candidates, args), "training")
     first = sorted(candidates[0].imitations)
@@ -189,7 +200,7 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
         min(tune.tune_steps, run.args.max_steps),
         tune.answers(args.eval_samples)[0],
     )
-    return _JudgedSearch(trials, judged, candidates, tune, args)
+    return _JudgedSearch(trials, judged, candidates, tune, args, auto)
 
 
 def _candidates(tune: TuneSettings, args: GVPOConfig, imitation: float) -> list[LossCandidates]:
@@ -268,13 +279,6 @@ def _set_loss(args: GVPOConfig, loss_type: str, run: Mapping[str, Any]) -> None:
     for name, value in settings_of_loss(loss_type, run).items():
         setattr(args, name, value)
     args.loss_type, args.imitation = loss_type, 0.0  # type: ignore[assignment]
-
-
-def _imitation(run: GVPOTrainer, args: GVPOConfig) -> float:
-    """The run's own imitation, as a number; every rank must call this."""
-    if args.imitation != "auto":
-        return float(args.imitation)
-    return auto_imitation(surveys(run.data.views))
 
 
 def _preflight(run: GVPOTrainer, candidates: list[LossCandidates], args: GVPOConfig) -> Survey:

@@ -51,6 +51,7 @@ def _run_tune(values: dict[str, Any]) -> None:
 
 def _run_train(values: dict[str, Any]) -> None:
     from gvpo_offline.commands.train import run_train
+    from gvpo_offline.train.checkpoint import METRICS_FILE
     from gvpo_offline.train.config import GVPOConfig
 
     trainer = run_train(
@@ -62,6 +63,7 @@ def _run_train(values: dict[str, Any]) -> None:
     )
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
+        say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
         # Settings that are left out are read from the run's folder.
         say(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
 

@@ -87,17 +87,30 @@ def objective_of_run(
     """
     alpha, without = wanted
     if alpha == "auto":
-        counts = surveys(data.views)
-        args.imitation = auto_imitation(counts)
-        whole = sum(counts, Survey())
-        left_out = unlikely_samplers(whole.sampler_best, whole.sampler_best_nats)
-        args.imitation_without = list(without or left_out)
-        if args.process_index == 0:
-            names = ", ".join(args.imitation_without) or "none"
-            logger.info(
-                "imitation auto: alpha is %.4g for these training groups; samplers that are not "
-                "imitated: %s",
-                args.imitation,
-                names,
-            )
+        args.imitation, args.imitation_without = resolved_auto(
+            surveys(data.views), without, log=args.process_index == 0
+        )
     return args.objective()
+
+
+def resolved_auto(
+    counts: Sequence[Survey], without: Sequence[str], *, log: bool
+) -> tuple[float, list[str]]:
+    """The values of `imitation` and `imitation_without` that `imitation: auto` stands for.
+
+    Args:
+        counts: the survey of each training dataset's groups.
+        without: the setting `imitation_without`, which is kept if it names a sampler.
+        log: log both values.
+    """
+    whole = sum(counts, Survey())
+    left_out = unlikely_samplers(whole.sampler_best, whole.sampler_best_nats)
+    alpha, without = auto_imitation(counts), list(without or left_out)
+    if log:
+        logger.info(
+            "imitation auto: alpha is %.4g for these training groups; samplers that are not "
+            "imitated: %s",
+            alpha,
+            ", ".join(without) or "none",
+        )
+    return alpha, without

@@ -22,6 +22,7 @@ from gvpo_offline.reference.score import run_reference
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.stream.settings import DataSettings, ResponseSettings
+from gvpo_offline.train import imitation
 from gvpo_offline.train.checkpoint import RUN_FILE
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.objective import Objective
@@ -228,3 +229,21 @@ def test_a_damaged_run_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / RUN_FILE).write_text(text)
         with pytest.raises(IntegrityError, match=rf"{RUN_FILE}: .*settings of a run"):
             with_run_settings(EvaluateConfig(str(tmp_path)))
+
+
+def test_the_run_file_has_what_imitation_auto_stands_for(
+    root: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samplers too: at a threshold of 0 those are all with a best response. `evaluate` then
+    computes the loss of the run."""
+    monkeypatch.setattr(imitation, "UNLIKELY", 0.0)
+    trainer = train(tiny_model_dir, root, tmp_path, imitation="auto", max_steps=1, eval_steps=1)
+    assert trainer.args.imitation_without
+    config = with_run_settings(EvaluateConfig(str(tmp_path)))
+    assert config.imitation == trainer.args.imitation
+    assert config.imitation_without == trainer.args.imitation_without
+    report = evaluate(tmp_path)
+    assert report.metrics["loss"] == pytest.approx(last(trainer, "eval_loss"), rel=1e-4)
+    # The values stand below each other: two blanks, the longest name, a blank, 12 characters.
+    rows = report.table().splitlines()[1 : 1 + len(report.metrics)]
+    assert {len(row) for row in rows} == {2 + max(map(len, report.metrics)) + 1 + 12}
