@@ -157,9 +157,11 @@ def test_the_imitation_of_a_run_is_evaluated(
     assert written["imitation_without"] == [own]
     evaluated = evaluate(tmp_path / "run")
     assert objective_of(evaluated.config) == trainer.args.objective()
-    again = evaluate(tmp_path / "run", imitation=0.5)
-    parts = again.metrics["squares_loss"], 0.5 * BETA * again.metrics["imitation_loss"]
-    assert again.metrics["loss"] == pytest.approx(sum(parts), rel=1e-12)
+    # The term is alpha times what does not depend on alpha: twice as large at twice the alpha.
+    once, twice = (evaluate(tmp_path / "run", imitation=own).metrics for own in (0.5, 1.0))
+    terms = [own["loss"] - own["squares_loss"] for own in (once, twice)]
+    assert terms[0] > 0
+    assert terms[1] == pytest.approx(2 * terms[0], rel=1e-9)
 
 
 def test_settings_of_the_runs_loss_are_not_those_of_another(tmp_path: Path) -> None:

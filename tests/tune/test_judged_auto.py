@@ -1,4 +1,4 @@
-"""`tune` with `judge: sample` in a run with `imitation: auto`: trials and proposal have its values."""
+"""`tune` with `judge: sample` where the run has `imitation: auto`."""
 
 from __future__ import annotations
 
