@@ -23,7 +23,6 @@ from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
 from gvpo_offline.settings import (
     ASYMRE_DELTA,
-    SIZELESS,
     check_imitation,
     check_loss,
     checked_delta,
@@ -108,7 +107,8 @@ def group_loss(
     if not imitation:
         return result
     shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
-    return with_imitation(result, float(imitation), shares_N, sized=loss_type not in SIZELESS)
+    gap = {"qrpo": 1.0, "ipo": 2.0 / beta**2}.get(loss_type)  # see `losses.imitation`
+    return with_imitation(result, float(imitation), shares_N, gap=gap)
 
 
 def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:

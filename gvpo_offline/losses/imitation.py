@@ -15,8 +15,9 @@ and that of this term is -alpha * beta * D * q_i. So the ratio of the two, alpha
 units of reward, as D is, so alpha is a plain number: rewards and beta multiplied by c, which leave
 the optimum of the squares where it is, multiply both parts by c^2. With rewards of 0 and 1 the term
 is alpha * beta times the loss `rft`. And rewards that come close to each other let the term go to
-0, as they do with the squares. `ipo` and `qrpo` ignore the size of rewards: there D is 1. The
-squares of `ipo` are in nats^2: alpha * beta^2 has the effect there that alpha has elsewhere.
+0, as they do with the squares. `qrpo` ignores the size of rewards: there D is 1. So does `ipo`,
+which is 4 / beta^2 times `rebel` for rewards 1/2 apart; its D is 4 / beta^2 times 1/2, so that
+alpha has the effect there that it has for `rebel` and those rewards.
 
 **What it does to the optimum.** With alpha above 0 the minimiser is no longer
 pi_ref exp(R / beta) / Z. Over all groups of one prompt, let W(y) be the sum of w_i / (k - 1) over
@@ -51,7 +52,7 @@ from gvpo_offline.losses.terms import GroupTerms
 
 
 def with_imitation(
-    result: GroupLoss, alpha: float, shares_N: Tensor, *, sized: bool = True
+    result: GroupLoss, alpha: float, shares_N: Tensor, *, gap: float | None = None
 ) -> GroupLoss:
     """A loss of squares plus the term of imitation.
 
@@ -59,14 +60,15 @@ def with_imitation(
         result: the loss of squares.
         alpha: above 0.
         shares_N: (N,) float64, as `imitated_shares`.
-        sized: whether the loss of squares uses the size of reward differences; otherwise D is 1.
+        gap: D of all groups in which something is imitated, for a loss of squares that ignores the
+            size of reward differences; None: it uses them, and D is that of the group's rewards.
 
     Returns:
         The sum. Its weights are those of the gradient of both: w_i + alpha * (k - 1) * D * q_i.
     """
     gaps_G = _gaps(result.terms, shares_N)
-    if not sized:
-        gaps_G = (gaps_G > 0).double()
+    if gap is not None:
+        gaps_G = gap * (gaps_G > 0).double()
     factors_G = alpha * gaps_G
     terms = replace(result.terms, imitation_G=factors_G, imitated_N=shares_N)
     group_losses_G = result.group_losses + terms.beta * factors_G * terms.imitation_losses_G
