@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gvpo_offline.losses import anchored, baselines
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
-from gvpo_offline.losses.imitation import imitated_shares, with_imitation
+from gvpo_offline.losses.imitation import fixed_gap, imitated_shares, with_imitation
 from gvpo_offline.losses.likelihood import checked_counts
 from gvpo_offline.losses.needs import check_references, needed_inputs
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
@@ -107,8 +107,7 @@ def group_loss(
     if not imitation:
         return result
     shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
-    gap = {"qrpo": 1.0, "ipo": 2.0 / beta**2}.get(loss_type)  # see `losses.imitation`
-    return with_imitation(result, float(imitation), shares_N, gap=gap)
+    return with_imitation(result, float(imitation), shares_N, gap=fixed_gap(loss_type, beta))
 
 
 def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:

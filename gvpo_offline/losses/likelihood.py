@@ -1,10 +1,9 @@
-"""How much each logged response counts where the question is what the policy itself would say.
+"""Weights of logged responses in metrics that estimate the reward of the policy's own answers.
 
-Metrics that reweigh logged responses by pi / pi_ref estimate what changes in the policy's own
-answers. They are right for responses of the reference. Responses of a writer whom the policy hardly
-imitates, such as a person, mislead them: the probability of such a text may rise by many nats and
-still be that of a text that is never sampled, and its ratio then outweighs those of all others.
-Two rules keep one response from taking all.
+These metrics weight logged responses by pi / pi_ref. The estimate is right for responses that the
+reference sampled. It is wrong for responses that the policy never samples, such as a person's: the
+log-prob of such a text may rise by many nats while its probability stays negligible, and its ratio
+is then larger than all others together. Two rules limit the weight of a single response.
 
 **What the reference finds unlikely does not count.** For a response y of T tokens, m = log
 pi_ref(y) / T, and m* is the median of m in the group (the more likely of the middle two for an even

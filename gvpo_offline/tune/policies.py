@@ -1,9 +1,10 @@
 """The policies of trials whose answers are sampled: trained, kept on disk, and judged.
 
-A trial may be asked for more answers long after it was trained. Its trained parameters are kept in
-a file until it is beaten: with LoRA those of the adapter alone. To train it again instead would
-cost a whole trial, and the number of files is that of the trials that are not told apart. Where a
-file is missing, the policy is trained again, which gives the same weights on the same machine.
+A trial's policy may have to give more answers long after it was trained. So its trained parameters
+(with LoRA those of the adapter alone) are kept in a file until the trial is significantly worse
+than the best one. To train it again instead would cost a whole trial, and there are only as many
+files as trials that do not differ significantly. Where a file is missing, the policy is trained
+again, which gives the same weights on the same machine.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def test_the_term_grows_with_the_gap_between_rewards() -> None:
 def test_ipo_with_imitation_is_rebel_with_imitation_for_a_gap_of_a_half(
     beta: float, alpha: float, seed: int
 ) -> None:
-    """(d - 1 / (2 beta))^2 = 4 / beta^2 * (1/2 - beta d)^2 / 4, and the term is multiplied alike: so
-    the same alpha has the same optimum, also at a small beta."""
+    """(d - 1 / (2 beta))^2 = 4 / beta^2 * (1/2 - beta d)^2 / 4, and so for the term: the same alpha
+    has the same optimum, also at a small beta."""
     seq, ref, rewards, group = batch_of([[0.5, 0.0], [0.0, 0.5]], seed)
     found, expected = (
         group_loss(name, seq, ref, rewards, group, beta=beta, imitation=alpha)
