@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_offline.compute.fused import LogitTerm, PairLogprobs, fused_pair_logprobs
+from gvpo_offline.compute.vocabulary import multiplies_bfloat16
 from gvpo_offline.errors import ConfigError
 
 __all__ = ["Head", "PairLogprobs", "UnsupportedHeadError", "find_head", "pair_logprobs"]
@@ -90,10 +91,11 @@ def pair_logprobs(
 ) -> PairLogprobs:
     """log softmax(logits of hidden row)[token] for pairs of a row and a token.
 
-    Differentiable in the hidden states and in every weight of the head. On CUDA, factors of matrix
-    products have the dtype of the output layer's weight, or of autocast, and products are float32.
-    On other devices all is float32, because products of 16-bit factors would be rounded to 16 bits
-    there: half of the variance of a log-prob's error in bfloat16 (benchmarks/precision.py).
+    Differentiable in the hidden states and in every weight of the head. On devices with
+    instructions for 16-bit factors, the factors of matrix products have the dtype of the output
+    layer's weight, or of autocast. On others they are float32. Products are float32 everywhere:
+    rounding them to 16 bits is 40% of the variance of a log-prob's error in bfloat16
+    (benchmarks/precision.py).
 
     Args:
         head: from `find_head`.
@@ -116,7 +118,10 @@ def pair_logprobs(
     matmul_dtype = parts[0].weight_VK.dtype
     if torch.is_autocast_enabled(device_type) and matmul_dtype != torch.float64:
         matmul_dtype = torch.get_autocast_dtype(device_type)
-    if device_type != "cuda":
+    if not (
+        device_type == "cuda"
+        or (matmul_dtype == torch.bfloat16 and multiplies_bfloat16(hidden_HD.device))
+    ):
         matmul_dtype = torch.promote_types(matmul_dtype, torch.float32)
     return fused_pair_logprobs(
         parts,

@@ -183,7 +183,7 @@ def write_logits_(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tenso
     elif x.is_cuda:
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
     else:
-        out.copy_(torch.mm(x, weight.t()))
+        _unrounded_mm(x, weight.t(), out.dtype, out)
     for x, weight in others:
         if x.dtype == out.dtype:
             torch.addmm(out, x, weight.t(), out=out)
@@ -192,10 +192,34 @@ def write_logits_(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tenso
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on a GPU without rounding to the dtype of the factors first."""
+    """a @ b in `dtype`, without rounding to the dtype of the factors first."""
     if a.dtype == dtype:
         return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a, b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else _unrounded_mm(a, b, dtype)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16 factors."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(known and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _unrounded_mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`matmul` where torch.mm has no out_dtype: products of the factors converted to `dtype`.
+
+    The factors are 16-bit numbers, so that nothing is lost if oneDNN rounds them to bfloat16 again:
+    on CPUs with instructions for it, the product then has their speed.
+    """
+    precision = torch.backends.mkldnn.matmul
+    before = precision.fp32_precision
+    try:
+        if a.dtype == b.dtype == torch.bfloat16:
+            precision.fp32_precision = "bf16"
+        return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    finally:
+        precision.fp32_precision = before
 
 
 def softmax_blocks(

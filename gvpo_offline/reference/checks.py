@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Version of how log-probs are computed in 16 bits. 2: the head is float32 except on CUDA.
+# Version of how log-probs are computed in 16 bits. 2: products of the head are float32 everywhere.
 ARITHMETIC = 2
 
 

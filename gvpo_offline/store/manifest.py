@@ -180,8 +180,8 @@ class ReferenceFamily(_Record):
     tokenizer_fingerprint: str | None
     arithmetic: int = Field(
         default=1,
-        description="Version of the arithmetic in bfloat16 and float16; absent: 1. 2: the output "
-        "layer is computed in float32, except on CUDA.",
+        description="Version of the arithmetic in bfloat16 and float16; absent: 1. 2: products of "
+        "the output layer are float32 on every device.",
     )
     selection: ReferenceSelection | None = Field(
         default=None, description="The responses that have log-probs; null or absent: every one."

@@ -23,6 +23,7 @@ from torch import nn
 from gvpo_offline.collectives import broadcast_from_rank0, raise_together
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.precision import Rounding, assumed_rounding, measured_rounding
+from gvpo_offline.compute.vocabulary import multiplies_bfloat16
 from gvpo_offline.group import Group
 from gvpo_offline.reference.agreement import log_ratio_rounding
 from gvpo_offline.reference.checks import PolicyFacts, coarsest_dtype
@@ -142,7 +143,7 @@ def _computes(model: nn.Module, device: torch.device) -> bool:
 def _warn_of_emulation() -> None:
     """Warn if the CPU has no instructions for bfloat16."""
     known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if known and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if known and not multiplies_bfloat16(torch.device("cpu")):
         logger.warning(
             "this CPU has no instructions for bfloat16 and emulates it: a step takes many times as "
             "long as in float32, which is also more exact. Leave bf16 out, and score the reference "

@@ -85,7 +85,7 @@ FULL = Plan(
     extended=True,
     trial_answers=6,
     seeds=(0, 1, 2, 3),
-    answers=6,
+    answers=4,
 )
 QUICK = Plan(
     prompts={"train": 24, "validation": 8, "test": 16},

@@ -28,7 +28,8 @@ NEAR: dict[str, float] = {
     "rft": 3e-4,
     "carry, gvpo": 3e-4,
     "carry, rft": 3e-3,
-    "carry, recommended": 3e-3,
+    "carry, recommended": 1e-3,
+    "carry, gvpo + 1": 1e-3,
     "carry, gvpo + 3": 3e-3,
     "carry, gvpo + 10": 3e-3,
 }

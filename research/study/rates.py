@@ -12,7 +12,7 @@ from jobs import Job, Row
 
 # Half decades: 1e-5, 3e-5, ..., 3e-2.
 LADDER = tuple(float(f"{10.0 ** (n / 2):.0e}") for n in range(-10, -2))
-SEED = 0
+SEED, SECOND_SEED = 0, 1
 Run = Callable[[Sequence[Job]], list[Row]]
 
 
@@ -30,10 +30,13 @@ class Point:
 
 
 def choose_rates(points: Mapping[str, Point], run: Run) -> dict[str, float]:
-    """The learning rate of each point, by reward - beta KL on validation prompts at one seed.
+    """The learning rate of each point, by reward - beta KL on validation prompts.
 
-    Each point begins with three rates of `LADDER` around the one of its neighbour. While the best
-    is at an end, the next rate beyond it is tried. See `best_rate` for near ties.
+    Each point begins with three rates of `LADDER` around the one of its neighbour, at one seed.
+    While the best is at an end, the next rate beyond it is tried. If other rates are within one
+    standard error of the best (`contenders`), these and the best are run at a second seed, and the
+    best mean over both seeds is taken: the best of one seed alone can be a rate at which other
+    seeds diverge.
 
     Args:
         points: the points by name. A neighbour is another point; there are no cycles.
@@ -65,24 +68,30 @@ def choose_rates(points: Mapping[str, Point], run: Run) -> dict[str, float]:
             if 0 <= beyond < len(LADDER):
                 tried[name] = sorted([*tried[name], beyond])
             else:
-                chosen[name] = best_rate(found)
+                chosen[name] = best_rate(contenders(found), run)
     return chosen
 
 
-def best_rate(rows: Sequence[Row]) -> float:
-    """The smallest rate that is not worse than the best by more than one standard error.
+def contenders(rows: Sequence[Row]) -> list[Row]:
+    """The rows whose objective is within one standard error of the best, the best included.
 
-    The standard error is that of the difference, paired by validation prompt. A larger rate varies
-    more between seeds, so it must be visibly better.
+    The standard error is that of the difference, paired by validation prompt.
     """
     best = max(rows, key=_objective)
-    level = [row for row in rows if row is best or _behind(row, best)]
-    return float(min(row["job"]["rate"] for row in level))
+    return [row for row in rows if row is best or _close(row, best)]
 
 
-def _behind(row: Row, best: Row) -> bool:
-    """Whether a row with a smaller rate is within one standard error of the best."""
-    if row["job"]["rate"] > best["job"]["rate"] or not math.isfinite(row["objective"]):
+def best_rate(rows: Sequence[Row], run: Run) -> float:
+    """The rate of the row with the best mean objective over its own and the second seed."""
+    if len(rows) == 1:
+        return float(rows[0]["job"]["rate"])
+    again = run([replace(Job(**row["job"]), seed=SECOND_SEED) for row in rows])
+    means = [_objective(row) + _objective(other) for row, other in zip(rows, again, strict=True)]
+    return float(rows[means.index(max(means))]["job"]["rate"])
+
+
+def _close(row: Row, best: Row) -> bool:
+    if not math.isfinite(row["objective"]):
         return False
     gaps = np.subtract(best["by_prompt"], row["by_prompt"])
     return bool(gaps.mean() <= gaps.std(ddof=1) / math.sqrt(len(gaps)))

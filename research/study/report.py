@@ -170,6 +170,8 @@ def _judges(task: str, labelled: Sequence[Labelled]) -> dict[str, float]:
         for a, b in combinations(grid, 2)
         if a["job"]["seed"] == b["job"]["seed"] and a["reward"] != b["reward"]
     ]
+    if not pairs:  # all runs earn the same
+        return {}
     return {
         name: mean((a[name] > b[name]) == (a["reward"] > b["reward"]) for a, b in pairs)
         for name in ("score", "reweighted_reward", "explained_variance", "best_log_ratio")

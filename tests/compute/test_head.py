@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from gvpo_offline.compute import head as head_module
 from gvpo_offline.compute import vocabulary
 from gvpo_offline.compute.fused import LogitTerm, fused_pair_logprobs
 from gvpo_offline.compute.head import UnsupportedHeadError, find_head, pair_logprobs
@@ -391,8 +393,11 @@ def test_bf16_is_as_good_as_the_models_own(way: str, kept_bytes: int) -> None:
     assert off < 1.2 * relative_difference(gradients(model, own), exact_grads)
 
 
-def test_autocast_leaves_the_head_in_float32_on_a_cpu() -> None:
+def test_autocast_leaves_the_head_in_float32_without_bfloat16_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A CPU would round the products of bfloat16 factors, the logits, to bfloat16 too."""
+    monkeypatch.setattr(head_module, "multiplies_bfloat16", lambda device: False)
     head, hidden = find_head(tiny_model("granite")), hidden_of(tiny_model("granite"))
 
     def logprobs() -> Tensor:
@@ -401,6 +406,33 @@ def test_autocast_leaves_the_head_in_float32_on_a_cpu() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = logprobs()
     assert torch.equal(under_autocast, logprobs())
+
+
+def test_with_bfloat16_instructions_the_factors_are_rounded_and_products_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The log-probs and gradients are those of float32 on factors that were rounded before.
+
+    oneDNN's setting is what it was afterwards.
+    """
+    monkeypatch.setattr(head_module, "multiplies_bfloat16", lambda device: True)
+    model = tiny_model("granite")
+    head, hidden = find_head(model), hidden_of(model).detach().requires_grad_()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pair_logprobs(head, hidden, ROWS, TOKENS, kept_bytes=0).logprobs_N
+    with torch.no_grad():
+        rounded = copy.deepcopy(model)
+        layer = rounded.get_output_embeddings()
+        layer.weight.copy_(layer.weight.bfloat16())
+        expected = pair_logprobs(
+            find_head(rounded), hidden.bfloat16().float(), ROWS, TOKENS, kept_bytes=0
+        ).logprobs_N
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    assert gradient.dtype == torch.float32
+    assert gradient.isfinite().all()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_bfloat16_products_round_the_factors() -> None:

@@ -160,19 +160,32 @@ def test_a_rate_is_searched_past_the_ends_and_from_the_neighbour(
         rates.choose_rates({"first": rates.Point(points["first"].job, "none")}, run)
 
 
-def test_of_rates_that_are_level_the_smallest_is_taken(modules: dict[str, ModuleType]) -> None:
+def test_near_ties_are_decided_by_a_second_seed(modules: dict[str, ModuleType]) -> None:
     """The differences between the best rate and a smaller one are 0.0 and 0.2: 0.1 +- 0.1, which
-    is within one standard error. With 0.1 and 0.2 they are 0.15 +- 0.05."""
-    best_rate = modules["rates"].best_rate
+    is within one standard error, so both run at seed 1. There the larger rate loses 0.3, and the
+    smaller one has the better mean. With 0.1 and 0.2 they are 0.15 +- 0.05: no second run.
+    """
+    rates, job = modules["rates"], modules["jobs"].Job
 
     def own(rate: float, *values: float) -> dict[str, Any]:
-        return {"job": {"rate": rate}, "objective": fmean(values), "by_prompt": values}
+        made = asdict(job("carry", "gvpo", rate, 0, validate=True))
+        return {"job": made, "objective": fmean(values), "by_prompt": values}
 
-    best, larger = own(1e-3, 0.5, 0.5), own(3e-3, 0.5, 0.5 - 1e-9)
-    assert best_rate([own(3e-4, 0.5, 0.3 + 1e-9), best, larger]) == 3e-4
-    assert best_rate([own(3e-4, 0.4, 0.3), best, larger]) == 1e-3
-    diverged = own(1e-4, math.nan)
-    assert best_rate([diverged, best, larger]) == 1e-3
+    asked: list[Any] = []
+
+    def run(jobs: list[Any]) -> list[dict[str, Any]]:
+        asked.extend(jobs)
+        return [own(j.rate, *([0.2] * 2 if j.rate == 1e-3 else [0.4] * 2)) for j in jobs]
+
+    best, far = own(1e-3, 0.5, 0.5), own(3e-3, 0.1, 0.1)
+    level = rates.contenders([own(3e-4, 0.5, 0.3 + 1e-9), best, far])
+    assert [row["job"]["rate"] for row in level] == [3e-4, 1e-3]
+    assert rates.best_rate(level, run) == 3e-4  # 0.4 + 0.4 against 0.5 + 0.2
+    assert [(j.rate, j.seed, j.validate) for j in asked] == [(3e-4, 1, True), (1e-3, 1, True)]
+    asked.clear()
+    alone = rates.contenders([own(3e-4, 0.4, 0.3), best, far, own(1e-4, math.nan)])
+    assert rates.best_rate(alone, run) == 1e-3
+    assert not asked
 
 
 def test_lines_of_another_version_are_not_taken_for_runs(
