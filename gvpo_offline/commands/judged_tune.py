@@ -32,7 +32,6 @@ from gvpo_offline.stream.settings import DataSettings
 from gvpo_offline.train.checkpoint import TUNE_FOLDER
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.imitation import resolved_auto
-from gvpo_offline.train.preflight import surveys
 from gvpo_offline.train.settings import GVPOSettings, LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.candidates import loss_candidates, nearest, settings_of_loss
@@ -169,7 +168,7 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
     args, auto = copy.copy(args), args.imitation == "auto"
     if auto:
         args.imitation, args.imitation_without = resolved_auto(
-            surveys(run.data.views), args.imitation_without, log=args.process_index == 0
+            run.data.views, args.imitation_without, log=args.process_index == 0
         )
         short.imitation_without = run.args.imitation_without = args.imitation_without
     assert not isinstance(args.imitation, str)

@@ -72,8 +72,10 @@ def quantile_rewards(terms: GroupTerms) -> Tensor:
 
 
 def log_partition(beta: float) -> float:
-    """log(beta (e^(1 / beta) - 1)), without overflow at a small beta."""
-    return math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))
+    """log(beta (e^(1 / beta) - 1)), exact at a small beta (e^x overflows) and at a large one."""
+    x = 1 / beta
+    # (e^x - 1) / x = e^x (1 - e^-x) / x, of which the last factor goes to 1 with x.
+    return x + math.log(-math.expm1(-x) / x)
 
 
 def _squares(terms: GroupTerms, targets_N: Tensor) -> Tensor:

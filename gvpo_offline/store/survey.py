@@ -40,9 +40,6 @@ class Survey:
         equal_reward_groups: groups whose responses all have one reward. They take part in training:
             their target is the reference.
         lowest_reward_groups: those of them whose reward is the lowest of all groups.
-        sampler_best: responses with the highest reward of their group by sampler, in groups of
-            unequal rewards; of those with a reference log-prob.
-        sampler_best_nats: sum over these of -(reference log-prob) / (tokens of the response).
         reward_range: lowest and highest reward; (inf, -inf) if there is none.
         gap_bins: histogram of max reward - min reward of the groups with unequal rewards.
         max_group_tokens: tokens of the largest group, its prompt counted once.
@@ -61,8 +58,6 @@ class Survey:
     sampler_tokens: Counter[str] = field(default_factory=Counter)
     sampler_truncated: Counter[str] = field(default_factory=Counter)
     sampler_rewards: Counter[str] = field(default_factory=Counter)
-    sampler_best: Counter[str] = field(default_factory=Counter)
-    sampler_best_nats: Counter[str] = field(default_factory=Counter)
     equal_reward_groups: int = 0
     lowest_reward_groups: int = 0
     reward_range: tuple[float, float] = (math.inf, -math.inf)
@@ -193,14 +188,6 @@ class Survey:
             self.lowest_reward_groups += lowest
             worst = np.minimum.reduceat(rewards, starts)
             self._add_gaps(best, worst)
-            if "ref_seq_logprobs" in table.column_names:
-                sought = np.where(best > worst, best, np.inf)  # none where rewards are equal
-                is_best = rewards == np.repeat(sought, np.diff(starts, append=len(rewards)))
-                nats = -_flat(table, "ref_seq_logprobs")[0] / np.maximum(lengths, 1)
-                is_best &= np.isfinite(nats)
-                self.sampler_best.update(per_sampler(is_best))
-                self.sampler_best_nats.update(per_sampler(np.where(is_best, nats, 0.0)))
-
         if "ref_seq_logprobs" in table.column_names:
             self._add_unscored(table, row_group, rows)
 

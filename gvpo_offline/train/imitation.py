@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from gvpo_offline.collectives import gather_results, rank_slice
+from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.survey import Survey
+from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.objective import counted_tokens
 from gvpo_offline.train.preflight import surveys
 
 if TYPE_CHECKING:
@@ -50,7 +60,88 @@ def alpha_of(lowest_reward_groups: int, n_groups: int) -> float:
     return ALPHA_AT_LEAST + ALPHA_OF_ALL_WRONG * lowest_reward_groups / n_groups
 
 
+@dataclass
+class BestResponses:
+    """The best responses of groups of unequal rewards that have a reference log-prob, by sampler.
+
+    Attributes:
+        counts: number of responses.
+        nats: sum of -(reference log-prob) / (tokens of the response that the loss mask counts).
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    nats: Counter[str] = field(default_factory=Counter)
+
+
+def best_responses(views: Sequence[DatasetView]) -> list[BestResponses]:
+    """Those of each view; each rank reads its slice of the row groups. All ranks must call."""
+
+    def own() -> list[BestResponses]:
+        found = [BestResponses() for _ in views]
+        for view, sums in zip(views, found, strict=True):
+            for row_group in range(view.dataset.n_row_groups)[rank_slice()]:
+                _add_best(sums, view, row_group)
+        return found
+
+    wholes = [BestResponses() for _ in views]
+    for part in gather_results(own):
+        for whole, sums in zip(wholes, part, strict=True):
+            whole.counts.update(sums.counts)
+            whole.nats.update(sums.nats)
+    return wholes
+
+
+def _add_best(sums: BestResponses, view: DatasetView, row_group: int) -> None:
+    table, rows = view.summary_table(row_group)
+    if not table.num_rows:
+        return
+    rewards, logprobs, lengths = (
+        column_array(table, name).flatten().to_numpy(zero_copy_only=False)
+        for name in ("rewards", "ref_seq_logprobs", "response_lengths")
+    )
+    sizes = column_array(table, "response_lengths").value_lengths().to_numpy().astype(np.int64)
+    starts = np.cumsum(sizes) - sizes
+    best, worst = np.maximum.reduceat(rewards, starts), np.minimum.reduceat(rewards, starts)
+    sought = np.where(best > worst, best, np.inf)  # no response where rewards are equal
+    chosen = (rewards == np.repeat(sought, sizes)) & np.isfinite(logprobs)
+    if not chosen.any():
+        return
+    nats = -logprobs[chosen] / _counted(view, row_group, rows, lengths)[chosen]
+    encoded = column_array(table, "samplers").flatten().dictionary_encode()
+    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()[chosen]
+    for counter, weights in ((sums.counts, None), (sums.nats, nats)):
+        per_sampler = np.bincount(codes, weights=weights, minlength=len(names)).tolist()
+        counter.update({name: own for name, own in zip(names, per_sampler, strict=True) if own})
+
+
+def _counted(
+    view: DatasetView,
+    row_group: int,
+    rows: npt.NDArray[np.int64] | None,
+    lengths: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float64]:
+    """The tokens of each response that the loss mask counts; reads them only if there is one."""
+    table = view.dataset.table(row_group, ["loss_mask"])
+    if table.num_rows == _nulls(table, "loss_mask"):
+        return lengths.astype(np.float64)
+    groups = view.groups(row_group)
+    chosen = groups if rows is None else [groups[row] for row in rows]
+    counts: npt.NDArray[np.float64] = counted_tokens(chosen).numpy()
+    return counts
+
+
+def _nulls(table: pa.Table, name: str) -> int:
+    """Rows without a value in a column, which the table may lack."""
+    held = name in table.column_names
+    return int(table.column(name).null_count) if held else table.num_rows
+
+
 def unlikely_samplers(best: Mapping[str, float], nats: Mapping[str, float]) -> list[str]:
+    """`unlikely_samplers_of` one dataset, with the fields of `BestResponses`."""
+    return unlikely_samplers_of([BestResponses(Counter(best), Counter(nats))])
+
+
+def unlikely_samplers_of(parts: Sequence[BestResponses]) -> list[str]:
     """The samplers that `imitation: auto` does not imitate, sorted.
 
     Those whose best responses the reference finds unlikely: they cost more than 1.2 times the nats
@@ -58,18 +149,21 @@ def unlikely_samplers(best: Mapping[str, float], nats: Mapping[str, float]) -> l
     their style, such as a person's, and not only what makes them good. The squares still use their
     responses.
 
+    Responses are compared with those of the same dataset, since texts of some kinds cost more nats
+    per token than others, whoever writes them. A sampler that alone has the best responses of a
+    dataset is not compared there.
+
     Args:
-        best: the number of responses with the highest reward of their group, by sampler, in groups
-            of unequal rewards.
-        nats: the sum over these of -(reference log-prob) / (tokens), by sampler.
+        parts: the best responses of each dataset.
     """
-    n_best, total = sum(best.values()), sum(nats.values())
-    others = {name: n_best - n for name, n in best.items() if 0 < n < n_best}
-    return sorted(
-        name
-        for name, n_others in others.items()
-        if nats[name] / best[name] > UNLIKELY * (total - nats[name]) / n_others
-    )
+    cost, usual = Counter[str](), Counter[str]()
+    for part in parts:
+        n_best, total = sum(part.counts.values()), sum(part.nats.values())
+        for name, n in part.counts.items():
+            if 0 < n < n_best:
+                cost[name] += part.nats[name]
+                usual[name] += n * (total - part.nats[name]) / (n_best - n)
+    return sorted(name for name in cost if cost[name] > UNLIKELY * usual[name])
 
 
 def objective_of_run(
@@ -89,24 +183,25 @@ def objective_of_run(
     alpha, without = wanted
     if alpha == "auto":
         args.imitation, args.imitation_without = resolved_auto(
-            surveys(data.views), without, log=args.process_index == 0
+            data.views, without, log=args.process_index == 0
         )
     return args.objective()
 
 
 def resolved_auto(
-    counts: Sequence[Survey], without: Sequence[str], *, log: bool
+    views: Sequence[DatasetView], without: Sequence[str], *, log: bool
 ) -> tuple[float, list[str]]:
     """The values of `imitation` and `imitation_without` that `imitation: auto` stands for.
 
+    All ranks must call this.
+
     Args:
-        counts: the survey of each training dataset's groups.
+        views: the training groups of each dataset.
         without: the setting `imitation_without`, which is kept if it names a sampler.
         log: log both values.
     """
-    whole = sum(counts, Survey())
-    left_out = unlikely_samplers(whole.sampler_best, whole.sampler_best_nats)
-    alpha, without = auto_imitation(counts), list(without or left_out)
+    alpha = auto_imitation(surveys(views))
+    without = list(without or unlikely_samplers_of(best_responses(views)))
     if log:
         logger.info(
             "imitation auto: alpha is %.4g for these training groups; samplers that are not "

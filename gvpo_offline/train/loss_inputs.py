@@ -24,7 +24,8 @@ FEW_REFERENCES = 4.0
 
 
 def check_samplers(settings: GVPOSettings, counts: Sequence[Survey]) -> None:
-    """Raise ConfigError if a setting names a sampler that wrote no training response.
+    """Raise ConfigError if a setting names a sampler that wrote no training response, or if
+    imitation leaves all of them out.
 
     Args:
         settings: the settings of the run: `imitation_without`, `reference_sampler`.
@@ -43,6 +44,12 @@ def check_samplers(settings: GVPOSettings, counts: Sequence[Survey]) -> None:
                 received=", ".join(unknown),
                 remedy=f"these wrote them: {', '.join(sorted(known))}",
             )
+    if settings.imitation and known and known <= set(settings.imitation_without):
+        raise ConfigError(
+            "at least one sampler is imitated",
+            received=f"imitation_without: {', '.join(sorted(known))}",
+            remedy="leave one of them out of imitation_without, or set imitation: 0",
+        )
 
 
 def check_loss_inputs(args: GVPOConfig, views: Sequence[DatasetView]) -> None:

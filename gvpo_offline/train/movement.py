@@ -36,11 +36,19 @@ def stillness(metrics: Mapping[str, Any], noise: float) -> str:
     return f"the log-ratios are {size:.2g} nats (root mean square){rounding}"
 
 
+def _tells(step: int, args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a line of metrics up to a step shows if the policy moves."""
+    warmup = args.get_warmup_steps(state.max_steps)
+    return step - 1 >= max(_SHARE * state.max_steps, warmup, 1)
+
+
 class MovementCallback(TrainerCallback):
     """Warns once, after the first tenth of a run, if the log-ratios have not left the noise.
 
-    It reads the first line of training metrics from then on. A policy that did not start as the
-    reference has log-ratios from the start and is not warned of.
+    It reads the first line of training metrics whose last step followed a tenth of the run's
+    updates, all updates of the warm-up, and at least one: the metrics of a step are those before
+    its update. A policy that did not start as the reference has log-ratios from the start and is
+    not warned of.
 
     Args:
         noise: gives the rounding noise of a log-ratio, nats; 0 if it is not known.
@@ -56,7 +64,7 @@ class MovementCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         lines = [line for line in state.log_history if "log_ratio_std" in line]
-        self._looked = any(line["step"] >= _SHARE * state.max_steps for line in lines)
+        self._looked = any(_tells(line["step"], args, state) for line in lines)
 
     def on_log(
         self,
@@ -67,8 +75,9 @@ class MovementCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         line = logs or {}
-        early = state.global_step < _SHARE * state.max_steps
-        if self._looked or early or "log_ratio_std" not in line:
+        if self._looked or "log_ratio_std" not in line:
+            return
+        if not _tells(state.global_step, args, state):
             return
         self._looked = True
         found = stillness(line, self._noise())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -152,6 +153,15 @@ def test_the_partition_function_of_a_uniform_reward(beta: float) -> None:
     integral = float(torch.logsumexp(points / beta, 0)) - math.log(200_000)
     assert log_partition(beta) == pytest.approx(integral, abs=1e-7)
     assert math.isfinite(log_partition(1e-5))
+
+
+@pytest.mark.parametrize("beta", [10.0, 1e3, 1e6])
+def test_the_level_at_a_large_beta_is_the_mean_quantile(beta: float) -> None:
+    """log Z = 1 / (2 beta) + 1 / (24 beta^2) - 1 / (2880 beta^4) ..., so that beta log Z goes to
+    1/2. log Z is the log of a number near 1, which is rounded to some epsilons."""
+    rounding = 4 * sys.float_info.epsilon * beta
+    expected = 0.5 + 1 / (24 * beta)
+    assert beta * log_partition(beta) == pytest.approx(expected, abs=1e-3 / beta**3 + rounding)
 
 
 def test_qrpo_rests_at_the_optimum_of_the_quantile_reward() -> None:

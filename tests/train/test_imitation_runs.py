@@ -13,14 +13,24 @@ import torch
 from support.builders import make_group
 from support.training import VOCAB_SIZE, config_of, scored_dataset, trainer_of
 
-from gvpo_offline import EvaluateConfig
+from gvpo_offline import DatasetSettings, EvaluateConfig
 from gvpo_offline.commands.run_file import objective_of
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.group import Group
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import Survey, survey
+from gvpo_offline.stream.settings import ResponseSettings
+from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train import imitation
-from gvpo_offline.train.imitation import alpha_of, auto_imitation, unlikely_samplers
+from gvpo_offline.train.imitation import (
+    BestResponses,
+    alpha_of,
+    auto_imitation,
+    best_responses,
+    unlikely_samplers,
+    unlikely_samplers_of,
+)
 from gvpo_offline.train.objective import Objective
 
 PERSON = "a-person"
@@ -118,11 +128,26 @@ def test_unlikely_samplers() -> None:
     assert unlikely_samplers({}, {}) == []
 
 
-def test_the_survey_sums_the_nats_of_best_responses(dataset: GroupDataset) -> None:
+def nats_of(groups: list[Group], place: int) -> float:
+    """Sum over groups of -(reference log-prob) / (counted tokens) of one response."""
+    found = 0.0
+    for group in groups:
+        assert group.ref_seq_logprobs is not None
+        counted = (
+            group.response_lengths[place]
+            if group.loss_mask is None
+            else group.loss_mask[place].sum()
+        )
+        found -= group.ref_seq_logprobs[place] / float(counted)
+    return found
+
+
+def test_the_nats_of_best_responses(dataset: GroupDataset) -> None:
     """In the four mixed groups the first and the third response are best: the person's and one of
     two's."""
-    found = survey(dataset)
-    assert {name: n for name, n in found.sampler_best.items() if n} == {PERSON: 4, "two": 4}
+    (found, again) = best_responses([DatasetView(dataset), DatasetView(dataset)])
+    assert found == again
+    assert found.counts == {PERSON: 4, "two": 4}
     groups = [
         group
         for row_group in range(dataset.n_row_groups)
@@ -130,14 +155,52 @@ def test_the_survey_sums_the_nats_of_best_responses(dataset: GroupDataset) -> No
         if group.rewards is not None and np.ptp(group.rewards)
     ]
     for place, name in ((0, PERSON), (2, "two")):
-        nats = [
-            -g.ref_seq_logprobs[place] / len(g.response_token_ids[place])
-            for g in groups
-            if g.ref_seq_logprobs is not None
-        ]
-        assert found.sampler_best_nats[name] == pytest.approx(sum(nats))
-    both = found + found + Survey()
-    assert both.sampler_best_nats[PERSON] == pytest.approx(2 * found.sampler_best_nats[PERSON])
+        assert found.nats[name] == pytest.approx(nats_of(groups, place))
+
+
+def test_the_nats_are_of_the_tokens_that_the_loss_mask_counts(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """A reference log-prob sums over counted tokens. All groups but the first have a mask; the
+    selection leaves the first out, and the person's responses."""
+    groups = [
+        make_group(
+            number,
+            k=4,
+            vocab_size=VOCAB_SIZE,
+            scored=False,
+            masked=number > 0,
+            samplers=(PERSON, "one", "two", "two"),
+            rewards=np.array([1.0, 0, 0.5, 0]),
+        )
+        for number in range(6)
+    ]
+    own = scored_dataset(tmp_path / "data", tiny_model_dir, groups=groups)
+    scored = [g for row_group in range(own.n_row_groups) for g in own.groups(row_group)]
+    assert any(g.loss_mask is not None and not g.loss_mask[2].all() for g in scored)
+    (found,) = best_responses([DatasetView(own)])
+    assert found.counts == {PERSON: 6}
+    assert found.nats[PERSON] == pytest.approx(nats_of(scored, 0))
+    where = f"group_id != '{scored[0].group_id}'"
+    others = ResponseSettings(samplers=[f"!{PERSON}"])
+    chosen = DatasetSettings(path=str(own.root), where=where, responses=others)
+    trainer = trainer_of(tiny_model_dir, chosen, tmp_path, imitation="auto")
+    (found,) = best_responses(trainer.data.views)
+    assert found.counts == {"two": 5}
+    assert found.nats["two"] == pytest.approx(nats_of(scored[1:], 2))
+
+
+def test_samplers_are_compared_within_a_dataset() -> None:
+    """Texts of the second dataset cost 3 nats per token whoever wrote them, of the first 1. The
+    person's cost 2 and 3.3: of 10 and 10 responses 53, where the others' would cost 10 + 30 = 40,
+    1.33 times as much. Alone in a dataset, nobody is compared."""
+    first = BestResponses(Counter({"one": 20, PERSON: 10}), Counter({"one": 20.0, PERSON: 20.0}))
+    second = BestResponses(Counter({"two": 20, PERSON: 10}), Counter({"two": 60.0, PERSON: 33.0}))
+    assert unlikely_samplers_of([first, second]) == [PERSON]
+    assert unlikely_samplers_of([second]) == []
+    alone = BestResponses(Counter({"two": 20}), Counter({"two": 90.0}))
+    assert unlikely_samplers_of([alone, first]) == [PERSON]
+    assert unlikely_samplers_of([alone]) == unlikely_samplers_of([]) == []
 
 
 def test_auto_follows_the_groups_that_are_held_out(
@@ -204,6 +267,19 @@ def test_a_sampler_that_wrote_nothing_is_refused_before_training(
         trainer.preflight()
     assert error.value.received == "nobody"
     assert "a-person, one, two" in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", [1.0, "auto"])
+def test_leaving_out_all_samplers_is_refused_before_training(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, alpha: Any
+) -> None:
+    settings = {"imitation": alpha, "imitation_without": ["two", "one", PERSON]}
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **settings)
+    with pytest.raises(ConfigError, match="at least one sampler is imitated") as error:
+        trainer.preflight()
+    assert error.value.received == "imitation_without: a-person, one, two"
+    assert "imitation: 0" in str(error.value)
+    trainer_of(tiny_model_dir, dataset, tmp_path, **settings | {"imitation": 0.0}).preflight()
 
 
 @pytest.mark.parametrize(

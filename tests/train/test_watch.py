@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.training import scored_dataset, trainer_of
+from support.training import config_of, scored_dataset, trainer_of
+from transformers import TrainerControl, TrainerState
 
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.callbacks import MetricMonitor
-from gvpo_offline.train.movement import stillness
+from gvpo_offline.train.movement import MovementCallback, stillness
 
 
 def said(*lines: dict[str, float], loss_type: str = "gvpo") -> list[list[str]]:
@@ -186,6 +188,42 @@ def test_a_resumed_run_does_not_repeat_warnings(
     assert warned(caplog) == late
 
 
+def warned_at(tmp_path: Path, still: int, **settings: Any) -> int | None:
+    """The step of the warning of a run of 20 steps whose log-ratios are 0 up to step `still`."""
+    args = config_of(tmp_path, max_steps=20, **settings)
+    state, control = TrainerState(), TrainerControl()
+    state.max_steps, state.log_history = 20, []
+    callback = MovementCallback(lambda: 0.0, adapted=False)
+    callback.on_train_begin(args, state, control)
+    for step in range(1, 21):
+        state.global_step = step
+        size = 0.0 if step <= still else 1.0
+        before = callback._looked
+        callback.on_log(args, state, control, {"log_ratio_mean": 0.0, "log_ratio_std": size})
+        if callback._looked != before:
+            return step if size == 0.0 else None
+    raise AssertionError("it never looked")
+
+
+def test_steps_that_cannot_show_movement_are_not_judged(tmp_path: Path) -> None:
+    """The metrics of a step are those before its update. Of 20 steps, step 3 is the first that
+    follows a tenth of the updates; with 5 steps of warm-up step 6, of which step 5 has the last."""
+    assert warned_at(tmp_path, still=2) is None
+    assert warned_at(tmp_path, still=3) == 3
+    assert warned_at(tmp_path, still=5, warmup_steps=5) is None
+    assert warned_at(tmp_path, still=6, warmup_steps=5) == 6
+    assert warned_at(tmp_path, still=6, warmup_steps=0.25) == 6
+
+
+def test_a_short_run_that_learns_is_not_warned_of(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 8 steps, the first follows no update: its log-ratios are 0 in every run."""
+    settings = {"groups_per_step": 4, "max_steps": 8, "learning_rate": 1e-2}
+    trainer_of(tiny_model_dir, dataset, tmp_path, **settings).train()
+    assert not [r for r in caplog.records if r.name == "gvpo_offline.train.movement"]
+
+
 @pytest.mark.parametrize(("rate", "n_warnings"), [(1e-9, 1), (1e-2, 0)])
 def test_a_run_that_does_not_move_is_warned_of_once(
     dataset: GroupDataset,
@@ -195,8 +233,8 @@ def test_a_run_that_does_not_move_is_warned_of_once(
     rate: float,
     n_warnings: int,
 ) -> None:
-    """Of 20 steps, step 2 is the first after a tenth, and the first line. A resumed run does not
-    repeat the warning.
+    """Of 20 steps, step 3 is the first after a tenth of the updates, and step 4 the first line from
+    then on. A resumed run does not repeat the warning.
     """
     settings = {
         "learning_rate": rate,
@@ -212,7 +250,7 @@ def test_a_run_that_does_not_move_is_warned_of_once(
     found = [r.message for r in caplog.records if r.name == name]
     assert len(found) == n_warnings
     for text in found:
-        assert text.startswith("step 2 of 20: the policy has hardly moved")
+        assert text.startswith("step 4 of 20: the policy has hardly moved")
         assert "The learning rate is 1e-09; a whole model usually needs 1e-06 or more" in text
     caplog.clear()
     resumed = trainer_of(tiny_model_dir, dataset, tmp_path, **settings)

@@ -35,11 +35,11 @@ def proposal(loss: str, alpha: float) -> JudgedProposal:
 def test_trials_and_proposal_have_what_auto_stands_for(
     named: list[str], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a threshold of 0 auto names every sampler with a best response; names that the run has
-    are kept. No group has the lowest reward only: alpha is 1. A run after the proposal would
-    find other values if `imitation: auto` stayed.
+    """At a threshold of 1 auto names some samplers and not all, since not all can cost more than the
+    others; names that the run has are kept. No group has the lowest reward only: alpha is 1. A run
+    after the proposal would find other values if `imitation: auto` stayed.
     """
-    monkeypatch.setattr(imitation, "UNLIKELY", 0.0)
+    monkeypatch.setattr(imitation, "UNLIKELY", 1.0)
     groups = [starting_well(number) for number in range(N_GROUPS)]
     data = scored_dataset(tmp_path / "data", tiny_model_dir, groups=groups)
     args = config_of(
@@ -58,9 +58,11 @@ def test_trials_and_proposal_have_what_auto_stands_for(
     )
     tune = TuneSettings(judge="sample", losses=["gvpo", "rft"], tune_steps=STEPS)
     search = _prepared(parts, tune, args)
-    left_out = named or sorted({name for group in groups for name in group.samplers})
+    left_out = search.args.imitation_without
+    assert left_out == named or not named
+    assert 0 < len(left_out) < len({name for group in groups for name in group.samplers})
     assert search.args.imitation == 1.0
-    assert search.args.imitation_without == search.trials.args.imitation_without == left_out
+    assert search.trials.args.imitation_without == left_out
     trial = search.judged._args(TrialSettings("gvpo", 1.0, 0.1, 1e-3), tmp_path)
     assert trial.objective().imitation_without == left_out
     expected = {"learning_rate": 1e-3, "loss_type": "gvpo", "imitation": 1.0}
