@@ -236,8 +236,8 @@ def test_a_damaged_run_file_is_refused(tmp_path: Path) -> None:
 def test_the_run_file_has_what_imitation_auto_stands_for(
     root: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The samplers too: at a threshold of 1 some cost more than the others. `evaluate` then computes
-    the loss of the run."""
+    """The samplers too: at a threshold of 1 some cost more than the others. `evaluate` then has the
+    loss of the run."""
     monkeypatch.setattr(imitation, "UNLIKELY", 1.0)
     trainer = train(tiny_model_dir, root, tmp_path, imitation="auto", max_steps=1, eval_steps=1)
     assert trainer.args.imitation_without

@@ -35,9 +35,9 @@ def proposal(loss: str, alpha: float) -> JudgedProposal:
 def test_trials_and_proposal_have_what_auto_stands_for(
     named: list[str], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a threshold of 1 auto names some samplers and not all, since not all can cost more than the
-    others; names that the run has are kept. No group has the lowest reward only: alpha is 1. A run
-    after the proposal would find other values if `imitation: auto` stayed.
+    """At a threshold of 1 auto names some samplers and not all, since not all can cost more than
+    the others; names that the run has are kept. No group has the lowest reward only: alpha is 1. A
+    run after the proposal would find other values if `imitation: auto` stayed.
     """
     monkeypatch.setattr(imitation, "UNLIKELY", 1.0)
     groups = [starting_well(number) for number in range(N_GROUPS)]
