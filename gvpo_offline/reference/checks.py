@@ -262,8 +262,10 @@ def reference_differences(policy: PolicyFacts, reference: ReferenceFamily) -> li
         pairs += [
             ("attention", reference.attn_implementation, policy.attn_implementation),
             ("layout", reference.layout, policy.layout),
-            ("version of 16-bit arithmetic", reference.arithmetic, policy.arithmetic),
         ]
+        if coarsest_dtype(reference.dtype, reference.autocast_dtype) != "float32":
+            ours = policy.arithmetic
+            pairs.append(("version of 16-bit arithmetic", reference.arithmetic, ours))
     return [
         f"the reference was scored with {name} {theirs}, the policy runs with {ours}"
         for name, theirs, ours in pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,53 @@ def test_ipo_with_imitation_is_rebel_with_imitation_for_a_gap_of_a_half(
     factor = 4 / beta**2
     assert torch.allclose(found.group_losses, factor * expected.group_losses, rtol=1e-12, atol=0)
     assert torch.allclose(found.weights, factor * expected.weights, rtol=1e-12, atol=0)
+
+
+def documented() -> tuple[str, dict[str, Tensor]]:
+    """The text of docs/reference/losses.md, and the rows of its example of imitation."""
+    path = Path(__file__).parents[2] / "docs" / "reference" / "losses.md"
+    text = path.read_text(encoding="utf-8")
+    table = text.split("**An example**")[1].split("| --- | --- | --- | --- |")[1]
+    rows = {}
+    for line in table.strip().split("\n\n")[0].splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name] = tensor([float(cell.replace("\N{MINUS SIGN}", "-")) for cell in cells])
+    return text, rows
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_example_in_the_documentation(scale: float) -> None:
+    """Every number of the table, the two losses in the text, and that alpha has no scale."""
+    text, rows = documented()
+    given: dict[str, Any] = {
+        "seq": rows["log π"].clone().requires_grad_(),
+        "ref": rows["log π_ref"],
+        "rewards": scale * rows["R"],
+        "beta": scale * 0.5,
+    }
+    assert torch.allclose(rows["l"], rows["log π"] - rows["log π_ref"])
+    assert torch.allclose(rows["residual"], rows["R"] - 0.5 * rows["l"])
+    plain, both = call(**given), call(alpha=1.0, **given)
+    others = call(alpha=1.0, imitated=torch.tensor([False, True, True]), **given)
+    (gradient,) = torch.autograd.grad(both.loss, given["seq"])
+    for name, found in (
+        ("weight", plain.weights / scale),
+        ("weight with imitation", both.weights / scale),
+        ("weight with imitation of it", others.weights / scale),
+        ("gradient", gradient / scale**2),
+        ("q", both.terms.imitated_N),
+        ("q, without the first's sampler", others.terms.imitated_N),
+    ):
+        assert found is not None
+        assert torch.allclose(found, rows[name], rtol=1e-12, atol=1e-12), name
+    for said, loss in (("= 0.03875", plain), ("the loss 3.63875", both)):
+        assert said in text
+        assert float(loss.loss.detach()) / scale**2 == pytest.approx(
+            float(said.split()[-1]), rel=1e-12
+        )
+    assert "0.5 · 0.3 · 9 = 1.35" in text
+    added = float((others.loss - plain.loss).detach()) / scale**2
+    assert added == pytest.approx(1.35, rel=1e-12)
 
 
 @pytest.mark.parametrize("of", ["best", "soft"])

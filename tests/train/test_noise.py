@@ -200,6 +200,14 @@ def test_a_reference_of_earlier_arithmetic_gives_a_warning(
     trainer_of(tiny_model_dir, old, tmp_path, **SETTINGS, layout="padded").preflight()
     text = said(caplog, logging.WARNING)
     assert "scored with version of 16-bit arithmetic 1, the policy runs with 2" in text
+    # A reference in float32 has no arithmetic in 16 bits: its data type is what differs.
+    caplog.clear()
+    exact = earlier.model_copy(update={"autocast_dtype": None})
+    old = GroupDataset(dataset.root, dataset.manifest, dataset.rewards, exact)
+    trainer_of(tiny_model_dir, old, tmp_path, **SETTINGS, layout="padded").preflight()
+    text = said(caplog, logging.WARNING)
+    assert "scored with autocast dtype None, the policy runs with bfloat16" in text
+    assert "arithmetic" not in text
 
 
 # ---- bf16 on a CPU ----
