@@ -98,6 +98,11 @@ class JudgedReport:
                 f"no trial beats the untouched policy: the best ({described(best.settings)}) is "
                 f"{_shown(best.behind)} below it. Nothing is proposed"
             )
+            if not best.reward.n:
+                text = (
+                    "no trial beats the untouched policy: no answer of another one could be "
+                    "scored. Nothing is proposed"
+                )
             return [text]
         lines = [f"proposed: {described(best.settings)}"]
         if untouched.behind is not None:
@@ -115,11 +120,18 @@ class JudgedReport:
     def warnings(self) -> list[str]:
         """What may be wrong with the judgement."""
         lines = []
-        failed = sum(trial.failed for trial in self.proposal.trials)
-        if failed:
+        shares = [
+            (trial.failed / float(sums.sums[0].sum()), trial)
+            for trial, sums in zip(self.proposal.trials, self.sums, strict=True)
+            if sums is not None and trial.failed
+        ]
+        if shares:
+            share, most = max(shares, key=lambda own: own[0])
             lines.append(
-                f"{failed:,} sampled answers could not be scored and are in no mean reward; the "
-                "causes are in the files in trials/"
+                f"{sum(own.failed for _, own in shares):,} sampled answers could not be scored and "
+                f"are in no mean reward: {share:.0%} of those of {described(most.settings)}, less "
+                "of others. The causes are in the files in trials/; if the reward can score them "
+                "now, remove these files and run the command again"
             )
         if self.prompts < _FEW_PROMPTS:
             lines.append(
@@ -164,7 +176,7 @@ def _row(trial: JudgedTrial, sums: AnswerSums | None, *, chosen: bool) -> str:
 
 
 def _shown(own: Estimate | None) -> str:
-    return "unknown" if own is None else f"{own.mean:.4f} ± {own.se:.4f}"
+    return "unknown" if own is None or not own.n else f"{own.mean:.4f} ± {own.se:.4f}"
 
 
 def _verdict(behind: Estimate) -> str:

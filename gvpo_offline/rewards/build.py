@@ -24,7 +24,7 @@ from gvpo_offline.rewards.kinds import (
     VotesSettings,
 )
 from gvpo_offline.rewards.match import ExactScorer, NumericScorer
-from gvpo_offline.rewards.maths import MathScorer
+from gvpo_offline.rewards.maths import FreshMathScorer, MathScorer
 from gvpo_offline.rewards.model import ModelScorer
 from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.rewards.transform import TransformScorer
@@ -65,6 +65,10 @@ def build_fresh_scorer(settings: ScorerSettings) -> Scorer:
     match settings:
         case JudgeSettings():
             return FreshJudge(settings)
+        case MathSettings() if (
+            "on_failure" not in settings.model_fields_set or settings.on_failure is None
+        ):
+            return FreshMathScorer(settings)
         case (
             JudgePairsSettings()
             | RatingsSettings()

@@ -65,7 +65,10 @@ class _FunctionScorer(GroupScorer):
     def _errors_named(self, group: ScoringInput) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # exit() is what a program that a model wrote calls
             raise DataError(
                 f"the reward function {self._name} must not raise",
                 received=f"{type(error).__name__}: {error}",

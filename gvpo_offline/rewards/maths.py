@@ -14,7 +14,7 @@ import resource
 import signal
 from typing import Any
 
-from gvpo_offline.errors import ConfigError, WorkerError
+from gvpo_offline.errors import ConfigError, DataError, WorkerError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.rewards.cases import ScoringInput, gold_answer
 from gvpo_offline.rewards.kinds import MathSettings
@@ -82,10 +82,15 @@ class MathScorer(GroupScorer):
             verified: float | None = self._worker.receive(self._settings.timeout_s)
             return verified
         except TimeoutError:
-            self.counts["timed_out"] += 1
+            failure = "timed_out"
         except Exception:  # math-verify may raise anything on text that a model wrote
-            self.counts["broke_down"] += 1
+            failure = "broke_down"
+        self.counts[failure] += 1
         self.stop()
+        return self._without_comparison(failure)
+
+    def _without_comparison(self, failure: str) -> float | None:
+        """The number of a response whose comparison timed out or broke down."""
         return self._settings.on_failure
 
     def _started(self) -> WorkerProcess:
@@ -109,6 +114,21 @@ class MathScorer(GroupScorer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_worker": None}
+
+
+class FreshMathScorer(MathScorer):
+    """For responses that are in no dataset: a comparison that failed is an error, not a number.
+
+    Where the configuration gives a number for it (`MathSettings.on_failure`), `MathScorer` is used.
+    """
+
+    def _without_comparison(self, failure: str) -> float | None:
+        raise DataError(
+            f"a comparison of math-verify ends within {self._settings.timeout_s:g} s, and does not "
+            "raise",
+            received=failure.replace("_", " "),
+            remedy="raise timeout_s, or set on_failure to the number of such a response",
+        )
 
 
 def is_formula(answer: str) -> bool:

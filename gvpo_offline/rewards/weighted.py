@@ -82,9 +82,10 @@ class WeightedScorers:
             DataError: as `Scorer.score`.
         """
         scored = [scorer.score(groups) for scorer in self.scorers.values()]
-        return [self._weighted(parts) for parts in zip(*scored, strict=True)]
+        return [self.weighted(parts) for parts in zip(*scored, strict=True)]
 
-    def _weighted(self, parts: Sequence[FloatArray]) -> ScoredGroup:
+    def weighted(self, parts: Sequence[FloatArray]) -> ScoredGroup:
+        """The sum over the scorers, from each scorer's (C, k) numbers."""
         # The first row of each scorer's numbers goes into the reward.
         total_k = weighted_total(self._weights_S, np.stack([part[0] for part in parts]))
         return ScoredGroup(total_k, np.concatenate(parts))

@@ -95,8 +95,12 @@ class PromptAnswers:
         return float(self.log_ratios.mean())
 
     def objective(self, beta: float) -> float:
-        """Mean of reward - beta log-ratio over the answers that could be scored."""
-        return _mean(self.rewards - beta * self.log_ratios)
+        """reward - beta kl; nan if no answer could be scored.
+
+        The divergence is that of all answers: it is known of those without a reward too, and a
+        policy must not seem closer to the reference for giving answers that cannot be scored.
+        """
+        return self.reward - beta * self.kl
 
     def joined(self, later: PromptAnswers) -> PromptAnswers:
         """With further answers to the same prompt."""

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.group import FloatArray
+from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.rewards.build import build_fresh_scorer
 from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.judge.fresh import FreshJudge
+from gvpo_offline.rewards.scorer import Scorer
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.weighted import WeightedScorers
 from gvpo_offline.sampled_eval.prompts import HeldOutPrompt, only_response
@@ -113,39 +114,82 @@ class FreshReward:
             self._started = True
 
     def score(self, inputs: Sequence[ScoringInput]) -> FreshRewards:
-        """The rewards of answers. An answer that cannot be scored has none, and a cause.
+        """The rewards of answers. An answer that a scorer cannot score has none, and a cause: the
+        sum of the other scorers would count that scorer as zero.
 
         Raises:
             ConfigError: no answer can be scored: a server refuses the key.
         """
         self._start()
         found = FreshRewards()
-        found.rewards = self._scored(inputs, found.causes)
-        asked = self._failed_requests()
-        without = sum(int(np.isnan(own).sum()) for own in found.rewards) - found.causes.total()
-        if without:
-            failed = f"the judge's request failed: {asked.most_common(1)[0][0]}" if asked else ""
-            found.causes[failed or NO_NUMBER] += without
+        failed = [np.zeros(given.size, np.bool_) for given in inputs]
+        numbers = [
+            self._numbers(scorer, inputs, failed, found.causes)
+            for scorer in self._scorers.scorers.values()
+        ]
+        for own_failed, *parts in zip(failed, *numbers, strict=True):
+            total = self._scorers.weighted(parts).total
+            without = np.isnan(total) & ~own_failed
+            if self._missing is not None:
+                total[without] = self._missing
+            elif without.any():
+                found.causes[NO_NUMBER] += int(without.sum())
+            total[own_failed] = np.nan
+            found.rewards.append(total)
         return found
 
-    def _scored(self, inputs: Sequence[ScoringInput], causes: Counter[str]) -> list[FloatArray]:
-        """One number per answer; what fails together is scored again in smaller parts."""
+    def _numbers(
+        self,
+        scorer: Scorer,
+        inputs: Sequence[ScoringInput],
+        failed: Sequence[BoolArray],
+        causes: Counter[str],
+    ) -> list[FloatArray]:
+        """A scorer's (C, k) numbers of each input. Where it raises, smaller parts are tried.
+
+        Args:
+            scorer: the scorer.
+            inputs: the answers.
+            failed: (k,) for each input; set where the scorer fails.
+            causes: counts the answers that no scorer failed at before, by cause.
+        """
         if not inputs:
             return []
         try:
-            totals = [own.total for own in self._scorers.score(inputs)]
+            numbers = scorer.score(inputs)
         except DataError as error:
             if len(inputs) > 1:
-                return [own for each in inputs for own in self._scored([each], causes)]
-            (given,) = inputs
+                each = zip(inputs, failed, strict=True)
+                return [self._numbers(scorer, [a], [b], causes)[0] for a, b in each]
+            (given,), (own,) = inputs, failed
             if given.size == 1:
-                causes[_cause(error)] += 1
-                return [np.array([np.nan])]
-            parts = (only_response(given, i) for i in range(given.size))
-            return [np.concatenate([self._scored([part], causes)[0] for part in parts])]
-        if self._missing is None:
-            return totals
-        return [np.where(np.isnan(own), self._missing, own) for own in totals]
+                causes[_cause(error)] += not own[0]
+                own[0] = True
+                return [np.full((1 + len(scorer.extra_components), 1), np.nan)]
+            parts = [
+                self._numbers(scorer, [only_response(given, i)], [own[i : i + 1]], causes)[0]
+                for i in range(given.size)
+            ]
+            return [np.concatenate(parts, axis=1)]
+        if isinstance(scorer, FreshJudge):  # its only gaps are requests that failed
+            self._count_requests(scorer, numbers, failed, causes)
+        return numbers
+
+    def _count_requests(
+        self,
+        judge: FreshJudge,
+        numbers: Sequence[FloatArray],
+        failed: Sequence[BoolArray],
+        causes: Counter[str],
+    ) -> None:
+        gaps = [np.isnan(own[0]) for own in numbers]
+        new = sum(int((gap & ~own).sum()) for gap, own in zip(gaps, failed, strict=True))
+        if new:
+            ((cause, _),) = judge.causes.most_common(1) or [(NO_NUMBER, 0)]
+            causes[f"the judge's request failed: {cause}"] += new
+        judge.causes.clear()
+        for gap, own in zip(gaps, failed, strict=True):
+            own |= gap
 
 
 def _cause(error: DataError) -> str:

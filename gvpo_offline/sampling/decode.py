@@ -108,19 +108,24 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor
         DataError: a logit is NaN or infinite.
     """
     if greedy:
-        ids_B = scores_BV.argmax(-1)
+        largest_B, ids_B = scores_BV.max(-1)  # of a row with a NaN: NaN
+        _check_finite(largest_B)
         return ids_B, torch.zeros_like(ids_B, dtype=torch.float32)
     cumulative_BV = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    if not cumulative_BV[:, -1].isfinite().all():
+    _check_finite(cumulative_BV[:, -1])
+    # Strictly above: a token of probability 0 is never drawn.
+    targets_B = uniforms_B.to(cumulative_BV.device) * cumulative_BV[:, -1]
+    ids_B = torch.searchsorted(cumulative_BV, targets_B[:, None], right=True)[:, 0]
+    return ids_B, scores_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
+
+
+def _check_finite(of_rows_B: Tensor) -> None:
+    if not of_rows_B.isfinite().all():
         raise DataError(
             "a model's logits are finite numbers",
             received="NaN or infinite logits",
             remedy="check the model's weights, or use a wider dtype",
         )
-    # Strictly above: a token of probability 0 is never drawn.
-    targets_B = uniforms_B.to(cumulative_BV.device) * cumulative_BV[:, -1]
-    ids_B = torch.searchsorted(cumulative_BV, targets_B[:, None], right=True)[:, 0]
-    return ids_B, scores_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
 
 
 class DecodableModel(Protocol):

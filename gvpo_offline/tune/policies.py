@@ -29,6 +29,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
 from gvpo_offline.sampled_eval.result import Estimate
+from gvpo_offline.sampled_eval.shown import failure_lines
 from gvpo_offline.store.commit import create_only, storage_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers
@@ -260,6 +261,12 @@ class JudgedTrials:
         trainer.check_can_evaluate()
         found = self.evaluator.evaluate(trainer.sampled_policy(), numbers)
         sums = AnswerSums.of(found)
+        if handle.settings is None and not found.reward.n:
+            raise ConfigError(  # before the answers are written, since a file would be kept
+                "eval_reward has a number for some answers of the untouched policy",
+                received=" ".join(failure_lines(found, most=1)).strip(),
+                remedy="correct the reward, or start its server; then run the command again",
+            )
         content = {"causes": dict(found.causes), "prompts": sums.plain()}
         self._write(handle, answers_name(handle.stem, numbers), content)
         so_far, number = self._answers(handle, numbers.stop)
@@ -270,6 +277,8 @@ class JudgedTrials:
                 f"{described(handle.settings)}: reward {reward.mean:.4g} ± {reward.se:.2g}, KL "
                 f"{kl.mean:.4g} ± {kl.se:.2g} nats, from {number} answers per prompt"
             )
+        for line in failure_lines(found):
+            self.trials.log(line.strip())
 
     def _write(self, handle: PolicyOfTrial, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps({**handle.key, **content}, indent=1) + "\n"

@@ -155,9 +155,23 @@ class Race(Generic[Handle]):
     def best(self, among: Sequence[Contender[Handle]]) -> Contender[Handle]:
         """The trial with the largest mean; of equal means that with the smallest KL, or the first.
 
-        No answers are drawn.
+        Where a prompt has no number for a trial, because none of its answers could be scored, the
+        trial is compared with others on its other prompts: to leave out difficult prompts gains
+        nothing. No answers are drawn.
         """
-        return max(among, key=lambda own: (own.mean(self._beta), -own.kl()))
+        leader, *others = among
+        for own in others:
+            if self._is_better(own, leader):
+                leader = own
+        return leader
+
+    def _is_better(self, own: Contender[Handle], leader: Contender[Handle]) -> bool:
+        if -math.inf in (means := (own.mean(self._beta), leader.mean(self._beta))):
+            return means[0] > means[1] or (means[0] == means[1] and own.kl() < leader.kl())
+        found = difference(own, leader, self._beta)
+        if found is None or found.n == 0:
+            return False
+        return found.mean > 0 or (found.mean == 0 and own.kl() < leader.kl())
 
     def better(self, among: Sequence[Contender[Handle]]) -> Contender[Handle]:
         """The best of some trials, for a decision of the search.

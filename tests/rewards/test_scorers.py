@@ -247,6 +247,7 @@ def test_trl_functions_as_they_are(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("raises", "raises must not raise; received KeyError: 'solution'"),
+        ("exits", "exits must not raise; received SystemExit: 3"),
         ("right", "right must not raise; received TypeError.*'answer'"),
         ("short", "one number, or None, per response; received .1.0. for 2 responses"),
         ("one_number", "one number, or None, per response; received 1.0 for 2"),

@@ -17,6 +17,7 @@ from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.rewards.cases import ScoringInputReader
 from gvpo_offline.rewards.fresh import REFUSED_KINDS, fresh_config
 from gvpo_offline.rewards.kinds import ScorerSettings
+from gvpo_offline.rewards.maths import FreshMathScorer
 from gvpo_offline.sampled_eval.prompts import read_prompts
 from gvpo_offline.sampled_eval.reward import NO_NUMBER, FreshReward
 from gvpo_offline.store.dataset import open_dataset
@@ -136,6 +137,34 @@ def test_an_answer_that_cannot_be_scored_is_counted(tmp_path: Path) -> None:
     assert "must not raise; received KeyError: 'solution'" in raised
     assert number == NO_NUMBER
     assert set(found.causes.values()) == {1}
+
+
+def test_a_scorer_that_fails_is_no_zero_in_a_sum(tmp_path: Path, served: JudgeServer) -> None:
+    """Length + 100 rating: without the rating of "It is 3", its length alone would be its reward.
+    The judge is asked once for each answer, though the function fails at one of them.
+    """
+    served.fault = lambda question, times: "prose" if "It is 3" in question else None
+    own = reward_file(tmp_path, FAILING)["scorers"]["own"]
+    scorer = fresh({"helpful": judge(served, weight=100.0, max_attempts=1), "own": own})
+    found = scorer.score([scoring_input(["It is 2", "It is 3"]), scoring_input(["bad: It is 4"])])
+    assert found.rewards[0].tolist()[0] == 100 * rating(2) + len("It is 2")
+    assert np.isnan(found.rewards[0][1])
+    assert np.isnan(found.rewards[1][0])
+    assert sorted(found.causes.values()) == [1, 1]
+    assert served.asked.total() == 3
+
+
+def test_a_comparison_that_fails_is_no_zero() -> None:
+    """Of `kind: math`, whose default number is 0, unless the configuration says what it is."""
+    settings = {"kind": "math", "column": "answer", "timeout_s": 1.0}
+    scorer = fresh({"right": settings})
+    found = scorer.score([scoring_input(["$9^{9^{9^{9}}}$"], answer="2")])
+    scorer.stop()
+    assert np.isnan(found.rewards[0]).tolist() == [True]
+    ((cause, n),) = found.causes.items()
+    assert (n, "ends within 1 s, and does not raise; received timed out" in cause) == (1, True)
+    given = fresh({"right": {**settings, "on_failure": 0.0}})._scorers.scorers["right"]
+    assert not isinstance(given, FreshMathScorer)
 
 
 def test_missing_replaces_no_number_and_no_failure(tmp_path: Path) -> None:

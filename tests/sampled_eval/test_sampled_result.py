@@ -70,8 +70,9 @@ def test_means_are_over_prompts_and_errors_too() -> None:
 
 
 def test_an_answer_without_a_reward_is_no_zero() -> None:
-    """It is counted, and left out of reward and objective: those of prompt a are of its second
-    answer alone. Prompt b has no reward at all. The divergence needs none.
+    """It is counted, and left out of the reward: that of prompt a is of its second answer alone.
+    The divergence needs none: that of a is (4 + 2) / 2, so that its objective is 3 - 3. Prompt b
+    has no reward and no objective.
     """
     result = SampledResult(
         (
@@ -84,7 +85,7 @@ def test_an_answer_without_a_reward_is_no_zero() -> None:
     found = result.metrics(1.0)
     assert found["sampled_failed"] == 3
     assert found["sampled_reward"] == (3 + 1) / 2
-    assert found["sampled_objective"] == ((3 - 2) + 1) / 2
+    assert found["sampled_objective"] == ((3 - 3) + 1) / 2
     assert found["sampled_kl"] == pytest.approx((3 + 1 + 0) / 3)
     plain = result.as_dict(1.0)
     assert plain["prompts"][1]["reward"] is None

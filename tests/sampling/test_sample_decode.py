@@ -186,5 +186,6 @@ def test_uniforms_are_the_same_on_every_machine() -> None:
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(DataError, match="logits are finite numbers"):
-        draw(torch.tensor([[0.0, torch.nan]]), uniforms([1], [1]), greedy=False)
+    for greedy in (False, True):
+        with pytest.raises(DataError, match="logits are finite numbers"):
+            draw(torch.tensor([[0.0, torch.nan]]), uniforms([1], [1]), greedy=greedy)

@@ -40,6 +40,9 @@ def chat(prompts, completions, **kwargs):
 def raises(completions, **kwargs):
     raise KeyError("solution")
 
+def exits(completions, **kwargs):
+    raise SystemExit(3)
+
 def short(completions, **kwargs):
     return [1.0]
 

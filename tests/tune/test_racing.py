@@ -209,6 +209,23 @@ def test_a_trial_without_any_scored_answer_loses() -> None:
     assert [own.samples for own in race.contenders] == [1, 1]
 
 
+def test_a_trial_gains_nothing_by_prompts_without_a_number() -> None:
+    """Its answers to the difficult prompt cannot be scored. On the other two it is worse by 0.1 and
+    0.2, though its mean, 0.75, is above the 0.9 * 2 / 3 = 0.6 of the trial that answers all. Both
+    orders of entering give the same.
+    """
+    all_P, some_P = np.array([0.9, 0.9, 0.0]), np.array([0.8, 0.7, math.nan])
+    for entering in ((all_P, some_P), (some_P, all_P)):
+        race = Race(
+            lambda rewards_P, n: PromptEstimates(rewards_P, np.zeros(3)),
+            beta=0.1,
+            budget=SampleBudget(1, 8),
+        )
+        both = [race.enter(rewards_P) for rewards_P in entering]
+        assert race.best(both).handle is all_P
+        assert race.finish().handle is all_P
+
+
 def test_bad_budgets_and_estimates_are_refused() -> None:
     for fewest, most in ((0, 4), (8, 4)):
         with pytest.raises(ConfigError, match="1 <= fewest <= most"):
