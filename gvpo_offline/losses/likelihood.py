@@ -16,7 +16,7 @@ responses m* - SLACK nats per token. Responses within SLACK of the median count 
 at least half of each group. Beyond it the weight falls with the whole log-prob that is missing, so
 that no log-ratio that training reaches makes up for it.
 
-**Probability is not created.** The mean of e^l over responses of the reference is 1. Where the
+**Ratios are capped.** The mean of e^l over responses of the reference is 1. Where the
 weighted mean of a group is above 1, the largest ratios are lowered to a common cap so that it is 1:
 a response can gain only what the others of its group lose.
 """

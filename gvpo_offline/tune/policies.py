@@ -89,7 +89,7 @@ class PolicyOfTrial:
 
     Attributes:
         settings: of the trial.
-        stem: begin of the names of its answers' files, which depends on the judge too.
+        stem: beginning of the names of its answers' files, which depends on the judge too.
         weights: name of the file of its parameters, which does not.
         key: what the answers depend on, as plain data.
     """
