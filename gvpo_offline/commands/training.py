@@ -33,6 +33,9 @@ def _run_tune(values: dict[str, Any]) -> None:
     tune = filled(TuneSettings, values)
     if tune.judge == "sample":
         from gvpo_offline.commands.judged_tune import run_judged_tune as run
+
+        if values.get("eval_reward") and not values.get("eval_samples"):
+            values = {**values, "eval_samples": tune.answers(0)[0]}
     else:
         from gvpo_offline.commands.tune import run_tune as run  # type: ignore[assignment]
     found = run(
