@@ -123,6 +123,12 @@ def check_loss(loss_type: str, *, anchor: float, weighted: bool, link: str = "lo
 
 def check_reference_sampler(loss_type: str, reference_sampler: str) -> None:
     """Raise ConfigError unless `reference_sampler` is set where, and only where, a loss uses it."""
+    if not isinstance(reference_sampler, str):
+        raise ConfigError(
+            "reference_sampler is the name of a sampler",
+            received=reference_sampler,
+            remedy=f"write it as text: '{reference_sampler}'",
+        )
     if reference_sampler and loss_type not in ANCHORED:
         raise ConfigError(
             f"reference_sampler is used by {' and '.join(ANCHORED)} only",

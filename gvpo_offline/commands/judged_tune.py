@@ -168,7 +168,7 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
     args, auto = copy.copy(args), args.imitation == "auto"
     if auto:
         args.imitation, args.imitation_without = resolved_auto(
-            run.data.views, args.imitation_without, log=args.process_index == 0
+            run.data, args.imitation_without, log=run.is_world_process_zero()
         )
         short.imitation_without = run.args.imitation_without = args.imitation_without
     assert not isinstance(args.imitation, str)

@@ -144,7 +144,9 @@ def run_tune(
     run = parts.trainer(args, GVPOTrainer)  # checks the settings of the whole run
     check_not_deepspeed(run)
     folder = Path(args.output_dir) / TUNE_FOLDER
-    args = with_rule_of_search(run, args, folder)
+    args = copy.copy(with_rule_of_search(run, args, folder))
+    # What auto stands for: the trials need not read the data for it again.
+    args.imitation, args.imitation_without = run.args.imitation, run.args.imitation_without
     training = summed(run.preflight(log_summary=False))
     held_out = summed(surveys(list(run.data.held_out.values())))
     check_unequal(training, "training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -156,7 +156,7 @@ def unlikely_samplers_of(parts: Sequence[BestResponses]) -> list[str]:
     Args:
         parts: the best responses of each dataset.
     """
-    cost, usual = Counter[str](), Counter[str]()
+    cost, usual = defaultdict[str, float](float), defaultdict[str, float](float)
     for part in parts:
         n_best, total = sum(part.counts.values()), sum(part.nats.values())
         for name, n in part.counts.items():
@@ -166,47 +166,49 @@ def unlikely_samplers_of(parts: Sequence[BestResponses]) -> list[str]:
     return sorted(name for name in cost if cost[name] > UNLIKELY * usual[name])
 
 
-def objective_of_run(
-    args: GVPOConfig, wanted: tuple[float | str, Sequence[str]], data: TrainingData
-) -> Objective:
-    """The objective of a run; sets `args.imitation` and `args.imitation_without` to what it uses.
-
-    What auto stands for depends on the training groups alone, so it is the same for a resumed run.
-    With auto, every rank must call this.
-
-    Args:
-        args: the settings of the run.
-        wanted: the settings `imitation` and `imitation_without` as they were given. auto leaves out
-            samplers of its own choice only if none were named.
-        data: what the run trains on.
-    """
-    alpha, without = wanted
-    if alpha == "auto":
-        args.imitation, args.imitation_without = resolved_auto(
-            data.views, without, log=args.process_index == 0
-        )
-    return args.objective()
-
-
 def resolved_auto(
-    views: Sequence[DatasetView], without: Sequence[str], *, log: bool
+    data: TrainingData, without: Sequence[str], *, log: bool
 ) -> tuple[float, list[str]]:
-    """The values of `imitation` and `imitation_without` that `imitation: auto` stands for.
+    """The numbers and names that `imitation: auto` stands for; every rank must call this.
 
-    All ranks must call this.
+    They depend on the training groups alone, so they are the same for a resumed run.
 
     Args:
-        views: the training groups of each dataset.
-        without: the setting `imitation_without`, which is kept if it names a sampler.
-        log: log both values.
+        data: what the run trains on.
+        without: the setting `imitation_without`. auto leaves out samplers of its own choice only if
+            none are named.
+        log: whether this process logs them.
+
+    Returns:
+        alpha, and the samplers that are not imitated.
     """
-    alpha = auto_imitation(surveys(views))
-    without = list(without or unlikely_samplers_of(best_responses(views)))
+    alpha = auto_imitation(surveys(data.views))
+    names = list(without or unlikely_samplers_of(best_responses(data.views)))
     if log:
         logger.info(
             "imitation auto: alpha is %.4g for these training groups; samplers that are not "
             "imitated: %s",
             alpha,
-            ", ".join(without) or "none",
+            ", ".join(names) or "none",
         )
-    return alpha, without
+    return alpha, names
+
+
+def objective_of_run(
+    args: GVPOConfig, wanted: tuple[float | str, Sequence[str]], data: TrainingData
+) -> Objective:
+    """The objective of a run; sets `args.imitation` and `args.imitation_without` to what it uses.
+
+    With auto, every rank must call this.
+
+    Args:
+        args: the settings of the run.
+        wanted: the settings `imitation` and `imitation_without` as they were given.
+        data: what the run trains on.
+    """
+    alpha, without = wanted
+    if alpha == "auto":
+        args.imitation, args.imitation_without = resolved_auto(
+            data, without, log=args.process_index == 0
+        )
+    return args.objective()

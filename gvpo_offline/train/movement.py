@@ -23,6 +23,8 @@ _LEAST_NATS = 0.01
 def stillness(metrics: Mapping[str, Any], noise: float) -> str:
     """The evidence that the policy has not moved, in words; empty if it has, or without evidence.
 
+    Groups of equal rewards do not tell: their target is the reference.
+
     Args:
         metrics: a logged line of training, with log_ratio_mean and log_ratio_std in nats.
         noise: rounding noise of a log-ratio, nats, one standard deviation.
@@ -30,7 +32,7 @@ def stillness(metrics: Mapping[str, Any], noise: float) -> str:
     mean, std = (metrics.get(f"log_ratio_{own}", math.nan) for own in ("mean", "std"))
     size = math.hypot(mean, std)
     floor = max(_TIMES_NOISE * noise, _LEAST_NATS)
-    if not size < floor:
+    if not size < floor or metrics.get("reward_std") == 0.0:
         return ""
     rounding = f", and rounding alone gives {noise:.2g}" if _TIMES_NOISE * noise > size else ""
     return f"the log-ratios are {size:.2g} nats (root mean square){rounding}"
@@ -39,7 +41,7 @@ def stillness(metrics: Mapping[str, Any], noise: float) -> str:
 def _tells(step: int, args: TrainingArguments, state: TrainerState) -> bool:
     """Whether a line of metrics up to a step shows if the policy moves."""
     warmup = args.get_warmup_steps(state.max_steps)
-    return step - 1 >= max(_SHARE * state.max_steps, warmup, 1)
+    return bool(step - 1 >= max(_SHARE * state.max_steps, warmup, 1))
 
 
 class MovementCallback(TrainerCallback):

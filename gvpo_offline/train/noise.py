@@ -91,6 +91,7 @@ def find_noise(
     checkpoint: Path | None,
     *,
     sharded: bool,
+    log: bool = True,
 ) -> RunNoise:
     """Measure the noise of a run on its next groups, and log it; every rank must call this.
 
@@ -105,6 +106,7 @@ def find_noise(
         args: its settings.
         checkpoint: the checkpoint that the run resumes from, or None.
         sharded: whether the weights will be sharded, which then rounds them to the run's data type.
+        log: log it, and warnings, on rank 0.
     """
     dtype = coarsest_dtype(policy.coarsest_dtype, reference.dtype, reference.autocast_dtype)
     name = checkpoint.name if checkpoint else ""
@@ -125,7 +127,7 @@ def find_noise(
     rounding = assumed if measured is None else measured.at_least(least)
     per_root_token = log_ratio_rounding(policy, reference, rounding)
     floor = noise_floor(per_root_token, groups, args.beta, measured=measured is not None)
-    if dtype != "float32" and args.process_index == 0:
+    if log and dtype != "float32" and args.process_index == 0:
         if policy.coarsest_dtype == "bfloat16" and args.device.type == "cpu":
             _warn_of_emulation()
         _log(floor, dtype, groups, args.beta, rounding)

@@ -92,6 +92,7 @@ class GVPOTrainer(SampledTrainer):
 
     args: GVPOConfig
     noise_floor: NoiseFloor | None = None  # from the start of `train`
+    _logs_noise = True
     _reference_meter: ReferenceMeter | None = None
 
     def __init__(
@@ -196,6 +197,7 @@ class GVPOTrainer(SampledTrainer):
             *(self.model, self.engine, self.policy, self.data.reference, self.train_dataset),
             *(self.args, checkpoint),
             sharded=self.is_sharded,
+            log=self._logs_noise,
         )
         self.noise_floor = noise.floor
         compared = not checkpoint and starts_as_reference(
@@ -229,7 +231,6 @@ class GVPOTrainer(SampledTrainer):
             One survey per training dataset.
         """
         verify(self.data.datasets(), content=self.args.verify == "full")
-        check_loss_inputs(self.args, [*self.data.views, *self.data.held_out.values()])
         counts = check_data(
             self.data,
             self.policy,
@@ -238,6 +239,7 @@ class GVPOTrainer(SampledTrainer):
             log_summary=log_summary and self.is_world_process_zero(),
         )
         check_samplers(self.args, counts)
+        check_loss_inputs(self.args, [*self.data.views, *self.data.held_out.values()])
         return counts
 
     def identity(self) -> dict[str, dict[str, Any]]:

@@ -65,6 +65,8 @@ _OUTPUT = (
 class TrialTrainer(GVPOTrainer):
     """A short run without output: no checkpoints, no console log, no preflight."""
 
+    _logs_noise = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for printing in _OUTPUT:
@@ -99,6 +101,8 @@ class TrialTrainer(GVPOTrainer):
 
 class RangeTestTrainer(TrialTrainer):
     """A run whose learning rate rises at every step, until training diverges."""
+
+    _logs_noise = True  # of the first run of a search, for all of them
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A schedule of `range_rate`; the optimizer's own learning rate is `LOWEST_RATE`."""

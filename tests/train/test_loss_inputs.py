@@ -141,6 +141,21 @@ def test_binary_rewards_break_quantiles(tmp_path: Path, caplog: pytest.LogCaptur
     assert "62% of the reference's responses have one reward" in caplog.text
 
 
+@pytest.mark.parametrize("loss_type", ["oapl", "qrpo"])
+def test_a_run_names_the_samplers_that_could_be_meant(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, loss_type: str
+) -> None:
+    """A misspelt name, and not a group that lacks responses of it, is what the error is about."""
+    wrong = {"loss_type": loss_type, "reference_sampler": "the-referenze"}
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **wrong)
+    with pytest.raises(ConfigError, match="reference_sampler has names of samplers") as error:
+        trainer.preflight()
+    assert f"other, {BASE}" in str(error.value)
+    with pytest.raises(ConfigError, match="reference_sampler is the name of a sampler") as error:
+        config_of(tmp_path, loss_type=loss_type, reference_sampler=1)
+    assert "'1'" in str(error.value)
+
+
 def test_an_unknown_reference_sampler_is_refused(dataset: GroupDataset, tmp_path: Path) -> None:
     config = config_of(tmp_path, loss_type="oapl", reference_sampler="nobody")
     with pytest.raises(ConfigError, match="reference_sampler has names of samplers") as error:

@@ -125,6 +125,12 @@ def test_log_ratios_that_have_not_left_the_noise(
     assert bool(found) == bool(warned_of)
 
 
+def test_groups_of_equal_rewards_do_not_ask_for_movement() -> None:
+    still = {"log_ratio_mean": 0.0, "log_ratio_std": 0.0}
+    assert stillness({**still, "reward_std": 0.3}, 0.0)
+    assert not stillness({**still, "reward_std": 0.0}, 0.0)
+
+
 def test_each_held_out_dataset_has_its_own_warnings() -> None:
     """Explained variance falls on maths but not on chat; one line holds the metrics of both."""
     falls = [0.5, 0.4, 0.3]

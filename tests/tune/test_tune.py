@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from support.fork_server import ForkServer
 from support.training import config_of, scored_dataset
 
 from gvpo_offline import cli
+from gvpo_offline.commands import tune
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tune import beta_candidates, diverged
@@ -217,3 +220,36 @@ def test_refused_settings(
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "run" / "tune").exists()
+
+
+def test_the_noise_of_a_search_is_logged_once(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the range test, and not again by each trial."""
+    caplog.set_level(logging.INFO, "gvpo_offline.train.noise")
+    for kind, n_lines in ((RangeTestTrainer, 1), (TrialTrainer, 0)):
+        args = config_of(tmp_path, bf16=True, max_steps=1, eval_fraction=0.25)
+        kind(str(tiny_model_dir), args, train_dataset=dataset).train()
+        found = [r for r in caplog.records if r.getMessage().startswith("rounding in bfloat16")]
+        assert len(found) == n_lines
+        caplog.clear()
+
+
+def test_the_trials_of_a_search_have_what_auto_stands_for(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No group of the dataset is all wrong, so alpha is 1; the data are read for it once."""
+    found: list[Any] = []
+
+    def search(trials: Trials, *given: Any) -> Any:
+        found.append(trials)
+        raise ConfigError("the search begins", received="trials")
+
+    monkeypatch.setattr(tune, "_search", search)
+    settings = settings_of(dataset, tiny_model_dir, tmp_path / "out") | {"imitation": "auto"}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(settings, default=str))
+    assert cli.main(["tune", "--config", str(path)]) == 1
+    (trials,) = found
+    args = trials.short_args(tmp_path, 0.5, 1e-3, 20)
+    assert (args.imitation, args.imitation_without) == (1.0, [])
