@@ -15,10 +15,11 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import load_file, save_file
@@ -143,20 +144,26 @@ class JudgedTrials:
     def judge(self, handle: PolicyOfTrial, samples: int) -> PromptEstimates:
         """Estimates from the first answers to each prompt; draws those that are in no file.
 
+        A policy whose logits are not finite at a later answer has no reward at any prompt, and so
+        loses as one that diverged before.
+
         Raises:
-            ConfigError: a policy that was trained before diverges when it is trained again.
+            ConfigError: there are no answers of a policy that gave some before.
         """
         found, number = self._answers(handle, samples)
         if number < samples:
             self._sample(handle, range(number, samples))
             found, _ = self._answers(handle, samples)
-        if found is None or self._has_diverged(handle):
+        if found is None:
             raise ConfigError(
                 "a trial gives the same policy when it is repeated",
                 received=f"{described(handle.settings)}: training diverged this time",
                 remedy="continue the search on the machine that began it",
             )
-        return found.estimates()
+        own = found.estimates()
+        if self._has_diverged(handle):
+            return replace(own, rewards_P=np.full_like(own.rewards_P, np.nan))
+        return own
 
     def sums(self, handle: PolicyOfTrial, samples: int) -> AnswerSums | None:
         """Sums over the answers so far, the first `samples` of each prompt."""
@@ -228,7 +235,9 @@ class JudgedTrials:
             self._draw(handle, self._untrained(scratch, None), numbers)
             return
         if all(gather_results(weights.exists)):  # each rank reads the file, on its own machine
-            self._draw(handle, self._untrained(scratch, weights), numbers)
+            kept = self._untrained(scratch, weights)
+            if not stays_finite(lambda: self._draw(handle, kept, numbers)):
+                self._write(handle, self._diverged(handle).name, {"diverged": True})
             return
         trainer: JudgedTrainer = self.trials.trainer(self._args(own, scratch), JudgedTrainer)
         draw = functools.partial(self._draw, handle, trainer, numbers)
