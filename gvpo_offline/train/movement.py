@@ -40,8 +40,9 @@ def stillness(metrics: Mapping[str, Any], noise: float) -> str:
 
 def _tells(step: int, args: TrainingArguments, state: TrainerState) -> bool:
     """Whether a line of metrics up to a step shows if the policy moves."""
-    warmup = args.get_warmup_steps(state.max_steps)
-    return bool(step - 1 >= max(_SHARE * state.max_steps, warmup, 1))
+    warmup: int = args.get_warmup_steps(state.max_steps)
+    updates = step - 1
+    return updates >= max(_SHARE * state.max_steps, warmup, 1)
 
 
 class MovementCallback(TrainerCallback):

@@ -7,7 +7,8 @@ import math
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 from support.hybrid_models import REFUSED, hybrid_model
@@ -16,12 +17,12 @@ from support.training import scored_dataset
 from tune.test_tune import N_GROUPS, starting_well
 
 from gvpo_offline import cli
-from gvpo_offline.commands.judged_tune import check_can_answer
+from gvpo_offline.commands.judged_tune import _JudgedSearch, check_can_answer
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.settings import LossType
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.settings import GVPOSettings
-from gvpo_offline.tune import LossCandidates
+from gvpo_offline.tune import LossCandidates, TrialSettings
 from gvpo_offline.tune.candidates import loss_candidates, settings_of_loss
 from gvpo_offline.tune.settings import TuneSettings
 
@@ -161,3 +162,28 @@ def test_a_model_that_the_decoder_cannot_run_is_refused() -> None:
     policy = policy_of(hybrid_model(sorted(REFUSED)[0]))
     with pytest.raises(ConfigError, match=r"from its cache, in a padded batch.*judge: log"):
         check_can_answer(policy)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "chosen", "expected"),
+    [
+        ((1.0, 3.0), 3.0, {"imitation": 3.0, "imitation_without": ["person"]}),
+        ((1.0, 3.0), 0.0, {"imitation": 0.0}),
+        ((3.5,), 3.5, {}),  # the run's own auto stands for both
+    ],
+)
+def test_the_samplers_that_auto_leaves_out_are_proposed_with_alpha(
+    alphas: tuple[float, ...], chosen: float, expected: dict[str, Any]
+) -> None:
+    """Beside a number in place of auto, nothing else would leave them out."""
+    run = {**asdict(GVPOSettings(imitation=3.5, imitation_without=["person"])), "learning_rate": 1}
+    args = SimpleNamespace(settings=lambda: run, learning_rate=1)
+    best = TrialSettings("gvpo", chosen, run["beta"], 1e-5)
+    search = _JudgedSearch(
+        *(cast(Any, None), cast(Any, None)),
+        [LossCandidates("gvpo", imitations=alphas)],
+        TuneSettings(),
+        cast(Any, args),
+    )
+    found = search._written(cast(Any, SimpleNamespace(best=SimpleNamespace(settings=best))))
+    assert found == {"learning_rate": 1e-5, **expected}
