@@ -97,7 +97,6 @@ class _JudgedSearch:
         candidates: the losses to try.
         tune: the settings of the search.
         args: the settings of the run; `imitation` is a number.
-        auto: whether that number, and `imitation_without`, are what `imitation: auto` stood for.
     """
 
     trials: Trials
@@ -105,7 +104,6 @@ class _JudgedSearch:
     candidates: list[LossCandidates]
     tune: TuneSettings
     args: GVPOConfig
-    auto: bool
 
     def report(self) -> JudgedReport:
         """Run the range test and the trials."""
@@ -145,7 +143,7 @@ class _JudgedSearch:
         several = {
             "learning_rate": True,
             "loss_type": len(self.candidates) > 1,
-            "imitation": self.auto or any(len(own.imitations) > 1 for own in self.candidates),
+            "imitation": any(len(own.imitations) > 1 for own in self.candidates),
             "beta": any(len(own.betas) > 1 for own in self.candidates),
         }
         best = found.best.settings
@@ -154,9 +152,9 @@ class _JudgedSearch:
         own = {name: getattr(best, name) for name in several}
         own |= settings_of_loss(best.loss_type, run)
         written = {n: v for n, v in own.items() if several.get(n) or v != run[n]}
-        # Without these a run with the proposed imitation would imitate samplers that no trial did.
-        if self.auto and best.imitation:
-            written["imitation_without"] = self.args.imitation_without
+        if written.get("imitation") and run["imitation_without"]:
+            # auto, which may have named them, is not in force beside a number.
+            written["imitation_without"] = run["imitation_without"]
         return written
 
 
@@ -165,13 +163,12 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
     short = _without_sampling(args, (tune.losses or [args.loss_type])[0])
     run = parts.trainer(short, GVPOTrainer)
     check_not_deepspeed(run)
-    args, auto = copy.copy(args), args.imitation == "auto"
-    if auto:
+    args = copy.copy(args)
+    if args.imitation == "auto":
         args.imitation, args.imitation_without = resolved_auto(
             run.data, args.imitation_without, log=run.is_world_process_zero()
         )
         short.imitation_without = run.args.imitation_without = args.imitation_without
-    assert not isinstance(args.imitation, str)
     candidates = _candidates(tune, args, args.imitation)
     check_unequal(_preflight(run, candidates, args), "training")
     first = sorted(candidates[0].imitations)
@@ -199,7 +196,7 @@ def _prepared(parts: TrainerInputs, tune: TuneSettings, args: GVPOConfig) -> _Ju
         min(tune.tune_steps, run.args.max_steps),
         tune.answers(args.eval_samples)[0],
     )
-    return _JudgedSearch(trials, judged, candidates, tune, args, auto)
+    return _JudgedSearch(trials, judged, candidates, tune, args)
 
 
 def _candidates(tune: TuneSettings, args: GVPOConfig, imitation: float) -> list[LossCandidates]:
