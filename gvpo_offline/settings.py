@@ -82,8 +82,6 @@ def label_numbers(setting: str, given: Mapping[Any, float]) -> dict[str, float]:
 
 # The losses that imitation can stand beside: sums of squares, whose minimum bounds what it does.
 SQUARES = ("gvpo", "pmd_mean", "rebel", "ipo", "oapl", "qrpo")
-# Those of them that ignore the size of reward differences.
-SIZELESS = ("ipo", "qrpo")
 # The losses of differences of log-ratios, in which the constant of another link cancels.
 LINKED = ("gvpo", "pmd_mean", "rebel", "ipo", "dpo")
 # The losses that use responses of a sampler that is the reference.

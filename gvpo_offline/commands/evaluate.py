@@ -80,7 +80,8 @@ class EvaluationReport:
     def table(self) -> str:
         """The report as text."""
         lines = [f"{self.n_groups:,} groups"]
-        lines += [f"  {name:<22} {value:>12.5g}" for name, value in self.metrics.items()]
+        width = max(map(len, self.metrics))
+        lines += [f"  {name:<{width}} {value:>12.5g}" for name, value in self.metrics.items()]
         lines += sampler_table(self.samplers)
         if self.sampled is not None:
             lines += sampled_lines(self.sampled, self._beta)

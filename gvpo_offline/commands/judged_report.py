@@ -14,7 +14,7 @@ from gvpo_offline.tune.judged import JudgedProposal, JudgedTrial
 from gvpo_offline.tune.policies import described
 from gvpo_offline.tune.racing import is_above
 
-# Two trials are told apart if their paired difference is above this many standard errors.
+# Two trials are distinguishable if their paired difference is above this many standard errors.
 _DISTINGUISHED = 1.0
 _CUT = 0.1
 # With fewer prompts a standard error is itself uncertain by more than 1 / sqrt(2 * 20) = 16%.

@@ -13,7 +13,6 @@ from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.identity import defaults_of
 from gvpo_offline.reference.base import BASE
-from gvpo_offline.settings import required
 from gvpo_offline.stream.settings import ResponseSettings
 from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE
@@ -50,7 +49,12 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
     """
     path = _path_of_run_file(config.model_name_or_path)
     if path is None:
-        required("dataset", config.dataset)
+        if not config.dataset:
+            raise ConfigError(
+                "dataset must be set, unless model_name_or_path is the folder of a training run",
+                received=f"no dataset, and no {RUN_FILE} in {config.model_name_or_path!r}",
+                remedy="pass --dataset, or the output_dir of the run as model_name_or_path",
+            )
         return config
     own = _settings_of_run(path, config.dataset)
     if config.loss_type not in (None, own.get("loss_type")):

@@ -33,6 +33,9 @@ def _run_tune(values: dict[str, Any]) -> None:
     tune = filled(TuneSettings, values)
     if tune.judge == "sample":
         from gvpo_offline.commands.judged_tune import run_judged_tune as run
+
+        if values.get("eval_reward") and not values.get("eval_samples"):
+            values = {**values, "eval_samples": tune.answers(0)[0]}
     else:
         from gvpo_offline.commands.tune import run_tune as run  # type: ignore[assignment]
     found = run(
@@ -51,6 +54,7 @@ def _run_tune(values: dict[str, Any]) -> None:
 
 def _run_train(values: dict[str, Any]) -> None:
     from gvpo_offline.commands.train import run_train
+    from gvpo_offline.train.checkpoint import METRICS_FILE
     from gvpo_offline.train.config import GVPOConfig
 
     trainer = run_train(
@@ -62,6 +66,7 @@ def _run_train(values: dict[str, Any]) -> None:
     )
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
+        say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
         # Settings that are left out are read from the run's folder.
         say(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
 

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from gvpo_offline.losses import anchored, baselines
 from gvpo_offline.losses.gvpo import gvpo, gvpo_loss
-from gvpo_offline.losses.imitation import imitated_shares, with_imitation
+from gvpo_offline.losses.imitation import fixed_gap, imitated_shares, with_imitation
 from gvpo_offline.losses.likelihood import checked_counts
 from gvpo_offline.losses.needs import check_references, needed_inputs
 from gvpo_offline.losses.result import GroupLoss, GroupStatistics
 from gvpo_offline.losses.terms import GroupTerms
 from gvpo_offline.settings import (
     ASYMRE_DELTA,
-    SIZELESS,
     check_imitation,
     check_loss,
     checked_delta,
@@ -108,7 +107,7 @@ def group_loss(
     if not imitation:
         return result
     shares_N = imitated_shares(terms, of=imitation_of, weights=imitation_weights, allowed=imitated)
-    return with_imitation(result, float(imitation), shares_N, sized=loss_type not in SIZELESS)
+    return with_imitation(result, float(imitation), shares_N, gap=fixed_gap(loss_type, beta))
 
 
 def _result(loss_type: str, terms: GroupTerms) -> GroupLoss:

@@ -1,4 +1,4 @@
-"""Losses of squares that fix the level of the log-ratios, and not only their differences.
+"""Losses of squares that determine the log-ratios themselves, and not only their differences.
 
 Each is sum((R_i - A - beta l_i)^2) / (2 (k - 1)) of a group, with A = beta log Z of the reward's
 optimum pi_ref exp(R / beta) / Z, estimated from responses of the reference. The factor is GVPO's,
@@ -34,7 +34,7 @@ def qrpo(terms: GroupTerms) -> Tensor:
         Z = integral of e^(u / beta) over [0, 1] = beta (e^(1 / beta) - 1)
 
     (The paper drops the 1.) Where rewards tie, as with right and wrong, R_q is not uniform and Z is
-    another. beta is the reference's strength in shares per nat. The optimum is that of the quantile
+    another. beta is in shares of responses per nat. The optimum is that of the quantile
     reward, pi_ref e^(R_q / beta) / Z, and not GVPO's.
     """
     level = terms.beta * log_partition(terms.beta)
@@ -50,7 +50,7 @@ def reference_values(terms: GroupTerms) -> Tensor:
     if terms.reference_N is not None:
         weights_N = terms.reference_N.double()
     else:
-        assert terms.sampler_logprobs_N is not None  # group_loss saw to it
+        assert terms.sampler_logprobs_N is not None  # group_loss checks it
         log_weights_N = terms.ref_logprobs_N - terms.sampler_logprobs_N
         weights_N = (log_weights_N - terms.max(log_weights_N)[terms.group_N]).exp()
     # The largest is that of the responses that count: those of the reference may all be so far
@@ -63,7 +63,7 @@ def reference_values(terms: GroupTerms) -> Tensor:
 
 def quantile_rewards(terms: GroupTerms) -> Tensor:
     """The share of the group's reference responses with a reward of at most the own one, (N,)."""
-    assert terms.reference_N is not None  # group_loss saw to it
+    assert terms.reference_N is not None  # group_loss checks it
     own_P, other_P = terms.pairs()
     below_P = terms.reference_N[other_P] & (terms.rewards_N[other_P] <= terms.rewards_N[own_P])
     counts_N = terms.rewards_N.new_zeros(terms.rewards_N.shape)

@@ -129,7 +129,7 @@ def topr(terms: GroupTerms) -> Tensor:
     c is 1 where A > 0, else min(pi / mu, 1), held constant. mu is the sampler, whose log-probs the
     log must hold. Neither beta nor the reference is used.
     """
-    assert terms.sampler_logprobs_N is not None  # group_loss saw to it
+    assert terms.sampler_logprobs_N is not None  # group_loss checks it
     advantages_N = terms.centre(terms.rewards_N)
     ratios_N = (terms.seq_logprobs_N.detach() - terms.sampler_logprobs_N).clamp(max=0).exp()
     taper_N = torch.where(advantages_N > 0, 1.0, ratios_N)

@@ -1,12 +1,12 @@
 """Imitation of a group's good responses, as a term beside a loss of squares.
 
-A loss of squares fixes the differences of log-ratios within a group and says nothing of their
-level: the log-probs of all logged responses may fall together. The term
+A loss of squares determines the differences of log-ratios within a group and not their mean: the
+log-probs of all logged responses may fall together. The term
 
     alpha * beta * D * I,   I = -sum_i q_i * log pi(y_i | x)     nats
 
-says what to do, and the squares say by how much responses differ. q are shares of the group's
-responses that sum to 1 (`imitated_shares`), or 0 for all of them where there is nothing to imitate.
+raises the log-probs of good responses. q are shares of the group's responses that sum to 1
+(`imitated_shares`), or 0 for all of them where there is nothing to imitate.
 D is the reward of the best imitated response minus the lowest reward of the group.
 
 **The scale alpha * beta * D.** The gradient of GVPO's loss in log pi(y_i) is -beta / (k - 1) * w_i,
@@ -15,26 +15,27 @@ and that of this term is -alpha * beta * D * q_i. So the ratio of the two, alpha
 units of reward, as D is, so alpha is a plain number: rewards and beta multiplied by c, which leave
 the optimum of the squares where it is, multiply both parts by c^2. With rewards of 0 and 1 the term
 is alpha * beta times the loss `rft`. And rewards that come close to each other let the term go to
-0, as they do with the squares. `ipo` and `qrpo` ignore the size of rewards: there D is 1. The
-squares of `ipo` are in nats^2: alpha * beta^2 has the effect there that alpha has elsewhere.
+0, as they do with the squares. `qrpo` ignores the size of rewards: there D is 1. So does `ipo`,
+which is 4 / beta^2 times `rebel` for rewards 1/2 apart; its D is 4 / beta^2 times 1/2, so that
+alpha has the effect there that it has for `rebel` and those rewards.
 
 **What it does to the optimum.** With alpha above 0 the minimiser is no longer
 pi_ref exp(R / beta) / Z. Over all groups of one prompt, let W(y) be the sum of w_i / (k - 1) over
-the responses that are y, v(y) the sum of their D * q_i, and s the sum of v. The policy of a
-table rests where
+the responses that are y, v(y) the sum of their D * q_i, and s the sum of v. The gradient of a
+tabular policy is 0 where
 
     W(y) = alpha * (s * pi(y) - v(y))                    for every y
 
 The left side is 0 at GVPO's optimum, and the right side at the distribution v / s of what is
 imitated: the policy lies between the two, and alpha says where. A response that was never logged
-has W = v = 0, so that pi(y) = 0 for every alpha above 0: GVPO alone leaves it with its share of the
-reference, imitation takes its probability in the end, at a speed that grows with alpha.
+has W = v = 0, so that pi(y) = 0 for every alpha above 0: GVPO alone keeps the reference's ratios
+among such responses, and imitation lowers their probability to 0 in the end, faster at a larger
+alpha.
 `docs/evidence/convergence.md` has the measured distance to the optimum.
 
-**Which losses.** Those of squares: a square holds its residual to a finite value, so that the sum
-has a minimum. Losses that are imitation already (rft, sft, awr) have nothing to add it to; those
-whose gradient does not fall with what was reached (dpo, grpo, rloo, topr, asymre) have no such
-minimum; listwise is a cross-entropy of its own.
+**Which losses.** Those of squares: their squares grow without bound on both sides of the minimum,
+so that the sum has a minimum too. The others: rft, sft and awr are imitation already; dpo, grpo,
+rloo, topr and asymre have no minimum at finite log-ratios; listwise is a cross-entropy.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from gvpo_offline.losses.terms import GroupTerms
 
 
 def with_imitation(
-    result: GroupLoss, alpha: float, shares_N: Tensor, *, sized: bool = True
+    result: GroupLoss, alpha: float, shares_N: Tensor, *, gap: float | None = None
 ) -> GroupLoss:
     """A loss of squares plus the term of imitation.
 
@@ -59,20 +60,26 @@ def with_imitation(
         result: the loss of squares.
         alpha: above 0.
         shares_N: (N,) float64, as `imitated_shares`.
-        sized: whether the loss of squares uses the size of reward differences; otherwise D is 1.
+        gap: D of all groups in which something is imitated, for a loss of squares that ignores the
+            size of reward differences; None: it uses them, and D is that of the group's rewards.
 
     Returns:
         The sum. Its weights are those of the gradient of both: w_i + alpha * (k - 1) * D * q_i.
     """
     gaps_G = _gaps(result.terms, shares_N)
-    if not sized:
-        gaps_G = (gaps_G > 0).double()
+    if gap is not None:
+        gaps_G = gap * (gaps_G > 0).double()
     factors_G = alpha * gaps_G
     terms = replace(result.terms, imitation_G=factors_G, imitated_N=shares_N)
     group_losses_G = result.group_losses + terms.beta * factors_G * terms.imitation_losses_G
     scales_G = factors_G * (terms.group_sizes_G - 1)
     weights_N = result.weights + scales_G[terms.group_N] * shares_N
     return GroupLoss(group_losses_G.mean(), weights_N, group_losses_G, terms)
+
+
+def fixed_gap(loss_type: str, beta: float) -> float | None:
+    """D of a loss of squares that ignores the size of reward differences; None for the others."""
+    return {"qrpo": 1.0, "ipo": 2.0 / beta**2}.get(loss_type)
 
 
 def _gaps(terms: GroupTerms, shares_N: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""How much each logged response counts where the question is what the policy itself would say.
+"""Weights of logged responses in metrics that estimate the reward of the policy's own answers.
 
-Metrics that reweigh logged responses by pi / pi_ref estimate what changes in the policy's own
-answers. They are right for responses of the reference. Responses of a writer whom the policy hardly
-imitates, such as a person, mislead them: the probability of such a text may rise by many nats and
-still be that of a text that is never sampled, and its ratio then outweighs those of all others.
-Two rules keep one response from taking all.
+These metrics weight logged responses by pi / pi_ref. The estimate is right for responses that the
+reference sampled. It is wrong for responses that the policy never samples, such as a person's: the
+log-prob of such a text may rise by many nats while its probability stays negligible, and its ratio
+is then larger than all others together. Two rules limit the weight of a single response.
 
 **What the reference finds unlikely does not count.** For a response y of T tokens, m = log
 pi_ref(y) / T, and m* is the median of m in the group (the more likely of the middle two for an even
@@ -17,7 +16,7 @@ responses m* - SLACK nats per token. Responses within SLACK of the median count 
 at least half of each group. Beyond it the weight falls with the whole log-prob that is missing, so
 that no log-ratio that training reaches makes up for it.
 
-**Probability is not created.** The mean of e^l over responses of the reference is 1. Where the
+**Ratios are capped.** The mean of e^l over responses of the reference is 1. Where the
 weighted mean of a group is above 1, the largest ratios are lowered to a common cap so that it is 1:
 a response can gain only what the others of its group lose.
 """

@@ -1,4 +1,4 @@
-"""What losses need beside policy, reference and rewards; said in words where it is missing."""
+"""Inputs that some losses need besides policy, reference and rewards, and errors without them."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from gvpo_offline.store.manifest import ReferenceFamily
 # Largest |log-ratio| in float32, nats. Rounding is 3e-6 nats per root token on a language model
 # with 30 layers (benchmarks/precision.py), so below 0.001 for 16,000 tokens.
 EXACT_NATS = 0.01
-# alpha: one honest run in 10,000 is refused by each test.
+# alpha: each test refuses one in 10,000 runs whose policy is the reference.
 FALSE_ALARM = 1e-4
 # F. A standard deviation that is measured on 8 independent responses is known to 1 / sqrt(16), 25%:
 # twice that.

@@ -46,7 +46,7 @@ class SampledEvaluator:
     Attributes:
         prompts: the prompts.
         reward: scores the answers.
-        reference: how log-probs under the reference are had.
+        reference: computes log-probs under the reference.
         tokenizer: decodes the answers; the dataset's.
         rules: how logits are processed, and when an answer ends.
         temperature: of the draws.

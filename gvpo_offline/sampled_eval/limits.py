@@ -1,4 +1,4 @@
-"""How many tokens a sampled answer may have."""
+"""The largest number of tokens of a sampled answer."""
 
 from __future__ import annotations
 

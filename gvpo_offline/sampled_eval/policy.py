@@ -51,7 +51,7 @@ class ModelCalls:
         self.forward: Callable[..., Any] = inner.forward
 
     def __call__(self, **inputs: Any) -> Any:
-        """Logits for inputs of `forward`; for the argument `call`, what it asks for."""
+        """Logits for inputs of `forward`; for the argument `call`, the result of that call."""
         if self._in_lockstep:
             self._ranks_that_compute(own=1)
         if "call" in inputs:

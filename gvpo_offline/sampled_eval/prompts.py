@@ -59,8 +59,8 @@ def read_prompts(
 ) -> list[HeldOutPrompt]:
     """The distinct prompts of some groups, in stored order.
 
-    Of several groups with one prompt the first says what scorers see; the best logged response is
-    that of all of them.
+    Of several groups with one prompt, scorers get the columns of the first; the best logged
+    response is that of all of them.
 
     Args:
         views: the groups, with rewards.

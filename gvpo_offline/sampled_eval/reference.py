@@ -1,8 +1,8 @@
-"""The reference policy whose log-probs the divergence of fresh answers needs.
+"""The reference policy, whose log-probs of fresh answers the KL divergence needs.
 
 The dataset stores the reference's log-probs of logged responses; of a fresh answer they have to be
-computed. A policy with an adapter whose base is the reference has it in memory. Otherwise it is
-loaded from where the dataset says that it came from, and its weights are compared with the hash in
+computed. If the policy is an adapter on the reference, the reference is in memory already.
+Otherwise it is loaded from the path in the dataset, and its weights are compared with the hash in
 the dataset.
 """
 
@@ -32,12 +32,12 @@ from gvpo_offline.store.manifest import ReferenceFamily
 
 @dataclass(frozen=True)
 class SampledReference:
-    """How log-probs under the reference are had.
+    """How log-probs under the reference are computed.
 
     Attributes:
         described: in words, for the log.
         loaded: the reference in memory; None: the policy with its adapter disabled.
-        unavailable: why they cannot be had; "" if they can.
+        unavailable: why they cannot be computed; "" if they can.
     """
 
     described: str

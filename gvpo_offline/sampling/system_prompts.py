@@ -1,4 +1,4 @@
-"""System prompts that belong to a sampler: its prompts have them, those of the dataset do not.
+"""System prompts of single samplers, which the prompts in the dataset do not have.
 
 A sampler with a `system_prompt` answers each chat under that system message. The dataset stores the
 prompt without it, so that the policy is trained, and scored, on the prompt alone. The sampler is

@@ -26,9 +26,9 @@ class SamplerTotals:
     def means(self) -> dict[str, float]:
         """Means per response: reward, log-ratio in nats, weight; and the likely share.
 
-        The last is the mean weight of `losses.likelihood`, in [0, 1]: near 0 for a writer whose
-        responses the reference finds unlikely. Such responses do not count in the metrics that
-        begin with likely_.
+        The last is the mean weight of `losses.likelihood`, in [0, 1]: near 0 for a sampler whose
+        responses are unlikely under the reference. Such responses do not count in the metrics whose
+        names begin with likely_.
         """
         n = self.responses
         return {

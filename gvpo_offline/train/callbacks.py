@@ -115,13 +115,12 @@ def _mass_warnings(now: Mapping[str, float], *, held_out: bool) -> Iterator[Metr
         yield MetricWarning(
             "high_log_mass",
             every,
-            f"log_mass_mean of held-out responses is {every:.3g} nats. Over answers of the "
-            "reference the mean of e^l is 1, whose logarithm is 0: so the log-ratios rise on "
-            "responses of a "
-            "writer, such as a person, who is not the reference, and reweighted_reward_mean tells "
-            "little of the policy's own answers. The table by sampler names the writer; "
-            "likely_reweighted_reward_mean lets a response gain only what others lose. What helps: "
-            "a larger beta, less imitation, or leaving that sampler out",
+            f"log_mass_mean of held-out responses is {every:.3g} nats. For responses of the "
+            "reference it is at most 0 on average. So the policy raises the probability of "
+            "responses of another sampler, such as a person, and reweighted_reward_mean is no "
+            "estimate of the reward of the policy's own answers; likely_reweighted_reward_mean is "
+            "a better one. The table by sampler shows which sampler it is. What helps: a larger "
+            "beta, less imitation, or leaving that sampler out",
         )
 
 

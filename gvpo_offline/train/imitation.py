@@ -48,8 +48,8 @@ def alpha_of(lowest_reward_groups: int, n_groups: int) -> float:
     """The alpha that `imitation: auto` stands for.
 
     1 plus 10 times the share of the groups whose responses all have the lowest reward. Such groups
-    show nothing to imitate, and their squares ask the policy to stay at the reference: the more
-    there are, the less of the loss is about right answers.
+    have no response to imitate, and the minimum of their squares is at the reference: the more of
+    them there are, the smaller the part of the loss that raises the probability of right answers.
 
     Args:
         lowest_reward_groups: groups whose responses all have the lowest reward of their dataset.
@@ -145,8 +145,9 @@ def unlikely_samplers_of(parts: Sequence[BestResponses]) -> list[str]:
     """The samplers that `imitation: auto` does not imitate, sorted.
 
     Those whose best responses the reference finds unlikely: they cost more than 1.2 times the nats
-    per token of the best responses of all other samplers. To imitate them is to learn their habits,
-    such as a person's, and not only what makes them good. The squares use their responses.
+    per token of the best responses of all other samplers. A policy that imitates them takes over
+    their style, such as a person's, and not only what makes them good. The squares still use their
+    responses.
 
     Responses are compared with those of the same dataset, since texts of some kinds cost more nats
     per token than others, whoever writes them. A sampler that alone has the best responses of a

@@ -13,15 +13,15 @@ from gvpo_offline.train.settings import ADAPTER_LEARNING_RATE, FULL_LEARNING_RAT
 
 logger = logging.getLogger(__name__)
 # The share of a run after which the policy must have moved, and by how much: the root mean square
-# of its log-ratios in units of the rounding noise, and in nats. The optimum asks for gaps of
-# several nats; a hundredth of a nat is a hundredth of a response's probability.
+# of its log-ratios in units of the rounding noise, and in nats. The optimum has gaps of several
+# nats; a hundredth of a nat is a change of a response's probability by 1%.
 _SHARE = 0.1
 _TIMES_NOISE = 2.0
 _LEAST_NATS = 0.01
 
 
 def stillness(metrics: Mapping[str, Any], noise: float) -> str:
-    """What shows that the policy has not moved; empty if it has, or if the line does not tell.
+    """The evidence that the policy has not moved, in words; empty if it has, or without evidence.
 
     Groups of equal rewards do not tell: their target is the reference.
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Share of the rewards' variance within groups from which noise is comparable to beta's signal.
+# A noise floor of at least this share of the rewards' variance within groups gives a warning.
 MUCH_NOISE = 0.1
 _LEAST = 1.0 / 256
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,11 +169,12 @@ def _log(
     if MUCH_NOISE <= share < math.inf:
         gaps = [float(np.ptp(np.asarray(group.rewards))) for group in groups]
         logger.warning(
-            "rounding noise is comparable to what beta asks for: %.2g nats in each log-ratio, "
-            "where a group's rewards ask for a gap of %.2g nats on average, (max R - min R) / "
-            "beta. It lowers the explained variance by %.2g. What helps: fp16 in place of bf16 (a "
-            "third to an eighth of the noise), float32 weights where they are bfloat16 (dtype), "
-            "float32 throughout, or a smaller beta; score the reference with the same settings",
+            "rounding noise is not small against the log-ratios of the optimum: %.2g nats in each "
+            "log-ratio, where the optimum has a gap of %.2g nats within a group on average, "
+            "(max R - min R) / beta. The noise lowers the explained variance by %.2g. What helps: "
+            "fp16 in place of bf16 (a third to an eighth of the noise), float32 weights where they "
+            "are bfloat16 (dtype), float32 throughout, or a smaller beta; score the reference with "
+            "the same settings",
             *(floor.nats, float(np.mean(gaps)) / beta, share),
         )
 

@@ -60,7 +60,7 @@ class Objective:
         """The objective of a run's settings.
 
         Raises:
-            ConfigError: imitation is auto, which `imitation_of_run` resolves.
+            ConfigError: imitation is auto, which `train.imitation.objective_of_run` resolves.
         """
         if settings.imitation == "auto":
             raise ConfigError(

@@ -15,7 +15,7 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
 from gvpo_offline.sampled_eval.policy import SampledPolicy
 from gvpo_offline.sampled_eval.result import KL_METRICS, SampledResult
-from gvpo_offline.sampled_eval.shown import failure_lines, shown_answers
+from gvpo_offline.sampled_eval.shown import failure_lines, sampled_lines, shown_answers
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.tables import log_table
 
@@ -50,7 +50,7 @@ class SampledTrainer(PredictingTrainer):
             self.sampled_evaluator()
 
     def sampled_evaluator(self) -> SampledEvaluator:
-        """The evaluator for the run's settings and held-out groups; made when first asked for.
+        """The evaluator for the run's settings and held-out groups; made at the first call.
 
         All ranks must call this, the first time before training starts.
 
@@ -73,7 +73,7 @@ class SampledTrainer(PredictingTrainer):
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
             raise ConfigError(
-                "answers are sampled from weights that a rank has, or that FSDP2 gathers",
+                "answers are sampled from weights that each rank has whole, or that FSDP2 gathers",
                 received="eval_samples with DeepSpeed ZeRO-3",
                 remedy="shard with FSDP2 or ZeRO-2, or leave eval_samples out and run "
                 "`gvpo-offline evaluate --sample` on checkpoints",
@@ -123,6 +123,8 @@ class SampledTrainer(PredictingTrainer):
 
     def _show(self, result: SampledResult) -> None:
         step = self.state.global_step
+        summary = " ".join(" ".join(sampled_lines(result, self.args.beta, most=0)[:3]).split())
+        logger.info("step %d: %s", step, summary)
         for each in shown_answers(result):
             logger.info("step %d, sampled answer: %s", step, each.line())
         for line in failure_lines(result):

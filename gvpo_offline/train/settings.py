@@ -47,10 +47,10 @@ class GVPOSettings:
     """Weight, in [0, 1], of a penalty on the squared mean log-ratio of each group. Stabilises
     training at a small beta, but moves the optimum; 1 is the PMD-mean loss."""
     link: Literal["log", "chi_squared"] = "log"
-    """What beta multiplies: log, the log-ratio l; or chi_squared, l + e^l, which lets a response
-    become likelier only in proportion to its reward and not exponentially (chi-squared preference
-    optimisation). It moves the optimum. Only for losses of differences: gvpo, pmd_mean, rebel, ipo
-    and dpo."""
+    """What beta multiplies: log, the log-ratio l; or chi_squared, l + e^l, with which the optimum's
+    probability of a good response grows in proportion to the reward and not exponentially
+    (chi-squared preference optimisation). Only for losses of differences: gvpo, pmd_mean, rebel,
+    ipo and dpo."""
     reference_sampler: str = ""
     """Name of the sampler that is the reference: that drew responses from the reference model at
     temperature 1, without truncation. qrpo and oapl estimate a prompt's value from them, and need
@@ -64,17 +64,18 @@ class GVPOSettings:
     times the mean negative log-probability (nats) of each group's best responses to the loss, so
     that they do not become unlikely together with the others. Groups of equal rewards add nothing.
     It moves the optimum towards the logged best responses. alpha does not depend on the scale of
-    rewards: 1 suits graded rewards, and 3 to 10 rewards of right and wrong of which nearly all are
-    wrong. auto: 1 plus 10 times the share of groups whose responses all have the lowest reward; and
-    without the samplers whose best responses the reference finds unlikely, if imitation_without
-    names none. Logged before the first step. Only for losses of squares."""
+    rewards: take 1 for graded rewards, and 3 to 10 where rewards are right or wrong and nearly all
+    are wrong. auto: 1 plus 10 times the share of groups whose responses all have the lowest reward;
+    if imitation_without names no sampler, those whose best responses are unlikely under the
+    reference are not imitated. Both are logged before the first step. Only for losses of squares:
+    gvpo, pmd_mean, rebel, ipo, oapl, qrpo."""
     imitation_of: Literal["best", "soft"] = "best"
     """Which responses of a group imitation is of. best: those of the highest reward, ties alike.
     soft: all, by softmax(reward / beta)."""
     imitation_weights: Literal["equal", "reference"] = "equal"
     """How the imitated responses of a group are weighted against each other. equal; or reference:
-    also by e to the power of the reference's mean log-prob per token, so that a text that the
-    reference finds unlikely, such as a scripted person's, has a small share."""
+    also by e to the power of the reference's mean log-prob per token, so that a text that is
+    unlikely under the reference, such as a scripted person's, has a small share."""
     imitation_without: list[str] = field(default_factory=list)
     """Names of samplers whose responses are not imitated. The best of the other samplers' responses
     are, where they have more than the group's lowest reward."""

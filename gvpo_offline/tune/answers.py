@@ -104,7 +104,7 @@ def read_answers(folder: Path, stem: str, most: int) -> tuple[AnswerSums | None,
 
     Args:
         folder: of the files.
-        stem: the begin of their names.
+        stem: the beginning of their names.
         most: number of answers per prompt. There are more where a file that begins below it, of a
             search with another budget, ends above it.
 

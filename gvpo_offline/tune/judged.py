@@ -1,7 +1,7 @@
 """Search for loss, imitation, beta and learning rate by sampled answers, without a training loop.
 
-A log cannot choose between losses: it does not know what a policy would earn with answers that
-nobody logged. Here each trial's policy answers held-out prompts, the answers are scored, and trials
+A log cannot choose between losses, because it has no rewards of answers that were not logged.
+Here each trial's policy answers held-out prompts, the answers are scored, and trials
 are ranked by reward - judge_beta KL. The caller trains and judges:
 
     trial(settings) -> a handle of the trained policy
@@ -141,8 +141,8 @@ def propose_judged(
     the first loss, and with the previous loss's best rate and its neighbours for each other. While
     the best is at an end, the next rate beyond it is tried. Then the neighbouring imitations at
     that rate, then the neighbouring betas, extended in the same way. If one of them changed, the
-    neighbouring rates are tried again. At last all trials, of all losses, are compared until the
-    best is apart from the others (`Race.finish`).
+    neighbouring rates are tried again. At last trials of all losses get more answers until the best
+    is significantly better than the others (`Race.finish`).
 
     Args:
         trial: trains from the policy's initial weights and returns a handle of the trained policy;
@@ -155,8 +155,9 @@ def propose_judged(
         judge_beta: what the KL is multiplied with, for all trials. Objectives at the betas of the
             trials themselves would not be comparable: a smaller beta forgives a larger KL.
         budget: the fewest and the most answers per prompt of a trial; default: 8 and 64.
-        release: called with a handle that is beaten, so that its weights may be deleted; never with
-            `untouched`. `judge` is asked for it again only if the best trial turns out worse.
+        release: called with the handle of a trial that is significantly worse than the best, so
+            that its weights may be deleted; never with `untouched`. `judge` is called with it again
+            only if the best trial turns out worse.
 
     Raises:
         ConfigError: every trial diverged, or there are no losses.

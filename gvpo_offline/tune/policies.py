@@ -1,9 +1,10 @@
 """The policies of trials whose answers are sampled: trained, kept on disk, and judged.
 
-A trial may be asked for more answers long after it was trained. Its trained parameters are kept in
-a file until it is beaten: with LoRA those of the adapter alone. To train it again instead would
-cost a whole trial, and the number of files is that of the trials that are not told apart. Where a
-file is missing, the policy is trained again, which gives the same weights on the same machine.
+A trial's policy may have to give more answers long after it was trained. So its trained parameters
+(with LoRA those of the adapter alone) are kept in a file until the trial is significantly worse
+than the best one. To train it again instead would cost a whole trial, and there are only as many
+files as trials that do not differ significantly. Where a file is missing, the policy is trained
+again, which gives the same weights on the same machine.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class PolicyOfTrial:
 
     Attributes:
         settings: of the trial.
-        stem: begin of the names of its answers' files, which depends on the judge too.
+        stem: beginning of the names of its answers' files, which depends on the judge too.
         weights: name of the file of its parameters, which does not.
         key: what the answers depend on, as plain data.
     """

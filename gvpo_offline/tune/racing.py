@@ -1,4 +1,4 @@
-"""Samples for trials that are hard to tell apart, as functions that do not depend on a model.
+"""More answers for trials that do not differ significantly; independent of any model.
 
 Each trial's policy answers the same prompts. A trial's value is the mean over prompts of
 reward - beta KL. Two trials are compared prompt by prompt: the standard error of the mean
@@ -23,8 +23,9 @@ from gvpo_offline.sampled_eval.result import Estimate
 
 Handle = TypeVar("Handle")
 
-# A trial is beaten while its paired difference from the best is above this many standard errors.
-# If both were equally good, this would happen at a given comparison with probability 2.3%.
+# A trial is beaten, that is significantly worse than the best, while its paired difference from the
+# best is above this many standard errors. If both were equally good, this would happen at a given
+# comparison with probability 2.3%.
 APART = 2.0
 # At a decision of the search, a trial is close to the best up to this many standard errors.
 CLOSE = 1.0
@@ -115,7 +116,7 @@ def difference(one: Contender[Handle], other: Contender[Handle], beta: float) ->
 
 
 class Race(Generic[Handle]):
-    """Trials whose policies get answers until the best is apart from the others.
+    """Trials whose policies give answers until the best is significantly better than the others.
 
     Args:
         judge: maps a handle and n to the estimates from the first n answers to each prompt. Answer
@@ -124,8 +125,8 @@ class Race(Generic[Handle]):
         beta: what the KL is multiplied with, in units of reward per nat; the same for all trials,
             whatever beta they were trained with.
         budget: the fewest and the most answers per prompt.
-        release: called with a handle whose trial is beaten; it may be asked for again, if the best
-            trial turns out to be worse than it looked.
+        release: called with the handle of a trial that is beaten. `judge` may be called with it
+            later, if more answers lower the mean of the best trial.
     """
 
     def __init__(

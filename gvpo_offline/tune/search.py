@@ -185,9 +185,9 @@ def score(metrics: Metrics) -> float:
     reference (`likely_reweighted_reward_mean` - `likely_reward_mean`), times the share of
     probability that stays on logged responses (exp of `likely_log_mass_mean`, at most 1). The rest
     of the probability went to responses without a reward and is counted as no gain. Responses count
-    by how likely the reference finds them per token (`losses.likelihood`): a writer whom the policy
-    never imitates would otherwise decide. A constant added to all rewards of a group does not
-    change the score.
+    by how likely they are per token under the reference (`losses.likelihood`): without that,
+    responses that the policy never samples, such as a person's, would decide. A constant added to
+    all rewards of a group does not change the score.
 
     Metrics without these names, which earlier versions gave, are scored by
     `reweighted_reward_mean`, `group_reward_mean` and `log_mass_mean`, which count all responses

@@ -40,9 +40,9 @@ class TuneSettings:
     in units of reward per nat; the same for all trials, whatever beta they train with. Default: the
     run's beta."""
     judge_samples: list[int] = field(default_factory=list)
-    """With judge: sample, the fewest and the most answers per prompt of a trial's policy. Each gets
-    the fewest, and those that cannot be told apart from the best more. Default:
-    eval_samples, and 8 times as many."""
+    """With judge: sample, the fewest and the most answers per prompt of a trial's policy. Each
+    policy gives the fewest, and those that are not significantly worse than the best give more.
+    Default: eval_samples (8 if that is 0), and 8 times as many."""
 
     def __post_init__(self) -> None:
         if self.tune_steps < MIN_TUNE_STEPS:
@@ -69,7 +69,7 @@ class TuneSettings:
             if value not in ([], None):
                 raise ConfigError(
                     f"{name} needs judge: sample, since a log cannot choose between losses: it "
-                    "does not say what a policy would earn with answers that nobody logged",
+                    "has no rewards of answers that were not logged",
                     received=f"{name}: {value} with judge: log",
                     remedy="set judge: sample and eval_reward, or leave it out",
                 )

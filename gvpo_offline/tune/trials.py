@@ -207,8 +207,8 @@ class Trials:
         )
         if begun and self.args.process_index == 0:
             logger.warning(
-                "%s: the search goes on with the score of the version that began it, which counts "
-                "all responses alike, also those of writers whom the policy never imitates; to "
+                "%s: the search goes on with the score of the version that began it, in which all "
+                "responses have the same weight, also those that the policy never samples; to "
                 "search with the present score, remove the folder",
                 self.folder,
             )

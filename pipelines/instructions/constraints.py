@@ -19,7 +19,7 @@ from typing import Any
 Constraint = dict[str, Any]
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
-# Words that English text of any topic is full of; many words without any are no sentence.
+# Words that English text of any topic has. Several words without any of these are no sentence.
 _COMMON = frozenset(
     word
     for line in (

@@ -1,8 +1,8 @@
 """The runs of the comparison: each is one line of `runs.jsonl`, and finished runs are not repeated.
 
-A run trains the policy with one loss (`train`), lets it answer prompts that nobody trained on, and
-scores the answers (`evaluate --sample`). Its folder keeps logs and reports; the trained weights,
-half a gigabyte, are removed.
+A run trains the policy with one loss (`train`), samples its answers to prompts that are not in the
+training data, and scores them (`evaluate --sample`). Its folder keeps logs and reports; the trained
+weights, half a gigabyte, are removed.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from gvpo_offline.reference.score import run_reference
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.stream.settings import DataSettings, ResponseSettings
+from gvpo_offline.train import imitation
 from gvpo_offline.train.checkpoint import RUN_FILE
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.objective import Objective
@@ -156,9 +157,11 @@ def test_the_imitation_of_a_run_is_evaluated(
     assert written["imitation_without"] == [own]
     evaluated = evaluate(tmp_path / "run")
     assert objective_of(evaluated.config) == trainer.args.objective()
-    again = evaluate(tmp_path / "run", imitation=0.5)
-    parts = again.metrics["squares_loss"], 0.5 * BETA * again.metrics["imitation_loss"]
-    assert again.metrics["loss"] == pytest.approx(sum(parts), rel=1e-12)
+    # The term is alpha times what does not depend on alpha: twice as large at twice the alpha.
+    once, twice = (evaluate(tmp_path / "run", imitation=own).metrics for own in (0.5, 1.0))
+    terms = [own["loss"] - own["squares_loss"] for own in (once, twice)]
+    assert terms[0] > 0
+    assert terms[1] == pytest.approx(2 * terms[0], rel=1e-9)
 
 
 def test_settings_of_the_runs_loss_are_not_those_of_another(tmp_path: Path) -> None:
@@ -228,3 +231,21 @@ def test_a_damaged_run_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / RUN_FILE).write_text(text)
         with pytest.raises(IntegrityError, match=rf"{RUN_FILE}: .*settings of a run"):
             with_run_settings(EvaluateConfig(str(tmp_path)))
+
+
+def test_the_run_file_has_what_imitation_auto_stands_for(
+    root: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samplers too: at a threshold of 1 some cost more than the others. `evaluate` then has the
+    loss of the run."""
+    monkeypatch.setattr(imitation, "UNLIKELY", 1.0)
+    trainer = train(tiny_model_dir, root, tmp_path, imitation="auto", max_steps=1, eval_steps=1)
+    assert trainer.args.imitation_without
+    config = with_run_settings(EvaluateConfig(str(tmp_path)))
+    assert config.imitation == trainer.args.imitation
+    assert config.imitation_without == trainer.args.imitation_without
+    report = evaluate(tmp_path)
+    assert report.metrics["loss"] == pytest.approx(last(trainer, "eval_loss"), rel=1e-4)
+    # The values stand below each other: two blanks, the longest name, a blank, 12 characters.
+    rows = report.table().splitlines()[1 : 1 + len(report.metrics)]
+    assert {len(row) for row in rows} == {2 + max(map(len, report.metrics)) + 1 + 12}

@@ -44,10 +44,12 @@ def call(name: str = "gvpo", alpha: float = 0.0, **changes: Any) -> GroupLoss:
 
 @pytest.mark.parametrize("name", SQUARES)
 def test_with_rewards_of_0_and_1_the_term_is_alpha_beta_times_rft(name: str) -> None:
-    """rft is (2 + 3) / 2 = 2.5 nats; alpha 2 at beta 0.5 adds 2 * 0.5 * 1 * 2.5 = 2.5."""
+    """rft is (2 + 3) / 2 = 2.5 nats; alpha 2 at beta 0.5 adds 2 * 0.5 * 1 * 2.5 = 2.5. For ipo it
+    is 2 / 0.5^2 = 8 times as much."""
     plain, both, rft = call(name), call(name, 2.0), call("rft")
     assert float(rft.loss) == 2.5
-    assert float(both.loss) == pytest.approx(float(plain.loss) + 2.5, rel=1e-14)
+    added = 2.5 * (8 if name == "ipo" else 1)
+    assert float(both.loss) == pytest.approx(float(plain.loss) + added, rel=1e-14)
     metrics = both.metrics
     assert metrics["imitation_loss"] == 2.5
     assert metrics["squares_loss"] == pytest.approx(float(plain.loss), rel=1e-14)
@@ -73,12 +75,33 @@ def test_the_term_grows_with_the_gap_between_rewards() -> None:
     added = float(call(alpha=2.0, rewards=close).loss) - float(call(rewards=close).loss)
     assert added == pytest.approx(0.625, rel=1e-14)
     added = float(call("ipo", 2.0, rewards=close).loss) - float(call("ipo", rewards=close).loss)
-    assert added == pytest.approx(2.5, rel=1e-14)
+    assert added == pytest.approx(8 * 2.5, rel=1e-14)
     # The second response, -4.25 nats, is 0.5 above the lowest: 2 * 0.5 * 0.5 * 4.25.
     graded, second = tensor([1.0, 0.5, 0.0]), torch.tensor([False, True, True])
     both = call(alpha=2.0, rewards=graded, imitated=second)
     assert float(both.loss) - float(call(rewards=graded).loss) == pytest.approx(2.125, rel=1e-14)
     assert both.metrics["imitation_loss"] == 4.25
+
+
+@settings(max_examples=25)
+@given(
+    beta=st.sampled_from([0.02, 0.5, 3.0]),
+    alpha=st.sampled_from([0.0, 0.3, 10.0]),
+    seed=st.integers(0, 99),
+)
+def test_ipo_with_imitation_is_rebel_with_imitation_for_a_gap_of_a_half(
+    beta: float, alpha: float, seed: int
+) -> None:
+    """(d - 1 / (2 beta))^2 = 4 / beta^2 * (1/2 - beta d)^2 / 4, and so for the term: the same alpha
+    has the same optimum, also at a small beta."""
+    seq, ref, rewards, group = batch_of([[0.5, 0.0], [0.0, 0.5]], seed)
+    found, expected = (
+        group_loss(name, seq, ref, rewards, group, beta=beta, imitation=alpha)
+        for name in ("ipo", "rebel")
+    )
+    factor = 4 / beta**2
+    assert torch.allclose(found.group_losses, factor * expected.group_losses, rtol=1e-12, atol=0)
+    assert torch.allclose(found.weights, factor * expected.weights, rtol=1e-12, atol=0)
 
 
 def documented() -> tuple[str, dict[str, Tensor]]:

@@ -161,6 +161,9 @@ def test_answers_are_shown_beside_the_best_logged_ones(
     assert len(shown) == 3
     assert "| answer (reward " in shown[0]
     assert "| best logged (reward " in shown[0]
+    summary = next(r.getMessage() for r in caplog.records if " fresh answers to " in r.getMessage())
+    assert f"reward {found['eval_sampled_reward']:.5g} ± " in summary
+    assert f"KL {found['eval_sampled_objective']:.5g} ± " in summary
 
 
 def test_failures_are_said_with_their_causes(

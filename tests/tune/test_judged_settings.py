@@ -109,6 +109,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
         ({"losses": ["gvpo", "topr"]}, "topr"),
         ({"eval_reward": {"scorers": {"a": {"kind": "votes", "inputs": "x"}}}}, "kind"),
         ({"eval_max_new_tokens": 5000}, "fit into the model's context"),
+        # judge_samples is enough: what is refused here is the length
+        ({"eval_samples": 0, "judge_samples": [2, 4], "eval_max_new_tokens": 5000}, "fit into the"),
         ({"no_reference": True}, "no KL: the reference .* cannot be loaded"),
     ],
 )
