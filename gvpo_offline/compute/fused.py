@@ -167,24 +167,31 @@ class _PairLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        plan: LogprobPlan = ctx.plan
-        need: list[bool] = ctx.need
-        saved = ctx.saved_tensors  # read once, as gradient checkpointing requires
-        tensors, means_HK = saved[: len(need)], saved[len(need) : len(need) * 3 // 2]
-        row_N, token_N, slope_N, log_sum_H1 = saved[len(need) * 3 // 2 :]
-        row_grad_H1 = torch.zeros_like(log_sum_H1)
-        _add_rows_(row_grad_H1, row_N, grad_N[:, None])
-        row_grad_H1 *= -plan.scale
-        grads = _FactorGradients(plan, tensors, need, row_N, token_N, (grad_N * slope_N)[:, None])
-        if any(need[1::2]):
-            for block, exps, factor_H1 in softmax_blocks(
-                plan, grads.inputs, grads.weights, ctx.kept, log_sum_H1
-            ):
-                grads.add_block(block, exps, row_grad_H1 * factor_H1)
-                del exps  # released before the next block is allocated
-        else:
-            grads.of_inputs = [None if mean is None else row_grad_H1 * mean for mean in means_HK]
-        return (None, None, None, *grads.finished())
+        # A backward pass within autocast would round the factors and the products of mm.
+        with torch.autocast(grad_N.device.type, enabled=False):
+            return _gradients(ctx, grad_N)
+
+
+def _gradients(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of `_PairLogprobs.forward`."""
+    plan: LogprobPlan = ctx.plan
+    need: list[bool] = ctx.need
+    saved = ctx.saved_tensors  # read once, as gradient checkpointing requires
+    tensors, means_HK = saved[: len(need)], saved[len(need) : len(need) * 3 // 2]
+    row_N, token_N, slope_N, log_sum_H1 = saved[len(need) * 3 // 2 :]
+    row_grad_H1 = torch.zeros_like(log_sum_H1)
+    _add_rows_(row_grad_H1, row_N, grad_N[:, None])
+    row_grad_H1 *= -plan.scale
+    grads = _FactorGradients(plan, tensors, need, row_N, token_N, (grad_N * slope_N)[:, None])
+    if any(need[1::2]):
+        for block, exps, factor_H1 in softmax_blocks(
+            plan, grads.inputs, grads.weights, ctx.kept, log_sum_H1
+        ):
+            grads.add_block(block, exps, row_grad_H1 * factor_H1)
+            del exps  # released before the next block is allocated
+    else:
+        grads.of_inputs = [None if mean is None else row_grad_H1 * mean for mean in means_HK]
+    return (None, None, None, *grads.finished())
 
 
 class _FactorGradients:

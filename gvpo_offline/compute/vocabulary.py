@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,7 +212,7 @@ def _unrounded_mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None =
     The factors are 16-bit numbers, so that nothing is lost if oneDNN rounds them to bfloat16 again:
     on CPUs with instructions for it, the product then has their speed.
     """
-    precision = torch.backends.mkldnn.matmul
+    precision: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = precision.fp32_precision
     try:
         if a.dtype == b.dtype == torch.bfloat16:

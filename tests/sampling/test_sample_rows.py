@@ -24,7 +24,7 @@ def test_a_row_is_as_large_as_its_prompt(tmp_path: Path, tiny_tokenizer_dir: Pat
         run = config(tmp_path, tiny_tokenizer_dir, {"s": remote(server.url)}, inputs=inputs)
         assert run_sample(run).manifest is not None
         done = _Run(run, tmp_path / "data")
-        sampled = SampledRows(done.prompts, done.stages["s"].log)
+        sampled = SampledRows(done.prompts, done.stages["s"].log, done.settings["s"])
     finally:
         server.close()
     assert 12 * NOTE < sampled.text_bytes < 12 * (NOTE + 1_000)
