@@ -95,7 +95,6 @@ def imitated_shares(
     of: str = "best",
     weights: str = "equal",
     allowed: Tensor | None = None,
-    token_counts: Tensor | None = None,
 ) -> Tensor:
     """The share q of each response in what its group imitates, (N,) float64.
 
@@ -113,15 +112,13 @@ def imitated_shares(
     A single best candidate has the share 1 whatever its p.
 
     Args:
-        terms: the checked inputs of the loss.
+        terms: the checked inputs of the loss; with token counts for `reference`.
         of: best or soft.
         weights: equal or reference.
         allowed: (N,) bool: whether a response may be imitated; None: all may.
-        token_counts: (N,) the number of tokens of each response that count; for reference.
-            Default: those of `terms`.
 
     Raises:
-        DataError: shapes that differ, or token counts that are missing or below 1.
+        DataError: shapes that differ, or token counts that are missing.
     """
     rewards_N = terms.rewards_N
     allowed_N = torch.ones_like(rewards_N, dtype=torch.bool)
@@ -134,29 +131,23 @@ def imitated_shares(
     if of == "best":
         scores_N = torch.where(rewards_N == best_G[terms.group_N], 0.0, never)
     if weights == "reference":
-        scores_N = scores_N + terms.ref_logprobs_N / _counts(
-            terms.token_counts_N if token_counts is None else token_counts, terms
-        )
+        scores_N = scores_N + terms.ref_logprobs_N / _counts(terms)
     scores_N = torch.where(allowed_N & worth_G[terms.group_N], scores_N, never)
     largest_G = torch.where(worth_G, terms.max(scores_N), 0.0)
     parts_N = (scores_N - largest_G[terms.group_N]).exp()
     return parts_N / torch.where(worth_G, terms.sum(parts_N), 1.0)[terms.group_N]
 
 
-def _counts(token_counts: Tensor | None, terms: GroupTerms) -> Tensor:
-    rule = "imitation weighted by the reference needs the number of counted tokens of each response"
-    if token_counts is None:
-        raise DataError(rule, received="none", remedy="pass token_counts")
-    counts_N = _checked("token_counts", token_counts, terms).double()
-    if not bool((counts_N >= 1).all()):
-        row = int((~(counts_N >= 1)).nonzero()[0])
+def _counts(terms: GroupTerms) -> Tensor:
+    """The token counts of the terms, which `likelihood.checked_counts` checked."""
+    if terms.token_counts_N is None:
         raise DataError(
-            "token_counts are at least 1",
-            received=float(counts_N[row]),
-            remedy="drop the response, of which nothing is trained",
-            row=row,
+            "imitation weighted by the reference needs the number of counted tokens of each "
+            "response",
+            received="none",
+            remedy="pass token_counts",
         )
-    return counts_N
+    return terms.token_counts_N
 
 
 def _checked(name: str, values: Tensor, terms: GroupTerms) -> Tensor:

@@ -232,10 +232,17 @@ def test_a_constant_added_to_the_rewards_changes_no_share(
 
 
 def shares_of(
-    seq: Tensor, ref: Tensor, rewards: Tensor, group: Tensor, *, beta: float = 0.5, **how: Any
+    seq: Tensor,
+    ref: Tensor,
+    rewards: Tensor,
+    group: Tensor,
+    *,
+    beta: float = 0.5,
+    token_counts: Tensor | None = None,
+    **how: Any,
 ) -> Tensor:
-    terms = group_loss("gvpo", seq, ref, rewards, group, beta=beta).terms
-    return imitated_shares(terms, **how)
+    loss = group_loss("gvpo", seq, ref, rewards, group, beta=beta, token_counts=token_counts)
+    return imitated_shares(loss.terms, **how)
 
 
 def test_soft_shares() -> None:
