@@ -34,7 +34,6 @@ from gvpo_offline.commands.settings import ShowConfig
 from gvpo_offline.commands.show.made import made_lines
 from gvpo_offline.commands.show.run import show, show_lines
 from gvpo_offline.commands.show.text import Style
-from gvpo_offline.commands.show.tokens import TokenTexts
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.group import Group
 from gvpo_offline.importing.importer import run_import
@@ -44,6 +43,7 @@ from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import RewardFamily
 from gvpo_offline.store.schema import rewards_schema
 from gvpo_offline.store.writer import publish, write_sidecar
+from gvpo_offline.token_texts import TokenTexts
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_info
 
 PLAIN = Style(on=False)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gvpo_offline.commands.show.text import excerpt, last_tokens
-from gvpo_offline.commands.show.tokens import TokenTexts, texts_of
 from gvpo_offline.errors import GVPOError
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import open_dataset
+from gvpo_offline.token_texts import TokenTexts, texts_of
 
 _LAST_CHARACTERS = 60
 _LAST_TOKENS = 3

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from gvpo_offline.commands.show.find import ShownGroup
-from gvpo_offline.commands.show.tokens import TokenTexts
 from gvpo_offline.group import Int32Array
+from gvpo_offline.token_texts import TokenTexts
 
 
 def record(shown: ShownGroup, texts: TokenTexts | None) -> dict[str, Any]:

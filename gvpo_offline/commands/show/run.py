@@ -12,7 +12,7 @@ from gvpo_offline.commands.settings import ShowConfig
 from gvpo_offline.commands.show.find import ShownDataset
 from gvpo_offline.commands.show.record import record
 from gvpo_offline.commands.show.text import Printer, Style, header
-from gvpo_offline.commands.show.tokens import texts_of
+from gvpo_offline.token_texts import texts_of
 
 
 def show(config: ShowConfig) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo_offline.commands.show.find import ShownGroup
-from gvpo_offline.commands.show.tokens import TokenTexts, tokens_line
 from gvpo_offline.group import BoolArray, Int32Array
+from gvpo_offline.token_texts import TokenTexts, tokens_line
 from gvpo_offline.visible import visible
 
 _LONGEST = 400  # tokens of a prompt or response that are printed whole
