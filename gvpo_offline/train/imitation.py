@@ -16,6 +16,7 @@ from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import DatasetView
+from gvpo_offline.train.data_rules import alpha_of
 from gvpo_offline.train.objective import counted_tokens
 from gvpo_offline.train.preflight import surveys
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from gvpo_offline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
-# Found on logs of the study (docs/evidence/results.md): alpha where answers differ in quality, and
-# what is added where every group is all wrong.
-ALPHA_AT_LEAST, ALPHA_OF_ALL_WRONG = 1.0, 10.0
 # A sampler is not imitated if its best responses cost the reference this many times the nats per
 # token of the best responses of all other samplers.
 UNLIKELY = 1.2
@@ -42,22 +40,6 @@ def auto_imitation(counts: Sequence[Survey]) -> float:
     whole = sum(counts, Survey())
     wrong = sum(own.lowest_reward_groups for own in counts)
     return alpha_of(wrong, whole.n_groups)
-
-
-def alpha_of(lowest_reward_groups: int, n_groups: int) -> float:
-    """The alpha that `imitation: auto` stands for.
-
-    1 plus 10 times the share of the groups whose responses all have the lowest reward. Such groups
-    have no response to imitate, and the minimum of their squares is at the reference: the more of
-    them there are, the smaller the part of the loss that raises the probability of right answers.
-
-    Args:
-        lowest_reward_groups: groups whose responses all have the lowest reward of their dataset.
-        n_groups: all groups; without any, alpha is 0.
-    """
-    if not n_groups:
-        return 0.0
-    return ALPHA_AT_LEAST + ALPHA_OF_ALL_WRONG * lowest_reward_groups / n_groups
 
 
 @dataclass

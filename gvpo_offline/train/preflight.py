@@ -24,14 +24,13 @@ from gvpo_offline.store.import_versions import import_warnings
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.data import open_held_out
+from gvpo_offline.train.data_rules import WIDE_GAP_NATS
 from gvpo_offline.train.held_out import overlap_warnings
 
 if TYPE_CHECKING:
     from gvpo_offline.train.data import TrainingData
 
 logger = logging.getLogger(__name__)
-# At a larger log-ratio gap, a probability would have to change by a factor of e^40, about 1e17.
-WIDE_GAP_NATS = 40.0
 
 
 def check_data(

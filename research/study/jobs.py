@@ -24,7 +24,8 @@ from world import MIXED, N_HELD_OUT, World, load_world, make_log
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.train.imitation import alpha_of, unlikely_samplers
+from gvpo_offline.train.data_rules import alpha_of
+from gvpo_offline.train.imitation import unlikely_samplers
 from gvpo_offline.train.objective import Objective
 
 BETA = 0.1
