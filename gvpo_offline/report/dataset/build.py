@@ -1,0 +1,110 @@
+"""The report of a dataset: reads it once, and makes its page and facts."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from gvpo_offline.report.dataset.collect import Collected, collect
+from gvpo_offline.report.dataset.glance import findings_of, glance, glance_facts, info_of
+from gvpo_offline.report.dataset.opened import Opened, open_for_report
+from gvpo_offline.report.dataset.read import groups_to_read
+from gvpo_offline.report.dataset.section_beta import beta_section
+from gvpo_offline.report.dataset.section_cost import cost_section
+from gvpo_offline.report.dataset.section_duplicates import duplicates_section
+from gvpo_offline.report.dataset.section_reference import reference_section
+from gvpo_offline.report.dataset.section_rewards import rewards_section
+from gvpo_offline.report.page.blocks import GroupToRead, Page, Section
+from gvpo_offline.report.report import Report, json_value
+from gvpo_offline.report.settings import ReportSettings
+from gvpo_offline.store.location import is_url, local_path
+from gvpo_offline.token_texts import texts_of
+from gvpo_offline.version import __version__
+
+
+def dataset_report(settings: ReportSettings) -> Report:
+    """The report of a dataset.
+
+    Args:
+        settings: which dataset, reward and reference, and what to show.
+
+    Raises:
+        DataError: there is no dataset, or a group breaks a rule.
+        ConfigError: the reward, the reference, the tokenizer, the held-out dataset or the model
+            that the settings name does not exist.
+        IntegrityError: a file is damaged, or the tokenizer is not the dataset's.
+        StorageError: a URL cannot be read.
+    """
+    opened = open_for_report(settings)
+    texts, tokenizer = texts_of(
+        opened.dataset.manifest, settings.tokenizer_name_or_path, settings.chat_template
+    )
+    found = collect(opened, settings)
+    groups = groups_to_read(found.chosen, texts, found.known, settings.groups_to_read)
+    info = info_of(opened, settings)
+    findings = findings_of(opened)
+    sections = [glance(opened, settings, info, found.facts, findings), *_sections(found, settings)]
+    page = Page(
+        title=f"Dataset {name_of(settings.dataset)}",
+        subtitle=_subtitle(opened, settings),
+        sections=sections,
+        groups=groups,
+        groups_note=_groups_note(groups, found, tokenizer),
+    )
+    facts = {
+        "kind": "dataset",
+        "made_by": f"gvpo_offline {__version__}",
+        "reward": opened.reward or None,
+        **glance_facts(info, findings),
+        "facts": found.facts,
+        "groups": [
+            {"group_id": each.group_id, "place": each.place, "flags": each.flags}
+            for each in groups
+        ],
+    }
+    return Report(page, json_value(facts))
+
+
+def name_of(path: str) -> str:
+    """The last part of a dataset's path or URL."""
+    last = path.rstrip("/").rpartition("/")[2]
+    return last or path if is_url(path) else local_path(path).resolve().name or path
+
+
+def _sections(found: Collected, settings: ReportSettings) -> list[Section]:
+    facts, frame = found.facts, found.frame
+    return [
+        rewards_section(facts.rewards, frame),
+        reference_section(facts.reference, facts.truncation, has_groups=frame.n_groups > 0),
+        beta_section(facts.beta, facts.losses, facts.rewards, facts.reference),
+        duplicates_section(
+            facts.duplicates, facts.near, facts.held_out, frame.n_groups, len(frame.lengths)
+        ),
+        cost_section(facts.cost, facts.estimate, settings),
+    ]
+
+
+def _subtitle(opened: Opened, settings: ReportSettings) -> str:
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    version = "a Parquet file" if opened.is_file else f"version {opened.dataset.manifest.version}"
+    return f"{settings.dataset}, {version}; described by gvpo_offline {__version__} at {now}"
+
+
+def _groups_note(groups: list[GroupToRead], found: Collected, tokenizer: str) -> str:
+    if not groups:
+        return ""
+    totals = found.facts.totals
+    sample = "all groups" if len(groups) == totals.of_groups else (
+        f"a sample: {len(groups):,} of {totals.of_groups:,} groups, about half of them chosen at "
+        "random, the others because they stand out (see their flags)"
+    )
+    longest = max(len(each.tokens) for group in groups for each in group.responses)
+    cut = any(
+        response.n_tokens > _shown(response.tokens) for group in groups for response in group.responses
+    )
+    del longest
+    shortened = " Long responses are shown to their beginning alone." if cut else ""
+    return f"These are {sample}.{shortened} Tokenizer: {tokenizer}."
+
+
+def _shown(tokens: object) -> int:
+    return len(tokens)  # type: ignore[arg-type]
