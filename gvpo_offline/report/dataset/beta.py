@@ -166,4 +166,3 @@ def own_answers(reference: ReferenceFacts | None, samplers: int) -> bool:
     if reference is None or samplers != 1 or not math.isfinite(reference.per_token):
         return False
     return reference.unlikely <= 0.01 * reference.scored and reference.per_token > -LEAST_NATS
-

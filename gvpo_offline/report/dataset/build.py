@@ -57,8 +57,7 @@ def dataset_report(settings: ReportSettings) -> Report:
         **glance_facts(info, findings),
         "facts": found.facts,
         "groups": [
-            {"group_id": each.group_id, "place": each.place, "flags": each.flags}
-            for each in groups
+            {"group_id": each.group_id, "place": each.place, "flags": each.flags} for each in groups
         ],
     }
     return Report(page, json_value(facts))
@@ -93,18 +92,14 @@ def _groups_note(groups: list[GroupToRead], found: Collected, tokenizer: str) ->
     if not groups:
         return ""
     totals = found.facts.totals
-    sample = "all groups" if len(groups) == totals.of_groups else (
-        f"a sample: {len(groups):,} of {totals.of_groups:,} groups, about half of them chosen at "
-        "random, the others because they stand out (see their flags)"
+    sample = (
+        "all groups"
+        if len(groups) == totals.of_groups
+        else (
+            f"a sample: {len(groups):,} of {totals.of_groups:,} groups, about half of them chosen at "
+            "random, the others because they stand out (see their flags)"
+        )
     )
-    longest = max(len(each.tokens) for group in groups for each in group.responses)
-    cut = any(
-        response.n_tokens > _shown(response.tokens) for group in groups for response in group.responses
-    )
-    del longest
+    cut = any(each.n_tokens > len(each.tokens) for group in groups for each in group.responses)
     shortened = " Long responses are shown to their beginning alone." if cut else ""
     return f"These are {sample}.{shortened} Tokenizer: {tokenizer}."
-
-
-def _shown(tokens: object) -> int:
-    return len(tokens)  # type: ignore[arg-type]

@@ -151,9 +151,7 @@ class Candidates:
                     self._tokens_of(batch, row),
                 )
 
-    def _kinds_of(
-        self, batch: Batch, ties: FloatArray
-    ) -> dict[str, tuple[FloatArray, BoolArray]]:
+    def _kinds_of(self, batch: Batch, ties: FloatArray) -> dict[str, tuple[FloatArray, BoolArray]]:
         """Each kind that stands out: what a group costs, the least first, and which have it."""
         starts = batch.starts
         group = np.repeat(np.arange(len(starts)), batch.sizes)

@@ -52,9 +52,7 @@ def point(
     return {"mark": mark, "encoding": _encoding(x, y, color, tooltip)}
 
 
-def heat(
-    x: Channel, y: Channel, value: Channel, *, tooltip: Sequence[str] = ()
-) -> dict[str, Any]:
+def heat(x: Channel, y: Channel, value: Channel, *, tooltip: Sequence[str] = ()) -> dict[str, Any]:
     """A table of coloured cells; `value`: what the colour shows."""
     return {"mark": {"type": "rect"}, "encoding": _encoding(x, y, value, tooltip)}
 

@@ -162,7 +162,9 @@ def collect(opened: Opened, settings: ReportSettings) -> Collected:
     frame = builder.build(names.names)
     near = _near(candidates, settings)
     held = None if held_out is None else _held_out_facts(frame, opened, settings, *held_out)
-    facts = _facts(opened, settings, frame, positions, _totals(counts, sizes, frame, dataset), near, held)
+    facts = _facts(
+        opened, settings, frame, positions, _totals(counts, sizes, frame, dataset), near, held
+    )
     return Collected(
         facts, frame, candidates.chosen(_further(near)), _known(opened, frame, facts, held_out)
     )

@@ -76,12 +76,10 @@ def cost_facts(frame: Frame, settings: ReportSettings, n_groups: int) -> CostFac
     attended = prompts * (prompts + 1) / 2 + prompts * (total - frame.sizes) + (squares - total) / 2
     rows = np.repeat(frame.prompt_lengths, frame.sizes) + frame.lengths
     return CostFacts(
-        layout_tokens={
-            name: round(scale * float(own[kept].sum())) for name, own in tokens.items()
-        },
+        layout_tokens={name: round(scale * float(own[kept].sum())) for name, own in tokens.items()},
         training_groups=training,
         held_out_groups=n_groups - training,
-        steps=math.ceil(training * settings.num_train_epochs / per_step),
+        steps=math.ceil(math.ceil(round(training * settings.num_train_epochs, 6)) / per_step),
         steps_per_epoch=training / per_step,
         passes_per_step=_passes(frame, kept, settings),
         longest_row=int(rows.max()),

@@ -139,8 +139,10 @@ def _memory(settings: ReportSettings, shape: ModelShape, tokens: int) -> dict[st
 
 
 def _assumptions(settings: ReportSettings, tokens: int) -> str:
-    trained = "an adapter is trained (its own weights are not counted)" if settings.use_peft else (
-        "all weights are trained"
+    trained = (
+        "an adapter is trained (its own weights are not counted)"
+        if settings.use_peft
+        else ("all weights are trained")
     )
     again = "computed again" if settings.activation_checkpointing else "kept"
     return (

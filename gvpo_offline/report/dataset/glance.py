@@ -106,8 +106,9 @@ def _figures(
         Figure(
             "tokens",
             f"{totals.tokens:,}",
-            "" if not totals.response_tokens else
-            f"{percent(totals.counted_tokens / totals.response_tokens)} of the responses' count",
+            ""
+            if not totals.response_tokens
+            else f"{percent(totals.counted_tokens / totals.response_tokens)} of the responses' count",
         ),
         Figure("samplers", f"{totals.samplers:,}", _samplers_note(facts)),
         Figure("reward", opened.reward or "none", _reward_note(facts)),
@@ -120,15 +121,19 @@ def _figures(
             Figure("incomplete groups", f"{manifest.n_incomplete:,}", "prompts with one response")
         )
     if findings is not None:
-        found.insert(0, Figure("check", VERDICTS[verdict(findings)], counted(len(findings), "finding")))
+        found.insert(
+            0, Figure("check", VERDICTS[verdict(findings)], counted(len(findings), "finding"))
+        )
     return found
 
 
 def _prompts_note(facts: DatasetFacts) -> str:
     if facts.duplicates is None:
         return ""
-    about = "" if facts.totals.share == 1 and facts.totals.groups == facts.totals.of_groups else (
-        "in the sample: "
+    about = (
+        ""
+        if facts.totals.share == 1 and facts.totals.groups == facts.totals.of_groups
+        else ("in the sample: ")
     )
     return f"{about}{counted(facts.duplicates.prompts, 'prompt')}"
 
@@ -204,7 +209,12 @@ def _tables(info: DatasetInfo, facts: DatasetFacts) -> list[Block]:
         for family, own in zip(manifest.rewards, described["rewards"], strict=True)
     ]
     references = [
-        (family.model_name_or_path, family.fingerprint[:12], reference_text(family), own["tokenizer"])
+        (
+            family.model_name_or_path,
+            family.fingerprint[:12],
+            reference_text(family),
+            own["tokenizer"],
+        )
         for family, own in zip(manifest.references, described["references"], strict=True)
     ]
     lineage = [
@@ -219,7 +229,12 @@ def _tables(info: DatasetInfo, facts: DatasetFacts) -> list[Block]:
     sizes = list(facts.totals.group_sizes.items())
     text, count = Column("", "text"), Column("groups", "count")
     held = [
-        Table("glance-rewards", "Rewards of the dataset", _columns("reward", "made by", "bytes"), rewards),
+        Table(
+            "glance-rewards",
+            "Rewards of the dataset",
+            _columns("reward", "made by", "bytes"),
+            rewards,
+        ),
         Table(
             "glance-references",
             "References of the dataset",

@@ -80,7 +80,9 @@ class NearFacts:
 def near_facts(groups: Sequence[SampledGroup]) -> NearFacts:
     """Compare the prompts of some groups with each other, and their responses."""
     responses = {
-        (number, ids.tobytes()): ids for number, group in enumerate(groups) for ids in group.responses
+        (number, ids.tobytes()): ids
+        for number, group in enumerate(groups)
+        for ids in group.responses
     }
     prompts: dict[bytes, int] = {}
     for number, group in enumerate(groups):

@@ -39,14 +39,14 @@ def cell(value: float) -> float | None:
 def percent(share: float) -> str:
     """A share as text."""
     if not math.isfinite(share):
-        return "–"
+        return "none"
     return f"{100 * share:.3g}%"
 
 
 def plain(value: float, digits: int = 3) -> str:
     """A number as text."""
     if not math.isfinite(value):
-        return "–"
+        return "none"
     if value and abs(value) >= 10**digits:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
@@ -54,4 +54,4 @@ def plain(value: float, digits: int = 3) -> str:
 
 def counted(number: int, unit: str) -> str:
     """`1 group`, `2 groups`."""
-    return f"{number:,} {unit}" if number != 1 else f"1 {unit}"
+    return f"{number:,} {unit}s" if number != 1 else f"1 {unit}"

@@ -20,7 +20,7 @@ def range_text(number: int) -> str:
     if number == len(EDGES) - 1:
         return f"{low:,} and later"
     high = int(EDGES[number + 1]) - 1
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
 def _table() -> FloatArray:
@@ -60,8 +60,10 @@ class PositionSums:
         filled = begins < stops[:, None]
         at = begins[filled]
         sums = np.add.reduceat(values, at, dtype=np.float64)
-        sizes = _sizes(at, len(values)) if weights is None else np.add.reduceat(
-            weights, at, dtype=np.float64
+        sizes = (
+            _sizes(at, len(values))
+            if weights is None
+            else np.add.reduceat(weights, at, dtype=np.float64)
         )
         rows, columns = np.nonzero(filled)
         place = samplers[rows] * len(EDGES) + columns

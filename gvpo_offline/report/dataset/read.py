@@ -23,12 +23,14 @@ from gvpo_offline.report.page.blocks import (
 )
 from gvpo_offline.store.arrow import column_array, groups_from_table, prompt_hashes
 from gvpo_offline.token_texts import TokenTexts
+from gvpo_offline.visible import visible
 
 MOST_BYTES = 3_000_000
 # Below this many tokens of each text, fewer groups are shown rather than shorter texts.
 _LEAST_TOKENS, _MOST_TOKENS = 240, 4096
 _PROMPT_FACTOR = 2  # a prompt may have this many times the tokens of a response
-_TEXT_PER_TOKEN, _PER_TOKEN, _PER_RESPONSE, _PER_GROUP = 5, 18, 160, 400  # bytes
+# Bytes of a page: of a token's text and, beside it, of its length and log-prob; of names.
+_TEXT_PER_TOKEN, _PER_TOKEN, _PER_RESPONSE, _PER_GROUP = 5, 9, 200, 400
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,12 @@ def groups_to_read(
         return [_to_read(each, texts, known, tokens) for each in wholes[:count]]
 
     lengths = [n for whole in wholes for n in whole.group.response_lengths]
-    logprobs = any(whole.token_logprobs is not None for whole in wholes)
-    return _fitting(made, len(wholes), _first_guess(lengths, logprobs=logprobs))
+    return _fitting(made, len(wholes), _first_guess(lengths))
 
 
-def _first_guess(lengths: Sequence[int], *, logprobs: bool) -> int:
+def _first_guess(lengths: Sequence[int]) -> int:
     """About how many tokens of each response fit, so that few tries are needed."""
-    each = _TEXT_PER_TOKEN + (_PER_TOKEN if logprobs else 0)
+    each = _TEXT_PER_TOKEN + _PER_TOKEN
     tokens = _MOST_TOKENS
     while tokens > _LEAST_TOKENS and sum(min(n, tokens) for n in lengths) * each > MOST_BYTES:
         tokens = max(_LEAST_TOKENS, int(0.9 * tokens))
@@ -118,12 +119,17 @@ def _fitting(
 
 def size_of(group: GroupToRead) -> int:
     """About how many bytes a group takes in a page."""
-    size = _PER_GROUP + len(group.place) + sum(map(len, group.flags))
-    size += sum(len(json.dumps(turn.text)) + len(turn.role) + 40 for turn in group.prompt)
+    size = _PER_GROUP + _bytes(group.place) + sum(map(_bytes, group.flags))
+    size += sum(_bytes(turn.text) + _bytes(turn.role) for turn in group.prompt)
     for response in group.responses:
-        size += _PER_RESPONSE + len(response.sampler)
-        size += sum(len(json.dumps(token.text)) + _PER_TOKEN for token in response.tokens)
+        size += _PER_RESPONSE + _bytes(response.sampler) + sum(map(_bytes, response.components))
+        size += _bytes("".join(token.text for token in response.tokens))
+        size += _PER_TOKEN * len(response.tokens)
     return size
+
+
+def _bytes(text: str) -> int:
+    return len(json.dumps(visible(text), ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
 def _whole(candidate: Candidate, kind: str) -> _Whole:
@@ -250,8 +256,7 @@ def tokens_to_read(
 ) -> list[TokenToRead]:
     """The tokens of a text. Their texts, joined, are the decoded text.
 
-    A character of several tokens stands in the last of them. Without log-probs, neighbouring tokens
-    of one kind are one entry.
+    A character of several tokens stands in the last of them.
 
     Args:
         ids: (T,) ids.
@@ -271,17 +276,8 @@ def tokens_to_read(
             text = decoder.decode(token.content, final=at == len(ids) - 1)
         counted = True if mask is None else bool(mask[at])
         logprob = None if logprobs is None else _finite(logprobs[at])
-        entry = TokenToRead(text, None if logprob is None else round(logprob, 3), counted, special)
-        last = found[-1] if found else None
-        if (
-            last is not None
-            and not special
-            and replace(last, text="") == replace(entry, text="")
-            and entry.logprob is None
-        ):
-            found[-1] = replace(last, text=last.text + text)
-        else:
-            found.append(entry)
+        shown = None if logprob is None else round(logprob, 3)
+        found.append(TokenToRead(text, shown, counted, special))
     return found
 
 

@@ -217,9 +217,7 @@ def _edge(values: FloatArray) -> EdgeTokens:
     return EdgeTokens(len(held), _mean(held), *quantiles(held, QUANTILES))
 
 
-def _by_sampler(
-    frame: Frame, per_token: FloatArray, unlikely: BoolArray
-) -> list[SamplerReference]:
+def _by_sampler(frame: Frame, per_token: FloatArray, unlikely: BoolArray) -> list[SamplerReference]:
     scored = ~np.isnan(per_token)
     found = []
     for code in np.unique(frame.sampler).tolist():

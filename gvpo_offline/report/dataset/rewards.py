@@ -283,9 +283,7 @@ def by_writer(frame: Frame, rewards: FloatArray) -> ByWriter:
     return ByWriter(share, adjusted, int(rank), degrees)
 
 
-def by_length(
-    frame: Frame, rewards: FloatArray, best: FloatArray, unequal: BoolArray
-) -> ByLength:
+def by_length(frame: Frame, rewards: FloatArray, best: FloatArray, unequal: BoolArray) -> ByLength:
     """Rewards against length within groups; see `ByLength`."""
     lengths = frame.lengths.astype(np.float64)
     advantages, centred = frame.centred(rewards), frame.centred(lengths)

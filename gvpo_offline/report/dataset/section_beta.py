@@ -30,7 +30,7 @@ from gvpo_offline.train.data_rules import WIDE_GAP_NATS
 
 LOOK_FOR = (
     "At the optimum, the log-ratios of a group's best and worst response differ by "
-    f"(max R − min R)/β nats. {LEAST_NATS:g} to {MOST_NATS:g} nats is what a policy can reach: take "
+    f"(max R - min R)/β nats. {LEAST_NATS:g} to {MOST_NATS:g} nats is what a policy can reach: take "
     "a β whose median lies there, about 4 nats to begin with, and let `gvpo-offline tune` choose."
 )
 
@@ -103,7 +103,7 @@ def _chart(facts: BetaFacts) -> Chart:
         }
         for row in facts.rows
     ]
-    title = "(max R − min R)/β, nats"
+    title = "(max R - min R)/β, nats"
     scale = {"type": "log"}
     x = charts.quantity("beta", "β", scale={**scale, "nice": False})
     reach = charts.band(x, "reach from", "reach to", title, 0.3)
@@ -162,9 +162,7 @@ def _table(facts: BetaFacts) -> Table:
 def _losses(
     losses: Sequence[LossAdvice], rewards: RewardFacts | None, reference: ReferenceFacts | None
 ) -> list[Block]:
-    rows = [
-        ("yes" if each.applies else "no", each.log, each.take, each.why) for each in losses
-    ]
+    rows = [("yes" if each.applies else "no", each.log, each.take, each.why) for each in losses]
     found: list[Block] = [
         Table(
             "beta-losses",

@@ -78,9 +78,7 @@ def _figures(facts: CostFacts, settings: ReportSettings) -> list[Figure]:
 
 
 def _chart(facts: CostFacts) -> Chart:
-    rows = [
-        {"layout": name, "tokens": tokens} for name, tokens in facts.layout_tokens.items()
-    ]
+    rows = [{"layout": name, "tokens": tokens} for name, tokens in facts.layout_tokens.items()]
     spec = charts.bar(
         charts.quantity("tokens", "input tokens of an epoch"),
         charts.category("layout", "layout"),

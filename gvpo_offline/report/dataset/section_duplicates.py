@@ -159,7 +159,9 @@ def _exact(exact: DuplicateFacts, n_groups: int, n_responses: int) -> list[Block
                 "expected of short answers such as numbers; else look for refusals and templates",
             )
         )
-    return found or [Text("No response repeats an earlier one of its group, and no prompt comes twice.")]
+    return found or [
+        Text("No response repeats an earlier one of its group, and no prompt comes twice.")
+    ]
 
 
 def _near(near: NearFacts | None, n_groups: int) -> list[Block]:
@@ -172,8 +174,16 @@ def _near(near: NearFacts | None, n_groups: int) -> list[Block]:
     rows = [
         ("responses with one in their group", near.in_group, _share(near.in_group, near.responses)),
         ("groups with such responses", near.groups_with, _share(near.groups_with, near.groups)),
-        ("responses with one under another prompt", near.across, _share(near.across, near.responses)),
-        ("prompts with one among the others", near.near_prompts, _share(near.near_prompts, near.prompts)),
+        (
+            "responses with one under another prompt",
+            near.across,
+            _share(near.across, near.responses),
+        ),
+        (
+            "prompts with one among the others",
+            near.near_prompts,
+            _share(near.near_prompts, near.prompts),
+        ),
     ]
     examples = "".join(f" Prompts of {a} and {b}." for a, b in near.examples[:2])
     blocks: list[Block] = [

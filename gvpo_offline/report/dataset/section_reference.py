@@ -31,7 +31,7 @@ MOST_SAMPLERS, MOST_LINES = 30, 8
 EDGE_NATS = -6.0
 _MANY_UNLIKELY, _MANY_CUT = 0.1, 0.05
 LOOK_FOR = (
-    "Answers that a model would write itself have −3 to 0 nats per token. Far lower values of one "
+    "Answers that a model would write itself have -3 to 0 nats per token. Far lower values of one "
     "sampler mean that the policy hardly imitates it; far lower values of all, or of first or last "
     "tokens alone, mean a wrong chat template, a wrong end token or another tokenizer: look at the "
     "groups with `gvpo-offline show` and import the log again."
@@ -112,7 +112,7 @@ def _notices(facts: ReferenceFacts) -> list[Block]:
                 Notice(
                     "warning",
                     f"the {which} token of a response has {plain(edge.mean)} nats on average, where "
-                    "a model's own answers have about −2",
+                    "a model's own answers have about -2",
                     f"probably {cause}; see docs/howto/tokens.md and import the log again",
                     kinds.LOWEST,
                 )
@@ -155,9 +155,7 @@ def _samplers(facts: ReferenceFacts) -> Table:
                 "their group: those that the metrics likely_* give less weight.",
             ),
             Column("first token", number, explanation="Mean, nats; stored log-probs only."),
-            Column(
-                "last token", number, explanation="Mean, nats; of responses that were not cut."
-            ),
+            Column("last token", number, explanation="Mean, nats; of responses that were not cut."),
             Column("cut", "share", explanation="Responses that a limit of tokens ended."),
         ],
         rows,
@@ -208,8 +206,8 @@ def _edges(facts: ReferenceFacts) -> list[Block]:
                 *(Column(name, "number") for name in ("mean", "5%", "median", "95%")),
             ],
             rows,
-            "A model's own answers have about −1.6 at the first token and −2.5 at the last. Values "
-            "near −13 at the first token mean a wrong template, at the last a wrong end token.",
+            "A model's own answers have about -1.6 at the first token and -2.5 at the last. Values "
+            "near -13 at the first token mean a wrong template, at the last a wrong end token.",
         )
     ]
 
@@ -243,7 +241,8 @@ def _positions(facts: ReferenceFacts) -> list[Block]:
     left = len(facts.samplers) - len(shown)
     summary = (
         f"The lowest mean is {plain(float(lowest['nats']))} nats, of {lowest['sampler']} at position "
-        f"{lowest['position']}." + (f" {left} samplers with fewer responses are left out." if left > 0 else "")
+        f"{lowest['position']}."
+        + (f" {left} samplers with fewer responses are left out." if left > 0 else "")
     )
     title = "Log-prob of a token by its position"
     return [charts.chart("reference-positions", title, summary, spec, rows, height=280)]

@@ -60,7 +60,7 @@ def _figures(facts: RewardFacts) -> list[Figure]:
     return [
         Figure("mean reward", plain(facts.mean), f"± {plain(facts.deviation)} (deviation)"),
         Figure("range", f"{plain(facts.lowest)} … {plain(facts.highest)}", _distinct(facts)),
-        Figure("median gap", plain(facts.median_gap), "max R − min R where they differ"),
+        Figure("median gap", plain(facts.median_gap), "max R - min R where they differ"),
         Figure(
             "equal rewards",
             percent(facts.equal_groups / facts.groups),
@@ -74,7 +74,7 @@ def _figures(facts: RewardFacts) -> list[Figure]:
         Figure(
             "correlation with length",
             plain(facts.by_length.correlation, 2),
-            "within groups, −1 … 1",
+            "within groups, -1 … 1",
         ),
         Figure(
             "explained by the writer",
@@ -183,7 +183,7 @@ def _samplers(facts: RewardFacts) -> Table:
             Column("sampler"),
             Column("responses", "count"),
             Column("mean", "number"),
-            Column("deviation", "number", explanation="Standard deviation, with n − 1."),
+            Column("deviation", "number", explanation="Standard deviation, with n - 1."),
             Column(
                 "above the group",
                 "number",
@@ -250,7 +250,7 @@ def _gaps(facts: RewardFacts, frame: Frame) -> list[Block]:
         f"{plain(low)} and {plain(high)}. {facts.equal_groups:,} groups have none."
     )
     spec = charts.bar(
-        charts.quantity("gap", "max R − min R of a group (middle of the bin)"),
+        charts.quantity("gap", "max R - min R of a group (middle of the bin)"),
         charts.quantity("groups", "groups"),
         tooltip=("gap", "groups"),
     )
@@ -269,7 +269,7 @@ def _length(found: ByLength) -> list[Block]:
         for each in found.bins
     ]
     x = charts.category("length", "length / mean length of the group")
-    title = "reward − mean reward of the group"
+    title = "reward - mean reward of the group"
     spec = charts.layers(
         charts.whiskers(x, "low", "high", title),
         charts.point(x, charts.quantity("advantage", title), tooltip=("length", "responses")),
@@ -289,7 +289,7 @@ def _or_zero(value: float) -> float:
 def _ratio_text(low: float, high: float) -> str:
     if not low:
         return f"below {high:g}"
-    return f"{low:g} and more" if math.isinf(high) else f"{low:g}–{high:g}"
+    return f"{low:g} and more" if math.isinf(high) else f"{low:g}-{high:g}"
 
 
 def _writer_text(found: ByWriter) -> str:
@@ -302,8 +302,8 @@ def _writer_text(found: ByWriter) -> str:
         f"Who wrote a response explains {percent(found.share)} of the differences of rewards within "
         f"groups, {percent(found.adjusted)} after adjustment: with a constant for each group and "
         "each sampler fitted by least squares, the sum of squares of the samplers' constants over "
-        "the sum of squares of R − mean R of the group; adjusted = 1 − (1 − share) · (N − G) / "
-        f"(N − G − p) with N − G = {found.degrees:,} and p = {found.constants} free constants. "
+        "the sum of squares of R - mean R of the group; adjusted = 1 - (1 - share) · (N - G) / "
+        f"(N - G - p) with N - G = {found.degrees:,} and p = {found.constants} free constants. "
         "About 0 means no more than chance."
     )
 
