@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-import bench-stream bench-compute bench-tokens \
+	bench-import bench-report bench-stream bench-compute bench-tokens \
 	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
 	clean
 
@@ -22,6 +22,7 @@ help:
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
 	@echo "make bench-import  rows a second and memory of import, by workers (10 minutes)"
+	@echo "make bench-report  time, memory and size of a report on 100,000 groups; planted faults (3 minutes)"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"
@@ -100,6 +101,10 @@ schemas: $(STAMP)
 # One thread of the tokenizer for each process, so that two workers stand for two cores.
 bench-import: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/importing/import_bench.py $(ARGS)
+
+# Both cores: one for the report, one for decoding and sums.
+bench-report: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report/report_bench.py $(ARGS)
 
 bench-stream: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream/stream_bench.py $(ARGS)

@@ -1,18 +1,18 @@
-"""The report of a dataset of 100,000 groups: time, memory, size; and the faults that the gate finds.
+"""The report of a dataset of 100,000 groups: time, memory, size; and faults that the gate finds.
 
     make bench-report                          # a few minutes on two cores
     make bench-report ARGS="--groups 10000"
 
 The dataset has groups of 8 responses of about 200 tokens, with rewards, a component, reference
-log-probs of every token, and prompts as chat messages. It is written once, to runs/bench-report. The
-report is made in a process of its own, whose peak memory (ru_maxrss) is reported.
+log-probs of every token, and prompts as chat messages. It is written once, to runs/bench-report.
+The report is made in a process of its own, whose peak memory (ru_maxrss) is reported.
 
 Prints one JSON object as its last line:
 
 - planted_faults, planted_faults_found: datasets with one fault each (tests/support/planted.py), and
   how many of them `validate` names; clean_findings: findings of the dataset without a fault.
-- seconds_100k_groups: wall seconds of the report with its HTML, scaled to 100,000 groups if --groups
-  is another number; cpu_seconds_100k_groups: CPU seconds of the same.
+- seconds_100k_groups: wall seconds of the report with its HTML, scaled to 100,000 groups if
+  --groups is another number; cpu_seconds_100k_groups: CPU seconds of the same.
 - gb_100k_groups: peak memory in GB of 10^9 bytes; html_mb: size of the HTML in MB of 10^6 bytes.
 
 A figure is null where this version lacks the part that it is about.
@@ -21,6 +21,7 @@ A figure is null where this version lacks the part that it is about.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -141,10 +142,8 @@ def describe(root: Path) -> dict[str, Any]:
     report = dataset_report(ReportSettings(dataset=str(root), show_progress=False))
     made = time.perf_counter() - wall
     html_mb = None
-    try:
+    with contextlib.suppress(NotImplementedError):
         html_mb = len(render_page(report.page).encode()) / 1e6
-    except NotImplementedError:
-        pass
     return {
         "seconds": time.perf_counter() - wall,
         "seconds_without_html": made,
@@ -166,7 +165,9 @@ def planted() -> dict[str, int | None]:
         return dict.fromkeys(("planted_faults", "planted_faults_found", "clean_findings"))
     with tempfile.TemporaryDirectory() as folder:
         found = {
-            name: {each.rule for each in gate.check_dataset(str(make(Path(folder) / name))).findings}
+            name: {
+                each.rule for each in gate.check_dataset(str(make(Path(folder) / name))).findings
+            }
             for name, make in faults.PLANTED.items()
         }
         clean = gate.check_dataset(str(faults.clean(Path(folder) / "clean"))).findings

@@ -96,8 +96,8 @@ def _groups_note(groups: list[GroupToRead], found: Collected, tokenizer: str) ->
         "all groups"
         if len(groups) == totals.of_groups
         else (
-            f"a sample: {len(groups):,} of {totals.of_groups:,} groups, about half of them chosen at "
-            "random, the others because they stand out (see their flags)"
+            f"a sample: {len(groups):,} of {totals.of_groups:,} groups, about half of them chosen "
+            "at random, the others because they stand out (see their flags)"
         )
     )
     cut = any(each.n_tokens > len(each.tokens) for group in groups for each in group.responses)

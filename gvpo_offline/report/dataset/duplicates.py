@@ -49,7 +49,7 @@ def duplicate_facts(frame: Frame) -> DuplicateFacts:
     _, sizes = np.unique(frame.prompt_keys, return_counts=True)
     repeats, order, new = _repeats(frame)
     per_group = frame.sums(repeats)
-    texts, prompts = _pairs(frame)
+    texts = _texts_by_prompt(frame)
     _, prompts_of_text = np.unique(texts, return_counts=True)
     wide = prompts_of_text > 1
     in_several = np.isin(frame.keys, np.unique(texts)[wide])
@@ -98,14 +98,14 @@ def _other_rewards(frame: Frame, order: np.ndarray, new: BoolArray) -> int:  # t
     return len(np.unique(frame.group[order][first[differ]]))
 
 
-def _pairs(frame: Frame) -> tuple[UInt64Array, UInt64Array]:
-    """Each pair of a response's key and a prompt that it stands under, once."""
+def _texts_by_prompt(frame: Frame) -> UInt64Array:
+    """The key of each response, once for each prompt that it stands under; ascending."""
     prompts = np.repeat(frame.prompt_keys, frame.sizes)
     order = np.lexsort((prompts, frame.keys))
     keys, under = frame.keys[order], prompts[order]
     new = np.ones(len(keys), np.bool_)
     new[1:] = (keys[1:] != keys[:-1]) | (under[1:] != under[:-1])
-    return keys[new], under[new]
+    return np.asarray(keys[new])
 
 
 def _groups_twice(frame: Frame) -> int:

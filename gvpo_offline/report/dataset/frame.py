@@ -1,7 +1,7 @@
 """A few numbers of every response, in memory that does not grow with the dataset beyond a limit.
 
-Up to `MOST_RESPONSES` responses all are kept. Of a larger dataset one group in 2^n is kept, with all
-of its responses, chosen by a hash of its id: a random sample that is the same at every run.
+Up to `MOST_RESPONSES` responses all are kept. Of a larger dataset one group in 2^n is kept, with
+all of its responses, chosen by a hash of its id: a random sample that is the same at every run.
 """
 
 from __future__ import annotations

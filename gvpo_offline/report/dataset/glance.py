@@ -106,9 +106,7 @@ def _figures(
         Figure(
             "tokens",
             f"{totals.tokens:,}",
-            ""
-            if not totals.response_tokens
-            else f"{percent(totals.counted_tokens / totals.response_tokens)} of the responses' count",
+            _counted_note(facts),
         ),
         Figure("samplers", f"{totals.samplers:,}", _samplers_note(facts)),
         Figure("reward", opened.reward or "none", _reward_note(facts)),
@@ -125,6 +123,11 @@ def _figures(
             0, Figure("check", VERDICTS[verdict(findings)], counted(len(findings), "finding"))
         )
     return found
+
+
+def _counted_note(facts: DatasetFacts) -> str:
+    whole, part = facts.totals.response_tokens, facts.totals.counted_tokens
+    return f"{percent(part / whole)} of the responses' count" if whole else ""
 
 
 def _prompts_note(facts: DatasetFacts) -> str:
@@ -179,8 +182,8 @@ def _sample_notices(facts: DatasetFacts) -> list[Block]:
         found.append(
             Notice(
                 "note",
-                f"the figures are of a sample: {totals.groups:,} of {totals.of_groups:,} groups, in "
-                "row groups chosen at random (max_groups)",
+                f"the figures are of a sample: {totals.groups:,} of {totals.of_groups:,} groups, "
+                "in row groups chosen at random (max_groups)",
             )
         )
     if totals.share < 1:
@@ -227,7 +230,7 @@ def _tables(info: DatasetInfo, facts: DatasetFacts) -> list[Block]:
         for each in described["versions"]
     ]
     sizes = list(facts.totals.group_sizes.items())
-    text, count = Column("", "text"), Column("groups", "count")
+    count = Column("groups", "count")
     held = [
         Table(
             "glance-rewards",
@@ -258,7 +261,6 @@ def _tables(info: DatasetInfo, facts: DatasetFacts) -> list[Block]:
             "glance-sizes", "Responses to a prompt", [Column("responses", "count"), count], sizes
         ),
     ]
-    del text
     return [_limited(table) for table in held if table.rows]
 
 

@@ -1,4 +1,4 @@
-"""What the reference says of the responses: log-probs by sampler, coverage, first and last tokens."""
+"""What the reference says of the responses: log-probs, coverage, first and last tokens."""
 
 from __future__ import annotations
 

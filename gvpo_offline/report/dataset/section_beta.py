@@ -30,8 +30,9 @@ from gvpo_offline.train.data_rules import WIDE_GAP_NATS
 
 LOOK_FOR = (
     "At the optimum, the log-ratios of a group's best and worst response differ by "
-    f"(max R - min R)/β nats. {LEAST_NATS:g} to {MOST_NATS:g} nats is what a policy can reach: take "
-    "a β whose median lies there, about 4 nats to begin with, and let `gvpo-offline tune` choose."
+    f"(max R - min R)/β nats. {LEAST_NATS:g} to {MOST_NATS:g} nats is what a policy can reach: "
+    "take a β whose median lies there, about 4 nats to begin with, and let `gvpo-offline tune` "
+    "choose."
 )
 
 
@@ -78,12 +79,13 @@ def _notices(facts: BetaFacts) -> list[Block]:
     if LEAST_NATS <= facts.median <= MOST_NATS:
         return []
     more = facts.median > MOST_NATS
+    limit = "a policy can reach" if more else "change a policy noticeably"
     return [
         Notice(
             "warning",
-            f"β {facts.beta:g} asks for a log-ratio gap of {plain(facts.median)} nats in the median "
-            f"group, {'more' if more else 'less'} than the {LEAST_NATS:g} to {MOST_NATS:g} nats that "
-            f"{'a policy can reach' if more else 'change a policy noticeably'}",
+            f"β {facts.beta:g} asks for a log-ratio gap of {plain(facts.median)} nats in the "
+            f"median group, {'more' if more else 'less'} than the {LEAST_NATS:g} to "
+            f"{MOST_NATS:g} nats that {limit}",
             f"set beta to about {facts.first:g}, or {'shrink' if more else 'stretch'} the rewards",
         )
     ]
@@ -124,9 +126,9 @@ def _chart(facts: BetaFacts) -> Chart:
         own,
     )
     summary = (
-        f"At β {facts.beta:g}, the diamond, the median gap is {plain(facts.median)} nats. The green "
-        f"band, {LEAST_NATS:g} to {MOST_NATS:g} nats, is what a policy can reach; above the dashed "
-        f"line, {WIDE_GAP_NATS:g} nats, training warns. The line is the median group, the area "
+        f"At β {facts.beta:g}, the diamond, the median gap is {plain(facts.median)} nats. The "
+        f"green band, {LEAST_NATS:g} to {MOST_NATS:g} nats, is what a policy can reach; above the "
+        f"dashed line, {WIDE_GAP_NATS:g} nats, training warns. The line is the median group, the area "
         "around it 80% of the groups."
     )
     return charts.chart("beta-gaps", "What β asks of the policy", summary, spec, rows, height=300)
@@ -181,8 +183,8 @@ def _losses(
                 "note",
                 "the responses look like the reference's own answers: one sampler, and hardly any "
                 "response that the reference would not say",
-                "such logs need a lower learning rate than mixed ones (in the study a tenth of it): "
-                "let `gvpo-offline tune` search it",
+                "such logs need a lower learning rate than mixed ones (in the study a tenth of "
+                "it): let `gvpo-offline tune` search it",
             )
         )
     return found

@@ -84,7 +84,8 @@ def _held_out(found: HeldOutFacts | None) -> list[Block]:
         blocks.append(
             Notice(
                 "warning",
-                f"{found.path} has token ids of another tokenizer, so equal prompts cannot be found",
+                f"{found.path} has token ids of another tokenizer, so equal prompts cannot be "
+                "found",
                 "import it with the tokenizer of this dataset",
             )
         )
@@ -93,8 +94,8 @@ def _held_out(found: HeldOutFacts | None) -> list[Block]:
             Notice(
                 "error",
                 f"{found.common:,} of {found.prompts:,} prompts of {found.path} stand in "
-                f"{counted(found.groups, 'group')} of this dataset as well: figures on held-out data "
-                "would not be of unseen prompts",
+                f"{counted(found.groups, 'group')} of this dataset as well: figures on held-out "
+                "data would not be of unseen prompts",
                 "leave these groups out, or hold out prompts with eval_fraction instead",
                 kinds.HELD_OUT,
             )
@@ -124,7 +125,8 @@ def _exact(exact: DuplicateFacts, n_groups: int, n_responses: int) -> list[Block
         found.append(
             Notice(
                 "warning",
-                f"equal responses have different rewards in {exact.repeated_other_rewards:,} groups",
+                f"equal responses have different rewards in {exact.repeated_other_rewards:,} "
+                "groups",
                 "the reward is not a function of the response: average several judgements, or fix "
                 "the seed of the judge",
                 kinds.DUPLICATES,
@@ -192,9 +194,9 @@ def _near(near: NearFacts | None, n_groups: int) -> list[Block]:
             title,
             [Column("what"), Column("number", "count"), Column("share", "share")],
             rows,
-            f"Near-duplicates share at least {THRESHOLD:.0%} of their runs of {RUN} tokens (Jaccard "
-            "index) and are not equal. Found by MinHash; what most prompts share, such as a system "
-            f"prompt, is left out.{examples}",
+            f"Near-duplicates share at least {THRESHOLD:.0%} of their runs of {RUN} tokens "
+            "(Jaccard index) and are not equal. Found by MinHash; what most prompts share, such as "
+            f"a system prompt, is left out.{examples}",
         )
     ]
     if near.groups_with > _MANY * near.groups:
@@ -203,8 +205,8 @@ def _near(near: NearFacts | None, n_groups: int) -> list[Block]:
                 "note",
                 f"{percent(near.groups_with / near.groups)} of the groups have near-duplicate "
                 "responses",
-                "such responses teach what differs between them if their rewards differ, and little "
-                "otherwise: read some",
+                "such responses teach what differs between them if their rewards differ, and "
+                "little otherwise: read some",
                 kinds.NEAR,
             )
         )
@@ -213,8 +215,8 @@ def _near(near: NearFacts | None, n_groups: int) -> list[Block]:
             Notice(
                 "note",
                 f"{near.near_prompts:,} of {near.prompts:,} prompts have a near-duplicate",
-                "held-out data by eval_fraction then has prompts like those trained on: hold out by "
-                "source instead, as an eval_dataset",
+                "held-out data by eval_fraction then has prompts like those trained on: hold out "
+                "by source instead, as an eval_dataset",
                 kinds.NEAR_PROMPT,
             )
         )

@@ -86,8 +86,8 @@ def _notices(facts: ReferenceFacts) -> list[Block]:
         found.append(
             Notice(
                 "warning" if share >= _MANY_UNLIKELY else "note",
-                f"the reference would hardly say {facts.unlikely:,} responses ({percent(share)}) in "
-                f"{facts.groups_with_unlikely:,} groups{by}",
+                f"the reference would hardly say {facts.unlikely:,} responses ({percent(share)}) "
+                f"in {facts.groups_with_unlikely:,} groups{by}",
                 "read some of them: the policy learns to prefer them, but will not write them; "
                 "`tune` and the metrics likely_* give them little weight",
                 kinds.UNLIKELY,
@@ -111,8 +111,8 @@ def _notices(facts: ReferenceFacts) -> list[Block]:
             found.append(
                 Notice(
                     "warning",
-                    f"the {which} token of a response has {plain(edge.mean)} nats on average, where "
-                    "a model's own answers have about -2",
+                    f"the {which} token of a response has {plain(edge.mean)} nats on average, "
+                    "where a model's own answers have about -2",
                     f"probably {cause}; see docs/howto/tokens.md and import the log again",
                     kinds.LOWEST,
                 )
@@ -240,8 +240,8 @@ def _positions(facts: ReferenceFacts) -> list[Block]:
     lowest = min(rows, key=lambda row: float(row["nats"]))
     left = len(facts.samplers) - len(shown)
     summary = (
-        f"The lowest mean is {plain(float(lowest['nats']))} nats, of {lowest['sampler']} at position "
-        f"{lowest['position']}."
+        f"The lowest mean is {plain(float(lowest['nats']))} nats, of {lowest['sampler']} at "
+        f"position {lowest['position']}."
         + (f" {left} samplers with fewer responses are left out." if left > 0 else "")
     )
     title = "Log-prob of a token by its position"
@@ -263,10 +263,11 @@ def _truncation(cut: Truncation) -> list[Block]:
     return [
         Notice(
             "warning" if cut.share >= _MANY_CUT else "note",
-            f"{cut.responses:,} responses ({percent(cut.share)}) in {cut.groups:,} groups were cut at "
-            f"a limit of tokens{rewards}{best}",
+            f"{cut.responses:,} responses ({percent(cut.share)}) in {cut.groups:,} groups were cut "
+            f"at a limit of tokens{rewards}{best}",
             "they have no end token, and their reward is of a part of an answer: sample them again "
-            "with a higher limit, or leave their groups out (where: NOT ARRAY_CONTAINS(truncated, TRUE))",
+            "with a higher limit, or leave their groups out (where: NOT ARRAY_CONTAINS(truncated, "
+            "TRUE))",
             kinds.TRUNCATED,
         )
     ]

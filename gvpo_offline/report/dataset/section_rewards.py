@@ -97,8 +97,8 @@ def _notices(facts: RewardFacts) -> list[Block]:
                 "error" if equal == 1 else "warning" if equal >= _MANY_EQUAL else "note",
                 f"{facts.equal_groups:,} of {facts.groups:,} groups ({percent(equal)}) have equal "
                 "rewards: their target is the reference",
-                "sample more responses to these prompts, choose harder or easier ones, or leave the "
-                "groups out (drop_equal_rewards), which changes the objective",
+                "sample more responses to these prompts, choose harder or easier ones, or leave "
+                "the groups out (drop_equal_rewards), which changes the objective",
                 kinds.EQUAL,
             )
         )
@@ -299,9 +299,9 @@ def _writer_text(found: ByWriter) -> str:
             "groups, or the responses of each group are of one sampler."
         )
     return (
-        f"Who wrote a response explains {percent(found.share)} of the differences of rewards within "
-        f"groups, {percent(found.adjusted)} after adjustment: with a constant for each group and "
-        "each sampler fitted by least squares, the sum of squares of the samplers' constants over "
+        f"Who wrote a response explains {percent(found.share)} of the differences of rewards "
+        f"within groups, {percent(found.adjusted)} after adjustment: with a constant for each "
+        "group and each sampler fitted by least squares, the sum of squares of the samplers' constants over "
         "the sum of squares of R - mean R of the group; adjusted = 1 - (1 - share) · (N - G) / "
         f"(N - G - p) with N - G = {found.degrees:,} and p = {found.constants} free constants. "
         "About 0 means no more than chance."
