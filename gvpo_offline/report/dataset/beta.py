@@ -25,7 +25,7 @@ LEAST_NATS, MOST_NATS = 1.0, 10.0
 # if half of the groups have no better one: the log of task "carry" in docs/evidence/results.md has
 # 9% and 55%.
 FEW_RIGHT, MANY_ALL_WRONG = 0.15, 0.5
-# One writer or one habit is much of a log from this share of the responses on; that writer is
+# One writer or one habit is much of a log above this share of the responses; that writer is
 # nearly always wrong if at most this share of its responses is above the lowest reward.
 NARROW, NEARLY_ALWAYS = 0.5, 0.05
 
@@ -125,7 +125,7 @@ def loss_advice(rewards: RewardFacts, frame: Frame) -> list[LossAdvice]:
     few += f"{percent(all_wrong)} of the groups no response has"
     largest = rewards.samplers[0]
     share = largest.responses / len(frame.rewards)
-    narrow = share >= NARROW and len(rewards.samplers) > 1
+    narrow = share > NARROW and len(rewards.samplers) > 1
     own = frame.rewards[frame.sampler == list(frame.samplers).index(largest.sampler)]
     right = float((own > rewards.lowest).mean())
     said = f"{largest.sampler} wrote {percent(share)} of the responses"

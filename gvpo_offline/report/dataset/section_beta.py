@@ -128,8 +128,8 @@ def _chart(facts: BetaFacts) -> Chart:
     summary = (
         f"At β {facts.beta:g}, the diamond, the median gap is {plain(facts.median)} nats. The "
         f"green band, {LEAST_NATS:g} to {MOST_NATS:g} nats, is what a policy can reach; above the "
-        f"dashed line, {WIDE_GAP_NATS:g} nats, training warns. The line is the median group, the area "
-        "around it 80% of the groups."
+        f"dashed line, {WIDE_GAP_NATS:g} nats, training warns. The line is the median group, the "
+        "area around it 80% of the groups."
     )
     return charts.chart("beta-gaps", "What β asks of the policy", summary, spec, rows, height=300)
 
