@@ -6,7 +6,7 @@ all of its responses, chosen by a hash of its id: a random sample that is the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,13 @@ class Frame:
     def smallest(self, values: FloatArray) -> FloatArray:
         """(G,) minimum of (N,) values over each group."""
         return np.minimum.reduceat(values, self.starts) if self.n_groups else np.zeros(0)
+
+    def by_sampler(self) -> Iterator[tuple[str, Int64Array]]:
+        """The name of each sampler that has responses, and their numbers, ascending."""
+        order = np.argsort(self.sampler, kind="stable")
+        codes, firsts = np.unique(self.sampler[order], return_index=True)
+        for code, own in zip(codes.tolist(), np.split(order, firsts[1:]), strict=False):
+            yield self.samplers[code], own
 
     def centred(self, values: npt.NDArray[Any]) -> FloatArray:
         """(N,) values minus the mean of their group: exactly 0 where all of a group are equal."""

@@ -218,20 +218,19 @@ def _edge(values: FloatArray) -> EdgeTokens:
 
 
 def _by_sampler(frame: Frame, per_token: FloatArray, unlikely: BoolArray) -> list[SamplerReference]:
-    scored = ~np.isnan(per_token)
     found = []
-    for code in np.unique(frame.sampler).tolist():
-        own = frame.sampler == code
-        values = per_token[own & scored]
+    for name, own in frame.by_sampler():
+        values = per_token[own]
+        values = values[~np.isnan(values)]
         first = math.nan if frame.first is None else _mean(frame.first[own])
-        last = math.nan if frame.last is None else _mean(frame.last[own & ~frame.truncated])
+        last = math.nan if frame.last is None else _mean(frame.last[own[~frame.truncated[own]]])
         found.append(
             SamplerReference(
-                frame.samplers[code],
+                name,
                 len(values),
                 _mean(values),
                 *quantiles(values, QUANTILES),
-                unlikely=ratio(int((unlikely & own).sum()), len(values)),
+                unlikely=ratio(int(unlikely[own].sum()), len(values)),
                 first=first,
                 last=last,
                 truncated=float(frame.truncated[own].mean()),

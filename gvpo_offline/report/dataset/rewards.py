@@ -235,12 +235,11 @@ def _by_sampler(
     is_best = in_unequal & (rewards == np.repeat(best, frame.sizes))
     parts = is_best / np.repeat(np.maximum(frame.sums(is_best), 1), frame.sizes)
     found = []
-    for code in np.unique(frame.sampler).tolist():
-        own = frame.sampler == code
+    for name, own in frame.by_sampler():
         values = rewards[own]
         found.append(
             SamplerRewards(
-                sampler=frame.samplers[code],
+                sampler=name,
                 responses=len(values),
                 truncated=int(frame.truncated[own].sum()),
                 mean_tokens=float(frame.lengths[own].mean()),
@@ -249,7 +248,7 @@ def _by_sampler(
                 lowest=float(values.min()),
                 highest=float(values.max()),
                 advantage=float(advantages[own].mean()),
-                share_of_responses=ratio(int((own & in_unequal).sum()), int(in_unequal.sum())),
+                share_of_responses=ratio(int(in_unequal[own].sum()), int(in_unequal.sum())),
                 share_of_bests=ratio(float(parts[own].sum()), int(unequal.sum())),
             )
         )
