@@ -189,8 +189,8 @@ def with_texts(number: int, prompt: list[int], *responses: list[int], **fields: 
 
 
 def test_exact_duplicates_by_hand(tmp_path: Path) -> None:
-    """Group 0 repeats [7] twice with other rewards. Group 1 has one text only, of one reward. Groups
-    2 and 3 share prompt and responses, in another order. [7] stands under three prompts."""
+    """Group 0 repeats [7] twice with other rewards. Group 1 has one text only, of one reward.
+    Groups 2 and 3 share prompt and responses, in another order. [7] stands under three prompts."""
     groups = [
         with_texts(0, [1], [7], [7], [7], [8]),
         with_texts(1, [2], [7], [7], rewards=np.array([0.5, 0.5])),
@@ -343,7 +343,7 @@ def test_held_out_groups_are_those_that_train_holds_out(tmp_path: Path) -> None:
 
 
 def test_responses_that_no_micro_batch_can_hold_are_counted(tmp_path: Path) -> None:
-    """A row has prompt + response - 1 input tokens: 4 + 8 - 1 = 11 fits into 11, and not into 10."""
+    """A row has prompt + response - 1 input tokens: 4 + 8 - 1 = 11 fits into 11, not into 10."""
     groups = [make_group(i, k=2, prompt_tokens=4, response_tokens=8) for i in range(3)]
     build_dataset(tmp_path, groups=groups)
     fits = collected(tmp_path, max_tokens_per_micro_batch=11).facts.cost
@@ -370,8 +370,8 @@ LARGE = ModelShape(
 
 
 def test_the_memory_is_that_of_the_documented_table(tmp_path: Path) -> None:
-    """At T = 8,192 the table has: weights 24.7, copies 3.1, inputs 1.4, one layer 1.0, its gradients
-    0.6, last hidden states 0.1, output layer 1.4 GB; its kept logits are 0, and here 1 GB."""
+    """At T = 8,192 the table has: weights 24.7, copies 3.1, inputs 1.4, one layer 1.0, its
+    gradients 0.6, last hidden states 0.1, output layer 1.4 GB; its kept logits are 0, and here 1 GB."""
     settings = ReportSettings(
         dataset="x",
         model_name_or_path="m",

@@ -302,9 +302,10 @@ def _writer_text(found: ByWriter) -> str:
         f"Who wrote a response explains {percent(found.share)} of the differences of rewards "
         f"within groups, {percent(found.adjusted)} after adjustment: with a constant for each "
         "group and each sampler fitted by least squares, the sum of squares of the samplers' "
-        "constants over the sum of squares of R - mean R of the group; adjusted = 1 - (1 - share) · (N - G) / "
-        f"(N - G - p) with N - G = {found.degrees:,} and p = {found.constants} free constants. "
-        "About 0 means no more than chance."
+        "constants over the sum of squares of R - mean R of the group; "
+        "adjusted = 1 - (1 - share) · (N - G) / (N - G - p) with "
+        f"N - G = {found.degrees:,} and p = {found.constants} free constants. About 0 means no "
+        "more than chance."
     )
 
 
