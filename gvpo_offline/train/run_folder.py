@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import DataError, IntegrityError
-from gvpo_offline.train.checkpoint import METRICS_FILE, RUN_FILE, TUNE_FOLDER, checkpoint_folders
+from gvpo_offline.train.checkpoint import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    RESIDUALS_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    TUNE_FOLDER,
+    checkpoint_folders,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,9 +50,6 @@ __all__ = [
     "read_settings",
 ]
 
-EVENTS_FILE = "events.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-RESIDUALS_FILE = "residuals.jsonl"
 STATE_FILE = "trainer_state.json"  # of transformers: in checkpoints, and at the end in the folder
 _FILES = (METRICS_FILE, EVENTS_FILE, RUN_FILE)
 _INT64 = 2**63
