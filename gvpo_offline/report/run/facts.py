@@ -236,15 +236,15 @@ def _fit(own: SetFacts) -> str:
     text = f"Explained variance ({own.name}): {last:.3g}"
     if own.name == TRAINING:
         return f"{text}. Nothing is held out, so it does not tell what the policy learned."
-    if not last >= best.value - EXPLAINED_FALL:
-        return (
-            f"{text}, after {best.value:.3g} at {step_of(best.step)}: since then the policy "
-            "overfits the training groups. Take a checkpoint from about there."
-        )
     if best.value <= 0:
         return (
             f"{text}: it never rose above 0, the reference's. The policy has learned nothing that "
             "holds for held-out groups."
+        )
+    if not last >= best.value - EXPLAINED_FALL:
+        return (
+            f"{text}, after {best.value:.3g} at {step_of(best.step)}: since then the policy "
+            "overfits the training groups. Take a checkpoint from about there."
         )
     return f"{text}, the best {best.value:.3g} at {step_of(best.step)}."
 

@@ -142,7 +142,9 @@ class Run:
         """How far training came since it last began, as the files say."""
         if not self.events:
             return "finished" if "train_runtime" in self.metrics.columns else "open"
-        begun = max((n for n, own in enumerate(self.events) if own["kind"] in _BEGINNINGS), default=0)
+        begun = max(
+            (n for n, own in enumerate(self.events) if own["kind"] in _BEGINNINGS), default=0
+        )
         ends = [own for own in self.events[begun:] if own["kind"] == "end"]
         if not ends:
             return "open"
