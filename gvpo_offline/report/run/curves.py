@@ -19,10 +19,11 @@ from gvpo_offline.report.run.words import short, step_of
 MOST_ROWS = 2000
 _MOST_PINS = 60
 _POINTS_UP_TO = 120  # values of a curve whose points are drawn
-_HEALTHY, _WARNED = "#2e9e5b", "#d9822b"
+_STEP = {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": False}}
 _PADDING = 0.08
 Values = Sequence[tuple[int, float]]
 Row = dict[str, Cell]
+Encoding = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Band:
-    """The values of a metric of which no warning is given.
+    """The values of a metric outside of which a run warns.
 
     Attributes:
         low: its lower bound; None: none.
@@ -109,7 +110,6 @@ def curve_chart(
     unit: str = "",
     band: Band | None = None,
     pins: Sequence[tuple[str, int, str]] = (),
-    logarithmic: bool = False,
 ) -> Chart | None:
     """A chart of curves over steps; None without a finite value.
 
@@ -120,7 +120,6 @@ def curve_chart(
         unit: of the values, for the axis.
         band: shaded.
         pins: (run, step, text) of warnings, drawn as vertical lines.
-        logarithmic: a logarithmic axis, if all values are positive.
     """
     pins = pins[:_MOST_PINS]
     most = (MOST_ROWS - len(pins)) // max(len(curves), 1)
@@ -130,27 +129,19 @@ def curve_chart(
     several = len({curve.run for curve in curves}) > 1
     values = [value for row in rows for value in (row["value"], row.get("low"), row.get("high"))]
     numbers = [float(value) for value in values if isinstance(value, int | float)]
-    layers = [_band_layer(band, numbers)] if band else []
-    layers += (
-        [*_error_layers(several), *_line_layers(several, len(rows) <= _POINTS_UP_TO)]
-        if (any(curve.errors for curve in curves))
-        else _line_layers(several, len(rows) / len(curves) <= _POINTS_UP_TO)
-    )
-    layers += [_pin_layer()] if pins else []
-    scale: dict[str, Any] = {"zero": False, "domain": _domain(numbers, band), "nice": False}
-    if logarithmic and min(numbers) > 0:
-        scale = {"type": "log", "nice": False}
-        layers = [layer for layer in layers if layer["mark"]["type"] != "rect"]
-    spec = {
-        "encoding": {
-            "x": {"field": "step", "type": "quantitative", "title": "step"},
-            "y": {"field": "value", "type": "quantitative", "title": unit or title, "scale": scale},
-        },
-        "layer": layers,
+    y: Encoding = {
+        "type": "quantitative",
+        "title": unit or title,
+        "scale": {"zero": False, "nice": False, "domain": _domain(numbers, band)},
     }
+    layers = [_band_layer(band, numbers, y)] if band else []
+    if any(curve.errors for curve in curves):
+        layers += _error_layers(several, y)
+    layers.append(_line_layer(several, y, points=len(rows) / len(curves) <= _POINTS_UP_TO))
+    layers += [_PIN_LAYER] if pins else []
     rows += [_pin(*pin, n_keys=rows[0]) for pin in pins]
     summary = _summary(curves, band) + thinning_note(curves, most)
-    return Chart(identifier, title, summary, spec, rows)
+    return Chart(identifier, title, summary, {"layer": layers}, rows)
 
 
 def _rows(curve: Curve, most: int) -> list[Row]:
@@ -191,73 +182,79 @@ def _domain(values: Sequence[float], band: Band | None) -> list[float]:
     return [low - margin, high + margin]
 
 
-def _band_layer(band: Band, values: Sequence[float]) -> dict[str, Any]:
+def _band_layer(band: Band, values: Sequence[float], y: Encoding) -> dict[str, Any]:
     least, most = _domain(values, band)
     low = least if band.low is None else min(max(band.low, least), most)
     high = most if band.high is None else max(min(band.high, most), least)
     return {
-        # One row: a rectangle for each row would add up to an opaque one.
-        "transform": [{"aggregate": [{"op": "count", "as": "rows"}]}],
-        "mark": {"type": "rect", "color": _HEALTHY, "opacity": 0.13, "tooltip": None},
-        "encoding": {"x": None, "y": {"datum": low}, "y2": {"datum": high}},
+        # One row: a rectangle for each row of the chart would add up to an opaque one.
+        "data": {"values": [{}]},
+        "mark": {"type": "rect", "style": "band"},
+        "encoding": {"y": {**y, "datum": low}, "y2": {"datum": high}},
     }
 
 
-def _colour(several: bool) -> dict[str, Any]:
-    if not several:
-        return {"color": {"field": "groups", "type": "nominal", "title": "groups"}}
+def _colour(several: bool) -> Encoding:
     return {
-        "color": {"field": "run", "type": "nominal", "title": "run"},
-        "strokeDash": {"field": "groups", "type": "nominal", "title": "groups"},
+        "field": "run" if several else "groups",
+        "type": "nominal",
+        "title": "run" if several else "groups",
+        "sort": None,  # in the order of the rows
     }
 
 
-def _line_layers(several: bool, points: bool) -> list[dict[str, Any]]:
+def _line_layer(several: bool, y: Encoding, *, points: bool) -> dict[str, Any]:
     names = (("run", "nominal"), ("groups", "nominal"), ("step", "quantitative"))
-    tooltip = [{"field": name, "type": kind} for name, kind in names]
-    return [
-        {
-            "transform": [{"filter": {"field": "value", "valid": True}}],
-            "mark": {"type": "line", "point": points},
-            "encoding": {
-                **_colour(several),
-                "tooltip": [*tooltip, {"field": "value", "type": "quantitative", "format": ".5g"}],
-            },
-        }
-    ]
-
-
-def _error_layers(several: bool) -> list[dict[str, Any]]:
-    colour = {"color": _colour(several)["color"]}
-    interval = {
-        "y": {"field": "low", "type": "quantitative"},
-        "y2": {"field": "high"},
-        **colour,
-    }
-    valid = [{"filter": {"field": "value", "valid": True}}]
-    return [
-        {
-            "transform": valid,
-            "mark": {"type": "area", "opacity": 0.15},
-            "encoding": {**interval, "detail": {"field": "groups", "type": "nominal"}},
-        },
-        {"transform": valid, "mark": {"type": "rule", "opacity": 0.7}, "encoding": interval},
-    ]
-
-
-def _pin_layer() -> dict[str, Any]:
+    tooltip: list[Encoding] = [{"field": name, "type": kind} for name, kind in names]
+    dashes = {"strokeDash": {"field": "groups", "type": "nominal", "sort": None}}
     return {
-        "transform": [{"filter": {"field": "warning", "valid": True}}],
-        "mark": {"type": "rule", "color": _WARNED, "strokeDash": [4, 3], "size": 2},
+        "transform": _WITH_VALUE,
+        "mark": {"type": "line", "point": points},
         "encoding": {
-            "y": None,
-            "tooltip": [
-                {"field": "step", "type": "quantitative"},
-                {"field": "run", "type": "nominal"},
-                {"field": "warning", "type": "nominal"},
-            ],
+            "x": _STEP,
+            "y": {**y, "field": "value"},
+            "color": _colour(several),
+            **(dashes if several else {}),
+            "tooltip": [*tooltip, {"field": "value", "type": "quantitative", "format": ".5g"}],
         },
     }
+
+
+def _error_layers(several: bool, y: Encoding) -> list[dict[str, Any]]:
+    interval = {
+        "x": _STEP,
+        "y": {**y, "field": "low"},
+        "y2": {"field": "high"},
+        "color": _colour(several),
+    }
+    detail = {"detail": {"field": "groups", "type": "nominal"}}
+    return [
+        {
+            "transform": _WITH_VALUE,
+            "mark": {"type": "area", "opacity": 0.15, "line": False, "tooltip": None},
+            "encoding": {**interval, **detail},
+        },
+        {
+            "transform": _WITH_VALUE,
+            "mark": {"type": "rule", "opacity": 0.7, "tooltip": None},
+            "encoding": interval,
+        },
+    ]
+
+
+_WITH_VALUE = [{"filter": {"field": "value", "valid": True}}]
+_PIN_LAYER: dict[str, Any] = {
+    "transform": [{"filter": "isValid(datum.warning)"}],
+    "mark": {"type": "rule", "style": "warning", "strokeDash": [4, 3], "size": 2},
+    "encoding": {
+        "x": _STEP,
+        "tooltip": [
+            {"field": "step", "type": "quantitative"},
+            {"field": "run", "type": "nominal"},
+            {"field": "warning", "type": "nominal"},
+        ],
+    },
+}
 
 
 def _summary(curves: Sequence[Curve], band: Band | None) -> str:
@@ -272,5 +269,5 @@ def _summary(curves: Sequence[Curve], band: Band | None) -> str:
             begun = f"{start:.4g} at {step_of(first)}, " if last > first else ""
             parts.append(f"{name}: {begun}{end:.4g} at {step_of(last)}")
     more = f" and {len(curves) - 6} more curves" if len(curves) > 6 else ""
-    shaded = f" Shaded: {band.text()}, where no warning is given." if band else ""
+    shaded = f" Shaded: {band.text()}; outside of it a run warns." if band else ""
     return f"{'; '.join(parts)}{more}.{shaded}"
