@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -56,7 +57,7 @@ def _run_report(values: dict[str, Any]) -> None:
         report = dataset_report(settings)
     write(report, html)
     say(f"{html}: {html.stat().st_size / 1e6:.1f} MB; the same as JSON: {_json_of(html)}")
-    say(_next(config.paths, kind, html))
+    say(_next(config.paths, report.facts, html))
 
 
 def kind_of(paths: Sequence[str]) -> Literal["dataset", "runs"]:
@@ -83,11 +84,12 @@ def _kind(path: str) -> Literal["dataset", "runs"]:
     if is_url(path):
         return "dataset"
     from gvpo_offline.report.run.build import is_run_or_search
+    from gvpo_offline.store.manifest import manifest_versions
 
     local = local_path(path)
     if is_run_or_search(local):
         return "runs"
-    if local.is_file() or (local / "manifests").is_dir():
+    if local.is_file() or manifest_versions(local):
         return "dataset"
     raise DataError(
         "a report is of a dataset, or of the folder of a run (output_dir)",
@@ -207,11 +209,14 @@ def _replace(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _next(paths: Sequence[str], kind: str, html: Path) -> str:
+def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> str:
     open_it = f"next: open {html} in a browser"
-    if kind == "runs":
-        return f"{open_it}; while a run trains: gvpo-offline report {' '.join(paths)} --live"
-    return f"{open_it}; then gvpo-offline train --dataset {paths[0]} …"
+    quoted = " ".join(map(shlex.quote, paths))
+    if facts.get("kind") != "runs":
+        return f"{open_it}; then gvpo-offline train --dataset {quoted} …"
+    if all(own["state"] == "finished" for own in facts["runs"]):
+        return open_it
+    return f"{open_it}; while a run trains: gvpo-offline report {quoted} --live"
 
 
 COMMANDS: dict[str, Command] = {

@@ -17,8 +17,11 @@ from gvpo_offline.report.run.residuals import fits
 from gvpo_offline.report.run.sections import run_sections
 from gvpo_offline.report.run.settings import difference_blocks, differences
 from gvpo_offline.report.run.tune import read_tune, tune_folder, tune_section
+from gvpo_offline.report.run.words import short
 from gvpo_offline.train.run_folder import METRICS_FILE, is_run
 from gvpo_offline.version import __version__
+
+_MOST_NAMES = 3  # in the title
 
 
 def is_run_or_search(path: str | Path) -> bool:
@@ -87,16 +90,20 @@ def _page(
         sections += [overview_section(facts), *run_sections(runs, facts)]
     sections += [tune_section(own, n, name) for n, (name, own) in enumerate(searches, 1)]
     groups, note = answers_to_read(runs)
-    what = "Run" if len(names) == 1 else "Runs"
     paths = ", ".join(str(run.path) for run in runs) or ", ".join(names)
     written = max((run.written for run in runs), default="")
     return Page(
-        title=f"{what}: {', '.join(names)}",
+        title=f"Run {names[0]}" if len(names) == 1 else f"{len(names)} runs: {_listed(names)}",
         subtitle=f"{paths}{f'; files of {written}' if written else ''}; gvpo_offline {__version__}",
         sections=sections,
         groups=groups,
         groups_note=note,
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(short(name, 40) for name in names[:_MOST_NAMES])
+    return shown if len(names) <= _MOST_NAMES else f"{shown} …"
 
 
 def _facts(

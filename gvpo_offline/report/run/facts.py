@@ -302,8 +302,7 @@ def _held_out(run: Run) -> str:
     fraction = run.training.get("eval_fraction")
     if not isinstance(fraction, int | float) or not fraction:
         return "nothing" if run.training else ""
-    by = run.training.get("held_out_by", "prompt")
-    return f"{fraction:.3g} of the training datasets, by {by}"
+    return f"{fraction:.3g} of the {run.training.get('held_out_by', 'group')}s"
 
 
 def _median(run: Run, name: str) -> float | None:

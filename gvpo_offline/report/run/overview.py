@@ -42,7 +42,7 @@ def overview_section(facts: Sequence[RunFacts]) -> Section:
 
 
 def _figures(own: RunFacts) -> Iterator[Figure]:
-    yield Figure("state", "open" if own.state == "open" else own.state, progress(own))
+    yield Figure("state", own.state, progress(own))
     for name, text in (
         ("model", own.model),
         ("data", ", ".join(own.datasets)),
@@ -85,66 +85,61 @@ _UNITS = {"best_log_ratio_mean": "nats", "sampled_kl": "nats"}
 
 def _table(facts: Sequence[RunFacts]) -> Table:
     """The figures of several runs, a row each; of each run's first held-out set."""
-    rows: list[list[Cell]] = []
-    for own in facts:
-        held_out = own.held_out_sets[0] if own.held_out_sets else None
-        best = held_out.best_explained_variance if held_out else None
-        last = dict(held_out.last) if held_out else {}
-        rows.append(
-            [
-                own.name,
-                own.state,
-                own.step,
-                own.steps,
-                own.objective or None,
-                own.training.last.get("loss"),
-                own.training.last.get("explained_variance"),
-                last.get("explained_variance"),
-                best.value if best else None,
-                best.step if best else None,
-                last.get("best_log_ratio_mean"),
-                last.get("likely_log_mass_mean", last.get("log_mass_mean")),
-                last.get("sampled_reward"),
-                last.get("sampled_reward_se"),
-                last.get("sampled_kl"),
-                last.get("sampled_objective"),
-                len(own.warnings),
-                own.restarts,
-                own.tokens_per_second,
-                None if own.seconds is None else duration(own.seconds),
-            ]
-        )
+    rows = [_row(own) for own in facts]
+    kept = [n for n in range(len(_COLUMNS)) if any(row[n] is not None for row in rows)]
     return Table(
         "figures",
         "The runs' last figures",
-        _COLUMNS,
-        rows,
+        [_COLUMNS[n] for n in kept],
+        [[row[n] for n in kept] for row in rows],
         "Held-out figures are of each run's first held-out set. Runs that hold out other groups "
         "cannot be compared by them.",
     )
 
 
+def _row(own: RunFacts) -> list[Cell]:
+    held_out = own.held_out_sets[0] if own.held_out_sets else None
+    best = held_out.best_explained_variance if held_out else None
+    last = dict(held_out.last) if held_out else {}
+    return [
+        own.name,
+        own.state,
+        own.step,
+        own.training.last.get("loss"),
+        own.training.last.get("explained_variance"),
+        last.get("explained_variance"),
+        best.value if best else None,
+        best.step if best else None,
+        last.get("best_log_ratio_mean"),
+        last.get("likely_log_mass_mean", last.get("log_mass_mean")),
+        last.get("sampled_reward"),
+        last.get("sampled_reward_se"),
+        last.get("sampled_kl"),
+        last.get("sampled_objective"),
+        len(own.warnings),
+        own.tokens_per_second,
+        own.seconds,
+    ]
+
+
 _COLUMNS = (
     Column("run"),
     Column("state"),
-    Column("steps done", "count"),
-    Column("of", "count"),
-    Column("objective"),
-    Column("loss in training", "number"),
-    Column("explained variance in training", "number"),
-    Column("explained variance held out", "number"),
-    Column("its best", "number"),
-    Column("at step", "count"),
-    Column("log-ratio of the best, held out (nats)", "number"),
-    Column("log mass, held out (nats)", "number"),
-    Column("reward of answers", "number"),
+    Column("steps", "count", explanation="Steps done."),
+    Column("loss", "number", explanation="In training."),
+    Column("fit", "number", explanation="Explained variance in training."),
+    Column("fit held out", "number", explanation="Explained variance of held-out groups."),
+    Column("best", "number", explanation="The largest explained variance of held-out groups."),
+    Column("at step", "count", explanation="At which it was reached."),
+    Column("best log-ratio", "number", explanation="Of the best held-out responses, nats."),
+    Column("log mass", "number", explanation="Of the held-out responses, nats."),
+    Column("reward", "number", explanation="Of sampled answers."),
     Column("±", "number", 2, "Standard error over prompts."),
-    Column("KL of answers (nats)", "number"),
+    Column("KL", "number", explanation="Of sampled answers to the reference, nats."),
     Column("reward - beta KL", "number", explanation="Each run with its own beta."),
     Column("warnings", "count"),
-    Column("restarts", "count"),
-    Column("tokens a second", "number", explanation="Median over the logged lines."),
-    Column("time"),
+    Column("tokens/s", "count", explanation="Median over the logged lines."),
+    Column("seconds", "count", explanation="Of training, since the run's last start."),
 )
 
 

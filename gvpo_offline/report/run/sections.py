@@ -267,7 +267,7 @@ def _events(runs: Sequence[Run], facts: Sequence[RunFacts]) -> Section:
         shown = rows[-_MOST_ROWS:]
         blocks.append(
             Table(
-                "events",
+                "events-table",
                 "Starts, restarts, checkpoints",
                 [*columns, Column("details")],
                 shown,
