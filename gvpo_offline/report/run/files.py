@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _HELD_OUT = re.compile(r"(eval(?:_.+)?)_explained_variance")
 TRAINING = "training"
 _BEGINNINGS = ("start", "resume")
+_INTERRUPTED = "KeyboardInterrupt"  # Ctrl-C, which is no error
 # open: it still trains, or was killed.
 State = Literal["open", "finished", "stopped", "failed"]
 
@@ -148,7 +149,7 @@ class Run:
         ends = [own for own in self.events[begun:] if own["kind"] == "end"]
         if not ends:
             return "open"
-        if ends[-1].get("error"):
+        if ends[-1].get("error") not in (None, "", _INTERRUPTED):
             return "failed"
         return "finished" if ends[-1].get("complete", True) else "stopped"
 

@@ -20,6 +20,7 @@ from gvpo_offline.train.limits import (
     LOW_LOG_MASS,
 )
 
+_MEMORY = {"peak_memory_gb": "Peak memory of a rank (GB)"}
 _MOST_ROWS = 500  # of a table of events or warnings
 
 
@@ -200,7 +201,8 @@ def _speed(runs: Sequence[Run]) -> Section:
     )
     for number, name in enumerate(names, 1):
         curves = [Curve(run.name, TRAINING, run.values(name)) for run in runs if run.values(name)]
-        chart = curve_chart(f"chart-memory-{number}", f"Memory: {name}", curves)
+        title = _MEMORY.get(name, f"Memory: {name}")
+        chart = curve_chart(f"chart-memory-{number}", title, curves, unit=name.rpartition("_")[2])
         if chart:
             blocks.append(chart)
     return Section(
