@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gvpo_offline.stream.settings import DatasetSettings, ResponseSettings
     from gvpo_offline.stream.steps import training_steps
     from gvpo_offline.train.config import GVPOConfig
+    from gvpo_offline.train.run_folder import read_metrics
     from gvpo_offline.train.trainer import GVPOTrainer
 
 # Public name -> the module that defines it, and its name there.
@@ -53,6 +54,7 @@ _HOMES = {
     "import_log": ("importing.importer", "import_log"),
     "open_dataset": ("store.dataset", "open_dataset"),
     "prepare_engine": ("compute.probe", "prepare_engine"),
+    "read_metrics": ("train.run_folder", "read_metrics"),
     "score_reference": ("reference.score", "run_reference"),
     "training_steps": ("stream.steps", "training_steps"),
     "validate": ("commands.validate", "run_validate"),
@@ -80,6 +82,7 @@ __all__ = [
     "import_log",
     "open_dataset",
     "prepare_engine",
+    "read_metrics",
     "score_reference",
     "training_steps",
     "validate",

@@ -1,4 +1,4 @@
-"""Settings of `evaluate`, `validate`, `ls` and `show`."""
+"""Settings of `evaluate`, `validate`, `ls`, `show` and `report`."""
 
 from __future__ import annotations
 
@@ -161,3 +161,39 @@ class ShowConfig:
                 received="both",
                 remedy="leave one of them out",
             )
+
+
+@dataclass
+class ReportConfig:
+    """Make a page of a dataset, or of runs side by side."""
+
+    paths: list[str] | str = field(default_factory=list)
+    """A dataset (folder, URL or Parquet file), or the folders of runs (output_dir) and of searches
+    by `tune`. They can also be given without the flag: `gvpo-offline report run other_run`."""
+    output: str | None = None
+    """The HTML file to write; its JSON twin stands beside it and ends in .json. Default:
+    NAME-report.html in the current folder, with the name of the dataset or run, and
+    runs-report.html for several runs. A file that is no report is not replaced."""
+    live: bool = False
+    """Serve the page of runs on this machine, at an address that is printed, and renew it as their
+    files change, until Ctrl-C. No file is written."""
+    port: int = 0
+    """The port of `live`, on 127.0.0.1. 0: any that is free."""
+
+    def __post_init__(self) -> None:
+        self.paths = [self.paths] if isinstance(self.paths, str) else list(self.paths)
+        required("paths", self.paths)
+        if self.output is not None and self.live:
+            raise ConfigError(
+                "a live page is served and not written",
+                received=f"live and output: {self.output}",
+                remedy="leave live or output out",
+            )
+        if self.output is not None and not self.output.endswith(".html"):
+            raise ConfigError(
+                "output ends in .html",
+                received=self.output,
+                remedy=f"--output {self.output}.html",
+            )
+        if not 0 <= self.port < 2**16:
+            raise ConfigError("port lies in 0 … 65535", received=self.port)

@@ -131,6 +131,12 @@ class GroupStatistics:
         }
 
 
+_PRINTED = (  # metrics in the text of a GroupLoss
+    *("explained_variance", "best_log_ratio_mean", "log_ratio_mean", "log_ratio_std"),
+    *("likely_log_mass_mean", "pair_accuracy", "reward_mean", "reward_std"),
+)
+
+
 @dataclass(frozen=True, eq=False)
 class GroupLoss:
     """The result of a loss on groups.
@@ -153,6 +159,18 @@ class GroupLoss:
     def n_groups(self) -> int:
         """Number of groups in this call; does not synchronise with the device."""
         return self.group_losses.shape[0]
+
+    def __repr__(self) -> str:
+        """The loss and the main metrics; synchronises with the device."""
+        own = self.metrics
+        gradient = ", with a gradient" if self.group_losses.requires_grad else ""
+        head = (
+            f"GroupLoss({own['loss']:.6g}{gradient}: {self.n_groups:,} groups, "
+            f"{self.weights.shape[0]:,} responses, beta {self.terms.beta:g})"
+        )
+        width = max(map(len, _PRINTED))
+        lines = [f"  {name:<{width}}  {own[name]:>10.4g}" for name in _PRINTED]
+        return "\n".join([head, *lines, "  .metrics has all of them"])
 
     @cached_property
     def statistics(self) -> GroupStatistics:

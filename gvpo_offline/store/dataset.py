@@ -43,6 +43,7 @@ from gvpo_offline.store.schema import (
     TRAINING_COLUMNS,
     Column,
 )
+from gvpo_offline.store.shown import ShownDataset
 from gvpo_offline.store.sidecar_choice import (
     RewardChoice,
     WeightedReward,
@@ -71,7 +72,7 @@ class _JoinedSidecars:
         return [c.name for c in self.columns if c.name in columns and c.name != "group_id"]
 
 
-class GroupDataset:
+class GroupDataset(ShownDataset):
     """A dataset for reading: groups joined with their reward and one reference.
 
     A *row group* is the unit of reading; row groups are numbered across all files in manifest

@@ -26,12 +26,16 @@ _logger = logging.getLogger(__name__)
 SEAL_NAME = "gvpo_checkpoint.json"
 RUN_FILE = "gvpo_run.json"
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+RESIDUALS_FILE = "residuals.jsonl"
 SAMPLED = "sampled_eval"  # its key for how the run samples answers
 _MARKER_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"
 # What a run may write to output_dir before its first checkpoint, and the folder of `tune`.
-_ALLOWED_ENTRIES = {RUN_FILE, METRICS_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
+_LINES = {METRICS_FILE, EVENTS_FILE, SAMPLES_FILE, RESIDUALS_FILE}
+_ALLOWED_ENTRIES = {RUN_FILE, *_LINES, TUNE_FOLDER, "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 # PEFT notes its own version among an adapter's settings; it decides nothing.
 _VERSION_OF_PEFT = ".peft_version"

@@ -52,6 +52,7 @@ WITHOUT_TORCH = (
     *("store.remote.storage", "stream.settings", "stream.mix", "stream.order", "stream.plan"),
     *("stream.selecting.select", "stream.selecting.where", "stream.view"),
     *("train.checkpoint", "tokenizer", "tune.search", "tune.judged", "commands.table", "cli"),
+    *("train.run_folder", "train.limits"),
     *("info.dataset", "info.text", "hub.push", "hub.pull"),
     *("compute.layout", "compute.tree", "compute.context", "compute.files"),
     *("importing.importer", "merging.stages", "sampling.run"),

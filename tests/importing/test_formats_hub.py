@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -453,7 +454,7 @@ def test_whole_import_from_each_kind_of_file(
             tokenizer_name_or_path=str(tiny_tokenizer_dir),
         )
         assert import_log(settings).counts["groups"] == n_groups
-        found.append([repr(group) for group in read_groups(tmp_path / kind / "out")])
+        found.append([repr(astuple(group)) for group in read_groups(tmp_path / kind / "out")])
     assert found[0] == found[1] == found[2]
     kept = settings.columns.keep = [next(iter(features))]
     settings.output_dir = str(tmp_path / "kept")
