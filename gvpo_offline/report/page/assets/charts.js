@@ -39,11 +39,11 @@ const CHART_CONFIG = {
   errorband: { opacity: 0.2 },
   // What a specification may name as `style` of a mark.
   style: {
-    band: { fill: "var(--good)", fillOpacity: 0.12, stroke: null, tooltip: null },
-    guide: { stroke: "var(--muted)", strokeDash: [4, 4] },
-    warning: { stroke: "var(--warning)", fill: "var(--warning)" },
-    error: { stroke: "var(--error)", fill: "var(--error)" },
-    muted: { stroke: "var(--muted)", fill: "var(--muted)" },
+    band: { color: "var(--good)", opacity: 0.13, tooltip: null },
+    guide: { color: "var(--muted)", strokeDash: [4, 4] },
+    warning: { color: "var(--warning)" },
+    error: { color: "var(--error)" },
+    muted: { color: "var(--muted)" },
   },
 };
 
@@ -64,7 +64,7 @@ function chartTooltip(handler, event, item, value) {
 }
 
 /** The specification with a size: Vega-Lite fits single views to the page, not composed ones. */
-function sized(spec, width, height) {
+function sized(spec, width, height, rows) {
   const inner = Math.max(width - 56, 120);
   if (spec.hconcat || spec.concat || spec.vconcat) {
     const name = COMPOSED.find((key) => spec[key]);
@@ -77,7 +77,9 @@ function sized(spec, width, height) {
   const composed = COMPOSED.some((key) => spec[key]);
   const encoding = spec.encoding ?? {};
   if (composed || encoding.row || encoding.column || encoding.facet) {
-    const across = spec.columns ?? encoding.facet?.columns ?? 1;
+    const column = encoding.column ?? spec.facet?.column;
+    const values = column ? new Set(rows.map((row) => row[column.field])).size : 1;
+    const across = spec.columns ?? encoding.facet?.columns ?? values;
     const size = { width: Math.max(Math.floor(inner / across) - 24, 100), height };
     return spec.spec ? { ...spec, spec: { ...size, ...spec.spec } } : { ...size, ...spec };
   }
@@ -94,7 +96,7 @@ async function drawChart(figure) {
   const full = {
     $schema: "https://vega.github.io/schema/vega-lite/v6.json",
     description: title,
-    ...sized(spec, target.clientWidth, height),
+    ...sized(spec, target.clientWidth, height, rows),
     data: { values: rows.map(finite) },
   };
   chartViews.get(figure)?.finalize();
