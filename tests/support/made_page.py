@@ -252,6 +252,7 @@ def charts() -> Section:
                 {
                     "layer": [
                         {
+                            "data": {"values": [{}]},
                             "mark": {"type": "rect", "style": "band"},
                             "encoding": {"y": {"datum": 0}, "y2": {"datum": 0.2}},
                         },

@@ -7,7 +7,7 @@ const CHART_CONFIG = {
   background: "transparent",
   font: FONT,
   view: { stroke: null },
-  padding: { left: 0, right: 4, top: 4, bottom: 0 },
+  padding: { left: 0, right: 4, top: 4, bottom: 6 },
   axis: {
     labelColor: "var(--muted)", titleColor: "var(--muted)", gridColor: "var(--line)",
     domainColor: "var(--strong-line)", tickColor: "var(--strong-line)",
@@ -15,6 +15,7 @@ const CHART_CONFIG = {
     labelPadding: 6, tickSize: 4, labelLimit: 160, titleLimit: 320,
   },
   axisX: { grid: false },
+  axisXQuantitative: { tickCount: { signal: "ceil(width / 90)" } },
   axisY: { domain: false, ticks: false, tickCount: 5 },
   legend: {
     labelColor: "var(--text)", titleColor: "var(--muted)", labelFontSize: 12, titleFontSize: 12,

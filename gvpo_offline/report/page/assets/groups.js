@@ -10,15 +10,24 @@ class Reader {
 
   /** Read the groups of the page. */
   load() {
-    const kept = this.selected?.id;
+    const kept = this.selected;
     this.groups = JSON.parse($("#groups-data").textContent);
     this.groups.forEach((group, i) => {
+      if (group.id === kept?.id) group.source = JSON.stringify(group); // before anything is added
       group.at = i;
       group.tokens = group.responses.reduce((sum, response) => sum + response.n, 0);
     });
     this.fillChoices();
     this.apply();
-    this.show(this.groups.find((group) => group.id === kept) ?? this.found[0] ?? null);
+    const same = this.groups.find((group) => group.id === kept?.id);
+    if (same && same.source === kept.source) this.selected = same; // what is shown may stay
+    this.show(same ?? this.found[0] ?? null);
+  }
+
+  /** A group as it came. */
+  raw(group) {
+    const { at, tokens, text, source, ...rest } = group;
+    return rest;
   }
 
   build() {
@@ -167,6 +176,7 @@ class Reader {
   show(group, { remember = true } = {}) {
     const again = group !== null && group === this.selected;
     this.selected = group;
+    if (group) group.source ??= JSON.stringify(this.raw(group));
     if (!again) this.write();
     if (remember && group && this.started) {
       history.replaceState(null, "", `#group=${encodeURIComponent(group.id)}`);
