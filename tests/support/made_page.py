@@ -36,10 +36,11 @@ HOSTILE = (
     "&lt;b&gt; & 'quotes' \"double\" `back`",
     "עברית ומספר 42, العربية",
 )
-_WORDS = (
-    "The sum of the first n odd numbers is n squared , so the answer for n = 12 is 144 . "
-    "Check : 1 + 3 + 5 + 7 = 16 = 4 * 4 .\n\nEach step adds the next odd number to a square"
-).split(" ")
+_SENTENCES = (
+    "The sum of the first n odd numbers is n squared , so the answer for n = 12 is 144 . Check : "
+    "1 + 3 + 5 + 7 = 16 = 4 * 4 .\n\nEach step adds the next odd number to a square"
+)
+_WORDS = _SENTENCES.split(" ")
 
 
 def made_response(group: int, at: int, n: int = 90, *, logprobs: bool = True) -> ResponseToRead:
@@ -119,7 +120,7 @@ def made_page(n_groups: int = 12) -> Page:
         subtitle="datasets/odd-numbers, version 3, 30 November 2026: 100,000 groups of 4",
         sections=[overview(), rewards(), charts(), hostile()],
         groups=[*map(made_group, range(n_groups)), hostile_group()],
-        groups_note=f"{n_groups + 1} of 100,000 groups, drawn by seed 0, and those of the findings.",
+        groups_note=f"{n_groups + 1} of 100,000 groups, drawn by seed 0, and the findings'.",
     )
 
 
@@ -303,7 +304,7 @@ def hostile() -> Section:
         {"name": text, "value": i + (math.nan if i == 3 else 0.0)} for i, text in enumerate(HOSTILE)
     ]
     return Section(
-        id="hostile",
+        id="texts",
         title=HOSTILE[1],
         look_for=HOSTILE[0],
         blocks=[

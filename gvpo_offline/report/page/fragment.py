@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from gvpo_offline.report.page.blocks import GroupToRead, ResponseToRead, TokenToRead
-from gvpo_offline.report.page.written import number
+from gvpo_offline.report.page.blocks import Column, GroupToRead, ResponseToRead, TokenToRead
+from gvpo_offline.report.page.written import written
 from gvpo_offline.visible import visible
 
 # Lower bounds of log-probs in nats and the opacity of their colour, as on a page.
 _SHADES = ((-0.1, 0.0), (-0.5, 0.12), (-1.5, 0.25), (-3.0, 0.38), (-6.0, 0.5))
 _DARKEST = 0.62
+_NUMBER = Column("", "number")
 _LINE = "rgba(128,128,128,.4)"
-_WORDS = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font:12.5px/1.55 monospace"
+_WORDS = (
+    "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font:12.5px/1.55 monospace"
+)
 _FAINT = "opacity:.75;font-size:85%"
 
 
@@ -93,7 +96,7 @@ def _look(token: TokenToRead) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else number(value) if abs(value) < float("inf") else f"{value}"
+    return written(value, _NUMBER)
 
 
 def _text(text: str) -> str:

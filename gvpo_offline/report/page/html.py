@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _ID = re.compile(r"[A-Za-z0-9-]+")
-# Beside the ids of the blocks.
-_OWN_IDS = ("page", "groups-to-read", "help")
+# Of the page itself. Its other ids have an underscore, as no block's has.
+_OWN_IDS = ("page", "groups-to-read")
 # theme.js runs before the page is painted; the others once it has been read.
 _SCRIPTS = ("base.js", "tables.js", "charts.js", "tokens.js", "groups.js", "keys.js")
 # What JSON within a <script> needs: "</script>" and "<!--" would end it or change how it is read.

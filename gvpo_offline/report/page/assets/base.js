@@ -44,7 +44,7 @@ function isDark() {
 }
 
 function labelTheme() {
-  const button = $("#theme-switch");
+  const button = $("#theme_switch");
   button.textContent = isDark() ? "Light" : "Dark";
   button.title = `Show the page ${isDark() ? "light" : "dark"} (d)`;
 }

@@ -26,7 +26,7 @@ const CHART_CONFIG = {
   title: { color: "var(--text)", fontSize: 13, fontWeight: 600, anchor: "start" },
   range: { category: CATEGORIES, ordinal: { scheme: "viridis" }, ramp: { scheme: "viridis" }, heatmap: { scheme: "viridis" }, diverging: { scheme: "blueorange" } },
   mark: { color: "var(--c1)" },
-  bar: { tooltip: true, cornerRadiusEnd: 2 },
+  bar: { tooltip: true },
   rect: { tooltip: true },
   point: { tooltip: true, filled: true, size: 45, opacity: 0.8 },
   circle: { tooltip: true, size: 45, opacity: 0.8 },
@@ -50,7 +50,7 @@ const CHART_CONFIG = {
 
 /** One line for each field of a mark, as text. */
 function chartTooltip(handler, event, item, value) {
-  const tip = $("#tooltip") ?? document.body.appendChild(el("div", { id: "tooltip", class: "tooltip", "aria-hidden": "true" }));
+  const tip = $("#chart_tooltip") ?? document.body.appendChild(el("div", { id: "chart_tooltip", class: "tooltip", "aria-hidden": "true" }));
   tip.hidden = value === null || value === undefined || value === "";
   if (tip.hidden) return;
   const lines = typeof value === "object" ? Object.entries(value) : [["", String(value)]];
@@ -109,6 +109,11 @@ async function drawChart(figure) {
       logLevel: 1,
     });
     chartViews.set(figure, done);
+    // Vega gives a mark without fields, such as a band, the role of a picture and no name.
+    for (const mark of $$("[role=graphics-symbol]:not([aria-label])", target)) {
+      mark.removeAttribute("role");
+      mark.setAttribute("aria-hidden", "true");
+    }
     target.dataset.drawn = "";
   } catch (error) {
     target.replaceChildren(el("p", { class: "empty" }, `This chart cannot be drawn: ${error.message}`));

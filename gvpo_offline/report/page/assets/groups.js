@@ -11,7 +11,7 @@ class Reader {
   /** Read the groups of the page. */
   load() {
     const kept = this.selected;
-    this.groups = JSON.parse($("#groups-data").textContent);
+    this.groups = JSON.parse($("#groups_data").textContent);
     this.groups.forEach((group, i) => {
       if (group.id === kept?.id) group.source = JSON.stringify(group); // before anything is added
       group.at = i;
@@ -32,21 +32,21 @@ class Reader {
 
   build() {
     const select = (key, label) => {
-      const node = el("select", { id: `by-${key}`, onchange: () => this.change({ [key]: node.value }) });
+      const node = el("select", { id: `by_${key}`, onchange: () => this.change({ [key]: node.value }) });
       this[key] = node;
       return el("label", {}, el("span", {}, label), node);
     };
     this.search = el("input", {
-      type: "search", id: "search", placeholder: "Search texts and ids", autocomplete: "off", spellcheck: "false",
+      type: "search", id: "search_box", placeholder: "Search texts and ids", autocomplete: "off", spellcheck: "false",
       oninput: () => this.change({ search: this.search.value.toLowerCase() }),
     });
     this.direction = el("button", {
-      type: "button", class: "quiet", id: "direction",
+      type: "button", class: "quiet", id: "sort_direction",
       onclick: () => this.change({ descending: !this.choice.descending }),
     });
     this.count = el("p", { class: "count", role: "status" });
     this.list = el("ol", { class: "group-list", "aria-label": "Groups" });
-    this.detail = el("div", { class: "group", id: "group", tabindex: "-1" });
+    this.detail = el("div", { class: "group", id: "group_shown", tabindex: "-1" });
     this.root.replaceChildren(
       el(
         "form",
@@ -192,7 +192,7 @@ class Reader {
     }
     const step = (by, label, sign) =>
       el("button", { type: "button", class: "quiet", "aria-label": label, title: `${label} (${by > 0 ? "j" : "k"})`, onclick: () => this.move(by) }, sign);
-    const toggle = el("input", { type: "checkbox", id: "colour", onchange: () => this.colour(toggle.checked) });
+    const toggle = el("input", { type: "checkbox", id: "colour_tokens", onchange: () => this.colour(toggle.checked) });
     toggle.checked = this.coloured;
     const hasLogprobs = group.responses.some((response) => response.logprobs);
     const numbers = Object.entries(group.numbers).map(([name, value]) => [name, shown(value)]);
@@ -221,7 +221,7 @@ class Reader {
 
   colour(on) {
     this.coloured = on;
-    const box = $("#colour", this.detail);
+    const box = $("#colour_tokens", this.detail);
     if (box) box.checked = on;
     $(".responses", this.detail)?.classList.toggle("coloured", on);
     const legend = this.selected && tokenLegend(this.selected, on);

@@ -1,5 +1,5 @@
 function startKeys(reader) {
-  const help = $("#help");
+  const help = $("#keys_help");
   const editing = (node) => node.matches?.("input:not([type=checkbox]), textarea, select, [contenteditable]");
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -31,12 +31,12 @@ function startKeys(reader) {
     action();
     if (inList) $("[aria-current]", reader.list)?.focus({ preventScroll: true });
   });
-  $("#help-open").addEventListener("click", () => help.showModal());
+  $("#help_open").addEventListener("click", () => help.showModal());
 }
 
 /** Mark the section that is being read in the bar. */
 function followSections() {
-  const links = new Map($$("#toc a").map((link) => [link.hash.slice(1), link]));
+  const links = new Map($$("#page_contents a").map((link) => [link.hash.slice(1), link]));
   const seen = new Map();
   const watcher = new IntersectionObserver(
     (entries) => {

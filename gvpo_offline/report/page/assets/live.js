@@ -9,11 +9,11 @@ function blocksOf(section) {
 for (const section of $$("[data-section]")) {
   for (const [key, block] of blocksOf(section)) sources.set(key, sourceOf(block));
 }
-const groupsSource = () => $("#groups-data")?.textContent ?? null;
+const groupsSource = () => $("#groups_data")?.textContent ?? null;
 
 /** Where the reader is: the first block in view, and how far it is from the top. */
 function readersPlace() {
-  const node = $$("[data-block], #reader").find((block) => block.getBoundingClientRect().bottom > 60);
+  const node = $$("[data-block], #groups_reader").find((block) => block.getBoundingClientRect().bottom > 60);
   return { node, id: node?.id, top: node?.getBoundingClientRect().top };
 }
 
@@ -113,7 +113,7 @@ function updateSections(fresh) {
 
 async function update(html, reader) {
   const fresh = new DOMParser().parseFromString(html, "text/html");
-  const groups = $("#groups-data", fresh);
+  const groups = $("#groups_data", fresh);
   const cannot = (groups !== null) !== (reader !== null) || ($(".chart-block", fresh) && !window.vegaEmbed);
   if (cannot) {
     location.reload(); // the page now needs scripts or parts that this one lacks
@@ -123,13 +123,13 @@ async function update(html, reader) {
   document.title = fresh.title;
   for (const part of ["h1", ".subtitle"]) $(part).textContent = $(part, fresh).textContent;
   const charts = updateSections(fresh);
-  const toc = (root) => $$("#toc a", root).map((link) => `${link.hash} ${link.textContent}`).join("\n");
+  const toc = (root) => $$("#page_contents a", root).map((link) => `${link.hash} ${link.textContent}`).join("\n");
   if (toc(document) !== toc(fresh)) {
-    $("#toc").replaceChildren(...$$("#toc > li", fresh).map((item) => document.importNode(item, true)));
+    $("#page_contents").replaceChildren(...$$("#page_contents > li", fresh).map((item) => document.importNode(item, true)));
     followSections();
   }
   if (reader && groups.textContent !== groupsSource()) {
-    $("#groups-data").textContent = groups.textContent;
+    $("#groups_data").textContent = groups.textContent;
     const note = $("#groups-to-read > .look-for");
     if (note) note.textContent = $("#groups-to-read > .look-for", fresh)?.textContent ?? "";
     reader.load();
@@ -140,7 +140,7 @@ async function update(html, reader) {
 }
 
 function startLive(reader) {
-  const state = $("#live-state");
+  const state = $("#live_state");
   const say = (text, lost) => {
     const label = state.lastElementChild;
     if (label.textContent !== text) label.textContent = text;

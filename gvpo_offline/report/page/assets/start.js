@@ -1,7 +1,7 @@
-const reader = $("#reader") ? new Reader($("#reader")) : null;
-for (const id of ["#theme-switch", "#help-open"]) $(id).hidden = false;
+const reader = $("#groups_reader") ? new Reader($("#groups_reader")) : null;
+for (const id of ["#theme_switch", "#help_open"]) $(id).hidden = false;
 labelTheme();
-$("#theme-switch").addEventListener("click", switchTheme);
+$("#theme_switch").addEventListener("click", switchTheme);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", labelTheme);
 $$("table.sortable").forEach(prepareTable);
 $$(".chart-block").forEach(prepareChart);

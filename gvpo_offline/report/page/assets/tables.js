@@ -1,23 +1,27 @@
-/** Compare two sort keys, numbers before texts; "" comes last in either direction. */
-function compareKeys(a, b, descending) {
+// Python's spelling, which Number() does not read.
+const INFINITIES = { inf: Infinity, "-inf": -Infinity };
+
+/** Compare two keys; "" comes last in either direction, texts after the numbers of a column. */
+function compareKeys(a, b, numeric, descending) {
   if (a === "" || b === "") return (a === "") - (b === "");
-  const [x, y] = [Number(a), Number(b)];
-  let order;
-  if (!Number.isNaN(x) && !Number.isNaN(y)) order = x - y;
-  else if (Number.isNaN(x) !== Number.isNaN(y)) order = Number.isNaN(x) ? 1 : -1;
-  else order = a.localeCompare(b, "en", { numeric: true });
+  const [x, y] = numeric ? [a, b].map((key) => INFINITIES[key] ?? Number(key)) : [NaN, NaN];
+  const [noX, noY] = [Number.isNaN(x), Number.isNaN(y)];
+  if (noX !== noY) return noX - noY;
+  let order = noX ? a.localeCompare(b, "en", { numeric: true }) : 0;
+  if (!noX && x !== y) order = x < y ? -1 : 1;
   return descending ? -order : order;
 }
 
-// What Python writes and JavaScript's Number() does not read.
-const sortKey = (cell) => ({ inf: "Infinity", "-inf": "-Infinity" })[cell.dataset.key] ?? cell.dataset.key;
+const isNumeric = (head) => !head.classList.contains("text") && !head.classList.contains("group");
 
 function sortTable(table, at, descending) {
   const body = table.tBodies[0];
-  const rows = [...body.rows].map((row) => [sortKey(row.cells[at]), row]);
-  rows.sort((a, b) => compareKeys(a[0], b[0], descending));
+  const heads = [...table.tHead.rows[0].cells];
+  const numeric = isNumeric(heads[at]);
+  const rows = [...body.rows].map((row) => [row.cells[at].dataset.key, row]);
+  rows.sort((a, b) => compareKeys(a[0], b[0], numeric, descending));
   body.append(...rows.map(([, row]) => row));
-  [...table.tHead.rows[0].cells].forEach((head, i) => {
+  heads.forEach((head, i) => {
     if (i === at) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
     else head.removeAttribute("aria-sort");
   });
@@ -29,8 +33,7 @@ function prepareTable(table) {
     const button = el("button", { type: "button", class: "sort" }, ...head.childNodes);
     button.addEventListener("click", () => {
       const now = head.getAttribute("aria-sort");
-      const numeric = !head.classList.contains("text") && !head.classList.contains("group");
-      sortTable(table, at, now ? now === "ascending" : numeric);
+      sortTable(table, at, now ? now === "ascending" : isNumeric(head));
     });
     head.replaceChildren(button);
   });
