@@ -57,6 +57,7 @@ class Opened:
             color_scheme="dark" if dark else "light",
             reduced_motion="reduce",
         )
+        self.context.set_default_timeout(10_000)
         self.page: Page = self.context.new_page()
         self.page.on(
             "console",

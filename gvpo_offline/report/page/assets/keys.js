@@ -29,7 +29,7 @@ function startKeys(reader) {
     if (!action) return;
     event.preventDefault();
     action();
-    if (inList) $("[aria-current]", reader.list)?.focus({ preventScroll: true });
+    if (inList && event.key !== "/") $("[aria-current]", reader.list)?.focus({ preventScroll: true });
   });
   $("#help_open").addEventListener("click", () => help.showModal());
 }
