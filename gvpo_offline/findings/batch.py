@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -149,6 +149,16 @@ def _batch(table: pa.Table, row_group: int, names: SamplerNames, missing: tuple[
     )
 
 
+class Rows(Protocol):
+    """What examples are taken from: a row group with its table."""
+
+    @property
+    def table(self) -> pa.Table: ...
+
+    @property
+    def row_group(self) -> int: ...
+
+
 @dataclass
 class Examples:
     """The first groups of which something is true, or those with the largest number."""
@@ -159,13 +169,13 @@ class Examples:
         """Forget them."""
         self._kept.clear()
 
-    def add(self, batch: Batch, flags: Flags) -> None:
+    def add(self, batch: Rows, flags: Flags) -> None:
         """Keep groups of a batch, by (G,) flags, as long as there is room."""
         if len(self._kept) < MOST_EXAMPLES and flags.any():
             for row in np.flatnonzero(flags)[: MOST_EXAMPLES - len(self._kept)].tolist():
                 self._kept.append((0.0, batch.row_group, row, _group_id(batch.table, row)))
 
-    def add_largest(self, batch: Batch, values: npt.NDArray[Any], flags: Flags) -> None:
+    def add_largest(self, batch: Rows, values: npt.NDArray[Any], flags: Flags) -> None:
         """Keep the groups with the largest of all (G,) values so far, among those with a flag."""
         rows = np.flatnonzero(flags)
         for row in rows[np.argsort(-values[rows], kind="stable")][:MOST_EXAMPLES].tolist():
