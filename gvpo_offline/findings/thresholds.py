@@ -105,8 +105,8 @@ class Thresholds:
     """Largest share of responses that repeat an earlier one of their group, token for token. Short
     answers do repeat; above a fifth, the group is smaller than its size says."""
     max_contradictory_share: Threshold = 0.05
-    """Largest share, of the groups with repeated responses, in which equal responses have different
-    rewards. A judge that samples disagrees with itself now and then; one group in twenty is more."""
+    """Largest share of the groups with repeated responses whose equal responses have different
+    rewards. A judge that samples disagrees with itself now and then, in one group of twenty."""
     max_empty_share: Threshold = 0.01
     """Largest share of responses that hold nothing but an end token or white space."""
     max_missing_end_share: Threshold = 0.05
