@@ -73,12 +73,13 @@ def summary_lines(dataset: str, found: CheckedDataset) -> list[str]:
     """What was checked, in up to three lines."""
     counts = found.survey
     checked = "light checks only" if found.light else "valid"
-    lines = [
+    first = (
         f"{dataset}: {checked}. {found.n_files} files, {counts.n_groups:,} groups, "
         f"{counts.n_responses:,} responses, {counts.n_tokens:,} tokens, "
         f"{counts.equal_reward_groups:,} groups of equal rewards, "
-        f"{counts.truncated_responses:,} truncated responses",
-    ]
+        f"{counts.truncated_responses:,} truncated responses"
+    )
+    lines = [first]
     if found.manifest is not None:
         rewards = ", ".join(f"{r.name}@{r.version}" for r in found.manifest.rewards) or "none"
         references = ", ".join(r.fingerprint[:12] for r in found.manifest.references) or "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,11 @@ from gvpo_offline.findings.thresholds import Thresholds
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.location import RemoteSettings, is_url, local_path
-from gvpo_offline.store.manifest import RewardFamily
+from gvpo_offline.store.manifest import Manifest, RewardFamily
 from gvpo_offline.store.sidecar_choice import WeightedReward
-from gvpo_offline.store.storage import open_storage
+from gvpo_offline.store.storage import Storage, open_storage
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.store.validate import Progress, Validation, validate
-
 
 _LONGEST = 200  # characters of a quoted value
 
@@ -130,6 +129,40 @@ def _newest(families: Iterable[RewardFamily]) -> list[RewardFamily]:
     for family in sorted(families, key=lambda each: each.version):
         found[family.name] = family
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class LightChecks:
+    """The light checks of a whole dataset.
+
+    Attributes:
+        findings: most severe first.
+        surveys: counts of the groups with each reward in its newest version, by `name@version`; ""
+            where the dataset has no reward.
+    """
+
+    findings: Sequence[Finding]
+    surveys: Mapping[str, Survey]
+
+
+def light_checks(
+    storage: Path | Storage, manifest: Manifest, thresholds: Thresholds | None = None
+) -> LightChecks:
+    """The light checks with every reward (in its newest version) and every reference.
+
+    Raises:
+        IntegrityError, DataError: as `GroupDataset.table`, and where a sidecar does not fit.
+    """
+    findings: list[Finding] = []
+    surveys: dict[str, Survey] = {}
+    for dataset, parts in _views(GroupDataset(storage, manifest)):
+        found = scan(dataset, thresholds or Thresholds(), parts)
+        findings += found.findings
+        label = "".join(f"{each.family.name}@{each.family.version}" for each in dataset.rewards)
+        surveys.setdefault(label, found.survey)
+    if len(surveys) > 1:
+        surveys.pop("", None)
+    return LightChecks(tuple(in_order(findings)), surveys)
 
 
 def error_finding(error: GVPOError, of: int = 1) -> Finding:

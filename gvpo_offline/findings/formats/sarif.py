@@ -44,12 +44,10 @@ def sarif(check: Check) -> dict[str, Any]:
 
 
 def _descriptor(rule: Rule) -> dict[str, Any]:
-    meaning = f"{rule.meaning[0].upper()}{rule.meaning[1:]}."
-    help_text = f"{rule.remedy[0].upper()}{rule.remedy[1:]}."
     return {
         "id": rule.name,
-        "shortDescription": {"text": meaning},
-        "help": {"text": help_text},
+        "shortDescription": {"text": _sentence(rule.meaning)},
+        "help": {"text": _sentence(rule.remedy)},
         "defaultConfiguration": {"level": rule.severity},
         "properties": {"checks": rule.kind, "thresholds": list(rule.thresholds)},
     }
@@ -60,12 +58,21 @@ def _result(finding: Finding, index: int) -> dict[str, Any]:
         "ruleId": finding.rule,
         "ruleIndex": index,
         "level": finding.severity,  # SARIF has the same three levels
-        "message": {"text": f"{finding.text}. {finding.remedy}."},
+        "message": {"text": _message(f"{finding.text}. {_sentence(finding.remedy)}")},
         "properties": {key: as_json(finding)[key] for key in ("count", "of", "unit", "share")},
     }
     if finding.examples:
         found["locations"] = [_location(place) for place in finding.examples]
     return found
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def _message(text: str) -> str:
+    # Braces enclose the numbers of arguments (3.11.5 of the standard); literal ones are doubled.
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _location(place: Place) -> dict[str, Any]:
@@ -84,9 +91,13 @@ def _location(place: Place) -> dict[str, Any]:
 def _uri(file: str) -> str:
     """A URI: of a URL itself; of a path below the current folder, relative to it; else file:."""
     if "://" in file:
-        return quote(file, safe=":/?#[]@!$&'()*+,;=%~")
+        return _quoted(file, safe=":/?#[]@!$&'()*+,;=%~")
     path = Path(file).absolute()
     try:
-        return quote(path.relative_to(Path.cwd()).as_posix())
+        return _quoted(path.relative_to(Path.cwd()).as_posix())
     except ValueError:
-        return path.as_uri()
+        return f"file://{_quoted(path.as_posix())}"
+
+
+def _quoted(text: str, safe: str = "/") -> str:
+    return quote(text, safe=safe, errors="surrogatepass")  # paths may hold bytes that are no text

@@ -32,7 +32,10 @@ def text_lines(check: Check) -> Iterator[str]:
             yield f"  {finding.rule}: {finding.text}"
             if finding.examples:
                 yield f"    at {places_text(finding.examples, finding.count)}"
-            yield f"    {finding.remedy[0].upper()}{finding.remedy[1:]}."
+            yield f"    {finding.remedy[0].upper()}{finding.remedy[1:].rstrip('.')}."
+    if any(place.row is not None for finding in check.findings for place in finding.examples):
+        yield ""
+        yield "Rows are counted from 0."
 
 
 def places_text(places: Sequence[Place], count: int) -> str:
