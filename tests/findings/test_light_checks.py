@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.builders import SAMPLERS, build_dataset, make_groups, reference_family, training_table
-from support.planted import K, PLANTED, clean, clean_groups, write
+from support.planted import PLANTED, K, clean, clean_groups, write
 
 from gvpo_offline.findings.batch import Batch, SamplerNames, batches
 from gvpo_offline.findings.finding import Finding

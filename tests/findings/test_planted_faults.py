@@ -1,4 +1,4 @@
-"""Each planted fault is found by its rule, with the right count and place; a clean dataset passes."""
+"""Each planted fault is found by its rule, with its count and place; a clean dataset passes."""
 
 from __future__ import annotations
 
