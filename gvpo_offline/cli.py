@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0; 1 after a `GVPOError`; 2 if there is no such command.
+        The exit status: 0; 1 after a `GVPOError`, and where a command says so (`validate` with
+        findings of severity error); 2 if there is no such command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in _HELP_FLAGS:
@@ -205,11 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)
     try:
-        COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
+        return COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:])) or 0
     except GVPOError as error:
         complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from gvpo_offline.findings.formats.document import document_schema
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.store.commit import SealedRecord
 from gvpo_offline.store.manifest import SealedManifest
@@ -113,6 +114,7 @@ def contract() -> dict[str, str]:
             incomplete=True,
         ),
         "manifest.schema.json": {"$schema": _DIALECT, **SealedManifest.model_json_schema()},
+        "findings.schema.json": {"$schema": _DIALECT, **document_schema()},
         "commit.schema.json": {"$schema": _DIALECT, **SealedRecord.model_json_schema()},
     }
     return {name: json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}

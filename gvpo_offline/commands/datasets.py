@@ -24,25 +24,13 @@ def _run_compact(values: dict[str, Any]) -> None:
     say(*compact(filled(CompactConfig, values)).lines())
 
 
-def _run_validate(values: dict[str, Any]) -> None:
-    from gvpo_offline.commands.validate import run_validate
+def _run_validate(values: dict[str, Any]) -> int:
+    from gvpo_offline.commands.validate import lines_of
 
     values["remote"] = RemoteSettings(**values["remote"])
-    config = filled(ValidateConfig, values)
-    found = run_validate(config)
-    counts = found.survey
-    say(
-        f"{config.dataset}: valid. {found.n_files} files, {counts.n_groups:,} groups, "
-        f"{counts.n_responses:,} responses, {counts.n_tokens:,} tokens, "
-        f"{counts.equal_reward_groups:,} groups of equal rewards, "
-        f"{counts.truncated_responses:,} truncated responses"
-    )
-    if found.manifest is not None:
-        rewards = ", ".join(f"{r.name}@{r.version}" for r in found.manifest.rewards) or "none"
-        references = ", ".join(r.fingerprint[:12] for r in found.manifest.references) or "none"
-        say(f"version {found.manifest.version}; rewards: {rewards}; references: {references}")
-        if found.manifest.n_incomplete:
-            say(f"{found.manifest.n_incomplete:,} incomplete groups: prompts with one response")
+    lines, failed = lines_of(filled(ValidateConfig, values))
+    say(*lines)
+    return int(failed)
 
 
 def _run_ls(values: dict[str, Any]) -> None:
@@ -85,10 +73,12 @@ COMMANDS: dict[str, Command] = {
         "Example: gvpo-offline compact --dataset data",
     ),
     "validate": Command(
-        "Check all of a dataset: file hashes, page checksums, groups, sidecars.",
+        "Check all of a dataset: file hashes, page checksums, groups, sidecars; find faults.",
         _run_validate,
         (ValidateConfig,),
-        "Example: gvpo-offline validate --dataset data",
+        "Example: gvpo-offline validate data --thresholds gate.yaml --format junit "
+        "--output findings.xml. The exit status is 0, or 1 if there are errors among the findings.",
+        positional="dataset",
     ),
     "ls": Command(
         "Describe datasets: groups, samplers, rewards, references, lineage, sizes.",

@@ -15,10 +15,31 @@ from gvpo_offline.stream.settings import SingleDatasetSettings
 
 @dataclass
 class ValidateConfig:
-    """Check a whole dataset: the hash of every file, and every page, group and sidecar."""
+    """Check a whole dataset: the hash of every file, and every page, group and sidecar; and look
+    for what is wrong or doubtful in them."""
 
     dataset: str
-    """The dataset's folder or URL, or a Parquet file with one group per row."""
+    """The dataset's folder or URL, or a Parquet file with one group per row. It can also be given
+    without the flag: `gvpo-offline validate data`."""
+    thresholds: str | None = None
+    """A YAML file of thresholds (docs/howto/validate.md), such as max_truncated: 0.2. Default: the
+    default of each."""
+    format: Literal["text", "json", "sarif", "junit"] = "text"
+    """How findings are printed. json, sarif and junit are for programs; there, a damaged file or an
+    invalid group is a finding too, and not an error message."""
+    output: str | None = None
+    """Write the findings to this file, and print the verdict alone."""
+    fail_on: Literal["error", "warning", "note", "never"] = "error"
+    """The least severity of a finding with which the exit status is 1. A damaged file and an
+    invalid group always give 1 with the format text."""
+    light: bool = False
+    """Only the checks that read no tokens: existence and sizes of files, summary columns, rewards,
+    sums of log-probs. Their time does not grow with the length of the responses. Neither hashes nor
+    tokens are checked."""
+    tokenizer_name_or_path: str | None = None
+    """The tokenizer whose end tokens responses should have: a folder or a hub name. Its fingerprint
+    must be the dataset's. Default: the one that made the dataset, if it is a folder that exists;
+    else the end tokens are told by the responses."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
     """How a dataset at a URL is read."""
     show_progress: bool = True

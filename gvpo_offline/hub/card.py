@@ -13,6 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from gvpo_offline.findings.finding import Finding, verdict
+from gvpo_offline.findings.formats.text import verdict_line
 from gvpo_offline.info.dataset import reward_label
 from gvpo_offline.info.text import (
     reference_text,
@@ -31,13 +33,19 @@ END = "<!-- gvpo-offline: end -->"
 _TAGS = ("gvpo", "offline-rl", "grouped-responses")
 
 
-def card(manifest: Manifest, repo_id: str, existing: str | None = None) -> str:
+def card(
+    manifest: Manifest,
+    repo_id: str,
+    existing: str | None = None,
+    findings: Sequence[Finding] | None = None,
+) -> str:
     """The text of the card.
 
     Args:
         manifest: the version that it describes.
         repo_id: the repository, owner/name.
         existing: the text of the card that the repository has.
+        findings: of the light checks; None: they were not done, and the card says nothing of them.
     """
     import yaml
     from huggingface_hub import DatasetCard
@@ -51,7 +59,7 @@ def card(manifest: Manifest, repo_id: str, existing: str | None = None) -> str:
     data.pop("configs", None)  # appended again below, so that they come last
     data["configs"] = configs(manifest)
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n{_body(manifest, repo_id, there.text if there else '')}"
+    return f"---\n{front}---\n{_body(manifest, repo_id, there.text if there else '', findings)}"
 
 
 def configs(manifest: Manifest) -> list[dict[str, Any]]:
@@ -96,16 +104,16 @@ def _title(repo_id: str) -> str:
     return repo_id.rpartition("/")[2]
 
 
-def _body(manifest: Manifest, repo_id: str, text: str) -> str:
+def _body(manifest: Manifest, repo_id: str, text: str, findings: Sequence[Finding] | None) -> str:
     """The card's text with the part between the marks replaced, or appended if there are none."""
-    part = f"{BEGIN}\n{_part(manifest, repo_id)}\n{END}"
+    part = f"{BEGIN}\n{_part(manifest, repo_id, findings)}\n{END}"
     before, begun, rest = text.partition(BEGIN)
     if not begun:
         return f"{text.rstrip()}\n\n{part}\n" if text.strip() else f"\n{part}\n"
     return before + part + rest.partition(END)[2]
 
 
-def _part(manifest: Manifest, repo_id: str) -> str:
+def _part(manifest: Manifest, repo_id: str, findings: Sequence[Finding] | None) -> str:
     n_responses = sum(file.n_responses for file in manifest.groups)
     n_tokens = sum(file.n_tokens for file in manifest.groups)
     size = size_text(sum(entry.bytes for entry in manifest.files()))
@@ -117,6 +125,7 @@ def _part(manifest: Manifest, repo_id: str) -> str:
             *_incomplete(manifest),
             *(_usage(manifest, repo_id) if manifest.groups else ()),
             *_contents(manifest),
+            *([] if findings is None else _checks(findings)),
             *_columns("groups", GROUPS_COLUMNS),
             *_columns("reward-…", REWARDS_COLUMNS),
             *_columns("reference-…", REFERENCE_COLUMNS),
@@ -124,6 +133,16 @@ def _part(manifest: Manifest, repo_id: str) -> str:
             *(_step(number, step) for number, step in enumerate(manifest.lineage, 1)),
         ]
     )
+
+
+def _checks(findings: Sequence[Finding]) -> list[str]:
+    rows = [(each.severity, f"`{each.rule}`", each.text) for each in findings]
+    said = verdict_line(findings, verdict(findings))
+    return [
+        "## Checks\n",
+        f"Light checks of `gvpo-offline validate` at their default thresholds: {said}.\n",
+        *_markdown(("severity", "rule", "found"), rows),
+    ]
 
 
 def _incomplete(manifest: Manifest) -> list[str]:

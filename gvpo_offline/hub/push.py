@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.findings.finding import Finding
+from gvpo_offline.findings.gate import error_finding, light_checks
 from gvpo_offline.hub.card import card
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.settings import PushConfig
@@ -155,7 +157,7 @@ def _upload(
     from huggingface_hub import CommitOperationAdd
 
     starts = range(0, max(len(missing), 1), FILES_PER_COMMIT)
-    own_card = card(manifest, config.repo_id, _card_there(repo)).encode()
+    own_card = card(manifest, config.repo_id, _card_there(repo), _findings(root, manifest)).encode()
     name = manifest_path(root, manifest.version).name
     beside = [CommitOperationAdd(name, root / name), CommitOperationAdd(CARD, own_card)]
     title = f"Version {manifest.version} of the dataset"
@@ -173,6 +175,14 @@ def _upload(
             parent_commit=head,
         ).oid
     return len(starts)
+
+
+def _findings(root: Path, manifest: Manifest) -> Sequence[Finding]:
+    """What the light checks find; invalid data, which a push does not refuse, is a finding too."""
+    try:
+        return light_checks(root, manifest).findings
+    except (DataError, IntegrityError) as error:
+        return [error_finding(error, manifest.n_groups)]
 
 
 def _card_there(repo: Repo) -> str | None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.findings.finding import Finding, verdict
+from gvpo_offline.findings.formats.document import as_json
+from gvpo_offline.findings.gate import light_checks
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import (
@@ -47,12 +50,15 @@ class DatasetInfo:
         surveys: counts over all groups with each reward, by its label; with "" as the only label if
             the dataset has no reward; empty if the groups were not read.
         prompts: counts of groups that share a prompt; None if the groups were not read.
+        findings: what the light checks found, by the default thresholds; None if the groups were
+            not read.
     """
 
     path: str
     versions: Sequence[tuple[Manifest, str]]
     surveys: Mapping[str, Survey]
     prompts: PromptCounts | None = None
+    findings: Sequence[Finding] | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -83,6 +89,7 @@ class DatasetInfo:
                 for before, version in zip(befores, self.versions, strict=False)
             ],
             **({"content": _content(self.surveys, self.prompts)} if self.surveys else {}),
+            **({"checks": _checks(self.findings)} if self.findings is not None else {}),
         }
 
 
@@ -94,7 +101,8 @@ def dataset_info(
     Args:
         path: its folder, or its URL.
         version: an older version; by default the newest.
-        content: also survey the groups, with each reward. Otherwise only manifests are read.
+        content: also survey the groups, with each reward, and do the light checks. Otherwise
+            only manifests are read.
 
     Raises:
         DataError: there is no dataset, or no such version.
@@ -111,7 +119,9 @@ def dataset_info(
     if not content:
         return DatasetInfo(str(path), versions, {})
     dataset = open_dataset(path, version=version, join=())
-    return DatasetInfo(str(path), versions, _surveys(dataset), count_prompts(dataset))
+    checks = light_checks(dataset.storage, dataset.manifest)
+    surveys = _surveys(dataset, checks.surveys)
+    return DatasetInfo(str(path), versions, surveys, count_prompts(dataset), checks.findings)
 
 
 def _written(root: Path, version: int) -> str:
@@ -119,14 +129,15 @@ def _written(root: Path, version: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _surveys(dataset: GroupDataset) -> dict[str, Survey]:
+def _surveys(dataset: GroupDataset, known: Mapping[str, Survey]) -> dict[str, Survey]:
     joined = {
         reward_label(family): GroupDataset(
             dataset.storage, dataset.manifest, [WeightedReward(family)]
         )
         for family in dataset.manifest.rewards
     }
-    return {label: survey(each) for label, each in (joined or {"": dataset}).items()}
+    views = joined or {"": dataset}
+    return {label: known.get(label) or survey(each) for label, each in views.items()}
 
 
 def reward_label(family: RewardFamily) -> str:
@@ -233,6 +244,10 @@ def _content(surveys: Mapping[str, Survey], prompts: PromptCounts | None) -> dic
         },
         "quantiles": list(QUANTILES),
     }
+
+
+def _checks(findings: Sequence[Finding]) -> dict[str, Any]:
+    return {"verdict": verdict(findings), "findings": [as_json(each) for each in findings]}
 
 
 def _prompts(counts: PromptCounts) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gvpo_offline.findings.finding import Finding, verdict
+from gvpo_offline.findings.formats.text import verdict_line
 from gvpo_offline.info.dataset import QUANTILES, DatasetInfo
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, RewardFamily
 from gvpo_offline.store.prompts import PromptCounts
@@ -38,6 +40,7 @@ def info_lines(info: DatasetInfo) -> list[str]:
         ("versions", _table(map(_version_cells, found["versions"]))),
         *(_content_sections(found["content"]) if info.surveys else ()),
         *((("prompts", _prompt_lines(info.prompts)),) if info.prompts else ()),
+        *((("verdict", _finding_lines(info.findings)),) if info.findings is not None else ()),
     ]
     when = f", written {_minute(found['written'])}" if found["written"] else ""
     lines = [f"{info.path}: version {manifest.version}{when}"]
@@ -216,6 +219,12 @@ def _content_sections(content: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 def _prompt_lines(counts: PromptCounts) -> list[str]:
     return [f"{counts.about}{counts.prompts:,}; {counts.shared_text()}"]
+
+
+def _finding_lines(findings: Sequence[Finding]) -> list[str]:
+    rows = [(finding.severity, finding.rule, finding.text) for finding in findings]
+    more = ["`gvpo-offline validate` says where, and what to do"] if rows else []
+    return [verdict_line(findings, verdict(findings)), *_table(rows), *more]
 
 
 def _table(rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:

@@ -113,6 +113,11 @@ class Survey:
         bins = np.searchsorted(np.cumsum(self.gap_bins), middle)
         return float(np.mean(10.0 ** (_LOWEST_DECADE + (bins + 0.5) / _BINS_PER_DECADE)))
 
+    def gaps_above(self, bound: float) -> int:
+        """Groups whose max - min reward is above `bound`, to within the 2.3% of a bin."""
+        first = math.ceil((math.log10(bound) - _LOWEST_DECADE) * _BINS_PER_DECADE)
+        return int(self.gap_bins[min(max(first, 0), _N_BINS) :].sum())
+
     def __add__(self, other: Survey) -> Survey:
         """Counts over the groups of both."""
         # The first of several longest rows, as in a single pass.

@@ -214,7 +214,7 @@ def test_help_shows_the_defaults_of_the_run() -> None:
             ["validate", "--dataset", "d", "--datset", "e"],
             "--datset. Did you mean --dataset?",
         ),
-        (["validate", "d"], "unrecognized arguments: d"),
+        (["merge", "d"], "unrecognized arguments: d"),
         (["validate", "--dataset", "nowhere"], "nowhere: a dataset is a folder that holds"),
         (
             ["train", "--dataset", "nowhere", "--model_name_or_path", "no-model"],

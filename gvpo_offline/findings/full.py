@@ -1,0 +1,299 @@
+"""The checks that read tokens: copies, end tokens, masks, log-probs of first and last tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gvpo_offline.findings.batch import Examples, Flags, Floats
+from gvpo_offline.findings.ends import EndTokens, ends_of, observed_ends
+from gvpo_offline.findings.finding import Finding, Place
+from gvpo_offline.findings.judge import Judge
+from gvpo_offline.findings.thresholds import Thresholds
+from gvpo_offline.findings.tokens import TOKEN_COLUMNS, TokenBatch, token_batch
+from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets
+from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.row_groups import PrefetchedRowGroups
+
+_COLUMNS = (*TOKEN_COLUMNS, "prompt_token_ids", "messages", "responses", "response_messages")
+_SCORES = ("rewards", "ref_token_logprobs")
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+def full_findings(
+    dataset: GroupDataset,
+    thresholds: Thresholds | None = None,
+    *,
+    end_ids: Collection[int] = (),
+    tokens_too: bool = True,
+    progress: Progress | None = None,
+) -> list[Finding]:
+    """The findings of the checks that read tokens.
+
+    Args:
+        dataset: the dataset, with the reward and the reference to check.
+        thresholds: by default all defaults.
+        end_ids: ids of the tokens that end a response, by the tokenizer. None given: those that end
+            most of the first responses (`observed_ends`).
+        tokens_too: False: only what a further reward or reference adds (contradictory copies,
+            log-probs of tokens).
+        progress: wraps the row group numbers.
+
+    Raises:
+        IntegrityError, DataError: as `GroupDataset.table`.
+    """
+    ends = EndTokens(frozenset(end_ids)) if end_ids else observed_ends(dataset)
+    found = TokenScan(thresholds or Thresholds(), ends)
+    columns = [*_COLUMNS, *_SCORES]
+    numbers: Iterable[int] = PrefetchedRowGroups(dataset, columns)
+    for row_group in progress(numbers) if progress else numbers:
+        batch = token_batch(dataset, row_group, columns)
+        if batch.table.num_rows:
+            found.add(batch)
+    judge = Judge(thresholds or Thresholds())
+    found.judge(judge, dataset, tokens_too=tokens_too)
+    return judge.findings
+
+
+@dataclass
+class TokenScan:
+    """Counts over the tokens.
+
+    Attributes:
+        thresholds: min_token_logprob says which tokens count as unlikely.
+        ends: the tokens that end a response.
+        counts: what was counted, by name.
+        by_sampler: complete responses without an end token, by sampler.
+    """
+
+    thresholds: Thresholds
+    ends: EndTokens
+    counts: Counter[str] = field(default_factory=Counter)
+    by_sampler: Counter[str] = field(default_factory=Counter)
+    _examples: dict[str, Examples] = field(default_factory=dict)
+
+    def add(self, batch: TokenBatch) -> None:
+        """Count a batch."""
+        self.counts["responses"] += len(batch.ends)
+        self.counts["groups"] += len(batch.sizes)
+        at_end = np.isin(batch.last, list(self.ends.ids))
+        missing = ~at_end & ~batch.truncated
+        self.counts["complete"] += int((~batch.truncated).sum())
+        self._count("missing-end-token", batch, missing)
+        self.by_sampler.update(batch.samplers[i] for i in np.flatnonzero(missing).tolist())
+        alone = at_end & (batch.ends - batch.begins == 1)
+        self._count("empty-responses", batch, alone | _blank(batch))
+        self._add_copies(batch)
+        self._add_masks(batch)
+        self._add_prompts(batch)
+        if "ref_token_logprobs" in batch.table.column_names:
+            self._add_logprobs(batch, at_end)
+
+    def _count(self, name: str, batch: TokenBatch, flags: Flags) -> None:
+        """Count responses, by (N,) flags."""
+        self.counts[name] += int(flags.sum())
+        self._keep(name, batch, batch.any(flags))
+
+    def _keep(self, name: str, batch: TokenBatch, groups: Flags) -> None:
+        self._examples.setdefault(name, Examples()).add(batch, groups)
+
+    def _add_copies(self, batch: TokenBatch) -> None:
+        content, width = batch.tokens.tobytes(), batch.tokens.itemsize
+        spans = zip((width * batch.begins).tolist(), (width * batch.ends).tolist(), strict=True)
+        texts = [content[a:b] for a, b in spans]
+        rewards = _flat(batch.table, "rewards")
+        copied, differing = (np.zeros(len(batch.sizes), np.bool_) for _ in range(2))
+        for row, (start, k) in enumerate(
+            zip(batch.starts.tolist(), batch.sizes.tolist(), strict=True)
+        ):
+            own = texts[start : start + k]
+            different = len(set(own))
+            if different == k:
+                continue
+            copied[row] = True
+            self.counts["duplicate-responses"] += k - different
+            if rewards is not None:
+                pairs = set(zip(own, rewards[start : start + k].tolist(), strict=True))
+                differing[row] = len(pairs) > different
+        self.counts["copied"] += int(copied.sum())
+        self.counts["contradictory-duplicates"] += int(differing.sum())
+        self._keep("duplicate-responses", batch, copied)
+        self._keep("contradictory-duplicates", batch, differing)
+
+    def _add_masks(self, batch: TokenBatch) -> None:
+        if not batch.masked.any():
+            return
+        inner = ends_of(batch, self.ends.ids)
+        inner[batch.ends - 1] = False
+        turns = batch.any(batch.token_counts(inner) > 0) | _further_messages(batch)
+        lengths = batch.ends - batch.begins
+        counted = np.add.reduceat(batch.token_counts(batch.counted), batch.starts)
+        total = np.add.reduceat(lengths, batch.starts)
+        full = batch.masked & turns & (counted == total)
+        self.counts["masked"] += int(batch.masked.sum())
+        self.counts["mask-counts-everything"] += int(full.sum())
+        self.counts["masked tokens"] += int(total[batch.masked].sum())
+        self.counts["counted tokens"] += int(counted[batch.masked].sum())
+        self._keep("mask-counts-everything", batch, full)
+        self._keep("mask-counts-little", batch, batch.masked)
+
+    def _add_prompts(self, batch: TokenBatch) -> None:
+        if "messages" not in batch.table.column_names:
+            return
+        chat = as_numpy(column_array(batch.table, "messages").is_valid())
+        prompts = column_array(batch.table, "prompt_token_ids")
+        offsets, ids = list_offsets(prompts), as_numpy(prompts.values)
+        # A newline may follow the end of a turn.
+        two = np.stack([ids[offsets[1:] - 1], ids[np.maximum(offsets[1:] - 2, offsets[:-1])]])
+        ended = chat & np.isin(two, list(self.ends.ids)).any(0)
+        self.counts["chat prompts"] += int(chat.sum())
+        self.counts["missing-generation-prompt"] += int(ended.sum())
+        self._keep("missing-generation-prompt", batch, ended)
+
+    def _add_logprobs(self, batch: TokenBatch, at_end: Flags) -> None:
+        column = column_array(batch.table, "ref_token_logprobs")
+        valid = np.repeat(as_numpy(column.is_valid()), batch.sizes)
+        responses = column.flatten()
+        offsets, values = list_offsets(responses), as_numpy(responses.values)
+        # A response that was not scored has no log-probs; another has one per token.
+        scored = np.zeros(len(batch.ends), np.bool_)
+        scored[valid] = np.diff(offsets) > 0
+        rows = np.flatnonzero(np.diff(offsets) > 0)
+        low = float(self.thresholds.min_token_logprob)  # type: ignore[arg-type]
+        first, last = (np.zeros(len(batch.ends), np.bool_) for _ in range(2))
+        first[scored] = values[offsets[:-1][rows]] < low
+        last[scored] = values[offsets[1:][rows] - 1] < low
+        complete = scored & at_end & ~batch.truncated
+        self.counts["scored"] += int(scored.sum())
+        self.counts["scored ends"] += int(complete.sum())
+        self._count("unlikely-first-tokens", batch, first)
+        self._count("unlikely-end-tokens", batch, last & complete)
+
+    # ---- findings ----
+
+    def judge(self, judge: Judge, dataset: GroupDataset, *, tokens_too: bool) -> None:
+        """Add the findings."""
+        low = self.thresholds.min_token_logprob
+        shares: list[tuple[str, str, str, str]] = [
+            (
+                "contradictory-duplicates",
+                "copied",
+                "groups",
+                "with equal responses give them different rewards",
+            ),
+            (
+                "unlikely-first-tokens",
+                "scored",
+                "responses",
+                f"have a first token below {low} nats",
+            ),
+            (
+                "unlikely-end-tokens",
+                "scored ends",
+                "responses",
+                f"have an end token below {low} nats",
+            ),
+        ]
+        if tokens_too:
+            shares += [
+                (
+                    "duplicate-responses",
+                    "responses",
+                    "responses",
+                    "repeat an earlier one of their group",
+                ),
+                ("empty-responses", "responses", "responses", "hold no text"),
+                (
+                    "missing-generation-prompt",
+                    "chat prompts",
+                    "prompts",
+                    f"end with the end of a turn{self._ids()}",
+                ),
+                (
+                    "mask-counts-everything",
+                    "masked",
+                    "groups",
+                    "with a loss mask count every token of several turns",
+                ),
+            ]
+            self._judge_ends(judge, dataset)
+            self._judge_little(judge, dataset)
+        for rule, of, unit, what in shares:
+            places = self._places(rule, dataset)
+            judge.share(rule, self.counts[rule], self.counts[of], unit, what, places)
+
+    def _places(self, name: str, dataset: GroupDataset) -> Sequence[Place]:
+        return self._examples.get(name, Examples()).places(dataset)
+
+    def _ids(self) -> str:
+        ids = ", ".join(map(str, sorted(self.ends.ids)[:5]))
+        return f" (id {ids})" if ids else ""
+
+    def _judge_ends(self, judge: Judge, dataset: GroupDataset) -> None:
+        name = "missing-end-token"
+        if not self.ends.ids:
+            why = f" (no id ends a good part of them; id {self.ends.commonest} ends "
+            why += f"{self.ends.share:.1%})"
+        else:
+            worst = self.by_sampler.most_common(5)
+            why = "; by sampler: " + ", ".join(f"{who} {count:,}" for who, count in worst)
+        judge.share(
+            name,
+            self.counts[name],
+            self.counts["complete"],
+            "responses",
+            f"that are not truncated have no end token{self._ids()}",
+            self._places(name, dataset),
+            more=why,
+        )
+
+    def _judge_little(self, judge: Judge, dataset: GroupDataset) -> None:
+        name, limit = "mask-counts-little", judge.limit("min_counted_share")
+        counted, total = self.counts["counted tokens"], self.counts["masked tokens"]
+        if limit is None or not total or counted / total >= limit.value:
+            return
+        judge.found(
+            name,
+            f"the loss masks count {counted:,} of {total:,} response tokens "
+            f"({counted / total:.2%}); min_counted_share is {limit.value:g}",
+            self.counts["masked"],
+            self.counts["groups"],
+            "groups",
+            self._places(name, dataset),
+            "min_counted_share",
+        )
+
+
+def _flat(table: pa.Table, name: str) -> Floats | None:
+    if name not in table.column_names:
+        return None
+    return np.asarray(as_numpy(column_array(table, name).flatten()), np.float64)
+
+
+def _blank(batch: TokenBatch) -> Flags:
+    """(N,) whether the stored text of a response is empty or white space."""
+    none = np.zeros(len(batch.ends), np.bool_)
+    if "responses" not in batch.table.column_names:
+        return none
+    column = column_array(batch.table, "responses")
+    valid = np.repeat(as_numpy(column.is_valid()), batch.sizes)
+    texts = pc.fill_null(column.flatten(), "x")
+    none[valid] = as_numpy(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0))
+    return none
+
+
+def _further_messages(batch: TokenBatch) -> Flags:
+    """(G,) whether a response of the group is more than one text."""
+    none = np.zeros(len(batch.sizes), np.bool_)
+    if "response_messages" not in batch.table.column_names:
+        return none
+    column = column_array(batch.table, "response_messages")
+    rows = as_numpy(pc.list_parent_indices(column))
+    filled = as_numpy(pc.fill_null(pc.not_equal(column.flatten(), ""), False))
+    none[rows[filled]] = True
+    return none

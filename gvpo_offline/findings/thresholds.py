@@ -1,0 +1,254 @@
+"""The thresholds of `validate`: settings in a YAML file, each with a default and its reason."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.findings.finding import Severity
+from gvpo_offline.findings.rules import RULES
+from gvpo_offline.settings import load_yaml
+
+OFF = "off"
+Threshold = float | dict[str, Any] | str
+"""A number; or {max: number, severity: error} ({min: …} where the name begins with min); or off."""
+_SEVERITIES = (*get_args(Severity), OFF)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A threshold that is not off: its number, and the severity of what breaks it."""
+
+    value: float
+    severity: Severity | None = None
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When `validate` finds something. Shares lie in [0, 1]; a share equal to its maximum passes.
+
+    Each threshold is a number, `off`, or a mapping of `max` (or `min`, as in its name) and
+    `severity`.
+    """
+
+    min_groups: Threshold = 100
+    """Fewest groups. 100 groups are three steps an epoch at the default groups_per_step of 32, and
+    10 held-out groups with eval_fraction 0.1: with fewer, held-out figures tell nothing."""
+    min_group_size: Threshold = 2
+    """Fewest responses of a group. 2 is what every loss needs, so the default finds nothing; 4 or
+    more make the mean of a group a better baseline."""
+    max_group_tokens_ratio: Threshold = 50
+    """Most tokens of a group, as a multiple of the median group. Lengths of real responses vary by
+    a factor of ten or so, and their sum over a group by less."""
+    max_repeated_prompts: Threshold = 0.05
+    """Largest share of the groups whose prompt another group has too. Some logs repeat a prompt
+    once per epoch of the run that wrote them; one in twenty is more than an accident."""
+    max_incomplete_share: Threshold = 0.5
+    """Largest share of the prompts with a single response, on which nothing trains. Above a half,
+    most of the log is not used."""
+    max_truncated: Threshold = 0.1
+    """Largest share of truncated responses. A tenth is what a generous token limit leaves; with
+    more, the limit shapes what the policy learns."""
+    max_truncated_best_share: Threshold = 0.1
+    """Largest share of the groups with different rewards whose best responses were all truncated.
+    An answer that was cut is rarely the best one; the same tenth as for max_truncated."""
+    max_equal_reward_share: Threshold = 0.5
+    """Largest share of the groups whose responses all have one reward. Such groups only hold the
+    policy to the reference; above a half, most of the computation does that."""
+    max_all_wrong_share: Threshold = 0.5
+    """Largest share of the groups in which every response has the lowest reward of the dataset. At
+    55% of such groups, the study found imitation far ahead of the squares alone
+    (docs/evidence/results.md)."""
+    max_constant_reward_samplers: Threshold = 0
+    """Most samplers that have the same reward for each of their responses, of which there are at
+    least 30. One is enough to teach the policy an author instead of an answer. Raise it for a
+    person whose answers are right by definition."""
+    max_sampler_reward_share: Threshold = 0.8
+    """Largest share of the variance of rewards within groups that the samplers' names explain
+    (adjusted R squared of a regression on the names). Models of different strength explain a third
+    or so; at four fifths the reward is hardly more than the name."""
+    max_reward_length_correlation: Threshold = 0.7
+    """Largest correlation, of either sign, of reward and response length within groups. At 0.7 the
+    length explains a half of the variance of the rewards."""
+    min_reward_gap: Threshold = 1e-4
+    """Smallest median of max - min reward of the groups with different rewards. At the smallest
+    usual beta, 0.01, the gap of the optimum's log-ratios would be 0.01 nats: too small to see."""
+    max_reward_gap: Threshold = 1000
+    """Largest median of max - min reward of the groups with different rewards. Scales in use reach
+    100 (points) or some hundreds (Elo); with 1000, a gap of 40 nats needs a beta of 25."""
+    max_reward_gap_ratio: Threshold = 1000
+    """Largest max - min reward of a group, as a multiple of the median of the groups with different
+    rewards. A squared loss gives a group of 1000 times the gap a million times the weight."""
+    max_missing_components: Threshold = 0.1
+    """Largest share of responses without a number (NaN) for some component of the reward."""
+    max_unscored_share: Threshold = 0.0
+    """Largest share of responses without a reference log-prob. Training refuses to use one of them,
+    so any share is worth knowing; raise it for a reference of a selection."""
+    min_token_logprob: Threshold = -6.0
+    """The log-prob per token, in nats, below which a response (or its first or its end token)
+    counts as unlikely under the reference. Pretrained models give real answers -3 to 0; -6 is a
+    uniform guess among 400 tokens. A number: the severity belongs to the shares below."""
+    max_unlikely_share: Threshold = 0.1
+    """Largest share of unlikely responses of any sampler. Single strange answers occur; a tenth of
+    a sampler's answers points to other tokens or another model."""
+    max_certain_share: Threshold = 0.01
+    """Largest share of responses whose log-prob is 0 to a millionth of a nat per token. No model is
+    that certain of a whole answer; numbers that were never computed are."""
+    max_duplicate_responses: Threshold = 0.2
+    """Largest share of responses that repeat an earlier one of their group, token for token. Short
+    answers do repeat; above a fifth, the group is smaller than its size says."""
+    max_contradictory_share: Threshold = 0.05
+    """Largest share of the groups with repeated responses whose equal responses have different
+    rewards. A judge that samples disagrees with itself now and then, in one group of twenty."""
+    max_empty_share: Threshold = 0.01
+    """Largest share of responses that hold nothing but an end token or white space."""
+    max_missing_end_share: Threshold = 0.05
+    """Largest share of the responses that are not truncated and yet do not end with an end token:
+    stop strings and limits that no log records leave a few."""
+    max_unlikely_first_share: Threshold = 0.5
+    """Largest share of responses with an unlikely first token. First tokens are the least
+    predictable ones, so only a majority points to the template."""
+    max_unlikely_end_share: Threshold = 0.5
+    """Largest share of complete responses with an unlikely end token."""
+    max_missing_generation_prompt: Threshold = 0.05
+    """Largest share of the prompts of chat messages that end with the token that ends a turn."""
+    max_full_masks: Threshold = 0.5
+    """Largest share of the groups with a loss mask whose mask counts every token, although the
+    responses hold further turns. Such a mask trains on what the policy was given."""
+    min_counted_share: Threshold = 0.01
+    """Smallest share of response tokens that the loss masks count, over the groups that have one.
+    Agents that read long documents write a few per cent of their tokens."""
+    severity: dict[str, str] = field(default_factory=dict)
+    """Severity by name of a rule: error, warning, note, or off to leave the rule out. A severity
+    that a threshold gives goes first. The rules integrity and invalid-data are always errors."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.name != "severity":
+                self.limit(each.name)
+        for rule, severity in self.severity.items():
+            _check_rule(rule, severity)
+        if not isinstance(self.min_token_logprob, int | float):
+            raise ConfigError(
+                "min_token_logprob is a number",
+                received=self.min_token_logprob,
+                remedy="give severity or off to max_unlikely_share and the shares beside it",
+            )
+
+    def limit(self, name: str) -> Limit | None:
+        """The limit of one threshold; None if it is off.
+
+        Raises:
+            ConfigError: it is not a number, off, or a mapping of a number and a severity.
+        """
+        default = next(each.default for each in fields(self) if each.name == name)
+        return _limit(name, getattr(self, name), default)
+
+    def severity_of(self, rule: str, threshold: str = "") -> Severity | None:
+        """The severity of the findings of a rule; None if the rule is off.
+
+        Args:
+            rule: its name.
+            threshold: the threshold that was broken; "": the rule has none.
+        """
+        chosen: Any = RULES[rule].severity
+        chosen = self.severity.get(rule, chosen)
+        if chosen == OFF:
+            return None
+        limit = self.limit(threshold) if threshold else Limit(0.0)
+        if limit is None:
+            return None
+        severity: Severity = limit.severity or chosen
+        return severity
+
+
+def _limit(name: str, given: Any, default: Any) -> Limit | None:
+    bound = name.partition("_")[0]
+    value, severity = given, None
+    if isinstance(given, Mapping):
+        unknown = set(given) - {bound, "severity"}
+        value, severity = given.get(bound, default), given.get("severity")
+        if unknown or severity not in (None, *_SEVERITIES):
+            raise ConfigError(
+                f"{name} is a number, off, or a mapping of {bound} and severity (error, warning, "
+                "note or off)",
+                received=dict(given),
+                remedy=f"write {name}: {{{bound}: {default}, severity: error}}",
+            )
+    if OFF in (value, severity):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(
+            f"{name} is a finite number, off, or a mapping of {bound} and severity",
+            received=value,
+            remedy=f"write {name}: {default}, which is the default, or {name}: off",
+        )
+    return Limit(float(value), severity)
+
+
+def _check_rule(rule: str, severity: str) -> None:
+    fixed = ("integrity", "invalid-data")
+    if rule not in RULES or rule in fixed or severity not in _SEVERITIES:
+        known = [name for name in RULES if name not in fixed]
+        similar = difflib.get_close_matches(str(rule), known, 1)
+        raise ConfigError(
+            "severity has names of rules, and for each error, warning, note or off",
+            received=f"{rule}: {severity}",
+            remedy=f"did you mean {similar[0]}?"
+            if similar and similar[0] != rule
+            else "the rules are listed in docs/howto/validate.md; integrity and invalid-data are "
+            "always errors",
+        )
+
+
+def load_thresholds(path: str | Path) -> Thresholds:
+    """The thresholds in a YAML file; those that it does not name keep their default.
+
+    Raises:
+        ConfigError: it cannot be read, or has a key or value that is no threshold.
+    """
+    try:
+        given = load_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "thresholds is a YAML file in UTF-8",
+            received=str(error),
+            remedy="correct the path or the file",
+            file=path,
+        ) from error
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise ConfigError(
+            "a file of thresholds maps names to numbers",
+            received=given,
+            remedy="write lines such as max_truncated: 0.2",
+            file=path,
+        )
+    known = [each.name for each in fields(Thresholds)]
+    for name in given:
+        if name not in known:
+            similar = difflib.get_close_matches(str(name), known, 1)
+            raise ConfigError(
+                "a file of thresholds has the names of thresholds (docs/howto/validate.md)",
+                received=f"{name}",
+                remedy=f"did you mean {similar[0]}?" if similar else f"one of {', '.join(known)}",
+                file=path,
+            )
+    if not isinstance(given.get("severity", {}), dict):
+        raise ConfigError(
+            "severity maps names of rules to error, warning, note or off",
+            received=given["severity"],
+            remedy="write severity: {older-import: off}",
+            file=path,
+        )
+    try:
+        return Thresholds(**given)
+    except ConfigError as error:
+        raise error.replaced(file=str(path)) from error
