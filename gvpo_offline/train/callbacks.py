@@ -37,7 +37,7 @@ EXPLAINED_FALL = 0.02
 LOSS_RISE = 0.01
 _WORSE = 2.0  # a warning is repeated when it is this many times as bad
 # The losses whose optimum has an explained variance of 1.
-_REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")
+REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")
 _EVAL = "eval"
 _MARK = "_explained_variance"  # suffix of a key that every line of held-out metrics has
 _OF_SAMPLER = re.compile(r"_(log_ratio|reward|weight)/")
@@ -168,14 +168,14 @@ class MetricMonitor:
     """
 
     def __init__(self, loss_type: str = "gvpo", imitation: float = 0.0) -> None:
-        self._regression = loss_type in _REGRESSIONS and not imitation
+        self._regression = loss_type in REGRESSIONS and not imitation
         self._lines: dict[str, list[Line]] = defaultdict(list)
         self._said: dict[tuple[str, str], float] = {}
 
     def read(self, step: int, logs: Mapping[str, Any]) -> list[str]:
         """The warnings about the next line: texts that name the step and the set of groups."""
         texts = []
-        for part, metrics in _parts(logs).items():
+        for part, metrics in metric_sets(logs).items():
             lines, held_out = self._lines[part], part.startswith(_EVAL)
             lines.append((step, metrics))
             if not held_out:
@@ -187,7 +187,7 @@ class MetricMonitor:
         return texts
 
 
-def _parts(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def metric_sets(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The metrics of a logged line, by prefix: "" (training), eval, or eval_<dataset>."""
     if "explained_variance" in logs:
         return {"": dict(logs)}
