@@ -57,14 +57,16 @@ class JsonLinesFile:
         text = "".join(json_line(line) + "\n" for line in lines)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if anew and text:
+            if not anew:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+            elif text:
                 # Written beside and renamed: an interruption must not lose the lines of a run.
                 written = temporary_name(path.parent, self._name)
                 written.write_text(text, encoding="utf-8")
                 os.replace(written, path)
-            else:
-                with path.open("w" if anew else "a", encoding="utf-8") as file:
-                    file.write(text)
+            else:  # a file that nothing is written to does not exist
+                path.unlink(missing_ok=True)
             self.n_lines += len(lines)
         except OSError as error:
             self._path = None  # before the warning, which may itself be written to a file of lines

@@ -179,7 +179,7 @@ def held_out_sets(logs: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def duration(seconds: float) -> str:
     """A duration in at most two units: 50 s, 4 min, 2 h 10 min, 1 d 3 h."""
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
