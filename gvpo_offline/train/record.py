@@ -169,7 +169,7 @@ class RunRecord(TrainerCallback):
             self.event("start", **about)
         else:
             self.event("resume", checkpoint=self.resumed_from.name, **about)
-        for record in self._early:
+        for record in sorted(self._early, key=lambda own: own.created):
             self._warning(record)
         self._early.clear()
 
