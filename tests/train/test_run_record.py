@@ -262,7 +262,7 @@ def test_a_file_that_cannot_be_written_leaves_the_others(
 def test_the_record_does_not_change_the_run(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """The weights of a run that evaluates and records are bitwise those of one that does neither."""
+    """A run that evaluates and records has bitwise the weights of one that does neither."""
     made = trainer_of(tiny_model_dir, dataset, tmp_path / "bare", max_steps=4)
     bare = TrialTrainer(str(tiny_model_dir), made.args, train_dataset=dataset)
     bare.train()
