@@ -38,6 +38,7 @@ from gvpo_offline.tune.candidates import loss_candidates, nearest, settings_of_l
 from gvpo_offline.tune.judged import JudgedProposal, LossCandidates, propose_judged
 from gvpo_offline.tune.policies import JudgedTrials
 from gvpo_offline.tune.racing import SampleBudget
+from gvpo_offline.tune.repeated import said_once, without_bars
 from gvpo_offline.tune.search import largest_usable_rate
 from gvpo_offline.tune.settings import TuneSettings
 from gvpo_offline.tune.trials import Trials
@@ -45,6 +46,7 @@ from gvpo_offline.tune.trials import Trials
 logger = logging.getLogger(__name__)
 
 
+@said_once()
 def run_judged_tune(
     *,
     model: ModelSettings,
@@ -75,7 +77,8 @@ def run_judged_tune(
     search = _prepared(TrainerInputs.opened(model, data, lora), tune, args)
     clear_device_cache(garbage_collection=True)
     try:
-        report = search.report()
+        with without_bars():
+            report = search.report()
     finally:
         search.judged.evaluator.reward.stop()
     search.judged.clear()

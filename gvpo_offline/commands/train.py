@@ -31,6 +31,7 @@ from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
+from gvpo_offline.train.heard import hearing
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
@@ -93,7 +94,13 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, and save the policy and the settings of the run to `args.output_dir`."""
-    trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
+    early: list[logging.LogRecord] = []
+    with hearing(early.append):
+        trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
+        if args.eval_samples and args.eval_strategy.value == "no":
+            logger.warning("eval_samples has no effect: eval_strategy is no: nothing is evaluated")
+    for record in early:
+        trainer.record.hear(record)
 
     def settings() -> dict[str, Any]:
         return {
@@ -116,8 +123,6 @@ def run_train(
             "identity": trainer.identity(),
         }
 
-    if args.eval_samples and args.eval_strategy.value == "no":
-        logger.warning("eval_samples has no effect: eval_strategy is no, so nothing is evaluated")
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):

@@ -27,6 +27,7 @@ from gvpo_offline.train.held_out import EARLIER_RULE
 from gvpo_offline.train.preflight import surveys
 from gvpo_offline.train.settings import LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
+from gvpo_offline.tune.repeated import said_once, without_bars
 from gvpo_offline.tune.search import (
     Proposal,
     Trial,
@@ -119,6 +120,7 @@ def _figure(trial: Trial, name: str) -> float:
     return trial.metrics.get(name, trial.metrics.get(name.removeprefix("likely_"), math.nan))
 
 
+@said_once()
 def run_tune(
     *,
     model: ModelSettings,
@@ -155,7 +157,8 @@ def run_tune(
     first, steps = run.is_world_process_zero(), min(tune.tune_steps, run.args.max_steps)
     del run
     clear_device_cache(garbage_collection=True)
-    report = _search(trials, training, held_out.n_groups, tune, steps)
+    with without_bars():
+        report = _search(trials, training, held_out.n_groups, tune, steps)
     if not first:
         return None
     for line in _warnings(report, args.loss_type):

@@ -121,7 +121,7 @@ class PromptAnswers:
             "samples": len(self.texts),
             "failed": int(np.isnan(self.rewards).sum()),
             **{
-                name: _finite_or_none(value)
+                name: finite_or_none(value)
                 for name, value in (
                     ("reward", self.reward),
                     ("kl", self.kl),
@@ -195,7 +195,7 @@ class SampledResult:
     def as_dict(self, beta: float) -> dict[str, Any]:
         """Metrics, per-prompt means and causes as plain data."""
         return {
-            "metrics": {n: _finite_or_none(v) for n, v in self.metrics(beta).items()},
+            "metrics": {n: finite_or_none(v) for n, v in self.metrics(beta).items()},
             "beta": beta,
             "answers": self.n_answers,
             "no_kl": self.no_kl or None,
@@ -243,5 +243,6 @@ def _mean(values: FloatArray) -> float:
     return float(kept.mean()) if len(kept) else math.nan
 
 
-def _finite_or_none(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """The value; None if it is nan or infinite, which JSON does not have."""
     return value if math.isfinite(value) else None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from gvpo_offline.sampled_eval.result import SampledResult
+from gvpo_offline.sampled_eval.prompts import HeldOutPrompt
+from gvpo_offline.sampled_eval.result import SampledResult, finite_or_none
 from gvpo_offline.visible import visible
 
 _SHOWN_CHARACTERS = 240
+MOST_SHOWN = 16  # prompts of an evaluation whose answers are kept as texts
 COLUMNS = ("prompt", "answer", "reward", "best_logged", "best_logged_reward")
 
 
@@ -53,6 +57,41 @@ def shown_answers(result: SampledResult, most: int = 3) -> list[ShownAnswer]:
         ShownAnswer(
             own.prompt, own.texts[0], float(own.rewards[0]), own.best_logged, own.best_reward
         )
+        for own in result.prompts[:most]
+        if own.texts
+    ]
+
+
+def sample_lines(
+    result: SampledResult, prompts: Mapping[str, HeldOutPrompt], most: int = MOST_SHOWN
+) -> list[dict[str, Any]]:
+    """The first answer to each of the first prompts as plain data, for `samples.jsonl`.
+
+    Args:
+        result: the answers.
+        prompts: what was sampled from, by key.
+        most: number of prompts.
+
+    Returns:
+        For each prompt: `prompt_key`, its SHA-256; `group_id` of its first group; `prompt`, its
+        text; `messages` if it is a chat; `answer`, `reward` (None: it could not be scored), `kl`
+        (the answer's log-ratio, nats; None: no reference), `length` in tokens and `truncated`;
+        `best_logged` and `best_logged_reward` of the dataset.
+    """
+    return [
+        {
+            "prompt_key": own.key,
+            "group_id": own.group,
+            "prompt": own.prompt,
+            "messages": prompts[own.key].logged.messages,
+            "answer": own.texts[0],
+            "reward": finite_or_none(float(own.rewards[0])),
+            "kl": finite_or_none(float(own.log_ratios[0])),
+            "length": int(own.lengths[0]),
+            "truncated": bool(own.truncated[0]),
+            "best_logged": own.best_logged,
+            "best_logged_reward": float(own.best_reward),
+        }
         for own in result.prompts[:most]
         if own.texts
     ]

@@ -174,7 +174,7 @@ class MetricMonitor:
     def read(self, step: int, logs: Mapping[str, Any]) -> list[str]:
         """The warnings about the next line: texts that name the step and the set of groups."""
         texts = []
-        for part, metrics in _parts(logs).items():
+        for part, metrics in metric_sets(logs).items():
             lines, held_out = self._lines[part], part.startswith(_EVAL)
             lines.append((step, metrics))
             if not held_out:
@@ -186,7 +186,7 @@ class MetricMonitor:
         return texts
 
 
-def _parts(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def metric_sets(logs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The metrics of a logged line, by prefix: "" (training), eval, or eval_<dataset>."""
     if "explained_variance" in logs:
         return {"": dict(logs)}

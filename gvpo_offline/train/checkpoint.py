@@ -120,6 +120,7 @@ def seal_checkpoint(
     *,
     sharding: Mapping[str, Any] | None = None,
     resumable: bool = True,
+    lines: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Flush the checkpoint's files to disk, then write the seal.
 
@@ -129,6 +130,7 @@ def seal_checkpoint(
         identity: the settings that a resumed run must share.
         sharding: `resharding.sharding_state` of this run.
         resumable: False if the optimizer state was not saved (save_only_model).
+        lines: number of lines that the run's files of JSON lines have at this step, by file name.
     """
     begun = folder / _MARKER_NAME
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != begun)
@@ -142,6 +144,7 @@ def seal_checkpoint(
         "resumable": resumable,
         "identity": identity,
         "taken": sharding,
+        "lines": dict(lines),
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
     }
     text = json.dumps(content, indent=1, sort_keys=True)
@@ -196,7 +199,7 @@ def _read_seal(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = {name: content[name] for name in ("resumable", "identity", "files")}
-        return {**found, "taken": content.get("taken")}
+        return {**found, "taken": content.get("taken"), "lines": content.get("lines", {})}
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(
             "the seal of a checkpoint is valid JSON with identity and files",
@@ -231,6 +234,14 @@ def read_sharding_state(folder: Path) -> dict[str, Any] | None:
     """The `sharding_state` of a complete checkpoint; None if its seal has none."""
     taken: dict[str, Any] | None = _read_seal(folder)["taken"]
     return taken
+
+
+def read_line_counts(folder: Path) -> dict[str, int]:
+    """Number of lines of the run's files at a complete checkpoint, by file name; {} in a seal of an
+    earlier version.
+    """
+    lines: dict[str, int] = _read_seal(folder)["lines"]
+    return lines
 
 
 def read_identity(folder: Path) -> dict[str, dict[str, Any]]:

@@ -134,4 +134,5 @@ class CheckpointingTrainer(ScheduledTrainer):
             self.identity(),
             sharding=sharding_state(self.accelerator),
             resumable=not self.args.save_only_model,
+            lines=self.record.line_counts(),
         )

@@ -22,6 +22,7 @@ from gvpo_offline.errors import GVPOError
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings, check_sampled_settings
 from gvpo_offline.train.fields import check_derived_fields, check_fields
 from gvpo_offline.train.foreign import CONFIG_NAMES, PAGE, answers_unknown_arguments
+from gvpo_offline.train.loggers import check_loggers
 from gvpo_offline.train.objective import Objective
 from gvpo_offline.train.settings import GVPOSettings
 
@@ -84,6 +85,7 @@ class GVPOConfig(GVPOSettings, SampledEvalSettings, TrainingArguments):
                 raise ValueError(f"{type(error).__name__}: {error}") from error
         self.do_eval, self.use_cpu = do_eval, use_cpu
         check_derived_fields(self)
+        check_loggers(self.report_to)
         _check_precision(self)
         check_parallelism(self)
         # One device per process: if several GPUs are visible, transformers would otherwise split

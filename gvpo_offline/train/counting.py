@@ -9,11 +9,11 @@ import torch
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import StepShare
-from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.objective import reduced_sum
+from gvpo_offline.train.recording import RecordedTrainer
 
 
-class CountingTrainer(ShardedTrainer):
+class CountingTrainer(RecordedTrainer):
     """A Trainer that counts in groups and in the tokens of their layout."""
 
     engine: Engine

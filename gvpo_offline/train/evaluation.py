@@ -136,16 +136,17 @@ def held_out_metrics(
     held_out: DatasetView,
     args: GVPOConfig,
     accelerator: Accelerator,
+    into: Evaluation | None = None,
 ) -> dict[str, float]:
     """Metrics of a policy in training on held-out groups; every rank must call this.
 
-    Logs a table by sampler on the main process.
+    Logs a table by sampler on the main process. Arguments as `held_out_statistics`.
 
     Returns:
         `GroupStatistics.metrics`, `sampler_metrics`, and `runtime` in seconds.
     """
     started = time.perf_counter()
-    own = Evaluation()
+    own = Evaluation() if into is None else into
     statistics = held_out_statistics(model, engine, held_out, args, accelerator, into=own)
     samplers = reduced_totals(own.samplers)
     metrics = {**statistics.metrics(), **sampler_metrics(samplers)}

@@ -15,7 +15,13 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
 from gvpo_offline.sampled_eval.policy import SampledPolicy
 from gvpo_offline.sampled_eval.result import KL_METRICS, SampledResult
-from gvpo_offline.sampled_eval.shown import failure_lines, sampled_lines, shown_answers
+from gvpo_offline.sampled_eval.shown import (
+    MOST_SHOWN,
+    failure_lines,
+    sample_lines,
+    sampled_lines,
+    shown_answers,
+)
 from gvpo_offline.train.prediction import PredictingTrainer
 from gvpo_offline.train.tables import log_table
 
@@ -129,4 +135,8 @@ class SampledTrainer(PredictingTrainer):
             logger.info("step %d, sampled answer: %s", step, each.line())
         for line in failure_lines(result):
             logger.warning("step %d: %s", step, line.strip())
-        log_table(self.callback_handler.callbacks, shown_answers(result, most=16), step)
+        log_table(self.callback_handler.callbacks, shown_answers(result, most=MOST_SHOWN), step)
+        # With push_to_hub the folder is uploaded, and texts of the data must not be.
+        if not self.args.push_to_hub:
+            prompts = {own.key: own for own in self.sampled_evaluator().prompts}
+            self.record.samples(sample_lines(result, prompts))

@@ -96,6 +96,10 @@ class GVPOSettings:
     recomputed. 0 needs the least memory."""
     log_entropy: bool = False
     """Log the policy's mean entropy over the response tokens, in nats. Makes a step slower."""
+    log_format: Literal["short", "full", "json"] = "short"
+    """What a run prints when it logs. short: a line with loss, fit, the log-ratio of the best
+    responses and the time left. full: all metrics, as transformers prints them. json: all metrics,
+    as a line of JSON on standard output. metrics.jsonl in output_dir has all metrics anyway."""
     eval_fraction: float = 0.0
     """Share of the prompts held out for evaluation, in [0, 1), with all of their groups, chosen by
     a hash of the prompt's token ids: a prompt is on one side only, in every dataset and run."""
@@ -146,6 +150,8 @@ class GVPOSettings:
                 received=self.eval_fraction,
                 remedy="eval_fraction: 0.02 holds out 2% of the prompts, and 0 none",
             )
+        if self.log_format not in ("short", "full", "json"):
+            raise ConfigError("log_format is short, full or json", received=self.log_format)
         if self.held_out_by not in ("auto", "prompt", "group"):
             raise ConfigError("held_out_by is auto, prompt or group", received=self.held_out_by)
         for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):

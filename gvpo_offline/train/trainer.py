@@ -44,8 +44,8 @@ from gvpo_offline.train.config import GVPOConfig, checked_config, settings_error
 from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
-from gvpo_offline.train.evaluation import held_out_metrics
 from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
+from gvpo_offline.train.heard import ends_record, hears_warnings
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
@@ -95,6 +95,7 @@ class GVPOTrainer(SampledTrainer):
     _logs_noise = True
     _reference_meter: ReferenceMeter | None = None
 
+    @hears_warnings
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str,
@@ -165,6 +166,7 @@ class GVPOTrainer(SampledTrainer):
 
     # ---- before the first step ----
 
+    @ends_record
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Check data and reference, then train.
 
@@ -189,7 +191,7 @@ class GVPOTrainer(SampledTrainer):
             output_dir = Path(self.args.output_dir)
             self.hold_out_by(broadcast_from_rank0(lambda: rule_to_follow(output_dir, wanted)))
         checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
-        self._best.resumed_from = checkpoint
+        self._best.resumed_from = self.record.resumed_from = checkpoint
         self.preflight()
         self.prepare_sampling()
         raise_together(lambda: check_savable(self.model, self.processing_class, self.args))
@@ -324,6 +326,7 @@ class GVPOTrainer(SampledTrainer):
                 self._reference_meter.add(groups, logprobs)
             loss = self._objective(logprobs, groups)
             self._meter.add(loss.statistics)
+            self.note_loss(groups, loss)
             return loss.group_losses.sum() * scale
 
         return self.engine.accumulate(
@@ -360,7 +363,7 @@ class GVPOTrainer(SampledTrainer):
         for name, held_out in chosen.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             quiet = replace(self.engine, on_entropy=None)
-            found = held_out_metrics(self.model, quiet, held_out, self.args, self.accelerator)
+            found = self.recorded_metrics(quiet, held_out, name, recorded=eval_dataset is None)
             for key, value in found.items():
                 metrics[f"{prefix}_{key}"] = value
         if eval_dataset is None:

@@ -43,6 +43,8 @@ from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.evaluation import held_out_statistics
 from gvpo_offline.train.metrics_file import MetricsFileCallback
 from gvpo_offline.train.movement import MovementCallback
+from gvpo_offline.train.progress import ProgressLines
+from gvpo_offline.train.record import RunRecord
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.search import (
     LIKELY,
@@ -57,8 +59,8 @@ from gvpo_offline.tune.search import (
 
 logger = logging.getLogger(__name__)
 _OUTPUT = (
-    *(PrinterCallback, ProgressCallback),
-    *(MetricWarningCallback, MovementCallback, MetricsFileCallback),
+    *(PrinterCallback, ProgressCallback, ProgressLines),
+    *(MetricWarningCallback, MovementCallback, MetricsFileCallback, RunRecord),
 )
 
 
@@ -66,6 +68,7 @@ class TrialTrainer(GVPOTrainer):
     """A short run without output: no checkpoints, no console log, no preflight."""
 
     _logs_noise = False
+    records_residuals = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -244,11 +244,11 @@ def test_tables_of_answers(whole: GVPOTrainer, tmp_path: Path) -> None:
     log_table([object(), wandb, board], answers, 7)
     ((logged),) = wandb._wandb.logged
     assert logged["train/global_step"] == 7
-    table = logged["eval/sampled_answers"]
+    table = logged["eval/sampled/answers"]
     assert table["columns"] == list(COLUMNS)
     assert table["data"] == [each.row() for each in answers]
     ((name, text, step),) = texts
-    assert (name, step) == ("eval/sampled_answers", 7)
+    assert (name, step) == ("eval/sampled/answers", 7)
     assert len(text.split("\n")) == 2 + len(answers)
 
 

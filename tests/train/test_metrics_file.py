@@ -16,6 +16,7 @@ from support.training import scored_dataset, train_command, trainer_of
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.by_sampler import SamplerTotals, sampler_metrics, sampler_table
 from gvpo_offline.train.callbacks import MetricMonitor
+from gvpo_offline.train.json_lines import read_json_lines
 from gvpo_offline.train.metrics_file import metrics_line
 from gvpo_offline.tune.trials import TrialTrainer
 
@@ -121,9 +122,9 @@ def test_two_ranks_log_the_figures_of_all_samplers(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     """The means of each sampler are those of one process, whichever rank held its responses, and
-    only the main process writes the file.
+    only the main process prints lines and writes the files. The residuals are those of one process.
     """
-    found = []
+    found, residuals = [], []
     for n_ranks in (1, 2):
         out = tmp_path / f"{n_ranks}"
         argv = train_command(dataset, tiny_model_dir, out, save_strategy="no")
@@ -131,6 +132,12 @@ def test_two_ranks_log_the_figures_of_all_samplers(
         assert {status for status, _ in ended} == {0}, "\n".join(text for _, text in ended)
         assert "log-ratio (nats)" in ended[0][1]
         found.append(next(line for line in lines(out) if "eval_loss" in line))
+        shown = [text.count("step 2/2 (100%)") for _, text in ended]
+        assert shown == [1] + [0] * (n_ranks - 1)
+        starts = [line for line in read_json_lines(out / "events.jsonl") if line["kind"] == "start"]
+        assert [line["world_size"] for line in starts] == [n_ranks]
+        measured = read_json_lines(out / "residuals.jsonl")
+        residuals.append({line["group_id"]: line["residuals"] for line in measured})
     one, two = found
     figures = [name for name in one if "/" in name]
     samplers = {name for group in dataset.groups(0) for name in group.samplers}
@@ -141,6 +148,10 @@ def test_two_ranks_log_the_figures_of_all_samplers(
     assert one.keys() == two.keys()
     for name in figures:
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-3)
+    assert len(residuals[0]) == 24
+    assert residuals[0].keys() == residuals[1].keys()
+    for name, own in residuals[0].items():
+        assert residuals[1][name] == pytest.approx(own, rel=1e-3, abs=1e-3)
 
 
 def test_an_evaluation_has_the_means_of_its_responses(

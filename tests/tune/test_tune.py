@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tune import beta_candidates, diverged
+from gvpo_offline.tune.repeated import said_once, without_bars
 from gvpo_offline.tune.trials import RangeTestTrainer, Trials, TrialTrainer
 
 N_GROUPS, STEPS = 32, 20
@@ -71,7 +73,8 @@ def test_the_proposal_trains_and_an_interrupted_search_continues(
 ) -> None:
     """The reward gap is 2, so the candidates are 0.12 to 2 and the first beta is 0.5.
 
-    The proposal is one of the trials and explains held-out rewards. If the file of one trial is
+    The proposal is one of the trials and explains held-out rewards. No line is printed twice, though
+    each trial makes a trainer. If the file of one trial is
     removed, the same command repeats only that trial, with the same result. `train` accepts the
     run's settings with the proposal, in the folder of the search.
     """
@@ -79,6 +82,9 @@ def test_the_proposal_trains_and_an_interrupted_search_continues(
     settings = settings_of(dataset, tiny_model_dir, out)
     output = run(server, "tune", settings, config, "--tune_steps", STEPS)
     summary = json.loads(output.splitlines()[-1])
+    said = Counter(line for line in output.splitlines() if line.strip())
+    assert [line for line, times in said.items() if times > 1] == []
+    assert sum("log-probs: " in line for line in said) == 1
     assert summary["reward_gap"] == pytest.approx(2.0, rel=0.012)
     assert summary["betas"] == list(beta_candidates(summary["reward_gap"]))
     assert summary["steps"] == STEPS
@@ -253,3 +259,27 @@ def test_the_trials_of_a_search_have_what_auto_stands_for(
     (trials,) = found
     args = trials.short_args(tmp_path, 0.5, 1e-3, 20)
     assert (args.imitation, args.imitation_without) == (1.0, [])
+
+
+def test_a_message_of_trials_is_said_once_and_those_of_the_search_always(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By its text: a warning with other numbers is another one. What other packages log, and what
+    is logged after the search, stays.
+    """
+    caplog.set_level(logging.INFO)
+    with said_once(), without_bars():
+        for beta in (0.5, 0.5, 1.0):
+            logging.getLogger("gvpo_offline.train.engine").info("layout %s", "shared")
+            logging.getLogger("gvpo_offline.train.noise").warning("beta %g", beta)
+            logging.getLogger("gvpo_offline.tune.trials").info("training diverged")
+            logging.getLogger("mine").info("mine")
+    logging.getLogger("gvpo_offline.train.engine").info("layout %s", "shared")
+    said = Counter(record.getMessage() for record in caplog.records)
+    assert said == {
+        "layout shared": 2,
+        "beta 0.5": 1,
+        "beta 1": 1,
+        "training diverged": 3,
+        "mine": 3,
+    }
