@@ -344,7 +344,7 @@ def test_incomplete_groups_alone_are_described(tmp_path: Path) -> None:
     waiting = IncompleteGroups(files=record.files)
     publish(tmp_path, lambda _: Manifest(groups=[], incomplete=waiting))
     report = check(report_of(tmp_path))
-    assert any("the dataset has no groups" in text for text in notices_of(report))
+    assert any("has no groups" in text for text in notices_of(report))
     assert report.facts["dataset"]["incomplete"]["groups"] == 3
 
 

@@ -144,7 +144,7 @@ def unlikely_responses(frame: Frame, per_token: FloatArray) -> BoolArray:
     return unlikely_of(per_token, frame.group, frame.n_groups)
 
 
-def unlikely_of(per_token: FloatArray, group: np.ndarray, n_groups: int) -> BoolArray:  # type: ignore[type-arg]
+def unlikely_of(per_token: FloatArray, group: np.ndarray, n_groups: int) -> BoolArray:
     """As `unlikely_responses`; `group`: (N,) the group of each response, ascending."""
     scored = np.flatnonzero(~np.isnan(per_token))
     order = scored[np.lexsort((per_token[scored], group[scored]))]
@@ -224,12 +224,15 @@ def _by_sampler(frame: Frame, per_token: FloatArray, unlikely: BoolArray) -> lis
         values = values[~np.isnan(values)]
         first = math.nan if frame.first is None else _mean(frame.first[own])
         last = math.nan if frame.last is None else _mean(frame.last[own[~frame.truncated[own]]])
+        low, median, high = quantiles(values, QUANTILES)
         found.append(
             SamplerReference(
-                name,
-                len(values),
-                _mean(values),
-                *quantiles(values, QUANTILES),
+                sampler=name,
+                responses=len(values),
+                per_token=_mean(values),
+                low=low,
+                median=median,
+                high=high,
                 unlikely=ratio(int(unlikely[own].sum()), len(values)),
                 first=first,
                 last=last,

@@ -39,7 +39,7 @@ def rewards_section(facts: RewardFacts | None, frame: Frame) -> Section:
     """The section of a dataset; without rewards it says how to add some."""
     if facts is None or frame.rewards is None:
         text = "The dataset has no reward. " if frame.n_groups else "There are no groups. "
-        remedy = "Compute one with `gvpo-offline reward`, or import a log that has a reward column."
+        remedy = "Compute one with gvpo-offline reward, or import a log that has a reward column."
         return Section("rewards", "Rewards", LOOK_FOR, [Text(text + remedy)])
     blocks: list[Block] = [
         Figures(_figures(facts)),
@@ -208,7 +208,7 @@ def _samplers(facts: RewardFacts) -> Table:
     )
 
 
-def _histogram(facts: RewardFacts, rewards: np.ndarray) -> Chart:  # type: ignore[type-arg]
+def _histogram(facts: RewardFacts, rewards: np.ndarray) -> Chart:
     values, counts = np.unique(rewards, return_counts=True)
     title = "Rewards of the responses"
     common = values[int(counts.argmax())]
