@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.report.dataset.frame import Frame
@@ -207,12 +209,12 @@ def _histogram(per_token: FloatArray) -> list[tuple[float, float, int]]:
     return found[::-1]
 
 
-def _mean(values: FloatArray) -> float:
+def _mean(values: npt.NDArray[Any]) -> float:
     held = values[~np.isnan(values)]
     return float(held.astype(np.float64).mean()) if len(held) else math.nan
 
 
-def _edge(values: FloatArray) -> EdgeTokens:
+def _edge(values: npt.NDArray[Any]) -> EdgeTokens:
     held = values[~np.isnan(values)].astype(np.float64)
     return EdgeTokens(len(held), _mean(held), *quantiles(held, QUANTILES))
 
