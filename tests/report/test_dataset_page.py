@@ -467,3 +467,27 @@ def test_values_of_json_have_null_for_what_is_no_number() -> None:
 
 def test_the_bounds_of_training_are_those_of_the_report() -> None:
     assert preflight.WIDE_GAP_NATS == data_rules.WIDE_GAP_NATS
+
+
+def test_examples_of_the_check_are_shown_and_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finding's first groups are among the groups to read, with its flag."""
+    from gvpo_offline.findings.finding import Finding, Place
+    from gvpo_offline.report.dataset import build
+
+    build_dataset(tmp_path, 120)
+    finding = Finding(
+        *("reward-outliers", "error", "a reward is far off", 1, 120, "groups", "read it"),
+        examples=[Place("file", 99, "group-00099"), Place("file")],
+    )
+    monkeypatch.setattr(build, "findings_of", lambda opened: [finding])
+    report = check(report_of(tmp_path, groups_to_read=10, near_duplicate_groups=0))
+    first = report.page.groups[0]
+    assert first.group_id == "group-00099"
+    assert "check: reward-outliers" in first.flags
+    notice = next(b for b in report.page.sections[0].blocks if isinstance(b, Notice))
+    assert (notice.severity, notice.flag) == ("error", "check: reward-outliers")
+    assert (notice.text, notice.remedy) == ("A reward is far off.", "Read it.")
+    assert report.facts["check"]["verdict"] == "fail"
+    assert report.facts["check"]["findings"][0]["rule"] == "reward-outliers"

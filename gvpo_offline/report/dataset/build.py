@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
+
 from gvpo_offline.report.dataset.collect import Collected, collect
 from gvpo_offline.report.dataset.glance import (
     findings_of,
@@ -46,10 +48,13 @@ def dataset_report(settings: ReportSettings) -> Report:
         opened.dataset.manifest, settings.tokenizer_name_or_path, settings.chat_template
     )
     findings = findings_of(opened)
-    found = collect(opened, settings, groups_of(findings))
+    # Rewards of 1e200 are valid, and their squares overflow: such figures are then left out.
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = collect(opened, settings, groups_of(findings))
+        described = _sections(found, settings)
     groups = groups_to_read(found.chosen, texts, found.known, settings.groups_to_read)
     info = info_of(opened, settings)
-    sections = [glance(opened, info, found.facts, findings), *_sections(found, settings)]
+    sections = [glance(opened, info, found.facts, findings), *described]
     page = Page(
         title=f"Dataset {name_of(settings.dataset)}",
         subtitle=_subtitle(opened, settings),

@@ -46,6 +46,8 @@ def beta_section(
     blocks: list[Block] = []
     if rewards is None:
         blocks.append(Text("Without rewards there is no gap to divide by β."))
+    elif facts is None and rewards.equal_groups < rewards.groups:
+        blocks.append(Text("The rewards' differences are too large or small to be divided by β."))
     elif facts is None:
         blocks.append(
             Notice(
