@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -306,12 +308,10 @@ def _limited(table: Table) -> Table:
 
 def findings_of(opened: Opened) -> Sequence[Finding] | None:
     """The gate's light findings; None while this version has no gate."""
-    try:
-        from gvpo_offline.findings.light import light_findings  # type: ignore[import-not-found]
-        from gvpo_offline.findings.thresholds import Thresholds  # type: ignore[import-not-found]
-    except ImportError:
+    if importlib.util.find_spec("gvpo_offline.findings.light") is None:
         return None
-    found: Sequence[Finding] = light_findings(opened.dataset, Thresholds())
+    light = importlib.import_module("gvpo_offline.findings.light")
+    found: Sequence[Finding] = light.light_findings(opened.dataset)
     return found
 
 
