@@ -164,20 +164,28 @@ def planted() -> dict[str, int | None]:
     except ImportError:
         return dict.fromkeys(("planted_faults", "planted_faults_found", "clean_findings"))
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            name: {
-                each.rule for each in gate.check_dataset(str(make(Path(folder) / name))).findings
-            }
-            for name, make in faults.PLANTED.items()
-        }
-        clean = gate.check_dataset(str(faults.clean(Path(folder) / "clean"))).findings
-    missed = sorted(name for name, rules in found.items() if name not in rules)
+        missed = [
+            name
+            for name, fault in faults.PLANTED.items()
+            if fault.rule not in rules_of(gate, fault.build(Path(folder) / name))
+        ]
+        clean = rules_of(gate, faults.clean(Path(folder) / "clean"))
     print(f"faults that were not named: {', '.join(missed) or 'none'}")
     return {
-        "planted_faults": len(found),
-        "planted_faults_found": len(found) - len(missed),
+        "planted_faults": len(faults.PLANTED),
+        "planted_faults_found": len(faults.PLANTED) - len(missed),
         "clean_findings": len(clean),
     }
+
+
+def rules_of(gate: Any, path: Path) -> list[str]:
+    """The rules that the findings of a dataset name, one for each finding."""
+    from gvpo_offline.errors import GVPOError
+
+    try:
+        return [finding.rule for finding in gate.check_dataset(str(path)).findings]
+    except GVPOError as error:
+        return [gate.error_finding(error).rule]
 
 
 def main() -> None:

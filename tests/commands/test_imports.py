@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     *("compute.layout", "compute.tree", "compute.context", "compute.files"),
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
+    *("train.data_rules", "report.settings", "report.report", "report.dataset.build"),
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

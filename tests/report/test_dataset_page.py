@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.builders import (
     build_dataset,
+    group_strategy,
     make_group,
     make_groups,
     ref_token_logprobs,
@@ -41,8 +45,8 @@ from gvpo_offline.train import data_rules, preflight
 HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[31m\u202e\u0000"
 
 
-def report_of(path: Path | str, **settings: Any) -> Report:
-    return dataset_report(ReportSettings(dataset=str(path), show_progress=False, **settings))
+def report_of(path: Path | str, **chosen: Any) -> Report:
+    return dataset_report(ReportSettings(dataset=str(path), show_progress=False, **chosen))
 
 
 def charts_of(page: Page) -> Iterator[Chart]:
@@ -225,12 +229,15 @@ def test_texts_pass_unchanged_whatever_they_hold(tmp_path: Path, tiny_tokenizer_
         assert len(response.tokens) == response.n_tokens
 
 
-def test_long_texts_are_cut_so_that_the_page_stays_small(tmp_path: Path) -> None:
-    """60 groups of 4 responses of 3,000 ids are 720,000 tokens: more than 3 MB can show."""
-    groups = [make_group(i, k=4, response_tokens=3000, vocab_size=30_000) for i in range(60)]
+def test_long_texts_are_cut_so_that_the_page_stays_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 groups of 4 responses of 3,000 ids are 144,000 tokens: more than 0.6 MB can show."""
+    monkeypatch.setattr(read, "MOST_BYTES", 600_000)
+    groups = [make_group(i, k=4, response_tokens=3000, vocab_size=30_000) for i in range(12)]
     build_dataset(tmp_path, groups=groups)
     page = check(report_of(tmp_path, near_duplicate_groups=0)).page
-    assert len(page.groups) == 60
+    assert len(page.groups) == 12
     shown = {len(response.tokens) for group in page.groups for response in group.responses}
     assert len(shown) == 1  # all are cut at the same place
     assert 200 < shown.pop() < 3000
@@ -238,11 +245,14 @@ def test_long_texts_are_cut_so_that_the_page_stays_small(tmp_path: Path) -> None
     assert "Long responses are shown to their beginning" in page.groups_note
 
 
-def test_of_groups_that_are_too_many_for_long_texts_fewer_are_shown() -> None:
-    """Texts of 1 MB each: with the least number of tokens two fit, and the most wanted stay."""
+def test_of_groups_that_are_too_many_for_long_texts_fewer_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Texts of 1 kB each: with the least number of tokens two fit, and the most wanted stay."""
+    monkeypatch.setattr(read, "MOST_BYTES", 3_000 + 2 * read._PER_GROUP)
 
     def made(count: int, tokens: int) -> list[GroupToRead]:
-        text = "x" * (1_000_000 if tokens == read._LEAST_TOKENS else 2_000_000)
+        text = "x" * (1_000 if tokens == read._LEAST_TOKENS else 2_000)
         turns = [read.TurnToRead("", text)]
         return [GroupToRead(f"g{number}", "", turns, []) for number in range(count)]
 
@@ -253,9 +263,9 @@ def test_of_groups_that_are_too_many_for_long_texts_fewer_are_shown() -> None:
 def test_groups_are_chosen_at_random_by_the_seed_and_because_they_stand_out(
     tmp_path: Path,
 ) -> None:
-    groups = [make_group(i, k=2, response_tokens=5) for i in range(400)]
+    groups = [make_group(i, k=2, response_tokens=5) for i in range(120)]
     groups[77] = make_group(77, k=2, response_tokens=50)
-    build_dataset(tmp_path, groups=groups, groups_per_shard=100, rows_per_row_group=10)
+    build_dataset(tmp_path, groups=groups, groups_per_shard=60, rows_per_row_group=20)
     one = report_of(tmp_path, groups_to_read=20, near_duplicate_groups=0).page
     again = report_of(tmp_path, groups_to_read=20, near_duplicate_groups=0).page
     other = report_of(tmp_path, groups_to_read=20, near_duplicate_groups=0, seed=7).page
@@ -265,13 +275,13 @@ def test_groups_are_chosen_at_random_by_the_seed_and_because_they_stand_out(
     assert all("group-00077" in each for each in ids)  # the longest one
     at_random = [group for group in one.groups if kinds.RANDOM in group.flags]
     assert 8 <= len(at_random) <= 12
-    assert "a sample: 20 of 400 groups" in one.groups_note
+    assert "a sample: 20 of 120 groups" in one.groups_note
 
 
 def test_what_is_kept_for_choosing_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
     from gvpo_offline.report.dataset.batch import SamplerNames, read_batch
 
-    dataset = build_dataset(tmp_path, 400, groups_per_shard=100, rows_per_row_group=10)
+    dataset = build_dataset(tmp_path, 160, groups_per_shard=80, rows_per_row_group=10)
     held = Candidates(at_random=5, per_kind=2, near=10, seed=0)
     most = 0
     names = SamplerNames()
@@ -344,7 +354,7 @@ def test_incomplete_groups_alone_are_described(tmp_path: Path) -> None:
     waiting = IncompleteGroups(files=record.files)
     publish(tmp_path, lambda _: Manifest(groups=[], incomplete=waiting))
     report = check(report_of(tmp_path))
-    assert any("the dataset has no groups" in text for text in notices_of(report))
+    assert any("has no groups" in text for text in notices_of(report))
     assert report.facts["dataset"]["incomplete"]["groups"] == 3
 
 
@@ -441,11 +451,20 @@ def test_log_probs_of_another_number_of_tokens_are_an_error(tmp_path: Path) -> N
         report_of(tmp_path)
 
 
+@settings(max_examples=6)
+@given(st.tuples(group_strategy("a"), group_strategy("b")))
+def test_any_valid_groups_are_described(groups: tuple[Group, Group]) -> None:
+    """With rewards up to the largest number, and any characters."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_dataset(Path(folder) / "data", groups=groups, reference=False)
+        check(report_of(Path(folder) / "data", near_duplicate_groups=0))
+
+
 # ---- settings and values ----
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("chosen", "message"),
     [
         ({"beta": 0.0}, "beta is positive"),
         ({"eval_fraction": 1.0}, r"eval_fraction lies in \[0, 1\)"),
@@ -455,9 +474,9 @@ def test_log_probs_of_another_number_of_tokens_are_an_error(tmp_path: Path) -> N
         ({"dataset": ""}, "dataset must be set"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+def test_settings_are_checked(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ReportSettings(**{"dataset": "data", **settings})
+        ReportSettings(**{"dataset": "data", **chosen})
 
 
 def test_values_of_json_have_null_for_what_is_no_number() -> None:
@@ -467,3 +486,27 @@ def test_values_of_json_have_null_for_what_is_no_number() -> None:
 
 def test_the_bounds_of_training_are_those_of_the_report() -> None:
     assert preflight.WIDE_GAP_NATS == data_rules.WIDE_GAP_NATS
+
+
+def test_examples_of_the_check_are_shown_and_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finding's first groups are among the groups to read, with its flag."""
+    from gvpo_offline.findings.finding import Finding, Place
+    from gvpo_offline.report.dataset import build
+
+    build_dataset(tmp_path, 120)
+    finding = Finding(
+        *("reward-outliers", "error", "a reward is far off", 1, 120, "groups", "read it"),
+        examples=[Place("file", 99, "group-00099"), Place("file")],
+    )
+    monkeypatch.setattr(build, "findings_of", lambda opened: [finding])
+    report = check(report_of(tmp_path, groups_to_read=10, near_duplicate_groups=0))
+    first = report.page.groups[0]
+    assert first.group_id == "group-00099"
+    assert "check: reward-outliers" in first.flags
+    notice = next(b for b in report.page.sections[0].blocks if isinstance(b, Notice))
+    assert (notice.severity, notice.flag) == ("error", "check: reward-outliers")
+    assert (notice.text, notice.remedy) == ("A reward is far off.", "Read it.")
+    assert report.facts["check"]["verdict"] == "fail"
+    assert report.facts["check"]["findings"][0]["rule"] == "reward-outliers"

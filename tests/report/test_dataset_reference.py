@@ -371,7 +371,8 @@ LARGE = ModelShape(
 
 def test_the_memory_is_that_of_the_documented_table(tmp_path: Path) -> None:
     """At T = 8,192 the table has: weights 24.7, copies 3.1, inputs 1.4, one layer 1.0, its
-    gradients 0.6, last hidden states 0.1, output layer 1.4 GB; its kept logits are 0, and here 1 GB."""
+    gradients 0.6, last hidden states 0.1, output layer 1.4 GB; it
+    keeps no logits, and here 1 GB is kept."""
     settings = ReportSettings(
         dataset="x",
         model_name_or_path="m",

@@ -21,6 +21,7 @@ from gvpo_offline.train.data_rules import WIDE_GAP_NATS, alpha_of
 from gvpo_offline.tune.search import beta_candidates, initial_beta
 
 LEAST_NATS, MOST_NATS = 1.0, 10.0
+_SMALLEST = 1e-300  # gap of which betas are numbers
 # A log is nearly all wrong if at most this share of responses is better than the lowest reward, or
 # if half of the groups have no better one: the log of task "carry" in docs/evidence/results.md has
 # 9% and 55%.
@@ -69,14 +70,16 @@ class BetaFacts:
 
 
 def beta_facts(frame: Frame, beta: float) -> BetaFacts | None:
-    """The facts of a frame; None without groups of unequal rewards."""
+    """The facts of a frame; None without groups of unequal rewards of a usual size."""
     if frame.rewards is None or not frame.n_groups:
         return None
     gaps = frame.largest(frame.rewards) - frame.smallest(frame.rewards)
-    gaps = gaps[gaps > 0]
+    gaps = gaps[(gaps > 0) & np.isfinite(gaps)]
     if not len(gaps):
         return None
     low, median, high = quantiles(gaps, (0.1, 0.5, 0.9))
+    if not _SMALLEST < median < 1 / _SMALLEST:
+        return None
     candidates = beta_candidates(median)
     rows = []
     for each in sorted({*candidates, beta}):

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
+
 from gvpo_offline.report.dataset.collect import Collected, collect
-from gvpo_offline.report.dataset.glance import findings_of, glance, glance_facts, info_of
+from gvpo_offline.report.dataset.glance import (
+    findings_of,
+    glance,
+    glance_facts,
+    groups_of,
+    info_of,
+)
 from gvpo_offline.report.dataset.opened import Opened, open_for_report
 from gvpo_offline.report.dataset.read import groups_to_read
 from gvpo_offline.report.dataset.section_beta import beta_section
@@ -13,7 +22,7 @@ from gvpo_offline.report.dataset.section_cost import cost_section
 from gvpo_offline.report.dataset.section_duplicates import duplicates_section
 from gvpo_offline.report.dataset.section_reference import reference_section
 from gvpo_offline.report.dataset.section_rewards import rewards_section
-from gvpo_offline.report.page.blocks import GroupToRead, Page, Section
+from gvpo_offline.report.page.blocks import GroupToRead, Notice, Page, Section
 from gvpo_offline.report.report import Report, json_value
 from gvpo_offline.report.settings import ReportSettings
 from gvpo_offline.store.location import is_url, local_path
@@ -38,15 +47,18 @@ def dataset_report(settings: ReportSettings) -> Report:
     texts, tokenizer = texts_of(
         opened.dataset.manifest, settings.tokenizer_name_or_path, settings.chat_template
     )
-    found = collect(opened, settings)
+    findings = findings_of(opened)
+    # Rewards of 1e200 are valid, and their squares overflow: such figures are then left out.
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = collect(opened, settings, groups_of(findings))
+        described = _sections(found, settings)
     groups = groups_to_read(found.chosen, texts, found.known, settings.groups_to_read)
     info = info_of(opened, settings)
-    findings = findings_of(opened)
-    sections = [glance(opened, settings, info, found.facts, findings), *_sections(found, settings)]
+    sections = [glance(opened, info, found.facts, findings), *described]
     page = Page(
         title=f"Dataset {name_of(settings.dataset)}",
         subtitle=_subtitle(opened, settings),
-        sections=sections,
+        sections=[_as_sentences(section) for section in sections],
         groups=groups,
         groups_note=_groups_note(groups, found, tokenizer),
     )
@@ -67,6 +79,25 @@ def name_of(path: str) -> str:
     """The last part of a dataset's path or URL."""
     last = path.rstrip("/").rpartition("/")[2]
     return last or path if is_url(path) else local_path(path).resolve().name or path
+
+
+def _as_sentences(section: Section) -> Section:
+    """A section whose notices begin with a capital and end with a full stop."""
+    blocks = [
+        replace(block, text=_sentence(block.text), remedy=_sentence(block.remedy))
+        if isinstance(block, Notice)
+        else block
+        for block in section.blocks
+    ]
+    return replace(section, blocks=blocks)
+
+
+def _sentence(text: str) -> str:
+    first = text.split(" ", 1)[0]
+    # Names of settings, commands and paths stay as they are written.
+    if first.isascii() and first.isalpha() and first != "gvpo":
+        text = text[0].upper() + text[1:]
+    return text if not text or text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _sections(found: Collected, settings: ReportSettings) -> list[Section]:

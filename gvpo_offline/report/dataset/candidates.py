@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from gvpo_offline.report.dataset.batch import Batch
 from gvpo_offline.report.dataset.duplicates import repeats_in_group
 from gvpo_offline.report.dataset.reference import unlikely_of
 
-RANDOM = "chosen at random"
+RANDOM, WANTED = "chosen at random", "an example of the check"
 EQUAL, ALL_WRONG = "equal rewards", "all lowest reward"
 GAP, LONGEST = "largest reward gap", "longest response"
 LOWEST, UNLIKELY = "lowest reference log-prob", "unlikely under the reference"
@@ -86,13 +86,15 @@ class Candidates:
         near: number of groups at random that are kept to be compared for near-duplicates.
         seed: of the random choice.
         held_out: sorted unique keys of the prompts of held-out data; None: not asked for.
+        wanted: flags of groups that are to be shown, by their ids.
     """
 
     at_random: int
     per_kind: int
     near: int
     seed: int
-    held_out: np.ndarray | None = None  # type: ignore[type-arg]
+    held_out: np.ndarray | None = None
+    wanted: Mapping[str, Sequence[str]] = field(default_factory=dict)
     _kinds: dict[str, _Best] = field(default_factory=dict)
     _kept: dict[Key, Candidate] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
@@ -103,6 +105,7 @@ class Candidates:
         everywhere = np.ones(len(ties), np.bool_)
         self._offer(batch, RANDOM, ties, ties, everywhere, max(self.at_random, self.near))
         if self.per_kind:
+            self._offer(batch, WANTED, ties, ties, self._wanted(batch), len(self.wanted))
             for kind, (cost, flags) in self._kinds_of(batch, ties).items():
                 self._offer(batch, kind, cost, ties, flags, self.per_kind)
         self._forget()
@@ -183,6 +186,11 @@ class Candidates:
             found[UNLIKELY] = (ties, np.logical_or.reduceat(unlikely, starts))
         return found
 
+    def _wanted(self, batch: Batch) -> BoolArray:
+        if not self.wanted:
+            return np.zeros(len(batch.group_ids), np.bool_)
+        return np.array([group in self.wanted for group in batch.group_ids], np.bool_)
+
     def _repeated(self, batch: Batch) -> BoolArray:
         """(G,) whether a group's prompt was seen before."""
         flags = np.zeros(len(batch.prompt_keys), np.bool_)
@@ -200,18 +208,19 @@ class Candidates:
     def chosen(self, further: Iterable[tuple[str, Key]] = ()) -> list[tuple[Candidate, str]]:
         """The groups to show, each once, with the kind that it was chosen for.
 
-        Kinds take turns, so that each has some groups however few are shown in the end; every
-        second group is one at random.
+        Examples of the check come first. Then kinds take turns, so that each has some groups
+        however few are shown in the end; every second group is one at random.
 
         Args:
             further: kinds and keys of groups of `near_sample` that stand out as well.
         """
-        kinds = {k: b.keys()[: self.per_kind] for k, b in self._kinds.items() if k != RANDOM}
+        kinds = {k: b.keys() for k, b in self._kinds.items() if k != RANDOM}
         for kind, key in further:
             if len(kinds.setdefault(kind, [])) < self.per_kind:
                 kinds[kind].append(key)
         at_random = self._kinds[RANDOM].keys()[: self.at_random] if self._kinds else []
         order: list[tuple[str, Key]] = []
+        order += [(WANTED, key) for key in kinds.pop(WANTED, [])]
         while at_random or any(kinds.values()):
             for kind in list(kinds):
                 if kinds[kind]:

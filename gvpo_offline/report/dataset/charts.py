@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gvpo_offline.report.page.blocks import Cell, Chart
+from gvpo_offline.report.page.blocks import Chart
 
-Rows = Sequence[Mapping[str, Cell]]
+Rows = Sequence[Mapping[str, Any]]
 Channel = dict[str, Any]
 MOST_ROWS = 2000
 

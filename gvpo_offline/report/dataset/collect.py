@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +129,14 @@ class _Counts:
             self.masked_groups += len(column) - column.null_count
 
 
-def collect(opened: Opened, settings: ReportSettings) -> Collected:
+def collect(
+    opened: Opened, settings: ReportSettings, wanted: Mapping[str, Sequence[str]] | None = None
+) -> Collected:
     """Read the dataset once, and state its facts.
+
+    Args:
+        opened, settings: the dataset.
+        wanted: flags of groups that are to be shown, by their ids; None: of no group.
 
     Raises:
         DataError, IntegrityError: a file is damaged, or a group breaks a rule.
@@ -146,6 +152,7 @@ def collect(opened: Opened, settings: ReportSettings) -> Collected:
         near=settings.near_duplicate_groups,
         seed=settings.seed,
         held_out=None if held_out is None else held_out[0],
+        wanted=wanted or {},
     )
     for number in _shown(_row_groups(dataset, settings), settings):
         batch = read_batch(dataset, number, names, len(opened.components))
@@ -166,7 +173,10 @@ def collect(opened: Opened, settings: ReportSettings) -> Collected:
         opened, settings, frame, positions, _totals(counts, sizes, frame, dataset), near, held
     )
     return Collected(
-        facts, frame, candidates.chosen(_further(near)), _known(opened, frame, facts, held_out)
+        facts,
+        frame,
+        candidates.chosen(_further(near)),
+        _known(opened, frame, facts, held_out, wanted or {}),
     )
 
 
@@ -274,7 +284,13 @@ def _held_out_facts(
     return held_out_facts(frame, str(settings.held_out), keys, same)
 
 
-def _known(opened: Opened, frame: Frame, facts: DatasetFacts, held_out: Any) -> Known:
+def _known(
+    opened: Opened,
+    frame: Frame,
+    facts: DatasetFacts,
+    held_out: Any,
+    wanted: Mapping[str, Sequence[str]],
+) -> Known:
     prompts, counts = np.unique(frame.prompt_keys, return_counts=True)
     near = facts.near
     return Known(
@@ -284,4 +300,5 @@ def _known(opened: Opened, frame: Frame, facts: DatasetFacts, held_out: Any) -> 
         near_prompts=frozenset() if near is None else near.prompt_keys,
         shared_prompts=prompts[counts > 1],
         held_out=np.zeros(0, np.uint64) if held_out is None else held_out[0],
+        wanted=wanted,
     )

@@ -92,11 +92,11 @@ def cost_facts(frame: Frame, settings: ReportSettings, n_groups: int) -> CostFac
     )
 
 
-def _quantiles(values: np.ndarray) -> list[float]:  # type: ignore[type-arg]
+def _quantiles(values: np.ndarray) -> list[float]:
     return [float(value) for value in np.quantile(values, LENGTH_QUANTILES)]
 
 
-def _layout_tokens(frame: Frame) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def _layout_tokens(frame: Frame) -> dict[str, np.ndarray]:
     """(G,) input tokens of each group by layout, as `GroupShape.tokens` has them."""
     k, prompts = frame.sizes, frame.prompt_lengths
     total = frame.sums(frame.lengths).astype(np.int64)
@@ -109,7 +109,7 @@ def _layout_tokens(frame: Frame) -> dict[str, np.ndarray]:  # type: ignore[type-
     }
 
 
-def _passes(frame: Frame, kept: np.ndarray, settings: ReportSettings) -> dict[str, float]:  # type: ignore[type-arg]
+def _passes(frame: Frame, kept: np.ndarray, settings: ReportSettings) -> dict[str, float]:
     """Mean forward passes of a step by layout, over steps of groups at random."""
     groups = np.flatnonzero(kept)
     limit = settings.max_tokens_per_micro_batch

@@ -68,7 +68,7 @@ def duplicate_facts(frame: Frame) -> DuplicateFacts:
     )
 
 
-def repeats_in_group(keys: UInt64Array, group: np.ndarray) -> BoolArray:  # type: ignore[type-arg]
+def repeats_in_group(keys: UInt64Array, group: np.ndarray) -> BoolArray:
     """(N,) whether a response repeats an earlier one of its group; `group`: (N,) its group."""
     order = np.lexsort((keys, group))
     repeats = np.zeros(len(keys), np.bool_)
@@ -77,7 +77,7 @@ def repeats_in_group(keys: UInt64Array, group: np.ndarray) -> BoolArray:  # type
     return repeats
 
 
-def _repeats(frame: Frame) -> tuple[BoolArray, np.ndarray, BoolArray]:  # type: ignore[type-arg]
+def _repeats(frame: Frame) -> tuple[BoolArray, np.ndarray, BoolArray]:
     """`repeats_in_group`; the responses sorted by group and key; and where a new key begins."""
     group = frame.group
     order = np.lexsort((frame.keys, group))
@@ -89,7 +89,7 @@ def _repeats(frame: Frame) -> tuple[BoolArray, np.ndarray, BoolArray]:  # type: 
     return repeats, order, new
 
 
-def _other_rewards(frame: Frame, order: np.ndarray, new: BoolArray) -> int:  # type: ignore[type-arg]
+def _other_rewards(frame: Frame, order: np.ndarray, new: BoolArray) -> int:
     if frame.rewards is None or not len(order):
         return 0
     rewards = frame.rewards[order]

@@ -20,6 +20,7 @@ from gvpo_offline.report.dataset.batch import Batch, Int64Array
 MOST_RESPONSES = 2_000_000
 _SAMPLING = 0x67726F757073
 Float32Array = npt.NDArray[np.float32]
+Columns = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,17 +118,17 @@ class FrameBuilder:
     _zeros: int = 0
     _kept: int = 0
     _keys: list[UInt64Array] = field(default_factory=list)
-    _groups: list[dict[str, npt.NDArray[Any]]] = field(default_factory=list)
-    _responses: list[dict[str, npt.NDArray[Any]]] = field(default_factory=list)
+    _groups: list[Columns] = field(default_factory=list)
+    _responses: list[Columns] = field(default_factory=list)
 
     def add(self, batch: Batch, first: Float32Array | None, last: Float32Array | None) -> None:
         """Keep the numbers of a batch; `first`, `last`: (N,), as in `Frame`."""
-        groups = {
+        groups: Columns = {
             "sizes": batch.sizes,
             "prompt_lengths": batch.prompt_lengths,
             "prompt_keys": batch.prompt_keys,
         }
-        responses = {
+        responses: Columns = {
             "sampler": batch.samplers.astype(np.int16),
             "lengths": batch.lengths.astype(np.int32),
             "counted": batch.counted.astype(np.int32),
@@ -155,8 +156,8 @@ class FrameBuilder:
     def _keep(
         self,
         keys: UInt64Array,
-        groups: dict[str, npt.NDArray[Any]],
-        responses: dict[str, npt.NDArray[Any]],
+        groups: Columns,
+        responses: Columns,
     ) -> None:
         if self._zeros:
             chosen = (keys & np.uint64((1 << self._zeros) - 1)) == 0
@@ -171,20 +172,23 @@ class FrameBuilder:
 
     def build(self, samplers: Sequence[str]) -> Frame:
         """The frame, with the names of samplers by number."""
-        groups = {name: self._joined(self._groups, name) for name in _GROUP_TYPES}
-        responses = {name: self._joined(self._responses, name) for name in _RESPONSE_TYPES}
         parts = self._optional("components")
-        return Frame(
-            share=1.0 / (1 << self._zeros),
-            samplers=list(samplers),
-            **{name: values.astype(_GROUP_TYPES[name]) for name, values in groups.items()},
-            **{name: values.astype(_RESPONSE_TYPES[name]) for name, values in responses.items()},
-            components=None if parts is None else parts.T,
+        columns: dict[str, Any] = {
+            **{
+                name: self._joined(self._groups, name).astype(kind)
+                for name, kind in _GROUP_TYPES.items()
+            },
+            **{
+                name: self._joined(self._responses, name).astype(kind)
+                for name, kind in _RESPONSE_TYPES.items()
+            },
             **{name: self._optional(name) for name in ("rewards", "ref", "first", "last")},
-        )
+            "components": None if parts is None else parts.T,
+        }
+        return Frame(share=1.0 / (1 << self._zeros), samplers=list(samplers), **columns)
 
     @staticmethod
-    def _joined(pieces: Sequence[dict[str, npt.NDArray[Any]]], name: str) -> npt.NDArray[Any]:
+    def _joined(pieces: Sequence[Columns], name: str) -> npt.NDArray[Any]:
         return np.concatenate([piece[name] for piece in pieces]) if pieces else np.zeros(0)
 
     def _optional(self, name: str) -> npt.NDArray[Any] | None:
@@ -200,8 +204,12 @@ class FrameBuilder:
         return np.concatenate(missing)
 
 
-_GROUP_TYPES = {"sizes": np.int64, "prompt_lengths": np.int64, "prompt_keys": np.uint64}
-_RESPONSE_TYPES = {
+_GROUP_TYPES: dict[str, Any] = {
+    "sizes": np.int64,
+    "prompt_lengths": np.int64,
+    "prompt_keys": np.uint64,
+}
+_RESPONSE_TYPES: dict[str, Any] = {
     "sampler": np.int64,
     "lengths": np.int64,
     "counted": np.int64,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -32,12 +34,12 @@ from gvpo_offline.report.page.blocks import (
 from gvpo_offline.report.settings import ReportSettings
 from gvpo_offline.store.import_versions import import_warnings
 from gvpo_offline.store.location import is_url
+from gvpo_offline.store.manifest import Manifest
 from gvpo_offline.store.storage import LocalStorage
 
 VERDICTS = {"pass": "passes", "warn": "passes with warnings", "fail": "fails"}
-# The kind of group (`candidates`) that a finding of the gate is about, by its rule.
-FLAGS: dict[str, str] = {}
 _MOST_ROWS = 50
+_EXAMPLES = 3  # groups of each finding that the page shows
 
 
 def info_of(opened: Opened, settings: ReportSettings) -> DatasetInfo:
@@ -51,7 +53,6 @@ def info_of(opened: Opened, settings: ReportSettings) -> DatasetInfo:
 
 def glance(
     opened: Opened,
-    settings: ReportSettings,
     info: DatasetInfo,
     facts: DatasetFacts,
     findings: Sequence[Finding] | None,
@@ -59,7 +60,7 @@ def glance(
     """The section.
 
     Args:
-        opened, settings: the dataset.
+        opened: the dataset.
         info: as `ls` describes it.
         facts: what was read.
         findings: of the gate; None: the gate was not asked.
@@ -82,7 +83,7 @@ def glance(
         "At a glance",
         "Compare the counts with what you meant to log: a missing sampler, a reward of an old "
         "version or another tokenizer is seen here first. Where the check below fails, correct the "
-        "dataset before you train; `gvpo-offline validate` prints the same findings.",
+        "dataset before you train; gvpo-offline validate prints the same findings.",
         blocks,
     )
 
@@ -112,7 +113,7 @@ def _figures(
         Figure("reward", opened.reward or "none", _reward_note(facts)),
         Figure("reference", _reference_name(opened), _reference_note(facts)),
         Figure("size", size_text(described["total"]["bytes"]), f"version {manifest.version}"),
-        Figure("tokenizer", tokenizer_text(manifest)),
+        _tokenizer(manifest),
     ]
     if manifest.n_incomplete:
         found.append(
@@ -123,6 +124,14 @@ def _figures(
             0, Figure("check", VERDICTS[verdict(findings)], counted(len(findings), "finding"))
         )
     return found
+
+
+def _tokenizer(manifest: Manifest) -> Figure:
+    found = manifest.tokenizer
+    if found is None:
+        return Figure("tokenizer", tokenizer_text(manifest))
+    name = found.name_or_path.rstrip("/").rpartition("/")[2] or found.name_or_path
+    return Figure("tokenizer", name, f"{found.vocab_size:,} ids; {found.fingerprint[:12]}")
 
 
 def _counted_note(facts: DatasetFacts) -> str:
@@ -200,9 +209,29 @@ def _sample_notices(facts: DatasetFacts) -> list[Block]:
 
 def _findings(findings: Sequence[Finding] | None) -> list[Block]:
     return [
-        Notice(each.severity, each.text, each.remedy, FLAGS.get(each.rule, ""))
+        Notice(each.severity, each.text, each.remedy, flag_of(each) if _has_groups(each) else "")
         for each in findings or ()
     ]
+
+
+def flag_of(finding: Finding) -> str:
+    """The flag of the groups that a finding of the gate gives as examples."""
+    return f"check: {finding.rule}"
+
+
+def _has_groups(finding: Finding) -> bool:
+    return any(place.group is not None for place in finding.examples)
+
+
+def groups_of(findings: Sequence[Finding] | None) -> dict[str, list[str]]:
+    """The flags of each group that findings of the gate give as an example, by its id."""
+    flags: dict[str, list[str]] = {}
+    for each in findings or ():
+        for group in [place.group for place in each.examples if place.group is not None][
+            :_EXAMPLES
+        ]:
+            flags.setdefault(group, []).append(flag_of(each))
+    return flags
 
 
 def _tables(info: DatasetInfo, facts: DatasetFacts) -> list[Block]:
@@ -273,18 +302,16 @@ def _limited(table: Table) -> Table:
     left = len(table.rows) - _MOST_ROWS
     if left <= 0:
         return table
-    note = f"{left:,} further rows are left out; `gvpo-offline ls` prints all."
+    note = f"{left:,} further rows are left out; gvpo-offline ls prints all."
     return Table(table.id, table.title, table.columns, table.rows[:_MOST_ROWS], note)
 
 
 def findings_of(opened: Opened) -> Sequence[Finding] | None:
     """The gate's light findings; None while this version has no gate."""
-    try:
-        from gvpo_offline.findings.light import light_findings  # type: ignore[import-not-found]
-        from gvpo_offline.findings.thresholds import Thresholds  # type: ignore[import-not-found]
-    except ImportError:
+    if importlib.util.find_spec("gvpo_offline.findings.light") is None:
         return None
-    found: Sequence[Finding] = light_findings(opened.dataset, Thresholds())
+    light = importlib.import_module("gvpo_offline.findings.light")
+    found: Sequence[Finding] = light.light_findings(opened.dataset)
     return found
 
 

@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from gvpo_offline.group import FloatArray
 
+_LARGE = 1e15  # from here on, numbers are written with an exponent
+
 
 def correlation(one: FloatArray, other: FloatArray) -> float:
     """Pearson's correlation of values that are centred already; NaN if all of one are 0."""
     squares = float(np.dot(one, one)), float(np.dot(other, other))
-    if not all(value > 0 for value in squares):
+    if not all(0 < value < math.inf for value in squares):
         return math.nan
     return float(np.dot(one, other)) / math.sqrt(squares[0]) / math.sqrt(squares[1])
 
@@ -47,7 +49,7 @@ def plain(value: float, digits: int = 3) -> str:
     """A number as text."""
     if not math.isfinite(value):
         return "none"
-    if value and abs(value) >= 10**digits:
+    if 10**digits <= abs(value) < _LARGE:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 

@@ -52,7 +52,7 @@ class PositionSums:
         scored = np.flatnonzero(held.stops > held.starts)
         starts, stops = held.starts[scored], held.stops[scored]
         weights = None if held.counted is None else held.counted.astype(np.float32)
-        values = held.values if weights is None else np.where(held.counted, held.values, 0)
+        values = held.values if weights is None else held.values * weights
         samplers = batch.samplers[scored]
         # Responses are neighbours, so the end of a response is the beginning of the next: the
         # beginnings of all ranges that are not empty divide the tokens into the ranges.

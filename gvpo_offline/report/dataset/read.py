@@ -43,14 +43,16 @@ class Known:
         near, near_prompts: keys of groups with near-duplicates.
         shared_prompts: sorted keys of prompts that several groups have.
         held_out: sorted keys of the prompts of held-out data.
+        wanted: further flags of groups, by their ids.
     """
 
     lowest: float
     components: Sequence[str]
     near: frozenset[Key]
     near_prompts: frozenset[Key]
-    shared_prompts: np.ndarray  # type: ignore[type-arg]
-    held_out: np.ndarray  # type: ignore[type-arg]
+    shared_prompts: np.ndarray
+    held_out: np.ndarray
+    wanted: Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,7 @@ def _whole(candidate: Candidate, kind: str) -> _Whole:
     return _Whole(candidate, group, kind, prompt_key, logprobs, unlikely)
 
 
-def _counted(group: Group) -> np.ndarray:  # type: ignore[type-arg]
+def _counted(group: Group) -> np.ndarray:
     if group.loss_mask is None:
         return np.array(group.response_lengths, np.float64)
     return np.array([mask.sum() for mask in group.loss_mask], np.float64)
@@ -193,12 +195,12 @@ def _flags(whole: _Whole, known: Known) -> list[str]:
         kinds.NEAR_PROMPT: whole.candidate.key in known.near_prompts,
         kinds.HELD_OUT: _among(whole.prompt_key, known.held_out),
     }
-    flags = [name for name, held in has.items() if held]
+    flags = [*known.wanted.get(group.group_id, ()), *(name for name, held in has.items() if held)]
     # Extremes (largest gap, longest, lowest log-prob) and chance are why a group is here.
-    return flags if whole.kind in has else [*flags, whole.kind]
+    return flags if whole.kind in has or whole.kind == kinds.WANTED else [*flags, whole.kind]
 
 
-def _among(key: int, keys: np.ndarray) -> bool:  # type: ignore[type-arg]
+def _among(key: int, keys: np.ndarray) -> bool:
     return bool(len(keys)) and bool(np.isin(np.uint64(key), keys))
 
 

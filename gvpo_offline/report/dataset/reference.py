@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.report.dataset.frame import Frame
@@ -144,7 +146,7 @@ def unlikely_responses(frame: Frame, per_token: FloatArray) -> BoolArray:
     return unlikely_of(per_token, frame.group, frame.n_groups)
 
 
-def unlikely_of(per_token: FloatArray, group: np.ndarray, n_groups: int) -> BoolArray:  # type: ignore[type-arg]
+def unlikely_of(per_token: FloatArray, group: np.ndarray, n_groups: int) -> BoolArray:
     """As `unlikely_responses`; `group`: (N,) the group of each response, ascending."""
     scored = np.flatnonzero(~np.isnan(per_token))
     order = scored[np.lexsort((per_token[scored], group[scored]))]
@@ -207,12 +209,12 @@ def _histogram(per_token: FloatArray) -> list[tuple[float, float, int]]:
     return found[::-1]
 
 
-def _mean(values: FloatArray) -> float:
+def _mean(values: npt.NDArray[Any]) -> float:
     held = values[~np.isnan(values)]
     return float(held.astype(np.float64).mean()) if len(held) else math.nan
 
 
-def _edge(values: FloatArray) -> EdgeTokens:
+def _edge(values: npt.NDArray[Any]) -> EdgeTokens:
     held = values[~np.isnan(values)].astype(np.float64)
     return EdgeTokens(len(held), _mean(held), *quantiles(held, QUANTILES))
 
@@ -224,12 +226,15 @@ def _by_sampler(frame: Frame, per_token: FloatArray, unlikely: BoolArray) -> lis
         values = values[~np.isnan(values)]
         first = math.nan if frame.first is None else _mean(frame.first[own])
         last = math.nan if frame.last is None else _mean(frame.last[own[~frame.truncated[own]]])
+        low, median, high = quantiles(values, QUANTILES)
         found.append(
             SamplerReference(
-                name,
-                len(values),
-                _mean(values),
-                *quantiles(values, QUANTILES),
+                sampler=name,
+                responses=len(values),
+                per_token=_mean(values),
+                low=low,
+                median=median,
+                high=high,
                 unlikely=ratio(int(unlikely[own].sum()), len(values)),
                 first=first,
                 last=last,

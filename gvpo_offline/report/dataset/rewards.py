@@ -273,6 +273,8 @@ def by_writer(frame: Frame, rewards: FloatArray) -> ByWriter:
         table = np.bincount(rows * n + own, minlength=len(sizes) * n).reshape(len(sizes), n)
         normal += np.diag(table.sum(0)) - table.T @ (table / sizes[:, None])
     sums = np.bincount(sampler, deviations, n)
+    if not (np.isfinite(sums).all() and math.isfinite(total)):
+        return ByWriter(math.nan, math.nan, 0, len(rewards) - frame.n_groups)
     constants, _, rank, _ = np.linalg.lstsq(normal, sums, rcond=1e-10)
     degrees = len(rewards) - frame.n_groups
     share = float(constants @ sums) / total if total > 0 and rank else math.nan

@@ -31,7 +31,7 @@ from gvpo_offline.train.data_rules import WIDE_GAP_NATS
 LOOK_FOR = (
     "At the optimum, the log-ratios of a group's best and worst response differ by "
     f"(max R - min R)/β nats. {LEAST_NATS:g} to {MOST_NATS:g} nats is what a policy can reach: "
-    "take a β whose median lies there, about 4 nats to begin with, and let `gvpo-offline tune` "
+    "take a β whose median lies there, about 4 nats to begin with, and let gvpo-offline tune "
     "choose."
 )
 
@@ -46,6 +46,8 @@ def beta_section(
     blocks: list[Block] = []
     if rewards is None:
         blocks.append(Text("Without rewards there is no gap to divide by β."))
+    elif facts is None and rewards.equal_groups < rewards.groups:
+        blocks.append(Text("The rewards' differences are too large or small to be divided by β."))
     elif facts is None:
         blocks.append(
             Notice(
@@ -71,7 +73,7 @@ def _figures(facts: BetaFacts) -> list[Figure]:
             percent(own.within),
             f"{LEAST_NATS:g} to {MOST_NATS:g} nats, of the groups with unequal rewards",
         ),
-        Figure("β to begin with", f"{facts.first:g}", "about 4 nats; where `tune` begins"),
+        Figure("β to begin with", f"{facts.first:g}", "about 4 nats; where tune begins"),
     ]
 
 
@@ -157,7 +159,7 @@ def _table(facts: BetaFacts) -> Table:
         ],
         rows,
         "Quantiles over the groups with unequal rewards. All rows but the one that is set are the "
-        "candidates of `gvpo-offline tune`.",
+        "candidates of gvpo-offline tune.",
     )
 
 
@@ -184,7 +186,7 @@ def _losses(
                 "the responses look like the reference's own answers: one sampler, and hardly any "
                 "response that the reference would not say",
                 "such logs need a lower learning rate than mixed ones (in the study a tenth of "
-                "it): let `gvpo-offline tune` search it",
+                "it): let gvpo-offline tune search it",
             )
         )
     return found

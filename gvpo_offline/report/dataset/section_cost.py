@@ -107,7 +107,7 @@ def _layouts(facts: CostFacts) -> Table:
             ),
         ],
         rows,
-        "The model decides which layouts are exact: `train` says at its start which it takes.",
+        "The model decides which layouts are exact: train says at its start which it takes.",
     )
 
 

@@ -116,8 +116,8 @@ def _exact(exact: DuplicateFacts, n_groups: int, n_responses: int) -> list[Block
                 f"{exact.repeated:,} responses ({percent(exact.repeated / n_responses)}) equal an "
                 f"earlier one of their group, in {exact.groups_repeating:,} groups; all responses "
                 f"are equal in {exact.groups_of_one:,} groups",
-                "raise the temperature of the sampler, or drop them (`gvpo-offline merge "
-                "--duplicates drop` removes equal responses of one reward)",
+                "raise the temperature of the sampler, or drop all but the first of them with "
+                "gvpo-offline compact --duplicates drop",
                 kinds.DUPLICATES,
             )
         )
@@ -138,7 +138,8 @@ def _exact(exact: DuplicateFacts, n_groups: int, n_responses: int) -> list[Block
                 "note",
                 f"{exact.groups_sharing:,} of {n_groups:,} groups share their prompt with another "
                 f"group; one prompt has {exact.most_groups:,}",
-                "`gvpo-offline merge` joins groups of one prompt if that is what you want",
+                "this is fine if it is meant; rows of one prompt become one group where an import "
+                "is given no column of group ids",
                 kinds.SHARED_PROMPT,
             )
         )

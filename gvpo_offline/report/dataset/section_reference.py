@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from gvpo_offline.report.dataset import candidates as kinds
 from gvpo_offline.report.dataset import charts
@@ -34,7 +35,7 @@ LOOK_FOR = (
     "Answers that a model would write itself have -3 to 0 nats per token. Far lower values of one "
     "sampler mean that the policy hardly imitates it; far lower values of all, or of first or last "
     "tokens alone, mean a wrong chat template, a wrong end token or another tokenizer: look at the "
-    "groups with `gvpo-offline show` and import the log again."
+    "groups with gvpo-offline show and import the log again."
 )
 
 
@@ -46,7 +47,7 @@ def reference_section(
     if facts is None:
         blocks.append(
             Text(
-                "The dataset has no reference log-probs. Score them with `gvpo-offline reference`."
+                "The dataset has no reference log-probs. Score them with gvpo-offline reference."
                 if has_groups
                 else "There are no groups."
             )
@@ -89,7 +90,7 @@ def _notices(facts: ReferenceFacts) -> list[Block]:
                 f"the reference would hardly say {facts.unlikely:,} responses ({percent(share)}) "
                 f"in {facts.groups_with_unlikely:,} groups{by}",
                 "read some of them: the policy learns to prefer them, but will not write them; "
-                "`tune` and the metrics likely_* give them little weight",
+                "tune and the metrics likely_* give them little weight",
                 kinds.UNLIKELY,
             )
         )
@@ -137,25 +138,23 @@ def _samplers(facts: ReferenceFacts) -> Table:
         for each in facts.samplers[:MOST_SAMPLERS]
     ]
     left = len(facts.samplers) - len(rows)
-    number = "number"
     return Table(
         "reference-samplers",
         "Reference log-probs by sampler, nats per token",
         [
             Column("sampler"),
             Column("responses", "count"),
-            Column("mean", number),
-            Column("5%", number),
-            Column("median", number),
-            Column("95%", number),
+            *(Column(name, "number") for name in ("mean", "5%", "median", "95%")),
             Column(
                 "hardly said",
                 "share",
                 explanation=f"Responses more than {SLACK:g} nats per token below the median of "
                 "their group: those that the metrics likely_* give less weight.",
             ),
-            Column("first token", number, explanation="Mean, nats; stored log-probs only."),
-            Column("last token", number, explanation="Mean, nats; of responses that were not cut."),
+            Column("first token", "number", explanation="Mean, nats; stored log-probs only."),
+            Column(
+                "last token", "number", explanation="Mean, nats; of responses that were not cut."
+            ),
             Column("cut", "share", explanation="Responses that a limit of tokens ended."),
         ],
         rows,
@@ -193,7 +192,7 @@ def _edges(facts: ReferenceFacts) -> list[Block]:
         return [
             Text(
                 "Log-probs of single tokens are not stored, so nothing can be said of first and "
-                "last tokens. `gvpo-offline reference` stores them."
+                "last tokens. gvpo-offline reference stores them."
             )
         ]
     return [
@@ -220,7 +219,7 @@ def _edge_row(name: str, edge: EdgeTokens) -> tuple[str | int | float | None, ..
 def _positions(facts: ReferenceFacts) -> list[Block]:
     shown = [each.sampler for each in facts.samplers[:MOST_LINES]]
     held = [each for each in facts.positions if each.sampler in shown]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "sampler": each.sampler,
             "position": each.positions,

@@ -13,7 +13,6 @@ from gvpo_offline.report.dataset.numbers import cell, percent, plain
 from gvpo_offline.report.dataset.rewards import ByLength, ByWriter, RewardFacts
 from gvpo_offline.report.page.blocks import (
     Block,
-    Chart,
     Column,
     Figure,
     Figures,
@@ -39,13 +38,13 @@ def rewards_section(facts: RewardFacts | None, frame: Frame) -> Section:
     """The section of a dataset; without rewards it says how to add some."""
     if facts is None or frame.rewards is None:
         text = "The dataset has no reward. " if frame.n_groups else "There are no groups. "
-        remedy = "Compute one with `gvpo-offline reward`, or import a log that has a reward column."
+        remedy = "Compute one with gvpo-offline reward, or import a log that has a reward column."
         return Section("rewards", "Rewards", LOOK_FOR, [Text(text + remedy)])
     blocks: list[Block] = [
         Figures(_figures(facts)),
         *_notices(facts),
         _samplers(facts),
-        _histogram(facts, frame.rewards),
+        *_histogram(facts, frame.rewards),
         *_gaps(facts, frame),
         *_length(facts.by_length),
         Text(_writer_text(facts.by_writer)),
@@ -208,7 +207,7 @@ def _samplers(facts: RewardFacts) -> Table:
     )
 
 
-def _histogram(facts: RewardFacts, rewards: np.ndarray) -> Chart:  # type: ignore[type-arg]
+def _histogram(facts: RewardFacts, rewards: np.ndarray) -> list[Block]:
     values, counts = np.unique(rewards, return_counts=True)
     title = "Rewards of the responses"
     common = values[int(counts.argmax())]
@@ -216,6 +215,8 @@ def _histogram(facts: RewardFacts, rewards: np.ndarray) -> Chart:  # type: ignor
         f"Mean {plain(facts.mean)}, from {plain(facts.lowest)} to {plain(facts.highest)}; the most "
         f"frequent reward is {plain(float(common))}, of {percent(counts.max() / len(rewards))}."
     )
+    if len(values) > _HISTOGRAM and not np.isfinite(values[-1] - values[0]):
+        return []  # no bins of equal width
     if len(values) <= _HISTOGRAM:
         labels = [f"{value:.6g}" for value in values]
         rows = [
@@ -230,16 +231,16 @@ def _histogram(facts: RewardFacts, rewards: np.ndarray) -> Chart:  # type: ignor
         ]
         x = charts.quantity("reward", "reward (middle of the bin)")
     spec = charts.bar(x, charts.quantity("responses", "responses"), tooltip=("reward", "responses"))
-    return charts.chart("rewards-histogram", title, summary, spec, rows)
+    return [charts.chart("rewards-histogram", title, summary, spec, rows)]
 
 
 def _gaps(facts: RewardFacts, frame: Frame) -> list[Block]:
     assert frame.rewards is not None
     gaps = frame.largest(frame.rewards) - frame.smallest(frame.rewards)
-    unequal = gaps[gaps > 0]
-    if not len(unequal):
+    widest = float(gaps.max())
+    if not (0 < widest < np.inf and widest / 20 > 0):
         return []
-    counts, edges = np.histogram(gaps, 20, (0.0, float(gaps.max())))
+    counts, edges = np.histogram(gaps, 20, (0.0, widest))
     rows = [
         {"gap": float((a + b) / 2), "groups": int(n)}
         for a, b, n in zip(edges, edges[1:], counts, strict=False)
