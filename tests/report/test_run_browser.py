@@ -47,11 +47,11 @@ def test_every_chart_is_drawn_and_the_console_is_silent(
         assert figures.count() == drawn.count() > 10
         loss = opened.page.locator("#chart-loss")
         # Warnings at steps 6 and 10 of each run.
-        pins = loss.locator(".mark-rule line")
+        pins = loss.locator(".mark-rule.role-mark line")
         assert pins.count() == 2 * n_runs
-        lines = loss.locator(".mark-line path")
+        lines = loss.locator(".mark-line.role-mark path")
         assert lines.count() == 2 * n_runs  # of training and held out
-        assert opened.page.locator("#chart-explained-variance .mark-rect path").count() == 1
+        assert opened.page.locator("#chart-explained-variance .mark-rect.role-mark path").count() == 1
         assert opened.page.title() == report.page.title
         assert opened.overflow() <= 0
         assert opened.faults == []
