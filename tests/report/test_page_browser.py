@@ -214,7 +214,11 @@ def test_a_group_shows_all_that_is_known_and_is_alone_in_the_document(opened: Op
     assert card.nth(1).locator(".words .uncounted").count() == 8
     assert card.nth(0).locator(".words .special").inner_text() == "<|im_end|>"
     assert card.nth(0).locator(".words span").count() == 91
-    assert "log-prob -" in (card.nth(0).locator(".words span").nth(1).get_attribute("title") or "")
+    card.nth(0).locator(".words span").nth(1).hover()
+    # Token 1 of response 0: -((37 % 50) / 16)^2 = -5.3477
+    assert opened.page.locator(".tooltip").inner_text().split("\n")[-1] == "-5.35 nats"
+    opened.page.mouse.move(0, 0)
+    assert not opened.page.locator(".tooltip").is_visible()
     expand = card.nth(3).locator(".expand")
     expand.click()
     assert card.nth(3).locator(".clamp").evaluate("node => node.scrollHeight === node.clientHeight")

@@ -104,6 +104,7 @@ def _page_script(*, live: bool) -> str:
     return "(() => {\n" + "".join(map(asset, parts)) + "})();\n"
 
 
+@cache
 def _environment() -> Environment:
     try:
         from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateNotFound

@@ -121,7 +121,7 @@ def _encoded(page: Page) -> tuple[bytes, str]:
 
 def _handler(live: LivePage) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        # HTTP/1.0, one connection a request: none outlives the server.
 
         def do_GET(self) -> None:
             if not self._is_for_us():

@@ -48,20 +48,10 @@ const CHART_CONFIG = {
   },
 };
 
-/** One line for each field of a mark, as text. */
+/** The fields of a mark, as text. */
 function chartTooltip(handler, event, item, value) {
-  const tip = $("#chart_tooltip") ?? document.body.appendChild(el("div", { id: "chart_tooltip", class: "tooltip", "aria-hidden": "true" }));
-  tip.hidden = value === null || value === undefined || value === "";
-  if (tip.hidden) return;
-  const lines = typeof value === "object" ? Object.entries(value) : [["", String(value)]];
-  tip.replaceChildren(
-    ...lines.map(([name, text]) => el("div", {}, el("span", {}, name), el("b", {}, String(text)))),
-  );
-  const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
-  tip.style.left = `${Math.max(Math.min(event.clientX + 14, room), 8)}px`;
-  const below = event.clientY + 16;
-  const fits = below + tip.offsetHeight < innerHeight;
-  tip.style.top = `${fits ? below : event.clientY - tip.offsetHeight - 12}px`;
+  const none = value === null || value === undefined || value === "";
+  showTooltip(event, none ? null : typeof value === "object" ? Object.entries(value) : [["", value]]);
 }
 
 /** The specification with a size: Vega-Lite fits single views to the page, not composed ones. */
