@@ -31,7 +31,7 @@ from gvpo_offline.report.page.blocks import (
 from gvpo_offline.report.page.fragment import group_html
 from gvpo_offline.report.page.html import render_page
 from gvpo_offline.report.page.packed import packed_response
-from gvpo_offline.report.page.written import number, share, sort_key, written
+from gvpo_offline.report.page.written import number, sentence, share, sort_key, written
 from gvpo_offline.visible import visible
 
 
@@ -204,6 +204,30 @@ def test_cells_of_other_kinds_and_their_sort_keys() -> None:
     assert written(1234.6, Column("n", "count")) == "1,235"
     keys = [sort_key(cell, column) for cell in (None, math.nan, 2, True, 0.5, "b\x1b")]
     assert keys == ["", "", "2.0", "1.0", "0.5", "b\\x1b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("two groups are equal", "Two groups are equal."),
+        ("Done!", "Done!"),
+        ("max_steps is 3", "max_steps is 3."),
+        ("`tune` it: see below", "`tune` it: see below."),
+        ("pip install x", "pip install x."),
+        ("gvpo-offline ls", "gvpo-offline ls."),
+        ("β is large…", "β is large…"),
+        ("", ""),
+    ],
+)
+def test_notices_are_sentences_whose_names_keep_their_letters(text: str, want: str) -> None:
+    assert sentence(text) == want
+
+
+def test_words_between_backticks_are_code_in_texts_of_the_package_and_nothing_else_is() -> None:
+    section = Section("one", "One", "Use `tune` <b>, not `x\x1b`.", [Text("`as it is`")])
+    html = render_page(Page("t", "s", [section]))
+    assert "Use <code>tune</code> &lt;b&gt;, not <code>x\\x1b</code>." in html
+    assert "`as it is`" in html
 
 
 def test_tokens_are_packed_by_the_lengths_that_javascript_counts() -> None:

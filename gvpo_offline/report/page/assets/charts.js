@@ -32,7 +32,7 @@ const CHART_CONFIG = {
   circle: { tooltip: true, size: 45, opacity: 0.8 },
   tick: { tooltip: true, thickness: 2 },
   line: { strokeWidth: 2 },
-  area: { opacity: 0.25, line: true },
+  area: { opacity: 0.25 },
   rule: { color: "var(--muted)" },
   text: { color: "var(--text)", fontSize: 12 },
   boxplot: { box: { fill: "var(--c1)" }, median: { color: "var(--surface)" }, rule: { color: "var(--muted)" }, outliers: { color: "var(--c1)", size: 20 }, ticks: { color: "var(--muted)" } },
@@ -77,6 +77,15 @@ function sized(spec, width, height, rows) {
   return { height, ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
 
+/** Labels of categories below a chart: upright if there is room, else slanted. */
+function labelAngle(spec, width, rows) {
+  const x = [spec, ...(spec.layer ?? []), spec.spec ?? {}].map((view) => view.encoding?.x).find((one) => one?.field);
+  if (!x) return 0;
+  const values = [...new Set(rows.map((row) => String(row[x.field] ?? "")))];
+  const longest = Math.max(0, ...values.map((value) => value.length));
+  return (7 * longest + 12) * values.length < width - 60 ? 0 : -38;
+}
+
 const chartViews = new WeakMap();
 const chartFacts = (figure) => JSON.parse($(".chart-data", figure).textContent);
 
@@ -90,10 +99,11 @@ async function drawChart(figure) {
     ...sized(spec, target.clientWidth, height, rows),
     data: { values: rows.map(finite) },
   };
+  const axisXDiscrete = { labelAngle: labelAngle(spec, target.clientWidth, rows) };
   chartViews.get(figure)?.finalize();
   try {
     const done = await window.vegaEmbed(target, full, {
-      mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: CHART_CONFIG,
+      mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: { ...CHART_CONFIG, axisXDiscrete },
       ast: true, // expressions are interpreted: the page's policy forbids eval
       tooltip: chartTooltip,
       logLevel: 1,
