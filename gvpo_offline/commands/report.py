@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -125,6 +126,7 @@ def serve(config: ReportConfig) -> None:
 
     live = LivePage(WatchedRuns(config.paths), port=config.port)
     say(f"{live.url} shows {', '.join(config.paths)} as the files change; Ctrl-C ends it")
+    sys.stdout.flush()  # the address, also where it is piped
     live.serve()
     say("ended")
 

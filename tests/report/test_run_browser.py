@@ -51,7 +51,9 @@ def test_every_chart_is_drawn_and_the_console_is_silent(
         assert pins.count() == 2 * n_runs
         lines = loss.locator(".mark-line.role-mark path")
         assert lines.count() == 2 * n_runs  # of training and held out
-        assert opened.page.locator("#chart-explained-variance .mark-rect.role-mark path").count() == 1
+        assert (
+            opened.page.locator("#chart-explained-variance .mark-rect.role-mark path").count() == 1
+        )
         assert opened.page.title() == report.page.title
         assert opened.overflow() <= 0
         assert opened.faults == []

@@ -165,7 +165,8 @@ class ResponseToRead:
         sampler: its sampler, or "policy at step N" for an answer that a run sampled.
         reward: its reward; None if it has none.
         tokens: in order; the page joins their texts.
-        n_tokens: how many the response has: more than `tokens` if the page shows its beginning.
+        n_tokens: how many the response has: more than `tokens` if the page shows its beginning; 0
+            if that is not known.
         ref_seq_logprob: its log-prob under the reference, nats; None if it has none.
         truncated: whether it was cut at a limit of tokens.
         components: further scores by name.

@@ -84,7 +84,7 @@ function responseCard(response, at) {
       pairs.push(["per token", shown(response.ref / response.n)]);
     }
   }
-  pairs.push(["tokens", shown(response.n)]);
+  if (response.n || !response.shown) pairs.push(["tokens", shown(response.n)]); // 0: not known
   for (const [name, value] of Object.entries(response.components)) pairs.push([name, shown(value)]);
   const words = el("div", { class: "clamp" }, responseText(response));
   const more = response.n > response.shown;
