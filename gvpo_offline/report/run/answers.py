@@ -67,7 +67,8 @@ def _group(
     while name in ids:
         name += "'"
     ids.add(name)
-    responses, numbers = [], {}
+    responses: list[ResponseToRead] = []
+    numbers: dict[str, float | None] = {}
     best = first.get("best_logged")
     if isinstance(best, str):
         responses.append(_response(LOGGED_BEST, best, first.get("best_logged_reward"), {}))
