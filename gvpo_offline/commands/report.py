@@ -226,8 +226,9 @@ COMMANDS: dict[str, Command] = {
         "Make a page of a dataset or of runs: one HTML file that needs no network, and JSON.",
         _run_report,
         (ReportConfig, ReportSettings),
-        "Example: gvpo-offline report data; gvpo-offline report run other_run; gvpo-offline report "
-        "run --live. Only paths, output, live and port are for runs.",
+        "Example: gvpo-offline report --paths data; or, shorter, gvpo-offline report data; "
+        "gvpo-offline report run other_run; gvpo-offline report run --live. Only paths, output, "
+        "live and port are for runs.",
         positional="paths",
     ),
 }
