@@ -135,7 +135,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"address": address, "sentence": sentence, "code": _code}
-    environment.tests["long"] = is_long
+    environment.tests |= {"long": is_long, "wide": is_wide}
     return environment
 
 
