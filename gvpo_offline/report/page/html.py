@@ -27,6 +27,7 @@ from gvpo_offline.report.page.written import (
     address,
     group_address,
     is_long,
+    is_wide,
     sentence,
     sort_key,
     written,
