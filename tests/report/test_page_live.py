@@ -155,7 +155,7 @@ def test_news_reach_an_open_page_and_leave_the_readers_place(browser: Browser) -
         expect(page.locator("#end")).to_contain_text("A section that is new.")
         expect(page.locator("#page_contents")).to_contain_text("The end")
         assert opened.marks("lengths") == 31
-        assert page.locator("#lengths tbody tr").count() == 31, "open details follow"
+        expect(page.locator("#lengths tbody tr")).to_have_count(31)  # open details follow
         assert page.locator("#reward-length svg").get_attribute("data-same") == "yes"
         names = page.locator("#by-sampler tbody td:first-child").all_inner_texts()
         assert names[:3] == ["inf", "new", "sonnet"], "sorted by the mean, as before"

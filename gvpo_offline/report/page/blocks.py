@@ -61,7 +61,9 @@ class Chart:
         title: its caption.
         summary: a sentence with its main figures: what a reader hears who does not see it.
         spec: a Vega-Lite specification without `data`, `width` and colours of the theme; it reads
-            the fields of `rows`.
+            the fields of `rows`. A mark may name a `style` of the theme: "band" (a faint region),
+            "guide" (a dashed line), "warning", "error", "muted". A layer that shows constants
+            alone, such as a band, needs `"data": {"values": [{}]}`, or it is drawn once a row.
         rows: its data; the page offers them as a table too.
         height: in pixels.
     """

@@ -27,6 +27,7 @@ from gvpo_offline.report.page.written import (
     address,
     group_address,
     is_long,
+    is_wide,
     sentence,
     sort_key,
     written,
@@ -135,7 +136,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"address": address, "sentence": sentence, "code": _code}
-    environment.tests["long"] = is_long
+    environment.tests |= {"long": is_long, "wide": is_wide}
     return environment
 
 

@@ -15,6 +15,7 @@ _SMALL = 1e-4
 # A first word that is no name of a setting, command or file.
 _WORD = re.compile(r"(?!pip )[a-z]+(?=[ ,;:])")
 _LONG_VALUE = 14  # characters of a figure's value that fit in large letters
+_WIDE_CELL = 48  # characters of a cell that want more than a narrow column
 
 
 def written(cell: Cell, column: Column) -> str:
@@ -87,3 +88,8 @@ def sentence(text: str) -> str:
 def is_long(value: str) -> bool:
     """Whether a figure's value, such as a path, is shown in smaller letters."""
     return len(value) > _LONG_VALUE
+
+
+def is_wide(cell: str) -> bool:
+    """Whether a cell's text needs a wide column to be read."""
+    return len(cell) > _WIDE_CELL

@@ -20,7 +20,7 @@ const CHART_CONFIG = {
   legend: {
     labelColor: "var(--text)", titleColor: "var(--muted)", labelFontSize: 12, titleFontSize: 12,
     titleFontWeight: "normal", orient: "top", direction: "horizontal", symbolSize: 90, offset: 8,
-    labelLimit: 220, columns: { signal: "max(1, floor(width / 190))" }, symbolStrokeWidth: 2,
+    labelLimit: 220, symbolStrokeWidth: 2,
   },
   header: { labelColor: "var(--text)", titleColor: "var(--muted)", labelFontSize: 12, titleFontWeight: "normal" },
   title: { color: "var(--text)", fontSize: 13, fontWeight: 600, anchor: "start" },
@@ -77,13 +77,24 @@ function sized(spec, width, height, rows) {
   return { height, ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
 
-/** Labels of categories below a chart: upright if there is room, else slanted. */
-function labelAngle(spec, width, rows) {
-  const x = [spec, ...(spec.layer ?? []), spec.spec ?? {}].map((view) => view.encoding?.x).find((one) => one?.field);
-  if (!x) return 0;
-  const values = [...new Set(rows.map((row) => String(row[x.field] ?? "")))];
-  const longest = Math.max(0, ...values.map((value) => value.length));
-  return (7 * longest + 12) * values.length < width - 60 ? 0 : -38;
+/** The names that a channel of a chart shows; none if it shows no field. */
+function namesOf(spec, channel, rows) {
+  const views = [spec, ...(spec.layer ?? []), spec.spec ?? {}];
+  const shows = views.map((view) => view.encoding?.[channel]).find((one) => one?.field);
+  return shows ? [...new Set(rows.map((row) => String(row[shows.field] ?? "")))] : [];
+}
+
+const longest = (names) => Math.max(0, ...names.map((name) => Math.min(name.length, 32)));
+
+/** What of the configuration depends on the room: labels are upright, and legends in columns. */
+function fitting(spec, width, rows) {
+  const below = namesOf(spec, "x", rows);
+  const upright = (7 * longest(below) + 12) * below.length < width - 60;
+  const columns = Math.floor((width - 60) / (7 * longest(namesOf(spec, "color", rows)) + 36));
+  return {
+    axisXDiscrete: { labelAngle: upright ? 0 : -38 },
+    legend: { ...CHART_CONFIG.legend, columns: Math.max(columns, 1) },
+  };
 }
 
 const chartViews = new WeakMap();
@@ -99,11 +110,10 @@ async function drawChart(figure) {
     ...sized(spec, target.clientWidth, height, rows),
     data: { values: rows.map(finite) },
   };
-  const axisXDiscrete = { labelAngle: labelAngle(spec, target.clientWidth, rows) };
   chartViews.get(figure)?.finalize();
   try {
     const done = await window.vegaEmbed(target, full, {
-      mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: { ...CHART_CONFIG, axisXDiscrete },
+      mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: { ...CHART_CONFIG, ...fitting(spec, target.clientWidth, rows) },
       ast: true, // expressions are interpreted: the page's policy forbids eval
       tooltip: chartTooltip,
       logLevel: 1,
