@@ -88,6 +88,8 @@ def main() -> None:
     installed = Path(gvpo_offline.__file__).resolve()
     if not installed.is_relative_to(Path(sysconfig.get_path("purelib")).resolve()):
         sys.exit(f"gvpo_offline was imported from {installed}, not from this environment")
+    if not (installed.parent / "report" / "page" / "assets" / "page.html").is_file():
+        sys.exit("the wheel lacks the files of report/page/assets")
     make_model(Path("model"), write_log(Path("log.jsonl")))
     model, cpu = {"model_name_or_path": "model"}, {"use_cpu": True}
     run("import", inputs=["log.jsonl"], output_dir="data", tokenizer_name_or_path="model")

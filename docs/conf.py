@@ -47,6 +47,7 @@ toctrees = {
             "howto/merging",
             "howto/show",
             "howto/report",
+            "howto/run-report",
             "howto/selecting",
             "howto/mixing",
             "howto/remote",

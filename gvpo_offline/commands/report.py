@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -125,6 +126,7 @@ def serve(config: ReportConfig) -> None:
 
     live = LivePage(WatchedRuns(config.paths), port=config.port)
     say(f"{live.url} shows {', '.join(config.paths)} as the files change; Ctrl-C ends it")
+    sys.stdout.flush()  # the address, also where it is piped
     live.serve()
     say("ended")
 
@@ -224,8 +226,9 @@ COMMANDS: dict[str, Command] = {
         "Make a page of a dataset or of runs: one HTML file that needs no network, and JSON.",
         _run_report,
         (ReportConfig, ReportSettings),
-        "Example: gvpo-offline report data; gvpo-offline report run other_run; gvpo-offline report "
-        "run --live. Only paths, output, live and port are for runs.",
+        "Example: gvpo-offline report --paths data; or, shorter, gvpo-offline report data; "
+        "gvpo-offline report run other_run; gvpo-offline report run --live. Only paths, output, "
+        "live and port are for runs.",
         positional="paths",
     ),
 }

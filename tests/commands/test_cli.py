@@ -41,6 +41,7 @@ COMMANDS = (
     "validate",
     "ls",
     "show",
+    "report",
     "push",
     "pull",
     "tune",

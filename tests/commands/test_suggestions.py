@@ -60,7 +60,10 @@ def line_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--compute_metrics", "m"], "evaluate and predict compute the metrics"),
         # A setting of another command.
         (["import", "--inputs", "a.jsonl", "b.jsonl"], "a list is one value, '[a, b]', and"),
-        (["import", "--beta", "1"], "It is a setting of gvpo-offline tune, train, evaluate."),
+        (
+            ["import", "--beta", "1"],
+            "It is a setting of gvpo-offline report, tune, train, evaluate.",
+        ),
         (["import", "--columns.messages", "x"], "Here it is --columns.prompt."),
         # The last part of the key is a setting of the command.
         (["reward", "--reward.name", "correct"], "received --reward.name. Did you mean --name?"),
@@ -122,7 +125,11 @@ def test_a_batch_setting_of_trl_is_answered(
             "num_generations: 4\n",
             "It is a setting of a sampler: samplers.NAME.responses.",
         ),
-        ("reference", "beta: 4\n", "It is a setting of gvpo-offline tune, train, evaluate."),
+        (
+            "reference",
+            "beta: 4\n",
+            "It is a setting of gvpo-offline report, tune, train, evaluate.",
+        ),
     ],
 )
 def test_a_wrong_key_is_answered(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from support.browser import chromium
+from support.browser import PATIENCE_MS, chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -15,4 +15,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as opened:
+        from playwright.sync_api import expect
+
+        expect.set_options(timeout=PATIENCE_MS)
         yield opened

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -181,7 +180,6 @@ def test_a_live_page_follows_a_run_that_writes_and_ends_with_a_line(tmp_path: Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     guard = threading.Timer(300, process.kill)
     guard.start()

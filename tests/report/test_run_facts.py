@@ -24,6 +24,7 @@ from support.made_run import (
     sampled,
     training_line,
 )
+from support.training import scored_dataset, trainer_of
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
 from gvpo_offline.report.page.blocks import Chart, Notice, Section, Table, Text
@@ -225,7 +226,7 @@ def test_answers_over_time_stand_beside_the_best_logged_one(tmp_path: Path) -> N
         for own in first.responses
     ]
     assert found == [
-        ("best logged", "the best of one", 1.0, 1),
+        ("best logged", "the best of one", 1.0, 0),  # its tokens are not in the file
         ("policy at step 5", "answer at 5", 0.5, 7),
         ("policy at step 10", "answer at 10", 1.0, 7),
     ]
@@ -245,6 +246,18 @@ def test_answers_of_two_runs_stand_together_and_long_histories_are_spread(tmp_pa
     assert len(names) == 1 + 2 + 8
     assert names[3] == "two: policy at step 5"
     assert names[-1] == "two: policy at step 119"
+
+
+def test_a_long_answer_is_cut_and_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    append(run, "samples.jsonl", [sample(1, "p", "x" * 30_000, 0.5, length=9_000)])
+    append(run, "events.jsonl", [event(1, "start", steps=1)])
+    tokens = run_report([run]).page.groups[0].responses[1].tokens
+    assert "".join(token.text for token in tokens) == (
+        "x" * 20_000 + " … the first 20,000 of 30,000 characters"
+    )
+    assert [token.special for token in tokens[:2]] == [False, True]
+    assert len(tokens) == 9_000
 
 
 def test_residuals_before_and_after(tmp_path: Path) -> None:
@@ -435,3 +448,33 @@ def test_hostile_names_and_texts_are_data(tmp_path: Path) -> None:
         if hasattr(own, "id")
     ]
     assert all(own.replace("-", "").isalnum() for own in ids)
+
+
+def test_a_real_run_has_a_page_with_the_figures_of_its_history(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    dataset = scored_dataset(tmp_path / "data", tiny_model_dir, 24)
+    trainer = trainer_of(
+        tiny_model_dir,
+        dataset,
+        tmp_path / "run",
+        eval_dataset=dataset,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    trainer.train()
+    facts = run_report([tmp_path / "run"]).facts["runs"][0]
+    history = trainer.state.log_history
+    evaluated = [line for line in history if "eval_loss" in line]
+    assert (facts["state"], facts["step"]) == ("finished", 3)
+    assert facts["sets"][1]["last"]["explained_variance"] == pytest.approx(
+        evaluated[-1]["eval_explained_variance"]
+    )
+    losses = {line["step"]: line["loss"] for line in history if "loss" in line}
+    chart = blocks(run_report([tmp_path / "run"]), Chart)["chart-loss"]
+    found = {
+        row["step"]: row["value"]
+        for row in chart.rows
+        if row["groups"] == "training" and row["value"] is not None
+    }
+    assert found == losses

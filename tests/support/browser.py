@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Dialog, Page
+    from playwright.sync_api import (
+        Browser,
+        BrowserContext,
+        ConsoleMessage,
+        Dialog,
+        Error,
+        Page,
+        Request,
+    )
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 WIDE = (1280, 900)
 NARROW = (390, 844)
+PATIENCE_MS = 60_000  # how long a busy machine may take for what comes at once on an idle one
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -57,21 +66,24 @@ class Opened:
             color_scheme="dark" if dark else "light",
             reduced_motion="reduce",
         )
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(PATIENCE_MS)
         self.page: Page = self.context.new_page()
-        self.page.on(
-            "console",
-            lambda said: (
-                self.faults.append(said.text) if said.type in ("error", "warning") else None
-            ),
-        )
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on(
-            "dialog", lambda dialog: (self.faults.append(dialog.message), dialog.dismiss())
-        )
-        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", self._said)
+        self.page.on("pageerror", self._raised)
+        self.page.on("dialog", self._dialog)
+        self.page.on("request", self._requested)
         self.page.goto(address)
         self.ready()
+
+    def _said(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.faults.append(message.text)
+
+    def _raised(self, error: Error) -> None:
+        self.faults.append(str(error))
+
+    def _requested(self, request: Request) -> None:
+        self.requests.append(request.url)
 
     def _dialog(self, dialog: Dialog) -> None:
         self.faults.append(dialog.message)
@@ -79,7 +91,7 @@ class Opened:
 
     def ready(self) -> None:
         """Wait until all charts are drawn."""
-        self.page.wait_for_selector("html[data-ready]", timeout=60_000)
+        self.page.wait_for_selector("html[data-ready]")
 
     def foreign_requests(self, own: str) -> list[str]:
         """The requests for anything but the page itself and what it holds."""

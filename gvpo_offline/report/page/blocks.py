@@ -61,7 +61,9 @@ class Chart:
         title: its caption.
         summary: a sentence with its main figures: what a reader hears who does not see it.
         spec: a Vega-Lite specification without `data`, `width` and colours of the theme; it reads
-            the fields of `rows`.
+            the fields of `rows`. A mark may name a `style` of the theme: "band" (a faint region),
+            "guide" (a dashed line), "warning", "error", "muted". A layer that shows constants
+            alone, such as a band, needs `"data": {"values": [{}]}`, or it is drawn once a row.
         rows: its data; the page offers them as a table too.
         height: in pixels.
     """
@@ -165,7 +167,8 @@ class ResponseToRead:
         sampler: its sampler, or "policy at step N" for an answer that a run sampled.
         reward: its reward; None if it has none.
         tokens: in order; the page joins their texts.
-        n_tokens: how many the response has: more than `tokens` if the page shows its beginning.
+        n_tokens: how many the response has: more than `tokens` if the page shows its beginning; 0
+            if that is not known.
         ref_seq_logprob: its log-prob under the reference, nats; None if it has none.
         truncated: whether it was cut at a limit of tokens.
         components: further scores by name.

@@ -47,7 +47,8 @@ def group_html(group: GroupToRead) -> str:
 
 
 def _response(response: ResponseToRead) -> str:
-    facts = [f"{response.n_tokens:,} tokens"]
+    known = response.n_tokens or not response.tokens
+    facts = [f"{response.n_tokens:,} tokens"] if known else []
     if response.ref_seq_logprob is not None:
         facts.append(f"reference {_number(response.ref_seq_logprob)} nats")
     facts += [f"{name} {_number(value)}" for name, value in response.components.items()]

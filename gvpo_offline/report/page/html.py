@@ -23,12 +23,21 @@ from typing import TYPE_CHECKING, Any
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.report.page.blocks import Block, Chart, Page, Table
 from gvpo_offline.report.page.packed import packed_group
-from gvpo_offline.report.page.written import address, group_address, sort_key, written
+from gvpo_offline.report.page.written import (
+    address,
+    group_address,
+    is_long,
+    is_wide,
+    sentence,
+    sort_key,
+    written,
+)
 from gvpo_offline.visible import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_BACKTICKS = re.compile("`([^`\n]+)`")
 _ID = re.compile(r"[A-Za-z0-9-]+")
 # Of the page itself. Its other ids have an underscore, as no block's has.
 _OWN_IDS = ("page", "groups-to-read")
@@ -104,6 +113,7 @@ def _page_script(*, live: bool) -> str:
     return "(() => {\n" + "".join(map(asset, parts)) + "})();\n"
 
 
+@cache
 def _environment() -> Environment:
     try:
         from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateNotFound
@@ -125,13 +135,21 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["address"] = address
+    environment.filters |= {"address": address, "sentence": sentence, "code": _code}
+    environment.tests |= {"long": is_long, "wide": is_wide}
     return environment
 
 
 def _shown(value: Any) -> Any:
     """A text with its control characters visible; other values, and markup, as they are."""
     return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _code(text: str) -> Any:
+    """Escaped text in which `words` between backticks are <code>: texts of this package alone."""
+    from markupsafe import escape
+
+    return _markup(_BACKTICKS.sub(r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def _markup(text: str) -> Any:

@@ -66,9 +66,14 @@ class LivePage:
         self._thread: threading.Thread | None = None
 
     @property
+    def port(self) -> int:
+        """The port that the server listens on."""
+        return int(self._server.socket.getsockname()[1])
+
+    @property
     def url(self) -> str:
         """The page's address."""
-        return f"http://{_HOST}:{self._server.server_address[1]}/"
+        return f"http://{_HOST}:{self.port}/"
 
     def current(self) -> tuple[bytes, str]:
         """The HTML of the page as it is now, and its ETag.
@@ -121,7 +126,7 @@ def _encoded(page: Page) -> tuple[bytes, str]:
 
 def _handler(live: LivePage) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        # HTTP/1.0, one connection a request: none outlives the server.
 
         def do_GET(self) -> None:
             if not self._is_for_us():
@@ -134,8 +139,8 @@ def _handler(live: LivePage) -> type[BaseHTTPRequestHandler]:
         do_HEAD = do_GET
 
         def _is_for_us(self) -> bool:
-            port = self.server.server_address[1]
-            return self.headers.get("Host") in (f"{_HOST}:{port}", f"localhost:{port}")
+            hosts = (f"{_HOST}:{live.port}", f"localhost:{live.port}")
+            return self.headers.get("Host") in hosts
 
         def _answer_page(self) -> None:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from urllib.parse import quote
 
 from gvpo_offline.report.page.blocks import Cell, Column
@@ -11,6 +12,10 @@ from gvpo_offline.visible import visible
 _DASH = "\N{EN DASH}"
 _LARGE = 1e6  # from here on, and below _SMALL, numbers are written with an exponent
 _SMALL = 1e-4
+# A first word that is no name of a setting, command or file.
+_WORD = re.compile(r"(?!pip )[a-z]+(?=[ ,;:])")
+_LONG_VALUE = 14  # characters of a figure's value that fit in large letters
+_WIDE_CELL = 48  # characters of a cell that want more than a narrow column
 
 
 def written(cell: Cell, column: Column) -> str:
@@ -71,3 +76,20 @@ def address(text: str) -> str:
 def group_address(group_id: str) -> str:
     """The address of a group within the page."""
     return "#group=" + address(group_id)
+
+
+def sentence(text: str) -> str:
+    """`text` with a capital, unless it begins with a name, and with a mark at its end."""
+    if _WORD.match(text):
+        text = text[0].upper() + text[1:]
+    return text if not text or text[-1] in ".!?:…" else text + "."
+
+
+def is_long(value: str) -> bool:
+    """Whether a figure's value, such as a path, is shown in smaller letters."""
+    return len(value) > _LONG_VALUE
+
+
+def is_wide(cell: str) -> bool:
+    """Whether a cell's text needs a wide column to be read."""
+    return len(cell) > _WIDE_CELL

@@ -67,7 +67,8 @@ def _group(
     while name in ids:
         name += "'"
     ids.add(name)
-    responses, numbers = [], {}
+    responses: list[ResponseToRead] = []
+    numbers: dict[str, float | None] = {}
     best = first.get("best_logged")
     if isinstance(best, str):
         responses.append(_response(LOGGED_BEST, best, first.get("best_logged_reward"), {}))
@@ -101,15 +102,19 @@ def _group(
 def _response(sampler: str, text: str, reward: Any, line: Mapping[str, Any]) -> ResponseToRead:
     shown = text[:_MOST_CHARACTERS]
     length = line.get("length")
-    n = length if isinstance(length, int) and length > 0 else 1
+    n = length if isinstance(length, int) and length > 0 else 0
     # The file has texts, not tokens: the first token holds the text, and the others nothing.
-    tokens = [TokenToRead(shown)] if shown != text else [TokenToRead(shown), *[_REST] * (n - 1)]
+    tokens = [TokenToRead(shown)]
+    if shown != text:
+        cut = f" … the first {len(shown):,} of {len(text):,} characters"
+        tokens.append(TokenToRead(cut, special=True))
+    tokens += [_REST] * (n - len(tokens))
     kl = _number(line.get("kl"))
     return ResponseToRead(
         sampler=sampler,
         reward=_number(reward),
         tokens=tokens,
-        n_tokens=max(n, 2) if shown != text else n,
+        n_tokens=n,
         truncated=bool(line.get("truncated")),
         components={} if kl is None else {"log-ratio to the reference (nats)": kl},
     )

@@ -153,7 +153,9 @@ def _notices(facts: Sequence[RunFacts]) -> Iterator[Notice]:
                 f"{where}training ended with an error: {short(own.error, 500)}",
                 "Correct the cause, and continue with resume_from_checkpoint: auto.",
             )
-        for warned in own.warnings[-_MOST_NOTICES:]:
+        # A resumed run says again what it says at its start.
+        once = list({warned.text: warned for warned in own.warnings}.values())
+        for warned in once[-_MOST_NOTICES:]:
             text, _, remedy = warned.text.partition(_HELP)
             yield Notice("warning", where + short(text, 500), remedy and _HELP + short(remedy, 300))
         if not own.warnings_recorded and own.logged_steps:

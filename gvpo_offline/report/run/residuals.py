@@ -111,7 +111,7 @@ def _number(value: Any) -> float | None:
 
 def residual_tables(runs: Sequence[Run]) -> list[Table]:
     """A table of `fits` for each run that measured them."""
-    tables = []
+    tables: list[Table] = []
     for number, run in enumerate(runs, 1):
         found = fits(run)
         if not found:

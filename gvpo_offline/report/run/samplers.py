@@ -14,7 +14,7 @@ _COLUMN = re.compile(rf"({'|'.join(_FIGURES)})/(.*)", re.DOTALL)
 
 def sampler_tables(runs: Sequence[Run]) -> list[Table]:
     """A table for each run and held-out set with more than one sampler."""
-    tables = []
+    tables: list[Table] = []
     for run in runs:
         for prefix, groups in run.parts.items():
             rows = [] if groups == TRAINING else _rows(run, prefix)

@@ -38,6 +38,18 @@ function shown(value, digits = 3) {
 
 const counted = (n, word) => `${n.toLocaleString("en-US")} ${word}${n === 1 ? "" : "s"}`;
 
+/** Names and values beside the pointer; null hides them. */
+function showTooltip(event, lines) {
+  const tip = $("#page_tooltip") ?? document.body.appendChild(el("div", { id: "page_tooltip", class: "tooltip", "aria-hidden": "true" }));
+  tip.hidden = lines === null;
+  if (tip.hidden) return;
+  tip.replaceChildren(...lines.map(([name, text]) => el("div", {}, el("span", {}, name), el("b", {}, String(text)))));
+  const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
+  tip.style.left = `${Math.max(Math.min(event.clientX + 14, room), 8)}px`;
+  const fits = event.clientY + 16 + tip.offsetHeight < innerHeight;
+  tip.style.top = `${fits ? event.clientY + 16 : event.clientY - tip.offsetHeight - 12}px`;
+}
+
 function isDark() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;

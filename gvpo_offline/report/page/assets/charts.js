@@ -20,7 +20,7 @@ const CHART_CONFIG = {
   legend: {
     labelColor: "var(--text)", titleColor: "var(--muted)", labelFontSize: 12, titleFontSize: 12,
     titleFontWeight: "normal", orient: "top", direction: "horizontal", symbolSize: 90, offset: 8,
-    labelLimit: 220, columns: { signal: "max(1, floor(width / 190))" }, symbolStrokeWidth: 2,
+    labelLimit: 220, symbolStrokeWidth: 2,
   },
   header: { labelColor: "var(--text)", titleColor: "var(--muted)", labelFontSize: 12, titleFontWeight: "normal" },
   title: { color: "var(--text)", fontSize: 13, fontWeight: 600, anchor: "start" },
@@ -32,7 +32,7 @@ const CHART_CONFIG = {
   circle: { tooltip: true, size: 45, opacity: 0.8 },
   tick: { tooltip: true, thickness: 2 },
   line: { strokeWidth: 2 },
-  area: { opacity: 0.25, line: true },
+  area: { opacity: 0.25 },
   rule: { color: "var(--muted)" },
   text: { color: "var(--text)", fontSize: 12 },
   boxplot: { box: { fill: "var(--c1)" }, median: { color: "var(--surface)" }, rule: { color: "var(--muted)" }, outliers: { color: "var(--c1)", size: 20 }, ticks: { color: "var(--muted)" } },
@@ -48,20 +48,10 @@ const CHART_CONFIG = {
   },
 };
 
-/** One line for each field of a mark, as text. */
+/** The fields of a mark, as text. */
 function chartTooltip(handler, event, item, value) {
-  const tip = $("#chart_tooltip") ?? document.body.appendChild(el("div", { id: "chart_tooltip", class: "tooltip", "aria-hidden": "true" }));
-  tip.hidden = value === null || value === undefined || value === "";
-  if (tip.hidden) return;
-  const lines = typeof value === "object" ? Object.entries(value) : [["", String(value)]];
-  tip.replaceChildren(
-    ...lines.map(([name, text]) => el("div", {}, el("span", {}, name), el("b", {}, String(text)))),
-  );
-  const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
-  tip.style.left = `${Math.max(Math.min(event.clientX + 14, room), 8)}px`;
-  const below = event.clientY + 16;
-  const fits = below + tip.offsetHeight < innerHeight;
-  tip.style.top = `${fits ? below : event.clientY - tip.offsetHeight - 12}px`;
+  const none = value === null || value === undefined || value === "";
+  showTooltip(event, none ? null : typeof value === "object" ? Object.entries(value) : [["", value]]);
 }
 
 /** The specification with a size: Vega-Lite fits single views to the page, not composed ones. */
@@ -87,6 +77,26 @@ function sized(spec, width, height, rows) {
   return { height, ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } };
 }
 
+/** The names that a channel of a chart shows; none if it shows no field. */
+function namesOf(spec, channel, rows) {
+  const views = [spec, ...(spec.layer ?? []), spec.spec ?? {}];
+  const shows = views.map((view) => view.encoding?.[channel]).find((one) => one?.field);
+  return shows ? [...new Set(rows.map((row) => String(row[shows.field] ?? "")))] : [];
+}
+
+const longest = (names) => Math.max(0, ...names.map((name) => Math.min(name.length, 32)));
+
+/** What of the configuration depends on the room: labels are upright, and legends in columns. */
+function fitting(spec, width, rows) {
+  const below = namesOf(spec, "x", rows);
+  const upright = (7 * longest(below) + 12) * below.length < width - 60;
+  const columns = Math.floor((width - 60) / (7 * longest(namesOf(spec, "color", rows)) + 36));
+  return {
+    axisXDiscrete: { labelAngle: upright ? 0 : -38 },
+    legend: { ...CHART_CONFIG.legend, columns: Math.max(columns, 1) },
+  };
+}
+
 const chartViews = new WeakMap();
 const chartFacts = (figure) => JSON.parse($(".chart-data", figure).textContent);
 
@@ -103,7 +113,7 @@ async function drawChart(figure) {
   chartViews.get(figure)?.finalize();
   try {
     const done = await window.vegaEmbed(target, full, {
-      mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: CHART_CONFIG,
+      mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: { ...CHART_CONFIG, ...fitting(spec, target.clientWidth, rows) },
       ast: true, // expressions are interpreted: the page's policy forbids eval
       tooltip: chartTooltip,
       logLevel: 1,

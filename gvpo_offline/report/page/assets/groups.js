@@ -58,6 +58,7 @@ class Reader {
       ),
       el("div", { class: "reader" }, el("div", { class: "side" }, this.count, this.list), this.detail),
     );
+    for (const event of ["mouseover", "mouseout"]) this.detail.addEventListener(event, tokenTooltip);
     this.list.addEventListener("click", (event) => {
       const link = event.target.closest("a");
       if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;

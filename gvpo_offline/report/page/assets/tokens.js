@@ -14,31 +14,39 @@ function responseText(response) {
     box.append(response.text);
     return box;
   }
+  const logprobs = response.logprobs?.split(",");
   const uncounted = new Set(response.uncounted);
   const special = new Set(response.special);
   let at = 0;
-  response.lengths.forEach((length, i) => {
-    const text = response.text.slice(at, at + length);
-    at += length;
-    const steps = response.logprobs?.[i] ?? null;
-    const classes = [];
-    const says = [];
-    if (steps !== null) {
-      classes.push(`t${tokenLevel(steps / 100)}`);
-      says.push(`log-prob ${(steps / 100).toFixed(2)}`);
-    }
-    if (uncounted.has(i)) {
-      classes.push("uncounted");
-      says.push("not counted");
-    }
-    if (special.has(i)) {
-      classes.push("special");
-      says.push("special token");
-    }
-    if (text.startsWith("\n")) classes.push("newline");
-    box.append(el("span", { class: classes.join(" ") || null, title: `token ${i}: ${says.join(", ") || "no log-prob"}` }, text));
+  response.lengths.split(",").forEach((length, i) => {
+    const span = document.createElement("span");
+    span.textContent = response.text.slice(at, (at += Number(length)));
+    const steps = logprobs?.[i] ?? "";
+    let look = steps === "" ? "" : `t${tokenLevel(steps / 100)}`;
+    if (uncounted.has(i)) look += " uncounted";
+    if (special.has(i)) look += " special";
+    if (span.textContent.startsWith("\n")) look += " newline";
+    if (look) span.className = look;
+    box.append(span);
   });
+  box.response = response;
   return box;
+}
+
+/** What is known of a token, beside the pointer: 4,000 attributes a group would take their time. */
+function tokenTooltip(event) {
+  const words = event.target.closest?.(".words");
+  const at = words?.response && event.type === "mouseover" ? [...words.children].indexOf(event.target) : -1;
+  if (at < 0) {
+    showTooltip(event, null);
+    return;
+  }
+  const { response } = words;
+  const steps = response.logprobs?.split(",")[at] ?? "";
+  const lines = [["token", String(at)], ["log-prob", steps === "" ? "none stored" : `${(steps / 100).toFixed(2)} nats`]];
+  if (response.uncounted.includes(at)) lines.push(["loss mask", "not counted"]);
+  if (response.special.includes(at)) lines.push(["special token", "yes"]);
+  showTooltip(event, lines);
 }
 
 /** What the colours and marks of the tokens mean. */
@@ -76,7 +84,7 @@ function responseCard(response, at) {
       pairs.push(["per token", shown(response.ref / response.n)]);
     }
   }
-  pairs.push(["tokens", shown(response.n)]);
+  if (response.n || !response.shown) pairs.push(["tokens", shown(response.n)]); // 0: not known
   for (const [name, value] of Object.entries(response.components)) pairs.push([name, shown(value)]);
   const words = el("div", { class: "clamp" }, responseText(response));
   const more = response.n > response.shown;
