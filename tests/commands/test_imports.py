@@ -56,6 +56,7 @@ WITHOUT_TORCH = (
     *("compute.layout", "compute.tree", "compute.context", "compute.files"),
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
+    *("report.page.html", "report.page.live", "report.page.fragment"),
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
