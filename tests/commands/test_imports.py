@@ -59,6 +59,7 @@ WITHOUT_TORCH = (
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
     *("train.data_rules", "report.settings", "report.report", "report.dataset.build"),
+    *("report.page.html", "report.page.live", "report.page.fragment"),
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

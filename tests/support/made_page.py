@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from gvpo_offline.report.page.blocks import (
+    Cell,
     Chart,
     Column,
     Figure,
@@ -20,6 +21,7 @@ from gvpo_offline.report.page.blocks import (
     TurnToRead,
 )
 
+Rows = list[dict[str, Cell]]
 SAMPLERS = ("sonnet", "qwen3-8b", "policy-v1")
 # What a log may hold, and what must come of none of it. The first five would be markup.
 HOSTILE = (
@@ -193,8 +195,8 @@ def rewards() -> Section:
 
 def charts() -> Section:
     """A chart of each common form."""
-    lengths = [{"tokens": 20 * i, "responses": 40 + (i * i * 13) % 97} for i in range(30)]
-    points = [
+    lengths: Rows = [{"tokens": 20 * i, "responses": 40 + (i * i * 13) % 97} for i in range(30)]
+    points: Rows = [
         {
             "length": 40 + (i * 53) % 400,
             "reward": ((i * 29) % 100) / 100,
@@ -202,12 +204,12 @@ def charts() -> Section:
         }
         for i in range(120)
     ]
-    curve = [
+    curve: Rows = [
         {"step": 10 * i, "value": 1 / (1 + i) + 0.05 * s, "run": f"run {s}"}
         for i in range(40)
         for s in range(2)
     ]
-    facets = [
+    facets: Rows = [
         {"beta": f"β = {b}", "gap": i, "groups": (i * b * 31) % 40 + 1}
         for b in (1, 2)
         for i in range(10)
@@ -300,7 +302,7 @@ def hostile() -> Section:
         Column(HOSTILE[2]),
         Column("Group", "group"),
     ]
-    data = [
+    data: Rows = [
         {"name": text, "value": i + (math.nan if i == 3 else 0.0)} for i, text in enumerate(HOSTILE)
     ]
     return Section(
