@@ -65,7 +65,7 @@ def _place(dataset: GroupDataset) -> tuple[Place, ...]:
     # A single Parquet file has a manifest in memory only.
     if not dataset.manifest.lineage and not dataset.manifest.samplers:
         return (Place(str(dataset.root)),)
-    return (Place(dataset.storage.name(manifest_name(dataset.manifest.version))),)
+    return (Place(str(dataset.storage.name(manifest_name(dataset.manifest.version)))),)
 
 
 def _incomplete_places(dataset: GroupDataset) -> tuple[Place, ...]:

@@ -1,4 +1,4 @@
-"""`gvpo-offline validate` as a gate: exit status, formats, files; the verdict in `ls` and on cards."""
+"""`gvpo-offline validate` as a gate: exit status, formats; the verdict in `ls` and on cards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_clean_dataset_gives_0(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_status_follows_the_severity(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error gives 1; a warning and a note give 0 unless fail_on or a threshold says otherwise."""
+    """An error gives 1; a warning and a note give 0 unless fail_on or a threshold says more."""
     fatal = PLANTED["all-rewards-equal"](tmp_path / "fatal")
     doubtful = PLANTED["nearly-all-wrong"](tmp_path / "doubtful")
     assert run(fatal) == 1
