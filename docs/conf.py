@@ -46,6 +46,7 @@ toctrees = {
             "howto/reference",
             "howto/merging",
             "howto/show",
+            "howto/validate",
             "howto/selecting",
             "howto/mixing",
             "howto/remote",
