@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from gvpo_offline.findings.gate import check_dataset
 from gvpo_offline.group import Group
@@ -51,7 +52,7 @@ def build(root: Path, n_groups: int, length: int) -> None:
     (base,) = record.groups
     rng = np.random.default_rng(1)
 
-    def scores(start: int) -> object:
+    def scores(start: int) -> pa.Table:
         ids = [f"group-{number:06d}" for number in range(start, min(start + ROWS, n_groups))]
         tokens = -rng.exponential(1.0, (len(ids), K, length)).astype(np.float32)
         sums = tokens.sum(-1, dtype=np.float64)
@@ -59,7 +60,7 @@ def build(root: Path, n_groups: int, length: int) -> None:
 
     tables = (scores(start) for start in range(0, n_groups, ROWS))
     schema = arrow_schema(REFERENCE_COLUMNS)
-    scored = write_sidecar(root, "reference/r", "0", base, schema, tables)  # type: ignore[arg-type]
+    scored = write_sidecar(root, "reference/r", "0", base, schema, tables)
     reference = ReferenceFamily(
         fingerprint=sha256_text("r"),
         model_name_or_path="none",

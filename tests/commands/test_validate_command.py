@@ -71,9 +71,11 @@ def test_settings_that_are_wrong_give_1_and_a_message(
     assert run(folder, "--fail_on", "fatal") == 1
     for name in ("json", "sarif", "junit"):
         assert run(tmp_path / "nowhere", "--format", name) == 1
+    assert run(folder, "--light", "true", "--output", folder) == 1  # a folder is there
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "no.yaml" in captured.err
+    assert "output is the path of a file that can be written" in captured.err
     assert captured.err.count("a dataset is a folder that holds a manifest") == 3
 
 
