@@ -70,8 +70,8 @@ def check_dataset(
     thresholds = thresholds or Thresholds()
     if not is_url(path) and local_path(path).is_file():
         foreign = adopt_parquet([local_path(path)], checked=not light)
-        parts = _parts(0, len(foreign.rewards), int(foreign.reference is not None))
-        views: list[tuple[GroupDataset, Sequence[Part]]] = [(foreign, parts)]
+        checked = _parts(0, len(foreign.rewards), int(foreign.reference is not None))
+        views: list[tuple[GroupDataset, Sequence[Part]]] = [(foreign, checked)]
         plain = None if light else validate(path, progress, remote)
         manifest, n_files = None, 1
     else:
