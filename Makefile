@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-import bench-report bench-stream bench-compute bench-tokens \
+	bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
 	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
 	clean
 
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
 	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"
+	@echo "make bench-validate  CPU time of validate's checks at 50 and 5,000 tokens a response (minutes)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
@@ -121,6 +122,10 @@ bench-collect: $(STAMP)
 
 bench-tokens: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/first_last_tokens.py $(ARGS)
+
+# One thread, because CPU seconds are compared.
+bench-validate: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/validate.py $(ARGS)
 
 bench-convergence: $(STAMP)
 	$(BIN)/python benchmarks/convergence/convergence.py $(ARGS)

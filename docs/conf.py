@@ -48,6 +48,7 @@ toctrees = {
             "howto/show",
             "howto/report",
             "howto/run-report",
+            "howto/validate",
             "howto/selecting",
             "howto/mixing",
             "howto/remote",

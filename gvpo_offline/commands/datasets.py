@@ -76,8 +76,8 @@ COMMANDS: dict[str, Command] = {
         "Check all of a dataset: file hashes, page checksums, groups, sidecars; find faults.",
         _run_validate,
         (ValidateConfig,),
-        "Example: gvpo-offline validate data --thresholds gate.yaml --format junit "
-        "--output findings.xml. The exit status is 0, or 1 if there are errors among the findings.",
+        "Example: gvpo-offline validate --dataset data --thresholds gate.yaml; or, shorter, "
+        "gvpo-offline validate data",
         positional="dataset",
     ),
     "ls": Command(

@@ -7,12 +7,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gvpo_offline.commands.settings import ValidateConfig
-from gvpo_offline.errors import DataError, GVPOError, IntegrityError
+from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError
 from gvpo_offline.findings.formats.checked import Check, check_of
 from gvpo_offline.findings.formats.document import document
 from gvpo_offline.findings.formats.junit import junit
@@ -51,6 +52,7 @@ def lines_of(config: ValidateConfig) -> tuple[list[str], bool]:
     Raises:
         ConfigError, DataError, IntegrityError: as `run_validate`; in the formats for programs,
             DataError only if there is no dataset.
+        ConfigError: also if `output` cannot be written.
         StorageError: the disk is full.
     """
     thresholds = _thresholds(config)
@@ -174,5 +176,15 @@ def _write(path: Path, text: str) -> None:
             make_folder(path.parent)
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, GVPOError):
+            raise
+        raise ConfigError(
+            "output is the path of a file that can be written",
+            received=str(error),
+            remedy="correct output, or the rights of its folder",
+            file=path,
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

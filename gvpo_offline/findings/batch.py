@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.findings.finding import Place
 from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets
 from gvpo_offline.store.dataset import GroupDataset
@@ -48,7 +49,8 @@ class SamplerNames:
         encoded = column.flatten().dictionary_encode()
         names = encoded.dictionary.to_pylist()
         own = [self.numbers.setdefault(name, len(self.numbers)) for name in names]
-        return np.array(own, np.int64)[as_numpy(encoded.indices)]
+        numbers: Ints = np.array(own, np.int64)[as_numpy(encoded.indices)]
+        return numbers
 
     @property
     def names(self) -> list[str]:
@@ -122,7 +124,24 @@ def batches(
         if missing:
             table = summary_columns(dataset, row_group, LIGHT_COLUMNS)
         if table.num_rows:
+            _check_sizes(dataset, row_group, table)
             yield _batch(table, row_group, names, missing)
+
+
+def _check_sizes(dataset: GroupDataset, row_group: int, table: pa.Table) -> None:
+    """Raise DataError unless each group has responses, and one sampler and flag for each."""
+    sizes = np.diff(list_offsets(column_array(table, "response_lengths")))
+    for name in ("response_lengths", "samplers", "truncated"):
+        own = np.diff(list_offsets(column_array(table, name)))
+        wrong = (own != sizes) | (own == 0)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise DataError(
+                f"a group has at least one response, and {name} one value for each",
+                received=f"{own[row]} for {sizes[row]} responses",
+                remedy=f"correct the column {name}, or leave the group out of the log",
+                **dataset.location(row_group).of_row(table, row),
+            )
 
 
 def _batch(table: pa.Table, row_group: int, names: SamplerNames, missing: tuple[str, ...]) -> Batch:
@@ -169,9 +188,14 @@ class Examples:
         """Forget them."""
         self._kept.clear()
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for more of `add`."""
+        return len(self._kept) >= MOST_EXAMPLES
+
     def add(self, batch: Rows, flags: Flags) -> None:
         """Keep groups of a batch, by (G,) flags, as long as there is room."""
-        if len(self._kept) < MOST_EXAMPLES and flags.any():
+        if not self.full and flags.any():
             for row in np.flatnonzero(flags)[: MOST_EXAMPLES - len(self._kept)].tolist():
                 self._kept.append((0.0, batch.row_group, row, _group_id(batch.table, row)))
 

@@ -30,7 +30,7 @@ class Finding:
         text: what was found, with the numbers and the threshold.
         count: groups, responses or files that it is about.
         of: how many there are of them.
-        unit: "groups", "responses", "samplers" or "files".
+        unit: "groups", "prompts", "responses", "samplers" or "files".
         examples: the first places.
         remedy: what to do about it.
     """

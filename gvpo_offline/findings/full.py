@@ -276,7 +276,8 @@ def _flat(table: pa.Table, name: str) -> Floats | None:
 
 
 def _blank(batch: TokenBatch) -> Flags:
-    """(N,) whether the stored text of a response is empty or white space."""
+    """(N,) whether the stored text of a response is empty or white space, in groups whose responses
+    are texts."""
     none = np.zeros(len(batch.ends), np.bool_)
     if "responses" not in batch.table.column_names:
         return none
@@ -284,7 +285,8 @@ def _blank(batch: TokenBatch) -> Flags:
     valid = np.repeat(as_numpy(column.is_valid()), batch.sizes)
     texts = pc.fill_null(column.flatten(), "x")
     none[valid] = as_numpy(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0))
-    return none
+    # The text of several messages is in another column.
+    return none & ~np.repeat(_further_messages(batch), batch.sizes)
 
 
 def _further_messages(batch: TokenBatch) -> Flags:

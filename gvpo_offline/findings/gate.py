@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +70,8 @@ def check_dataset(
     thresholds = thresholds or Thresholds()
     if not is_url(path) and local_path(path).is_file():
         foreign = adopt_parquet([local_path(path)], checked=not light)
-        views = [(foreign, _parts(0, len(foreign.rewards), int(foreign.reference is not None)))]
+        checked = _parts(0, len(foreign.rewards), int(foreign.reference is not None))
+        views: list[tuple[GroupDataset, Sequence[Part]]] = [(foreign, checked)]
         plain = None if light else validate(path, progress, remote)
         manifest, n_files = None, 1
     else:
@@ -87,7 +87,7 @@ def check_dataset(
     survey: Survey | None = None
     for number, (dataset, parts) in enumerate(views):
         label = "light checks" if number == 0 else f"light checks {number + 1}"
-        found = scan(dataset, thresholds, parts, functools.partial(progress, label=label))
+        found = scan(dataset, thresholds, parts, _labelled(progress, label))
         survey = survey or found.survey
         findings += found.findings
         if not light:
@@ -96,12 +96,16 @@ def check_dataset(
                 thresholds,
                 end_ids=end_ids,
                 tokens_too=number == 0,
-                progress=functools.partial(progress, label="tokens"),
+                progress=_labelled(progress, "tokens"),
             )
     assert survey is not None  # there is at least one view
     counted = survey if plain is None else plain.survey
     files = n_files if plain is None else plain.n_files
     return CheckedDataset(manifest, counted, files, tuple(in_order(findings)), light)
+
+
+def _labelled(progress: Progress, label: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    return lambda numbers: progress(numbers, label)
 
 
 def _views(plain: GroupDataset) -> Iterator[tuple[GroupDataset, Sequence[Part]]]:

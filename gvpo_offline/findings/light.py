@@ -44,7 +44,7 @@ def light_findings(
     They read lengths, samplers, truncation, prompt hashes, log-probs of the samplers, and the
     rewards and the reference that are joined to `dataset`. Nothing of a dataset that is not joined
     is checked. Files of other programs may lack some of these columns; their tokens are then read,
-    and the finding "unlisted-columns" says so.
+    and the finding "missing-columns" says so.
 
     Args:
         dataset: the dataset, with the reward and the reference to check.
@@ -164,8 +164,8 @@ class GroupScan:
             )
         if self.missing:
             judge.found(
-                "unlisted-columns",
-                f"{self.without_columns:,} of {n_groups:,} groups stand in files without "
+                "missing-columns",
+                f"{self.without_columns:,} of {n_groups:,} groups are in files without "
                 f"{', '.join(sorted(self.missing))}",
                 self.without_columns,
                 n_groups,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from gvpo_offline.findings.finding import Place
@@ -62,10 +63,11 @@ def check_manifest(judge: Judge, dataset: GroupDataset) -> None:
 
 
 def _place(dataset: GroupDataset) -> tuple[Place, ...]:
-    # A single Parquet file has a manifest in memory only.
-    if not dataset.manifest.lineage and not dataset.manifest.samplers:
-        return (Place(str(dataset.root)),)
-    return (Place(dataset.storage.name(manifest_name(dataset.manifest.version))),)
+    manifest = dataset.manifest
+    # A single Parquet file has a manifest in memory only, which names it by its whole path.
+    if manifest.groups and Path(manifest.groups[0].path).is_absolute():
+        return (Place(manifest.groups[0].path),)
+    return (Place(str(dataset.storage.name(manifest_name(manifest.version)))),)
 
 
 def _incomplete_places(dataset: GroupDataset) -> tuple[Place, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,8 +27,8 @@ class ReferenceScan:
     """
 
     thresholds: Thresholds
-    scored: dict[int, int] = field(default_factory=dict)
-    unlikely: dict[int, int] = field(default_factory=dict)
+    scored: Counter[int] = field(default_factory=Counter)
+    unlikely: Counter[int] = field(default_factory=Counter)
     positive: int = 0
     certain: int = 0
     unscored: int = 0
@@ -51,11 +52,12 @@ class ReferenceScan:
             setattr(self, name, getattr(self, name) + int(own.sum()))
             self._examples[name].add(batch, batch.any(own))
         low = per_token < float(self.thresholds.min_token_logprob)  # type: ignore[arg-type]
-        for sampler in np.unique(batch.samplers).tolist():
-            own = batch.samplers == sampler
-            self.scored[sampler] = self.scored.get(sampler, 0) + int((own & scored).sum())
-            self.unlikely[sampler] = self.unlikely.get(sampler, 0) + int((own & low).sum())
-            self._first.setdefault(sampler, Examples()).add(batch, batch.any(own & low))
+        self.scored.update(batch.samplers[scored].tolist())
+        self.unlikely.update(batch.samplers[low].tolist())
+        for sampler in np.unique(batch.samplers[low]).tolist():
+            examples = self._first.setdefault(sampler, Examples())
+            if not examples.full:
+                examples.add(batch, batch.any((batch.samplers == sampler) & low))
 
     def judge(self, judge: Judge, dataset: GroupDataset, names: Sequence[str]) -> None:
         """Add the findings."""
@@ -77,7 +79,7 @@ class ReferenceScan:
                 n_groups,
                 "groups",
             )
-        total = sum(self.scored.values()) + self.unscored
+        total = self.scored.total() + self.unscored
         self._judge_counts(judge, dataset, total, label)
         self._judge_unlikely(judge, dataset, names, label)
 

@@ -54,7 +54,8 @@ class SamplerShare:
     @property
     def explained(self) -> float:
         """Adjusted R squared; nan where the rewards do not vary or there are too many samplers."""
-        if self._too_many or self._total <= 0:
+        known = math.isfinite(self._total) and np.isfinite(self._products).all()
+        if self._too_many or not known or self._total <= 0:
             return math.nan
         rank = int(np.linalg.matrix_rank(self._squares, hermitian=True))
         if self._freedom <= rank:
@@ -113,13 +114,20 @@ class RewardScan:
             self._add_components(batch)
 
     def _add_samplers(self, batch: Batch, rewards: Floats) -> None:
-        for sampler in np.unique(batch.samplers).tolist():
-            flags = batch.samplers == sampler
-            own = rewards[flags]
+        order = np.argsort(batch.samplers, kind="stable")
+        present, starts, counts = np.unique(
+            batch.samplers[order], return_index=True, return_counts=True
+        )
+        lows = np.minimum.reduceat(rewards[order], starts)
+        highs = np.maximum.reduceat(rewards[order], starts)
+        for sampler, own, smallest, largest in zip(
+            *(each.tolist() for each in (present, counts, lows, highs)), strict=True
+        ):
             count, low, high = self.by_sampler.get(sampler, (0, math.inf, -math.inf))
-            new = (count + len(own), min(low, float(own.min())), max(high, float(own.max())))
-            self.by_sampler[sampler] = new
-            self._first.setdefault(sampler, Examples()).add(batch, batch.any(flags))
+            self.by_sampler[sampler] = (count + own, min(low, smallest), max(high, largest))
+            examples = self._first.setdefault(sampler, Examples())
+            if not examples.full:
+                examples.add(batch, batch.any(batch.samplers == sampler))
 
     def _add_components(self, batch: Batch) -> None:
         column = column_array(batch.table, "components")

@@ -275,7 +275,7 @@ _RULES = (
         "give the two samplers different names (`sampler`, or a column of names) and import again",
     ),
     Rule(
-        "unlisted-columns",
+        "missing-columns",
         "note",
         "light",
         "the groups files store lengths, samplers, truncation and prompt hashes",

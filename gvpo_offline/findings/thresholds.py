@@ -93,8 +93,9 @@ class Thresholds:
     so any share is worth knowing; raise it for a reference of a selection."""
     min_token_logprob: Threshold = -6.0
     """The log-prob per token, in nats, below which a response (or its first or its end token)
-    counts as unlikely under the reference. Pretrained models give real answers -3 to 0; -6 is a
-    uniform guess among 400 tokens. A number: the severity belongs to the shares below."""
+    counts as unlikely under the reference. Pretrained models give real answers -3 to 0, and -13 to
+    the first or last token of a wrong template (docs/howto/tokens.md); -6 is a uniform guess among
+    400 tokens. A number alone: the severity belongs to the shares below."""
     max_unlikely_share: Threshold = 0.1
     """Largest share of unlikely responses of any sampler. Single strange answers occur; a tenth of
     a sampler's answers points to other tokens or another model."""

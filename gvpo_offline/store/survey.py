@@ -114,7 +114,9 @@ class Survey:
         return float(np.mean(10.0 ** (_LOWEST_DECADE + (bins + 0.5) / _BINS_PER_DECADE)))
 
     def gaps_above(self, bound: float) -> int:
-        """Groups whose max - min reward is above `bound`, to within the 2.3% of a bin."""
+        """Groups whose max - min reward is above `bound` > 0, to within the 2.3% of a bin."""
+        if not math.isfinite(bound):
+            return 0
         first = math.ceil((math.log10(bound) - _LOWEST_DECADE) * _BINS_PER_DECADE)
         return int(self.gap_bins[min(max(first, 0), _N_BINS) :].sum())
 

@@ -1,4 +1,4 @@
-"""`gvpo-offline validate` as a gate: exit status, formats, files; the verdict in `ls` and on cards."""
+"""`gvpo-offline validate` as a gate: exit status, formats; the verdict in `ls` and on cards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_clean_dataset_gives_0(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_status_follows_the_severity(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error gives 1; a warning and a note give 0 unless fail_on or a threshold says otherwise."""
+    """An error gives 1; a warning and a note give 0 unless fail_on or a threshold says more."""
     fatal = PLANTED["all-rewards-equal"](tmp_path / "fatal")
     doubtful = PLANTED["nearly-all-wrong"](tmp_path / "doubtful")
     assert run(fatal) == 1
@@ -71,9 +71,11 @@ def test_settings_that_are_wrong_give_1_and_a_message(
     assert run(folder, "--fail_on", "fatal") == 1
     for name in ("json", "sarif", "junit"):
         assert run(tmp_path / "nowhere", "--format", name) == 1
+    assert run(folder, "--light", "true", "--output", folder) == 1  # a folder is there
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "no.yaml" in captured.err
+    assert "output is the path of a file that can be written" in captured.err
     assert captured.err.count("a dataset is a folder that holds a manifest") == 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from support.builders import SAMPLERS, build_dataset, make_groups, reference_family, training_table
 from support.planted import PLANTED, K, clean, clean_groups, write
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.findings.batch import Batch, SamplerNames, batches
 from gvpo_offline.findings.finding import Finding
 from gvpo_offline.findings.gate import check_dataset, light_checks
@@ -103,8 +105,8 @@ def test_a_file_without_summary_columns_is_read_whole_and_named(
     needed = ["group_id", "prompt_token_ids", "response_token_ids", "rewards", "ref_seq_logprobs"]
     pq.write_table(table.select(needed), path)
     found = rules(check_dataset(path, light=True).findings)
-    assert set(found) == {"no-reward-signal", "unknown-tokenizer", "unlisted-columns"}
-    finding = found["unlisted-columns"]
+    assert set(found) == {"no-reward-signal", "unknown-tokenizer", "missing-columns"}
+    finding = found["missing-columns"]
     assert (finding.severity, finding.count, finding.of) == ("note", 120, 120)
     assert "prompt_hash, prompt_length, response_lengths, samplers, truncated" in finding.text
     assert finding.examples[0].file == str(path)
@@ -330,3 +332,25 @@ def test_sampler_log_probs_above_zero_are_found(tmp_path: Path) -> None:
     (finding,) = light_findings(_opened(tmp_path, groups))
     assert (finding.rule, finding.count) == ("positive-logprobs", 1)
     assert finding.examples[0].group == "group-00004"
+
+
+def test_columns_of_different_lengths_are_a_data_error(tmp_path: Path) -> None:
+    """A file of another program, in which group 3 has a sampler too few; read by light checks."""
+    groups = [replace(g, ref_seq_logprobs=np.full(K, -9.0)) for g in clean_groups(8)]
+    groups[3] = replace(groups[3], samplers=groups[3].samplers[:3])
+    path = tmp_path / "groups.parquet"
+    pq.write_table(training_table(groups), path)
+    with pytest.raises(DataError, match="samplers one value for each; received 3 for 4") as caught:
+        check_dataset(path, light=True)
+    place = (caught.value.file, caught.value.row, caught.value.group)
+    assert place == (str(path), 3, "group-00003")
+
+
+def test_rewards_at_the_end_of_float64_end_no_check(tmp_path: Path) -> None:
+    """Differences overflow to infinity: the scale is what is found, with no warning of NumPy."""
+    groups = [replace(g, rewards=np.array([1e308, -1e308, 0.0, 1.0])) for g in clean_groups()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = rules(check_dataset(write(tmp_path, groups)).findings)
+    assert set(found) == {"reward-scale"}
+    assert found["reward-scale"].count == 120
