@@ -21,6 +21,7 @@ from support.training import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from gvpo_offline.errors import ResumeError
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.json_lines import JsonLinesFile, json_line, read_json_lines
 from gvpo_offline.train.record import RunRecord
@@ -203,6 +204,21 @@ def test_warnings_have_the_step_at_which_they_were_said(
         assert line["text"].startswith(f"step {line['step']}, ")
 
 
+def test_a_second_run_of_a_trainer_begins_its_record_anew(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Its warnings from before the first step too; and an error before it is not the end of the
+    first run.
+    """
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, eval_dataset=dataset, max_steps=1)
+    for _ in range(2):
+        trainer.train()
+        assert [kind for _, kind in kinds(tmp_path)] == ["start", "warning", "end"]
+    with pytest.raises(ResumeError):
+        trainer.train(resume_from_checkpoint=True)
+    assert [kind for _, kind in kinds(tmp_path)] == ["start", "warning", "end"]
+
+
 def test_a_run_that_fails_says_so_in_its_last_event(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -269,7 +285,11 @@ def test_the_record_does_not_change_the_run(
     settings = {**RUN, "max_steps": 4}
     full = trainer_of(tiny_model_dir, dataset, tmp_path / "full", eval_dataset=dataset, **settings)
     full.train()
+    alone = trainer_of(tiny_model_dir, dataset, tmp_path / "alone", max_steps=4)
+    alone.train()  # which records residuals of training groups
+    assert lines(tmp_path / "alone", "residuals.jsonl")
     assert same_weights(weights_of(bare), weights_of(full))
+    assert same_weights(weights_of(bare), weights_of(alone))
     assert not any((tmp_path / "bare" / name).exists() for name in FILES)
     assert all((tmp_path / "full" / name).exists() for name in FILES if name != "samples.jsonl")
 
