@@ -25,19 +25,18 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from gvpo_offline.stream.mix import MixedOrder
+from gvpo_offline.train.limits import (
+    EXPLAINED_FALL,
+    HIGH_LOG_MASS,
+    LOSS_RISE,
+    LOW_BEST_LOG_RATIO,
+    LOW_EXPLAINED_VARIANCE,
+    LOW_LOG_MASS,
+    REGRESSIONS,
+)
 
 logger = logging.getLogger(__name__)
-
-# Thresholds of the warnings: nats, shares of the rewards' variance, a share of the loss.
-LOW_BEST_LOG_RATIO = -1.0
-LOW_LOG_MASS = -2.0
-HIGH_LOG_MASS = 1.0
-LOW_EXPLAINED_VARIANCE = -0.5
-EXPLAINED_FALL = 0.02
-LOSS_RISE = 0.01
 _WORSE = 2.0  # a warning is repeated when it is this many times as bad
-# The losses whose optimum has an explained variance of 1.
-REGRESSIONS = ("gvpo", "pmd_mean", "rebel", "listwise")
 _EVAL = "eval"
 _MARK = "_explained_variance"  # suffix of a key that every line of held-out metrics has
 _OF_SAMPLER = re.compile(r"_(log_ratio|reward|weight)/")
