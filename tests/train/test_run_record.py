@@ -21,8 +21,9 @@ from support.training import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from gvpo_offline.errors import ResumeError
+from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.train.checkpoint import check_output_dir
 from gvpo_offline.train.json_lines import JsonLinesFile, json_line, read_json_lines
 from gvpo_offline.train.record import RunRecord
 from gvpo_offline.train.residuals import (
@@ -480,3 +481,14 @@ def test_a_handled_warning_is_not_printed_twice(caplog: pytest.LogCaptureFixture
         logging.getLogger("gvpo_offline.train.x").warning("once")
     assert [record.getMessage() for record in caplog.records] == ["once"]
     assert len(found) == 2
+
+
+def test_what_a_kill_leaves_of_a_file_does_not_block_a_new_run(tmp_path: Path) -> None:
+    """Files of lines, and one that was being replaced; any other file does."""
+    for name in FILES:
+        (tmp_path / name).touch()
+        (tmp_path / f".{name}.0123.tmp").touch()
+    check_output_dir(tmp_path)
+    (tmp_path / "notes.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"notes\.jsonl"):
+        check_output_dir(tmp_path)
