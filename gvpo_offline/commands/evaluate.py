@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from gvpo_offline.commands.plain import lines_without_terminal
 from gvpo_offline.commands.run_file import objective_of, with_run_settings
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.adapters import load_policy
@@ -100,7 +99,6 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
             held out.
         IntegrityError: a file is damaged, or a tokenizer is not the dataset's.
     """
-    lines_without_terminal()
     config = with_run_settings(config)
     check_sampled_settings(config)
     objective = objective_of(config)

@@ -73,7 +73,9 @@ def _run_train(values: dict[str, Any]) -> None:
 
 def _run_evaluate(values: dict[str, Any]) -> None:
     from gvpo_offline.commands.evaluate import run_evaluate
+    from gvpo_offline.commands.plain import lines_without_terminal
 
+    lines_without_terminal()
     config = filled(EvaluateConfig, _datasets(values))
     report = run_evaluate(config)
     say(*report.table().split("\n"))
