@@ -54,6 +54,7 @@ toctrees = {
             "howto/remote",
             "howto/sharing",
             "howto/tuning",
+            "howto/watching",
             "howto/sampled-evaluation",
             "howto/distributed",
             "howto/adapters",

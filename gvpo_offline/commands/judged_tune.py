@@ -77,8 +77,7 @@ def run_judged_tune(
     search = _prepared(TrainerInputs.opened(model, data, lora), tune, args)
     clear_device_cache(garbage_collection=True)
     try:
-        with without_bars():
-            report = search.report()
+        report = search.report()
     finally:
         search.judged.evaluator.reward.stop()
     search.judged.clear()
@@ -108,6 +107,7 @@ class _JudgedSearch:
     tune: TuneSettings
     args: GVPOConfig
 
+    @without_bars()
     def report(self) -> JudgedReport:
         """Run the range test and the trials."""
         judge_beta, judged = self.tune.judge_beta or self.args.beta, self.judged

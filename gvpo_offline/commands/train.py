@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.collectives import raise_together
+from gvpo_offline.commands.plain import lines_without_terminal
 from gvpo_offline.compute.adapters import (
     adapter_config,
     base_settings,
@@ -57,6 +58,7 @@ class TrainerInputs:
     @classmethod
     def opened(cls, model: ModelSettings, data: DataSettings, lora: LoraSettings) -> TrainerInputs:
         """Open the datasets, before any model is loaded; errors as `open_settings`."""
+        lines_without_terminal()
         train, held_out = raise_together(
             lambda: [
                 [_opened(item) for item in part] for part in (data.training(), data.evaluation())
@@ -97,8 +99,6 @@ def run_train(
     early: list[logging.LogRecord] = []
     with hearing(early.append):
         trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
-        if args.eval_samples and args.eval_strategy.value == "no":
-            logger.warning("eval_samples has no effect: eval_strategy is no: nothing is evaluated")
     for record in early:
         trainer.record.hear(record)
 
@@ -123,6 +123,8 @@ def run_train(
             "identity": trainer.identity(),
         }
 
+    if args.eval_samples and args.eval_strategy.value == "no":
+        logger.warning("eval_samples has no effect: eval_strategy is no, so nothing is evaluated")
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):

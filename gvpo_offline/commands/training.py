@@ -8,7 +8,6 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
-from gvpo_offline.commands.plain import lines_without_terminal
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
@@ -31,7 +30,6 @@ _OTHER_FLAGS = (
 def _run_tune(values: dict[str, Any]) -> None:
     from gvpo_offline.train.config import GVPOConfig
 
-    lines_without_terminal()
     tune = filled(TuneSettings, values)
     if tune.judge == "sample":
         from gvpo_offline.commands.judged_tune import run_judged_tune as run
@@ -59,7 +57,6 @@ def _run_train(values: dict[str, Any]) -> None:
     from gvpo_offline.train.checkpoint import METRICS_FILE
     from gvpo_offline.train.config import GVPOConfig
 
-    lines_without_terminal()
     trainer = run_train(
         model=filled(ModelSettings, values),
         data=filled(DataSettings, _datasets(values)),
@@ -76,6 +73,7 @@ def _run_train(values: dict[str, Any]) -> None:
 
 def _run_evaluate(values: dict[str, Any]) -> None:
     from gvpo_offline.commands.evaluate import run_evaluate
+    from gvpo_offline.commands.plain import lines_without_terminal
 
     lines_without_terminal()
     config = filled(EvaluateConfig, _datasets(values))

@@ -157,8 +157,7 @@ def run_tune(
     first, steps = run.is_world_process_zero(), min(tune.tune_steps, run.args.max_steps)
     del run
     clear_device_cache(garbage_collection=True)
-    with without_bars():
-        report = _search(trials, training, held_out.n_groups, tune, steps)
+    report = _search(trials, training, held_out.n_groups, tune, steps)
     if not first:
         return None
     for line in _warnings(report, args.loss_type):
@@ -212,6 +211,7 @@ def with_rule_of_search(run: GVPOTrainer, args: GVPOConfig, folder: Path) -> GVP
     return args
 
 
+@without_bars()
 def _search(
     trials: Trials, training: Survey, held_out_groups: int, tune: TuneSettings, steps: int
 ) -> TuneReport:

@@ -32,7 +32,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from gvpo_offline.train.callbacks import REGRESSIONS, metric_sets
+from gvpo_offline.train.callbacks import metric_sets
+from gvpo_offline.train.limits import REGRESSIONS
 from gvpo_offline.train.metrics_file import metrics_line
 from gvpo_offline.visible import visible
 

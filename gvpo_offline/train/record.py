@@ -60,6 +60,7 @@ class RunRecord(TrainerCallback):
         }
         self._early: list[logging.LogRecord] = []
         self._state: TrainerState | None = None
+        self._trains = False
         self._checkpoints: set[str] = set()
         self._output_dir = Path()
 
@@ -131,8 +132,8 @@ class RunRecord(TrainerCallback):
             self.event(kind, lines=len(lines))
 
     def hear(self, record: logging.LogRecord) -> None:
-        """Take a warning, which becomes an event, if need be when training starts."""
-        if self.is_open:
+        """Take a warning, which becomes an event: if need be, when training starts."""
+        if self._trains:
             self._warning(record)
         elif record not in self._early:
             self._early.append(record)
@@ -172,6 +173,7 @@ class RunRecord(TrainerCallback):
         for record in sorted(self._early, key=lambda own: own.created):
             self._warning(record)
         self._early.clear()
+        self._trains = True
 
     def on_evaluate(
         self,
@@ -203,8 +205,9 @@ class RunRecord(TrainerCallback):
 
     def end(self, error: BaseException | None = None) -> None:
         """Note the end of `train`, with the error that ended it."""
-        if not self.is_open:
+        if not self._trains:
             return
+        self._trains = False
         if error is not None:
             text = " ".join(str(error).split())
             self.event("end", complete=False, error=f"{type(error).__name__}: {text}".rstrip(": "))

@@ -231,7 +231,8 @@ class CommonTrainingSettings:
     save_total_limit: int | None = None
     """Number of checkpoints to keep; older ones are removed."""
     report_to: str | list[str] = "none"
-    """Loggers: tensorboard, wandb, mlflow …"""
+    """Loggers: tensorboard, wandb, mlflow or trackio, each installed by the extra of its name, or
+    another that transformers knows. docs/howto/watching.md says where they show what."""
     seed: int = 42
     """Random seed of the order of groups, and of everything else that is random."""
     use_cpu: bool = False

@@ -126,8 +126,8 @@ def test_another_loss_several_datasets_and_sampled_answers(
     clock.now += 1
     assert printed(begun(args, regression=False), capsys, (400, two), (400, TRAINING)) == [
         (
-            "step 400/400 · held out (a) · loss 0.5 · pairs in order 0.7 · log-ratio of bests -0.25 · "
-            "sampled reward 0.614 ± 0.031"
+            "step 400/400 · held out (a) · loss 0.5 · pairs in order 0.7 · log-ratio of bests "
+            "-0.25 · sampled reward 0.614 ± 0.031"
         ),
         "step 400/400 · held out (b) · loss 0.25 · pairs in order 0.35 · log-ratio of bests -0.12",
         (

@@ -21,7 +21,9 @@ from support.training import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.train.checkpoint import check_output_dir
 from gvpo_offline.train.json_lines import JsonLinesFile, json_line, read_json_lines
 from gvpo_offline.train.record import RunRecord
 from gvpo_offline.train.residuals import (
@@ -203,6 +205,22 @@ def test_warnings_have_the_step_at_which_they_were_said(
         assert line["text"].startswith(f"step {line['step']}, ")
 
 
+def test_a_second_run_of_a_trainer_begins_its_record_anew(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Its warnings from before the first step too; and an error before it is not the end of the
+    first run.
+    """
+    settings = {"eval_dataset": dataset, "max_steps": 1, "reference_check": "off"}
+    trainer = trainer_of(tiny_model_dir, dataset, tmp_path, **settings)
+    for _ in range(2):
+        trainer.train()
+        assert [kind for _, kind in kinds(tmp_path)] == ["start", "warning", "end"]
+    with pytest.raises(ResumeError):
+        trainer.train(resume_from_checkpoint=True)
+    assert [kind for _, kind in kinds(tmp_path)] == ["start", "warning", "end"]
+
+
 def test_a_run_that_fails_says_so_in_its_last_event(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -269,7 +287,11 @@ def test_the_record_does_not_change_the_run(
     settings = {**RUN, "max_steps": 4}
     full = trainer_of(tiny_model_dir, dataset, tmp_path / "full", eval_dataset=dataset, **settings)
     full.train()
+    alone = trainer_of(tiny_model_dir, dataset, tmp_path / "alone", max_steps=4)
+    alone.train()  # which records residuals of training groups
+    assert lines(tmp_path / "alone", "residuals.jsonl")
     assert same_weights(weights_of(bare), weights_of(full))
+    assert same_weights(weights_of(bare), weights_of(alone))
     assert not any((tmp_path / "bare" / name).exists() for name in FILES)
     assert all((tmp_path / "full" / name).exists() for name in FILES if name != "samples.jsonl")
 
@@ -459,3 +481,14 @@ def test_a_handled_warning_is_not_printed_twice(caplog: pytest.LogCaptureFixture
         logging.getLogger("gvpo_offline.train.x").warning("once")
     assert [record.getMessage() for record in caplog.records] == ["once"]
     assert len(found) == 2
+
+
+def test_what_a_kill_leaves_of_a_file_does_not_block_a_new_run(tmp_path: Path) -> None:
+    """Files of lines, and one that was being replaced; any other file does."""
+    for name in FILES:
+        (tmp_path / name).touch()
+        (tmp_path / f".{name}.0123.tmp").touch()
+    check_output_dir(tmp_path)
+    (tmp_path / "notes.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"notes\.jsonl"):
+        check_output_dir(tmp_path)

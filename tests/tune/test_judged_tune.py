@@ -92,6 +92,7 @@ def test_the_proposal_trains_and_an_interrupted_search_continues(
         settings, losses=["gvpo", "rft"], imitations=[1.0], judge_beta=0.02, judge_samples=[2, 4]
     )
     output = run(server, "tune", mine, config)
+    assert sum("log-probs: " in line for line in output.splitlines()) == 1  # not for each trial
     summary = json.loads(output.splitlines()[-1])
     kept = json.loads((out / "tune" / "tune.json").read_text())
     assert {name: kept[name] for name in summary} == summary

@@ -73,10 +73,10 @@ def test_the_proposal_trains_and_an_interrupted_search_continues(
 ) -> None:
     """The reward gap is 2, so the candidates are 0.12 to 2 and the first beta is 0.5.
 
-    The proposal is one of the trials and explains held-out rewards. No line is printed twice, though
-    each trial makes a trainer. If the file of one trial is
-    removed, the same command repeats only that trial, with the same result. `train` accepts the
-    run's settings with the proposal, in the folder of the search.
+    The proposal is one of the trials and explains held-out rewards. No line is printed twice,
+    though each trial makes a trainer. If the file of one trial is removed, the same command repeats
+    only that trial, with the same result. `train` accepts the run's settings with the proposal, in
+    the folder of the search.
     """
     out, config = tmp_path / "run", tmp_path / "run.yaml"
     settings = settings_of(dataset, tiny_model_dir, out)
