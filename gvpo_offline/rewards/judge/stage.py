@@ -84,7 +84,8 @@ class JudgeStage:
         """Send the requests that neither earlier rounds nor an interrupted run have answers to.
 
         Raises:
-            ConfigError: the server refuses the key or does not know the model.
+            ServerError: the server cannot be reached, refuses the key or does not know the model.
+                The answers so far are in the journal.
             DataError: the template cannot be rendered for a group.
             StorageError: a file cannot be written.
         """
