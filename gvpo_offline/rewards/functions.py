@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +22,7 @@ from gvpo_offline.group import FloatArray
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import FunctionSettings, VerlSettings
+from gvpo_offline.rewards.raised import described, trace_lines
 from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
 
 _OWN = ("prompt", "completion", "completion_ids", "prompts", "completions")
@@ -41,7 +43,7 @@ class _FunctionScorer(GroupScorer):
         Raises:
             ConfigError: the function does not exist.
         """
-        source = inspect.getsourcefile(inspect.unwrap(load_function(self._name)))
+        source = _source(load_function(self._name))
         digest = None if source is None else sha256_file(Path(source))
         # Without the folder: the content identifies the file.
         where, _, attribute = self._name.rpartition(":")
@@ -55,25 +57,28 @@ class _FunctionScorer(GroupScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}
 
-    def _call(self, group: ScoringInput, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, group: ScoringInput, index: int | None = None, **kwargs: Any) -> Any:
+        """What the function returns for a group, or for one of its responses."""
         assert self._function is not None  # loaded by `start`
-        with self._errors_named(group):
-            result = self._function(*args, **kwargs)
+        with self._errors_named(group, index):
+            result = self._function(**kwargs)
             return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     @contextmanager
-    def _errors_named(self, group: ScoringInput) -> Iterator[None]:
+    def _errors_named(self, group: ScoringInput, index: int | None = None) -> Iterator[None]:
         try:
             yield
         except (
             Exception,
             SystemExit,
         ) as error:  # exit() is what a program that a model wrote calls
+            which = "" if index is None else f" (response {index})"
             raise DataError(
-                f"the reward function {self._name} must not raise",
-                received=f"{type(error).__name__}: {error}",
+                f"the reward function {self._name} must not raise{which}",
+                received=described(error, self._function),
                 remedy="correct the function, or the columns that it reads; return None for a "
                 "response without a reward",
+                more=trace_lines(error),
                 **group.location,
             ) from error
 
@@ -119,10 +124,7 @@ class TrlScorer(_FunctionScorer):
             completion_ids=[ids.tolist() for ids in group.response_token_ids or ()],
             **{"log_extra": _ignore, "log_metric": _ignore, **columns},
         )
-        try:
-            values = list(found)
-        except TypeError:
-            values = []
+        values = self._listed(found, group)
         if len(values) != k or isinstance(found, str | dict):
             raise DataError(
                 f"the reward function {self._name} returns one number, or None, per response",
@@ -131,6 +133,15 @@ class TrlScorer(_FunctionScorer):
                 **group.location,
             )
         return numbers([self._number(value, group, index) for index, value in enumerate(values)])
+
+    def _listed(self, found: Any, group: ScoringInput) -> list[Any]:
+        """What the function returned as a list; empty if it cannot be iterated over."""
+        try:
+            each = iter(found)
+        except TypeError:
+            return []
+        with self._errors_named(group):  # a generator runs the function's code here
+            return list(each)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -158,7 +169,7 @@ class VerlScorer(_FunctionScorer):
         }
         rows = []
         for index, text in enumerate(group.responses):
-            found = self._call(group, solution_str=text, **given)
+            found = self._call(group, index, solution_str=text, **given)
             parts = found if isinstance(found, dict) else {"score": found}
             names = ("score", *self.extra_components)
             row = [self._number(parts.get(n), group, index, f"number as {n}") for n in names]
@@ -178,15 +189,32 @@ def load_function(name: str) -> Callable[..., Any]:
         a_file = where.endswith(".py")
         module = _load_file(Path(where)) if a_file else importlib.import_module(where)
         function: Callable[..., Any] = getattr(module, attribute)
-    except Exception as error:  # importing a user's file may raise anything
+    except (Exception, SystemExit) as error:  # importing a user's file may raise anything
+        inside = trace_lines(error)
+        remedy = "correct the setting `function` of the scorer"
+        if inside:
+            remedy = f"correct the file; or, if it is another one, {remedy}"
         raise ConfigError(
             rule,
-            received=f"{name} ({type(error).__name__}: {error})",
-            remedy="correct the setting `function` of the scorer",
+            received=f"{name} ({described(error)})",
+            remedy=remedy,
+            more=inside,
         ) from error
     if not callable(function):
         raise ConfigError(rule, received=f"{name}, a {type(function).__name__}")
     return function
+
+
+def _source(function: Any) -> str | None:
+    """The file that defines a function, or the class of a callable object; None if it is built in."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    for found in (inspect.unwrap(function), type(function)):
+        try:
+            return inspect.getsourcefile(found)
+        except TypeError:  # built in, or an object without a definition of its own
+            continue
+    return None
 
 
 def _load_file(path: Path) -> Any:
