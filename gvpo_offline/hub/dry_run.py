@@ -66,15 +66,15 @@ class PushPlan:
         width = max(map(len, held), default=0)
         total = size_text(sum(self.upload.values()))
         skipped = size_text(sum(self.there.values()))
+        where = f"datasets/{self.repo_id}, revision {self.revision}"
+        counts = f"{len(self.upload):,} files to upload, {total}"
         return [
-            f"dry run: version {self.version} to datasets/{self.repo_id}, revision {self.revision}: "
-            f"{self.repository}",
+            f"dry run: version {self.version} to {where}: {self.repository}",
             *(
                 f"  {path:<{width}}  {size_text(n_bytes):>9}  {what}"
                 for path, (what, n_bytes) in sorted(held.items())
             ),
-            f"{len(self.upload):,} files to upload, {total}; {len(self.there):,} files are there "
-            f"already, {skipped}. Nothing was uploaded",
+            f"{counts}; {len(self.there):,} there already, {skipped}. Nothing was uploaded",
         ]
 
 
@@ -117,9 +117,7 @@ def _repository(config: PushConfig) -> Repo | str:
         return main  # of which the branch is made
 
 
-def _against(
-    repo: Repo | str, root: Path, manifest: Manifest, config: PushConfig
-) -> PushPlan:
+def _against(repo: Repo | str, root: Path, manifest: Manifest, config: PushConfig) -> PushPlan:
     if isinstance(repo, str):
         return _plan(root, manifest, config, {}, repo)
     kind = "private" if repo.private else "public"

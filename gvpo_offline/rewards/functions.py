@@ -206,7 +206,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def _source(function: Any) -> str | None:
-    """The file that defines a function, or the class of a callable object; None if it is built in."""
+    """The file that defines a function or the class of an object; None if it is built in."""
     while isinstance(function, functools.partial):
         function = function.func
     for found in (inspect.unwrap(function), type(function)):

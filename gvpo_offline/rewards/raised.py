@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
-_INSTALLED = tuple(
-    {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))}
-)
+_PATHS = ("stdlib", "platstdlib", "purelib", "platlib")
+_INSTALLED = tuple({path for name in _PATHS if (path := sysconfig.get_path(name))})
 _FRAMES_SHOWN = 8
 _MESSAGE_SHOWN = 1000
 

@@ -30,8 +30,9 @@ SAMPLED = "sampled_eval"  # its key for how the run samples answers
 _MARKER_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"
-# What a run may write to output_dir before its first checkpoint, and the folder of `tune`.
-_ALLOWED_ENTRIES = {RUN_FILE, METRICS_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
+# What a run may write to output_dir before its first checkpoint, the folder of `tune`, and a card
+# that a person has written.
+_ALLOWED_ENTRIES = {RUN_FILE, METRICS_FILE, TUNE_FOLDER, "README.md", "runs", "logs", "wandb"}
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 # PEFT notes its own version among an adapter's settings; it decides nothing.
 _VERSION_OF_PEFT = ".peft_version"

@@ -23,7 +23,7 @@ def plan(root: Path, **changes: object) -> PushPlan:
 
 
 def test_what_is_listed_is_what_is_uploaded(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
-    """24 groups, 3 shards: 9 files, the manifest and the card; of a new repository nothing is made."""
+    """24 groups, 3 shards: 9 files, the manifest and the card. No repository is made."""
     data = build_dataset(tmp_path / "data", 24).root
     found = plan(data)
     assert hub.repos == {}

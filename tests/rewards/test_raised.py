@@ -97,7 +97,7 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, text: str, place: str, w
 
 
 def test_a_name_that_the_file_lacks_is_a_setting(file: Path) -> None:
-    with pytest.raises(ConfigError, match="has no attribute 'scores'.*the setting `function`"):
+    with pytest.raises(ConfigError, match=r"has no attribute 'scores'.*the setting `function`"):
         load_function(f"{file}:scores")
 
 

@@ -246,7 +246,10 @@ def test_trl_functions_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"raises must not raise; received .*rewards\.py, line 22, .*KeyError: 'solution'"),
+        (
+            "raises",
+            r"raises must not raise; .*rewards\.py, line 22, .*KeyError: 'solution'",
+        ),
         ("exits", r"exits must not raise; received .*rewards\.py, line 25, .*SystemExit: 3"),
         ("right", r"right must not raise; received .*rewards\.py, line 10: TypeError.*'answer'"),
         ("short", "one number, or None, per response; received .1.0. for 2 responses"),

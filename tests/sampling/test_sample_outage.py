@@ -1,4 +1,4 @@
-"""A server that goes away in the middle of a stage: what is kept, and what the next run requests."""
+"""A server that goes away in the middle of a stage: what is kept, what the next run requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.importing import content
 from support.judging import JudgeServer, judge
-from support.rewarding import answered_dataset, reward
+from support.rewarding import answered_dataset, reward, scoring_input
 from support.sampling import FaultServer, config, remote
 
 from gvpo_offline.errors import ServerError
@@ -89,8 +89,6 @@ def test_a_judge_keeps_its_answers(tmp_path: Path) -> None:
 
 def test_a_judge_of_fresh_answers_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     """It is refused before it has answered once, and counted after."""
-    from support.rewarding import scoring_input
-
     server = JudgeServer()
     settings = judge(server, max_outage=0.1)
     del settings["kind"]

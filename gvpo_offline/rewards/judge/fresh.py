@@ -75,7 +75,6 @@ class FreshJudge(SimpleScorer):
             for number, group in enumerate(groups)
         ]
 
-
     def _sent(self, requests: Sequence[JudgeRequest], kept: _Kept) -> list[str | None]:
         try:
             return self._client.send(requests)
