@@ -213,7 +213,9 @@ def _own_settings(args: GVPOConfig, max_steps: int) -> dict[str, Any]:
         if name not in defaults or name in _DERIVED or secret:
             continue
         usual = getattr(defaults[name], "value", defaults[name])
-        if name == "accelerator_config" and _set(value) == _set(AcceleratorConfig().to_dict()):
+        if name == "accelerator_config" and (
+            _set(value).items() <= _set(AcceleratorConfig().to_dict()).items()
+        ):
             continue
         # transformers writes an empty value where nothing was set.
         unset = usual in (None, "", "none") and not value
