@@ -21,6 +21,7 @@ from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.model_card import CardDataset, CardFacts, read_card, write_card
 from gvpo_offline.train.sampled import SampledTrainer
+from gvpo_offline.train.serving import portable_tokenizer, ready_to_serve
 from gvpo_offline.train.settings import GVPOSettings
 from gvpo_offline.version import __version__
 
@@ -152,10 +153,11 @@ class CardedTrainer(SampledTrainer):
     # ---- every place that writes README.md ----
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As transformers, then the card, in place of PEFT's."""
+        """As transformers, ready to be served; then the card, in place of PEFT's."""
         folder = Path(output_dir or self.args.output_dir)
         before = read_card(folder) if self.args.should_save else None
-        super()._save(output_dir, state_dict)
+        with ready_to_serve(self.model, self.processing_class):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_card(folder, self.card_facts(), before)
 
@@ -175,7 +177,8 @@ class CardedTrainer(SampledTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As transformers, with the card of now."""
         self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
+        with portable_tokenizer(self.processing_class):  # which it saves again
+            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _base_name(model: Any, adapters: Mapping[str, Any]) -> str:
