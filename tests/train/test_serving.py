@@ -30,19 +30,19 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
 
 
 @pytest.fixture(scope="module")
-def run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, dataset: GroupDataset
-) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     """A policy that was trained for one step with a template whose turns end with <|system|>."""
-    folder = tmp_path_factory.mktemp("serving") / "run"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    folder = tmp_path_factory.mktemp("serving")
+    base = Path(shutil.copytree(tiny_model_dir, folder / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = ENDS_TURNS
-    trainer = trainer_of(tiny_model_dir, dataset, folder, tokenizer=tokenizer)
+    tokenizer.save_pretrained(base)
+    trainer = trainer_of(base, scored_dataset(folder / "data", base, 8), folder / "run")
     trainer.train()
     trainer.save_model()
     assert trainer.model.config.use_cache is False  # as the Trainer wants it during training
-    assert "save_pretrained" not in vars(tokenizer)
-    return folder
+    assert "save_pretrained" not in vars(trainer.processing_class)
+    return folder / "run"
 
 
 def test_a_pipeline_answers_texts_and_chats(run: Path) -> None:
