@@ -162,7 +162,7 @@ class VerlScorer(_FunctionScorer):
     def score_group(self, group: ScoringInput) -> FloatArray:
         """(1 + F, k)."""
         truth = group.column(self._settings.ground_truth)
-        given = {
+        given: dict[str, Any] = {
             "data_source": group.metadata.get(self._settings.data_source),
             "ground_truth": truth,
             "extra_info": group.metadata.get(self._settings.extra_info),

@@ -14,6 +14,7 @@ import transformers
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from gvpo_offline.compute.model import dtype_of
+from gvpo_offline.errors import labelled
 from gvpo_offline.hub.markdown import code
 from gvpo_offline.identity import defaults_of
 from gvpo_offline.info.text import sampler_text
@@ -21,7 +22,7 @@ from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.model_card import CardDataset, CardFacts, read_card, write_card
 from gvpo_offline.train.sampled import SampledTrainer
-from gvpo_offline.train.serving import portable_tokenizer, ready_to_serve
+from gvpo_offline.train.serving import name_rotary_base, portable_tokenizer, ready_to_serve
 from gvpo_offline.train.settings import GVPOSettings
 from gvpo_offline.version import __version__
 
@@ -136,7 +137,7 @@ class CardedTrainer(SampledTrainer):
             )
         notes = {f"selection {n}": note for n, note in enumerate(view.notes, 1)}
         return CardDataset(
-            path=str(view.dataset.root),
+            path=labelled(view.dataset.root),
             version=manifest.version,
             fingerprint=view.dataset.fingerprint,
             trained=view.n_groups,
@@ -159,6 +160,7 @@ class CardedTrainer(SampledTrainer):
         with ready_to_serve(self.model, self.processing_class):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
+            name_rotary_base(folder)
             write_card(folder, self.card_facts(), before)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

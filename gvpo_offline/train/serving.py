@@ -36,7 +36,7 @@ def ready_to_serve(model: nn.Module, tokenizer: Any) -> Iterator[None]:
         tokenizer: the tokenizer that is saved with it, or None.
     """
     owner: Any = model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
-    config = getattr(owner, "config", None)
+    config: Any = getattr(owner, "config", None)
     before = getattr(config, "use_cache", None)
     _name_end_tokens(owner, tokenizer)
     with portable_tokenizer(tokenizer):
@@ -110,3 +110,30 @@ def make_portable(folder: Path) -> None:
     if kept != content:
         text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
+
+
+def name_rotary_base(folder: Path) -> None:
+    """Write the rotary embedding's settings into a saved config.json under their earlier names too.
+
+    transformers 5 writes `rope_parameters` alone. transformers 4 does not read it: it would compute
+    with its own base of 10,000, without an error, and give other answers. Models whose layers have
+    different settings are left as they are: they have no earlier names in common.
+
+    Args:
+        folder: of the saved model; nothing happens without a config.json, as for an adapter.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rope = content.get("rope_parameters")
+    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
+        return
+    scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
+    earlier = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        earlier["rope_scaling"] = scaled
+    if "partial_rotary_factor" in rope:
+        earlier["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    text = json.dumps({**earlier, **content}, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_info
-from gvpo_offline.train.serving import make_portable, portable_tokenizer
+from gvpo_offline.train.serving import make_portable, name_rotary_base, portable_tokenizer
 
 QUESTION = [{"role": "user", "content": "What is 1 + 1?"}]
 # Turns end with a token that is neither the model's nor the tokenizer's end token.
@@ -93,6 +93,7 @@ def test_the_files_that_servers_read_are_there(run: Path, tiny_model_dir: Path) 
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert config["dtype"] == "float32"
     assert config.get("use_cache", True) is True
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     held = json.loads((run / "tokenizer_config.json").read_text())
     assert held["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows
     assert not {"is_local", "local_files_only"} & set(held)
@@ -127,6 +128,43 @@ def test_other_classes_of_tokenizers_are_left_as_they_are(tmp_path: Path) -> Non
     assert (tmp_path / "tokenizer_config.json").read_text() == text
     shutil.rmtree(tmp_path)
     make_portable(tmp_path)  # a folder without a tokenizer
+
+
+ROPE = {
+    "default": {"rope_type": "default", "rope_theta": 1e6},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_the_rotary_base_has_its_earlier_name_too(tmp_path: Path, kind: str) -> None:
+    """transformers 4 reads rope_theta and rope_scaling, transformers 5 the same as without them."""
+    from transformers import AutoConfig, LlamaConfig
+
+    made = LlamaConfig(rope_parameters=dict(ROPE[kind]), max_position_embeddings=8192)
+    made.save_pretrained(tmp_path)
+    name_rotary_base(tmp_path)
+    held = json.loads((tmp_path / "config.json").read_text())
+    assert held["rope_theta"] == ROPE[kind]["rope_theta"]
+    scaled = {name: value for name, value in ROPE[kind].items() if name != "rope_theta"}
+    assert held.get("rope_scaling") == (scaled if kind == "llama3" else None)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == made.rope_parameters
+
+
+def test_layers_with_different_rotary_settings_are_left_as_they_are(tmp_path: Path) -> None:
+    own = {"full_attention": ROPE["default"], "sliding_attention": ROPE["default"]}
+    text = json.dumps({"rope_parameters": own})
+    (tmp_path / "config.json").write_text(text)
+    name_rotary_base(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
 
 
 def test_an_adapter_is_served_as_it_is_and_merged(
