@@ -57,11 +57,19 @@ class _FunctionScorer(GroupScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}
 
-    def _call(self, group: ScoringInput, index: int | None = None, **kwargs: Any) -> Any:
-        """What the function returns for a group, or for one of its responses."""
+    def _call(
+        self, group: ScoringInput, arguments: dict[str, Any], index: int | None = None
+    ) -> Any:
+        """What the function returns for a group, or for one of its responses.
+
+        Args:
+            group: the group.
+            arguments: of the function, by name; columns of the log may have any name.
+            index: of the response.
+        """
         assert self._function is not None  # loaded by `start`
         with self._errors_named(group, index):
-            result = self._function(**kwargs)
+            result = self._function(**arguments)
             return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     @contextmanager
@@ -117,13 +125,15 @@ class TrlScorer(_FunctionScorer):
         if group.messages is not None:
             completions = [group.turns(i) for i in range(k)]
         columns = {name: [value] * k for name, value in group.metadata.items() if name not in _OWN}
-        found = self._call(
-            group,
-            prompts=[group.prompt if group.messages is None else group.messages] * k,
-            completions=completions,
-            completion_ids=[ids.tolist() for ids in group.response_token_ids or ()],
-            **{"log_extra": _ignore, "log_metric": _ignore, **columns},
-        )
+        arguments = {
+            "log_extra": _ignore,
+            "log_metric": _ignore,
+            **columns,
+            "prompts": [group.prompt if group.messages is None else group.messages] * k,
+            "completions": completions,
+            "completion_ids": [ids.tolist() for ids in group.response_token_ids or ()],
+        }
+        found = self._call(group, arguments)
         values = self._listed(found, group)
         if len(values) != k or isinstance(found, str | dict):
             raise DataError(
@@ -162,14 +172,14 @@ class VerlScorer(_FunctionScorer):
     def score_group(self, group: ScoringInput) -> FloatArray:
         """(1 + F, k)."""
         truth = group.column(self._settings.ground_truth)
-        given: dict[str, Any] = {
+        given = {
             "data_source": group.metadata.get(self._settings.data_source),
             "ground_truth": truth,
             "extra_info": group.metadata.get(self._settings.extra_info),
         }
         rows = []
         for index, text in enumerate(group.responses):
-            found = self._call(group, index, solution_str=text, **given)
+            found = self._call(group, {"solution_str": text, **given}, index)
             parts = found if isinstance(found, dict) else {"score": found}
             names = ("score", *self.extra_components)
             row = [self._number(parts.get(n), group, index, f"number as {n}") for n in names]

@@ -122,6 +122,18 @@ def test_what_has_no_source_of_its_own_can_be_a_function(tmp_path: Path, file: P
     assert isinstance(load_function(f"{file}:partial"), functools.partial)
 
 
+def test_columns_may_have_any_name(file: Path) -> None:
+    """Also those of the arguments of the scorer's own functions."""
+    file.write_text(
+        "def score(completions, group, index, self, arguments, **kwargs):\n"
+        "    return [float(a + b + c + d) for a, b, c, d in zip(group, index, self, arguments)]\n"
+    )
+    scorer = build_fresh_scorer(FunctionSettings(kind="function", function=f"{file}:score"))
+    scorer.start()
+    given = scoring_input(["a", "b"], group=1, index=2, self=3, arguments=4)
+    assert scorer.score([given])[0].tolist() == [[10.0, 10.0]]
+
+
 def test_an_exception_without_a_traceback_has_no_place() -> None:
     assert place_of(ValueError("x")) == ""
 
