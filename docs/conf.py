@@ -59,6 +59,8 @@ toctrees = {
             "howto/distributed",
             "howto/adapters",
             "howto/models",
+            "howto/serving",
+            "howto/troubleshooting",
         ],
         "Reference": ["reference/index", "reference/losses"],
         "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],

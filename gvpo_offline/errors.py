@@ -20,6 +20,7 @@ __all__ = [
     "GVPOError",
     "IntegrityError",
     "ResumeError",
+    "ServerError",
     "StorageError",
     "WorkerError",
     "label_path",
@@ -145,6 +146,10 @@ class DataError(GVPOError, ValueError):
 
 class ConfigError(GVPOError, ValueError):
     """A setting, or a combination of settings, that is not valid."""
+
+
+class ServerError(ConfigError):
+    """A server that cannot be reached, or that refuses every request."""
 
 
 class IntegrityError(GVPOError):

@@ -14,6 +14,11 @@ def _run_push(values: dict[str, Any]) -> None:
     from gvpo_offline.info.text import size_text
 
     config = filled(PushConfig, values)
+    if config.dry_run:
+        from gvpo_offline.hub.dry_run import plan_push
+
+        say(*plan_push(config).lines())
+        return
     done = push(config)
     said = (
         f"{done.files:,} files, {size_text(done.bytes)}, in {done.commits} commits"

@@ -28,6 +28,7 @@ from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
+from gvpo_offline.train.carded import run_settings
 from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, open_settings
@@ -101,6 +102,7 @@ def run_train(
         trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
     for record in early:
         trainer.record.hear(record)
+    trainer.run_settings = run_settings(model, data, lora)
 
     def settings() -> dict[str, Any]:
         return {

@@ -58,6 +58,23 @@ def push(config: PushConfig) -> PushResult:
         StorageError: the hub does not answer.
     """
     root = local_folder("dataset", config.dataset)
+    manifest = manifest_to_push(root, config)
+    bars = progress_bars(shown=config.show_progress)
+    with bars, hub_errors(config.repo_id, writing=True):
+        repo = _open(config)
+        url = f"{repo.api.endpoint}/datasets/{config.repo_id}"
+        if has_version(repo, manifest):
+            return PushResult(url, manifest.version, files=0, bytes=0, commits=0)
+        for entry in manifest.files():
+            verify_file(root, entry)
+        missing = files_to_upload(repo, manifest.files())
+        commits = _upload(repo, root, manifest, missing, config)
+    n_bytes = sum(entry.bytes for entry in missing)
+    return PushResult(url, manifest.version, files=len(missing), bytes=n_bytes, commits=commits)
+
+
+def manifest_to_push(root: Path, config: PushConfig) -> Manifest:
+    """The manifest of the version that is pushed; DataError if the dataset is a partial copy."""
     manifest = load_manifest(root, config.dataset_version)
     if is_partial(manifest):
         raise DataError(
@@ -66,18 +83,7 @@ def push(config: PushConfig) -> PushResult:
             remedy="pull all of it into another folder, and add to that",
             file=root,
         )
-    bars = progress_bars(shown=config.show_progress)
-    with bars, hub_errors(config.repo_id, writing=True):
-        repo = _open(config)
-        url = f"{repo.api.endpoint}/datasets/{config.repo_id}"
-        if _is_there(repo, manifest):
-            return PushResult(url, manifest.version, files=0, bytes=0, commits=0)
-        for entry in manifest.files():
-            verify_file(root, entry)
-        missing = _missing(repo, manifest.files())
-        commits = _upload(repo, root, manifest, missing, config)
-    n_bytes = sum(entry.bytes for entry in missing)
-    return PushResult(url, manifest.version, files=len(missing), bytes=n_bytes, commits=commits)
+    return manifest
 
 
 def _open(config: PushConfig) -> Repo:
@@ -91,13 +97,7 @@ def _open(config: PushConfig) -> Repo:
     except RepositoryNotFoundError:
         api.create_repo(config.repo_id, repo_type="dataset", private=config.private)
         main = Repo.open(config.repo_id, "main")
-    if config.private and not main.private:
-        raise ConfigError(
-            "with `private`, the repository is a private one",
-            received="a public one, which exists already",
-            remedy="make it private in its settings on the hub, or leave out private",
-            file=main.label,
-        )
+    check_private(main, config)
     if config.revision == "main":
         return main
     try:
@@ -107,7 +107,18 @@ def _open(config: PushConfig) -> Repo:
         return Repo.open(config.repo_id, config.revision)
 
 
-def _is_there(repo: Repo, manifest: Manifest) -> bool:
+def check_private(repo: Repo, config: PushConfig) -> None:
+    """Raise ConfigError if the repository is public where a private one was asked for."""
+    if config.private and not repo.private:
+        raise ConfigError(
+            "with `private`, the repository is a private one",
+            received="a public one, which exists already",
+            remedy="make it private in its settings on the hub, or leave out private",
+            file=repo.label,
+        )
+
+
+def has_version(repo: Repo, manifest: Manifest) -> bool:
     """Whether the repository has this version.
 
     Raises:
@@ -133,7 +144,7 @@ def _is_there(repo: Repo, manifest: Manifest) -> bool:
     return False
 
 
-def _missing(repo: Repo, entries: Sequence[FileEntry]) -> list[FileEntry]:
+def files_to_upload(repo: Repo, entries: Sequence[FileEntry]) -> list[FileEntry]:
     """The files that the repository lacks; IntegrityError if it has another of the same name."""
     for entry in entries:
         length, digest = repo.files.get(entry.path, (entry.bytes, None))

@@ -21,6 +21,9 @@ class PushConfig:
     """The branch to push to; it is created if it does not exist."""
     dataset_version: int | None = None
     """Which version of the dataset. Null: the newest."""
+    dry_run: bool = False
+    """List the files that would be uploaded, with their sizes, and those that the repository has
+    already; upload and make nothing."""
     show_progress: bool = True
     """Show progress bars."""
 

@@ -14,19 +14,27 @@ import json
 import os
 import random
 import time
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, ServerError
 from gvpo_offline.openai.answer import BadAnswerError
+from gvpo_offline.openai.outage import FIRST_WAIT, Outage, UnreachableError, unreachable
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-_FATAL = (401, 403, 404)
+# No other request can succeed either; what to correct.
+_FATAL = {
+    401: "set api_key_env to the environment variable that holds a key of this server",
+    403: "use a key that may use this model (api_key_env), or another model",
+    404: "correct model, or base_url, which usually ends in /v1",
+}
 _TRANSIENT = (408, 409, 425, 429)
-_FIRST_WAIT = 0.5  # seconds
+_GATEWAY = (502, 503, 504)  # of a proxy without a server behind it
+_CONNECT_SECONDS = 15.0
 _CAUSE_CHARACTERS = 200
 
 
@@ -46,9 +54,13 @@ class ServerSettings:
     """Seconds that one attempt may take as a whole."""
     max_wait: float = 60.0
     """Maximum seconds between two attempts, unless the server asks for more (Retry-After)."""
+    max_outage: float = 120.0
+    """Seconds that a server which has answered may be unreachable, as while it restarts, before the
+    run stops. A server that has never answered is given up after 5 tries, about 8 s."""
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "max_attempts", "request_timeout", "max_wait"):
+        limits = ("concurrency", "max_attempts", "request_timeout", "max_wait", "max_outage")
+        for name in limits:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is positive", received=getattr(self, name))
         if not self.base_url.startswith(("http://", "https://")):
@@ -59,6 +71,23 @@ class ServerSettings:
                 received="an address with a user or a query",
                 remedy="put the key into an environment variable and name that in api_key_env",
             )
+        _check_address(self.base_url)
+
+
+def _check_address(base_url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(base_url)
+        held, _ = parts.hostname, parts.port
+    except ValueError as error:
+        held, problem = None, f" ({error})"
+    else:
+        problem = ""
+    if not held:
+        raise ConfigError(
+            "base_url has a host, and a port from 0 to 65535 if it has one",
+            received=f"{base_url}{problem}",
+            remedy="write it as in http://localhost:8000/v1",
+        )
 
 
 OPERATIONAL = frozenset(field.name for field in fields(ServerSettings))
@@ -89,6 +118,7 @@ class OpenAIClient:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._key: str | None = None
+        self._outage = Outage(settings)
 
     def start(self) -> None:
         """Check the package and read the key.
@@ -117,88 +147,162 @@ class OpenAIClient:
         """The cause of failure of each request; None where it was answered.
 
         Raises:
-            ConfigError: the server rejects the key or does not know the model.
+            ServerError: the server cannot be reached, rejects the key or does not know the model.
+                Requests that were answered before have stored their answers.
         """
+        self._outage.begin()
         return asyncio.run(self._send_all(requests))
 
     async def _send_all(self, requests: Sequence[ServerRequest]) -> list[str | None]:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, Timeout
 
+        seconds = self._settings.request_timeout
         async with AsyncOpenAI(
             base_url=self._settings.base_url,
             api_key=self._key or "none",
             max_retries=0,
-            timeout=self._settings.request_timeout,
+            timeout=Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
         ) as client:
-            runner = _RequestRunner(client, self._settings, self._key)
+            runner = _RequestRunner(client, self._settings, self._key, self._outage)
             return list(await asyncio.gather(*map(runner.with_retries, requests)))
 
 
 class _RequestRunner:
     """Runs the requests of one call within the limits on concurrency and time."""
 
-    def __init__(self, client: AsyncOpenAI, settings: ServerSettings, key: str | None) -> None:
+    def __init__(
+        self, client: AsyncOpenAI, settings: ServerSettings, key: str | None, outage: Outage
+    ) -> None:
         self._client = client
         self._settings = settings
         self._key = key
+        self._outage = outage
+        self._stopped: ServerError | None = None
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._not_before = 0.0  # time.monotonic() seconds
 
     async def with_retries(self, request: ServerRequest) -> str | None:
         """The cause of the last failure after `max_attempts` attempts; None on success."""
-        cause = None
-        for attempt in range(1, self._settings.max_attempts + 1):
+        cause, attempt = None, 1
+        while attempt <= self._settings.max_attempts:
             try:
                 await self._attempt(request)
                 return None
+            except UnreachableError:
+                continue  # it says nothing about the request; `Outage` ends it
             except _FailedError as failure:
                 cause = str(failure)
                 if failure.final:
                     break
+                if failure.silent:
+                    await self._outage.silent(id(request), cause, self._silence)
             if attempt < self._settings.max_attempts:
-                longest = min(self._settings.max_wait, _FIRST_WAIT * 2 ** (attempt - 1))
+                longest = min(self._settings.max_wait, FIRST_WAIT * 2 ** (attempt - 1))
                 await asyncio.sleep(random.uniform(longest / 2, longest))
+            attempt += 1
         return cause
 
     async def _attempt(self, request: ServerRequest) -> None:
-        import openai
-
         async with self._slots:
+            if self._stopped is not None:
+                raise self._stopped
             while (wait := self._not_before - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             try:
-                # The client's own timeout is per read: a server that drips bytes outlasts it.
-                async with asyncio.timeout(self._settings.request_timeout):
-                    # As text: the client's JSON parser depends on the content type.
-                    text = await self._client.post(
-                        f"/{request.endpoint}", body=request.body(), cast_to=str
-                    )
-            except openai.APIStatusError as error:
-                raise self._status_error(error) from error
-            except (TimeoutError, openai.APITimeoutError) as error:
-                seconds = self._settings.request_timeout
-                raise _FailedError(f"no answer within {seconds:g} s") from error
-            except openai.APIConnectionError as error:
-                cause = error.__cause__ or error
-                raise self._failed(f"connection: {type(cause).__name__}: {cause}") from error
+                await self._outage.turn(self._probe)
+                text = await self._text(request)
+            except ServerError as error:
+                self._stopped = error  # no other request is sent
+                raise
+        self._outage.answered()
         try:
             request.read(_parsed(text))
         except BadAnswerError as error:
             raise self._failed(str(error)) from error
 
-    def _failed(self, cause: str, *, final: bool = False) -> _FailedError:
+    async def _text(self, request: ServerRequest) -> str:
+        """The text of an answer.
+
+        Raises:
+            UnreachableError: no connection was made.
+            ServerError: and none will be; or no request can succeed.
+            _FailedError: the attempt failed.
+        """
+        import openai
+
+        try:
+            # The client's own timeout is per read: a server that drips bytes outlasts it.
+            async with asyncio.timeout(self._settings.request_timeout):
+                # As text: the client's JSON parser depends on the content type.
+                return await self._client.post(
+                    f"/{request.endpoint}", body=request.body(), cast_to=str
+                )
+        except openai.APIStatusError as error:
+            raise self._status_error(error) from error
+        except (TimeoutError, openai.APIConnectionError) as error:
+            if (missed := unreachable(error)) is not None:
+                self._outage.missed(missed)
+                raise missed from error
+            self._outage.connected()
+            if isinstance(error, TimeoutError | openai.APITimeoutError):
+                cause = f"no answer within {self._settings.request_timeout:g} s"
+            else:
+                below = error.__cause__ or error
+                cause = f"connection: {type(below).__name__}: {below}"
+            raise self._failed(cause, silent=True) from error
+
+    async def _silence(self) -> str | None:
+        """Why there is no server; None if it answers a question after its models."""
+        found = await self._probe(True)
+        return None if found is None else str(found)
+
+    async def _probe(self, needs_answer: bool) -> UnreachableError | None:
+        """Why there is no server; None if there is one."""
+        try:
+            status = await self._status()
+        except UnreachableError as missed:
+            return missed
+        if status in _GATEWAY:
+            return UnreachableError(f"HTTP {status}", final=False)
+        if status is None and needs_answer:
+            return UnreachableError("a connection without an answer", final=False)
+        return None
+
+    async def _status(self) -> int | None:
+        """The status with which the server answers a question after its models; None: no answer.
+
+        Raises:
+            UnreachableError: no connection was made.
+        """
+        import openai
+
+        try:
+            await self._client.get("/models", cast_to=str, options={"timeout": _CONNECT_SECONDS})
+        except openai.APIStatusError as error:
+            return error.status_code
+        except openai.APIConnectionError as error:
+            if (missed := unreachable(error)) is not None:
+                raise missed from error
+            return None
+        return 200
+
+    def _failed(self, cause: str, *, final: bool = False, silent: bool = False) -> _FailedError:
         # A server may quote the key that it was sent.
         cause = cause.replace(self._key, "***") if self._key else cause
-        return _FailedError(" ".join(cause.split())[:_CAUSE_CHARACTERS], final=final)
+        shown = " ".join(cause.split())[:_CAUSE_CHARACTERS]
+        return _FailedError(shown, final=final, silent=silent)
 
     def _status_error(self, error: APIStatusError) -> Exception:
         status = error.status_code
-        failure = self._failed(f"HTTP {status}: {error.message}")
+        failure = self._failed(f"HTTP {status}: {error.message}", silent=status in _GATEWAY)
+        self._outage.connected()
+        if not failure.silent:
+            self._outage.answered()
         if status in _FATAL:
-            return ConfigError(
+            return ServerError(
                 "the server accepts the key and knows the model and the address",
                 received=f"{failure} from {self._settings.base_url}",
-                remedy="correct api_key_env, model or base_url; committed tasks are kept",
+                remedy=f"{_FATAL[status]}; finished answers and committed tasks are kept",
             )
         if status not in _TRANSIENT and status < 500:
             failure.final = True
@@ -212,11 +316,17 @@ class _RequestRunner:
 
 
 class _FailedError(Exception):
-    """An attempt that failed; `final` if another attempt cannot succeed."""
+    """An attempt that failed.
 
-    def __init__(self, cause: str, *, final: bool = False) -> None:
+    Attributes:
+        final: whether another attempt cannot succeed.
+        silent: whether no server answered it.
+    """
+
+    def __init__(self, cause: str, *, final: bool = False, silent: bool = False) -> None:
         super().__init__(cause)
         self.final = final
+        self.silent = silent
 
 
 def _parsed(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +22,7 @@ from gvpo_offline.group import FloatArray
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import FunctionSettings, VerlSettings
+from gvpo_offline.rewards.raised import described, trace_lines
 from gvpo_offline.rewards.scorer import GroupScorer, numbers, settings_of
 
 _OWN = ("prompt", "completion", "completion_ids", "prompts", "completions")
@@ -41,7 +43,7 @@ class _FunctionScorer(GroupScorer):
         Raises:
             ConfigError: the function does not exist.
         """
-        source = inspect.getsourcefile(inspect.unwrap(load_function(self._name)))
+        source = _source(load_function(self._name))
         digest = None if source is None else sha256_file(Path(source))
         # Without the folder: the content identifies the file.
         where, _, attribute = self._name.rpartition(":")
@@ -55,25 +57,36 @@ class _FunctionScorer(GroupScorer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}
 
-    def _call(self, group: ScoringInput, *args: Any, **kwargs: Any) -> Any:
+    def _call(
+        self, group: ScoringInput, arguments: dict[str, Any], index: int | None = None
+    ) -> Any:
+        """What the function returns for a group, or for one of its responses.
+
+        Args:
+            group: the group.
+            arguments: of the function, by name; columns of the log may have any name.
+            index: of the response.
+        """
         assert self._function is not None  # loaded by `start`
-        with self._errors_named(group):
-            result = self._function(*args, **kwargs)
+        with self._errors_named(group, index):
+            result = self._function(**arguments)
             return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     @contextmanager
-    def _errors_named(self, group: ScoringInput) -> Iterator[None]:
+    def _errors_named(self, group: ScoringInput, index: int | None = None) -> Iterator[None]:
         try:
             yield
         except (
             Exception,
             SystemExit,
         ) as error:  # exit() is what a program that a model wrote calls
+            which = "" if index is None else f" (response {index})"
             raise DataError(
-                f"the reward function {self._name} must not raise",
-                received=f"{type(error).__name__}: {error}",
+                f"the reward function {self._name} must not raise{which}",
+                received=described(error, self._function),
                 remedy="correct the function, or the columns that it reads; return None for a "
                 "response without a reward",
+                more=trace_lines(error),
                 **group.location,
             ) from error
 
@@ -112,17 +125,16 @@ class TrlScorer(_FunctionScorer):
         if group.messages is not None:
             completions = [group.turns(i) for i in range(k)]
         columns = {name: [value] * k for name, value in group.metadata.items() if name not in _OWN}
-        found = self._call(
-            group,
-            prompts=[group.prompt if group.messages is None else group.messages] * k,
-            completions=completions,
-            completion_ids=[ids.tolist() for ids in group.response_token_ids or ()],
-            **{"log_extra": _ignore, "log_metric": _ignore, **columns},
-        )
-        try:
-            values = list(found)
-        except TypeError:
-            values = []
+        arguments = {
+            "log_extra": _ignore,
+            "log_metric": _ignore,
+            **columns,
+            "prompts": [group.prompt if group.messages is None else group.messages] * k,
+            "completions": completions,
+            "completion_ids": [ids.tolist() for ids in group.response_token_ids or ()],
+        }
+        found = self._call(group, arguments)
+        values = self._listed(found, group)
         if len(values) != k or isinstance(found, str | dict):
             raise DataError(
                 f"the reward function {self._name} returns one number, or None, per response",
@@ -131,6 +143,15 @@ class TrlScorer(_FunctionScorer):
                 **group.location,
             )
         return numbers([self._number(value, group, index) for index, value in enumerate(values)])
+
+    def _listed(self, found: Any, group: ScoringInput) -> list[Any]:
+        """What the function returned as a list; empty if it cannot be iterated over."""
+        try:
+            each = iter(found)
+        except TypeError:
+            return []
+        with self._errors_named(group):  # a generator runs the function's code here
+            return list(each)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -158,7 +179,7 @@ class VerlScorer(_FunctionScorer):
         }
         rows = []
         for index, text in enumerate(group.responses):
-            found = self._call(group, solution_str=text, **given)
+            found = self._call(group, {"solution_str": text, **given}, index)
             parts = found if isinstance(found, dict) else {"score": found}
             names = ("score", *self.extra_components)
             row = [self._number(parts.get(n), group, index, f"number as {n}") for n in names]
@@ -178,15 +199,32 @@ def load_function(name: str) -> Callable[..., Any]:
         a_file = where.endswith(".py")
         module = _load_file(Path(where)) if a_file else importlib.import_module(where)
         function: Callable[..., Any] = getattr(module, attribute)
-    except Exception as error:  # importing a user's file may raise anything
+    except (Exception, SystemExit) as error:  # importing a user's file may raise anything
+        inside = trace_lines(error)
+        remedy = "correct the setting `function` of the scorer"
+        if inside:
+            remedy = f"correct the file; or, if it is another one, {remedy}"
         raise ConfigError(
             rule,
-            received=f"{name} ({type(error).__name__}: {error})",
-            remedy="correct the setting `function` of the scorer",
+            received=f"{name} ({described(error)})",
+            remedy=remedy,
+            more=inside,
         ) from error
     if not callable(function):
         raise ConfigError(rule, received=f"{name}, a {type(function).__name__}")
     return function
+
+
+def _source(function: Any) -> str | None:
+    """The file that defines a function or the class of an object; None if it is built in."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    for found in (inspect.unwrap(function), type(function)):
+        try:
+            return inspect.getsourcefile(found)
+        except TypeError:  # built in, or an object without a definition of its own
+            continue
+    return None
 
 
 def _load_file(path: Path) -> Any:

@@ -199,6 +199,12 @@ class _JudgeServerSettings(_Settings):
     max_wait: float = Field(
         default=60.0, gt=0, description="Longest wait between two attempts, in seconds."
     )
+    max_outage: float = Field(
+        default=120.0,
+        gt=0,
+        description="Seconds that a server which has answered may be unreachable, as while it "
+        "restarts, before the run stops. One that has never answered is given up after 5 tries.",
+    )
 
     @model_validator(mode="after")
     def _one_way_to_read(self) -> Self:

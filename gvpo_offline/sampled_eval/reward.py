@@ -194,5 +194,5 @@ class FreshReward:
 
 def _cause(error: DataError) -> str:
     """The rule and what was received, without the place: the answer is in no file."""
-    text = str(error.replaced(file=None, row=None, group=None, remedy=None))
+    text = str(error.replaced(file=None, row=None, group=None, remedy=None, more=()))
     return " ".join(text.split())

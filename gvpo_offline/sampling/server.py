@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gvpo_offline.errors import ServerError
 from gvpo_offline.openai.answer import BadAnswerError
 from gvpo_offline.openai.client import OpenAIClient
 from gvpo_offline.sampling.answers import endpoint, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import OpenAISettings
-from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
+from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo, StoppedSamplingError
 
 
 class ServerSampler:
@@ -40,7 +41,8 @@ class ServerSampler:
         """A response to each request, or the cause of its failure.
 
         Raises:
-            ConfigError: the server rejects the key or does not know the model.
+            StoppedSamplingError: the server cannot be reached, rejects the key or does not know the
+                model.
         """
         by_prompt: dict[int, list[SampleRequest]] = {}
         for request in requests:
@@ -51,7 +53,12 @@ class ServerSampler:
             for own in by_prompt.values()
             for i in range(0, len(own), n)
         ]
-        causes = self._client.send(calls)
+        try:
+            causes = self._client.send(calls)
+        except ServerError as error:
+            cause = f"{error.rule}; received {error.received}"
+            samples = [sample for call in calls for sample in call.samples(cause)]
+            raise StoppedSamplingError(samples, error) from error
         return [
             sample
             for call, cause in zip(calls, causes, strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gvpo_offline.errors import GVPOError
 from gvpo_offline.hashing import mix_key, text_key
 from gvpo_offline.sampling.log import Sample, SampleLog, task_name
 from gvpo_offline.sampling.prompts import Prompt, PromptFile
@@ -47,6 +48,20 @@ class SamplerInfo:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
 
+class StoppedSamplingError(Exception):
+    """A sampler had to stop, and has some of the responses.
+
+    Attributes:
+        samples: one for each request; failures for those without a response.
+        error: why it stopped; no request can succeed now.
+    """
+
+    def __init__(self, samples: list[Sample], error: GVPOError) -> None:
+        super().__init__(str(error))
+        self.samples = samples
+        self.error = error
+
+
 class Sampler(Protocol):
     """Responds to prompts. Picklable before `start`."""
 
@@ -76,6 +91,7 @@ class Sampler(Protocol):
 
         Raises:
             GVPOError: no request to this sampler can succeed.
+            StoppedSamplingError: the same, after some responses.
         """
 
 
@@ -133,12 +149,19 @@ class SampleStage:
         """Request the responses that failed in all rounds before.
 
         Raises:
-            GVPOError: as `Sampler.sample`.
+            GVPOError: as `Sampler.sample`; the responses of a sampler that stopped are committed.
             StorageError: no room.
         """
         chunk, _, round_ = task.name.partition("-")
         before = self.log.rounds(int(chunk))[: int(round_ or 0)]
-        return self.log.write(task.name, self._sampler.sample(self._missing(int(chunk), before)))
+        try:
+            samples = self._sampler.sample(self._missing(int(chunk), before))
+        except StoppedSamplingError as stopped:
+            if any(sample.error is None for sample in stopped.samples):
+                # A round with failures: the next run requests those alone.
+                self.log.tasks.commit(self.log.write(task.name, stopped.samples))
+            raise stopped.error from stopped.error.__cause__
+        return self.log.write(task.name, samples)
 
     @property
     def asked(self) -> bool:

@@ -33,9 +33,10 @@ SAMPLED = "sampled_eval"  # its key for how the run samples answers
 _MARKER_NAME = "gvpo_checkpoint_begun"
 _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"
-# What a run may write to output_dir before its first checkpoint, and the folder of `tune`.
+# What a run may write to output_dir before its first checkpoint, the folder of `tune`, and a card
+# that a person has written.
 _LINES = {METRICS_FILE, EVENTS_FILE, SAMPLES_FILE, RESIDUALS_FILE}
-_ALLOWED_ENTRIES = {RUN_FILE, *_LINES, TUNE_FOLDER, "runs", "logs", "wandb"}
+_ALLOWED_ENTRIES = {RUN_FILE, *_LINES, TUNE_FOLDER, "README.md", "runs", "logs", "wandb"}
 _TEMPORARY = tuple(f".{name}" for name in ("checkpoint-", RUN_FILE, *_LINES))
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 # PEFT notes its own version among an adapter's settings; it decides nothing.

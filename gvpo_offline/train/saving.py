@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainingArgu
 from gvpo_offline.compute.adapters import is_adapted
 from gvpo_offline.compute.loading import first_line
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.train.model_card import read_card
 
 logger = logging.getLogger(__name__)
 _INVALID = re.compile(r"^- `(\w+)`:", re.MULTILINE)
@@ -81,9 +82,11 @@ def check_savable(
 
     Raises:
         ConfigError: something cannot be saved; named.
+        StorageError: the README.md of the run's folder is no file of text.
     """
     if not args.should_save:
         return
+    read_card(Path(args.output_dir))
     adapters = getattr(model, "peft_config", {})
     parts = {
         "configuration": None if adapters else getattr(model, "config", None),

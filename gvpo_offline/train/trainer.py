@@ -40,6 +40,7 @@ from gvpo_offline.stream.settings import HeldOutRule
 from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.train.best import BestCheckpointCallback, check_best_metric
 from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
+from gvpo_offline.train.carded import CardedTrainer
 from gvpo_offline.train.config import GVPOConfig, checked_config, settings_errors
 from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
@@ -56,7 +57,6 @@ from gvpo_offline.train.noise import NoiseFloor, find_noise
 from gvpo_offline.train.objective import StepMeter
 from gvpo_offline.train.preflight import check_data, verify
 from gvpo_offline.train.reference_check import ReferenceMeter, starts_as_reference
-from gvpo_offline.train.sampled import SampledTrainer
 from gvpo_offline.train.saving import check_savable, mend_generation_config
 from gvpo_offline.train.schedule import WARMUP_RULE, ZERO
 
@@ -67,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 
 @answers_unknown_arguments(TRAINER_NAMES, {"a setting: pass it to GVPOConfig": GVPOConfig})
-class GVPOTrainer(SampledTrainer):
+class GVPOTrainer(CardedTrainer):
     """Trains a causal language model on static groups with GVPO.
 
     Args:

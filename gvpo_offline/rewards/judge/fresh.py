@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from gvpo_offline.errors import ServerError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.openai.client import OPERATIONAL, OpenAIClient, ServerSettings
 from gvpo_offline.rewards.cases import ScoringInput
-from gvpo_offline.rewards.judge.log import Judgement
+from gvpo_offline.rewards.judge.log import Judgement, Key
 from gvpo_offline.rewards.judge.rubric import Rubric
 from gvpo_offline.rewards.judge.stage import JudgeRequest
 from gvpo_offline.rewards.kinds import JudgeSettings
@@ -32,6 +33,7 @@ class FreshJudge(SimpleScorer):
         server = ServerSettings(**{name: getattr(settings, name) for name in OPERATIONAL})
         self._client = OpenAIClient(server)
         self.causes: Counter[str] = Counter()
+        self._answered = False
 
     def identity(self) -> dict[str, Any]:
         """The model, the rubric and its hash, and the settings of sampling and parsing."""
@@ -47,8 +49,11 @@ class FreshJudge(SimpleScorer):
     def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
         """(1, k) for each group; NaN where the request failed.
 
+        A server that has answered before and cannot be reached now is no error, so that it does not
+        end the training run whose answers it judges: the requests without an answer failed.
+
         Raises:
-            ConfigError: the server refuses the key or does not know the model.
+            ServerError: the server has never answered, or refuses the key or the model.
             DataError: the template cannot be rendered for a group.
         """
         kept = _Kept()
@@ -64,11 +69,22 @@ class FreshJudge(SimpleScorer):
             for number, group in enumerate(groups)
             for index in range(group.size)
         ]
-        self.causes.update(cause for cause in self._client.send(requests) if cause)
+        self.causes.update(cause for cause in self._sent(requests, kept) if cause)
         return [
             numbers([kept.values.get((str(number), index)) for index in range(group.size)])
             for number, group in enumerate(groups)
         ]
+
+    def _sent(self, requests: Sequence[JudgeRequest], kept: _Kept) -> list[str | None]:
+        try:
+            return self._client.send(requests)
+        except ServerError as error:
+            if not self._answered and not kept.values:
+                raise
+            cause = f"{error.rule}; received {error.received}"
+            return [None if kept.has(request.key) else cause for request in requests]
+        finally:
+            self._answered = self._answered or bool(kept.values)
 
 
 class _Kept:
@@ -76,6 +92,10 @@ class _Kept:
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, int], float | None] = {}
+
+    def has(self, key: Key) -> bool:
+        """Whether a request was answered."""
+        return key[:2] in self.values
 
     def add(self, judgement: Judgement) -> None:
         self.values[judgement.group_id, judgement.first] = judgement.value

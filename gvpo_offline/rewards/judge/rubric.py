@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ class Rubric:
         asked = {"system": self._settings.system, "template": self.text}
         return {**asked, "pattern": self.pattern, "rubric_sha256": sha256_json(asked)}
 
+    def form(self) -> str:
+        """The form that answers must have, for messages."""
+        if self.pattern is None:
+            return f"json_field {self._settings.json_field}"
+        return f"pattern {self.pattern}"
+
     def messages(self, group: ScoringInput, first: int, second: int | None) -> list[Message]:
         """The chat messages about a response, or about a pair in the order shown.
 
@@ -109,7 +116,7 @@ class Rubric:
         except Exception as error:  # a template may raise anything
             raise DataError(
                 "the judge's template can be rendered for every group",
-                received=f"{type(error).__name__}: {error}",
+                received=f"{self._place(error)}{type(error).__name__}: {error}",
                 remedy="correct the template; its variables are prompt, messages, metadata, and "
                 + ("response_a and response_b" if self._pairs else "response and scale"),
                 **group.location,
@@ -117,6 +124,16 @@ class Rubric:
         system = self._settings.system
         start = [] if system is None else [{"role": "system", "content": system}]
         return [*start, {"role": "user", "content": text}]
+
+    def _place(self, error: Exception) -> str:
+        """Where in the template an exception was raised; "" if it does not say."""
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        if not lines:
+            return ""
+        given = self._settings.template or ""
+        name = given if given.endswith(_FILES) else "the template"
+        return f"{name}, line {lines[-1]}: "
 
     def value(self, answer: str) -> float:
         """The rating; or the result of the response shown first: 1 won, 0 lost, 0.5 tie.
@@ -184,9 +201,14 @@ def _compiled(text: str) -> Any:
     except TemplateError as error:
         raise ConfigError(
             "the judge's template is valid Jinja",
-            received=f"{type(error).__name__}: {error}",
+            received=f"{_line(error)}{type(error).__name__}: {error}",
             remedy="correct the setting `template` of the scorer",
         ) from error
+
+
+def _line(error: Exception) -> str:
+    number = getattr(error, "lineno", None)  # of a TemplateSyntaxError
+    return "" if number is None else f"line {number}: "
 
 
 def _prompt_text(group: ScoringInput) -> str:

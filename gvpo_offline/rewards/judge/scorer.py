@@ -41,7 +41,7 @@ class _Judge(SimpleScorer):
         """
         described = settings_of(self._settings)
         for name in self._settings.operational:
-            del described[name]
+            described.pop(name, None)  # later ones are absent at their defaults
         return {**described, **Rubric(self._settings).identity()}
 
     def prepare(self, reader: ScoringInputReader, worker_settings: WorkerSettings) -> bool:
@@ -50,7 +50,7 @@ class _Judge(SimpleScorer):
         Raises:
             DataError: requests failed, and `gaps` is "error"; names the number and the causes.
                 Answers are kept, and the next run sends only the failed requests.
-            ConfigError: the server refuses the key or does not know the model.
+            ServerError: the server cannot be reached, refuses the key or does not know the model.
         """
         stage = JudgeStage(self._dataset, reader, self._log, self._settings, self.items)
         done = run_stage(stage, worker_settings) is not None

@@ -84,7 +84,8 @@ class JudgeStage:
         """Send the requests that neither earlier rounds nor an interrupted run have answers to.
 
         Raises:
-            ConfigError: the server refuses the key or does not know the model.
+            ServerError: the server cannot be reached, refuses the key or does not know the model.
+                The answers so far are in the journal.
             DataError: the template cannot be rendered for a group.
             StorageError: a file cannot be written.
         """
@@ -120,23 +121,37 @@ class JudgeStage:
     def gaps(self) -> None:
         """Raise DataError if requests of committed tasks failed; names number and causes."""
         causes: Counter[str] = Counter()
+        first: dict[str, Judgement] = {}
         asked = 0
         for _, name, _ in self._rounds.values():
             rounds = self._log.rounds(name)
             asked += sum(record.counts["judgements"] for record in rounds)
             if rounds and rounds[-1].counts["failed"]:
                 last = self._log.read(rounds[-1:]).values()
-                causes.update(each.error for each in last if each.error is not None)
+                for each in last:
+                    if each.error is not None:
+                        causes[each.error] += 1
+                        first.setdefault(each.error, each)
         if not causes:
             return
         failed = causes.total()
         shown = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(_CAUSES_SHOWN))
+        examples = [_example(first[cause]) for cause, _ in causes.most_common(_CAUSES_SHOWN)]
         raise DataError(
             "the judge answers every request in the required form",
             received=f"{failed:,} of {asked + failed:,} failed: {shown}",
-            remedy="run the same command again: it sends only these requests",
+            remedy="run the same command again: it sends only these requests; where answers do not "
+            f"match {self._rubric.form()}, correct template or pattern first",
             file=self.root,
+            more=examples,
         )
+
+
+def _example(failed: Judgement) -> str:
+    responses = f"response {failed.first}"
+    if failed.second is not None:
+        responses = f"responses {failed.first} and {failed.second}"
+    return f"group {failed.group_id!r}, {responses}: {failed.error}"
 
 
 class AnswerStore(Protocol):
