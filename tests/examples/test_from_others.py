@@ -95,7 +95,8 @@ def test_verl_s_rollouts_train_a_policy(
     run(example, tmp_path, monkeypatch)
     dataset = open_dataset(tmp_path / "data")
     assert dataset.n_groups == 96
-    group = dataset.groups(0)[0]
+    columns = ("group_id", "prompt_token_ids", "response_token_ids", "responses", "metadata")
+    group = dataset.groups(0, columns)[0]
     assert group.group_size == 6
     gold = json.loads(str(group.metadata))["gts"]
     assert group.rewards is not None
