@@ -3,8 +3,8 @@
     python examples/from_trl_dpo.py --output_dir runs/from_dpo         # what is here
     python examples/from_trl_dpo.py --output_dir runs/from_dpo --trl   # both, beside each other
 
-Without arguments it makes 24 pairs and a tiny model. With `--pairs FILE.jsonl --model MODEL` it takes
-yours: rows with prompt, chosen and rejected, as TRL has them.
+Without arguments it makes 24 pairs and a tiny model. With `--pairs FILE.jsonl --model MODEL` it
+takes yours: rows with prompt, chosen and rejected, as TRL has them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gvpo_offline import (
     score_reference,
 )
 
-# What means the same to both trainers has the same name. One step takes all pairs, so that the order
-# of the pairs has no part in the comparison.
+# What means the same to both trainers has the same name. One step takes all pairs, so that the
+# order of the pairs has no part in the comparison.
 SHARED: dict[str, Any] = {
     "beta": 0.1,
     "learning_rate": 1e-3,  # for a tiny model; TRL's default is 1e-6

@@ -1,11 +1,11 @@
 """TRL's GRPOTrainer, and a policy from the completions that it logged.
 
-    python examples/from_trl_grpo.py --output_dir runs/from_grpo     # needs TRL: it runs GRPOTrainer first
+    python examples/from_trl_grpo.py --output_dir runs/from_grpo   # runs TRL's GRPOTrainer first
     python examples/from_trl_grpo.py --completions 'RUN/completions/*.parquet' --model MODEL
 
 GRPO samples, scores, learns from a batch once and drops it. With `log_completions=True` its batches
-are files. GVPO learns from all of them, of any age, because its optimum does not depend on who wrote
-the responses. The reward function stays: here it scores fresh answers of the policy.
+are files. GVPO learns from all of them, of any age, because its optimum does not depend on who
+wrote the responses. The reward function stays: here it scores fresh answers of the policy.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ What you have, as the settings of such a run (names of verl's trainer in 2026):
     actor_rollout_ref.actor.kl_loss_coef=0.001
     trainer.total_epochs=15
     trainer.rollout_data_dir=ROLLOUT_DATA_DIR        # writes <step>.jsonl, which is read here
-    reward.custom_reward_function.path=rewards.py    # a compute_score, which scores answers here too
+    reward.custom_reward_function.path=rewards.py    # a compute_score; it scores answers here too
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A notebook with its outputs as a Markdown page and pictures.
 
-Cells of text are taken as they are, cells of code become fenced blocks, and outputs follow as text or
-as pictures. A cell of `!` lines alone becomes the commands of a terminal.
+Cells of text are taken as they are, cells of code become fenced blocks, and outputs follow as text
+or as pictures. A cell of `!` lines alone becomes the commands of a terminal.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _text(output: dict[str, Any]) -> str:
 
 def _title(source: str) -> str:
     """What a picture is called: the titles that its code sets."""
-    titles = re.findall(r"title=\"([^\"]+)\"", source) or re.findall(r"^    \"([^\"]+)\": {", source, re.M)
+    titles = re.findall(r"title=\"([^\"]+)\"", source) or re.findall(
+        r"^    \"([^\"]+)\": {", source, re.M
+    )
     return "; ".join(titles)
 
 

@@ -13,13 +13,13 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "_ext"))
 
 import nbformat
 from nbclient import NotebookClient
 from notebook import page, read
 
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "start" / "tutorial.ipynb"
 PICTURES = ROOT / "docs" / "pictures"
 CELL_SECONDS = 1800

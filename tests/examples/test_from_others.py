@@ -53,10 +53,11 @@ def test_dpo_here_has_the_losses_of_trl(
 ) -> None:
     """Step by step: the same pairs, beta, rate, schedule and optimizer.
 
-    At the reference each loss is −log σ(0) = log 2. From step to step the loss falls by 3e-3 to
-    8e-3; another beta or rate of 1% would move that by 1%, 3e-5 and more. The log-probs are float32
-    sums of two tokens of about 3 nats, with an error of 4 · 2**-24 · 6 ≈ 1.4e-6; the loss has beta
-    = 0.1 times that, and Adam's updates repeat the error of each of the 8 steps: below 1e-5.
+    At the reference each loss is log 2, minus the log of the sigmoid of 0. From step to step the
+    loss falls by 3e-3 to 8e-3; another beta or rate of 1% would move that by 3e-5 and more. The
+    log-probs are float32 sums of two tokens of about 3 nats, with an error of up to
+    4 · 2**-24 · 6 ≈ 1.4e-6; the loss has beta = 0.1 times that, and the updates of 8 steps carry
+    the errors of their gradients, which are of that size: in all below 1e-5.
     """
     pytest.importorskip("trl")
     example = module("from_trl_dpo", monkeypatch)
@@ -68,7 +69,7 @@ def test_dpo_here_has_the_losses_of_trl(
     for ours, theirs, _ in losses:
         assert abs(ours - theirs) < 1e-5
     assert losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
-    # gvpo: rewards 1 and 0 are 1/2 from their mean: (1/4 + 1/4) / 2(k − 1) with k = 2.
+    # gvpo: rewards 1 and 0 are 1/2 from their mean: (1/4 + 1/4) / 2(k - 1) with k = 2.
     assert losses[0][2] == pytest.approx(0.25, abs=1e-6)
     assert all(b[n] < a[n] for n in (0, 2) for a, b in itertools.pairwise(losses))
 
