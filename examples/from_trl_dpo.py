@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tiny import DIGITS, save_model
 from transformers import AutoTokenizer
@@ -25,6 +25,8 @@ from gvpo_offline import (
     import_log,
     score_reference,
 )
+
+LossType = Literal["dpo", "gvpo"]
 
 # What means the same to both trainers has the same name. One step takes all pairs, so that the
 # order of the pairs has no part in the comparison.
@@ -77,7 +79,7 @@ def prepare(pairs_file: Path, model: str, dataset: Path) -> None:
     score_reference(ReferenceConfig(model_name_or_path=model, dataset=str(dataset), use_cpu=True))
 
 
-def here(dataset: Path, model: str, output_dir: Path, loss_type: str = "dpo") -> list[float]:
+def here(dataset: Path, model: str, output_dir: Path, loss_type: LossType = "dpo") -> list[float]:
     """The loss of each step of GVPOTrainer."""
     args = GVPOConfig(
         output_dir=str(output_dir),

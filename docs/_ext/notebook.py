@@ -37,7 +37,8 @@ def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, str]]:
     Returns:
         Markdown; and SVG by file name.
     """
-    parts, pictures = [_HEAD.format(name=f"{name}.ipynb")], {}
+    parts = [_HEAD.format(name=f"{name}.ipynb")]
+    pictures: dict[str, str] = {}
     for cell in notebook["cells"]:
         source = source_of(cell)
         if cell["cell_type"] == "markdown":
@@ -69,7 +70,7 @@ def _code(source: str) -> str:
 def _text(output: dict[str, Any]) -> str:
     """What an output shows as text, without the codes that colour a terminal."""
     shown = output.get("text", output.get("data", {}).get("text/plain", ""))
-    lines = _ESCAPES.sub("", _joined(shown)).replace("\r\n", "\n").splitlines()
+    lines = _ESCAPES.sub("", _joined(shown)).replace("\r\n", "\n").split("\n")
     return "\n".join(line.rpartition("\r")[2].rstrip() for line in lines).strip("\n")
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run the tutorial's notebook.")
     parser.add_argument("--write", action="store_true", help="store outputs; write page, pictures")
     write = parser.parse_args().write
-    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
@@ -41,7 +41,7 @@ def main() -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of day
     if write:
-        nbformat.write(notebook, NOTEBOOK)  # type: ignore[no-untyped-call]
+        nbformat.write(notebook, NOTEBOOK)
         write_page()
     print(f"{len(notebook.cells)} cells of {NOTEBOOK.name} ran")
 

@@ -35,7 +35,8 @@ SHELL = ("", "sh", "bash", "shell", "console")
 PROGRAM = ("gvpo-offline", ".venv/bin/gvpo-offline")
 LAUNCHERS = ("accelerate", "torchrun")
 # What other commands of the pages are, and what is checked of them: see `check_other`.
-KNOWN_PROGRAMS = ("make", "python", "pip", "cd", "git", "vllm", *LAUNCHERS, *PROGRAM)
+TOOLS = ("cat", "cd", "cut", "git", "grep", "head", "tail")
+KNOWN_PROGRAMS = ("make", "python", "pip", "vllm", *TOOLS, *LAUNCHERS, *PROGRAM)
 # The command whose settings the YAML blocks of a page are, in their order.
 YAML_OF = {
     "docs/howto/mixing.md": ["train"],
@@ -139,15 +140,15 @@ def test_the_commands_of_the_documentation_are_accepted(snippet: Snippet, tmp_pa
 
 
 def commands_of(text: str) -> Iterator[ShellLine]:
-    """The commands of a block; `a && b` is two."""
+    """The commands of a block; `a && b` and `a | b` are two. Where output goes is left out."""
     for line in shell_lines(text):
         words: list[str] = []
-        for word in (*line.words, "&&"):
-            if word != "&&":
-                words.append(word)
-            elif words:
+        for before, word in itertools.pairwise(("", *line.words, "|")):
+            if word in ("&&", "|"):
                 yield ShellLine(tuple(words), line.shortened)
                 words = []
+            elif ">" not in (before, word) and word != "2>&1":
+                words.append(word)
 
 
 @pytest.mark.parametrize("page", sorted({snippet.page for snippet in YAML_BLOCKS}))

@@ -21,10 +21,13 @@ from support.training import scored_dataset, trainer_of
 from transformers import AutoTokenizer
 
 BLOCKS = all_snippets("python")
-# Test files that run all Python blocks of a page, or those that hold the text.
+# What runs all Python blocks of a page, or those that hold the text: tests, and `make tutorial`.
 RUN_BY: dict[str, list[tuple[str, str]]] = {
     "README.md": [("training_steps", "tests/examples/test_loop.py")],
+    "docs/start/from-trl.md": [("", "tests/examples/test_from_others.py")],
+    "docs/start/from-verl.md": [("", "tests/examples/test_from_others.py")],
     "docs/start/loop.md": [("", "tests/examples/test_loop.py")],
+    "docs/start/tutorial.md": [("", "examples/tutorial/run.py")],
     "schemas/README.md": [("", "tests/store/test_contract.py")],
 }
 
@@ -159,9 +162,9 @@ def test_the_python_of_the_documentation_runs(page: str, here: Path) -> None:
 @pytest.mark.parametrize("snippet", ELSEWHERE, ids=lambda snippet: snippet.name)
 def test_the_test_that_runs_a_block_names_its_page(snippet: Snippet) -> None:
     test = ROOT / str(run_by(snippet))
-    folder = snippet.page.split("/")[0]
     text = test.read_text(encoding="utf-8")
-    assert snippet.page in text or (f'"{folder}"' in text and "README.md" in text)
+    folder, _, name = snippet.page.rpartition("/")
+    assert snippet.page in text or (name in text and f'"{folder}"' in text) or name[:-2] in text
 
 
 @pytest.mark.parametrize("snippet", NOT_RUN, ids=lambda snippet: snippet.name)
