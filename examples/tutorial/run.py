@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "_ext"))
 
 import nbformat
 from nbclient import NotebookClient
-from notebook import page, read
+from notebook_page import page, read
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "start" / "tutorial.ipynb"

@@ -16,7 +16,7 @@ from support.snippets import ROOT
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
 sys.path.insert(0, str(ROOT / "examples" / "tutorial"))
 
-from notebook import page, read, source_of
+from notebook_page import page, read, source_of
 
 START = ROOT / "docs" / "start"
 NOTEBOOK = START / "tutorial.ipynb"
