@@ -45,7 +45,7 @@ def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, str]]:
             parts.append(source)
             continue
         parts.append(_code(source))
-        for output in cell["outputs"]:
+        for output in _with_joined_streams(cell["outputs"]):
             svg = output.get("data", {}).get("image/svg+xml")
             if svg is not None:
                 file = f"{name}-{len(pictures) + 1}.svg"
@@ -54,6 +54,17 @@ def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, str]]:
             elif text := _text(output):
                 parts.append(_fenced("text", text))
     return "\n\n".join(parts) + "\n", pictures
+
+
+def _with_joined_streams(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs, with what was printed in several parts as one."""
+    found: list[dict[str, Any]] = []
+    for output in outputs:
+        if found and "text" in output and "text" in found[-1]:
+            found[-1] = {"text": _joined(found[-1]["text"]) + _joined(output["text"])}
+        else:
+            found.append(output)
+    return found
 
 
 def _joined(text: str | list[str]) -> str:

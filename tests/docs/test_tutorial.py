@@ -80,6 +80,8 @@ def test_the_log_is_scored_by_the_tutorial_s_reward() -> None:
         ({"source": "!a \\\n  b\n!c", "outputs": []}, "```sh\na \\\n  b\nc\n```"),
         ({"source": ["x = 1\n", "x"], "outputs": [{"data": {"text/plain": ["1"]}}]},
          "```python\nx = 1\nx\n```\n\n```text\n1\n```"),
+        ({"source": "!a", "outputs": [{"text": ["1\n", "2\n"]}, {"text": "3\n"}]},
+         "```sh\na\n```\n\n```text\n1\n2\n3\n```"),
         ({"source": "!a", "outputs": [{"text": "\x1b[1m10%\r\x1b[0m100% \r\nend\r\n"}]},
          "```sh\na\n```\n\n```text\n100%\nend\n```"),
     ],
