@@ -45,6 +45,7 @@ YAML_OF = {
     "docs/howto/sampled-evaluation.md": ["reward", "train"],
     "docs/howto/sampling.md": ["sample"],
     "docs/howto/tuning.md": ["tune"],
+    "docs/start/from-verl.md": ["reward"],
 }
 MISSING = re.compile(r"no [\w, ]+")  # what an error has received where a setting is required
 FILES_OF_SETTINGS = {
