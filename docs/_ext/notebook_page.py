@@ -75,7 +75,7 @@ def _code(source: str) -> str:
     lines = source.replace("\\\n", "\\\n!").splitlines()
     if all(line.startswith("!") for line in lines):
         return _fenced("sh", re.sub("^!", "", source, flags=re.MULTILINE))
-    return _fenced("python", source)
+    return _fenced("python", source.rstrip(";"))  # which keeps a notebook from showing a value
 
 
 def _text(output: dict[str, Any]) -> str:
