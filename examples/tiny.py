@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from gvpo_offline import ImportConfig, ReferenceConfig, import_log, score_reference
 
-_DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def make_tiny(folder: Path, *, seed: int = 0) -> tuple[str, str]:
@@ -32,9 +32,9 @@ def make_tiny(folder: Path, *, seed: int = 0) -> tuple[str, str]:
     log, model, dataset = folder / "log.jsonl", folder / "model", folder / "dataset"
     shutil.rmtree(dataset, ignore_errors=True)
     rows = [
-        {"prompt": f"{word} {given} plus one is", "response": _DIGITS[answer], "reward": reward}
+        {"prompt": f"{word} {given} plus one is", "response": DIGITS[answer], "reward": reward}
         for word in ("what", "so", "well")
-        for number, given in enumerate(_DIGITS[:8])
+        for number, given in enumerate(DIGITS[:8])
         for answer, reward in (
             (number + 1, 1.0),
             (number, 0.5),
@@ -43,7 +43,7 @@ def make_tiny(folder: Path, *, seed: int = 0) -> tuple[str, str]:
         )
     ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    _save_model(model, seed)
+    save_model(model, seed)
     import_log(
         ImportConfig(
             inputs=str(log),
@@ -59,9 +59,9 @@ def make_tiny(folder: Path, *, seed: int = 0) -> tuple[str, str]:
     return str(dataset), str(model)
 
 
-def _save_model(folder: Path, seed: int) -> None:
-    """A Qwen3 of two layers and its tokenizer, one token a word."""
-    words = ["<pad>", "<eos>", "<unk>", "what", "so", "well", "plus", "is", *_DIGITS]
+def save_model(folder: Path, seed: int = 0) -> None:
+    """Save a Qwen3 of two layers with random weights, and its tokenizer, one token a word."""
+    words = ["<pad>", "<eos>", "<unk>", "what", "so", "well", "plus", "is", *DIGITS]
     plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
