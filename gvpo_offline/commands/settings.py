@@ -161,3 +161,29 @@ class ShowConfig:
                 received="both",
                 remedy="leave one of them out",
             )
+
+
+@dataclass
+class OrderConfig:
+    """Which groups each step of a run took, and at which steps a group was seen."""
+
+    run: str = ""
+    """The folder of a run, or of one of its checkpoints, which can also be given without the flag:
+    `gvpo-offline order run`. Only its run file and the datasets are read, not the model."""
+    step: int | None = None
+    """Show the groups of this optimizer step, counted from 1 as in metrics.jsonl."""
+    group: str | None = None
+    """Show the steps that took the group with this id, or with the only id that begins so."""
+    remote: RemoteSettings = field(default_factory=RemoteSettings)
+    """How datasets at a URL are read. The run file holds no storage options: pass them again."""
+    json: bool = False
+    """Print one line with a JSON object."""
+
+    def __post_init__(self) -> None:
+        required("run", self.run)
+        if self.step is not None and self.group is not None:
+            raise ConfigError(
+                "either `step` or `group` says what to show of the order",
+                received="both",
+                remedy="leave one of them out",
+            )

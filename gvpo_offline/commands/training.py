@@ -8,7 +8,7 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
-from gvpo_offline.commands.settings import EvaluateConfig
+from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
@@ -83,6 +83,13 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     say(json.dumps(report.summary()))
 
 
+def _run_order(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.order import show_order
+
+    values["remote"] = RemoteSettings(**values["remote"])
+    show_order(filled(OrderConfig, values))
+
+
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:
     """The values, with nested settings of datasets, responses and remote reading as dataclasses."""
 
@@ -136,5 +143,12 @@ COMMANDS: dict[str, Command] = {
         _run_evaluate,
         (EvaluateConfig,),
         "Example: gvpo-offline evaluate --model_name_or_path run, on what the run held out",
+    ),
+    "order": Command(
+        "Show which groups a step of a run took, and at which steps a group was seen.",
+        _run_order,
+        (OrderConfig,),
+        "Example: gvpo-offline order run --step 3; or gvpo-offline order run --group ID",
+        positional="run",
     ),
 }

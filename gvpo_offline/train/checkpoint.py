@@ -32,6 +32,7 @@ _PROBE_BYTES = 16 * 2**20
 TUNE_FOLDER = "tune"
 # What a run may write to output_dir before its first checkpoint, and the folder of `tune`.
 _ALLOWED_ENTRIES = {RUN_FILE, METRICS_FILE, TUNE_FOLDER, "runs", "logs", "wandb"}
+_TEMPORARY = tuple(f".{name}" for name in ("checkpoint-", RUN_FILE, METRICS_FILE))
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 # PEFT notes its own version among an adapter's settings; it decides nothing.
 _VERSION_OF_PEFT = ".peft_version"
@@ -283,7 +284,7 @@ def check_output_dir(output_dir: Path) -> None:
         entry.name
         for entry in entries
         if entry.name not in _ALLOWED_ENTRIES
-        and not (entry.name.startswith(".checkpoint-") and entry.name.endswith(".tmp"))
+        and not (entry.name.startswith(_TEMPORARY) and entry.name.endswith(".tmp"))
         and not (_FOLDER.match(entry.name) and entry.is_dir() and _is_interrupted(entry))
     ]
     if leftovers:
