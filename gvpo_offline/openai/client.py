@@ -14,7 +14,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,15 +113,25 @@ class OpenAIClient:
                 remedy=f"export {name}=…",
             )
 
-    def send(self, requests: Sequence[ServerRequest]) -> list[str | None]:
+    def send(
+        self,
+        requests: Sequence[ServerRequest],
+        ended: Callable[[int], None] = lambda number: None,
+    ) -> list[str | None]:
         """The cause of failure of each request; None where it was answered.
+
+        Args:
+            requests: the requests.
+            ended: called with the number of a request that was answered, or failed for good.
 
         Raises:
             ConfigError: the server rejects the key or does not know the model.
         """
-        return asyncio.run(self._send_all(requests))
+        return asyncio.run(self._send_all(requests, ended))
 
-    async def _send_all(self, requests: Sequence[ServerRequest]) -> list[str | None]:
+    async def _send_all(
+        self, requests: Sequence[ServerRequest], ended: Callable[[int], None]
+    ) -> list[str | None]:
         from openai import AsyncOpenAI
 
         async with AsyncOpenAI(
@@ -131,7 +141,13 @@ class OpenAIClient:
             timeout=self._settings.request_timeout,
         ) as client:
             runner = _RequestRunner(client, self._settings, self._key)
-            return list(await asyncio.gather(*map(runner.with_retries, requests)))
+
+            async def one(number: int, request: ServerRequest) -> str | None:
+                cause = await runner.with_retries(request)
+                ended(number)
+                return cause
+
+            return list(await asyncio.gather(*(one(*own) for own in enumerate(requests))))
 
 
 class _RequestRunner:

@@ -11,6 +11,7 @@ from gvpo_offline.sampling.answers import endpoint, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import OpenAISettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
+from gvpo_offline.workers.progress import advance
 
 
 class ServerSampler:
@@ -51,7 +52,8 @@ class ServerSampler:
             for own in by_prompt.values()
             for i in range(0, len(own), n)
         ]
-        causes = self._client.send(calls)
+        sizes = [call.n_responses for call in calls]
+        causes = self._client.send(calls, lambda number: advance(sizes[number]))
         return [
             sample
             for call, cause in zip(calls, causes, strict=True)
@@ -66,6 +68,7 @@ class _CompletionsRequest:
         self._settings = settings
         self._open = {request.number: request for request in requests}
         self._done: list[Sample] = []
+        self.n_responses = len(requests)
         self.endpoint = endpoint(settings, requests[0].prompt)
 
     def body(self) -> dict[str, Any]:
