@@ -8,6 +8,7 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
+from gvpo_offline.commands.next_step import after_training, after_tuning
 from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
@@ -48,7 +49,7 @@ def _run_tune(values: dict[str, Any]) -> None:
     if found is not None:
         say(*found.table().split("\n"))
         if found.file is not None:
-            say(f"next: gvpo-offline train --config … --config {found.file}")
+            say(after_tuning(found.file, TuneSettings))
         say(json.dumps(found.summary()))
 
 
@@ -57,9 +58,10 @@ def _run_train(values: dict[str, Any]) -> None:
     from gvpo_offline.train.checkpoint import METRICS_FILE
     from gvpo_offline.train.config import GVPOConfig
 
+    model, data = filled(ModelSettings, values), filled(DataSettings, _datasets(values))
     trainer = run_train(
-        model=filled(ModelSettings, values),
-        data=filled(DataSettings, _datasets(values)),
+        model=model,
+        data=data,
         lora=filled(LoraSettings, values),
         run=filled(RunSettings, values),
         args=filled(GVPOConfig, values),
@@ -67,8 +69,12 @@ def _run_train(values: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
         say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
-        # Settings that are left out are read from the run's folder.
-        say(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
+        held_out = [own.path for own in data.evaluation()]
+        if not held_out and trainer.data.held_out:
+            held_out = [own.path for own in data.training()]
+        if not held_out:
+            say("nothing is held out: evaluate on a dataset that the run has not seen")
+        say(after_training(model, trainer.args, held_out))
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:
