@@ -207,13 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)
     token = ARGUMENTS.set(tuple(arguments[1:]))
     try:
-        COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:]))
+        return COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:])) or 0
     except GVPOError as error:
         complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
         return 1
     finally:
         ARGUMENTS.reset(token)
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ class Command:
     Attributes:
         summary: its description in one line.
         run: runs it with the values of its settings by name. It imports what it needs itself, so
-            that the table of commands loads at once.
+            that the table of commands loads at once. What it returns is the exit status; None
+            is 0.
         settings: the dataclasses whose fields are its flags.
         epilog: text after the flags in `--help`.
         positional: the setting that takes the words before the first flag; "": none.
     """
 
     summary: str
-    run: Callable[[dict[str, Any]], None]
+    run: Callable[[dict[str, Any]], int | None]
     settings: tuple[type, ...]
     epilog: str = ""
     positional: str = ""

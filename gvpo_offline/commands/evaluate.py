@@ -77,9 +77,13 @@ class EvaluationReport:
         assert self.config.beta is not None  # `objective_of` checks it
         return self.config.beta
 
+    def _held_out(self) -> str:
+        fraction, rule = self.config.eval_fraction, self.config.held_out_by or "prompt"
+        return f" (held out: eval_fraction {fraction:g}, by {rule})" if fraction else ""
+
     def table(self) -> str:
         """The report as text."""
-        lines = [f"{self.n_groups:,} groups"]
+        lines = [f"{self.n_groups:,} groups of {self.config.dataset}{self._held_out()}"]
         width = max(map(len, self.metrics))
         lines += [f"  {name:<{width}} {value:>12.5g}" for name, value in self.metrics.items()]
         lines += sampler_table(self.samplers)

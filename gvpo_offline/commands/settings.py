@@ -103,8 +103,9 @@ class ListConfig:
     dataset_version: int | None = None
     """Version of the dataset to describe. Default: the newest."""
     content: bool = False
-    """Also read the summary columns of every group: responses per sampler, mean rewards, group
-    sizes, lengths. By default only manifests are read."""
+    """Also read the summary columns of every group: responses per sampler, their mean rewards, group
+    sizes, lengths. By default only manifests are read, and of local datasets the rewards, for their
+    means."""
     json: bool = False
     """Print one line per dataset, with a JSON object."""
 

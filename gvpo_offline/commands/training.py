@@ -154,7 +154,7 @@ COMMANDS: dict[str, Command] = {
         "Show which groups a step of a run took, and at which steps a group was seen.",
         _run_order,
         (OrderConfig,),
-        "Example: gvpo-offline order run --step 3; or gvpo-offline order run --group ID",
+        "Example: gvpo-offline order --run run --step 3; or, shorter, gvpo-offline order run --step 3",
         positional="run",
     ),
 }

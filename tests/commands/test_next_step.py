@@ -64,7 +64,11 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_from_a_log_to_an_evaluation_by_the_printed_commands(
-    log: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    log: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In a folder whose name a shell would cut in pieces. The settings of the reference go on to
     the run, and `evaluate` finds what the run held out.
@@ -94,7 +98,9 @@ def test_from_a_log_to_an_evaluation_by_the_printed_commands(
     held_out = json.loads((out / "gvpo_run.json").read_text())["order"]["datasets"][0]
     n_held_out = 12 - held_out["n_groups"]
     assert n_held_out > 0
-    assert f"{n_held_out} groups" in capsys.readouterr().out
+    said = f"{n_held_out} groups of {data} (held out: eval_fraction 0.4, by prompt)"
+    assert capsys.readouterr().out.startswith(said)
+    assert f"held out: {n_held_out} groups of {data} (eval_fraction, by prompt)" in caplog.messages
 
 
 def test_a_reward_before_the_reference_names_the_reference(
