@@ -13,6 +13,7 @@ from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.checks import (
     check_context,
     check_covered,
@@ -197,6 +198,14 @@ def _view(config: EvaluateConfig) -> DatasetView:
         held_out_by=config.held_out_by or "prompt",
     )
     view = DatasetView(dataset, selection)
+    if not view.n_groups:
+        raise ConfigError(
+            "an evaluation is on at least one group",
+            received=f"eval_fraction {eval_fraction:g} of {dataset.n_groups:,} groups, which holds "
+            "none out",
+            remedy="raise eval_fraction; or set it to 0 to evaluate on all groups",
+            file=dataset.root,
+        )
     for line in view.notes:
         logger.info(line)
     return view

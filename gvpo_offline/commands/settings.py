@@ -103,9 +103,9 @@ class ListConfig:
     dataset_version: int | None = None
     """Version of the dataset to describe. Default: the newest."""
     content: bool = False
-    """Also read the summary columns of every group: responses per sampler, their mean rewards, group
-    sizes, lengths. By default only manifests are read, and of local datasets the rewards, for their
-    means."""
+    """Also read the summary columns of every group: responses per sampler, their mean rewards,
+    group sizes, lengths. By default only manifests are read, and of local datasets the rewards, for
+    their means."""
     json: bool = False
     """Print one line per dataset, with a JSON object."""
 
@@ -176,7 +176,7 @@ class OrderConfig:
     group: str | None = None
     """Show the steps that took the group with this id, or with the only id that begins so."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
-    """How datasets at a URL are read. The run file holds no storage options: pass them again."""
+    """How datasets at a URL are read; the run file holds none of its storage_options."""
     json: bool = False
     """Print one line with a JSON object."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,8 +32,9 @@ from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED, save_errors
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.data import OpenedDataset, open_settings
+from gvpo_offline.train.data import OpenedDataset, TrainingData, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
+from gvpo_offline.train.early_checks import CHECKED
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
@@ -73,8 +75,29 @@ class TrainerInputs:
         )
         return train, held_out
 
+    def check(self, args: GVPOConfig) -> TrainingData | None:
+        """Check the settings with the data, once for the same `args` or copies of them.
+
+        Returns:
+            The data of the run; None if they were checked before, or have a base reference that
+            has yet to be scored: they cannot be opened, and are left to the run.
+        """
+        parts = [*self.train, *self.held_out]
+        opened = all(isinstance(own, OpenedDataset) for own in parts)
+        if not opened or getattr(args, CHECKED, False):
+            return None
+        with tempfile.TemporaryDirectory(prefix="gvpo-offline-") as scratch:
+            return raise_together(
+                lambda: TrainingData.prepare(self.train, self.held_out or None, args, Path(scratch))
+            )
+
     def trainer(self, args: GVPOConfig, kind: type[Kind]) -> Kind:
-        """Load the policy and build a trainer of class `kind`."""
+        """Check the settings with the data, load the policy and build a trainer of class `kind`.
+
+        Raises:
+            ConfigError: also where the settings cannot work with the data; before a model loads.
+        """
+        self.check(args)
         adapter = adapter_config(self.model)
         check_loading(self.model, adapter, new_adapter=self.lora.use_peft)
         quantised = self.model.load_in_4bit or self.model.load_in_8bit
@@ -130,8 +153,6 @@ def run_train(
             ORDER: started_order(trainer, order, path, trainer.state.global_step),
         }
 
-    if args.eval_samples and args.eval_strategy.value == "no":
-        logger.warning("eval_samples has no effect: eval_strategy is no, so nothing is evaluated")
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):

@@ -20,6 +20,7 @@ from gvpo_offline.train.settings import (
     LoraSettings,
     RunSettings,
 )
+from gvpo_offline.tune.doubts import NOTHING_TOLD
 from gvpo_offline.tune.settings import TuneSettings
 
 _OTHER_FLAGS = (
@@ -28,7 +29,7 @@ _OTHER_FLAGS = (
 )
 
 
-def _run_tune(values: dict[str, Any]) -> None:
+def _run_tune(values: dict[str, Any]) -> int:
     from gvpo_offline.train.config import GVPOConfig
 
     tune = filled(TuneSettings, values)
@@ -46,11 +47,13 @@ def _run_tune(values: dict[str, Any]) -> None:
         tune=tune,
         args=filled(GVPOConfig, values),
     )
-    if found is not None:
-        say(*found.table().split("\n"))
-        if found.file is not None:
-            say(after_tuning(found.file, TuneSettings))
-        say(json.dumps(found.summary()))
+    if found is None:
+        return 0
+    say(*found.table().split("\n"))
+    if found.file is not None:
+        say(after_tuning(found.file, TuneSettings))
+    say(json.dumps(found.summary()))
+    return 0 if found.told else NOTHING_TOLD
 
 
 def _run_train(values: dict[str, Any]) -> None:
@@ -154,7 +157,8 @@ COMMANDS: dict[str, Command] = {
         "Show which groups a step of a run took, and at which steps a group was seen.",
         _run_order,
         (OrderConfig,),
-        "Example: gvpo-offline order --run run --step 3; or, shorter, gvpo-offline order run --step 3",
+        "Example: gvpo-offline order --run run --step 3; or, shorter, gvpo-offline order run "
+        "--step 3",
         positional="run",
     ),
 }
