@@ -52,6 +52,7 @@ toctrees = {
             "howto/sharing",
             "howto/tuning",
             "howto/sampled-evaluation",
+            "howto/order",
             "howto/distributed",
             "howto/adapters",
             "howto/models",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ELSEWHERE = "TO BE FILLED"
 LABELS = {"before": "before", "after_sft": "SFT on the best", "after_gvpo": "GVPO"}
 
 
@@ -53,6 +54,18 @@ def table(scores: dict[str, Score]) -> str:
         s = scores[key]
         reward = f"{s.mean:.3f} ± {s.standard_error:.3f}"
         lines.append(f"{label:<18}{reward:>17}{s.right:>9.1%}{s.perfect:>10.1%}")
+    return "\n".join(lines)
+
+
+def spread(found: Sequence[dict[str, Score]]) -> str:
+    """The mean of each policy over runs with several seeds, and the standard deviation of a run."""
+    lines = []
+    for key, label in LABELS.items():
+        means = [scores[key].mean for scores in found]
+        mean = sum(means) / len(means)
+        deviation = math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1))
+        runs = ", ".join(f"{m:.3f}" for m in means)
+        lines.append(f"{label:<18}{mean:.3f}, standard deviation {deviation:.3f} ({runs})")
     return "\n".join(lines)
 
 
