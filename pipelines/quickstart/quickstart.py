@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 from logs import write_logs
 from models import DEVICE, make_tokenizer, new_model, other_config, policy_config, pretrain, sample
-from report import ELSEWHERE, Score, draw, score, spread, table, write_summary
+from report import Score, draw, elsewhere, score, spread, table, write_summary
 from sft import train_sft
 from task import reward, split_prompts
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -181,7 +181,9 @@ def write_results(folder: Path, scores: dict[str, Score], seconds: float) -> Non
     }
     write_summary(folder / "summary.json", scores, details)
     draw(folder / "quickstart.png", scores, history, best)
-    print(f"\n{table(scores)}\n\n± is the standard error over {N_HELD_OUT} prompts. {ELSEWHERE}\n")
+    print(
+        f"\n{table(scores)}\n\n± is the standard error over {N_HELD_OUT} prompts. {elsewhere()}\n"
+    )
     print(
         f"Mean reward of the logged responses: {details['mean_logged_reward']:.3f}; of the best of "
         f"each group: {best:.3f}.\nSFT imitates all choices of the best responses, good and bad; "
