@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import IntegrityError
-from gvpo_offline.reference.base import BASE
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.stream.recorded import RecordedDataset, RecordedOrder, RecordedRanks
 from gvpo_offline.train.checkpoint import RUN_FILE
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from gvpo_offline.train.trainer import GVPOTrainer
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_BASE = "base"  # the name of reference.base.BASE, which imports torch
 ORDER = "order"  # its key in the run file
 
 
@@ -174,6 +174,7 @@ def _of_earlier_version(run: Mapping[str, Any]) -> RecordedOrder:
 
 def _of_settings(own: Mapping[str, Any], reference: str | None, several: bool) -> dict[str, Any]:
     path, named = str(own["path"]), own.get("reference")
+    named = None if named == _BASE else named
     return {
         "path": path,
         "name": (own.get("name") or Path(path).stem) if several else "",
@@ -181,7 +182,7 @@ def _of_settings(own: Mapping[str, Any], reference: str | None, several: bool) -
         "where": own.get("where"),
         "responses": own.get("responses") or {},
         "reward": own.get("reward"),
-        "reference": named if named not in (None, BASE) and several else reference,
+        "reference": named if named is not None and several else reference,
     }
 
 

@@ -181,9 +181,8 @@ def write_results(folder: Path, scores: dict[str, Score], seconds: float) -> Non
     }
     write_summary(folder / "summary.json", scores, details)
     draw(folder / "quickstart.png", scores, history, best)
-    print(
-        f"\n{table(scores)}\n\n± is the standard error over {N_HELD_OUT} prompts. {elsewhere()}\n"
-    )
+    print(f"\n{table(scores)}\n")
+    print(f"± is the standard error over {N_HELD_OUT} prompts. {elsewhere()}\n")
     print(
         f"Mean reward of the logged responses: {details['mean_logged_reward']:.3f}; of the best of "
         f"each group: {best:.3f}.\nSFT imitates all choices of the best responses, good and bad; "
