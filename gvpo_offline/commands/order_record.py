@@ -15,7 +15,6 @@ from gvpo_offline.errors import IntegrityError
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.stream.recorded import RecordedDataset, RecordedOrder, RecordedRanks
 from gvpo_offline.train.checkpoint import RUN_FILE
-from gvpo_offline.train.held_out import EARLIER_RULE, RULE
 
 if TYPE_CHECKING:
     from gvpo_offline.store.sidecar_choice import WeightedReward
@@ -141,6 +140,8 @@ def recorded_order(path: Path) -> RecordedOrder:
 
 
 def _of_earlier_version(run: Mapping[str, Any]) -> RecordedOrder:
+    from gvpo_offline.train.held_out import EARLIER_RULE, RULE  # loads torch
+
     data, training, identity = run["data"], run["training"], run["identity"]["data"]
     trained = data.get("datasets") or [
         {**data, "path": data["dataset"], "version": data.get("dataset_version")}

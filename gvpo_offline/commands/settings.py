@@ -176,7 +176,7 @@ class OrderConfig:
     group: str | None = None
     """Show the steps that took the group with this id, or with the only id that begins so."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
-    """How datasets at a URL are read; the run file holds none of its storage_options."""
+    """How datasets at a URL are read. The run file has no storage_options, so pass them again."""
     json: bool = False
     """Print one line with a JSON object."""
 
