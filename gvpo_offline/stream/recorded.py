@@ -313,7 +313,7 @@ def open_recorded(own: RecordedDataset, remote: RemoteSettings | None = None) ->
         try:
             dataset = open_for_training(
                 own.path,
-                reward=own.reward,  # type: ignore[arg-type]
+                reward=own.reward,
                 reference=own.reference,
                 version=version,
                 remote=remote,
