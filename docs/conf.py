@@ -58,6 +58,7 @@ toctrees = {
             "howto/tuning",
             "howto/watching",
             "howto/sampled-evaluation",
+            "howto/order",
             "howto/distributed",
             "howto/adapters",
             "howto/models",

@@ -18,6 +18,7 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command
 from gvpo_offline.commands.console import LogHandler, VisibleFormatter, complain
+from gvpo_offline.commands.next_step import ARGUMENTS
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
@@ -205,11 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(VisibleFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)
+    token = ARGUMENTS.set(tuple(arguments[1:]))
     try:
         return COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:])) or 0
     except GVPOError as error:
         complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
         return 1
+    finally:
+        ARGUMENTS.reset(token)
 
 
 if __name__ == "__main__":

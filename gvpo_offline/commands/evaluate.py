@@ -13,6 +13,7 @@ from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.checks import (
     check_context,
     check_covered,
@@ -77,9 +78,13 @@ class EvaluationReport:
         assert self.config.beta is not None  # `objective_of` checks it
         return self.config.beta
 
+    def _held_out(self) -> str:
+        fraction, rule = self.config.eval_fraction, self.config.held_out_by or "prompt"
+        return f" (held out: eval_fraction {fraction:g}, by {rule})" if fraction else ""
+
     def table(self) -> str:
         """The report as text."""
-        lines = [f"{self.n_groups:,} groups"]
+        lines = [f"{self.n_groups:,} groups of {self.config.dataset}{self._held_out()}"]
         width = max(map(len, self.metrics))
         lines += [f"  {name:<{width}} {value:>12.5g}" for name, value in self.metrics.items()]
         lines += sampler_table(self.samplers)
@@ -193,6 +198,14 @@ def _view(config: EvaluateConfig) -> DatasetView:
         held_out_by=config.held_out_by or "prompt",
     )
     view = DatasetView(dataset, selection)
+    if not view.n_groups:
+        raise ConfigError(
+            "an evaluation is on at least one group",
+            received=f"eval_fraction {eval_fraction:g} of {dataset.n_groups:,} groups, which holds "
+            "none out",
+            remedy="raise eval_fraction; or set it to 0 to evaluate on all groups",
+            file=dataset.root,
+        )
     for line in view.notes:
         logger.info(line)
     return view

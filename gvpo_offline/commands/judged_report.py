@@ -47,11 +47,33 @@ class JudgedReport:
     sampling: str
     file: Path | None
 
+    @property
+    def told(self) -> bool:
+        """Whether a trial beats the untouched policy; otherwise nothing is proposed."""
+        return self.file is not None
+
+    def doubts(self) -> list[dict[str, Any]]:
+        """Why the proposal may be wrong: nothing_gained where nothing is proposed; else whatever
+        `is not distinguishable`, as data.
+        """
+        found = self.proposal
+        if not self.told:
+            return [{"kind": "nothing_gained", "text": self.statements()[0]}]
+        rivals = {"the untouched policy": found.untouched}
+        rivals["the next best trial"] = found.next
+        return [
+            {"kind": "not_distinguishable", "text": f"{name} may be as good as the proposal"}
+            for name, own in rivals.items()
+            if own.behind is not None and _verdict(own.behind)
+        ]
+
     def summary(self) -> dict[str, Any]:
         """The proposal as plain data, without the trials."""
         found = self.proposal
         return {
             "judge": "sample",
+            "told": self.told,
+            "doubts": self.doubts(),
             "proposed": self.written if self.file else None,
             "judge_beta": found.judge_beta,
             "chosen": _plain(found.chosen),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
+from gvpo_offline.commands.next_step import after_data, after_reference
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.reference.settings import ReferenceConfig
@@ -20,9 +22,10 @@ def _run_import(values: dict[str, Any]) -> None:
     from gvpo_offline.importing.importer import import_log
 
     values["columns"] = Columns(**values["columns"])
-    say(*import_log(filled(ImportConfig, values)).lines())
+    outcome = import_log(filled(ImportConfig, values))
+    say(*outcome.lines())
     say(*made_lines(values["output_dir"]))
-    say(f"next: gvpo-offline reference --dataset {values['output_dir']} --model_name_or_path …")
+    say(after_data(values["output_dir"], outcome.manifest, values))
 
 
 def _run_sample(values: dict[str, Any]) -> None:
@@ -44,18 +47,19 @@ def _run_sample(values: dict[str, Any]) -> None:
             "them out (gaps: drop)",
         )
     say(*made_lines(values["output_dir"]))
-    say(f"next: gvpo-offline reward --dataset {values['output_dir']} …")
+    say(after_data(values["output_dir"], result.manifest, values))
 
 
 def _run_reward(values: dict[str, Any]) -> None:
     from gvpo_offline.rewards.stage import run_reward
+    from gvpo_offline.store.manifest import load_manifest
 
     config = filled(RewardConfig, values)
     result = run_reward(config, filled(WorkerSettings, values))
     if result is None:
         return
     say(*result.lines())
-    say(f"next: gvpo-offline train --dataset {config.dataset} --reward {config.name} …")
+    say(after_data(config.dataset, load_manifest(Path(config.dataset)), values))
 
 
 def _run_reference(values: dict[str, Any]) -> None:
@@ -68,7 +72,9 @@ def _run_reference(values: dict[str, Any]) -> None:
         return
     held = ", ".join(f"{f.fingerprint[:12]} ({f.described})" for f in manifest.references)
     say(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
-    say(f"next: gvpo-offline train --dataset {config.dataset} --model_name_or_path …")
+    same = [f for f in manifest.references if f.model_name_or_path == config.model_name_or_path]
+    several = same[-1].fingerprint[:12] if same and len(manifest.references) > 1 else None
+    say(after_reference(config, manifest, several))
 
 
 COMMANDS: dict[str, Command] = {

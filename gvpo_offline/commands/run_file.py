@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.commands.order_record import path_of_run_file
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.identity import defaults_of
@@ -31,7 +31,6 @@ _TRAINING_SETTINGS = ("beta", "loss_type", *_OF_THE_LOSS, "eval_fraction")
 _UNSAID = [
     (name, value) for name, value in defaults_of(GVPOSettings).items() if name in _OF_THE_LOSS[2:]
 ]
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
@@ -47,7 +46,7 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
         ConfigError: no dataset is given, and the run has none or several.
         IntegrityError: the run file cannot be read.
     """
-    path = _path_of_run_file(config.model_name_or_path)
+    path = path_of_run_file(config.model_name_or_path)
     if path is None:
         if not config.dataset:
             raise ConfigError(
@@ -95,15 +94,6 @@ def objective_of(config: EvaluateConfig) -> Objective:
     given = {name: getattr(config, name) for name in (*_TRAINING_SETTINGS, RULE)}
     settings = GVPOSettings(**{name: value for name, value in given.items() if value is not None})
     return Objective.of(settings)
-
-
-def _path_of_run_file(model: str) -> Path | None:
-    """The run file in the policy's folder, or for a checkpoint in the folder of its run."""
-    folder = Path(model)
-    if _CHECKPOINT.fullmatch(folder.resolve().name):
-        folder = folder.resolve().parent
-    path = folder / RUN_FILE
-    return path if path.is_file() else None
 
 
 def _settings_of_run(path: Path, dataset: str) -> dict[str, Any]:

@@ -124,8 +124,9 @@ class ListConfig:
     dataset_version: int | None = None
     """Version of the dataset to describe. Default: the newest."""
     content: bool = False
-    """Also read the summary columns of every group: responses per sampler, mean rewards, group
-    sizes, lengths. By default only manifests are read."""
+    """Also read the summary columns of every group: responses per sampler, their mean rewards,
+    group sizes, lengths. By default only manifests are read, and of local datasets the rewards, for
+    their means."""
     json: bool = False
     """Print one line per dataset, with a JSON object."""
 
@@ -218,3 +219,29 @@ class ReportConfig:
             )
         if not 0 <= self.port < 2**16:
             raise ConfigError("port lies in 0 … 65535", received=self.port)
+
+
+@dataclass
+class OrderConfig:
+    """Which groups each step of a run took, and at which steps a group was seen."""
+
+    run: str = ""
+    """The folder of a run, or of one of its checkpoints, which can also be given without the flag:
+    `gvpo-offline order run`. Only its run file and the datasets are read, not the model."""
+    step: int | None = None
+    """Show the groups of this optimizer step, counted from 1 as in metrics.jsonl."""
+    group: str | None = None
+    """Show the steps that took the group with this id, or with the only id that begins so."""
+    remote: RemoteSettings = field(default_factory=RemoteSettings)
+    """How datasets at a URL are read. The run file has no storage_options, so pass them again."""
+    json: bool = False
+    """Print one line with a JSON object."""
+
+    def __post_init__(self) -> None:
+        required("run", self.run)
+        if self.step is not None and self.group is not None:
+            raise ConfigError(
+                "either `step` or `group` says what to show of the order",
+                received="both",
+                remedy="leave one of them out",
+            )

@@ -6,6 +6,7 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
+from gvpo_offline.commands.next_step import FOLDER, next_line
 from gvpo_offline.hub.settings import PullConfig, PushConfig
 
 
@@ -26,7 +27,9 @@ def _run_push(values: dict[str, Any]) -> None:
         else "the repository has it already"
     )
     say(f"{done.url}: version {done.version}: {said}")
-    say(f"next: gvpo-offline pull --repo_id {config.repo_id} --output_dir …")
+    revision = None if config.revision == "main" else config.revision
+    pulled = {"repo_id": config.repo_id, "revision": revision, "output_dir": FOLDER}
+    say(next_line("pull", pulled))
 
 
 def _run_pull(values: dict[str, Any]) -> None:
@@ -39,7 +42,7 @@ def _run_pull(values: dict[str, Any]) -> None:
         f"{config.output_dir}: version {done.manifest.version}, {done.manifest.n_groups:,} groups; "
         f"{done.files:,} files, {size_text(done.bytes)} downloaded, every SHA-256 verified"
     )
-    say(f"next: gvpo-offline ls {config.output_dir}")
+    say(next_line("ls", {}, config.output_dir))
 
 
 COMMANDS: dict[str, Command] = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.collectives import raise_together
+from gvpo_offline.commands.order_record import ORDER, order_of, reward_of, started_order
 from gvpo_offline.commands.plain import lines_without_terminal
 from gvpo_offline.compute.adapters import (
     adapter_config,
@@ -25,14 +28,15 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
-from gvpo_offline.store.sidecar_choice import WeightedReward
+from gvpo_offline.store.commit import temporary_name
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.carded import run_settings
 from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED, save_errors
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.train.data import OpenedDataset, open_settings
+from gvpo_offline.train.data import OpenedDataset, TrainingData, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
+from gvpo_offline.train.early_checks import CHECKED
 from gvpo_offline.train.heard import hearing
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
@@ -67,8 +71,37 @@ class TrainerInputs:
         )
         return cls(model, lora, train, held_out)
 
+    def settings(self) -> tuple[list[DatasetSettings], list[DatasetSettings]]:
+        """The settings of the datasets to train on, and of those to evaluate on."""
+        train, held_out = (
+            [own.settings if isinstance(own, OpenedDataset) else own for own in part]
+            for part in (self.train, self.held_out)
+        )
+        return train, held_out
+
+    def check(self, args: GVPOConfig) -> TrainingData | None:
+        """Check the settings with the data, once for the same `args` or copies of them.
+
+        Returns:
+            The data of the run; None if they were checked before, or have a base reference that
+            has yet to be scored: they cannot be opened, and are left to the run.
+        """
+        parts = [*self.train, *self.held_out]
+        opened = all(isinstance(own, OpenedDataset) for own in parts)
+        if not opened or getattr(args, CHECKED, False):
+            return None
+        with tempfile.TemporaryDirectory(prefix="gvpo-offline-") as scratch:
+            return raise_together(
+                lambda: TrainingData.prepare(self.train, self.held_out or None, args, Path(scratch))
+            )
+
     def trainer(self, args: GVPOConfig, kind: type[Kind]) -> Kind:
-        """Load the policy and build a trainer of class `kind`."""
+        """Check the settings with the data, load the policy and build a trainer of class `kind`.
+
+        Raises:
+            ConfigError: also where the settings cannot work with the data; before a model loads.
+        """
+        self.check(args)
         adapter = adapter_config(self.model)
         check_loading(self.model, adapter, new_adapter=self.lora.use_peft)
         quantised = self.model.load_in_4bit or self.model.load_in_8bit
@@ -97,14 +130,17 @@ def run_train(
     args: GVPOConfig,
 ) -> GVPOTrainer:
     """Train, and save the policy and the settings of the run to `args.output_dir`."""
+    parts = TrainerInputs.opened(model, data, lora)
     early: list[logging.LogRecord] = []
     with hearing(early.append):
-        trainer = TrainerInputs.opened(model, data, lora).trainer(args, GVPOTrainer)
+        trainer = parts.trainer(args, GVPOTrainer)
     for record in early:
         trainer.record.hear(record)
     trainer.run_settings = run_settings(model, data, lora)
+    path = Path(args.output_dir) / RUN_FILE
 
     def settings() -> dict[str, Any]:
+        order = order_of(trainer, *parts.settings())
         return {
             "package_version": __version__,
             "model": asdict(model),
@@ -121,12 +157,11 @@ def run_train(
             },
             # What the settings refer to at this time; later versions of the datasets may hold more.
             "reference": trainer.data.reference.fingerprint,
-            "rewards": [_reward_of(view.dataset.rewards) for view in trainer.data.views],
+            "rewards": [reward_of(view.dataset.rewards) for view in trainer.data.views],
             "identity": trainer.identity(),
+            ORDER: started_order(trainer, order, path, trainer.state.global_step),
         }
 
-    if args.eval_samples and args.eval_strategy.value == "no":
-        logger.warning("eval_samples has no effect: eval_strategy is no, so nothing is evaluated")
     trainer.add_callback(_RunFile(settings))
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):
@@ -140,13 +175,6 @@ def sampled_settings(args: GVPOConfig) -> dict[str, Any]:
     if not args.eval_samples:
         return {}
     return {SAMPLED: {own.name: getattr(args, own.name) for own in fields(SampledEvalSettings)}}
-
-
-def _reward_of(rewards: Sequence[WeightedReward]) -> dict[str, float] | str:
-    """The rewards of a dataset with their versions, in the form of the setting `reward`."""
-    weights = {f"{each.family.name}@{each.family.version}": each.weight for each in rewards}
-    (label, weight), *others = weights.items()
-    return weights if others or weight != 1.0 else label
 
 
 def _opened(dataset: DatasetSettings) -> DatasetSettings | OpenedDataset:
@@ -213,8 +241,12 @@ class _RunFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            text = json.dumps(self._settings(), indent=1, default=str)
-            (Path(args.output_dir) / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+            text = json.dumps(self._settings(), indent=1, default=str) + "\n"
+            path = Path(args.output_dir) / RUN_FILE
+            # Written beside and renamed: a resumed run reads what earlier starts wrote.
+            written = temporary_name(path.parent, RUN_FILE)
+            written.write_text(text, encoding="utf-8")
+            os.replace(written, path)
 
 
 def _peft_config(lora: LoraSettings) -> PeftConfig | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
-from gvpo_offline.commands.settings import EvaluateConfig
+from gvpo_offline.commands.next_step import after_training, after_tuning
+from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
@@ -19,6 +20,7 @@ from gvpo_offline.train.settings import (
     LoraSettings,
     RunSettings,
 )
+from gvpo_offline.tune.doubts import NOTHING_TOLD
 from gvpo_offline.tune.settings import TuneSettings
 
 _OTHER_FLAGS = (
@@ -27,7 +29,7 @@ _OTHER_FLAGS = (
 )
 
 
-def _run_tune(values: dict[str, Any]) -> None:
+def _run_tune(values: dict[str, Any]) -> int:
     from gvpo_offline.train.config import GVPOConfig
 
     tune = filled(TuneSettings, values)
@@ -45,11 +47,13 @@ def _run_tune(values: dict[str, Any]) -> None:
         tune=tune,
         args=filled(GVPOConfig, values),
     )
-    if found is not None:
-        say(*found.table().split("\n"))
-        if found.file is not None:
-            say(f"next: gvpo-offline train --config … --config {found.file}")
-        say(json.dumps(found.summary()))
+    if found is None:
+        return 0
+    say(*found.table().split("\n"))
+    if found.file is not None:
+        say(after_tuning(found.file, TuneSettings))
+    say(json.dumps(found.summary()))
+    return 0 if found.told else NOTHING_TOLD
 
 
 def _run_train(values: dict[str, Any]) -> None:
@@ -57,9 +61,10 @@ def _run_train(values: dict[str, Any]) -> None:
     from gvpo_offline.train.checkpoint import METRICS_FILE
     from gvpo_offline.train.config import GVPOConfig
 
+    model, data = filled(ModelSettings, values), filled(DataSettings, _datasets(values))
     trainer = run_train(
-        model=filled(ModelSettings, values),
-        data=filled(DataSettings, _datasets(values)),
+        model=model,
+        data=data,
         lora=filled(LoraSettings, values),
         run=filled(RunSettings, values),
         args=filled(GVPOConfig, values),
@@ -67,8 +72,12 @@ def _run_train(values: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
         say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
-        # Settings that are left out are read from the run's folder.
-        say(f"next: gvpo-offline evaluate --model_name_or_path {trainer.args.output_dir}")
+        held_out = [own.path for own in data.evaluation()]
+        if not held_out and trainer.data.held_out:
+            held_out = [own.path for own in data.training()]
+        if not held_out:
+            say("nothing is held out: evaluate on a dataset that the run has not seen")
+        say(after_training(model, trainer.args, held_out))
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:
@@ -83,6 +92,13 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
     say(json.dumps(report.summary()))
+
+
+def _run_order(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.order import show_order
+
+    values["remote"] = RemoteSettings(**values["remote"])
+    show_order(filled(OrderConfig, values))
 
 
 def _datasets(values: dict[str, Any]) -> dict[str, Any]:
@@ -138,5 +154,13 @@ COMMANDS: dict[str, Command] = {
         _run_evaluate,
         (EvaluateConfig,),
         "Example: gvpo-offline evaluate --model_name_or_path run, on what the run held out",
+    ),
+    "order": Command(
+        "Show which groups a step of a run took, and at which steps a group was seen.",
+        _run_order,
+        (OrderConfig,),
+        "Example: gvpo-offline order --run run --step 3; or, shorter, gvpo-offline order run "
+        "--step 3",
+        positional="run",
     ),
 }

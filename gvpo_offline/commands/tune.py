@@ -23,10 +23,12 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
 from gvpo_offline.train.checkpoint import TUNE_FOLDER
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.early_checks import FEWEST_HELD_OUT, n_steps_of
 from gvpo_offline.train.held_out import EARLIER_RULE
 from gvpo_offline.train.preflight import surveys
 from gvpo_offline.train.settings import LoraSettings
 from gvpo_offline.train.trainer import GVPOTrainer
+from gvpo_offline.tune.doubts import Doubt, doubts_of
 from gvpo_offline.tune.repeated import said_once, without_bars
 from gvpo_offline.tune.search import (
     Proposal,
@@ -34,11 +36,10 @@ from gvpo_offline.tune.search import (
     beta_candidates,
     initial_beta,
     largest_usable_rate,
-    misfit,
     propose,
     score,
 )
-from gvpo_offline.tune.settings import TuneSettings
+from gvpo_offline.tune.settings import MIN_TUNE_STEPS, TuneSettings
 from gvpo_offline.tune.trials import Trials, finite_or_none, searches
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ class TuneReport:
         largest_rate: the largest usable learning rate of the range test.
         steps: optimizer steps of each trial.
         held_out_groups: number of groups on which trials were evaluated.
-        file: YAML file with the proposal, for `train --config`.
+        run_steps: optimizer steps of the run, which cap those of a trial.
+        doubts: why the proposal may be wrong, by kind; see `tune.doubts`.
+        file: YAML file with the proposal, for `train --config`; None if nothing is proposed.
     """
 
     proposal: Proposal
@@ -72,13 +75,22 @@ class TuneReport:
     largest_rate: float
     steps: int
     held_out_groups: int
-    file: Path
+    run_steps: int
+    doubts: tuple[Doubt, ...]
+    file: Path | None
+
+    @property
+    def told(self) -> bool:
+        """Whether the trials tell anything; otherwise nothing is proposed."""
+        return not any(own.nothing_told for own in self.doubts)
 
     def summary(self) -> dict[str, Any]:
-        """The proposal as plain data, without the trials."""
+        """The proposal as plain data, without the trials; null where nothing is proposed."""
         return {
-            "beta": self.proposal.beta,
-            "learning_rate": self.proposal.learning_rate,
+            "told": self.told,
+            "doubts": [own.as_dict() for own in self.doubts],
+            "beta": self.proposal.beta if self.told else None,
+            "learning_rate": self.proposal.learning_rate if self.told else None,
             "reward_gap": self.reward_gap,
             "betas": self.betas,
             "largest_rate": self.largest_rate,
@@ -100,7 +112,9 @@ class TuneReport:
         return {**self.summary(), "trials": trials}
 
     def table(self) -> str:
-        """The trials as text, in the order in which they ran; a star marks the proposed one."""
+        """The trials as text, in the order in which they ran; a star marks the proposed one, if
+        one is proposed.
+        """
         lines = [
             f"median reward gap {self.reward_gap:.3g}; largest usable rate {self.largest_rate:g}",
             f"trials of {self.steps} steps, on {self.held_out_groups:,} held-out groups:",
@@ -108,10 +122,12 @@ class TuneReport:
             + " ".join(f"{head:>10}" for _, head in _COLUMNS),
         ]
         for trial in self.proposal.trials:
-            mark = "*" if trial is self.proposal.chosen else " "
+            mark = "*" if self.told and trial is self.proposal.chosen else " "
             figures = " ".join(f"{_figure(trial, name):>10.4g}" for name, _ in _COLUMNS)
             settings = f"{trial.beta:>8g} {trial.learning_rate:>8g}"
             lines.append(f"{mark} {settings} {score(trial.metrics):>10.4g} {figures}")
+        if not self.told:
+            lines.append("nothing is proposed: the trials do not tell which settings are better")
         return "\n".join(lines)
 
 
@@ -139,12 +155,16 @@ def run_tune(
     Raises:
         ConfigError: there are no held-out groups; or DeepSpeed is used, whose global state does not
             allow several trainers in one process.
-        DataError: no training group, or no held-out group, has unequal rewards.
+        DataError: no training group has unequal rewards, or too few held-out groups have.
     """
     check_held_out(args, data)
     parts = TrainerInputs.opened(model, data, lora)
+    if (data_of_run := parts.check(args)) is not None:  # before the model loads
+        check_steps(n_steps_of(data_of_run, args))
+        check_enough(summed(surveys(list(data_of_run.held_out.values()))))
     run = parts.trainer(args, GVPOTrainer)  # checks the settings of the whole run
     check_not_deepspeed(run)
+    check_steps(run.args.max_steps)
     folder = Path(args.output_dir) / TUNE_FOLDER
     args = copy.copy(with_rule_of_search(run, args, folder))
     # What auto stands for: the trials need not read the data for it again.
@@ -152,7 +172,7 @@ def run_tune(
     training = summed(run.preflight(log_summary=False))
     held_out = summed(surveys(list(run.data.held_out.values())))
     check_unequal(training, "training")
-    check_unequal(held_out, "held-out")
+    check_enough(held_out)
     trials = Trials(parts.trainer, args, run.args.max_steps, folder, search_identity(run))
     first, steps = run.is_world_process_zero(), min(tune.tune_steps, run.args.max_steps)
     del run
@@ -160,10 +180,40 @@ def run_tune(
     report = _search(trials, training, held_out.n_groups, tune, steps)
     if not first:
         return None
-    for line in _warnings(report, args.loss_type):
-        logger.warning(line)
+    for doubt in report.doubts:
+        logger.warning(doubt.text)
     _write(report, trials.folder)
     return report
+
+
+def check_steps(run_steps: int) -> None:
+    """Raise ConfigError if the run is too short for a range test, whose steps it caps."""
+    if run_steps < MIN_TUNE_STEPS:
+        raise ConfigError(
+            f"a range test and each trial have at least {MIN_TUNE_STEPS} steps, and at most those "
+            "of the run",
+            received=f"a run of {run_steps:,} steps",
+            remedy="raise max_steps or num_train_epochs, or lower groups_per_step",
+        )
+
+
+def check_enough(held_out: Survey) -> None:
+    """Raise DataError if the held-out groups of unequal rewards are too few to tell trials apart.
+
+    With fewer than `FEWEST_HELD_OUT`, not even groups that all prefer the same trial tell that it
+    is better.
+    """
+    check_unequal(held_out, "held-out")
+    n_groups = held_out.n_groups - held_out.equal_reward_groups
+    if n_groups < FEWEST_HELD_OUT:
+        raise DataError(
+            f"trials are told apart by at least {FEWEST_HELD_OUT} held-out groups with unequal "
+            "rewards",
+            received=f"{n_groups:,}, which are too few to tell: chance alone could make all of "
+            "them prefer one of several trials",
+            remedy="raise eval_fraction, or pass an eval_dataset with more groups; else take the "
+            "defaults, beta such that the median implied gap is about 4 nats",
+        )
 
 
 def check_held_out(args: GVPOConfig, data: DataSettings) -> None:
@@ -228,8 +278,21 @@ def _search(
         largest_rate=largest,
         steps=steps,
     )
-    file = trials.folder / "proposed.yaml"
-    return TuneReport(found, gap, betas, largest, steps, held_out_groups, file)
+    doubts = doubts_of(
+        found,
+        betas=betas,
+        largest_rate=largest,
+        steps=steps,
+        run_steps=trials.run_steps,
+        loss_type=trials.args.loss_type,
+    )
+    told = not any(own.nothing_told for own in doubts)
+    file = trials.folder / "proposed.yaml" if told else None
+    return TuneReport(
+        *(found, gap, betas, largest, steps, held_out_groups, trials.run_steps),
+        doubts=doubts,
+        file=file,
+    )
 
 
 def summed(counts: list[Survey]) -> Survey:
@@ -259,27 +322,13 @@ def search_identity(run: GVPOTrainer) -> dict[str, Any]:
     return {"settings": sha256_json({**identity, "held_out": held_out, "policy": weights})}
 
 
-def _warnings(report: TuneReport, loss_type: str) -> list[str]:
-    """Warnings about the result of a search."""
-    warnings = []
-    if loss_type == "gvpo" and not misfit(report.proposal.chosen.metrics) < 1.0:
-        warnings.append(
-            f"the proposed trial has no positive held-out explained variance after {report.steps} "
-            "steps: raise tune_steps; if that does not help, these groups may not suffice to learn "
-            "their rewards"
-        )
-    if len(report.betas) > 1 and report.proposal.beta in (report.betas[0], report.betas[-1]):
-        warnings.append(
-            f"the best beta, {report.proposal.beta:g}, is the smallest or largest candidate: pass "
-            "betas beyond it"
-        )
-    return warnings
-
-
 def _write(report: TuneReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report.as_dict(), indent=1)
     (folder / "tune.json").write_text(text + "\n", encoding="utf-8")
+    if report.file is None:
+        (folder / "proposed.yaml").unlink(missing_ok=True)  # of an earlier search
+        return
     lines = [
         "# By gvpo-offline tune; `train` takes it after the run's own file.",
         f"beta: {report.proposal.beta}",

@@ -14,6 +14,7 @@ import numpy as np
 from gvpo_offline.findings.finding import Finding, verdict
 from gvpo_offline.findings.formats.document import as_json
 from gvpo_offline.findings.gate import light_checks
+from gvpo_offline.info.reward_means import reward_means
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import (
@@ -52,6 +53,7 @@ class DatasetInfo:
         prompts: counts of groups that share a prompt; None if the groups were not read.
         findings: what the light checks found, by the default thresholds; None if the groups were
             not read.
+        means: mean of each reward over all responses, in the manifest's order; None where unknown.
     """
 
     path: str
@@ -59,11 +61,15 @@ class DatasetInfo:
     surveys: Mapping[str, Survey]
     prompts: PromptCounts | None = None
     findings: Sequence[Finding] | None = None
+    means: Sequence[float | None] = ()
 
     @property
     def manifest(self) -> Manifest:
         """The version described."""
         return self.versions[-1][0]
+
+    def _means(self) -> Sequence[float | None]:
+        return self.means or [None] * len(self.manifest.rewards)
 
     def as_dict(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -80,7 +86,10 @@ class DatasetInfo:
             "total": _files(manifest.files()),
             "tokenizer": manifest.tokenizer and manifest.tokenizer.model_dump(),
             "samplers": manifest.samplers,
-            "rewards": [_reward(family) for family in manifest.rewards],
+            "rewards": [
+                {**_reward(family), "mean": mean}
+                for family, mean in zip(manifest.rewards, self._means(), strict=True)
+            ],
             "references": [_reference(family, manifest) for family in manifest.references],
             **({"incomplete": _incomplete(manifest.incomplete)} if manifest.incomplete else {}),
             "lineage": [step.model_dump(mode="json") for step in manifest.lineage],
@@ -116,12 +125,14 @@ def dataset_info(
         older = [number for number in manifest_versions(root) if number < newest.version]
         manifests = [*(load_manifest(root, number) for number in older), newest]
         versions = [(manifest, _written(root, manifest.version)) for manifest in manifests]
+    means = reward_means(open_storage(path), versions[-1][0])
     if not content:
-        return DatasetInfo(str(path), versions, {})
+        return DatasetInfo(str(path), versions, {}, means=means)
     dataset = open_dataset(path, version=version, join=())
     checks = light_checks(dataset.storage, dataset.manifest)
     surveys = _surveys(dataset, checks.surveys)
-    return DatasetInfo(str(path), versions, surveys, count_prompts(dataset), checks.findings)
+    prompts = count_prompts(dataset)
+    return DatasetInfo(str(path), versions, surveys, prompts, checks.findings, means=means)
 
 
 def _written(root: Path, version: int) -> str:

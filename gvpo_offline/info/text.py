@@ -59,7 +59,7 @@ def overview_lines(infos: Sequence[DatasetInfo]) -> list[str]:
     rows: list[Sequence[str]] = [[*heading, "incomplete"] if apart else heading]
     for found in described:
         counts = [f"{found[name]:,}" for name in heading[1:5]]
-        rewards = ", ".join(each["label"] for each in found["rewards"])
+        rewards = ", ".join(f"{own['label']} {_mean_text(own)}".strip() for own in found["rewards"])
         references = ", ".join(each["fingerprint"][:12] for each in found["references"])
         size = size_text(found["total"]["bytes"])
         held = [f"{found['incomplete']['groups']:,}" if "incomplete" in found else "none"]
@@ -152,7 +152,17 @@ def _incomplete_lines(found: dict[str, Any]) -> list[str]:
 
 def _reward_cells(family: RewardFamily, found: dict[str, Any]) -> Sequence[str]:
     kept = f"keeps {', '.join(family.components)}" if family.components else ""
-    return (found["label"], size_text(found["size"]["bytes"]), reward_text(family), kept)
+    return (
+        found["label"],
+        _mean_text(found),
+        size_text(found["size"]["bytes"]),
+        reward_text(family),
+        kept,
+    )
+
+
+def _mean_text(found: dict[str, Any]) -> str:
+    return "" if found["mean"] is None else f"mean {found['mean']:.4g}"
 
 
 def _reference_cells(family: ReferenceFamily, found: dict[str, Any]) -> Sequence[str]:

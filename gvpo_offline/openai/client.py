@@ -15,7 +15,7 @@ import os
 import random
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,17 +143,27 @@ class OpenAIClient:
                 remedy=f"export {name}=…",
             )
 
-    def send(self, requests: Sequence[ServerRequest]) -> list[str | None]:
+    def send(
+        self,
+        requests: Sequence[ServerRequest],
+        ended: Callable[[int], None] = lambda number: None,
+    ) -> list[str | None]:
         """The cause of failure of each request; None where it was answered.
+
+        Args:
+            requests: the requests.
+            ended: called with the number of a request that was answered, or failed for good.
 
         Raises:
             ServerError: the server cannot be reached, rejects the key or does not know the model.
                 Requests that were answered before have stored their answers.
         """
         self._outage.begin()
-        return asyncio.run(self._send_all(requests))
+        return asyncio.run(self._send_all(requests, ended))
 
-    async def _send_all(self, requests: Sequence[ServerRequest]) -> list[str | None]:
+    async def _send_all(
+        self, requests: Sequence[ServerRequest], ended: Callable[[int], None]
+    ) -> list[str | None]:
         from openai import AsyncOpenAI, Timeout
 
         seconds = self._settings.request_timeout
@@ -164,7 +174,13 @@ class OpenAIClient:
             timeout=Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
         ) as client:
             runner = _RequestRunner(client, self._settings, self._key, self._outage)
-            return list(await asyncio.gather(*map(runner.with_retries, requests)))
+
+            async def one(number: int, request: ServerRequest) -> str | None:
+                cause = await runner.with_retries(request)
+                ended(number)
+                return cause
+
+            return list(await asyncio.gather(*(one(*own) for own in enumerate(requests))))
 
 
 class _RequestRunner:

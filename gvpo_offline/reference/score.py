@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, disable_dropout
@@ -64,6 +63,7 @@ from gvpo_offline.store.writer import write_sidecar
 from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
+from gvpo_offline.workers.progress import advance, portion
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
@@ -186,8 +186,7 @@ class _ReferenceStage:
         view: the groups and responses to score.
         config: the settings, which name the model.
         family: the manifest entry of the reference.
-        scorer: the loaded model if tasks run in this process, which then shows a progress bar per
-            file; None: `start` loads the model.
+        scorer: the loaded model if tasks run in this process; None: `start` loads the model.
     """
 
     unit = "groups"
@@ -211,7 +210,6 @@ class _ReferenceStage:
         self._config = config
         self._family = family
         self._scorer = scorer
-        self._show_file = config.show_progress and scorer is not None
 
     def tasks(self) -> Sequence[Task]:
         """One task per groups file, named by the file's hash, or several for a large one."""
@@ -264,11 +262,14 @@ class _ReferenceStage:
         base = self.files[own.file]
         first = sum(len(file.row_groups) for file in self.files[: own.file])
         numbers = range(first + own.start, first + own.stop)
-        for number in tqdm(numbers, desc=base.path, leave=False, disable=not self._show_file):
+        sizes = self._view.dataset.row_group_sizes
+        for number in numbers:
             selected = SelectedGroups.read(self._view, number)
             counts["groups"] += len(selected.groups)
             counts["responses"] += sum(group.group_size for group in selected.groups)
-            yield self._scorer.table(selected, self.root / base.path)
+            with portion(int(sizes[number]), len(selected.groups)):
+                table = self._scorer.table(selected, self.root / base.path)
+            yield table
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scorer": None}
@@ -325,6 +326,7 @@ class _ReferenceScorer:
                         file=file,
                         group=group.group_id,
                     )
+            advance(len(members))
         return list(zip(sums, tokens, strict=True))
 
     def _score(self, groups: Sequence[Group]) -> list[TokenLogprobs]:

@@ -15,6 +15,7 @@ from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.kinds import RewardModelSettings
 from gvpo_offline.rewards.scorer import SimpleScorer, settings_of
 from gvpo_offline.tokenizer import load_tokenizer, tokenizer_fingerprint
+from gvpo_offline.workers.progress import advance, portion
 
 # Settings that say where the model is and where it runs.
 _NAMES = ("model_name_or_path", "model_revision", "trust_remote_code", "use_cpu", "gguf_file")
@@ -97,8 +98,10 @@ class ModelScorer(SimpleScorer):
         """(1, k) for each group."""
         rows = [ids for group in groups for ids in self._encoded(group)]
         scores = np.zeros(len(rows))
-        for members in self._batches([len(row) for row in rows]):
-            scores[members] = self._logits([rows[i] for i in members])
+        with portion(len(groups), len(rows)):
+            for members in self._batches([len(row) for row in rows]):
+                scores[members] = self._logits([rows[i] for i in members])
+                advance(len(members))
         ends = np.cumsum([group.size for group in groups])[:-1]
         return [piece[np.newaxis] for piece in np.split(scores, ends)]
 

@@ -12,6 +12,7 @@ import numpy as np
 from gvpo_offline.group import FloatArray
 from gvpo_offline.identity import in_identity
 from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
+from gvpo_offline.workers.progress import advance
 
 if TYPE_CHECKING:
     from gvpo_offline.workers.settings import WorkerSettings
@@ -81,7 +82,7 @@ class Scorer(Protocol):
         """Load what scoring needs, in the process that scores."""
 
     def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
-        """Score the groups of one row group.
+        """Score the groups of one row group; may count finished groups with `progress.advance`.
 
         Returns:
             (1 + F, k) float64 for each group: the number that goes into the reward, then the F
@@ -120,7 +121,11 @@ class GroupScorer(SimpleScorer, ABC):
 
     def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
         """`score_group` of each."""
-        return [self.score_group(group) for group in groups]
+        scored = []
+        for group in groups:
+            scored.append(self.score_group(group))
+            advance()
+        return scored
 
     @abstractmethod
     def score_group(self, group: ScoringInput) -> FloatArray:

@@ -58,7 +58,7 @@ class RewardConfig:
                 raise ConfigError("the name of a scorer contains no dot", received=name)
         try:
             kinds: TypeAdapter[dict[str, ScorerSettings]] = TypeAdapter(dict[str, ScorerSettings])
-            return kinds.validate_python(self.scorers)
+            found = kinds.validate_python(self.scorers)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise ConfigError(
@@ -66,3 +66,10 @@ class RewardConfig:
                 received=f"scorers.{'.'.join(map(str, first['loc']))}: {first['msg']}",
                 remedy="see docs/howto/rewards.md",
             ) from error
+        if not any(own.weight for own in found.values()):
+            raise ConfigError(
+                "at least one scorer has a weight other than 0, or every reward would be 0",
+                received=", ".join(f"scorers.{name}.weight: 0" for name in found),
+                remedy="set the weight of the scorer that counts; leave it out for 1",
+            )
+        return found

@@ -10,6 +10,7 @@ import numpy as np
 from gvpo_offline.group import FloatArray
 from gvpo_offline.rewards.cases import ScoringInput
 from gvpo_offline.rewards.scorer import Scorer
+from gvpo_offline.workers.progress import portion
 
 
 class ScoredGroup(NamedTuple):
@@ -81,7 +82,10 @@ class WeightedScorers:
         Raises:
             DataError: as `Scorer.score`.
         """
-        scored = [scorer.score(groups) for scorer in self.scorers.values()]
+        scored = []
+        for scorer in self.scorers.values():
+            with portion(len(groups) / len(self.scorers), len(groups)):
+                scored.append(scorer.score(groups))
         return [self.weighted(parts) for parts in zip(*scored, strict=True)]
 
     def weighted(self, parts: Sequence[FloatArray]) -> ScoredGroup:

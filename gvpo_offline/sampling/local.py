@@ -21,6 +21,7 @@ from gvpo_offline.sampling.settings import SamplingSettings, TransformersSetting
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer, SamplerTokenizer
 from gvpo_offline.tokenizer import load_policy_tokenizer
+from gvpo_offline.workers.progress import advance
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -157,7 +158,7 @@ class TransformersSampler:
                 )
         completions = [Completion(ids[r.prompt.index], r.seed) for r in requests]
         for _ in self._decoder.run(completions):
-            pass
+            advance()
         pairs = zip(requests, completions, strict=True)
         return [_sample(request, completion, self._tokenizer) for request, completion in pairs]
 

@@ -12,6 +12,7 @@ from gvpo_offline.sampling.answers import endpoint, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import OpenAISettings
 from gvpo_offline.sampling.stage import SampleRequest, SamplerInfo, StoppedSamplingError
+from gvpo_offline.workers.progress import advance
 
 
 class ServerSampler:
@@ -53,8 +54,9 @@ class ServerSampler:
             for own in by_prompt.values()
             for i in range(0, len(own), n)
         ]
+        sizes = [call.n_responses for call in calls]
         try:
-            causes = self._client.send(calls)
+            causes = self._client.send(calls, lambda number: advance(sizes[number]))
         except ServerError as error:
             cause = f"{error.rule}; received {error.received}"
             samples = [sample for call in calls for sample in call.samples(cause)]
@@ -73,6 +75,7 @@ class _CompletionsRequest:
         self._settings = settings
         self._open = {request.number: request for request in requests}
         self._done: list[Sample] = []
+        self.n_responses = len(requests)
         self.endpoint = endpoint(settings, requests[0].prompt)
 
     def body(self) -> dict[str, Any]:

@@ -26,8 +26,12 @@ from gvpo_offline.stream.steps import StepDataset
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import check_same_tokenizer
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.early_checks import check_with_data
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE
 from gvpo_offline.train.splits import chosen_splits, refuse_dataset_dict
+
+_Kept = weakref.WeakKeyDictionary[GroupDataset, dict[str, Selection | None]]
+_SELECTED: _Kept = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ class TrainingData:
                 remedy="set eval_fraction, or pass an eval_dataset",
             )
         separate = eval_dataset is not None
-        return cls(views, weights, order, n_draws, held_out, rule, separate)
+        found = cls(views, weights, order, n_draws, held_out, rule, separate)
+        check_with_data(found, args)
+        return found
 
     @property
     def reference(self) -> ReferenceFamily:
@@ -289,8 +295,17 @@ def _view(name: str, item: OpenedDataset, **conditions: Any) -> DatasetView:
 
 
 def _select(dataset: GroupDataset, **how: Any) -> Selection | None:
-    """`select` on the first rank; all ranks get its result."""
-    return broadcast_from_rank0(lambda: select(dataset, **how))
+    """`select` on the first rank; all ranks get its result.
+
+    Kept, because settings are checked with the data before a model loads and the run selects again.
+    """
+    kept = _SELECTED.setdefault(dataset, {})
+    key = repr(sorted(how.items(), key=lambda own: own[0]))
+    if not isinstance(how["where"], str | None):  # the text of an expression may be shortened
+        return broadcast_from_rank0(lambda: select(dataset, **how))
+    if key not in kept:
+        kept[key] = broadcast_from_rank0(lambda: select(dataset, **how))
+    return kept[key]
 
 
 def _held_out(

@@ -121,6 +121,13 @@ def check_derived_fields(args: TrainingArguments) -> None:
     Args:
         args: the settings, after transformers has derived others from them.
     """
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise ConfigError(
+            "max_steps is a positive number of steps, or -1: num_train_epochs counts",
+            received=args.max_steps,
+            remedy="set it to 1 or more, or leave it out; to measure a policy without training, "
+            "run gvpo-offline evaluate",
+        )
     evaluates = args.eval_strategy.value != "no"
     best = args.save_strategy.value == "best"
     if not evaluates and (best or args.metric_for_best_model is not None):

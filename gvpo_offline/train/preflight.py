@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.collectives import gather_results, local_rank_slice, rank_slice
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, labelled
 from gvpo_offline.reference.checks import (
     PolicyFacts,
     check_context,
@@ -89,6 +89,9 @@ def _log_summary(
         # The notes on a training dataset, which are logged above, also apply to its held-out share.
         for line in () if view.dataset in trained else view.notes:
             logger.info("held out %s: %s", name, line)
+        rule = "all for evaluation" if data.separate else f"eval_fraction, by {data.held_out_by}"
+        said = (f"{view.n_groups:,}", labelled(view.dataset.root), rule)
+        logger.info("held out: %s groups of %s (%s)", *said)
 
 
 def check_held_out(

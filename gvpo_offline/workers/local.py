@@ -10,17 +10,24 @@ from typing import Any
 
 from gvpo_offline.errors import WorkerError
 from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.workers.bar import OnProgress
 from gvpo_offline.workers.process import MAIN_GUARD, Handler, WorkerDeathError, WorkerProcess
+from gvpo_offline.workers.progress import reporting
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
+_POLL_S = 0.5  # between two looks at the counts of the workers
 
 
 def run_local(
-    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
+    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings, on_progress: OnProgress = None
 ) -> Iterator[tuple[Task, TaskRecord]]:
     """Run tasks in this process, or in `workers` others, and yield each when it is done.
+
+    Args:
+        stage, tasks, settings: what to run, and where.
+        on_progress: called with what the running tasks have counted.
 
     Raises:
         WorkerError: a worker process died; names its task.
@@ -30,7 +37,9 @@ def run_local(
     if n_workers == 1 and not settings.gpus_per_worker:
         stage.start()
         for task in tasks:
-            yield task, run_task(stage, task)
+            with reporting(on_progress):
+                record = run_task(stage, task)
+            yield task, record
         return
     workers: dict[Any, WorkerProcess] = {}
     try:
@@ -38,7 +47,7 @@ def run_local(
             devices = _visible_devices(number, int(settings.gpus_per_worker))
             worker = WorkerProcess(functools.partial(_prepare, stage, devices))
             workers[worker.connection] = worker
-        yield from _dispatch(stage, workers, tasks)
+        yield from _dispatch(stage, workers, tasks, on_progress)
     finally:
         for worker in workers.values():
             worker.kill()
@@ -50,19 +59,27 @@ def run_task(stage: Stage, task: Task) -> TaskRecord:
 
 
 def _dispatch(
-    stage: Stage, workers: dict[Any, WorkerProcess], tasks: Sequence[Task]
+    stage: Stage,
+    workers: dict[Any, WorkerProcess],
+    tasks: Sequence[Task],
+    on_progress: OnProgress,
 ) -> Iterator[tuple[Task, TaskRecord]]:
     """Send the next task to each idle worker."""
     pending = list(reversed(tasks))
     # A worker's first reply says that it is ready, and belongs to no task.
     running: dict[Any, Task | None] = dict.fromkeys(workers)
+    before = dict.fromkeys(workers, 0.0)  # what each worker had counted before its present task
     while running:
-        for connection in wait(list(running)):
+        ready = wait(list(running), None if on_progress is None else _POLL_S)
+        if on_progress is not None:
+            on_progress(sum(workers[own].counted - before[own] for own in running))
+        for connection in ready:
             task = running.pop(connection)
             try:
                 reply = workers[connection].receive()
             except WorkerDeathError as death:
                 raise worker_died(stage, task, str(death)) from None
+            before[connection] = workers[connection].counted
             if pending:
                 running[connection] = pending.pop()
                 workers[connection].send(running[connection])

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from gvpo_offline.workers.progress import reporting
+
 _CONTEXT = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
 _GRACE_S = 1.0
 _READY = "ready"
@@ -44,11 +46,19 @@ class WorkerProcess:
         connection: readable when there is a reply, or when the process died.
     """
 
+    # `counted` is a number in shared memory: a message would have to be told from a reply.
+
     def __init__(self, prepare: Callable[[], Handler]) -> None:
         self.connection, child = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(child, prepare))
+        self._counted = _CONTEXT.RawValue("d", 0.0)
+        self._process = _CONTEXT.Process(target=_serve, args=(child, prepare, self._counted))
         self._process.start()
         child.close()  # so that the connection closes when the process ends
+
+    @property
+    def counted(self) -> float:
+        """What the process has counted with `progress.advance`, over all requests."""
+        return float(self._counted.value)
 
     def send(self, request: Any) -> None:
         """Send a request; exactly one `receive` follows."""
@@ -82,7 +92,7 @@ class WorkerProcess:
         self.connection.close()
 
 
-def _serve(connection: Connection, prepare: Callable[[], Handler]) -> None:
+def _serve(connection: Connection, prepare: Callable[[], Handler], counted: Any) -> None:
     # A keyboard interrupt reaches the whole process group; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -98,13 +108,23 @@ def _serve(connection: Connection, prepare: Callable[[], Handler]) -> None:
         except EOFError:  # the parent is gone
             return
         try:
-            reply = (True, handler(request))
+            with reporting(_adding_to(counted)):
+                reply = (True, handler(request))
         except Exception as error:
             reply = (False, _portable(error))
         try:
             connection.send(reply)
         except (BrokenPipeError, ConnectionResetError):
             return
+
+
+def _adding_to(counted: Any) -> Callable[[float], None]:
+    before = counted.value
+
+    def report(units: float) -> None:
+        counted.value = before + units
+
+    return report
 
 
 def _end_with_parent() -> None:

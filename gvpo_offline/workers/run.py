@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from tqdm import tqdm
 
 from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.workers.bar import OnProgress, TaskBar
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
@@ -39,36 +40,36 @@ def run_stage(stage: Stage, settings: WorkerSettings) -> list[TaskRecord] | None
     own = tasks[index::count]
     records = {task.name: log.committed(task.name) for task in own}
     pending = [task for task in own if records[task.name] is None]
-    # Closed here, so that workers are killed at once when an exception ends the run.
-    with (
-        contextlib.closing(_run_tasks(stage, pending, settings)) as done,
-        tqdm(
-            desc=stage.name,
-            total=sum(task.size for task in own),
-            initial=sum(task.size for task in own if records[task.name] is not None),
-            unit=f" {stage.unit}",
-            disable=not settings.show_progress,
-        ) as bar,
-    ):
-        for task, record in done:
-            records[task.name] = log.commit(record)
-            bar.update(task.size)
+    finished = sum(task.size for task in own if records[task.name] is not None)
+    with tqdm(
+        desc=stage.name,
+        total=sum(task.size for task in own),
+        initial=finished,
+        unit=f" {stage.unit}",
+        disable=not settings.show_progress,
+    ) as shown:
+        bar = TaskBar(shown, finished)
+        # Closed here, so that workers are killed at once when an exception ends the run.
+        with contextlib.closing(_run_tasks(stage, pending, settings, bar.on_progress)) as done:
+            for task, record in done:
+                records[task.name] = log.commit(record)
+                bar.commit(task.size)
     return _all_records(log, tasks, records)
 
 
 def _run_tasks(
-    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings
+    stage: Stage, tasks: Sequence[Task], settings: WorkerSettings, on_progress: OnProgress
 ) -> Generator[tuple[Task, TaskRecord], None, None]:
     if not tasks:
         return
     if settings.engine == "ray":
         from gvpo_offline.workers.on_ray import run_ray
 
-        yield from run_ray(stage, tasks, settings)
+        yield from run_ray(stage, tasks, settings, on_progress)
     else:
         from gvpo_offline.workers.local import run_local
 
-        yield from run_local(stage, tasks, settings)
+        yield from run_local(stage, tasks, settings, on_progress)
 
 
 def _all_records(

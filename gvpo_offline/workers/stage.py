@@ -44,6 +44,8 @@ class Stage(Protocol):
     def work(self, task: Task) -> TaskRecord:
         """Run one task: write its files and return the record, which `run_stage` commits.
 
+        What it finishes on the way it counts with `progress.advance`, up to the task's size.
+
         Raises:
             GVPOError: an error in the data or the settings; ends the run. Committed tasks are kept.
         """

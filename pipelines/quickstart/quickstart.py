@@ -1,6 +1,7 @@
 """From logged responses to a trained policy, in a few minutes on two cores: all steps.
 
     make quickstart
+    python pipelines/quickstart/quickstart.py --seeds 3   # the spread over seeds
 
  1. A small policy is pretrained. It knows which shop sells what, but no prices (see task.py).
  2. Four samplers, none of them the policy, answer 600 shopping lists; a program scores each answer.
@@ -10,6 +11,7 @@
  5. `gvpo-offline train`      trains GVPO from the shards alone.
  6. For comparison, SFT on the best response of each group, from the same shards.
  7. The three policies answer held-out lists.
+ 8. `gvpo-offline report`     writes a page about the dataset and one about the run.
 
 Not included: what larger models need (hub names, LoRA, bf16); see README.md. For your own logs only
 steps 3 to 5 are needed; the commands are printed at the end.
@@ -17,6 +19,7 @@ steps 3 to 5 are needed; the commands are printed at the end.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import shutil
 import subprocess
@@ -28,55 +31,78 @@ from typing import Any
 import yaml
 from logs import write_logs
 from models import DEVICE, make_tokenizer, new_model, other_config, policy_config, pretrain, sample
-from report import Score, draw, score, table, write_summary
+from report import Score, draw, elsewhere, score, spread, table, write_summary
 from sft import train_sft
 from task import reward, split_prompts
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_callback import TrainerState
 
 from gvpo_offline import open_dataset
+from gvpo_offline.commands.table import COMMANDS
 
 HERE = Path(__file__).parent
 RUN = Path("runs/quickstart")
 MARK = ".made-by-quickstart"
-SEED = 0
 N_TRAIN, N_HELD_OUT, ANSWERS = 600, 200, 4
 PRETRAIN_STEPS, OLDER_STEP = 700, 500
 SFT_LEARNING_RATE = 1e-3  # the best of 3e-4, 1e-3 and 3e-3 for SFT on these shards
+EXPECTED = """
+Below, warnings will say that log-ratios sink and that the logged responses lose probability. Here
+that is what is wanted, and no failure: plans that save more than every logged one exist, and a
+program can score them, so the policy moves to answers that nobody logged. The table at the end
+measures them. On a log of your own nobody may have scored such answers: read
+docs/start/your-logs.md before you ignore these warnings.
+"""
 
 
 def main() -> None:
-    started = time.perf_counter()
+    parser = argparse.ArgumentParser(description="From logged responses to a trained policy.")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0 to SEEDS - 1")
+    n_seeds = parser.parse_args().seeds
     clear(RUN)
-    prompts, held_out = split_prompts(SEED, N_TRAIN, N_HELD_OUT)
+    if n_seeds == 1:
+        run(0, RUN)
+        return
+    found = []
+    for seed in range(n_seeds):
+        (RUN / f"seed-{seed}").mkdir()
+        found.append(run(seed, RUN / f"seed-{seed}"))
+    print(f"\nOver seeds 0 to {n_seeds - 1}:\n{spread(found)}")
+
+
+def run(seed: int, folder: Path) -> dict[str, Score]:
+    """All steps with one seed, in a folder; the scores of the three policies."""
+    started = time.perf_counter()
+    prompts, held_out = split_prompts(seed, N_TRAIN, N_HELD_OUT)
 
     say("1. pretrain a small policy that knows no prices")
     tokenizer = make_tokenizer()
-    policy, older = make_policy(tokenizer)
-    other = new_model(other_config(tokenizer), SEED + 1)
-    pretrain(other, tokenizer, steps=PRETRAIN_STEPS, seed=SEED + 1, title="pretrain: other model")
+    policy, older = make_policy(tokenizer, seed)
+    other = new_model(other_config(tokenizer), seed + 1)
+    pretrain(other, tokenizer, steps=PRETRAIN_STEPS, seed=seed + 1, title="pretrain: other model")
     for part in (policy, tokenizer):
-        part.save_pretrained(RUN / "policy")
+        part.save_pretrained(folder / "policy")
 
     say("2. write the logs: four samplers other than the policy, scored by a program")
     models = {"older": older, "other": other, "policy": policy}
-    write_logs(RUN / "logs", prompts, tokenizer, **models, seed=SEED)
+    write_logs(folder / "logs", prompts, tokenizer, **models, seed=seed)
 
     say("3. import the logs into a dataset")
-    logs = sorted(str(path) for path in (RUN / "logs").glob("*.jsonl"))
-    dataset, trained = str(RUN / "dataset"), str(RUN / "gvpo")
-    model = ["--model_name_or_path", str(RUN / "policy")]
-    tokenized = ["--tokenizer_name_or_path", str(RUN / "policy")]
+    logs = sorted(str(path) for path in (folder / "logs").glob("*.jsonl"))
+    dataset, trained = str(folder / "dataset"), str(folder / "gvpo")
+    model = ["--model_name_or_path", str(folder / "policy")]
+    tokenized = ["--tokenizer_name_or_path", str(folder / "policy")]
     gvpo("import", "--inputs", repr(logs), *tokenized, "--output_dir", dataset)
 
     say("4. compute the reference log-probs, once")
     gvpo("reference", "--dataset", dataset, *model)
 
     say("5. train with GVPO, from the shards alone")
-    gvpo("train", "--dataset", dataset, *model, "--output_dir", trained)
+    print(EXPECTED)
+    gvpo("train", "--dataset", dataset, *model, "--output_dir", trained, "--seed", str(seed))
 
     say("6. for comparison: SFT on the best response of each group")
-    imitator = load(RUN / "policy")
+    imitator = load(folder / "policy")
     settings = yaml.safe_load((HERE / "train.yaml").read_text())
     train_sft(
         imitator,
@@ -84,22 +110,27 @@ def main() -> None:
         groups_per_step=settings["groups_per_step"],
         epochs=settings["num_train_epochs"],
         eval_fraction=settings["eval_fraction"],
-        seed=settings["seed"],
+        seed=seed,
         learning_rate=SFT_LEARNING_RATE,
     )
 
     say("7. evaluate on held-out lists")
     finished = {"before": policy, "after_sft": imitator, "after_gvpo": load(Path(trained))}
     scores = {
-        name: evaluate(m, tokenizer, held_out, title=f"evaluate: {name}")
+        name: evaluate(m, tokenizer, held_out, seed=seed, title=f"evaluate: {name}")
         for name, m in finished.items()
     }
-    finish(scores, time.perf_counter() - started)
+    write_results(folder, scores, time.perf_counter() - started)
+    write_pages(folder)
+    print_commands()
+    return scores
 
 
-def make_policy(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
+def make_policy(
+    tokenizer: PreTrainedTokenizerFast, seed: int
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The pretrained policy, and a copy of it at an earlier step."""
-    policy = new_model(policy_config(tokenizer), SEED)
+    policy = new_model(policy_config(tokenizer), seed)
     kept: list[PreTrainedModel] = []
 
     def keep(step: int) -> None:
@@ -110,7 +141,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Pr
         policy,
         tokenizer,
         steps=PRETRAIN_STEPS,
-        seed=SEED,
+        seed=seed,
         title="pretrain: policy",
         on_step=keep,
     )
@@ -118,23 +149,28 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Pr
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], *, title: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    *,
+    seed: int,
+    title: str,
 ) -> Score:
     """Mean reward of four answers per prompt, sampled at temperature 1."""
     asked = [prompt for prompt in prompts for _ in range(ANSWERS)]
-    answers = sample(model, tokenizer, asked, seed=SEED + 7, title=title)
+    answers = sample(model, tokenizer, asked, seed=seed + 7, title=title)
     rewards = [reward(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
     return score(rewards, ANSWERS)
 
 
-def finish(scores: dict[str, Score], seconds: float) -> None:
-    """Print the table, write picture and summary, and print the commands for own logs."""
-    dataset = open_dataset(RUN / "dataset")
+def write_results(folder: Path, scores: dict[str, Score], seconds: float) -> None:
+    """Print the table, and write picture and summary."""
+    dataset = open_dataset(folder / "dataset")
     groups = [group for i in range(dataset.n_row_groups) for group in dataset.groups(i)]
     rewards = [group.rewards for group in groups if group.rewards is not None]
     best = sum(float(r.max()) for r in rewards) / len(rewards)
     history: list[dict[str, Any]] = TrainerState.load_from_json(
-        str(RUN / "gvpo" / "trainer_state.json")
+        str(folder / "gvpo" / "trainer_state.json")
     ).log_history
     details = {
         "mean_logged_reward": sum(float(r.mean()) for r in rewards) / len(rewards),
@@ -143,16 +179,37 @@ def finish(scores: dict[str, Score], seconds: float) -> None:
         "responses": sum(group.group_size for group in groups),
         "seconds": round(seconds, 1),
     }
-    write_summary(RUN / "summary.json", scores, details)
-    draw(RUN / "quickstart.png", scores, history, best)
+    write_summary(folder / "summary.json", scores, details)
+    draw(folder / "quickstart.png", scores, history, best)
     print(f"\n{table(scores)}\n")
+    print(f"± is the standard error over {N_HELD_OUT} prompts. {elsewhere()}\n")
     print(
         f"Mean reward of the logged responses: {details['mean_logged_reward']:.3f}; of the best of "
         f"each group: {best:.3f}.\nSFT imitates all choices of the best responses, good and bad; "
         "GVPO compares the responses\nto one prompt, and can exceed the best of them.\n"
     )
-    print(f"{seconds:.0f} seconds. Picture: {RUN}/quickstart.png   figures: {RUN}/summary.json\n")
-    print("The commands for your own log:\n")
+    print(
+        f"{seconds:.0f} seconds. Picture: {folder}/quickstart.png   "
+        f"figures: {folder}/summary.json\n"
+    )
+
+
+def write_pages(folder: Path) -> None:
+    """Write a page about the dataset and one about the run, to open in a browser."""
+    if "report" not in COMMANDS:
+        return
+    say("8. pages to look at")
+    for part in ("dataset", "gvpo"):
+        page = folder / f"{part}.html"
+        argv = ["report", str(folder / part), "--output", str(page)]
+        print("$ gvpo-offline " + " ".join(argv), flush=True)
+        subprocess.run([sys.executable, "-m", "gvpo_offline.cli", *argv], check=True)
+        print(f"open {page}")
+
+
+def print_commands() -> None:
+    """Print the commands for own logs."""
+    print("\nThe commands for your own log:\n")
     print(
         "  gvpo-offline import    --inputs 'logs/*.jsonl' --tokenizer_name_or_path MODEL "
         "--output_dir data \\\n"

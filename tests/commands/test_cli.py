@@ -40,6 +40,7 @@ COMMANDS = (
     "compact",
     "validate",
     "ls",
+    "order",
     "show",
     "report",
     "push",

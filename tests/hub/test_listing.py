@@ -63,13 +63,27 @@ def test_counts_and_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     assert info["tokenizer"] == tokenizer("org/model").model_dump()
 
 
-def test_nothing_but_manifests_is_read(tmp_path: Path) -> None:
-    """The listing is the same once every Parquet file is gone."""
+def test_nothing_but_manifests_and_rewards_is_read(tmp_path: Path) -> None:
+    """The listing is the same once every other Parquet file is gone. The mean is over responses:
+    groups have 2 to 5. Without the files of the rewards only the mean is missing.
+    """
     build_dataset(tmp_path, 24)
+    rewards = np.concatenate([group.rewards for group in make_groups(24)])
     before = info_lines(dataset_info(tmp_path))
     for path in tmp_path.rglob("*.parquet"):
-        path.unlink()
+        if path.parent.parent.name != "rewards":
+            path.unlink()
     assert info_lines(dataset_info(tmp_path)) == before
+    mean = dataset_info(tmp_path).as_dict()["rewards"][0]["mean"]
+    # Sums of 24 groups of numbers with few digits, in another order.
+    assert mean == pytest.approx(rewards.mean(), rel=1e-12)
+    (row,) = section(before, "rewards")
+    assert f"mean {rewards.mean():.4g}" in row
+    assert f"reward@1 mean {mean:.4g}" in overview_lines([dataset_info(tmp_path)])[1]
+    for path in tmp_path.rglob("*.parquet"):
+        path.unlink()
+    assert dataset_info(tmp_path).as_dict()["rewards"][0]["mean"] is None
+    assert "reward@1" in overview_lines([dataset_info(tmp_path)])[1]
 
 
 def test_versions_say_what_each_brought(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def watch(folder: Path) -> None:
             "world_size": self.args.world_size,
             "micro_batches": len(share.micro_batches),
             "groups": [group.group_id for group in share.groups],
+            "batches": [[group.group_id for group in own.groups] for own in share.micro_batches],
         }
         notes.write(json.dumps(line) + "\n")
         notes.flush()

@@ -14,6 +14,7 @@ from gvpo_offline.rewards.judge.log import Journal, Judgement, JudgementLog, Key
 from gvpo_offline.rewards.judge.rubric import AnyJudgeSettings, Rubric
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.workers.progress import advance, portion
 from gvpo_offline.workers.rounds import round_name
 from gvpo_offline.workers.stage import Task
 
@@ -98,7 +99,9 @@ class JudgeStage:
                 for request in self._requests(group, before, journal)
             }
             open_ = [each for key, each in requests.items() if key not in journal.known]
-            causes = self._client.send(open_)
+            with portion(task.size, len(requests)):
+                advance(len(requests) - len(open_))
+                causes = self._client.send(open_, lambda number: advance())
         failed = {q.key: q.failed(cause) for q, cause in zip(open_, causes, strict=True) if cause}
         return self._log.write(task.name, [(failed | journal.known)[key] for key in requests])
 
