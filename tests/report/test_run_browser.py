@@ -56,6 +56,9 @@ def test_every_chart_is_drawn_and_the_console_is_silent(
         )
         assert opened.page.title() == report.page.title
         assert opened.overflow() <= 0
+        if n_runs == 2:
+            assert opened.serious_faults() == []
+            opened.shoot(f"runs-{size.lower()}", whole=True)
         assert opened.faults == []
         assert opened.foreign_requests(path.as_uri()) == []
     finally:
