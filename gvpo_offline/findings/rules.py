@@ -78,7 +78,7 @@ _RULES = (
         "no group has far more tokens than the others",
         "look at the group with `gvpo-offline show --group ID`: prompts that are no prompts (an "
         "empty text, a constant) collect the responses of a whole log. Leave it out with `where`, "
-        "or keep some of its responses with `responses`",
+        "or keep some of its responses with `responses.max_responses`",
         ("max_group_tokens_ratio",),
     ),
     Rule(
@@ -104,8 +104,9 @@ _RULES = (
         "warning",
         "light",
         "few responses were cut at a limit of tokens",
-        "sample again with a larger limit, or leave them out with `responses.truncated: false`: "
-        "a response without its end teaches the policy not to end",
+        "sample again with a larger limit, or leave the groups out with "
+        "`where: NOT ARRAY_CONTAINS(truncated, TRUE)`: a response without its end teaches the "
+        "policy not to end",
         ("max_truncated",),
     ),
     Rule(
@@ -114,7 +115,7 @@ _RULES = (
         "light",
         "the best response of a group is a complete one",
         "check the scorer, which rewards answers that were cut, and reward them again; or leave "
-        "them out with `responses.truncated: false`",
+        "the groups out with `where: NOT ARRAY_CONTAINS(truncated, TRUE)`",
         ("max_truncated_best_share",),
     ),
     Rule(

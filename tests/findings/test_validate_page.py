@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
+
+from support.planted import clean
 
 from gvpo_offline.findings import thresholds as module
 from gvpo_offline.findings.rules import RULES, Rule
 from gvpo_offline.findings.thresholds import Thresholds
+from gvpo_offline.store.dataset import open_dataset
+from gvpo_offline.stream.selecting.where import predicate_masks
+from gvpo_offline.stream.settings import ResponseSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "validate.md"
 
@@ -59,3 +65,17 @@ def test_every_threshold_is_on_the_page_as_it_is_in_the_code() -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     missing = [row for row in threshold_rows() if row not in lines]
     assert not missing, "\n".join(["write these rows on the page:", *missing])
+
+
+def test_conditions_and_settings_of_remedies_exist(tmp_path: Path) -> None:
+    """Of the clean dataset, 12 of 120 groups have a truncated response, and all have 4."""
+    text = " ".join(rule.remedy for rule in RULES.values())
+    conditions = set(re.findall("`where: ([^`]+)`", text))
+    selected = {}
+    dataset = open_dataset(clean(tmp_path))
+    for condition in conditions:
+        masks = predicate_masks(dataset, condition.replace(" N", " 4"))
+        selected[condition] = sum(int(rows.sum()) for rows, _ in masks)
+    assert selected == {"group_size >= N": 120, "NOT ARRAY_CONTAINS(truncated, TRUE)": 108}
+    for name in re.findall(r"\bresponses\.(\w+)", text):
+        assert name in {each.name for each in fields(ResponseSettings)}
