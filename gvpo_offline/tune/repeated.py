@@ -15,14 +15,14 @@ class _Once(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[tuple[str, int, str]] = set()
+        self._said: set[tuple[int, str]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """See `logging.Filter.filter`."""
         room = record.name.split(".")[0]
         if room not in ("gvpo_offline", "transformers") or record.name.startswith(_OWN):
             return True
-        message = (record.name, record.levelno, record.getMessage())
+        message = (record.levelno, record.getMessage())
         new = message not in self._said
         self._said.add(message)
         return new
