@@ -7,6 +7,7 @@ stays as its authors wrote it.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS
 # Part of the cards that earlier versions pushed: do not change.
 BEGIN = "<!-- gvpo-offline: each push writes this part anew -->"
 END = "<!-- gvpo-offline: end -->"
+_MARKUP = re.compile(r"([|\[\]\\])")
 _TAGS = ("gvpo", "offline-rl", "grouped-responses")
 
 
@@ -249,5 +251,5 @@ def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 
 
 def _cell(text: str) -> str:
-    """Text on one line, escaped for a cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Text on one line for a cell of a Markdown table; no link, image or HTML begins in it."""
+    return " ".join(_MARKUP.sub(r"\\\1", text).replace("<", "&lt;").split())
