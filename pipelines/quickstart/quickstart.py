@@ -62,6 +62,7 @@ def main() -> None:
     clear(RUN)
     if n_seeds == 1:
         run(0, RUN)
+        print_commands()
         return
     found = []
     for seed in range(n_seeds):
@@ -122,7 +123,6 @@ def run(seed: int, folder: Path) -> dict[str, Score]:
     }
     write_results(folder, scores, time.perf_counter() - started)
     write_pages(folder)
-    print_commands()
     return scores
 
 

@@ -10,6 +10,8 @@ import pytest
 from support.training import scored_dataset
 
 from gvpo_offline.cli import main
+from gvpo_offline.errors import ConfigError
+from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.early_checks import FEWEST_HELD_OUT
 
@@ -130,3 +132,22 @@ def test_the_fewest_held_out_groups() -> None:
     """
     assert FEWEST_HELD_OUT == 8
     assert 2**-FEWEST_HELD_OUT <= 0.05 / 10 < 2 ** -(FEWEST_HELD_OUT - 1)
+
+
+def test_an_evaluation_of_no_group_is_refused_before_a_model_loads(
+    dataset: GroupDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["evaluate", "--model_name_or_path", str(tmp_path / "no model"), "--beta", "0.1"]
+    assert main([*argv, "--dataset", str(dataset.root), "--eval_fraction", "0.0001"]) == 1
+    error = capsys.readouterr().err
+    assert "an evaluation is on at least one group" in error
+    assert "no model" not in error
+
+
+def test_a_reward_of_weights_0_is_refused() -> None:
+    """Every reward would be 0. One scorer of weight 0 beside another is a component to look at."""
+    exact = {"kind": "exact", "column": "answer"}
+    with pytest.raises(ConfigError, match=r"received scorers.a.weight: 0"):
+        RewardConfig("data", scorers={"a": {**exact, "weight": 0}}).settings()
+    both = {"a": {**exact, "weight": 0}, "b": exact}
+    assert RewardConfig("data", scorers=both).settings()["a"].weight == 0
