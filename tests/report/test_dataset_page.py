@@ -279,12 +279,12 @@ def test_groups_are_chosen_at_random_by_the_seed_and_because_they_stand_out(
 
 
 def test_what_is_kept_for_choosing_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
-    from gvpo_offline.report.dataset.batch import SamplerNames, read_batch
+    from gvpo_offline.report.dataset.batch import SamplerCodes, read_batch
 
     dataset = build_dataset(tmp_path, 160, groups_per_shard=80, rows_per_row_group=10)
     held = Candidates(at_random=5, per_kind=2, near=10, seed=0)
     most = 0
-    names = SamplerNames()
+    names = SamplerCodes()
     for number in range(dataset.n_row_groups):
         batch = read_batch(dataset, number, names, 0)
         assert batch is not None

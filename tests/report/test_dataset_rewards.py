@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from support.builders import build_dataset, make_group, make_groups
 
 from gvpo_offline.group import Group
-from gvpo_offline.report.dataset.batch import SamplerNames, read_batch
+from gvpo_offline.report.dataset.batch import SamplerCodes, read_batch
 from gvpo_offline.report.dataset.beta import beta_facts, loss_advice
 from gvpo_offline.report.dataset.collect import Collected, collect
-from gvpo_offline.report.dataset.frame import Frame, FrameBuilder
+from gvpo_offline.report.dataset.frame import ResponseNumbers, ResponseNumbersBuilder
 from gvpo_offline.report.dataset.opened import open_for_report
 from gvpo_offline.report.dataset.rewards import (
     GAP_QUANTILES,
@@ -62,13 +62,13 @@ def long(groups: list[Group]) -> pl.DataFrame:
 
 def frame_of(
     groups: list[list[tuple[str, float]]], lengths: list[list[int]] | None = None
-) -> Frame:
+) -> ResponseNumbers:
     """A frame of (sampler, reward) pairs, with every response of 3 tokens unless `lengths` says."""
     names = sorted({name for group in groups for name, _ in group})
     sizes = np.array([len(group) for group in groups])
     n = int(sizes.sum())
     tokens = np.array(list(itertools.chain(*lengths))) if lengths else np.full(n, 3)
-    return Frame(
+    return ResponseNumbers(
         share=1.0,
         samplers=names,
         sizes=sizes,
@@ -270,9 +270,9 @@ def test_equal_rewards_correlate_with_nothing() -> None:
 def test_components_by_hand() -> None:
     """`right` is missing of one response of four; within groups it differs in the first alone."""
     base = frame_of([[("a", 1.0), ("b", 0.0)], [("a", 0.5), ("b", 0.5)]])
-    frame = Frame(
+    frame = ResponseNumbers(
         **{
-            **{name: getattr(base, name) for name in Frame.__dataclass_fields__},
+            **{name: getattr(base, name) for name in ResponseNumbers.__dataclass_fields__},
             "components": np.array([[1.0, 0.0, 1.0, np.nan], [0.1, 0.1, 0.1, 0.1]]),
         }
     )
@@ -367,8 +367,8 @@ def test_each_rule_of_which_loss_to_take_applies_to_its_log() -> None:
 # ---- sampling of a large dataset ----
 
 
-def read_all(dataset: GroupDataset, most: int) -> Frame:
-    names, builder = SamplerNames(), FrameBuilder(most)
+def read_all(dataset: GroupDataset, most: int) -> ResponseNumbers:
+    names, builder = SamplerCodes(), ResponseNumbersBuilder(most)
     for number in range(dataset.n_row_groups):
         batch = read_batch(dataset, number, names, 0)
         assert batch is not None
@@ -399,7 +399,7 @@ def test_beyond_a_limit_whole_groups_are_kept_by_a_hash_of_their_id(tmp_path: Pa
 def test_the_report_says_that_its_figures_are_of_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FrameBuilder, "__init__", _builder_of_few)
+    monkeypatch.setattr(ResponseNumbersBuilder, "__init__", _builder_of_few)
     found = collected(tmp_path, make_groups(64)).facts
     assert found.totals.share < 1
     assert found.totals.groups == 64
@@ -408,7 +408,7 @@ def test_the_report_says_that_its_figures_are_of_a_sample(
     assert found.cost.training_groups == 64
 
 
-def _builder_of_few(self: FrameBuilder) -> None:
+def _builder_of_few(self: ResponseNumbersBuilder) -> None:
     object.__setattr__(self, "most", 100)
     for name, value in (("_zeros", 0), ("_kept", 0)):
         setattr(self, name, value)

@@ -32,7 +32,7 @@ MOST_SAMPLERS = 1000
 
 
 @dataclass
-class SamplerNames:
+class SamplerCodes:
     """Numbers of samplers. From the 1,001st name on, samplers share one number.
 
     Attributes:
@@ -56,7 +56,7 @@ class SamplerNames:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenLogprobs:
+class RowGroupLogprobs:
     """Reference log-probs of all response tokens of a row group, one response after the other.
 
     Attributes:
@@ -72,7 +72,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class ReportBatch:
     """G groups with N responses in all; the responses of a group are neighbours.
 
     Attributes:
@@ -83,7 +83,7 @@ class Batch:
         sizes, starts: (G,) responses of each group, and the index of the first.
         prompt_lengths: (G,) tokens.
         prompt_keys: (G,) `prompt_hash`.
-        samplers: (N,) numbers of `SamplerNames`.
+        samplers: (N,) numbers of `SamplerCodes`.
         lengths, counted: (N,) tokens, and how many of them the loss mask counts.
         truncated: (N,).
         response_keys: (N,) the first 64 bits of BLAKE2b of each response's token ids.
@@ -109,12 +109,12 @@ class Batch:
     rewards: FloatArray | None
     components: FloatArray | None
     ref_logprobs: FloatArray | None
-    token_logprobs: TokenLogprobs | None
+    token_logprobs: RowGroupLogprobs | None
 
 
 def read_batch(
-    dataset: GroupDataset, row_group: int, names: SamplerNames, n_components: int
-) -> Batch | None:
+    dataset: GroupDataset, row_group: int, names: SamplerCodes, n_components: int
+) -> ReportBatch | None:
     """Read one row group; None if it has no rows.
 
     Args:
@@ -139,7 +139,7 @@ def read_batch(
     lengths = np.diff(inner)
     _check_filled(table, sizes, lengths, location)
     counted_T, counted = _counted(table, sizes, lengths, location)
-    return Batch(
+    return ReportBatch(
         row_group=row_group,
         location=location,
         table=table,
@@ -224,7 +224,7 @@ def _per_response(
 
 
 def _samplers(
-    table: pa.Table, sizes: Int64Array, names: SamplerNames, location: RowGroupLocation
+    table: pa.Table, sizes: Int64Array, names: SamplerCodes, location: RowGroupLocation
 ) -> Int64Array:
     values = _per_response(table, "samplers", sizes, UNKNOWN_SAMPLER, location)
     encoded = values.dictionary_encode()
@@ -310,7 +310,7 @@ def _token_logprobs(
     lengths: Int64Array,
     counted_T: BoolArray | None,
     location: RowGroupLocation,
-) -> TokenLogprobs | None:
+) -> RowGroupLogprobs | None:
     array = _filled_column(table, "ref_token_logprobs")
     if array is None:
         return None
@@ -336,4 +336,4 @@ def _token_logprobs(
     if not found.any():
         return None
     values = np.asarray(as_numpy(lists.flatten()), np.float32)
-    return TokenLogprobs(values, counted_T, offsets[:-1], offsets[1:])
+    return RowGroupLogprobs(values, counted_T, offsets[:-1], offsets[1:])

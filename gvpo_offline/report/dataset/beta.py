@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gvpo_offline.report.dataset.frame import Frame
+from gvpo_offline.report.dataset.frame import ResponseNumbers
 from gvpo_offline.report.dataset.numbers import percent, quantiles
 from gvpo_offline.report.dataset.reference import ReferenceFacts
 from gvpo_offline.report.dataset.rewards import RewardFacts
@@ -69,7 +69,7 @@ class BetaFacts:
     rows: Sequence[BetaRow]
 
 
-def beta_facts(frame: Frame, beta: float) -> BetaFacts | None:
+def beta_facts(frame: ResponseNumbers, beta: float) -> BetaFacts | None:
     """The facts of a frame; None without groups of unequal rewards of a usual size."""
     if frame.rewards is None or not frame.n_groups:
         return None
@@ -116,7 +116,7 @@ class LossAdvice:
     why: str
 
 
-def loss_advice(rewards: RewardFacts, frame: Frame) -> list[LossAdvice]:
+def loss_advice(rewards: RewardFacts, frame: ResponseNumbers) -> list[LossAdvice]:
     """Which losses suit a dataset, by the rules of docs/evidence/results.md."""
     assert frame.rewards is not None
     above = float((frame.rewards > rewards.lowest).mean())

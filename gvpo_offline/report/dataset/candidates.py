@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.hashing import mix_key, splitmix64, text_keys
-from gvpo_offline.report.dataset.batch import Batch
+from gvpo_offline.report.dataset.batch import ReportBatch
 from gvpo_offline.report.dataset.duplicates import repeats_in_group
 from gvpo_offline.report.dataset.reference import unlikely_of
 
@@ -99,7 +99,7 @@ class Candidates:
     _kept: dict[Key, Candidate] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: ReportBatch) -> None:
         """Look at the groups of a batch."""
         ties = splitmix64(text_keys(batch.group_ids) ^ mix_key(_SEED, self.seed)).astype(np.float64)
         everywhere = np.ones(len(ties), np.bool_)
@@ -122,14 +122,14 @@ class Candidates:
         return sum(held.tokens for held in self._kept.values())
 
     @staticmethod
-    def _tokens_of(batch: Batch, row: int) -> int:
+    def _tokens_of(batch: ReportBatch, row: int) -> int:
         first = int(batch.starts[row])
         own = batch.lengths[first : first + int(batch.sizes[row])]
         return int(batch.prompt_lengths[row] + own.sum())
 
     def _offer(
         self,
-        batch: Batch,
+        batch: ReportBatch,
         kind: str,
         cost: FloatArray,
         ties: FloatArray,
@@ -154,7 +154,9 @@ class Candidates:
                     self._tokens_of(batch, row),
                 )
 
-    def _kinds_of(self, batch: Batch, ties: FloatArray) -> dict[str, tuple[FloatArray, BoolArray]]:
+    def _kinds_of(
+        self, batch: ReportBatch, ties: FloatArray
+    ) -> dict[str, tuple[FloatArray, BoolArray]]:
         """Each kind that stands out: what a group costs, the least first, and which have it."""
         starts = batch.starts
         group = np.repeat(np.arange(len(starts)), batch.sizes)
@@ -186,12 +188,12 @@ class Candidates:
             found[UNLIKELY] = (ties, np.logical_or.reduceat(unlikely, starts))
         return found
 
-    def _wanted(self, batch: Batch) -> BoolArray:
+    def _wanted(self, batch: ReportBatch) -> BoolArray:
         if not self.wanted:
             return np.zeros(len(batch.group_ids), np.bool_)
         return np.array([group in self.wanted for group in batch.group_ids], np.bool_)
 
-    def _repeated(self, batch: Batch) -> BoolArray:
+    def _repeated(self, batch: ReportBatch) -> BoolArray:
         """(G,) whether a group's prompt was seen before."""
         flags = np.zeros(len(batch.prompt_keys), np.bool_)
         for number, key in enumerate(batch.prompt_keys.tolist()):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.hashing import permutation
-from gvpo_offline.report.dataset.batch import COLUMNS, Batch, SamplerNames, read_batch
+from gvpo_offline.report.dataset.batch import COLUMNS, ReportBatch, SamplerCodes, read_batch
 from gvpo_offline.report.dataset.beta import BetaFacts, LossAdvice, beta_facts, loss_advice
 from gvpo_offline.report.dataset.candidates import NEAR, NEAR_PROMPT, Candidate, Candidates, Key
 from gvpo_offline.report.dataset.cost import CostFacts, cost_facts
@@ -19,8 +19,8 @@ from gvpo_offline.report.dataset.duplicates import (
     duplicate_facts,
     held_out_facts,
 )
-from gvpo_offline.report.dataset.estimate import Estimate, estimate
-from gvpo_offline.report.dataset.frame import Frame, FrameBuilder
+from gvpo_offline.report.dataset.estimate import TrainingEstimate, estimate
+from gvpo_offline.report.dataset.frame import ResponseNumbers, ResponseNumbersBuilder
 from gvpo_offline.report.dataset.near import NearFacts, SampledGroup, near_facts
 from gvpo_offline.report.dataset.opened import Opened, open_plain
 from gvpo_offline.report.dataset.positions import PositionSums
@@ -89,7 +89,7 @@ class DatasetFacts:
     near: NearFacts | None
     held_out: HeldOutFacts | None
     cost: CostFacts | None
-    estimate: Estimate | None
+    estimate: TrainingEstimate | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class Collected:
     """
 
     facts: DatasetFacts
-    frame: Frame
+    frame: ResponseNumbers
     chosen: Sequence[tuple[Candidate, str]]
     known: Known
 
@@ -118,7 +118,7 @@ class _Counts:
     counted_tokens: int = 0
     masked_groups: int = 0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: ReportBatch) -> None:
         self.groups += len(batch.sizes)
         self.responses += len(batch.lengths)
         self.prompt_tokens += int(batch.prompt_lengths.sum())
@@ -144,8 +144,8 @@ def collect(
     """
     dataset = opened.dataset
     held_out = _held_out_keys(settings)
-    names, counts, sizes = SamplerNames(), _Counts(), np.zeros(0, np.int64)
-    builder, positions = FrameBuilder(), PositionSums()
+    names, counts, sizes = SamplerCodes(), _Counts(), np.zeros(0, np.int64)
+    builder, positions = ResponseNumbersBuilder(), PositionSums()
     candidates = Candidates(
         at_random=settings.groups_to_read,
         per_kind=PER_KIND if settings.groups_to_read else 0,
@@ -183,7 +183,7 @@ def collect(
 def _facts(
     opened: Opened,
     settings: ReportSettings,
-    frame: Frame,
+    frame: ResponseNumbers,
     positions: PositionSums,
     totals: Totals,
     near: NearFacts | None,
@@ -206,7 +206,7 @@ def _facts(
     )
 
 
-def _totals(counts: _Counts, sizes: Any, frame: Frame, dataset: GroupDataset) -> Totals:
+def _totals(counts: _Counts, sizes: Any, frame: ResponseNumbers, dataset: GroupDataset) -> Totals:
     return Totals(
         groups=counts.groups,
         responses=counts.responses,
@@ -277,7 +277,7 @@ def _held_out_keys(settings: ReportSettings) -> tuple[Any, GroupDataset] | None:
 
 
 def _held_out_facts(
-    frame: Frame, opened: Opened, settings: ReportSettings, keys: Any, other: GroupDataset
+    frame: ResponseNumbers, opened: Opened, settings: ReportSettings, keys: Any, other: GroupDataset
 ) -> HeldOutFacts:
     own, theirs = opened.dataset.manifest.tokenizer, other.manifest.tokenizer
     same = None if own is None or theirs is None else own.fingerprint == theirs.fingerprint
@@ -286,7 +286,7 @@ def _held_out_facts(
 
 def _known(
     opened: Opened,
-    frame: Frame,
+    frame: ResponseNumbers,
     facts: DatasetFacts,
     held_out: Any,
     wanted: Mapping[str, Sequence[str]],

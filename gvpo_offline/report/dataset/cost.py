@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gvpo_offline.report.dataset.frame import Frame
+from gvpo_offline.report.dataset.frame import ResponseNumbers
 from gvpo_offline.report.dataset.numbers import ratio
 from gvpo_offline.report.settings import ReportSettings
 from gvpo_offline.stream.plan import CostModel, GroupShape, pack
@@ -54,7 +54,7 @@ class CostFacts:
     scored: float
 
 
-def cost_facts(frame: Frame, settings: ReportSettings, n_groups: int) -> CostFacts | None:
+def cost_facts(frame: ResponseNumbers, settings: ReportSettings, n_groups: int) -> CostFacts | None:
     """The facts of a frame; None without groups.
 
     Args:
@@ -96,7 +96,7 @@ def _quantiles(values: np.ndarray) -> list[float]:
     return [float(value) for value in np.quantile(values, LENGTH_QUANTILES)]
 
 
-def _layout_tokens(frame: Frame) -> dict[str, np.ndarray]:
+def _layout_tokens(frame: ResponseNumbers) -> dict[str, np.ndarray]:
     """(G,) input tokens of each group by layout, as `GroupShape.tokens` has them."""
     k, prompts = frame.sizes, frame.prompt_lengths
     total = frame.sums(frame.lengths).astype(np.int64)
@@ -109,7 +109,7 @@ def _layout_tokens(frame: Frame) -> dict[str, np.ndarray]:
     }
 
 
-def _passes(frame: Frame, kept: np.ndarray, settings: ReportSettings) -> dict[str, float]:
+def _passes(frame: ResponseNumbers, kept: np.ndarray, settings: ReportSettings) -> dict[str, float]:
     """Mean forward passes of a step by layout, over steps of groups at random."""
     groups = np.flatnonzero(kept)
     limit = settings.max_tokens_per_micro_batch

@@ -9,7 +9,7 @@ import numpy as np
 
 from gvpo_offline.group import BoolArray
 from gvpo_offline.hashing import UInt64Array
-from gvpo_offline.report.dataset.frame import Frame
+from gvpo_offline.report.dataset.frame import ResponseNumbers
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DuplicateFacts:
     groups_twice: int
 
 
-def duplicate_facts(frame: Frame) -> DuplicateFacts:
+def duplicate_facts(frame: ResponseNumbers) -> DuplicateFacts:
     """Count the exact duplicates of a frame."""
     _, sizes = np.unique(frame.prompt_keys, return_counts=True)
     repeats, order, new = _repeats(frame)
@@ -77,7 +77,7 @@ def repeats_in_group(keys: UInt64Array, group: np.ndarray) -> BoolArray:
     return repeats
 
 
-def _repeats(frame: Frame) -> tuple[BoolArray, np.ndarray, BoolArray]:
+def _repeats(frame: ResponseNumbers) -> tuple[BoolArray, np.ndarray, BoolArray]:
     """`repeats_in_group`; the responses sorted by group and key; and where a new key begins."""
     group = frame.group
     order = np.lexsort((frame.keys, group))
@@ -89,7 +89,7 @@ def _repeats(frame: Frame) -> tuple[BoolArray, np.ndarray, BoolArray]:
     return repeats, order, new
 
 
-def _other_rewards(frame: Frame, order: np.ndarray, new: BoolArray) -> int:
+def _other_rewards(frame: ResponseNumbers, order: np.ndarray, new: BoolArray) -> int:
     if frame.rewards is None or not len(order):
         return 0
     rewards = frame.rewards[order]
@@ -98,7 +98,7 @@ def _other_rewards(frame: Frame, order: np.ndarray, new: BoolArray) -> int:
     return len(np.unique(frame.group[order][first[differ]]))
 
 
-def _texts_by_prompt(frame: Frame) -> UInt64Array:
+def _texts_by_prompt(frame: ResponseNumbers) -> UInt64Array:
     """The key of each response, once for each prompt that it stands under; ascending."""
     prompts = np.repeat(frame.prompt_keys, frame.sizes)
     order = np.lexsort((prompts, frame.keys))
@@ -108,7 +108,7 @@ def _texts_by_prompt(frame: Frame) -> UInt64Array:
     return np.asarray(keys[new])
 
 
-def _groups_twice(frame: Frame) -> int:
+def _groups_twice(frame: ResponseNumbers) -> int:
     """Groups that repeat an earlier one, whatever the order of their responses."""
     if not frame.n_groups:
         return 0
@@ -139,7 +139,7 @@ class HeldOutFacts:
 
 
 def held_out_facts(
-    frame: Frame, path: str, keys: UInt64Array, same_tokenizer: bool | None
+    frame: ResponseNumbers, path: str, keys: UInt64Array, same_tokenizer: bool | None
 ) -> HeldOutFacts:
     """Compare the prompts of a frame with those of another dataset; `keys`: unique, ascending."""
     both = np.isin(frame.prompt_keys, keys)
@@ -148,7 +148,7 @@ def held_out_facts(
     )
 
 
-def samplers_of(frame: Frame, flags: BoolArray) -> Sequence[tuple[str, int]]:
+def samplers_of(frame: ResponseNumbers, flags: BoolArray) -> Sequence[tuple[str, int]]:
     """Samplers of the flagged responses with their number, most first."""
     counts = np.bincount(frame.sampler[flags], minlength=len(frame.samplers))
     named = [(frame.samplers[i], int(n)) for i, n in enumerate(counts) if n]

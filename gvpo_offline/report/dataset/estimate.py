@@ -48,7 +48,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TrainingEstimate:
     """An estimate for one device.
 
     Attributes:
@@ -75,7 +75,7 @@ class Estimate:
         return math.fsum(self.memory_gb.values())
 
 
-def estimate(settings: ReportSettings, cost: CostFacts) -> Estimate | None:
+def estimate(settings: ReportSettings, cost: CostFacts) -> TrainingEstimate | None:
     """The estimate for the model of the settings; None if they name none.
 
     Raises:
@@ -86,7 +86,7 @@ def estimate(settings: ReportSettings, cost: CostFacts) -> Estimate | None:
     return estimated(settings, cost, model_shape(settings.model_name_or_path))
 
 
-def estimated(settings: ReportSettings, cost: CostFacts, shape: ModelShape) -> Estimate:
+def estimated(settings: ReportSettings, cost: CostFacts, shape: ModelShape) -> TrainingEstimate:
     """The estimate for a shape of model.
 
     A token costs 2 operations per weight of the matrix products in the forward pass, and twice that
@@ -102,7 +102,7 @@ def estimated(settings: ReportSettings, cost: CostFacts, shape: ModelShape) -> E
     operations = epoch * settings.num_train_epochs
     tokens = min(settings.max_tokens_per_micro_batch, max(cost.largest_group, cost.longest_row))
     tokens = max(tokens, min(settings.max_tokens_per_micro_batch, cost.layout_tokens["shared"]))
-    return Estimate(
+    return TrainingEstimate(
         model=str(settings.model_name_or_path),
         parameters=shape.parameters,
         operations=operations,

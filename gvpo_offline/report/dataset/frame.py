@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.hashing import UInt64Array, mix_key, splitmix64, text_keys
-from gvpo_offline.report.dataset.batch import Batch, Int64Array
+from gvpo_offline.report.dataset.batch import Int64Array, ReportBatch
 
 MOST_RESPONSES = 2_000_000
 _SAMPLING = 0x67726F757073
@@ -24,7 +24,7 @@ Columns = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class ResponseNumbers:
     """G groups with N responses; the responses of a group are neighbours.
 
     Attributes:
@@ -107,7 +107,7 @@ class Frame:
 
 
 @dataclass
-class FrameBuilder:
+class ResponseNumbersBuilder:
     """Collects a frame from batches.
 
     Attributes:
@@ -121,8 +121,10 @@ class FrameBuilder:
     _groups: list[Columns] = field(default_factory=list)
     _responses: list[Columns] = field(default_factory=list)
 
-    def add(self, batch: Batch, first: Float32Array | None, last: Float32Array | None) -> None:
-        """Keep the numbers of a batch; `first`, `last`: (N,), as in `Frame`."""
+    def add(
+        self, batch: ReportBatch, first: Float32Array | None, last: Float32Array | None
+    ) -> None:
+        """Keep the numbers of a batch; `first`, `last`: (N,), as in `ResponseNumbers`."""
         groups: Columns = {
             "sizes": batch.sizes,
             "prompt_lengths": batch.prompt_lengths,
@@ -170,7 +172,7 @@ class FrameBuilder:
         self._responses.append(responses)
         self._kept += len(responses["keys"])
 
-    def build(self, samplers: Sequence[str]) -> Frame:
+    def build(self, samplers: Sequence[str]) -> ResponseNumbers:
         """The frame, with the names of samplers by number."""
         parts = self._optional("components")
         columns: dict[str, Any] = {
@@ -185,7 +187,7 @@ class FrameBuilder:
             **{name: self._optional(name) for name in ("rewards", "ref", "first", "last")},
             "components": None if parts is None else parts.T,
         }
-        return Frame(share=1.0 / (1 << self._zeros), samplers=list(samplers), **columns)
+        return ResponseNumbers(share=1.0 / (1 << self._zeros), samplers=list(samplers), **columns)
 
     @staticmethod
     def _joined(pieces: Sequence[Columns], name: str) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gvpo_offline.group import FloatArray
-from gvpo_offline.report.dataset.batch import MOST_SAMPLERS, Batch, Int64Array
+from gvpo_offline.report.dataset.batch import MOST_SAMPLERS, Int64Array, ReportBatch
 
 # Ranges of positions: 0, 1, 2-3, 4-7, … The last one has no end.
 EDGES = np.array([0, 1, *(2**n for n in range(1, 21))], np.int64)
@@ -39,7 +39,9 @@ class PositionSums:
     sums: FloatArray = field(default_factory=_table)
     counts: FloatArray = field(default_factory=_table)
 
-    def add(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+    def add(
+        self, batch: ReportBatch
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
         """Add the tokens of a batch.
 
         Returns:
@@ -80,7 +82,7 @@ def _sizes(at: Int64Array, total: int) -> FloatArray:
 
 
 def _tokens(
-    batch: Batch,
+    batch: ReportBatch,
     scored: Int64Array,
     values: npt.NDArray[np.float32],
     counted: npt.NDArray[np.bool_] | None,

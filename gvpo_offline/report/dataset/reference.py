@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gvpo_offline.group import BoolArray, FloatArray
-from gvpo_offline.report.dataset.frame import Frame
+from gvpo_offline.report.dataset.frame import ResponseNumbers
 from gvpo_offline.report.dataset.numbers import quantiles, ratio
 from gvpo_offline.report.dataset.positions import EDGES, PositionSums, range_text
 
@@ -137,7 +137,7 @@ class ReferenceFacts:
     last_of_cut: EdgeTokens | None
 
 
-def unlikely_responses(frame: Frame, per_token: FloatArray) -> BoolArray:
+def unlikely_responses(frame: ResponseNumbers, per_token: FloatArray) -> BoolArray:
     """(N,) whether a response's log-prob per token is more than SLACK below its group's median.
 
     Of an even number of responses the median is the more likely of the middle two. Responses that
@@ -159,7 +159,7 @@ def unlikely_of(per_token: FloatArray, group: np.ndarray, n_groups: int) -> Bool
         return np.asarray(per_token < median[group] - SLACK)
 
 
-def reference_facts(frame: Frame, positions: PositionSums) -> ReferenceFacts | None:
+def reference_facts(frame: ResponseNumbers, positions: PositionSums) -> ReferenceFacts | None:
     """The facts of a frame with a reference; None without one or without groups."""
     if frame.ref is None or not frame.n_groups:
         return None
@@ -183,7 +183,7 @@ def reference_facts(frame: Frame, positions: PositionSums) -> ReferenceFacts | N
     )
 
 
-def _unlikely_best(frame: Frame, unlikely: BoolArray) -> float:
+def _unlikely_best(frame: ResponseNumbers, unlikely: BoolArray) -> float:
     if frame.rewards is None:
         return math.nan
     best = frame.largest(frame.rewards)
@@ -219,7 +219,9 @@ def _edge(values: npt.NDArray[Any]) -> EdgeTokens:
     return EdgeTokens(len(held), _mean(held), *quantiles(held, QUANTILES))
 
 
-def _by_sampler(frame: Frame, per_token: FloatArray, unlikely: BoolArray) -> list[SamplerReference]:
+def _by_sampler(
+    frame: ResponseNumbers, per_token: FloatArray, unlikely: BoolArray
+) -> list[SamplerReference]:
     found = []
     for name, own in frame.by_sampler():
         values = per_token[own]
@@ -244,7 +246,7 @@ def _by_sampler(frame: Frame, per_token: FloatArray, unlikely: BoolArray) -> lis
     return sorted(found, key=lambda each: (-each.responses, each.sampler))
 
 
-def _positions(frame: Frame, held: PositionSums) -> list[PositionBin]:
+def _positions(frame: ResponseNumbers, held: PositionSums) -> list[PositionBin]:
     found = []
     for code, name in enumerate(frame.samplers):
         for number in range(len(EDGES)):
@@ -257,7 +259,7 @@ def _positions(frame: Frame, held: PositionSums) -> list[PositionBin]:
     return found
 
 
-def truncation(frame: Frame) -> Truncation:
+def truncation(frame: ResponseNumbers) -> Truncation:
     """Responses that were cut."""
     cut = frame.truncated
     rewards = frame.rewards

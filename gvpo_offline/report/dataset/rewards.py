@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gvpo_offline.group import BoolArray, FloatArray
-from gvpo_offline.report.dataset.frame import Frame
+from gvpo_offline.report.dataset.frame import ResponseNumbers
 from gvpo_offline.report.dataset.numbers import correlation, quantiles, ratio
 
 GAP_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -185,7 +185,9 @@ class RewardFacts:
         return [each for each in self.samplers if each.constant]
 
 
-def reward_facts(frame: Frame, label: str, components: Sequence[str]) -> RewardFacts | None:
+def reward_facts(
+    frame: ResponseNumbers, label: str, components: Sequence[str]
+) -> RewardFacts | None:
     """The facts of a frame with rewards; None without rewards or groups.
 
     Args:
@@ -228,7 +230,7 @@ def _deviation(values: FloatArray) -> float:
 
 
 def _by_sampler(
-    frame: Frame, rewards: FloatArray, best: FloatArray, unequal: BoolArray
+    frame: ResponseNumbers, rewards: FloatArray, best: FloatArray, unequal: BoolArray
 ) -> list[SamplerRewards]:
     advantages = frame.centred(rewards)
     in_unequal = np.repeat(unequal, frame.sizes)
@@ -255,7 +257,7 @@ def _by_sampler(
     return sorted(found, key=lambda each: (-each.responses, each.sampler))
 
 
-def by_writer(frame: Frame, rewards: FloatArray) -> ByWriter:
+def by_writer(frame: ResponseNumbers, rewards: FloatArray) -> ByWriter:
     """How much of the differences within groups the samplers explain; see `ByWriter`."""
     deviations = frame.centred(rewards)
     total = float(np.dot(deviations, deviations))
@@ -284,7 +286,9 @@ def by_writer(frame: Frame, rewards: FloatArray) -> ByWriter:
     return ByWriter(share, adjusted, int(rank), degrees)
 
 
-def by_length(frame: Frame, rewards: FloatArray, best: FloatArray, unequal: BoolArray) -> ByLength:
+def by_length(
+    frame: ResponseNumbers, rewards: FloatArray, best: FloatArray, unequal: BoolArray
+) -> ByLength:
     """Rewards against length within groups; see `ByLength`."""
     lengths = frame.lengths.astype(np.float64)
     advantages, centred = frame.centred(rewards), frame.centred(lengths)
@@ -313,7 +317,7 @@ def by_length(frame: Frame, rewards: FloatArray, best: FloatArray, unequal: Bool
 
 
 def _component(
-    frame: Frame, rewards: FloatArray, name: str, values: npt.NDArray[np.float64]
+    frame: ResponseNumbers, rewards: FloatArray, name: str, values: npt.NDArray[np.float64]
 ) -> ComponentFacts:
     held = ~np.isnan(values)
     own = values[held]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gvpo_offline.report.dataset import candidates as kinds
 from gvpo_offline.report.dataset import charts
 from gvpo_offline.report.dataset.cost import LENGTH_QUANTILES, CostFacts
-from gvpo_offline.report.dataset.estimate import Estimate
+from gvpo_offline.report.dataset.estimate import TrainingEstimate
 from gvpo_offline.report.dataset.numbers import cell, plain
 from gvpo_offline.report.page.blocks import (
     Block,
@@ -34,7 +34,7 @@ _LAYOUT_TEXTS = {
 
 
 def cost_section(
-    facts: CostFacts | None, found: Estimate | None, settings: ReportSettings
+    facts: CostFacts | None, found: TrainingEstimate | None, settings: ReportSettings
 ) -> Section:
     """The section of a dataset."""
     if facts is None:
@@ -124,7 +124,7 @@ def _lengths(facts: CostFacts) -> Table:
     )
 
 
-def _estimate(found: Estimate | None) -> list[Block]:
+def _estimate(found: TrainingEstimate | None) -> list[Block]:
     if found is None:
         return [Text("With --model_name_or_path the page estimates time and memory of training.")]
     rows = [(name, gigabytes) for name, gigabytes in found.memory_gb.items()]

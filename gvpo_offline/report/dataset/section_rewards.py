@@ -8,7 +8,7 @@ import numpy as np
 
 from gvpo_offline.report.dataset import candidates as kinds
 from gvpo_offline.report.dataset import charts
-from gvpo_offline.report.dataset.frame import Frame
+from gvpo_offline.report.dataset.frame import ResponseNumbers
 from gvpo_offline.report.dataset.numbers import cell, percent, plain
 from gvpo_offline.report.dataset.rewards import ByLength, ByWriter, RewardFacts
 from gvpo_offline.report.page.blocks import (
@@ -34,7 +34,7 @@ LOOK_FOR = (
 )
 
 
-def rewards_section(facts: RewardFacts | None, frame: Frame) -> Section:
+def rewards_section(facts: RewardFacts | None, frame: ResponseNumbers) -> Section:
     """The section of a dataset; without rewards it says how to add some."""
     if facts is None or frame.rewards is None:
         text = "The dataset has no reward. " if frame.n_groups else "There are no groups. "
@@ -234,7 +234,7 @@ def _histogram(facts: RewardFacts, rewards: np.ndarray) -> list[Block]:
     return [charts.chart("rewards-histogram", title, summary, spec, rows)]
 
 
-def _gaps(facts: RewardFacts, frame: Frame) -> list[Block]:
+def _gaps(facts: RewardFacts, frame: ResponseNumbers) -> list[Block]:
     assert frame.rewards is not None
     gaps = frame.largest(frame.rewards) - frame.smallest(frame.rewards)
     widest = float(gaps.max())
