@@ -15,7 +15,7 @@ from support.training import largest_difference, train_command, unequal_dataset
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 
 # Metrics that depend on the clock.
-TIMES = {"tokens_per_second", "data_wait_share", "eval_runtime", "total_flos"}
+TIMES = {"tokens_per_second", "data_wait_share", "eval_runtime", "total_flos", "peak_memory_gb"}
 TIMES |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
