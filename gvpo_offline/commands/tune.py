@@ -159,20 +159,25 @@ def run_tune(
     """
     check_held_out(args, data)
     parts = TrainerInputs.opened(model, data, lora)
-    if (data_of_run := parts.check(args)) is not None:  # before the model loads
+    folder = Path(args.output_dir) / TUNE_FOLDER
+    begun = broadcast_from_rank0(lambda: bool(searches(folder)))
+    # A search that was begun goes on: earlier versions also searched on fewer groups.
+    if not begun and (data_of_run := parts.check(args)) is not None:  # before the model loads
         check_steps(n_steps_of(data_of_run, args))
         check_enough(summed(surveys(list(data_of_run.held_out.values()))))
     run = parts.trainer(args, GVPOTrainer)  # checks the settings of the whole run
     check_not_deepspeed(run)
-    check_steps(run.args.max_steps)
-    folder = Path(args.output_dir) / TUNE_FOLDER
+    if not begun:
+        check_steps(run.args.max_steps)
     args = copy.copy(with_rule_of_search(run, args, folder))
     # What auto stands for: the trials need not read the data for it again.
     args.imitation, args.imitation_without = run.args.imitation, run.args.imitation_without
     training = summed(run.preflight(log_summary=False))
     held_out = summed(surveys(list(run.data.held_out.values())))
     check_unequal(training, "training")
-    check_enough(held_out)
+    check_unequal(held_out, "held-out")
+    if not begun:
+        check_enough(held_out)
     trials = Trials(parts.trainer, args, run.args.max_steps, folder, search_identity(run))
     first, steps = run.is_world_process_zero(), min(tune.tune_steps, run.args.max_steps)
     del run
