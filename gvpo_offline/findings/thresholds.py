@@ -20,6 +20,17 @@ OFF = "off"
 Threshold = float | dict[str, Any] | str
 """A number; or {max: number, severity: error} ({min: …} where the name begins with min); or off."""
 _SEVERITIES = (*get_args(Severity), OFF)
+_BOUNDS = {
+    "min_groups": (0, math.inf),
+    "min_group_size": (0, math.inf),
+    "max_group_tokens_ratio": (1, math.inf),
+    "max_constant_reward_samplers": (0, math.inf),
+    "min_reward_gap": (0, math.inf),
+    "max_reward_gap": (0, math.inf),
+    "max_reward_gap_ratio": (1, math.inf),
+    "min_token_logprob": (-math.inf, 0),
+}
+_SHARE = (0, 1)  # every other threshold; a correlation is compared without its sign
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,13 @@ class Thresholds:
                 received=self.min_token_logprob,
                 remedy="give severity or off to max_unlikely_share and the shares beside it",
             )
+        low, high = self.limit("min_reward_gap"), self.limit("max_reward_gap")
+        if low and high and low.value > high.value:
+            raise ConfigError(
+                "min_reward_gap is at most max_reward_gap",
+                received=f"min_reward_gap {low.value:g} and max_reward_gap {high.value:g}",
+                remedy="lower the one or raise the other; no dataset is within both",
+            )
 
     def limit(self, name: str) -> Limit | None:
         """The limit of one threshold; None if it is off.
@@ -185,13 +203,33 @@ def _limit(name: str, given: Any, default: Any) -> Limit | None:
             )
     if OFF in (value, severity):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    least, most = _BOUNDS.get(name, _SHARE)
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not math.isfinite(_float(value)):
         raise ConfigError(
             f"{name} is a finite number, off, or a mapping of {bound} and severity",
-            received=value,
+            received="null" if value is None else value,
             remedy=f"write {name}: {default}, which is the default, or {name}: off",
         )
+    if not least <= value <= most:
+        span = f"at least {least:g}" if most == math.inf else f"at most {most:g}"
+        percent = 1 < value <= 100 and (least, most) == _SHARE
+        raise ConfigError(
+            f"{name} is {'a share in [0, 1]' if (least, most) == _SHARE else span}",
+            received=value,
+            remedy=f"write {name}: {value / 100:g} for {value:g}%, or {name}: off"
+            if percent
+            else f"write {name}: {default}, which is the default, or {name}: off",
+        )
     return Limit(float(value), severity)
+
+
+def _float(value: int | float) -> float:
+    """`value`, or infinity where it is an integer that no float can hold."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _check_rule(rule: str, severity: str) -> None:
@@ -199,13 +237,18 @@ def _check_rule(rule: str, severity: str) -> None:
     if rule not in RULES or rule in fixed or severity not in _SEVERITIES:
         known = [name for name in RULES if name not in fixed]
         similar = difflib.get_close_matches(str(rule), known, 1)
+        remedy = (
+            "the rules are listed in docs/howto/validate.md; integrity and invalid-data are always "
+            "errors"
+        )
+        if rule in known:
+            remedy = f"write {rule}: error, warning, note or off"
+        elif similar:
+            remedy = f"did you mean {similar[0]}?"
         raise ConfigError(
             "severity has names of rules, and for each error, warning, note or off",
             received=f"{rule}: {severity}",
-            remedy=f"did you mean {similar[0]}?"
-            if similar and similar[0] != rule
-            else "the rules are listed in docs/howto/validate.md; integrity and invalid-data are "
-            "always errors",
+            remedy=remedy,
         )
 
 
@@ -217,7 +260,8 @@ def load_thresholds(path: str | Path) -> Thresholds:
     """
     try:
         given = load_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # ValueError: bytes that are no UTF-8, a path with a null byte.
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "thresholds is a YAML file in UTF-8",
             received=str(error),
@@ -235,11 +279,10 @@ def load_thresholds(path: str | Path) -> Thresholds:
     known = [each.name for each in fields(Thresholds)]
     for name in given:
         if name not in known:
-            similar = difflib.get_close_matches(str(name), known, 1)
             raise ConfigError(
                 "a file of thresholds has the names of thresholds (docs/howto/validate.md)",
                 received=f"{name}",
-                remedy=f"did you mean {similar[0]}?" if similar else f"one of {', '.join(known)}",
+                remedy=_meant(name, known),
                 file=path,
             )
     if not isinstance(given.get("severity", {}), dict):
@@ -253,3 +296,14 @@ def load_thresholds(path: str | Path) -> Thresholds:
         return Thresholds(**given)
     except ConfigError as error:
         raise error.replaced(file=str(path)) from error
+
+
+def _meant(name: Any, known: list[str]) -> str:
+    """What may have been meant by a name that is no threshold."""
+    if isinstance(name, str) and name in RULES:
+        own = RULES[name].thresholds
+        written = f"severity: {{{name}: note}}"
+        told = f"its thresholds are {', '.join(own)}; " if own else ""
+        return f"{name} is a rule: {told}its severity is set with {written}"
+    similar = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {similar[0]}?" if similar else f"one of {', '.join(known)}"
