@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.findings.batch import Examples, Flags, Floats
+from gvpo_offline.findings.echo import prompts_in_responses
 from gvpo_offline.findings.ends import EndTokens, ends_of, observed_ends
 from gvpo_offline.findings.finding import Finding, Place
-from gvpo_offline.findings.judge import Judge
+from gvpo_offline.findings.judge import FEW_CASES, Judge
 from gvpo_offline.findings.thresholds import Thresholds
 from gvpo_offline.findings.tokens import TOKEN_COLUMNS, TokenBatch, token_batch
 from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets
@@ -54,7 +55,7 @@ def full_findings(
     for row_group in progress(numbers) if progress else numbers:
         batch = token_batch(dataset, row_group, columns)
         if batch.table.num_rows:
-            found.add(batch)
+            found.add(batch, tokens_too=tokens_too)
     judge = Judge(thresholds or Thresholds())
     found.judge(judge, dataset, tokens_too=tokens_too)
     return judge.findings
@@ -77,8 +78,8 @@ class TokenScan:
     by_sampler: Counter[str] = field(default_factory=Counter)
     _examples: dict[str, Examples] = field(default_factory=dict)
 
-    def add(self, batch: TokenBatch) -> None:
-        """Count a batch."""
+    def add(self, batch: TokenBatch, *, tokens_too: bool = True) -> None:
+        """Count a batch; `tokens_too` as in `full_findings`."""
         self.counts["responses"] += len(batch.ends)
         self.counts["groups"] += len(batch.sizes)
         at_end = np.isin(batch.last, list(self.ends.ids))
@@ -88,6 +89,13 @@ class TokenScan:
         self.by_sampler.update(batch.samplers[i] for i in np.flatnonzero(missing).tolist())
         alone = at_end & (batch.ends - batch.begins == 1)
         self._count("empty-responses", batch, alone | _blank(batch))
+        lengths = batch.ends - batch.begins
+        before = batch.tokens[np.maximum(batch.ends - 2, batch.begins)]
+        self._count("repeated-end-token", batch, at_end & (lengths > 1) & (before == batch.last))
+        if tokens_too:
+            echoes, judged = prompts_in_responses(batch)
+            self._count("prompt-in-response", batch, echoes)
+            self.counts["long prompts"] += int(judged.sum())
         self._add_copies(batch)
         self._add_masks(batch)
         self._add_prompts(batch)
@@ -209,6 +217,18 @@ class TokenScan:
                 ),
                 ("empty-responses", "responses", "responses", "hold no text"),
                 (
+                    "repeated-end-token",
+                    "responses",
+                    "responses",
+                    f"end with two end tokens{self._ids()}",
+                ),
+                (
+                    "prompt-in-response",
+                    "long prompts",
+                    "responses",
+                    "to long prompts begin with the prompt",
+                ),
+                (
                     "missing-generation-prompt",
                     "chat prompts",
                     "prompts",
@@ -224,6 +244,8 @@ class TokenScan:
             self._judge_ends(judge, dataset)
             self._judge_little(judge, dataset)
         for rule, of, unit, what in shares:
+            if rule == "contradictory-duplicates" and self.counts[rule] < FEW_CASES:
+                continue
             places = self._places(rule, dataset)
             judge.share(rule, self.counts[rule], self.counts[of], unit, what, places)
 

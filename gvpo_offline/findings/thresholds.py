@@ -28,6 +28,7 @@ _BOUNDS = {
     "min_reward_gap": (0, math.inf),
     "max_reward_gap": (0, math.inf),
     "max_reward_gap_ratio": (1, math.inf),
+    "max_reward_scale_ratio": (1, math.inf),
     "min_token_logprob": (-math.inf, 0),
 }
 _SHARE = (0, 1)  # every other threshold; a correlation is compared without its sign
@@ -97,6 +98,10 @@ class Thresholds:
     max_reward_gap_ratio: Threshold = 1000
     """Largest max - min reward of a group, as a multiple of the median of the groups with different
     rewards. A squared loss gives a group of 1000 times the gap a million times the weight."""
+    max_reward_scale_ratio: Threshold = 50
+    """Largest ratio of the largest absolute rewards of two sources, or of two samplers. Rewards of
+    0 to 1 beside rewards of 0 to 100 have 100, and weigh the former next to nothing; a weak sampler
+    with partial credit of a few per cent has 20 or so."""
     max_missing_components: Threshold = 0.1
     """Largest share of responses without a number (NaN) for some component of the reward."""
     max_unscored_share: Threshold = 0.0
@@ -108,8 +113,8 @@ class Thresholds:
     the first or last token of a wrong template (docs/howto/tokens.md); -6 is a uniform guess among
     400 tokens. A number alone: the severity belongs to the shares below."""
     max_unlikely_share: Threshold = 0.1
-    """Largest share of unlikely responses of any sampler. Single strange answers occur; a tenth of
-    a sampler's answers points to other tokens or another model."""
+    """Largest share of unlikely responses of any sampler, from 3 such responses on. Single strange
+    answers occur; a tenth of a sampler's answers points to other tokens or another model."""
     max_certain_share: Threshold = 0.01
     """Largest share of responses whose log-prob is 0 to a millionth of a nat per token. No model is
     that certain of a whole answer; numbers that were never computed are."""
@@ -118,7 +123,8 @@ class Thresholds:
     answers do repeat; above a fifth, the group is smaller than its size says."""
     max_contradictory_share: Threshold = 0.05
     """Largest share of the groups with repeated responses whose equal responses have different
-    rewards. A judge that samples disagrees with itself now and then, in one group of twenty."""
+    rewards, from 3 such groups on. A judge that samples disagrees with itself now and then, in one
+    group of twenty."""
     max_empty_share: Threshold = 0.01
     """Largest share of responses that hold nothing but an end token or white space."""
     max_missing_end_share: Threshold = 0.05
@@ -129,6 +135,12 @@ class Thresholds:
     predictable ones, so only a majority points to the template."""
     max_unlikely_end_share: Threshold = 0.5
     """Largest share of complete responses with an unlikely end token."""
+    max_repeated_end_share: Threshold = 0.01
+    """Largest share of responses whose end token stands twice. A template writes it once."""
+    max_prompt_in_response: Threshold = 0.05
+    """Largest share of responses that begin with their whole prompt, of those with a prompt of at
+    least 8 tokens or 40 characters. Answers quote a question now and then; one in twenty points to
+    a log of whole texts."""
     max_missing_generation_prompt: Threshold = 0.05
     """Largest share of the prompts of chat messages that end with the token that ends a turn."""
     max_full_masks: Threshold = 0.5

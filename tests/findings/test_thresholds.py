@@ -115,6 +115,7 @@ def test_the_default_of_each_threshold_is_explained_and_used() -> None:
 
 
 NOT_SHARES = ("max_group_tokens_ratio", "max_reward_gap", "max_reward_gap_ratio")
+NOT_SHARES = (*NOT_SHARES, "max_reward_scale_ratio")
 NOT_SHARES = (*NOT_SHARES, "max_constant_reward_samplers")
 LOOSE: dict[str, Any] = {
     name: 0 if name.startswith("min_") else 1e9 if name in NOT_SHARES else 1
