@@ -24,6 +24,30 @@ from gvpo_offline.store.row_groups import PrefetchedRowGroups
 _COLUMNS = (*TOKEN_COLUMNS, "prompt_token_ids", "messages", "responses", "response_messages")
 _SCORES = ("rewards", "ref_token_logprobs")
 Progress = Callable[[Iterable[int]], Iterable[int]]
+# Rules of shares: the name, what the share is of, its unit, and what is true of it.
+_OF_SCORES = (
+    (
+        "contradictory-duplicates",
+        "copied",
+        "groups",
+        "with equal responses give them different rewards",
+    ),
+    ("unlikely-first-tokens", "scored", "responses", "have a first token below {low} nats"),
+    ("unlikely-end-tokens", "scored ends", "responses", "have an end token below {low} nats"),
+)
+_OF_TOKENS = (
+    ("duplicate-responses", "responses", "responses", "repeat an earlier one of their group"),
+    ("empty-responses", "responses", "responses", "hold no text"),
+    ("repeated-end-token", "responses", "responses", "end with two end tokens{ids}"),
+    ("prompt-in-response", "long prompts", "responses", "to long prompts begin with the prompt"),
+    ("missing-generation-prompt", "chat prompts", "prompts", "end with the end of a turn{ids}"),
+    (
+        "mask-counts-everything",
+        "masked",
+        "groups",
+        "with a loss mask count every token of several turns",
+    ),
+)
 
 
 def full_findings(
@@ -186,68 +210,17 @@ class TokenScan:
 
     def judge(self, judge: Judge, dataset: GroupDataset, *, tokens_too: bool) -> None:
         """Add the findings."""
-        low = self.thresholds.min_token_logprob
-        shares: list[tuple[str, str, str, str]] = [
-            (
-                "contradictory-duplicates",
-                "copied",
-                "groups",
-                "with equal responses give them different rewards",
-            ),
-            (
-                "unlikely-first-tokens",
-                "scored",
-                "responses",
-                f"have a first token below {low} nats",
-            ),
-            (
-                "unlikely-end-tokens",
-                "scored ends",
-                "responses",
-                f"have an end token below {low} nats",
-            ),
-        ]
+        shares = [*_OF_SCORES, *(_OF_TOKENS if tokens_too else ())]
         if tokens_too:
-            shares += [
-                (
-                    "duplicate-responses",
-                    "responses",
-                    "responses",
-                    "repeat an earlier one of their group",
-                ),
-                ("empty-responses", "responses", "responses", "hold no text"),
-                (
-                    "repeated-end-token",
-                    "responses",
-                    "responses",
-                    f"end with two end tokens{self._ids()}",
-                ),
-                (
-                    "prompt-in-response",
-                    "long prompts",
-                    "responses",
-                    "to long prompts begin with the prompt",
-                ),
-                (
-                    "missing-generation-prompt",
-                    "chat prompts",
-                    "prompts",
-                    f"end with the end of a turn{self._ids()}",
-                ),
-                (
-                    "mask-counts-everything",
-                    "masked",
-                    "groups",
-                    "with a loss mask count every token of several turns",
-                ),
-            ]
             self._judge_ends(judge, dataset)
             self._judge_little(judge, dataset)
+        facts = {"low": self.thresholds.min_token_logprob, "ids": self._ids()}
         for rule, of, unit, what in shares:
             if rule == "contradictory-duplicates" and self.counts[rule] < FEW_CASES:
                 continue
             places = self._places(rule, dataset)
-            judge.share(rule, self.counts[rule], self.counts[of], unit, what, places)
+            said = what.format(**facts)
+            judge.share(rule, self.counts[rule], self.counts[of], unit, said, places)
 
     def _places(self, name: str, dataset: GroupDataset) -> Sequence[Place]:
         return self._examples.get(name, Examples()).places(dataset)
