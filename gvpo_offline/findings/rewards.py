@@ -39,11 +39,12 @@ class SamplerShare:
     _squares: Floats = field(default_factory=lambda: np.zeros((MOST_SAMPLERS, MOST_SAMPLERS)))
     _products: Floats = field(default_factory=lambda: np.zeros(MOST_SAMPLERS))
     _total: float = 0.0
-    _freedom: int = 0
+    freedom: int = 0  # responses minus groups
     _too_many: bool = False
 
     def add(self, batch: Batch, centered: Floats) -> None:
         """Count a batch, with its (N,) rewards minus the mean of their group."""
+        self.freedom += len(centered) - len(batch.sizes)
         self._too_many |= int(batch.samplers.max(initial=0)) >= MOST_SAMPLERS
         if self._too_many:
             return
@@ -55,20 +56,20 @@ class SamplerShare:
         self._squares += np.diag(counts.sum(0)) - counts.T @ (counts / batch.sizes[:, None])
         self._products += np.bincount(batch.samplers, centered, MOST_SAMPLERS)
         self._total += float(centered @ centered)
-        self._freedom += len(centered) - len(batch.sizes)
 
     @property
     def explained(self) -> float:
-        """Adjusted R squared; nan where the rewards do not vary or there are too many samplers."""
+        """Adjusted R squared; nan where the rewards do not vary, there are too many samplers, or
+        fewer than 30 degrees of freedom remain: a few responses follow their samplers by chance."""
         known = math.isfinite(self._total) and np.isfinite(self._products).all()
         if self._too_many or not known or self._total <= 0:
             return math.nan
         rank = int(np.linalg.matrix_rank(self._squares, hermitian=True))
-        if self._freedom <= rank:
+        if self.freedom < rank + FEW_RESPONSES:
             return math.nan
         weights = np.linalg.lstsq(self._squares, self._products, rcond=None)[0]
         plain = float(self._products @ weights) / self._total
-        return 1 - (1 - plain) * self._freedom / (self._freedom - rank)
+        return 1 - (1 - plain) * self.freedom / (self.freedom - rank)
 
 
 @dataclass
@@ -238,6 +239,8 @@ class RewardScan:
         limit = judge.limit("max_reward_length_correlation")
         of_rewards, of_lengths, both = self._moments.tolist()
         if limit is None or not (of_rewards > 0 and of_lengths > 0):
+            return
+        if self.share.freedom < FEW_RESPONSES:
             return
         correlation = both / math.sqrt(of_rewards) / math.sqrt(of_lengths)
         if abs(correlation) > limit.value:

@@ -85,10 +85,12 @@ class Thresholds:
     max_sampler_reward_share: Threshold = 0.8
     """Largest share of the variance of rewards within groups that the samplers' names explain
     (adjusted R squared of a regression on the names). Models of different strength explain a third
-    or so; at four fifths the reward is hardly more than the name."""
+    or so; at four fifths the reward is hardly more than the name. Not looked at with fewer than 30
+    responses beside the first of each group."""
     max_reward_length_correlation: Threshold = 0.7
     """Largest correlation, of either sign, of reward and response length within groups. At 0.7 the
-    length explains a half of the variance of the rewards."""
+    length explains a half of the variance of the rewards. Not looked at with fewer than 30
+    responses beside the first of each group."""
     min_reward_gap: Threshold = 1e-4
     """Smallest median of max - min reward of the groups with different rewards. At the smallest
     usual beta, 0.01, the gap of the optimum's log-ratios would be 0.01 nats: too small to see."""

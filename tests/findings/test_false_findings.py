@@ -102,3 +102,25 @@ def test_a_short_question_in_the_answer_is_no_fault(tmp_path: Path) -> None:
 
     groups = [replace(group, **changed(n, group)) for n, group in enumerate(clean_groups())]
     assert rules(write(tmp_path, groups)) == []
+
+
+@pytest.mark.parametrize(("n", "found"), [(9, []), (10, ["length"]), (11, ["length", "sampler"])])
+def test_a_few_responses_follow_length_and_sampler_by_chance(
+    tmp_path: Path, n: int, found: list[str]
+) -> None:
+    """Rewards that are lengths, and name by name: 10 groups of 4 leave 10 * 3 = 30 responses beside
+    the first of each group; 9 leave 27. Four samplers take 3 of them: 11 groups leave 33 - 3."""
+    groups = [
+        replace(
+            group,
+            response_token_ids=tuple(
+                np.array([*range(10, 14 + 3 * i), 2], np.int32) for i in range(4)
+            ),
+            truncated=(False,) * 4,
+            samplers=("a", "b", "c", "d"),
+            rewards=np.array([0.0, 0.3, 0.6, 0.9]) + 0.001 * number,
+        )
+        for number, group in enumerate(clean_groups(n))
+    ]
+    expected = {"few-groups", *(f"reward-follows-{what}" for what in found)}
+    assert set(rules(write(tmp_path, groups))) == expected
