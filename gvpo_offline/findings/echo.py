@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 
 from gvpo_offline.findings.batch import Flags
 from gvpo_offline.findings.tokens import TokenBatch
@@ -22,54 +23,52 @@ def prompts_in_responses(batch: TokenBatch) -> tuple[Flags, Flags]:
     may merge with the response); by the texts, where the prompt is chat messages, with the last
     message of the user.
     """
+    by_tokens, long = _by_tokens(batch)
+    by_texts, told = _by_texts(batch.table)
+    return by_tokens | by_texts, long | told
+
+
+def _by_tokens(batch: TokenBatch) -> tuple[Flags, Flags]:
     prompts = column_array(batch.table, "prompt_token_ids")
     offsets, ids = list_offsets(prompts), as_numpy(prompts.values)
-    found, judged = (np.zeros(len(batch.ends), np.bool_) for _ in range(2))
-    messages = _texts(batch, "messages")
-    for row, (start, k) in enumerate(zip(batch.starts.tolist(), batch.sizes.tolist(), strict=True)):
-        own = ids[offsets[row] : offsets[row + 1]]
-        own, whole = own[1:-1], len(own)
-        question = _question(messages[row]) if messages else ""
-        if whole < _TOKENS and len(question) < _CHARACTERS:
-            continue
-        judged[start : start + k] = True
-        texts = batch.table.column("responses")[row].as_py() if question else None
-        for i in range(k):
-            tokens = batch.tokens[batch.begins[start + i] : batch.ends[start + i]]
-            if whole >= _TOKENS and _begins(tokens, own):
-                found[start + i] = True
-            elif texts and len(question) >= _CHARACTERS:
-                text = texts[i] or ""
-                found[start + i] = question in text[: len(question) + _BEFORE]
-    return found, judged
+    long = np.repeat(np.diff(offsets) >= _TOKENS, batch.sizes)
+    group = np.repeat(np.arange(len(batch.sizes)), batch.sizes)
+    second = ids[np.minimum(offsets[:-1] + 1, max(len(ids) - 1, 0))][group]
+    found = np.zeros(len(batch.ends), np.bool_)
+    # With or without a begin-of-text token before it.
+    for skip in (0, 1):
+        starts = batch.begins + skip
+        same = batch.tokens[np.minimum(starts, batch.ends - 1)] == second
+        for i in np.flatnonzero(long & ~found & same).tolist():
+            own = ids[offsets[group[i]] + 1 : offsets[group[i] + 1] - 1]
+            response = batch.tokens[starts[i] : batch.ends[i]]
+            found[i] = np.array_equal(response[: len(own)], own)
+    return found, long
 
 
-def _begins(
-    tokens: np.ndarray[tuple[int], np.dtype[np.int32]],
-    prompt: np.ndarray[tuple[int], np.dtype[np.int32]],
-) -> bool:
-    n = len(prompt)
-    return any(
-        len(tokens) >= skip + n
-        and tokens[skip] == prompt[0]
-        and bool((tokens[skip : skip + n] == prompt).all())
-        for skip in (0, 1)
-    )
+def _by_texts(table: pa.Table) -> tuple[Flags, Flags]:
+    sizes = np.diff(list_offsets(column_array(table, "response_token_ids"))).tolist()
+    found, told = (np.zeros(sum(sizes), np.bool_) for _ in range(2))
+    if not {"messages", "responses"} <= set(table.column_names):
+        return found, told
+    responses = table.column("responses")
+    start = 0
+    for row, (messages, k) in enumerate(
+        zip(table.column("messages").to_pylist(), sizes, strict=True)
+    ):
+        question = _question(messages) if messages and len(messages) > _CHARACTERS else ""
+        texts = responses[row].as_py() if len(question) >= _CHARACTERS else None
+        for i, text in enumerate(texts or ()):
+            told[start + i] = True
+            found[start + i] = question in (text or "")[: len(question) + _BEFORE]
+        start += k
+    return found, told
 
 
-def _texts(batch: TokenBatch, name: str) -> list[str | None]:
-    """The texts of a column, if responses are stored as texts too."""
-    names = batch.table.column_names
-    if name not in names or "responses" not in names:
-        return []
-    found: list[str | None] = batch.table.column(name).to_pylist()
-    return found
-
-
-def _question(messages: str | None) -> str:
-    """The last message, if it is a text of the user; else "" ."""
+def _question(messages: str) -> str:
+    """The last message, if it is a text of the user; else ""."""
     try:
-        last = json.loads(messages or "[]")[-1]
+        last = json.loads(messages)[-1]
     except (ValueError, IndexError, KeyError, TypeError):
         return ""
     content = last.get("content") if isinstance(last, dict) and last.get("role") == "user" else None
