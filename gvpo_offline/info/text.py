@@ -15,6 +15,7 @@ from gvpo_offline.visible import visible
 
 _MARGIN = 15
 _SHOWN_INPUTS = 3
+_WIDEST = 80
 # The settings that describe a step of the lineage, by stage.
 _STEP_SETTINGS = {
     "import": ("format",),
@@ -240,7 +241,8 @@ def _finding_lines(findings: Sequence[Finding]) -> list[str]:
 def _table(rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
     """Rows with their cells in columns; the columns `right` are aligned to the right."""
     cells = [[visible(cell, keep="") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # A cell that is longer leaves the columns; the other rows are not padded for it.
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*cells, strict=True)]
     aligned = set(right)
     return [
         "  ".join(

@@ -154,6 +154,20 @@ def test_what_fails(severity: str, failing: list[str]) -> None:
 # ---- formats ----
 
 
+def test_long_names_are_cut_in_text_and_whole_for_programs() -> None:
+    """120 characters of a group's id and 800 of a text, with an ellipsis as the last."""
+    long = finding(text="t" * 10_000, examples=(Place("f", 0, "g" * 10_000),))
+    text = "\n".join(text_lines(check(long)))
+    assert f"equal-rewards: {'t' * 799}…\n" in text
+    assert f"group {'g' * 119}… …\n" in text  # of 3 groups, the first place
+    assert document(check(long))["findings"][0]["examples"][0]["group"] == "g" * 10_000
+
+
+def test_a_file_that_stands_for_the_dataset_is_the_only_place() -> None:
+    whole = finding("older-import", count=120, of=120, examples=(Place("data/manifest.json"),))
+    assert "    at data/manifest.json" in list(text_lines(check(whole)))
+
+
 def test_text_has_counts_places_and_remedies() -> None:
     error = finding("no-reward-signal", text="all equal", examples=())
     many = finding(examples=[Place("f", row, f"g-{row}") for row in range(5)], count=90, of=120)

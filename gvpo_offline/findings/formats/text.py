@@ -8,6 +8,8 @@ from gvpo_offline.findings.finding import Finding, Place
 from gvpo_offline.findings.formats.checked import Check
 
 _SHOWN = 3
+# Names in a log may have any length; the formats for programs have them whole.
+_MOST_OF_A_NAME, _MOST_OF_A_TEXT = 120, 800
 
 
 def verdict_line(findings: Iterable[Finding], verdict: str) -> str:
@@ -29,7 +31,7 @@ def text_lines(check: Check) -> Iterator[str]:
             yield ""
             yield f"{severity}s"
         for finding in own:
-            yield f"  {finding.rule}: {finding.text}"
+            yield f"  {finding.rule}: {_cut(finding.text, _MOST_OF_A_TEXT)}"
             if finding.examples:
                 yield f"    at {places_text(finding.examples, finding.count)}"
             yield f"    {finding.remedy[0].upper()}{finding.remedy[1:].rstrip('.')}."
@@ -43,10 +45,14 @@ def places_text(places: Sequence[Place], count: int) -> str:
     by_file: dict[str, list[str]] = {}
     for place in places[:_SHOWN]:
         row = [] if place.row is None else [f"row {place.row}"]
-        group = [] if place.group is None else [f"group {place.group}"]
+        group = [] if place.group is None else [f"group {_cut(place.group, _MOST_OF_A_NAME)}"]
         by_file.setdefault(place.file, []).extend([" ".join([*row, *group])] * bool(row + group))
     shown = [f"{file}: {', '.join(own)}" if own else file for file, own in by_file.items()]
     # A file that stands for a whole dataset is the only place.
     rows = any(place.row is not None for place in places)
     more = len(places) > _SHOWN or (rows and count > len(places[:_SHOWN]))
     return "; ".join(shown) + (" …" if more else "")
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
