@@ -38,7 +38,7 @@ def check_manifest(judge: Judge, dataset: GroupDataset) -> None:
         judge.found(
             "older-import",
             f"the groups were imported with import version {', '.join(map(str, older))}; the "
-            f"present one is {IMPORT_VERSION}, which would make other token ids or groups of the "
+            f"present one is {IMPORT_VERSION}, which may make other token ids or groups of the "
             "same log",
             n_groups,
             n_groups,

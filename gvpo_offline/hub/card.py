@@ -14,8 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.findings.finding import Finding, verdict
 from gvpo_offline.findings.formats.text import verdict_line
+from gvpo_offline.hub.front_matter import FrontMatterError, listed, read_card_text
 from gvpo_offline.hub.markdown import block, code
 from gvpo_offline.info.dataset import reward_label
 from gvpo_offline.info.text import (
@@ -50,20 +52,31 @@ def card(
         repo_id: the repository, owner/name.
         existing: the text of the card that the repository has.
         findings: of the light checks; None: they were not done, and the card says nothing of them.
+
+    Raises:
+        ConfigError: the front matter of the existing card cannot be read.
     """
     import yaml
     from huggingface_hub import DatasetCard
 
-    there = DatasetCard(existing, ignore_metadata_errors=True) if existing else None
     data: dict[str, Any] = {"pretty_name": _title(repo_id)}
-    if there:
-        data = there.data.to_dict()  # type: ignore[no-untyped-call]
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *_TAGS]))
+    text = ""
+    if existing:
+        try:
+            data, text = read_card_text(DatasetCard, existing)
+        except FrontMatterError as error:
+            raise ConfigError(
+                "the front matter of a dataset's card is a YAML mapping",
+                received=str(error),
+                remedy="correct README.md of the repository, or delete it there",
+                file=f"datasets/{repo_id}/README.md",
+            ) from error
+    data["tags"] = list(dict.fromkeys([*listed(data.get("tags")), *_TAGS]))
     data["size_categories"] = [size_category(manifest.n_groups)]
     data.pop("configs", None)  # appended again below, so that they come last
     data["configs"] = configs(manifest)
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n{_body(manifest, repo_id, there.text if there else '', findings)}"
+    return f"---\n{front}---\n{_body(manifest, repo_id, text, findings)}"
 
 
 def configs(manifest: Manifest) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def import_warnings(manifest: Manifest) -> list[str]:
         return []
     line = (
         f"the groups were imported with import version {', '.join(map(str, older))}; this version "
-        f"of gvpo-offline has import version {IMPORT_VERSION}, which would make other token ids or "
+        f"of gvpo-offline has import version {IMPORT_VERSION}, which may make other token ids or "
         "groups of the same log. Training uses the groups as they are; import the log again to "
         "have what the present version makes of it"
     )

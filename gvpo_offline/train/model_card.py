@@ -7,6 +7,7 @@ stays, and a card without the marks that is nobody's template is not touched.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import StorageError
+from gvpo_offline.hub.front_matter import FrontMatterError, listed, read_card_text
 from gvpo_offline.hub.markdown import block, code, table
 from gvpo_offline.store.commit import storage_errors, temporary_name
 from gvpo_offline.version import __version__
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 BEGIN = "<!-- gvpo-offline: each save writes this part anew -->"
@@ -136,19 +140,22 @@ def card_text(facts: CardFacts, existing: str | None = None) -> str:
         facts: what it says.
         existing: the card that it replaces, of which the text around the marks and the other fields
             of the front matter are kept.
+
+    Raises:
+        FrontMatterError: the front matter of that card cannot be read.
     """
     import yaml
     from huggingface_hub import ModelCard
 
-    there = ModelCard(existing, ignore_metadata_errors=True) if existing else None
     data: dict[str, Any] = {}
-    if there is not None:
-        data = there.data.to_dict()  # type: ignore[no-untyped-call]
+    kept = ""
+    if existing:
+        data, kept = read_card_text(ModelCard, existing)
     data |= _front(facts, data)
     data = {name: value for name, value in data.items() if value is not None}
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     part = "\n".join([BEGIN, *_part(facts), END])
-    text = there.text if there is not None and not _is_template(existing or "") else ""
+    text = "" if _is_template(existing or "") else kept
     before, begun, rest = text.partition(BEGIN)
     if begun:
         body = before + part + rest.partition(END)[2]
@@ -170,7 +177,17 @@ def write_card(folder: Path, facts: CardFacts, before: str | None) -> None:
     """
     path = folder / CARD
     if is_replaceable(before):
-        text = card_text(facts, before if before is not None else read_card(folder))
+        there = before if before is not None else read_card(folder)
+        try:
+            text = card_text(facts, there)
+        except FrontMatterError as error:  # the weights are saved, and the card is a person's
+            logger.warning(
+                "%s was not written anew: its front matter, between the lines of ---, cannot be "
+                "read (%s)",
+                path,
+                error,
+            )
+            text = there or ""
     elif before == read_card(folder):
         return
     else:
@@ -222,21 +239,17 @@ def read_card(folder: Path) -> str | None:
 def _front(facts: CardFacts, there: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that each save sets. The licence is left to people: nothing here knows it."""
     given = dict(facts.data)
-    tags = [*(there.get("tags") or []), *_listed(given.pop("tags", None)), *TAGS]
+    tags = [*listed(there.get("tags")), *listed(given.pop("tags", None)), *TAGS]
     front: dict[str, Any] = {
         "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(map(str, tags))),
+        "tags": list(dict.fromkeys(tags)),
     }
     # The hub refuses a card whose base_model is a path.
     base = facts.base if _is_hub_name(facts.base) else ""
-    kept = str(there.get("base_model") or "")
-    front["base_model"] = base or (kept if _is_hub_name(kept) else None)
+    kept = [name for name in listed(there.get("base_model")) if _is_hub_name(name)]
+    front["base_model"] = base or (kept[0] if len(kept) == 1 else kept or None)
     return {**front, **given}
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _is_hub_name(name: str) -> bool:
