@@ -20,8 +20,12 @@ from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.row_groups import PrefetchedRowGroups
 
-_COLUMNS = (*TOKEN_COLUMNS, "prompt_token_ids", "messages", "responses", "response_messages")
-_SCORES = ("rewards", "ref_token_logprobs")
+FULL_COLUMNS = (
+    *TOKEN_COLUMNS,
+    *("prompt_token_ids", "messages", "responses", "response_messages"),
+    *("rewards", "ref_token_logprobs"),
+)
+"""What the checks of tokens read; where a sidecar is not joined, its columns are absent."""
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -49,10 +53,9 @@ def full_findings(
     """
     ends = EndTokens(frozenset(end_ids)) if end_ids else observed_ends(dataset)
     found = TokenScan(thresholds or Thresholds(), ends)
-    columns = [*_COLUMNS, *_SCORES]
-    numbers: Iterable[int] = PrefetchedRowGroups(dataset, columns)
+    numbers: Iterable[int] = PrefetchedRowGroups(dataset, FULL_COLUMNS)
     for row_group in progress(numbers) if progress else numbers:
-        batch = token_batch(dataset, row_group, columns)
+        batch = token_batch(dataset, row_group, FULL_COLUMNS)
         if batch.table.num_rows:
             found.add(batch)
     judge = Judge(thresholds or Thresholds())
