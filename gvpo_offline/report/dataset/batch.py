@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.findings.one_pass import CHECKED_COLUMNS
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.hashing import UInt64Array
 from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets, prompt_hashes
@@ -22,10 +23,15 @@ from gvpo_offline.store.dataset import GroupDataset
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
-COLUMNS = (
-    *("group_id", "source", "samplers", "truncated", "prompt_hash", "prompt_token_ids"),
-    *("response_token_ids", "loss_mask", "prompt", "messages", "rewards", "components"),
-    *("ref_seq_logprobs", "ref_token_logprobs"),
+COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            *("group_id", "source", "samplers", "truncated", "prompt_hash", "prompt_token_ids"),
+            *("response_token_ids", "loss_mask", "prompt", "messages", "rewards", "components"),
+            *("ref_seq_logprobs", "ref_token_logprobs"),
+            *CHECKED_COLUMNS,
+        )
+    )
 )
 UNKNOWN_SAMPLER, OTHER_SAMPLERS = "unknown", "(other samplers)"
 MOST_SAMPLERS = 1000
