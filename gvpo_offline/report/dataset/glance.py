@@ -101,13 +101,13 @@ def _tokenizer(manifest: Manifest) -> Figure:
     found = manifest.tokenizer
     if found is None:
         return Figure("tokenizer", "unknown", "not recorded")
-    name, rest = _parts(found.name_or_path)
+    name, rest = path_parts(found.name_or_path)
     return Figure(
         "tokenizer", name, _joined(rest, f"{found.vocab_size:,} ids", found.fingerprint[:12])
     )
 
 
-def _parts(path: str) -> tuple[str, str]:
+def path_parts(path: str) -> tuple[str, str]:
     """The last component of a path or of the name of a repository, and what stands before it."""
     rest, _, last = path.rstrip("/").rpartition("/")
     return (last, rest) if last else (path, "")
@@ -154,7 +154,7 @@ def _reference(opened: Opened, facts: DatasetFacts) -> Figure:
     reference = opened.dataset.reference
     if reference is None:
         return Figure("reference", "none")
-    name, rest = _parts(reference.model_name_or_path)
+    name, rest = path_parts(reference.model_name_or_path)
     found = facts.reference
     mean = "" if found is None else f"{plain(found.per_token)} nats per token"
     return Figure("reference", name, _joined(mean, rest))

@@ -32,7 +32,7 @@ SECTIONS = {
     ),
     "reference": (
         *("missing-reference", "unscored-responses", "positive-logprobs", "certain-responses"),
-        *("unlikely-responses", "unlikely-best", "other-tokenizer", "unlikely-first-tokens"),
+        *("unlikely-responses", "other-tokenizer", "unlikely-first-tokens"),
         *("unlikely-end-tokens", "missing-end-token", "missing-generation-prompt"),
         *("truncated-responses", "truncated-best"),
     ),

@@ -34,14 +34,14 @@ def provenance(info: DatasetInfo, facts: DatasetFacts, findings: Sequence[Findin
         findings: all of them; those about the manifest are repeated here.
     """
     blocks: list[Block] = [*notices_of("provenance", findings)]
-    tables = [*_samplers(info.manifest.samplers), *_tables(info, facts)]
+    tables = [*provenance_samplers(info.manifest.samplers), *_tables(info, facts)]
     blocks += [_limited(table) for table in tables if table.rows]
     if not blocks:
         blocks.append(Text("The dataset records nothing of how it was made."))
     return Section("provenance", "Provenance", LOOK_FOR, blocks)
 
 
-def _samplers(samplers: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+def provenance_samplers(samplers: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """The samplers' main settings, and all settings for who asks for them."""
     if not any(samplers.values()):
         return []

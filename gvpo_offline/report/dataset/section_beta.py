@@ -57,7 +57,7 @@ def beta_section(
             )
         )
     else:
-        blocks += [Figures(_figures(facts)), Text(_first_text(facts)), _chart(facts), _table(facts)]
+        blocks += [Figures(_figures(facts)), Text(first_text(facts)), _chart(facts), _table(facts)]
     if losses and facts is not None:
         blocks += _losses(losses, rewards, reference)
     return Section("beta", "β and the loss", LOOK_FOR, blocks)
@@ -76,7 +76,7 @@ def _figures(facts: BetaFacts) -> list[Figure]:
     ]
 
 
-def _first_text(facts: BetaFacts) -> str:
+def first_text(facts: BetaFacts) -> str:
     """Which beta to begin with, and why."""
     gap = facts.median * facts.beta / facts.first
     other = ""

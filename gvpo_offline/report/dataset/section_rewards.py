@@ -155,7 +155,7 @@ def _histogram(facts: RewardFacts, rewards: np.ndarray) -> list[Block]:
     if len(values) <= _HISTOGRAM:
         rows: list[dict[str, Any]] = [
             {"reward": label, "responses": int(n)}
-            for label, n in zip(_labels(values), counts, strict=True)
+            for label, n in zip(reward_labels(values), counts, strict=True)
         ]
         x = charts.category("reward", "reward", axis=charts.UPRIGHT)
     else:
@@ -184,7 +184,7 @@ def _gaps(facts: RewardFacts, frame: ResponseNumbers) -> list[Block]:
     return [charts.histogram("rewards-gaps", name, summary, "gap", title, rows)]
 
 
-def _labels(values: np.ndarray) -> list[str]:
+def reward_labels(values: np.ndarray) -> list[str]:
     """The values with three significant digits, or as many as tell them apart."""
     for digits in (3, 6, 9, 17):
         labels = [plain(float(value), digits) for value in values]
