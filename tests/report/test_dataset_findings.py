@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from support.builders import build_dataset, make_group, make_groups
 from support.planted import PLANTED, clean
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.findings.gate import check_dataset
 from gvpo_offline.findings.rules import RULES
 from gvpo_offline.report.dataset import candidates as kinds
@@ -25,6 +28,7 @@ from gvpo_offline.report.page.blocks import Figures, Notice, Page, Table
 from gvpo_offline.report.page.html import render_page
 from gvpo_offline.report.report import Report
 from gvpo_offline.report.settings import ReportSettings
+from gvpo_offline.store.columns import RowGroupLocation, check_components
 
 
 def report_of(path: Path, **chosen: Any) -> Report:
@@ -187,9 +191,29 @@ def test_the_beta_to_begin_with_is_said_with_its_reason() -> None:
     """A median gap of 1: at 0.1 it is 10 nats, at 0.25 4 nats."""
     text = first_text(BetaFacts(beta=0.1, median=10.0, first=0.25, rows=[]))
     assert text == (
-        "Begin with β 0.25: it asks the policy for a log-ratio gap of 4 nats in the median group, "
-        "near the 4 nats at which gvpo-offline tune begins; β 0.1 would ask for 10 nats, at the "
-        "edge of the 1 to 10 nats that a policy can reach."
+        "Begin with β 0.25: it asks for a log-ratio gap of 4 nats in the median group, well within "
+        "the 1 to 10 nats that a policy can reach, and gvpo-offline tune begins there; β 0.1 would "
+        "ask for 10 nats, at the edge of that range."
     )
-    assert "outside the 1 to 10" in first_text(BetaFacts(0.01, 100.0, 0.25, []))
-    assert first_text(BetaFacts(0.25, 4.0, 0.25, [])).endswith("tune begins.")
+    assert "100 nats, outside that range" in first_text(BetaFacts(0.01, 100.0, 0.25, []))
+    assert "5 nats, within that range" in first_text(BetaFacts(0.2, 5.0, 0.25, []))
+    assert first_text(BetaFacts(0.25, 4.0, 0.25, [])).endswith("tune begins there.")
+
+
+@pytest.mark.parametrize(
+    ("parts", "fine"),
+    [
+        ([[[0.0, 1.0], [1.0, float("nan")]], None], True),
+        ([None, None], True),
+        ([[[0.0, 1.0]], None], False),  # one component of two
+        ([[[0.0, 1.0], [1.0]], None], False),  # one number too few
+        ([[[0.0, 1.0], [1.0, float("-inf")]], None], False),
+    ],
+)
+def test_components_of_another_shape_are_refused(parts: Any, fine: bool) -> None:
+    """Two components of groups of 2 and 3 responses; a group may have none."""
+    column = pa.array(parts, pa.list_(pa.list_(pa.float64())))
+    table = pa.table({"group_id": ["a", "b"], "components": column})
+    sizes = pa.chunked_array([[2, 3]])
+    with nullcontext() if fine else pytest.raises(DataError):
+        check_components(table, sizes, 2, RowGroupLocation("f", 0))

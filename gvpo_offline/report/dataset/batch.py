@@ -23,16 +23,13 @@ from gvpo_offline.store.dataset import GroupDataset
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
-COLUMNS = tuple(
-    dict.fromkeys(
-        (
-            *("group_id", "source", "samplers", "truncated", "prompt_hash", "prompt_token_ids"),
-            *("response_token_ids", "loss_mask", "prompt", "messages", "rewards", "components"),
-            *("ref_seq_logprobs", "ref_token_logprobs"),
-            *CHECKED_COLUMNS,
-        )
-    )
+SHOWN_COLUMNS = (
+    *("group_id", "source", "samplers", "truncated", "prompt_hash", "prompt_token_ids"),
+    *("response_token_ids", "loss_mask", "prompt", "messages", "rewards", "components"),
+    *("ref_seq_logprobs", "ref_token_logprobs"),
 )
+"""What a group to read needs, of the columns that the dataset has."""
+COLUMNS = tuple(dict.fromkeys((*SHOWN_COLUMNS, *CHECKED_COLUMNS)))
 UNKNOWN_SAMPLER, OTHER_SAMPLERS = "unknown", "(other samplers)"
 MOST_SAMPLERS = 1000
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.hashing import mix_key, splitmix64, text_keys
-from gvpo_offline.report.dataset.batch import ReportBatch
+from gvpo_offline.report.dataset.batch import SHOWN_COLUMNS, ReportBatch
 from gvpo_offline.report.dataset.duplicates import repeats_in_group
 from gvpo_offline.report.dataset.reference import unlikely_of
 
@@ -137,6 +137,7 @@ class Candidates:
         if not size:
             return
         rows = np.flatnonzero(flags)
+        shown = batch.table.select([n for n in SHOWN_COLUMNS if n in batch.table.column_names])
         for row in rows[np.lexsort((ties[rows], cost[rows]))][:size].tolist():
             if not best.admits(float(cost[row])):
                 break
@@ -147,7 +148,7 @@ class Candidates:
                     key,
                     str(batch.location.file),
                     batch.location.first_row + row,
-                    batch.table.take(pa.array([row])),  # a copy: a slice would keep the whole
+                    shown.take(pa.array([row])),  # a copy: a slice would keep the whole
                     self._tokens_of(batch, row),
                 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from gvpo_offline.findings.finding import Finding
-from gvpo_offline.report.dataset.batch import COLUMNS
+from gvpo_offline.report.dataset.batch import SHOWN_COLUMNS
 from gvpo_offline.report.dataset.candidates import Candidate
 from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.dataset import GroupDataset
@@ -44,7 +44,7 @@ def example_candidates(dataset: GroupDataset, findings: Iterable[Finding]) -> li
         at = int(np.searchsorted([first for first, _ in held], row, side="right")) - 1
         if at >= 0:
             first, number = held[at]
-            table = dataset.table(number, COLUMNS)
+            table = dataset.table(number, SHOWN_COLUMNS)
             if row - first < table.num_rows:
                 one = table.take(pa.array([row - first]))
                 found.append(Candidate((number, row - first), file, row, one, _tokens(one)))

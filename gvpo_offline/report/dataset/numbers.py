@@ -43,7 +43,8 @@ def percent(share: float) -> str:
     """A share as text."""
     if not math.isfinite(share):
         return "none"
-    return f"{100 * share:.3g}%"
+    text = f"{100 * share:.3g}%"
+    return text.replace("-", MINUS, 1) if share < 0 else text
 
 
 def plain(value: float, digits: int = 3) -> str:

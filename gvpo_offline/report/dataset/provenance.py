@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gvpo_offline.findings.finding import Finding
@@ -13,7 +14,7 @@ from gvpo_offline.report.dataset.collect import DatasetFacts
 from gvpo_offline.report.dataset.judged import notices_of
 from gvpo_offline.report.page.blocks import Block, Cell, Column, Section, Table, Text
 
-_MOST_ROWS = 50
+_MOST_ROWS, _MOST_FOLDED = 50, 1000
 _MODEL_KEYS = ("model_name_or_path", "model", "deployment", "engine")
 _NUMBERS = ("temperature", "top_p", "max_new_tokens")
 # What names a sampler's weights or template by a hash, and says nothing to a reader.
@@ -178,11 +179,12 @@ def _columns(*titles: str) -> list[Column]:
 
 def _limited(table: Table) -> Table:
     """A table with its first rows, and how many were left out."""
-    left = len(table.rows) - _MOST_ROWS
+    most = _MOST_FOLDED if table.folded else _MOST_ROWS
+    left = len(table.rows) - most
     if left <= 0:
         return table
     note = f"{left:,} further rows are left out; gvpo-offline ls prints all."
-    return Table(table.id, table.title, table.columns, table.rows[:_MOST_ROWS], note)
+    return replace(table, rows=table.rows[:most], note=note)
 
 
 def _minute(moment: str) -> str:

@@ -27,7 +27,6 @@ from gvpo_offline.report.page.blocks import (
     Text,
 )
 from gvpo_offline.train.data_rules import WIDE_GAP_NATS
-from gvpo_offline.tune.search import INITIAL_GAP
 
 LOOK_FOR = (
     "At the optimum, the log-ratios of a group's best and worst response differ by "
@@ -81,17 +80,14 @@ def first_text(facts: BetaFacts) -> str:
     gap = facts.median * facts.beta / facts.first
     other = ""
     if facts.first != facts.beta:
-        place = "within" if LEAST_NATS <= facts.median <= MOST_NATS else "outside"
-        edges = (math.isclose(facts.median, edge) for edge in (LEAST_NATS, MOST_NATS))
-        place = "at the edge of" if any(edges) else place
-        other = (
-            f"; β {facts.beta:g} would ask for {plain(facts.median)} nats, {place} the "
-            f"{LEAST_NATS:g} to {MOST_NATS:g} nats that a policy can reach"
-        )
+        edge = any(math.isclose(facts.median, nats) for nats in (LEAST_NATS, MOST_NATS))
+        within = LEAST_NATS <= facts.median <= MOST_NATS
+        where = "at the edge of" if edge else "within" if within else "outside"
+        other = f"; β {facts.beta:g} would ask for {plain(facts.median)} nats, {where} that range"
     return (
-        f"Begin with β {facts.first:g}: it asks the policy for a log-ratio gap of {plain(gap)} "
-        f"nats in the median group, near the {INITIAL_GAP:g} nats at which gvpo-offline tune "
-        f"begins{other}."
+        f"Begin with β {facts.first:g}: it asks for a log-ratio gap of {plain(gap)} nats in the "
+        f"median group, well within the {LEAST_NATS:g} to {MOST_NATS:g} nats that a policy can "
+        f"reach, and gvpo-offline tune begins there{other}."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gvpo_offline.report.dataset import candidates as kinds
 from gvpo_offline.report.dataset import charts
-from gvpo_offline.report.dataset.numbers import cell, counted, interval, percent, plain
+from gvpo_offline.report.dataset.numbers import MINUS, cell, counted, interval, percent, plain
 from gvpo_offline.report.dataset.reference import (
     BIN,
     SLACK,
@@ -29,8 +29,8 @@ from gvpo_offline.report.page.blocks import (
 MOST_SAMPLERS, MOST_LINES = 30, 8
 _MANY_UNLIKELY = 0.1  # of a sampler's responses, to be named
 LOOK_FOR = (
-    "Answers that a model would write itself have -3 to 0 nats per token. Far lower values of one "
-    "sampler mean that the policy hardly imitates it; far lower values of all, or of first or last "
+    f"Answers that a model would write itself have {MINUS}3 to 0 nats per token. Far lower values "
+    "of one sampler mean that the policy hardly imitates it; far lower values of all, or of first or last "
     "tokens alone, mean a wrong chat template, a wrong end token or another tokenizer: look at the "
     "groups with gvpo-offline show and import the log again."
 )
@@ -191,8 +191,9 @@ def _edges(facts: ReferenceFacts) -> list[Block]:
                 *(Column(name, "number") for name in ("mean", "5%", "median", "95%")),
             ],
             rows,
-            "A model's own answers have about -1.6 at the first token and -2.5 at the last. Values "
-            "near -13 at the first token mean a wrong template, at the last a wrong end token.",
+            f"A model's own answers have about {MINUS}1.6 at the first token and {MINUS}2.5 at the "
+            f"last. Values near {MINUS}13 at the first token mean a wrong template, at the last a "
+            "wrong end token.",
         )
     ]
 
