@@ -30,9 +30,9 @@ MOST_SAMPLERS, MOST_LINES = 30, 8
 _MANY_UNLIKELY = 0.1  # of a sampler's responses, to be named
 LOOK_FOR = (
     f"Answers that a model would write itself have {MINUS}3 to 0 nats per token. Far lower values "
-    "of one sampler mean that the policy hardly imitates it; far lower values of all, or of first or last "
-    "tokens alone, mean a wrong chat template, a wrong end token or another tokenizer: look at the "
-    "groups with gvpo-offline show and import the log again."
+    "of one sampler mean that the policy hardly imitates it; far lower values of all, or of first "
+    "or last tokens alone, mean a wrong chat template, a wrong end token or another tokenizer: "
+    "look at the groups with `gvpo-offline show` and import the log again."
 )
 
 
