@@ -209,7 +209,8 @@ class RewardScan:
         if limit is not None and self.unequal and len(constant) > limit.value:
             places = self._first[constant[0]].places(dataset)
             told = ", ".join(
-                f"{names[s]} ({self.by_sampler[s].count:,} of {self.by_sampler[s].low:g})"
+                f"{names[s]} ({self.by_sampler[s].count:,} responses, all with reward "
+                f"{self.by_sampler[s].low:g})"
                 for s in constant[:5]
             )
             judge.found(
