@@ -50,6 +50,11 @@ def next_line(command: str, settings: Mapping[str, Any], *words: str) -> str:
     return "next: " + shlex.join(["gvpo-offline", command, *words, *flags])
 
 
+def look_line(path: str | Path) -> str:
+    """The command that makes a page of a dataset or a run, quoted for a shell."""
+    return "to look at it in a browser: " + shlex.join(["gvpo-offline", "report", str(path)])
+
+
 def _as_word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 

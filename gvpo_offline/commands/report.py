@@ -58,7 +58,7 @@ def _run_report(values: dict[str, Any]) -> None:
         report = dataset_report(settings)
     write(report, html)
     say(f"{html}: {html.stat().st_size / 1e6:.1f} MB; the same as JSON: {_json_of(html)}")
-    say(_next(config.paths, report.facts, html))
+    say(*_next(config.paths, report.facts, html))
 
 
 def kind_of(paths: Sequence[str]) -> Literal["dataset", "runs"]:
@@ -211,14 +211,25 @@ def _replace(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> str:
+def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> list[str]:
     open_it = f"next: open {html} in a browser"
     quoted = " ".join(map(shlex.quote, paths))
     if facts.get("kind") != "runs":
-        return f"{open_it}; then gvpo-offline train --dataset {quoted} …"
+        return [f"open {html} in a browser", *_after_dataset(paths[0])]
     if all(own["state"] == "finished" for own in facts["runs"]):
-        return open_it
-    return f"{open_it}; while a run trains: gvpo-offline report {quoted} --live"
+        return [open_it]
+    return [f"{open_it}; while a run trains: gvpo-offline report {quoted} --live"]
+
+
+def _after_dataset(path: str) -> list[str]:
+    """What a dataset in a folder needs next, as the command that wrote it says."""
+    if is_url(path) or local_path(path).is_file():
+        return []
+    from gvpo_offline.commands.next_step import after_data
+    from gvpo_offline.store.manifest import load_manifest
+
+    folder = local_path(path)
+    return [after_data(folder, load_manifest(folder), {})]
 
 
 COMMANDS: dict[str, Command] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
-from gvpo_offline.commands.next_step import after_training, after_tuning
+from gvpo_offline.commands.next_step import after_training, after_tuning, look_line
 from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
@@ -72,6 +72,7 @@ def _run_train(values: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
         say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
+        say(look_line(str(trainer.args.output_dir)))
         held_out = [own.path for own in data.evaluation()]
         if not held_out and trainer.data.held_out:
             held_out = [own.path for own in data.training()]

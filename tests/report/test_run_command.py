@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -85,6 +86,21 @@ def test_only_a_report_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture
         (tmp_path / name).write_text(kept)
 
 
+def test_the_page_of_a_dataset_is_replaced_and_names_what_the_dataset_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next command of a dataset without a reference is not `train`."""
+    build_dataset(tmp_path / "data", 4, reference=False)
+    for _ in range(2):
+        assert main(["report", "data"]) == 0
+        assert capsys.readouterr().out.splitlines()[-2:] == [
+            "open data-report.html in a browser",
+            "next: gvpo-offline reference --dataset data --model_name_or_path MODEL",
+        ]
+    twin = json.loads((tmp_path / "data-report.json").read_text())
+    assert (twin["made_by"], twin["kind"]) == ("gvpo-offline report", "dataset")
+
+
 def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     assert main(["report", "run"]) == 0
@@ -146,8 +162,11 @@ def test_the_page_is_made_again_only_when_a_file_has_changed(tmp_path: Path) -> 
     assert make.n_made == 1
     (run / "model.safetensors").write_bytes(b"not shown")
     assert make() is first
-    with (run / "metrics.jsonl").open("a") as file:
+    path = run / "metrics.jsonl"
+    changed = path.stat().st_mtime_ns
+    with path.open("a") as file:
         file.write(json.dumps(training_line(11, 0.25, 0.5))[:20])
+    os.utime(path, ns=(changed, changed))  # the page says when the files changed, in seconds
     half = make()
     assert make.n_made == 2
     assert [own.blocks for own in half.sections] == [own.blocks for own in first.sections]

@@ -70,7 +70,7 @@ def dataset_report(settings: ReportSettings) -> Report:
     )
     values = {
         "kind": "dataset",
-        "made_by": f"gvpo_offline {__version__}",
+        "package_version": __version__,
         "reward": opened.reward or None,
         **glance_facts(info, findings),
         "facts": facts,
