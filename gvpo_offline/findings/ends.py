@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -42,40 +43,38 @@ def observed_ends(dataset: GroupDataset) -> EndTokens:
     Raises:
         IntegrityError, DataError: as `GroupDataset.table`.
     """
-    last, at_ends, all_of = (np.zeros(0, np.int64) for _ in range(3))
+    last, at_ends, all_of = Counter[int](), Counter[int](), Counter[int]()
     for row_group in range(dataset.n_row_groups):
         batch = token_batch(dataset, row_group, TOKEN_COLUMNS)
         complete = batch.last[~batch.truncated]
         follows = np.append(batch.counted[1:], False)
         follows[batch.ends - 1] = False
-        last = _added(last, complete)
-        all_of = _added(all_of, batch.tokens[batch.counted])
-        at_ends = _added(at_ends, batch.tokens[batch.counted & ~follows])
-        if last.sum() >= _RESPONSES:
+        _add(last, complete)
+        _add(all_of, batch.tokens[batch.counted])
+        _add(at_ends, batch.tokens[batch.counted & ~follows])
+        if last.total() >= _RESPONSES:
             break
     return _chosen(last, at_ends, all_of)
 
 
-def _chosen(
-    last: npt.NDArray[np.int64], at_ends: npt.NDArray[np.int64], all_of: npt.NDArray[np.int64]
-) -> EndTokens:
-    n = int(last.sum())
+def _chosen(last: Counter[int], at_ends: Counter[int], all_of: Counter[int]) -> EndTokens:
+    n = last.total()
     if not n:
         return EndTokens(())
-    commonest = int(last.argmax())
-    found = []
-    for number in np.flatnonzero(last >= _GOOD_PART * n).tolist():
-        ratio = at_ends[number] / max(all_of[number], 1)
-        if last[number] >= _NEARLY_ALL * n or ratio >= _AT_ENDS:
-            found.append(number)
-    return EndTokens(frozenset(found), commonest, float(last[commonest] / n))
+    commonest = min(last, key=lambda number: (-last[number], number))
+    found = [
+        number
+        for number, count in last.items()
+        if count >= _GOOD_PART * n
+        and (count >= _NEARLY_ALL * n or at_ends[number] / max(all_of[number], 1) >= _AT_ENDS)
+    ]
+    return EndTokens(frozenset(found), commonest, last[commonest] / n)
 
 
-def _added(counts: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Counts by id, with those of further ids."""
-    more = np.bincount(ids, minlength=len(counts))
-    more[: len(counts)] += counts
-    return more.astype(np.int64)
+def _add(counts: Counter[int], ids: npt.NDArray[np.int32]) -> None:
+    """Count ids. Memory depends on how many different ones there are, not on their size."""
+    found, numbers = np.unique(ids, return_counts=True)
+    counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
 
 
 def ends_of(batch: TokenBatch, ids: Collection[int]) -> npt.NDArray[np.bool_]:

@@ -19,6 +19,7 @@ from support.planted import PLANTED, K, clean, clean_groups, write
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.findings.batch import Batch, SamplerNames, batches
+from gvpo_offline.findings.ends import observed_ends
 from gvpo_offline.findings.finding import Finding
 from gvpo_offline.findings.gate import check_dataset, light_checks
 from gvpo_offline.findings.light import light_findings
@@ -354,3 +355,22 @@ def test_rewards_at_the_end_of_float64_end_no_check(tmp_path: Path) -> None:
         found = rules(check_dataset(write(tmp_path, groups)).findings)
     assert set(found) == {"reward-scale"}
     assert found["reward-scale"].count == 120
+
+
+def test_end_tokens_are_found_among_ids_of_any_size(tmp_path: Path) -> None:
+    """A table by id up to 2^31 would take 16 GiB."""
+    end = 2**31 - 1
+    groups = [
+        replace(
+            group,
+            response_token_ids=tuple(np.append(r[:-1], end) for r in group.response_token_ids),
+        )
+        for group in clean_groups(20)
+    ]
+    groups = [
+        replace(g, response_token_ids=tuple(r.astype(np.int32) for r in g.response_token_ids))
+        for g in groups
+    ]
+    write(tmp_path, groups)
+    found = observed_ends(open_dataset(tmp_path, join=()))
+    assert (found.ids, found.commonest, found.share) == (frozenset([end]), end, 1.0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy.typing as npt
+
 from gvpo_offline.report.dataset.numbers import interval, plain
 from gvpo_offline.report.page.blocks import Chart
 
@@ -56,7 +58,7 @@ def point(
 
 
 def bins(
-    edges: Sequence[float], counts: Sequence[int], value: str, count: str
+    edges: npt.NDArray[Any], counts: npt.NDArray[Any], value: str, count: str
 ) -> list[dict[str, Any]]:
     """The rows of `histogram`: the bounds of each bin, as `low` and `high`, and as a text."""
     return [

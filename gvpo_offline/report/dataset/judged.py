@@ -28,13 +28,13 @@ SECTIONS = {
     "rewards": (
         *("no-reward-signal", "equal-rewards", "all-wrong-groups", "constant-reward-sampler"),
         *("reward-follows-sampler", "reward-follows-length", "reward-outliers"),
-        *("missing-components", "missing-rewards"),
+        *("missing-components", "missing-rewards", "mixed-reward-scales"),
     ),
     "reference": (
         *("missing-reference", "unscored-responses", "positive-logprobs", "certain-responses"),
         *("unlikely-responses", "other-tokenizer", "unlikely-first-tokens"),
         *("unlikely-end-tokens", "missing-end-token", "missing-generation-prompt"),
-        *("truncated-responses", "truncated-best"),
+        *("truncated-responses", "truncated-best", "repeated-end-token", "prompt-in-response"),
     ),
     "beta": ("reward-scale",),
     "duplicates": (
