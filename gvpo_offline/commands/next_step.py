@@ -84,6 +84,11 @@ def after_data(folder: str | Path, manifest: Manifest, settings: Mapping[str, An
     return next_line("train", {**dataset, **chosen, **model, **template, "output_dir": RUN})
 
 
+def page_command(folder: str | Path) -> str:
+    """The command that makes a page of a dataset, run or search, quoted for a shell."""
+    return shlex.join(["gvpo-offline", "report", str(folder)])
+
+
 def _model(settings: Mapping[str, Any], manifest: Manifest) -> str:
     """The model whose tokenizer made the dataset, if its folder holds one."""
     recorded = manifest.tokenizer and manifest.tokenizer.name_or_path

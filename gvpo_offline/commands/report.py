@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
+from gvpo_offline.commands.next_step import after_data
 from gvpo_offline.commands.settings import ReportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.report.settings import ReportSettings
@@ -215,10 +216,20 @@ def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> str:
     open_it = f"next: open {html} in a browser"
     quoted = " ".join(map(shlex.quote, paths))
     if facts.get("kind") != "runs":
-        return f"{open_it}; then gvpo-offline train --dataset {quoted} …"
+        return open_it + _then(paths[0])
     if all(own["state"] == "finished" for own in facts["runs"]):
         return open_it
     return f"{open_it}; while a run trains: gvpo-offline report {quoted} --live"
+
+
+def _then(dataset: str) -> str:
+    """What a dataset lacks before it can be trained on, else `train`; of a folder alone."""
+    from gvpo_offline.store.manifest import load_manifest
+
+    if is_url(dataset) or not local_path(dataset).is_dir():
+        return ""
+    line = after_data(dataset, load_manifest(local_path(dataset)), {})
+    return "; then " + line.removeprefix("next: ")
 
 
 COMMANDS: dict[str, Command] = {
