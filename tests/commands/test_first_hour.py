@@ -33,8 +33,10 @@ def test_validate_and_report_name_what_the_dataset_lacks(
     own = ["--tokenizer_name_or_path", str(tiny_model_dir), "--show_progress", "false"]
     assert main(["import", *flags, *own]) == 0
     command = shlex.join(
-        ["gvpo-offline", "reference", "--dataset", "my data"]
-        + ["--model_name_or_path", str(tiny_model_dir)]
+        [
+            *("gvpo-offline", "reference", "--dataset", "my data"),
+            *("--model_name_or_path", str(tiny_model_dir)),
+        ]
     )
     capsys.readouterr()
     assert main(["validate", "my data", "--show_progress", "false"]) == 0

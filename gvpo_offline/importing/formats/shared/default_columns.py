@@ -112,7 +112,8 @@ class DefaultColumns:
         if "sampler" not in self._names or self.columns.sampler is not None:
             return []
         has = f"; the log has a column {self._writers[0]!r}" if self._writers else ""
-        return [
+        text = (
             "the samplers are the names of the files, since no column is called sampler; "
             f"columns.sampler names the column that says who wrote a response{has}"
-        ]
+        )
+        return [text]
