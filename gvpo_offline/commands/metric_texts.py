@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 METRIC_TEXTS = {
-    "loss": "what training minimises; comparable for the same settings and groups alone",
+    "loss": "what training minimises; compare it for equal settings alone",
     "explained_variance": "share of reward differences that the log-ratios explain; reference: 0",
     "log_ratio_mean": "mean log-ratio to the reference, nats",
     "log_ratio_std": "standard deviation of log-ratios, nats",
     "best_log_ratio_mean": "log-ratio of each group's best response, nats; should not fall",
-    "weight_std": "standard deviation of the weights of responses in the gradient",
+    "weight_std": "standard deviation of responses' weights in the gradient",
     "weight_abs_mean": "mean size of these weights",
     "reward_mean": "mean logged reward, over responses",
     "reward_std": "spread of logged rewards within groups",
