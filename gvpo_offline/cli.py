@@ -17,7 +17,14 @@ from dataclasses import Field, fields
 from typing import Any
 
 from gvpo_offline.commands.command import Command
-from gvpo_offline.commands.console import LogHandler, VisibleFormatter, complain
+from gvpo_offline.commands.console import (
+    LogHandler,
+    OutputClosed,
+    VisibleFormatter,
+    complain,
+    drop_output,
+    flush_output,
+)
 from gvpo_offline.commands.next_step import ARGUMENTS
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
@@ -29,6 +36,7 @@ from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, Ru
 from gvpo_offline.version import __version__
 
 _HELP_FLAGS = {"-h", "--help"}
+_OUTPUT_CLOSED = 141  # what a shell reports of a program that SIGPIPE ended
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _VALUE = re.compile(r"(?:Got value|Given value)(?! type)[^:]*: (.*)")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
@@ -187,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 after a `GVPOError`, and where a command says so (`validate` with
-        findings of severity error); 2 if there is no such command.
+        findings of severity error); 2 if there is no such command; 141 if standard output is a
+        pipe that nobody reads any more, as after `| head`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in _HELP_FLAGS:
@@ -208,10 +217,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)
     token = ARGUMENTS.set(tuple(arguments[1:]))
     try:
-        return COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:])) or 0
+        status = COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:])) or 0
+        flush_output()
+        return status
     except GVPOError as error:
         complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
         return 1
+    except OutputClosed:
+        drop_output()
+        return _OUTPUT_CLOSED
     finally:
         ARGUMENTS.reset(token)
 

@@ -10,6 +10,10 @@ from typing import TextIO
 from gvpo_offline.visible import visible
 
 
+class OutputClosed(BrokenPipeError):  # noqa: N818
+    """Standard output is a pipe that nobody reads any more, as after `| head -1`."""
+
+
 def say(*lines: str) -> None:
     """Print lines, each on one line of its own; control characters are printed as escapes."""
     for line in lines:
@@ -28,13 +32,33 @@ def say_to_programs(line: str) -> None:
 def emit(line: str) -> None:
     """Print a line whose texts are visible already, with the styles that it holds."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+    except BrokenPipeError as error:
+        raise OutputClosed from error
 
 
 def has_styles() -> bool:
     """Whether standard output is a terminal that shows styles (https://no-color.org)."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return not plain and sys.stdout.isatty()
+
+
+def flush_output() -> None:
+    """Write what is printed and still buffered.
+
+    Raises:
+        OutputClosed: nobody reads it.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise OutputClosed from error
+
+
+def drop_output() -> None:
+    """Let what is left to print go nowhere, so that Python does not complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(text: str) -> None:

@@ -39,7 +39,7 @@ def _run_ls(values: dict[str, Any]) -> None:
 
     config = filled(ListConfig, values)
     infos = [
-        dataset_info(path, config.dataset_version, content=config.content)
+        dataset_info(path, config.dataset_version, content=config.content, checks=True)
         for path in config.dataset
     ]
     if config.json:

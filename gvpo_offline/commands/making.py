@@ -7,7 +7,7 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
-from gvpo_offline.commands.next_step import after_data, after_reference
+from gvpo_offline.commands.next_step import after_data, after_reference, look_line
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.reference.settings import ReferenceConfig
@@ -25,6 +25,7 @@ def _run_import(values: dict[str, Any]) -> None:
     outcome = import_log(filled(ImportConfig, values))
     say(*outcome.lines())
     say(*made_lines(values["output_dir"]))
+    say(look_line(values["output_dir"]))
     say(after_data(values["output_dir"], outcome.manifest, values))
 
 
@@ -47,6 +48,7 @@ def _run_sample(values: dict[str, Any]) -> None:
             "them out (gaps: drop)",
         )
     say(*made_lines(values["output_dir"]))
+    say(look_line(values["output_dir"]))
     say(after_data(values["output_dir"], result.manifest, values))
 
 
@@ -59,6 +61,7 @@ def _run_reward(values: dict[str, Any]) -> None:
     if result is None:
         return
     say(*result.lines())
+    say(look_line(config.dataset))
     say(after_data(config.dataset, load_manifest(Path(config.dataset)), values))
 
 
@@ -74,6 +77,7 @@ def _run_reference(values: dict[str, Any]) -> None:
     say(f"{config.dataset}: {manifest.n_groups:,} groups, references: {held}")
     same = [f for f in manifest.references if f.model_name_or_path == config.model_name_or_path]
     several = same[-1].fingerprint[:12] if same and len(manifest.references) > 1 else None
+    say(look_line(config.dataset))
     say(after_reference(config, manifest, several))
 
 

@@ -50,6 +50,11 @@ def next_line(command: str, settings: Mapping[str, Any], *words: str) -> str:
     return "next: " + shlex.join(["gvpo-offline", command, *words, *flags])
 
 
+def look_line(path: str | Path) -> str:
+    """The command that makes a page of a dataset or a run, quoted for a shell."""
+    return "to look at it in a browser: " + shlex.join(["gvpo-offline", "report", str(path)])
+
+
 def _as_word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -82,11 +87,6 @@ def after_data(folder: str | Path, manifest: Manifest, settings: Mapping[str, An
     }
     model = {"model_name_or_path": reference.model_name_or_path}
     return next_line("train", {**dataset, **chosen, **model, **template, "output_dir": RUN})
-
-
-def page_command(folder: str | Path) -> str:
-    """The command that makes a page of a dataset, run or search, quoted for a shell."""
-    return shlex.join(["gvpo-offline", "report", str(folder)])
 
 
 def _model(settings: Mapping[str, Any], manifest: Manifest) -> str:

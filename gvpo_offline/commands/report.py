@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
-from gvpo_offline.commands.next_step import after_data
 from gvpo_offline.commands.settings import ReportConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.report.settings import ReportSettings
@@ -59,7 +58,7 @@ def _run_report(values: dict[str, Any]) -> None:
         report = dataset_report(settings)
     write(report, html)
     say(f"{html}: {html.stat().st_size / 1e6:.1f} MB; the same as JSON: {_json_of(html)}")
-    say(_next(config.paths, report.facts, html))
+    say(*_next(config.paths, report.facts, html))
 
 
 def kind_of(paths: Sequence[str]) -> Literal["dataset", "runs"]:
@@ -212,24 +211,25 @@ def _replace(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> str:
+def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> list[str]:
     open_it = f"next: open {html} in a browser"
     quoted = " ".join(map(shlex.quote, paths))
     if facts.get("kind") != "runs":
-        return open_it + _then(paths[0])
+        return [f"open {html} in a browser", *_after_dataset(paths[0])]
     if all(own["state"] == "finished" for own in facts["runs"]):
-        return open_it
-    return f"{open_it}; while a run trains: gvpo-offline report {quoted} --live"
+        return [open_it]
+    return [f"{open_it}; while a run trains: gvpo-offline report {quoted} --live"]
 
 
-def _then(dataset: str) -> str:
-    """What a dataset lacks before it can be trained on, else `train`; of a folder alone."""
+def _after_dataset(path: str) -> list[str]:
+    """What a dataset in a folder needs next, as the command that wrote it says."""
+    if is_url(path) or local_path(path).is_file():
+        return []
+    from gvpo_offline.commands.next_step import after_data
     from gvpo_offline.store.manifest import load_manifest
 
-    if is_url(dataset) or not local_path(dataset).is_dir():
-        return ""
-    line = after_data(dataset, load_manifest(local_path(dataset)), {})
-    return "; then " + line.removeprefix("next: ")
+    folder = local_path(path)
+    return [after_data(folder, load_manifest(folder), {})]
 
 
 COMMANDS: dict[str, Command] = {

@@ -126,7 +126,7 @@ class ListConfig:
     content: bool = False
     """Also read the summary columns of every group: responses per sampler, their mean rewards,
     group sizes, lengths. By default only manifests are read, and of local datasets the rewards, for
-    their means."""
+    their means, and, up to 100,000 responses, what the light checks of `validate` read."""
     json: bool = False
     """Print one line per dataset, with a JSON object."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say, say_to_programs
-from gvpo_offline.commands.next_step import after_training, after_tuning, page_command
+from gvpo_offline.commands.next_step import after_training, after_tuning, look_line
 from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
@@ -51,7 +51,7 @@ def _run_tune(values: dict[str, Any]) -> int:
     if found is None:
         return 0
     say(*found.table().split("\n"))
-    say(f"to look at the trials: {page_command(str(args.output_dir))}")
+    say(look_line(str(args.output_dir)))
     if found.file is not None:
         say(after_tuning(found.file, TuneSettings))
     say_to_programs(json.dumps(found.summary()))
@@ -74,7 +74,7 @@ def _run_train(values: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
         say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
-        say(f"to look at the run: {page_command(str(trainer.args.output_dir))}")
+        say(look_line(str(trainer.args.output_dir)))
         held_out = [own.path for own in data.evaluation()]
         if not held_out and trainer.data.held_out:
             held_out = [own.path for own in data.training()]

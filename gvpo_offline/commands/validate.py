@@ -58,7 +58,7 @@ def lines_of(config: ValidateConfig) -> tuple[list[str], bool]:
     """
     thresholds = _thresholds(config)
     if config.format == "text":
-        checked = run_validate(config)
+        checked = _checked(config, thresholds, _end_ids(config, _manifest(config)))
         check = check_of(config.dataset, checked, thresholds, config.fail_on)
         plain = [*summary_lines(config.dataset, checked), *text_lines(check)]
         lines = [visible(line, keep="") for line in plain]

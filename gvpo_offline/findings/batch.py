@@ -115,17 +115,30 @@ def batches(
     """
     numbers: Iterable[int] = PrefetchedRowGroups(dataset, LIGHT_COLUMNS)
     for row_group in progress(numbers) if progress else numbers:
-        table = dataset.table(row_group, LIGHT_COLUMNS)
-        missing = tuple(
-            name
-            for name in (*SUMMARY_COLUMNS, PROMPT_HASH)
-            if name not in table.column_names or table.column(name).null_count
-        )
-        if missing:
-            table = summary_columns(dataset, row_group, LIGHT_COLUMNS)
-        if table.num_rows:
-            _check_sizes(dataset, row_group, table)
-            yield _batch(table, row_group, names, missing)
+        batch = batch_of(dataset, row_group, dataset.table(row_group, LIGHT_COLUMNS), names)
+        if batch is not None:
+            yield batch
+
+
+def batch_of(
+    dataset: GroupDataset, row_group: int, table: pa.Table, names: SamplerNames
+) -> Batch | None:
+    """A row group whose LIGHT_COLUMNS are among those of `table`; None if it has no rows.
+
+    Raises:
+        IntegrityError, DataError: as `summary_columns`.
+    """
+    missing = tuple(
+        name
+        for name in (*SUMMARY_COLUMNS, PROMPT_HASH)
+        if name not in table.column_names or table.column(name).null_count
+    )
+    if missing:
+        table = summary_columns(dataset, row_group, LIGHT_COLUMNS)
+    if not table.num_rows:
+        return None
+    _check_sizes(dataset, row_group, table)
+    return _batch(table, row_group, names, missing)
 
 
 def _check_sizes(dataset: GroupDataset, row_group: int, table: pa.Table) -> None:

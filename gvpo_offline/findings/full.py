@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gvpo_offline.findings.batch import Examples, Flags, Floats
+from gvpo_offline.findings.batch import Examples, Flags, Floats, Ints
 from gvpo_offline.findings.ends import EndTokens, ends_of, observed_ends
 from gvpo_offline.findings.finding import Finding, Place
 from gvpo_offline.findings.judge import Judge
@@ -20,8 +20,12 @@ from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.row_groups import PrefetchedRowGroups
 
-_COLUMNS = (*TOKEN_COLUMNS, "prompt_token_ids", "messages", "responses", "response_messages")
-_SCORES = ("rewards", "ref_token_logprobs")
+FULL_COLUMNS = (
+    *TOKEN_COLUMNS,
+    *("prompt_token_ids", "messages", "responses", "response_messages"),
+    *("rewards", "ref_token_logprobs"),
+)
+"""What the checks of tokens read; where a sidecar is not joined, its columns are absent."""
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -49,10 +53,9 @@ def full_findings(
     """
     ends = EndTokens(frozenset(end_ids)) if end_ids else observed_ends(dataset)
     found = TokenScan(thresholds or Thresholds(), ends)
-    columns = [*_COLUMNS, *_SCORES]
-    numbers: Iterable[int] = PrefetchedRowGroups(dataset, columns)
+    numbers: Iterable[int] = PrefetchedRowGroups(dataset, FULL_COLUMNS)
     for row_group in progress(numbers) if progress else numbers:
-        batch = token_batch(dataset, row_group, columns)
+        batch = token_batch(dataset, row_group, FULL_COLUMNS)
         if batch.table.num_rows:
             found.add(batch)
     judge = Judge(thresholds or Thresholds())
@@ -103,15 +106,12 @@ class TokenScan:
         self._examples.setdefault(name, Examples()).add(batch, groups)
 
     def _add_copies(self, batch: TokenBatch) -> None:
-        content, width = batch.tokens.tobytes(), batch.tokens.itemsize
-        spans = zip((width * batch.begins).tolist(), (width * batch.ends).tolist(), strict=True)
-        texts = [content[a:b] for a, b in spans]
         rewards = _flat(batch.table, "rewards")
         copied, differing = (np.zeros(len(batch.sizes), np.bool_) for _ in range(2))
-        for row, (start, k) in enumerate(
-            zip(batch.starts.tolist(), batch.sizes.tolist(), strict=True)
-        ):
-            own = texts[start : start + k]
+        for row in _maybe_copied(batch).tolist():
+            start, k = int(batch.starts[row]), int(batch.sizes[row])
+            spans = zip(batch.begins[start : start + k], batch.ends[start : start + k], strict=True)
+            own = [batch.tokens[a:b].tobytes() for a, b in spans]
             different = len(set(own))
             if different == k:
                 continue
@@ -273,6 +273,19 @@ def _flat(table: pa.Table, name: str) -> Floats | None:
     if name not in table.column_names:
         return None
     return np.asarray(as_numpy(column_array(table, name).flatten()), np.float64)
+
+
+def _maybe_copied(batch: TokenBatch) -> Ints:
+    """The groups that may hold equal responses: two of them have the same length and the same sum
+    of ids."""
+    groups = np.repeat(np.arange(len(batch.sizes)), batch.sizes)
+    sums = np.add.reduceat(batch.tokens, batch.begins, dtype=np.int64)
+    lengths = batch.ends - batch.begins
+    order = np.lexsort((sums, lengths, groups))
+    same = np.ones(max(len(order) - 1, 0), np.bool_)
+    for values in (groups, lengths, sums):
+        same &= values[order][1:] == values[order][:-1]
+    return np.unique(groups[order][1:][same])
 
 
 def _blank(batch: TokenBatch) -> Flags:

@@ -70,25 +70,48 @@ def scan(
         dataset, thresholds, parts: as in `light_findings`.
         progress: wraps the row group numbers.
     """
-    judge = Judge(thresholds)
-    groups, rewards, reference = GroupScan(), RewardScan(), ReferenceScan(thresholds)
-    names, survey = SamplerNames(), Survey()
-    for batch in batches(dataset, names, progress):
-        survey.add(batch.table, batch.row_group)
-        if "groups" in parts:
-            groups.add(batch, thresholds)
-        if "rewards" in parts:
-            rewards.add(batch)
-        if "reference" in parts:
-            reference.add(batch)
-    if "groups" in parts:
-        check_manifest(judge, dataset)
-        groups.judge(judge, dataset, survey)
-    if "rewards" in parts:
-        rewards.judge(judge, dataset, survey, names.names)
-    if "reference" in parts:
-        reference.judge(judge, dataset, names.names)
-    return LightResult(in_order(judge.findings), survey)
+    found = LightScan(dataset, thresholds, parts)
+    for batch in batches(dataset, found.names, progress):
+        found.add(batch)
+    return found.result()
+
+
+class LightScan:
+    """The light checks of row groups that come one after the other.
+
+    Args:
+        dataset, thresholds, parts: as in `light_findings`.
+    """
+
+    def __init__(
+        self, dataset: GroupDataset, thresholds: Thresholds, parts: Sequence[Part] = ALL
+    ) -> None:
+        self.dataset, self.thresholds, self.parts = dataset, thresholds, parts
+        self.names, self.survey = SamplerNames(), Survey()
+        self._groups, self._rewards = GroupScan(), RewardScan()
+        self._reference = ReferenceScan(thresholds)
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch, whose samplers are numbered by `names`."""
+        self.survey.add(batch.table, batch.row_group)
+        if "groups" in self.parts:
+            self._groups.add(batch, self.thresholds)
+        if "rewards" in self.parts:
+            self._rewards.add(batch)
+        if "reference" in self.parts:
+            self._reference.add(batch)
+
+    def result(self) -> LightResult:
+        """What was found in all batches."""
+        judge, dataset = Judge(self.thresholds), self.dataset
+        if "groups" in self.parts:
+            check_manifest(judge, dataset)
+            self._groups.judge(judge, dataset, self.survey)
+        if "rewards" in self.parts:
+            self._rewards.judge(judge, dataset, self.survey, self.names.names)
+        if "reference" in self.parts:
+            self._reference.judge(judge, dataset, self.names.names)
+        return LightResult(in_order(judge.findings), self.survey)
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:

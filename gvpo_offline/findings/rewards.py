@@ -208,7 +208,8 @@ class RewardScan:
         if limit is not None and self.unequal and len(constant) > limit.value:
             places = self._first[constant[0]].places(dataset)
             told = ", ".join(
-                f"{names[s]} ({self.by_sampler[s][0]:,} of {self.by_sampler[s][1]:g})"
+                f"{names[s]} ({self.by_sampler[s][0]:,} responses, all with reward "
+                f"{self.by_sampler[s][1]:g})"
                 for s in constant[:5]
             )
             judge.found(

@@ -65,7 +65,11 @@ def token_batch(dataset: GroupDataset, row_group: int, columns: Sequence[str]) -
     Raises:
         IntegrityError, DataError: as `GroupDataset.table`.
     """
-    table = dataset.table(row_group, columns)
+    return token_batch_of(dataset.table(row_group, columns), row_group)
+
+
+def token_batch_of(table: pa.Table, row_group: int) -> TokenBatch:
+    """A row group that was read, with TOKEN_COLUMNS among its columns."""
     nested = column_array(table, "response_token_ids")
     outer = list_offsets(nested)
     responses = nested.flatten()

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_offline.errors import GVPOError
 from gvpo_offline.findings.finding import Finding, verdict
 from gvpo_offline.findings.formats.document import as_json
-from gvpo_offline.findings.gate import light_checks
+from gvpo_offline.findings.gate import error_finding, light_checks
 from gvpo_offline.info.reward_means import reward_means
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import is_url, local_path
@@ -38,6 +39,8 @@ _REFERENCE_FIELDS = (
     *("attn_implementation", "layout"),
 )
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
+# The light checks of this many take about a second.
+MOST_CHECKED_RESPONSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class DatasetInfo:
         surveys: counts over all groups with each reward, by its label; with "" as the only label if
             the dataset has no reward; empty if the groups were not read.
         prompts: counts of groups that share a prompt; None if the groups were not read.
-        findings: what the light checks found, by the default thresholds; None if the groups were
-            not read.
+        findings: what the light checks found, by the default thresholds; None if they were not
+            done.
         means: mean of each reward over all responses, in the manifest's order; None where unknown.
     """
 
@@ -103,7 +106,7 @@ class DatasetInfo:
 
 
 def dataset_info(
-    path: str | Path, version: int | None = None, *, content: bool = False
+    path: str | Path, version: int | None = None, *, content: bool = False, checks: bool = False
 ) -> DatasetInfo:
     """Describe a dataset.
 
@@ -112,6 +115,8 @@ def dataset_info(
         version: an older version; by default the newest.
         content: also survey the groups, with each reward, and do the light checks. Otherwise
             only manifests are read.
+        checks: also do the light checks, unless the dataset is at a URL or has more than
+            `MOST_CHECKED_RESPONSES`. An error of a file is then a finding.
 
     Raises:
         DataError: there is no dataset, or no such version.
@@ -127,12 +132,23 @@ def dataset_info(
         versions = [(manifest, _written(root, manifest.version)) for manifest in manifests]
     means = reward_means(open_storage(path), versions[-1][0])
     if not content:
-        return DatasetInfo(str(path), versions, {}, means=means)
+        findings = _quick_checks(path, versions[-1][0]) if checks else None
+        return DatasetInfo(str(path), versions, {}, findings=findings, means=means)
     dataset = open_dataset(path, version=version, join=())
-    checks = light_checks(dataset.storage, dataset.manifest)
-    surveys = _surveys(dataset, checks.surveys)
+    found = light_checks(dataset.storage, dataset.manifest)
+    surveys = _surveys(dataset, found.surveys)
     prompts = count_prompts(dataset)
-    return DatasetInfo(str(path), versions, surveys, prompts, checks.findings, means=means)
+    return DatasetInfo(str(path), versions, surveys, prompts, found.findings, means=means)
+
+
+def _quick_checks(path: str | Path, manifest: Manifest) -> Sequence[Finding] | None:
+    n_responses = sum(file.n_responses for file in manifest.groups)
+    if is_url(path) or n_responses > MOST_CHECKED_RESPONSES:
+        return None
+    try:
+        return light_checks(open_storage(path), manifest).findings
+    except GVPOError as error:
+        return [error_finding(error)]
 
 
 def _written(root: Path, version: int) -> str:

@@ -38,9 +38,9 @@ def info_lines(info: DatasetInfo) -> list[str]:
         *([("incomplete", _incomplete_lines(found["incomplete"]))] if manifest.incomplete else ()),
         ("lineage", _table(_step_cells(n, s) for n, s in enumerate(manifest.lineage, 1))),
         ("versions", _table(map(_version_cells, found["versions"]))),
+        ("verdict", _finding_lines(info.findings)),
         *(_content_sections(found["content"]) if info.surveys else ()),
         *((("prompts", _prompt_lines(info.prompts)),) if info.prompts else ()),
-        *((("verdict", _finding_lines(info.findings)),) if info.findings is not None else ()),
     ]
     when = f", written {_minute(found['written'])}" if found["written"] else ""
     lines = [f"{info.path}: version {manifest.version}{when}"]
@@ -54,16 +54,18 @@ def info_lines(info: DatasetInfo) -> list[str]:
 def overview_lines(infos: Sequence[DatasetInfo]) -> list[str]:
     """Several datasets as a table, one row each."""
     heading = ["dataset", "version", "groups", "responses", "tokens", "size", "rewards", "refs"]
+    heading += ["verdict"]
     described = [info.as_dict() for info in infos]
     apart = any("incomplete" in found for found in described)
     rows: list[Sequence[str]] = [[*heading, "incomplete"] if apart else heading]
-    for found in described:
+    for info, found in zip(infos, described, strict=True):
         counts = [f"{found[name]:,}" for name in heading[1:5]]
         rewards = ", ".join(f"{own['label']} {_mean_text(own)}".strip() for own in found["rewards"])
         references = ", ".join(each["fingerprint"][:12] for each in found["references"])
         size = size_text(found["total"]["bytes"])
         held = [f"{found['incomplete']['groups']:,}" if "incomplete" in found else "none"]
-        cells = (found["path"], *counts, size, rewards or "none", references or "none")
+        checked = "not checked" if info.findings is None else verdict(info.findings)
+        cells = (found["path"], *counts, size, rewards or "none", references or "none", checked)
         rows.append((*cells, *held) if apart else cells)
     return _table(rows, right=range(1, 6))
 
@@ -231,7 +233,9 @@ def _prompt_lines(counts: PromptCounts) -> list[str]:
     return [f"{counts.about}{counts.prompts:,}; {counts.shared_text()}"]
 
 
-def _finding_lines(findings: Sequence[Finding]) -> list[str]:
+def _finding_lines(findings: Sequence[Finding] | None) -> list[str]:
+    if findings is None:
+        return ["not checked; `gvpo-offline validate --light` checks without reading tokens"]
     rows = [(finding.severity, finding.rule, finding.text) for finding in findings]
     more = ["`gvpo-offline validate` says where, and what to do"] if rows else []
     return [verdict_line(findings, verdict(findings)), *_table(rows), *more]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.store.arrow import list_from_lengths
+from gvpo_offline.store.arrow import as_numpy, list_from_lengths
 from gvpo_offline.store.schema import Column
 
 _SCALARS = {"rewards": "reward", "ref_seq_logprobs": "reference log-prob"}
@@ -165,6 +165,8 @@ def check_components(
     Raises:
         DataError: a row is not null and not (C, k), or holds an infinite number.
     """
+    if _have_shape(table.column("components"), sizes, n_parts):
+        return
     rows = zip(table.column("components").to_pylist(), sizes.to_pylist(), strict=True)
     for number, (parts, k) in enumerate(rows):
         if parts is None:
@@ -184,6 +186,23 @@ def check_components(
                 remedy="score the group again",
                 **location.of_row(table, number),
             )
+
+
+def _have_shape(components: pa.ChunkedArray, sizes: pa.ChunkedArray, n_parts: int) -> bool:
+    """Whether each row is null, or n_parts lists of as many numbers as its size, none infinite."""
+    column, counts = components.combine_chunks(), sizes.combine_chunks()
+    valid = column.is_valid()
+    rows, counts = column.filter(valid), counts.filter(valid)
+    if not pc.all(pc.equal(pc.list_value_length(rows), n_parts)).as_py():
+        return not len(rows)
+    parts = rows.flatten()
+    if parts.null_count or parts.flatten().null_count:
+        return False
+    wanted = np.repeat(as_numpy(counts), n_parts)
+    lengths = as_numpy(pc.list_value_length(parts))
+    if not np.array_equal(lengths, wanted):
+        return False
+    return not pc.any(pc.is_inf(parts.flatten())).as_py()
 
 
 def response_counts(table: pa.Table) -> pa.ChunkedArray | None:

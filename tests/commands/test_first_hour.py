@@ -43,7 +43,7 @@ def test_validate_and_report_name_what_the_dataset_lacks(
     assert capsys.readouterr().out.splitlines()[-1] == f"next: {command}"
     assert main(["report", "my data", "--show_progress", "false"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1] == f"next: open my-data-report.html in a browser; then {command}"
+    assert said[-2:] == ["open my-data-report.html in a browser", f"next: {command}"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

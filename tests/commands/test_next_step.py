@@ -14,21 +14,33 @@ from support.sampling import local, prompt_rows
 from gvpo_offline import cli
 from gvpo_offline.cli import main
 from gvpo_offline.commands.next_step import ARGUMENTS, after_data, after_tuning
+from gvpo_offline.commands.report import kind_of
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.hub.pull import PullResult
 from gvpo_offline.hub.push import PushResult
 from gvpo_offline.store.manifest import Manifest
 from gvpo_offline.tune.settings import TuneSettings
 
+MAKES = ("import", "sample", "reward", "reference", "train")
+LOOK = "to look at it in a browser: "
 CPU = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
-    """Run a command; the line that names the next one."""
+    """Run a command; the line that names the next one.
+
+    A command that makes a dataset or a run also names `report` with its folder.
+    """
     capsys.readouterr()
-    status = main([str(word) for word in argv])
+    given = [str(word) for word in argv]
+    status = main(given)
     captured = capsys.readouterr()
     assert status == 0, captured.err
+    if given[0] in MAKES:
+        (look,) = (line for line in captured.out.split("\n") if line.startswith(LOOK))
+        program, command, folder = shlex.split(look.removeprefix(LOOK))
+        assert (program, command) == ("gvpo-offline", "report")
+        assert kind_of([folder]) == ("runs" if given[0] == "train" else "dataset")
     (line,) = (line for line in captured.out.split("\n") if line.startswith("next: "))
     return line
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,6 +36,33 @@ def run(*argv: str | Path) -> int:
 
 
 # ---- exit status ----
+
+
+def test_thresholds_are_read_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """From a pipe, as `--thresholds <(…)` gives one, they cannot be read again."""
+    root = clean(tmp_path / "data")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("min_groups: 121\n",), daemon=True)
+    writer.start()
+    assert run(root, "--thresholds", pipe) == 0
+    assert "120 groups; min_groups is 121" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "unbuffered"), [("validate", ""), ("ls", "1")])
+def test_output_that_nobody_reads_is_dropped(tmp_path: Path, command: str, unbuffered: str) -> None:
+    """As after `| head -1`: no traceback, and not the status of a check that passed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = subprocess.run(
+        [sys.executable, "-m", "gvpo_offline.cli", command, str(clean(tmp_path))],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    os.close(writing)
+    assert (found.returncode, b"Error" in found.stderr) == (141, False), found.stderr
 
 
 def test_a_clean_dataset_gives_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

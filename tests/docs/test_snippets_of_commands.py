@@ -260,6 +260,7 @@ def test_blocks_are_found_where_they_stand(tmp_path: Path, monkeypatch: pytest.M
 
 # Flags of other programs that pages name: torchrun, lm-evaluation-harness, promptfoo, vLLM, sbatch.
 FOREIGN_FLAGS = {"nproc_per_node", "log_samples", "output", "generation_config", "array"}
+FOREIGN_FLAGS |= {"max_lora_rank"}  # of vLLM
 SHOWN_AS_WRONG = {"learning_rte", "lr", "model"}  # in start/from-trl.md
 
 

@@ -96,4 +96,4 @@ def test_findings_of_an_opened_dataset_are_those_of_the_gate(tmp_path: Path) -> 
     folder = PLANTED["a-sampler-with-one-reward"](tmp_path)
     found = light_findings(open_dataset(folder))
     assert tuple(found) == check_dataset(folder, light=True).findings
-    assert "person (160 of 1)" in found[0].text
+    assert "person (160 responses, all with reward 1)" in found[0].text

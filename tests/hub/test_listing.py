@@ -164,7 +164,7 @@ def test_several_datasets_are_a_table(tmp_path: Path) -> None:
         [str(tmp_path / "a"), "1", "24"],
         [str(tmp_path / "much-longer"), "1", "4"],
     ]
-    assert rows[1].split()[-2:] == ["none", "none"]
+    assert rows[1].split()[-4:] == ["none", "none", "not", "checked"]
     ends = [line.index(word) + len(word) for line, word in ((heading, "groups"), (rows[0], " 24"))]
     assert ends[0] == ends[1]
 
@@ -278,7 +278,7 @@ def test_the_command(tmp_path: Path, run: Run) -> None:
     by_word, by_flag = run(root), run("--dataset", root)
     assert by_word == by_flag
     assert by_word[0] == 0
-    assert by_word[1].splitlines() == info_lines(dataset_info(Path(root)))
+    assert by_word[1].splitlines() == info_lines(dataset_info(Path(root), checks=True))
     counted = run(root, "--content")[1]
     assert counted.startswith(by_word[1].rstrip("\n"))
     assert section(counted.splitlines(), "mean reward")
@@ -296,8 +296,33 @@ def test_for_programs(tmp_path: Path, run: Run) -> None:
     assert first["lineage"] == [json.loads(step.model_dump_json()) for step in manifest.lineage]
     assert first["total"]["bytes"] == sum(entry.bytes for entry in manifest.files())
     assert "content" not in first
+    assert [own["checks"]["verdict"] for own in (first, second)] == ["warn", "warn"], "few groups"
     (counted,) = map(json.loads, run(str(two), "--json", "--content")[1].splitlines())
     assert sum(counted["content"]["group_sizes"].values()) == 4
+
+
+def test_the_verdict_of_the_light_checks(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a dataset with a file that is gone; not of one that would keep a list waiting."""
+    root = build_dataset(tmp_path / "data", 8).root
+    n_responses = sum(file.n_responses for file in load_manifest(root).groups)
+    monkeypatch.setattr("gvpo_offline.info.dataset.MOST_CHECKED_RESPONSES", n_responses)
+    status, out, _ = run(str(root))
+    lines = section(out.splitlines(), "verdict")
+    assert (status, lines[0].split(":")[0]) == (0, "warn")
+    assert [line.split()[:2] for line in lines if "few-groups" in line] == [
+        ["warning", "few-groups"]
+    ]
+    assert [line.split()[-1] for line in run(str(root), str(root))[1].splitlines()] == [
+        *("verdict", "warn", "warn")
+    ]
+    monkeypatch.setattr("gvpo_offline.info.dataset.MOST_CHECKED_RESPONSES", n_responses - 1)
+    assert section(run(str(root))[1].splitlines(), "verdict")[0].startswith("not checked")
+    monkeypatch.undo()
+    next(root.glob("groups/*.parquet")).unlink()
+    lines = section(run(str(root))[1].splitlines(), "verdict")
+    assert lines[0] == "fail: 1 error"
 
 
 def test_several_are_a_line_each(tmp_path: Path, run: Run) -> None:

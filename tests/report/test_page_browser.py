@@ -206,6 +206,18 @@ def test_links_lead_to_a_group_and_to_the_groups_of_a_finding(opened: Opened) ->
     assert listed(opened) == ["group-000", "group-005", "group-010"]
 
 
+def test_the_whole_list_of_groups_is_painted_and_printed(opened: Opened) -> None:
+    """Also what is out of view: a picture of the whole page, and paper, show it."""
+    painted = "nodes => nodes.every(n => n.checkVisibility({contentVisibilityAuto: true}))"
+    page = opened.page
+    entries = page.locator(".group-list .id")
+    assert entries.evaluate_all(painted)
+    page.emulate_media(media="print")
+    assert entries.evaluate_all(painted)
+    assert page.locator(".group-list").evaluate("node => node.scrollHeight <= node.clientHeight")
+    page.emulate_media(media="screen")
+
+
 def test_a_group_shows_all_that_is_known_and_is_alone_in_the_document(opened: Opened) -> None:
     card = opened.page.locator(".response")
     assert card.count() == 4

@@ -85,6 +85,21 @@ def test_only_a_report_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture
         (tmp_path / name).write_text(kept)
 
 
+def test_the_page_of_a_dataset_is_replaced_and_names_what_the_dataset_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next command of a dataset without a reference is not `train`."""
+    build_dataset(tmp_path / "data", 4, reference=False)
+    for _ in range(2):
+        assert main(["report", "data"]) == 0
+        assert capsys.readouterr().out.splitlines()[-2:] == [
+            "open data-report.html in a browser",
+            "next: gvpo-offline reference --dataset data --model_name_or_path MODEL",
+        ]
+    twin = json.loads((tmp_path / "data-report.json").read_text())
+    assert (twin["made_by"], twin["kind"]) == ("gvpo-offline report", "dataset")
+
+
 def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     assert main(["report", "run"]) == 0

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.findings.one_pass import CHECKED_COLUMNS
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.hashing import UInt64Array
 from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets, prompt_hashes
@@ -22,11 +23,13 @@ from gvpo_offline.store.dataset import GroupDataset
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
-COLUMNS = (
+SHOWN_COLUMNS = (
     *("group_id", "source", "samplers", "truncated", "prompt_hash", "prompt_token_ids"),
     *("response_token_ids", "loss_mask", "prompt", "messages", "rewards", "components"),
     *("ref_seq_logprobs", "ref_token_logprobs"),
 )
+"""What a group to read needs, of the columns that the dataset has."""
+COLUMNS = tuple(dict.fromkeys((*SHOWN_COLUMNS, *CHECKED_COLUMNS)))
 UNKNOWN_SAMPLER, OTHER_SAMPLERS = "unknown", "(other samplers)"
 MOST_SAMPLERS = 1000
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
 
+from gvpo_offline.findings.finding import Finding
+from gvpo_offline.findings.light import in_order
 from gvpo_offline.report.dataset.collect import Collected, collect
-from gvpo_offline.report.dataset.glance import (
-    findings_of,
-    glance,
-    glance_facts,
-    groups_of,
-    info_of,
-)
+from gvpo_offline.report.dataset.glance import glance, glance_facts, info_of
+from gvpo_offline.report.dataset.judged import notices_of, own_findings
 from gvpo_offline.report.dataset.opened import Opened, open_for_report
+from gvpo_offline.report.dataset.provenance import provenance
 from gvpo_offline.report.dataset.read import groups_to_read
 from gvpo_offline.report.dataset.section_beta import beta_section
 from gvpo_offline.report.dataset.section_cost import cost_section
 from gvpo_offline.report.dataset.section_duplicates import duplicates_section
 from gvpo_offline.report.dataset.section_reference import reference_section
 from gvpo_offline.report.dataset.section_rewards import rewards_section
-from gvpo_offline.report.page.blocks import GroupToRead, Notice, Page, Section
+from gvpo_offline.report.page.blocks import Figures, GroupToRead, Notice, Page, Section
 from gvpo_offline.report.report import Report, json_value
 from gvpo_offline.report.settings import ReportSettings
 from gvpo_offline.store.location import is_url, local_path
@@ -47,14 +46,21 @@ def dataset_report(settings: ReportSettings) -> Report:
     texts, tokenizer = texts_of(
         opened.dataset.manifest, settings.tokenizer_name_or_path, settings.chat_template
     )
-    findings = findings_of(opened)
+    end_ids = () if texts is None else texts.ends.keys()
     # Rewards of 1e200 are valid, and their squares overflow: such figures are then left out.
     with np.errstate(over="ignore", invalid="ignore"):
-        found = collect(opened, settings, groups_of(findings))
-        described = _sections(found, settings)
+        found = collect(opened, settings, end_ids)
+        facts = found.facts
+        own = own_findings(facts.held_out, facts.cost, settings)
+        findings = in_order([*found.findings, *own])
+        described = _sections(found, settings, findings)
     groups = groups_to_read(found.chosen, texts, found.known, settings.groups_to_read)
     info = info_of(opened, settings)
-    sections = [glance(opened, info, found.facts, findings), *described]
+    sections = [
+        glance(opened, info, facts, findings),
+        *described,
+        provenance(info, facts, findings),
+    ]
     page = Page(
         title=f"Dataset {name_of(settings.dataset)}",
         subtitle=_subtitle(opened, settings),
@@ -62,17 +68,17 @@ def dataset_report(settings: ReportSettings) -> Report:
         groups=groups,
         groups_note=_groups_note(groups, found, tokenizer),
     )
-    facts = {
+    values = {
         "kind": "dataset",
-        "made_by": f"gvpo_offline {__version__}",
+        "package_version": __version__,
         "reward": opened.reward or None,
         **glance_facts(info, findings),
-        "facts": found.facts,
+        "facts": facts,
         "groups": [
             {"group_id": each.group_id, "place": each.place, "flags": each.flags} for each in groups
         ],
     }
-    return Report(page, json_value(facts))
+    return Report(page, json_value(values))
 
 
 def name_of(path: str) -> str:
@@ -100,9 +106,11 @@ def _sentence(text: str) -> str:
     return text if not text or text.endswith((".", "?", "!")) else f"{text}."
 
 
-def _sections(found: Collected, settings: ReportSettings) -> list[Section]:
+def _sections(
+    found: Collected, settings: ReportSettings, findings: Sequence[Finding]
+) -> list[Section]:
     facts, frame = found.facts, found.frame
-    return [
+    sections = [
         rewards_section(facts.rewards, frame),
         reference_section(facts.reference, facts.truncation, has_groups=frame.n_groups > 0),
         beta_section(facts.beta, facts.losses, facts.rewards, facts.reference),
@@ -111,6 +119,14 @@ def _sections(found: Collected, settings: ReportSettings) -> list[Section]:
         ),
         cost_section(facts.cost, facts.estimate, settings),
     ]
+    return [_with_findings(section, findings) for section in sections]
+
+
+def _with_findings(section: Section, findings: Sequence[Finding]) -> Section:
+    """A section with what was found, below its first figures."""
+    own, blocks = notices_of(section.id, findings), list(section.blocks)
+    at = 1 if blocks and isinstance(blocks[0], Figures) else 0
+    return replace(section, blocks=[*blocks[:at], *own, *blocks[at:]])
 
 
 def _subtitle(opened: Opened, settings: ReportSettings) -> str:

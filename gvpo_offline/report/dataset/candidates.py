@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from gvpo_offline.group import BoolArray, FloatArray
 from gvpo_offline.hashing import mix_key, splitmix64, text_keys
-from gvpo_offline.report.dataset.batch import ReportBatch
+from gvpo_offline.report.dataset.batch import SHOWN_COLUMNS, ReportBatch
 from gvpo_offline.report.dataset.duplicates import repeats_in_group
 from gvpo_offline.report.dataset.reference import unlikely_of
 
@@ -86,7 +86,6 @@ class Candidates:
         near: number of groups at random that are kept to be compared for near-duplicates.
         seed: of the random choice.
         held_out: sorted unique keys of the prompts of held-out data; None: not asked for.
-        wanted: flags of groups that are to be shown, by their ids.
     """
 
     at_random: int
@@ -94,7 +93,6 @@ class Candidates:
     near: int
     seed: int
     held_out: np.ndarray | None = None
-    wanted: Mapping[str, Sequence[str]] = field(default_factory=dict)
     _kinds: dict[str, _Best] = field(default_factory=dict)
     _kept: dict[Key, Candidate] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
@@ -105,7 +103,6 @@ class Candidates:
         everywhere = np.ones(len(ties), np.bool_)
         self._offer(batch, RANDOM, ties, ties, everywhere, max(self.at_random, self.near))
         if self.per_kind:
-            self._offer(batch, WANTED, ties, ties, self._wanted(batch), len(self.wanted))
             for kind, (cost, flags) in self._kinds_of(batch, ties).items():
                 self._offer(batch, kind, cost, ties, flags, self.per_kind)
         self._forget()
@@ -140,6 +137,7 @@ class Candidates:
         if not size:
             return
         rows = np.flatnonzero(flags)
+        shown = batch.table.select([n for n in SHOWN_COLUMNS if n in batch.table.column_names])
         for row in rows[np.lexsort((ties[rows], cost[rows]))][:size].tolist():
             if not best.admits(float(cost[row])):
                 break
@@ -150,7 +148,7 @@ class Candidates:
                     key,
                     str(batch.location.file),
                     batch.location.first_row + row,
-                    batch.table.take(pa.array([row])),  # a copy: a slice would keep the whole
+                    shown.take(pa.array([row])),  # a copy: a slice would keep the whole
                     self._tokens_of(batch, row),
                 )
 
@@ -188,11 +186,6 @@ class Candidates:
             found[UNLIKELY] = (ties, np.logical_or.reduceat(unlikely, starts))
         return found
 
-    def _wanted(self, batch: ReportBatch) -> BoolArray:
-        if not self.wanted:
-            return np.zeros(len(batch.group_ids), np.bool_)
-        return np.array([group in self.wanted for group in batch.group_ids], np.bool_)
-
     def _repeated(self, batch: ReportBatch) -> BoolArray:
         """(G,) whether a group's prompt was seen before."""
         flags = np.zeros(len(batch.prompt_keys), np.bool_)
@@ -207,14 +200,17 @@ class Candidates:
         """The groups at random that are compared for near-duplicates."""
         return self._of(RANDOM, self.near)
 
-    def chosen(self, further: Iterable[tuple[str, Key]] = ()) -> list[tuple[Candidate, str]]:
+    def chosen(
+        self, further: Iterable[tuple[str, Key]] = (), wanted: Sequence[Candidate] = ()
+    ) -> list[tuple[Candidate, str]]:
         """The groups to show, each once, with the kind that it was chosen for.
 
-        Examples of the check come first. Then kinds take turns, so that each has some groups
+        Those that are wanted come first. Then kinds take turns, so that each has some groups
         however few are shown in the end; every second group is one at random.
 
         Args:
             further: kinds and keys of groups of `near_sample` that stand out as well.
+            wanted: groups that are to be shown: the examples of the check.
         """
         kinds = {k: b.keys() for k, b in self._kinds.items() if k != RANDOM}
         for kind, key in further:
@@ -222,7 +218,6 @@ class Candidates:
                 kinds[kind].append(key)
         at_random = self._kinds[RANDOM].keys()[: self.at_random] if self._kinds else []
         order: list[tuple[str, Key]] = []
-        order += [(WANTED, key) for key in kinds.pop(WANTED, [])]
         while at_random or any(kinds.values()):
             for kind in list(kinds):
                 if kinds[kind]:
@@ -232,10 +227,10 @@ class Candidates:
             if not any(kinds.values()):
                 order += [(RANDOM, key) for key in at_random]
                 at_random = []
-        first: dict[Key, str] = {}
+        first: dict[Key, tuple[Candidate, str]] = {each.key: (each, WANTED) for each in wanted}
         for kind, key in order:
-            first.setdefault(key, kind)
-        return [(self._kept[key], kind) for key, kind in first.items()]
+            first.setdefault(key, (self._kept[key], kind))
+        return list(first.values())
 
     def _of(self, kind: str, size: int) -> list[Candidate]:
         best = self._kinds.get(kind)

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gvpo_offline.report.dataset.numbers import interval, plain
 from gvpo_offline.report.page.blocks import Chart
 
 Rows = Sequence[Mapping[str, Any]]
 Channel = dict[str, Any]
 MOST_ROWS = 2000
+UPRIGHT = {"labelAngle": 0, "labelOverlap": "greedy"}
+"""Of an axis whose labels have an order: where they do not fit, some are left out."""
 
 
 def quantity(field: str, title: str, **options: Any) -> Channel:
@@ -50,6 +53,32 @@ def point(
     """Points."""
     mark = {"type": "point", "filled": True}
     return {"mark": mark, "encoding": _encoding(x, y, color, tooltip)}
+
+
+def bins(
+    edges: Sequence[float], counts: Sequence[int], value: str, count: str
+) -> list[dict[str, Any]]:
+    """The rows of `histogram`: the bounds of each bin, as `low` and `high`, and as a text."""
+    return [
+        {
+            value: interval(plain(float(low)), plain(float(high))),
+            "low": float(low),
+            "high": float(high),
+            count: int(n),
+        }
+        for low, high, n in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def histogram(
+    name: str, title: str, summary: str, value: str, axis_title: str, rows: Rows
+) -> Chart:
+    """Bars over the bins of a numeric axis; the last field of `rows` is what is counted."""
+    count = list(rows[0])[-1]
+    x = quantity("low", axis_title, bin={"binned": True}, axis=UPRIGHT)
+    spec = bar(x, quantity(count, count), tooltip=(value, count))
+    spec["encoding"]["x2"] = {"field": "high"}
+    return chart(name, title, summary, spec, rows)
 
 
 def heat(x: Channel, y: Channel, value: Channel, *, tooltip: Sequence[str] = ()) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gvpo_offline.findings.finding import Finding
+from gvpo_offline.findings.light import light_findings
+from gvpo_offline.findings.one_pass import PassChecks
 from gvpo_offline.hashing import permutation
 from gvpo_offline.report.dataset.batch import COLUMNS, ReportBatch, SamplerCodes, read_batch
 from gvpo_offline.report.dataset.beta import BetaFacts, LossAdvice, beta_facts, loss_advice
@@ -20,6 +23,7 @@ from gvpo_offline.report.dataset.duplicates import (
     held_out_facts,
 )
 from gvpo_offline.report.dataset.estimate import TrainingEstimate, estimate
+from gvpo_offline.report.dataset.examples import example_candidates, flags_by_group
 from gvpo_offline.report.dataset.frame import ResponseNumbers, ResponseNumbersBuilder
 from gvpo_offline.report.dataset.near import NearFacts, SampledGroup, near_facts
 from gvpo_offline.report.dataset.opened import Opened, open_plain
@@ -101,12 +105,15 @@ class Collected:
         frame: numbers of the responses.
         chosen: candidates with the kind that each was chosen for, the most wanted first.
         known: what the groups to read need.
+        findings: of the checks, most severe first. Of a sample of the groups (max_groups), those of
+            the light checks of all groups.
     """
 
     facts: DatasetFacts
     frame: ResponseNumbers
     chosen: Sequence[tuple[Candidate, str]]
     known: Known
+    findings: Sequence[Finding]
 
 
 @dataclass
@@ -129,14 +136,12 @@ class _Counts:
             self.masked_groups += len(column) - column.null_count
 
 
-def collect(
-    opened: Opened, settings: ReportSettings, wanted: Mapping[str, Sequence[str]] | None = None
-) -> Collected:
-    """Read the dataset once, and state its facts.
+def collect(opened: Opened, settings: ReportSettings, end_ids: Collection[int] = ()) -> Collected:
+    """Read the dataset once, check it, and state its facts.
 
     Args:
         opened, settings: the dataset.
-        wanted: flags of groups that are to be shown, by their ids; None: of no group.
+        end_ids: ids of the tokens that end a response; none given: they are found by the data.
 
     Raises:
         DataError, IntegrityError: a file is damaged, or a group breaks a rule.
@@ -152,12 +157,14 @@ def collect(
         near=settings.near_duplicate_groups,
         seed=settings.seed,
         held_out=None if held_out is None else held_out[0],
-        wanted=wanted or {},
     )
+    checks = None if _is_sample(dataset, settings) else PassChecks(dataset, end_ids=end_ids)
     for number in _shown(_row_groups(dataset, settings), settings):
         batch = read_batch(dataset, number, names, len(opened.components))
         if batch is None:
             continue
+        if checks is not None:
+            checks.add(batch.table, number)
         counts.add(batch)
         found = np.bincount(batch.sizes)
         if len(found) > len(sizes):
@@ -172,11 +179,14 @@ def collect(
     facts = _facts(
         opened, settings, frame, positions, _totals(counts, sizes, frame, dataset), near, held
     )
+    findings = light_findings(dataset) if checks is None else checks.findings()
+    examples = example_candidates(dataset, findings) if settings.groups_to_read else []
     return Collected(
         facts,
         frame,
-        candidates.chosen(_further(near)),
-        _known(opened, frame, facts, held_out, wanted or {}),
+        candidates.chosen(_further(near), examples),
+        _known(opened, frame, facts, held_out, flags_by_group(findings)),
+        findings,
     )
 
 
@@ -221,10 +231,15 @@ def _totals(counts: _Counts, sizes: Any, frame: ResponseNumbers, dataset: GroupD
     )
 
 
+def _is_sample(dataset: GroupDataset, settings: ReportSettings) -> bool:
+    return settings.max_groups is not None and settings.max_groups < dataset.n_groups
+
+
 def _row_groups(dataset: GroupDataset, settings: ReportSettings) -> Iterable[int]:
     """The row groups to read: all, or as many at random as hold `max_groups`, in stored order."""
-    if settings.max_groups is None or settings.max_groups >= dataset.n_groups:
+    if not _is_sample(dataset, settings):
         return PrefetchedRowGroups(dataset, COLUMNS)
+    assert settings.max_groups is not None
     order = permutation(dataset.n_row_groups, settings.seed, _CHOICE)
     before = np.cumsum(dataset.row_group_sizes[order])
     return sorted(order[: int(np.searchsorted(before, settings.max_groups)) + 1].tolist())

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from gvpo_offline.group import FloatArray
 
+MINUS = "\N{MINUS SIGN}"
 _LARGE = 1e15  # from here on, numbers are written with an exponent
 
 
@@ -42,16 +43,22 @@ def percent(share: float) -> str:
     """A share as text."""
     if not math.isfinite(share):
         return "none"
-    return f"{100 * share:.3g}%"
+    text = f"{100 * share:.3g}%"
+    return text.replace("-", MINUS, 1) if share < 0 else text
 
 
 def plain(value: float, digits: int = 3) -> str:
     """A number as text."""
     if not math.isfinite(value):
         return "none"
-    if 10**digits <= abs(value) < _LARGE:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    large = 10**digits <= abs(value) < _LARGE
+    text = f"{value:,.0f}" if large else f"{value:.{digits}g}"
+    return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def interval(low: str, high: str) -> str:
+    """A range in a label: an en dash between numbers, "to" where one of them is negative."""
+    return f"{low} to {high}" if MINUS in low + high else f"{low}\N{EN DASH}{high}"
 
 
 def counted(number: int, unit: str) -> str:

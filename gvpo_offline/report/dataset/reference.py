@@ -193,17 +193,17 @@ def _unlikely_best(frame: ResponseNumbers, unlikely: BoolArray) -> float:
     return ratio(int((all_unlikely & unequal).sum()), int(unequal.sum()))
 
 
-_BIN, _BINS = 0.5, 24  # nats, and bins from 0 downwards
+BIN, _BINS = 0.5, 24  # nats, and bins from 0 downwards
 
 
 def _histogram(per_token: FloatArray) -> list[tuple[float, float, int]]:
-    place = np.clip(np.floor(-per_token / _BIN), 0, _BINS).astype(int)
+    place = np.clip(np.floor(-per_token / BIN), 0, _BINS).astype(int)
     counts = np.bincount(place, minlength=_BINS + 1)
     used = np.flatnonzero(counts)
     if not len(used):
         return []
     found = [
-        (-_BIN * (n + 1) if n < _BINS else -math.inf, -_BIN * n + 0.0, int(counts[n]))
+        (-BIN * (n + 1) if n < _BINS else -math.inf, -BIN * n + 0.0, int(counts[n]))
         for n in range(int(used[0]), int(used[-1]) + 1)
     ]
     return found[::-1]

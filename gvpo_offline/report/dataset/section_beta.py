@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from gvpo_offline.report.dataset import charts
@@ -12,7 +13,7 @@ from gvpo_offline.report.dataset.beta import (
     LossAdvice,
     own_answers,
 )
-from gvpo_offline.report.dataset.numbers import percent, plain
+from gvpo_offline.report.dataset.numbers import MINUS, percent, plain
 from gvpo_offline.report.dataset.reference import ReferenceFacts
 from gvpo_offline.report.dataset.rewards import RewardFacts
 from gvpo_offline.report.page.blocks import (
@@ -21,7 +22,6 @@ from gvpo_offline.report.page.blocks import (
     Column,
     Figure,
     Figures,
-    Notice,
     Section,
     Table,
     Text,
@@ -30,9 +30,9 @@ from gvpo_offline.train.data_rules import WIDE_GAP_NATS
 
 LOOK_FOR = (
     "At the optimum, the log-ratios of a group's best and worst response differ by "
-    f"(max R - min R)/β nats. {LEAST_NATS:g} to {MOST_NATS:g} nats is what a policy can reach: "
-    "take a β whose median lies there, about 4 nats to begin with, and let gvpo-offline tune "
-    "choose."
+    f"(max R {MINUS} min R)/β nats. {LEAST_NATS:g} to {MOST_NATS:g} nats is what a policy can "
+    "reach: take a β whose median lies there, about 4 nats to begin with; gvpo-offline tune can "
+    "choose it."
 )
 
 
@@ -50,15 +50,13 @@ def beta_section(
         blocks.append(Text("The rewards' differences are too large or small to be divided by β."))
     elif facts is None:
         blocks.append(
-            Notice(
-                "error",
-                "every group has equal rewards: the optimum is the reference at any β, so nothing "
-                "can be learned",
-                "score the responses with a reward that tells them apart",
+            Text(
+                "Every group has equal rewards: the optimum is the reference at any β, so nothing "
+                "can be learned."
             )
         )
     else:
-        blocks += [Figures(_figures(facts)), *_notices(facts), _chart(facts), _table(facts)]
+        blocks += [Figures(_figures(facts)), Text(first_text(facts)), _chart(facts), _table(facts)]
     if losses and facts is not None:
         blocks += _losses(losses, rewards, reference)
     return Section("beta", "β and the loss", LOOK_FOR, blocks)
@@ -77,20 +75,20 @@ def _figures(facts: BetaFacts) -> list[Figure]:
     ]
 
 
-def _notices(facts: BetaFacts) -> list[Block]:
-    if LEAST_NATS <= facts.median <= MOST_NATS:
-        return []
-    more = facts.median > MOST_NATS
-    limit = "a policy can reach" if more else "change a policy noticeably"
-    return [
-        Notice(
-            "warning",
-            f"β {facts.beta:g} asks for a log-ratio gap of {plain(facts.median)} nats in the "
-            f"median group, {'more' if more else 'less'} than the {LEAST_NATS:g} to "
-            f"{MOST_NATS:g} nats that {limit}",
-            f"set beta to about {facts.first:g}, or {'shrink' if more else 'stretch'} the rewards",
-        )
-    ]
+def first_text(facts: BetaFacts) -> str:
+    """Which beta to begin with, and why."""
+    gap = facts.median * facts.beta / facts.first
+    other = ""
+    if facts.first != facts.beta:
+        edge = any(math.isclose(facts.median, nats) for nats in (LEAST_NATS, MOST_NATS))
+        within = LEAST_NATS <= facts.median <= MOST_NATS
+        where = "at the edge of" if edge else "within" if within else "outside"
+        other = f"; β {facts.beta:g} would ask for {plain(facts.median)} nats, {where} that range"
+    return (
+        f"Begin with β {facts.first:g}: it asks for a log-ratio gap of {plain(gap)} nats in the "
+        f"median group, well within the {LEAST_NATS:g} to {MOST_NATS:g} nats that a policy can "
+        f"reach, and gvpo-offline tune begins there{other}."
+    )
 
 
 def _chart(facts: BetaFacts) -> Chart:
@@ -107,7 +105,7 @@ def _chart(facts: BetaFacts) -> Chart:
         }
         for row in facts.rows
     ]
-    title = "(max R - min R)/β, nats"
+    title = "(max R \N{MINUS SIGN} min R)/β, nats"
     scale = {"type": "log"}
     x = charts.quantity("beta", "β", scale={**scale, "nice": False})
     reach = charts.band(x, "reach from", "reach to", title, 0.3)
@@ -181,12 +179,10 @@ def _losses(
     ]
     if rewards is not None and own_answers(reference, len(rewards.samplers)):
         found.append(
-            Notice(
-                "note",
-                "the responses look like the reference's own answers: one sampler, and hardly any "
-                "response that the reference would not say",
-                "such logs need a lower learning rate than mixed ones (in the study a tenth of "
-                "it): let gvpo-offline tune search it",
+            Text(
+                "The responses look like the reference's own answers: one sampler, and hardly any "
+                "response that the reference would not say. Such logs need a lower learning rate "
+                "than mixed ones (in the study a tenth of it): let gvpo-offline tune search it."
             )
         )
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from gvpo_offline.report.dataset import candidates as kinds
 from gvpo_offline.report.dataset import charts
 from gvpo_offline.report.dataset.cost import LENGTH_QUANTILES, CostFacts
 from gvpo_offline.report.dataset.estimate import TrainingEstimate
@@ -13,7 +12,6 @@ from gvpo_offline.report.page.blocks import (
     Column,
     Figure,
     Figures,
-    Notice,
     Section,
     Table,
     Text,
@@ -40,17 +38,6 @@ def cost_section(
     if facts is None:
         return Section("cost", "Cost", LOOK_FOR, [Text("There are no groups.")])
     blocks: list[Block] = [Figures(_figures(facts, settings))]
-    if facts.too_long:
-        blocks.append(
-            Notice(
-                "error",
-                f"{facts.too_long:,} responses have, with their prompt, more than "
-                f"max_tokens_per_micro_batch = {settings.max_tokens_per_micro_batch:,} tokens: "
-                "training stops at them",
-                f"raise it to {facts.longest_row:,}, or leave long responses out",
-                kinds.LONGEST,
-            )
-        )
     blocks += [_chart(facts), _layouts(facts), _lengths(facts), *_estimate(found)]
     return Section("cost", "Cost", LOOK_FOR, blocks)
 

@@ -11,7 +11,6 @@ from gvpo_offline.report.page.blocks import (
     Column,
     Figure,
     Figures,
-    Notice,
     Section,
     Table,
     Text,
@@ -79,87 +78,47 @@ def _held_out(found: HeldOutFacts | None) -> list[Block]:
                 "check."
             )
         ]
-    blocks: list[Block] = []
-    if found.same_tokenizer is False:
-        blocks.append(
-            Notice(
-                "warning",
-                f"{found.path} has token ids of another tokenizer, so equal prompts cannot be "
-                "found",
-                "import it with the tokenizer of this dataset",
-            )
-        )
     if found.common:
-        blocks.append(
-            Notice(
-                "error",
-                f"{found.common:,} of {found.prompts:,} prompts of {found.path} stand in "
-                f"{counted(found.groups, 'group')} of this dataset as well: figures on held-out "
-                "data would not be of unseen prompts",
-                "leave these groups out, or hold out prompts with eval_fraction instead",
-                kinds.HELD_OUT,
-            )
-        )
-    else:
-        blocks.append(
-            Text(f"None of the {found.prompts:,} prompts of {found.path} stands in this dataset.")
-        )
-    return blocks
+        return []  # a finding says it
+    return [Text(f"None of the {found.prompts:,} prompts of {found.path} stands in this dataset.")]
 
 
 def _exact(exact: DuplicateFacts, n_groups: int, n_responses: int) -> list[Block]:
     found: list[Block] = []
     if exact.repeated:
+        one = f"; all are equal in {exact.groups_of_one:,} groups" if exact.groups_of_one else ""
+        noise = ""
+        if exact.repeated_other_rewards:
+            several = counted(exact.repeated_other_rewards, "group")
+            noise = f" In {several} equal responses have different rewards."
         found.append(
-            Notice(
-                "warning" if exact.repeated >= _MANY * n_responses else "note",
-                f"{exact.repeated:,} responses ({percent(exact.repeated / n_responses)}) equal an "
-                f"earlier one of their group, in {exact.groups_repeating:,} groups; all responses "
-                f"are equal in {exact.groups_of_one:,} groups",
-                "raise the temperature of the sampler, or drop all but the first of them with "
-                "gvpo-offline compact --duplicates drop",
-                kinds.DUPLICATES,
-            )
-        )
-    if exact.repeated_other_rewards:
-        found.append(
-            Notice(
-                "warning",
-                f"equal responses have different rewards in {exact.repeated_other_rewards:,} "
-                "groups",
-                "the reward is not a function of the response: average several judgements, or fix "
-                "the seed of the judge",
+            Text(
+                f"{counted(exact.repeated, 'response')} "
+                f"({percent(exact.repeated / n_responses)}) repeat an earlier one of their group, "
+                f"in {counted(exact.groups_repeating, 'group')}{one}.{noise}",
                 kinds.DUPLICATES,
             )
         )
     if exact.groups_sharing:
-        found.append(
-            Notice(
-                "note",
-                f"{exact.groups_sharing:,} of {n_groups:,} groups share their prompt with another "
-                f"group; one prompt has {exact.most_groups:,}",
-                "this is fine if it is meant; rows of one prompt become one group where an import "
-                "is given no column of group ids",
-                kinds.SHARED_PROMPT,
+        twice = ""
+        if exact.groups_twice:
+            twice = (
+                f" {counted(exact.groups_twice, 'group')} repeat another one with the same "
+                "responses: the log was probably imported twice."
             )
-        )
-    if exact.groups_twice:
         found.append(
-            Notice(
-                "warning",
-                f"{exact.groups_twice:,} groups repeat another one: the same prompt with the same "
-                "responses",
-                "the log was probably imported twice: import it once",
+            Text(
+                f"{exact.groups_sharing:,} of {n_groups:,} groups share their prompt with another "
+                f"group; one prompt has {exact.most_groups:,}.{twice}",
                 kinds.SHARED_PROMPT,
             )
         )
     if exact.across > _MANY * n_responses:
         found.append(
-            Notice(
-                "note",
+            Text(
                 f"{exact.across:,} responses ({percent(exact.across / n_responses)}) stand under "
-                f"several prompts; one of them under {exact.most_across:,}",
-                "expected of short answers such as numbers; else look for refusals and templates",
+                f"several prompts; one of them under {exact.most_across:,}. That is expected of "
+                "short answers such as numbers; else look for refusals and templates."
             )
         )
     return found or [
@@ -202,22 +161,19 @@ def _near(near: NearFacts | None, n_groups: int) -> list[Block]:
     ]
     if near.groups_with > _MANY * near.groups:
         blocks.append(
-            Notice(
-                "note",
+            Text(
                 f"{percent(near.groups_with / near.groups)} of the groups have near-duplicate "
-                "responses",
-                "such responses teach what differs between them if their rewards differ, and "
-                "little otherwise: read some",
+                "responses. They teach what differs between them if their rewards differ, and "
+                "little otherwise: read some.",
                 kinds.NEAR,
             )
         )
     if near.near_prompts:
         blocks.append(
-            Notice(
-                "note",
-                f"{near.near_prompts:,} of {near.prompts:,} prompts have a near-duplicate",
-                "held-out data by eval_fraction then has prompts like those trained on: hold out "
-                "by source instead, as an eval_dataset",
+            Text(
+                f"{near.near_prompts:,} of {near.prompts:,} prompts have a near-duplicate. Data "
+                "held out by eval_fraction then has prompts like those trained on: hold out by "
+                "source instead, as an eval_dataset.",
                 kinds.NEAR_PROMPT,
             )
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 from gvpo_offline.report.dataset import candidates as kinds
 from gvpo_offline.report.dataset import charts
-from gvpo_offline.report.dataset.numbers import cell, percent, plain
+from gvpo_offline.report.dataset.numbers import MINUS, cell, counted, interval, percent, plain
 from gvpo_offline.report.dataset.reference import (
+    BIN,
     SLACK,
     EdgeTokens,
     ReferenceFacts,
@@ -20,22 +21,18 @@ from gvpo_offline.report.page.blocks import (
     Column,
     Figure,
     Figures,
-    Notice,
     Section,
     Table,
     Text,
 )
 
 MOST_SAMPLERS, MOST_LINES = 30, 8
-# A model gives its own first and last tokens about -1.6 and -2.5 nats on average, and wrong ones
-# about -13 (docs/howto/tokens.md).
-EDGE_NATS = -6.0
-_MANY_UNLIKELY, _MANY_CUT = 0.1, 0.05
+_MANY_UNLIKELY = 0.1  # of a sampler's responses, to be named
 LOOK_FOR = (
-    "Answers that a model would write itself have -3 to 0 nats per token. Far lower values of one "
-    "sampler mean that the policy hardly imitates it; far lower values of all, or of first or last "
-    "tokens alone, mean a wrong chat template, a wrong end token or another tokenizer: look at the "
-    "groups with gvpo-offline show and import the log again."
+    f"Answers that a model would write itself have {MINUS}3 to 0 nats per token. Far lower values "
+    "of one sampler mean that the policy hardly imitates it; far lower values of all, or of first "
+    "or last tokens alone, mean a wrong chat template, a wrong end token or another tokenizer: "
+    "look at the groups with `gvpo-offline show` and import the log again."
 )
 
 
@@ -53,7 +50,7 @@ def reference_section(
             )
         )
     else:
-        blocks += [Figures(_figures(facts)), *_notices(facts), _samplers(facts), _histogram(facts)]
+        blocks += [Figures(_figures(facts)), *_unlikely(facts), _samplers(facts), _histogram(facts)]
         blocks += _edges(facts)
         blocks += _positions(facts)
     if cut is not None:
@@ -78,47 +75,29 @@ def _figures(facts: ReferenceFacts) -> list[Figure]:
     return found
 
 
-def _notices(facts: ReferenceFacts) -> list[Block]:
-    found: list[Block] = []
+def _unlikely(facts: ReferenceFacts) -> list[Block]:
+    """Which responses the policy can hardly reach: a comparison within groups, not a fault."""
+    if not facts.unlikely:
+        return []
     share = facts.unlikely / max(facts.scored, 1)
-    if facts.unlikely:
-        names = [each for each in facts.samplers if each.unlikely >= max(_MANY_UNLIKELY, 2 * share)]
-        by = ", mostly of " + ", ".join(each.sampler for each in names[:5]) if names else ""
-        found.append(
-            Notice(
-                "warning" if share >= _MANY_UNLIKELY else "note",
-                f"the reference would hardly say {facts.unlikely:,} responses ({percent(share)}) "
-                f"in {facts.groups_with_unlikely:,} groups{by}",
-                "read some of them: the policy learns to prefer them, but will not write them; "
-                "tune and the metrics likely_* give them little weight",
-                kinds.UNLIKELY,
-            )
+    names = [each for each in facts.samplers if each.unlikely >= max(_MANY_UNLIKELY, 2 * share)]
+    by = ", mostly of " + ", ".join(each.sampler for each in names[:5]) if names else ""
+    best = ""
+    if facts.unlikely_best > 0:
+        best = (
+            f" In {percent(facts.unlikely_best)} of the groups with unequal rewards every best "
+            "response is such a one."
         )
-    if facts.unlikely_best >= _MANY_UNLIKELY:
-        found.append(
-            Notice(
-                "warning",
-                f"in {percent(facts.unlikely_best)} of the groups with unequal rewards every best "
-                "response is one that the reference would hardly say",
-                "add good responses that the policy can reach: sample from it, and score",
-                kinds.UNLIKELY,
-            )
+    return [
+        Text(
+            f"The reference would hardly say {counted(facts.unlikely, 'response')} "
+            f"({percent(share)}) in {counted(facts.groups_with_unlikely, 'group')}{by}: they have "
+            f"more than {SLACK:g} nats per token less than the median of their group.{best} The "
+            "policy learns to prefer them but will not write them; tune and the metrics likely_* "
+            "give them little weight.",
+            kinds.UNLIKELY,
         )
-    for which, edge, cause in (
-        ("first", facts.first, "the prompt does not end as the model expects: chat template"),
-        ("last", facts.last, "responses end with another token than the model's: end token"),
-    ):
-        if edge is not None and edge.mean < EDGE_NATS:
-            found.append(
-                Notice(
-                    "warning",
-                    f"the {which} token of a response has {plain(edge.mean)} nats on average, "
-                    "where a model's own answers have about -2",
-                    f"probably {cause}; see docs/howto/tokens.md and import the log again",
-                    kinds.LOWEST,
-                )
-            )
-    return found
+    ]
 
 
 def _samplers(facts: ReferenceFacts) -> Table:
@@ -163,22 +142,29 @@ def _samplers(facts: ReferenceFacts) -> Table:
 
 
 def _histogram(facts: ReferenceFacts) -> Chart:
+    # The first bin may have no lower bound: its bar is as wide as the next one.
+    lows = [high - BIN if math.isinf(low) else low for low, high, _ in facts.histogram]
     rows = [
         {
-            "nats": f"below {high:g}" if math.isinf(low) else f"{low:g} … {high:g}",
+            "nats": f"below {plain(high)}"
+            if math.isinf(low)
+            else interval(plain(low), plain(high)),
+            "low": left,
+            "high": high,
             "responses": count,
         }
-        for low, high, count in facts.histogram
+        for left, (low, high, count) in zip(lows, facts.histogram, strict=True)
     ]
-    spec = charts.bar(
-        charts.category("nats", "log-prob per token, nats"),
-        charts.quantity("responses", "responses"),
-        tooltip=("nats", "responses"),
-    )
     summary = f"Mean {plain(facts.per_token)} nats per token over {facts.scored:,} responses."
-    return charts.chart(
-        "reference-histogram", "Log-prob per token of the responses", summary, spec, rows
-    )
+    if facts.histogram and math.isinf(facts.histogram[0][0]):
+        summary += f" The first bar also holds all {facts.histogram[0][2]:,} lower values."
+    title = "Log-prob per token of the responses"
+    axis = "log-prob per token, nats"
+    return charts.histogram("reference-histogram", title, summary, "nats", axis, rows)
+
+
+def _range(low: float, high: float) -> str:
+    return f"below {plain(high)}" if math.isinf(low) else interval(plain(low), plain(high))
 
 
 def _edges(facts: ReferenceFacts) -> list[Block]:
@@ -205,8 +191,9 @@ def _edges(facts: ReferenceFacts) -> list[Block]:
                 *(Column(name, "number") for name in ("mean", "5%", "median", "95%")),
             ],
             rows,
-            "A model's own answers have about -1.6 at the first token and -2.5 at the last. Values "
-            "near -13 at the first token mean a wrong template, at the last a wrong end token.",
+            f"A model's own answers have about {MINUS}1.6 at the first token and {MINUS}2.5 at the "
+            f"last. Values near {MINUS}13 at the first token mean a wrong template, at the last a "
+            "wrong end token.",
         )
     ]
 
@@ -222,7 +209,7 @@ def _positions(facts: ReferenceFacts) -> list[Block]:
     rows: list[dict[str, Any]] = [
         {
             "sampler": each.sampler,
-            "position": each.positions,
+            "position": each.positions.replace("-", "\N{EN DASH}"),
             "nats": each.mean,
             "tokens": each.tokens,
         }
@@ -231,7 +218,7 @@ def _positions(facts: ReferenceFacts) -> list[Block]:
     if not rows:
         return []
     spec = charts.line(
-        charts.category("position", "position of the token in the response"),
+        charts.category("position", "position of the token in the response", axis=charts.UPRIGHT),
         charts.quantity("nats", "mean log-prob, nats"),
         color=charts.category("sampler", "sampler"),
         tooltip=("sampler", "position", "nats", "tokens"),
@@ -260,13 +247,10 @@ def _truncation(cut: Truncation) -> list[Block]:
     if cut.best > 0:
         best = f"; in {percent(cut.best)} of the groups with unequal rewards one is a best response"
     return [
-        Notice(
-            "warning" if cut.share >= _MANY_CUT else "note",
-            f"{cut.responses:,} responses ({percent(cut.share)}) in {cut.groups:,} groups were cut "
-            f"at a limit of tokens{rewards}{best}",
-            "they have no end token, and their reward is of a part of an answer: sample them again "
-            "with a higher limit, or leave their groups out (where: NOT ARRAY_CONTAINS(truncated, "
-            "TRUE))",
+        Text(
+            f"{counted(cut.responses, 'response')} ({percent(cut.share)}) in "
+            f"{counted(cut.groups, 'group')} were cut at a limit of tokens{rewards}{best}. They "
+            "have no end token, and their reward is of a part of an answer.",
             kinds.TRUNCATED,
         )
     ]

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
-from gvpo_offline.report.dataset import candidates as kinds
 from gvpo_offline.report.dataset import charts
 from gvpo_offline.report.dataset.frame import ResponseNumbers
-from gvpo_offline.report.dataset.numbers import cell, percent, plain
+from gvpo_offline.report.dataset.numbers import MINUS, cell, interval, percent, plain
 from gvpo_offline.report.dataset.rewards import ByLength, ByWriter, RewardFacts
 from gvpo_offline.report.page.blocks import (
     Block,
     Column,
     Figure,
     Figures,
-    Notice,
     Section,
     Table,
     Text,
 )
 
 MOST_SAMPLERS = 30
-# From these on, a figure is a warning.
-_MANY_EQUAL, _MANY_WRONG, _CORRELATED, _EXPLAINED = 0.5, 0.3, 0.3, 0.3
 _HISTOGRAM = 40
 LOOK_FOR = (
     "Groups whose rewards differ teach; groups of equal rewards only hold the policy at the "
@@ -42,8 +39,8 @@ def rewards_section(facts: RewardFacts | None, frame: ResponseNumbers) -> Sectio
         return Section("rewards", "Rewards", LOOK_FOR, [Text(text + remedy)])
     blocks: list[Block] = [
         Figures(_figures(facts)),
-        *_notices(facts),
         _samplers(facts),
+        *_constant(facts),
         *_histogram(facts, frame.rewards),
         *_gaps(facts, frame),
         *_length(facts.by_length),
@@ -58,8 +55,8 @@ def _figures(facts: RewardFacts) -> list[Figure]:
     writer = facts.by_writer
     return [
         Figure("mean reward", plain(facts.mean), f"± {plain(facts.deviation)} (deviation)"),
-        Figure("range", f"{plain(facts.lowest)} … {plain(facts.highest)}", _distinct(facts)),
-        Figure("median gap", plain(facts.median_gap), "max R - min R where they differ"),
+        Figure("range", f"{plain(facts.lowest)} to {plain(facts.highest)}", _distinct(facts)),
+        Figure("median gap", plain(facts.median_gap), f"max R {MINUS} min R where they differ"),
         Figure(
             "equal rewards",
             percent(facts.equal_groups / facts.groups),
@@ -73,7 +70,7 @@ def _figures(facts: RewardFacts) -> list[Figure]:
         Figure(
             "correlation with length",
             plain(facts.by_length.correlation, 2),
-            "within groups, -1 … 1",
+            f"within groups, {MINUS}1 to 1",
         ),
         Figure(
             "explained by the writer",
@@ -87,76 +84,14 @@ def _distinct(facts: RewardFacts) -> str:
     return f"{facts.distinct:,}{'+' if facts.distinct == 1000 else ''} different rewards"
 
 
-def _notices(facts: RewardFacts) -> list[Block]:
-    found: list[Block] = []
-    equal, wrong = facts.equal_groups / facts.groups, facts.all_lowest / facts.groups
-    if facts.equal_groups:
-        found.append(
-            Notice(
-                "error" if equal == 1 else "warning" if equal >= _MANY_EQUAL else "note",
-                f"{facts.equal_groups:,} of {facts.groups:,} groups ({percent(equal)}) have equal "
-                "rewards: their target is the reference",
-                "sample more responses to these prompts, choose harder or easier ones, or leave "
-                "the groups out (drop_equal_rewards), which changes the objective",
-                kinds.EQUAL,
-            )
-        )
-    if facts.all_lowest and wrong < 1:
-        found.append(
-            Notice(
-                "warning" if wrong >= _MANY_WRONG else "note",
-                f"in {facts.all_lowest:,} groups ({percent(wrong)}) every response has the lowest "
-                f"reward of the dataset, {plain(facts.lowest)}",
-                "set imitation: auto, or sample a right response to these prompts",
-                kinds.ALL_WRONG,
-            )
-        )
+def _constant(facts: RewardFacts) -> list[Block]:
+    """Which samplers have one reward for all responses; the check says whether that is wrong."""
     constant = facts.constant_samplers
-    if constant:
-        names = ", ".join(f"{each.sampler} ({plain(each.mean)})" for each in constant[:5])
-        more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
-        found.append(
-            Notice(
-                "warning",
-                f"all responses of a sampler have one reward: {names}{more}",
-                "check how its responses were scored: such rewards say who wrote a response, and "
-                "not how good it is",
-            )
-        )
-    found += _length_notice(facts.by_length)
-    if facts.by_writer.adjusted >= _EXPLAINED:
-        found.append(
-            Notice(
-                "warning",
-                f"who wrote a response explains {percent(facts.by_writer.adjusted)} of the "
-                "differences of rewards within groups",
-                "the policy may learn to write like the best sampler rather than to answer well: "
-                "compare with training on one sampler (responses.samplers), and look at the table "
-                "by sampler of each evaluation",
-            )
-        )
-    return found
-
-
-def _length_notice(found: ByLength) -> list[Block]:
-    if not abs(found.correlation) >= _CORRELATED:
+    if not constant:
         return []
-    longer = found.correlation > 0
-    return [
-        Notice(
-            "warning",
-            f"within groups, the reward {'rises' if longer else 'falls'} with the length of the "
-            f"response (correlation {plain(found.correlation, 2)}); a longest response is a best "
-            f"one in {percent(found.longest_is_best)} of the groups ({percent(found.by_chance)} by "
-            "chance)",
-            "read groups with a large gap: if length and not quality is rewarded, correct the "
-            "reward, or add a component for brevity"
-            if longer
-            else "read groups with a large gap: if long responses are bad because they were cut, "
-            "raise the limit of tokens or leave cut responses out",
-            kinds.GAP,
-        )
-    ]
+    names = ", ".join(f"{each.sampler} ({plain(each.mean)})" for each in constant[:5])
+    more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
+    return [Text(f"All responses of a sampler have one reward: {names}{more}.")]
 
 
 def _samplers(facts: RewardFacts) -> Table:
@@ -218,18 +153,15 @@ def _histogram(facts: RewardFacts, rewards: np.ndarray) -> list[Block]:
     if len(values) > _HISTOGRAM and not np.isfinite(values[-1] - values[0]):
         return []  # no bins of equal width
     if len(values) <= _HISTOGRAM:
-        labels = [f"{value:.6g}" for value in values]
-        rows = [
-            {"reward": label, "responses": int(n)} for label, n in zip(labels, counts, strict=True)
+        rows: list[dict[str, Any]] = [
+            {"reward": label, "responses": int(n)}
+            for label, n in zip(reward_labels(values), counts, strict=True)
         ]
-        x = charts.category("reward", "reward")
+        x = charts.category("reward", "reward", axis=charts.UPRIGHT)
     else:
         counts, edges = np.histogram(rewards, _HISTOGRAM)
-        rows = [
-            {"reward": float((a + b) / 2), "responses": int(n)}
-            for a, b, n in zip(edges, edges[1:], counts, strict=False)
-        ]
-        x = charts.quantity("reward", "reward (middle of the bin)")
+        rows = charts.bins(edges, counts, "reward", "responses")
+        return [charts.histogram("rewards-histogram", title, summary, "reward", "reward", rows)]
     spec = charts.bar(x, charts.quantity("responses", "responses"), tooltip=("reward", "responses"))
     return [charts.chart("rewards-histogram", title, summary, spec, rows)]
 
@@ -241,27 +173,31 @@ def _gaps(facts: RewardFacts, frame: ResponseNumbers) -> list[Block]:
     if not (0 < widest < np.inf and widest / 20 > 0):
         return []
     counts, edges = np.histogram(gaps, 20, (0.0, widest))
-    rows = [
-        {"gap": float((a + b) / 2), "groups": int(n)}
-        for a, b, n in zip(edges, edges[1:], counts, strict=False)
-    ]
+    rows = charts.bins(edges, counts, "gap", "groups")
     low, _, middle, _, high = facts.gaps
     summary = (
         f"Of the groups with unequal rewards, the middle gap is {plain(middle)}; 80% lie between "
         f"{plain(low)} and {plain(high)}. {facts.equal_groups:,} groups have none."
     )
-    spec = charts.bar(
-        charts.quantity("gap", "max R - min R of a group (middle of the bin)"),
-        charts.quantity("groups", "groups"),
-        tooltip=("gap", "groups"),
-    )
-    return [charts.chart("rewards-gaps", "Reward gaps within groups", summary, spec, rows)]
+    title = f"max R {MINUS} min R of a group"
+    name = "Reward gaps within groups"
+    return [charts.histogram("rewards-gaps", name, summary, "gap", title, rows)]
+
+
+def reward_labels(values: np.ndarray) -> list[str]:
+    """The values with three significant digits, or as many as tell them apart."""
+    for digits in (3, 6, 9, 17):
+        labels = [plain(float(value), digits) for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _length(found: ByLength) -> list[Block]:
     rows = [
         {
             "length": _ratio_text(each.low, each.high),
+            "ratio": _middle(each.low, each.high),
             "advantage": each.advantage,
             "low": each.advantage - _or_zero(each.error),
             "high": each.advantage + _or_zero(each.error),
@@ -269,8 +205,14 @@ def _length(found: ByLength) -> list[Block]:
         }
         for each in found.bins
     ]
-    x = charts.category("length", "length / mean length of the group")
-    title = "reward - mean reward of the group"
+    ends = [0.25, 0.5, 0.7, 1, 1.4, 2, 4]
+    x = charts.quantity(
+        "ratio",
+        "length / mean length of the group",
+        scale={"type": "log", "domain": [0.15, 6.5], "nice": False},
+        axis={"values": ends, "format": "~g", **charts.UPRIGHT},
+    )
+    title = f"reward {MINUS} mean reward of the group"
     spec = charts.layers(
         charts.whiskers(x, "low", "high", title),
         charts.point(x, charts.quantity("advantage", title), tooltip=("length", "responses")),
@@ -290,7 +232,14 @@ def _or_zero(value: float) -> float:
 def _ratio_text(low: float, high: float) -> str:
     if not low:
         return f"below {high:g}"
-    return f"{low:g} and more" if math.isinf(high) else f"{low:g}-{high:g}"
+    return f"{low:g} and more" if math.isinf(high) else interval(f"{low:g}", f"{high:g}")
+
+
+def _middle(low: float, high: float) -> float:
+    """Where a bin stands on a logarithmic axis: its geometric middle; beyond an open end."""
+    if not low:
+        return high / math.sqrt(2)
+    return low * math.sqrt(2) if math.isinf(high) else math.sqrt(low * high)
 
 
 def _writer_text(found: ByWriter) -> str:
@@ -300,13 +249,10 @@ def _writer_text(found: ByWriter) -> str:
             "groups, or the responses of each group are of one sampler."
         )
     return (
-        f"Who wrote a response explains {percent(found.share)} of the differences of rewards "
-        f"within groups, {percent(found.adjusted)} after adjustment: with a constant for each "
-        "group and each sampler fitted by least squares, the sum of squares of the samplers' "
-        "constants over the sum of squares of R - mean R of the group; "
-        "adjusted = 1 - (1 - share) · (N - G) / (N - G - p) with "
-        f"N - G = {found.degrees:,} and p = {found.constants} free constants. About 0 means no "
-        "more than chance."
+        f"Who wrote a response explains {percent(found.adjusted)} of the differences of rewards "
+        "within groups: the adjusted R squared of a regression on the samplers' names "
+        f"({percent(found.share)} unadjusted, {found.degrees:,} degrees of freedom and "
+        f"{found.constants} constants). About 0 means no more than chance."
     )
 
 

@@ -43,6 +43,7 @@ class Table:
         columns: of every row.
         rows: one cell per column; None is shown as a dash.
         note: a sentence below it, such as how many rows were left out; "" for none.
+        folded: whether the page shows its title alone until the reader opens it.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,27 @@ class Notice:
         text: what was found, with numbers.
         remedy: what to do about it; "" for nothing.
         flag: a flag of `GroupToRead`: the notice links to the groups that have it; "" for none.
+        section: id of a section that tells more, to which the notice links; "" for none.
     """
 
     severity: Severity
     text: str
     remedy: str = ""
     flag: str = ""
+    section: str = ""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A paragraph.
+
+    Attributes:
+        text: its sentences.
+        flag: as in `Notice`.
+    """
 
     text: str
+    flag: str = ""
 
 
 Block = Table | Chart | Figures | Notice | Text

@@ -75,6 +75,7 @@ def render_page(page: Page, *, live: bool = False) -> str:
         style=_markup(style),
         scripts={name: _markup(text) for name, text in scripts.items()},
         policy=_policy(scripts.values(), style, live=live),
+        titles={section.id: section.title for section in page.sections},
         flags=frozenset(flag for group in page.groups for flag in group.flags),
         groups_json=_script_json([packed_group(group) for group in page.groups]),
         chart_json=_chart_json,
