@@ -228,6 +228,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list | set):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a text or a number", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} occurs twice", key_node.start_mark
@@ -251,6 +255,7 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML document, with booleans and floats as in YAML 1.2.
 
     Raises:
-        yaml.YAMLError: the document cannot be parsed, or a mapping has a key twice.
+        yaml.YAMLError: the document cannot be parsed, or a mapping has a key twice or a key that is
+            a list or a mapping.
     """
     return yaml.load(text, Loader=_Loader)

@@ -28,7 +28,7 @@ from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
-from gvpo_offline.store.commit import temporary_name
+from gvpo_offline.store.commit import storage_errors, temporary_name
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.carded import run_settings
@@ -245,8 +245,12 @@ class _RunFile(TrainerCallback):
             path = Path(args.output_dir) / RUN_FILE
             # Written beside and renamed: a resumed run reads what earlier starts wrote.
             written = temporary_name(path.parent, RUN_FILE)
-            written.write_text(text, encoding="utf-8")
-            os.replace(written, path)
+            try:
+                with storage_errors(path):
+                    written.write_text(text, encoding="utf-8")
+                    os.replace(written, path)
+            finally:
+                written.unlink(missing_ok=True)
 
 
 def _peft_config(lora: LoraSettings) -> PeftConfig | None:

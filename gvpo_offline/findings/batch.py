@@ -25,6 +25,7 @@ MOST_EXAMPLES = 5
 LIGHT_COLUMNS = (
     *SUMMARY_COLUMNS,
     PROMPT_HASH,
+    "source",
     "sampler_seq_logprobs",
     "rewards",
     "components",

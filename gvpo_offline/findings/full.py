@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.findings.batch import Examples, Flags, Floats, Ints
+from gvpo_offline.findings.echo import prompts_in_responses
 from gvpo_offline.findings.ends import EndTokens, ends_of, observed_ends
 from gvpo_offline.findings.finding import Finding, Place
-from gvpo_offline.findings.judge import Judge
+from gvpo_offline.findings.judge import FEW_CASES, Judge
 from gvpo_offline.findings.thresholds import Thresholds
 from gvpo_offline.findings.tokens import TOKEN_COLUMNS, TokenBatch, token_batch
 from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets
@@ -27,6 +28,30 @@ FULL_COLUMNS = (
 )
 """What the checks of tokens read; where a sidecar is not joined, its columns are absent."""
 Progress = Callable[[Iterable[int]], Iterable[int]]
+# Rules of shares: the name, what the share is of, its unit, and what is true of it.
+_OF_SCORES = (
+    (
+        "contradictory-duplicates",
+        "copied",
+        "groups",
+        "with equal responses give them different rewards",
+    ),
+    ("unlikely-first-tokens", "scored", "responses", "have a first token below {low} nats"),
+    ("unlikely-end-tokens", "scored ends", "responses", "have an end token below {low} nats"),
+)
+_OF_TOKENS = (
+    ("duplicate-responses", "responses", "responses", "repeat an earlier one of their group"),
+    ("empty-responses", "responses", "responses", "hold no text"),
+    ("repeated-end-token", "responses", "responses", "end with two end tokens{ids}"),
+    ("prompt-in-response", "long prompts", "responses", "to long prompts begin with the prompt"),
+    ("missing-generation-prompt", "chat prompts", "prompts", "end with the end of a turn{ids}"),
+    (
+        "mask-counts-everything",
+        "masked",
+        "groups",
+        "with a loss mask count every token of several turns",
+    ),
+)
 
 
 def full_findings(
@@ -57,7 +82,7 @@ def full_findings(
     for row_group in progress(numbers) if progress else numbers:
         batch = token_batch(dataset, row_group, FULL_COLUMNS)
         if batch.table.num_rows:
-            found.add(batch)
+            found.add(batch, tokens_too=tokens_too)
     judge = Judge(thresholds or Thresholds())
     found.judge(judge, dataset, tokens_too=tokens_too)
     return judge.findings
@@ -80,8 +105,8 @@ class TokenScan:
     by_sampler: Counter[str] = field(default_factory=Counter)
     _examples: dict[str, Examples] = field(default_factory=dict)
 
-    def add(self, batch: TokenBatch) -> None:
-        """Count a batch."""
+    def add(self, batch: TokenBatch, *, tokens_too: bool = True) -> None:
+        """Count a batch; `tokens_too` as in `full_findings`."""
         self.counts["responses"] += len(batch.ends)
         self.counts["groups"] += len(batch.sizes)
         at_end = np.isin(batch.last, list(self.ends.ids))
@@ -91,6 +116,13 @@ class TokenScan:
         self.by_sampler.update(batch.samplers[i] for i in np.flatnonzero(missing).tolist())
         alone = at_end & (batch.ends - batch.begins == 1)
         self._count("empty-responses", batch, alone | _blank(batch))
+        lengths = batch.ends - batch.begins
+        before = batch.tokens[np.maximum(batch.ends - 2, batch.begins)]
+        self._count("repeated-end-token", batch, at_end & (lengths > 1) & (before == batch.last))
+        if tokens_too:
+            echoes, judged = prompts_in_responses(batch)
+            self._count("prompt-in-response", batch, echoes)
+            self.counts["long prompts"] += int(judged.sum())
         self._add_copies(batch)
         self._add_masks(batch)
         self._add_prompts(batch)
@@ -178,54 +210,17 @@ class TokenScan:
 
     def judge(self, judge: Judge, dataset: GroupDataset, *, tokens_too: bool) -> None:
         """Add the findings."""
-        low = self.thresholds.min_token_logprob
-        shares: list[tuple[str, str, str, str]] = [
-            (
-                "contradictory-duplicates",
-                "copied",
-                "groups",
-                "with equal responses give them different rewards",
-            ),
-            (
-                "unlikely-first-tokens",
-                "scored",
-                "responses",
-                f"have a first token below {low} nats",
-            ),
-            (
-                "unlikely-end-tokens",
-                "scored ends",
-                "responses",
-                f"have an end token below {low} nats",
-            ),
-        ]
+        shares = [*_OF_SCORES, *(_OF_TOKENS if tokens_too else ())]
         if tokens_too:
-            shares += [
-                (
-                    "duplicate-responses",
-                    "responses",
-                    "responses",
-                    "repeat an earlier one of their group",
-                ),
-                ("empty-responses", "responses", "responses", "hold no text"),
-                (
-                    "missing-generation-prompt",
-                    "chat prompts",
-                    "prompts",
-                    f"end with the end of a turn{self._ids()}",
-                ),
-                (
-                    "mask-counts-everything",
-                    "masked",
-                    "groups",
-                    "with a loss mask count every token of several turns",
-                ),
-            ]
             self._judge_ends(judge, dataset)
             self._judge_little(judge, dataset)
+        facts = {"low": self.thresholds.min_token_logprob, "ids": self._ids()}
         for rule, of, unit, what in shares:
+            if rule == "contradictory-duplicates" and self.counts[rule] < FEW_CASES:
+                continue
             places = self._places(rule, dataset)
-            judge.share(rule, self.counts[rule], self.counts[of], unit, what, places)
+            said = what.format(**facts)
+            judge.share(rule, self.counts[rule], self.counts[of], unit, said, places)
 
     def _places(self, name: str, dataset: GroupDataset) -> Sequence[Place]:
         return self._examples.get(name, Examples()).places(dataset)

@@ -9,6 +9,9 @@ from gvpo_offline.findings.finding import Finding, Place
 from gvpo_offline.findings.rules import RULES
 from gvpo_offline.findings.thresholds import Limit, Thresholds
 
+FEW_CASES = 3
+"""Fewer cases in a small part of a dataset may be chance, whatever their share is."""
+
 
 @dataclass
 class Judge:

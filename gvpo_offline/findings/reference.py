@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gvpo_offline.findings.batch import Batch, Examples
-from gvpo_offline.findings.judge import Judge
+from gvpo_offline.findings.judge import FEW_CASES, Judge
 from gvpo_offline.findings.thresholds import Thresholds
 from gvpo_offline.store.dataset import GroupDataset
 
@@ -116,15 +116,16 @@ class ReferenceScan:
         worst = [
             sampler
             for sampler, count in sorted(self.unlikely.items(), key=lambda each: -each[1])
-            if count and count / self.scored[sampler] > limit.value
+            if count >= FEW_CASES and count / self.scored[sampler] > limit.value
         ]
         if not worst:
             return
         count, of = (sum(each[s] for s in worst) for each in (self.unlikely, self.scored))
-        shares = ", ".join(f"{names[s]} {self.unlikely[s] / self.scored[s]:.1%}" for s in worst[:5])
+        told = [f"{names[s]} ({self.unlikely[s] / self.scored[s]:.1%})" for s in worst[:5]]
+        whose = f"sampler{'s' if len(worst) > 1 else ''} {', '.join(told)}"
         judge.found(
             "unlikely-responses",
-            f"{count:,} of {of:,} responses of {shares} have a log-prob per token below "
+            f"{count:,} of {of:,} responses of {whose} have a log-prob per token below "
             f"{self.thresholds.min_token_logprob} nats{label}; max_unlikely_share is "
             f"{limit.value:g}",
             count,

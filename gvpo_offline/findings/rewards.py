@@ -11,12 +11,18 @@ import numpy as np
 from gvpo_offline.findings.batch import Batch, Examples, Floats, Ints
 from gvpo_offline.findings.finding import Finding
 from gvpo_offline.findings.judge import Judge, share_text
+from gvpo_offline.findings.scales import (
+    FEW_RESPONSES,
+    Scale,
+    SourceScales,
+    add_scales,
+    are_times,
+    two_scales,
+)
 from gvpo_offline.store.arrow import as_numpy, column_array, list_offsets
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.survey import Survey
 
-FEW_RESPONSES = 30
-"""A sampler with fewer responses may have one reward for all of them by chance."""
 MOST_SAMPLERS = 64
 """With more samplers the regression of the reward on their names is left out: its matrix grows with
 their square."""
@@ -33,11 +39,12 @@ class SamplerShare:
     _squares: Floats = field(default_factory=lambda: np.zeros((MOST_SAMPLERS, MOST_SAMPLERS)))
     _products: Floats = field(default_factory=lambda: np.zeros(MOST_SAMPLERS))
     _total: float = 0.0
-    _freedom: int = 0
+    freedom: int = 0  # responses minus groups
     _too_many: bool = False
 
     def add(self, batch: Batch, centered: Floats) -> None:
         """Count a batch, with its (N,) rewards minus the mean of their group."""
+        self.freedom += len(centered) - len(batch.sizes)
         self._too_many |= int(batch.samplers.max(initial=0)) >= MOST_SAMPLERS
         if self._too_many:
             return
@@ -49,20 +56,20 @@ class SamplerShare:
         self._squares += np.diag(counts.sum(0)) - counts.T @ (counts / batch.sizes[:, None])
         self._products += np.bincount(batch.samplers, centered, MOST_SAMPLERS)
         self._total += float(centered @ centered)
-        self._freedom += len(centered) - len(batch.sizes)
 
     @property
     def explained(self) -> float:
-        """Adjusted R squared; nan where the rewards do not vary or there are too many samplers."""
+        """Adjusted R squared; nan where the rewards do not vary, there are too many samplers, or
+        fewer than 30 degrees of freedom remain: a few responses follow their samplers by chance."""
         known = math.isfinite(self._total) and np.isfinite(self._products).all()
         if self._too_many or not known or self._total <= 0:
             return math.nan
         rank = int(np.linalg.matrix_rank(self._squares, hermitian=True))
-        if self._freedom <= rank:
+        if self.freedom < rank + FEW_RESPONSES:
             return math.nan
         weights = np.linalg.lstsq(self._squares, self._products, rcond=None)[0]
         plain = float(self._products @ weights) / self._total
-        return 1 - (1 - plain) * self._freedom / (self._freedom - rank)
+        return 1 - (1 - plain) * self.freedom / (self.freedom - rank)
 
 
 @dataclass
@@ -71,7 +78,8 @@ class RewardScan:
 
     share: SamplerShare = field(default_factory=SamplerShare)
     lowest: float = math.inf
-    by_sampler: dict[int, tuple[int, float, float]] = field(default_factory=dict)
+    by_sampler: dict[int, Scale] = field(default_factory=dict)
+    by_source: SourceScales = field(default_factory=SourceScales)
     truncated_best: int = 0
     unequal: int = 0
     missing: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -106,6 +114,7 @@ class RewardScan:
         self.truncated_best += int(cut.sum())
         self._examples["truncated"].add(batch, cut)
         self._add_samplers(batch, rewards)
+        self.by_source.add(batch, rewards)
         with np.errstate(over="ignore", invalid="ignore"):
             centered, lengths = batch.centered(rewards), batch.centered(batch.lengths)
             self._moments += [centered @ centered, lengths @ lengths, centered @ lengths]
@@ -114,17 +123,9 @@ class RewardScan:
             self._add_components(batch)
 
     def _add_samplers(self, batch: Batch, rewards: Floats) -> None:
-        order = np.argsort(batch.samplers, kind="stable")
-        present, starts, counts = np.unique(
-            batch.samplers[order], return_index=True, return_counts=True
-        )
-        lows = np.minimum.reduceat(rewards[order], starts)
-        highs = np.maximum.reduceat(rewards[order], starts)
-        for sampler, own, smallest, largest in zip(
-            *(each.tolist() for each in (present, counts, lows, highs)), strict=True
-        ):
-            count, low, high = self.by_sampler.get(sampler, (0, math.inf, -math.inf))
-            self.by_sampler[sampler] = (count + own, min(low, smallest), max(high, largest))
+        numbers = range(int(batch.samplers.max(initial=-1)) + 1)
+        add_scales(self.by_sampler, numbers, batch.samplers, rewards)
+        for sampler in np.unique(batch.samplers).tolist():
             examples = self._first.setdefault(sampler, Examples())
             if not examples.full:
                 examples.add(batch, batch.any(batch.samplers == sampler))
@@ -164,7 +165,7 @@ class RewardScan:
         self._judge_equal(judge, dataset, survey)
         self._judge_samplers(judge, dataset, names)
         self._judge_length(judge, dataset)
-        self._judge_scale(judge, dataset, survey)
+        self._judge_scale(judge, dataset, survey, names)
         self._judge_components(judge, dataset, survey)
         judge.share(
             "truncated-best",
@@ -201,15 +202,15 @@ class RewardScan:
     def _judge_samplers(self, judge: Judge, dataset: GroupDataset, names: Sequence[str]) -> None:
         constant = [
             sampler
-            for sampler, (count, low, high) in self.by_sampler.items()
-            if low == high and count >= FEW_RESPONSES
+            for sampler, own in self.by_sampler.items()
+            if own.low == own.high and own.count >= FEW_RESPONSES
         ]
         limit = judge.limit("max_constant_reward_samplers")
         if limit is not None and self.unequal and len(constant) > limit.value:
             places = self._first[constant[0]].places(dataset)
             told = ", ".join(
-                f"{names[s]} ({self.by_sampler[s][0]:,} responses, all with reward "
-                f"{self.by_sampler[s][1]:g})"
+                f"{names[s]} ({self.by_sampler[s].count:,} responses, all with reward "
+                f"{self.by_sampler[s].low:g})"
                 for s in constant[:5]
             )
             judge.found(
@@ -240,6 +241,8 @@ class RewardScan:
         of_rewards, of_lengths, both = self._moments.tolist()
         if limit is None or not (of_rewards > 0 and of_lengths > 0):
             return
+        if self.share.freedom < FEW_RESPONSES:
+            return
         correlation = both / math.sqrt(of_rewards) / math.sqrt(of_lengths)
         if abs(correlation) > limit.value:
             judge.found(
@@ -253,7 +256,35 @@ class RewardScan:
                 "max_reward_length_correlation",
             )
 
-    def _judge_scale(self, judge: Judge, dataset: GroupDataset, survey: Survey) -> None:
+    def _judge_scales(self, judge: Judge, dataset: GroupDataset, names: Sequence[str]) -> None:
+        limit = judge.limit("max_reward_scale_ratio")
+        if limit is None:
+            return
+        by_name = {names[number]: own for number, own in self.by_sampler.items()}
+        for kind, scales in (("source", self.by_source.scales), ("sampler", by_name)):
+            pair = two_scales(scales, limit.value)
+            if pair is None:
+                continue
+            told = ", ".join(
+                f"of {kind} {each} in [{scales[each].low:.4g}, {scales[each].high:.4g}]"
+                for each in pair
+            )
+            most = scales[pair[1]].largest
+            count = sum(most > limit.value * own.largest for own in scales.values())
+            judge.found(
+                "mixed-reward-scales",
+                f"rewards {told}: different scales; max_reward_scale_ratio is {limit.value:g}",
+                count,
+                len(scales),
+                f"{kind}s",
+                self._examples["unequal"].places(dataset),
+                "max_reward_scale_ratio",
+            )
+            return
+
+    def _judge_scale(
+        self, judge: Judge, dataset: GroupDataset, survey: Survey, names: Sequence[str]
+    ) -> None:
         median, n_groups = survey.median_reward_gap, survey.n_groups
         low, high = judge.limit("min_reward_gap"), judge.limit("max_reward_gap")
         for name, limit, broken in (
@@ -271,6 +302,17 @@ class RewardScan:
                     self._examples["unequal"].places(dataset),
                     name,
                 )
+        if self.unequal and are_times(*survey.reward_range):
+            judge.found(
+                "reward-scale",
+                f"every reward is a number such as {survey.reward_range[0]:.0f}, as times are "
+                "(seconds or milliseconds since 1970)",
+                self.unequal,
+                n_groups,
+                "groups",
+                self._examples["unequal"].places(dataset),
+            )
+        self._judge_scales(judge, dataset, names)
         ratio = judge.limit("max_reward_gap_ratio")
         if ratio is None or not median > 0:
             return

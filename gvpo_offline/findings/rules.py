@@ -191,6 +191,15 @@ _RULES = (
         ("max_reward_gap_ratio",),
     ),
     Rule(
+        "mixed-reward-scales",
+        "warning",
+        "light",
+        "all sources and all samplers have rewards of one scale",
+        "bring the rewards of the log to one scale and import it again, or score every response "
+        "anew with `gvpo-offline reward`",
+        ("max_reward_scale_ratio",),
+    ),
+    Rule(
         "missing-components",
         "warning",
         "light",
@@ -318,6 +327,23 @@ _RULES = (
         "import with the chat template of the policy, which writes the end token, or mark the "
         "responses as truncated: without it the policy does not learn to stop",
         ("max_missing_end_share",),
+    ),
+    Rule(
+        "repeated-end-token",
+        "warning",
+        "full",
+        "a response has its end token once",
+        "remove the end token from the texts of the log; the chat template writes it",
+        ("max_repeated_end_share",),
+    ),
+    Rule(
+        "prompt-in-response",
+        "warning",
+        "full",
+        "a response holds the answer, without the prompt before it",
+        "cut the prompt from the responses of the log (a text generation that returns the full "
+        "text writes both), and import again",
+        ("max_prompt_in_response",),
     ),
     Rule(
         "unlikely-first-tokens",

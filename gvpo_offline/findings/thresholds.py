@@ -20,6 +20,18 @@ OFF = "off"
 Threshold = float | dict[str, Any] | str
 """A number; or {max: number, severity: error} ({min: …} where the name begins with min); or off."""
 _SEVERITIES = (*get_args(Severity), OFF)
+_BOUNDS = {
+    "min_groups": (0, math.inf),
+    "min_group_size": (0, math.inf),
+    "max_group_tokens_ratio": (1, math.inf),
+    "max_constant_reward_samplers": (0, math.inf),
+    "min_reward_gap": (0, math.inf),
+    "max_reward_gap": (0, math.inf),
+    "max_reward_gap_ratio": (1, math.inf),
+    "max_reward_scale_ratio": (1, math.inf),
+    "min_token_logprob": (-math.inf, 0),
+}
+_SHARE = (0, 1)  # every other threshold; a correlation is compared without its sign
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,12 @@ class Thresholds:
     max_sampler_reward_share: Threshold = 0.8
     """Largest share of the variance of rewards within groups that the samplers' names explain
     (adjusted R squared of a regression on the names). Models of different strength explain a third
-    or so; at four fifths the reward is hardly more than the name."""
+    or so; at four fifths the reward is hardly more than the name. Not looked at with fewer than 30
+    responses beside the first of each group."""
     max_reward_length_correlation: Threshold = 0.7
     """Largest correlation, of either sign, of reward and response length within groups. At 0.7 the
-    length explains a half of the variance of the rewards."""
+    length explains a half of the variance of the rewards. Not looked at with fewer than 30
+    responses beside the first of each group."""
     min_reward_gap: Threshold = 1e-4
     """Smallest median of max - min reward of the groups with different rewards. At the smallest
     usual beta, 0.01, the gap of the optimum's log-ratios would be 0.01 nats: too small to see."""
@@ -86,6 +100,10 @@ class Thresholds:
     max_reward_gap_ratio: Threshold = 1000
     """Largest max - min reward of a group, as a multiple of the median of the groups with different
     rewards. A squared loss gives a group of 1000 times the gap a million times the weight."""
+    max_reward_scale_ratio: Threshold = 50
+    """Largest ratio of the largest absolute rewards of two sources, or of two samplers. Rewards of
+    0 to 1 beside rewards of 0 to 100 have 100, and weigh the former next to nothing; a weak sampler
+    with partial credit of a few per cent has 20 or so."""
     max_missing_components: Threshold = 0.1
     """Largest share of responses without a number (NaN) for some component of the reward."""
     max_unscored_share: Threshold = 0.0
@@ -97,8 +115,8 @@ class Thresholds:
     the first or last token of a wrong template (docs/howto/tokens.md); -6 is a uniform guess among
     400 tokens. A number alone: the severity belongs to the shares below."""
     max_unlikely_share: Threshold = 0.1
-    """Largest share of unlikely responses of any sampler. Single strange answers occur; a tenth of
-    a sampler's answers points to other tokens or another model."""
+    """Largest share of unlikely responses of any sampler, from 3 such responses on. Single strange
+    answers occur; a tenth of a sampler's answers points to other tokens or another model."""
     max_certain_share: Threshold = 0.01
     """Largest share of responses whose log-prob is 0 to a millionth of a nat per token. No model is
     that certain of a whole answer; numbers that were never computed are."""
@@ -107,7 +125,8 @@ class Thresholds:
     answers do repeat; above a fifth, the group is smaller than its size says."""
     max_contradictory_share: Threshold = 0.05
     """Largest share of the groups with repeated responses whose equal responses have different
-    rewards. A judge that samples disagrees with itself now and then, in one group of twenty."""
+    rewards, from 3 such groups on. A judge that samples disagrees with itself now and then, in one
+    group of twenty."""
     max_empty_share: Threshold = 0.01
     """Largest share of responses that hold nothing but an end token or white space."""
     max_missing_end_share: Threshold = 0.05
@@ -118,6 +137,12 @@ class Thresholds:
     predictable ones, so only a majority points to the template."""
     max_unlikely_end_share: Threshold = 0.5
     """Largest share of complete responses with an unlikely end token."""
+    max_repeated_end_share: Threshold = 0.01
+    """Largest share of responses whose end token stands twice. A template writes it once."""
+    max_prompt_in_response: Threshold = 0.05
+    """Largest share of responses that begin with their whole prompt, of those with a prompt of at
+    least 8 tokens or 40 characters. Answers quote a question now and then; one in twenty points to
+    a log of whole texts."""
     max_missing_generation_prompt: Threshold = 0.05
     """Largest share of the prompts of chat messages that end with the token that ends a turn."""
     max_full_masks: Threshold = 0.5
@@ -141,6 +166,13 @@ class Thresholds:
                 "min_token_logprob is a number",
                 received=self.min_token_logprob,
                 remedy="give severity or off to max_unlikely_share and the shares beside it",
+            )
+        low, high = self.limit("min_reward_gap"), self.limit("max_reward_gap")
+        if low and high and low.value > high.value:
+            raise ConfigError(
+                "min_reward_gap is at most max_reward_gap",
+                received=f"min_reward_gap {low.value:g} and max_reward_gap {high.value:g}",
+                remedy="lower the one or raise the other; no dataset is within both",
             )
 
     def limit(self, name: str) -> Limit | None:
@@ -185,13 +217,33 @@ def _limit(name: str, given: Any, default: Any) -> Limit | None:
             )
     if OFF in (value, severity):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    least, most = _BOUNDS.get(name, _SHARE)
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not math.isfinite(_float(value)):
         raise ConfigError(
             f"{name} is a finite number, off, or a mapping of {bound} and severity",
-            received=value,
+            received="null" if value is None else value,
             remedy=f"write {name}: {default}, which is the default, or {name}: off",
         )
+    if not least <= value <= most:
+        span = f"at least {least:g}" if most == math.inf else f"at most {most:g}"
+        percent = 1 < value <= 100 and (least, most) == _SHARE
+        raise ConfigError(
+            f"{name} is {'a share in [0, 1]' if (least, most) == _SHARE else span}",
+            received=value,
+            remedy=f"write {name}: {value / 100:g} for {value:g}%, or {name}: off"
+            if percent
+            else f"write {name}: {default}, which is the default, or {name}: off",
+        )
     return Limit(float(value), severity)
+
+
+def _float(value: int | float) -> float:
+    """`value`, or infinity where it is an integer that no float can hold."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _check_rule(rule: str, severity: str) -> None:
@@ -199,13 +251,18 @@ def _check_rule(rule: str, severity: str) -> None:
     if rule not in RULES or rule in fixed or severity not in _SEVERITIES:
         known = [name for name in RULES if name not in fixed]
         similar = difflib.get_close_matches(str(rule), known, 1)
+        remedy = (
+            "the rules are listed in docs/howto/validate.md; integrity and invalid-data are always "
+            "errors"
+        )
+        if rule in known:
+            remedy = f"write {rule}: error, warning, note or off"
+        elif similar:
+            remedy = f"did you mean {similar[0]}?"
         raise ConfigError(
             "severity has names of rules, and for each error, warning, note or off",
             received=f"{rule}: {severity}",
-            remedy=f"did you mean {similar[0]}?"
-            if similar and similar[0] != rule
-            else "the rules are listed in docs/howto/validate.md; integrity and invalid-data are "
-            "always errors",
+            remedy=remedy,
         )
 
 
@@ -217,7 +274,8 @@ def load_thresholds(path: str | Path) -> Thresholds:
     """
     try:
         given = load_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # ValueError: bytes that are no UTF-8, a path with a null byte.
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "thresholds is a YAML file in UTF-8",
             received=str(error),
@@ -235,11 +293,10 @@ def load_thresholds(path: str | Path) -> Thresholds:
     known = [each.name for each in fields(Thresholds)]
     for name in given:
         if name not in known:
-            similar = difflib.get_close_matches(str(name), known, 1)
             raise ConfigError(
                 "a file of thresholds has the names of thresholds (docs/howto/validate.md)",
                 received=f"{name}",
-                remedy=f"did you mean {similar[0]}?" if similar else f"one of {', '.join(known)}",
+                remedy=_meant(name, known),
                 file=path,
             )
     if not isinstance(given.get("severity", {}), dict):
@@ -253,3 +310,14 @@ def load_thresholds(path: str | Path) -> Thresholds:
         return Thresholds(**given)
     except ConfigError as error:
         raise error.replaced(file=str(path)) from error
+
+
+def _meant(name: Any, known: list[str]) -> str:
+    """What may have been meant by a name that is no threshold."""
+    if isinstance(name, str) and name in RULES:
+        own = RULES[name].thresholds
+        written = f"severity: {{{name}: note}}"
+        told = f"its thresholds are {', '.join(own)}; " if own else ""
+        return f"{name} is a rule: {told}its severity is set with {written}"
+    similar = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {similar[0]}?" if similar else f"one of {', '.join(known)}"

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from gvpo_offline.findings.finding import Finding, verdict
 from gvpo_offline.findings.formats.text import verdict_line
+from gvpo_offline.hub.markdown import block, code
 from gvpo_offline.info.dataset import reward_label
 from gvpo_offline.info.text import (
     reference_text,
@@ -27,6 +28,7 @@ from gvpo_offline.info.text import (
 from gvpo_offline.store.manifest import FileEntry, LineageStep, Manifest, Sidecar
 from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
+from gvpo_offline.visible import visible
 
 # Part of the cards that earlier versions pushed: do not change.
 BEGIN = "<!-- gvpo-offline: each push writes this part anew -->"
@@ -176,13 +178,14 @@ def _usage(manifest: Manifest, repo_id: str) -> list[str]:
     score = f"gvpo-offline reference --dataset data --model_name_or_path {name}"
     config = f"reward-{reward.name}-v{reward.version}" if reward else None
     but = " but `incomplete`" if manifest.incomplete else ""
-    return [
-        "## Train from it\n",
-        "```sh",
+    commands = [
         f"gvpo-offline pull --repo_id {repo_id} --output_dir data",
         *([] if reference else [score]),
         f"gvpo-offline train --dataset data {' '.join(train)}",
-        "```\n",
+    ]
+    return [
+        "## Train from it\n",
+        *block("\n".join(commands), "sh"),
         "## Read it\n",
         "```python",
         "from datasets import load_dataset\n",
@@ -221,7 +224,7 @@ def _contents(manifest: Manifest) -> list[str]:
     ]
     tokenizer = manifest.tokenizer
     said = (
-        f"`{tokenizer.name_or_path}`, {tokenizer.vocab_size:,} ids, fingerprint "
+        f"{code(tokenizer.name_or_path)}, {tokenizer.vocab_size:,} ids, fingerprint "
         f"`{tokenizer.fingerprint[:12]}`"
         if tokenizer
         else "not said"
@@ -252,4 +255,5 @@ def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 
 def _cell(text: str) -> str:
     """Text on one line for a cell of a Markdown table; no link, image or HTML begins in it."""
-    return " ".join(_MARKUP.sub(r"\\\1", text).replace("<", "&lt;").split())
+    plain = visible(" ".join(text.split()), keep="")
+    return _MARKUP.sub(r"\\\1", plain).replace("<", "&lt;")

@@ -12,6 +12,7 @@ from gvpo_offline.hub.card import card
 from gvpo_offline.hub.push import (
     CARD,
     FILES_PER_COMMIT,
+    card_findings,
     check_private,
     files_to_upload,
     has_version,
@@ -149,7 +150,8 @@ def _plan(
     commits = max(1, -(-len(upload) // FILES_PER_COMMIT))
     name, own_card = _beside(root, manifest)
     upload[name] = (root / name).stat().st_size
-    upload[own_card] = len(card(manifest, config.repo_id).encode())  # of a card without other text
+    own = card(manifest, config.repo_id, findings=card_findings(root, manifest))
+    upload[own_card] = len(own.encode())  # of a card without other text
     said = f"{text}; {commits} commit{'s' if commits > 1 else ''}"
     return PushPlan(
         config.repo_id, config.revision, manifest.version, upload, there, said, asked=asked

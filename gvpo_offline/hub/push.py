@@ -168,7 +168,8 @@ def _upload(
     from huggingface_hub import CommitOperationAdd
 
     starts = range(0, max(len(missing), 1), FILES_PER_COMMIT)
-    own_card = card(manifest, config.repo_id, _card_there(repo), _findings(root, manifest)).encode()
+    found = card_findings(root, manifest)
+    own_card = card(manifest, config.repo_id, _card_there(repo), found).encode()
     name = manifest_path(root, manifest.version).name
     beside = [CommitOperationAdd(name, root / name), CommitOperationAdd(CARD, own_card)]
     title = f"Version {manifest.version} of the dataset"
@@ -188,7 +189,7 @@ def _upload(
     return len(starts)
 
 
-def _findings(root: Path, manifest: Manifest) -> Sequence[Finding]:
+def card_findings(root: Path, manifest: Manifest) -> Sequence[Finding]:
     """What the light checks find; invalid data, which a push does not refuse, is a finding too."""
     try:
         return light_checks(root, manifest).findings

@@ -362,5 +362,5 @@ def retry_after(headers: Any) -> float:
             return max(0.0, email.utils.mktime_tz(date) - time.time())
         seconds = float(text)
         return max(0.0, seconds) if seconds == seconds else 0.0
-    except ValueError:
+    except (ValueError, OverflowError):  # a date of a year that no clock has
         return 0.0

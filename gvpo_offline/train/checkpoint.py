@@ -326,7 +326,7 @@ def save_errors(folder: Path) -> Iterator[None]:
         _discard(folder)
         raise
     except Exception as error:
-        if _has_room(folder.parent):
+        if has_room(folder.parent):
             raise
         _discard(folder)
         raise StorageError(
@@ -337,7 +337,7 @@ def save_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _has_room(folder: Path) -> bool:
+def has_room(folder: Path) -> bool:
     """Whether some megabytes can be written: the disk, a quota and file-size limits allow it."""
     probe = temporary_name(folder, "probe")
     try:

@@ -185,12 +185,19 @@ class StepMeter:
         """Add seconds in which the device waited for data."""
         self._waited += seconds
 
+    def skip_since(self, started: float) -> None:
+        """Leave the time from `started` (of `time.perf_counter`) to now out of that of training.
+
+        What passed before the last `drain` is left out already.
+        """
+        self._since += time.perf_counter() - max(started, self._since)
+
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics over all ranks since the last call; every rank must call this.
 
         Those of `GroupStatistics.metrics` except the loss, which transformers logs, plus
         `tokens_per_second` (over all ranks, each prompt counted once per group), `data_wait_share`
-        (share of wall time, mean over ranks), and `entropy` (nats, mean over scored tokens) if
+        (share of the time of training, mean over ranks), and `entropy` (nats, mean over scored tokens) if
         entropies were added.
         """
         wall = max(time.perf_counter() - self._since, 1e-9)

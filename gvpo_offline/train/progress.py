@@ -215,18 +215,23 @@ def _print(lines: Sequence[str]) -> None:
 
 
 def use_progress(trainer: Trainer, given: Sequence[Any] = ()) -> None:
-    """Replace what transformers prints, unless `log_format` is full.
+    """Replace what transformers prints; with `log_format: full` only its bar where there is no
+    terminal.
 
     Args:
         trainer: a new trainer.
         given: the user's callbacks, which stay.
     """
     args: Any = trainer.args
-    if args.log_format == "full":
-        return
-    regression = args.loss_type in REGRESSIONS and not args.imitation
-    lines = ProgressLines(args.log_format, regression=regression)
     callbacks = trainer.callback_handler.callbacks
+    lines: TrainerCallback
+    if args.log_format == "full":
+        if sys.stderr.isatty() or any(type(own) is PrinterCallback for own in callbacks):
+            return
+        lines = PrinterCallback()
+    else:
+        regression = args.loss_type in REGRESSIONS and not args.imitation
+        lines = ProgressLines(args.log_format, regression=regression)
     for number, callback in enumerate(callbacks):
         if _prints(callback) and not any(callback is own for own in given):
             callbacks[number] = lines

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from gvpo_offline.collectives import broadcast_from_rank0, gather_results
 from gvpo_offline.group import Group
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from gvpo_offline.compute.engine import Engine
     from gvpo_offline.stream.view import DatasetView
     from gvpo_offline.train.data import TrainingData
+    from gvpo_offline.train.objective import StepMeter
 
 # The worst groups of each logged step, beside the tracked ones.
 _MOST_OF_A_STEP = 4
@@ -45,6 +48,7 @@ class RecordedTrainer(ShardedTrainer):
 
     model: nn.Module
     data: TrainingData
+    _meter: StepMeter
     records_residuals = True
 
     def __init__(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> None:
@@ -100,6 +104,20 @@ class RecordedTrainer(ShardedTrainer):
             self.record.residuals(last, TRAINING, before=before, most=_MOST_OF_A_STEP)
             first = broadcast_from_rank0(lambda: self.record.first_worst(TRAINING))
             self._residuals.tracked = frozenset(first or ())
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers, but a checkpoint has a logged line of the steps up to it, and the speed
+        of training is without evaluations and saves.
+
+        Otherwise a run that resumes from a checkpoint between two logged steps would lose the
+        figures of the steps before it: they are in no file.
+        """
+        started = time.perf_counter()
+        may_save = self.args.save_strategy == SaveStrategy.BEST and self.control.should_evaluate
+        if self.args.logging_strategy != IntervalStrategy.NO:
+            self.control.should_log |= self.control.should_save or may_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._meter.skip_since(started)
 
     def _peak_memory(self) -> float:
         """The most memory that this process has had so far, in GB (10^9 bytes): on a GPU that of

@@ -129,7 +129,8 @@ class SampledTrainer(PredictingTrainer):
 
     def _show(self, result: SampledResult) -> None:
         step = self.state.global_step
-        summary = " ".join(" ".join(sampled_lines(result, self.args.beta, most=0)[:3]).split())
+        heading, *figures = sampled_lines(result, self.args.beta, most=0)[:3]
+        summary = f"{heading} {', '.join(line.strip() for line in figures)}"
         logger.info("step %d: %s", step, summary)
         for each in shown_answers(result):
             logger.info("step %d, sampled answer: %s", step, each.line())

@@ -18,7 +18,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainingArgu
 
 from gvpo_offline.compute.adapters import is_adapted
 from gvpo_offline.compute.loading import first_line
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, StorageError
+from gvpo_offline.store.commit import storage_errors
+from gvpo_offline.train.checkpoint import has_room
 from gvpo_offline.train.model_card import read_card
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,8 @@ def check_savable(
 
     Raises:
         ConfigError: something cannot be saved; named.
-        StorageError: the README.md of the run's folder is no file of text.
+        StorageError: the README.md of the run's folder is no file of text, or the disk of
+            temporary files is full.
     """
     if not args.should_save:
         return
@@ -97,19 +100,27 @@ def check_savable(
     with tempfile.TemporaryDirectory() as folder:
         for name, part in parts.items():
             if part is not None:
-                with _saving(name):
+                with _saving(name, Path(folder)):
                     part.save_pretrained(folder)
-        with _saving("training settings"):
+        with _saving("training settings", Path(folder)):
             torch.save(args, Path(folder) / "training_args.bin")
 
 
 @contextlib.contextmanager
-def _saving(name: str) -> Any:
+def _saving(name: str, folder: Path) -> Any:
     try:
-        yield
-    except OSError:
+        with storage_errors(folder):
+            yield
+    except (OSError, StorageError):
         raise
     except Exception as error:  # of any library
+        if not has_room(folder):  # torch.save raises RuntimeError on a full disk
+            raise StorageError(
+                "there must be room on the disk for temporary files",
+                received=f"none ({type(error).__name__})",
+                remedy="free some space, or set TMPDIR to a folder on another disk",
+                file=folder.parent,
+            ) from error
         raise ConfigError(
             "configuration, tokenizer and settings can be saved with the trained model",
             received=f"{name}: {type(error).__name__}: {first_line(error)}",

@@ -71,6 +71,22 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("[1, 2]", "maps names to numbers"),
         ("a: [", "is a YAML file in UTF-8"),
         ("max_truncated: 1\nmax_truncated: 2", "occurs twice"),
+        ("max_truncated:", "received null"),
+        ("max_truncated: 10", "a share in [0, 1]; received 10. Write max_truncated: 0.1 for 10%"),
+        ("max_truncated: -0.1", "max_truncated is a share in [0, 1]; received -0.1"),
+        ("max_truncated: {max: 5, severity: error}", "max_truncated is a share in [0, 1]"),
+        ("max_reward_length_correlation: -0.7", "max_reward_length_correlation is a share"),
+        ("min_groups: -3", "min_groups is at least 0; received -3"),
+        ("min_groups: " + "9" * 400, "min_groups is a finite number"),
+        ("max_group_tokens_ratio: 0.5", "max_group_tokens_ratio is at least 1"),
+        ("min_token_logprob: 6", "min_token_logprob is at most 0; received 6"),
+        ("min_reward_gap: 10\nmax_reward_gap: 1", "min_reward_gap is at most max_reward_gap"),
+        ("min_reward_gap: 2000", "received min_reward_gap 2000 and max_reward_gap 1000"),
+        ("? [a]\n: 3", "a key is a text or a number"),
+        ("? {a: 1}\n: 3", "a key is a text or a number"),
+        ("truncated-responses: error", "its thresholds are max_truncated; its severity is set"),
+        ("older-import: off", "lder-import is a rule: its severity is set with severity: {older"),
+        ("severity: {older-import: loud}", "Write older-import: error, warning, note or off"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -83,6 +99,13 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> Non
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_thresholds(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="null byte"):
+        load_thresholds(tmp_path / "a\0b")
+
+
+def test_anchors_are_read(tmp_path: Path) -> None:
+    found = loaded(tmp_path, "max_truncated: &share 0.2\nmax_empty_share: *share\n")
+    assert (found.max_truncated, found.max_empty_share) == (0.2, 0.2)
 
 
 def test_the_default_of_each_threshold_is_explained_and_used() -> None:
@@ -91,8 +114,13 @@ def test_the_default_of_each_threshold_is_explained_and_used() -> None:
     assert set(used) == set(NAMES)
 
 
+NOT_SHARES = ("max_group_tokens_ratio", "max_reward_gap", "max_reward_gap_ratio")
+NOT_SHARES = (*NOT_SHARES, "max_reward_scale_ratio")
+NOT_SHARES = (*NOT_SHARES, "max_constant_reward_samplers")
 LOOSE: dict[str, Any] = {
-    name: 1e9 if name.startswith("max_") else -1e9 for name in NAMES if name != "min_token_logprob"
+    name: 0 if name.startswith("min_") else 1e9 if name in NOT_SHARES else 1
+    for name in NAMES
+    if name != "min_token_logprob"
 }
 
 

@@ -169,6 +169,7 @@ def test_retry_after_holds_everybody(
 def test_retry_after_in_each_of_its_forms() -> None:
     assert retry_after({"retry-after": "2"}) == 2
     assert retry_after({"retry-after-ms": "250"}) == 0.25
+    assert retry_after({"retry-after": "12 Jan 99999999999999999 00:00:00"}) == 0
     assert 50 < retry_after({"retry-after": _in_a_minute()}) < 61
     for odd in ({}, {"retry-after": "soon"}, {"retry-after": "-3"}, {"retry-after": "nan"}):
         assert retry_after(odd) == 0

@@ -313,6 +313,30 @@ def components_that_are_nan(folder: Path) -> Path:
     return write(folder, groups, components=parts)
 
 
+@_planted("mixed-reward-scales", 1, 0)
+def one_source_with_points(folder: Path) -> Path:
+    """The groups of every second number come from another file, whose rewards are per cent."""
+
+    def change(n: int, g: Group) -> dict[str, Any]:
+        assert g.rewards is not None
+        return {"rewards": 100 * g.rewards, "source": "points.jsonl"} if n % 2 else {}
+
+    return write(folder, _changed(change))
+
+
+@_planted("mixed-reward-scales", 2, 0)
+def one_sampler_with_points(folder: Path) -> Path:
+    """The rewards of person are per cent; those of the two models are not."""
+    percent = [[100.0 if name == "person" else 1.0 for name in g.samplers] for g in clean_groups()]
+    return write(folder, _with_rewards(lambda n, g: np.array(percent[n]) * g.rewards))
+
+
+@_planted("reward-scale", 120, 0)
+def times_as_rewards(folder: Path) -> Path:
+    """The column of rewards is the time of the request, in seconds since 1970."""
+    return write(folder, _with_rewards(lambda n, g: 1.7e9 + 60 * n + g.rewards))
+
+
 # ---- responses and groups ----
 
 
@@ -572,6 +596,45 @@ def the_answers_of_a_person_do_not_end(folder: Path) -> Path:
     def change(n: int, g: Group) -> dict[str, Any]:
         ended = replace(g, response_token_ids=tuple(_ended(g)))
         return {**_without_end(n, ended, ["person"]), "truncated": (False,) * K}
+
+    return write(folder, _changed(change))
+
+
+@_planted("repeated-end-token", 468, 0, light=False)
+def two_end_tokens(folder: Path) -> Path:
+    """The log's texts hold the end token, and the template wrote another: 468 complete ones."""
+
+    def change(n: int, g: Group) -> dict[str, Any]:
+        ids = [np.append(row, [END] * int(row[-1] == END)) for row in g.response_token_ids]
+        return {"response_token_ids": tuple(row.astype(np.int32) for row in ids)}
+
+    return write(folder, _changed(change))
+
+
+@_planted("prompt-in-response", 480, 0, light=False)
+def responses_with_their_prompt(folder: Path) -> Path:
+    """A generation returned the full text: every response begins with the text of its prompt,
+    whose tokens are 8 words and the generation prompt."""
+
+    def change(n: int, g: Group) -> dict[str, Any]:
+        words = np.random.default_rng(n).integers(FIRST_WORD, VOCAB_SIZE, 8)
+        prompt = np.concatenate([words, [ASSISTANT, NEWLINE]]).astype(np.int32)
+        tokens = tuple(np.concatenate([prompt, row]) for row in g.response_token_ids)
+        return {"prompt_token_ids": prompt, "response_token_ids": tokens}
+
+    return write(folder, _changed(change))
+
+
+@_planted("prompt-in-response", 480, 0, light=False)
+def responses_with_their_question(folder: Path) -> Path:
+    """The texts of the responses begin with the conversation: by their texts, 40 characters of a
+    question after the name of the role; their tokens are not those of the prompt."""
+
+    def change(n: int, g: Group) -> dict[str, Any]:
+        question = f"What is the sum of {n:06d} and {n + 1:06d}, please?"
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+        texts = tuple(f"user\n{question}\nassistant\n{text}" for text in g.responses or ())
+        return {"messages": json.dumps(turns), "responses": texts}
 
     return write(folder, _changed(change))
 

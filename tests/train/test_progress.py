@@ -260,6 +260,19 @@ def test_full_is_what_transformers_prints(
     assert "'reweighted_reward_mean'" in first
 
 
+def test_full_has_a_bar_on_a_terminal_only(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file, each state of a bar would be a line, or a part of one long line."""
+    for terminal, expected in ((False, PrinterCallback), (True, ProgressCallback)):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        changes = {"log_format": "full", "disable_tqdm": False}
+        trainer = trainer_of(tiny_model_dir, dataset, tmp_path, max_steps=1, **changes)
+        found = [type(own) for own in trainer.callback_handler.callbacks]
+        printing = (PrinterCallback, ProgressCallback)
+        assert [kind for kind in found if kind in printing] == [expected]
+
+
 def test_callbacks_of_the_user_stay(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

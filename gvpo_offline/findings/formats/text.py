@@ -46,4 +46,7 @@ def places_text(places: Sequence[Place], count: int) -> str:
         group = [] if place.group is None else [f"group {place.group}"]
         by_file.setdefault(place.file, []).extend([" ".join([*row, *group])] * bool(row + group))
     shown = [f"{file}: {', '.join(own)}" if own else file for file, own in by_file.items()]
-    return "; ".join(shown) + (" …" if max(count, len(places)) > _SHOWN and places else "")
+    # A file that stands for a whole dataset is the only place.
+    rows = any(place.row is not None for place in places)
+    more = len(places) > _SHOWN or (rows and count > len(places[:_SHOWN]))
+    return "; ".join(shown) + (" …" if more else "")

@@ -79,6 +79,7 @@ class RunFacts:
         model: what was trained; "" if no file says.
         datasets, held_out: what it was trained and judged on.
         objective: the loss with its settings, in words.
+        regression: whether the optimum of the loss has an explained variance of 1.
         beta: reward per nat; None if no file says.
         step: the last step of which its files tell.
         steps: of the whole run; None if no file says.
@@ -104,6 +105,7 @@ class RunFacts:
     datasets: Sequence[str]
     held_out: str
     objective: str
+    regression: bool
     beta: float | None
     step: int
     steps: int | None
@@ -144,6 +146,7 @@ def run_facts(run: Run) -> RunFacts:
         datasets=_datasets(run, "dataset", "datasets"),
         held_out=_held_out(run),
         objective=_objective(run),
+        regression=run.fits_rewards,
         beta=float(beta) if isinstance(beta, int | float) else None,
         step=run.last_step,
         steps=run.total_steps,

@@ -17,6 +17,7 @@ from gvpo_offline.report.page.blocks import (
     Text,
 )
 from gvpo_offline.report.run.facts import RunFacts, SetFacts, progress
+from gvpo_offline.report.run.headline import headlines
 from gvpo_offline.report.run.words import duration, short, step_of
 
 _MOST_NOTICES = 5
@@ -27,22 +28,36 @@ def overview_section(facts: Sequence[RunFacts]) -> Section:
     """The overview: figures of one run, or a table of several."""
     blocks: list[Block]
     if len(facts) == 1:
-        blocks = [Figures(list(_figures(facts[0]))), *map(Text, facts[0].verdict)]
+        blocks = [*headlines(facts), Figures(list(_figures(facts[0])))]
+        blocks += [Text(" ".join(facts[0].verdict)), Figures(list(_made_of(facts[0])))]
     else:
-        blocks = [_table(facts)]
+        blocks = [*headlines(facts), _table(facts)]
         blocks += [Text(f"{own.name}: {' '.join(own.verdict)}") for own in facts]
     return Section(
         id="overview",
         title="At a glance",
-        look_for="Held-out figures tell what the policy learned; those of training alone do not. "
-        "Explained variance is the share of the rewards' variance within groups that beta times "
-        "the log-ratio explains: 0 is the reference, 1 the optimum of a regression such as GVPO.",
+        look_for="Judge by held-out figures. Explained variance is the share of the rewards' "
+        "variance that beta times the log-ratio explains: 0 is the reference, 1 the optimum.",
         blocks=[*blocks, *_notices(facts)],
     )
 
 
 def _figures(own: RunFacts) -> Iterator[Figure]:
+    """How far it is and how it fits: what a reader wants first."""
     yield Figure("state", own.state, progress(own))
+    for part in own.held_out_sets or own.sets:
+        yield from _figures_of_set(part)
+    yield Figure("warnings", f"{len(own.warnings):,}")
+    if own.seconds is not None:
+        yield Figure("time", duration(own.seconds), "of training since its last start")
+    if own.tokens_per_second is not None:
+        yield Figure("tokens a second", f"{own.tokens_per_second:,.0f}", "median")
+    if own.restarts:
+        yield Figure("restarts", f"{own.restarts:,}")
+
+
+def _made_of(own: RunFacts) -> Iterator[Figure]:
+    """What was trained, on what."""
     for name, text in (
         ("model", own.model),
         ("data", ", ".join(own.datasets)),
@@ -51,15 +66,6 @@ def _figures(own: RunFacts) -> Iterator[Figure]:
     ):
         if text:
             yield Figure(name, short(text, 80))
-    for part in own.held_out_sets or own.sets:
-        yield from _figures_of_set(part)
-    if own.seconds is not None:
-        yield Figure("time", duration(own.seconds), "of training since its last start")
-    if own.tokens_per_second is not None:
-        yield Figure("tokens a second", f"{own.tokens_per_second:,.0f}", "median")
-    if own.restarts:
-        yield Figure("restarts", f"{own.restarts:,}")
-    yield Figure("warnings", f"{len(own.warnings):,}")
 
 
 def _figures_of_set(part: SetFacts) -> Iterator[Figure]:
@@ -144,15 +150,9 @@ _COLUMNS = (
 
 
 def _notices(facts: Sequence[RunFacts]) -> Iterator[Notice]:
-    """What ended a run, and its last warnings."""
+    """The last warnings of the runs."""
     for own in facts:
         where = f"{own.name}: " if len(facts) > 1 else ""
-        if own.state == "failed":
-            yield Notice(
-                "error",
-                f"{where}training ended with an error: {short(own.error, 500)}",
-                "Correct the cause, and continue with resume_from_checkpoint: auto.",
-            )
         # A resumed run says again what it says at its start.
         once = list({warned.text: warned for warned in own.warnings}.values())
         for warned in once[-_MOST_NOTICES:]:

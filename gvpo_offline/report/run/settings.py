@@ -11,18 +11,27 @@ from gvpo_offline.report.run.files import Run
 from gvpo_offline.report.run.words import short
 
 # Parts of gvpo_run.json that follow from its settings.
-_DERIVED = ("identity",)
+_DERIVED = ("identity", "order")
+# Shown first where they differ: they decide most of what a run becomes.
+_FIRST = tuple(
+    f"training.{name}"
+    for name in ("loss_type", "beta", "learning_rate", "groups_per_step", "max_steps", "seed")
+)
 # What differs between any two runs.
 _OWN = ("training.output_dir", "training.logging_dir", "training.run_name")
-_MISSING = object()
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their path: {"training.beta": 0.1}; lists are values."""
+    """Settings by their path: {"training.beta": 0.1, "data.datasets.1.path": "data"}.
+
+    Lists of anything but settings are values.
+    """
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if not prefix and name in _DERIVED:
             continue
+        if isinstance(value, list) and value and all(isinstance(own, Mapping) for own in value):
+            value = {str(number): own for number, own in enumerate(value, 1)}
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{prefix}{name}.")
         else:
@@ -37,17 +46,23 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     are the paths of outputs.
     """
     own = [flat(run.settings) for run in runs if run.settings]
-    names: dict[str, None] = {}
+    names: dict[str, None] = dict.fromkeys(_FIRST)
     for settings in own:
         names |= dict.fromkeys(settings)
     found = {}
     for name in names:
-        values = [settings.get(name, _MISSING) for settings in own]
+        # Unset and not named are the same to a reader: both are shown as a dash.
+        values = [_unset(settings.get(name)) for settings in own]
         if name not in _OWN and any(value != values[0] for value in values):
             found[name] = [
                 None if not run.settings else flat(run.settings).get(name) for run in runs
             ]
     return found
+
+
+def _unset(value: Any) -> Any:
+    """None for a setting without a value, in each form in which run files have it."""
+    return None if value in ("None", [], {}, "") else value
 
 
 def difference_blocks(runs: Sequence[Run]) -> list[Table | Text]:
@@ -85,7 +100,7 @@ def settings_table(runs: Sequence[Run]) -> Table | None:
 
 def shown(value: Any) -> Cell:
     """A setting as a cell."""
-    if value is None or value == "None":  # transformers writes some of its settings as texts
+    if _unset(value) is None:  # transformers writes some of its settings as the text None
         return None
     if isinstance(value, str | bool | int | float):
         return short(value) if isinstance(value, str) else str(value)
