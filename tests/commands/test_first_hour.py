@@ -70,7 +70,7 @@ def test_ranks_are_counted_in_words(n: int, text: str) -> None:
 
 
 def test_a_search_whose_trials_raise_all_responses_says_so() -> None:
-    """The score caps the largest ratios: if all log-ratios are above 0 it is 0, whatever they fit."""
+    """The score caps the largest ratios: with all log-ratios above 0 it is 0, whatever they fit."""
 
     def said(log_mass: float) -> str:
         metrics = {
