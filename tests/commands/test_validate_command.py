@@ -21,7 +21,7 @@ from gvpo_offline import cli
 from gvpo_offline.contract import contract
 from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.hub.card import BEGIN, card
-from gvpo_offline.hub.push import _findings
+from gvpo_offline.hub.push import card_findings
 from gvpo_offline.info.dataset import dataset_info
 from gvpo_offline.info.text import info_lines
 from gvpo_offline.store.manifest import Manifest, load_manifest
@@ -69,7 +69,8 @@ def test_a_clean_dataset_gives_0(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(clean(tmp_path)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path}: valid. 6 files, 120 groups, 480 responses, ")
-    assert lines[-1] == "verdict pass: nothing found"
+    assert lines[-2] == "verdict pass: nothing found"
+    assert lines[-1].startswith("next: gvpo-offline train --dataset ")
 
 
 def test_the_status_follows_the_severity(
@@ -302,19 +303,19 @@ def test_ls_surveys_rewards_of_older_versions_too(tmp_path: Path) -> None:
 def test_a_card_has_the_verdict_and_the_findings(tmp_path: Path) -> None:
     folder = PLANTED["two-samplers-under-one-name"](tmp_path / "d")
     manifest = load_manifest(folder)
-    text = card(manifest, "me/data", findings=_findings(folder, manifest))
+    text = card(manifest, "me/data", findings=card_findings(folder, manifest))
     checks = text.partition("## Checks")[2].partition("\n#")[0]
     assert "at their default thresholds: warn: 1 warning." in checks
     assert "| warning | `sampler-settings` | 1 of 3 samplers have several settings" in checks
     assert "## Checks" not in card(manifest, "me/data")
     good = clean(tmp_path / "clean")
     manifest = load_manifest(good)
-    text = card(manifest, "me/data", text, _findings(good, manifest))
+    text = card(manifest, "me/data", text, card_findings(good, manifest))
     assert text.count(BEGIN) == text.count("## Checks") == 1
     assert "default thresholds: pass: nothing found." in text
     bad = PLANTED["a-reward-that-is-nan"](tmp_path / "nan")
     manifest = load_manifest(bad)
-    text = card(manifest, "me/data", findings=_findings(bad, manifest))
+    text = card(manifest, "me/data", findings=card_findings(bad, manifest))
     assert "| error | `invalid-data` | a reward is a finite number; received nan" in text
     assert str(tmp_path) not in text
 
