@@ -20,6 +20,15 @@ def say(*lines: str) -> None:
         emit(visible(line, keep="\t"))
 
 
+def say_to_programs(line: str) -> None:
+    """Print a line that programs read, unless standard output is a terminal.
+
+    There it would hide what is meant for people; the folder or `output_file` has the same.
+    """
+    if not sys.stdout.isatty():
+        say(line)
+
+
 def emit(line: str) -> None:
     """Print a line whose texts are visible already, with the styles that it holds."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from gvpo_offline.commands.metric_texts import explained
 from gvpo_offline.commands.run_file import objective_of, with_run_settings
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.compute.adapters import load_policy
@@ -86,7 +87,7 @@ class EvaluationReport:
         """The report as text."""
         lines = [f"{self.n_groups:,} groups of {self.config.dataset}{self._held_out()}"]
         width = max(map(len, self.metrics))
-        lines += [f"  {name:<{width}} {value:>12.5g}" for name, value in self.metrics.items()]
+        lines += [explained(name, value, width) for name, value in self.metrics.items()]
         lines += sampler_table(self.samplers)
         if self.sampled is not None:
             lines += sampled_lines(self.sampled, self._beta)

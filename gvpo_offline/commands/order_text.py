@@ -16,7 +16,7 @@ def step_lines(found: dict[str, Any]) -> list[str]:
         lines.append("the run file does not say how its ranks shared the groups")
     else:
         lines.append(
-            f"computed by {ranks['world_size']} rank(s), in micro-batches of at most "
+            f"computed by {_ranks(ranks['world_size'])}, in micro-batches of at most "
             f"{ranks['max_tokens']:,} tokens in layout {ranks['layout']}"
         )
     shared = [] if ranks is None else ["rank", "micro_batch"]
@@ -58,10 +58,14 @@ def outline_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"held out: {own['groups']:,} groups of {own['dataset']}, for evaluation")
     for own in found["ranks"]:
         lines.append(
-            f"from step {own['first_step']:,}: {own['world_size']} rank(s), layout "
+            f"from step {own['first_step']:,}: {_ranks(own['world_size'])}, layout "
             f"{own['layout']}, at most {own['max_tokens']:,} tokens in a micro-batch"
         )
     return lines
+
+
+def _ranks(n: int) -> str:
+    return "1 rank" if n == 1 else f"{n:,} ranks"
 
 
 def _held_out_line(own: dict[str, Any]) -> list[str]:

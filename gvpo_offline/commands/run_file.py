@@ -70,7 +70,7 @@ def with_run_settings(config: EvaluateConfig) -> EvaluateConfig:
                 path,
             )
     shown = ", ".join(
-        f"{name} {value}"
+        f"{name} {value[:12] if name == 'reference' else value}"
         for name, value in missing.items()
         if value not in (None, ResponseSettings()) and (name, value) not in _UNSAID
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.commands.command import Command, filled
-from gvpo_offline.commands.console import say
+from gvpo_offline.commands.console import say, say_to_programs
 from gvpo_offline.commands.next_step import after_training, after_tuning, look_line
 from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
@@ -40,19 +40,21 @@ def _run_tune(values: dict[str, Any]) -> int:
             values = {**values, "eval_samples": tune.answers(0)[0]}
     else:
         from gvpo_offline.commands.tune import run_tune as run  # type: ignore[assignment]
+    args = filled(GVPOConfig, values)
     found = run(
         model=filled(ModelSettings, values),
         data=filled(DataSettings, _datasets(values)),
         lora=filled(LoraSettings, values),
         tune=tune,
-        args=filled(GVPOConfig, values),
+        args=args,
     )
     if found is None:
         return 0
     say(*found.table().split("\n"))
+    say(look_line(str(args.output_dir)))
     if found.file is not None:
         say(after_tuning(found.file, TuneSettings))
-    say(json.dumps(found.summary()))
+    say_to_programs(json.dumps(found.summary()))
     return 0 if found.told else NOTHING_TOLD
 
 
@@ -92,7 +94,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
         Path(config.output_file).write_text(text + "\n", encoding="utf-8")
-    say(json.dumps(report.summary()))
+    say_to_programs(json.dumps(report.summary()))
 
 
 def _run_order(values: dict[str, Any]) -> None:

@@ -53,6 +53,12 @@ _COLUMNS = (
 )
 
 
+_LEGEND = (
+    "score: reward gained, as far as logs show it; the policy before training has 0",
+    "log-mass, best l (mean log-ratio of the best responses): nats; pairs: share in order",
+)
+
+
 @dataclass(frozen=True)
 class TuneReport:
     """Result of a search.
@@ -118,6 +124,7 @@ class TuneReport:
         lines = [
             f"median reward gap {self.reward_gap:.3g}; largest usable rate {self.largest_rate:g}",
             f"trials of {self.steps} steps, on {self.held_out_groups:,} held-out groups:",
+            *_LEGEND,
             f"  {'beta':>8} {'rate':>8} {'score':>10} "
             + " ".join(f"{head:>10}" for _, head in _COLUMNS),
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gvpo_offline.commands.next_step import after_data
 from gvpo_offline.commands.settings import ValidateConfig
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError
 from gvpo_offline.findings.formats.checked import Check, check_of
@@ -61,6 +62,8 @@ def lines_of(config: ValidateConfig) -> tuple[list[str], bool]:
         check = check_of(config.dataset, checked, thresholds, config.fail_on)
         plain = [*summary_lines(config.dataset, checked), *text_lines(check)]
         lines = [visible(line, keep="") for line in plain]
+        if not check.failed and checked.manifest is not None and not is_url(config.dataset):
+            lines.append(after_data(config.dataset, checked.manifest, {}))
     else:
         check = _for_programs(config, thresholds)
         lines = _formatted(config.format, check).splitlines()

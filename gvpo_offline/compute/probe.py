@@ -80,6 +80,7 @@ def prepare_engine(
     layout: LayoutName | Literal["auto"] = "auto",
     gradients: bool = True,
     kept_bytes: int = DEFAULT_KEPT_BYTES,
+    what: str = "log-probs",
 ) -> Engine:
     """Choose how to compute log-probs of a model, and return the engine that does it.
 
@@ -94,12 +95,13 @@ def prepare_engine(
         gradients: compare gradients too; False for inference.
         kept_bytes: bytes of size scored tokens x vocabulary that may stay between a forward and
             its backward pass; what is beyond is computed twice.
+        what: the beginning of the logged line, for a program that loads several models.
 
     Raises:
         ConfigError: no layout agrees with the model's own forward pass, or not the given one.
     """
     choice = choose_path(model, layout=layout, gradients=gradients)
-    logger.info("log-probs: %s", choice.describe())
+    logger.info("%s: %s", what, choice.describe())
     return engine_for(model, choice, max_tokens=max_tokens, kept_bytes=kept_bytes)
 
 

@@ -35,6 +35,10 @@ _RULES_NAMED = 20
 _SAMPLERS_NAMED = 10
 _RECEIVED_CHARACTERS = 500
 _ARGUMENTS = ("tools", "chat_template_kwargs")
+_DROPPING = (
+    "To import without such rows, set on_error: drop, which leaves each out with all of its "
+    f"responses and lists it in {IMPORT_REPORT}."
+)
 
 
 class BrokenRows:
@@ -126,6 +130,8 @@ class BrokenRows:
             )
         if self.total >= STOP_AFTER:
             more.append(f"Reading ended after {self.total:,} broken rows.")
+        if self.total > 1:
+            more.append(_DROPPING)
         return first.replaced(more=more)
 
 

@@ -93,7 +93,12 @@ def find_reference(
     disable_dropout(model)
     model = model.to(device).eval().requires_grad_(False)
     try:
-        engine = prepare_engine(model, max_tokens=policy.engine.cost.max_tokens, gradients=False)
+        engine = prepare_engine(
+            model,
+            max_tokens=policy.engine.cost.max_tokens,
+            gradients=False,
+            what="log-probs of the reference, for the KL of sampled answers",
+        )
     except GVPOError as error:
         return _none(f"the reference {family.model_name_or_path} cannot be computed: {error}")
     loaded = SampledPolicy(model, engine, policy.autocast_dtype)

@@ -326,7 +326,8 @@ def _held_out(
             raise ConfigError(
                 "eval_fraction holds out at least one group",
                 received=f"{eval_fraction} of {view.dataset.n_groups} groups",
-                remedy="raise it, or pass an eval_dataset",
+                remedy=f"raise it ({min(0.5, 10 / view.dataset.n_groups):.1g} holds out about "
+                f"{min(10, view.dataset.n_groups // 2)} groups), or pass an eval_dataset",
                 file=view.dataset.root,
             )
     return views

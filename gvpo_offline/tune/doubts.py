@@ -21,6 +21,8 @@ from gvpo_offline.tune.search import (
 )
 
 DoubtKind = Literal["nothing_explained", "nothing_gained", "explains_nothing", "at_end"]
+# Log-mass in nats above which responses gained more than others of their group lost.
+_RAISED = 0.1
 # Exit status of `tune` where the search ran to its end and the trials tell nothing.
 NOTHING_TOLD = 3
 
@@ -95,12 +97,29 @@ def doubts_of(
             Doubt(
                 "nothing_gained",
                 f"no trial of {steps} steps has a positive score, which the policy before training "
-                f"has as 0: {longer}, and look at the rewards of the held-out groups",
+                f"has as 0: {_remedy_of_no_gain(found, longer)}",
             )
         )
     if not any(own.nothing_told for own in doubts):
         doubts += _at_end(found, betas, largest_rate)
     return tuple(doubts)
+
+
+def _remedy_of_no_gain(found: Proposal, longer: str) -> str:
+    """With all log-ratios of a group above 0, the cap makes them equal, and the score is 0."""
+    raised = [
+        trial.metrics.get("likely_log_mass_mean", 0.0)
+        for trial in found.trials
+        if misfit(trial.metrics) < 1.0
+    ]
+    if max(raised, default=0.0) <= _RAISED:
+        return f"{longer}, and look at the rewards of the held-out groups"
+    return (
+        "trials fit held-out rewards, but raise the log-probs of good and bad responses alike "
+        f"(log-mass up to {max(raised):.2g} nats), as happens where the reference finds all logged "
+        "responses unlikely. The score tells nothing then: judge trials by new answers (judge: "
+        "sample), or search without imitation"
+    )
 
 
 def more_steps(steps: int, run_steps: int) -> str:

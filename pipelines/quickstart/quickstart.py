@@ -11,7 +11,7 @@
  5. `gvpo-offline train`      trains GVPO from the shards alone.
  6. For comparison, SFT on the best response of each group, from the same shards.
  7. The three policies answer held-out lists.
- 8. `gvpo-offline report`     writes a page about the dataset and one about the run.
+ 8. `gvpo-offline report`     writes a page about the dataset and one about the run: open them.
 
 Not included: what larger models need (hub names, LoRA, bf16); see README.md. For your own logs only
 steps 3 to 5 are needed; the commands are printed at the end.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.trainer_callback import TrainerState
 
 from gvpo_offline import open_dataset
-from gvpo_offline.commands.table import COMMANDS
 
 HERE = Path(__file__).parent
 RUN = Path("runs/quickstart")
@@ -63,6 +63,7 @@ def main() -> None:
     if n_seeds == 1:
         run(0, RUN)
         print_commands()
+        print_pages(RUN)
         return
     found = []
     for seed in range(n_seeds):
@@ -196,15 +197,20 @@ def write_results(folder: Path, scores: dict[str, Score], seconds: float) -> Non
 
 def write_pages(folder: Path) -> None:
     """Write a page about the dataset and one about the run, to open in a browser."""
-    if "report" not in COMMANDS:
-        return
     say("8. pages to look at")
     for part in ("dataset", "gvpo"):
         page = folder / f"{part}.html"
-        argv = ["report", str(folder / part), "--output", str(page)]
-        print("$ gvpo-offline " + " ".join(argv), flush=True)
-        subprocess.run([sys.executable, "-m", "gvpo_offline.cli", *argv], check=True)
-        print(f"open {page}")
+        gvpo("report", str(folder / part), "--output", str(page))
+
+
+def print_pages(folder: Path) -> None:
+    """Print where the pages are, as the last lines: what to do next."""
+    pages = {"gvpo": "what the run did", "dataset": "what is in the log"}
+    found = [(folder / f"{part}.html", text) for part, text in pages.items()]
+    if all(page.is_file() for page, _ in found):
+        print("\nNow look at the pages of this run; open them in a browser:\n")
+        for page, text in found:
+            print(f"  {page.resolve().as_uri()}   {text}")
 
 
 def print_commands() -> None:
@@ -223,9 +229,10 @@ def print_commands() -> None:
 
 
 def gvpo(command: str, *flags: str) -> None:
-    """Run a gvpo-offline command with the YAML file of its name in this folder."""
-    argv = [command, "--config", str(HERE / f"{command}.yaml"), *flags]
-    print("$ gvpo-offline " + " ".join(argv), flush=True)
+    """Run a gvpo-offline command, with the YAML file of its name in this folder if there is one."""
+    own = HERE / f"{command}.yaml"
+    argv = [command, *(["--config", str(own)] if own.is_file() else []), *flags]
+    print("$ gvpo-offline " + shlex.join(argv), flush=True)
     subprocess.run([sys.executable, "-m", "gvpo_offline.cli", *argv], check=True)
 
 

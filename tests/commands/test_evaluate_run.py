@@ -13,6 +13,7 @@ from support.rewarding import reward
 from support.training import score, scored_dataset, unscored_dataset
 
 from gvpo_offline.commands.evaluate import EvaluationReport, run_evaluate
+from gvpo_offline.commands.metric_texts import METRIC_TEXTS
 from gvpo_offline.commands.run_file import objective_of, with_run_settings
 from gvpo_offline.commands.settings import EvaluateConfig
 from gvpo_offline.commands.train import run_train
@@ -246,6 +247,10 @@ def test_the_run_file_has_what_imitation_auto_stands_for(
     assert config.imitation_without == trainer.args.imitation_without
     report = evaluate(tmp_path)
     assert report.metrics["loss"] == pytest.approx(last(trainer, "eval_loss"), rel=1e-4)
-    # The values stand below each other: two blanks, the longest name, a blank, 12 characters.
+    # The values stand below each other: two blanks, the longest name, a blank, 12 characters; then
+    # three blanks and what the metric means.
     rows = report.table().splitlines()[1 : 1 + len(report.metrics)]
-    assert {len(row) for row in rows} == {2 + max(map(len, report.metrics)) + 1 + 12}
+    end = 2 + max(map(len, report.metrics)) + 1 + 12
+    assert {row[end : end + 3] for row in rows} == {"   "}
+    assert [row[end + 3 :] for row in rows] == [METRIC_TEXTS[name] for name in report.metrics]
+    assert max(map(len, rows)) <= 120

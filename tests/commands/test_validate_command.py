@@ -69,7 +69,8 @@ def test_a_clean_dataset_gives_0(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(clean(tmp_path)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path}: valid. 6 files, 120 groups, 480 responses, ")
-    assert lines[-1] == "verdict pass: nothing found"
+    assert lines[-2] == "verdict pass: nothing found"
+    assert lines[-1].startswith("next: gvpo-offline train --dataset ")
 
 
 def test_the_status_follows_the_severity(

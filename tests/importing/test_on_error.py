@@ -65,14 +65,17 @@ def test_all_rules_of_the_first_pass_are_reported_together(tmp_path: Path) -> No
     error = stopped(log, tmp_path / "out", **IDS)
     assert error.rule == "each line is one JSON object"
     assert (error.file, error.row) == (str(log), 2)
-    assert len(error.more) == 5
+    *others, last = error.more
+    assert len(others) == 5
+    assert last == broken_rows._DROPPING
+    assert "on_error: drop" in last
     for line, row, (_, rule) in zip(
-        error.more, (5, 9, 11, 14, 20), list(FAULTS.values())[1:], strict=True
+        others, (5, 9, 11, 14, 20), list(FAULTS.values())[1:], strict=True
     ):
         assert line.startswith(f"Also {log}, row {row}")
         assert rule in line
     assert error.more[0].endswith(" 2 more rows break this rule.")
-    assert "more row" not in " ".join(error.more[1:])
+    assert "more row" not in " ".join(others[1:])
     assert str(error).splitlines()[1:] == [f"  {line}" for line in error.more]
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
@@ -86,7 +89,7 @@ def test_one_broken_row_gives_the_error_of_that_row_alone(tmp_path: Path) -> Non
     rows[8]["reward"] = None
     two = stopped(write_jsonl(tmp_path / "log.jsonl", rows), tmp_path / "out", **IDS)
     assert (two.rule, two.received, two.row) == (one.rule, one.received, one.row)
-    assert two.more == ("1 more row breaks this rule.",)
+    assert two.more == ("1 more row breaks this rule.", broken_rows._DROPPING)
 
 
 def test_faults_of_the_whole_log_are_named_too(tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_faults_of_the_whole_log_are_named_too(tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", rows)
     error = stopped(log, tmp_path / "out", format="groups")
     assert (error.rule, error.row) == ("a prompt is not empty", 1)
-    (line,) = error.more
+    line, _ = error.more
     assert line.startswith("Also every row has a reward, or none has;")
 
 
@@ -110,7 +113,7 @@ def test_reading_ends_after_many_broken_rows(
     monkeypatch.setattr(broken_rows, "STOP_AFTER", 5)
     log = write_jsonl(tmp_path / "log.jsonl", [{**row, "reward": "x"} for row in id_rows(4)])
     error = stopped(log, tmp_path / "out", **IDS)
-    assert error.more == ("4 more rows break this rule.", "Reading ended after 5 broken rows.")
+    assert error.more[:2] == ("4 more rows break this rule.", "Reading ended after 5 broken rows.")
 
 
 def test_a_rule_that_is_named_on_the_command_line(

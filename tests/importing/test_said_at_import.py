@@ -290,3 +290,24 @@ def test_groups_whose_rows_differ_in_kept_columns(tmp_path: Path) -> None:
     assert line in result.lines()
     stored = {g.group_id: g.metadata for g in read_groups(tmp_path / "out")}
     assert stored == {f"g{g}": f'{{"gold": {g}}}' for g in range(3)}
+
+
+# --- samplers without a column --------------------------------------------------------------------
+
+
+def test_samplers_named_by_files_are_said_to_be_so(tmp_path: Path) -> None:
+    """And the column that probably names them; not if `sampler` or `columns.sampler` is given."""
+    columns = {key: name for key, name in ID_COLUMNS.items() if key != "sampler"}
+    rows = [{**row, "model": "old"} for row in id_rows(2)]
+    rows = [{key: value for key, value in row.items() if key != "sampler"} for row in rows]
+    log = write_jsonl(tmp_path / "monday.jsonl", rows)
+
+    def notes(name: str, *, sampler: str | None = None, **more: Any) -> list[str]:
+        own = config(log, tmp_path / name, columns=Columns(**columns, **more), sampler=sampler)
+        return [note for note in import_log(own).notes if note.startswith("the samplers are")]
+
+    (note,) = notes("files")
+    assert "columns.sampler names the column" in note
+    assert note.endswith("; the log has a column 'model'")
+    assert load_manifest(tmp_path / "files").samplers.keys() == {"monday"}
+    assert notes("column", sampler="model") == []

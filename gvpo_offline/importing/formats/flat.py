@@ -85,7 +85,8 @@ class FlatFormat:
 
     def notes(self) -> Sequence[str]:
         """See `FindsColumns.notes`."""
-        return self._defaults.notes()
+        own = [] if self._default_sampler else self._defaults.sampler_notes()
+        return [*own, *self._defaults.notes()]
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """One fragment per row; see `LogFormat.read`."""

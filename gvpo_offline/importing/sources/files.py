@@ -191,7 +191,7 @@ class JsonLines(Source):
         except (ValueError, RecursionError) as error:
             raise DataError(
                 "each line is one JSON object in UTF-8",
-                received=f"{error}, in the line {line[:80]!r}",
+                received=f"{_beginning(line)} ({error})",
                 remedy="correct or remove the line",
                 file=self.label,
                 row=number,
@@ -199,12 +199,17 @@ class JsonLines(Source):
         if not isinstance(record, dict):
             raise DataError(
                 "each line is one JSON object",
-                received=f"{type(record).__name__}: {line[:80]!r}",
+                received=f"{type(record).__name__}: {_beginning(line)}",
                 remedy="write one object per line",
                 file=self.label,
                 row=number,
             )
         return record
+
+
+def _beginning(line: bytes) -> str:
+    """The beginning of a line, in quotes."""
+    return repr(line.rstrip(b"\r\n")[:80].decode("utf-8", "backslashreplace"))
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[Row]:

@@ -15,6 +15,11 @@ __all__ = ["DefaultColumns"]
 
 _OTHER_NAMES = {"truncated": ("finish_reason",)}
 _NEEDS = {"loss_mask": "response_token_ids"}
+# Columns that often say who wrote a response. Named in a note alone: they may mean something else.
+_WRITERS = (
+    *("model", "model_name", "model_id", "engine", "policy", "checkpoint", "generator"),
+    *("writer", "written_by", "author", "agent", "source_model"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +44,7 @@ class DefaultColumns:
         self.columns = replace(columns, **unset)
         self.unused: dict[str, str] = {}
         self._used: dict[str, str] = {}
+        self._writers: list[str] = []
 
     def find(self, sources: Sequence[Source]) -> None:
         """Look at the columns, or the first row, of every input.
@@ -57,6 +63,7 @@ class DefaultColumns:
                 self.unused.update(dict.fromkeys((n for n in names if n != everywhere[0]), role))
             else:
                 self.unused.update(dict.fromkeys(names, role))
+        self._writers = [n for n in _WRITERS if present and all(n in own for own in present)]
         used: dict[str, Any] = dict(self._used)
         self.columns = replace(self.columns, **used)
         for own, source in zip(found, sources, strict=True):
@@ -99,3 +106,14 @@ class DefaultColumns:
             return []
         names = ", ".join(f"columns.{role}: {name}" for role, name in self._used.items())
         return [f"found in the log and used: {names} (null: do not use)"]
+
+    def sampler_notes(self) -> list[str]:
+        """A line that says that the samplers are the files, if `columns.sampler` was looked for."""
+        if "sampler" not in self._names or self.columns.sampler is not None:
+            return []
+        has = f"; the log has a column {self._writers[0]!r}" if self._writers else ""
+        text = (
+            "the samplers are the names of the files, since no column is called sampler; "
+            f"columns.sampler names the column that says who wrote a response{has}"
+        )
+        return [text]
