@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gvpo_offline.visible import visible
+
 _EPOCHS = 10  # ends of epochs that the outline prints of one dataset
 
 
@@ -86,7 +88,8 @@ def _epochs_line(steps: Sequence[int]) -> list[str]:
 def _table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
     """Rows as text in aligned columns, with a heading."""
     cells = [[name.replace("_", " ") for name in columns]]
-    cells += [[str(row.get(name, "")) for name in columns] for row in rows]
+    # Escaped here, as `say` would do it: widths are of the text that is shown.
+    cells += [[visible(str(row.get(name, "")), keep="") for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  "

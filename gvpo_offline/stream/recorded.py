@@ -300,10 +300,15 @@ def open_recorded(own: RecordedDataset, remote: RemoteSettings | None = None) ->
         IntegrityError: no version has the run's files.
     """
     if not is_url(own.path) and not local_path(own.path).exists():
+        moved = "restore the dataset there; or, if it was moved, make a symbolic link to it"
+        relative = not local_path(own.path).is_absolute()  # in run files of earlier versions
         raise DataError(
             "the order of a run is computed from its datasets, which are where the run read them",
             received="no such folder or file",
-            remedy="restore the dataset there; or, if it was moved, make a symbolic link to it",
+            remedy="run this command in the folder in which `gvpo-offline train` ran: the path is "
+            f"relative to it. If it does not help, {moved}"
+            if relative
+            else moved,
             file=own.path,
         )
     versions: Sequence[int | None] = [own.version]

@@ -197,8 +197,8 @@ class StepMeter:
 
         Those of `GroupStatistics.metrics` except the loss, which transformers logs, plus
         `tokens_per_second` (over all ranks, each prompt counted once per group), `data_wait_share`
-        (share of the time of training, mean over ranks), and `entropy` (nats, mean over scored tokens) if
-        entropies were added.
+        (share of the time of training, mean over ranks), and `entropy` (nats, mean over scored
+        tokens) if entropies were added.
         """
         wall = max(time.perf_counter() - self._since, 1e-9)
         own = self._statistics.to_tensor()
