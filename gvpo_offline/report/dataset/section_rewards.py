@@ -160,7 +160,7 @@ def _histogram(facts: RewardFacts, rewards: np.ndarray) -> list[Block]:
         x = charts.category("reward", "reward", axis=charts.UPRIGHT)
     else:
         counts, edges = np.histogram(rewards, _HISTOGRAM)
-        rows = charts.bins(edges, counts, "reward", "responses")
+        rows = charts.bins(edges.tolist(), counts.tolist(), "reward", "responses")
         return [charts.histogram("rewards-histogram", title, summary, "reward", "reward", rows)]
     spec = charts.bar(x, charts.quantity("responses", "responses"), tooltip=("reward", "responses"))
     return [charts.chart("rewards-histogram", title, summary, spec, rows)]
@@ -173,7 +173,7 @@ def _gaps(facts: RewardFacts, frame: ResponseNumbers) -> list[Block]:
     if not (0 < widest < np.inf and widest / 20 > 0):
         return []
     counts, edges = np.histogram(gaps, 20, (0.0, widest))
-    rows = charts.bins(edges, counts, "gap", "groups")
+    rows = charts.bins(edges.tolist(), counts.tolist(), "gap", "groups")
     low, _, middle, _, high = facts.gaps
     summary = (
         f"Of the groups with unequal rewards, the middle gap is {plain(middle)}; 80% lie between "
