@@ -37,7 +37,7 @@ from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, TrainingData, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.early_checks import CHECKED
-from gvpo_offline.train.heard import hearing
+from gvpo_offline.train.record.heard import hearing
 from gvpo_offline.train.settings import LoraSettings, RunSettings
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__

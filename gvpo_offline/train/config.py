@@ -22,8 +22,8 @@ from gvpo_offline.errors import GVPOError
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings, check_sampled_settings
 from gvpo_offline.train.fields import check_derived_fields, check_fields
 from gvpo_offline.train.foreign import CONFIG_NAMES, PAGE, answers_unknown_arguments
-from gvpo_offline.train.loggers import check_loggers
 from gvpo_offline.train.objective import Objective
+from gvpo_offline.train.record.loggers import check_loggers
 from gvpo_offline.train.settings import GVPOSettings
 
 

@@ -10,7 +10,7 @@ from gvpo_offline.compute.engine import Engine
 from gvpo_offline.stream.plan import shape_of
 from gvpo_offline.stream.steps import StepShare
 from gvpo_offline.train.objective import reduced_sum
-from gvpo_offline.train.recording import RecordedTrainer
+from gvpo_offline.train.record.recording import RecordedTrainer
 
 
 class CountingTrainer(RecordedTrainer):

@@ -23,7 +23,7 @@ from gvpo_offline.sampled_eval.shown import (
     shown_answers,
 )
 from gvpo_offline.train.prediction import PredictingTrainer
-from gvpo_offline.train.tables import log_table
+from gvpo_offline.train.record.tables import log_table
 
 if TYPE_CHECKING:
     from gvpo_offline.compute.engine import Engine

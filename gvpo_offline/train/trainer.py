@@ -46,16 +46,16 @@ from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
-from gvpo_offline.train.heard import ends_record, hears_warnings
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
 from gvpo_offline.train.imitation import objective_of_run
 from gvpo_offline.train.loss_inputs import check_loss_inputs, check_samplers
-from gvpo_offline.train.metrics_file import MetricsFileCallback
 from gvpo_offline.train.noise import NoiseFloor, find_noise
 from gvpo_offline.train.objective import StepMeter
 from gvpo_offline.train.preflight import check_data, verify
+from gvpo_offline.train.record.heard import ends_record, hears_warnings
+from gvpo_offline.train.record.metrics_file import MetricsFileCallback
 from gvpo_offline.train.reference_check import ReferenceMeter, starts_as_reference
 from gvpo_offline.train.saving import check_savable, mend_generation_config
 from gvpo_offline.train.schedule import WARMUP_RULE, ZERO

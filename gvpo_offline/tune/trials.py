@@ -41,10 +41,10 @@ from gvpo_offline.store.survey import Survey
 from gvpo_offline.train.callbacks import MetricWarningCallback
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.evaluation import held_out_statistics
-from gvpo_offline.train.metrics_file import MetricsFileCallback
 from gvpo_offline.train.movement import MovementCallback
-from gvpo_offline.train.progress import ProgressLines
-from gvpo_offline.train.record import RunRecord
+from gvpo_offline.train.record.metrics_file import MetricsFileCallback
+from gvpo_offline.train.record.progress import ProgressLines
+from gvpo_offline.train.record.run_record import RunRecord
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.tune.search import (
     LIKELY,

@@ -30,7 +30,7 @@ from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.sampled_eval.result import METRICS
 from gvpo_offline.sampled_eval.shown import COLUMNS
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.train.tables import log_table
+from gvpo_offline.train.record.tables import log_table
 from gvpo_offline.train.trainer import GVPOTrainer
 
 RUN: dict[str, Any] = {

@@ -21,8 +21,8 @@ from transformers.integrations import (
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.sampled_eval.shown import COLUMNS, ShownAnswer
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.train.loggers import EXTRAS, GroupingTensorBoard, grouped_name
-from gvpo_offline.train.tables import log_table
+from gvpo_offline.train.record.loggers import EXTRAS, GroupingTensorBoard, grouped_name
+from gvpo_offline.train.record.tables import log_table
 
 ANSWERS = [ShownAnswer("p", "a", 0.5, "b", 1.0), ShownAnswer("q", "c", 0.25, "d", 0.75)]
 

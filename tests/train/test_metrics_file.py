@@ -16,8 +16,8 @@ from support.training import scored_dataset, train_command, trainer_of
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.by_sampler import SamplerTotals, sampler_metrics, sampler_table
 from gvpo_offline.train.callbacks import MetricMonitor
-from gvpo_offline.train.json_lines import read_json_lines
-from gvpo_offline.train.metrics_file import metrics_line
+from gvpo_offline.train.record.json_lines import read_json_lines
+from gvpo_offline.train.record.metrics_file import metrics_line
 from gvpo_offline.tune.trials import TrialTrainer
 
 

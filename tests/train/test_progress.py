@@ -14,8 +14,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerControl, Trai
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.store.dataset import GroupDataset
-from gvpo_offline.train import progress
-from gvpo_offline.train.progress import ProgressLines, duration
+from gvpo_offline.train.record import progress
+from gvpo_offline.train.record.progress import ProgressLines, duration
 
 
 @pytest.fixture(scope="module")

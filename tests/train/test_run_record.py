@@ -24,15 +24,15 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from gvpo_offline.errors import ConfigError, ResumeError
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.checkpoint import check_output_dir
-from gvpo_offline.train.json_lines import JsonLinesFile, json_line, read_json_lines
-from gvpo_offline.train.record import RunRecord
-from gvpo_offline.train.residuals import (
+from gvpo_offline.train.record.json_lines import JsonLinesFile, json_line, read_json_lines
+from gvpo_offline.train.record.residuals import (
     MOST,
     GroupResiduals,
     first_worst,
     lines_of,
     worst,
 )
+from gvpo_offline.train.record.run_record import RunRecord
 from gvpo_offline.tune.trials import TrialTrainer
 
 RUN: dict[str, Any] = {
@@ -458,7 +458,7 @@ def test_a_warning_without_a_handler_is_still_printed() -> None:
     """Python prints it by itself, unless some handler takes it: the record's must not count."""
     script = """
 import logging
-from gvpo_offline.train.heard import hearing
+from gvpo_offline.train.record.heard import hearing
 found = []
 with hearing(found.append):
     logging.getLogger("gvpo_offline.train.x").warning("once %d", 7)
@@ -474,7 +474,7 @@ assert [own.getMessage() for own in found] == ["once 7"], found
 
 
 def test_a_handled_warning_is_not_printed_twice(caplog: pytest.LogCaptureFixture) -> None:
-    from gvpo_offline.train.heard import hearing
+    from gvpo_offline.train.record.heard import hearing
 
     found: list[logging.LogRecord] = []
     with hearing(found.append), hearing(found.append):

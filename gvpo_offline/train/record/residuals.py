@@ -22,7 +22,7 @@ from gvpo_offline.collectives import gather_results
 from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss
 from gvpo_offline.train.evaluation import Evaluation
-from gvpo_offline.train.json_lines import Line
+from gvpo_offline.train.record.json_lines import Line
 
 MOST_FIRST, MOST = 512, 16
 HELD_OUT, TRAINING = "held_out", "training"

@@ -34,7 +34,7 @@ from transformers import (
 
 from gvpo_offline.train.callbacks import metric_sets
 from gvpo_offline.train.limits import REGRESSIONS
-from gvpo_offline.train.metrics_file import metrics_line
+from gvpo_offline.train.record.metrics_file import metrics_line
 from gvpo_offline.visible import visible
 
 _DOT = " · "

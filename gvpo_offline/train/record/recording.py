@@ -19,15 +19,15 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.losses import GroupLoss
 from gvpo_offline.train.distributed import ShardedTrainer
 from gvpo_offline.train.evaluation import held_out_metrics
-from gvpo_offline.train.loggers import group_names
-from gvpo_offline.train.progress import use_progress
-from gvpo_offline.train.record import RunRecord
-from gvpo_offline.train.residuals import (
+from gvpo_offline.train.record.loggers import group_names
+from gvpo_offline.train.record.progress import use_progress
+from gvpo_offline.train.record.residuals import (
     HELD_OUT,
     TRAINING,
     ResidualEvaluation,
     TrainingResiduals,
 )
+from gvpo_offline.train.record.run_record import RunRecord
 
 if TYPE_CHECKING:
     from gvpo_offline.compute.engine import Engine

@@ -27,8 +27,8 @@ from gvpo_offline.train.checkpoint import (
     is_sealed,
     read_line_counts,
 )
-from gvpo_offline.train.json_lines import JsonLinesFile, Line, read_json_lines
-from gvpo_offline.train.residuals import (
+from gvpo_offline.train.record.json_lines import JsonLinesFile, Line, read_json_lines
+from gvpo_offline.train.record.residuals import (
     MOST,
     GroupResiduals,
     first_worst,

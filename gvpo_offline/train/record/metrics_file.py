@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.train.checkpoint import METRICS_FILE
-from gvpo_offline.train.json_lines import JsonLinesFile, json_line
+from gvpo_offline.train.record.json_lines import JsonLinesFile, json_line
 
 
 class MetricsFileCallback(TrainerCallback):
