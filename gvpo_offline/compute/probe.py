@@ -93,8 +93,7 @@ def prepare_engine(
         max_tokens: token budget of one forward pass.
         layout: test this layout only, and refuse it if it is wrong.
         gradients: compare gradients too; False for inference.
-        kept_bytes: bytes of size scored tokens x vocabulary that may stay between a forward and
-            its backward pass; what is beyond is computed twice.
+        kept_bytes: bytes of logits that stay between a forward and its backward; more: made again.
         what: the beginning of the logged line, for a program that loads several models.
 
     Raises:
@@ -320,8 +319,7 @@ class _Probe:
             answer = self._answer(engine)
         # A model that nobody has seen may fail in any way; that is an answer too.
         except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            _refuse(refused, name, why)
+            _refuse(refused, name, (str(error).splitlines() or [type(error).__name__])[0][:200])
             logger.debug("%s", name, exc_info=True)
             return None
         nats, relative = _difference(answer, self.truth)
