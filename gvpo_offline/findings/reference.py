@@ -64,7 +64,9 @@ class ReferenceScan:
         n_groups, family = dataset.n_groups, dataset.reference
         if family is None:
             if n_groups and not dataset.manifest.references:
-                judge.found("missing-reference", "no reference", n_groups, n_groups, "groups")
+                judge.found(
+                    "missing-reference", "no log-probs of a reference", n_groups, n_groups, "groups"
+                )
             return
         label = f" by reference {family.fingerprint[:12]}"
         label = label if len(dataset.manifest.references) > 1 else ""

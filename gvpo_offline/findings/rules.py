@@ -219,7 +219,7 @@ _RULES = (
         "note",
         "light",
         "the dataset has log-probs of a reference",
-        "compute them with `gvpo-offline reference`",
+        "score them with `gvpo-offline reference`",
     ),
     Rule(
         "unscored-responses",

@@ -194,7 +194,7 @@ def describe_data(survey: Survey, beta: float, budget: int, n_files: int) -> lis
         f"{survey.n_groups:,} groups, {survey.n_responses:,} responses, {survey.n_tokens:,} tokens"
     )
     lines = [
-        f"{size} in {n_files:,} files",
+        f"{size} in {n_files:,} file{'s' * (n_files != 1)}",
         "samplers: " + _sampler_line(survey),
         f"{equal_groups} have equal rewards; their target is the reference",
         f"{survey.truncated_responses:,} responses were truncated",

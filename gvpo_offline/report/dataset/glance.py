@@ -119,7 +119,7 @@ def _joined(*notes: str) -> str:
 
 def _counted_note(facts: DatasetFacts) -> str:
     whole, part = facts.totals.response_tokens, facts.totals.counted_tokens
-    return f"{percent(part / whole)} of the responses' count" if whole else ""
+    return f"{percent(part / whole)} of the responses' tokens count" if whole else ""
 
 
 def _prompts_note(facts: DatasetFacts) -> str:
