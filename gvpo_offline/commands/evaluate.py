@@ -6,8 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from gvpo_offline.commands.metric_texts import explained
 from gvpo_offline.commands.run_file import objective_of, with_run_settings
 from gvpo_offline.commands.settings import EvaluateConfig
@@ -15,6 +13,7 @@ from gvpo_offline.compute.adapters import load_policy
 from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.reference.checks import (
     check_context,
     check_covered,
@@ -135,7 +134,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     policy = SampledPolicy(model, engine, autocasting)
     evaluator = _evaluator(config, view, policy, tokenizer) if config.sample else None
     steps = sequential_steps(view, groups_per_step=_GROUPS_PER_STEP, cost=engine.cost)
-    with tqdm(
+    with ProgressBar(
         total=steps.n_draws, unit="group", desc="evaluate", disable=not config.show_progress
     ) as bar:
         evaluation = evaluate_policy(

@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from gvpo_offline.commands.next_step import after_data
 from gvpo_offline.commands.settings import ValidateConfig
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError
@@ -22,6 +20,7 @@ from gvpo_offline.findings.formats.sarif import sarif
 from gvpo_offline.findings.formats.text import text_lines, verdict_line
 from gvpo_offline.findings.gate import CheckedDataset, check_dataset, error_finding
 from gvpo_offline.findings.thresholds import Thresholds, load_thresholds
+from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.store.commit import make_folder, storage_errors, temporary_name
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import Manifest
@@ -128,7 +127,7 @@ def _checked(
     config: ValidateConfig, thresholds: Thresholds, end_ids: Collection[int]
 ) -> CheckedDataset:
     def progress(numbers: Iterable[int], label: str) -> Iterable[int]:
-        shown: Iterable[int] = tqdm(numbers, desc=label, disable=not config.show_progress)
+        shown: Iterable[int] = ProgressBar(numbers, desc=label, disable=not config.show_progress)
         return shown
 
     return check_dataset(

@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
@@ -45,6 +43,7 @@ from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.joined import open_inputs
 from gvpo_offline.importing.tally import MOST_SAMPLERS, merged, model_max_length
+from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.import_versions import IMPORT_VERSION_KEY
 from gvpo_offline.store.incomplete import write_shard
@@ -158,7 +157,7 @@ class _Import:
         return f"import-{self._identity()[:12]}"
 
     def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
-        bar: AbstractContextManager[Any] = tqdm(
+        bar: AbstractContextManager[Any] = ProgressBar(
             desc=what,
             total=total,
             unit=unit,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
@@ -28,6 +27,7 @@ from gvpo_offline.merging.plan import Planner
 from gvpo_offline.merging.settings import RewriteSettings
 from gvpo_offline.merging.waiting import incomplete_file, of_incomplete
 from gvpo_offline.merging.work import task_name
+from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.manifest import FileEntry, Sidecar
@@ -116,7 +116,7 @@ class Rewrite:
 
     def _bar(self, what: str, total: int, initial: int = 0) -> AbstractContextManager[Any]:
         quiet = not self.settings.show_progress
-        bar: AbstractContextManager[Any] = tqdm(
+        bar: AbstractContextManager[Any] = ProgressBar(
             desc=what, total=total, initial=initial, disable=quiet
         )
         return bar

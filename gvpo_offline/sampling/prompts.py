@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.conversations import prompt as prompt_of
@@ -30,6 +29,7 @@ from gvpo_offline.importing.fragment import Fragment, prompt_key, with_location
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.media import text_rows
 from gvpo_offline.paths import MISSING, value_at
+from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.sampling.settings import SampleConfig
 from gvpo_offline.sampling.system_prompts import (
     PlainPrompt,
@@ -206,9 +206,11 @@ def _refuse_others(log: TaskLog) -> None:
         )
 
 
-def _bar(what: str, sources: Sequence[Source], config: SampleConfig) -> tqdm[Any]:
+def _bar(what: str, sources: Sequence[Source], config: SampleConfig) -> ProgressBar:
     total = sum(source.size for source in sources)
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not config.show_progress)
+    return ProgressBar(
+        desc=what, total=total, unit="B", unit_scale=True, disable=not config.show_progress
+    )
 
 
 def _table(prompts: Sequence[Prompt]) -> pa.Table:

@@ -6,8 +6,7 @@ import contextlib
 import logging
 from collections.abc import Generator, Sequence
 
-from tqdm import tqdm
-
+from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.workers.bar import OnProgress, TaskBar
 from gvpo_offline.workers.settings import WorkerSettings
@@ -41,7 +40,7 @@ def run_stage(stage: Stage, settings: WorkerSettings) -> list[TaskRecord] | None
     records = {task.name: log.committed(task.name) for task in own}
     pending = [task for task in own if records[task.name] is None]
     finished = sum(task.size for task in own if records[task.name] is not None)
-    with tqdm(
+    with ProgressBar(
         desc=stage.name,
         total=sum(task.size for task in own),
         initial=finished,

@@ -592,7 +592,8 @@ def test_an_import_ends_with_one_group_and_the_ends_of_responses(
         f"each response that was not cut ends with {EOS}",
         "1 of 3 responses were cut, so they have no end token",
     ]
-    assert lines[at + 6].startswith("next: ")
+    assert lines[at + 6].startswith("to look at it in a browser: gvpo-offline report ")
+    assert lines[at + 7].startswith("next: ")
 
 
 def made(tmp_path: Path, tokenizer: Path | None, *responses: tuple[list[int], bool]) -> list[str]:

@@ -24,6 +24,7 @@ BLOCKS = all_snippets("python")
 # What runs all Python blocks of a page, or those that hold the text: tests, and `make tutorial`.
 RUN_BY: dict[str, list[tuple[str, str]]] = {
     "README.md": [("training_steps", "tests/examples/test_loop.py")],
+    "docs/howto/serving.md": [("", "tests/train/test_serving.py")],
     "docs/start/from-trl.md": [("", "tests/examples/test_from_others.py")],
     "docs/start/from-verl.md": [("", "tests/examples/test_from_others.py")],
     "docs/start/loop.md": [("", "tests/examples/test_loop.py")],
@@ -49,7 +50,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     folder = tmp_path_factory.mktemp("pages")
     dataset = scored_dataset(folder / "data", tiny_model_dir, 64)
     (folder / "MODEL").symlink_to(tiny_model_dir)
-    trainer_of(tiny_model_dir, dataset, folder / "run", groups_per_step=32).train()
+    held_out = {"eval_fraction": 0.2, "eval_strategy": "epoch"}
+    trainer_of(tiny_model_dir, dataset, folder / "run", groups_per_step=32, **held_out).train()
     return folder
 
 
@@ -63,7 +65,8 @@ def here(
     """A folder of the page's own as working directory, with what `prepared` holds but `run`."""
     for name in ("data", "MODEL"):
         (tmp_path / name).symlink_to((prepared / name).resolve())
-    if "tuning.md" in request.node.name:  # the only page that reads a run, and trains none
+    # The pages that read a run, and train none.
+    if any(page in request.node.name for page in ("tuning.md", "run-report.md")):
         (tmp_path / "run").symlink_to(prepared / "run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")

@@ -1,4 +1,4 @@
-"""A saved policy is served as it is: pipeline, the files that vLLM and llama.cpp read, adapters."""
+"""A saved policy is served as it is: pipeline, vLLM, llama.cpp, adapters (docs/howto/serving.md)."""
 
 from __future__ import annotations
 

@@ -106,7 +106,9 @@ def test_a_run_in_this_process_moves_its_bar_within_a_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars: list[Bar] = []
-    monkeypatch.setattr(run, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    monkeypatch.setattr(
+        run, "ProgressBar", lambda **options: bars.append(Bar(**options)) or bars[-1]
+    )
     (tmp_path / "seen").touch()
     stage = Counting(tmp_path)
     assert run.run_stage(stage, WorkerSettings()) is not None

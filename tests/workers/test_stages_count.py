@@ -37,7 +37,9 @@ class Bar:
 @pytest.fixture
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[Bar]:
     found: list[Bar] = []
-    monkeypatch.setattr(run, "tqdm", lambda **options: found.append(Bar(**options)) or found[-1])
+    monkeypatch.setattr(
+        run, "ProgressBar", lambda **options: found.append(Bar(**options)) or found[-1]
+    )
     return found
 
 

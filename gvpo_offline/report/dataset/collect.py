@@ -248,9 +248,9 @@ def _row_groups(dataset: GroupDataset, settings: ReportSettings) -> Iterable[int
 def _shown(numbers: Iterable[int], settings: ReportSettings) -> Iterable[int]:
     if not settings.show_progress:
         return numbers
-    from tqdm import tqdm
+    from gvpo_offline.progress_bar import ProgressBar
 
-    bar: Iterable[int] = tqdm(numbers, desc="report", unit=" row groups", disable=None)
+    bar: Iterable[int] = ProgressBar(numbers, desc="report", unit=" row groups")
     return bar
 
 
