@@ -207,10 +207,8 @@ def _refuse_others(log: TaskLog) -> None:
 
 
 def _bar(what: str, sources: Sequence[Source], config: SampleConfig) -> ProgressBar:
-    total = sum(source.size for source in sources)
-    return ProgressBar(
-        desc=what, total=total, unit="B", unit_scale=True, disable=not config.show_progress
-    )
+    total, quiet = sum(source.size for source in sources), not config.show_progress
+    return ProgressBar(desc=what, total=total, unit="B", unit_scale=True, disable=quiet)
 
 
 def _table(prompts: Sequence[Prompt]) -> pa.Table:

@@ -212,7 +212,7 @@ def test_a_sampler_added_to_an_unfinished_run_keeps_the_rest(
     broken = {"kind": "openai", "model": "x", "base_url": "http://127.0.0.1:9/v1"}
     broken |= {"max_attempts": 1, "responses": 1}
     samplers = {"s": local(tiny_model_dir), "gone": broken}
-    with pytest.raises(ServerError, match="127.0.0.1:9"):
+    with pytest.raises(ServerError, match=r"127\.0\.0\.1:9"):
         run_sample(config(tmp_path, tiny_model_dir, samplers, n=2))
     first = {path: path.stat().st_mtime_ns for path in all_samples(tmp_path / "data", ["s"])}
     assert first

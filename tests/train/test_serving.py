@@ -1,4 +1,4 @@
-"""A saved policy is served as it is: pipeline, vLLM, llama.cpp, adapters (docs/howto/serving.md)."""
+"""A saved policy is served as it is: pipeline, vLLM, GGUF, adapters (docs/howto/serving.md)."""
 
 from __future__ import annotations
 
