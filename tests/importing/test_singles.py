@@ -198,13 +198,15 @@ def test_the_default_names_all_remedies(tmp_path: Path) -> None:
 def test_a_dataset_of_them_alone_is_not_trained_on(
     tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is published, described and validated; every command that needs groups says what to do."""
+    """It is published and described; what needs groups says what to do, and `validate` fails it."""
     rows = [row for row in id_rows(5, k=2) if row["sampler"] == "s0"]
     manifest = import_rows(tmp_path / "data", rows, singletons="keep")
     assert (manifest.n_groups, manifest.n_incomplete) == (0, 5)
     data, model = str(tmp_path / "data"), ["--model_name_or_path", str(tiny_model_dir)]
-    assert main(["validate", "--dataset", data, "--show_progress", "false"]) == 0
-    assert "5 incomplete groups" in capsys.readouterr().out
+    assert main(["validate", "--dataset", data, "--show_progress", "false"]) == 1
+    told = capsys.readouterr().out
+    assert "5 incomplete groups" in told
+    assert "fail: 1 error" in told
     assert main(["ls", data]) == 0
     assert "5 prompts with one response, with reward reward@1" in capsys.readouterr().out
     assert main(["ls", data, "--content", "true"]) == 0

@@ -182,7 +182,7 @@ def test_failures_are_said_with_their_causes(
     assert math.isnan(metrics["eval_sampled_reward"])
     assert metrics["eval_sampled_kl"] == pytest.approx(0, abs=1e-4)
     assert "answers have no reward and are left out" in caplog.text
-    assert "received ValueError: not understood" in caplog.text
+    assert "in score: ValueError: not understood" in caplog.text
 
 
 def test_another_dataset_is_evaluated_without_sampling(whole: GVPOTrainer) -> None:
