@@ -61,7 +61,7 @@ quickstart: $(STAMP)
 
 # Once more from the first cell to the last, as a reader would.
 tutorial: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/tutorial/run.py $(if $(WRITE),--write)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python examples/tutorial/run_notebook.py $(if $(WRITE),--write)
 
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(STAMP)

@@ -28,7 +28,7 @@ RUN_BY: dict[str, list[tuple[str, str]]] = {
     "docs/start/from-trl.md": [("", "tests/examples/test_from_others.py")],
     "docs/start/from-verl.md": [("", "tests/examples/test_from_others.py")],
     "docs/start/loop.md": [("", "tests/examples/test_loop.py")],
-    "docs/start/tutorial.md": [("", "examples/tutorial/run.py")],
+    "docs/start/tutorial.md": [("", "examples/tutorial/run_notebook.py")],
     "schemas/README.md": [("", "tests/store/test_contract.py")],
 }
 

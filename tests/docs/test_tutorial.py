@@ -14,7 +14,6 @@ import pytest
 from support.snippets import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
-sys.path.insert(0, str(ROOT / "examples" / "tutorial"))
 
 from notebook_page import page, read, source_of
 
@@ -58,10 +57,16 @@ def test_cells_are_python_or_commands() -> None:
             compile(source, "tutorial.ipynb", "exec")
 
 
-def test_the_log_is_scored_by_the_tutorial_s_reward() -> None:
+def test_the_log_is_scored_by_the_tutorial_s_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each score, rounded to 4 digits, is that of `reward.py`; 300 questions, four writers."""
+    # Other examples and pipelines have modules of the same names.
+    for name in ("reward", "task"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "tutorial"))
     from reward import saved
 
+    for name in ("reward", "task"):
+        monkeypatch.delitem(sys.modules, name)
     rows = [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()]
     scores = saved([row["question"] for row in rows], [row["answer"] for row in rows])
     assert [row["saved"] for row in rows] == [round(score, 4) for score in scores]

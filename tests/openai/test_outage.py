@@ -286,11 +286,12 @@ def test_a_proxy_without_a_server_is_noticed(server: EchoServer, fault: str, sai
 
 
 def test_requests_that_break_their_connections_are_no_outage(server: EchoServer) -> None:
-    """A server that lives: each of 12 requests has its 3 attempts, and its cause. After each 10 of
-    the 36 attempts the server is asked after its models.
+    """A server that lives: each of 12 requests has its 3 attempts, and its cause. After 10 attempts
+    without an answer the server is asked after its models, so at most 3 times for 36. Attempts
+    that fail while it is asked do not count, so that it may be less often.
     """
     server.fault = lambda number: "drop"
     causes = client(server.url, max_attempts=3).send([Question(number) for number in range(12)])
     assert all(cause is not None and "connection" in cause for cause in causes)
     assert len(server.asked) == 36
-    assert server.listed == 3
+    assert 1 <= server.listed <= 3

@@ -329,7 +329,7 @@ def test_a_log_of_ids_alone_is_decoded(tmp_path: Path, tiny_tokenizer_dir: Path)
         reward(tmp_path / "unnamed", {"right": NUMERIC})
     named = {"tokenizer_name_or_path": str(tiny_tokenizer_dir)}
     reward(tmp_path / "unnamed", {"right": NUMERIC}, **named)
-    from conftest import train_tokenizer
+    from support.tiny_policy import train_tokenizer
 
     other = train_tokenizer(tmp_path / "other", eos=False)
     with pytest.raises(IntegrityError, match="uses the tokenizer"):

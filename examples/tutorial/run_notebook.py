@@ -1,7 +1,7 @@
 """Runs the tutorial's notebook, from its first cell to its last, and fails where a cell fails.
 
-    python examples/tutorial/run.py            # make tutorial
-    python examples/tutorial/run.py --write    # make tutorial WRITE=1
+    python examples/tutorial/run_notebook.py            # make tutorial
+    python examples/tutorial/run_notebook.py --write    # make tutorial WRITE=1
 
 With --write the notebook keeps its outputs, and the page and its pictures in docs/ are written from
 them. About three minutes on one core.
