@@ -62,7 +62,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     def close(self) -> None:
         """End the bar; without a terminal with a last line, if there was one before."""
         if self._plain and not self.disable:
-            if self.last_print_t >= self.start_t + self.delay:
+            if self.last_print_t >= self.start_t + PLAIN_SECONDS:
                 self.refresh()
             # tqdm would write the state again, and end the line that it redraws.
             self.sp, self.fp = (lambda text: None), _Nowhere()
