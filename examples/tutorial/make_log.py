@@ -31,7 +31,7 @@ def main() -> None:
     folder = Path(parser.parse_args().output_dir)
     prompts, _ = split_prompts(SEED, N_LOGGED, N_NEW)
     tokenizer = make_tokenizer()
-    policy, older = make_policy(tokenizer)
+    policy, older = make_policy(tokenizer, seed=0)  # the quickstart's
     other = new_model(other_config(tokenizer), SEED)
     pretrain(other, tokenizer, steps=PRETRAIN_STEPS, seed=SEED, title="pretrain: other model")
     models = {"older": older, "other": other, "policy": policy}
