@@ -42,6 +42,7 @@ __all__ = [
     "STATE_FILE",
     "TUNE_FOLDER",
     "is_run",
+    "json_object",
     "read_events",
     "read_lines",
     "read_metrics",
@@ -150,7 +151,7 @@ def read_settings(run: str | Path) -> dict[str, Any]:
     path = _checked(run) / RUN_FILE
     if not path.is_file():
         return {}
-    return _object(path)
+    return json_object(path)
 
 
 _ABSENT = object()
@@ -223,12 +224,17 @@ def _history(folder: Path) -> list[Line]:
     """The history in transformers' state file: of the run, or of its newest checkpoint."""
     for path in (folder, *reversed(checkpoint_folders(folder))):
         if (path / STATE_FILE).is_file():
-            history = _object(path / STATE_FILE).get("log_history") or []
+            history = json_object(path / STATE_FILE).get("log_history") or []
             return [{"step": line.pop("step"), **line} for line in history if "step" in line]
     return []
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(
+    path: Path,
+    rule: str = "the file is a JSON object",
+    remedy: str = "restore it from a copy, or move it away",
+) -> dict[str, Any]:
+    """The JSON object that a file of a run holds; IntegrityError with these words if it is none."""
     try:
         found = json.loads(path.read_bytes())
         if isinstance(found, dict):
@@ -236,12 +242,7 @@ def _object(path: Path) -> dict[str, Any]:
         received = f"a {type(found).__name__}"
     except (ValueError, RecursionError) as error:
         received = f"{type(error).__name__}: {error}"
-    raise IntegrityError(
-        "the file is a JSON object",
-        received=received,
-        remedy="restore it from a copy, or move it away",
-        file=path,
-    )
+    raise IntegrityError(rule, received=received, remedy=remedy, file=path)
 
 
 def _joined(lines: Iterable[Mapping[str, Any]]) -> list[Line]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.errors import IntegrityError
 from gvpo_offline.report.page.blocks import (
     Block,
     Cell,
@@ -20,7 +18,7 @@ from gvpo_offline.report.page.blocks import (
     Table,
     Text,
 )
-from gvpo_offline.train.run_folder import TUNE_FOLDER
+from gvpo_offline.train.run_folder import TUNE_FOLDER, json_object
 
 RESULT_FILE = "tune.json"
 _PROPOSAL = "proposed.yaml"
@@ -223,16 +221,8 @@ def _number(value: Any) -> float | None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-        if isinstance(found, dict):
-            return found
-        received = f"a {type(found).__name__}"
-    except (ValueError, RecursionError) as error:
-        received = f"{type(error).__name__}: {error}"
-    raise IntegrityError(
+    return json_object(
+        path,
         "a file of a search is a JSON object",
-        received=received,
-        remedy="remove the file and run `gvpo-offline tune` again; a trial is then repeated",
-        file=path,
+        "remove the file and run `gvpo-offline tune` again; a trial is then repeated",
     )
