@@ -29,6 +29,7 @@ from gvpo_offline.commands.next_step import ARGUMENTS
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
+from gvpo_offline.exit_status import FAILED, OUTPUT_CLOSED
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.settings import load_yaml
 from gvpo_offline.train.foreign import closest
@@ -36,7 +37,6 @@ from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, Ru
 from gvpo_offline.version import __version__
 
 _HELP_FLAGS = {"-h", "--help"}
-_OUTPUT_CLOSED = 141  # what a shell reports of a program that SIGPIPE ended
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _VALUE = re.compile(r"(?:Got value|Given value)(?! type)[^:]*: (.*)")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
@@ -222,10 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except GVPOError as error:
         complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
-        return 1
+        return FAILED
     except OutputClosed:
         drop_output()
-        return _OUTPUT_CLOSED
+        return OUTPUT_CLOSED
     finally:
         ARGUMENTS.reset(token)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -15,6 +14,7 @@ from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.settings import ReportConfig
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.files import replace_text
 from gvpo_offline.report.settings import ReportSettings
 from gvpo_offline.store.location import RemoteSettings, is_url, local_path
 
@@ -192,23 +192,7 @@ def write(report: Report, path: Path) -> None:
     head, newline, rest = html.partition("\n")
     twin = Report(report.page, {"made_by": MADE_BY, **report.facts}).json_text()
     for own, text in ((path, f"{head}{newline}{_MARK}\n{rest}"), (_json_of(path), twin)):
-        _replace(own, text)
-
-
-def _replace(path: Path, text: str) -> None:
-    from gvpo_offline.store.commit import fsync_folder, storage_errors, temporary_name
-
-    temporary = temporary_name(path.parent, path.name)
-    try:
-        with storage_errors(path):
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        replace_text(own, text)
 
 
 def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,10 +24,10 @@ from gvpo_offline.compute.adapters import (
 from gvpo_offline.compute.model import autocast_dtype
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.files import replace_text
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
-from gvpo_offline.store.commit import storage_errors, temporary_name
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.carded import run_settings
@@ -243,14 +242,7 @@ class _RunFile(TrainerCallback):
         if state.is_world_process_zero:
             text = json.dumps(self._settings(), indent=1, default=str) + "\n"
             path = Path(args.output_dir) / RUN_FILE
-            # Written beside and renamed: a resumed run reads what earlier starts wrote.
-            written = temporary_name(path.parent, RUN_FILE)
-            try:
-                with storage_errors(path):
-                    written.write_text(text, encoding="utf-8")
-                    os.replace(written, path)
-            finally:
-                written.unlink(missing_ok=True)
+            replace_text(path, text)
 
 
 def _peft_config(lora: LoraSettings) -> PeftConfig | None:

@@ -11,6 +11,7 @@ from gvpo_offline.commands.console import say, say_to_programs
 from gvpo_offline.commands.next_step import after_training, after_tuning, look_line
 from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.exit_status import OK, UNDECIDED
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
@@ -20,7 +21,6 @@ from gvpo_offline.train.settings import (
     LoraSettings,
     RunSettings,
 )
-from gvpo_offline.tune.doubts import NOTHING_TOLD
 from gvpo_offline.tune.settings import TuneSettings
 
 _OTHER_FLAGS = (
@@ -55,7 +55,7 @@ def _run_tune(values: dict[str, Any]) -> int:
     if found.file is not None:
         say(after_tuning(found.file, TuneSettings))
     say_to_programs(json.dumps(found.summary()))
-    return 0 if found.told else NOTHING_TOLD
+    return OK if found.told else UNDECIDED
 
 
 def _run_train(values: dict[str, Any]) -> None:

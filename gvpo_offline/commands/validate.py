@@ -5,14 +5,13 @@ about what is in them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from gvpo_offline.commands.next_step import after_data
 from gvpo_offline.commands.settings import ValidateConfig
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError
+from gvpo_offline.files import replace_text
 from gvpo_offline.findings.formats.checked import Check, check_of
 from gvpo_offline.findings.formats.document import document
 from gvpo_offline.findings.formats.junit import junit
@@ -21,7 +20,6 @@ from gvpo_offline.findings.formats.text import text_lines, verdict_line
 from gvpo_offline.findings.gate import CheckedDataset, check_dataset, error_finding
 from gvpo_offline.findings.thresholds import Thresholds, load_thresholds
 from gvpo_offline.progress_bar import ProgressBar
-from gvpo_offline.store.commit import make_folder, storage_errors, temporary_name
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import Manifest
 from gvpo_offline.store.storage import open_storage
@@ -172,12 +170,8 @@ def _formatted(name: str, check: Check) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Write a file that is complete or absent."""
-    temporary = temporary_name(path.parent, path.name)
     try:
-        with storage_errors(path):
-            make_folder(path.parent)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+        replace_text(path, text)
     except OSError as error:
         if isinstance(error, GVPOError):
             raise
@@ -187,6 +181,3 @@ def _write(path: Path, text: str) -> None:
             remedy="correct output, or the rights of its folder",
             file=path,
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.files import fsync_folder, lock_folder, make_folder, storage_errors
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.settings import PullConfig
 from gvpo_offline.hub.versions import check_continues, choose_version, is_partial, without_parts
-from gvpo_offline.store.commit import create_only, fsync_folder, make_folder, storage_errors
+from gvpo_offline.store.commit import create_only
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
     FileEntry,
@@ -28,7 +29,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
-from gvpo_offline.store.writer import claim_folder, lock_folder
+from gvpo_offline.store.writer import claim_folder
 
 _FOLDERS = ("groups", "rewards", "reference", "incomplete")
 

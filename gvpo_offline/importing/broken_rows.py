@@ -19,12 +19,12 @@ from typing import Any, Literal
 from gvpo_offline import conversations, values
 from gvpo_offline.cells import cell_value
 from gvpo_offline.errors import DataError
+from gvpo_offline.files import fsync_folder, storage_errors, temporary_name
 from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.fragment import GROUP_ID_DIGITS, Fragment, prompt_key
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.messages import is_message
 from gvpo_offline.paths import MISSING, value_at
-from gvpo_offline.store.commit import fsync_folder, storage_errors, temporary_name
 from gvpo_offline.store.writer import IMPORT_REPORT
 
 Record = Mapping[str, Any]

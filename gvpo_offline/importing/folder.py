@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.files import lock_folder
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.import_versions import import_versions
 from gvpo_offline.store.manifest import (
@@ -17,7 +18,7 @@ from gvpo_offline.store.manifest import (
     load_manifest,
     manifest_versions,
 )
-from gvpo_offline.store.writer import IMPORT_REPORT, claim_folder, lock_folder
+from gvpo_offline.store.writer import IMPORT_REPORT, claim_folder
 from gvpo_offline.version import IMPORT_VERSION
 
 # Prefixes of the stages of `sample`, whose commit records are in the same folder.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gvpo_offline.files import lock_folder
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import (
     Manifest,
@@ -17,7 +18,6 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
-from gvpo_offline.store.writer import lock_folder
 
 # Only files with names of these stages are removed: other stages may be writing sidecars.
 _TEMPORARY = re.compile(r"^\.(rewrite|waiting)-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")

@@ -19,11 +19,12 @@ from typing import Protocol
 import pyarrow as pa
 
 from gvpo_offline.errors import IntegrityError
+from gvpo_offline.files import lock_folder
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import BaseFile
 from gvpo_offline.store.parquet import open_parquet, read_row_group
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
-from gvpo_offline.store.writer import lock_folder, write_sidecar
+from gvpo_offline.store.writer import write_sidecar
 from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage

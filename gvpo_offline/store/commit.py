@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gvpo_offline.errors import ConfigError, DataError, StorageError
+from gvpo_offline.files import fsync_folder, make_folder, storage_errors, temporary_name
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -29,7 +29,6 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _HASH_DIGITS = 12
 
@@ -62,22 +61,6 @@ class SealedRecord(BaseModel):
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk (or quota, or file-size limit) into a StorageError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, StorageError) or error.errno not in _NO_ROOM:
-            raise
-        raise StorageError(
-            "there must be room on the disk for what is written",
-            received=os.strerror(error.errno),
-            remedy="free some space and run the same command again: committed tasks are kept",
-            file=path,
-        ) from error
-
-
-@contextmanager
 def undo_on_bad_input(undo: Callable[[], object]) -> Iterator[None]:
     """Call `undo` if the block raises DataError or ConfigError, then raise the error again.
 
@@ -90,28 +73,6 @@ def undo_on_bad_input(undo: Callable[[], object]) -> Iterator[None]:
     except (DataError, ConfigError):
         undo()
         raise
-
-
-def make_folder(folder: Path) -> None:
-    """Create `folder` with its parents, and sync the new directory entries to disk."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Sync the entries of a folder to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def temporary_name(folder: Path, stem: str) -> Path:
-    """A unique temporary path in `folder`."""
-    return folder / f".{stem}.{uuid.uuid4().hex}.tmp"
 
 
 def write_hashed(

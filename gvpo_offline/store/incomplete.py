@@ -17,10 +17,11 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.files import make_folder, storage_errors, temporary_name
 from gvpo_offline.group import Group
 from gvpo_offline.rules import MIN_GROUP_SIZE, check_group
 from gvpo_offline.store.arrow import groups_to_table, rewards_to_table
-from gvpo_offline.store.commit import TaskRecord, make_folder, storage_errors, temporary_name
+from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import BaseFile, FileEntry, Manifest, Sidecar
 from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet

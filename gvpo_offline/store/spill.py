@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from gvpo_offline.files import storage_errors
 from gvpo_offline.hashing import UInt64Array
-from gvpo_offline.store.commit import storage_errors
 
 _BUFFER_BYTES = 48 << 20
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")

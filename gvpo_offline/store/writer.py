@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -179,37 +177,6 @@ def claim_folder(root: Path) -> None:
             remedy="choose another output_dir, or empty this one",
             file=root,
         )
-
-
-def lock_folder(root: Path, *, wait: bool = False) -> int | None:
-    """Lock a dataset's folder, so that no other process writes groups to it.
-
-    Args:
-        root: the folder.
-        wait: wait for the lock instead of raising.
-
-    Returns:
-        A file descriptor; closing it, or the end of the process, releases the lock. None on a file
-        system without locks; there, commit records alone keep two runs apart.
-
-    Raises:
-        DataError: another process holds the lock.
-    """
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise DataError(
-            "one import, merge, compaction or pull at a time writes to a folder",
-            received="another process that holds the lock",
-            remedy="wait until it ends, or choose another folder",
-            file=root,
-        ) from error
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> Manifest:

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gvpo_offline.errors import ConfigError, ResumeError, StorageError
-from gvpo_offline.store.commit import fsync_folder, storage_errors, temporary_name
+from gvpo_offline.files import fsync_folder, storage_errors, temporary_name
 
 _logger = logging.getLogger(__name__)
 SEAL_NAME = "gvpo_checkpoint.json"

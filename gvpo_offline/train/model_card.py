@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import StorageError
+from gvpo_offline.files import storage_errors, temporary_name
 from gvpo_offline.hub.front_matter import FrontMatterError, listed, read_card_text
 from gvpo_offline.hub.markdown import block, code, table
-from gvpo_offline.store.commit import storage_errors, temporary_name
 from gvpo_offline.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainingArgu
 from gvpo_offline.compute.adapters import is_adapted
 from gvpo_offline.compute.loading import first_line
 from gvpo_offline.errors import ConfigError, StorageError
-from gvpo_offline.store.commit import storage_errors
+from gvpo_offline.files import storage_errors
 from gvpo_offline.train.checkpoint import has_room
 from gvpo_offline.train.model_card import read_card
 

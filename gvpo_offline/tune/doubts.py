@@ -23,8 +23,6 @@ from gvpo_offline.tune.search import (
 DoubtKind = Literal["nothing_explained", "nothing_gained", "explains_nothing", "at_end"]
 # Log-mass in nats above which responses gained more than others of their group lost.
 _RAISED = 0.1
-# Exit status of `tune` where the search ran to its end and the trials tell nothing.
-NOTHING_TOLD = 3
 
 
 @dataclass(frozen=True)

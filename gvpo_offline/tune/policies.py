@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 
 from gvpo_offline.collectives import broadcast_from_rank0, gather_results
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.files import storage_errors
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.sampled_eval.evaluator import SampledEvaluator
 from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.sampled_eval.shown import failure_lines
-from gvpo_offline.store.commit import create_only, storage_errors
+from gvpo_offline.store.commit import create_only
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers
 from gvpo_offline.tune.candidates import settings_of_loss

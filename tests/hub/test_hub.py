@@ -21,6 +21,7 @@ from support.merging import import_rows, tree
 
 from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError, StorageError
+from gvpo_offline.files import lock_folder
 from gvpo_offline.hub import push as pushing
 from gvpo_offline.hub.card import BEGIN, END, size_category
 from gvpo_offline.hub.pull import PullResult, pull
@@ -36,7 +37,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
 )
 from gvpo_offline.store.validate import validate
-from gvpo_offline.store.writer import lock_folder, publish
+from gvpo_offline.store.writer import publish
 
 REPO = "somebody/logs"
 

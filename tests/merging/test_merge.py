@@ -27,6 +27,7 @@ from support.merging import (
 )
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.files import lock_folder
 from gvpo_offline.hashing import text_key
 from gvpo_offline.merging import stages
 from gvpo_offline.merging.rewrite import Rewrite
@@ -42,7 +43,7 @@ from gvpo_offline.store.manifest import (
 )
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
 from gvpo_offline.store.validate import validate
-from gvpo_offline.store.writer import lock_folder, publish, write_sidecar
+from gvpo_offline.store.writer import publish, write_sidecar
 
 Rows = list[dict[str, Any]]
 

@@ -16,15 +16,11 @@ import pytest
 from support import store_storm
 from support.builders import build_dataset, make_groups
 
+from gvpo_offline import files
 from gvpo_offline.errors import IntegrityError, StorageError
+from gvpo_offline.files import storage_errors
 from gvpo_offline.store import commit
-from gvpo_offline.store.commit import (
-    TaskLog,
-    TaskRecord,
-    create_only,
-    storage_errors,
-    write_hashed,
-)
+from gvpo_offline.store.commit import TaskLog, TaskRecord, create_only, write_hashed
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.validate import validate
 from gvpo_offline.store.writer import publish, write_groups
@@ -172,7 +168,8 @@ def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_new_folders_are_made_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is durable only if every new folder above it is: each parent's entry is flushed."""
     flushed: list[Path] = []
-    monkeypatch.setattr(commit, "fsync_folder", flushed.append)
+    for module in (files, commit):
+        monkeypatch.setattr(module, "fsync_folder", flushed.append)
     write_hashed(tmp_path / "a" / "b", "shard", ".bin", lambda p: p.write_bytes(b"x"))
     assert set(flushed) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
     flushed.clear()

@@ -11,8 +11,9 @@ import pytest
 from gvpo_offline.cli import main
 from gvpo_offline.commands.tune import TuneReport, _write
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.exit_status import UNDECIDED
 from gvpo_offline.store.survey import Survey
-from gvpo_offline.tune.doubts import NOTHING_TOLD, doubts_of
+from gvpo_offline.tune.doubts import doubts_of
 from gvpo_offline.tune.search import HIGHEST_RUNG, Proposal, Trial, grid_rate, lowest_rung
 
 
@@ -97,7 +98,7 @@ def test_what_is_printed_written_and_returned(
     _write(report, tmp_path)
     monkeypatch.setattr("gvpo_offline.commands.tune.run_tune", lambda **given: report)
     argv = ["tune", "--model_name_or_path", "m", "--dataset", "d", "--output_dir", str(tmp_path)]
-    assert main(argv) == (0 if told else NOTHING_TOLD)
+    assert main(argv) == (0 if told else UNDECIDED)
     *lines, last = capsys.readouterr().out.strip().split("\n")
     found = json.loads(last)
     assert found["told"] is told

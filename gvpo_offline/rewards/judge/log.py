@@ -19,9 +19,10 @@ from typing import IO, Any
 import pyarrow as pa
 
 from gvpo_offline.errors import IntegrityError
+from gvpo_offline.files import make_folder, storage_errors
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.arrow import column_array, to_rows
-from gvpo_offline.store.commit import TaskLog, TaskRecord, make_folder, storage_errors
+from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
 from gvpo_offline.workers.rounds import committed_rounds
 

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.files import temporary_name
 from gvpo_offline.hashing import sha256_text
-from gvpo_offline.store.commit import temporary_name
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.store.commit import temporary_name
+from gvpo_offline.files import temporary_name
 
 logger = logging.getLogger(__name__)
 Line = Mapping[str, Any]
