@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
+	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
 	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
 	clean
 
@@ -22,6 +22,7 @@ help:
 	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
+	@echo "make bench-checkpoints  hashing and verifying 10 GB of checkpoint files (minutes; 10 GB)"
 	@echo "make bench-import  rows a second and memory of import, by workers (10 minutes)"
 	@echo "make bench-report  time, memory and size of a report on 100,000 groups; planted faults (3 minutes)"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
@@ -104,6 +105,9 @@ docs: $(STAMP)
 
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas
+
+bench-checkpoints: $(STAMP)
+	$(BIN)/python benchmarks/checkpoints.py $(ARGS)
 
 # One thread of the tokenizer for each process, so that two workers stand for two cores.
 bench-import: $(STAMP)

@@ -13,6 +13,7 @@ from gvpo_offline.tune.answers import AnswerSums
 from gvpo_offline.tune.judged import JudgedProposal, JudgedTrial
 from gvpo_offline.tune.policies import described
 from gvpo_offline.tune.racing import is_above
+from gvpo_offline.tune.trial_files import trial_text
 
 # Two trials are distinguishable if their paired difference is above this many standard errors.
 _DISTINGUISHED = 1.0
@@ -171,8 +172,7 @@ class JudgedReport:
     def write(self, folder: Path) -> None:
         """Write `tune.json`, and `proposed.yaml` or remove that of an earlier search."""
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.as_dict(), indent=1)
-        (folder / "tune.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "tune.json").write_text(trial_text(self.as_dict()), encoding="utf-8")
         if self.file is None:
             (folder / "proposed.yaml").unlink(missing_ok=True)
             return

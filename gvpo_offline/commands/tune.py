@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import math
 import operator
@@ -40,6 +39,7 @@ from gvpo_offline.tune.search import (
     score,
 )
 from gvpo_offline.tune.settings import MIN_TUNE_STEPS, TuneSettings
+from gvpo_offline.tune.trial_files import trial_text
 from gvpo_offline.tune.trials import Trials, finite_or_none, searches
 
 logger = logging.getLogger(__name__)
@@ -336,8 +336,7 @@ def search_identity(run: GVPOTrainer) -> dict[str, Any]:
 
 def _write(report: TuneReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report.as_dict(), indent=1)
-    (folder / "tune.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "tune.json").write_text(trial_text(report.as_dict()), encoding="utf-8")
     if report.file is None:
         (folder / "proposed.yaml").unlink(missing_ok=True)  # of an earlier search
         return

@@ -41,6 +41,7 @@ from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.train.best import BestCheckpointCallback, check_best_metric
 from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
 from gvpo_offline.train.carded import CardedTrainer
+from gvpo_offline.train.checkpointing import verify_contents
 from gvpo_offline.train.config import GVPOConfig, checked_config, settings_errors
 from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
@@ -159,7 +160,7 @@ class GVPOTrainer(CardedTrainer):
     def _own_callbacks(self, args: GVPOConfig) -> list[TrainerCallback]:
         if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
             check_best_metric(args, self.data.held_out)
-        self._best = BestCheckpointCallback(self.is_of_run)
+        self._best = BestCheckpointCallback(self.is_of_run, verify_contents)
         self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
         watching = [MetricWarningCallback(), self.movement_warning(), MetricsFileCallback()]
         return [self._epochs, *watching, self._best]
@@ -190,7 +191,7 @@ class GVPOTrainer(CardedTrainer):
         if self.args.eval_fraction and self.args.held_out_by == "auto":
             output_dir = Path(self.args.output_dir)
             self.hold_out_by(broadcast_from_rank0(lambda: rule_to_follow(output_dir, wanted)))
-        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
+        checkpoint = self.begin_from(wanted)
         self._best.resumed_from = self.record.resumed_from = checkpoint
         self.preflight()
         self.prepare_sampling()
@@ -309,6 +310,7 @@ class GVPOTrainer(CardedTrainer):
             with contextlib.nullcontext() if sync else self.no_gradient_sync(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
+        self.add_loss(total)
         if self.state.global_step == 0 and self._reference_meter is not None:
             self._reference_meter.check(self.policy, self.data.reference)
             self._reference_meter = None

@@ -53,7 +53,7 @@ WITHOUT_TORCH = (
     *("stream.selecting.select", "stream.selecting.where", "stream.view", "stream.recorded"),
     *("commands.order", "commands.order_record"),
     *("train.checkpoint", "tokenizer", "tune.search", "tune.judged", "commands.table", "cli"),
-    *("train.run_folder", "train.limits"),
+    *("train.run_folder", "train.limits", "train.checkpoint_files", "tune.trial_files"),
     *("findings.light", "findings.full", "findings.gate", "findings.formats.junit"),
     *("info.dataset", "info.text", "hub.push", "hub.pull"),
     *("compute.layout", "compute.tree", "compute.context", "compute.files"),

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.errors import IntegrityError
+from gvpo_offline.hashing import own_hash_holds
 from gvpo_offline.report.page.blocks import (
     Block,
     Cell,
@@ -19,9 +21,12 @@ from gvpo_offline.report.page.blocks import (
     Text,
 )
 from gvpo_offline.train.run_folder import TUNE_FOLDER, json_object
+from gvpo_offline.tune.trial_files import OWN_HASH
 
 RESULT_FILE = "tune.json"
 _PROPOSAL = "proposed.yaml"
+_RULE = "a file of a search is a JSON object as it was written"
+_REMEDY = "remove the file and run `gvpo-offline tune` again; a trial is then repeated"
 _METRICS = (
     ("explained_variance", "explained variance"),
     ("loss", "loss"),
@@ -221,8 +226,9 @@ def _number(value: Any) -> float | None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    return json_object(
-        path,
-        "a file of a search is a JSON object",
-        "remove the file and run `gvpo-offline tune` again; a trial is then repeated",
-    )
+    found = json_object(path, _RULE, _REMEDY)
+    text = path.read_bytes().decode("utf-8")
+    if OWN_HASH in found and not own_hash_holds(text, found, OWN_HASH):
+        received = "a text with another SHA-256 than the one that it records"
+        raise IntegrityError(_RULE, received=received, remedy=_REMEDY, file=path)
+    return {name: own for name, own in found.items() if name != OWN_HASH}

@@ -224,8 +224,14 @@ def _earlier(checkpoint: Path | None, name: str, step: int) -> Iterable[Line]:
     """
     if checkpoint is None:
         return []
-    lines = read_json_lines(checkpoint.absolute().parent / name)
+    path = checkpoint.absolute().parent / name
+    lines = read_json_lines(path)
     n = read_line_counts(checkpoint).get(name, len(lines))
+    if len(lines) < n:
+        logger.warning(
+            "%s has %d whole lines, and had %d at %s: those that are missing or damaged are lost",
+            *(path, len(lines), n, checkpoint.name),
+        )
     later = itertools.takewhile(lambda line: line.get("kind") == _CHECKPOINT, lines[n:])
     kept = [*lines[:n], *later]
     return [line for line in kept if isinstance(own := line.get("step"), int) and own <= step]
