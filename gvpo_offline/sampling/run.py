@@ -34,7 +34,7 @@ from gvpo_offline.workers.settings import WorkerSettings
 _VERSION = 1
 _CAUSES_SHOWN = 3
 _WITHOUT_LOGPROBS = "without_sampler_logprobs"
-_NOT_RECORDED = ("output_dir", "show_progress", "samplers")
+_NOT_RECORDED = ("output_dir", "show_progress", "samplers", "limits")
 
 
 @dataclass(frozen=True)

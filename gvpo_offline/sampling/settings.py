@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.identity import identity_settings
+from gvpo_offline.limits import Limits
 from gvpo_offline.openai.client import OPERATIONAL, ServerSettings
 from gvpo_offline.settings import required
 
@@ -254,6 +255,8 @@ class SampleConfig:
     Then one response to each prompt is enough."""
     prompts_per_task: int = 64
     """Number of prompts of a task, the unit of commits and of what an interrupted run repeats."""
+    limits: Limits = field(default_factory=Limits)
+    """Bounds on what a file of prompts may hold (docs/reference/limits.md)."""
     show_progress: bool = True
     """Show progress bars."""
 

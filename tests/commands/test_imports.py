@@ -16,7 +16,17 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "visible", "errors", "hashing", "identity", "progress_bar", "files", "exit_status"),
+    (
+        "version",
+        "visible",
+        "errors",
+        "hashing",
+        "identity",
+        "progress_bar",
+        "files",
+        "exit_status",
+        "limits",
+    ),
     ("group", "settings", "messages"),
     ("cells", "paths"),
     ("rules", "values", "conversations", "finish_reasons", "json_text"),

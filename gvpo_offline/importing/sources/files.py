@@ -6,7 +6,6 @@ length.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from gvpo_offline.importing.sources.compressed import (
     is_compressed,
 )
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.limits import Limits, bounded_lines, parse_json
 from gvpo_offline.store.arrow import to_rows
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ class Source(ABC):
         columns: names of the columns, or None if each row names its own.
         floats: names of the columns with floating-point numbers, or None if `columns` is None.
         on_refused: called by `refuse` instead of raising; set while an import reads the rows.
+        limits: bounds on what the input may hold.
     """
 
     on_refused: OnRefused | None = None
+    limits: Limits = Limits()
 
     def __init__(self, label: str, name: str, files: Sequence[Path]) -> None:
         self.label = label
@@ -150,8 +152,9 @@ class Source(ABC):
 class JsonLines(Source):
     """A file of JSON objects, one per line, optionally compressed."""
 
-    def __init__(self, label: str, name: str, path: Path) -> None:
+    def __init__(self, label: str, name: str, path: Path, limits: Limits | None = None) -> None:
         super().__init__(label, name, [path])
+        self.limits = limits or self.limits
         self._compressed = is_compressed(path)
         self.text_bytes = self.size * (FACTOR if self._compressed else 1)
 
@@ -172,7 +175,9 @@ class JsonLines(Source):
     def _lines(self, raw: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         suffix, row = self.files[0].suffix, [0]
         with damage_named(self.label, suffix, row):
-            for number, line in enumerate(decompressed(raw, suffix)):
+            stream = decompressed(raw, suffix, self.limits, self.label)
+            lines = bounded_lines(stream, self.limits.row_bytes, self.label)
+            for number, line in enumerate(lines):
                 row[0] = number + 1
                 yield number, line
 
@@ -187,8 +192,10 @@ class JsonLines(Source):
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(text, nesting=self.limits.nesting)
+        except DataError as error:
+            raise error.replaced(file=self.label, row=number) from error
+        except ValueError as error:
             raise DataError(
                 "each line is one JSON object in UTF-8",
                 received=f"{_beginning(line)} ({error})",
@@ -222,9 +229,11 @@ def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[Row]:
 class ParquetRows(Source):
     """A Parquet file."""
 
-    def __init__(self, label: str, name: str, path: Path) -> None:
+    def __init__(self, label: str, name: str, path: Path, limits: Limits | None = None) -> None:
         super().__init__(label, name, [path])
+        self.limits = limits or self.limits
         with self._open() as file:
+            self.limits.check_columns(len(file.schema_arrow), label)
             self._describe(file.schema_arrow)
             metadata = file.metadata
             self.n_rows = metadata.num_rows

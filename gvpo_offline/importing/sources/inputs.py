@@ -22,6 +22,7 @@ from gvpo_offline.importing.sources.files import DatasetRows, JsonLines, Parquet
 from gvpo_offline.importing.sources.json_documents import JsonDocuments, holds_lines
 from gvpo_offline.importing.sources.json_text import path_steps
 from gvpo_offline.importing.sources.layouts import LAYOUTS, DocumentRows
+from gvpo_offline.limits import Limits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +33,11 @@ _HUB_PREFIX = "hf:"
 
 
 def find_sources(
-    inputs: Sequence[str] | str, *, rows_at: str | None = None, log_format: str | None = None
+    inputs: Sequence[str] | str,
+    *,
+    rows_at: str | None = None,
+    log_format: str | None = None,
+    limits: Limits | None = None,
 ) -> list[Source]:
     """Open the inputs that paths, globs and hub names refer to, in order, each file once.
 
@@ -40,9 +45,10 @@ def find_sources(
         inputs: paths, globs, and hub names (hf:name, hf:name:split).
         rows_at: path of the rows in JSON files, or None: the elements of a list, or each object.
         log_format: name of the format, which may say where the rows of a `.json` file are.
+        limits: bounds on what a file may hold. Default: the defaults.
 
     Raises:
-        DataError: a path or glob matches nothing.
+        DataError: a path or glob matches nothing, or a file has too many columns.
         ConfigError: an input has an unsupported type, or `rows_at` is set for another file than a
             JSON file.
         IntegrityError: the footer of a Parquet file cannot be read.
@@ -57,7 +63,7 @@ def find_sources(
         for path in _matches(pattern):
             if (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
-                sources.append(_open_path(path, rows_at, log_format))
+                sources.append(_open_path(path, rows_at, log_format, limits or Limits()))
     return sources
 
 
@@ -76,23 +82,23 @@ def _matches(pattern: str) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def _open_path(path: Path, rows_at: str | None, log_format: str | None) -> Source:
+def _open_path(path: Path, rows_at: str | None, log_format: str | None, limits: Limits) -> Source:
     plain = without_suffix(path)
     if path.is_file() and plain.suffix in _JSON_SUFFIXES:
         if rows_at is None and plain.suffix == ".json" and log_format in LAYOUTS:
-            return DocumentRows(str(path), plain.stem, path, LAYOUTS[log_format])
+            return DocumentRows(str(path), plain.stem, path, LAYOUTS[log_format], limits)
         if rows_at is None and holds_lines(path):
-            return JsonLines(str(path), plain.stem, path)
-        return JsonDocuments(str(path), plain.stem, path, _steps(rows_at))
+            return JsonLines(str(path), plain.stem, path, limits)
+        return JsonDocuments(str(path), plain.stem, path, _steps(rows_at), limits)
     _refuse_rows_at(rows_at, path)
     if path.is_dir():
         return _saved(path)
     if plain.suffix in DELIMITERS:
-        return CsvRows(path)
+        return CsvRows(path, limits)
     if path.is_file() and path.suffix == ".eval":
-        return EvalArchive(path)
+        return EvalArchive(path, limits)
     if path.suffix in _PARQUET_SUFFIXES:
-        return ParquetRows(str(path), path.stem, path)
+        return ParquetRows(str(path), path.stem, path, limits)
     raise ConfigError(
         "an input is JSON lines or another JSON file (.jsonl, .ndjson, .json, .traj), CSV (.csv, "
         ".tsv), each optionally compressed (.gz, .bz2, .zst), Parquet (.parquet, .pq), a log of "

@@ -12,6 +12,7 @@ from typing import Any
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.limits import ANSWER_NESTING, parse_json
 from gvpo_offline.openai.answer import BadAnswerError
 from gvpo_offline.rewards.cases import Message, ScoringInput
 from gvpo_offline.rewards.kinds import JudgePairsSettings, JudgeSettings
@@ -145,17 +146,17 @@ class Rubric:
         if self._pairs:
             verdict = _VERDICTS.get(str(found).strip().lower())
             if verdict is None:
-                raise BadAnswerError(f"the verdict {found!r}, which is not A, B or tie")
+                raise BadAnswerError(f"the verdict {_quoted(found)}, which is not A, B or tie")
             return verdict
         assert isinstance(self._settings, JudgeSettings)
         low, high = self._settings.scale
         try:
             number = math.nan if isinstance(found, bool) else float(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not low <= number <= high:
             raise BadAnswerError(
-                f"the rating {found!r}, which is not a number from {low:g} to {high:g}"
+                f"the rating {_quoted(found)}, which is not a number from {low:g} to {high:g}"
             )
         return number
 
@@ -169,13 +170,17 @@ class Rubric:
     def _field(self, answer: str) -> Any:
         fenced = _FENCED.match(answer)
         try:
-            found = json.loads(fenced[1] if fenced else answer)
-        except (ValueError, RecursionError):
+            found = parse_json(fenced[1] if fenced else answer, nesting=ANSWER_NESTING)
+        except ValueError:
             found = None
         field = self._settings.json_field
         if not isinstance(found, dict) or field not in found:
             raise BadAnswerError(f"no JSON object with {field} in the answer {answer[:80]}")
         return found[field]
+
+
+def _quoted(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _template_text(template: str | None) -> str | None:
