@@ -17,9 +17,10 @@ PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "visible", "errors", "hashing", "identity", "progress_bar", "files", "exit_status"),
+    ("json_text",),
     ("group", "settings", "messages"),
     ("cells", "paths"),
-    ("rules", "values", "conversations", "finish_reasons", "json_text"),
+    ("rules", "values", "conversations", "finish_reasons"),
     ("store",),
     ("findings", "contract"),
     ("info",),

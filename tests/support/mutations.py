@@ -42,7 +42,7 @@ _CONTAINERS: tuple[Any, ...] = (
 )
 EXTREME: tuple[Any, ...] = (
     *(_nested(60, lists=True), _nested(60, lists=False)),
-    *(_nested(700, lists=True), _nested(700, lists=False)),
+    *(_nested(290, lists=True), _nested(290, lists=False)),
 )
 """Values whose nesting is within what the JSON parser takes, but not what recursion takes twice."""
 
