@@ -7,8 +7,9 @@ mistake.
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from gvpo_offline.json_text import loads
 
 __all__ = ["Cell", "cell_value"]
 
@@ -38,8 +39,8 @@ def cell_value(value: Any) -> Any:
         return _FLAGS[low]
     if text[0] in "[{":
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return loads(text)
+        except ValueError:
             return str(value)
     for kind in (int, float):
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.json_text import parsed_messages
+from gvpo_offline.json_text import loads, parsed_messages
 from gvpo_offline.messages import (
     is_message,
     is_plain,
@@ -70,7 +70,7 @@ def template_arguments(record: Mapping[str, Any], **further: Any) -> str | None:
         value = record.get(name)
         if isinstance(value, str) and value:
             try:
-                value = json.loads(value)
+                value = loads(value)
             except ValueError:
                 value = record[name]
         value = without_nulls(value)
@@ -94,7 +94,7 @@ def template_arguments(record: Mapping[str, Any], **further: Any) -> str | None:
 def _decoded(tool: Any) -> Any:
     """A tool definition, which data sets may hold as JSON text."""
     try:
-        return without_nulls(json.loads(tool)) if isinstance(tool, str) else tool
+        return without_nulls(loads(tool)) if isinstance(tool, str) else tool
     except ValueError as error:
         raise DataError("a tool definition is a record, or its JSON", received=tool) from error
 

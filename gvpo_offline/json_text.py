@@ -6,7 +6,46 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+__all__ = ["kind_of", "loads", "parsed_messages"]
+
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+MOST_NESTED = 100
+"""Most levels of lists and records within each other that JSON text in a column may have."""
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text, nested less deeply than functions that walk it can follow.
+
+    Raises:
+        ValueError: it is not JSON, or has more levels than `MOST_NESTED`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists and records are nested too deeply") from error
+    if text.count("[") + text.count("{") > MOST_NESTED and _levels(value) > MOST_NESTED:
+        raise ValueError(f"lists and records are nested more than {MOST_NESTED} levels deep")
+    return value
+
+
+def _levels(value: Any) -> int:
+    levels, pending = 0, [value]
+    while pending:
+        pending = [
+            part
+            for each in pending
+            if isinstance(each, list | dict)
+            for part in (each if isinstance(each, list) else each.values())
+        ]
+        levels += 1
+    return levels - 1
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, for messages: null for None, else the name of the type."""
+    return "null" if value is None else type(value).__name__
 
 
 def parsed_messages(value: Any, *, first: Collection[str] = _ROLES) -> Any:
@@ -20,8 +59,8 @@ def parsed_messages(value: Any, *, first: Collection[str] = _ROLES) -> Any:
     if not (isinstance(value, str) and value.lstrip()[:1] == "["):
         return value
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
+        found = loads(value)
+    except ValueError:
         return value
     if not (isinstance(found, list) and found and all(map(_is_whole_message, found))):
         return value

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.json_text import kind_of, loads
 
 Message = dict[str, Any]
 
@@ -69,7 +70,7 @@ def content_text(content: Any, *, role: str = "message") -> str:
 def _part_text(part: Any, role: str) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    kind = part.get("type") if isinstance(part, dict) else kind_of(part)
     if isinstance(part, dict) and kind in TEXT_PARTS:
         # LLaMA-Factory's parts hold their text in `value`.
         text = part.get("text", part.get("value"))
@@ -136,7 +137,7 @@ def _is_empty(value: Any) -> bool:
 def _parsed(value: Any) -> Any:
     """A value that data sets may hold as JSON text."""
     try:
-        return without_nulls(json.loads(value)) if isinstance(value, str) else value
+        return without_nulls(loads(value)) if isinstance(value, str) else value
     except ValueError:
         return value
 
@@ -159,7 +160,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             # Servers write the arguments of a call without any as an empty text or null.
-            decoded = without_nulls(json.loads(arguments or "{}"))
+            decoded = without_nulls(loads(arguments or "{}"))
             decoded = {} if decoded is None else decoded
         except ValueError:
             decoded = None

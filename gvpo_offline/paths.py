@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from gvpo_offline.json_text import kind_of
+
 __all__ = ["MISSING", "has", "top_level_names", "value_at"]
 
 MISSING: Final = object()
@@ -87,7 +89,7 @@ def nearest(record: Mapping[str, Any], path: str) -> str:
             return f"{path[:at]} with the fields {', '.join(map(str, value)) or 'none'}"
         if value is not MISSING:
             kind = f"a list of {len(value)}" if isinstance(value, list) else None
-            return f"{path[:at]}, {kind or f'of type {type(value).__name__}'}"
+            return f"{path[:at]}, {kind or f'of type {kind_of(value)}'}"
     return ""
 
 

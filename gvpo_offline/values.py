@@ -74,6 +74,17 @@ def entries(value: Any, what: str) -> list[Any]:
     return value
 
 
+def with_lists(value: Any) -> Any:
+    """`value` with lists in the place of arrays, at every depth of records and lists."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: with_lists(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [with_lists(part) for part in value]
+    return value
+
+
 def structs(value: Any, what: str) -> list[dict[str, Any]]:
     """A list of records; `datasets` may store it as a record of lists.
 
@@ -109,6 +120,23 @@ def struct(value: Any, what: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise DataError(f"{what} is a record", received=repr(value))
+    return value
+
+
+def text(value: Any, what: str) -> str:
+    """A text; an empty one for null.
+
+    Args:
+        value: a text or None.
+        what: its name, for the error.
+
+    Raises:
+        DataError: `value` is neither.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{what} is text", received=repr(value))
     return value
 
 
@@ -159,6 +187,21 @@ def number(value: Any, what: str = "a reward") -> float | None:
     except OverflowError as error:
         raise DataError(f"{what} is a finite number", received=value) from error
     return None if math.isnan(found) else found
+
+
+def numbers(value: Any, what: str) -> FloatArray:
+    """`value`, a list of numbers, as (T,) float64.
+
+    Raises:
+        DataError: it is no list, or an entry is not a number.
+    """
+    found = entries(value, what)
+    if not all(type(entry) in (int, float) for entry in found):
+        raise DataError(f"{what} are a list of numbers", received=repr(value))
+    try:
+        return np.array(found, np.float64)
+    except OverflowError as error:
+        raise DataError(f"{what} are finite numbers", received=repr(value)) from error
 
 
 def rating(value: Any, what: str = "a rating") -> float | None:

@@ -18,6 +18,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import BoolArray, Int32Array
 from gvpo_offline.hashing import sha256_json, sha256_text
 from gvpo_offline.importing.settings import ImportConfig
+from gvpo_offline.values import valid_text
 
 __all__ = [
     "PER_RESPONSE",
@@ -212,6 +213,7 @@ def check_fragment(fragment: Fragment, config: ImportConfig, *, vocab_size: int 
     for index, text in enumerate(fragment.responses):
         _check_response(fragment, index, text, vocab_size, allow_empty)
     _check_components(fragment)
+    _check_texts(fragment)
     for index, reward in enumerate(fragment.rewards or ()):
         if reward is None:
             if config.missing_rewards == "error":
@@ -245,6 +247,18 @@ def _check_lengths(fragment: Fragment, *, allow_none: bool) -> None:
                 received=f"{len(values)} for {n} responses",
                 remedy="log lists of one length in a row",
             )
+
+
+def _check_texts(fragment: Fragment) -> None:
+    """Check that every text is valid Unicode, which columns of text hold alone."""
+    singles = (fragment.prompt, fragment.messages, fragment.group_id, fragment.metadata)
+    lists = (fragment.responses, fragment.samplers, fragment.response_ids)
+    for text in (
+        *(*singles, fragment.source, fragment.template_arguments, *(fragment.components or ())),
+        *(text for texts in (*lists, fragment.response_messages) for text in texts or ()),
+    ):
+        if text is not None:
+            valid_text(text)
 
 
 def _check_components(fragment: Fragment) -> None:

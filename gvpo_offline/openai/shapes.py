@@ -18,13 +18,14 @@ from gvpo_offline import conversations
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import Ending, ending
 from gvpo_offline.group import Int32Array
+from gvpo_offline.json_text import kind_of
 from gvpo_offline.messages import CONTINUE, content_text, is_message
 from gvpo_offline.openai.answer import (
     BESIDE_TEXT,
     AnswerChoice,
     BadAnswerError,
 )
-from gvpo_offline.values import token_ids
+from gvpo_offline.values import entries, structs, text, token_ids
 
 __all__ = [
     "answer_errors",
@@ -82,8 +83,9 @@ def request_arguments(body: Mapping[str, Any]) -> str | None:
             else "add_generation_prompt: false without continue_final_message",
             remedy="log the prompt's token ids",
         )
-    messages = body.get("messages") or ()
-    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    messages = body.get("messages")
+    last = messages[-1] if messages and isinstance(messages, list) else None
+    last = last if isinstance(last, dict) else {}
     closed = last.get("role") == "assistant" and not (body.get(CONTINUE) or last.get("prefix"))
     tools, reasoning = body.get("tools"), body.get("reasoning")
     effort = body.get(EFFORT) or (reasoning.get("effort") if isinstance(reasoning, dict) else None)
@@ -132,7 +134,7 @@ def responses_prompt(params: Mapping[str, Any]) -> conversations.Prompt:
     Raises:
         DataError: an item is of another kind than text, reasoning, tool calls and their results.
     """
-    given = params["input"]
+    given = params.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list):
         raise DataError("a chat's prompt is a list of messages", received=repr(given))
@@ -151,7 +153,7 @@ def item_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for item in items:
-        kind = item.get("type", "message") if isinstance(item, dict) else type(item).__name__
+        kind = item.get("type", "message") if isinstance(item, dict) else kind_of(item)
         if kind == "message" and is_message(item) and item["role"] != "assistant":
             found.append(item)
         elif kind == "function_call_output":
@@ -182,8 +184,8 @@ def _add_to_assistant(found: list[dict[str, Any]], kind: str, item: Mapping[str,
     if kind == "message":
         own["content"] = content_text(item.get("content"), role="assistant")
     elif kind == "reasoning":
-        parts = item.get("content") or item.get("summary") or []
-        texts = [str(part.get("text", "")) for part in parts if isinstance(part, dict)]
+        parts = structs(item.get("content") or item.get("summary") or [], "the parts of reasoning")
+        texts = [text(part.get("text"), "the text of reasoning") for part in parts]
         if not any(texts) and item.get("encrypted_content"):
             raise DataError(
                 "the reasoning of a response is text",
@@ -210,19 +212,19 @@ def choice_content(choice: AnswerChoice) -> tuple[conversations.Reply, Int32Arra
     if message.get("content") is None and not (message.keys() & {*BESIDE_TEXT} - {"content"}):
         return conversations.Reply(None), None if ids is None else np.array(ids, np.int32)
     if all(not message.get(name) for name in ("content", *BESIDE_TEXT)):
-        reply = conversations.Reply(message.get("content"))
+        reply = conversations.Reply(content_text(message.get("content"), role="assistant"))
     else:
         reply = conversations.response([{**message, "role": "assistant"}])
     return reply, None if ids is None else np.array(ids, np.int32)
 
 
-def output_reply(output: Sequence[Mapping[str, Any]]) -> conversations.Reply:
+def output_reply(output: Any) -> conversations.Reply:
     """A response of the responses API, from its items.
 
     Raises:
         DataError: an item is of a kind that no chat template renders, or there is none.
     """
-    found = item_messages(output)
+    found = item_messages(entries(output, "the items of a response"))
     if not found:
         raise DataError(
             "a response has at least 1 item", received="no items", remedy="sample it again"

@@ -17,19 +17,13 @@ PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        "version",
-        "visible",
-        "errors",
-        "hashing",
-        "identity",
-        "progress_bar",
-        "files",
-        "exit_status",
-        "limits",
+        *("version", "visible", "errors", "hashing", "identity", "progress_bar"),
+        *("files", "exit_status", "limits"),
     ),
+    ("json_text",),
     ("group", "settings", "messages"),
     ("cells", "paths"),
-    ("rules", "values", "conversations", "finish_reasons", "json_text"),
+    ("rules", "values", "conversations", "finish_reasons"),
     ("store",),
     ("findings", "contract"),
     ("info",),

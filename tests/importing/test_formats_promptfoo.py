@@ -107,7 +107,7 @@ def test_errors_and_endings(tmp_path: Path) -> None:
     ("row", "match"),
     [
         (result({"a": 1}, 1.0), "the parsed JSON, not its text"),
-        (result(None, 1.0), "received NoneType"),
+        (result(None, 1.0), "received null"),
         (result("Thinking: 8 * 8\n\n64", 1.0), "reasoning that promptfoo put into it"),
         (result("64", 1.0, prompt={"raw": "- role: user\n  content: hi"}), "received YAML"),
         (result("64", 1.0, prompt={"label": "x"}), r"prompt\.raw is the prompt"),

@@ -124,7 +124,7 @@ PICTURE = [{"type": "input_image", "image_url": "data:"}]
         (gym_row(0, 0, [message("5")], reward="x"), "reward is a number; received 'x'"),
         (gym_row(0, 0, [message("5")], reward=None), "each response has one"),
         (gym_row(0, 0, [message("5")], response="x"), "response.output is a list of items"),
-        (gym_row(0, 0, ["x"]), "has the nested fields of that format"),
+        (gym_row(0, 0, ["x"]), "the items of response.output are a list of records"),
         ({"responses_create_params": {"input": "p"}}, "no response, reward among"),
     ],
 )  # fmt: skip

@@ -53,7 +53,7 @@ class AnthropicBatchFormat(BatchFormat):
         found: Messages = [{"role": "system", "content": system}] if system else []
         for message in values.structs(params["messages"], "the messages of a request"):
             found += _messages(message)
-        tools = [_tool(tool) for tool in params.get("tools") or ()]
+        tools = [_tool(tool) for tool in values.entries(params.get("tools") or [], "tools")]
         arguments = conversations.template_arguments({"tools": tools})
         return Sent(conversations.prompt(found), arguments, model=params.get("model"))
 
@@ -136,7 +136,7 @@ def _assistant(content: Any) -> Messages:
         elif kind == "tool_use":
             turns.add_call(block.get("name"), block.get("input") or {}, block.get("id"))
         elif kind == "thinking" and (block.get("thinking") or not block.get("signature")):
-            turns.add_reasoning(block.get("thinking") or "")
+            turns.add_reasoning(block.get("thinking"))
         else:
             raise DataError(
                 "the content of the assistant is text, thinking and tool_use",

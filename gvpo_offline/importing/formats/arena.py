@@ -8,7 +8,6 @@ setting `singletons` decides whether that stops the import.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from gvpo_offline import conversations, values
@@ -17,6 +16,7 @@ from gvpo_offline.importing.formats.shared.row_format import RowFormat, text_fra
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.json_text import loads
 
 _VOTES = ("winner_model_a", "winner_model_b", "winner_tie")
 
@@ -66,7 +66,7 @@ def _turns(record: Record, name: str) -> list[Any]:
     value = record[name]
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = loads(value)
         except ValueError as error:
             raise DataError(f"{name} is a list of texts in JSON", received=str(error)) from error
     turns = values.entries(value, name)

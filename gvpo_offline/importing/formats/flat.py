@@ -206,8 +206,10 @@ def _is_many_ids(value: Any) -> bool:
 
 def _responses(text: Any, ids: Any) -> tuple[list[Reply], list[Any] | None, bool]:
     """Responses, token ids, and whether the row holds a group."""
+    if ids is not None:
+        listed = values.entries(ids, "token ids")
     many = _is_many(text) if text is not None else _is_many_ids(ids)
-    if text is not None and ids is not None and len(ids) and many != _is_many_ids(ids):
+    if text is not None and ids is not None and listed and many != _is_many_ids(ids):
         raise DataError(
             "text and token ids of a row both hold one response, or both hold a group",
             received=f"text {text!r}, token ids {ids!r}",
@@ -216,7 +218,7 @@ def _responses(text: Any, ids: Any) -> tuple[list[Reply], list[Any] | None, bool
     if ids is not None:
         all_ids = [
             None if row is None else token_ids(row, "a response")
-            for row in (ids if many else [ids])
+            for row in (listed if many else [ids])
         ]
     if text is None:
         return [Reply(None)] * (1 if all_ids is None else len(all_ids)), all_ids, many
@@ -250,7 +252,7 @@ def _spread(
 def _masks(value: Any, name: str | None, n: int, many: bool) -> list[Any] | None:
     if name is None or value is None:
         return None
-    rows = value if many else [value]
+    rows = values.entries(value, "the loss masks of a group") if many else [value]
     if many and not _is_many_ids(rows) and n:
         raise DataError(
             f"in a row that holds a group, column {name!r} holds a list of lists", received=value

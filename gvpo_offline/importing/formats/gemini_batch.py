@@ -64,14 +64,20 @@ class GeminiBatchFormat(BatchFormat):
         system = _field(request, "systemInstruction")
         found: Messages = []
         if system:
-            parts = system if isinstance(system, str) else system.get("parts")
+            parts = system
+            if not isinstance(system, str):
+                parts = values.struct(system, "systemInstruction").get("parts")
             found.append({"role": "system", "content": _text(parts, "system")})
         contents = request["contents"]
         if isinstance(contents, str):
             contents = [{"role": "user", "parts": [{"text": contents}]}]
         for content in values.structs(contents, "the contents of a request"):
             found += _messages(content)
-        tools = [function for tool in request.get("tools") or () for function in _tools(tool)]
+        tools = [
+            function
+            for tool in values.entries(request.get("tools") or [], "tools")
+            for function in _tools(tool)
+        ]
         return Sent(
             conversations.prompt(found),
             conversations.template_arguments({"tools": tools}),
@@ -124,13 +130,14 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _model(name: Any) -> str | None:
-    return None if name is None else str(name).removeprefix("models/")
+    found = values.sampler(name)
+    return None if found is None else found.removeprefix("models/")
 
 
 def _messages(content: Mapping[str, Any]) -> Messages:
     """A content of a request; one with results of functions becomes several messages."""
     sender = content.get("role")
-    role = _ROLES.get(sender)
+    role = _ROLES.get(sender) if isinstance(sender, str | None) else None
     if role is None:
         raise DataError("a content is by user or model", received=f"role {sender!r}")
     parts = content.get("parts") or []
@@ -147,6 +154,7 @@ def _user_messages(parts: Any) -> Iterator[dict[str, Any]]:
         if texts:
             yield {"role": "user", "content": _text(texts, "user")}
             texts = []
+        result = values.struct(result, "a functionResponse")
         answer = result.get("response")
         yield {
             "role": "tool",
@@ -164,6 +172,7 @@ def _assistant(parts: Any) -> Messages:
     for part in map(without_nulls, values.structs(parts, "the parts of a content")):
         call = _field(part, "functionCall")
         if call is not None:
+            call = values.struct(call, "a functionCall")
             turns.add_call(call.get("name"), call.get("args") or {}, call.get("id"))
         elif part.get("thought"):
             turns.add_reasoning(_text([part], "model"))

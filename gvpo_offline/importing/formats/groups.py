@@ -7,7 +7,6 @@ import may reorder and truncate responses, so `gvpo-offline reference` computes 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from gvpo_offline.importing.formats.shared.parts import part_weights
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.json_text import loads
 from gvpo_offline.store.schema import GROUPS_COLUMNS
 from gvpo_offline.values import flags, token_ids
 
@@ -96,7 +96,9 @@ def _parse(record: Record, source: InputInfo) -> Fragment:
         rewards=None if rewards is None else _numbers(rewards, "rewards"),
         samplers=_entries(record, "samplers", str) or [None] * n,
         truncated=_entries(record, "truncated", bool) or [False] * n,
-        loss_mask=None if masks is None else [flags(row, "loss_mask") for row in masks],
+        loss_mask=None
+        if masks is None
+        else [flags(row, "loss_mask") for row in _list(record, "loss_mask")],
         response_ids=_entries(record, "response_ids", str),
         sampler_logprobs=None if logprobs is None else _numbers(logprobs, "sampler_seq_logprobs"),
         group_id=_optional_text(record, "group_id"),
@@ -143,7 +145,7 @@ def _messages(record: Record) -> str | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
+        value = loads(text)
     except ValueError as error:
         raise DataError("messages is JSON", received=str(error)) from error
     if not isinstance(value, list):

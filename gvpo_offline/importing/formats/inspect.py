@@ -98,8 +98,13 @@ def _failure(record: Record) -> str | None:
 
 
 def _stop_reason(record: Record) -> Any:
-    choices = values.struct(record.get("output"), "output").get("choices")
+    choices = _choices(record)
     return choices[0].get("stop_reason") if choices else None
+
+
+def _choices(record: Record) -> list[dict[str, Any]]:
+    output = values.struct(record.get("output"), "output")
+    return values.structs(output.get("choices") or [], "output.choices")
 
 
 def _scores(record: Record) -> dict[str, Any]:
@@ -124,9 +129,11 @@ def _split(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     source = record["input"]
     before = values.structs(source, "input") if isinstance(source, list) else []
     if not given:  # a log without its messages
-        choices = values.struct(record.get("output"), "output").get("choices") or []
         given = [*(before or [{"role": "user", "content": source}])]
-        given += [dict(choice["message"]) for choice in choices[:1]]
+        given += [
+            values.struct(choice.get("message"), "the message of a choice")
+            for choice in _choices(record)[:1]
+        ]
     own = [i for i, message in enumerate(given) if message.get("role") == "assistant"]
     generated = [i for i in own if given[i].get("source") == "generate"]
     # Logs of 2024 do not say who wrote a message: the input's messages come first.
@@ -165,7 +172,8 @@ def _message(message: Mapping[str, Any], attachments: Mapping[str, Any]) -> dict
         content = _resolved(content, attachments)
     error = message.get("error")
     if role == "tool" and error and not content:
-        content = str(values.struct(error, "the error of a tool").get("message", ""))
+        said = values.struct(error, "the error of a tool").get("message")
+        content = values.text(said, "the message of a tool's error")
     found["content"] = content
     calls = message.get("tool_calls")
     if calls:
@@ -187,7 +195,7 @@ def _thought(part: Mapping[str, Any]) -> str:
             received="reasoning that is encrypted (redacted)",
             remedy="remove the sample",
         )
-    return str(values.field(part, "reasoning", "a part of reasoning"))
+    return values.text(values.field(part, "reasoning", "a part of reasoning"), "reasoning")
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,11 +234,14 @@ def _resolved(value: Any, attachments: Mapping[str, Any], depth: int = 0) -> Any
 def _tools(record: Record) -> Sequence[Mapping[str, Any]]:
     """The tools of the model's first request, of which the log has an event."""
     events = record.get("events")
-    for event in events if isinstance(events, list) else []:
+    for event in values.structs(events or [], "events"):
         if event.get("event") == "model" and event.get("role") is None:
             attachments = values.struct(record.get("attachments"), "attachments")
             tools = _resolved(event.get("tools") or [], attachments)
-            return [{"type": "function", "function": _definition(tool)} for tool in tools]
+            return [
+                {"type": "function", "function": _definition(tool)}
+                for tool in values.structs(tools, "the tools of an event")
+            ]
     return []
 
 

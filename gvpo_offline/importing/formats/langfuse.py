@@ -41,7 +41,7 @@ class LangfuseFormat(CallFormat):
         own = [row for row in rows if row["type"] == "GENERATION"]
         self.others += len(rows) - len(own)
         scores: dict[str, dict[str, Any]] = {}
-        for score in as_list(record.get("scores")):
+        for score in values.structs(as_list(record.get("scores")), "scores"):
             key = score.get("observationId") or score.get("observation_id")
             # A score of the trace is that of its only generation.
             if key is None and len(own) == 1:

@@ -30,7 +30,7 @@ class LangSmithFormat(CallFormat):
     def calls(self, record: Record) -> Iterable[LoggedCall]:
         """See `CallFormat.calls`."""
         rows = as_list(record.get("runs")) or [record]
-        for row in rows:
+        for row in values.structs(rows, "runs"):
             if "run_type" not in row:
                 raise DataError(
                     "a row is a run (id, run_type, inputs, outputs)",

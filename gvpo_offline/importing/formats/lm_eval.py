@@ -11,7 +11,6 @@ response; where there are several, no single response has a reward.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import RowLocation, Trai
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
-from gvpo_offline.json_text import parsed_messages
+from gvpo_offline.json_text import loads, parsed_messages
 
 # Fields of a row that are no metrics, for logs before `metrics` listed them.
 _FIELDS = (
@@ -212,7 +211,7 @@ def _model(label: str) -> str | None:
     date = _DATE.search(path.name)
     if date is not None:
         try:
-            results = json.loads((path.parent / f"results_{date.group(1)}.json").read_text("utf-8"))
+            results = loads((path.parent / f"results_{date.group(1)}.json").read_text("utf-8"))
         except (OSError, ValueError):
             results = None
         model = results.get("model_name") if isinstance(results, dict) else None

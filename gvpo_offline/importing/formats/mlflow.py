@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.formats.shared.annotations import add_score
 from gvpo_offline.importing.formats.shared.logged_calls import CallFormat, LoggedCall
 from gvpo_offline.importing.formats.shared.spans import as_list, at, error_of, parsed, span_id
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.json_text import loads
 
 # What MLflow's own judges say.
 LABELS = {"yes": 1.0, "no": 0.0}
@@ -35,7 +36,7 @@ class MLflowFormat(CallFormat):
 
     def calls(self, record: Record) -> Iterable[LoggedCall]:
         """See `CallFormat.calls`."""
-        trace = parsed(record.get("trace")) or record
+        trace = values.struct(parsed(record.get("trace")) or record, "trace")
         spans = at(parsed(at(trace, "data")), "spans")
         spans = as_list(trace.get("spans") if spans is None else spans)
         if not spans:
@@ -44,6 +45,7 @@ class MLflowFormat(CallFormat):
                 received=f"the columns {', '.join(record) or 'none'}",
                 remedy="export the traces with their spans",
             )
+        spans = values.structs(spans, "spans")
         own = [span for span in spans if _attribute(span, "mlflow.spanType") in _MODELS]
         self.others += len(spans) - len(own)
         given = at(trace, "info", "assessments") or trace.get("assessments")
@@ -82,11 +84,11 @@ class MLflowFormat(CallFormat):
 
 def _attribute(span: Mapping[str, Any], name: str) -> Any:
     """An attribute, which MLflow holds as JSON text, also where it is a text."""
-    value = parsed(span.get("attributes")) or {}
+    value = values.struct(parsed(span.get("attributes")) or {}, "the attributes of a span")
     found = value.get(name)
     if isinstance(found, str) and found.startswith('"'):
         try:
-            return json.loads(found)
+            return loads(found)
         except ValueError:
             return found
     return parsed(found)
@@ -97,8 +99,9 @@ def _id(span: Mapping[str, Any]) -> str | None:
     return _hex(named) if isinstance(named, str) and named else span_id(span)
 
 
-def _hex(name: str) -> str:
+def _hex(value: Any) -> str:
     """A span's id in hexadecimal digits; MLflow 3 writes it as base64."""
+    name = values.text(value, "the id of a span")
     try:
         found = base64.b64decode(name, validate=True)
     except (binascii.Error, ValueError):

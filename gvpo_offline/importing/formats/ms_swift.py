@@ -22,6 +22,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     check_batch,
     group_id,
     one_response,
+    step_name,
 )
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
@@ -79,9 +80,9 @@ class MsSwiftFormat(TrainerFormat):
             arguments=conversations.template_arguments(record),
             reward=add_parts(parts, weights),
             parts=parts,
-            sampler=f"{place.run}@{step}",
+            sampler=f"{place.run}@{step_name(step)}",
         )
-        fragment.group_id = group_id(fragment, place.run, step)
+        fragment.group_id = group_id(fragment, place.run, step_name(step))
         fragment.row = place.row
         return fragment
 

@@ -11,7 +11,7 @@ Environments that make the prompt themselves log it at the beginning of the outp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,8 @@ class NemoGymFormat(TrainerFormat):
             "response_id": None if rollout is None else values.identifier(rollout),
         }
         if cut is None:
-            params, output = _with_prompt(record["responses_create_params"], output)
+            asked = values.struct(record["responses_create_params"], "responses_create_params")
+            params, output = _with_prompt(asked, output)
             fragment = one_response(
                 prompt=responses_prompt(params),
                 arguments=request_arguments(params),
@@ -90,7 +91,9 @@ class NemoGymFormat(TrainerFormat):
             )
         else:
             fragment = one_response(prompt_ids=cut.prompt_ids, ids=cut.ids, mask=cut.mask, **common)
-        fragment.group_id = group_id(fragment, place.run, *([] if task is None else [task]))
+        fragment.group_id = group_id(
+            fragment, place.run, *([] if task is None else [values.identifier(task)])
+        )
         return [fragment]
 
 
@@ -122,7 +125,7 @@ def _with_prompt(
     Raises:
         DataError: the rollout holds no prompt.
     """
-    given = params["input"]
+    given = values.field(params, "input", "responses_create_params")
     n = next((i for i, item in enumerate(output) if not _is_prompt(item)), len(output))
     if not given and not n:
         raise DataError(
@@ -133,7 +136,9 @@ def _with_prompt(
         )
     if not n:
         return params, output
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
+    items = [{"role": "user", "content": given}]
+    if not isinstance(given, str):
+        items = values.entries(given or [], "responses_create_params.input")
     return {**params, "input": [*items, *output[:n]]}, output[n:]
 
 
@@ -146,13 +151,17 @@ def _is_prompt(item: Any) -> bool:
     )
 
 
-def _trajectory(output: Sequence[Mapping[str, Any]]) -> Trajectory | None:
+def _trajectory(output: list[Any]) -> Trajectory | None:
     """The tokens of all turns, or None if the items hold no token ids.
 
     Each item's prompt repeats all tokens of the earlier items. The tokens that it adds to them were
     returned by tools, so their loss mask is false.
     """
-    items = [item for item in output if item.get(_GENERATED)]
+    items = [
+        item
+        for item in values.structs(output, "the items of response.output")
+        if item.get(_GENERATED)
+    ]
     if not items:
         return None
     seen = np.empty(0, np.int32)

@@ -50,7 +50,10 @@ class NemoRLFormat(TrainerFormat):
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
         step = _step(place)
-        if not values.number(_single_entry(record, "sample_loss_mask"), "sample_loss_mask"):
+        counts = values.number(_single_entry(record, "sample_loss_mask"), "sample_loss_mask")
+        if counts is None:
+            raise DataError("sample_loss_mask is 0 or 1", received="null")
+        if not counts:
             self.record_failure(place, "its sample_loss_mask is 0")
             return []
         mask = flags(_single_entry(record, "token_loss_mask"), "token_loss_mask")
@@ -97,11 +100,11 @@ def _check_history(mask: BoolArray, logprobs: Any) -> None:
     Raises:
         DataError: such answers are not masked, or there is not one log-prob per token.
     """
-    logged = np.asarray(logprobs, np.float64)
+    logged = values.numbers(logprobs, "generation_logprobs")
     if logged.shape != mask.shape:
         raise DataError(
             "generation_logprobs has one number per token",
-            received=f"{logged.shape} for {len(mask)} tokens",
+            received=f"{len(logged)} for {len(mask)} tokens",
         )
     own, sampled = np.flatnonzero(mask), np.flatnonzero(mask & (logged != 0))
     if len(sampled) and not mask[own[0] : sampled[0]].all():

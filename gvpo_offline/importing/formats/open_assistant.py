@@ -143,10 +143,14 @@ def _joined(messages: list[dict[str, Any]]) -> Record:
     Raises:
         DataError: a message has no parent among them, or several have none.
     """
-    by_id = {message["message_id"]: message | {"replies": []} for message in messages}
+    by_id = {
+        values.identifier(message.get("message_id")): message | {"replies": []}
+        for message in messages
+    }
     roots = [message for message in by_id.values() if message.get("parent_id") is None]
     for message in by_id.values():
         parent = message.get("parent_id")
+        parent = None if parent is None else values.identifier(parent)
         if parent is not None and parent not in by_id:
             raise DataError(
                 "a tree has all of its messages",
@@ -155,10 +159,12 @@ def _joined(messages: list[dict[str, Any]]) -> Record:
             )
         if parent is not None:
             by_id[parent]["replies"].append(message)
-    if len(roots) != 1 or len(by_id) != len(messages):
+    reached = len(list(_subtree(roots[0]))) if len(roots) == 1 else 0
+    if len(roots) != 1 or len(by_id) != len(messages) or reached != len(messages):
         raise DataError(
-            "a tree has one message without a parent, and each message once",
-            received=f"{len(roots)} without a parent, {len(messages)} messages, {len(by_id)} ids",
+            "a tree has one message without a parent, each message once, and each below that one",
+            received=f"{len(roots)} without a parent, {len(messages)} messages, {len(by_id)} ids, "
+            f"{reached} below the first",
             remedy="remove the tree",
         )
     return {**roots[0], "prompt": roots[0]}
@@ -208,7 +214,12 @@ def _labels(reply: Node) -> dict[str, float | None]:
     labels = values.struct(reply.get("labels"), "the labels of a message")
     if "name" in labels:  # columns have lists of names and values
         names, means = (values.entries(labels.get(n), f"the {n}s of labels") for n in _PAIRS)
-        given = dict(zip(names, means, strict=False))
+        if len(names) != len(means) or not all(isinstance(name, str) for name in names):
+            raise DataError(
+                "labels have one value for each name",
+                received=f"the names {names!r} and {len(means)} values",
+            )
+        given = dict(zip(names, means, strict=True))
     else:
         given = {
             name: values.struct(label, f"the label {name}").get("value")

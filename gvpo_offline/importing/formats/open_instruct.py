@@ -8,11 +8,11 @@ description in `<run>_metadata.jsonl`, in the same folder, is copied into the ma
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.finish_reasons import ending
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
@@ -22,10 +22,12 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     group_id,
     one_response,
     run_name,
+    step_name,
 )
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.json_text import loads
 from gvpo_offline.values import token_ids
 
 _FILE = re.compile(r"(.+)_rollouts_\d+\.jsonl(\.gz)?")
@@ -63,7 +65,7 @@ class OpenInstructFormat(TrainerFormat):
             return {"run": run}
         try:
             (line,) = path.read_text(encoding="utf-8").splitlines()
-            described = json.loads(line)
+            described = loads(line)
             return {"run": run, **{name: str(described[name]) for name in _DESCRIBED}}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -75,12 +77,12 @@ class OpenInstructFormat(TrainerFormat):
 
     def parse(self, record: Record, place: RowLocation) -> Iterable[Fragment]:
         """See `TrainerFormat.parse`."""
-        if (record.get("request_info") or {}).get("tool_calleds"):
+        if values.struct(record.get("request_info"), "request_info").get("tool_calleds"):
             self.record_failure(
                 place, "it called tools, and the log does not mark the tokens of their output"
             )
             return []
-        reason = record["finish_reason"]
+        reason, step = record["finish_reason"], step_name(record["step"])
         ended = ending(reason)
         if ended == "failed":
             self.record_failure(place, f"the finish reason {reason!r}")
@@ -90,7 +92,7 @@ class OpenInstructFormat(TrainerFormat):
             ids=token_ids(record["response_tokens"], "response_tokens"),
             reward=self.reward(record["reward"], "reward"),
             truncated=ended == "cut",
-            sampler=f"{place.run}@{record['step']}",
+            sampler=f"{place.run}@{step}",
         )
-        fragment.group_id = group_id(fragment, place.run, record["step"])
+        fragment.group_id = group_id(fragment, place.run, step)
         return [fragment]

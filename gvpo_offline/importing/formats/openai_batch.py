@@ -61,7 +61,8 @@ class OpenAIBatchFormat(BatchFormat):
         except BadAnswerError as error:
             return [str(error)]
         with answer_errors("a response's body has choices, or output"):
-            choices = [body] if "output" in body else choices_of(body)
+            has_items = isinstance(body, dict) and "output" in body
+            choices = [body] if has_items else choices_of(body)
         return [_answer(choice, body, sent) for choice in choices]
 
 

@@ -23,6 +23,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.json_text import kind_of
 
 _ERROR = 2  # failureReason: 0 none, 1 an assertion, 2 an error
 _CHANGES = ("transform", "postprocess")
@@ -148,7 +149,7 @@ def _response(output: Any) -> conversations.Reply:
         return conversations.response([{"role": "assistant", "content": None, "tool_calls": calls}])
     raise DataError(
         "response.output is the text that the model wrote, or its tool calls",
-        received=f"{type(output).__name__}: {str(output)[:120]}",
+        received=f"{kind_of(output)}: {str(output)[:120]}",
         remedy="evaluate again without response_format, or remove the result: promptfoo keeps the "
         "parsed JSON, not its text",
     )

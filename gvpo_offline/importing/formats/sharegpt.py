@@ -20,6 +20,7 @@ from gvpo_offline.importing.formats.shared.scores import RewardReader
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.json_text import loads
 from gvpo_offline.messages import REASONING, without_nulls
 
 Messages = list[dict[str, Any]]
@@ -145,7 +146,8 @@ def _alpaca(record: Record) -> Messages:
         if len(turns) != 2:
             raise DataError("an entry of history is a prompt and its response", received=turns)
         found += [_plain("user", turns[0]), _plain("assistant", turns[1])]
-    return [*found, _plain("user", "\n".join(text for text in texts if text))]
+    given = [values.text(text, "instruction and input") for text in texts]
+    return [*found, _plain("user", "\n".join(text for text in given if text))]
 
 
 def _plain(role: str, content: Any) -> dict[str, Any]:
@@ -201,7 +203,8 @@ def _parts(parts: Sequence[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"content": texts}
     for part, kind in zip(parts, kinds, strict=True):
         if kind == "reasoning":
-            found[REASONING] = found.get(REASONING, "") + str(part.get("value", ""))
+            thought = values.text(part.get("value"), "the value of reasoning")
+            found[REASONING] = found.get(REASONING, "") + thought
         elif kind == "tool_call":
             found.setdefault("tool_calls", []).extend(_calls(part.get("value")))
     if not texts:
@@ -212,7 +215,7 @@ def _parts(parts: Sequence[Any]) -> dict[str, Any]:
 def _calls(value: Any) -> list[Any]:
     """The tool calls of a turn: JSON of one {"name", "arguments"}, or of a list of them."""
     try:
-        decoded = json.loads(value) if isinstance(value, str) else value
+        decoded = loads(value) if isinstance(value, str) else value
     except ValueError as error:
         raise DataError(
             'a function call is JSON: {"name": ..., "arguments": ...}, or a list of these',

@@ -6,7 +6,6 @@ of one instance with the same prompt, of all runs, are a group; the run is the s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.json_text import loads
 from gvpo_offline.messages import REASONING, content_text
 
 Messages = list[dict[str, Any]]
@@ -190,7 +190,9 @@ def _history(record: Record) -> Messages:
         history: Messages = [*query, {"role": "assistant", "content": steps[last].get("response")}]
     else:
         history = values.structs(_decoded(record[name], name), f"the messages of {name}")
-    agents = {m["agent"] for m in history if m.get("agent") and not m.get("is_demo")}
+    agents = {
+        values.identifier(m["agent"]) for m in history if m.get("agent") and not m.get("is_demo")
+    }
     if len(agents) > 1:
         raise DataError(
             "the messages of a trajectory are of one agent",
@@ -208,7 +210,7 @@ def _history(record: Record) -> Messages:
 
 def _decoded(value: Any, name: str) -> Any:
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return loads(value) if isinstance(value, str) else value
     except ValueError as error:
         raise DataError(
             f"{name} is a list of messages, or its JSON", received=str(error)
@@ -228,7 +230,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in message.items() if key not in _BESIDE}
     called = message.get("tool_call_ids")
     if called and message.get("role") == "tool":
-        kept["tool_call_id"] = called[0]
+        kept["tool_call_id"] = values.entries(called, "tool_call_ids")[0]
     thinking = values.structs(message.get("thinking_blocks") or [], "thinking_blocks")
     texts = [block.get("thinking") for block in thinking]
     if not all(isinstance(text, str) and text for text in texts):

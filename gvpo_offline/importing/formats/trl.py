@@ -24,6 +24,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     check_batch,
     group_id,
     one_response,
+    step_name,
 )
 from gvpo_offline.importing.fragment import Fragment, with_location
 from gvpo_offline.importing.settings import ImportConfig
@@ -98,7 +99,7 @@ class TrlFormat(TrainerFormat):
             arguments=conversations.template_arguments(record),
             reward=add_parts(parts, self._weights),
             parts=parts,
-            sampler=f"{place.run}@{record['step']}",
+            sampler=f"{place.run}@{step_name(record['step'])}",
         )
-        fragment.group_id = group_id(fragment, place.run, record["step"])
+        fragment.group_id = group_id(fragment, place.run, step_name(record["step"]))
         return [fragment]

@@ -21,6 +21,7 @@ from gvpo_offline.importing.formats.shared.trainer_logs import (
     TrainerFormat,
     group_id,
     one_response,
+    step_name,
 )
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.importing.settings import ImportConfig
@@ -52,13 +53,13 @@ class VerlFormat(TrainerFormat):
             text=conversations.response(record["output"]),
             arguments=conversations.template_arguments(record),
             reward=self.reward(record["score"], "score"),
-            sampler=f"{place.run}@{record['step']}",
+            sampler=f"{place.run}@{step_name(record['step'])}",
             response_id=None if request is None else values.identifier(request),
         )
         if uid is None:
-            fragment.group_id = group_id(fragment, place.run, record["step"])
+            fragment.group_id = group_id(fragment, place.run, step_name(record["step"]))
         else:
-            fragment.group_id = f"{place.run}/{record['step']}/{_group_uid(uid)}"
+            fragment.group_id = f"{place.run}/{step_name(record['step'])}/{_group_uid(uid)}"
         return [fragment]
 
     def _warn(self, place: RowLocation) -> None:

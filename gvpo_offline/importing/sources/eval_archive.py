@@ -22,6 +22,7 @@ from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.importing.sources.compressed import FACTOR
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.json_text import kind_of
 from gvpo_offline.limits import Limits, parse_json, too_long
 
 __all__ = ["EvalArchive"]
@@ -101,7 +102,7 @@ class EvalArchive(Source):
         try:
             found = self._json(raw, member, row)
             if not isinstance(found, dict):
-                raise self._no_object(type(found).__name__, member, row)
+                raise self._no_object(kind_of(found), member, row)
         except DataError as error:
             self.refuse(error)
             return None

@@ -23,6 +23,7 @@ from gvpo_offline.importing.sources.compressed import (
     is_compressed,
 )
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.json_text import kind_of
 from gvpo_offline.limits import Limits, bounded_lines, parse_json
 from gvpo_offline.store.arrow import to_rows
 
@@ -206,7 +207,7 @@ class JsonLines(Source):
         if not isinstance(record, dict):
             raise DataError(
                 "each line is one JSON object",
-                received=f"{type(record).__name__}: {_beginning(line)}",
+                received=f"{kind_of(record)}: {_beginning(line)}",
                 remedy="write one object per line",
                 file=self.label,
                 row=number,

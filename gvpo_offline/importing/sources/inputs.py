@@ -162,7 +162,7 @@ def _hub(pattern: str) -> Source:
     except Exception as error:  # the hub client's exceptions share no base class
         raise ConfigError(
             "hf:name or hf:name:split names a data set that `datasets` can load",
-            received=f"{pattern} ({type(error).__name__}: {str(error).splitlines()[0]})",
+            received=f"{pattern} ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
             remedy="correct the name, log in to the hub, or download the files and use their paths",
         ) from error
     dataset = _one_split(loaded, pattern)

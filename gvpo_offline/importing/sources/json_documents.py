@@ -21,6 +21,7 @@ from gvpo_offline.importing.sources.compressed import (
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.json_text import BadJsonError, JsonText, Step, is_cut_short
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.json_text import kind_of
 from gvpo_offline.limits import Limits
 from gvpo_offline.paths import has
 
@@ -74,7 +75,7 @@ class JsonDocuments(Source):
                 if value is text:
                     break
                 if not isinstance(value, dict):
-                    received = f"{type(value).__name__}: {str(value)[:80]!r}"
+                    received = f"{kind_of(value)}: {str(value)[:80]!r}"
                     self.refuse(self._invalid(received, number))
                 else:
                     yield number, value

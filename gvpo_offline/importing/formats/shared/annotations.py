@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import with_location
 from gvpo_offline.importing.sources.inputs import find_sources
@@ -62,10 +63,12 @@ class Annotations:
     def _load(self) -> dict[str, dict[str, Any]]:
         scores: dict[str, dict[str, Any]] = {}
         for source in find_sources(self._pattern, limits=self._limits):
-            for row, record in source.rows(None, lambda _: None):
+            for row, given in source.rows(None, lambda _: None):
+                record = given if source.columns is None else values.with_lists(given)
                 inner = record.get("data")
                 for entry in inner if isinstance(inner, list) else [record]:
                     try:
+                        _check(entry)
                         key = _first(entry, _IDS)
                         if not isinstance(key, str):
                             raise DataError(
@@ -118,12 +121,18 @@ def scores_in(span: Mapping[str, Any], attributes_of: Any) -> dict[str, Any]:
         DataError: as `add_score`.
     """
     scores: dict[str, Any] = {}
-    for entry in span.get("annotations") or ():
+    for entry in values.entries(span.get("annotations") or [], "the annotations of a span"):
+        _check(entry)
         add_score(scores, entry)
-    for event in span.get("events") or ():
+    for event in values.entries(span.get("events") or [], "the events of a span"):
         if isinstance(event, dict) and event.get("name") == "gen_ai.evaluation.result":
             add_score(scores, attributes_of(event))
     return scores
+
+
+def _check(entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise DataError("an annotation is a record", received=repr(entry))
 
 
 def _first(entry: Mapping[str, Any], paths: tuple[str, ...]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gvpo_offline import values
 from gvpo_offline.messages import REASONING
 
 __all__ = ["AssistantTurns"]
@@ -22,8 +23,13 @@ class AssistantTurns:
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
 
-    def add_reasoning(self, text: str) -> None:
-        """Add reasoning."""
+    def add_reasoning(self, given: Any) -> None:
+        """Add reasoning.
+
+        Raises:
+            DataError: it is not text.
+        """
+        text = values.text(given, "the reasoning of a message")
         own = self._message(not_after=("content", "tool_calls"))
         own[REASONING] = own.get(REASONING, "") + text
 

@@ -175,7 +175,7 @@ def _prompt(call: LoggedCall) -> tuple[conversations.Prompt, str | None]:
     body: dict[str, Any] = {}
     if isinstance(sent, dict):
         body, tools = sent, as_list(sent.get("tools")) or call.tools
-        extra = body.get("extra_body") or {}
+        extra = values.struct(body.get("extra_body") or {}, "extra_body")
         arguments = request_arguments({**body, **extra, "tools": sent_tools(tools)})
         if isinstance(body.get("messages"), list):
             system = body.get("system") or body.get("instructions")
@@ -204,7 +204,7 @@ def _prompt(call: LoggedCall) -> tuple[conversations.Prompt, str | None]:
 
 def _flat(given: Any, what: str) -> list[Any]:
     """A list, of which LangChain has one for each prompt of a batch."""
-    found = as_list(given)
+    found = as_list(given, what)
     if found and isinstance(found[0], list):
         if len(found) > 1:
             raise DataError(f"a call has one prompt: one list of {what}", received=len(found))

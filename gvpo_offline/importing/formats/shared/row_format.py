@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gvpo_offline import conversations
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.importing.formats.shared.failures import FailedResponses, set_endings
@@ -65,7 +65,8 @@ class RowFormat:
 
     def read(self, rows: Iterable[Row], source: InputInfo) -> Iterator[Fragment]:
         """The fragments of each row; see `LogFormat.read`."""
-        for row, record in rows:
+        for row, given in rows:
+            record = given if source.columns is None else values.with_lists(given)
             try:
                 metadata = self._known.metadata(record, source.columns)
                 arguments = conversations.template_arguments(record)

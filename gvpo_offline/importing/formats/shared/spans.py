@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from gvpo_offline import values
 from gvpo_offline.errors import DataError
+from gvpo_offline.json_text import loads
 from gvpo_offline.paths import MISSING, value_at
 
 __all__ = ["as_list", "at", "error_of", "parsed", "span_attributes", "span_id", "spans_of"]
 
 _PREFIX = "attributes."
+_POSITION = re.compile(r"[0-9]{1,9}")
 _NUMBERS = {"intValue": int, "doubleValue": float}
 _IDS = ("spanId", "context.span_id", "span_id", "id")
 # Lists of spans in a document: Phoenix's API, MLflow's traces and others.
@@ -22,9 +25,10 @@ _LISTS = ("data", "spans", "data.spans")
 
 def spans_of(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The spans of a row: those of an OTLP export, of a list of spans, or the row itself."""
-    for resource in record.get("resourceSpans") or ():
-        for scope in resource.get("scopeSpans") or resource.get("instrumentationLibrarySpans", ()):
-            yield from scope.get("spans") or ()
+    for resource in _records(record.get("resourceSpans"), "resourceSpans"):
+        scopes = resource.get("scopeSpans") or resource.get("instrumentationLibrarySpans")
+        for scope in _records(scopes, "scopeSpans"):
+            yield from _records(scope.get("spans"), "spans")
     if "resourceSpans" in record:
         return
     for path in _LISTS:
@@ -33,6 +37,10 @@ def spans_of(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from found
             return
     yield record
+
+
+def _records(given: Any, what: str) -> list[dict[str, Any]]:
+    return [] if given is None else values.structs(given, what)
 
 
 def span_id(span: Mapping[str, Any]) -> str | None:
@@ -71,7 +79,7 @@ def span_attributes(span: Mapping[str, Any], prefixes: Sequence[str]) -> dict[st
     """
     given = parsed(span.get("attributes"))
     if isinstance(given, list):
-        given = {_key(entry): _otlp(entry.get("value")) for entry in given}
+        given = {_key(entry): _otlp(entry.get("value")) for entry in _records(given, "attributes")}
     elif given is None:
         given = {k.removeprefix(_PREFIX): v for k, v in span.items() if k.startswith(_PREFIX)}
     if not isinstance(given, dict):
@@ -96,12 +104,23 @@ def _otlp(value: Any) -> Any:
     if kind in ("stringValue", "boolValue", "bytesValue"):
         return content
     if kind in _NUMBERS:
-        return _NUMBERS[kind](content)
-    if kind == "arrayValue":
-        return [_otlp(part) for part in (content or {}).get("values", ())]
-    if kind == "kvlistValue":
-        return {_key(e): _otlp(e.get("value")) for e in (content or {}).get("values", ())}
+        return _number(kind, content)
+    if kind in ("arrayValue", "kvlistValue"):
+        inner = values.struct(content, kind).get("values")
+        if kind == "arrayValue":
+            return [_otlp(part) for part in values.entries(inner or [], "the values of a list")]
+        return {_key(e): _otlp(e.get("value")) for e in _records(inner, "the values of a record")}
     return value
+
+
+def _number(kind: str, content: Any) -> Any:
+    """A number, which OTLP's JSON may hold as its text."""
+    try:
+        if isinstance(content, str | int | float):
+            return _NUMBERS[kind](content)
+    except (ValueError, OverflowError):
+        pass
+    raise DataError(f"{kind} is a number, or its text", received=repr(content))
 
 
 def _nested(value: Any) -> Any:
@@ -137,8 +156,8 @@ def parsed(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return loads(value)
+        except ValueError:
             return value
     return value
 
@@ -150,10 +169,22 @@ def at(record: Any, *names: str) -> Any:
     return None if record is MISSING else record
 
 
-def as_list(value: Any) -> list[Any]:
-    """The entries of a list, of a record whose names are positions, or of its JSON; else none."""
+def as_list(value: Any, what: str = "the entries") -> list[Any]:
+    """The entries of a list, of a record whose names are positions, or of its JSON.
+
+    None and empty text are no entries. Names that are no positions are left out: `gen_ai.prompt`
+    may stand beside `gen_ai.prompt.0.role`.
+
+    Raises:
+        DataError: `value` is none of these.
+    """
     value = parsed(value)
+    if value is None or value in ("", [], {}):
+        return []
     if isinstance(value, dict):
-        named = {int(name): part for name, part in value.items() if name.isdigit()}
-        return [named[position] for position in sorted(named)]
-    return value if isinstance(value, list) else []
+        named = {int(name): part for name, part in value.items() if _POSITION.fullmatch(name)}
+        if named:
+            return [named[position] for position in sorted(named)]
+    if not isinstance(value, list):
+        raise DataError(f"{what} are a list", received=repr(value)[:120])
+    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ __all__ = [
     "group_id",
     "one_response",
     "run_name",
+    "step_name",
     "trajectory",
 ]
 
@@ -71,6 +73,20 @@ def run_name(source: InputInfo) -> str:
         if not _INNER_FOLDER.fullmatch(folder.name):
             return folder.name or "run"
     return "run"
+
+
+def step_name(value: Any) -> str:
+    """The step of a run as text, for names of samplers and groups.
+
+    Raises:
+        DataError: it is neither a finite number nor text.
+    """
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        return str(value)
+    try:
+        return values.identifier(value)
+    except DataError as error:
+        raise DataError("the step of a run is a number", received=repr(value)) from error
 
 
 def group_id(fragment: Fragment, *names: object) -> str:
@@ -247,9 +263,10 @@ def check_batch(
     for _, group in itertools.groupby(pairs, key=lambda pair: pair[0].group_id):
         members = list(group)
         known = [
-            (f.rewards[0], float(a))
+            (f.rewards[0], advantage)
             for f, a in members
             if f.rewards and f.rewards[0] is not None and isinstance(a, int | float | Decimal)
+            if (advantage := values.number(a, "an advantage")) is not None
         ]
         try:
             check_advantages([r for r, _ in known], [a for _, a in known], parts)
@@ -306,23 +323,14 @@ class TrainerFormat(ABC):
         """The fragments of one row, with `row`, `metadata` and `sampler` settings applied; none if
         the row is refused."""
         self._source = source
+        if source.columns is not None:
+            record = values.with_lists(record)
         try:
             metadata = self._known.metadata(record, None)
             arguments = conversations.template_arguments(record)
             fragments = list(self.parse(record, place))
         except DataError as error:
             source.refuse(with_location(error, file=place.label, row=place.row), record)
-            return []
-        except (KeyError, TypeError, AttributeError) as error:
-            fault = DataError(
-                f"a row of format: {self.config.format} has the nested fields of that format",
-                received=f"{type(error).__name__}: {error}",
-                remedy="correct or remove the row",
-                file=place.label,
-                row=place.row,
-            )
-            fault.__cause__ = error
-            source.refuse(fault, record)
             return []
         for fragment in fragments:
             fragment.row, fragment.metadata = place.row, metadata
