@@ -19,6 +19,7 @@ __all__ = [
     "DataError",
     "GVPOError",
     "IntegrityError",
+    "NonFiniteError",
     "ResumeError",
     "ServerError",
     "StorageError",
@@ -142,6 +143,10 @@ def _rebuild(kind: type[GVPOError], keywords: dict[str, Any]) -> GVPOError:
 
 class DataError(GVPOError, ValueError):
     """Logged data whose shape or values are not valid for a group."""
+
+
+class NonFiniteError(DataError):
+    """Training diverged: log-probs, a gradient or weights are not finite."""
 
 
 class ConfigError(GVPOError, ValueError):

@@ -35,6 +35,7 @@ from gvpo_offline.train.record.residuals import (
     lines_of,
     worst,
 )
+from gvpo_offline.train.stopping import RunStopped
 from gvpo_offline.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -208,6 +209,12 @@ class RunRecord(TrainerCallback):
         if not self._trains:
             return
         self._trains = False
+        if isinstance(error, RunStopped):
+            self._note_removed()
+            kept = None if error.checkpoint is None else error.checkpoint.name
+            stop = {"signal": error.signal_name, "checkpoint": kept}
+            self.event("end", complete=False, error=None, **stop)
+            return
         if error is not None:
             text = " ".join(str(error).split())
             self.event("end", complete=False, error=f"{type(error).__name__}: {text}".rstrip(": "))
