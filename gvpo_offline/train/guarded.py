@@ -281,7 +281,7 @@ class GuardedTrainer(CheckpointingTrainer):
         control = self.control
         stops = self._stopped_by and self.state.global_step < self.state.max_steps
         if stops:
-            # The evaluation may take longer than what is left; the run that resumes makes up for it.
+            # It may take longer than what is left; the run that resumes makes up for it.
             set_evaluation_due(self.state, control.should_evaluate)
             control.should_save, control.should_evaluate = self.saves_when_stopped, False
         if control.should_save or control.should_evaluate:
