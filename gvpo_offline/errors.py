@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Self
 
+from gvpo_offline.secret_settings import without_credentials
 from gvpo_offline.visible import visible
 
 __all__ = [
@@ -45,8 +46,8 @@ def label_path(path: Any, label: str) -> None:
 
 
 def labelled(text: Any) -> str:
-    """`text` with the labels of `label_path` in place of the paths."""
-    found = str(text)
+    """`text` with the labels of `label_path` for the paths, and URLs without credentials."""
+    found = without_credentials(str(text))
     for path, label in _LABELS.items():
         found = found.replace(path, label)
     return found

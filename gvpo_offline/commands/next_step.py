@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import asdict, fields
@@ -167,6 +168,11 @@ def going_on(command: str, *, resume: bool = True) -> str:
     words = _public(_without(ARGUMENTS.get(), {"resume_from_checkpoint"} if resume else set()))
     more = ["--resume_from_checkpoint", "auto"] if resume else []
     return "to go on: " + shlex.join(["gvpo-offline", command, *words, *more])
+
+
+def hide_arguments() -> None:
+    """Remove secrets from `sys.argv`, which loggers such as W&B write to their files."""
+    sys.argv[1:] = _public(sys.argv[1:])
 
 
 def _without(words: Sequence[str], names: Set[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.commands.console import complain
-from gvpo_offline.commands.next_step import going_on
+from gvpo_offline.commands.next_step import going_on, hide_arguments
 from gvpo_offline.train.checkpoint import checkpoint_folders, is_sealed
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.run_lock import run_lock
@@ -23,6 +23,7 @@ def tuning(args: GVPOConfig) -> Iterator[None]:
         DataError: another training or search runs in this folder.
         RunStopped: a signal of `stop_signals` ended the search; finished trials are kept.
     """
+    hide_arguments()
     with run_lock(Path(args.output_dir), broadcast_from_rank0), stop_requests(args.stop_signals):
         yield
 

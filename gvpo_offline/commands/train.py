@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.collectives import broadcast_from_rank0, raise_together
+from gvpo_offline.commands.next_step import hide_arguments
 from gvpo_offline.commands.order_record import ORDER, order_of, reward_of, started_order
 from gvpo_offline.commands.plain import lines_without_terminal
 from gvpo_offline.compute.adapters import (
@@ -138,6 +139,7 @@ def run_train(
         RunStopped: a signal of `stop_signals` ended the run.
         GVPOError: as the trainer.
     """
+    hide_arguments()
     with run_lock(Path(args.output_dir), broadcast_from_rank0), stop_requests(args.stop_signals):
         return _train(TrainerInputs.opened(model, data, lora), data, run, args)
 

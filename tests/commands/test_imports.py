@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "visible", "errors", "hashing", "identity", "progress_bar", "files", "exit_status"),
+    (
+        *("version", "visible", "errors", "hashing", "identity", "progress_bar"),
+        *("files", "exit_status", "secret_settings"),
+    ),
     ("group", "settings", "messages"),
     ("cells", "paths"),
     ("rules", "values", "conversations", "finish_reasons", "json_text"),
@@ -53,7 +56,7 @@ WITHOUT_TORCH = (
     *("stream.selecting.select", "stream.selecting.where", "stream.view", "stream.recorded"),
     *("commands.order", "commands.order_record"),
     *("train.checkpoint", "tokenizer", "tune.search", "tune.judged", "commands.table", "cli"),
-    *("train.run_folder", "train.limits"),
+    *("train.run_folder", "train.limits", "train.stopping", "train.run_lock", "secret_settings"),
     *("findings.light", "findings.full", "findings.gate", "findings.formats.junit"),
     *("info.dataset", "info.text", "hub.push", "hub.pull"),
     *("compute.layout", "compute.tree", "compute.context", "compute.files"),

@@ -1,4 +1,4 @@
-"""A signal ends a run at a step boundary, with a complete checkpoint, on all ranks; and one run at a
+"""A signal ends a run at a step boundary with a complete checkpoint, on all ranks; and one run at a
 time writes to a folder.
 """
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gvpo_offline.secret_settings import without_credentials
 from gvpo_offline.train.callbacks import metric_sets
 from gvpo_offline.train.checkpoint import (
     EVENTS_FILE,
@@ -141,7 +142,8 @@ class RunRecord(TrainerCallback):
 
     def _warning(self, record: logging.LogRecord) -> None:
         time = datetime.fromtimestamp(record.created, UTC)
-        self.event("warning", time, text=record.getMessage(), source=record.name)
+        text = without_credentials(record.getMessage())
+        self.event("warning", time, text=text, source=record.name)
 
     @property
     def _step(self) -> int:
@@ -216,7 +218,7 @@ class RunRecord(TrainerCallback):
             self.event("end", complete=False, error=None, **stop)
             return
         if error is not None:
-            text = " ".join(str(error).split())
+            text = without_credentials(" ".join(str(error).split()))
             self.event("end", complete=False, error=f"{type(error).__name__}: {text}".rstrip(": "))
             return
         self._note_removed()
