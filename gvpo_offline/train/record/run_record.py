@@ -81,8 +81,8 @@ class RunRecord(TrainerCallback):
         """Append a line to `events.jsonl`.
 
         Args:
-            kind: of the event: start, resume, warning, checkpoint, evaluation, samples, residuals
-                or end.
+            kind: of the event: start, resume, warning, checkpoint, evaluation, samples, residuals,
+                skipped, nonfinite or end.
             time: of the event; default: now.
             fields: what else the line says.
         """
@@ -214,7 +214,7 @@ class RunRecord(TrainerCallback):
         if isinstance(error, RunStopped):
             self._note_removed()
             kept = None if error.checkpoint is None else error.checkpoint.name
-            stop = {"signal": error.signal_name, "checkpoint": kept}
+            stop: dict[str, Any] = {"signal": error.signal_name, "checkpoint": kept}
             self.event("end", complete=False, error=None, **stop)
             return
         if error is not None:
