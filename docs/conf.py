@@ -60,6 +60,7 @@ toctrees = {
             "howto/sampled-evaluation",
             "howto/order",
             "howto/distributed",
+            "howto/preemption",
             "howto/adapters",
             "howto/models",
             "howto/serving",

@@ -77,12 +77,16 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def lock_folder(root: Path, *, wait: bool = False) -> int | None:
+_WRITERS = "one import, merge, compaction or pull at a time writes to a folder"
+
+
+def lock_folder(root: Path, *, wait: bool = False, what: str = _WRITERS) -> int | None:
     """Lock a folder, so that no other process that locks it writes to it.
 
     Args:
         root: the folder.
         wait: wait for the lock instead of raising.
+        what: the rule that a second process breaks.
 
     Returns:
         A file descriptor; closing it, or the end of the process, releases the lock. None on a file
@@ -97,7 +101,7 @@ def lock_folder(root: Path, *, wait: bool = False) -> int | None:
     except BlockingIOError as error:
         os.close(handle)
         raise DataError(
-            "one import, merge, compaction or pull at a time writes to a folder",
+            what,
             received="another process that holds the lock",
             remedy="wait until it ends, or choose another folder",
             file=root,

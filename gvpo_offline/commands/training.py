@@ -21,6 +21,7 @@ from gvpo_offline.train.settings import (
     LoraSettings,
     RunSettings,
 )
+from gvpo_offline.train.stopping import RunStopped
 from gvpo_offline.tune.settings import TuneSettings
 
 _OTHER_FLAGS = (
@@ -30,6 +31,7 @@ _OTHER_FLAGS = (
 
 
 def _run_tune(values: dict[str, Any]) -> int:
+    from gvpo_offline.commands.stopped import say_stopped, tuning
     from gvpo_offline.train.config import GVPOConfig
 
     tune = filled(TuneSettings, values)
@@ -41,13 +43,13 @@ def _run_tune(values: dict[str, Any]) -> int:
     else:
         from gvpo_offline.commands.tune import run_tune as run  # type: ignore[assignment]
     args = filled(GVPOConfig, values)
-    found = run(
-        model=filled(ModelSettings, values),
-        data=filled(DataSettings, _datasets(values)),
-        lora=filled(LoraSettings, values),
-        tune=tune,
-        args=args,
-    )
+    model, data = filled(ModelSettings, values), filled(DataSettings, _datasets(values))
+    lora = filled(LoraSettings, values)
+    try:
+        with tuning(args):
+            found = run(model=model, data=data, lora=lora, tune=tune, args=args)
+    except RunStopped as stop:
+        return say_stopped("tune", stop, args)
     if found is None:
         return 0
     say(*found.table().split("\n"))
@@ -58,19 +60,19 @@ def _run_tune(values: dict[str, Any]) -> int:
     return OK if found.told else UNDECIDED
 
 
-def _run_train(values: dict[str, Any]) -> None:
+def _run_train(values: dict[str, Any]) -> int:
+    from gvpo_offline.commands.stopped import say_stopped
     from gvpo_offline.commands.train import run_train
     from gvpo_offline.train.checkpoint import METRICS_FILE
     from gvpo_offline.train.config import GVPOConfig
 
     model, data = filled(ModelSettings, values), filled(DataSettings, _datasets(values))
-    trainer = run_train(
-        model=model,
-        data=data,
-        lora=filled(LoraSettings, values),
-        run=filled(RunSettings, values),
-        args=filled(GVPOConfig, values),
-    )
+    args = filled(GVPOConfig, values)
+    lora, run = filled(LoraSettings, values), filled(RunSettings, values)
+    try:
+        trainer = run_train(model=model, data=data, lora=lora, run=run, args=args)
+    except RunStopped as stop:
+        return say_stopped("train", stop, args)
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
         say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
@@ -81,6 +83,7 @@ def _run_train(values: dict[str, Any]) -> None:
         if not held_out:
             say("nothing is held out: evaluate on a dataset that the run has not seen")
         say(after_training(model, trainer.args, held_out))
+    return OK
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings, TransformSettings
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.weighted import WeightedScorers
+from gvpo_offline.secret_settings import public
 from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -277,7 +278,7 @@ def _publish(
                 version,
                 ", ".join(f"{f.name}@{f.version}" for f in same_name),
             )
-        settings = asdict(config)
+        settings = public(asdict(config))
         del settings["dataset"]  # the dataset may be moved
         step = LineageStep(
             stage="reward",

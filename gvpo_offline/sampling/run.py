@@ -23,6 +23,7 @@ from gvpo_offline.sampling.settings import BatchSettings, SampleConfig, recorded
 from gvpo_offline.sampling.stage import Sampler, SampleStage
 from gvpo_offline.sampling.system_prompts import PromptsUnderSystem, system_prompts
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer
+from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
@@ -247,7 +248,8 @@ class _Run:
             given: the samplers that have responses.
             logprobs: as for `SampledRows`.
         """
-        settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_RECORDED}
+        config = public(asdict(self.config))
+        settings = {k: v for k, v in config.items() if k not in _NOT_RECORDED}
         missing = {name: causes.total() for name, causes in found.gaps.items()}
         sources = [
             SampledRows(

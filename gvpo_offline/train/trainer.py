@@ -47,6 +47,7 @@ from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
+from gvpo_offline.train.guarded import guards_run
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
@@ -167,6 +168,7 @@ class GVPOTrainer(CardedTrainer):
 
     # ---- before the first step ----
 
+    @guards_run
     @ends_record
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Check data and reference, then train.
@@ -182,6 +184,8 @@ class GVPOTrainer(CardedTrainer):
         Raises:
             ResumeError: the checkpoint is incomplete, or belongs to other data or settings.
             IntegrityError: a file was altered, or the reference is not the policy's.
+            NonFiniteError: log-probs, a gradient or weights are not finite; nothing is saved.
+            RunStopped: a signal ended the run; a checkpoint of the step that it ended is complete.
             StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
         check_hooks(self)
@@ -268,6 +272,7 @@ class GVPOTrainer(CardedTrainer):
             shuffle=False,
             collate_fn=_only_item,
             num_workers=workers,
+            worker_init_fn=self.worker_init if workers else None,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=self.args.dataloader_persistent_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context
@@ -297,6 +302,7 @@ class GVPOTrainer(CardedTrainer):
             ranks of this loss, and of its gradient, is then the mean over the step's groups.
         """
         share: StepShare = inputs["share"]
+        self.begin_step(share)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -310,6 +316,7 @@ class GVPOTrainer(CardedTrainer):
             with contextlib.nullcontext() if sync else self.no_gradient_sync(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
+        total = self.agree(total)
         self.add_loss(total)
         if self.state.global_step == 0 and self._reference_meter is not None:
             self._reference_meter.check(self.policy, self.data.reference)
@@ -324,9 +331,11 @@ class GVPOTrainer(CardedTrainer):
         groups, n_forwards = micro_batch
 
         def objective(logprobs: Tensor) -> Tensor:
+            loss = self.sound_loss(self._objective, logprobs, groups)
+            if loss is None:
+                return logprobs.sum()
             if self._reference_meter is not None:
                 self._reference_meter.add(groups, logprobs)
-            loss = self._objective(logprobs, groups)
             self._meter.add(loss.statistics)
             self.note_loss(groups, loss)
             return loss.group_losses.sum() * scale

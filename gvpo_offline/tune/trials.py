@@ -70,6 +70,7 @@ class TrialTrainer(GVPOTrainer):
 
     _logs_noise = False
     records_residuals = False
+    saves_when_stopped = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

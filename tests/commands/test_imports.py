@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gvpo_offline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("version", "visible", "errors", "hashing", "identity", "progress_bar"),
-        *("files", "exit_status", "limits"),
+        *("files", "exit_status", "limits", "secret_settings"),
     ),
     ("json_text",),
     ("group", "settings", "messages"),
@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     *("commands.order", "commands.order_record"),
     *("train.checkpoint", "tokenizer", "tune.search", "tune.judged", "commands.table", "cli"),
     *("train.run_folder", "train.limits", "train.checkpoint_files", "tune.trial_files"),
+    *("train.stopping", "train.run_lock", "secret_settings"),
     *("findings.light", "findings.full", "findings.gate", "findings.formats.junit"),
     *("info.dataset", "info.text", "hub.push", "hub.pull"),
     *("compute.layout", "compute.tree", "compute.context", "compute.files"),
