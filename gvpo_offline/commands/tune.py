@@ -18,6 +18,7 @@ from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.commands.train import TrainerInputs
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.files import replace_text
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
@@ -335,9 +336,8 @@ def search_identity(run: GVPOTrainer) -> dict[str, Any]:
 
 
 def _write(report: TuneReport, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report.as_dict(), indent=1)
-    (folder / "tune.json").write_text(text + "\n", encoding="utf-8")
+    replace_text(folder / "tune.json", text + "\n")
     if report.file is None:
         (folder / "proposed.yaml").unlink(missing_ok=True)  # of an earlier search
         return
@@ -346,4 +346,4 @@ def _write(report: TuneReport, folder: Path) -> None:
         f"beta: {report.proposal.beta}",
         f"learning_rate: {report.proposal.learning_rate}",
     ]
-    report.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(report.file, "\n".join(lines) + "\n")

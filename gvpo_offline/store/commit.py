@@ -28,6 +28,7 @@ from gvpo_offline.store.manifest import (
     read_twice,
 )
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
+from gvpo_offline.system_errors import raise_translated
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _HASH_DIGITS = 12
@@ -153,6 +154,7 @@ def verify_file(root: Path, entry: FileEntry, *, content: bool = True) -> None:
         try:
             found = sha256_file(path)
         except OSError as error:
+            raise_translated(error, path)
             raise damaged("the file can be read", error, path) from error
         entry.check_sha256(found, path)
 
@@ -213,5 +215,7 @@ def read_record(path: Path) -> TaskRecord:
     """
     rule = "a commit record follows schemas/commit.schema.json"
     remedy = "delete it: its task will be done again"
-    sealed = parse_json(path.read_bytes(), path, rule, remedy)
+    with storage_errors(path):
+        content = path.read_bytes()
+    sealed = parse_json(content, path, rule, remedy)
     return unsealed(TaskRecord, "record", sealed, path, rule, remedy)

@@ -25,7 +25,8 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.errors import DataError, IntegrityError, StorageError
+from gvpo_offline.files import storage_errors
 from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
@@ -126,7 +127,7 @@ def read_twice(read: Callable[[], Result]) -> Result:
     """
     try:
         return read()
-    except IntegrityError:
+    except (IntegrityError, StorageError):
         return read()
 
 
@@ -333,7 +334,9 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
         IntegrityError: the file cannot be parsed, was altered, or is of a newer schema.
     """
     path = manifest_path(root, choose_version(manifest_versions(root), version, root))
-    return parse_manifest(path.read_bytes(), path)
+    with storage_errors(path):
+        content = path.read_bytes()
+    return parse_manifest(content, path)
 
 
 def choose_version(versions: Sequence[int], version: int | None, root: Path | str) -> int:

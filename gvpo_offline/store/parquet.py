@@ -19,9 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gvpo_offline.errors import GVPOError
+from gvpo_offline.files import check_file
 from gvpo_offline.store.arrow import as_numpy
 from gvpo_offline.store.commit import write_hashed
 from gvpo_offline.store.manifest import FileEntry, check_footer, damaged
+from gvpo_offline.system_errors import raise_translated
 
 ROWS_PER_ROW_GROUP = 256
 _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
@@ -110,6 +112,7 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
         IntegrityError: the file is missing, or its footer is another or does not decode.
     """
     try:
+        check_file(path)
         check_footer(footer, footer_sha256(path) if footer else "", path)
         file = pq.ParquetFile(path, page_checksum_verification=True)
         file.schema_arrow  # noqa: B018 - decodes the column names
@@ -117,6 +120,7 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise damaged("the file exists", "no such file", path) from error
     except UNREADABLE as error:
+        raise_translated(error, path)
         raise damaged("a shard is a readable Parquet file", error, path) from error
 
 
@@ -137,6 +141,8 @@ def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[
             raise
         except (OSError, pa.ArrowException) as error:
             failure = error
+    assert failure is not None
+    raise_translated(failure, path)
     raise damaged(
         f"row group {index} decodes and its pages match their checksums", failure, path
     ) from failure

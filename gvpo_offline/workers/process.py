@@ -14,9 +14,11 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from gvpo_offline.interrupts import interrupts_held_back
 from gvpo_offline.workers.progress import reporting
 
 _CONTEXT = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
@@ -52,7 +54,9 @@ class WorkerProcess:
         self.connection, child = _CONTEXT.Pipe()
         self._counted = _CONTEXT.RawValue("d", 0.0)
         self._process = _CONTEXT.Process(target=_serve, args=(child, prepare, self._counted))
-        self._process.start()
+        resource_tracker.ensure_running()  # which would let signals through again
+        with interrupts_held_back():
+            self._process.start()
         child.close()  # so that the connection closes when the process ends
 
     @property

@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "visible", "errors", "hashing", "identity", "progress_bar", "files", "exit_status"),
+    (
+        "version",
+        "visible",
+        "errors",
+        "hashing",
+        "identity",
+        "progress_bar",
+        "files",
+        "exit_status",
+        "system_errors",
+        "interrupts",
+    ),
     ("group", "settings", "messages"),
     ("cells", "paths"),
     ("rules", "values", "conversations", "finish_reasons", "json_text"),
@@ -38,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 # Subpackages that make and score data; they may not import training code.
 DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "openai", "workers")

@@ -23,6 +23,7 @@ from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.importing.sources.compressed import FACTOR
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.system_errors import raise_translated
 
 __all__ = ["EvalArchive"]
 
@@ -72,6 +73,7 @@ class EvalArchive(Source):
             with zipfile.ZipFile(raw) as archive:
                 return {member.filename: member for member in archive.infolist()}
         except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise_translated(error, self.label)
             raise self._damaged(str(error), None) from error
 
     def _header(self, raw: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> Any:
@@ -118,6 +120,7 @@ class EvalArchive(Source):
             raw.seek(name_length + extra_length, io.SEEK_CUR)
             found = _decompressed(raw.read(member.compress_size), member.compress_type)
         except (struct.error, ValueError, OSError, zlib.error, pa.ArrowException) as error:
+            raise_translated(error, self.label)
             raise self._damaged(str(error), row) from error
         if len(found) != member.file_size or zlib.crc32(found) != member.CRC:
             raise self._damaged(f"another content of {member.filename} than its checksum", row)
