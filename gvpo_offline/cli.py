@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -31,6 +32,7 @@ from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.exit_status import FAILED, INTERRUPTED, OUTPUT_CLOSED
+from gvpo_offline.files import check_file
 from gvpo_offline.interrupts import two_interrupts, was_interrupted
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.settings import load_yaml
@@ -116,6 +118,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     parser = _parser(name, command, settings, skip)
     options = list(parser._option_string_actions)
     check_flags(name, argv, options, COMMANDS)
+    _check_config_files(argv)
     try:
         return _plain(parser.parse_args(_flags(command.positional, settings, argv)))
     except UnicodeDecodeError as error:
@@ -133,6 +136,23 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
             received=_complaint(str(error)),
             remedy=f"{_expected(str(error))}See gvpo-offline {name} --help",
         ) from error
+
+
+def _check_config_files(argv: Sequence[str]) -> None:
+    """Raise ConfigError if a `--config` is a folder, or a pipe or device that may have no end."""
+    given = [b for a, b in itertools.pairwise(argv) if a == "--config"]
+    given += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    for path in given:
+        try:
+            if os.path.lexists(path):
+                check_file(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                "a file of settings is a YAML file",
+                received=getattr(error, "strerror", None) or str(error),
+                remedy="correct the path given with --config",
+                file=path,
+            ) from error
 
 
 def _with_underscores(settings: Sequence[type], argv: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gvpo_offline.errors import ConfigError, ServerError
 from gvpo_offline.openai.answer import BadAnswerError
 from gvpo_offline.openai.outage import FIRST_WAIT, Outage, UnreachableError, unreachable
+from gvpo_offline.ranges import check_ranges
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -72,6 +73,7 @@ class ServerSettings:
                 remedy="put the key into an environment variable and name that in api_key_env",
             )
         _check_address(self.base_url)
+        check_ranges(self)
 
 
 def _check_address(base_url: str) -> None:

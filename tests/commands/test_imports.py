@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "system_errors",
         "interrupts",
     ),
-    ("group", "settings", "messages"),
+    ("group", "settings", "messages", "ranges"),
     ("cells", "paths"),
     ("rules", "values", "conversations", "finish_reasons", "json_text"),
     ("store",),
