@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampled_eval",),
     ("train",),
     ("tune",),
-    ("report",),
+    ("report", "doctor"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -72,6 +72,7 @@ WITHOUT_TORCH = (
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
     *("train.data_rules", "report.settings", "report.report", "report.dataset.build"),
+    *("doctor.diagnose", "commands.doctor"),
     *("report.page.html", "report.page.live", "report.page.fragment"),
 )
 MAX_FILE_LINES = 400
