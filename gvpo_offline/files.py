@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,7 @@ from gvpo_offline.system_errors import translated
 
 # Files that are open already, such as the pipe of a shell's <(…) or >(…).
 _OPEN_FILES = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
+_STALE_S = 60.0
 _STREAMS = (*_OPEN_FILES, "/dev/tty", "/dev/pts/")
 
 
@@ -110,7 +113,9 @@ def replace_text(path: Path, text: str) -> None:
     try:
         with storage_errors(path):
             make_folder(target.parent)
+            _remove_stale(target)
             with temporary.open("wb") as file:
+                _lock_if_possible(file.fileno())
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -119,6 +124,30 @@ def replace_text(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):  # the error of the write says more
             temporary.unlink(missing_ok=True)
+
+
+def _lock_if_possible(handle: int) -> bool:
+    """Lock an open file; False if another process holds it, or the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary files of a file that killed processes left: nobody holds their lock."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.tmp"):
+        with suppress(OSError):
+            # A process that has made its file and not locked it yet is given a minute.
+            if time.time() - path.stat().st_mtime < _STALE_S:
+                continue
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if _lock_if_possible(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def _target(path: Path) -> Path | None:

@@ -30,7 +30,7 @@ _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
 _ZSTD_LEVEL = 3
 _TAIL_BYTES = 8  # length of the footer, and "PAR1"
 # Raised by pyarrow where a footer or a page does not decode.
-UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
+UNREADABLE = (OSError, pa.ArrowException, UnicodeError)
 
 
 class Shard(Protocol):
