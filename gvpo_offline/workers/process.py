@@ -100,6 +100,12 @@ def _serve(connection: Connection, prepare: Callable[[], Handler], counted: Any)
     # A keyboard interrupt reaches the whole process group; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A parent that ended while this process began reads nothing any more.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _answer(connection, prepare, counted)
+
+
+def _answer(connection: Connection, prepare: Callable[[], Handler], counted: Any) -> None:
     try:
         handler = prepare()
     except Exception as error:
@@ -116,10 +122,7 @@ def _serve(connection: Connection, prepare: Callable[[], Handler], counted: Any)
                 reply = (True, handler(request))
         except Exception as error:
             reply = (False, _portable(error))
-        try:
-            connection.send(reply)
-        except (BrokenPipeError, ConnectionResetError):
-            return
+        connection.send(reply)
 
 
 def _adding_to(counted: Any) -> Callable[[float], None]:
