@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TextIO
 
+from gvpo_offline.interrupts import was_interrupted
 from gvpo_offline.secret_settings import without_credentials
 from gvpo_offline.visible import visible
 
@@ -80,7 +81,9 @@ class LogHandler(logging.StreamHandler[TextIO]):
     """Writes log records to standard error, each on lines of its own beside progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler.emit`."""
+        """See `logging.Handler.emit`; not what asyncio says of tasks that Ctrl-C has ended."""
+        if record.name == "asyncio" and was_interrupted():
+            return
         try:
             _write(self.format(record), self.stream)
             self.flush()

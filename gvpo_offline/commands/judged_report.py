@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.files import replace_text
 from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.tune.answers import AnswerSums
 from gvpo_offline.tune.judged import JudgedProposal, JudgedTrial
@@ -172,13 +173,13 @@ class JudgedReport:
     def write(self, folder: Path) -> None:
         """Write `tune.json`, and `proposed.yaml` or remove that of an earlier search."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tune.json").write_text(trial_text(self.as_dict()), encoding="utf-8")
+        replace_text(folder / "tune.json", trial_text(self.as_dict()))
         if self.file is None:
             (folder / "proposed.yaml").unlink(missing_ok=True)
             return
         lines = ["# By gvpo-offline tune; `train` takes it after the run's own file."]
         lines += [f"{name}: {json.dumps(value)}" for name, value in self.written.items()]
-        self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        replace_text(self.file, "\n".join(lines) + "\n")
 
 
 def _row(trial: JudgedTrial, sums: AnswerSums | None, *, chosen: bool) -> str:

@@ -12,6 +12,7 @@ from gvpo_offline.commands.next_step import after_training, after_tuning, look_l
 from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.exit_status import OK, UNDECIDED
+from gvpo_offline.files import replace_text
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
@@ -96,7 +97,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     say(*report.table().split("\n"))
     text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
-        Path(config.output_file).write_text(text + "\n", encoding="utf-8")
+        replace_text(Path(config.output_file), text + "\n")
     say_to_programs(json.dumps(report.summary()))
 
 

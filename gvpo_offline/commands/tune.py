@@ -17,6 +17,7 @@ from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.commands.train import TrainerInputs
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.files import replace_text
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
@@ -336,7 +337,7 @@ def search_identity(run: GVPOTrainer) -> dict[str, Any]:
 
 def _write(report: TuneReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tune.json").write_text(trial_text(report.as_dict()), encoding="utf-8")
+    replace_text(folder / "tune.json", trial_text(report.as_dict()))
     if report.file is None:
         (folder / "proposed.yaml").unlink(missing_ok=True)  # of an earlier search
         return
@@ -345,4 +346,4 @@ def _write(report: TuneReport, folder: Path) -> None:
         f"beta: {report.proposal.beta}",
         f"learning_rate: {report.proposal.learning_rate}",
     ]
-    report.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(report.file, "\n".join(lines) + "\n")

@@ -27,6 +27,7 @@ from gvpo_offline.compute.model import (
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -83,6 +84,7 @@ def load_policy(
             "the model",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise_translated(error)
         raise ConfigError(
             "an adapter fits the base model that its configuration names",
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",

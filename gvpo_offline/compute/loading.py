@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from gvpo_offline.compute.files import ModelFiles, gguf_refusal
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.system_errors import raise_translated
 
 logger = logging.getLogger(__name__)
 _SHOWN = 4
@@ -55,6 +56,7 @@ def load_pretrained(kind: Any, files: ModelFiles, *, what: str, **options: Any) 
                 files.name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, *_OF_GGUF) as error:
+        raise_translated(error)
         if (refusal := gguf_refusal(files, error)) is not None:
             raise refusal from error
         own = isinstance(error, _OF_GGUF) and files.gguf_file is not None

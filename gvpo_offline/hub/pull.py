@@ -89,6 +89,9 @@ def _staging(root: Path) -> Iterator[Path]:
     handle = lock_folder(root)
     folder = root / ".pull.tmp"
     try:
+        if handle is not None:
+            for stale in root.glob(".manifest-*.tmp"):
+                stale.unlink(missing_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
     except (ConfigError, DataError, IntegrityError):

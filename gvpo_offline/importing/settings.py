@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.limits import Limits
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import ErrorOrDrop, check_name, label_numbers, positive
 from gvpo_offline.store.location import local_folder
 
@@ -261,6 +262,7 @@ class ImportConfig:
                 received="empty_responses: keep with append_eos: false",
                 remedy="set append_eos: true, or empty_responses: drop",
             )
+        check_ranges(self)
 
     def _one_key_each(self) -> bool:
         n_files = 1 if isinstance(self.join, str) else len(self.join)

@@ -28,6 +28,7 @@ from gvpo_offline.openai.received import (
     bounded_client,
     found_in,
 )
+from gvpo_offline.ranges import check_ranges
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -76,6 +77,7 @@ class ServerSettings:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is positive", received=getattr(self, name))
         check_address(self.base_url)
+        check_ranges(self)
 
 
 OPERATIONAL = frozenset(field.name for field in fields(ServerSettings))

@@ -43,7 +43,9 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 class _Settings(BaseModel):
     # pydantic would reserve names that begin with model_, such as model_name_or_path.
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     weight: Weight = Field(
         default=1.0, description="Factor of the scorer's numbers in the weighted sum."

@@ -25,6 +25,7 @@ from gvpo_offline.sampling.system_prompts import PromptsUnderSystem, system_prom
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer
 from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog
+from gvpo_offline.store.leftovers import stages_at_work
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
 from gvpo_offline.store.writer import claim_folder
@@ -102,6 +103,13 @@ def run_sample(config: SampleConfig, worker_settings: WorkerSettings | None = No
     # Resolved, since workers may have another working directory.
     root = local_folder("output_dir", config.output_dir).resolve()
     claim_folder(root)
+    with stages_at_work(root):
+        return _run_in(config, root, worker_settings)
+
+
+def _run_in(
+    config: SampleConfig, root: Path, worker_settings: WorkerSettings | None
+) -> SampleResult:
     run = _Run(config, root)
     if (finished := run.finished()) is not None:
         return replace(run.result(finished), without_logprobs=run.gaps_of(finished))

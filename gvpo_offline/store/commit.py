@@ -34,6 +34,7 @@ from gvpo_offline.store.within import (
     path_within,
     read_regular,
 )
+from gvpo_offline.system_errors import raise_translated
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _HASH_DIGITS = 12
@@ -166,6 +167,7 @@ def verify_at(path: Path, entry: FileEntry, *, content: bool = True) -> None:
         try:
             found = sha256_file(path)
         except OSError as error:
+            raise_translated(error, path)
             raise damaged("the file can be read", error, path) from error
         entry.check_sha256(found, path)
 
@@ -228,7 +230,9 @@ def read_record(path: Path) -> TaskRecord:
             outside the dataset.
     """
     rule = "a commit record follows schemas/commit.schema.json"
-    sealed = parse_json(read_regular(path), path, rule, _DELETE)
+    with storage_errors(path):
+        content = read_regular(path)
+    sealed = parse_json(content, path, rule, _DELETE)
     record = unsealed(TaskRecord, "record", sealed, path, rule, _DELETE)
     check_entries(record.entries(), path)
     if (record.stage, record.task) != (path.parent.name, path.stem):

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 
 # Chained fsspec file systems as well: `zip::s3://…`.
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
@@ -38,6 +39,7 @@ class RemoteSettings:
         for name in ("timeout", "attempts"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"remote.{name} is positive", received=getattr(self, name))
+        check_ranges(self, "remote.")
 
 
 def is_url(path: str | Path) -> bool:

@@ -20,7 +20,8 @@ from pydantic import (
     model_serializer,
 )
 
-from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.errors import DataError, IntegrityError, StorageError
+from gvpo_offline.files import storage_errors
 from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.row_group_sizes import RowGroupSizes, n_rows
 from gvpo_offline.store.schema import SCHEMA_VERSION
@@ -98,7 +99,7 @@ def read_twice(read: Callable[[], Result]) -> Result:
     """
     try:
         return read()
-    except IntegrityError:
+    except (IntegrityError, StorageError):
         return read()
 
 
@@ -309,7 +310,9 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
         IntegrityError: the file cannot be parsed, was altered, or is of a newer schema.
     """
     path = manifest_path(root, choose_version(manifest_versions(root), version, root))
-    return parse_manifest(read_regular(path), path)
+    with storage_errors(path):
+        content = read_regular(path)
+    return parse_manifest(content, path)
 
 
 def choose_version(versions: Sequence[int], version: int | None, root: Path | str) -> int:

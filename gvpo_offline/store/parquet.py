@@ -24,13 +24,14 @@ from gvpo_offline.store.commit import write_hashed
 from gvpo_offline.store.manifest import FileEntry, check_footer, damaged
 from gvpo_offline.store.row_group_sizes import RowGroups
 from gvpo_offline.store.within import check_regular, path_within
+from gvpo_offline.system_errors import raise_translated
 
 ROWS_PER_ROW_GROUP = 256
 _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
 _ZSTD_LEVEL = 3
 _TAIL_BYTES = 8  # length of the footer, and "PAR1"
 # Raised by pyarrow where a footer or a page does not decode.
-UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
+UNREADABLE = (OSError, pa.ArrowException, UnicodeError)
 
 
 class Shard(Protocol):
@@ -123,6 +124,7 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise damaged("the file exists", "no such file", path) from error
     except UNREADABLE as error:
+        raise_translated(error, path)
         raise damaged("a shard is a readable Parquet file", error, path) from error
 
 
@@ -143,6 +145,8 @@ def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[
             raise
         except (OSError, pa.ArrowException) as error:
             failure = error
+    assert failure is not None
+    raise_translated(failure, path)
     raise damaged(
         f"row group {index} decodes and its pages match their checksums", failure, path
     ) from failure

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.secret_settings import public
 from gvpo_offline.settings import required
 from gvpo_offline.store.location import RemoteSettings
@@ -49,6 +50,7 @@ class ResponseSettings:
                 received=f"prefer: {self.prefer} without max_responses",
                 remedy="set max_responses, or leave prefer out",
             )
+        check_ranges(self)
 
 
 @dataclass(kw_only=True)
@@ -94,6 +96,7 @@ class DatasetSettings(SelectionSettings):
                 remedy="set it to a share of the draws, or leave it out for every dataset",
                 file=self.path,
             )
+        check_ranges(self)
 
 
 @dataclass
@@ -156,6 +159,7 @@ class DataSettings(SingleDatasetSettings):
             )
         if self.eval_dataset and self.eval_datasets:
             raise ConfigError("a run has either `eval_dataset` or `eval_datasets`", received="both")
+        check_ranges(self)
 
     def training(self) -> list[DatasetSettings]:
         """The datasets to train on."""

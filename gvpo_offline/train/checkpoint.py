@@ -359,5 +359,7 @@ def has_room(folder: Path) -> bool:
 
 
 def _discard(folder: Path) -> None:
-    if _FOLDER.match(folder.name) and folder.is_dir() and _is_interrupted(folder):
-        _remove(folder)
+    # Where nothing can be written, nothing can be removed: the folder stays and is ignored.
+    with contextlib.suppress(OSError):
+        if _FOLDER.match(folder.name) and folder.is_dir() and _is_interrupted(folder):
+            _remove(folder)

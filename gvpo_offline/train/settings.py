@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import (
     LossType,
     check_imitation,
@@ -173,6 +174,7 @@ class GVPOSettings:
         for name in ("kept_logits_mb", "read_ahead", "max_nonfinite_skips"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is not negative", received=getattr(self, name))
+        check_ranges(self)
 
 
 @dataclass
@@ -190,6 +192,9 @@ class LoraSettings:
     lora_target_modules: list[str] | str | None = None
     """Names of the modules that get an adapter, or all-linear. Default: PEFT's choice for the
     model."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "gvpo_offline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("version", "visible", "errors", "hashing", "identity", "progress_bar"),
-        *("files", "exit_status", "limits", "secret_settings"),
+        *("files", "exit_status", "limits", "secret_settings", "system_errors", "interrupts"),
     ),
     ("json_text",),
-    ("group", "settings", "messages"),
+    ("group", "settings", "messages", "ranges"),
     ("cells", "paths"),
     ("rules", "values", "conversations", "finish_reasons"),
     ("store",),
@@ -39,9 +39,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampled_eval",),
     ("train",),
     ("tune",),
-    ("report",),
+    ("report", "doctor"),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 # Subpackages that make and score data; they may not import training code.
 DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "openai", "workers")
@@ -65,6 +66,7 @@ WITHOUT_TORCH = (
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
     *("train.data_rules", "report.settings", "report.report", "report.dataset.build"),
+    *("doctor.diagnose", "commands.doctor"),
     *("report.page.html", "report.page.live", "report.page.fragment"),
 )
 MAX_FILE_LINES = 400

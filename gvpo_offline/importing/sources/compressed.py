@@ -17,8 +17,9 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
-from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.errors import DataError, IntegrityError, StorageError
 from gvpo_offline.limits import BoundedReader, Limits
+from gvpo_offline.system_errors import raise_translated
 
 __all__ = ["FACTOR", "SUFFIXES", "damage_named", "decompressed", "is_compressed", "without_suffix"]
 
@@ -82,9 +83,10 @@ def damage_named(label: str, suffix: str, row: list[int]) -> Iterator[None]:
         return
     try:
         yield
-    except (IntegrityError, DataError):
+    except (IntegrityError, DataError, StorageError):
         raise
     except _DAMAGE as error:
+        raise_translated(error, label)
         raise IntegrityError(
             f"a {suffix} file is complete",
             received=str(error) or type(error).__name__,

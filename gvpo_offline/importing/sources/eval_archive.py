@@ -24,6 +24,7 @@ from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.rows import Row
 from gvpo_offline.json_text import kind_of
 from gvpo_offline.limits import Limits, parse_json, too_long
+from gvpo_offline.system_errors import raise_translated
 
 __all__ = ["EvalArchive"]
 
@@ -76,6 +77,7 @@ class EvalArchive(Source):
             with zipfile.ZipFile(raw) as archive:
                 members = {member.filename: member for member in archive.infolist()}
         except (zipfile.BadZipFile, OSError, *_BAD_DIRECTORY) as error:
+            raise_translated(error, self.label)
             raise self._damaged(str(error), None) from error
         # Several entries may name the same bytes, so that the sizes are added up.
         expanded = sum(member.file_size for member in members.values())
@@ -131,6 +133,7 @@ class EvalArchive(Source):
             data = raw.read(member.compress_size)
             found = _decompressed(data, member.compress_type, member.file_size + 1)
         except (struct.error, ValueError, OSError, zlib.error, pa.ArrowException) as error:
+            raise_translated(error, self.label)
             raise self._damaged(str(error), row) from error
         if len(found) != member.file_size or zlib.crc32(found) != member.CRC:
             raise self._damaged(f"another content of {member.filename} than its checksum", row)

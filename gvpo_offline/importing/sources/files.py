@@ -26,6 +26,7 @@ from gvpo_offline.importing.sources.rows import Row
 from gvpo_offline.json_text import kind_of
 from gvpo_offline.limits import Limits, bounded_lines, parse_json
 from gvpo_offline.store.arrow import to_rows
+from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -249,6 +250,7 @@ class ParquetRows(Source):
                 self.files[0], page_checksum_verification=True, buffer_size=1 << 20
             )
         except (OSError, pa.ArrowException) as error:
+            raise_translated(error, self.label)
             raise self._damaged(error, None) from error
 
     def _damaged(self, error: Exception, row: int | None) -> IntegrityError:
@@ -273,6 +275,7 @@ class ParquetRows(Source):
                 try:
                     batch = next(batches, None)
                 except (OSError, pa.ArrowException) as error:
+                    raise_translated(error, self.label)
                     raise self._damaged(error, done) from error
                 if batch is None:
                     break
@@ -334,6 +337,7 @@ class DatasetRows(Source):
                 with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
                     yield from reader
             except (OSError, pa.ArrowException) as error:
+                raise_translated(error, path)
                 raise IntegrityError(
                     "the Arrow files of a saved data set are complete",
                     received=str(error),

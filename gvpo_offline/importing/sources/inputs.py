@@ -6,6 +6,7 @@ characters tell which, not its suffix.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.files import check_file
 from gvpo_offline.importing.sources.compressed import without_suffix
 from gvpo_offline.importing.sources.csv_rows import DELIMITERS, CsvRows
 from gvpo_offline.importing.sources.eval_archive import EvalArchive
@@ -23,6 +25,7 @@ from gvpo_offline.importing.sources.json_documents import JsonDocuments, holds_l
 from gvpo_offline.importing.sources.json_text import path_steps
 from gvpo_offline.importing.sources.layouts import LAYOUTS, DocumentRows
 from gvpo_offline.limits import Limits
+from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,8 +72,8 @@ def find_sources(
 
 def _matches(pattern: str) -> list[Path]:
     expanded = os.path.expanduser(pattern)
-    if os.path.exists(expanded):
-        return [Path(expanded)]
+    if os.path.lexists(expanded):
+        return [_readable(Path(expanded))]
     found = sorted(glob.glob(expanded, recursive=True))
     if not found:
         raise DataError(
@@ -79,7 +82,24 @@ def _matches(pattern: str) -> list[Path]:
             remedy="correct the path or the pattern",
             file=pattern,
         )
-    return [Path(path) for path in found]
+    return [_readable(Path(path)) for path in found]
+
+
+def _readable(path: Path) -> Path:
+    """The path of a file or folder; ConfigError for what would be waited for, or has no end."""
+    try:
+        if not path.is_dir():
+            check_file(path)
+    except OSError as error:
+        raise ConfigError(
+            "an input is a file, or a folder saved by `datasets`",
+            received=error.strerror or str(error),
+            remedy="write what the pipe gives to a file, or correct the path or the link",
+            file=path,
+        ) from error
+    if not os.access(path, os.R_OK):
+        raise_translated(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)))
+    return path
 
 
 def _open_path(path: Path, rows_at: str | None, log_format: str | None, limits: Limits) -> Source:
@@ -146,6 +166,7 @@ def _saved(path: Path) -> Source:
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if isinstance(error, ConfigError):
             raise
+        raise_translated(error, path)
         raise IntegrityError(
             "a saved data set is complete", received=str(error), file=path, remedy="save it again"
         ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.files import read_text
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.limits import ANSWER_NESTING, parse_json
 from gvpo_offline.openai.answer import BadAnswerError
@@ -187,7 +188,7 @@ def _template_text(template: str | None) -> str | None:
     if template is None or not template.endswith(_FILES):
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
+        return read_text(Path(template).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "a template that ends in .jinja or .j2 is the path of a file",
