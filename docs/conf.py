@@ -51,6 +51,7 @@ toctrees = {
             "howto/report",
             "howto/run-report",
             "howto/validate",
+            "howto/leftovers",
             "howto/selecting",
             "howto/mixing",
             "howto/remote",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -219,7 +220,7 @@ class ReportConfig:
             raise ConfigError(
                 "output ends in .html",
                 received=self.output,
-                remedy=f"--output {self.output}.html",
+                remedy=f"--output {shlex.quote(self.output)}.html",
             )
         if not 0 <= self.port < 2**16:
             raise ConfigError("port lies in 0 … 65535", received=self.port)
