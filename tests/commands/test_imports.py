@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "files",
         "exit_status",
         "limits",
+        "bounded_yaml",
     ),
     ("group", "settings", "messages"),
     ("cells", "paths"),

@@ -28,7 +28,25 @@ _TOKEN = re.compile(
 # In a text with comments, escapes or other quotes, a token may end elsewhere.
 _UNSURE = re.compile(r"--|/\*|[\\`$]")
 _WORDS = frozenset(
-    ["AND", "OR", "XOR", "NOT", "IN", "IS", "LIKE", "ILIKE", "RLIKE", "REGEXP", "BETWEEN", "CASE", "WHEN", "THEN", "ELSE", "DIV", "COLLATE"]
+    [
+        "AND",
+        "OR",
+        "XOR",
+        "NOT",
+        "IN",
+        "IS",
+        "LIKE",
+        "ILIKE",
+        "RLIKE",
+        "REGEXP",
+        "BETWEEN",
+        "CASE",
+        "WHEN",
+        "THEN",
+        "ELSE",
+        "DIV",
+        "COLLATE",
+    ]
 )
 _NOT_CUT = frozenset(("XOR", "AS"))
 
