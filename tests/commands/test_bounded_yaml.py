@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -91,10 +92,8 @@ def test_readers_of_settings_give_one_line(
 @given(st.text(st.sampled_from("ab:-[]{},&*!<0172.'\"|>\n #?%~"), max_size=40))
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_read_or_an_error_of_yaml(text: str) -> None:
-    try:
+    with contextlib.suppress(yaml.YAMLError):
         load_yaml(text)
-    except yaml.YAMLError as error:
-        assert str(error)
 
 
 @given(
@@ -105,7 +104,5 @@ def test_any_text_is_read_or_an_error_of_yaml(text: str) -> None:
 )
 @settings(max_examples=200, deadline=None)
 def test_any_value_of_a_tag_is_read_or_an_error_of_yaml(tag: str, text: str) -> None:
-    try:
+    with contextlib.suppress(yaml.YAMLError):
         load_yaml(f"a: !!{tag} {text}")
-    except yaml.YAMLError as error:
-        assert str(error)

