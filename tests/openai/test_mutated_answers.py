@@ -181,6 +181,47 @@ def test_a_batch_result_is_read_or_refused(result: Any) -> None:
         assert str(error).encode()  # noqa: PT017
 
 
+PLACES: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "an index that is a list": (("index",), [1]),
+    "an index that is a flag": (("index",), True),
+    "a log-prob that no float holds": (("logprobs", "content", 0, "logprob"), -(10**400)),
+    "a log-prob that no float32 holds": (("logprobs", "content", 0, "logprob"), -1e300),
+    "a log-prob that is infinite": (("logprobs", "content", 0, "logprob"), -math.inf),
+    "a log-prob that is none": (("logprobs", "content", 0, "logprob"), math.nan),
+    "a log-prob above 0": (("logprobs", "content", 0, "logprob"), 0.5),
+    "a log-prob that is a flag": (("logprobs", "content", 0, "logprob"), True),
+    "a prompt's ids that are text": (("prompt_token_ids",), "1 2 3"),
+    "a token id above 2^31": (("token_ids",), [2**31, 1]),
+    "a finish reason that is a list": (("finish_reason",), ["stop"]),
+    "a finish reason of half a character": (("finish_reason",), "\ud800"),
+    "a content of half a character": (("message", "content"), "\ud800"),
+    "a refusal of half a character": (("message",), {"content": None, "refusal": "\ud800"}),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_one_wrong_value_fails_its_response_alone(case: str) -> None:
+    """The first choice has failed, with a cause that can be stored; the second is a response."""
+    answer = json.loads(json.dumps(CHAT))
+    (*parents, last), value = PLACES[case]
+    holder = answer["choices"][0]
+    for key in parents:
+        holder = holder[key]
+    holder[last] = value
+    first, second = read_answer(SAMPLERS[3], answer, REQUESTS)
+    check_samples([first, second])
+    assert first.error
+    assert second.text == "4 2"
+
+
+def test_a_stop_string_of_half_a_character_is_stored_as_an_escape() -> None:
+    answer = json.loads(json.dumps(CHAT))
+    answer["choices"][0]["stop_reason"] = "\ud800"
+    samples = read_answer(SAMPLERS[0], answer, REQUESTS)
+    check_samples(samples)
+    assert samples[0].stop_string == "\\ud800"
+
+
 class Kept:
     """The judgements of one request."""
 
