@@ -67,7 +67,7 @@ toctrees = {
             "howto/serving",
             "howto/troubleshooting",
         ],
-        "Reference": ["reference/index", "reference/losses"],
+        "Reference": ["reference/index", "reference/losses", "reference/limits"],
         "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],
         "Evidence": ["evidence/results", "evidence/convergence", "evidence/scale"],
         "Appendix": [

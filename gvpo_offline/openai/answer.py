@@ -228,12 +228,14 @@ def content_text(content: Any) -> str:
     return text
 
 
-def result_body(result: Mapping[str, Any]) -> Any:
+def result_body(result: Any) -> Any:
     """The answer in a line of a batch's result or error file.
 
     Raises:
         BadAnswerError: the request failed; with the status and the server's message.
     """
+    if not isinstance(result, dict):
+        raise BadAnswerError(f"status None, a result that is no record: {_shown(result)}")
     response = result.get("response")
     response = response if isinstance(response, dict) else {}
     status, body = response.get("status_code"), response.get("body")

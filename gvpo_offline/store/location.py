@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from gvpo_offline.errors import ConfigError
@@ -32,6 +32,10 @@ class RemoteSettings:
     """Timeout in seconds of a request for at most 8 MB; the request is then retried."""
     attempts: int = 6
     """Attempts per request, with growing pauses, before the run stops."""
+    redirects: Literal["same", "any"] = "same"
+    """Redirects of http servers to follow. same: to the same host, port and scheme; another one is
+    an error. any: everywhere, as a server of signed URLs needs it; headers of storage_options, save
+    Authorization, then go to every server."""
 
     def __post_init__(self) -> None:
         if not self.cache_gb >= 0:

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "gvpo_offline"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("version", "visible", "errors", "hashing", "identity", "progress_bar"),
-        *("files", "exit_status", "limits", "secret_settings", "system_errors", "interrupts"),
+        *("files", "exit_status", "limits", "bounded_yaml", "secret_settings"),
+        *("system_errors", "interrupts"),
     ),
     ("json_text",),
     ("group", "settings", "messages", "ranges"),

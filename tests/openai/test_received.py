@@ -88,8 +88,10 @@ def test_a_redirect_to_another_port_is_not_followed(
     with pytest.raises(ServerError, match="is not followed") as caught:
         asked(first.url, api_key_env="KEY")
     assert (len(first.bodies), other.bodies, other.keys) == (1, [], [])
-    assert first.url in str(caught.value) and other.url in str(caught.value)
-    assert "hidden" not in str(caught.value) and "secret" not in str(caught.value)
+    assert first.url in str(caught.value)
+    assert other.url in str(caught.value)
+    assert "hidden" not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,8 @@ def test_redirects_without_end_are_a_failure(servers: tuple[Server, Server]) -> 
     first, _ = servers
     first.how = redirect(307, "/v1/chat/completions")
     _, cause = asked(first.url)
-    assert cause is not None and "redirect" in cause.lower()
+    assert cause is not None
+    assert "redirect" in cause.lower()
 
 
 def raw(
@@ -216,9 +219,11 @@ def test_any_body_is_a_failure_with_its_cause(case: str, servers: tuple[Server, 
     first, _ = servers
     first.how = how
     request, cause = asked(first.url)
-    assert request.got is None and cause is not None
+    assert request.got is None
+    assert cause is not None
     assert re.search(expected, cause, re.DOTALL), cause
-    assert cause == cause.encode("utf-8").decode() and len(cause) <= 200
+    assert cause == cause.encode("utf-8").decode()
+    assert len(cause) <= 200
 
 
 def test_a_server_that_drips_ends_at_the_timeout(servers: tuple[Server, Server]) -> None:

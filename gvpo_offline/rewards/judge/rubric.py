@@ -108,8 +108,11 @@ class Rubric:
             shown = {"response_a": group.responses[first], "response_b": group.responses[second]}
         if isinstance(self._settings, JudgeSettings):
             shown["scale"] = [f"{end:g}" for end in self._settings.scale]
+        from gvpo_offline.rewards.judge.bounded_template import bounded_render
+
         try:
-            text = _compiled(self.text).render(
+            text = bounded_render(
+                _compiled(self.text),
                 prompt=_prompt_text(group),
                 messages=group.conversation,
                 metadata=group.metadata,
@@ -200,11 +203,12 @@ def _template_text(template: str | None) -> str | None:
 @functools.lru_cache(maxsize=16)
 def _compiled(text: str) -> Any:
     from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from gvpo_offline.rewards.judge.bounded_template import BoundedEnvironment
 
     try:
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
-    except TemplateError as error:
+        return BoundedEnvironment(undefined=StrictUndefined).from_string(text)
+    except (TemplateError, RecursionError, MemoryError, SyntaxError) as error:
         raise ConfigError(
             "the judge's template is valid Jinja",
             received=f"{_line(error)}{type(error).__name__}: {error}",
