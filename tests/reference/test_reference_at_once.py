@@ -36,5 +36,5 @@ def test_rewards_of_different_names_at_once_are_all_kept(
     argv = ["reward", "--dataset", root, "--scorers", json.dumps(scorers)]
     children = [server.start([*argv, "--name", name]) for name in ("one", "two", "three")]
     assert [child.wait() for child in children] == [0, 0, 0], [own.output for own in children]
-    found = [own.name for own in open_dataset(root, join=("reward",)).manifest.rewards]
+    found = [own.name for own in open_dataset(root, join=()).manifest.rewards]
     assert sorted(found) == ["one", "three", "two"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.fork_server import Child, ForkServer
 from support.training import same_weights, scored_dataset, train_command, trainer_of, weights_of
@@ -431,3 +432,52 @@ def signal_in_save() -> None:
 
     GVPOTrainer.save_model = signalled  # type: ignore[method-assign]
     sys.exit(cli.main(sys.argv[1:]))
+
+
+# ---- what is not finite, on several ranks ----
+
+
+def fault_on_the_second_rank() -> None:
+    """Run the command; in step 2 the hidden states of rank 1 alone are not finite."""
+    import sys
+
+    from gvpo_offline import cli
+
+    step = GVPOTrainer.training_step
+
+    def faulty(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        wrong = os.environ["RANK"] == "1" and self.state.global_step == 1
+        embedding = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(
+            lambda module, given, out: out * torch.nan if wrong else out
+        )
+        try:
+            return step(self, model, inputs, *args)
+        finally:
+            hook.remove()
+
+    GVPOTrainer.training_step = faulty  # type: ignore[method-assign]
+    sys.exit(cli.main(sys.argv[1:]))
+
+
+@pytest.mark.parametrize("way", [{}, {"fsdp": "true"}], ids=["ddp", "fsdp2"])
+def test_ranks_skip_and_stop_together(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer, way: Any
+) -> None:
+    """With skip both ranks finish all 3 steps, and one event names the groups of rank 1 alone, half
+    of the 12 of a step or fewer. With stop both end with the same error, and checkpoint-1 stays.
+    """
+    program = "train.test_preemption:fault_on_the_second_rank"
+    settings = {"max_steps": 3, "save_steps": 1, "eval_strategy": "no", **way}
+    skips = {**settings, "on_nonfinite": "skip"}
+    command = train_command(dataset, tiny_model_dir, tmp_path / "skip", **skips)
+    ends = server.run_ranks(command, 2, program=program)
+    assert [status for status, _ in ends] == [0, 0], ends
+    (skipped,) = (own for own in read_events(tmp_path / "skip") if own["kind"] == "skipped")
+    assert skipped["at"] == 2
+    assert 0 < len(skipped["groups"]) < 12
+    command = train_command(dataset, tiny_model_dir, tmp_path / "stop", **settings)
+    ends = server.run_ranks(command, 2, program=program)
+    assert [status for status, _ in ends] == [1, 1], ends
+    assert all("not finite at step 2, in the groups" in output for _, output in ends)
+    assert sealed(tmp_path / "stop") == ["checkpoint-1"]
