@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.fork_server import Child, ForkServer
 from support.training import same_weights, scored_dataset, train_command, trainer_of, weights_of
@@ -317,6 +318,74 @@ def test_ranks_end_by_themselves_when_their_launcher_is_killed(
     assert "the process that launched this rank is gone" in launcher.output
 
 
+def signal_while_loading() -> None:
+    """Run the command; SIGTERM arrives when the policy is loaded."""
+    import sys
+
+    from gvpo_offline import cli
+    from gvpo_offline.commands import train
+
+    load = train.load_policy
+
+    def signalled(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*args)
+
+    train.load_policy = signalled
+    sys.exit(cli.main(sys.argv[1:]))
+
+
+def test_a_signal_while_a_model_is_loaded(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """The status tells of it, and the same command begins the run afterwards."""
+    command = train_command(dataset, tiny_model_dir, tmp_path, max_steps=1, eval_strategy="no")
+    child = server.start(command, program="train.test_preemption:signal_while_loading")
+    assert child.wait() == 143
+    assert "SIGTERM ended the run before its first step: no checkpoint was written" in child.output
+    status, output = server.run(command)
+    assert status == 0, output
+
+
+def test_a_signal_ends_a_search_and_keeps_finished_trials(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """It comes after the range test, in the first trial, which is given up: a trial of a million
+    steps cannot end before.
+    """
+    settings = {**ENDLESS, "tune_steps": 1_000_000, "eval_fraction": 0.4, "betas": "[0.1, 0.5]"}
+    command = ["tune", *train_command(dataset, tiny_model_dir, tmp_path, **settings)[1:]]
+    at = command.index("--eval_dataset")
+    del command[at : at + 2]
+    child = server.start(command, program="train.test_preemption:signal_in_trial")
+    assert child.wait() == 143, child.output
+    assert "SIGTERM ended the search: finished trials are kept" in child.output
+    assert "to go on: gvpo-offline tune" in child.output
+    assert [own.name[:5] for own in (tmp_path / "tune" / "trials").iterdir()] == ["range"]
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def signal_in_trial() -> None:
+    """Run the command with a short range test; SIGTERM arrives in step 2 of the first trial."""
+    import sys
+
+    from gvpo_offline import cli
+    from gvpo_offline.tune.search import RangePoint
+    from gvpo_offline.tune.trials import RangeTestTrainer, TrialTrainer
+
+    step = TrialTrainer.training_step
+
+    def signalled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    points = [RangePoint(1e-6 * 2**i, 1.0 / (i + 1)) for i in range(20)]
+    RangeTestTrainer.run_range_test = lambda self: points  # type: ignore[method-assign]
+    TrialTrainer.training_step = signalled  # type: ignore[method-assign]
+    sys.exit(cli.main(sys.argv[1:]))
+
+
 # ---- one run in a folder ----
 
 
@@ -363,3 +432,52 @@ def signal_in_save() -> None:
 
     GVPOTrainer.save_model = signalled  # type: ignore[method-assign]
     sys.exit(cli.main(sys.argv[1:]))
+
+
+# ---- what is not finite, on several ranks ----
+
+
+def fault_on_the_second_rank() -> None:
+    """Run the command; in step 2 the hidden states of rank 1 alone are not finite."""
+    import sys
+
+    from gvpo_offline import cli
+
+    step = GVPOTrainer.training_step
+
+    def faulty(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        wrong = os.environ["RANK"] == "1" and self.state.global_step == 1
+        embedding = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(
+            lambda module, given, out: out * torch.nan if wrong else out
+        )
+        try:
+            return step(self, model, inputs, *args)
+        finally:
+            hook.remove()
+
+    GVPOTrainer.training_step = faulty  # type: ignore[method-assign]
+    sys.exit(cli.main(sys.argv[1:]))
+
+
+@pytest.mark.parametrize("way", [{}, {"fsdp": "true"}], ids=["ddp", "fsdp2"])
+def test_ranks_skip_and_stop_together(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer, way: Any
+) -> None:
+    """With skip both ranks finish all 3 steps, and one event names the groups of rank 1 alone, half
+    of the 12 of a step or fewer. With stop both end with the same error, and checkpoint-1 stays.
+    """
+    program = "train.test_preemption:fault_on_the_second_rank"
+    settings = {"max_steps": 3, "save_steps": 1, "eval_strategy": "no", **way}
+    skips = {**settings, "on_nonfinite": "skip"}
+    command = train_command(dataset, tiny_model_dir, tmp_path / "skip", **skips)
+    ends = server.run_ranks(command, 2, program=program)
+    assert [status for status, _ in ends] == [0, 0], ends
+    (skipped,) = (own for own in read_events(tmp_path / "skip") if own["kind"] == "skipped")
+    assert skipped["at"] == 2
+    assert 0 < len(skipped["groups"]) < 12
+    command = train_command(dataset, tiny_model_dir, tmp_path / "stop", **settings)
+    ends = server.run_ranks(command, 2, program=program)
+    assert [status for status, _ in ends] == [1, 1], ends
+    assert all("not finite at step 2, in the groups" in output for _, output in ends)
+    assert sealed(tmp_path / "stop") == ["checkpoint-1"]
