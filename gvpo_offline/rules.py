@@ -173,17 +173,6 @@ def _check_values(group: Group, place: dict[str, Any]) -> None:
                 remedy="score the response again, or leave it out of the log",
                 **place,
             )
-    if group.ref_seq_logprobs is not None:
-        lengths = np.array(group.response_lengths, np.int64)
-        bad = np.flatnonzero(impossible_logprobs(group.ref_seq_logprobs, lengths))
-        if len(bad):
-            raise DataError(
-                LOGPROB_RULE,
-                received=f"{group.ref_seq_logprobs[bad[0]]} for response {bad[0]} of "
-                f"{lengths[bad[0]]} tokens",
-                remedy=LOGPROB_REMEDY,
-                **place,
-            )
 
 
 def _check_components(group: Group, components: FloatArray, place: dict[str, Any]) -> None:
