@@ -86,8 +86,8 @@ def _staging(root: Path) -> Iterator[Path]:
 
     After an interruption or a network error it stays, and the next pull continues its downloads.
     """
+    folder = path_within(root, ".pull.tmp")
     handle = lock_folder(root)
-    folder = root / ".pull.tmp"
     try:
         if handle is not None:
             for stale in root.glob(".manifest-*.tmp"):

@@ -18,7 +18,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
-from gvpo_offline.store.within import own_files, path_within
+from gvpo_offline.store.within import check_regular, own_files, path_within
 
 # Only files with names of these stages are removed: other stages may be writing sidecars.
 _TEMPORARY = re.compile(r"^\.(rewrite|waiting)-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
@@ -103,15 +103,20 @@ def remove_old(root: Path, newest: Manifest) -> int:
     for path in own_files(root, "*.parquet"):  # of interrupted runs
         name = str(path.relative_to(root))
         if _SHARD.match(path.name) and name not in kept:
-            old[name] = path.stat().st_size
+            old[name] = path.lstat().st_size
     needed = {place for name in kept for place in _places(root / name)}
-    removed = {name: path_within(root, name) for name in old}  # before anything is removed
+    # Every check comes before the first removal.
+    removed = {name: path_within(root, name) for name in old}
     removed = {n: path for n, path in removed.items() if _places(path)[0] not in needed}
-    for path in sorted((root / "commits").glob("*/*.json")):
-        if _files(read_record(path)) & set(removed):
-            path_within(root, str(path.relative_to(root))).unlink()
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
+    for path in removed.values():
+        with suppress(FileNotFoundError):
+            check_regular(path)
+    found = sorted((root / "commits").glob("*/*.json"))
+    records = [p for p in found if _files(read_record(p)) & set(removed)]
+    for path in [path_within(root, str(p.relative_to(root))) for p in records]:
+        path.unlink()
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
     freed = 0
     for name, path in removed.items():
         freed += old[name] if path.exists() else 0

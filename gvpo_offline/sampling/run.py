@@ -28,6 +28,7 @@ from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.leftovers import stages_at_work
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
+from gvpo_offline.store.within import path_within
 from gvpo_offline.store.writer import claim_folder
 from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
@@ -310,4 +311,4 @@ def _sweep(root: Path) -> None:
     for folder in ("samples", "prompts"):
         for path in (root / folder).rglob("*"):
             if path.is_file() and path not in kept:
-                path.unlink()
+                path_within(root, str(path.relative_to(root))).unlink()

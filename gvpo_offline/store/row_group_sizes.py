@@ -89,7 +89,7 @@ class RowGroups(Sequence[int]):
 
     def array(self) -> npt.NDArray[np.int64]:
         """(n,) int64: the sizes, written out."""
-        times = np.diff(np.array((0, *self._ends), np.int64))
+        times = np.array([times for _, times in self.runs()], np.int64)
         return np.repeat(np.array(self._sizes, np.int64), times)
 
     def __len__(self) -> int:

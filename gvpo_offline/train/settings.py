@@ -123,7 +123,8 @@ class GVPOSettings:
     reference_check: Literal["auto", "error", "off"] = "auto"
     """Before the first update, compare the policy's log-probs with those of the reference, and stop
     if they differ by more than rounding, which in 16 bits is measured and grows with the root of a
-    response's length. auto: only if the policy has the reference's weights;
+    response's length. auto: if the policy has the reference's weights; log-probs of a file that
+    does not say what model they are of are compared too, and a difference is a warning.
     error: always; off: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens at a step whose log-probs or gradient are not finite. stop: training ends with

@@ -210,7 +210,9 @@ class GVPOTrainer(CardedTrainer):
         compared = not checkpoint and starts_as_reference(
             self.policy, self.data.reference, self.args.reference_check
         )
-        self._reference_meter = ReferenceMeter(noise.rounding) if compared else None
+        self._reference_meter = (
+            ReferenceMeter(noise.rounding, self.args.reference_check) if compared else None
+        )
         self._meter.clear()
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
