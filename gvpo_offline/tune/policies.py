@@ -278,8 +278,8 @@ class JudgedTrials:
                 received=" ".join(failure_lines(found, most=1)).strip(),
                 remedy="correct the reward, or start its server; then run the command again",
             )
-        content = {"causes": dict(found.causes), "prompts": sums.plain()}
-        content |= {NUMBERS: [numbers.start, numbers.stop]}
+        content: dict[str, Any] = {"causes": dict(found.causes), "prompts": sums.plain()}
+        content[NUMBERS] = [numbers.start, numbers.stop]
         self._write(handle, answers_name(handle.stem, numbers), content)
         so_far, number = self._answers(handle, numbers.stop)
         if so_far is not None:
