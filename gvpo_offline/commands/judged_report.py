@@ -172,7 +172,8 @@ class JudgedReport:
     def write(self, folder: Path) -> None:
         """Write `tune.json`, and `proposed.yaml` or remove that of an earlier search."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tune.json").write_text(trial_text(self.as_dict()), encoding="utf-8")
+        path = folder / "tune.json"
+        path.write_text(trial_text(path, self.as_dict()), encoding="utf-8")
         if self.file is None:
             (folder / "proposed.yaml").unlink(missing_ok=True)
             return

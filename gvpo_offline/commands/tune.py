@@ -336,7 +336,8 @@ def search_identity(run: GVPOTrainer) -> dict[str, Any]:
 
 def _write(report: TuneReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tune.json").write_text(trial_text(report.as_dict()), encoding="utf-8")
+    path = folder / "tune.json"
+    path.write_text(trial_text(path, report.as_dict()), encoding="utf-8")
     if report.file is None:
         (folder / "proposed.yaml").unlink(missing_ok=True)  # of an earlier search
         return
