@@ -173,7 +173,8 @@ class JudgedReport:
     def write(self, folder: Path) -> None:
         """Write `tune.json`, and `proposed.yaml` or remove that of an earlier search."""
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "tune.json", trial_text(self.as_dict()))
+        path = folder / "tune.json"
+        replace_text(path, trial_text(path, self.as_dict()))
         if self.file is None:
             (folder / "proposed.yaml").unlink(missing_ok=True)
             return

@@ -337,7 +337,8 @@ def search_identity(run: GVPOTrainer) -> dict[str, Any]:
 
 def _write(report: TuneReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "tune.json", trial_text(report.as_dict()))
+    path = folder / "tune.json"
+    replace_text(path, trial_text(path, report.as_dict()))
     if report.file is None:
         (folder / "proposed.yaml").unlink(missing_ok=True)  # of an earlier search
         return

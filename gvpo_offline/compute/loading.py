@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gvpo_offline.compute.files import ModelFiles, gguf_refusal
+from gvpo_offline.compute.sealed_weights import check_sealed_weights
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.system_errors import raise_translated
 
@@ -48,7 +49,9 @@ def load_pretrained(kind: Any, files: ModelFiles, *, what: str, **options: Any) 
 
     Raises:
         ConfigError: there is no such model, or its files lack weights or have them in other shapes.
+        IntegrityError: it is a checkpoint whose weights are damaged.
     """
+    check_sealed_weights(files.name)
     options |= _gguf_options(files, options)
     try:
         with _without_report():

@@ -13,13 +13,12 @@ import numpy as np
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.tune.racing import PromptEstimates
-from gvpo_offline.tune.trial_files import OWN_HASH, read_trial_file
+from gvpo_offline.tune.trial_files import read_trial_file
 
 if TYPE_CHECKING:
     from gvpo_offline.sampled_eval.result import SampledResult
 
 _RANGE = re.compile(r"-answers-(\d+)-(\d+)\.json$")
-NUMBERS = "numbers"  # key of the range of answers in a file
 _FIELDS = ("answers", "scored", "reward", "kl", "tokens", "truncated")
 
 
@@ -146,10 +145,6 @@ def _in_order(paths: Iterable[Path], most: int) -> list[tuple[range, Path]]:
 def _read(path: Path) -> AnswerSums:
     try:
         content = read_trial_file(path, ("prompts",))
-        if OWN_HASH in content or NUMBERS in content:
-            named = [int(own) for held in _RANGE.findall(path.name) for own in held]
-            if OWN_HASH not in content or content.get(NUMBERS) != named:
-                raise ValueError("answers of other numbers")
         return AnswerSums.from_plain(content["prompts"])
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error

@@ -32,7 +32,7 @@ from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.sampled_eval.shown import failure_lines
 from gvpo_offline.store.commit import create_only
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.tune.answers import NUMBERS, AnswerSums, answers_name, read_answers, read_diverged
+from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers, read_diverged
 from gvpo_offline.tune.candidates import settings_of_loss
 from gvpo_offline.tune.judged import TrialSettings
 from gvpo_offline.tune.policy_files import read_parameters, write_parameters
@@ -279,7 +279,6 @@ class JudgedTrials:
                 remedy="correct the reward, or start its server; then run the command again",
             )
         content = {"causes": dict(found.causes), "prompts": sums.plain()}
-        content |= {NUMBERS: [numbers.start, numbers.stop]}
         self._write(handle, answers_name(handle.stem, numbers), content)
         so_far, number = self._answers(handle, numbers.stop)
         if so_far is not None:
@@ -293,8 +292,8 @@ class JudgedTrials:
             self.trials.log(line.strip())
 
     def _write(self, handle: PolicyOfTrial, name: str, content: Mapping[str, Any]) -> None:
-        text = trial_text({**handle.key, **content})
         path = self.trials.folder / "trials" / name
+        text = trial_text(path, {**handle.key, **content})
         broadcast_from_rank0(lambda: create_only(path, text))
 
     def _keep(self, handle: PolicyOfTrial, trainer: JudgedTrainer) -> None:

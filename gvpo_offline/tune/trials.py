@@ -56,7 +56,7 @@ from gvpo_offline.tune.search import (
     range_rate,
     score,
 )
-from gvpo_offline.tune.trial_files import RESULTS, read_trial_file, trial_text
+from gvpo_offline.tune.trial_files import read_trial_file, trial_text
 
 logger = logging.getLogger(__name__)
 _OUTPUT = (
@@ -284,7 +284,7 @@ class Trials:
             with tempfile.TemporaryDirectory(prefix="gvpo-offline-tune-") as scratch:
                 made = finite_or_none(run(Path(scratch)))
             clear_device_cache(garbage_collection=True)
-            text = trial_text({**key, "figures": made})
+            text = trial_text(path, {**key, "figures": made})
             broadcast_from_rank0(lambda: create_only(path, text))
         held = broadcast_from_rank0(lambda: _read(path, key))
         return {name: math.nan if own is None else own for name, own in held.items()}
@@ -312,10 +312,10 @@ def _contents(folder: Path) -> list[dict[str, Any]]:
 def _read(path: Path, key: Mapping[str, Any]) -> dict[str, float | None]:
     try:
         content = read_trial_file(path, ("figures",))
-        held = {name: own for name, own in content.items() if name not in RESULTS}
-        if held != json.loads(json.dumps(key)):
+        figures: dict[str, float | None] = content.pop("figures")
+        own_key = json.loads(json.dumps(key))
+        if any(own != own_key[name] for name, own in content.items() if name in own_key):
             raise ValueError("the settings of another trial")
-        figures: dict[str, float | None] = content["figures"]
         if not all(own is None or isinstance(own, int | float) for own in figures.values()):
             raise ValueError("figures that are no numbers")
     except (ValueError, AttributeError) as error:

@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from support.training import scored_dataset, trainer_of, weights_of
 
 from gvpo_offline import GVPOTrainer
-from gvpo_offline.errors import ResumeError
+from gvpo_offline.compute.adapters import load_policy
+from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.errors import IntegrityError, ResumeError
 from gvpo_offline.hashing import hashed_json, own_hash_holds, sha256_file
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.checkpoint import SEAL_NAME, find_checkpoint, rotate_sealed
@@ -319,6 +322,51 @@ def test_a_damaged_best_checkpoint_is_found_at_both_ends_of_a_run(
         trainer._load_best_model()
     flip(best / "model.safetensors", 3000, 2)
     trainer._load_best_model()
+
+
+def test_damaged_weights_of_a_checkpoint_are_not_loaded_as_a_model(out: Path) -> None:
+    """`model_name_or_path` set to it: a new run from its weights, an evaluation. A configuration
+    may be edited. Without the seal, and with one of an earlier version, it is a model folder.
+    """
+    checkpoint = out / "checkpoint-6"
+    settings = ModelSettings(model_name_or_path=str(checkpoint))
+    config = checkpoint / "generation_config.json"
+    config.write_text(config.read_text() + "\n")
+    load_policy(settings)
+    flip(checkpoint / "model.safetensors", 3000, 2)
+    with pytest.raises(IntegrityError, match=r"model.safetensors: the weights of a checkpoint"):
+        load_policy(settings)
+    seal = (checkpoint / SEAL_NAME).read_text()
+    with_earlier_seal(checkpoint)
+    load_policy(settings)
+    (checkpoint / SEAL_NAME).write_text(seal.replace("optimizer.pt", "optimizer.pu"))
+    with pytest.raises(IntegrityError, match=r"gvpo_checkpoint.json: the seal .* move the seal"):
+        load_policy(settings)
+    (checkpoint / SEAL_NAME).unlink()
+    load_policy(settings)
+
+
+def test_damaged_weights_of_an_adapter_are_not_loaded(
+    dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """A checkpoint of LoRA neither resumes nor loads."""
+    settings = {**SETTINGS, "save_steps": 1, "max_steps": 2}
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+
+    def trainer(name: str) -> GVPOTrainer:
+        return trainer_of(tiny_model_dir, dataset, tmp_path / name, peft_config=lora, **settings)
+
+    trainer("out").train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert damaged_files(checkpoint) == []
+    load_policy(ModelSettings(model_name_or_path=str(checkpoint)))
+    path = checkpoint / "adapter_model.safetensors"
+    flip(path, path.stat().st_size - 3, 2)
+    assert damaged_files(checkpoint) == [path.name]
+    with pytest.raises(IntegrityError, match=r"adapter_model.safetensors: the weights"):
+        load_policy(ModelSettings(model_name_or_path=str(checkpoint)))
+    with pytest.raises(ResumeError, match=r"adapter_model.safetensors: the checkpoint's file"):
+        trainer("new").train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_sharded_and_adapter_checkpoints_are_hashed_in_their_folders(tmp_path: Path) -> None:

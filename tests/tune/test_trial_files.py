@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 from gvpo_offline.errors import IntegrityError
-from gvpo_offline.hashing import sha256_json
 from gvpo_offline.report.run.tune import read_tune
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.tune.answers import answers_name, read_answers, read_diverged
@@ -90,11 +89,14 @@ def test_the_file_of_another_trial_is_found(tmp_path: Path, hashed: bool) -> Non
     (other,) = {*(tmp_path / "trials").iterdir()} - {first}
     if not hashed:
         content = json.loads(other.read_text())
-        del content["sha256"]
+        del content["sha256"], content["file"]
         other.write_text(json.dumps(content))
         assert trials_in(tmp_path).trial(1.0, 1e-2, 10)["loss"] == 1.5
     shutil.copy(other, first)
-    with pytest.raises(IntegrityError, match=r"another trial"):
+    with pytest.raises(
+        IntegrityError,
+        match=r"the (content of trial|settings of another)",
+    ):
         trials_in(tmp_path).trial(1.0, 1e-3, 10)
 
 
@@ -107,15 +109,14 @@ def test_what_is_no_trial_is_named(tmp_path: Path, text: str) -> None:
 
 
 KEY = {"kind": "judged", "settings": "b" * 64}
-STEM = f"judged-x-{sha256_json(KEY)[:12]}"
+STEM = "judged-own"
 ROW = dict.fromkeys(("answers", "scored", "reward", "kl", "tokens", "truncated"), 2.0)
 
 
 def write_answers(folder: Path, start: int, stop: int, reward: float) -> Path:
     rows = [{"prompt": "p", **ROW, "reward": reward}]
-    content = {**KEY, "causes": {}, "prompts": rows, "numbers": [start, stop]}
     path = folder / answers_name(STEM, range(start, stop))
-    path.write_text(trial_text(content))
+    path.write_text(trial_text(path, {**KEY, "causes": {}, "prompts": rows}))
     return path
 
 
@@ -138,7 +139,7 @@ def test_damaged_answers_are_found(tmp_path: Path) -> None:
             read_answers(tmp_path, STEM, 4)
     diverged = tmp_path / f"{STEM}-diverged.json"
     assert not read_diverged(diverged)
-    diverged.write_text(trial_text({**KEY, "diverged": True}))
+    diverged.write_text(trial_text(diverged, {**KEY, "diverged": True}))
     assert read_diverged(diverged)
     diverged.write_bytes(flipped(diverged.read_bytes(), drawn))
     with pytest.raises(IntegrityError, match="the trial is then repeated"):
@@ -172,7 +173,7 @@ def test_a_damaged_policy_of_a_trial_is_found(tmp_path: Path) -> None:
 def test_a_damaged_result_of_a_search_is_found(tmp_path: Path) -> None:
     """The report refuses it; a file of an earlier version has no hash."""
     path = tmp_path / "tune.json"
-    path.write_text(trial_text({"beta": 0.5, "trials": []}))
+    path.write_text(trial_text(path, {"beta": 0.5, "trials": []}))
     assert read_tune(tmp_path) == {
         "path": str(tmp_path),
         "finished": True,

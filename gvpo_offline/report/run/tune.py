@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import IntegrityError
-from gvpo_offline.hashing import own_hash_holds
 from gvpo_offline.report.page.blocks import (
     Block,
     Cell,
@@ -21,7 +20,7 @@ from gvpo_offline.report.page.blocks import (
     Text,
 )
 from gvpo_offline.train.run_folder import TUNE_FOLDER, json_object
-from gvpo_offline.tune.trial_files import OWN_HASH
+from gvpo_offline.tune.trial_files import checked_content
 
 RESULT_FILE = "tune.json"
 _PROPOSAL = "proposed.yaml"
@@ -227,8 +226,7 @@ def _number(value: Any) -> float | None:
 
 def _object(path: Path) -> dict[str, Any]:
     found = json_object(path, _RULE, _REMEDY)
-    text = path.read_bytes().decode("utf-8")
-    if OWN_HASH in found and not own_hash_holds(text, found, OWN_HASH):
-        received = "a text with another SHA-256 than the one that it records"
-        raise IntegrityError(_RULE, received=received, remedy=_REMEDY, file=path)
-    return {name: own for name, own in found.items() if name != OWN_HASH}
+    try:
+        return checked_content(path, path.read_bytes().decode("utf-8"), found)
+    except ValueError as error:
+        raise IntegrityError(_RULE, received=str(error), remedy=_REMEDY, file=path) from error

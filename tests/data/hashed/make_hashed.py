@@ -1,6 +1,6 @@
-"""Makes the files of this folder with the code of commit 510ecbb. Run it there, once:
+"""Makes the files of this folder with the code of commit dafaa0b. Run it there, once:
 
-    git worktree add /tmp/hashed 510ecbb
+    git worktree add /tmp/hashed dafaa0b
     cd /tmp/hashed
     PYTHONPATH=. OMP_NUM_THREADS=1 python .../tests/data/hashed/make_hashed.py
 
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-COMMIT = "510ecbb"
+COMMIT = "dafaa0b"
 HERE = Path(__file__).resolve().parent
 BEFORE = HERE.parent / "before"
 
