@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
-	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
+	faults faults-long test-lowest audit bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
 	clean
 
 help:
@@ -33,6 +33,8 @@ help:
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make bench-precision  rounding noise of log-probs in 16 bits, and what removes it (5 minutes)"
+	@echo "make faults       kills, corruptions, hostile inputs and fuzzing of every command (under 15 minutes)"
+	@echo "make faults-long  500 kills, 2,000 corruptions, 10 minutes of fuzzing per reader (hours; goes on when cut off)"
 	@echo "make study        every loss on the same logs of three tasks; what moves it (under 60 minutes)"
 	@echo "make study-short  the losses of main interest on the logs of two tasks (under 12 minutes)"
 	@echo "make instructions losses on SmolLM2-135M, fresh answers judged (hours; 15 minutes with ARGS=--quick)"
@@ -148,6 +150,15 @@ bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)
 
 # Each of its processes has one thread, so that the same seeds give the same tables.
+# One thread a process: two cases run at a time. Finished cases of the long form are kept, and a
+# campaign that was cut off goes on.
+FAULTS := OMP_NUM_THREADS=1 PYTHONPATH=.:benchmarks $(BIN)/python -m faults.run --workers $(WORKERS)
+faults: $(STAMP)
+	$(FAULTS) $(ARGS)
+
+faults-long: $(STAMP)
+	$(FAULTS) --long $(ARGS)
+
 study: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python research/study/study.py $(ARGS)
 
