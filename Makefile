@@ -17,6 +17,8 @@ help:
 	@echo "make tutorial     run the notebook of the tutorial (3 minutes); WRITE=1 stores its outputs and its page"
 	@echo "make test         run the tests (9 minutes on two cores, 15 CPU minutes)"
 	@echo "make test-arithmetic  the numeric tests under other threads and kernels (7 runs of the numeric tests)"
+	@echo "make test-lowest  tests with the lowest versions that pyproject.toml allows (installs them; 3 GB)"
+	@echo "make audit        known vulnerabilities of the pinned packages"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
 	@echo "make docs         build the documentation into build/docs; a warning is an error"
@@ -68,6 +70,23 @@ tutorial: $(STAMP)
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+# The lowest versions that pyproject.toml allows, in an environment of their own. The tests' tools are
+# those of constraints.txt; what only they need (S3 servers, browsers, Ray) is left out.
+LOWEST := build/lowest
+LOWEST_TESTS := tests/losses tests/store tests/stream tests/importing tests/merging tests/train tests/tune
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	grep -E '^(pytest|pytest-xdist|hypothesis|jsonschema|markdown-it-py)==' constraints.txt > $(LOWEST)/tools.txt
+	$(LOWEST)/bin/python -m pip install --no-compile --constraint constraints-lowest.txt \
+		--editable '.[report,math,server,s3,tensorboard]' --requirement $(LOWEST)/tools.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadscope \
+		--ignore tests/store/test_remote.py $(LOWEST_TESTS) $(ARGS)
+
+# Known vulnerabilities of the pinned versions; needs the advisories of PyPI.
+audit:
+	test -x build/audit/bin/pip-audit || ($(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install pip-audit)
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 # Sums in other orders, as on another CPU: what fails here has a tolerance that fits one machine.
 test-arithmetic: $(STAMP)

@@ -91,7 +91,7 @@ def prepare(shop: Workshop) -> None:
         newest = max((half / name / "data").glob("manifest-*.json"))
         newest.unlink()
         records = sorted((half / name / "data").glob(f"commits/{name}*/*.json"))
-        for record in records[len(records) // 2 :]:
+        for record in records[max(len(records) // 2, 1) :]:
             record.unlink()
     shutil.copytree(shop.after("train"), half / "train")
     run = half / "train" / "run"

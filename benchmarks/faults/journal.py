@@ -83,17 +83,22 @@ class Journal:
                 raise RuntimeError(f"a worker of {self.name} ended with status {status}")
 
     def _work(self, cases: Sequence[tuple[str, Callable[[], Line]]], until: float | None) -> None:
-        status = 1
+        status = 0
         try:
             for case, work in cases:
                 if until is not None and time.monotonic() > until:
                     break
                 started = time.monotonic()
-                line = work()
+                try:
+                    line = work()
+                except Exception:  # the campaign itself is wrong: said at its end
+                    traceback.print_exc()
+                    status = 1
+                    continue
                 self.add(case, **line, seconds=round(time.monotonic() - started, 2))
-            status = 0
         except BaseException:
             traceback.print_exc()
+            status = 1
         finally:
             sys.stderr.flush()
             os._exit(status)

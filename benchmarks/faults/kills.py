@@ -1,7 +1,7 @@
 """Kills: commands stopped by SIGKILL, SIGTERM, and SIGINT once and twice, then run again.
 
-Half of the kills come at a time drawn over the command's duration, the others right before one of
-its changes of files (`Kill.event`): opening for writing, renaming, linking, removing.
+A third of the kills come right before one of the command's changes of files (`Kill.event`:
+opening for writing, renaming, linking, removing), the others at a time drawn over its duration.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ COMMANDS = (
     "tune",
     "report",
 )
-_SIGNALS = (
-    (signal.SIGKILL, False),
-    (signal.SIGTERM, False),
-    (signal.SIGINT, False),
-    (signal.SIGINT, True),
+# Signal, whether twice, and whether it comes before a change of a file.
+_PLANS = (
+    (signal.SIGKILL, False, False),
+    (signal.SIGKILL, False, True),
+    (signal.SIGTERM, False, False),
+    (signal.SIGINT, False, False),
+    (signal.SIGINT, True, False),
+    (signal.SIGKILL, False, True),
 )
+_LATEST = 0.9  # of the command's duration
 _DATASETS = ("data", "logged", "pulled")
 
 
@@ -50,11 +54,11 @@ def cases(shop: Workshop, number: int, seed: int = 0) -> list[tuple[str, Callabl
         rng = random.Random(f"kill {seed} {i}")
         name = COMMANDS[i % len(COMMANDS)]
         turn = i // len(COMMANDS)
-        sent, twice = _SIGNALS[turn % len(_SIGNALS)]
-        if turn % 2 and not twice:
-            kill = Kill(signal.SIGKILL, event=rng.randint(1, max(shop.changes[name], 1)))
+        sent, twice, before_change = _PLANS[i // len(COMMANDS) % len(_PLANS)]
+        if before_change:
+            kill = Kill(sent, event=rng.randint(1, max(shop.changes[name], 1)))
         else:
-            kill = Kill(sent, after=rng.uniform(0.02, 1.0) * shop.seconds[name], twice=twice)
+            kill = Kill(sent, after=rng.uniform(0.02, _LATEST) * shop.seconds[name], twice=twice)
         found.append((f"kill-{seed}-{i}", partial(one, shop, f"kill-{seed}-{i}", name, kill)))
     return found
 

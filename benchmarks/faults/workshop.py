@@ -107,7 +107,7 @@ class Workshop:
                 "shard_bytes": 1024,
                 **quiet,
             },
-            "merge": {"add": ["logged"], "match": "prompt", "incomplete": "drop", **data},
+            "merge": {"add": ["logged"], "match": "prompt", "incomplete": "drop", "shard_bytes": 1024, **data},
             "reward": {"name": "brief", "scorers": {"b": brief}, **data},
             "reference": {"model_name_or_path": model, "use_cpu": True, **data},
             "compact": {"shard_bytes": 8192, "rows_per_row_group": 4, **data},
@@ -184,6 +184,7 @@ class Workshop:
             trees.append(oracles.tree(folder))
         first, self.trees[name] = trees
         self.steady[name] = {path for path in first if first[path] == trees[1].get(path)}
+        self.steady[name].discard("report.html")  # it holds the time at which it was made
         unsteady = {path for path in trees[1] if path not in self.steady[name]}
         if any(path.endswith((".parquet", ".safetensors", ".pt")) for path in unsteady):
             raise RuntimeError(f"two runs of {name} differ: {sorted(unsteady)}")
