@@ -230,8 +230,8 @@ def _child(
         os.dup2(written, 1)
         os.dup2(written, 2)
         # The driver's own may write elsewhere, as under pytest.
-        sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8")
-        sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8")
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, encoding="utf-8")
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, encoding="utf-8")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if limits.memory:
             size = _virtual_bytes() + limits.memory

@@ -76,7 +76,7 @@ def _rename(path: str, name: str) -> Change:
     """Rename the first key of a mapping."""
 
     def change(content: dict[str, Any], canary: Path) -> None:
-        content[path] = {name: value for value in content[path].values()}
+        content[path] = {name: next(iter(content[path].values()))}
 
     return resealed(change)
 

@@ -53,7 +53,6 @@ def cases(shop: Workshop, number: int, seed: int = 0) -> list[tuple[str, Callabl
     for i in range(number):
         rng = random.Random(f"kill {seed} {i}")
         name = COMMANDS[i % len(COMMANDS)]
-        turn = i // len(COMMANDS)
         sent, twice, before_change = _PLANS[i // len(COMMANDS) % len(_PLANS)]
         if before_change:
             kill = Kill(sent, event=rng.randint(1, max(shop.changes[name], 1)))

@@ -18,8 +18,8 @@ Prints what is wrong as it is found, and one JSON object on the last line:
   characters of an input);
 - `seconds`, `commit`, `date`.
 
-The goal is zero for everything that is not a number of cases. The exit status is 0 in any case: this
-is a measurement.
+The goal is zero for everything that is not a number of cases. The exit status is 0 in any case:
+this is a measurement.
 """
 
 from __future__ import annotations

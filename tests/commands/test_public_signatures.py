@@ -1,7 +1,7 @@
 """The names of `gvpo_offline.__all__`, their parameters, fields, defaults and public methods.
 
-`tests/data/public_signatures.json` holds them. A change of it is a change for users: it needs a line
-in the changelog. Write it anew with
+`tests/data/public_signatures.json` holds them. A change of it is a change for users: it needs a
+line in the changelog. Write it anew with
 
     python tests/commands/test_public_signatures.py
 """

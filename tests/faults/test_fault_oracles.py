@@ -15,10 +15,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from faults import corruptions, hostile, oracles, run  # noqa: E402
-from faults.canary import SECRET, Canary  # noqa: E402
-from faults.cases import Kill, Limits, Outcome, run_case  # noqa: E402
-from faults.journal import Journal  # noqa: E402
+from faults import corruptions, hostile, oracles, run
+from faults.canary import SECRET, Canary
+from faults.cases import Kill, Limits, Outcome, run_case
+from faults.journal import Journal
 
 QUICK = Limits(seconds=20.0, memory=0)
 
