@@ -67,7 +67,7 @@ toctrees = {
         ],
         "Reference": ["reference/index", "reference/losses"],
         "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],
-        "Evidence": ["evidence/results", "evidence/convergence", "evidence/scale"],
+        "Evidence": ["evidence/results", "evidence/convergence", "evidence/scale", "reliability"],
         "Appendix": [
             "appendix/results-study",
             "appendix/alternatives",
