@@ -69,7 +69,7 @@ toctrees = {
         ],
         "Reference": ["reference/index", "reference/losses", "reference/limits"],
         "Theory": ["theory/objective", "theory/architecture", "theory/compute", "theory/order"],
-        "Evidence": ["evidence/results", "evidence/convergence", "evidence/scale"],
+        "Evidence": ["evidence/results", "evidence/convergence", "evidence/scale", "reliability"],
         "Appendix": [
             "appendix/results-study",
             "appendix/alternatives",
