@@ -207,12 +207,9 @@ class GVPOTrainer(CardedTrainer):
             log=self._logs_noise,
         )
         self.noise_floor = noise.floor
-        compared = not checkpoint and starts_as_reference(
-            self.policy, self.data.reference, self.args.reference_check
-        )
-        self._reference_meter = (
-            ReferenceMeter(noise.rounding, self.args.reference_check) if compared else None
-        )
+        how = self.args.reference_check
+        compared = not checkpoint and starts_as_reference(self.policy, self.data.reference, how)
+        self._reference_meter = ReferenceMeter(noise.rounding, how) if compared else None
         self._meter.clear()
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
