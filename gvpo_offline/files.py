@@ -77,7 +77,7 @@ def check_file(path: str | Path) -> None:
         return
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, f"{_kind(mode)}, not a file", str(path))
+    raise OSError(errno.EINVAL, f"{kind_of_file(mode)}, not a file", str(path))
 
 
 def read_text(path: str | Path) -> str:
@@ -167,13 +167,14 @@ def _target(path: Path) -> Path | None:
         return None
     raise StorageError(
         "what is written is a file, new or to be replaced",
-        received=_kind(mode),
+        received=kind_of_file(mode),
         remedy="choose another path, or remove what is there",
         file=path,
     )
 
 
-def _kind(mode: int) -> str:
+def kind_of_file(mode: int) -> str:
+    """What is at a path, by its mode, where it is no regular file: "a folder", "a named pipe"."""
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a named pipe",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import Any
+
+from gvpo_offline.errors import DataError
+from gvpo_offline.limits import parse_json
 
 __all__ = ["kind_of", "loads", "parsed_messages"]
 
@@ -22,25 +24,9 @@ def loads(text: str) -> Any:
         ValueError: it is not JSON, or has more levels than `MOST_NESTED`.
     """
     try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("lists and records are nested too deeply") from error
-    if text.count("[") + text.count("{") > MOST_NESTED and _levels(value) > MOST_NESTED:
-        raise ValueError(f"lists and records are nested more than {MOST_NESTED} levels deep")
-    return value
-
-
-def _levels(value: Any) -> int:
-    levels, pending = 0, [value]
-    while pending:
-        pending = [
-            part
-            for each in pending
-            if isinstance(each, list | dict)
-            for part in (each if isinstance(each, list) else each.values())
-        ]
-        levels += 1
-    return levels - 1
+        return parse_json(text, nesting=MOST_NESTED, setting=None)
+    except DataError as error:
+        raise ValueError(f"{error.rule}: received {error.received}") from error
 
 
 def kind_of(value: Any) -> str:

@@ -261,7 +261,8 @@ class SampleConfig:
     prompts_per_task: int = 64
     """Number of prompts of a task, the unit of commits and of what an interrupted run repeats."""
     limits: Limits = field(default_factory=Limits)
-    """Bounds on what a file of prompts may hold (docs/reference/limits.md)."""
+    """Bounds on what a file of prompts, or of results of a batch, may hold
+    (docs/reference/limits.md)."""
     show_progress: bool = True
     """Show progress bars."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
+
+# An escaped surrogate. A pair of them is a character; a single one is none.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Content = TypeVar("Content", bound=BaseModel)
 
@@ -49,10 +53,18 @@ def _without_collecting() -> Iterator[None]:
 
 
 def parse_json(data: bytes, path: Path | str, rule: str, remedy: str) -> Any:
-    """The JSON in the bytes of a file; IntegrityError with `rule` if it does not parse."""
+    """The JSON in the bytes of a file in UTF-8.
+
+    Raises:
+        IntegrityError: with `rule`, if it does not parse, or a text in it has no UTF-8: names of
+            rewards and samplers become names of columns and files.
+    """
     try:
         with _without_collecting():
-            return json.loads(data)
+            value = json.loads(data.decode("utf-8-sig"))
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise IntegrityError(rule, received=str(error), remedy=remedy, file=path) from error
 
