@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gvpo_offline.files import lock_folder
+from gvpo_offline.files import lock_folder, remove_if_abandoned
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import (
     Manifest,
@@ -68,7 +68,7 @@ def _sweep(root: Path) -> None:
     """Remove temporary files and spilled rows of interrupted runs."""
     for path in own_files(root, ".*.tmp"):
         if _TEMPORARY.match(path.name):
-            path.unlink(missing_ok=True)
+            remove_if_abandoned(path)
     shutil.rmtree(root / ".spill", ignore_errors=True)
 
 
