@@ -164,6 +164,23 @@ def remove_abandoned(folder: Path, target: str) -> None:
         remove_if_abandoned(path)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process is writing a temporary file (see `owned_file`)."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def remove_if_abandoned(path: Path) -> bool:
     """Remove a temporary file if no process holds its lock; whether it was removed."""
     try:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support.builders import build_dataset
 
+from gvpo_offline.doctor.diagnose import diagnose
+from gvpo_offline.doctor.settings import DoctorConfig
 from gvpo_offline.files import owned_file, remove_abandoned, replace_text
 from gvpo_offline.store.commit import create_only
 from gvpo_offline.store.writer import publish
@@ -109,6 +111,17 @@ def test_next_version_removes_what_a_killed_publisher_left(tmp_path: Path) -> No
         publish(tmp_path, lambda newest: newest)
         assert live.exists()
     assert [name for name in _names(tmp_path) if name.endswith(".tmp")] == []
+
+
+def test_doctor_leaves_the_file_of_a_live_writer(tmp_path: Path) -> None:
+    build_dataset(tmp_path, 4)
+    left = tmp_path / f".report.html.{'0' * 32}.tmp"
+    left.write_text("<html>")
+    with owned_file(tmp_path / "report.html") as (_, live):
+        before = diagnose(DoctorConfig(str(tmp_path)))
+        assert [own.path for own in before.findings if own.kind == "temporary"] == [left]
+        diagnose(DoctorConfig(str(tmp_path), remove=True))
+        assert [left.exists(), live.exists()] == [False, True]
 
 
 def test_create_only_leaves_its_file_alone(tmp_path: Path) -> None:
