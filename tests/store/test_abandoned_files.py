@@ -15,6 +15,7 @@ from support.builders import build_dataset
 from gvpo_offline.doctor.diagnose import diagnose
 from gvpo_offline.doctor.settings import DoctorConfig
 from gvpo_offline.files import owned_file, remove_abandoned, replace_text
+from gvpo_offline.merging.work import locked_dataset
 from gvpo_offline.store.commit import create_only
 from gvpo_offline.store.writer import publish
 
@@ -111,6 +112,15 @@ def test_next_version_removes_what_a_killed_publisher_left(tmp_path: Path) -> No
         publish(tmp_path, lambda newest: newest)
         assert live.exists()
     assert [name for name in _names(tmp_path) if name.endswith(".tmp")] == []
+
+
+def test_compaction_that_was_killed_after_it_published_leaves_nothing(tmp_path: Path) -> None:
+    """The next one has nothing to publish."""
+    build_dataset(tmp_path, 4)
+    left = tmp_path / f".manifest-000001.json.{'0' * 32}.tmp"
+    left.write_text("{")
+    with locked_dataset(tmp_path):
+        assert not left.exists()
 
 
 def test_doctor_leaves_the_file_of_a_live_writer(tmp_path: Path) -> None:
