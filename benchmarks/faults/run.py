@@ -16,7 +16,7 @@ Prints what is wrong as it is found, and one JSON object on the last line:
 - `fuzz_cases`; `concurrent` and `concurrent_bad`; with `--long`, endurance;
 - over all campaigns: `unexplained_tracebacks`, `hangs`, `raw_controls` (outputs with control
   characters of an input);
-- `seconds`, `commit`, `date`.
+- `seconds`, `cpu_seconds` (of all processes), `commit`, `date`.
 
 The goal is zero for everything that is not a number of cases. The exit status is 0 in any case:
 this is a measurement.
@@ -175,6 +175,7 @@ def main() -> None:
     report = {
         **summary(found),
         "seconds": round(time.monotonic() - started),
+        "cpu_seconds": round(sum(os.times()[:4])),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

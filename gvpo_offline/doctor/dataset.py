@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gvpo_offline.doctor.finding import Finding
 from gvpo_offline.errors import GVPOError
+from gvpo_offline.files import is_held
 from gvpo_offline.store.commit import TaskRecord, read_record
 from gvpo_offline.store.leftovers import (
     PULLED,
@@ -40,6 +41,7 @@ def dataset_findings(root: Path) -> list[Finding]:
     found += [
         Finding.of("temporary", path, "of a write that was cut off", removable=True)
         for path in temporary_files(root)
+        if not is_held(path)
     ]
     for name, why in ((SPILL, "rows"), (PULLED, "downloads, with which `pull` goes on")):
         if (root / name).is_dir():

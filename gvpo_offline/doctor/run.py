@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gvpo_offline.doctor.finding import Finding
+from gvpo_offline.files import is_held
 from gvpo_offline.store.leftovers import is_temporary
 from gvpo_offline.train.checkpoint import TUNE_FOLDER, checkpoint_folders, is_sealed
 from gvpo_offline.train.run_folder import is_run
@@ -52,7 +53,7 @@ def _temporary(root: Path) -> Iterator[Finding]:
         if is_sealed(folder):
             paths += [path for path in folder.glob(".*.tmp") if is_temporary(path)]
     paths += (root / TUNE_FOLDER).glob("*/*.tmp")
-    for path in sorted({own for own in paths if own.exists()}):
+    for path in sorted({own for own in paths if own.exists() and not is_held(own)}):
         whole = path.is_dir() and path.name.startswith(".checkpoint-")
         why = "a checkpoint whose removal was cut off" if whole else "of a write that was cut off"
         yield Finding.of("temporary", path, why, removable=True)
