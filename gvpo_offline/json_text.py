@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["kind_of", "loads", "parsed_messages"]
+__all__ = ["escaped_surrogates", "has_surrogates", "kind_of", "loads", "parsed_messages"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -41,6 +42,36 @@ def _levels(value: Any) -> int:
         ]
         levels += 1
     return levels - 1
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def has_surrogates(data: bytes, value: Any) -> bool:
+    """Whether a text in a JSON value holds a lone surrogate, which UTF-8 cannot store.
+
+    Args:
+        data: the JSON, in UTF-8.
+        value: what it stands for.
+    """
+    if not _SURROGATE.search(data):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def escaped_surrogates(value: Any) -> Any:
+    """A JSON value with `\\udXXX`, six characters, for each lone surrogate in a text or a name."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [escaped_surrogates(part) for part in value]
+    if isinstance(value, dict):
+        return {escaped_surrogates(n): escaped_surrogates(part) for n, part in value.items()}
+    return value
 
 
 def kind_of(value: Any) -> str:
