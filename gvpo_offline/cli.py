@@ -127,6 +127,14 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
             received=str(error),
             remedy="save the file given with --config in UTF-8",
         ) from error
+    except GVPOError:
+        raise
+    except ValueError as error:  # a null character in what jsonargparse tries as a path
+        raise ConfigError(
+            "flags and YAML keys are settings of the command, with values of the right type",
+            received=str(error),
+            remedy=f"correct the value. See gvpo-offline {name} --help",
+        ) from error
     except ArgumentError as error:
         unknown = explained(name, str(error), options, COMMANDS)
         if unknown is not None:
