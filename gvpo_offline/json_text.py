@@ -7,7 +7,14 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["escaped_surrogates", "has_surrogates", "kind_of", "loads", "parsed_messages"]
+__all__ = [
+    "escaped_surrogates",
+    "has_surrogates",
+    "is_storable",
+    "kind_of",
+    "loads",
+    "parsed_messages",
+]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -61,6 +68,20 @@ def has_surrogates(data: bytes, value: Any) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def is_storable(value: Any) -> bool:
+    """Whether UTF-8 can store every text in a value of texts, lists and dicts.
+
+    A file name whose bytes are not UTF-8 reaches Python as text with lone surrogates.
+    """
+    if isinstance(value, str):
+        return value.isascii() or value.encode("utf-8", "replace").decode() == value
+    if isinstance(value, list | tuple):
+        return all(map(is_storable, value))
+    if isinstance(value, dict):
+        return all(is_storable(name) and is_storable(part) for name, part in value.items())
+    return True
 
 
 def escaped_surrogates(value: Any) -> Any:

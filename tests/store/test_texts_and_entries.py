@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.hub.card import card
-from gvpo_offline.json_text import escaped_surrogates, has_surrogates
+from gvpo_offline.json_text import escaped_surrogates, has_surrogates, is_storable
 from gvpo_offline.store.commit import read_record
 from gvpo_offline.store.manifest import load_manifest
 from gvpo_offline.train.run_folder import read_metrics
@@ -129,3 +130,25 @@ def test_a_setting_with_a_null_character_is_an_error_of_the_settings(
     (tmp_path / "c.yaml").write_text('{"inputs": ["a"], "output_dir": "b", "columns": "\\0"}')
     assert main(["import", "--config", str(tmp_path / "c.yaml")]) == 1
     assert "settings of the command, with values of the right type" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["an input", "a file in a folder of inputs", "the output"])
+def test_names_of_other_bytes_than_utf8_are_refused(
+    tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Arrow opens no such file, and no manifest can name it. Nothing is written."""
+    odd, plain = tmp_path / os.fsdecode(b"l\xff.jsonl"), tmp_path / "l.jsonl"
+    log = odd if where != "the output" else plain
+    log.write_text('{"prompt": "a", "response": "b", "reward": 1}\n')
+    output = tmp_path / (os.fsdecode(b"o\xff") if where == "the output" else "out")
+    given = str(tmp_path / "*.jsonl") if "folder" in where else str(log)
+    settings = ["--output_dir", str(output), "--tokenizer_name_or_path", "none"]
+    assert main(["import", "--inputs", given, *settings]) == 1
+    assert "UTF-8" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_what_utf8_stores() -> None:
+    assert is_storable({"é": ["\U0001f600", 1.5, None, float("nan"), ("?", "\ufffd")]})
+    for value in (LONE, {LONE: 1}, ["a", (LONE,)], {"a": {"b": [LONE]}}):
+        assert not is_storable(value)
