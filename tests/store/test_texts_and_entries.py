@@ -12,9 +12,10 @@ import pytest
 from support.builders import build_dataset
 
 from gvpo_offline.cli import main
-from gvpo_offline.errors import IntegrityError
+from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.hub.card import card
+from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.json_text import escaped_surrogates, has_surrogates, is_storable
 from gvpo_offline.store.commit import read_record
 from gvpo_offline.store.manifest import load_manifest
@@ -132,7 +133,7 @@ def test_a_setting_with_a_null_character_is_an_error_of_the_settings(
     assert "settings of the command, with values of the right type" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["an input", "a file in a folder of inputs", "the output"])
+@pytest.mark.parametrize("where", ["an input", "the output"])
 def test_names_of_other_bytes_than_utf8_are_refused(
     tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,11 +142,16 @@ def test_names_of_other_bytes_than_utf8_are_refused(
     log = odd if where != "the output" else plain
     log.write_text('{"prompt": "a", "response": "b", "reward": 1}\n')
     output = tmp_path / (os.fsdecode(b"o\xff") if where == "the output" else "out")
-    given = str(tmp_path / "*.jsonl") if "folder" in where else str(log)
     settings = ["--output_dir", str(output), "--tokenizer_name_or_path", "none"]
-    assert main(["import", "--inputs", given, *settings]) == 1
+    assert main(["import", "--inputs", str(log), *settings]) == 1
     assert "UTF-8" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_name_that_a_pattern_matches_is_refused_as_well(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"l\xff.jsonl")).write_text("{}\n")
+    with pytest.raises(ConfigError, match="the name of an input is UTF-8"):
+        find_sources([str(tmp_path / "*.jsonl")])
 
 
 def test_what_utf8_stores() -> None:
