@@ -365,8 +365,9 @@ def check_manifest(manifest: Manifest, path: Path | str) -> None:
         if len(set(files)) < len(files):
             twice = next(each for each in files if files.count(each) > 1)
             raise damaged("a manifest names each groups file once", f"{twice} twice", path)
-    for family in (*manifest.rewards, *manifest.references):
-        bases = [sidecar.base_sha256 for sidecar in family.files]
+    families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
+    for sidecars in families:
+        bases = [sidecar.base_sha256 for sidecar in sidecars]
         if len(set(bases)) < len(bases):
             rule = "a reward or reference has one sidecar for each groups file"
             raise damaged(rule, "two sidecars of one groups file", path)
