@@ -145,7 +145,8 @@ def attack(
     """
     folder = shop.copy(start, f"{case}/work")
     outside = folder.parent / "outside"
-    parquet = next((shop.after("reference") / "data/groups").glob("*.parquet")).read_bytes()
+    # Of the newest version.
+    parquet = min((shop.after("reference") / "data/groups").glob("rewrite-*.parquet")).read_bytes()
     try:
         made: dict[str, list[str]] = {}
         setup = folder.parent / "argv.json"
