@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection
 from typing import Any
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.limits import parse_json
 
-__all__ = ["kind_of", "loads", "parsed_messages"]
+__all__ = [
+    "escaped_surrogates",
+    "has_surrogates",
+    "is_storable",
+    "kind_of",
+    "loads",
+    "parsed_messages",
+]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -27,6 +36,51 @@ def loads(text: str) -> Any:
         return parse_json(text, nesting=MOST_NESTED, setting=None)
     except DataError as error:
         raise ValueError(f"{error.rule}: received {error.received}") from error
+
+
+# An escaped surrogate. A pair of them is a character; a single one is none.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def has_surrogates(data: bytes, value: Any) -> bool:
+    """Whether a text in a JSON value holds a lone surrogate, which UTF-8 cannot store.
+
+    Args:
+        data: the JSON, in UTF-8.
+        value: what it stands for.
+    """
+    if not _SURROGATE.search(data):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def is_storable(value: Any) -> bool:
+    """Whether UTF-8 can store every text in a value of texts, lists and dicts.
+
+    A file name whose bytes are not UTF-8 reaches Python as text with lone surrogates.
+    """
+    if isinstance(value, str):
+        return value.isascii() or value.encode("utf-8", "replace").decode() == value
+    if isinstance(value, list | tuple):
+        return all(map(is_storable, value))
+    if isinstance(value, dict):
+        return all(is_storable(name) and is_storable(part) for name, part in value.items())
+    return True
+
+
+def escaped_surrogates(value: Any) -> Any:
+    """A JSON value with `\\udXXX`, six characters, for each lone surrogate in a text or a name."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [escaped_surrogates(part) for part in value]
+    if isinstance(value, dict):
+        return {escaped_surrogates(n): escaped_surrogates(part) for n, part in value.items()}
+    return value
 
 
 def kind_of(value: Any) -> str:

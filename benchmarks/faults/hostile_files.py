@@ -141,6 +141,7 @@ FILES: dict[str, tuple[Make, list[str]]] = {
         _rows(f"{_ESCAPE.replace('/', '')}.jsonl", {"prompt": 1}),
         _import(f"{_ESCAPE}.jsonl"),
     ),
+    "log_name_bytes": (_rows("l\udcff.jsonl", _row(), _other()), _import("l\udcff.jsonl")),
     "log_nan": (_rows("l.jsonl", _row(reward=float("nan")), _other()), _import("l.jsonl")),
     "log_infinity": (_rows("l.jsonl", _row(reward=1e999), _other()), _import("l.jsonl")),
     "log_nulls": (_bytes("l.jsonl", lambda: bytes(10**6)), _import("l.jsonl")),

@@ -170,7 +170,12 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gvpo-offline-faults-") as scratch:
         kept = Path(output).resolve() if output else Path(scratch) / "cases"
-        names = given.only or [name for name in NAMES if given.long or name != "endurance"]
+        # In this order: fuzzing reads what the corruptions prepare.
+        names = (
+            [name for name in NAMES if name in given.only]
+            if given.only
+            else [name for name in NAMES if given.long or name != "endurance"]
+        )
         found = run_all(Path(scratch), kept, names, sizes, given.workers)
     report = {
         **summary(found),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
-
-# An escaped surrogate. A pair of them is a character; a single one is none.
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+from gvpo_offline.json_text import has_surrogates
 
 Content = TypeVar("Content", bound=BaseModel)
 
@@ -57,14 +54,15 @@ def parse_json(data: bytes, path: Path | str, rule: str, remedy: str) -> Any:
 
     Raises:
         IntegrityError: with `rule`, if it does not parse, or a text in it has no UTF-8: names of
-            rewards and samplers become names of columns and files.
+            rewards and samplers become names of columns and files, and the next version could not
+            be written.
     """
     try:
         with _without_collecting():
-            value = json.loads(data.decode("utf-8-sig"))
-        if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+            found = json.loads(data.decode("utf-8-sig"))
+        if has_surrogates(data, found):
+            raise ValueError("text with half of a surrogate pair, which UTF-8 cannot hold")
+        return found
     except (ValueError, RecursionError) as error:
         raise IntegrityError(rule, received=str(error), remedy=remedy, file=path) from error
 

@@ -24,6 +24,7 @@ from gvpo_offline.importing.sources.files import DatasetRows, JsonLines, Parquet
 from gvpo_offline.importing.sources.json_documents import JsonDocuments, holds_lines
 from gvpo_offline.importing.sources.json_text import path_steps
 from gvpo_offline.importing.sources.layouts import LAYOUTS, DocumentRows
+from gvpo_offline.json_text import is_storable
 from gvpo_offline.limits import Limits
 from gvpo_offline.system_errors import raise_translated
 
@@ -86,7 +87,16 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _readable(path: Path) -> Path:
-    """The path of a file or folder; ConfigError for what would be waited for, or has no end."""
+    """The path of a file or folder; ConfigError for what would be waited for, or has no end, and
+    for a name that the dataset could not record.
+    """
+    if not is_storable(str(path)):
+        raise ConfigError(
+            "the name of an input is UTF-8",
+            received="a name with other bytes",
+            remedy="rename the file or folder",
+            file=path,
+        )
     try:
         if not path.is_dir():
             check_file(path)
