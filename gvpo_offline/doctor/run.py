@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +9,10 @@ from gvpo_offline.doctor.finding import Finding
 from gvpo_offline.files import is_held
 from gvpo_offline.store.leftovers import is_temporary
 from gvpo_offline.train.checkpoint import TUNE_FOLDER, checkpoint_folders, is_sealed
+from gvpo_offline.train.checkpoint_files import damaged_files
 from gvpo_offline.train.run_folder import is_run
 
 _MARKER = "gvpo_checkpoint_begun"
-_CHECKED = "gvpo_offline.train.checkpoint_files"
 
 
 def is_run_folder(root: Path) -> bool:
@@ -30,20 +28,13 @@ def run_findings(root: Path) -> list[Finding]:
 def _checkpoints(root: Path) -> Iterator[Finding]:
     for folder in checkpoint_folders(root):
         if is_sealed(folder):
-            names = _damaged_files(folder)
+            names = damaged_files(folder)
             if names:
                 shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
                 why = f"damaged or missing: {shown}. Resume from another checkpoint"
                 yield Finding.of("checkpoint", folder, why, removable=False)
         elif (folder / _MARKER).is_file() or not any(folder.iterdir()):
             yield Finding.of("checkpoint", folder, "a save that was cut off", removable=True)
-
-
-def _damaged_files(folder: Path) -> list[str]:
-    if importlib.util.find_spec(_CHECKED) is None:
-        return []
-    found: list[str] = importlib.import_module(_CHECKED).damaged_files(folder)
-    return found
 
 
 def _temporary(root: Path) -> Iterator[Finding]:
