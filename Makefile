@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
+	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
 	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
+	faults faults-long test-lowest audit \
 	clean
 
 help:
@@ -17,11 +18,14 @@ help:
 	@echo "make tutorial     run the notebook of the tutorial (3 minutes); WRITE=1 stores its outputs and its page"
 	@echo "make test         run the tests (9 minutes on two cores, 15 CPU minutes)"
 	@echo "make test-arithmetic  the numeric tests under other threads and kernels (7 runs of the numeric tests)"
+	@echo "make test-lowest  tests with the lowest versions that pyproject.toml allows (installs them; 3 GB)"
+	@echo "make audit        known vulnerabilities of the pinned packages"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
 	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make schemas      write schemas/ from the code"
 	@echo "make bench-memory peak memory of import, reference and train at 1x and 10x the data"
+	@echo "make bench-checkpoints  hashing and verifying 10 GB of checkpoint files (minutes; 10 GB)"
 	@echo "make bench-import  rows a second and memory of import, by workers (10 minutes)"
 	@echo "make bench-report  time, memory and size of a report on 100,000 groups; planted faults (3 minutes)"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
@@ -33,6 +37,8 @@ help:
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make bench-precision  rounding noise of log-probs in 16 bits, and what removes it (5 minutes)"
+	@echo "make faults       kills, corruptions, hostile inputs and fuzzing of every command (under 15 minutes)"
+	@echo "make faults-long  500 kills, 2,000 corruptions, 10 minutes of fuzzing per reader (hours; goes on when cut off)"
 	@echo "make study        every loss on the same logs of three tasks; what moves it (under 60 minutes)"
 	@echo "make study-short  the losses of main interest on the logs of two tasks (under 12 minutes)"
 	@echo "make instructions losses on SmolLM2-135M, fresh answers judged (hours; 15 minutes with ARGS=--quick)"
@@ -66,6 +72,23 @@ tutorial: $(STAMP)
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+# The lowest versions that pyproject.toml allows, in an environment of their own. The tests' tools are
+# those of constraints.txt; what only they need (S3 servers, browsers, Ray) is left out.
+LOWEST := build/lowest
+LOWEST_TESTS := tests/losses tests/store tests/stream tests/importing tests/merging tests/train tests/tune
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	grep -E '^(pytest|pytest-xdist|hypothesis|jsonschema|markdown-it-py)==' constraints.txt > $(LOWEST)/tools.txt
+	$(LOWEST)/bin/python -m pip install --no-compile --constraint constraints-lowest.txt \
+		--editable '.[report,math,server,s3,tensorboard]' --requirement $(LOWEST)/tools.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadscope \
+		--ignore tests/store/test_remote.py $(LOWEST_TESTS) $(ARGS)
+
+# Known vulnerabilities of the pinned versions; needs the advisories of PyPI.
+audit:
+	test -x build/audit/bin/pip-audit || ($(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install pip-audit)
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 # Sums in other orders, as on another CPU: what fails here has a tolerance that fits one machine.
 test-arithmetic: $(STAMP)
@@ -104,6 +127,9 @@ docs: $(STAMP)
 
 schemas: $(STAMP)
 	$(BIN)/python -m gvpo_offline.contract schemas
+
+bench-checkpoints: $(STAMP)
+	$(BIN)/python benchmarks/checkpoints.py $(ARGS)
 
 # One thread of the tokenizer for each process, so that two workers stand for two cores.
 bench-import: $(STAMP)
@@ -148,6 +174,15 @@ bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)
 
 # Each of its processes has one thread, so that the same seeds give the same tables.
+# One thread a process: two cases run at a time. Finished cases of the long form are kept, and a
+# campaign that was cut off goes on.
+FAULTS := OMP_NUM_THREADS=1 PYTHONPATH=.:benchmarks $(BIN)/python -m faults.run --workers $(WORKERS)
+faults: $(STAMP)
+	$(FAULTS) $(ARGS)
+
+faults-long: $(STAMP)
+	$(FAULTS) --long $(ARGS)
+
 study: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python research/study/study.py $(ARGS)
 

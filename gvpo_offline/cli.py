@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -25,16 +26,21 @@ from gvpo_offline.commands.console import (
     drop_output,
     flush_output,
 )
+from gvpo_offline.commands.interrupted import interrupted_line
 from gvpo_offline.commands.next_step import ARGUMENTS
 from gvpo_offline.commands.suggestions import check_flags, explained
 from gvpo_offline.commands.table import COMMANDS
 from gvpo_offline.errors import ConfigError, GVPOError
-from gvpo_offline.exit_status import FAILED, OUTPUT_CLOSED
+from gvpo_offline.exit_status import FAILED, INTERRUPTED, OUTPUT_CLOSED
+from gvpo_offline.files import check_file
+from gvpo_offline.interrupts import two_interrupts, was_interrupted
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.settings import load_yaml
+from gvpo_offline.system_errors import untranslated_lines
 from gvpo_offline.train.foreign import closest
 from gvpo_offline.train.settings import CommonTrainingSettings, GVPOSettings, RunSettings
 from gvpo_offline.version import __version__
+from gvpo_offline.visible import visible
 
 _HELP_FLAGS = {"-h", "--help"}
 _KEY = re.compile(r'Parser key "([^"]+)"')
@@ -112,6 +118,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
     parser = _parser(name, command, settings, skip)
     options = list(parser._option_string_actions)
     check_flags(name, argv, options, COMMANDS)
+    _check_config_files(argv)
     try:
         return _plain(parser.parse_args(_flags(command.positional, settings, argv)))
     except UnicodeDecodeError as error:
@@ -129,6 +136,23 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
             received=_complaint(str(error)),
             remedy=f"{_expected(str(error))}See gvpo-offline {name} --help",
         ) from error
+
+
+def _check_config_files(argv: Sequence[str]) -> None:
+    """Raise ConfigError if a `--config` is a folder, or a pipe or device that may have no end."""
+    given = [b for a, b in itertools.pairwise(argv) if a == "--config"]
+    given += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    for path in given:
+        try:
+            if os.path.lexists(path):
+                check_file(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                "a file of settings is a YAML file",
+                received=getattr(error, "strerror", None) or str(error),
+                remedy="correct the path given with --config",
+                file=path,
+            ) from error
 
 
 def _with_underscores(settings: Sequence[type], argv: Sequence[str]) -> list[str]:
@@ -194,9 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0; 1 after a `GVPOError`, and where a command says so (`validate` with
-        findings of severity error); 2 if there is no such command; 141 if standard output is a
-        pipe that nobody reads any more, as after `| head`.
+        The exit status: 0; 1 after a `GVPOError` or an error of the system, and where a command
+        says so (`validate` with findings of severity error); 2 if there is no such command; 130
+        after Ctrl-C; 141 if standard output is a pipe that nobody reads any more, as after
+        `| head`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in _HELP_FLAGS:
@@ -216,18 +241,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("gvpo_offline").setLevel(logging.INFO)
     token = ARGUMENTS.set(tuple(arguments[1:]))
+    settings: dict[str, Any] = {}
     try:
-        status = COMMANDS[name].run(_parse(name, COMMANDS[name], arguments[1:])) or 0
-        flush_output()
-        return status
-    except GVPOError as error:
-        complain(f"gvpo-offline {name}: error: " + "\n  ".join(error.lines()))
-        return FAILED
+        with two_interrupts():
+            return _run(name, arguments[1:], settings)
     except OutputClosed:
         drop_output()
         return OUTPUT_CLOSED
     finally:
         ARGUMENTS.reset(token)
+
+
+def _run(name: str, argv: Sequence[str], settings: dict[str, Any]) -> int:
+    """Run a command; fills `settings` with its settings. Returns the exit status."""
+    try:
+        settings.update(_parse(name, COMMANDS[name], argv))
+        status = COMMANDS[name].run(dict(settings)) or 0
+        flush_output()
+        return status
+    except OutputClosed:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        # A library may turn the interrupt into an error of its own.
+        if isinstance(error, KeyboardInterrupt) or was_interrupted():
+            if (line := interrupted_line(name, settings)) is not None:
+                complain(visible(line))
+            return INTERRUPTED
+        if isinstance(error, GVPOError):
+            lines = error.lines()
+        elif isinstance(error, OSError):
+            lines = untranslated_lines(error)
+        else:
+            raise
+        complain(f"gvpo-offline {name}: error: " + "\n  ".join(lines))
+        return FAILED
 
 
 if __name__ == "__main__":

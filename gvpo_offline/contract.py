@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from gvpo_offline.files import replace_text
 from gvpo_offline.findings.formats.document import document_schema
 from gvpo_offline.rules import MIN_GROUP_SIZE
 from gvpo_offline.store.commit import SealedRecord
@@ -124,7 +125,7 @@ def main(folder: Path) -> None:
     """Write the JSON Schemas to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in contract().items():
-        (folder / name).write_text(text, encoding="utf-8")
+        replace_text(folder / name, text)
 
 
 if __name__ == "__main__":

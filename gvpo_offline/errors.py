@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Self
 
+from gvpo_offline.secret_settings import without_credentials
 from gvpo_offline.visible import visible
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DataError",
     "GVPOError",
     "IntegrityError",
+    "NonFiniteError",
     "ResumeError",
     "ServerError",
     "StorageError",
@@ -44,8 +46,8 @@ def label_path(path: Any, label: str) -> None:
 
 
 def labelled(text: Any) -> str:
-    """`text` with the labels of `label_path` in place of the paths."""
-    found = str(text)
+    """`text` with the labels of `label_path` for the paths, and URLs without credentials."""
+    found = without_credentials(str(text))
     for path, label in _LABELS.items():
         found = found.replace(path, label)
     return found
@@ -142,6 +144,10 @@ def _rebuild(kind: type[GVPOError], keywords: dict[str, Any]) -> GVPOError:
 
 class DataError(GVPOError, ValueError):
     """Logged data whose shape or values are not valid for a group."""
+
+
+class NonFiniteError(DataError):
+    """Training diverged: log-probs, a gradient or weights are not finite."""
 
 
 class ConfigError(GVPOError, ValueError):

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
+import stat
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gvpo_offline.errors import DataError, StorageError
+from gvpo_offline.system_errors import translated
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Files that are open already, such as the pipe of a shell's <(…) or >(…).
+_OPEN_FILES = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
+_STALE_S = 60.0
+_STREAMS = (*_OPEN_FILES, "/dev/tty", "/dev/pts/")
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk (or quota, or file-size limit) into a StorageError that names `path`."""
+    """Turn errors of the operating system into StorageErrors that name the file, or else `path`.
+
+    A full disk, missing rights, a read-only file system, too many open files and the like; see
+    `system_errors`. Other exceptions pass.
+    """
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
-        if isinstance(error, StorageError) or error.errno not in _NO_ROOM:
+        if (found := translated(error, path)) is None:
             raise
-        raise StorageError(
-            "there must be room on the disk for what is written",
-            received=os.strerror(error.errno),
-            remedy="free some space and run the same command again: committed tasks are kept",
-            file=path,
-        ) from error
+        raise found from error
 
 
 def make_folder(folder: Path) -> None:
@@ -53,36 +61,139 @@ def temporary_name(folder: Path, stem: str) -> Path:
     return folder / f".{stem}.{uuid.uuid4().hex}.tmp"
 
 
+def check_file(path: str | Path) -> None:
+    """Check that a path is that of a file, or of a pipe that is open already (/dev/fd/63).
+
+    Opening a named pipe without a writer would wait for ever, and a device may have no end.
+
+    Raises:
+        OSError: it is a folder, a named pipe, a socket or a device, does not exist, or is a link
+            that leads to itself.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) or str(path).startswith(_OPEN_FILES):
+        return
+    if os.path.samefile(path, os.devnull):
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, f"{_kind(mode)}, not a file", str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        OSError: as `check_file`, or the file cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    check_file(path)
+    return Path(path).read_text(encoding="utf-8")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file of text, complete or not at all: beside the old one, synced to disk, renamed.
 
-    Lone surrogates, which UTF-8 cannot hold, are written as escapes.
+    A symbolic link stays, and the file that it leads to is replaced. A terminal, a pipe that is
+    open already (/dev/stdout, /dev/fd/3) and /dev/null are written to. Lone surrogates, which UTF-8
+    cannot hold, are written as escapes.
 
     Raises:
-        StorageError: the disk is full.
+        StorageError: the disk is full, the folder cannot be written to, or the path is that of a
+            folder, a named pipe or a device; see `storage_errors`.
     """
-    temporary = temporary_name(path.parent, path.name)
+    data = text.encode("utf-8", errors="backslashreplace")
+    with storage_errors(path):
+        target = _target(path)
+        if target is None:
+            with path.open("wb") as stream:
+                stream.write(data)
+            return
+    temporary = temporary_name(target.parent, target.name)
     try:
         with storage_errors(path):
-            make_folder(path.parent)
-            with temporary.open(
-                "w", encoding="utf-8", errors="backslashreplace", newline=""
-            ) as file:
-                file.write(text)
+            make_folder(target.parent)
+            _remove_stale(target)
+            with temporary.open("wb") as file:
+                _lock_if_possible(file.fileno())
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the error of the write says more
+            temporary.unlink(missing_ok=True)
 
 
-def lock_folder(root: Path, *, wait: bool = False) -> int | None:
+def _lock_if_possible(handle: int) -> bool:
+    """Lock an open file; False if another process holds it, or the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary files of a file that killed processes left: nobody holds their lock."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.tmp"):
+        with suppress(OSError):
+            # A process that has made its file and not locked it yet is given a minute.
+            if time.time() - path.stat().st_mtime < _STALE_S:
+                continue
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if _lock_if_possible(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _target(path: Path) -> Path | None:
+    """The file to replace, links followed; None if the path is of a stream that is written to.
+
+    Raises:
+        OSError: the link leads to itself.
+        StorageError: the path is that of something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+    if stat.S_ISREG(mode) and not str(path).startswith(_STREAMS):
+        return Path(os.path.realpath(path))
+    if str(path).startswith(_STREAMS) or os.path.samefile(path, os.devnull):
+        return None
+    raise StorageError(
+        "what is written is a file, new or to be replaced",
+        received=_kind(mode),
+        remedy="choose another path, or remove what is there",
+        file=path,
+    )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+_WRITERS = "one import, merge, compaction or pull at a time writes to a folder"
+
+
+def lock_folder(root: Path, *, wait: bool = False, what: str = _WRITERS) -> int | None:
     """Lock a folder, so that no other process that locks it writes to it.
 
     Args:
         root: the folder.
         wait: wait for the lock instead of raising.
+        what: the rule that a second process breaks.
 
     Returns:
         A file descriptor; closing it, or the end of the process, releases the lock. None on a file
@@ -97,7 +208,7 @@ def lock_folder(root: Path, *, wait: bool = False) -> int | None:
     except BlockingIOError as error:
         os.close(handle)
         raise DataError(
-            "one import, merge, compaction or pull at a time writes to a folder",
+            what,
             received="another process that holds the lock",
             remedy="wait until it ends, or choose another folder",
             file=root,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 _READ_BYTES = 1 << 22
+_NO_DIGITS = "0" * 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -79,3 +80,35 @@ def text_key(text: str) -> int:
 def text_keys(texts: Iterable[str]) -> UInt64Array:
     """`text_key` of each text: (n,) uint64."""
     return np.fromiter((text_key(text) for text in texts), dtype=np.uint64)
+
+
+def hashed_json(content: Mapping[str, Any], key: str) -> str:
+    """JSON text that holds its own SHA-256, so that any change of the text is found.
+
+    Args:
+        content: the values, in the order in which they are written.
+        key: name of the hash. It is of the text with zeros in the place of its 64 digits.
+
+    Returns:
+        The text, with an end of line. `own_hash_holds` checks it.
+    """
+    text = json.dumps({**content, key: _NO_DIGITS}, indent=1) + "\n"
+    return text.replace(_entry(key, _NO_DIGITS), _entry(key, sha256_text(text)))
+
+
+def own_hash_holds(text: str, content: Mapping[str, Any], key: str) -> bool:
+    """Whether a text of `hashed_json` is as it was written.
+
+    Args:
+        text: of the file.
+        content: the object that it holds.
+        key: name of the hash.
+    """
+    own = content.get(key)
+    if not isinstance(own, str) or text.count(_entry(key, own)) != 1:
+        return False
+    return own == sha256_text(text.replace(_entry(key, own), _entry(key, _NO_DIGITS)))
+
+
+def _entry(key: str, digits: str) -> str:
+    return f'"{key}": "{digits}"'

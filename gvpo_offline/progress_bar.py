@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gvpo_offline.visible import visible
+
 PLAIN_SECONDS = 30.0  # between two lines, where there is no terminal
 
 
@@ -29,6 +31,8 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
             # A count that tqdm learned would leave out lines of work that slows down.
             options |= {"delay": PLAIN_SECONDS, "mininterval": PLAIN_SECONDS, "miniters": 1}
             options["bar_format"] = _form(values, options)
+        if "desc" in options:  # may have a name from a log
+            options["desc"] = visible(options["desc"], keep="")
         super().__init__(values, **options)
 
     @staticmethod

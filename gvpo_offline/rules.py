@@ -8,11 +8,43 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import FloatArray, Group
 
 MIN_GROUP_SIZE = 2
+
+
+# A log-softmax is x - y in float32, y the rounded log-sum-exp of the logits x. Below 16,384
+# neighbours in float32 are 2^-10 apart, so that y is wrong by 2^-11, and the difference is above 0
+# by less than 2^-10, which is 0.00098 nats a token.
+LOGPROB_ROUNDING = 1e-3
+"""How far rounding can lift the log-prob of a token above 0, nats."""
+# The lowest log-prob is the difference of the lowest and the highest logit. Two numbers of float16
+# are at most 131,008 apart, and logits of language models are far below 1,000.
+LOWEST_TOKEN_LOGPROB = -(2.0**17)
+"""No log-prob of a token is below this, nats."""
+LOGPROB_RULE = (
+    "a reference log-prob is at most 0, up to rounding, and at least -131,072 nats a token"
+)
+LOGPROB_REMEDY = (
+    "score the reference again, in float32: this number is no log-prob of any model (a loss, a "
+    "negated or an overflowing number)"
+)
+
+
+def impossible_logprobs(
+    seq_logprobs: FloatArray, lengths: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """(R,) which log-probs no model can have given; NaN is not judged.
+
+    Args:
+        seq_logprobs: (R,) log-probs of responses, summed over their tokens, nats.
+        lengths: (R,) tokens of each response.
+    """
+    too_high = seq_logprobs > LOGPROB_ROUNDING * lengths
+    return np.asarray(too_high | (seq_logprobs < LOWEST_TOKEN_LOGPROB * lengths))
 
 
 def check_group(

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from gvpo_offline.bounded_yaml import BoundedLoader, as_yaml_errors
 from gvpo_offline.errors import ConfigError
 
 ErrorOrDrop = Literal["error", "drop"]
@@ -216,7 +217,7 @@ _FLOAT = re.compile(
 _REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp")}
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """PyYAML reads YAML 1.1, in which `no` and `off` are false and 1e-6 is a string."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - an attribute of PyYAML
@@ -255,7 +256,8 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML document, with booleans and floats as in YAML 1.2.
 
     Raises:
-        yaml.YAMLError: the document cannot be parsed, or a mapping has a key twice or a key that is
-            a list or a mapping.
+        yaml.YAMLError: the document cannot be parsed or exceeds a bound (`bounded_yaml`), or a
+            mapping has a key twice or a key that is a list or a mapping.
     """
-    return yaml.load(text, Loader=_Loader)
+    with as_yaml_errors(text):
+        return yaml.load(text, Loader=_Loader)

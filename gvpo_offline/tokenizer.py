@@ -14,8 +14,10 @@ from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.files import gguf_refusal, model_files
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, IntegrityError
+from gvpo_offline.files import read_text
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.manifest import TokenizerInfo
+from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +58,7 @@ def load_tokenizer(
             files.name, revision=revision, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise_translated(error)
         if (refusal := gguf_refusal(files, error)) is not None:
             raise refusal from error
         raise ConfigError(
@@ -67,7 +70,7 @@ def load_tokenizer(
         tokenizer.name_or_path = str(files)  # datasets record it, to load the tokenizer again
     if chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_text(chat_template)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 "chat_template is the path of a Jinja file",

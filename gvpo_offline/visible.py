@@ -54,6 +54,21 @@ def unambiguous(text: str, *, keep: str = "\n\t") -> str:
     return "".join([*parts, _doubled(text[start:], before_escape=False)])
 
 
+def visible_json(text: str) -> str:
+    """JSON with every character that `visible` escapes written as an escape of JSON.
+
+    The value that the text stands for is the same. A file of it can be printed on a terminal.
+    """
+    if text.isascii() and "\x7f" not in text:
+        return text  # JSON escapes the other control characters itself
+    return "".join(c if _is_visible(c) or c in "\n\t" else _json_escape(c) for c in text)
+
+
+def _json_escape(character: str) -> str:
+    data = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{data[i]:02x}{data[i + 1]:02x}" for i in range(0, len(data), 2))
+
+
 def escape(character: str) -> str:
     r"""One character as `\xHH`, `\uHHHH` or `\UHHHHHHHH`."""
     code = ord(character)

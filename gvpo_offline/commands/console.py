@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TextIO
 
+from gvpo_offline.interrupts import was_interrupted
+from gvpo_offline.secret_settings import without_credentials
 from gvpo_offline.visible import visible
 
 
@@ -17,7 +19,7 @@ class OutputClosed(BrokenPipeError):  # noqa: N818
 def say(*lines: str) -> None:
     """Print lines, each on one line of its own; control characters are printed as escapes."""
     for line in lines:
-        emit(visible(line, keep="\t"))
+        emit(visible(without_credentials(line), keep="\t"))
 
 
 def say_to_programs(line: str) -> None:
@@ -79,7 +81,9 @@ class LogHandler(logging.StreamHandler[TextIO]):
     """Writes log records to standard error, each on lines of its own beside progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler.emit`."""
+        """See `logging.Handler.emit`; not what asyncio says of tasks that Ctrl-C has ended."""
+        if record.name == "asyncio" and was_interrupted():
+            return
         try:
             _write(self.format(record), self.stream)
             self.flush()
@@ -88,8 +92,8 @@ class LogHandler(logging.StreamHandler[TextIO]):
 
 
 class VisibleFormatter(logging.Formatter):
-    """Log records whose control characters are printed as escapes."""
+    """Log records whose control characters are printed as escapes, without credentials of URLs."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter.format`."""
-        return visible(super().format(record))
+        return visible(without_credentials(super().format(record)))

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.files import replace_text
 from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.tune.answers import AnswerSums
 from gvpo_offline.tune.judged import JudgedProposal, JudgedTrial
 from gvpo_offline.tune.policies import described
 from gvpo_offline.tune.racing import is_above
+from gvpo_offline.tune.trial_files import trial_text
 
 # Two trials are distinguishable if their paired difference is above this many standard errors.
 _DISTINGUISHED = 1.0
@@ -171,14 +173,14 @@ class JudgedReport:
     def write(self, folder: Path) -> None:
         """Write `tune.json`, and `proposed.yaml` or remove that of an earlier search."""
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.as_dict(), indent=1)
-        (folder / "tune.json").write_text(text + "\n", encoding="utf-8")
+        path = folder / "tune.json"
+        replace_text(path, trial_text(path, self.as_dict()))
         if self.file is None:
             (folder / "proposed.yaml").unlink(missing_ok=True)
             return
         lines = ["# By gvpo-offline tune; `train` takes it after the run's own file."]
         lines += [f"{name}: {json.dumps(value)}" for name, value in self.written.items()]
-        self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        replace_text(self.file, "\n".join(lines) + "\n")
 
 
 def _row(trial: JudgedTrial, sums: AnswerSums | None, *, chosen: bool) -> str:

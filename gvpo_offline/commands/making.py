@@ -10,6 +10,7 @@ from gvpo_offline.commands.console import say
 from gvpo_offline.commands.next_step import after_data, after_reference, look_line
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.settings import Columns, ImportConfig
+from gvpo_offline.limits import Limits
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.sampling.settings import SampleConfig
@@ -22,6 +23,7 @@ def _run_import(values: dict[str, Any]) -> None:
     from gvpo_offline.importing.importer import import_log
 
     values["columns"] = Columns(**values["columns"])
+    values["limits"] = Limits(**values["limits"])
     outcome = import_log(filled(ImportConfig, values))
     say(*outcome.lines())
     say(*made_lines(values["output_dir"]))
@@ -34,6 +36,7 @@ def _run_sample(values: dict[str, Any]) -> None:
     from gvpo_offline.sampling.run import run_sample
 
     engine = filled(WorkerSettings, values)
+    values["limits"] = Limits(**values["limits"])
     result = run_sample(filled(SampleConfig, values), engine)
     say(*result.lines())
     if result.manifest is None and engine.shard and not result.asked:

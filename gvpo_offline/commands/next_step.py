@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.identity import defaults_of
+from gvpo_offline.secret_settings import HIDDEN, is_secret, without_credentials
 from gvpo_offline.settings import load_yaml
 from gvpo_offline.stream.settings import ResponseSettings
 
@@ -156,6 +158,48 @@ def after_training(model: ModelSettings, args: GVPOConfig, held_out: Sequence[st
     )
 
 
+def going_on(command: str, *, resume: bool = True) -> str:
+    """The same command once more, which goes on where a run was stopped; quoted for a shell.
+
+    Args:
+        command: name of the command.
+        resume: whether it resumes from a checkpoint.
+    """
+    words = _public(_without(ARGUMENTS.get(), {"resume_from_checkpoint"} if resume else set()))
+    more = ["--resume_from_checkpoint", "auto"] if resume else []
+    return "to go on: " + shlex.join(["gvpo-offline", command, *words, *more])
+
+
+def hide_arguments() -> None:
+    """Remove secrets from `sys.argv`, which loggers such as W&B write to their files."""
+    sys.argv[1:] = _public(sys.argv[1:])
+
+
+def _without(words: Sequence[str], names: Set[str]) -> list[str]:
+    """The words without the flags of some settings."""
+    kept, skip = [], False
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0].removeprefix("--").replace("-", "_").rstrip("+")
+            skip = name in names
+        if not skip:
+            kept.append(word)
+    return kept
+
+
+def _public(words: Sequence[str]) -> list[str]:
+    """The words with a mark in place of secrets: this line goes to logs."""
+    shown, hide = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("--"):
+            hide = is_secret(flag.removeprefix("--").replace("-", "_"))
+            shown.append(f"{flag}={HIDDEN}" if hide and equals else word)
+        else:
+            shown.append(HIDDEN if hide else without_credentials(word))
+    return shown
+
+
 def after_tuning(file: Path, own: type) -> str:
     """`train` with the arguments of `tune` but its own settings, then the file of the proposal.
 
@@ -164,17 +208,7 @@ def after_tuning(file: Path, own: type) -> str:
         own: the dataclass of the settings of `tune`.
     """
     names = {each.name for each in fields(own)}
-    kept, skip = [], False
-    for word in ARGUMENTS.get():
-        flag = word.partition("=")[0]
-        name = flag.removeprefix("--").replace("-", "_").rstrip("+")
-        if flag.startswith("--"):
-            skip = name in names
-            if skip:
-                continue
-        elif skip:
-            continue
-        kept.append(word)
+    kept = _public(_without(ARGUMENTS.get(), names))
     shared = sorted(names & _keys_of_files(kept))
     first = f"move {', '.join(shared)} out of the file of settings, then " if shared else ""
     return "next: " + first + shlex.join(["gvpo-offline", "train", *kept, "--config", str(file)])

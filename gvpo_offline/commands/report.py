@@ -147,7 +147,7 @@ def output_path(config: ReportConfig, kind: str) -> Path:
         raise ConfigError(
             "output is a file in a folder that exists",
             received="no such folder",
-            remedy=f"make it: mkdir -p {path.parent}",
+            remedy=f"make it: mkdir -p {shlex.quote(str(path.parent))}",
             file=path.parent,
         )
     for own in (path, _json_of(path)):
@@ -196,10 +196,10 @@ def write(report: Report, path: Path) -> None:
 
 
 def _next(paths: Sequence[str], facts: Mapping[str, Any], html: Path) -> list[str]:
-    open_it = f"next: open {html} in a browser"
+    open_it = f"next: open {shlex.quote(str(html))} in a browser"
     quoted = " ".join(map(shlex.quote, paths))
     if facts.get("kind") != "runs":
-        return [f"open {html} in a browser", *_after_dataset(paths[0])]
+        return [f"open {shlex.quote(str(html))} in a browser", *_after_dataset(paths[0])]
     if all(own["state"] == "finished" for own in facts["runs"]):
         return [open_it]
     return [f"{open_it}; while a run trains: gvpo-offline report {quoted} --live"]

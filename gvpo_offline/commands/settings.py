@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.sampled_eval.settings import DEFAULT_SAMPLES, SampledEvalSettings
 from gvpo_offline.settings import LossType, positive, required
 from gvpo_offline.store.location import RemoteSettings
@@ -112,6 +114,7 @@ class EvaluateConfig(SingleDatasetSettings, SampledEvalSettings, ModelSettings):
         self.sample = self.sample or self.eval_samples > 0
         if self.sample and not self.eval_samples:
             self.eval_samples = 1 if self.eval_temperature == 0 else DEFAULT_SAMPLES
+        check_ranges(self)
 
 
 @dataclass
@@ -137,6 +140,7 @@ class ListConfig:
             raise ConfigError(
                 "dataset_version needs a single dataset", received=", ".join(self.dataset)
             )
+        check_ranges(self)
 
 
 @dataclass
@@ -183,6 +187,7 @@ class ShowConfig:
                 received="both",
                 remedy="leave one of them out",
             )
+        check_ranges(self)
 
 
 @dataclass
@@ -215,10 +220,11 @@ class ReportConfig:
             raise ConfigError(
                 "output ends in .html",
                 received=self.output,
-                remedy=f"--output {self.output}.html",
+                remedy=f"--output {shlex.quote(self.output)}.html",
             )
         if not 0 <= self.port < 2**16:
             raise ConfigError("port lies in 0 … 65535", received=self.port)
+        check_ranges(self)
 
 
 @dataclass
@@ -245,3 +251,4 @@ class OrderConfig:
                 received="both",
                 remedy="leave one of them out",
             )
+        check_ranges(self)

@@ -5,12 +5,13 @@ Importing this module imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from gvpo_offline.commands import datasets, making, report, sharing, training
+from gvpo_offline.commands import datasets, doctor, making, report, sharing, training
 from gvpo_offline.commands.command import Command
 
 COMMANDS: dict[str, Command] = {
     **making.COMMANDS,
     **datasets.COMMANDS,
+    **doctor.COMMANDS,
     **report.COMMANDS,
     **sharing.COMMANDS,
     **training.COMMANDS,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gvpo_offline.collectives import raise_together
+from gvpo_offline.collectives import broadcast_from_rank0, raise_together
+from gvpo_offline.commands.next_step import hide_arguments
 from gvpo_offline.commands.order_record import ORDER, order_of, reward_of, started_order
 from gvpo_offline.commands.plain import lines_without_terminal
 from gvpo_offline.compute.adapters import (
@@ -28,6 +29,7 @@ from gvpo_offline.files import replace_text
 from gvpo_offline.reference.base import BASE, base_reference
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
+from gvpo_offline.secret_settings import public
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings
 from gvpo_offline.tokenizer import load_policy_tokenizer
 from gvpo_offline.train.carded import run_settings
@@ -37,7 +39,9 @@ from gvpo_offline.train.data import OpenedDataset, TrainingData, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.early_checks import CHECKED
 from gvpo_offline.train.record.heard import hearing
+from gvpo_offline.train.run_lock import run_lock
 from gvpo_offline.train.settings import LoraSettings, RunSettings
+from gvpo_offline.train.stopping import stop_requests
 from gvpo_offline.train.trainer import GVPOTrainer
 from gvpo_offline.version import __version__
 
@@ -128,8 +132,22 @@ def run_train(
     run: RunSettings,
     args: GVPOConfig,
 ) -> GVPOTrainer:
-    """Train, and save the policy and the settings of the run to `args.output_dir`."""
-    parts = TrainerInputs.opened(model, data, lora)
+    """Train, and save the policy and the settings of the run to `args.output_dir`.
+
+    Raises:
+        DataError: another training or search runs in this folder.
+        RunStopped: a signal of `stop_signals` ended the run.
+        GVPOError: as the trainer.
+    """
+    hide_arguments()
+    with run_lock(Path(args.output_dir), broadcast_from_rank0), stop_requests(args.stop_signals):
+        return _train(TrainerInputs.opened(model, data, lora), data, run, args)
+
+
+def _train(
+    parts: TrainerInputs, data: DataSettings, run: RunSettings, args: GVPOConfig
+) -> GVPOTrainer:
+    model, lora = parts.model, parts.lora
     early: list[logging.LogRecord] = []
     with hearing(early.append):
         trainer = parts.trainer(args, GVPOTrainer)
@@ -240,7 +258,7 @@ class _RunFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            text = json.dumps(self._settings(), indent=1, default=str) + "\n"
+            text = json.dumps(public(self._settings()), indent=1, default=str) + "\n"
             path = Path(args.output_dir) / RUN_FILE
             replace_text(path, text)
 

@@ -12,6 +12,7 @@ from gvpo_offline.commands.next_step import after_training, after_tuning, look_l
 from gvpo_offline.commands.settings import EvaluateConfig, OrderConfig
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.exit_status import OK, UNDECIDED
+from gvpo_offline.files import replace_text
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import DatasetSettings, DataSettings, ResponseSettings
@@ -21,6 +22,7 @@ from gvpo_offline.train.settings import (
     LoraSettings,
     RunSettings,
 )
+from gvpo_offline.train.stopping import RunStopped
 from gvpo_offline.tune.settings import TuneSettings
 
 _OTHER_FLAGS = (
@@ -30,6 +32,7 @@ _OTHER_FLAGS = (
 
 
 def _run_tune(values: dict[str, Any]) -> int:
+    from gvpo_offline.commands.stopped import say_stopped, tuning
     from gvpo_offline.train.config import GVPOConfig
 
     tune = filled(TuneSettings, values)
@@ -41,13 +44,13 @@ def _run_tune(values: dict[str, Any]) -> int:
     else:
         from gvpo_offline.commands.tune import run_tune as run  # type: ignore[assignment]
     args = filled(GVPOConfig, values)
-    found = run(
-        model=filled(ModelSettings, values),
-        data=filled(DataSettings, _datasets(values)),
-        lora=filled(LoraSettings, values),
-        tune=tune,
-        args=args,
-    )
+    model, data = filled(ModelSettings, values), filled(DataSettings, _datasets(values))
+    lora = filled(LoraSettings, values)
+    try:
+        with tuning(args):
+            found = run(model=model, data=data, lora=lora, tune=tune, args=args)
+    except RunStopped as stop:
+        return say_stopped("tune", stop, args)
     if found is None:
         return 0
     say(*found.table().split("\n"))
@@ -58,19 +61,19 @@ def _run_tune(values: dict[str, Any]) -> int:
     return OK if found.told else UNDECIDED
 
 
-def _run_train(values: dict[str, Any]) -> None:
+def _run_train(values: dict[str, Any]) -> int:
+    from gvpo_offline.commands.stopped import say_stopped
     from gvpo_offline.commands.train import run_train
     from gvpo_offline.train.checkpoint import METRICS_FILE
     from gvpo_offline.train.config import GVPOConfig
 
     model, data = filled(ModelSettings, values), filled(DataSettings, _datasets(values))
-    trainer = run_train(
-        model=model,
-        data=data,
-        lora=filled(LoraSettings, values),
-        run=filled(RunSettings, values),
-        args=filled(GVPOConfig, values),
-    )
+    args = filled(GVPOConfig, values)
+    lora, run = filled(LoraSettings, values), filled(RunSettings, values)
+    try:
+        trainer = run_train(model=model, data=data, lora=lora, run=run, args=args)
+    except RunStopped as stop:
+        return say_stopped("train", stop, args)
     if trainer.is_world_process_zero():
         say(f"the trained policy: {trainer.args.output_dir}")
         say(f"what was logged: {Path(trainer.args.output_dir) / METRICS_FILE}")
@@ -81,6 +84,7 @@ def _run_train(values: dict[str, Any]) -> None:
         if not held_out:
             say("nothing is held out: evaluate on a dataset that the run has not seen")
         say(after_training(model, trainer.args, held_out))
+    return OK
 
 
 def _run_evaluate(values: dict[str, Any]) -> None:
@@ -93,7 +97,7 @@ def _run_evaluate(values: dict[str, Any]) -> None:
     say(*report.table().split("\n"))
     text = json.dumps({"config": report.config.public(), **report.as_dict()})
     if config.output_file:
-        Path(config.output_file).write_text(text + "\n", encoding="utf-8")
+        replace_text(Path(config.output_file), text + "\n")
     say_to_programs(json.dumps(report.summary()))
 
 

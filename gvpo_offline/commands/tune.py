@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import math
 import operator
@@ -18,6 +17,7 @@ from gvpo_offline.collectives import broadcast_from_rank0
 from gvpo_offline.commands.train import TrainerInputs
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.files import replace_text
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.survey import Survey
 from gvpo_offline.stream.settings import DataSettings
@@ -40,6 +40,7 @@ from gvpo_offline.tune.search import (
     score,
 )
 from gvpo_offline.tune.settings import MIN_TUNE_STEPS, TuneSettings
+from gvpo_offline.tune.trial_files import trial_text
 from gvpo_offline.tune.trials import Trials, finite_or_none, searches
 
 logger = logging.getLogger(__name__)
@@ -336,8 +337,8 @@ def search_identity(run: GVPOTrainer) -> dict[str, Any]:
 
 def _write(report: TuneReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report.as_dict(), indent=1)
-    (folder / "tune.json").write_text(text + "\n", encoding="utf-8")
+    path = folder / "tune.json"
+    replace_text(path, trial_text(path, report.as_dict()))
     if report.file is None:
         (folder / "proposed.yaml").unlink(missing_ok=True)  # of an earlier search
         return
@@ -346,4 +347,4 @@ def _write(report: TuneReport, folder: Path) -> None:
         f"beta: {report.proposal.beta}",
         f"learning_rate: {report.proposal.learning_rate}",
     ]
-    report.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(report.file, "\n".join(lines) + "\n")

@@ -24,9 +24,11 @@ from gvpo_offline.compute.model import (
     tensors_sha256,
     weights_sha256,
 )
+from gvpo_offline.compute.sealed_weights import check_sealed_weights
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -57,6 +59,7 @@ def load_policy(
 
     Raises:
         ConfigError: no model or adapter was found, or the adapter does not fit its base model.
+        IntegrityError: it is a checkpoint whose weights are damaged.
     """
     config = adapter_config(settings)
     if config is None:
@@ -64,6 +67,7 @@ def load_policy(
         return model
     from peft import PeftModel
 
+    check_sealed_weights(settings.model_name_or_path)
     base = load_model(base_settings(settings, config), device, compute_dtype)
     try:
         with warnings.catch_warnings():
@@ -83,6 +87,7 @@ def load_policy(
             "the model",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise_translated(error)
         raise ConfigError(
             "an adapter fits the base model that its configuration names",
             received=f"{settings.model_name_or_path!r} ({str(error).splitlines()[0]})",

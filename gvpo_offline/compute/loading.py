@@ -10,7 +10,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gvpo_offline.compute.files import ModelFiles, gguf_refusal
+from gvpo_offline.compute.sealed_weights import check_sealed_weights
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.system_errors import raise_translated
 
 logger = logging.getLogger(__name__)
 _SHOWN = 4
@@ -47,7 +49,9 @@ def load_pretrained(kind: Any, files: ModelFiles, *, what: str, **options: Any) 
 
     Raises:
         ConfigError: there is no such model, or its files lack weights or have them in other shapes.
+        IntegrityError: it is a checkpoint whose weights are damaged.
     """
+    check_sealed_weights(files.name)
     options |= _gguf_options(files, options)
     try:
         with _without_report():
@@ -55,6 +59,7 @@ def load_pretrained(kind: Any, files: ModelFiles, *, what: str, **options: Any) 
                 files.name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, *_OF_GGUF) as error:
+        raise_translated(error)
         if (refusal := gguf_refusal(files, error)) is not None:
             raise refusal from error
         own = isinstance(error, _OF_GGUF) and files.gguf_file is not None

@@ -11,10 +11,9 @@ import numpy as np
 from gvpo_offline.findings.batch import Batch, Examples
 from gvpo_offline.findings.judge import FEW_CASES, Judge
 from gvpo_offline.findings.thresholds import Thresholds
+from gvpo_offline.rules import LOGPROB_ROUNDING
 from gvpo_offline.store.dataset import GroupDataset
 
-# Rounding of a log-softmax may leave a probability a little above 1.
-_ROUNDING = 1e-3
 _CERTAIN = 1e-6
 
 
@@ -44,7 +43,7 @@ class ReferenceScan:
         per_token = batch.reference / np.maximum(batch.lengths, 1)
         scored = ~np.isnan(per_token)
         flags = {
-            "positive": per_token > _ROUNDING,
+            "positive": per_token > LOGPROB_ROUNDING,
             "certain": np.abs(per_token) <= _CERTAIN,
             "unscored": ~scored,
         }

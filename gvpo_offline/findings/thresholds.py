@@ -12,6 +12,7 @@ from typing import Any, get_args
 import yaml
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.files import read_text
 from gvpo_offline.findings.finding import Severity
 from gvpo_offline.findings.rules import RULES
 from gvpo_offline.settings import load_yaml
@@ -273,7 +274,7 @@ def load_thresholds(path: str | Path) -> Thresholds:
         ConfigError: it cannot be read, or has a key or value that is no threshold.
     """
     try:
-        given = load_yaml(Path(path).read_text(encoding="utf-8"))
+        given = load_yaml(read_text(path))
     # ValueError: bytes that are no UTF-8, a path with a null byte.
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(

@@ -185,8 +185,8 @@ def _usage(manifest: Manifest, repo_id: str) -> list[str]:
     train = [f"--model_name_or_path {name} --output_dir run"]
     selection = reference.selection if reference else None
     if selection is None or selection.reward is None:
-        train += [f"--reward {reward_label(reward)}"] if reward else []
-    train += [f"--reference {reference.fingerprint[:12]}"] if reference else []
+        train += [f"--reward {shlex.quote(reward_label(reward))}"] if reward else []
+    train += [f"--reference {shlex.quote(reference.fingerprint[:12])}"] if reference else []
     train += _selection_flags(selection) if selection else []
     score = f"gvpo-offline reference --dataset data --model_name_or_path {name}"
     config = f"reward-{reward.name}-v{reward.version}" if reward else None

@@ -29,7 +29,7 @@ def read_card_text(kind: type[RepoCard], text: str) -> tuple[dict[str, Any], str
         data: dict[str, Any] = there.data.to_dict()  # type: ignore[no-untyped-call]
     # Of the hub's library: no mapping is a ValueError; fields of other types than it expects raise
     # the other two.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FrontMatterError(" ".join(str(error).split())) from error
     return data, there.text
 

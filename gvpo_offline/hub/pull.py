@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +29,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
+from gvpo_offline.store.within import check_regular, path_within
 from gvpo_offline.store.writer import claim_folder
 
 _FOLDERS = ("groups", "rewards", "reference", "incomplete")
@@ -71,6 +72,7 @@ def pull(config: PullConfig) -> PullResult:
             wanted = without_parts(whole, config, repo.commit)
             _check_paths(wanted, repo)
             _check_folder(root, wanted)
+            _check_held_files(root, wanted)
             missing = [entry for entry in wanted.files() if not _is(root / entry.path, entry)]
             _download(repo, missing, root, staging)
             _publish(root, wanted, staging if wanted is whole else None)
@@ -84,9 +86,12 @@ def _staging(root: Path) -> Iterator[Path]:
 
     After an interruption or a network error it stays, and the next pull continues its downloads.
     """
+    folder = path_within(root, ".pull.tmp")
     handle = lock_folder(root)
-    folder = root / ".pull.tmp"
     try:
+        if handle is not None:
+            for stale in root.glob(".manifest-*.tmp"):
+                stale.unlink(missing_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
     except (ConfigError, DataError, IntegrityError):
@@ -128,6 +133,33 @@ def _check_folder(root: Path, manifest: Manifest) -> None:
     held = load_manifest(root)
     if not _is_held(root, manifest):
         check_continues(manifest, held, root, "choose another output_dir")
+
+
+def _check_held_files(root: Path, manifest: Manifest) -> None:
+    """Check that no file that a pull writes is in its way.
+
+    Raises:
+        IntegrityError: a version in the folder has another file of the same path, a path leaves
+            the folder by a link, or something else than a file is in its place.
+    """
+    held: dict[str, tuple[int, str]] = {}
+    for version in manifest_versions(root):
+        for entry in load_manifest(root, version).entries():
+            held.setdefault(entry.path, (version, entry.sha256))
+    for entry in manifest.entries():
+        version, sha256 = held.get(entry.path, (0, entry.sha256))
+        if sha256 != entry.sha256:
+            raise IntegrityError(
+                "a file of a dataset never changes: a pull adds files and replaces none",
+                received=f"{entry.path} with the SHA-256 {entry.sha256[:16]}…, and version "
+                f"{version} in the folder has {sha256[:16]}…",
+                remedy="choose another output_dir",
+                file=root,
+            )
+        path = path_within(root, entry.path)
+        if os.path.lexists(path):
+            with suppress(FileNotFoundError):  # a link to nothing, which the file replaces
+                check_regular(path)
 
 
 def _is_held(root: Path, manifest: Manifest) -> bool:

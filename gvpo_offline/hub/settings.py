@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import required
 
 
@@ -30,6 +31,7 @@ class PushConfig:
     def __post_init__(self) -> None:
         required("dataset", self.dataset)
         required("repo_id", self.repo_id)
+        check_ranges(self)
 
 
 @dataclass
@@ -60,3 +62,4 @@ class PullConfig:
         required("output_dir", self.output_dir)
         self.rewards = [self.rewards] if isinstance(self.rewards, str) else self.rewards
         self.references = [self.references] if isinstance(self.references, str) else self.references
+        check_ranges(self)

@@ -18,6 +18,7 @@ from gvpo_offline.store.manifest import (
     load_manifest,
     manifest_versions,
 )
+from gvpo_offline.store.within import path_within
 from gvpo_offline.store.writer import IMPORT_REPORT, claim_folder
 from gvpo_offline.version import IMPORT_VERSION
 
@@ -158,14 +159,14 @@ class OutputFolder:
             if shard and str(path.relative_to(self.root)) in keep:
                 continue
             if path.is_file() and (shard or _TEMPORARY.match(path.name)):
-                path.unlink()
+                path_within(self.root, str(path.relative_to(self.root))).unlink()
 
     def _remove_spill(self) -> None:
         shutil.rmtree(self.root / ".spill", ignore_errors=True)
 
 
 def _remove_empty(folder: Path) -> None:
-    if not folder.is_dir():
+    if not folder.is_dir() or folder.is_symlink():
         return
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):

@@ -61,7 +61,7 @@ from gvpo_offline.version import IMPORT_VERSION, __version__
 
 __all__ = ["ImportResult", "import_log", "run_import"]
 
-_NOT_RECORDED = ("output_dir", "show_progress", "workers")
+_NOT_RECORDED = ("output_dir", "show_progress", "workers", "limits")
 # Settings that do not decide the bytes of the dataset, or whose content is hashed instead.
 _NOT_IDENTIFYING = (
     "join",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.limits import Limits
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import ErrorOrDrop, check_name, label_numbers, positive
 from gvpo_offline.store.location import local_folder
 
@@ -214,6 +216,9 @@ class ImportConfig:
     """Number of processes that tokenise. With 1, this process does it, in as many threads as the
     tokenizer starts; with more, each worker has one thread, and a small log uses fewer workers. The
     dataset is the same, byte for byte, with any number."""
+    limits: Limits = field(default_factory=Limits)
+    """Bounds on what a file of the log may hold, which keep a damaged or hostile file from filling
+    the memory (docs/reference/limits.md)."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -257,6 +262,7 @@ class ImportConfig:
                 received="empty_responses: keep with append_eos: false",
                 remedy="set append_eos: true, or empty_responses: drop",
             )
+        check_ranges(self)
 
     def _one_key_each(self) -> bool:
         n_files = 1 if isinstance(self.join, str) else len(self.join)

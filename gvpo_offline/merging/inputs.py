@@ -14,7 +14,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json, text_keys
 from gvpo_offline.store.arrow import column_array, split_list
-from gvpo_offline.store.columns import RowGroupLocation
+from gvpo_offline.store.columns import RowGroupLocation, check_logprobs
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -168,7 +168,9 @@ class InputDataset:
             table = table.select(
                 [name for name in ("group_id", *names) if name in table.schema.names]
             )
-            _check_lengths(table, sizes, dataset.location(row_group, names[0]))
+            place = dataset.location(row_group, names[0])
+            _check_lengths(table, sizes, place)
+            check_logprobs(table, column_array(groups, "response_token_ids"), place)
             values |= _values(table, family.columns, family.field)
         schema = spill_schema([family for family, _ in self._joined])
         return pa.Table.from_arrays([values[name] for name in schema.names], schema=schema)

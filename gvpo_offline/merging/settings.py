@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import ErrorOrDrop, required
 
 MIB = 2**20
@@ -40,6 +41,7 @@ class RewriteSettings:
         for name in ("shard_bytes", "rows_per_row_group"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is positive", received=getattr(self, name))
+        check_ranges(self)
 
 
 @dataclass

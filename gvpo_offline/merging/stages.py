@@ -38,6 +38,7 @@ from gvpo_offline.merging.waiting import (
     write_remaining,
 )
 from gvpo_offline.merging.work import discard, locked_dataset, remove_old
+from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import (
@@ -293,7 +294,7 @@ def _counts(records: Sequence[TaskRecord]) -> dict[str, int]:
 def _step(
     stage: str, config: RewriteSettings, inputs: list[dict[str, Any]], counts: dict[str, int]
 ) -> LineageStep:
-    settings = dataclasses.asdict(config)
+    settings = public(dataclasses.asdict(config))
     del settings["show_progress"]
     return LineageStep(
         stage=stage, package_version=__version__, config=settings, inputs=inputs, counts=counts

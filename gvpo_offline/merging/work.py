@@ -18,6 +18,7 @@ from gvpo_offline.store.manifest import (
     manifest_path,
     manifest_versions,
 )
+from gvpo_offline.store.within import check_regular, own_files, path_within
 
 # Only files with names of these stages are removed: other stages may be writing sidecars.
 _TEMPORARY = re.compile(r"^\.(rewrite|waiting)-\d{5}(\.json)?\.[0-9a-f]{32}\.tmp$")
@@ -65,7 +66,7 @@ def locked_dataset(root: Path) -> Iterator[Path]:
 
 def _sweep(root: Path) -> None:
     """Remove temporary files and spilled rows of interrupted runs."""
-    for path in root.rglob(".*.tmp"):
+    for path in own_files(root, ".*.tmp"):
         if _TEMPORARY.match(path.name):
             path.unlink(missing_ok=True)
     shutil.rmtree(root / ".spill", ignore_errors=True)
@@ -76,7 +77,7 @@ def discard(root: Path, log: TaskLog) -> None:
     named = {name for v in manifest_versions(root) for name in _named(load_manifest(root, v))}
     for path in sorted(log.folder.glob("*.json")):
         for name in _files(read_record(path)) - named:
-            (root / name).unlink(missing_ok=True)
+            path_within(root, name).unlink(missing_ok=True)
     shutil.rmtree(log.folder, ignore_errors=True)
 
 
@@ -89,6 +90,9 @@ def remove_old(root: Path, newest: Manifest) -> int:
 
     Returns:
         The number of bytes freed.
+
+    Raises:
+        IntegrityError: a version names a file that does not lie in the folder. Nothing is removed.
     """
     kept = _named(newest)
     versions = [version for version in manifest_versions(root) if version < newest.version]
@@ -96,22 +100,35 @@ def remove_old(root: Path, newest: Manifest) -> int:
     for version in versions:
         named = _named(load_manifest(root, version))
         old |= {name: size for name, size in named.items() if name not in kept}
-    for path in root.rglob("*.parquet"):  # of interrupted runs
+    for path in own_files(root, "*.parquet"):  # of interrupted runs
         name = str(path.relative_to(root))
         if _SHARD.match(path.name) and name not in kept:
-            old[name] = path.stat().st_size
-    for path in sorted((root / "commits").glob("*/*.json")):
-        if _files(read_record(path)) & set(old):
-            path.unlink()
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
+            old[name] = path.lstat().st_size
+    needed = {place for name in kept for place in _places(root / name)}
+    # Every check comes before the first removal.
+    removed = {name: path_within(root, name) for name in old}
+    removed = {n: path for n, path in removed.items() if _places(path)[0] not in needed}
+    for path in removed.values():
+        with suppress(FileNotFoundError):
+            check_regular(path)
+    found = sorted((root / "commits").glob("*/*.json"))
+    records = [p for p in found if _files(read_record(p)) & set(removed)]
+    for path in [path_within(root, str(p.relative_to(root))) for p in records]:
+        path.unlink()
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
     freed = 0
-    for name, size in old.items():
-        freed += size if (root / name).exists() else 0
-        (root / name).unlink(missing_ok=True)
+    for name, path in removed.items():
+        freed += old[name] if path.exists() else 0
+        path.unlink(missing_ok=True)
     for version in versions:
         manifest_path(root, version).unlink()
     return freed
+
+
+def _places(path: Path) -> tuple[str, str]:
+    """Where a file lies, and where it leads: two names may be links to one file."""
+    return os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(path)
 
 
 def _named(manifest: Manifest) -> dict[str, int]:

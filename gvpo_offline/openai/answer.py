@@ -19,11 +19,17 @@ from gvpo_offline.messages import content_text as joined_text
 _STOPPED_AT = ("stop_reason", "matched_stop", "stop_sequence")
 REASONING = ("reasoning", "reasoning_content")
 BESIDE_TEXT = ("tool_calls", "function_call", *REASONING)
-_TOKEN_ID = re.compile(r"token_id:(\d+)")
+# float32, which stores log-probs, has few lower numbers. In bfloat16, whose unit roundoff is 2^-8,
+# the log-prob of a certain token may exceed 0 by that much.
+_LOWEST, _ROUNDING = -3.0e38, 1e-2
+_TOKEN_ID = re.compile(r"token_id:(\d{1,20})", re.ASCII)
 
 
 class BadAnswerError(Exception):
-    """An answer, or a part of it, that cannot be used; the message is the cause."""
+    """An answer, or a part of it, that cannot be used; the message, valid Unicode, is the cause."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(valid(cause))
 
 
 class AnswerChoice:
@@ -89,7 +95,8 @@ class AnswerChoice:
         stopped_at = next(
             (at for name in _STOPPED_AT if (at := self._choice.get(name)) is not None), None
         )
-        return stop_string(self.finish_reason, stopped_at)
+        found = stop_string(self.finish_reason, stopped_at)
+        return None if found is None else valid(found)
 
     @property
     def stopped_by_string(self) -> bool:
@@ -145,12 +152,17 @@ class AnswerChoice:
         """The log-prob of each token, in nats.
 
         Raises:
-            BadAnswerError: there are none, or one is missing.
+            BadAnswerError: there are none, one is missing, or one is not that of a probability.
         """
         values = self._of_tokens("token_logprobs", "logprob")
-        if not values or not all(isinstance(value, int | float) for value in values):
+        if not values or not all(type(value) in (int, float) for value in values):
             raise BadAnswerError("no log-prob for some token")
-        return values
+        wrong = [value for value in values if not _LOWEST <= value <= _ROUNDING]
+        if wrong:
+            raise BadAnswerError(
+                f"a log-prob of {_shown(wrong[0])}, which is not that of a probability"
+            )
+        return [float(value) for value in values]
 
     def _of_tokens(self, completions: str, chat: str) -> list[Any]:
         """Values of all tokens, under their name in completions or in chat completions."""
@@ -181,9 +193,22 @@ def choice_of(answer: Any, number: int) -> AnswerChoice:
     """
     choices = choices_of(answer)
     for position, choice in enumerate(choices):
-        if isinstance(choice, dict) and choice.get("index", position) == number:
+        if isinstance(choice, dict) and _index(choice, position) == number:
             return AnswerChoice(choice, answer)
     raise BadAnswerError(f"{len(choices)} choices, none of them number {number}")
+
+
+def _index(choice: Mapping[str, Any], position: int) -> int | None:
+    """The index of a choice, or its position; None: an index of another type."""
+    index = choice.get("index", position)
+    if index is None:
+        return position
+    return index if type(index) is int else None
+
+
+def valid(text: str) -> str:
+    """A text that Arrow and JSON can store: a lone surrogate as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def content_text(content: Any) -> str:
@@ -203,12 +228,14 @@ def content_text(content: Any) -> str:
     return text
 
 
-def result_body(result: Mapping[str, Any]) -> Any:
+def result_body(result: Any) -> Any:
     """The answer in a line of a batch's result or error file.
 
     Raises:
         BadAnswerError: the request failed; with the status and the server's message.
     """
+    if not isinstance(result, dict):
+        raise BadAnswerError(f"status None, a result that is no record: {_shown(result)}")
     response = result.get("response")
     response = response if isinstance(response, dict) else {}
     status, body = response.get("status_code"), response.get("body")

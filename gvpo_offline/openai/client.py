@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import json
 import os
 import random
 import time
-import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gvpo_offline.errors import ConfigError, ServerError
-from gvpo_offline.openai.answer import BadAnswerError
-from gvpo_offline.openai.outage import FIRST_WAIT, Outage, UnreachableError, unreachable
+from gvpo_offline.errors import ConfigError, DataError, ServerError
+from gvpo_offline.limits import ANSWER_BYTES, ANSWER_NESTING, parse_json
+from gvpo_offline.openai.address import check_address
+from gvpo_offline.openai.answer import BadAnswerError, valid
+from gvpo_offline.openai.outage import FIRST_WAIT, KEPT, Outage, UnreachableError, unreachable
+from gvpo_offline.openai.received import (
+    RedirectedError,
+    TooLargeError,
+    bounded_client,
+    found_in,
+)
+from gvpo_offline.ranges import check_ranges
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -36,6 +43,11 @@ _TRANSIENT = (408, 409, 425, 429)
 _GATEWAY = (502, 503, 504)  # of a proxy without a server behind it
 _CONNECT_SECONDS = 15.0
 _CAUSE_CHARACTERS = 200
+_QUOTED_CHARACTERS = 10_000  # of an error page, in which spaces are then joined
+_POSITIVE = (
+    *("concurrency", "max_attempts", "request_timeout", "max_wait", "max_outage"),
+    "max_answer_bytes",
+)
 
 
 @dataclass(kw_only=True)
@@ -57,37 +69,15 @@ class ServerSettings:
     max_outage: float = 120.0
     """Seconds that a server which has answered may be unreachable, as while it restarts, before the
     run stops. A server that has never answered is given up after 5 tries, about 8 s."""
+    max_answer_bytes: int = ANSWER_BYTES
+    """Most bytes of an answer, decompressed; a longer one is not read to its end and has failed."""
 
     def __post_init__(self) -> None:
-        limits = ("concurrency", "max_attempts", "request_timeout", "max_wait", "max_outage")
-        for name in limits:
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is positive", received=getattr(self, name))
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError("base_url begins with http:// or https://", received=self.base_url)
-        if "@" in self.base_url or "?" in self.base_url:
-            raise ConfigError(
-                "base_url, which the manifest records, holds no secret",
-                received="an address with a user or a query",
-                remedy="put the key into an environment variable and name that in api_key_env",
-            )
-        _check_address(self.base_url)
-
-
-def _check_address(base_url: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(base_url)
-        held, _ = parts.hostname, parts.port
-    except ValueError as error:
-        held, problem = None, f" ({error})"
-    else:
-        problem = ""
-    if not held:
-        raise ConfigError(
-            "base_url has a host, and a port from 0 to 65535 if it has one",
-            received=f"{base_url}{problem}",
-            remedy="write it as in http://localhost:8000/v1",
-        )
+        check_address(self.base_url)
+        check_ranges(self)
 
 
 OPERATIONAL = frozenset(field.name for field in fields(ServerSettings))
@@ -171,7 +161,8 @@ class OpenAIClient:
             base_url=self._settings.base_url,
             api_key=self._key or "none",
             max_retries=0,
-            timeout=Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+            timeout=(timeout := Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))),
+            http_client=bounded_client(timeout, self._settings.max_answer_bytes),
         ) as client:
             runner = _RequestRunner(client, self._settings, self._key, self._outage)
 
@@ -246,16 +237,17 @@ class _RequestRunner:
         """
         import openai
 
+        body = request.body()
         try:
             # The client's own timeout is per read: a server that drips bytes outlasts it.
             async with asyncio.timeout(self._settings.request_timeout):
                 # As text: the client's JSON parser depends on the content type.
-                return await self._client.post(
-                    f"/{request.endpoint}", body=request.body(), cast_to=str
-                )
+                return await self._client.post(f"/{request.endpoint}", body=body, cast_to=str)
         except openai.APIStatusError as error:
             raise self._status_error(error) from error
-        except (TimeoutError, openai.APIConnectionError) as error:
+        except Exception as error:  # the two packages raise others too for what a server sends
+            if (failure := self._refused(error)) is not None:
+                raise failure from error
             if (missed := unreachable(error)) is not None:
                 self._outage.missed(missed)
                 raise missed from error
@@ -266,6 +258,20 @@ class _RequestRunner:
                 below = error.__cause__ or error
                 cause = f"connection: {type(below).__name__}: {below}"
             raise self._failed(cause, silent=True) from error
+
+    def _refused(self, error: BaseException) -> Exception | None:
+        """The failure behind an exception if `received` refused the answer; None if it did not."""
+        if (redirect := found_in(error, RedirectedError)) is not None:
+            return ServerError(
+                "the server answers at its own address: a redirect to another host, port or scheme "
+                "is not followed",
+                received=self._shown(str(redirect)),
+                remedy=f"set base_url to the address that answers, if you trust it; {KEPT}",
+            )
+        if (large := found_in(error, TooLargeError)) is not None:
+            self._outage.answered()
+            return self._failed(str(large))
+        return None
 
     async def _silence(self) -> str | None:
         """Why there is no server; None if it answers a question after its models."""
@@ -293,24 +299,32 @@ class _RequestRunner:
         import openai
 
         try:
-            await self._client.get("/models", cast_to=str, options={"timeout": _CONNECT_SECONDS})
+            # The client's own timeout is per read, as in `_text`.
+            async with asyncio.timeout(_CONNECT_SECONDS + 1):
+                await self._client.get(
+                    "/models", cast_to=str, options={"timeout": _CONNECT_SECONDS}
+                )
         except openai.APIStatusError as error:
             return error.status_code
-        except openai.APIConnectionError as error:
+        except Exception as error:
+            if isinstance(refused := self._refused(error), ServerError):
+                raise refused from error
             if (missed := unreachable(error)) is not None:
                 raise missed from error
             return None
         return 200
 
     def _failed(self, cause: str, *, final: bool = False, silent: bool = False) -> _FailedError:
+        return _FailedError(self._shown(cause), final=final, silent=silent)
+
+    def _shown(self, cause: str) -> str:
         # A server may quote the key that it was sent.
         cause = cause.replace(self._key, "***") if self._key else cause
-        shown = " ".join(cause.split())[:_CAUSE_CHARACTERS]
-        return _FailedError(shown, final=final, silent=silent)
+        return valid(" ".join(cause[:_QUOTED_CHARACTERS].split())[:_CAUSE_CHARACTERS])
 
     def _status_error(self, error: APIStatusError) -> Exception:
         status = error.status_code
-        failure = self._failed(f"HTTP {status}: {error.message}", silent=status in _GATEWAY)
+        failure = self._failed(f"HTTP {status}: {_message(error)}", silent=status in _GATEWAY)
         self._outage.connected()
         if not failure.silent:
             self._outage.answered()
@@ -345,10 +359,18 @@ class _FailedError(Exception):
         self.silent = silent
 
 
+def _message(error: APIStatusError) -> str:
+    """The message of an error, with the text of a page that is not JSON."""
+    message, body = error.message, error.body
+    return f"{message} - {body}" if isinstance(body, str) and body not in message else message
+
+
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, nesting=ANSWER_NESTING, setting=None)
+    except DataError as error:
+        raise BadAnswerError(f"an answer that breaks a limit: {error.rule}") from error
+    except ValueError as error:
         raise BadAnswerError(f"an answer that is not JSON: {error}") from error
 
 

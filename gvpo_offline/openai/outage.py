@@ -28,7 +28,7 @@ _POLL = 0.05  # seconds between two looks whether the server is back
 # Requests in a row without any answer, after which it is asked whether there is a server at all.
 SUSPICIOUS_FAILURES, SUSPICIOUS_REQUESTS = 10, 3
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
-_KEPT = (
+KEPT = (
     "then run the same command again: answers and tasks that are finished are kept, and only the "
     "rest is requested"
 )
@@ -193,5 +193,5 @@ class Outage:
         return ServerError(
             f"the server at {self._settings.base_url} answers requests",
             received=received,
-            remedy=f"{remedy}; {_KEPT}",
+            remedy=f"{remedy}; {KEPT}",
         )

@@ -53,6 +53,12 @@ def answer_errors(rule: str) -> Iterator[None]:
         raise DataError(rule, received=str(error), remedy=_WITH_IDS) from error
 
 
+def _record(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{what} is a record", received=repr(value), remedy="correct the row")
+    return value
+
+
 def chat(messages: Any) -> conversations.Prompt:
     """The messages of a chat completion's request as a prompt.
 
@@ -74,6 +80,7 @@ def request_arguments(body: Mapping[str, Any]) -> str | None:
     Raises:
         DataError: the request replaces the template or switches the generation prompt off.
     """
+    body = _record(body, "a request")
     opened = body.get("add_generation_prompt") is False and not body.get(CONTINUE)
     if body.get("chat_template") or opened:
         raise DataError(
@@ -112,6 +119,7 @@ def request_prompt(body: Mapping[str, Any]) -> tuple[conversations.Prompt, Int32
     Raises:
         DataError: the request is of another kind, or for several prompts at once.
     """
+    body = _record(body, "a request")
     if "messages" in body:
         return chat(body["messages"]), None
     if "input" in body:
@@ -134,7 +142,7 @@ def responses_prompt(params: Mapping[str, Any]) -> conversations.Prompt:
     Raises:
         DataError: an item is of another kind than text, reasoning, tool calls and their results.
     """
-    given = params.get("input")
+    given = _record(params, "a request").get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list):
         raise DataError("a chat's prompt is a list of messages", received=repr(given))
@@ -151,6 +159,12 @@ def item_messages(items: Sequence[Any]) -> list[dict[str, Any]]:
     Raises:
         DataError: an item is of another kind; names it.
     """
+    if not isinstance(items, list | tuple):
+        raise DataError(
+            "the items of a response are a list",
+            received=repr(items),
+            remedy=_WITH_IDS,
+        )
     found: list[dict[str, Any]] = []
     for item in items:
         kind = item.get("type", "message") if isinstance(item, dict) else kind_of(item)
@@ -240,7 +254,7 @@ def response_ending(response: Mapping[str, Any]) -> tuple[Ending, str | None]:
     Raises:
         DataError: a word that `finish_reasons` does not list.
     """
-    details = response.get("incomplete_details")
+    details = _record(response, "a response").get("incomplete_details")
     reason = details.get("reason") if isinstance(details, dict) else details
     if reason is not None:
         found = ending(reason)

@@ -17,7 +17,7 @@ from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.model import attention_of, device_of, dtype_name, dtype_of
 from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError, labelled
-from gvpo_offline.rules import check_group
+from gvpo_offline.rules import LOGPROB_REMEDY, LOGPROB_RULE, check_group
 from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.manifest import ReferenceFamily
@@ -197,12 +197,25 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
 
 
 def check_covered(dataset: GroupDataset, counts: Survey) -> None:
-    """Raise DataError if the reference has no log-prob of some selected responses.
+    """Raise DataError if the reference has no log-prob of some selected responses, or one that no
+    model can have given.
 
     Args:
         dataset: the dataset, with its reference.
         counts: survey of the selected groups and responses.
     """
+    if counts.first_impossible is not None:
+        row_group, row, group_id = counts.first_impossible
+        place = dataset.location(row_group, "ref_seq_logprobs")
+        table = dataset.table(row_group, ["ref_seq_logprobs"])
+        raise DataError(
+            LOGPROB_RULE,
+            received=f"{table.column('ref_seq_logprobs')[row].as_py()} for its responses",
+            remedy=LOGPROB_REMEDY,
+            file=place.file,
+            row=place.first_row + row,
+            group=group_id,
+        )
     if counts.first_unscored is None:
         return
     assert dataset.reference is not None  # only a reference of a selection leaves responses out

@@ -17,6 +17,7 @@ from gvpo_offline.identity import identity_settings
 from gvpo_offline.reference.checks import PolicyFacts
 from gvpo_offline.reference.selection import covers
 from gvpo_offline.reference.settings import ReferenceConfig
+from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
 from gvpo_offline.store.reference_selection import ReferenceSelection
@@ -93,7 +94,7 @@ def publish_reference(
     step = LineageStep(
         stage="reference",
         package_version=__version__,
-        config=asdict(config),
+        config=public(asdict(config)),
         counts=_counts(records),
     )
 

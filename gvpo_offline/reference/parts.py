@@ -24,6 +24,7 @@ from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import BaseFile
 from gvpo_offline.store.parquet import open_parquet, read_row_group
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
+from gvpo_offline.store.within import path_within
 from gvpo_offline.store.writer import write_sidecar
 from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
@@ -159,4 +160,4 @@ def remove_parts(root: Path, stage: str) -> None:
             # First the record: a record whose file is missing is an error for the next run.
             path.unlink()
             for entry in files:
-                (root / entry.path).unlink(missing_ok=True)
+                path_within(root, entry.path).unlink(missing_ok=True)

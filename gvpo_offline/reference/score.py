@@ -54,6 +54,7 @@ from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.leftovers import stages_at_work
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import BaseFile, Manifest, ReferenceFamily
 from gvpo_offline.store.parquet import write_parquet
@@ -154,11 +155,12 @@ def score(
     del model, scorer
     if not here and torch.cuda.is_available():
         torch.cuda.empty_cache()  # free the memory for the models of the workers
-    records = run_parts(stage, worker_settings)
-    if records is None:
-        return Scored(family.fingerprint, None)
-    manifest = publish_reference(dataset.folder, family, config, records)
-    remove_parts(stage.root, stage.name)
+    with stages_at_work(stage.root):
+        records = run_parts(stage, worker_settings)
+        if records is None:
+            return Scored(family.fingerprint, None)
+        manifest = publish_reference(dataset.folder, family, config, records)
+        remove_parts(stage.root, stage.name)
     return Scored(family.fingerprint, manifest)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.compute.settings import ModelSettings
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import positive, required
 from gvpo_offline.stream.settings import ResponseSettings
 
@@ -40,3 +41,4 @@ class ReferenceConfig(ModelSettings):
     def __post_init__(self) -> None:
         required("dataset", self.dataset)
         positive("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch)
+        check_ranges(self)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.report.page.blocks import Page
+from gvpo_offline.visible import visible_json
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Report:
 
     def json_text(self) -> str:
         """The facts as the text of a JSON file."""
-        return json.dumps(self.facts, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+        text = json.dumps(self.facts, ensure_ascii=False, allow_nan=False, indent=1)
+        return visible_json(text) + "\n"
 
 
 def json_value(value: Any) -> Any:

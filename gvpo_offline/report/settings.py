@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import positive, required
 from gvpo_offline.store.location import RemoteSettings
 
@@ -96,3 +97,4 @@ class ReportSettings:
             raise ConfigError(
                 "near_duplicate_groups is not negative", received=self.near_duplicate_groups
             )
+        check_ranges(self)

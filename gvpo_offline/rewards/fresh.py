@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.files import read_text
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.settings import load_yaml
 from gvpo_offline.workers.settings import WorkerSettings
@@ -77,7 +77,7 @@ def _read(path: str, setting: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = load_yaml(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{setting} is the path of a YAML file, or its content",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.files import check_file
 from gvpo_offline.group import FloatArray
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.rewards.cases import ScoringInput
@@ -229,6 +230,7 @@ def _source(function: Any) -> str | None:
 
 def _load_file(path: Path) -> Any:
     """Import a file as a module; its folder is added to sys.path for its own imports."""
+    check_file(path)
     path = path.resolve()
     name = f"gvpo_offline_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

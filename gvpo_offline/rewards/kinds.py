@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.limits import ANSWER_BYTES
 from gvpo_offline.openai.client import OPERATIONAL
 from gvpo_offline.settings import label_numbers
 
@@ -42,7 +43,9 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 class _Settings(BaseModel):
     # pydantic would reserve names that begin with model_, such as model_name_or_path.
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     weight: Weight = Field(
         default=1.0, description="Factor of the scorer's numbers in the weighted sum."
@@ -204,6 +207,11 @@ class _JudgeServerSettings(_Settings):
         gt=0,
         description="Seconds that a server which has answered may be unreachable, as while it "
         "restarts, before the run stops. One that has never answered is given up after 5 tries.",
+    )
+    max_answer_bytes: int = Field(
+        default=ANSWER_BYTES,
+        gt=0,
+        description="Most bytes of an answer, decompressed; a longer one has failed.",
     )
 
     @model_validator(mode="after")

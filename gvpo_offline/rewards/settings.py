@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import check_name, required
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class RewardConfig:
         check_name("name", self.name)
         if self.missing is not None and not math.isfinite(self.missing):
             raise ConfigError("missing is a finite number, or null", received=self.missing)
+        check_ranges(self)
 
     def settings(self) -> dict[str, ScorerSettings]:
         """Settings of the scorers, by name.

@@ -26,9 +26,11 @@ from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings, TransformSettings
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.weighted import WeightedScorers
+from gvpo_offline.secret_settings import public
 from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
+from gvpo_offline.store.leftovers import stages_at_work
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import LineageStep, Manifest, RewardFamily
 from gvpo_offline.store.schema import rewards_schema
@@ -98,6 +100,18 @@ def run_reward(config: RewardConfig, worker_settings: WorkerSettings) -> RewardR
     described = scorers.identity(config.missing)
     if (existing := _existing(dataset, config.name, described)) is not None:
         return RewardResult(existing, _counted(dataset, existing), {})
+    with stages_at_work(dataset.folder):
+        return _scored(dataset, config, scorers, described, worker_settings)
+
+
+def _scored(
+    dataset: GroupDataset,
+    config: RewardConfig,
+    scorers: WeightedScorers,
+    described: dict[str, Any],
+    worker_settings: WorkerSettings,
+) -> RewardResult | None:
+    """Score the files that are not committed, and publish the reward; see `run_reward`."""
     stage = RewardStage(dataset, config, scorers, sha256_json(described))
     try:
         prepared = [
@@ -277,7 +291,7 @@ def _publish(
                 version,
                 ", ".join(f"{f.name}@{f.version}" for f in same_name),
             )
-        settings = asdict(config)
+        settings = public(asdict(config))
         del settings["dataset"]  # the dataset may be moved
         step = LineageStep(
             stage="reward",

@@ -136,6 +136,10 @@ def _sample(settings: RequestSettings, choice: AnswerChoice, request: SampleRequ
     )
 
 
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in value)
+
+
 def _token_ids(choice: AnswerChoice, prompt: Prompt) -> Int32Array:
     ids = choice.token_ids
     if ids is None:
@@ -147,6 +151,8 @@ def _token_ids(choice: AnswerChoice, prompt: Prompt) -> Int32Array:
     if not ids:
         raise BadAnswerError("an empty list of token ids")
     sent = choice.prompt_token_ids
+    if sent is not None and not _is_ids(sent):
+        raise BadAnswerError(f"prompt_token_ids that are {str(sent)[:80]}")
     if sent is not None and sent != prompt.token_ids.tolist():
         raise ConfigError(
             "with return_token_ids the server's tokenizer and template are the dataset's",

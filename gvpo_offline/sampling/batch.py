@@ -20,7 +20,8 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import text_key
 from gvpo_offline.importing.sources.files import JsonLines
 from gvpo_offline.importing.sources.inputs import find_sources
-from gvpo_offline.openai.answer import BadAnswerError, result_body
+from gvpo_offline.limits import ANSWER_NESTING, Limits, bounded_lines, parse_json
+from gvpo_offline.openai.answer import BadAnswerError, result_body, valid
 from gvpo_offline.sampling.answers import endpoint, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
 from gvpo_offline.sampling.settings import BatchSettings
@@ -142,10 +143,12 @@ def _custom_ids(path: Path) -> Iterator[tuple[int, str]]:
     """The byte offset and the custom_id of each line of a result file."""
     offset = 0
     with path.open("rb") as file:
-        for row, line in enumerate(file):
+        for row, line in enumerate(bounded_lines(file, Limits().row_bytes, path)):
             if not line.isspace():
                 try:
-                    name = json.loads(line)["custom_id"]
+                    name = parse_json(line, nesting=ANSWER_NESTING)["custom_id"]
+                except DataError as error:
+                    raise error.replaced(file=path, row=row) from error
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         "a line of a result file is a JSON object with a custom_id",
@@ -154,5 +157,5 @@ def _custom_ids(path: Path) -> Iterator[tuple[int, str]]:
                         file=path,
                         row=row,
                     ) from error
-                yield offset, str(name)
+                yield offset, valid(str(name))
             offset += len(line)

@@ -140,7 +140,7 @@ def prepare_prompts(
         IntegrityError: an input is damaged.
     """
     root = Path(config.output_dir)
-    sources = prompt_sources(config.inputs, config.prompt_column)
+    sources = prompt_sources(config.inputs, config.prompt_column, config.limits)
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
     drops = config.overlong_prompts == "drop"

@@ -23,9 +23,12 @@ from gvpo_offline.sampling.settings import BatchSettings, SampleConfig, recorded
 from gvpo_offline.sampling.stage import Sampler, SampleStage
 from gvpo_offline.sampling.system_prompts import PromptsUnderSystem, system_prompts
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer
+from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog
+from gvpo_offline.store.leftovers import stages_at_work
 from gvpo_offline.store.location import local_folder
 from gvpo_offline.store.manifest import Manifest, load_manifest, manifest_versions
+from gvpo_offline.store.within import path_within
 from gvpo_offline.store.writer import claim_folder
 from gvpo_offline.workers.run import run_stage
 from gvpo_offline.workers.settings import WorkerSettings
@@ -34,7 +37,7 @@ from gvpo_offline.workers.settings import WorkerSettings
 _VERSION = 1
 _CAUSES_SHOWN = 3
 _WITHOUT_LOGPROBS = "without_sampler_logprobs"
-_NOT_RECORDED = ("output_dir", "show_progress", "samplers")
+_NOT_RECORDED = ("output_dir", "show_progress", "samplers", "limits")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,13 @@ def run_sample(config: SampleConfig, worker_settings: WorkerSettings | None = No
     # Resolved, since workers may have another working directory.
     root = local_folder("output_dir", config.output_dir).resolve()
     claim_folder(root)
+    with stages_at_work(root):
+        return _run_in(config, root, worker_settings)
+
+
+def _run_in(
+    config: SampleConfig, root: Path, worker_settings: WorkerSettings | None
+) -> SampleResult:
     run = _Run(config, root)
     if (finished := run.finished()) is not None:
         return replace(run.result(finished), without_logprobs=run.gaps_of(finished))
@@ -247,7 +257,8 @@ class _Run:
             given: the samplers that have responses.
             logprobs: as for `SampledRows`.
         """
-        settings = {k: v for k, v in asdict(self.config).items() if k not in _NOT_RECORDED}
+        config = public(asdict(self.config))
+        settings = {k: v for k, v in config.items() if k not in _NOT_RECORDED}
         missing = {name: causes.total() for name, causes in found.gaps.items()}
         sources = [
             SampledRows(
@@ -300,4 +311,4 @@ def _sweep(root: Path) -> None:
     for folder in ("samples", "prompts"):
         for path in (root / folder).rglob("*"):
             if path.is_file() and path not in kept:
-                path.unlink()
+                path_within(root, str(path.relative_to(root))).unlink()

@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Literal
 from gvpo_offline.compute.settings import ModelSettings
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.identity import identity_settings
+from gvpo_offline.limits import Limits
 from gvpo_offline.openai.client import OPERATIONAL, ServerSettings
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import required
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -70,6 +72,7 @@ class SamplingSettings:
                 received=f"responses: {self.responses}",
                 remedy="set responses: 1, or a temperature",
             )
+        check_ranges(self)
 
     @property
     def ready(self) -> bool:
@@ -107,6 +110,7 @@ class TransformersSettings(SamplingSettings, ModelSettings):
         super().__post_init__()
         _check("batch_size", self.batch_size, self.batch_size > 0, "positive")
         _check("max_batch_tokens", self.max_batch_tokens, self.max_batch_tokens > 0, "positive")
+        check_ranges(self)
 
 
 @dataclass(kw_only=True)
@@ -162,6 +166,7 @@ class RequestSettings(SamplingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("n_per_request", self.n_per_request, self.n_per_request > 0, "positive")
+        check_ranges(self)
 
 
 @dataclass(kw_only=True)
@@ -199,6 +204,7 @@ class BatchSettings(RequestSettings):
         super().__post_init__()
         _check("requests_per_file", self.requests_per_file, self.requests_per_file > 0, "positive")
         _check("n_per_request", self.n_per_request, self.n_per_request == 1, "1 in a batch file")
+        check_ranges(self)
 
     @property
     def ready(self) -> bool:
@@ -254,6 +260,8 @@ class SampleConfig:
     Then one response to each prompt is enough."""
     prompts_per_task: int = 64
     """Number of prompts of a task, the unit of commits and of what an interrupted run repeats."""
+    limits: Limits = field(default_factory=Limits)
+    """Bounds on what a file of prompts may hold (docs/reference/limits.md)."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -271,6 +279,7 @@ class SampleConfig:
                 remedy="raise responses, name another sampler, or, to merge with other responses "
                 "to the prompts, set keep_singletons: true",
             )
+        check_ranges(self)
 
     def parsed(self) -> dict[str, SamplingSettings]:
         """The settings of each sampler, by name."""

@@ -19,6 +19,7 @@ from gvpo_offline.group import Group, Int32Array
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.limits import Limits
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.incomplete import incomplete_dataset
 from gvpo_offline.store.location import is_url, local_path
@@ -99,12 +100,15 @@ class WaitingPrompt(dict[str, Any]):
             )
 
 
-def prompt_sources(inputs: Sequence[str] | str, column: str) -> list[Source]:
+def prompt_sources(
+    inputs: Sequence[str] | str, column: str, limits: Limits | None = None
+) -> list[Source]:
     """The inputs of `sample`: as `find_sources`, and folders of datasets.
 
     Args:
         inputs: paths, globs, hub names, and folders of datasets with incomplete groups.
         column: name of the prompt's column.
+        limits: as for `find_sources`.
 
     Raises:
         DataError: a dataset has no incomplete groups; and as `find_sources`.
@@ -115,7 +119,7 @@ def prompt_sources(inputs: Sequence[str] | str, column: str) -> list[Source]:
         if own:
             found += [_waiting(name, column) for name in dict.fromkeys(several)]
         else:
-            found += find_sources(list(several))
+            found += find_sources(list(several), limits=limits)
     return found
 
 

@@ -24,6 +24,7 @@ from gvpo_offline.store.manifest import (
     Sidecar,
 )
 from gvpo_offline.store.parquet import footer_sha256, open_parquet
+from gvpo_offline.store.row_group_sizes import RowGroups
 from gvpo_offline.store.schema import GROUPS_COLUMNS, TRAINING_COLUMNS
 from gvpo_offline.store.sidecar_choice import RewardChoice, WeightedReward
 
@@ -79,7 +80,7 @@ def _base_file(path: Path, *, hashed: bool) -> tuple[set[str], BaseFile]:
             path=str(path),
             sha256=sha256_file(path) if hashed else "",
             bytes=path.stat().st_size,
-            row_groups=tuple(
+            row_groups=RowGroups(
                 metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
             ),
             footer_sha256=footer_sha256(path),

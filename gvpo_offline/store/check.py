@@ -16,6 +16,7 @@ from gvpo_offline.group import Group
 from gvpo_offline.hashing import text_keys
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.arrow import column_array, groups_from_table, prompt_hashes
+from gvpo_offline.store.columns import check_logprobs
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.row_groups import PrefetchedRowGroups
 
@@ -60,6 +61,7 @@ def check_groups(
                 vocab_size=vocab_size,
                 incomplete=incomplete,
             )
+        check_logprobs(table, column_array(table, "response_token_ids"), location)
         for name in _LENGTHS:
             if name in table.column_names:
                 _check_lengths(table, name, groups, location.of_row)

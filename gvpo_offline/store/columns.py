@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.rules import LOGPROB_REMEDY, LOGPROB_RULE, impossible_logprobs
 from gvpo_offline.store.arrow import as_numpy, list_from_lengths
 from gvpo_offline.store.schema import Column
 
@@ -135,6 +136,35 @@ def check_scalars(
             f"a {_SCALARS[name]} is a finite number",
             received=f"{value} for response {response}",
             remedy="score the response again, or leave it out of the log",
+            **location.of_row(table, row),
+        )
+
+
+def check_logprobs(
+    table: pa.Table, response_token_ids: pa.ListArray, location: RowGroupLocation
+) -> None:
+    """Check that each reference log-prob is one that a model can give; NaN stands for none.
+
+    Args:
+        table: with `group_id`, and perhaps `ref_seq_logprobs`.
+        response_token_ids: of the same rows.
+        location: location of the row group.
+
+    Raises:
+        DataError: a log-prob is above 0 by more than rounding, or absurdly low.
+    """
+    if "ref_seq_logprobs" not in table.column_names:
+        return
+    values = as_numpy(pc.list_flatten(table.column("ref_seq_logprobs")).combine_chunks())
+    lengths = as_numpy(pc.list_value_length(response_token_ids.flatten()))
+    bad = np.flatnonzero(impossible_logprobs(values, lengths))
+    if len(bad):
+        ends = np.cumsum(as_numpy(pc.list_value_length(response_token_ids)))
+        row = int(np.searchsorted(ends, bad[0], side="right"))
+        raise DataError(
+            LOGPROB_RULE,
+            received=f"{values[bad[0]]} for a response of {lengths[bad[0]]} tokens",
+            remedy=LOGPROB_REMEDY,
             **location.of_row(table, row),
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gvpo_offline.errors import ConfigError, DataError, StorageError
+from gvpo_offline.errors import ConfigError, DataError, IntegrityError, StorageError
 from gvpo_offline.files import fsync_folder, make_folder, storage_errors, temporary_name
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.store.manifest import (
@@ -28,9 +28,17 @@ from gvpo_offline.store.manifest import (
     read_twice,
 )
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
+from gvpo_offline.store.within import (
+    check_entries,
+    check_regular,
+    path_within,
+    read_regular,
+)
+from gvpo_offline.system_errors import raise_translated
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _HASH_DIGITS = 12
+_DELETE = "delete it: its task will be done again"
 
 
 class TaskRecord(BaseModel):
@@ -141,18 +149,25 @@ def verify_file(root: Path, entry: FileEntry, *, content: bool = True) -> None:
     """Check a file's presence, size and (with `content`) SHA-256 against its entry.
 
     Raises:
-        IntegrityError: the file is missing, shortened or altered. After a mismatch the file is read
-            a second time, so that a transient read error does not end a run.
+        IntegrityError: the file is missing, shortened or altered, or no regular file. After a
+            mismatch the file is read a second time, so that a transient read error does not end a
+            run.
     """
-    path = root / entry.path
-    if not path.is_file():
-        raise missing(path)
-    entry.check_size(path.stat().st_size, path)
+    verify_at(root / entry.path, entry, content=content)
+
+
+def verify_at(path: Path, entry: FileEntry, *, content: bool = True) -> None:
+    """As `verify_file`, of a file at `path`."""
+    try:
+        entry.check_size(check_regular(path).st_size, path)
+    except FileNotFoundError as error:
+        raise missing(path) from error
 
     def check() -> None:
         try:
             found = sha256_file(path)
         except OSError as error:
+            raise_translated(error, path)
             raise damaged("the file can be read", error, path) from error
         entry.check_sha256(found, path)
 
@@ -170,7 +185,10 @@ class TaskLog:
 
     def exists(self, task: str) -> bool:
         """Whether a task is committed; its files are not checked."""
-        return (self.folder / f"{task}.json").exists()
+        return os.path.lexists(self._path(task))
+
+    def _path(self, task: str) -> Path:
+        return path_within(self.root, f"commits/{self.stage}/{task}.json")
 
     def committed(self, task: str) -> TaskRecord | None:
         """The record of a committed task, its files verified; None if it is not committed.
@@ -178,10 +196,9 @@ class TaskLog:
         Raises:
             IntegrityError: the record or one of its files is damaged.
         """
-        path = self.folder / f"{task}.json"
-        if not path.exists():
+        record = self.peek(task)
+        if record is None:
             return None
-        record = read_record(path)
         for entry in record.entries():
             verify_file(self.root, entry)
         return record
@@ -192,12 +209,12 @@ class TaskLog:
         Raises:
             IntegrityError: the record is damaged.
         """
-        path = self.folder / f"{task}.json"
-        return read_record(path) if path.exists() else None
+        path = self._path(task)
+        return read_record(path) if os.path.lexists(path) else None
 
     def commit(self, record: TaskRecord) -> TaskRecord:
         """Commit `record`; returns the committed record, which may be that of another attempt."""
-        path = self.folder / f"{record.task}.json"
+        path = self._path(record.task)
         if create_only(path, sealed_text("record", record)):
             return record
         winner = self.committed(record.task)
@@ -209,9 +226,20 @@ def read_record(path: Path) -> TaskRecord:
     """A commit record; its files are not checked.
 
     Raises:
-        IntegrityError: it is damaged.
+        IntegrityError: it is damaged, is the record of another task or stage, or names a file
+            outside the dataset.
     """
     rule = "a commit record follows schemas/commit.schema.json"
-    remedy = "delete it: its task will be done again"
-    sealed = parse_json(path.read_bytes(), path, rule, remedy)
-    return unsealed(TaskRecord, "record", sealed, path, rule, remedy)
+    with storage_errors(path):
+        content = read_regular(path)
+    sealed = parse_json(content, path, rule, _DELETE)
+    record = unsealed(TaskRecord, "record", sealed, path, rule, _DELETE)
+    check_entries(record.entries(), path)
+    if (record.stage, record.task) != (path.parent.name, path.stem):
+        raise IntegrityError(
+            f"the record of task {path.stem} of stage {path.parent.name} lies at this path",
+            received=f"a record of task {record.task} of stage {record.stage}",
+            remedy=_DELETE,
+            file=path,
+        )
+    return record

@@ -28,14 +28,9 @@ from gvpo_offline.store.columns import (
     response_counts,
 )
 from gvpo_offline.store.location import RemoteSettings, local_folder
-from gvpo_offline.store.manifest import (
-    RESTORE,
-    FileEntry,
-    Manifest,
-    ReferenceFamily,
-    Sidecar,
-)
+from gvpo_offline.store.manifest import RESTORE, FileEntry, Manifest, ReferenceFamily, Sidecar
 from gvpo_offline.store.parquet import Shard, read_row_group
+from gvpo_offline.store.row_group_sizes import are_many, rows_before, size_array
 from gvpo_offline.store.schema import (
     GROUPS_COLUMNS,
     REFERENCE_COLUMNS,
@@ -125,8 +120,10 @@ class GroupDataset(ShownDataset):
     def row_group_sizes(self) -> npt.NDArray[np.int64]:
         """(n_row_groups,) int64, the number of groups in each row group."""
         files = self.manifest.groups
+        # Claims of a manifest take memory from here on, so the large ones are compared with files.
+        self.storage.verify((f for f in files if are_many(f.row_groups)), content=False)
         # Cached because most files have the same sizes.
-        array = functools.cache(lambda sizes: np.array(sizes, np.int64))
+        array = functools.cache(size_array)
         return np.concatenate([np.zeros(0, np.int64), *(array(f.row_groups) for f in files)])
 
     @functools.cached_property
@@ -137,12 +134,12 @@ class GroupDataset(ShownDataset):
     @property
     def n_groups(self) -> int:
         """Groups of the dataset."""
-        return int(self.row_group_sizes.sum())
+        return self.manifest.n_groups
 
     @property
     def n_row_groups(self) -> int:
         """Row groups of the dataset."""
-        return len(self.row_group_sizes)
+        return int(self._first_row_group[-1])
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -270,7 +267,7 @@ class GroupDataset(ShownDataset):
         return self._location_in(entry, local)
 
     def _location_in(self, entry: FileEntry, local: int) -> RowGroupLocation:
-        return RowGroupLocation(self.storage.name(entry.path), sum(entry.row_groups[:local]))
+        return RowGroupLocation(self.storage.name(entry.path), rows_before(entry.row_groups, local))
 
     def _read(
         self,

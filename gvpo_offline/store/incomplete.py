@@ -49,7 +49,7 @@ def incomplete_dataset(storage: Path | Storage, manifest: Manifest) -> GroupData
         return None
     files = [
         # The files do not record their tokens; nothing reads the number here.
-        BaseFile(**entry.model_dump(), n_responses=entry.rows, n_tokens=0)
+        BaseFile(**entry.model_dump(mode="json"), n_responses=entry.rows, n_tokens=0)
         for entry in held.files
     ]
     inline = [Sidecar(base_sha256=file.sha256, file=file) for file in files]

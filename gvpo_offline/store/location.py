@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 
 # Chained fsspec file systems as well: `zip::s3://…`.
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
@@ -31,6 +32,10 @@ class RemoteSettings:
     """Timeout in seconds of a request for at most 8 MB; the request is then retried."""
     attempts: int = 6
     """Attempts per request, with growing pauses, before the run stops."""
+    redirects: Literal["same", "any"] = "same"
+    """Redirects of http servers to follow. same: to the same host, port and scheme; another one is
+    an error. any: everywhere, as a server of signed URLs needs it; headers of storage_options, save
+    Authorization, then go to every server."""
 
     def __post_init__(self) -> None:
         if not self.cache_gb >= 0:
@@ -38,6 +43,7 @@ class RemoteSettings:
         for name in ("timeout", "attempts"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"remote.{name} is positive", received=getattr(self, name))
+        check_ranges(self, "remote.")
 
 
 def is_url(path: str | Path) -> bool:

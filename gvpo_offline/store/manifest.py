@@ -7,62 +7,35 @@ can still be opened.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    GetPydanticSchema,
-    PlainSerializer,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
-from pydantic_core import core_schema
 
-from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.errors import DataError, IntegrityError, StorageError
+from gvpo_offline.files import storage_errors
 from gvpo_offline.store.reference_selection import ReferenceSelection
+from gvpo_offline.store.row_group_sizes import RowGroupSizes, n_rows
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
+from gvpo_offline.store.within import check_entries, read_regular
 
 Result = TypeVar("Result")
 
 _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
 RESTORE = "restore the file from a copy"
-_LONGEST_RUN = 2**24  # more row groups than fit into a Parquet footer
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-@functools.lru_cache(maxsize=256)  # most files of a dataset have the same row group sizes
-def _written_out(sizes: tuple[int | tuple[int, int], ...]) -> tuple[int, ...]:
-    pairs = ((size, 1) if isinstance(size, int) else size for size in sizes)
-    return tuple(itertools.chain.from_iterable([size] * times for size, times in pairs))
-
-
-def _in_runs(sizes: tuple[int, ...]) -> list[int | tuple[int, int]]:
-    """Run-length encoding: consecutive equal sizes become `[size, times]`."""
-    runs = ((size, len(list(same))) for size, same in itertools.groupby(sizes))
-    return [size if times == 1 else (size, times) for size, times in runs]
-
-
-_Run = tuple[int, Annotated[int, Field(gt=0, le=_LONGEST_RUN)]]
-RowGroupSizes = Annotated[
-    tuple[int, ...],
-    GetPydanticSchema(
-        lambda _, handler: core_schema.no_info_after_validator_function(
-            _written_out, handler(tuple[int | _Run, ...])
-        )
-    ),
-    PlainSerializer(_in_runs, when_used="json"),
-]
 
 
 class FileEntry(_Record):
@@ -85,7 +58,7 @@ class FileEntry(_Record):
     @property
     def rows(self) -> int:
         """Rows of the file: one per group."""
-        return sum(self.row_groups)
+        return n_rows(self.row_groups)
 
     def check_size(self, size: int, file: Path | str) -> None:
         """Raise IntegrityError unless `size` is the length of the file in the manifest."""
@@ -126,7 +99,7 @@ def read_twice(read: Callable[[], Result]) -> Result:
     """
     try:
         return read()
-    except IntegrityError:
+    except (IntegrityError, StorageError):
         return read()
 
 
@@ -280,10 +253,14 @@ class Manifest(_Record):
         """Every file that the version names, once each: groups, rewards, references, incomplete
         groups.
         """
+        return list({entry.path: entry for entry in self.entries()}.values())
+
+    def entries(self) -> list[FileEntry]:
+        """As `files`, but a file as often as it is named."""
         families = [f.files for f in self.rewards] + [f.files for f in self.references]
         sidecars = [sidecar.file for files in families for sidecar in files]
         waiting = [] if self.incomplete is None else self.incomplete.files
-        return list({entry.path: entry for entry in [*self.groups, *sidecars, *waiting]}.values())
+        return [*self.groups, *sidecars, *waiting]
 
 
 class SealedManifest(_Record):
@@ -333,7 +310,9 @@ def load_manifest(root: Path, version: int | None = None) -> Manifest:
         IntegrityError: the file cannot be parsed, was altered, or is of a newer schema.
     """
     path = manifest_path(root, choose_version(manifest_versions(root), version, root))
-    return parse_manifest(path.read_bytes(), path)
+    with storage_errors(path):
+        content = read_regular(path)
+    return parse_manifest(content, path)
 
 
 def choose_version(versions: Sequence[int], version: int | None, root: Path | str) -> int:
@@ -358,7 +337,34 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
     sealed = parse_json(data, path, rule, RESTORE)
     _refuse_newer(sealed, path)
-    return unsealed(Manifest, "manifest", sealed, path, rule, RESTORE)
+    manifest = unsealed(Manifest, "manifest", sealed, path, rule, RESTORE)
+    check_manifest(manifest, path)
+    return manifest
+
+
+def check_manifest(manifest: Manifest, path: Path | str) -> None:
+    """Check what a manifest says of its files and of itself, before anything is opened.
+
+    Args:
+        manifest: the manifest.
+        path: of its file, whose name has its version.
+
+    Raises:
+        IntegrityError: see `within.check_entries`; or the manifest is of another version than its
+            file, or names a groups file twice.
+    """
+    check_entries(manifest.entries(), path)
+    named = version_of(str(path).rsplit("/", 1)[-1])
+    if named is not None and named != manifest.version:
+        raise damaged(
+            f"the file holds version {named} of the dataset, as its name says",
+            f"version {manifest.version}",
+            path,
+        )
+    for files in ([f.path for f in manifest.groups], [f.sha256 for f in manifest.groups]):
+        if len(set(files)) < len(files):
+            twice = next(each for each in files if files.count(each) > 1)
+            raise damaged("a manifest names each groups file once", f"{twice} twice", path)
 
 
 def _refuse_newer(sealed: Any, path: Path | str) -> None:

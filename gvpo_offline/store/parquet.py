@@ -22,13 +22,16 @@ from gvpo_offline.errors import GVPOError
 from gvpo_offline.store.arrow import as_numpy
 from gvpo_offline.store.commit import write_hashed
 from gvpo_offline.store.manifest import FileEntry, check_footer, damaged
+from gvpo_offline.store.row_group_sizes import RowGroups
+from gvpo_offline.store.within import check_regular, path_within
+from gvpo_offline.system_errors import raise_translated
 
 ROWS_PER_ROW_GROUP = 256
 _DICTIONARY_COLUMNS = ["source", "samplers.list.element"]
 _ZSTD_LEVEL = 3
 _TAIL_BYTES = 8  # length of the footer, and "PAR1"
 # Raised by pyarrow where a footer or a page does not decode.
-UNREADABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
+UNREADABLE = (OSError, pa.ArrowException, UnicodeError)
 
 
 class Shard(Protocol):
@@ -58,6 +61,7 @@ def write_parquet(
 
     Raises:
         StorageError: the disk is full; the temporary file is removed.
+        IntegrityError: `folder` is a link that leaves `root`.
     """
     sizes: list[int] = []
 
@@ -76,12 +80,13 @@ def write_parquet(
                     writer.write_table(table, row_group_size=table.num_rows)
                     sizes.append(table.num_rows)
 
-    path, digest = write_hashed(root / folder, stem, ".parquet", write)
+    target = path_within(root, f"{folder}/{stem}.parquet")
+    path, digest = write_hashed(target.parent, stem, ".parquet", write)
     return FileEntry(
         path=str(path.relative_to(root)),
         sha256=digest,
         bytes=path.stat().st_size,
-        row_groups=tuple(sizes),
+        row_groups=RowGroups(sizes),
         footer_sha256=footer_sha256(path),
     )
 
@@ -107,9 +112,11 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
         footer: `footer_sha256` of the file when it was written, if known.
 
     Raises:
-        IntegrityError: the file is missing, or its footer is another or does not decode.
+        IntegrityError: the file is missing or no regular file, or its footer is another or does not
+            decode.
     """
     try:
+        check_regular(path)
         check_footer(footer, footer_sha256(path) if footer else "", path)
         file = pq.ParquetFile(path, page_checksum_verification=True)
         file.schema_arrow  # noqa: B018 - decodes the column names
@@ -117,6 +124,7 @@ def open_parquet(path: Path, footer: str | None = None) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise damaged("the file exists", "no such file", path) from error
     except UNREADABLE as error:
+        raise_translated(error, path)
         raise damaged("a shard is a readable Parquet file", error, path) from error
 
 
@@ -137,6 +145,8 @@ def read_row_group(file: Shard, path: Path | str, index: int, columns: Sequence[
             raise
         except (OSError, pa.ArrowException) as error:
             failure = error
+    assert failure is not None
+    raise_translated(failure, path)
     raise damaged(
         f"row group {index} decodes and its pages match their checksums", failure, path
     ) from failure

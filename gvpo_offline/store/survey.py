@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.rules import impossible_logprobs
 from gvpo_offline.store.arrow import column_array
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.row_groups import PrefetchedRowGroups, summary_columns
@@ -49,6 +50,7 @@ class Survey:
             may leave out; 0 if the dataset has no reference.
         unscored_groups: groups with at least one such response.
         first_unscored: row group, row within it and id of the first such group; None: no group.
+        first_impossible: the same of the first group with a reference log-prob that no model gives.
     """
 
     group_sizes: Counter[int] = field(default_factory=Counter)
@@ -70,6 +72,7 @@ class Survey:
     unscored_responses: int = 0
     unscored_groups: int = 0
     first_unscored: tuple[int, int, str] | None = None
+    first_impossible: tuple[int, int, str] | None = None
 
     @property
     def n_groups(self) -> int:
@@ -142,9 +145,8 @@ class Survey:
             longest_row=first.longest_row,
             unscored_responses=self.unscored_responses + other.unscored_responses,
             unscored_groups=self.unscored_groups + other.unscored_groups,
-            first_unscored=min(
-                filter(None, [self.first_unscored, other.first_unscored]), default=None
-            ),
+            first_unscored=_first(self.first_unscored, other.first_unscored),
+            first_impossible=_first(self.first_impossible, other.first_impossible),
         )
 
     def add(
@@ -203,12 +205,21 @@ class Survey:
     ) -> None:
         values, starts = _flat(table, "ref_seq_logprobs")
         missing = np.add.reduceat(np.isnan(values), starts, dtype=np.int64)
-        at = np.flatnonzero(missing)
         self.unscored_responses += int(missing.sum())
-        self.unscored_groups += len(at)
-        if len(at) and self.first_unscored is None:
+        self.unscored_groups += int(np.count_nonzero(missing))
+
+        def first(flags: npt.NDArray[Any]) -> tuple[int, int, str] | None:
+            at = np.flatnonzero(flags)
+            if not len(at):
+                return None
             row = int(at[0] if rows is None else rows[at[0]])
-            self.first_unscored = (row_group, row, table.column("group_id")[int(at[0])].as_py())
+            return row_group, row, table.column("group_id")[int(at[0])].as_py()
+
+        wrong = impossible_logprobs(values, _flat(table, "response_lengths")[0])
+        self.first_unscored = self.first_unscored or first(missing)
+        self.first_impossible = self.first_impossible or first(
+            np.add.reduceat(wrong, starts, dtype=np.int64)
+        )
 
     def _add_gaps(self, best: npt.NDArray[np.float64], worst: npt.NDArray[np.float64]) -> None:
         with np.errstate(over="ignore"):  # an infinite gap counts in the last bin
@@ -217,6 +228,12 @@ class Survey:
         self.equal_reward_groups += len(gaps) - len(unequal)
         bins = np.floor((np.log10(unequal) - _LOWEST_DECADE) * _BINS_PER_DECADE)
         np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1).astype(int), 1)
+
+
+def _first(
+    one: tuple[int, int, str] | None, other: tuple[int, int, str] | None
+) -> tuple[int, int, str] | None:
+    return min(filter(None, [one, other]), default=None)
 
 
 def _summed(one: Counter[Any], other: Counter[Any]) -> Counter[Any]:

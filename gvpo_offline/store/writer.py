@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gvpo_offline.store.manifest import (
     BaseFile,
     Manifest,
     Sidecar,
+    check_manifest,
     dump_manifest,
     load_manifest,
     manifest_path,
@@ -160,8 +162,9 @@ def claim_folder(root: Path) -> None:
     Raises:
         DataError: it holds files that do not belong to a dataset.
     """
-    if root.exists() and not root.is_dir():
-        raise DataError("the output is a folder", received="a file", file=root)
+    if os.path.lexists(root) and not root.is_dir():
+        found = "a link to nothing" if root.is_symlink() and not root.exists() else "a file"
+        raise DataError("the output is a folder", received=found, file=root)
     root.mkdir(parents=True, exist_ok=True)
     others = sorted(
         entry.name
@@ -201,6 +204,7 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> 
             assert newest is not None
             return newest
         manifest = built.model_copy(update={"version": version})
+        check_manifest(manifest, manifest_path(root, version))
         for entry in manifest.files():
             verify_file(root, entry, content=False)
         families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
+from gvpo_offline.secret_settings import public
 from gvpo_offline.settings import required
 from gvpo_offline.store.location import RemoteSettings
 
@@ -48,6 +50,7 @@ class ResponseSettings:
                 received=f"prefer: {self.prefer} without max_responses",
                 remedy="set max_responses, or leave prefer out",
             )
+        check_ranges(self)
 
 
 @dataclass(kw_only=True)
@@ -93,6 +96,7 @@ class DatasetSettings(SelectionSettings):
                 remedy="set it to a share of the draws, or leave it out for every dataset",
                 file=self.path,
             )
+        check_ranges(self)
 
 
 @dataclass
@@ -116,8 +120,8 @@ class SingleDatasetSettings(SelectionSettings):
         )
 
     def public(self) -> dict[str, Any]:
-        """The settings for files and logs, without the values of storage options."""
-        plain: dict[str, Any] = _without_options(asdict(self))
+        """The settings for files and logs, without storage options and credentials of URLs."""
+        plain: dict[str, Any] = public(asdict(self))
         return plain
 
 
@@ -155,6 +159,7 @@ class DataSettings(SingleDatasetSettings):
             )
         if self.eval_dataset and self.eval_datasets:
             raise ConfigError("a run has either `eval_dataset` or `eval_datasets`", received="both")
+        check_ranges(self)
 
     def training(self) -> list[DatasetSettings]:
         """The datasets to train on."""
@@ -171,15 +176,3 @@ class DataSettings(SingleDatasetSettings):
 
     def _filled(self, datasets: list[DatasetSettings]) -> list[DatasetSettings]:
         return [replace(item, remote=item.remote or self.remote) for item in datasets]
-
-
-def _without_options(settings: Any) -> Any:
-    """Plain settings with the values of storage options hidden, which may be passwords."""
-    if isinstance(settings, list):
-        return [_without_options(item) for item in settings]
-    if not isinstance(settings, dict):
-        return settings
-    return {
-        name: dict.fromkeys(value, "…") if name == "storage_options" else _without_options(value)
-        for name, value in settings.items()
-    }

@@ -15,6 +15,7 @@ from gvpo_offline.sampled_eval.result import METRICS
 from gvpo_offline.train.checkpoint import is_sealed
 
 logger = logging.getLogger(__name__)
+_WITHOUT_BEST = "restore the best checkpoint from a copy, or set load_best_model_at_end: false"
 
 
 def metric_names(
@@ -63,10 +64,14 @@ class BestCheckpointCallback(TrainerCallback):
 
     Args:
         is_of_run: whether a sealed checkpoint belongs to this run.
+        verify: raises ResumeError, with the remedy that it is given, if files of a checkpoint are
+            damaged; called on all ranks.
     """
 
-    def __init__(self, is_of_run: Callable[[Path], bool]) -> None:
-        self._is_of_run = is_of_run
+    def __init__(
+        self, is_of_run: Callable[[Path], bool], verify: Callable[[Path, str], None]
+    ) -> None:
+        self._is_of_run, self._verify = is_of_run, verify
         self.resumed_from: Path | None = None
 
     def on_train_begin(
@@ -75,7 +80,7 @@ class BestCheckpointCallback(TrainerCallback):
         """Set the best checkpoint of the state.
 
         Raises:
-            ResumeError: it is to be loaded at the end, and is nowhere.
+            ResumeError: it is to be loaded at the end, and is nowhere or damaged.
         """
         if self.resumed_from is None or not state.best_global_step:
             return
@@ -91,6 +96,8 @@ class BestCheckpointCallback(TrainerCallback):
             state.best_model_checkpoint = str(found)
             if written and Path(written) != found:
                 logger.info("the best checkpoint, recorded as %s, is %s", written, found)
+            if args.load_best_model_at_end and found.name != self.resumed_from.name:
+                self._verify(found, _WITHOUT_BEST)
             return
         state.best_model_checkpoint = None
         if written and args.load_best_model_at_end:

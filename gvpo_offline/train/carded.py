@@ -18,10 +18,12 @@ from gvpo_offline.errors import labelled
 from gvpo_offline.hub.markdown import code
 from gvpo_offline.identity import defaults_of
 from gvpo_offline.info.text import sampler_text
+from gvpo_offline.secret_settings import is_secret, public
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.model_card import CardDataset, CardFacts, read_card, write_card
 from gvpo_offline.train.sampled import SampledTrainer
+from gvpo_offline.train.saving import without_secrets
 from gvpo_offline.train.serving import name_rotary_base, portable_tokenizer, ready_to_serve
 from gvpo_offline.train.settings import GVPOSettings
 from gvpo_offline.version import __version__
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from gvpo_offline.reference.checks import PolicyFacts
     from gvpo_offline.train.data import TrainingData
 
-_SECRET = ("token", "key", "password", "secret")
 _EVAL = "eval_"
 # transformers sets them by the machine.
 _DERIVED = {"dataloader_pin_memory", "do_eval", "local_rank"}
@@ -157,7 +158,7 @@ class CardedTrainer(SampledTrainer):
         """As transformers, ready to be served; then the card, in place of PEFT's."""
         folder = Path(output_dir or self.args.output_dir)
         before = read_card(folder) if self.args.should_save else None
-        with ready_to_serve(self.model, self.processing_class):
+        with ready_to_serve(self.model, self.processing_class), without_secrets(self.args):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             name_rotary_base(folder)
@@ -214,8 +215,7 @@ def _own_settings(args: GVPOConfig, max_steps: int) -> dict[str, Any]:
     defaults = defaults_of(GVPOConfig)
     chosen = {}
     for name, value in {**args.to_dict(), "max_steps": max_steps}.items():
-        secret = any(part in name.lower().split("_") for part in _SECRET)
-        if name not in defaults or name in _DERIVED or secret:
+        if name not in defaults or name in _DERIVED or is_secret(name):
             continue
         usual = getattr(defaults[name], "value", defaults[name])
         if name == "accelerator_config" and (
@@ -226,7 +226,7 @@ def _own_settings(args: GVPOConfig, max_steps: int) -> dict[str, Any]:
         unset = usual in (None, "", "none") and not value
         plain = isinstance(value, str | int | float | bool | list | dict)
         if value != usual and plain and not unset:
-            chosen[name] = value
+            chosen[name] = public(value, name)
     return {"output_dir": args.output_dir, **chosen}
 
 
@@ -247,7 +247,7 @@ def run_settings(*settings: Any) -> dict[str, Any]:
     """The settings of model, data and adapter that differ from their defaults, as plain data."""
     chosen: dict[str, Any] = {}
     for each in settings:
-        plain = each.public() if hasattr(each, "public") else asdict(each)
+        plain = public(each.public() if hasattr(each, "public") else asdict(each))
         defaults = {
             name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
             for name, value in defaults_of(type(each)).items()

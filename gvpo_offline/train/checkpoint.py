@@ -21,9 +21,17 @@ from typing import Any
 
 from gvpo_offline.errors import ConfigError, ResumeError, StorageError
 from gvpo_offline.files import fsync_folder, storage_errors, temporary_name
+from gvpo_offline.train.checkpoint_files import (
+    HASHES,
+    SEAL,
+    check_files,
+    read_seal,
+    seal_text,
+    synced_hashes,
+)
 
 _logger = logging.getLogger(__name__)
-SEAL_NAME = "gvpo_checkpoint.json"
+SEAL_NAME = SEAL
 RUN_FILE = "gvpo_run.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -78,6 +86,7 @@ def begin_checkpoint(folder: Path) -> None:
         _remove(folder)
     folder.mkdir(parents=True)
     (folder / _MARKER_NAME).touch()
+    fsync_folder(folder)
 
 
 def rotate_sealed(output_dir: Path, limit: int | None, keep: Iterable[str]) -> None:
@@ -123,8 +132,9 @@ def seal_checkpoint(
     sharding: Mapping[str, Any] | None = None,
     resumable: bool = True,
     lines: Mapping[str, int] = MappingProxyType({}),
+    loss: Mapping[str, Any] | None = None,
 ) -> None:
-    """Flush the checkpoint's files to disk, then write the seal.
+    """Flush the checkpoint's files to disk and hash them, then write the seal.
 
     Args:
         folder: the folder that `begin_checkpoint` created and transformers filled.
@@ -133,23 +143,22 @@ def seal_checkpoint(
         sharding: `resharding.sharding_state` of this run.
         resumable: False if the optimizer state was not saved (save_only_model).
         lines: number of lines that the run's files of JSON lines have at this step, by file name.
+        loss: sums of the losses so far, by rank; `loss_sum.LossSum` makes and reads them.
     """
     begun = folder / _MARKER_NAME
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != begun)
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for inner in {path.parent for path in files} | {folder, folder.parent}:
-        fsync_folder(inner)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     content = {
         "step": step,
         "resumable": resumable,
         "identity": identity,
         "taken": sharding,
         "lines": dict(lines),
-        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
+        "files": sizes,
+        HASHES: synced_hashes(folder, sizes),
+        **({} if loss is None else {"loss": dict(loss)}),
     }
-    text = json.dumps(content, indent=1, sort_keys=True)
+    text = seal_text(content)
     written = temporary_name(folder, SEAL_NAME)
     with written.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -169,7 +178,9 @@ def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path | None:
             or the folder of a checkpoint.
 
     Raises:
-        ResumeError: there is none, or the named one is incomplete or was altered.
+        ResumeError: there is none, or it is incomplete; its seal, the size of a file or the step
+            of its state is wrong. The contents of its files are not read here: see
+            `checkpoint_files.faults`.
     """
     if wanted is True or wanted == "auto":
         whole = [folder for folder in checkpoint_folders(output_dir) if is_sealed(folder)]
@@ -183,6 +194,7 @@ def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path | None:
                 file=output_dir,
             )
         folder = whole[-1]
+        _check_later(folder)
     else:
         folder = Path(str(wanted))
         if not is_sealed(folder):
@@ -196,59 +208,54 @@ def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path | None:
     return folder
 
 
-def _read_seal(folder: Path) -> dict[str, Any]:
-    path = folder / SEAL_NAME
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: content[name] for name in ("resumable", "identity", "files")}
-        return {**found, "taken": content.get("taken"), "lines": content.get("lines", {})}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResumeError(
-            "the seal of a checkpoint is valid JSON with identity and files",
-            received=f"{type(error).__name__}: {error}",
-            remedy="resume from another checkpoint",
-            file=path,
-        ) from error
+def _check_later(newest: Path) -> None:
+    """Raise ResumeError if a later checkpoint is neither complete nor an interrupted save."""
+    folders = checkpoint_folders(newest.parent)
+    for folder in folders[folders.index(newest) + 1 :]:
+        if not is_sealed(folder) and not _is_interrupted(folder):
+            raise ResumeError(
+                f"a checkpoint has a seal ({SEAL_NAME}), or the mark of an interrupted save",
+                received="neither: its seal was removed, or another program wrote it",
+                remedy=f"restore the seal from a copy; or move {folder.name} away: the run then "
+                f"resumes from {newest.name}",
+                file=folder,
+            )
 
 
 def _check_files(folder: Path) -> None:
-    content = _read_seal(folder)
-    if not content["resumable"]:
+    if not read_seal(folder)["resumable"]:
         raise ResumeError(
             "resuming needs weights and optimizer state",
             received="weights alone (save_only_model)",
             remedy="start a new run from the weights: set model_name_or_path to this folder",
             file=folder,
         )
-    for name, size in content["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise ResumeError(
-                f"the checkpoint's file has {size} bytes",
-                received="no file" if found is None else f"{found} bytes",
-                remedy="resume from another checkpoint",
-                file=path,
-            )
+    check_files(folder)
 
 
 def read_sharding_state(folder: Path) -> dict[str, Any] | None:
     """The `sharding_state` of a complete checkpoint; None if its seal has none."""
-    taken: dict[str, Any] | None = _read_seal(folder)["taken"]
+    taken: dict[str, Any] | None = read_seal(folder)["taken"]
     return taken
+
+
+def read_losses(folder: Path) -> dict[str, Any] | None:
+    """Sums of losses in the seal of a complete checkpoint; None in one of an earlier version."""
+    losses: dict[str, Any] | None = read_seal(folder)["loss"]
+    return losses
 
 
 def read_line_counts(folder: Path) -> dict[str, int]:
     """Number of lines of the run's files at a complete checkpoint, by file name; {} in a seal of an
     earlier version.
     """
-    lines: dict[str, int] = _read_seal(folder)["lines"]
+    lines: dict[str, int] = read_seal(folder)["lines"]
     return lines
 
 
 def read_identity(folder: Path) -> dict[str, dict[str, Any]]:
     """The identity of the run that wrote a complete checkpoint, by part."""
-    identity: dict[str, dict[str, Any]] = _read_seal(folder)["identity"]
+    identity: dict[str, dict[str, Any]] = read_seal(folder)["identity"]
     return identity
 
 
@@ -263,7 +270,7 @@ def check_identity(
         defaults: the values of settings that are missing in the checkpoint or in `identity`; None
             for a missing setting without a default.
     """
-    saved = _read_seal(folder)["identity"]
+    saved = read_seal(folder)["identity"]
     now = json.loads(json.dumps(identity))
     differences = []
     for part in sorted({*saved, *now}):
@@ -352,5 +359,7 @@ def has_room(folder: Path) -> bool:
 
 
 def _discard(folder: Path) -> None:
-    if _FOLDER.match(folder.name) and folder.is_dir() and _is_interrupted(folder):
-        _remove(folder)
+    # Where nothing can be written, nothing can be removed: the folder stays and is ignored.
+    with contextlib.suppress(OSError):
+        if _FOLDER.match(folder.name) and folder.is_dir() and _is_interrupted(folder):
+            _remove(folder)

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -71,6 +72,7 @@ class GVPOConfig(GVPOSettings, SampledEvalSettings, TrainingArguments):
         GVPOSettings.__post_init__(self)
         check_sampled_settings(self)
         check_fields(self, TrainingArguments)
+        check_ranges(self)
         # transformers derives it; a copy with other settings must not keep it.
         do_eval: bool = vars(self)["do_eval"]
         use_cpu: bool = vars(self)["use_cpu"]

@@ -76,8 +76,8 @@ REFUSED = {
     "include_for_metrics": "leave it out: override `evaluate` to add metrics",
     "batch_eval_metrics": "leave it out: override `evaluate` to add metrics",
     "do_predict": "call trainer.predict, or run `gvpo-offline evaluate`",
-    "enable_jit_checkpoint": "set save_steps: a run that is killed resumes from its newest "
-    "complete checkpoint, with resume_from_checkpoint: auto",
+    "enable_jit_checkpoint": "leave it out: stop_signals (SIGTERM and SIGUSR1) save a complete "
+    "checkpoint at the end of the step, on all ranks; that of transformers would have no seal",
 }
 
 # Parts of accelerator_config that only accelerate's data loader and accumulation would read.

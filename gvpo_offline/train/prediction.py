@@ -19,8 +19,8 @@ from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.by_sampler import reduced_totals, sampler_metrics
-from gvpo_offline.train.checkpointing import CheckpointingTrainer
 from gvpo_offline.train.evaluation import Evaluation, held_out_statistics
+from gvpo_offline.train.guarded import GuardedTrainer
 from gvpo_offline.train.preflight import held_out_views
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _stored_ids(view: DatasetView) -> list[str]:
     return names
 
 
-class PredictingTrainer(CheckpointingTrainer):
+class PredictingTrainer(GuardedTrainer):
     """A Trainer that predicts: log-ratios of single responses."""
 
     engine: Engine

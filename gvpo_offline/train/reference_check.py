@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gvpo_offline.collectives import gather_results
 from gvpo_offline.compute.precision import Rounding
+from gvpo_offline.errors import IntegrityError
 from gvpo_offline.group import Group
 from gvpo_offline.reference.agreement import LogRatios, check_log_ratios
 from gvpo_offline.reference.checks import PolicyFacts
@@ -20,13 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 def starts_as_reference(policy: PolicyFacts, reference: ReferenceFamily, wanted: str) -> bool:
-    """Whether the policy must have the reference's log-probs before the first update.
+    """Whether the policy's log-probs are compared with the reference's before the first update.
 
     Args:
         policy, reference: facts of both.
         wanted: the setting `reference_check`.
     """
     same = policy.weights_sha256 == reference.weights_sha256
+    if wanted == "auto" and not reference.weights_sha256:
+        return True  # a file that does not say what model it is of: compared, see ReferenceMeter
     if wanted == "auto" and not same:
         logger.info(
             "the policy is not the reference (%s): log-ratios do not start at 0",
@@ -40,10 +43,13 @@ class ReferenceMeter:
 
     Args:
         rounding: of a log-prob in the coarser data type of policy and reference.
+        wanted: the setting `reference_check`. With auto, log-probs of an unknown model are allowed
+            to differ, with a warning: the policy may be meant to start elsewhere.
     """
 
-    def __init__(self, rounding: Rounding) -> None:
+    def __init__(self, rounding: Rounding, wanted: str = "error") -> None:
         self._rounding = rounding
+        self._wanted = wanted
         self._parts = [LogRatios(np.zeros(0), np.zeros(0), 0)]
 
     def add(self, groups: Sequence[Group], logprobs_R: Tensor) -> None:
@@ -61,7 +67,19 @@ class ReferenceMeter:
         """
         own = LogRatios.joined(self._parts)
         found = LogRatios.joined(gather_results(lambda: own))
-        check_log_ratios(found, policy, reference, self._rounding)
+        try:
+            check_log_ratios(found, policy, reference, self._rounding)
+        except IntegrityError as error:
+            if self._wanted != "auto" or reference.weights_sha256:
+                raise
+            logger.warning(
+                "the file does not say what model its reference log-probs are of, and they are not "
+                "those of the policy: log-ratios of %s. A policy that is meant to start as the "
+                "reference has log-ratios of 0: in that case stop, and %s",
+                error.received,
+                error.remedy,
+            )
+            return
         if len(found.nats) and policy.coarsest_dtype != "float32" and len(self._parts) > 1:
             size = float(np.sqrt(np.square(found.nats).mean()))
             logger.info("log-ratios at the start: root mean square %.2g nats, by rounding", size)

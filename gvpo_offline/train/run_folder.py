@@ -115,7 +115,7 @@ def read_events(run: str | Path) -> list[Line]:
     """The events of a run, oldest first; [] if it has no events.jsonl.
 
     Each has `time` (ISO 8601, UTC), `step` and `kind`: start, resume, warning, checkpoint,
-    evaluation, samples, residuals or end.
+    evaluation, samples, residuals, skipped, nonfinite or end.
 
     Raises:
         DataError, IntegrityError: as `read_metrics`.

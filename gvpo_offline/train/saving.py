@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gvpo_offline.compute.adapters import is_adapted
 from gvpo_offline.compute.loading import first_line
 from gvpo_offline.errors import ConfigError, StorageError
 from gvpo_offline.files import storage_errors
+from gvpo_offline.secret_settings import is_secret
 from gvpo_offline.train.checkpoint import has_room
 from gvpo_offline.train.model_card import read_card
 
@@ -102,8 +103,21 @@ def check_savable(
             if part is not None:
                 with _saving(name, Path(folder)):
                     part.save_pretrained(folder)
-        with _saving("training settings", Path(folder)):
+        with _saving("training settings", Path(folder)), without_secrets(args):
             torch.save(args, Path(folder) / "training_args.bin")
+
+
+@contextlib.contextmanager
+def without_secrets(args: TrainingArguments) -> Iterator[None]:
+    """A context in which the secrets of training settings, which are pickled there, are not set."""
+    held = {name: own for name, own in vars(args).items() if own and is_secret(name)}
+    try:
+        for name in held:
+            setattr(args, name, None)
+        yield
+    finally:
+        for name, own in held.items():
+            setattr(args, name, own)
 
 
 @contextlib.contextmanager

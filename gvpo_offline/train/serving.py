@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gvpo_offline.chat.encoder import Encoder
 from gvpo_offline.compute.adapters import is_adapted
 from gvpo_offline.errors import GVPOError
+from gvpo_offline.files import replace_text
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # transformers 5 writes a class name that transformers 4, and the servers that use it, do not have.
@@ -109,7 +110,7 @@ def make_portable(folder: Path) -> None:
         kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
     if kept != content:
         text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        replace_text(path, text + "\n")
 
 
 def name_rotary_base(folder: Path) -> None:
@@ -136,4 +137,4 @@ def name_rotary_base(folder: Path) -> None:
     if "partial_rotary_factor" in rope:
         earlier["partial_rotary_factor"] = rope["partial_rotary_factor"]
     text = json.dumps({**earlier, **content}, indent=2, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    replace_text(path, text + "\n")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import (
     LossType,
     check_imitation,
@@ -18,6 +19,7 @@ from gvpo_offline.settings import (
     checked_delta,
     positive,
 )
+from gvpo_offline.train.stopping import signal_numbers
 
 # Peak learning rates of runs that set none. The first is the published one for GVPO, of full
 # training. An adapter starts as zero and has far fewer weights, so that at this rate the policy
@@ -121,8 +123,19 @@ class GVPOSettings:
     reference_check: Literal["auto", "error", "off"] = "auto"
     """Before the first update, compare the policy's log-probs with those of the reference, and stop
     if they differ by more than rounding, which in 16 bits is measured and grows with the root of a
-    response's length. auto: only if the policy has the reference's weights;
+    response's length. auto: if the policy has the reference's weights; log-probs of a file that
+    does not say what model they are of are compared too, and a difference is a warning.
     error: always; off: never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens at a step whose log-probs or gradient are not finite. stop: training ends with
+    an error that names the step and its groups, before anything is saved. skip: the weights are not
+    updated at this step, which is logged; not with DeepSpeed. Weights that are not finite, or give
+    log-probs that are not, always end the run before they are saved."""
+    max_nonfinite_skips: int = 10
+    """Most steps that on_nonfinite: skip leaves out in the whole run; one more ends it."""
+    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
+    """Signals that end the run at the end of the step, on all ranks, with a complete checkpoint and
+    exit status 128 + the signal's number. The run goes on with resume_from_checkpoint: auto."""
     verify: Literal["full", "size"] = "full"
     """Before the first step, check the SHA-256 of every file (about a second per GB), or only its
     size. In both cases each page is verified by its checksum when it is read."""
@@ -156,9 +169,13 @@ class GVPOSettings:
             raise ConfigError("held_out_by is auto, prompt or group", received=self.held_out_by)
         for name in ("groups_per_step", "max_tokens_per_micro_batch", "shuffle_window"):
             positive(name, getattr(self, name))
-        for name in ("kept_logits_mb", "read_ahead"):
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ConfigError("on_nonfinite is stop or skip", received=self.on_nonfinite)
+        signal_numbers(self.stop_signals)
+        for name in ("kept_logits_mb", "read_ahead", "max_nonfinite_skips"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is not negative", received=getattr(self, name))
+        check_ranges(self)
 
 
 @dataclass
@@ -176,6 +193,9 @@ class LoraSettings:
     lora_target_modules: list[str] | str | None = None
     """Names of the modules that get an adapter, or all-linear. Default: PEFT's choice for the
     model."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass

@@ -41,11 +41,13 @@ from gvpo_offline.stream.steps import MicroBatch, PrefetchDataset, StepShare
 from gvpo_offline.train.best import BestCheckpointCallback, check_best_metric
 from gvpo_offline.train.callbacks import EpochCallback, MetricWarningCallback
 from gvpo_offline.train.carded import CardedTrainer
+from gvpo_offline.train.checkpointing import verify_contents
 from gvpo_offline.train.config import GVPOConfig, checked_config, settings_errors
 from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.engine import training_engine
 from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
+from gvpo_offline.train.guarded import guards_run
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
 from gvpo_offline.train.hooks import check_hooks
 from gvpo_offline.train.identity import adapter_defaults, model_identity, run_identity
@@ -159,13 +161,14 @@ class GVPOTrainer(CardedTrainer):
     def _own_callbacks(self, args: GVPOConfig) -> list[TrainerCallback]:
         if type(self).evaluate is GVPOTrainer.evaluate:  # another one may give further metrics
             check_best_metric(args, self.data.held_out)
-        self._best = BestCheckpointCallback(self.is_of_run)
+        self._best = BestCheckpointCallback(self.is_of_run, verify_contents)
         self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
         watching = [MetricWarningCallback(), self.movement_warning(), MetricsFileCallback()]
         return [self._epochs, *watching, self._best]
 
     # ---- before the first step ----
 
+    @guards_run
     @ends_record
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Check data and reference, then train.
@@ -181,6 +184,8 @@ class GVPOTrainer(CardedTrainer):
         Raises:
             ResumeError: the checkpoint is incomplete, or belongs to other data or settings.
             IntegrityError: a file was altered, or the reference is not the policy's.
+            NonFiniteError: log-probs, a gradient or weights are not finite; nothing is saved.
+            RunStopped: a signal ended the run; a checkpoint of the step that it ended is complete.
             StorageError: no space for a checkpoint; earlier checkpoints stay.
         """
         check_hooks(self)
@@ -190,7 +195,7 @@ class GVPOTrainer(CardedTrainer):
         if self.args.eval_fraction and self.args.held_out_by == "auto":
             output_dir = Path(self.args.output_dir)
             self.hold_out_by(broadcast_from_rank0(lambda: rule_to_follow(output_dir, wanted)))
-        checkpoint = broadcast_from_rank0(lambda: self.checkpoint_to_resume(wanted))
+        checkpoint = self.begin_from(wanted)
         self._best.resumed_from = self.record.resumed_from = checkpoint
         self.preflight()
         self.prepare_sampling()
@@ -202,10 +207,9 @@ class GVPOTrainer(CardedTrainer):
             log=self._logs_noise,
         )
         self.noise_floor = noise.floor
-        compared = not checkpoint and starts_as_reference(
-            self.policy, self.data.reference, self.args.reference_check
-        )
-        self._reference_meter = ReferenceMeter(noise.rounding) if compared else None
+        how = self.args.reference_check
+        compared = not checkpoint and starts_as_reference(self.policy, self.data.reference, how)
+        self._reference_meter = ReferenceMeter(noise.rounding, how) if compared else None
         self._meter.clear()
         return super().train(
             resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
@@ -267,6 +271,7 @@ class GVPOTrainer(CardedTrainer):
             shuffle=False,
             collate_fn=_only_item,
             num_workers=workers,
+            worker_init_fn=self.worker_init if workers else None,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=self.args.dataloader_persistent_workers,
             multiprocessing_context=self.args.dataloader_multiprocessing_context
@@ -296,6 +301,7 @@ class GVPOTrainer(CardedTrainer):
             ranks of this loss, and of its gradient, is then the mean over the step's groups.
         """
         share: StepShare = inputs["share"]
+        self.begin_step(share)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -309,6 +315,8 @@ class GVPOTrainer(CardedTrainer):
             with contextlib.nullcontext() if sync else self.no_gradient_sync(model):
                 total += self._accumulate(model, micro_batch, scale).to(total)
         self._meter.add_tokens(share.n_tokens)
+        total = self.agree(total)
+        self.add_loss(total)
         if self.state.global_step == 0 and self._reference_meter is not None:
             self._reference_meter.check(self.policy, self.data.reference)
             self._reference_meter = None
@@ -322,9 +330,11 @@ class GVPOTrainer(CardedTrainer):
         groups, n_forwards = micro_batch
 
         def objective(logprobs: Tensor) -> Tensor:
+            loss = self.sound_loss(self._objective, logprobs, groups)
+            if loss is None:
+                return logprobs.sum()
             if self._reference_meter is not None:
                 self._reference_meter.add(groups, logprobs)
-            loss = self._objective(logprobs, groups)
             self._meter.add(loss.statistics)
             self.note_loss(groups, loss)
             return loss.group_losses.sum() * scale

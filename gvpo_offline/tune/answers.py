@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.group import FloatArray
 from gvpo_offline.tune.racing import PromptEstimates
+from gvpo_offline.tune.trial_files import read_trial_file
 
 if TYPE_CHECKING:
     from gvpo_offline.sampled_eval.result import SampledResult
@@ -144,9 +144,30 @@ def _in_order(paths: Iterable[Path], most: int) -> list[tuple[range, Path]]:
 
 def _read(path: Path) -> AnswerSums:
     try:
-        return AnswerSums.from_plain(json.loads(path.read_text(encoding="utf-8"))["prompts"])
+        content = read_trial_file(path, ("prompts",))
+        return AnswerSums.from_plain(content["prompts"])
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def read_diverged(path: Path) -> bool:
+    """Whether there is a file that says that the training of a trial diverged.
+
+    Raises:
+        IntegrityError: the file is damaged.
+    """
+    if not path.exists():
+        return False
+    try:
+        read_trial_file(path, ("diverged",))
+    except ValueError as error:
+        raise IntegrityError(
+            "the file of a trial that diverged is valid JSON",
+            received=f"{type(error).__name__}: {error}",
+            remedy="remove the file; the trial is then repeated",
+            file=path,
+        ) from error
+    return True
 
 
 def _damaged(path: Path, received: str) -> IntegrityError:

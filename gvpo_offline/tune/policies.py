@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -22,9 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from safetensors.torch import load_file, save_file
 
-from gvpo_offline.collectives import broadcast_from_rank0, gather_results
+from gvpo_offline.collectives import broadcast_from_rank0, gather_results, raise_together
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.files import storage_errors
 from gvpo_offline.hashing import sha256_json
@@ -34,10 +32,12 @@ from gvpo_offline.sampled_eval.result import Estimate
 from gvpo_offline.sampled_eval.shown import failure_lines
 from gvpo_offline.store.commit import create_only
 from gvpo_offline.train.config import GVPOConfig
-from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers
+from gvpo_offline.tune.answers import AnswerSums, answers_name, read_answers, read_diverged
 from gvpo_offline.tune.candidates import settings_of_loss
 from gvpo_offline.tune.judged import TrialSettings
+from gvpo_offline.tune.policy_files import read_parameters, write_parameters
 from gvpo_offline.tune.racing import PromptEstimates
+from gvpo_offline.tune.trial_files import trial_text
 from gvpo_offline.tune.trials import Trials, TrialTrainer, stays_finite
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,9 @@ class JudgedTrainer(TrialTrainer):
 
         Raises:
             ConfigError: the file is of another model.
+            IntegrityError: it is damaged.
         """
-        held = load_file(path)
+        held = read_parameters(path)
         own = {n: p for n, p in self._bare().named_parameters() if p.requires_grad}
         if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in held.items()}:
             raise ConfigError(
@@ -217,7 +218,7 @@ class JudgedTrials:
         return self.trials.folder / "trials" / f"{handle.stem}-diverged.json"
 
     def _has_diverged(self, handle: PolicyOfTrial) -> bool:
-        return broadcast_from_rank0(lambda: self._diverged(handle).exists())
+        return broadcast_from_rank0(lambda: read_diverged(self._diverged(handle)))
 
     def _weights(self, handle: PolicyOfTrial) -> Path:
         return self.trials.folder / _POLICIES / handle.weights
@@ -261,7 +262,7 @@ class JudgedTrials:
         args.warmup_steps, args.reference_check = 0, "off"
         trainer: JudgedTrainer = self.trials.trainer(args, JudgedTrainer)
         if weights is not None:
-            trainer.load_parameters(weights)
+            raise_together(lambda: trainer.load_parameters(weights))
         if trainer.is_fsdp_enabled:
             trainer.train()  # a step of learning rate 0: FSDP2 shards a model when training starts
         return trainer
@@ -291,8 +292,8 @@ class JudgedTrials:
             self.trials.log(line.strip())
 
     def _write(self, handle: PolicyOfTrial, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps({**handle.key, **content}, indent=1) + "\n"
         path = self.trials.folder / "trials" / name
+        text = trial_text(path, {**handle.key, **content})
         broadcast_from_rank0(lambda: create_only(path, text))
 
     def _keep(self, handle: PolicyOfTrial, trainer: JudgedTrainer) -> None:
@@ -303,7 +304,7 @@ class JudgedTrials:
             unfinished = path.with_suffix(".tmp")
             with storage_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(parameters, unfinished)
+                write_parameters(parameters, unfinished)
             unfinished.replace(path)
 
         broadcast_from_rank0(write)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import LossType, positive
 
 MIN_TUNE_STEPS = 20
@@ -62,6 +63,7 @@ class TuneSettings:
         if self.judge == "log":
             self._check_log()
         self._check_candidates()
+        check_ranges(self)
 
     def _check_log(self) -> None:
         for name in ("losses", "imitations", "judge_beta", "judge_samples"):

@@ -56,6 +56,7 @@ from gvpo_offline.tune.search import (
     range_rate,
     score,
 )
+from gvpo_offline.tune.trial_files import read_trial_file, trial_text
 
 logger = logging.getLogger(__name__)
 _OUTPUT = (
@@ -69,6 +70,7 @@ class TrialTrainer(GVPOTrainer):
 
     _logs_noise = False
     records_residuals = False
+    saves_when_stopped = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -282,9 +284,9 @@ class Trials:
             with tempfile.TemporaryDirectory(prefix="gvpo-offline-tune-") as scratch:
                 made = finite_or_none(run(Path(scratch)))
             clear_device_cache(garbage_collection=True)
-            text = json.dumps({**key, "figures": made}, indent=1) + "\n"
+            text = trial_text(path, {**key, "figures": made})
             broadcast_from_rank0(lambda: create_only(path, text))
-        held = broadcast_from_rank0(lambda: _read(path))
+        held = broadcast_from_rank0(lambda: _read(path, key))
         return {name: math.nan if own is None else own for name, own in held.items()}
 
 
@@ -302,19 +304,23 @@ def _contents(folder: Path) -> list[dict[str, Any]]:
     """What the files of trials in a folder hold; damaged files, which `_read` refuses, left out."""
     found = []
     for path in sorted((folder / "trials").glob("*.json")):
-        with contextlib.suppress(ValueError, TypeError):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if {"settings", "kind", "figures"} <= set(content):
-                found.append(content)
+        with contextlib.suppress(ValueError):
+            found.append(read_trial_file(path, ("settings", "kind", "figures")))
     return found
 
 
-def _read(path: Path) -> dict[str, float | None]:
+def _read(path: Path, key: Mapping[str, Any]) -> dict[str, float | None]:
     try:
-        figures: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))["figures"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = read_trial_file(path, ("figures",))
+        figures: dict[str, float | None] = content.pop("figures")
+        own_key = json.loads(json.dumps(key))
+        if any(own != own_key[name] for name, own in content.items() if name in own_key):
+            raise ValueError("the settings of another trial")
+        if not all(own is None or isinstance(own, int | float) for own in figures.values()):
+            raise ValueError("figures that are no numbers")
+    except (ValueError, AttributeError) as error:
         raise IntegrityError(
-            "the file of a trial is valid JSON with its metrics under `figures`",
+            "the file of a trial is valid JSON with its settings, and its metrics under `figures`",
             received=f"{type(error).__name__}: {error}",
             remedy="remove the file; the trial is then repeated",
             file=path,

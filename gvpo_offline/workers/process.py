@@ -14,9 +14,11 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from gvpo_offline.interrupts import interrupts_held_back
 from gvpo_offline.workers.progress import reporting
 
 _CONTEXT = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
@@ -52,7 +54,9 @@ class WorkerProcess:
         self.connection, child = _CONTEXT.Pipe()
         self._counted = _CONTEXT.RawValue("d", 0.0)
         self._process = _CONTEXT.Process(target=_serve, args=(child, prepare, self._counted))
-        self._process.start()
+        resource_tracker.ensure_running()  # which would let signals through again
+        with interrupts_held_back():
+            self._process.start()
         child.close()  # so that the connection closes when the process ends
 
     @property
@@ -96,6 +100,12 @@ def _serve(connection: Connection, prepare: Callable[[], Handler], counted: Any)
     # A keyboard interrupt reaches the whole process group; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A parent that ended while this process began reads nothing any more.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _answer(connection, prepare, counted)
+
+
+def _answer(connection: Connection, prepare: Callable[[], Handler], counted: Any) -> None:
     try:
         handler = prepare()
     except Exception as error:
@@ -112,10 +122,7 @@ def _serve(connection: Connection, prepare: Callable[[], Handler], counted: Any)
                 reply = (True, handler(request))
         except Exception as error:
             reply = (False, _portable(error))
-        try:
-            connection.send(reply)
-        except (BrokenPipeError, ConnectionResetError):
-            return
+        connection.send(reply)
 
 
 def _adding_to(counted: Any) -> Callable[[float], None]:

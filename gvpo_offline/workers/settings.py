@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.ranges import check_ranges
 
 
 @dataclass
@@ -48,6 +49,7 @@ class WorkerSettings:
                 remedy="set engine: ray",
             )
         self.shard_index_and_count  # noqa: B018 - raises on an invalid shard
+        check_ranges(self)
 
     @property
     def shard_index_and_count(self) -> tuple[int, int]:

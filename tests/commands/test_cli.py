@@ -42,6 +42,7 @@ COMMANDS = (
     "ls",
     "order",
     "show",
+    "doctor",
     "report",
     "push",
     "pull",

@@ -16,9 +16,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gvpo_offline"
 # From the lowest layer up. A module imports from its own and lower layers, without cycles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "visible", "errors", "hashing", "identity", "progress_bar", "files", "exit_status"),
+    (
+        *("version", "visible", "errors", "hashing", "identity", "progress_bar"),
+        *("files", "exit_status", "limits", "bounded_yaml", "secret_settings"),
+        *("system_errors", "interrupts"),
+    ),
     ("json_text",),
-    ("group", "settings", "messages"),
+    ("group", "settings", "messages", "ranges"),
     ("cells", "paths"),
     ("rules", "values", "conversations", "finish_reasons"),
     ("store",),
@@ -36,9 +40,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampled_eval",),
     ("train",),
     ("tune",),
-    ("report",),
+    ("report", "doctor"),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 # Subpackages that make and score data; they may not import training code.
 DATA_ROOMS = ("importing", "merging", "sampling", "rewards", "reference", "openai", "workers")
@@ -54,13 +59,15 @@ WITHOUT_TORCH = (
     *("stream.selecting.select", "stream.selecting.where", "stream.view", "stream.recorded"),
     *("commands.order", "commands.order_record"),
     *("train.checkpoint", "tokenizer", "tune.search", "tune.judged", "commands.table", "cli"),
-    *("train.run_folder", "train.limits"),
+    *("train.run_folder", "train.limits", "train.checkpoint_files", "tune.trial_files"),
+    *("train.stopping", "train.run_lock", "secret_settings"),
     *("findings.light", "findings.full", "findings.gate", "findings.formats.junit"),
     *("info.dataset", "info.text", "hub.push", "hub.pull"),
     *("compute.layout", "compute.tree", "compute.context", "compute.files"),
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
     *("train.data_rules", "report.settings", "report.report", "report.dataset.build"),
+    *("doctor.diagnose", "commands.doctor"),
     *("report.page.html", "report.page.live", "report.page.fragment"),
 )
 MAX_FILE_LINES = 400

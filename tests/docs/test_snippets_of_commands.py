@@ -45,6 +45,7 @@ YAML_OF = {
     "docs/howto/sampled-evaluation.md": ["reward", "train"],
     "docs/howto/sampling.md": ["sample"],
     "docs/howto/tuning.md": ["tune"],
+    "docs/reference/limits.md": ["import"],
     "docs/start/from-verl.md": ["reward"],
 }
 MISSING = re.compile(r"no [\w, ]+")  # what an error has received where a setting is required
@@ -260,7 +261,7 @@ def test_blocks_are_found_where_they_stand(tmp_path: Path, monkeypatch: pytest.M
 
 # Flags of other programs that pages name: torchrun, lm-evaluation-harness, promptfoo, vLLM, sbatch.
 FOREIGN_FLAGS = {"nproc_per_node", "log_samples", "output", "generation_config", "array"}
-FOREIGN_FLAGS |= {"max_lora_rank"}  # of vLLM
+FOREIGN_FLAGS |= {"max_lora_rank", "signal"}  # of vLLM, of Slurm
 SHOWN_AS_WRONG = {"learning_rte", "lr", "model"}  # in start/from-trl.md
 
 

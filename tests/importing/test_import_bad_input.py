@@ -200,7 +200,7 @@ def test_bad_row(name: str, kind: str, tmp_path: Path, tiny_tokenizer_dir: Path)
         (b'{"prompt": "a", ', "Expecting property name"),
         (b'{"prompt": "\xff"}', "'utf-8' codec can't decode"),
         (b'["a", "b"]', "each line is one JSON object; received list"),
-        (b"[" * 100_000, "one JSON object in UTF-8"),
+        (b"[" * 100_000, "nested at most 100 levels"),
     ],
 )
 def test_unparsable_line(

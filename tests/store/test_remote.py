@@ -35,6 +35,7 @@ from gvpo_offline.cli import main
 from gvpo_offline.errors import ConfigError, DataError, StorageError
 from gvpo_offline.group import Group
 from gvpo_offline.store.dataset import GroupDataset
+from gvpo_offline.store.manifest import dump_manifest, manifest_path
 from gvpo_offline.store.remote.ranges import Range, coalesce, cut
 from gvpo_offline.store.row_groups import PrefetchedRowGroups
 from gvpo_offline.store.schema import SUMMARY_COLUMNS, TRAINING_COLUMNS
@@ -305,14 +306,19 @@ def test_the_commands_that_write_do_not(
 # http, which cannot list files.
 
 
+def write_version(dataset: GroupDataset, version: int) -> None:
+    """The dataset's manifest again, as another version."""
+    manifest = dataset.manifest.model_copy(update={"version": version})
+    manifest_path(dataset.folder, version).write_text(dump_manifest(manifest))
+
+
 def test_a_folder_over_http_is_read_and_its_newest_version_found(tmp_path: Path) -> None:
     here = build_dataset(tmp_path / "data", 12)
-    manifest = (tmp_path / "data" / "manifest-000001.json").read_text()
     with serving(FolderServer(tmp_path)) as server:
         remote = RemoteSettings(cache_dir=str(tmp_path / "cache"))
         assert same_groups(open_dataset(f"{server.url}/data/", remote=remote), here)
         for version in range(2, 8):
-            (tmp_path / "data" / f"manifest-{version:06d}.json").write_text(manifest)
+            write_version(here, version)
         server.requests.clear()
         open_dataset(f"{server.url}/data", remote=remote)
         names = [Path(r.path).stem[-1] for r in server.requests]
@@ -333,7 +339,8 @@ def test_over_http_old_versions_may_be_missing_if_the_server_shows_an_index(
     tmp_path: Path,
 ) -> None:
     here = build_dataset(tmp_path / "data", 12)
-    (tmp_path / "data" / "manifest-000001.json").rename(tmp_path / "data" / "manifest-000005.json")
+    write_version(here, 5)
+    (tmp_path / "data" / "manifest-000001.json").unlink()
     remote = RemoteSettings(cache_dir=str(tmp_path / "cache"))
     with serving(FolderServer(tmp_path, index=True)) as server:
         assert same_groups(open_dataset(f"{server.url}/data", remote=remote), here)

@@ -185,8 +185,10 @@ def test_no_room_is_told_from_other_failures(number: int) -> None:
     with pytest.raises(StorageError, match="room on the disk") as caught, storage_errors(Path("x")):
         raise OSError(number, os.strerror(number))
     assert caught.value.file == "x"
-    with pytest.raises(PermissionError), storage_errors(Path("x")):
+    with pytest.raises(StorageError, match="the right to read"), storage_errors(Path("x")):
         raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(OSError, match="no number"), storage_errors(Path("x")):
+        raise OSError("no number")
 
 
 # ---- commit records ----

@@ -33,7 +33,13 @@ from gvpo_offline.errors import ConfigError, DataError, IntegrityError, StorageE
 from gvpo_offline.group import Group
 from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
-from gvpo_offline.store.manifest import BaseFile, Manifest, RewardFamily, load_manifest
+from gvpo_offline.store.manifest import (
+    BaseFile,
+    Manifest,
+    RewardFamily,
+    dump_manifest,
+    load_manifest,
+)
 from gvpo_offline.store.parquet import footer_sha256
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, rewards_schema
 from gvpo_offline.store.sidecar_choice import WeightedReward
@@ -408,7 +414,9 @@ def test_manifest_versions_are_numbers_and_not_text(tmp_path: Path) -> None:
     """Version 1,000,000 has seven digits; other names are none of ours."""
     manifest = Manifest(groups=[])
     publish(tmp_path, lambda newest: manifest)
-    (tmp_path / "manifest-000001.json").rename(tmp_path / "manifest-999999.json")
+    (tmp_path / "manifest-000001.json").unlink()
+    last = dump_manifest(manifest.model_copy(update={"version": 999_999}))
+    (tmp_path / "manifest-999999.json").write_text(last)
     publish(tmp_path, lambda newest: manifest)
     assert load_manifest(tmp_path).version == 1_000_000
     for name in ("manifest-9999999.json.bak", "manifest-2000000.jsonl", "manifest-.json"):

@@ -339,7 +339,11 @@ def test_a_readme_that_is_no_text_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOSPC, "room on the disk"), (errno.EACCES, r"README\.md can be written")],
+    [
+        (errno.ENOSPC, "room on the disk"),
+        (errno.EACCES, "the right to read"),
+        (errno.E2BIG, r"README\.md can be written"),
+    ],
 )
 def test_a_card_that_cannot_be_written_names_it_and_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str

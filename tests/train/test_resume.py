@@ -322,9 +322,14 @@ def test_a_damaged_file_is_named(resuming: tuple[GVPOTrainer, Path], name: str, 
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))  # the remedy in the error
 
 
-def test_a_checkpoint_without_seal_is_ignored(resuming: tuple[GVPOTrainer, Path]) -> None:
+def test_a_checkpoint_without_seal_is_not_resumed(resuming: tuple[GVPOTrainer, Path]) -> None:
+    """Without the mark of an interrupted save as well, the checkpoint before it is not taken."""
     trainer, out = resuming
     (out / "checkpoint-6" / SEAL_NAME).unlink()
+    for wanted in (True, "auto"):
+        with pytest.raises(ResumeError, match=r"checkpoint-6: .*move checkpoint-6 away"):
+            find_checkpoint(out, wanted)
+    (out / "checkpoint-6" / "gvpo_checkpoint_begun").touch()
     assert find_checkpoint(out, True) == out / "checkpoint-4"
     with pytest.raises(ResumeError, match="checkpoint-6: a complete checkpoint"):
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-6"))

@@ -80,7 +80,7 @@ def test_missing_loggers_are_named(
 def test_a_run_has_at_least_one_step(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, steps: dict[str, float]
 ) -> None:
-    with pytest.raises(ConfigError, match="a run has at least one step"):
+    with pytest.raises(ConfigError, match="num_train_epochs is above 0"):
         trainer_of(tiny_model_dir, dataset, tmp_path, **steps)
 
 

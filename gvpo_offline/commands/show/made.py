@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def _lines(path: str | Path) -> Iterator[str]:
     shown = group.truncated.index(False) if False in group.truncated else 0
     ids = group.response_token_ids[shown]
     few = _LAST_CHARACTERS // 2
-    yield f"the first group as the model reads it (gvpo-offline show {path} prints more):"
+    command = shlex.join(["gvpo-offline", "show", str(path)])
+    yield f"the first group as the model reads it ({command} prints more):"
     yield f"  prompt    {excerpt(texts, group.prompt_token_ids, first=0, last=_LAST_CHARACTERS)}"
     yield f"  response  {excerpt(texts, ids, first=few, last=few)}"
     yield f"  its end   {last_tokens(texts, ids, _LAST_TOKENS)}"

@@ -48,7 +48,9 @@ class OtelFormat(TrainerFormat):
     def __init__(self, config: ImportConfig) -> None:
         super().__init__(config, required=(), has_parts=True)
         self._scores = NamedScores(config, "annotation")
-        self._annotations = None if config.rewards is None else Annotations(config.rewards)
+        self._annotations = (
+            None if config.rewards is None else Annotations(config.rewards, config.limits)
+        )
         self._expects_scores = bool(
             config.rewards or config.reward_weights or config.missing_rewards == "drop"
         )

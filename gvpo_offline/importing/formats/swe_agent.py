@@ -60,7 +60,11 @@ class SweAgentFormat(TrainerFormat):
         super().__init__(config, required=(), has_parts=True)
         if config.rewards is None:
             part_weights(config, {})
-        self._flags = None if config.rewards is None else ResolvedFlags(config.rewards, self.part)
+        self._flags = (
+            None
+            if config.rewards is None
+            else ResolvedFlags(config.rewards, self.part, config.limits)
+        )
         self._warned = False
 
     def dependencies(self, source: InputInfo) -> Mapping[str, str]:

@@ -1,10 +1,14 @@
-"""Compressed text files: gzip, bzip2 and Zstandard, by their suffix, as streams of bytes."""
+"""Compressed text files: gzip, bzip2 and Zstandard, by their suffix, as streams of bytes.
+
+A stream ends with an error once a file of a few bytes has given far more than it can hold.
+"""
 
 from __future__ import annotations
 
 import bz2
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +17,9 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
-from gvpo_offline.errors import IntegrityError
+from gvpo_offline.errors import DataError, IntegrityError, StorageError
+from gvpo_offline.limits import BoundedReader, Limits
+from gvpo_offline.system_errors import raise_translated
 
 __all__ = ["FACTOR", "SUFFIXES", "damage_named", "decompressed", "is_compressed", "without_suffix"]
 
@@ -36,21 +42,31 @@ def without_suffix(path: Path) -> Path:
     return path.with_suffix("") if is_compressed(path) else path
 
 
-def decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
+def decompressed(
+    raw: IO[bytes], suffix: str, limits: Limits | None = None, file: Any = None
+) -> IO[bytes]:
     """The content of a file that is open, as a buffered stream.
 
     Args:
         raw: the file.
         suffix: its suffix; a suffix that is not of a compressed file gives `raw`.
+        limits: bound the ratio of both lengths. Default: the defaults.
+        file: the file, for the error.
+
+    Reading raises DataError if the file gives too many bytes for its own.
     """
+    content: Any
     if suffix == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if suffix == ".bz2":
-        return cast(IO[bytes], bz2.BZ2File(raw))
-    if suffix == ".zst":
-        stream: Any = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-        return io.BufferedReader(stream, _BUFFER)
-    return raw
+        content = gzip.GzipFile(fileobj=raw)
+    elif suffix == ".bz2":
+        content = bz2.BZ2File(raw)
+    elif suffix == ".zst":
+        content = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+    else:
+        return raw
+    size = os.fstat(raw.fileno()).st_size
+    bounded = BoundedReader(content, size, limits or Limits(), file)
+    return cast(IO[bytes], io.BufferedReader(bounded, _BUFFER))
 
 
 @contextmanager
@@ -67,9 +83,10 @@ def damage_named(label: str, suffix: str, row: list[int]) -> Iterator[None]:
         return
     try:
         yield
-    except IntegrityError:
+    except (IntegrityError, DataError, StorageError):
         raise
     except _DAMAGE as error:
+        raise_translated(error, label)
         raise IntegrityError(
             f"a {suffix} file is complete",
             received=str(error) or type(error).__name__,

@@ -19,6 +19,7 @@ from gvpo_offline.importing.sources.compressed import (
 )
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.limits import Limits, too_long
 
 __all__ = ["DELIMITERS", "CsvRows"]
 
@@ -40,15 +41,21 @@ class CsvRows(Source):
         DataError: the file has no header, a name occurs twice in it, or it seems to have another
             delimiter.
         IntegrityError: the compressed file is damaged.
+
+    Args:
+        path: the file.
+        limits: bounds on what it may hold. Default: the defaults.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits | None = None) -> None:
         plain = without_suffix(path)
         super().__init__(str(path), plain.stem, [path])
+        self.limits = limits or self.limits
         self.text_bytes = self.size * (FACTOR if is_compressed(path) else 1)
         self._delimiter = DELIMITERS[plain.suffix]
         with path.open("rb") as raw, damage_named(self.label, path.suffix, [0]):
-            header = next(self._records(raw, errors="replace"), [])
+            header = self._header(raw)
+        self.limits.check_columns(len(header), path)
         if not header or len(set(header)) < len(header):
             raise DataError(
                 "a CSV file begins with a header, in which each name occurs once",
@@ -67,12 +74,31 @@ class CsvRows(Source):
             )
         self.columns = header
 
+    def _header(self, raw: IO[bytes]) -> list[str]:
+        try:
+            return next(self._records(raw, errors="replace"), [])
+        except csv.Error as error:
+            raise self._invalid(str(error), 0) from error
+
     def _records(self, raw: IO[bytes], *, errors: str = "strict") -> Iterator[list[str]]:
-        csv.field_size_limit(max(csv.field_size_limit(), _MAX_FIELD_CHARACTERS))
-        stream: Any = decompressed(raw, self.files[0].suffix)
-        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="", errors=errors)
-        records = csv.reader(lines, delimiter=self._delimiter, strict=True)
-        return (record for record in records if record)
+        most = self.limits.row_bytes
+        csv.field_size_limit(max(csv.field_size_limit(), min(_MAX_FIELD_CHARACTERS, most)))
+        stream: Any = decompressed(raw, self.files[0].suffix, self.limits, self.label)
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="", errors=errors)
+        held = 0  # characters of the record so far; a quoted value may take several lines
+
+        def lines() -> Iterator[str]:
+            nonlocal held
+            while line := text.readline(most - held + 1):
+                held += len(line)
+                if held > most:
+                    raise too_long(most)
+                yield line
+
+        for record in csv.reader(lines(), delimiter=self._delimiter, strict=True):
+            held = 0
+            if record:
+                yield record
 
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
         """See `Source.rows`."""
@@ -99,6 +125,8 @@ class CsvRows(Source):
         try:
             with damage_named(self.label, self.files[0].suffix, row):
                 return next(records, None)
+        except DataError as error:  # of a limit
+            raise error.replaced(file=self.label, row=row[0]) from error
         except UnicodeDecodeError as error:
             remedy = "save the file in UTF-8 (spreadsheets call it CSV UTF-8)"
             raise self._invalid(str(error), row[0], remedy) from error

@@ -8,7 +8,6 @@ Inspect compresses them since 2025.
 from __future__ import annotations
 
 import io
-import json
 import re
 import struct
 import zipfile
@@ -24,6 +23,8 @@ from gvpo_offline.importing.sources.compressed import FACTOR
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.rows import Row
 from gvpo_offline.json_text import kind_of
+from gvpo_offline.limits import Limits, parse_json, too_long
+from gvpo_offline.system_errors import raise_translated
 
 __all__ = ["EvalArchive"]
 
@@ -33,6 +34,8 @@ _IN_CHUNKS = re.compile(r"samples/.+_epoch_\d+/sample\.json", re.DOTALL)
 _HEADERS = ("header.json", "_journal/start.json", "start.json")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ZSTD = (93, 20)
+# What zipfile raises beside BadZipFile for a directory of other bytes.
+_BAD_DIRECTORY = (ValueError, NotImplementedError, OverflowError, struct.error)
 
 
 class EvalArchive(Source):
@@ -41,8 +44,9 @@ class EvalArchive(Source):
     A sample that was written several times (a retry) is read once, as it was written last.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits | None = None) -> None:
         super().__init__(str(path), path.stem, [path])
+        self.limits = limits or self.limits
         self.text_bytes = self.size * FACTOR
 
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
@@ -71,9 +75,14 @@ class EvalArchive(Source):
     def _members(self, raw: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
         try:
             with zipfile.ZipFile(raw) as archive:
-                return {member.filename: member for member in archive.infolist()}
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+                members = {member.filename: member for member in archive.infolist()}
+        except (zipfile.BadZipFile, OSError, *_BAD_DIRECTORY) as error:
+            raise_translated(error, self.label)
             raise self._damaged(str(error), None) from error
+        # Several entries may name the same bytes, so that the sizes are added up.
+        expanded = sum(member.file_size for member in members.values())
+        self.limits.check_expansion(expanded, self.size, self.label)
+        return members
 
     def _header(self, raw: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> Any:
         name = next((name for name in _HEADERS if name in members), None)
@@ -104,11 +113,15 @@ class EvalArchive(Source):
     def _json(self, raw: IO[bytes], member: zipfile.ZipInfo, row: int | None) -> Any:
         text = self._content(raw, member, row)
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return parse_json(text, nesting=self.limits.nesting)
+        except DataError as error:
+            raise error.replaced(file=self.label, row=row) from error
+        except ValueError as error:
             raise self._no_object(str(error), member, row) from error
 
     def _content(self, raw: IO[bytes], member: zipfile.ZipInfo, row: int | None) -> bytes:
+        if member.file_size > self.limits.row_bytes:
+            raise too_long(self.limits.row_bytes, file=self.label, row=row)
         try:
             raw.seek(member.header_offset)
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(
@@ -117,8 +130,10 @@ class EvalArchive(Source):
             if signature != b"PK\x03\x04":
                 raise ValueError(f"no member at its place: {member.filename}")
             raw.seek(name_length + extra_length, io.SEEK_CUR)
-            found = _decompressed(raw.read(member.compress_size), member.compress_type)
+            data = raw.read(member.compress_size)
+            found = _decompressed(data, member.compress_type, member.file_size + 1)
         except (struct.error, ValueError, OSError, zlib.error, pa.ArrowException) as error:
+            raise_translated(error, self.label)
             raise self._damaged(str(error), row) from error
         if len(found) != member.file_size or zlib.crc32(found) != member.CRC:
             raise self._damaged(f"another content of {member.filename} than its checksum", row)
@@ -143,13 +158,18 @@ class EvalArchive(Source):
         )
 
 
-def _decompressed(data: bytes, method: int) -> bytes:
+def _decompressed(data: bytes, method: int, most: int) -> bytes:
+    """The content, or its first `most` bytes."""
     if method == zipfile.ZIP_STORED:
         return data
     if method == zipfile.ZIP_DEFLATED:
-        return zlib.decompress(data, -zlib.MAX_WBITS)
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        found = inflate.decompress(data, most)
+        if not inflate.eof and len(found) < most:
+            raise ValueError("a compressed member that ends early")
+        return found
     if method in _ZSTD:
         # A member may have several frames, which the stream reads one after the other.
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-            return bytes(stream.read())
+            return bytes(stream.read(most))
     raise ValueError(f"a member compressed by method {method}")

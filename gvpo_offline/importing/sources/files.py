@@ -6,7 +6,6 @@ length.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,9 @@ from gvpo_offline.importing.sources.compressed import (
 )
 from gvpo_offline.importing.sources.rows import Row
 from gvpo_offline.json_text import kind_of
+from gvpo_offline.limits import Limits, bounded_lines, parse_json
 from gvpo_offline.store.arrow import to_rows
+from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,9 +51,11 @@ class Source(ABC):
         columns: names of the columns, or None if each row names its own.
         floats: names of the columns with floating-point numbers, or None if `columns` is None.
         on_refused: called by `refuse` instead of raising; set while an import reads the rows.
+        limits: bounds on what the input may hold.
     """
 
     on_refused: OnRefused | None = None
+    limits: Limits = Limits()
 
     def __init__(self, label: str, name: str, files: Sequence[Path]) -> None:
         self.label = label
@@ -151,8 +154,9 @@ class Source(ABC):
 class JsonLines(Source):
     """A file of JSON objects, one per line, optionally compressed."""
 
-    def __init__(self, label: str, name: str, path: Path) -> None:
+    def __init__(self, label: str, name: str, path: Path, limits: Limits | None = None) -> None:
         super().__init__(label, name, [path])
+        self.limits = limits or self.limits
         self._compressed = is_compressed(path)
         self.text_bytes = self.size * (FACTOR if self._compressed else 1)
 
@@ -173,7 +177,9 @@ class JsonLines(Source):
     def _lines(self, raw: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         suffix, row = self.files[0].suffix, [0]
         with damage_named(self.label, suffix, row):
-            for number, line in enumerate(decompressed(raw, suffix)):
+            stream = decompressed(raw, suffix, self.limits, self.label)
+            lines = bounded_lines(stream, self.limits.row_bytes, self.label)
+            for number, line in enumerate(lines):
                 row[0] = number + 1
                 yield number, line
 
@@ -188,8 +194,10 @@ class JsonLines(Source):
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(text, nesting=self.limits.nesting)
+        except DataError as error:
+            raise error.replaced(file=self.label, row=number) from error
+        except ValueError as error:
             raise DataError(
                 "each line is one JSON object in UTF-8",
                 received=f"{_beginning(line)} ({error})",
@@ -223,9 +231,11 @@ def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[Row]:
 class ParquetRows(Source):
     """A Parquet file."""
 
-    def __init__(self, label: str, name: str, path: Path) -> None:
+    def __init__(self, label: str, name: str, path: Path, limits: Limits | None = None) -> None:
         super().__init__(label, name, [path])
+        self.limits = limits or self.limits
         with self._open() as file:
+            self.limits.check_columns(len(file.schema_arrow), label)
             self._describe(file.schema_arrow)
             metadata = file.metadata
             self.n_rows = metadata.num_rows
@@ -240,6 +250,7 @@ class ParquetRows(Source):
                 self.files[0], page_checksum_verification=True, buffer_size=1 << 20
             )
         except (OSError, pa.ArrowException) as error:
+            raise_translated(error, self.label)
             raise self._damaged(error, None) from error
 
     def _damaged(self, error: Exception, row: int | None) -> IntegrityError:
@@ -264,6 +275,7 @@ class ParquetRows(Source):
                 try:
                     batch = next(batches, None)
                 except (OSError, pa.ArrowException) as error:
+                    raise_translated(error, self.label)
                     raise self._damaged(error, done) from error
                 if batch is None:
                     break
@@ -325,6 +337,7 @@ class DatasetRows(Source):
                 with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
                     yield from reader
             except (OSError, pa.ArrowException) as error:
+                raise_translated(error, path)
                 raise IntegrityError(
                     "the Arrow files of a saved data set are complete",
                     received=str(error),

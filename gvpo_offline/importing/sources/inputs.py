@@ -6,6 +6,7 @@ characters tell which, not its suffix.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
+from gvpo_offline.files import check_file
 from gvpo_offline.importing.sources.compressed import without_suffix
 from gvpo_offline.importing.sources.csv_rows import DELIMITERS, CsvRows
 from gvpo_offline.importing.sources.eval_archive import EvalArchive
@@ -22,6 +24,8 @@ from gvpo_offline.importing.sources.files import DatasetRows, JsonLines, Parquet
 from gvpo_offline.importing.sources.json_documents import JsonDocuments, holds_lines
 from gvpo_offline.importing.sources.json_text import path_steps
 from gvpo_offline.importing.sources.layouts import LAYOUTS, DocumentRows
+from gvpo_offline.limits import Limits
+from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +36,11 @@ _HUB_PREFIX = "hf:"
 
 
 def find_sources(
-    inputs: Sequence[str] | str, *, rows_at: str | None = None, log_format: str | None = None
+    inputs: Sequence[str] | str,
+    *,
+    rows_at: str | None = None,
+    log_format: str | None = None,
+    limits: Limits | None = None,
 ) -> list[Source]:
     """Open the inputs that paths, globs and hub names refer to, in order, each file once.
 
@@ -40,9 +48,10 @@ def find_sources(
         inputs: paths, globs, and hub names (hf:name, hf:name:split).
         rows_at: path of the rows in JSON files, or None: the elements of a list, or each object.
         log_format: name of the format, which may say where the rows of a `.json` file are.
+        limits: bounds on what a file may hold. Default: the defaults.
 
     Raises:
-        DataError: a path or glob matches nothing.
+        DataError: a path or glob matches nothing, or a file has too many columns.
         ConfigError: an input has an unsupported type, or `rows_at` is set for another file than a
             JSON file.
         IntegrityError: the footer of a Parquet file cannot be read.
@@ -57,14 +66,14 @@ def find_sources(
         for path in _matches(pattern):
             if (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
-                sources.append(_open_path(path, rows_at, log_format))
+                sources.append(_open_path(path, rows_at, log_format, limits or Limits()))
     return sources
 
 
 def _matches(pattern: str) -> list[Path]:
     expanded = os.path.expanduser(pattern)
-    if os.path.exists(expanded):
-        return [Path(expanded)]
+    if os.path.lexists(expanded):
+        return [_readable(Path(expanded))]
     found = sorted(glob.glob(expanded, recursive=True))
     if not found:
         raise DataError(
@@ -73,26 +82,43 @@ def _matches(pattern: str) -> list[Path]:
             remedy="correct the path or the pattern",
             file=pattern,
         )
-    return [Path(path) for path in found]
+    return [_readable(Path(path)) for path in found]
 
 
-def _open_path(path: Path, rows_at: str | None, log_format: str | None) -> Source:
+def _readable(path: Path) -> Path:
+    """The path of a file or folder; ConfigError for what would be waited for, or has no end."""
+    try:
+        if not path.is_dir():
+            check_file(path)
+    except OSError as error:
+        raise ConfigError(
+            "an input is a file, or a folder saved by `datasets`",
+            received=error.strerror or str(error),
+            remedy="write what the pipe gives to a file, or correct the path or the link",
+            file=path,
+        ) from error
+    if not os.access(path, os.R_OK):
+        raise_translated(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)))
+    return path
+
+
+def _open_path(path: Path, rows_at: str | None, log_format: str | None, limits: Limits) -> Source:
     plain = without_suffix(path)
     if path.is_file() and plain.suffix in _JSON_SUFFIXES:
         if rows_at is None and plain.suffix == ".json" and log_format in LAYOUTS:
-            return DocumentRows(str(path), plain.stem, path, LAYOUTS[log_format])
+            return DocumentRows(str(path), plain.stem, path, LAYOUTS[log_format], limits)
         if rows_at is None and holds_lines(path):
-            return JsonLines(str(path), plain.stem, path)
-        return JsonDocuments(str(path), plain.stem, path, _steps(rows_at))
+            return JsonLines(str(path), plain.stem, path, limits)
+        return JsonDocuments(str(path), plain.stem, path, _steps(rows_at), limits)
     _refuse_rows_at(rows_at, path)
     if path.is_dir():
         return _saved(path)
     if plain.suffix in DELIMITERS:
-        return CsvRows(path)
+        return CsvRows(path, limits)
     if path.is_file() and path.suffix == ".eval":
-        return EvalArchive(path)
+        return EvalArchive(path, limits)
     if path.suffix in _PARQUET_SUFFIXES:
-        return ParquetRows(str(path), path.stem, path)
+        return ParquetRows(str(path), path.stem, path, limits)
     raise ConfigError(
         "an input is JSON lines or another JSON file (.jsonl, .ndjson, .json, .traj), CSV (.csv, "
         ".tsv), each optionally compressed (.gz, .bz2, .zst), Parquet (.parquet, .pq), a log of "
@@ -140,6 +166,7 @@ def _saved(path: Path) -> Source:
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if isinstance(error, ConfigError):
             raise
+        raise_translated(error, path)
         raise IntegrityError(
             "a saved data set is complete", received=str(error), file=path, remedy="save it again"
         ) from error

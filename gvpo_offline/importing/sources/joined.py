@@ -21,6 +21,7 @@ from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.importing.sources.rows import Record, Row
+from gvpo_offline.limits import Limits
 from gvpo_offline.paths import MISSING, top_level_names, value_at
 from gvpo_offline.values import plain
 
@@ -39,13 +40,16 @@ def open_inputs(config: ImportConfig) -> list[Source]:
         DataError: a path or glob matches nothing.
         IntegrityError: the footer of a Parquet file cannot be read.
     """
-    sources = find_sources(config.inputs, rows_at=config.rows_at, log_format=config.format)
+    limits = config.limits
+    sources = find_sources(
+        config.inputs, rows_at=config.rows_at, log_format=config.format, limits=limits
+    )
     patterns = [config.join] if isinstance(config.join, str) else list(config.join)
     if not patterns:
         return sources
     on = [config.on] if isinstance(config.on, str) else list(config.on)
     keys = map(_Key.parse, on * len(patterns) if len(on) == 1 else on)
-    joins = [_Join(pattern, key) for pattern, key in zip(patterns, keys, strict=True)]
+    joins = [_Join(pattern, key, limits) for pattern, key in zip(patterns, keys, strict=True)]
     extra = sum(s.text_bytes for join in joins for s in join.sources) // len(sources)
     drop = config.on_missing == "drop"
     return [JoinedRows(source, joins, drop=drop, extra_bytes=extra) for source in sources]
@@ -104,9 +108,9 @@ def _hashed(key: Sequence[str | None]) -> bytes:
 class _Join:
     """The files of one entry of `join`."""
 
-    def __init__(self, pattern: str, key: _Key) -> None:
+    def __init__(self, pattern: str, key: _Key, limits: Limits) -> None:
         self.key = key
-        self.sources = find_sources(pattern)
+        self.sources = find_sources(pattern, limits=limits)
         self.label = ", ".join(source.label for source in self.sources)
         self._digests: list[str] | None = None
         self._read: tuple[str, ...] | None = None

@@ -22,6 +22,7 @@ from gvpo_offline.importing.sources.files import Advance, Source
 from gvpo_offline.importing.sources.json_text import BadJsonError, JsonText, Step, is_cut_short
 from gvpo_offline.importing.sources.rows import Row
 from gvpo_offline.json_text import kind_of
+from gvpo_offline.limits import Limits
 from gvpo_offline.paths import has
 
 __all__ = ["JsonDocuments", "holds_lines"]
@@ -39,10 +40,19 @@ class JsonDocuments(Source):
         path: the file, optionally compressed.
         rows_at: steps of the path of the rows; none: the file is one or several lists of rows, or
             one or several rows.
+        limits: bounds on what the file may hold. Default: the defaults.
     """
 
-    def __init__(self, label: str, name: str, path: Path, rows_at: Sequence[Step] = ()) -> None:
+    def __init__(
+        self,
+        label: str,
+        name: str,
+        path: Path,
+        rows_at: Sequence[Step] = (),
+        limits: Limits | None = None,
+    ) -> None:
         super().__init__(label, name, [path])
+        self.limits = limits or self.limits
         self.text_bytes = self.size * (FACTOR if is_compressed(path) else 1)
         self._rows_at = rows_at
 
@@ -50,7 +60,8 @@ class JsonDocuments(Source):
         """See `Source.rows`."""
         suffix, row, reported = self.files[0].suffix, [0], 0
         with self.files[0].open("rb") as raw:
-            text = JsonText(decompressed(raw, suffix))
+            stream = decompressed(raw, suffix, self.limits, self.label)
+            text = JsonText(stream, self.limits)
             values = text.rows(self._rows_at)
             for number in itertools.count():
                 row[0] = number
@@ -59,6 +70,8 @@ class JsonDocuments(Source):
                         value = next(values, text)
                 except BadJsonError as error:
                     raise self._invalid(f"{error} (line {text.line})", number) from error
+                except DataError as error:  # of a limit
+                    raise error.replaced(file=self.label, row=number) from error
                 if value is text:
                     break
                 if not isinstance(value, dict):

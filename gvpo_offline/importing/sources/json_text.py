@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, Final
 
+from gvpo_offline.limits import Limits, nesting_of, too_deep, too_long, too_many_digits
+
 __all__ = ["BadJsonError", "JsonText", "is_cut_short"]
 
 _CHUNK = 1 << 18
@@ -41,13 +43,15 @@ class JsonText:
 
     Args:
         stream: the text in UTF-8, with or without a byte-order mark.
+        limits: bounds on a value.
 
     Attributes:
         element: number of rows that `rows` has returned.
     """
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], limits: Limits | None = None) -> None:
         self._stream = stream
+        self._limits = limits or Limits()
         self._decode = codecs.getincrementaldecoder("utf-8")()
         self._parse = json.JSONDecoder().raw_decode
         self._text = ""
@@ -105,6 +109,7 @@ class JsonText:
 
         Raises:
             BadJsonError: the text is not JSON.
+            DataError: the value exceeds a limit.
         """
         self.peek()
         size = _CHUNK
@@ -112,20 +117,29 @@ class JsonText:
             try:
                 value, end = self._parse(self._text, self._at)
             except RecursionError as error:
-                raise BadJsonError("values are nested too deeply") from error
+                raise too_deep(self._limits.nesting) from error
             except json.JSONDecodeError as error:
                 if self._ended or not is_cut_short(error):
                     raise BadJsonError(_shown(error, self._at)) from error
-            except ValueError as error:  # an integer of more digits than Python converts
-                raise BadJsonError(str(error)) from error
+            except ValueError as error:
+                raise too_many_digits() from error
             else:
                 # A number at the end of the buffer may go on.
                 if end < len(self._text) or self._ended:
+                    self._check_nesting(end)
                     self._at = end
                     return value
+            if len(self._text) - self._at > self._limits.row_bytes:
+                raise too_long(self._limits.row_bytes)
             # The buffer doubles, so that a long value is parsed a bounded number of times over.
             self._refill(size)
             size = max(size, len(self._text))
+
+    def _check_nesting(self, end: int) -> None:
+        most = self._limits.nesting
+        brackets = sum(self._text.count(bracket, self._at, end) for bracket in "[{")
+        if brackets > most and nesting_of(self._text[self._at : end], most) > most:
+            raise too_deep(most)
 
     def rows(self, path: Sequence[Step]) -> Iterator[Any]:
         """The values at a path of every value of the text, or the elements of those that are lists.
@@ -137,6 +151,7 @@ class JsonText:
 
         Raises:
             BadJsonError: the text is not JSON, or has nothing at the path.
+            DataError: a value exceeds a limit.
         """
         while self.peek():
             yield from self._below(path, None)

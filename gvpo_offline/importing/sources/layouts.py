@@ -13,6 +13,7 @@ from gvpo_offline.importing.sources.files import Advance
 from gvpo_offline.importing.sources.json_documents import JsonDocuments
 from gvpo_offline.importing.sources.json_text import BadJsonError, JsonText, path_steps
 from gvpo_offline.importing.sources.rows import Row
+from gvpo_offline.limits import Limits
 
 __all__ = ["LAYOUTS", "DocumentRows", "Layout"]
 
@@ -40,8 +41,10 @@ LAYOUTS = {
 class DocumentRows(JsonDocuments):
     """A JSON document with rows below a field, and fields that belong to all of them."""
 
-    def __init__(self, label: str, name: str, path: Path, layout: Layout) -> None:
-        super().__init__(label, name, path, path_steps(layout.rows_at))
+    def __init__(
+        self, label: str, name: str, path: Path, layout: Layout, limits: Limits | None = None
+    ) -> None:
+        super().__init__(label, name, path, path_steps(layout.rows_at), limits)
         self._layout = layout
 
     def rows(self, columns: Sequence[str] | None, advance: Advance) -> Iterator[Row]:
@@ -53,12 +56,15 @@ class DocumentRows(JsonDocuments):
     def _field(self, field: str) -> Any:
         """A field of the document; the file is read no further than that."""
         with self.files[0].open("rb") as raw:
-            text = JsonText(decompressed(raw, self.files[0].suffix))
+            stream = decompressed(raw, self.files[0].suffix, self.limits, self.label)
+            text = JsonText(stream, self.limits)
             try:
                 with damage_named(self.label, self.files[0].suffix, [0]):
                     return next(text.rows([field]), None)
             except BadJsonError as error:
                 raise self._invalid(f"{error} (line {text.line})", 0) from error
+            except DataError as error:  # of a limit
+                raise error.replaced(file=self.label) from error
 
     def _invalid(self, received: str, row: int) -> DataError:
         return DataError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gvpo_offline.errors import IntegrityError
 from gvpo_offline.report.page.blocks import (
     Block,
     Cell,
@@ -19,9 +20,12 @@ from gvpo_offline.report.page.blocks import (
     Text,
 )
 from gvpo_offline.train.run_folder import TUNE_FOLDER, json_object
+from gvpo_offline.tune.trial_files import checked_content
 
 RESULT_FILE = "tune.json"
 _PROPOSAL = "proposed.yaml"
+_RULE = "a file of a search is a JSON object as it was written"
+_REMEDY = "remove the file and run `gvpo-offline tune` again; a trial is then repeated"
 _METRICS = (
     ("explained_variance", "explained variance"),
     ("loss", "loss"),
@@ -221,8 +225,8 @@ def _number(value: Any) -> float | None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    return json_object(
-        path,
-        "a file of a search is a JSON object",
-        "remove the file and run `gvpo-offline tune` again; a trial is then repeated",
-    )
+    found = json_object(path, _RULE, _REMEDY)
+    try:
+        return checked_content(path, path.read_bytes().decode("utf-8"), found)
+    except ValueError as error:
+        raise IntegrityError(_RULE, received=str(error), remedy=_REMEDY, file=path) from error

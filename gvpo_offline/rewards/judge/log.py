@@ -24,6 +24,7 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.store.arrow import column_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
+from gvpo_offline.store.within import path_within
 from gvpo_offline.workers.rounds import committed_rounds
 
 _SCHEMA = pa.schema(
@@ -120,7 +121,7 @@ class JudgementLog:
     def remove_journals(self) -> None:
         """Remove all journals, once every round is committed."""
         for path in (self.root / self._folder).glob("*.jsonl"):
-            path.unlink(missing_ok=True)
+            path_within(self.root, str(path.relative_to(self.root))).unlink(missing_ok=True)
 
 
 class Journal:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.files import read_text
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.limits import ANSWER_NESTING, parse_json
 from gvpo_offline.openai.answer import BadAnswerError
 from gvpo_offline.rewards.cases import Message, ScoringInput
 from gvpo_offline.rewards.kinds import JudgePairsSettings, JudgeSettings
@@ -106,8 +108,11 @@ class Rubric:
             shown = {"response_a": group.responses[first], "response_b": group.responses[second]}
         if isinstance(self._settings, JudgeSettings):
             shown["scale"] = [f"{end:g}" for end in self._settings.scale]
+        from gvpo_offline.rewards.judge.bounded_template import bounded_render
+
         try:
-            text = _compiled(self.text).render(
+            text = bounded_render(
+                _compiled(self.text),
                 prompt=_prompt_text(group),
                 messages=group.conversation,
                 metadata=group.metadata,
@@ -145,17 +150,17 @@ class Rubric:
         if self._pairs:
             verdict = _VERDICTS.get(str(found).strip().lower())
             if verdict is None:
-                raise BadAnswerError(f"the verdict {found!r}, which is not A, B or tie")
+                raise BadAnswerError(f"the verdict {_quoted(found)}, which is not A, B or tie")
             return verdict
         assert isinstance(self._settings, JudgeSettings)
         low, high = self._settings.scale
         try:
             number = math.nan if isinstance(found, bool) else float(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not low <= number <= high:
             raise BadAnswerError(
-                f"the rating {found!r}, which is not a number from {low:g} to {high:g}"
+                f"the rating {_quoted(found)}, which is not a number from {low:g} to {high:g}"
             )
         return number
 
@@ -169,8 +174,8 @@ class Rubric:
     def _field(self, answer: str) -> Any:
         fenced = _FENCED.match(answer)
         try:
-            found = json.loads(fenced[1] if fenced else answer)
-        except (ValueError, RecursionError):
+            found = parse_json(fenced[1] if fenced else answer, nesting=ANSWER_NESTING)
+        except ValueError:
             found = None
         field = self._settings.json_field
         if not isinstance(found, dict) or field not in found:
@@ -178,11 +183,15 @@ class Rubric:
         return found[field]
 
 
+def _quoted(value: Any) -> str:
+    return repr(value)[:80]
+
+
 def _template_text(template: str | None) -> str | None:
     if template is None or not template.endswith(_FILES):
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
+        return read_text(Path(template).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "a template that ends in .jinja or .j2 is the path of a file",
@@ -194,11 +203,12 @@ def _template_text(template: str | None) -> str | None:
 @functools.lru_cache(maxsize=16)
 def _compiled(text: str) -> Any:
     from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from gvpo_offline.rewards.judge.bounded_template import BoundedEnvironment
 
     try:
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
-    except TemplateError as error:
+        return BoundedEnvironment(undefined=StrictUndefined).from_string(text)
+    except (TemplateError, RecursionError, MemoryError, SyntaxError) as error:
         raise ConfigError(
             "the judge's template is valid Jinja",
             received=f"{_line(error)}{type(error).__name__}: {error}",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.openai.answer import REASONING, BadAnswerError, choice_of
+from gvpo_offline.openai.answer import REASONING, BadAnswerError, choice_of, valid
 from gvpo_offline.openai.client import OPERATIONAL, OpenAIClient, ServerSettings
 from gvpo_offline.rewards.cases import Message, ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.judge.log import Journal, Judgement, JudgementLog, Key
@@ -21,6 +21,7 @@ from gvpo_offline.workers.stage import Task
 Items = Callable[[ScoringInput], list[tuple[int, int | None]]]
 _TASK_DIGITS = 16
 _CAUSES_SHOWN = 3
+_NAME_CHARACTERS = 1000  # of the model, as the server calls it
 
 
 def task_of(dataset: GroupDataset, row_group: int) -> str:
@@ -208,7 +209,7 @@ class JudgeRequest:
             raise BadAnswerError("an empty text")
         value, model = self._rubric.value(text), answer.get("model")
         seed = self._next_seed - 1
-        name = None if model is None else str(model)
+        name = None if model is None else valid(str(model)[:_NAME_CHARACTERS])
         self._journal.add(Judgement(*self.key, seed=seed, model=name, text=text, value=value))
 
     def failed(self, cause: str) -> Judgement:

@@ -20,9 +20,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.files import temporary_name
 from gvpo_offline.hashing import sha256_text
+from gvpo_offline.store.within import check_regular
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +75,12 @@ class RangeCache:
         """
         path = self._own / sha256 / name
         try:
+            check_regular(path)
             data = path.read_bytes()
             os.utime(path)
         except FileNotFoundError:
             return None, False
-        except OSError as error:
+        except (OSError, IntegrityError) as error:
             data = str(error).encode()
         content = data[_DIGEST_BYTES:]
         if data[:_DIGEST_BYTES] == _digest(sha256, name, content):

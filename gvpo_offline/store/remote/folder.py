@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from gvpo_offline.errors import ConfigError, StorageError
 from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.store.remote.ranges import Range
+from gvpo_offline.store.remote.redirects import client_at_one_server
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -96,13 +97,16 @@ class RemoteFolder:
     def __init__(self, url: str, settings: RemoteSettings) -> None:
         self.url = _checked(url)
         self._settings = settings
-        self._own: _ProcessState | None = _ProcessState(self.url, settings.storage_options)
+        self._options = dict(settings.storage_options)
+        if settings.redirects == "same" and not self.lists:
+            self._options.setdefault("get_client", client_at_one_server)
+        self._own: _ProcessState | None = _ProcessState(self.url, self._options)
 
     @property
     def _state(self) -> _ProcessState:
         # After a fork two threads may each create one; one of the two is then discarded.
         if self._own is None or self._own.pid != os.getpid():
-            self._own = _ProcessState(self.url, self._settings.storage_options)
+            self._own = _ProcessState(self.url, self._options)
         return self._own
 
     def __getstate__(self) -> dict[str, Any]:

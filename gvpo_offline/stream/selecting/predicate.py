@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gvpo_offline.errors import ConfigError
+from gvpo_offline.stream.selecting.sql_text import expression
 
 if TYPE_CHECKING:
     import polars as pl
@@ -48,7 +49,7 @@ def parse(where: str | pl.Expr) -> pl.Expr:
             "write statistics over all groups as AVG(x), MAX(x) OVER (PARTITION BY y)",
         )
     try:
-        return pl.sql_expr(where)
+        return expression(where)
     except pl.exceptions.PolarsError as error:
         raise refused(
             "where is an SQL condition",

@@ -32,6 +32,7 @@ from gvpo_offline.stream.selecting.predicate import (
     suggestion,
     with_float_literals,
 )
+from gvpo_offline.stream.selecting.sql_text import expression as expression_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -184,7 +185,7 @@ def _check_text(empty: pl.DataFrame, where: str) -> None:
     import polars as pl
 
     try:
-        empty.select(pl.sql_expr(with_float_literals(where)))
+        empty.select(expression_of(with_float_literals(where)))
     except pl.exceptions.PolarsError as error:
         if "string" in str(error).lower():
             raise

@@ -104,7 +104,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for text in texts:
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             found.append(value)

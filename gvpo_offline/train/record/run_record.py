@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gvpo_offline.secret_settings import without_credentials
 from gvpo_offline.train.callbacks import metric_sets
 from gvpo_offline.train.checkpoint import (
     EVENTS_FILE,
@@ -35,6 +36,7 @@ from gvpo_offline.train.record.residuals import (
     lines_of,
     worst,
 )
+from gvpo_offline.train.stopping import RunStopped
 from gvpo_offline.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -79,8 +81,8 @@ class RunRecord(TrainerCallback):
         """Append a line to `events.jsonl`.
 
         Args:
-            kind: of the event: start, resume, warning, checkpoint, evaluation, samples, residuals
-                or end.
+            kind: of the event: start, resume, warning, checkpoint, evaluation, samples, residuals,
+                skipped, nonfinite or end.
             time: of the event; default: now.
             fields: what else the line says.
         """
@@ -140,7 +142,8 @@ class RunRecord(TrainerCallback):
 
     def _warning(self, record: logging.LogRecord) -> None:
         time = datetime.fromtimestamp(record.created, UTC)
-        self.event("warning", time, text=record.getMessage(), source=record.name)
+        text = without_credentials(record.getMessage())
+        self.event("warning", time, text=text, source=record.name)
 
     @property
     def _step(self) -> int:
@@ -208,8 +211,14 @@ class RunRecord(TrainerCallback):
         if not self._trains:
             return
         self._trains = False
+        if isinstance(error, RunStopped):
+            self._note_removed()
+            kept = None if error.checkpoint is None else error.checkpoint.name
+            stop: dict[str, Any] = {"signal": error.signal_name, "checkpoint": kept}
+            self.event("end", complete=False, error=None, **stop)
+            return
         if error is not None:
-            text = " ".join(str(error).split())
+            text = without_credentials(" ".join(str(error).split()))
             self.event("end", complete=False, error=f"{type(error).__name__}: {text}".rstrip(": "))
             return
         self._note_removed()
@@ -224,8 +233,14 @@ def _earlier(checkpoint: Path | None, name: str, step: int) -> Iterable[Line]:
     """
     if checkpoint is None:
         return []
-    lines = read_json_lines(checkpoint.absolute().parent / name)
+    path = checkpoint.absolute().parent / name
+    lines = read_json_lines(path)
     n = read_line_counts(checkpoint).get(name, len(lines))
+    if len(lines) < n:
+        logger.warning(
+            "%s has %d whole lines, and had %d at %s: those that are missing or damaged are lost",
+            *(path, len(lines), n, checkpoint.name),
+        )
     later = itertools.takewhile(lambda line: line.get("kind") == _CHECKPOINT, lines[n:])
     kept = [*lines[:n], *later]
     return [line for line in kept if isinstance(own := line.get("step"), int) and own <= step]

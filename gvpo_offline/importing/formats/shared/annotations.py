@@ -9,6 +9,7 @@ from gvpo_offline import values
 from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import with_location
 from gvpo_offline.importing.sources.inputs import find_sources
+from gvpo_offline.limits import Limits
 from gvpo_offline.paths import MISSING, value_at
 
 __all__ = ["Annotations", "add_score", "scores_in"]
@@ -27,19 +28,23 @@ class Annotations:
 
     Args:
         pattern: file or glob, of any kind that inputs may have.
+        limits: as for `find_sources`.
 
     Attributes:
         unused: ids that no response had so far.
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, limits: Limits | None = None) -> None:
         self._pattern = pattern
+        self._limits = limits
         self._scores: dict[str, dict[str, Any]] | None = None
         self.unused: set[str] = set()
 
     def describe(self) -> str:
         """The SHA-256 of the files."""
-        return " ".join(s.sha256(lambda _: None) for s in find_sources(self._pattern))
+        return " ".join(
+            s.sha256(lambda _: None) for s in find_sources(self._pattern, limits=self._limits)
+        )
 
     def of(self, key: str | None) -> Mapping[str, Any]:
         """The scores of an id by name.
@@ -57,7 +62,7 @@ class Annotations:
 
     def _load(self) -> dict[str, dict[str, Any]]:
         scores: dict[str, dict[str, Any]] = {}
-        for source in find_sources(self._pattern):
+        for source in find_sources(self._pattern, limits=self._limits):
             for row, given in source.rows(None, lambda _: None):
                 record = given if source.columns is None else values.with_lists(given)
                 inner = record.get("data")

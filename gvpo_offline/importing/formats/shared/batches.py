@@ -72,6 +72,7 @@ class BatchFormat(TrainerFormat):
         self, config: ImportConfig, *, required: Sequence[str], requests: str | None
     ) -> None:
         super().__init__(config, required=required, has_parts=True)
+        self._limits = config.limits
         self._files = {} if requests is None else {"requests": requests}
         if config.rewards is not None:
             self._files["rewards"] = config.rewards
@@ -113,7 +114,9 @@ class BatchFormat(TrainerFormat):
     def dependencies(self, source: InputInfo) -> Mapping[str, str]:
         """The SHA-256 of the request file and the file of rewards."""
         return {
-            name: " ".join(s.sha256(lambda _: None) for s in find_sources(pattern))
+            name: " ".join(
+                s.sha256(lambda _: None) for s in find_sources(pattern, limits=self._limits)
+            )
             for name, pattern in self._files.items()
         }
 
@@ -198,7 +201,7 @@ class BatchFormat(TrainerFormat):
             DataError: an id is missing or occurs twice.
         """
         seen: set[str] = set()
-        for source in find_sources(pattern):
+        for source in find_sources(pattern, limits=self._limits):
             for row, record in source.rows(None, lambda _: None):
                 place = RowLocation(source.label, row, "")
                 for one in _of_a_call(record):

@@ -94,7 +94,9 @@ class CallFormat(TrainerFormat):
     ) -> None:
         super().__init__(config, required=(), has_parts=True)
         self._scores = NamedScores(config, kind, labels)
-        self._annotations = None if config.rewards is None else Annotations(config.rewards)
+        self._annotations = (
+            None if config.rewards is None else Annotations(config.rewards, config.limits)
+        )
         self._expects = bool(
             config.rewards or config.reward_weights or config.missing_rewards == "drop"
         )

@@ -12,6 +12,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.importing.fragment import with_location
 from gvpo_offline.importing.sources.inputs import find_sources
 from gvpo_offline.importing.sources.rows import Record
+from gvpo_offline.limits import Limits
 
 __all__ = ["ResolvedFlags"]
 
@@ -50,20 +51,29 @@ class ResolvedFlags:
     Args:
         pattern: file or glob.
         read: turns a value of a column into a part of the reward, as `TrainerFormat.part`.
+        limits: as for `find_sources`.
 
     Attributes:
         weights: of the parts, once the files are open.
     """
 
-    def __init__(self, pattern: str, read: Callable[[Any, str], float | None]) -> None:
+    def __init__(
+        self,
+        pattern: str,
+        read: Callable[[Any, str], float | None],
+        limits: Limits | None = None,
+    ) -> None:
         self._pattern = pattern
+        self._limits = limits
         self._part = read
         self._files: list[_File] = []
         self.weights: Mapping[str, float] = {}
 
     def digest(self) -> str:
         """The SHA-256 of the files."""
-        return " ".join(s.sha256(lambda _: None) for s in find_sources(self._pattern))
+        return " ".join(
+            s.sha256(lambda _: None) for s in find_sources(self._pattern, limits=self._limits)
+        )
 
     def open(self, weigh: Callable[[Sequence[str]], Mapping[str, float]]) -> None:
         """Read the files, once.
@@ -76,7 +86,7 @@ class ResolvedFlags:
         """
         if self._files:
             return
-        for source in find_sources(self._pattern):
+        for source in find_sources(self._pattern, limits=self._limits):
             found = _File(source.label)
             for row, record in source.rows(None, lambda _: None):
                 try:

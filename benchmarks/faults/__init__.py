@@ -1,0 +1,1 @@
+"""Campaigns that attack the commands from outside: kills, corruptions, hostile inputs, fuzzing."""
