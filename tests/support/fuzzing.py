@@ -60,7 +60,7 @@ _BESIDE = ("requests", "rewards")
 _PYTHON = re.compile(
     r"object has no attribute|\b(Type|Key|Attribute|Index|Value|Overflow|Recursion|Zero\w+)Error\b|"
     r"unhashable|not supported between|unsupported operand|indices must be|object is not|"
-    r"must be str, not|not iterable|expected str instance|cannot unpack|invalid literal|"
+    r"must be str, not|not iterable|expected str instance|cannot unpack|invalid literal for|"
     r"Traceback|takes \d+ positional|could not convert|too large to convert|NoneType|"
     r"Exceeds the limit|maximum recursion|numpy\.|inhomogeneous|<object object|bad argument"
 )
