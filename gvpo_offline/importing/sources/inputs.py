@@ -114,6 +114,13 @@ def _readable(path: Path) -> Path:
 
 def _open_path(path: Path, rows_at: str | None, log_format: str | None, limits: Limits) -> Source:
     plain = without_suffix(path)
+    if _is_not_text(path.name):
+        raise ConfigError(
+            "the name of an input is text in UTF-8: the dataset records it",
+            received=ascii(path.name),
+            remedy="rename the file",
+            file=path,
+        )
     if path.is_file() and plain.suffix in _JSON_SUFFIXES:
         if rows_at is None and plain.suffix == ".json" and log_format in LAYOUTS:
             return DocumentRows(str(path), plain.stem, path, LAYOUTS[log_format], limits)
@@ -137,6 +144,11 @@ def _open_path(path: Path, rows_at: str | None, log_format: str | None, limits: 
         remedy="convert or rename the file, or narrow the pattern",
         file=path,
     )
+
+
+def _is_not_text(name: str) -> bool:
+    """Whether a name holds bytes that are not UTF-8, which Python writes as lone surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _steps(rows_at: str | None) -> list[str | int]:
@@ -172,14 +184,17 @@ def _saved(path: Path) -> Source:
     import datasets
 
     try:
-        return DatasetRows(str(path), path.name, _one_split(datasets.load_from_disk(path), path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        if isinstance(error, ConfigError):
-            raise
+        loaded = datasets.load_from_disk(path)
+    except Exception as error:  # whatever `datasets` makes of a damaged JSON or Arrow file
         raise_translated(error, path)
+        said = isinstance(error, OSError | ValueError | pa.ArrowException)
         raise IntegrityError(
-            "a saved data set is complete", received=str(error), file=path, remedy="save it again"
+            "a saved data set is complete",
+            received=str(error) if said else "state.json or dataset_info.json with other content",
+            file=path,
+            remedy="save it again",
         ) from error
+    return DatasetRows(str(path), path.name, _one_split(loaded, path))
 
 
 def _hub(pattern: str) -> Source:
