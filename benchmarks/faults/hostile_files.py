@@ -44,7 +44,10 @@ def _rows(name: str, *rows: Any, raw: bytes = b"") -> Make:
 
 
 def _bytes(name: str, content: Callable[[], bytes]) -> Make:
-    return lambda folder, canary: (folder / name).write_bytes(content()) and None
+    def make(folder: Path, canary: Path) -> None:
+        (folder / name).write_bytes(content())
+
+    return make
 
 
 def _row(**changes: Any) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def _output_link(folder: Path, canary: Path) -> None:
 
 
 def _yaml(text: str) -> Make:
-    return lambda folder, canary: (folder / "c.yaml").write_text(text) and None
+    return _bytes("c.yaml", text.encode)
 
 
 def _aliases(levels: int) -> str:
