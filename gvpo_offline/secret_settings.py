@@ -48,7 +48,7 @@ def public(value: Any, name: str = "") -> Any:
         name: of the setting.
     """
     if isinstance(value, dict):
-        if "storage_options" in name or name == "headers":
+        if "storage_options" in name or name.lower().endswith("headers"):
             return dict.fromkeys(value, HIDDEN)
         return {key: public(own, str(key)) for key, own in value.items()}
     if isinstance(value, list | tuple):
