@@ -92,8 +92,8 @@ def _readable(path: Path) -> Path:
     """
     if not is_storable(str(path)):
         raise ConfigError(
-            "the name of an input is UTF-8",
-            received="a name with other bytes",
+            "the name of an input is text in UTF-8: the dataset records it",
+            received=ascii(path.name),
             remedy="rename the file or folder",
             file=path,
         )
@@ -114,13 +114,6 @@ def _readable(path: Path) -> Path:
 
 def _open_path(path: Path, rows_at: str | None, log_format: str | None, limits: Limits) -> Source:
     plain = without_suffix(path)
-    if _is_not_text(path.name):
-        raise ConfigError(
-            "the name of an input is text in UTF-8: the dataset records it",
-            received=ascii(path.name),
-            remedy="rename the file",
-            file=path,
-        )
     if path.is_file() and plain.suffix in _JSON_SUFFIXES:
         if rows_at is None and plain.suffix == ".json" and log_format in LAYOUTS:
             return DocumentRows(str(path), plain.stem, path, LAYOUTS[log_format], limits)
@@ -144,11 +137,6 @@ def _open_path(path: Path, rows_at: str | None, log_format: str | None, limits: 
         remedy="convert or rename the file, or narrow the pattern",
         file=path,
     )
-
-
-def _is_not_text(name: str) -> bool:
-    """Whether a name holds bytes that are not UTF-8, which Python writes as lone surrogates."""
-    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _steps(rows_at: str | None) -> list[str | int]:
