@@ -150,7 +150,7 @@ def test_names_of_other_bytes_than_utf8_are_refused(
 
 def test_a_name_that_a_pattern_matches_is_refused_as_well(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"l\xff.jsonl")).write_text("{}\n")
-    with pytest.raises(ConfigError, match="the name of an input is UTF-8"):
+    with pytest.raises(ConfigError, match="the name of an input is text in UTF-8"):
         find_sources([str(tmp_path / "*.jsonl")])
 
 
