@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gvpo_offline.commands.next_step import after_data
 from gvpo_offline.commands.settings import ValidateConfig
-from gvpo_offline.errors import ConfigError, DataError, GVPOError, IntegrityError
+from gvpo_offline.errors import DataError, GVPOError, IntegrityError
 from gvpo_offline.files import replace_text
 from gvpo_offline.findings.formats.checked import Check, check_of
 from gvpo_offline.findings.formats.document import document
@@ -66,7 +66,7 @@ def lines_of(config: ValidateConfig) -> tuple[list[str], bool]:
         lines = _formatted(config.format, check).splitlines()
     if config.output is None:
         return lines, check.failed
-    _write(Path(config.output), "".join(f"{line}\n" for line in lines))
+    replace_text(Path(config.output), "".join(f"{line}\n" for line in lines))
     verdict = verdict_line(check.findings, check.verdict)
     return [f"{config.dataset}: {verdict}; written to {config.output}"], check.failed
 
@@ -166,18 +166,3 @@ def _formatted(name: str, check: Check) -> str:
     if name == "junit":
         return junit(check)
     return json.dumps(document(check) if name == "json" else sarif(check), indent=2)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is complete or absent."""
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        if isinstance(error, GVPOError):
-            raise
-        raise ConfigError(
-            "output is the path of a file that can be written",
-            received=str(error),
-            remedy="correct output, or the rights of its folder",
-            file=path,
-        ) from error

@@ -7,6 +7,7 @@ can still be opened.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,14 +93,19 @@ def damaged(rule: str, received: object, file: Path | str) -> IntegrityError:
 
 
 def read_twice(read: Callable[[], Result]) -> Result:
-    """`read()`, called again after an IntegrityError: the bytes may have been damaged in transit.
+    """`read()`, called again after an IntegrityError, or where a device fails to read: the bytes may
+    have been damaged in transit. What a server refuses is not asked again.
 
     Raises:
-        IntegrityError: the second call fails too.
+        IntegrityError, StorageError: the second call fails too, or is of no use.
     """
     try:
         return read()
-    except (IntegrityError, StorageError):
+    except IntegrityError:
+        return read()
+    except StorageError as error:
+        if getattr(error.__cause__, "errno", None) != errno.EIO:
+            raise
         return read()
 
 

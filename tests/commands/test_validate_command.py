@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,13 +38,13 @@ def run(*argv: str | Path) -> int:
 
 
 def test_thresholds_are_read_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """From a pipe, as `--thresholds <(…)` gives one, they cannot be read again."""
+    """From an open pipe, as `--thresholds <(…)` gives one, they cannot be read again."""
     root = clean(tmp_path / "data")
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_text, args=("min_groups: 121\n",), daemon=True)
-    writer.start()
-    assert run(root, "--thresholds", pipe) == 0
+    reading, writing = os.pipe()
+    os.write(writing, b"min_groups: 121\n")
+    os.close(writing)
+    assert run(root, "--thresholds", Path(f"/dev/fd/{reading}")) == 0
+    os.close(reading)
     assert "120 groups; min_groups is 121" in capfd.readouterr().out
 
 
@@ -107,7 +106,7 @@ def test_settings_that_are_wrong_give_1_and_a_message(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "no.yaml" in captured.err
-    assert "output is the path of a file that can be written" in captured.err
+    assert "what is written is a file, new or to be replaced; received a folder" in captured.err
     assert captured.err.count("a dataset is a folder that holds a manifest") == 3
 
 

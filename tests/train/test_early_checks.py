@@ -49,7 +49,7 @@ EVALUATES = {"eval_fraction": 0.5, "eval_strategy": "steps", "eval_steps": 2, "s
     [
         ({"max_steps": 0}, "max_steps is a positive number of steps, or -1"),
         ({"max_steps": -5}, "max_steps is a positive number of steps, or -1"),
-        ({"num_train_epochs": 0}, "a run has at least one step"),
+        ({"num_train_epochs": 0}, "num_train_epochs is above 0; received 0"),
         ({"eval_strategy": "epoch"}, "evaluation needs held-out groups"),
         ({"eval_fraction": 0.0001}, "eval_fraction holds out at least one group"),
         (

@@ -183,6 +183,7 @@ def test_a_checkpoint_of_an_earlier_version_keeps_the_lines_by_their_steps(
     seal = tmp_path / "checkpoint-4" / "gvpo_checkpoint.json"
     content = json.loads(seal.read_text())
     assert content.pop("lines")["residuals.jsonl"] == sum(own["step"] <= 4 for own in whole)
+    del content["sha256"], content["seal_sha256"]
     seal.write_text(json.dumps(content))
     resumed = trainer_of(tiny_model_dir, dataset, tmp_path, eval_dataset=dataset, **RUN)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
