@@ -93,8 +93,8 @@ def damaged(rule: str, received: object, file: Path | str) -> IntegrityError:
 
 
 def read_twice(read: Callable[[], Result]) -> Result:
-    """`read()`, called again after an IntegrityError, or where a device fails to read: bytes may have
-    been damaged in transit. What a server refuses is not asked again.
+    """`read()`, called again after an IntegrityError, or where a device fails to read: the bytes
+    may have been damaged in transit. What a server refuses is not asked again.
 
     Raises:
         IntegrityError, StorageError: the second call fails too, or is of no use.

@@ -31,6 +31,17 @@ N_STEPS = 6
 ENDLESS = {"max_steps": 1_000_000, "eval_strategy": "no", "save_steps": 1_000_000}
 
 
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """Handlers of other tests' libraries, such as Ray's for SIGTERM, would stay in place in a run."""
+    before = {own: signal.getsignal(own) for own in (signal.SIGTERM, signal.SIGUSR1)}
+    for own in before:
+        signal.signal(own, signal.SIG_DFL)
+    yield
+    for own, handler in before.items():
+        signal.signal(own, handler)
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> GroupDataset:
     return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 24)
