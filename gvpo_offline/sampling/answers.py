@@ -23,6 +23,8 @@ from gvpo_offline.sampling.stage import SampleRequest
 # Settings that OpenAI's API does not have, and their neutral values, which are not sent.
 _EXTRAS: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _CHAT = "chat/completions"
+# The longest tokens of published vocabularies are runs of some hundred characters, mostly spaces.
+_LONGEST_TOKEN = 1024  # characters
 
 
 def endpoint(settings: RequestSettings, prompt: Prompt) -> str:
@@ -118,6 +120,10 @@ def _sample(settings: RequestSettings, choice: AnswerChoice, request: SampleRequ
     text = choice.text()
     if text is None:
         raise BadAnswerError(choice.refusal or "a text that is null")
+    if len(text) > _LONGEST_TOKEN * settings.max_new_tokens:
+        raise BadAnswerError(
+            f"a text of {len(text):,} characters for at most {settings.max_new_tokens:,} tokens"
+        )
     ids = _token_ids(choice, request.prompt) if settings.return_token_ids else None
     if ids is None and not text:
         raise BadAnswerError("an empty text")

@@ -214,6 +214,17 @@ def test_one_wrong_value_fails_its_response_alone(case: str) -> None:
     assert second.text == "4 2"
 
 
+def test_a_text_that_is_longer_than_its_tokens_can_be_has_failed() -> None:
+    """No token has more than 1,024 characters: 100 MB for a few tokens would only fill memory."""
+    longest = 1024 * SAMPLERS[0].max_new_tokens
+    answer = json.loads(json.dumps(CHAT))
+    for n, failed in ((longest, False), (longest + 1, True)):
+        answer["choices"][0] |= {"logprobs": None, "token_ids": None}
+        answer["choices"][0]["message"]["content"] = "a" * n
+        (sample, _) = read_answer(SAMPLERS[0], answer, REQUESTS)
+        assert ((sample.error or "").startswith(f"a text of {n:,} characters")) == failed
+
+
 def test_a_stop_string_of_half_a_character_is_stored_as_an_escape() -> None:
     answer = json.loads(json.dumps(CHAT))
     answer["choices"][0]["stop_reason"] = "\ud800"

@@ -33,7 +33,7 @@ ENDLESS = {"max_steps": 1_000_000, "eval_strategy": "no", "save_steps": 1_000_00
 
 @pytest.fixture(autouse=True)
 def default_handlers() -> Iterator[None]:
-    """Handlers of other tests' libraries, such as Ray's for SIGTERM, would stay in place in a run."""
+    """Handlers of other tests' libraries, such as Ray's for SIGTERM, would stay in a run."""
     before = {own: signal.getsignal(own) for own in (signal.SIGTERM, signal.SIGUSR1)}
     for own in before:
         signal.signal(own, signal.SIG_DFL)
