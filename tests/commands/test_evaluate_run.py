@@ -129,7 +129,7 @@ def test_a_policy_without_a_run_file_needs_a_beta(root: Path, tiny_model_dir: Pa
         evaluate(tiny_model_dir, dataset=str(root))
     with pytest.raises(ConfigError, match="dataset must be set"):
         evaluate(tiny_model_dir, beta=0.1)
-    with pytest.raises(ConfigError, match="beta is a positive number"):
+    with pytest.raises(ConfigError, match="beta is above 0; received -1"):
         evaluate(tiny_model_dir, dataset=str(root), beta=-1.0)
     report = evaluate(tiny_model_dir, dataset=str(root), beta=0.1)
     assert report.n_groups == 24

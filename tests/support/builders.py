@@ -91,6 +91,8 @@ def make_groups(n_groups: int, **options: Any) -> list[Group]:
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)  # no lone surrogates
 _FINITE = st.floats(allow_nan=False, allow_infinity=False)
+# Log-probs that a model can give a response of one token.
+_LOGPROBS = st.floats(-(2.0**17), 0.0)
 
 
 @st.composite
@@ -118,7 +120,7 @@ def group_strategy(draw: st.DrawFn, group_id: str | None = None) -> Group:
         truncated=per_response(st.booleans()),
         loss_mask=tuple(mask(n) for n in lengths) if draw(st.booleans()) else None,
         rewards=np.array(per_response(_FINITE), dtype=np.float64),
-        ref_seq_logprobs=np.array(per_response(_FINITE), dtype=np.float64),
+        ref_seq_logprobs=np.array(per_response(_LOGPROBS), dtype=np.float64),
         source=draw(_TEXT),
         prompt=draw(st.none() | _TEXT),
         messages=draw(st.none() | _TEXT),
