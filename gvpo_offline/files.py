@@ -33,9 +33,13 @@ def storage_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        if (found := translated(error, path)) is None:
+        found = translated(error, path)
+        if found is None:
             raise
-        raise found from error
+        try:
+            raise found from error
+        finally:
+            del found  # a cycle with its traceback would keep files open that failed to be written
 
 
 def make_folder(folder: Path) -> None:

@@ -132,8 +132,13 @@ def raise_translated(error: BaseException, path: Any = None) -> None:
     """
     if isinstance(error, GVPOError) or not isinstance(error, OSError):
         return
-    if error.errno not in _OF_THE_PATH and (found := translated(error, path)) is not None:
+    found = None if error.errno in _OF_THE_PATH else translated(error, path)
+    if found is None:
+        return
+    try:
         raise found from error
+    finally:
+        del found  # a cycle with its traceback would keep files open
 
 
 def untranslated_lines(error: OSError) -> list[str]:
