@@ -209,6 +209,7 @@ def comparison(plan: Plan, rates: dict[str, float]) -> list[Job]:
     jobs = [_job(plan, UNTOUCHED, 0.0, 0)]
     for seed in plan.seeds:
         jobs += [_job(plan, loss, rate, seed) for loss, rate in rates.items()]
+    for seed in plan.seeds:
         jobs += [_job(plan, loss, rates[loss], seed, person=False) for loss in WITHOUT_PERSON]
     return jobs
 
