@@ -123,9 +123,7 @@ def _modelled(config: dict[str, Any], name: str) -> float:
         lora_r=lora_r, checkpointing=checkpointing, kept_logits=kept_mb * 1e6, device="cpu"
     )
     work = Work.of([GroupShape(prompt, responses)])
-    return step_bytes(
-        shape_of_config(config), how, tokens=work.tokens, scored=work.scored
-    ).total
+    return step_bytes(shape_of_config(config), how, tokens=work.tokens, scored=work.scored).total
 
 
 def _resident() -> float:

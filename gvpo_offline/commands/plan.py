@@ -91,7 +91,8 @@ def lines(plan: Plan) -> list[str]:
         ),
         (
             f"{settings.dataset}: {plan.n_groups:,} groups to train on{of}; a step of "
-            f"{settings.groups_per_step} has {first.steps.mean_tokens:,.0f} tokens, an epoch {steps} steps"
+            f"{settings.groups_per_step} has {first.steps.mean_tokens:,.0f} tokens, an epoch "
+            f"{steps} steps"
         ),
         (
             f"{settings.gpus} x {settings.gpu} with {first.device.memory / 1e9:.3g} GB, of which "
@@ -112,9 +113,9 @@ def lines(plan: Plan) -> list[str]:
         return [
             *found,
             (
-                f"nothing fits: the least is {least.memory.total / 1e9:.3g} GB a GPU. Take more or larger "
-                "GPUs (--gpus, --gpu), --dtype bfloat16, --load_in_4bit true with an adapter, or leave "
-                "out the longest responses"
+                f"nothing fits: the least is {least.memory.total / 1e9:.3g} GB a GPU. Take more or "
+                "larger GPUs (--gpus, --gpu), --dtype bfloat16, --load_in_4bit true with an "
+                "adapter, or leave out the longest responses"
             ),
         ]
     epochs = settings.num_train_epochs

@@ -8,7 +8,7 @@ definitions of model and hardware FLOPs utilisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gvpo_offline.plan.shapes import LayerShape, ModelShape
@@ -113,12 +113,34 @@ def operations(
         checkpointing: layers are computed again in the backward pass.
         recomputed_logits: share of the logits that are computed again, if weights are trained.
     """
-    layers = 2.0 * shape.active * work.tokens
-    attention = sum(
-        2.0 * (layer.query + layer.output) * work.pairs(layer) + _state(layer) * work.tokens
-        for layer in shape.layers
+    return operations_of(
+        shape,
+        tokens=work.tokens,
+        scored=work.scored,
+        pairs=[work.pairs(layer) for layer in shape.layers],
+        frozen=frozen,
+        checkpointing=checkpointing,
+        recomputed_logits=recomputed_logits,
     )
-    head = 2.0 * shape.embedding * work.scored
+
+
+def operations_of(
+    shape: ModelShape,
+    *,
+    tokens: float,
+    scored: float,
+    pairs: Sequence[float],
+    frozen: bool = False,
+    checkpointing: bool = False,
+    recomputed_logits: float = 0.0,
+) -> Operations:
+    """As `operations`, for numbers of tokens, scored rows, and visible pairs of each layer."""
+    layers = 2.0 * shape.active * tokens
+    attention = sum(
+        2.0 * (layer.query + layer.output) * own + _state(layer) * tokens
+        for layer, own in zip(shape.layers, pairs, strict=True)
+    )
+    head = 2.0 * shape.embedding * scored
     passes = 2.0 if frozen else 3.0
     again = (layers + attention) if checkpointing else 0.0
     # A frozen output layer takes its gradient in the forward pass: nothing is computed again.

@@ -6,6 +6,8 @@ interconnect is that of one direction, half of what the sheets print.
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
 
 from gvpo_offline.errors import ConfigError
@@ -88,8 +90,7 @@ def find_device(name: str) -> Device:
 
 def device_named(driver_name: str) -> Device | None:
     """The device by the name that its driver gives (`NVIDIA H100 80GB HBM3`); None if unknown."""
-    words = driver_name.lower().replace("geforce", "").replace(" ", "")
-    found = [d for name, d in DEVICES.items() if name.replace("-", "") in words.replace("-", "")]
-    if "a100" in words and "40gb" in words:
-        return DEVICES["a100-40gb"]
-    return max(found, key=lambda device: len(device.name)) if found else None
+    words = re.split(r"[\s-]+", driver_name.lower())
+    words += [first + second for first, second in itertools.pairwise(words)]  # RTX 4090
+    found = [device for name, device in DEVICES.items() if set(name.split("-")) <= set(words)]
+    return max(found, key=lambda device: len(device.name), default=None)

@@ -310,7 +310,7 @@ def _mixer(own: _Fields, family: Family, model_type: str, kind: AttentionKind) -
     biased = family.biases or bool(own.config.get("attention_bias"))
     vectors = asked + 2 * key if biased or family.query_biases else 0
     # Of the listed families with biases of queries alone, only gpt_oss has one here too.
-    vectors += width if biased else 0
+    vectors += width if biased and model_type != "glm4" else 0
     vectors += heads if model_type == "gpt_oss" else 0
     if family.query_norm:
         vectors += 2 * size if family.query_norm == "head" else query + key
