@@ -102,16 +102,18 @@ def _how(trainer: GVPOTrainer, args: Any) -> TrainingShape:
         optim=str(getattr(args.optim, "value", args.optim)),
         ranks=args.world_size,
         sharding=_sharding(trainer, args),
-        checkpointing=bool(getattr(causal_lm(trainer.model), "is_gradient_checkpointing", False))
-        or _recomputes(args),
+        checkpointing=_recomputes(trainer, args),
         kept_logits=args.kept_logits_mb * 1e6,
         device="cpu" if args.device.type == "cpu" else "gpu",
     )
 
 
-def _recomputes(args: Any) -> bool:
+def _recomputes(trainer: GVPOTrainer, args: Any) -> bool:
+    """Whether activations are computed again: by the settings of the run, or of the model itself."""
     names = ("activation_checkpointing", "gradient_checkpointing")
-    return any(bool(getattr(args, name, False)) for name in names)
+    asked = any(bool(getattr(args, name, False)) for name in names)
+    own = (getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+    return asked or any(own)
 
 
 def _sharding(trainer: GVPOTrainer, args: Any) -> Sharding:

@@ -44,6 +44,7 @@ COMMANDS = (
     "show",
     "doctor",
     "report",
+    "plan",
     "push",
     "pull",
     "tune",
