@@ -34,6 +34,7 @@ from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.exit_status import FAILED, INTERRUPTED, OUTPUT_CLOSED
 from gvpo_offline.files import check_file
 from gvpo_offline.interrupts import two_interrupts, was_interrupted
+from gvpo_offline.json_text import is_storable
 from gvpo_offline.sampled_eval.settings import SampledEvalSettings
 from gvpo_offline.settings import load_yaml
 from gvpo_offline.system_errors import untranslated_lines
@@ -127,6 +128,14 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
             received=str(error),
             remedy="save the file given with --config in UTF-8",
         ) from error
+    except GVPOError:
+        raise
+    except ValueError as error:  # a null character in what jsonargparse tries as a path
+        raise ConfigError(
+            "flags and YAML keys are settings of the command, with values of the right type",
+            received=str(error),
+            remedy=f"correct the value. See gvpo-offline {name} --help",
+        ) from error
     except ArgumentError as error:
         unknown = explained(name, str(error), options, COMMANDS)
         if unknown is not None:
@@ -136,6 +145,19 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> dict[str, Any]:
             received=_complaint(str(error)),
             remedy=f"{_expected(str(error))}See gvpo-offline {name} --help",
         ) from error
+
+
+def _check_texts(settings: dict[str, Any]) -> None:
+    """Raise ConfigError for a setting, above all a path, with bytes that are not UTF-8: Arrow opens
+    no such file, and no manifest can name it.
+    """
+    for name, value in settings.items():
+        if not is_storable(value):
+            raise ConfigError(
+                "settings are text in UTF-8, the names of files and folders as well",
+                received=f"{name}: {visible(str(value))}",
+                remedy="rename the file or folder, or correct the setting",
+            )
 
 
 def _check_config_files(argv: Sequence[str]) -> None:
@@ -256,6 +278,7 @@ def _run(name: str, argv: Sequence[str], settings: dict[str, Any]) -> int:
     """Run a command; fills `settings` with its settings. Returns the exit status."""
     try:
         settings.update(_parse(name, COMMANDS[name], argv))
+        _check_texts(settings)
         status = COMMANDS[name].run(dict(settings)) or 0
         flush_output()
         return status

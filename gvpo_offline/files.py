@@ -7,18 +7,17 @@ import fcntl
 import glob
 import os
 import stat
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from gvpo_offline.errors import DataError, StorageError
 from gvpo_offline.system_errors import translated
 
 # Files that are open already, such as the pipe of a shell's <(…) or >(…).
 _OPEN_FILES = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
-_STALE_S = 60.0
 _STREAMS = (*_OPEN_FILES, "/dev/tty", "/dev/pts/")
 
 
@@ -77,7 +76,7 @@ def check_file(path: str | Path) -> None:
         return
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, f"{_kind(mode)}, not a file", str(path))
+    raise OSError(errno.EINVAL, f"{kind_of_file(mode)}, not a file", str(path))
 
 
 def read_text(path: str | Path) -> str:
@@ -109,45 +108,93 @@ def replace_text(path: Path, text: str) -> None:
             with path.open("wb") as stream:
                 stream.write(data)
             return
-    temporary = temporary_name(target.parent, target.name)
-    try:
-        with storage_errors(path):
-            make_folder(target.parent)
-            _remove_stale(target)
-            with temporary.open("wb") as file:
-                _lock_if_possible(file.fileno())
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+    with storage_errors(path):
+        make_folder(target.parent)
+        remove_abandoned(target.parent, glob.escape(target.name))
+        with owned_file(target) as (file, temporary):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(temporary, target)
-            fsync_folder(target.parent)
+        fsync_folder(target.parent)
+
+
+@contextmanager
+def owned_file(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file beside `target`, to be renamed or linked to it, locked until the block ends.
+
+    The end of the process releases the lock, so that others can tell what a killed process left
+    (`remove_abandoned`) from what is being written. If the file still exists at the end of the
+    block, it is removed.
+
+    Yields:
+        The file, open for writing, and its path.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    file, temporary = _locked_file(target)
+    try:
+        with file:
+            yield file, temporary
     finally:
         with suppress(OSError):  # the error of the write says more
             temporary.unlink(missing_ok=True)
 
 
-def _lock_if_possible(handle: int) -> bool:
-    """Lock an open file; False if another process holds it, or the file system has no locks."""
+def _locked_file(target: Path) -> tuple[BinaryIO, Path]:
+    while True:
+        temporary = temporary_name(target.parent, target.name)
+        file = temporary.open("xb")
+        with suppress(OSError):  # a file system without locks: nothing is removed there either
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        if temporary.exists():
+            return file, temporary
+        file.close()  # removed by another process before it was locked
+
+
+def remove_abandoned(folder: Path, target: str) -> None:
+    """Remove the temporary files of killed processes (see `owned_file`).
+
+    Args:
+        folder: of the files that were to be written.
+        target: pattern (`glob`) of their names.
+    """
+    for path in folder.glob(f".{target}.{'[0-9a-f]' * 32}.tmp"):
+        remove_if_abandoned(path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process is writing a temporary file (see `owned_file`)."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def remove_if_abandoned(path: Path) -> bool:
+    """Remove a temporary file if no process holds its lock; whether it was removed."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:  # locked, renamed in the meantime, or a file system without locks
+        return False
+    finally:
+        os.close(handle)
     return True
-
-
-def _remove_stale(target: Path) -> None:
-    """Remove the temporary files of a file that killed processes left: nobody holds their lock."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.tmp"):
-        with suppress(OSError):
-            # A process that has made its file and not locked it yet is given a minute.
-            if time.time() - path.stat().st_mtime < _STALE_S:
-                continue
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                if _lock_if_possible(handle):
-                    path.unlink()
-            finally:
-                os.close(handle)
 
 
 def _target(path: Path) -> Path | None:
@@ -167,13 +214,14 @@ def _target(path: Path) -> Path | None:
         return None
     raise StorageError(
         "what is written is a file, new or to be replaced",
-        received=_kind(mode),
+        received=kind_of_file(mode),
         remedy="choose another path, or remove what is there",
         file=path,
     )
 
 
-def _kind(mode: int) -> str:
+def kind_of_file(mode: int) -> str:
+    """What is at a path, by its mode, where it is no regular file: "a folder", "a named pipe"."""
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a named pipe",

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["kind_of", "loads", "parsed_messages"]
+from gvpo_offline.errors import DataError
+from gvpo_offline.limits import parse_json
+
+__all__ = [
+    "escaped_surrogates",
+    "has_surrogates",
+    "is_storable",
+    "kind_of",
+    "loads",
+    "parsed_messages",
+]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -22,25 +33,54 @@ def loads(text: str) -> Any:
         ValueError: it is not JSON, or has more levels than `MOST_NESTED`.
     """
     try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("lists and records are nested too deeply") from error
-    if text.count("[") + text.count("{") > MOST_NESTED and _levels(value) > MOST_NESTED:
-        raise ValueError(f"lists and records are nested more than {MOST_NESTED} levels deep")
+        return parse_json(text, nesting=MOST_NESTED, setting=None)
+    except DataError as error:
+        raise ValueError(f"{error.rule}: received {error.received}") from error
+
+
+# An escaped surrogate. A pair of them is a character; a single one is none.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def has_surrogates(data: bytes, value: Any) -> bool:
+    """Whether a text in a JSON value holds a lone surrogate, which UTF-8 cannot store.
+
+    Args:
+        data: the JSON, in UTF-8.
+        value: what it stands for.
+    """
+    if not _SURROGATE.search(data):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def is_storable(value: Any) -> bool:
+    """Whether UTF-8 can store every text in a value of texts, lists and dicts.
+
+    A file name whose bytes are not UTF-8 reaches Python as text with lone surrogates.
+    """
+    if isinstance(value, str):
+        return value.isascii() or value.encode("utf-8", "replace").decode() == value
+    if isinstance(value, list | tuple):
+        return all(map(is_storable, value))
+    if isinstance(value, dict):
+        return all(is_storable(name) and is_storable(part) for name, part in value.items())
+    return True
+
+
+def escaped_surrogates(value: Any) -> Any:
+    """A JSON value with `\\udXXX`, six characters, for each lone surrogate in a text or a name."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [escaped_surrogates(part) for part in value]
+    if isinstance(value, dict):
+        return {escaped_surrogates(n): escaped_surrogates(part) for n, part in value.items()}
     return value
-
-
-def _levels(value: Any) -> int:
-    levels, pending = 0, [value]
-    while pending:
-        pending = [
-            part
-            for each in pending
-            if isinstance(each, list | dict)
-            for part in (each if isinstance(each, list) else each.values())
-        ]
-        levels += 1
-    return levels - 1
 
 
 def kind_of(value: Any) -> str:

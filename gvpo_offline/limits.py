@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from gvpo_offline.errors import ConfigError, DataError
 
@@ -48,6 +48,8 @@ class Limits:
     """Most levels of lists and records inside each other in one row, up to 300."""
     columns: int = 10_000
     """Most columns of a CSV or Parquet file."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         for field in fields(self):

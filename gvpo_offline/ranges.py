@@ -60,7 +60,8 @@ RANGES: dict[str, Range] = {
     **_each(
         "attempts batch_size concurrency context_length dataset_version eval_max_new_tokens "
         "eval_prompts gpus groups_per_step judge_samples lora_r max_attempts max_batch_tokens "
-        "gpus max_groups max_length max_new_tokens max_tokens_per_micro_batch n_per_request "
+        "max_answer_bytes max_groups max_length max_new_tokens "
+        "max_tokens_per_micro_batch n_per_request "
         "prompts_per_task requests_per_file responses rows rows_per_row_group shard_bytes "
         "shuffle_window version workers dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout "
         "torch_empty_cache_steps row_bytes expansion columns nesting",

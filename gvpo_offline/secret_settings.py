@@ -11,6 +11,10 @@ _ENDS = re.compile(
     r"(^|[._\- ])(token|secret|password|passwd|credentials?|authorization|"
     r"(api|access|secret|private|account|auth)[_\-]?key)$"
 )
+# Settings of tokenizers, which are no secrets.
+_SPECIAL = re.compile(
+    r"(^|[._\- ])(bos|eos|pad|unk|sep|cls|mask|image|begin|end|start|stop)[_\-]token$"
+)
 # What stands before the host of a URL: user and password, or a token.
 _USER = re.compile(r"(?<=://)[^/@\s?#]+@")
 # A parameter of a URL's query, such as a signature.
@@ -26,7 +30,7 @@ def is_secret(name: str) -> bool:
     lower = name.lower()
     if "storage_options" in lower or "headers" in lower:
         return True
-    return bool(_ENDS.search(lower))
+    return bool(_ENDS.search(lower)) and not _SPECIAL.search(lower)
 
 
 def without_credentials(text: str) -> str:
@@ -44,7 +48,7 @@ def public(value: Any, name: str = "") -> Any:
         name: of the setting.
     """
     if isinstance(value, dict):
-        if "storage_options" in name or name == "headers":
+        if "storage_options" in name or name.lower().endswith("headers"):
             return dict.fromkeys(value, HIDDEN)
         return {key: public(own, str(key)) for key, own in value.items()}
     if isinstance(value, list | tuple):

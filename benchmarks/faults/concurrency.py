@@ -81,7 +81,9 @@ def beside_reader(shop: Workshop, name: str, case: str) -> Line:
     """A reader that goes on over a dataset while a command writes its next version."""
     folder = shop.copy(shop.before(name), case)
     try:
-        reader = start_case(partial(_slow_reader, 3.0), folder, limits=NO_LIMIT)
+        # Pinned, since the newest version changes while it reads.
+        version = max(int(own.stem[9:]) for own in (folder / "data").glob("manifest-*.json"))
+        reader = start_case(partial(_slow_reader, 3.0, version), folder, limits=NO_LIMIT)
         time.sleep(0.5)
         writer = shop.run(name, folder)
         read = finish_case(reader)
@@ -91,11 +93,11 @@ def beside_reader(shop: Workshop, name: str, case: str) -> Line:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _slow_reader(seconds: float) -> int:
-    """Read all groups over and over; every pass has the same digest."""
+def _slow_reader(seconds: float, version: int) -> int:
+    """Read all groups of a version over and over; every pass has the same digest."""
     until, digests = time.monotonic() + seconds, set()
     while time.monotonic() < until:
-        if status := read_all("data", {}, version=5):
+        if status := read_all("data", {}, version=version):
             return status
         digests.add(Path("digest.txt").read_text())
         time.sleep(0.05)

@@ -229,7 +229,8 @@ def _other(shop: Workshop, target: Target, folder: Path, altered: str) -> Any:
 
 def read_all(path: str, remote: dict[str, Any], version: int | None = None) -> int:
     """Read all groups with reward and reference, and write a digest of all values."""
-    from gvpo_offline import RemoteSettings, cli, open_dataset
+    from gvpo_offline import RemoteSettings, open_dataset
+    from gvpo_offline.errors import GVPOError
 
     digest = hashlib.sha256()
     try:
@@ -240,7 +241,7 @@ def read_all(path: str, remote: dict[str, Any], version: int | None = None) -> i
             for group in dataset.groups(number):
                 digest.update(repr(_plain(group)).encode())
         digest.update(dataset.manifest.model_dump_json().encode())
-    except cli.GVPOError as error:
+    except GVPOError as error:
         print(f"error: {error}")
         return 1
     Path(_DIGEST).write_text(digest.hexdigest())

@@ -43,7 +43,7 @@ ODD: tuple[Any, ...] = (
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) within a JSON value."""
     found: list[tuple[Any, Any]] = []
-    items = value.items() if isinstance(value, dict) else ()
+    items: Any = value.items() if isinstance(value, dict) else ()
     items = enumerate(value) if isinstance(value, list) else items
     for key, inner in items:
         found += [(value, key), *places(inner)]

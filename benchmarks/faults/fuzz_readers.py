@@ -110,7 +110,7 @@ def _import(path: Path, shop: Path, kind: str) -> object:
             inputs=[str(path)],
             output_dir=str(path.parent / "out"),
             tokenizer_name_or_path=str(shop / "model"),
-            format=kind,  # type: ignore[arg-type]
+            format=kind,
             show_progress=False,
         )
     )
@@ -243,10 +243,21 @@ def _answer(rng: random.Random, folder: Path, shop: Path) -> object:
     from gvpo_offline.openai import answer as answers
     from gvpo_offline.openai import shapes
 
-    message = {"role": "assistant", "content": "so 2", "tool_calls": [], "refusal": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "so 2",
+        "tool_calls": [],
+        "refusal": None,
+    }
     token = {"token": "so", "logprob": -0.5, "bytes": [115], "top_logprobs": []}
-    choice = {"index": 0, "finish_reason": "stop", "message": message, "text": "so 2"}
-    choice["logprobs"] = {"content": [token], "tokens": ["so"], "token_logprobs": [-0.5]}
+    logprobs = {"content": [token], "tokens": ["so"], "token_logprobs": [-0.5]}
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": message,
+        "text": "so 2",
+        "logprobs": logprobs,
+    }
     plain = {"id": "x", "choices": [choice], "usage": {"completion_tokens": 3}, "model": "m"}
     try:
         found = json.loads(text_of(plain, rng))
@@ -266,7 +277,8 @@ def _seal(rng: random.Random, folder: Path, shop: Path) -> object:
     shutil.copytree(shop / "half/train/run", folder / "run")
     path = folder / "run/checkpoint-4/gvpo_checkpoint.json"
     path.write_bytes(text_of(json.loads(path.read_bytes()), rng))
-    return find_checkpoint(folder / "run", rng.choice([True, "auto"]))
+    wanted: tuple[str | bool, ...] = (True, "auto")
+    return find_checkpoint(folder / "run", rng.choice(wanted))
 
 
 def _metrics(rng: random.Random, folder: Path, shop: Path) -> object:

@@ -1,7 +1,8 @@
 """Hostile inputs: what a stranger's dataset, log, settings, server or hub could do to this machine.
 
 Every case has a canary folder beside it. An access to the canary is an escape, and so is a request
-to a host that nobody named. A case that runs into its deadline is a hang; its output may hold no
+to a host that nobody named. A file that the dataset's folder links to may be read, as documented,
+but not written or removed. A case that runs into its deadline is a hang; its output may hold no
 traceback, and no control character of an input.
 """
 
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -55,10 +56,16 @@ def cases(shop: Workshop, *, every: bool) -> list[tuple[str, Callable[[], Line]]
     for number, (kind, change) in enumerate(hostile_manifests.CHANGES.items()):
         chosen = readers if every else {"compact", readers[number % len(readers)]}
         for reader in sorted(chosen):
-            add(f"manifest-{kind}-{reader}", partial(_dataset, shop, change, READERS[reader]))
+            add(f"manifest-{kind}-{reader}", partial(_dataset, shop, change, READERS[reader], ()))
     for kind, place in hostile_manifests.PLACES.items():
         for reader in readers if every else ("ls", "validate", "compact"):
-            add(f"place-{kind}-{reader}", partial(_dataset, shop, place, READERS[reader]))
+            add(f"place-{kind}-{reader}", partial(_dataset, shop, place, READERS[reader], ()))
+    for kind, linked in hostile_manifests.LINKED.items():
+        allowed = hostile_manifests.READ_BY_LINK
+        for reader in readers if every else ("validate", "compact", "reward"):
+            add(f"link-{kind}-{reader}", partial(_dataset, shop, linked, READERS[reader], allowed))
+    for kind, named in hostile_manifests.REMOVED.items():
+        add(f"remove_old-{kind}", partial(_dataset, shop, named, READERS["compact"], ()))
     for kind, (make, argv) in hostile_files.FILES.items():
         add(f"file-{kind}", partial(_file, shop, make, argv))
     for kind in BAD:
@@ -70,14 +77,18 @@ def cases(shop: Workshop, *, every: bool) -> list[tuple[str, Callable[[], Line]]
 
 
 def _dataset(
-    shop: Workshop, change: Callable[[Path, Path], None], argv: list[str], case: str
+    shop: Workshop,
+    change: Callable[[Path, Path], None],
+    argv: list[str],
+    allowed: Sequence[str],
+    case: str,
 ) -> Line:
     def prepared(folder: Path, canary: Path) -> list[str]:
         shutil.copytree(folder / "data", folder / "good")
         change(folder / "data", canary)
         return argv
 
-    return attack(shop, case, shop.after("reference"), prepared)
+    return attack(shop, case, shop.after("reference"), prepared, allowed)
 
 
 def _file(shop: Workshop, make: Callable[[Path, Path], None], argv: list[str], case: str) -> Line:
@@ -92,7 +103,9 @@ def _server(shop: Workshop, kind: str, case: str) -> Line:
     def prepared(folder: Path, canary: Path) -> list[str]:
         url = shop.servers.bad.replace("/v1", f"/v1/{kind}")
         argv = [word.replace(shop.servers.models, url) for word in shop.argv("sample")]
-        return argv
+        # Most answers are bad at every attempt; the waits between attempts show nothing more.
+        few = '"concurrency": 20, "max_attempts": 2'
+        return [word.replace('"concurrency": 2', few) for word in argv]
 
     return attack(shop, case, shop.before("sample"), prepared)
 
@@ -119,6 +132,7 @@ def attack(
     case: str,
     start: Path,
     prepared: Callable[[Path, Path], list[str]],
+    allowed: Sequence[str] = (),
 ) -> Line:
     """One command on hostile input.
 
@@ -127,10 +141,12 @@ def attack(
         case: name of the case.
         start: the folder that is copied.
         prepared: makes the input in a folder, given the canary's, and returns the command.
+        allowed: accesses to the canary that are documented, as `Canary.touched` says them.
     """
     folder = shop.copy(start, f"{case}/work")
     outside = folder.parent / "outside"
-    parquet = next((shop.after("reference") / "data/groups").glob("*.parquet")).read_bytes()
+    # Of the newest version.
+    parquet = min((shop.after("reference") / "data/groups").glob("rewrite-*.parquet")).read_bytes()
     try:
         made: dict[str, list[str]] = {}
         setup = folder.parent / "argv.json"
@@ -150,7 +166,7 @@ def attack(
         canary = Canary(outside, parquet)
         reached = _elsewhere(shop)
         found = run_case(command(made["argv"]), folder, limits=LIMITS)
-        escapes = canary.touched()
+        escapes = [access for access in canary.touched() if access not in allowed]
         if (more := _elsewhere(shop) - reached) > 0:
             escapes.append(f"{more} requests to another host")
         if SECRET in found.output:

@@ -44,7 +44,10 @@ def _rows(name: str, *rows: Any, raw: bytes = b"") -> Make:
 
 
 def _bytes(name: str, content: Callable[[], bytes]) -> Make:
-    return lambda folder, canary: (folder / name).write_bytes(content()) and None
+    def make(folder: Path, canary: Path) -> None:
+        (folder / name).write_bytes(content())
+
+    return make
 
 
 def _row(**changes: Any) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def _output_link(folder: Path, canary: Path) -> None:
 
 
 def _yaml(text: str) -> Make:
-    return lambda folder, canary: (folder / "c.yaml").write_text(text) and None
+    return _bytes("c.yaml", text.encode)
 
 
 def _aliases(levels: int) -> str:
@@ -141,6 +144,7 @@ FILES: dict[str, tuple[Make, list[str]]] = {
         _rows(f"{_ESCAPE.replace('/', '')}.jsonl", {"prompt": 1}),
         _import(f"{_ESCAPE}.jsonl"),
     ),
+    "log_name_bytes": (_rows("l\udcff.jsonl", _row(), _other()), _import("l\udcff.jsonl")),
     "log_nan": (_rows("l.jsonl", _row(reward=float("nan")), _other()), _import("l.jsonl")),
     "log_infinity": (_rows("l.jsonl", _row(reward=1e999), _other()), _import("l.jsonl")),
     "log_nulls": (_bytes("l.jsonl", lambda: bytes(10**6)), _import("l.jsonl")),

@@ -108,6 +108,40 @@ def _huge_numbers(content: dict[str, Any], canary: Path) -> None:
     content["groups"][0]["row_groups"] = [[10**18, 2**24]]
 
 
+def _no_rows(named: Callable[[Path], str], *, old: bool) -> Change:
+    """A file of the canary's as one of the dataset that no reader needs to open: it has no rows.
+
+    Args:
+        named: its path.
+        old: name it in the first version, which `compact --remove_old` removes; else in the newest.
+    """
+
+    def apply(root: Path, canary: Path) -> None:
+        victim = canary / Path(named(canary)).name
+        path = min(root.glob("manifest-*.json")) if old else newest(root)
+        content = json.loads(path.read_bytes())["manifest"]
+        digest, size = oracles.sha256(victim), victim.stat().st_size
+        entry = {**content["groups"][0], "path": named(canary), "sha256": digest, "bytes": size}
+        entry.update(row_groups=[], n_responses=0, n_tokens=0, footer_sha256=None)
+        content["groups"].append(entry)
+        path.write_text(oracles.sealed("manifest", content))
+
+    return apply
+
+
+def _record(named: Callable[[Path], str]) -> Change:
+    """A file of the canary's in a commit record, which goes together with its files."""
+
+    def apply(root: Path, canary: Path) -> None:
+        for path in root.glob("commits/*/*.json"):
+            content = json.loads(path.read_bytes())["record"]
+            for entry in oracles.named_files(content):
+                entry["path"] = named(canary)  # type: ignore[index]
+            path.write_text(oracles.sealed("record", content))
+
+    return apply
+
+
 def _old_manifest(root: Path, canary: Path) -> None:
     """A version that names a file outside, which `compact --remove_old` takes for its own."""
     _extra(_above)(root, canary)
@@ -175,10 +209,27 @@ PULLED = {
 
 def _link_groups(root: Path, canary: Path) -> None:
     """A groups file is a link to a file outside that has its bytes."""
-    path = next((root / "groups").glob("*.parquet"))
-    shutil.copy(path, canary / "victim.parquet")
+    path = _file_of_canary(root, canary)
     path.unlink()
     path.symlink_to(canary / "victim.parquet")
+
+
+def _linked_folder(root: Path, canary: Path) -> None:
+    """A groups file lies in a folder that is a link to the canary's."""
+    path = _file_of_canary(root, canary)
+    (root / "groups" / "linked").symlink_to(canary, target_is_directory=True)
+    manifest = newest(root)
+    content = json.loads(manifest.read_bytes())["manifest"]
+    (entry,) = [e for e in content["groups"] if e["path"] == str(path.relative_to(root))]
+    entry["path"] = "groups/linked/victim.parquet"
+    manifest.write_text(oracles.sealed("manifest", content))
+    path.unlink()
+
+
+def _file_of_canary(root: Path, canary: Path) -> Path:
+    """The groups file that the canary has a copy of."""
+    victim = (canary / "victim.parquet").read_bytes()
+    return next(path for path in (root / "groups").glob("*.parquet") if path.read_bytes() == victim)
 
 
 def _link_folder(root: Path, canary: Path) -> None:
@@ -232,4 +283,32 @@ PLACES: dict[str, Change] = {
     "commits_link": _link_folder,
     "rewards_link": _link_rewards,
     "temporary_links": _temporary,
+}
+# Links that lead outside: such files are read (caches and data versioning keep files so), but never
+# written or removed.
+LINKED: dict[str, Change] = {"groups_link": _link_groups, "folder_link": _linked_folder}
+READ_BY_LINK = ("victim.parquet opened", "victim.parquet read")
+
+
+def _text_absolute(canary: Path) -> str:
+    return str(canary / "secret.txt")
+
+
+def _text_twisted(canary: Path) -> str:
+    return "groups/../../../outside/secret.txt"
+
+
+# What `compact --remove_old` would remove.
+REMOVED: dict[str, Change] = {
+    **{
+        f"{name}_{when}": _no_rows(named, old=when == "old")
+        for name, named in (
+            ("above", _text),
+            ("absolute", _text_absolute),
+            ("twisted", _text_twisted),
+        )
+        for when in ("old", "newest")
+    },
+    "record_above": _record(_text),
+    "record_absolute": _record(_text_absolute),
 }

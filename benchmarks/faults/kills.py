@@ -175,6 +175,8 @@ def _doctor(shop: Workshop, name: str, folder: Path) -> str:
     if not clean.exists():
         clean.parent.mkdir(exist_ok=True)
         said = run_case(command(["doctor", target]), shop.after(name), limits=NO_LIMIT)
+        if said.traceback:
+            raise RuntimeError(f"doctor of an undisturbed {name}:\n{said.output}")
         written = clean.with_suffix(f".{os.getpid()}")
         written.write_text(f"{said.status}\n{said.output}")
         written.rename(clean)

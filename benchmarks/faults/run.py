@@ -16,7 +16,7 @@ Prints what is wrong as it is found, and one JSON object on the last line:
 - `fuzz_cases`; `concurrent` and `concurrent_bad`; with `--long`, endurance;
 - over all campaigns: `unexplained_tracebacks`, `hangs`, `raw_controls` (outputs with control
   characters of an input);
-- `seconds`, `commit`, `date`.
+- `seconds`, `cpu_seconds` (of all processes), `commit`, `date`.
 
 The goal is zero for everything that is not a number of cases. The exit status is 0 in any case:
 this is a measurement.
@@ -170,11 +170,17 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gvpo-offline-faults-") as scratch:
         kept = Path(output).resolve() if output else Path(scratch) / "cases"
-        names = given.only or [name for name in NAMES if given.long or name != "endurance"]
+        # In this order: fuzzing reads what the corruptions prepare.
+        names = (
+            [name for name in NAMES if name in given.only]
+            if given.only
+            else [name for name in NAMES if given.long or name != "endurance"]
+        )
         found = run_all(Path(scratch), kept, names, sizes, given.workers)
     report = {
         **summary(found),
         "seconds": round(time.monotonic() - started),
+        "cpu_seconds": round(sum(os.times()[:4])),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

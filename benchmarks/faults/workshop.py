@@ -44,6 +44,98 @@ def words_of(**settings: Any) -> list[str]:
     return found
 
 
+_Settings = dict[str, dict[str, Any]]
+_QUIET = {"show_progress": False}
+_DATA = {"dataset": "data", **_QUIET}
+
+
+def _making(model: str, base_url: str) -> _Settings:
+    """Settings of the commands that make a dataset."""
+    served = {
+        "kind": "openai",
+        "model": "scripted",
+        "base_url": base_url,
+        "responses": 3,
+        "max_new_tokens": 16,
+        "concurrency": 2,
+    }
+    brief = {"kind": "function", "function": "rewards.py:brevity"}
+    return {
+        "sample": {
+            "inputs": ["prompts.jsonl"],
+            "output_dir": "data",
+            "tokenizer_name_or_path": model,
+            "samplers": {"served": served},
+            "prompts_per_task": PER_TASK,
+            **_QUIET,
+        },
+        "import": {
+            "inputs": ["log.jsonl"],
+            "output_dir": "logged",
+            "tokenizer_name_or_path": model,
+            "columns.sampler": "sampler",
+            "columns.keep": ["answer"],
+            "shard_bytes": 1024,
+            **_QUIET,
+        },
+        "merge": {
+            "add": ["logged"],
+            "match": "prompt",
+            "incomplete": "drop",
+            "shard_bytes": 1024,
+            **_DATA,
+        },
+        "reward": {"name": "brief", "scorers": {"b": brief}, **_DATA},
+        "reference": {"model_name_or_path": model, "use_cpu": True, **_DATA},
+    }
+
+
+def _keeping(repo: str) -> _Settings:
+    """Settings of the commands that keep, share and show a dataset."""
+    return {
+        "compact": {"shard_bytes": 8192, "rows_per_row_group": 4, **_DATA},
+        "compact_remove": {"shard_bytes": 6000, "remove_old": True, **_DATA},
+        "push": {"repo_id": repo, **_DATA},
+        "pull": {"repo_id": repo, "output_dir": "pulled", **_QUIET},
+        "report": {"paths": ["data"], "output": "report.html", "reward": "brief", **_QUIET},
+    }
+
+
+def _training(model: str) -> _Settings:
+    """Settings of the commands that train."""
+    training = {
+        "model_name_or_path": model,
+        "dataset": "data",
+        "reward": "brief",
+        "beta": 0.5,
+        "learning_rate": 0.01,
+        "groups_per_step": 4,
+        "max_tokens_per_micro_batch": 512,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return {
+        "train": {
+            **training,
+            "output_dir": "run",
+            "max_steps": 6,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "resume_from_checkpoint": "auto",
+        },
+        "tune": {
+            **training,
+            "output_dir": "tuned",
+            "betas": [0.5],
+            "tune_steps": 20,
+            "max_steps": 20,
+            "eval_fraction": 0.5,
+            "save_strategy": "no",
+        },
+    }
+
+
 @dataclass
 class Workshop:
     """Inputs and undisturbed results.
@@ -66,78 +158,10 @@ class Workshop:
     def argv(self, name: str, repo: str = "somebody/whole") -> list[str]:
         """The arguments of a command after `gvpo-offline`."""
         model = str(self.folder / "model")
-        quiet = {"show_progress": False}
-        data = {"dataset": "data", **quiet}
-        training = {
-            "model_name_or_path": model,
-            "dataset": "data",
-            "reward": "brief",
-            "beta": 0.5,
-            "learning_rate": 0.01,
-            "groups_per_step": 4,
-            "max_tokens_per_micro_batch": 512,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "report_to": "none",
-        }
-        served = {
-            "kind": "openai",
-            "model": "scripted",
-            "base_url": self.servers.models,
-            "responses": 3,
-            "max_new_tokens": 16,
-            "concurrency": 2,
-        }
-        brief = {"kind": "function", "function": "rewards.py:brevity"}
-        settings: dict[str, dict[str, Any]] = {
-            "sample": {
-                "inputs": ["prompts.jsonl"],
-                "output_dir": "data",
-                "tokenizer_name_or_path": model,
-                "samplers": {"served": served},
-                "prompts_per_task": PER_TASK,
-                **quiet,
-            },
-            "import": {
-                "inputs": ["log.jsonl"],
-                "output_dir": "logged",
-                "tokenizer_name_or_path": model,
-                "columns.sampler": "sampler",
-                "columns.keep": ["answer"],
-                "shard_bytes": 1024,
-                **quiet,
-            },
-            "merge": {
-                "add": ["logged"],
-                "match": "prompt",
-                "incomplete": "drop",
-                "shard_bytes": 1024,
-                **data,
-            },
-            "reward": {"name": "brief", "scorers": {"b": brief}, **data},
-            "reference": {"model_name_or_path": model, "use_cpu": True, **data},
-            "compact": {"shard_bytes": 8192, "rows_per_row_group": 4, **data},
-            "compact_remove": {"shard_bytes": 6000, "remove_old": True, **data},
-            "push": {"repo_id": repo, **data},
-            "pull": {"repo_id": repo, "output_dir": "pulled", **quiet},
-            "train": {
-                **training,
-                "output_dir": "run",
-                "max_steps": 6,
-                "save_steps": 2,
-                "logging_steps": 1,
-                "resume_from_checkpoint": "auto",
-            },
-            "tune": {
-                **training,
-                "output_dir": "tuned",
-                "betas": [0.5],
-                "tune_steps": 20,
-                "max_steps": 20,
-                "eval_fraction": 0.5,
-                "save_strategy": "no",
-            },
-            "report": {"paths": ["data"], "output": "report.html", "reward": "brief", **quiet},
+        settings = {
+            **_making(model, self.servers.models),
+            **_training(model),
+            **_keeping(repo),
         }
         return [name.removesuffix("_remove"), *words_of(**settings[name])]
 

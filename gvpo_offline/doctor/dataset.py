@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gvpo_offline.doctor.finding import Finding
 from gvpo_offline.errors import GVPOError
+from gvpo_offline.files import is_held
 from gvpo_offline.store.commit import TaskRecord, read_record
 from gvpo_offline.store.leftovers import (
     PULLED,
@@ -40,6 +41,7 @@ def dataset_findings(root: Path) -> list[Finding]:
     found += [
         Finding.of("temporary", path, "of a write that was cut off", removable=True)
         for path in temporary_files(root)
+        if not is_held(path)
     ]
     for name, why in ((SPILL, "rows"), (PULLED, "downloads, with which `pull` goes on")):
         if (root / name).is_dir():
@@ -83,8 +85,10 @@ def _records(root: Path) -> tuple[dict[Path, TaskRecord], list[Finding]]:
     for path in commit_records(root):
         try:
             record = read_record(path)
-            why = _fault(root, path, record)
-        except (GVPOError, OSError) as error:
+            why = _fault(root, record)
+        except GVPOError as error:
+            why = f"{error.rule}; received {error.received}."
+        except OSError as error:
             why = _first(error)
         if why:
             again = f"{why} Its task is done again after the removal"
@@ -94,10 +98,8 @@ def _records(root: Path) -> tuple[dict[Path, TaskRecord], list[Finding]]:
     return good, broken
 
 
-def _fault(root: Path, path: Path, record: TaskRecord) -> str:
+def _fault(root: Path, record: TaskRecord) -> str:
     """Why a record that can be read cannot be used; "" if it can."""
-    if (record.stage, record.task) != (path.parent.name, path.stem):
-        return f"it is that of task {record.task} of {record.stage}."
     for entry in record.entries():
         file = root / entry.path
         if not file.is_file() or file.stat().st_size != entry.bytes:

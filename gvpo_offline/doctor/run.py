@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 from gvpo_offline.doctor.finding import Finding
+from gvpo_offline.files import is_held
 from gvpo_offline.store.leftovers import is_temporary
 from gvpo_offline.train.checkpoint import TUNE_FOLDER, checkpoint_folders, is_sealed
+from gvpo_offline.train.checkpoint_files import damaged_files
 from gvpo_offline.train.run_folder import is_run
 
 _MARKER = "gvpo_checkpoint_begun"
-_CHECKED = "gvpo_offline.train.checkpoint_files"
 
 
 def is_run_folder(root: Path) -> bool:
@@ -29,20 +28,13 @@ def run_findings(root: Path) -> list[Finding]:
 def _checkpoints(root: Path) -> Iterator[Finding]:
     for folder in checkpoint_folders(root):
         if is_sealed(folder):
-            names = _damaged_files(folder)
+            names = damaged_files(folder)
             if names:
                 shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
                 why = f"damaged or missing: {shown}. Resume from another checkpoint"
                 yield Finding.of("checkpoint", folder, why, removable=False)
         elif (folder / _MARKER).is_file() or not any(folder.iterdir()):
             yield Finding.of("checkpoint", folder, "a save that was cut off", removable=True)
-
-
-def _damaged_files(folder: Path) -> list[str]:
-    if importlib.util.find_spec(_CHECKED) is None:
-        return []
-    found: list[str] = importlib.import_module(_CHECKED).damaged_files(folder)
-    return found
 
 
 def _temporary(root: Path) -> Iterator[Finding]:
@@ -52,7 +44,7 @@ def _temporary(root: Path) -> Iterator[Finding]:
         if is_sealed(folder):
             paths += [path for path in folder.glob(".*.tmp") if is_temporary(path)]
     paths += (root / TUNE_FOLDER).glob("*/*.tmp")
-    for path in sorted({own for own in paths if own.exists()}):
+    for path in sorted({own for own in paths if own.exists() and not is_held(own)}):
         whole = path.is_dir() and path.name.startswith(".checkpoint-")
         why = "a checkpoint whose removal was cut off" if whole else "of a write that was cut off"
         yield Finding.of("temporary", path, why, removable=True)

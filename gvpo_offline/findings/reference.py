@@ -11,7 +11,7 @@ import numpy as np
 from gvpo_offline.findings.batch import Batch, Examples
 from gvpo_offline.findings.judge import FEW_CASES, Judge
 from gvpo_offline.findings.thresholds import Thresholds
-from gvpo_offline.rules import LOGPROB_ROUNDING
+from gvpo_offline.rules import impossible_logprobs
 from gvpo_offline.store.dataset import GroupDataset
 
 _CERTAIN = 1e-6
@@ -43,7 +43,7 @@ class ReferenceScan:
         per_token = batch.reference / np.maximum(batch.lengths, 1)
         scored = ~np.isnan(per_token)
         flags = {
-            "positive": per_token > LOGPROB_ROUNDING,
+            "positive": impossible_logprobs(batch.reference, batch.lengths),
             "certain": np.abs(per_token) <= _CERTAIN,
             "unscored": ~scored,
         }
@@ -89,7 +89,8 @@ class ReferenceScan:
         if self.positive:
             judge.found(
                 "positive-logprobs",
-                f"{self.positive:,} of {total:,} responses have log-probs above 0{label}",
+                f"{self.positive:,} of {total:,} responses have log-probs above 0, or below "
+                f"-131,072 nats a token{label}",
                 self.positive,
                 total,
                 "responses",

@@ -234,8 +234,9 @@ _RULES = (
         "positive-logprobs",
         "error",
         "light",
-        "a log-prob is at most 0",
-        "score the reference again: these numbers are no log-probs (negated, or a loss)",
+        "a log-prob is at most 0, and at least -131,072 nats a token",
+        "score the reference again: these numbers are no log-probs (negated, a loss, or an "
+        "overflowing number)",
     ),
     Rule(
         "certain-responses",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, IntegrityError
 from gvpo_offline.findings.finding import Finding, verdict
 from gvpo_offline.findings.formats.text import verdict_line
 from gvpo_offline.hub.front_matter import FrontMatterError, listed, read_card_text
@@ -27,7 +27,13 @@ from gvpo_offline.info.text import (
     size_text,
     step_text,
 )
-from gvpo_offline.store.manifest import FileEntry, LineageStep, Manifest, Sidecar
+from gvpo_offline.store.manifest import (
+    FileEntry,
+    LineageStep,
+    Manifest,
+    Sidecar,
+    manifest_name,
+)
 from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.schema import GROUPS_COLUMNS, REFERENCE_COLUMNS, REWARDS_COLUMNS, Column
 from gvpo_offline.visible import visible
@@ -105,6 +111,14 @@ def _config(name: str, files: Iterable[FileEntry], **more: Any) -> dict[str, Any
 
 def _ordered(files: Sequence[Sidecar], manifest: Manifest) -> list[FileEntry]:
     by_base = {sidecar.base_sha256: sidecar.file for sidecar in files}
+    for base in manifest.groups:
+        if base.sha256 not in by_base:
+            raise IntegrityError(
+                "every reward and reference of a dataset has a sidecar for each groups file",
+                received=f"none for {base.path}",
+                remedy="compute it for the whole dataset again, then push",
+                file=manifest_name(manifest.version),
+            )
     return [by_base[base.sha256] for base in manifest.groups]
 
 

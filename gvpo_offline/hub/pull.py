@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
-from gvpo_offline.files import fsync_folder, lock_folder, make_folder, storage_errors
+from gvpo_offline.files import (
+    fsync_folder,
+    lock_folder,
+    make_folder,
+    remove_abandoned,
+    storage_errors,
+)
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.hub.repo import Repo, hub_errors, progress_bars
 from gvpo_offline.hub.settings import PullConfig
@@ -90,8 +96,7 @@ def _staging(root: Path) -> Iterator[Path]:
     handle = lock_folder(root)
     try:
         if handle is not None:
-            for stale in root.glob(".manifest-*.tmp"):
-                stale.unlink(missing_ok=True)
+            remove_abandoned(root, "manifest-*.json")
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
     except (ConfigError, DataError, IntegrityError):

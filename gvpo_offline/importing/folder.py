@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gvpo_offline.errors import DataError
-from gvpo_offline.files import lock_folder
+from gvpo_offline.files import lock_folder, remove_abandoned, remove_if_abandoned
 from gvpo_offline.store.commit import TaskLog, TaskRecord, verify_file
 from gvpo_offline.store.import_versions import import_versions
 from gvpo_offline.store.manifest import (
@@ -98,6 +98,7 @@ class OutputFolder:
         for waiting in manifest.incomplete.files if manifest.incomplete else ():
             verify_file(self.root, waiting, content=False)
         self._remove_spill()
+        remove_abandoned(self.root, "manifest-*.json")
         return manifest
 
     def _refuse_earlier(self, versions: Collection[int]) -> None:
@@ -159,7 +160,11 @@ class OutputFolder:
             if shard and str(path.relative_to(self.root)) in keep:
                 continue
             if path.is_file() and (shard or _TEMPORARY.match(path.name)):
-                path_within(self.root, str(path.relative_to(self.root))).unlink()
+                found = path_within(self.root, str(path.relative_to(self.root)))
+                if shard:
+                    found.unlink()
+                else:
+                    remove_if_abandoned(found)
 
     def _remove_spill(self) -> None:
         shutil.rmtree(self.root / ".spill", ignore_errors=True)

@@ -44,6 +44,7 @@ from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.joined import open_inputs
 from gvpo_offline.importing.tally import MOST_SAMPLERS, merged, model_max_length
 from gvpo_offline.progress_bar import ProgressBar
+from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.import_versions import IMPORT_VERSION_KEY
 from gvpo_offline.store.incomplete import write_shard
@@ -304,7 +305,8 @@ class _Import:
                 self.sources, self.digests, first.rows, self.dependencies, strict=True
             )
         ]
-        settings = self.log.config if self.log else self._settings()
+        settings = public(self.log.config if self.log else self._settings())
+        samplers = {s: public(self.config.samplers.get(s, {})) for s in sorted(first.samplers)}
         step = LineageStep(
             stage=self.log.stage if self.log else "import",
             package_version=__version__,
@@ -319,7 +321,7 @@ class _Import:
             assert newest is None  # the folder is locked and holds no manifest
             return Manifest(
                 tokenizer=None if self.encoder is None else tokenizer_info(self.encoder.tokenizer),
-                samplers={s: self.config.samplers.get(s, {}) for s in sorted(first.samplers)},
+                samplers=samplers,
                 groups=[entry for record in records for entry in record.groups],
                 rewards=[family] if first.rewarded else [],
                 incomplete=IncompleteGroups(files=waiting, reward=apart) if waiting else None,

@@ -130,7 +130,8 @@ class ImportConfig:
     sampler: str | None = None
     """Sampler of responses for which the log names none. Default: the name of the input file."""
     samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings of the samplers, by name; recorded unchanged in the manifest."""
+    """Settings of the samplers, by name; recorded in the manifest, with … in place of
+    secrets such as an api_key."""
     source: str | None = None
     """Name of the log in the dataset. Default: the file name of a group's first response."""
     reward_name: str = "reward"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gvpo_offline.files import lock_folder
+from gvpo_offline.files import lock_folder, remove_abandoned, remove_if_abandoned
 from gvpo_offline.store.commit import TaskLog, TaskRecord, read_record
 from gvpo_offline.store.manifest import (
     Manifest,
@@ -66,9 +66,10 @@ def locked_dataset(root: Path) -> Iterator[Path]:
 
 def _sweep(root: Path) -> None:
     """Remove temporary files and spilled rows of interrupted runs."""
+    remove_abandoned(root, "manifest-*.json")  # also where no version is published again
     for path in own_files(root, ".*.tmp"):
         if _TEMPORARY.match(path.name):
-            path.unlink(missing_ok=True)
+            remove_if_abandoned(path)
     shutil.rmtree(root / ".spill", ignore_errors=True)
 
 

@@ -70,7 +70,7 @@ class PlanSettings:
     remote: RemoteSettings = field(default_factory=RemoteSettings)
     """How a dataset at a URL is read."""
     format: Literal["text", "json"] = "text"
-    """json: one line with a JSON object."""
+    """Text for people, or one line with a JSON object."""
 
     def __post_init__(self) -> None:
         required("dataset", self.dataset)

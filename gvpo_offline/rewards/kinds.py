@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gvpo_offline.errors import ConfigError
-from gvpo_offline.limits import ANSWER_BYTES
+from gvpo_offline.limits import ANSWER_BYTES, Limits
 from gvpo_offline.openai.client import OPERATIONAL
 from gvpo_offline.settings import label_numbers
 
@@ -253,6 +253,11 @@ class _TableSettings(_Settings):
         default="id",
         description="How the files name a response: its id in the log, its index within the group "
         "(from 0), or its sampler.",
+    )
+    limits: Limits = Field(
+        default_factory=Limits,
+        description="Bounds on what a file may hold (docs/reference/limits.md). They change no "
+        "reward.",
     )
 
 

@@ -97,7 +97,7 @@ def run_reward(config: RewardConfig, worker_settings: WorkerSettings) -> RewardR
         {name: build_scorer(given, dataset) for name, given in settings.items()},
         {name: given.weight for name, given in settings.items()},
     )
-    described = scorers.identity(config.missing)
+    described = public(scorers.identity(config.missing))
     if (existing := _existing(dataset, config.name, described)) is not None:
         return RewardResult(existing, _counted(dataset, existing), {})
     with stages_at_work(dataset.folder):

@@ -20,7 +20,7 @@ from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import text_key
 from gvpo_offline.importing.sources.files import JsonLines
 from gvpo_offline.importing.sources.inputs import find_sources
-from gvpo_offline.limits import ANSWER_NESTING, Limits, bounded_lines, parse_json
+from gvpo_offline.limits import Limits, bounded_lines, parse_json
 from gvpo_offline.openai.answer import BadAnswerError, result_body, valid
 from gvpo_offline.sampling.answers import endpoint, read_answer, request_body
 from gvpo_offline.sampling.log import Sample
@@ -71,8 +71,9 @@ def _request_line(settings: BatchSettings, request: SampleRequest) -> str:
 class BatchSampler:
     """Looks responses up in result files; see `Sampler`."""
 
-    def __init__(self, settings: BatchSettings) -> None:
+    def __init__(self, settings: BatchSettings, limits: Limits | None = None) -> None:
         self._settings = settings
+        self._limits = limits or Limits()
         self._results: _ResultIndex | None = None
 
     def info(self) -> SamplerInfo:
@@ -81,7 +82,7 @@ class BatchSampler:
 
     def check(self) -> None:
         """Check that the result files exist, as `start` does."""
-        find_sources(self._settings.results)
+        find_sources(self._settings.results, limits=self._limits)
 
     def start(self) -> None:
         """Index the result files.
@@ -89,7 +90,7 @@ class BatchSampler:
         Raises:
             DataError: a file does not exist, or a line is not a result.
         """
-        self._results = _ResultIndex(self._settings.results)
+        self._results = _ResultIndex(self._settings.results, self._limits)
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         """The responses in the files, and the causes of failure of the others."""
@@ -111,15 +112,15 @@ class BatchSampler:
 class _ResultIndex:
     """The position of each line of the result files by custom_id, in 24 bytes of memory a line."""
 
-    def __init__(self, patterns: Sequence[str]) -> None:
+    def __init__(self, patterns: Sequence[str], limits: Limits) -> None:
         self._paths: list[Path] = []
         keys, places = array("Q"), array("q")
-        for source in find_sources(patterns):
+        for source in find_sources(patterns, limits=limits):
             if not isinstance(source, JsonLines) or source.label.endswith(".gz"):
                 raise DataError(
                     "a result file is JSON lines, not compressed", received=source.label
                 )
-            for offset, name in _custom_ids(source.files[0]):
+            for offset, name in _custom_ids(source.files[0], limits):
                 keys.append(text_key(name))
                 places.extend((len(self._paths), offset))
             self._paths.append(source.files[0])
@@ -139,14 +140,14 @@ class _ResultIndex:
                 yield json.loads(file.readline())
 
 
-def _custom_ids(path: Path) -> Iterator[tuple[int, str]]:
+def _custom_ids(path: Path, limits: Limits) -> Iterator[tuple[int, str]]:
     """The byte offset and the custom_id of each line of a result file."""
     offset = 0
     with path.open("rb") as file:
-        for row, line in enumerate(bounded_lines(file, Limits().row_bytes, path)):
+        for row, line in enumerate(bounded_lines(file, limits.row_bytes, path)):
             if not line.isspace():
                 try:
-                    name = parse_json(line, nesting=ANSWER_NESTING)["custom_id"]
+                    name = parse_json(line, nesting=limits.nesting)["custom_id"]
                 except DataError as error:
                     raise error.replaced(file=path, row=row) from error
                 except (ValueError, KeyError, TypeError) as error:

@@ -134,7 +134,10 @@ class _Run:
         self.root = root
         self.settings = config.parsed()
         self.tokenizer = DatasetTokenizer(config.tokenizer_name_or_path, config.chat_template)
-        self.samplers = {name: open_sampler(s, self.tokenizer) for name, s in self.settings.items()}
+        self.samplers = {
+            name: open_sampler(own, self.tokenizer, config.limits)
+            for name, own in self.settings.items()
+        }
         self.info = {name: sampler.info() for name, sampler in self.samplers.items()}
         encoder = load_encoder(self._import_config())
         assert encoder is not None

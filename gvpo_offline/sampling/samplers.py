@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gvpo_offline.limits import Limits
 from gvpo_offline.sampling.settings import (
     BatchSettings,
     OpenAISettings,
@@ -13,12 +14,15 @@ from gvpo_offline.sampling.stage import Sampler
 from gvpo_offline.sampling.tokenizers import DatasetTokenizer
 
 
-def open_sampler(settings: SamplingSettings, dataset_tokenizer: DatasetTokenizer) -> Sampler:
+def open_sampler(
+    settings: SamplingSettings, dataset_tokenizer: DatasetTokenizer, limits: Limits
+) -> Sampler:
     """The sampler that `settings` describe.
 
     Args:
         settings: of one of the kinds of `config.KINDS`.
         dataset_tokenizer: the dataset's tokenizer and template.
+        limits: bounds on what a result file of a batch may hold.
 
     Raises:
         ConfigError: the kind's package is not installed.
@@ -38,4 +42,4 @@ def open_sampler(settings: SamplingSettings, dataset_tokenizer: DatasetTokenizer
     from gvpo_offline.sampling.batch import BatchSampler
 
     assert isinstance(settings, BatchSettings)
-    return BatchSampler(settings)
+    return BatchSampler(settings, limits)

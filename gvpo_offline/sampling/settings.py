@@ -17,6 +17,7 @@ from gvpo_offline.identity import identity_settings
 from gvpo_offline.limits import Limits
 from gvpo_offline.openai.client import OPERATIONAL, ServerSettings
 from gvpo_offline.ranges import check_ranges
+from gvpo_offline.secret_settings import public
 from gvpo_offline.settings import required
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -204,6 +205,12 @@ class BatchSettings(RequestSettings):
         super().__post_init__()
         _check("requests_per_file", self.requests_per_file, self.requests_per_file > 0, "positive")
         _check("n_per_request", self.n_per_request, self.n_per_request == 1, "1 in a batch file")
+        if public(self.extra_body) != self.extra_body:
+            raise ConfigError(
+                "request files hold extra_body, and secrets are never written",
+                received="extra_body with a key, a token, a password or headers",
+                remedy="leave it out; the upload of the files is what the key is needed for",
+            )
         check_ranges(self)
 
     @property
@@ -261,7 +268,8 @@ class SampleConfig:
     prompts_per_task: int = 64
     """Number of prompts of a task, the unit of commits and of what an interrupted run repeats."""
     limits: Limits = field(default_factory=Limits)
-    """Bounds on what a file of prompts may hold (docs/reference/limits.md)."""
+    """Bounds on what a file of prompts, or of results of a batch, may hold
+    (docs/reference/limits.md)."""
     show_progress: bool = True
     """Show progress bars."""
 

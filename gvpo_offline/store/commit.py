@@ -17,7 +17,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError, StorageError
-from gvpo_offline.files import fsync_folder, make_folder, storage_errors, temporary_name
+from gvpo_offline.files import (
+    fsync_folder,
+    make_folder,
+    owned_file,
+    storage_errors,
+    temporary_name,
+)
 from gvpo_offline.hashing import sha256_file
 from gvpo_offline.store.manifest import (
     BaseFile,
@@ -118,14 +124,12 @@ def create_only(path: Path, content: str) -> bool:
     Raises:
         StorageError: the disk is full, or the file system has no hard links.
     """
-    temporary = temporary_name(path.parent, path.name)
-    try:
-        with storage_errors(path):
-            make_folder(path.parent)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+    with storage_errors(path):
+        make_folder(path.parent)
+        with owned_file(path) as (file, temporary):
+            file.write(content.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -141,8 +145,6 @@ def create_only(path: Path, content: str) -> bool:
                 ) from error
             fsync_folder(path.parent)
             return True
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def verify_file(root: Path, entry: FileEntry, *, content: bool = True) -> None:

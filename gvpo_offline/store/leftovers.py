@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gvpo_offline.errors import GVPOError
-from gvpo_offline.files import make_folder, storage_errors
+from gvpo_offline.files import make_folder, remove_if_abandoned, storage_errors
 from gvpo_offline.store.commit import read_record
 from gvpo_offline.store.manifest import load_manifest, manifest_versions
 
@@ -140,7 +140,7 @@ def _sweep(root: Path) -> None:
         alone = _locked(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for path in temporary_files(root):
             if alone or not _OF_WRITERS.match(_TEMPORARY.sub(r"\1", path.name)):
-                path.unlink(missing_ok=True)
+                remove_if_abandoned(path)
         if alone and not (root / PULLED).exists():
             with suppress(GVPOError):
                 for path in orphans(root):

@@ -351,7 +351,7 @@ def check_manifest(manifest: Manifest, path: Path | str) -> None:
 
     Raises:
         IntegrityError: see `within.check_entries`; or the manifest is of another version than its
-            file, or names a groups file twice.
+            file, names a groups file twice, two sidecars of one, or says two things of a file.
     """
     check_entries(manifest.entries(), path)
     named = version_of(str(path).rsplit("/", 1)[-1])
@@ -365,6 +365,18 @@ def check_manifest(manifest: Manifest, path: Path | str) -> None:
         if len(set(files)) < len(files):
             twice = next(each for each in files if files.count(each) > 1)
             raise damaged("a manifest names each groups file once", f"{twice} twice", path)
+    families = [f.files for f in manifest.rewards] + [f.files for f in manifest.references]
+    for sidecars in families:
+        bases = [sidecar.base_sha256 for sidecar in sidecars]
+        if len(set(bases)) < len(bases):
+            rule = "a reward or reference has one sidecar for each groups file"
+            raise damaged(rule, "two sidecars of one groups file", path)
+    said: dict[str, tuple[str, int, int]] = {}
+    for entry in manifest.entries():
+        what = (entry.sha256, entry.bytes, entry.rows)
+        if said.setdefault(entry.path, what) != what:
+            rule = "a manifest says one thing of each file"
+            raise damaged(rule, f"two hashes or sizes of {entry.path}", path)
 
 
 def _refuse_newer(sealed: Any, path: Path | str) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from gvpo_offline.errors import IntegrityError
 from gvpo_offline.hashing import sha256_json
+from gvpo_offline.json_text import has_surrogates
 
 Content = TypeVar("Content", bound=BaseModel)
 
@@ -49,10 +50,19 @@ def _without_collecting() -> Iterator[None]:
 
 
 def parse_json(data: bytes, path: Path | str, rule: str, remedy: str) -> Any:
-    """The JSON in the bytes of a file; IntegrityError with `rule` if it does not parse."""
+    """The JSON in the bytes of a file in UTF-8.
+
+    Raises:
+        IntegrityError: with `rule`, if it does not parse, or a text in it has no UTF-8: names of
+            rewards and samplers become names of columns and files, and the next version could not
+            be written.
+    """
     try:
         with _without_collecting():
-            return json.loads(data)
+            found = json.loads(data.decode("utf-8-sig"))
+        if has_surrogates(data, found):
+            raise ValueError("text with half of a surrogate pair, which UTF-8 cannot hold")
+        return found
     except (ValueError, RecursionError) as error:
         raise IntegrityError(rule, received=str(error), remedy=remedy, file=path) from error
 

@@ -15,7 +15,6 @@ from gvpo_offline.group import Group
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.arrow import column_array, groups_from_table, split_nested_list
 from gvpo_offline.store.check import check_groups
-from gvpo_offline.store.columns import check_logprobs
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.incomplete import incomplete_dataset
 from gvpo_offline.store.location import RemoteSettings, is_url, local_path
@@ -131,8 +130,6 @@ def _check_sidecar(
     for row_group in progress(range(dataset.n_row_groups), label):
         # `table` compares the sidecar with the groups: ids, lengths, finite numbers.
         table = dataset.table(row_group, columns)
-        responses = column_array(table, "response_token_ids")
-        check_logprobs(table, responses, dataset.location(row_group, joined[0]))
         if "ref_token_logprobs" in table.column_names:
             _check_sums(dataset, row_group, table)
 

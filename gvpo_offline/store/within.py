@@ -22,6 +22,7 @@ from typing import Protocol
 from urllib.parse import unquote
 
 from gvpo_offline.errors import IntegrityError
+from gvpo_offline.files import kind_of_file
 from gvpo_offline.store.row_group_sizes import sizes_problem
 
 _RULE = "the files of a dataset lie in its folder, and are named by relative paths"
@@ -31,13 +32,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONGEST_NAME = 255  # bytes, on every common file system
 _MANIFEST = re.compile(r"manifest-\d{6,}\.json")
 _COMMITS = "commits"
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 
 def name_problem(name: str) -> str | None:
@@ -193,8 +187,7 @@ def check_regular(path: Path) -> os.stat_result:
             raise
         raise _not_regular("a loop of links", path) from error
     if not stat.S_ISREG(found.st_mode):
-        kind = next((text for test, text in _KINDS if test(found.st_mode)), "something else")
-        raise _not_regular(kind, path)
+        raise _not_regular(kind_of_file(found.st_mode), path)
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.files import remove_abandoned
 from gvpo_offline.group import Group
 from gvpo_offline.rules import check_group
 from gvpo_offline.store.arrow import groups_to_table, rewards_to_table
@@ -195,6 +196,7 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> 
         IntegrityError: a file of the new version is missing or has another length.
         DataError: a reward or reference of the new version does not cover all groups.
     """
+    remove_abandoned(root, "manifest-*.json")
     while True:
         versions = manifest_versions(root)
         newest = load_manifest(root) if versions else None

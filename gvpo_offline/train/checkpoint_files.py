@@ -15,12 +15,13 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import ResumeError
 from gvpo_offline.files import fsync_folder
 from gvpo_offline.hashing import hashed_json, own_hash_holds, sha256_file
+from gvpo_offline.store.within import name_problem
 
 __all__ = [
     "SEAL",
@@ -128,8 +129,9 @@ def _content(folder: Path) -> dict[str, Any]:
     for name in ("identity", "files", "lines"):
         if not isinstance(found[name], dict):
             raise _broken_seal(path, f"{name}: {type(found[name]).__name__}")
-    if wrong := [name for name in found["files"] if not _inside(name)]:
-        raise _broken_seal(path, f"a file outside the checkpoint: {wrong[0]!r}")
+    for name in found["files"]:
+        if problem := name_problem(name):
+            raise _broken_seal(path, f"a file outside the checkpoint: {problem}")
     named = _FOLDER.match(folder.name)
     if named and found["step"] is not None and int(named.group(1)) != found["step"]:
         raise ResumeError(
@@ -138,11 +140,6 @@ def _content(folder: Path) -> dict[str, Any]:
             file=path,
         )
     return found
-
-
-def _inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return bool(parts) and ".." not in parts and "\0" not in name and not name.startswith("/")
 
 
 def _broken_seal(path: Path, received: str) -> ResumeError:

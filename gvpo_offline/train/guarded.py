@@ -214,12 +214,15 @@ class GuardedTrainer(CheckpointingTrainer):
         samplers = tuple(sorted({name for _, names in parts for name in names}))
         return NonFinite(step, what, ids, samplers, all_groups=not named)
 
-    def _error(self, found: NonFinite, more: str = "") -> Exception:
+    def _error(self, found: NonFinite, more: str = "", *, updated: bool = False) -> Exception:
+        """The error that ends the run; `updated`: the step has changed the weights already."""
         if self.is_world_process_zero():
             self.record.event(
                 "nonfinite", at=found.step, what=found.what, groups=list(found.groups)
             )
-        return found.error(broadcast_from_rank0(self._newest_checkpoint), more)
+        checkpoint = broadcast_from_rank0(self._newest_checkpoint)
+        can_skip = not updated and self.args.on_nonfinite != "skip"
+        return found.error(checkpoint, more, can_skip=can_skip)
 
     def _newest_checkpoint(self) -> Path | None:
         sealed = [own for own in checkpoint_folders(Path(self.args.output_dir)) if is_sealed(own)]
@@ -248,10 +251,14 @@ class GuardedTrainer(CheckpointingTrainer):
         weights, logprobs, gradients = largest_of_ranks(found, self.args.device)
         if logprobs:
             what = "log-probs that are not finite after the update"
-            raise self._error(self._named(step, what, self._faults.groups, named=True))
+            raise self._error(
+                self._named(step, what, self._faults.groups, named=True), updated=True
+            )
         if weights or gradients:
             what = f"{'weights' if weights else 'a gradient'} not finite after the update"
-            raise self._error(self._named(step, what, self._share.groups, named=False))
+            raise self._error(
+                self._named(step, what, self._share.groups, named=False), updated=True
+            )
         self._checked_step = step
 
     def _gradient_is_finite(self) -> bool:

@@ -6,7 +6,6 @@ stays, and a card without the marks that is nobody's template is not touched.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_offline.errors import StorageError
-from gvpo_offline.files import storage_errors, temporary_name
+from gvpo_offline.files import owned_file, remove_abandoned, storage_errors
 from gvpo_offline.hub.front_matter import FrontMatterError, listed, read_card_text
 from gvpo_offline.hub.markdown import block, code, table
 from gvpo_offline.version import __version__
@@ -192,11 +191,13 @@ def write_card(folder: Path, facts: CardFacts, before: str | None) -> None:
         return
     else:
         text = before or ""
-    written = temporary_name(folder, CARD)
     try:
         with storage_errors(path):
-            written.write_text(text, encoding="utf-8", newline="")
-            written.replace(path)
+            remove_abandoned(folder, CARD)
+            with owned_file(path) as (file, written):
+                file.write(text.encode("utf-8"))
+                file.flush()
+                written.replace(path)
     except StorageError:
         raise
     except OSError as error:
@@ -207,9 +208,6 @@ def write_card(folder: Path, facts: CardFacts, before: str | None) -> None:
             "saved",
             file=path,
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            written.unlink(missing_ok=True)
 
 
 def read_card(folder: Path) -> str | None:

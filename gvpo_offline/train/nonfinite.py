@@ -55,12 +55,15 @@ class NonFinite:
         by = f" (samplers {names})" if names else ""
         return f"{self.what} at step {self.step:,}, {which} {named}{by}"
 
-    def error(self, checkpoint: Path | None, more: str = "") -> NonFiniteError:
+    def error(
+        self, checkpoint: Path | None, more: str = "", *, can_skip: bool = True
+    ) -> NonFiniteError:
         """The error that ends the run.
 
         Args:
             checkpoint: the newest complete checkpoint.
             more: what else the run did.
+            can_skip: whether on_nonfinite: skip would have left the step out.
         """
         start = (
             "start again"
@@ -72,7 +75,7 @@ class NonFinite:
             "log-probs, gradients and weights stay finite in training",
             received=f"{self}{more}",
             remedy=f"{start} with a lower learning_rate, or look at these groups (gvpo-offline "
-            "show); on_nonfinite: skip leaves such steps out",
+            f"show){'; on_nonfinite: skip leaves such steps out' if can_skip else ''}",
             group=self.groups[0] if self.groups and not self.all_groups else None,
         )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.json_text import escaped_surrogates, has_surrogates
 from gvpo_offline.train.checkpoint import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -197,6 +198,8 @@ def _lines(path: Path, fields: Sequence[str] = ()) -> Iterator[Line]:
 def _parsed(text: bytes, number: int, path: Path, fields: Sequence[str]) -> Line:
     try:
         found = json.loads(text)
+        if has_surrogates(text, found):
+            found = escaped_surrogates(found)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise _broken(number, path, fields, f"{type(error).__name__}: {error}") from error
     if not isinstance(found, dict):

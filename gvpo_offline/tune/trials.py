@@ -34,6 +34,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from gvpo_offline.collectives import broadcast_from_rank0, gather_results
 from gvpo_offline.errors import DataError, IntegrityError
+from gvpo_offline.files import remove_abandoned
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.losses import GroupStatistics
 from gvpo_offline.store.commit import create_only
@@ -280,7 +281,12 @@ class Trials:
         }
         name = f"{kind}-beta-{beta:g}-rate-{learning_rate:g}-{sha256_json(key)[:12]}.json"
         path = self.folder / "trials" / name
-        if not broadcast_from_rank0(path.exists):
+
+        def is_done() -> bool:
+            remove_abandoned(path.parent, "*.json")
+            return path.exists()
+
+        if not broadcast_from_rank0(is_done):
             with tempfile.TemporaryDirectory(prefix="gvpo-offline-tune-") as scratch:
                 made = finite_or_none(run(Path(scratch)))
             clear_device_cache(garbage_collection=True)

@@ -148,7 +148,7 @@ def test_a_record_of_a_missing_file_or_under_another_name_is_broken(
     _, found = diagnosis(capsys, data)
     (own,) = found["findings"]
     assert (own["kind"], own["path"]) == ("record", "commits/import/00009.json")
-    assert "that of task 00000 of import" in own["why"]
+    assert "received a record of task 00000 of stage import. Its task" in own["why"]
 
 
 def test_damage_is_listed_never_removed_and_fails(

@@ -362,3 +362,17 @@ def test_connected() -> None:
     chain[[0, 1, 3], [1, 2, 2]] = 1
     assert connected(chain)
     assert not connected(np.kron(np.eye(2), np.ones((2, 2))))
+
+
+def test_limits_bound_the_files_and_are_no_part_of_the_identity(root: Path, tmp_path: Path) -> None:
+    """A file of people's ratings whose rows are longer than limits.row_bytes is refused."""
+    rows = [{"group_id": group(0), "response_id": f"0.{i}", "rating": i} for i in range(2)]
+    path = write(tmp_path / "r.jsonl", rows)
+    longest = max(map(len, path.read_text().splitlines(keepends=True)))
+    with pytest.raises(DataError, match=f"a row has at most {longest - 1:,} bytes.*row_bytes"):
+        reward(root, people("ratings", path, limits={"row_bytes": longest - 1}))
+    with pytest.raises(ConfigError, match="limits"):
+        reward(root, people("ratings", path, limits={"row_byte": 1}))
+    assert reward(root, people("ratings", path), missing=0.0).family.version == 1
+    wider = people("ratings", path, limits={"row_bytes": longest})
+    assert reward(root, wider, missing=0.0).family.version == 1  # the same rewards

@@ -16,7 +16,8 @@ from support.fork_server import ForkServer
 from support.importing import content, read_groups, write_jsonl
 from support.sampling import FaultServer, answer_of, config, first, prompt_rows, remote
 
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.limits import Limits
 from gvpo_offline.openai.client import retry_after
 from gvpo_offline.sampling.answers import request_body
 from gvpo_offline.sampling.log import SampleLog
@@ -454,6 +455,10 @@ def test_batch_results_that_are_none(tmp_path: Path, tiny_tokenizer_dir: Path) -
     asked = {"kind": "openai_batch", "model": "tiny", "results": [str(tmp_path / "odd.jsonl")]}
     with pytest.raises(ValueError, match=r"odd.jsonl, row 0.*custom_id"):
         run_sample(config(tmp_path, tiny_tokenizer_dir, {"s": asked}))
+    write_jsonl(tmp_path / "odd.jsonl", [{"custom_id": "x" * 1000}])  # longer than any prompt
+    small = Limits(row_bytes=1000)
+    with pytest.raises(DataError, match=r"odd.jsonl, row 0: a row has at most 1,000 bytes"):
+        run_sample(config(tmp_path, tiny_tokenizer_dir, {"s": asked}, limits=small))
 
 
 def test_a_request_says_every_setting(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from support.builders import build_dataset, make_groups, training_table
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.findings.gate import check_dataset
 from gvpo_offline.merging.settings import MergeConfig
 from gvpo_offline.merging.stages import merge
 from gvpo_offline.rules import LOGPROB_ROUNDING, impossible_logprobs
 from gvpo_offline.store.adopt import adopt_parquet
 from gvpo_offline.store.dataset import open_dataset
 from gvpo_offline.store.survey import survey
-from gvpo_offline.store.validate import validate
 
 NEED = ("rewards", "ref_seq_logprobs")
 # Of a response whose length is set below: 0.1 nats above 0 is 100 tokens' worth of rounding.
@@ -79,15 +79,13 @@ def test_a_dataset_with_one_is_not_merged_or_valid_and_training_is_told(
     root = tmp_path / "data"
     build_dataset(root, groups=groups)
     build_dataset(tmp_path / "more", 4, seed=1)
-    for attempt in (
-        lambda: validate(root, lambda numbers, label: numbers),
-        lambda: merge(
-            MergeConfig(dataset=str(root), add=str(tmp_path / "more"), show_progress=False)
-        ),
-    ):
-        with pytest.raises(DataError, match="reference log-prob is") as caught:
-            attempt()
-        assert caught.value.group == groups[9].group_id
+    with pytest.raises(DataError, match="reference log-prob is") as caught:
+        merge(MergeConfig(dataset=str(root), add=str(tmp_path / "more"), show_progress=False))
+    assert caught.value.group == groups[9].group_id
+    # The full checks find first that such a value is not the sum of its tokens' log-probs.
+    found = [f for f in check_dataset(root, light=True).findings if f.severity == "error"]
+    assert [(f.rule, f.count) for f in found] == [("positive-logprobs", 1)]
+    assert found[0].examples[0].group == groups[9].group_id
     # Shards of 8, row groups of 4: group 9 is row 1 of the third row group. Training refuses it.
     assert survey(open_dataset(root)).first_impossible == (2, 1, groups[9].group_id)
     other = survey(open_dataset(tmp_path / "more"))

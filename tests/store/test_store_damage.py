@@ -17,7 +17,7 @@ import pytest
 from support.builders import build_dataset, make_group, make_groups, reference_sidecar
 from support.parquet_pages import pages
 
-from gvpo_offline.errors import DataError, GVPOError, IntegrityError
+from gvpo_offline.errors import DataError, GVPOError, IntegrityError, StorageError
 from gvpo_offline.store import commit
 from gvpo_offline.store.arrow import groups_from_table, rewards_to_table
 from gvpo_offline.store.commit import TaskLog, verify_file
@@ -238,7 +238,7 @@ def test_a_passing_read_fault_does_not_end_a_run(
             return self.file.read_row_group(*args, **options)
 
     assert read_row_group(Unsteady(1), tmp_path, 0, ["group_id"]).num_rows == 4  # type: ignore[arg-type]
-    with pytest.raises(IntegrityError, match="Input/output error"):
+    with pytest.raises(StorageError, match="Input/output error"):
         read_row_group(Unsteady(2), tmp_path, 0, ["group_id"])  # type: ignore[arg-type]
 
 

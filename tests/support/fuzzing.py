@@ -5,7 +5,7 @@ them.
         outcome = run_case(case)
 
 `format_examples.json` holds valid rows of each format. A case is the same for the same format, seed
-and number. Whole files: `fuzzed_files`.
+and number. Whole files: `support.fuzzed_files`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -39,7 +39,17 @@ from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.importing.sources.files import Source
 
-__all__ = ["Case", "Outcome", "cases", "examples", "format_names", "python_text", "run_case"]
+__all__ = [
+    "Case",
+    "Outcome",
+    "cases",
+    "examples",
+    "format_names",
+    "judged_error",
+    "python_text",
+    "read_sources",
+    "run_case",
+]
 
 Kind = Literal["accepted", "refused", "escaped"]
 Layout = Literal["json", "columns", "cells"]
@@ -50,7 +60,7 @@ _BESIDE = ("requests", "rewards")
 _PYTHON = re.compile(
     r"object has no attribute|\b(Type|Key|Attribute|Index|Value|Overflow|Recursion|Zero\w+)Error\b|"
     r"unhashable|not supported between|unsupported operand|indices must be|object is not|"
-    r"must be str, not|not iterable|expected str instance|cannot unpack|invalid literal|"
+    r"must be str, not|not iterable|expected str instance|cannot unpack|invalid literal for|"
     r"Traceback|takes \d+ positional|could not convert|too large to convert|NoneType|"
     r"Exceeds the limit|maximum recursion|numpy\.|inhomogeneous|<object object|bad argument"
 )
@@ -278,18 +288,37 @@ def _read(case: Case, folder: Path) -> list[Fragment]:
     config = ImportConfig(
         [label], str(folder / "out"), format=case.format, columns=columns, **settings
     )
-    log_format = find_format(config)
     source = MemoryRows(label, case.rows, case.layout)
+    return read_sources(config, lambda: [source], folder)
+
+
+def read_sources(
+    config: ImportConfig, open_sources: Callable[[], Sequence[Source]], folder: Path
+) -> list[Fragment]:
+    """The fragments of inputs, read as an import's first pass does: parsed, checked, spilled.
+
+    Args:
+        config: the import's settings.
+        open_sources: opens the inputs.
+        folder: for temporary files.
+
+    Raises:
+        Exception: whatever the import raises.
+    """
+    log_format = find_format(config)
+    sources = list(open_sources())
     if isinstance(log_format, FindsColumns):
-        config = log_format.find_columns([source])
-    if isinstance(log_format, ExtraDependencies):
-        log_format.dependencies(source)
+        config = log_format.find_columns(sources)
+    for source in sources:
+        source.sha256(lambda _: None)
+        if isinstance(log_format, ExtraDependencies):
+            log_format.dependencies(source)
     encoder: Any = _ENCODER
     kept = _Spill(folder / "spill", 1, skip=())
     kept.open()
     try:
         chat = ChatPrompts(config, encoder)
-        first = FirstPass(config, log_format, [source], encoder, chat)
+        first = FirstPass(config, log_format, sources, encoder, chat)
         first.read(kept, lambda _: None)
         first.check()
     finally:

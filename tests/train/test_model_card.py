@@ -351,10 +351,10 @@ def test_a_card_that_cannot_be_written_names_it_and_leaves_the_old_one(
     write_card(tmp_path, facts(), None)
     before = (tmp_path / "README.md").read_text()
 
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> int:
+    def refuse(self: Path, target: Path) -> Path:
         raise OSError(number, "no")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(StorageError, match=message) as error:
         write_card(tmp_path, facts(saved_step=5), before)
     assert error.value.file == str(tmp_path / "README.md")

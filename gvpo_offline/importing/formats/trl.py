@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from gvpo_offline import conversations
+from gvpo_offline import conversations, values
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.formats.shared.log_format import InputInfo
 from gvpo_offline.importing.formats.shared.parts import part_weights
@@ -49,7 +49,9 @@ class TrlFormat(TrainerFormat):
         """One fragment per row; see `LogFormat.read`."""
         run = self.run_of(source)
         self._weights = self._find_weights(source)
-        for _, batch in itertools.groupby(rows, key=lambda row: row[1].get("step")):
+        for _, batch in itertools.groupby(
+            rows, key=lambda row: values.with_lists(row[1].get("step"))
+        ):
             yield from self._batch(list(batch), source, run)
 
     def _find_weights(self, source: InputInfo) -> Mapping[str, float]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from gvpo_offline.errors import DataError, IntegrityError
 from gvpo_offline.hashing import sha256_file, sha256_json
+from gvpo_offline.importing.sources.columnar import bad_names, check_names, rows_of_batch
 from gvpo_offline.importing.sources.compressed import (
     FACTOR,
     damage_named,
@@ -25,7 +26,6 @@ from gvpo_offline.importing.sources.compressed import (
 from gvpo_offline.importing.sources.rows import Row
 from gvpo_offline.json_text import kind_of
 from gvpo_offline.limits import Limits, bounded_lines, parse_json
-from gvpo_offline.store.arrow import to_rows
 from gvpo_offline.system_errors import raise_translated
 
 if TYPE_CHECKING:
@@ -221,13 +221,6 @@ def _beginning(line: bytes) -> str:
     return repr(line.rstrip(b"\r\n")[:80].decode("utf-8", "backslashreplace"))
 
 
-def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[Row]:
-    names = batch.schema.names
-    columns = [to_rows(column) for column in batch.columns]
-    for offset, values in enumerate(zip(*columns, strict=True)):
-        yield first + offset, dict(zip(names, values, strict=True))
-
-
 class ParquetRows(Source):
     """A Parquet file."""
 
@@ -237,6 +230,7 @@ class ParquetRows(Source):
         with self._open() as file:
             self.limits.check_columns(len(file.schema_arrow), label)
             self._describe(file.schema_arrow)
+            check_names(file.schema_arrow.names, label)
             metadata = file.metadata
             self.n_rows = metadata.num_rows
             self.text_bytes = sum(
@@ -249,6 +243,8 @@ class ParquetRows(Source):
             return pq.ParquetFile(
                 self.files[0], page_checksum_verification=True, buffer_size=1 << 20
             )
+        except UnicodeDecodeError as error:
+            raise bad_names(error, self.label) from error
         except (OSError, pa.ArrowException) as error:
             raise_translated(error, self.label)
             raise self._damaged(error, None) from error
@@ -280,7 +276,7 @@ class ParquetRows(Source):
                 if batch is None:
                     break
                 if wanted:
-                    yield from _batch_rows(batch, done)
+                    yield from rows_of_batch(batch, done, self.label)
                 else:  # none of the requested columns exists: the format raises the error
                     yield from ((done + i, {}) for i in range(batch.num_rows))
                 done += batch.num_rows
@@ -314,7 +310,7 @@ class DatasetRows(Source):
         total, done = max(1, len(self._dataset)), 0
         for batch in self._batches():
             rows = batch.select(wanted) if wanted else batch
-            yield from _batch_rows(rows, done)
+            yield from rows_of_batch(rows, done, self.label)
             done += batch.num_rows
             advance(self.size * batch.num_rows // total)
         if done != len(self._dataset):
@@ -335,7 +331,10 @@ class DatasetRows(Source):
             # Not memory-mapped: mapped pages would count as memory of this process.
             try:
                 with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                    yield from reader
+                    for batch in reader:
+                        # An IPC stream has no checksums: a damaged offset would be followed.
+                        batch.validate(full=True)
+                        yield batch
             except (OSError, pa.ArrowException) as error:
                 raise_translated(error, path)
                 raise IntegrityError(

@@ -24,6 +24,7 @@ from gvpo_offline.importing.sources.files import DatasetRows, JsonLines, Parquet
 from gvpo_offline.importing.sources.json_documents import JsonDocuments, holds_lines
 from gvpo_offline.importing.sources.json_text import path_steps
 from gvpo_offline.importing.sources.layouts import LAYOUTS, DocumentRows
+from gvpo_offline.json_text import is_storable
 from gvpo_offline.limits import Limits
 from gvpo_offline.system_errors import raise_translated
 
@@ -86,7 +87,16 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _readable(path: Path) -> Path:
-    """The path of a file or folder; ConfigError for what would be waited for, or has no end."""
+    """The path of a file or folder; ConfigError for what would be waited for, or has no end, and
+    for a name that the dataset could not record.
+    """
+    if not is_storable(str(path)):
+        raise ConfigError(
+            "the name of an input is text in UTF-8: the dataset records it",
+            received=ascii(path.name),
+            remedy="rename the file or folder",
+            file=path,
+        )
     try:
         if not path.is_dir():
             check_file(path)
@@ -162,14 +172,17 @@ def _saved(path: Path) -> Source:
     import datasets
 
     try:
-        return DatasetRows(str(path), path.name, _one_split(datasets.load_from_disk(path), path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        if isinstance(error, ConfigError):
-            raise
+        loaded = datasets.load_from_disk(path)
+    except Exception as error:  # whatever `datasets` makes of a damaged JSON or Arrow file
         raise_translated(error, path)
+        said = isinstance(error, OSError | ValueError | pa.ArrowException)
         raise IntegrityError(
-            "a saved data set is complete", received=str(error), file=path, remedy="save it again"
+            "a saved data set is complete",
+            received=str(error) if said else "state.json or dataset_info.json with other content",
+            file=path,
+            remedy="save it again",
         ) from error
+    return DatasetRows(str(path), path.name, _one_split(loaded, path))
 
 
 def _hub(pattern: str) -> Source:

@@ -36,7 +36,7 @@ def read_judgements(settings: PeopleSettings) -> tuple[pl.DataFrame, str]:
     columns = _columns(settings)
     labels = settings.rating_map if isinstance(settings, RatingsSettings) else {}
     rows, digests = [], []
-    for source in find_sources(settings.inputs):
+    for source in find_sources(settings.inputs, limits=settings.limits):
         digests.append(source.sha256(_no_progress))
         for number, values in source.rows(None, _no_progress):
             row = {"file": source.label, "row": number}

@@ -41,9 +41,10 @@ class PeopleScorer(SimpleScorer):
         self._numbers: dict[str, FloatArray] = {}
 
     def identity(self) -> dict[str, Any]:
-        """The settings, with the hash of the files' content instead of their paths."""
+        """The settings, with the hash of the files' content instead of their paths and limits."""
         described = settings_of(self._settings)
         del described["inputs"]
+        described.pop("limits", None)
         return {**described, "inputs_sha256": self._sha256}
 
     def prepare(self, reader: ScoringInputReader, worker_settings: WorkerSettings) -> bool:

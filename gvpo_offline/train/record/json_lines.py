@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gvpo_offline.files import temporary_name
+from gvpo_offline.files import owned_file, remove_abandoned
 
 logger = logging.getLogger(__name__)
 Line = Mapping[str, Any]
@@ -62,9 +62,12 @@ class JsonLinesFile:
                     file.write(text)
             elif text:
                 # Written beside and renamed: an interruption must not lose the lines of a run.
-                written = temporary_name(path.parent, self._name)
-                written.write_text(text, encoding="utf-8")
-                os.replace(written, path)
+                remove_abandoned(path.parent, self._name)
+                with owned_file(path) as (written, temporary):
+                    written.write(text.encode("utf-8"))
+                    written.flush()
+                    os.fsync(written.fileno())
+                    os.replace(temporary, path)
             else:  # a file that nothing is written to does not exist
                 path.unlink(missing_ok=True)
             self.n_lines += len(lines)
