@@ -109,7 +109,7 @@ def _how(trainer: GVPOTrainer, args: Any) -> TrainingShape:
 
 
 def _recomputes(trainer: GVPOTrainer, args: Any) -> bool:
-    """Whether activations are computed again: by the settings of the run, or of the model itself."""
+    """Whether activations are computed again, by the settings of the run or of the model."""
     names = ("activation_checkpointing", "gradient_checkpointing")
     asked = any(bool(getattr(args, name, False)) for name in names)
     own = (getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
