@@ -45,8 +45,8 @@ COMMANDS: dict[str, Command] = {
         "List what is left over, cut off or damaged in a dataset or a run; remove it on request.",
         _run_doctor,
         (DoctorConfig,),
-        "Example: gvpo-offline doctor data; then gvpo-offline doctor data --remove. The exit "
-        "status is 1 if something is damaged that no removal mends.",
+        "Example: gvpo-offline doctor --path data; then gvpo-offline doctor data --remove. The "
+        "exit status is 1 if something is damaged that no removal mends.",
         positional="path",
     ),
 }
