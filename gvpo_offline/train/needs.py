@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gvpo_offline.compute.forward import causal_lm
-from gvpo_offline.errors import ConfigError
+from gvpo_offline.errors import ConfigError, GVPOError
 from gvpo_offline.plan.cost import step_seconds
 from gvpo_offline.plan.devices import Device, device_named
 from gvpo_offline.plan.forecast import duration
@@ -33,12 +33,12 @@ _MOST_GROUPS, _MOST_ROW_GROUPS = 2_000, 32
 
 def log_needs(trainer: GVPOTrainer) -> None:
     """Log the line on the main process, before training; nothing if the model's configuration does
-    not state its sizes."""
+    not state its sizes, or lengths cannot be read."""
     if not trainer.is_world_process_zero():
         return
     try:
         line, short = needs_line(trainer)
-    except ConfigError as error:  # a model that is no known decoder: training says what is wrong
+    except GVPOError as error:  # on one rank: training says on all of them what is wrong
         logger.debug("no forecast of memory and time: %s", error)
         return
     logger.info("this run: %s (computed from shapes)", line)
