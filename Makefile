@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
-	bench-collect bench-elastic bench-convergence bench-losses bench-precision study study-short instructions \
+	bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan study study-short instructions \
 	faults faults-long test-lowest audit \
 	clean
 
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-elastic  a run killed 20 times, each time on another number of ranks (a minute)"
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
+	@echo "make bench-plan   peak memory of steps on a CPU beside what plan computes (5 minutes)"
 	@echo "make bench-precision  rounding noise of log-probs in 16 bits, and what removes it (5 minutes)"
 	@echo "make faults       kills, corruptions, hostile inputs and fuzzing of every command (under 15 minutes)"
 	@echo "make faults-long  500 kills, 2,000 corruptions, 10 minutes of fuzzing per reader (hours; goes on when cut off)"
@@ -169,6 +170,9 @@ bench-losses: $(STAMP)
 # One thread: emulated bfloat16 gains little from a second one.
 bench-precision: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/precision.py $(ARGS)
+
+bench-plan: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/plan.py $(ARGS)
 
 bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)

@@ -60,6 +60,7 @@ toctrees = {
             "howto/watching",
             "howto/sampled-evaluation",
             "howto/order",
+            "howto/plan",
             "howto/distributed",
             "howto/preemption",
             "howto/adapters",

@@ -59,7 +59,7 @@ def _each(names: str, own: Range) -> dict[str, Range]:
 RANGES: dict[str, Range] = {
     **_each(
         "attempts batch_size concurrency context_length dataset_version eval_max_new_tokens "
-        "eval_prompts groups_per_step judge_samples lora_r max_attempts max_batch_tokens "
+        "eval_prompts gpus groups_per_step judge_samples lora_r max_attempts max_batch_tokens "
         "max_answer_bytes max_groups max_length max_new_tokens "
         "max_tokens_per_micro_batch n_per_request "
         "prompts_per_task requests_per_file responses rows rows_per_row_group shard_bytes "
@@ -75,8 +75,9 @@ RANGES: dict[str, Range] = {
         SOME,
     ),
     **_each(
-        "beta betas device_tflops eval_steps judge_beta logging_steps lora_alpha max_outage "
-        "max_wait num_train_epochs repetition_penalty request_timeout save_steps timeout",
+        "beta betas device_tflops eval_steps gpu_memory_gb judge_beta logging_steps lora_alpha "
+        "max_outage max_wait num_train_epochs peak_share repetition_penalty request_timeout "
+        "save_steps timeout",
         POSITIVE,
     ),
     **_each("adam_beta1 adam_beta2 eval_fraction lora_dropout min_p", PART),

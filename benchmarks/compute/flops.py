@@ -13,21 +13,9 @@ import torch
 from cases import Case
 from torch.utils.flop_counter import FlopCounterMode
 
-_HEAD_ROWS = 512
+from gvpo_offline.plan.devices import device_named
 
-# Dense bfloat16 operations per second, from the vendor's data sheets. The longest key that occurs
-# in the device's name is used.
-_PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-}
+_HEAD_ROWS = 512
 
 
 def minimum_flops(case: Case, *, backward: bool = True) -> float:
@@ -139,5 +127,5 @@ def _wait(device: str) -> None:
 
 def peak_flops(device_name: str) -> float | None:
     """The dense bfloat16 rate of a device from its data sheet; None if it is not in the table."""
-    names = [name for name in _PEAK_FLOPS if name in device_name]
-    return _PEAK_FLOPS[max(names, key=len)] if names else None
+    device = device_named(device_name)
+    return None if device is None else device.bf16

@@ -5,7 +5,7 @@ Importing this module imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from gvpo_offline.commands import datasets, doctor, making, report, sharing, training
+from gvpo_offline.commands import datasets, doctor, making, plan, report, sharing, training
 from gvpo_offline.commands.command import Command
 
 COMMANDS: dict[str, Command] = {
@@ -13,6 +13,7 @@ COMMANDS: dict[str, Command] = {
     **datasets.COMMANDS,
     **doctor.COMMANDS,
     **report.COMMANDS,
+    **plan.COMMANDS,
     **sharing.COMMANDS,
     **training.COMMANDS,
 }

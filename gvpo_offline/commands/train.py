@@ -38,6 +38,7 @@ from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, TrainingData, open_settings
 from gvpo_offline.train.distributed import unsharded_loading
 from gvpo_offline.train.early_checks import CHECKED
+from gvpo_offline.train.needs import log_needs
 from gvpo_offline.train.record.heard import hearing
 from gvpo_offline.train.run_lock import run_lock
 from gvpo_offline.train.settings import LoraSettings, RunSettings
@@ -180,6 +181,7 @@ def _train(
         }
 
     trainer.add_callback(_RunFile(settings))
+    log_needs(trainer)
     trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
     with save_errors(Path(args.output_dir)):
         trainer.save_model()

@@ -44,6 +44,7 @@ COMMANDS = (
     "show",
     "doctor",
     "report",
+    "plan",
     "push",
     "pull",
     "tune",
@@ -399,6 +400,7 @@ def test_an_adapter_trains_on_a_parquet_file(
     status, output = server.run(argv)
     assert status == 0, output
     assert "the dataset records no tokenizer" in output  # no tokenizer to compare with
+    assert re.search(r"this run: \S+ GB of \S+, \S+ operations a step", output)
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "run" / "model.safetensors").exists()
     judge = {**flags, "model_name_or_path": tmp_path / "run", "output_file": tmp_path / "fit.json"}

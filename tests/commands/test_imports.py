@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workers", "openai", "collectives"),
     ("stream",),
     ("compute",),
+    ("plan",),
     ("tokenizer", "chat", "token_texts"),
     ("importing",),
     ("merging",),
@@ -68,6 +69,7 @@ WITHOUT_TORCH = (
     *("workers.settings", "workers.run", "rewards.stage"),
     *("train.data_rules", "report.settings", "report.report", "report.dataset.build"),
     *("doctor.diagnose", "commands.doctor"),
+    *("plan.config_file", "plan.forecast", "plan.settings", "commands.plan"),
     *("report.page.html", "report.page.live", "report.page.fragment"),
 )
 MAX_FILE_LINES = 400

@@ -25,9 +25,12 @@ from support.builders import (
 from gvpo_offline.group import Group
 from gvpo_offline.losses import likelihood
 from gvpo_offline.losses.terms import GroupTerms
+from gvpo_offline.plan.config_file import model_shape
+from gvpo_offline.plan.memory import TrainingShape, step_bytes
+from gvpo_offline.plan.shapes import ModelShape, shape_of_config
 from gvpo_offline.report.dataset.collect import Collected, collect
 from gvpo_offline.report.dataset.cost import LAYOUTS
-from gvpo_offline.report.dataset.estimate import ModelShape, estimated, model_shape
+from gvpo_offline.report.dataset.estimate import estimated
 from gvpo_offline.report.dataset.near import SampledGroup, near_facts, runs_of
 from gvpo_offline.report.dataset.opened import open_for_report
 from gvpo_offline.report.dataset.positions import EDGES
@@ -354,25 +357,16 @@ def test_responses_that_no_micro_batch_can_hold_are_counted(tmp_path: Path) -> N
     assert all(map(math.isnan, stops.passes_per_step.values()))
 
 
-# ---- the estimate ----
-
-# The model of the table in docs/howto/adapters.md.
-LARGE = ModelShape(
-    parameters=1_540_000_000,
-    embedding=152_000 * 1536,
-    tied=True,
-    layers=28,
-    width=1536,
-    mlp=8960,
-    vocabulary=152_000,
-    attention_width=12 * 128,
-)
+# ---- the estimate, whose parts tests/plan has by hand ----
 
 
-def test_the_memory_is_that_of_the_documented_table(tmp_path: Path) -> None:
-    """At T = 8,192 the table has: weights 24.7, copies 3.1, inputs 1.4, one layer 1.0, its
-    gradients 0.6, last hidden states 0.1, output layer 1.4 GB; it
-    keeps no logits, and here 1 GB is kept."""
+def _model(**changes: object) -> ModelShape:
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
+    return shape_of_config({**config, **changes})
+
+
+def test_the_memory_is_that_of_a_plan_for_the_largest_micro_batch(tmp_path: Path) -> None:
     settings = ReportSettings(
         dataset="x",
         model_name_or_path="m",
@@ -382,15 +376,18 @@ def test_the_memory_is_that_of_the_documented_table(tmp_path: Path) -> None:
     )
     cost = collected(tmp_path, make_groups(4)).facts.cost
     assert cost is not None
-    found = estimated(settings, replace(cost, largest_group=9000), LARGE)
+    found = estimated(settings, replace(cost, largest_group=9000), _model())
     assert found.tokens == 8192
-    rounded = [round(value, 1) for value in found.memory_gb.values()]
-    assert rounded == [24.6, 3.1, 1.4, 1.0, 0.6, 0.1, 2.6, 1.4]
-    assert found.total_gb == pytest.approx(33.9 + 1.024, abs=0.3)  # eight terms, each to 0.05
+    scored = round(8192 * cost.scored / cost.layout_tokens["shared"])
+    how = TrainingShape(autocast=True, checkpointing=True)
+    planned = step_bytes(_model(), how, tokens=8192, scored=scored)
+    assert found.total_gb == pytest.approx(planned.total / 1e9)
+    assert set(found.memory_gb) == set(planned.parts)
 
 
 def test_the_operations_by_hand() -> None:
-    """2 per weight and token, three times with the backward pass; the head; attention."""
+    """2 per weight and token, three times with the backward pass; the head; attention; the logits
+    are kept, so that nothing is computed again."""
     from gvpo_offline.report.dataset.cost import CostFacts
 
     cost = CostFacts(
@@ -408,14 +405,17 @@ def test_the_operations_by_hand() -> None:
         attended=1000.0,
         scored=60.0,
     )
-    shape = ModelShape(1000, 200, True, 2, 10, 40, 20, 8)
+    shape = _model()
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 96)
     settings = ReportSettings(dataset="x", num_train_epochs=2, device_tflops=1e-6)
-    products, head, attention = 2 * 800 * 100, 2 * 10 * 20 * 60, 4 * 8 * 2 * 1000
+    products, head, attention = 2 * matrices * 100, 2 * 64 * 128 * 60, 4 * 64 * 2 * 1000
     found = estimated(settings, cost, shape)
     assert found.operations == 2 * 3 * (products + head + attention)
     assert found.hours == found.operations / 1e6 / 3600
     frozen = estimated(replace(settings, use_peft=True), cost, shape)
     assert frozen.operations == 2 * (2 * (products + head) + 3 * attention)
+    again = estimated(replace(settings, activation_checkpointing=True), cost, shape)
+    assert again.operations == found.operations + 2 * (products + attention)
 
 
 def test_the_shape_of_a_model_is_read_from_its_configuration(tiny_model_dir: Path) -> None:
@@ -425,6 +425,6 @@ def test_the_shape_of_a_model_is_read_from_its_configuration(tiny_model_dir: Pat
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     assert found.parameters == sum(weight.numel() for weight in model.parameters())
     assert found.vocabulary == model.get_input_embeddings().weight.shape[0]
-    assert found.layers == model.config.num_hidden_layers
-    assert found.mlp == model.config.intermediate_size
+    assert len(found.layers) == model.config.num_hidden_layers
+    assert found.layers[0].mlp == model.config.intermediate_size
     assert found.tied == model.config.tie_word_embeddings
