@@ -10,6 +10,7 @@ from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import ErrorOrDrop, required
 
 MIB = 2**20
+IncompleteRule = Literal["error", "drop", "keep"]
 
 
 @dataclass
@@ -53,9 +54,10 @@ class MergeConfig(RewriteSettings):
     match: Literal["group_id", "prompt"] = "group_id"
     """Groups to join: those with the same id, or those whose prompts have the same token ids (for
     logs that number their groups independently). A joined group keeps the first id."""
-    incomplete: ErrorOrDrop = "error"
-    """A reward or reference that only some of the datasets have: error, or drop it from the new
-    version. Missing values are never filled in."""
+    incomplete: IncompleteRule = "error"
+    """A reward or reference that only some of the responses have: error; drop it from the new
+    version; or keep it for those that have it, until `reward` or `reference` scores the others
+    (only_missing: true). Missing values are never filled in."""
     response_ids: Literal["error", "drop"] = "error"
     """Two responses of a group with the same response id: error, or drop the response ids of that
     group."""
