@@ -276,12 +276,12 @@ class Rewrite:
             record.task,
             base,
             arrow_schema(columns),
-            _resized(tables(), base.row_groups),
+            resized(tables(), base.row_groups),
         )
         return sidecar.model_copy(update=dict(missing))
 
 
-def _resized(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
+def resized(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
     """Yield the rows of `tables` in tables of the given numbers of rows."""
     held = next(tables)
     for size in sizes:

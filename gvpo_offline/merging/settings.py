@@ -71,6 +71,31 @@ class MergeConfig(RewriteSettings):
 
 
 @dataclass
+class RetokeniseConfig:
+    """Writes the texts of a dataset as token ids of another tokenizer, into a new dataset."""
+
+    dataset: str = ""
+    """Folder of the dataset, whose prompts and responses are kept as texts or messages. It is not
+    changed."""
+    output_dir: str = ""
+    """Folder of the new dataset: new, empty, or that of an interrupted run of the same command."""
+    tokenizer_name_or_path: str = ""
+    """Tokenizer of the new policy: a folder or a hub name."""
+    chat_template: str | None = None
+    """Path of a Jinja template, instead of the tokenizer's own."""
+    old_tokenizer_name_or_path: str | None = None
+    """The tokenizer that made the dataset, if it is no longer at the path that the manifest names.
+    It tells which responses ended with an end token."""
+    rows_per_row_group: int = 256
+    """Groups in one Parquet row group, the unit of reading."""
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "output_dir", "tokenizer_name_or_path"):
+            required(name, getattr(self, name))
+        check_ranges(self)
+
+
+@dataclass
 class CompactConfig(RewriteSettings):
     """Rewrites a dataset as few files of similar size, with full row groups, in hash order."""
 

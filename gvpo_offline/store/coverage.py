@@ -56,15 +56,23 @@ def coverage_of(family: RewardFamily | ReferenceFamily, manifest: Manifest) -> C
     )
 
 
-def partial_lines(manifest: Manifest) -> list[str]:
-    """A line for each partial reward and reference: what it covers, and how the rest is scored."""
+def partial_lines(
+    manifest: Manifest, among: Sequence[RewardFamily | ReferenceFamily] | None = None
+) -> list[str]:
+    """A line for each partial reward and reference: what it covers, and how the rest is scored.
+
+    Args:
+        manifest: of the dataset.
+        among: of these families alone; None: of all.
+    """
     named: list[tuple[str, str, RewardFamily | ReferenceFamily]] = [
         *((f"reward {f.name}@{f.version}", "reward", f) for f in manifest.rewards),
         *((f"reference {f.fingerprint[:12]}", "reference", f) for f in manifest.references),
     ]
     lines = []
     for label, command, family in named:
-        if (own := coverage_of(family, manifest)) is not None:
+        own = coverage_of(family, manifest)
+        if own is not None and (among is None or family in among):
             lines.append(
                 f"{label} covers {own.text} (`gvpo-offline {command} --only_missing true` scores "
                 "the others)"

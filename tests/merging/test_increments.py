@@ -42,8 +42,7 @@ def rows(numbers: Sequence[int], seed: int) -> list[Group]:
     found = []
     for number in numbers:
         first, own = (
-            make_group(number, k=3, seed=s, vocab_size=VOCAB_SIZE, scored=False)
-            for s in (0, seed)
+            make_group(number, k=3, seed=s, vocab_size=VOCAB_SIZE, scored=False) for s in (0, seed)
         )
         found.append(
             replace(
@@ -65,9 +64,7 @@ def written(root: Path, groups: list[Group], model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def days(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
-) -> tuple[Path, Path]:
+def days(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, Path]:
     """Groups 0 to 5 with a reward and a reference; groups 4 to 8 without, of other responses."""
     folder = tmp_path_factory.mktemp("days")
     monday = written(folder / "monday", rows(range(6), 0), tiny_model_dir)
@@ -118,9 +115,7 @@ def test_a_merge_keeps_what_one_side_lacks(days: tuple[Path, Path], merged: Path
     for family in (*manifest.rewards, *manifest.references):
         own = coverage_of(family, manifest)
         assert own is not None
-        assert own.as_dict() == {
-            "responses": 18, "of_responses": 33, "groups": 4, "of_groups": 9
-        }
+        assert own.as_dict() == {"responses": 18, "of_responses": 33, "groups": 4, "of_groups": 9}
     validate(merged, lambda each, label: each)
 
 
@@ -168,8 +163,6 @@ def test_only_what_is_new_is_scored(
     score(merged, tiny_model_dir, only_missing=True)
     assert not asked
     # From the beginning: the same rewards, and log-probs up to the rounding of other layouts.
-    for version in (1,):
-        assert numbers(joined(days[0])) == before, version
     again = copy_of(merged, merged.parent / "again")
     for path in (again / "commits").glob("re[wf]*"):
         for record in path.iterdir():
@@ -191,7 +184,7 @@ def test_other_settings_complete_nothing(
     changed = {"right": {**EXACT["right"], "ignore_case": True}}
     with pytest.raises(ConfigError, match=r"only_missing adds to a reward.*right@1"):
         reward(merged, changed, name="right", only_missing=True)
-    with pytest.raises(ConfigError, match=r"only_missing adds to a reference.*differs in dtype"):
+    with pytest.raises(ConfigError, match=r"only_missing adds to a reference.*differs in .*dtype"):
         score(merged, tiny_model_dir, only_missing=True, dtype="bfloat16")
 
 
@@ -199,8 +192,10 @@ def test_a_function_that_compares_gets_whole_groups(
     days: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Groups 4 and 5 have 3 old and 3 new responses, groups 6 to 8 3 new ones: 2 * 6 + 3 * 3."""
-    text = "def rank(completions, **_):\n    return [float(sorted(completions).index(c)) " \
-        "for c in completions]\n"
+    text = (
+        "def rank(completions, **_):\n"
+        "    return [float(sorted(completions).index(c)) for c in completions]\n"
+    )
     scorers = {"rank": {"kind": "function", "function": f"{functions(tmp_path, text)}:rank"}}
     root = copy_of(days[0], tmp_path / "data")
     reward(root, scorers, name="rank")
@@ -215,13 +210,19 @@ def test_training_refuses_and_leaves_out_what_has_no_number(
 ) -> None:
     reward(merged, EXACT, name="right", only_missing=True)
     with pytest.raises(DataError, match=r"none for 15 of 33 responses, in 5 of 9.*only_missing"):
-        trainer_of(tiny_model_dir, open_dataset(merged), tmp_path / "run")
+        trainer_of(tiny_model_dir, open_dataset(merged), tmp_path / "run", max_steps=1).train()
     selection = select(open_dataset(merged), where="has_reference")
     assert selection is not None
     assert selection.n_groups == 4
     assert selection.notes == ("where has_reference: 4 of 9 groups",)
     with caplog.at_level(logging.INFO):
-        trainer_of(tiny_model_dir, open_dataset(merged), tmp_path / "run", where="has_reference")
+        trainer_of(
+            tiny_model_dir,
+            open_dataset(merged),
+            tmp_path / "run",
+            where="has_reference",
+            max_steps=1,
+        ).train()
     assert "covers 18 of 33 responses" in caplog.text
 
 
@@ -230,7 +231,7 @@ def test_a_response_without_a_reward_is_refused(
 ) -> None:
     score(merged, tiny_model_dir, only_missing=True)
     with pytest.raises(DataError, match=r"every selected response has a reward.*has_rewards"):
-        trainer_of(tiny_model_dir, open_dataset(merged), tmp_path / "run")
+        trainer_of(tiny_model_dir, open_dataset(merged), tmp_path / "run", max_steps=1).train()
 
 
 def test_every_description_says_what_is_covered(
@@ -258,9 +259,7 @@ def test_compacting_keeps_the_gaps(merged: Path) -> None:
     assert own.responses == 18
 
 
-def test_the_dataset_itself_may_lack_the_reference(
-    days: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_dataset_itself_may_lack_the_reference(days: tuple[Path, Path], tmp_path: Path) -> None:
     root = copy_of(days[1], tmp_path / "data")
     add(root, days[0], incomplete="keep")
     manifest = load_manifest(root)
