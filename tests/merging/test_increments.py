@@ -30,6 +30,7 @@ from gvpo_offline.store.manifest import load_manifest
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.validate import validate
 from gvpo_offline.stream.selecting.select import select
+from gvpo_offline.stream.settings import DatasetSettings
 from gvpo_offline.tokenizer import tokenizer_info
 
 Numbers = dict[tuple[str, tuple[int, ...]], tuple[float, float]]
@@ -216,13 +217,8 @@ def test_training_refuses_and_leaves_out_what_has_no_number(
     assert selection.n_groups == 4
     assert selection.notes == ("where has_reference: 4 of 9 groups",)
     with caplog.at_level(logging.INFO):
-        trainer_of(
-            tiny_model_dir,
-            open_dataset(merged),
-            tmp_path / "run",
-            where="has_reference",
-            max_steps=1,
-        ).train()
+        chosen = DatasetSettings(path=str(merged), where="has_reference")
+        trainer_of(tiny_model_dir, chosen, tmp_path / "run", max_steps=1).train()
     assert "covers 18 of 33 responses" in caplog.text
 
 

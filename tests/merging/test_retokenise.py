@@ -29,7 +29,15 @@ OTHER = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}"
     "<eos>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-ALL = ["response_token_ids", "responses", "messages", "prompt", "metadata", "response_ids"]
+ALL = [
+    "prompt_token_ids",
+    "response_token_ids",
+    "responses",
+    "messages",
+    "prompt",
+    "metadata",
+    "response_ids",
+]
 
 
 @pytest.fixture(scope="module")
