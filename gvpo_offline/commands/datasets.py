@@ -8,8 +8,9 @@ from typing import Any
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.settings import ListConfig, ShowConfig, ValidateConfig
-from gvpo_offline.merging.settings import CompactConfig, MergeConfig
+from gvpo_offline.merging.settings import CompactConfig, MergeConfig, RetokeniseConfig
 from gvpo_offline.store.location import RemoteSettings
+from gvpo_offline.workers.settings import WorkerSettings
 
 
 def _run_merge(values: dict[str, Any]) -> None:
@@ -22,6 +23,20 @@ def _run_compact(values: dict[str, Any]) -> None:
     from gvpo_offline.merging.stages import compact
 
     say(*compact(filled(CompactConfig, values)).lines())
+
+
+def _run_retokenise(values: dict[str, Any]) -> None:
+    from gvpo_offline.commands.next_step import after_data, look_line
+    from gvpo_offline.merging.retokenise import retokenise
+
+    config = filled(RetokeniseConfig, values)
+    result = retokenise(config, filled(WorkerSettings, values))
+    if result is None:
+        say("this shard is done; the shard that finishes last writes the dataset")
+        return
+    say(*result.lines())
+    say(look_line(config.output_dir))
+    say(after_data(config.output_dir, result.manifest, values))
 
 
 def _run_validate(values: dict[str, Any]) -> int:
@@ -71,6 +86,13 @@ COMMANDS: dict[str, Command] = {
         _run_compact,
         (CompactConfig,),
         "Example: gvpo-offline compact --dataset data",
+    ),
+    "retokenise": Command(
+        "Write the texts of a dataset for another model's tokenizer and chat template.",
+        _run_retokenise,
+        (RetokeniseConfig, WorkerSettings),
+        "Example: gvpo-offline retokenise --dataset data --output_dir other "
+        "--tokenizer_name_or_path MODEL",
     ),
     "validate": Command(
         "Check all of a dataset: file hashes, page checksums, groups, sidecars; find faults.",

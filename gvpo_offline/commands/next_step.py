@@ -76,6 +76,12 @@ def after_data(folder: str | Path, manifest: Manifest, settings: Mapping[str, An
     if not manifest.rewards:
         return next_line("reward", {**dataset, "config": "REWARD.yaml"})
     template = {"chat_template": settings.get("chat_template")}
+    if any(family.partial for family in manifest.rewards):
+        return next_line("reward", {**dataset, "config": "REWARD.yaml", "only_missing": "true"})
+    partial = next((family for family in manifest.references if family.partial), None)
+    if partial is not None:
+        model = {"model_name_or_path": partial.model_name_or_path, "only_missing": "true"}
+        return next_line("reference", {**dataset, **model, **template})
     if not manifest.references:
         return next_line(
             "reference", {**dataset, "model_name_or_path": _model(settings, manifest), **template}

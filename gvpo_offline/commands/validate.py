@@ -20,6 +20,7 @@ from gvpo_offline.findings.formats.text import text_lines, verdict_line
 from gvpo_offline.findings.gate import CheckedDataset, check_dataset, error_finding
 from gvpo_offline.findings.thresholds import Thresholds, load_thresholds
 from gvpo_offline.progress_bar import ProgressBar
+from gvpo_offline.store.coverage import partial_lines
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import Manifest
 from gvpo_offline.store.storage import open_storage
@@ -88,6 +89,7 @@ def summary_lines(dataset: str, found: CheckedDataset) -> list[str]:
         lines.append(
             f"version {found.manifest.version}; rewards: {rewards}; references: {references}"
         )
+        lines += partial_lines(found.manifest)
         if found.manifest.n_incomplete:
             lines.append(
                 f"{found.manifest.n_incomplete:,} incomplete groups: prompts with one response"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,8 +72,9 @@ class Batch:
         lengths: (N,) tokens of each response.
         samplers: (N,) the number of its sampler.
         truncated: (N,) whether it was cut.
-        rewards: (N,) float64; None if no reward is joined.
+        rewards: (N,) float64, NaN where a partial reward has none; None if no reward is joined.
         reference: (N,) float64, nats, NaN where it was not scored; None if none is joined.
+        rows: (G,) row of each group in the row group; None: all of its rows.
     """
 
     table: pa.Table
@@ -86,6 +87,7 @@ class Batch:
     truncated: Flags
     rewards: Floats | None
     reference: Floats | None
+    rows: Ints | None = None
 
     @property
     def group_of(self) -> Ints:
@@ -99,6 +101,25 @@ class Batch:
     def all(self, flags: Flags) -> Flags:
         """(G,) whether every response of each group has a flag, of (N,) flags."""
         return np.logical_and.reduceat(flags, self.starts)
+
+    def only(self, groups: Flags) -> Batch | None:
+        """The groups with a flag, of (G,) flags; None if there is none."""
+        if not groups.any():
+            return None
+        responses = np.repeat(groups, self.sizes)
+        sizes = self.sizes[groups]
+        return replace(
+            self,
+            table=self.table.filter(pa.array(groups)).combine_chunks(),
+            rows=np.flatnonzero(groups),
+            sizes=sizes,
+            starts=np.cumsum(sizes) - sizes,
+            lengths=self.lengths[responses],
+            samplers=self.samplers[responses],
+            truncated=self.truncated[responses],
+            rewards=None if self.rewards is None else self.rewards[responses],
+            reference=None if self.reference is None else self.reference[responses],
+        )
 
     def centered(self, values: npt.NDArray[Any]) -> Floats:
         """(N,) float64 values minus the mean of their group."""
@@ -211,13 +232,15 @@ class Examples:
         """Keep groups of a batch, by (G,) flags, as long as there is room."""
         if not self.full and flags.any():
             for row in np.flatnonzero(flags)[: MOST_EXAMPLES - len(self._kept)].tolist():
-                self._kept.append((0.0, batch.row_group, row, _group_id(batch.table, row)))
+                own = _group_id(batch.table, row)
+                self._kept.append((0.0, batch.row_group, _row(batch, row), own))
 
     def add_largest(self, batch: Rows, values: npt.NDArray[Any], flags: Flags) -> None:
         """Keep the groups with the largest of all (G,) values so far, among those with a flag."""
         rows = np.flatnonzero(flags)
         for row in rows[np.argsort(-values[rows], kind="stable")][:MOST_EXAMPLES].tolist():
-            place = (float(values[row]), batch.row_group, row, _group_id(batch.table, row))
+            own = _group_id(batch.table, row)
+            place = (float(values[row]), batch.row_group, _row(batch, row), own)
             self._kept = heapq.nsmallest(
                 MOST_EXAMPLES, [*self._kept, place], key=lambda kept: (-kept[0], *kept[1:3])
             )
@@ -234,6 +257,12 @@ class Examples:
     def places(self, dataset: GroupDataset) -> list[Place]:
         """Files, rows and ids of the groups."""
         return [place_of(dataset, row_group, row, name) for _, row_group, row, name in self._kept]
+
+
+def _row(batch: Rows, row: int) -> int:
+    """The number in the row group of a row of a batch, which may hold some of the rows alone."""
+    rows = batch.rows if isinstance(batch, Batch) else None
+    return row if rows is None else int(rows[row])
 
 
 def _group_id(table: pa.Table, row: int) -> str:

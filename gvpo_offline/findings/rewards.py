@@ -82,21 +82,34 @@ class RewardScan:
     by_source: SourceScales = field(default_factory=SourceScales)
     truncated_best: int = 0
     unequal: int = 0
+    unrewarded: int = 0
     missing: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     _moments: Floats = field(default_factory=lambda: np.zeros(3))
     _first: dict[int, Examples] = field(default_factory=dict)
     _examples: dict[str, Examples] = field(
         default_factory=lambda: {
             name: Examples()
-            for name in ("equal", "wrong", "unequal", "truncated", "gap", "components")
+            for name in (
+                *("equal", "wrong", "unequal", "truncated", "gap", "components"),
+                "unrewarded",
+            )
         }
     )
 
     def add(self, batch: Batch) -> None:
         """Count a batch."""
-        rewards = batch.rewards
-        if rewards is None:
+        if batch.rewards is None:
             return
+        absent = np.isnan(batch.rewards)
+        if absent.any():  # of a partial reward; the other counts are of the other groups
+            without = batch.any(absent)
+            self.unrewarded += int(absent.sum())
+            self._examples["unrewarded"].add(batch, without)
+            whole = batch.only(~without)
+            if whole is not None:
+                self.add(whole)
+            return
+        rewards = batch.rewards
         best = np.maximum.reduceat(rewards, batch.starts)
         worst = np.minimum.reduceat(rewards, batch.starts)
         unequal = best > worst
@@ -162,6 +175,15 @@ class RewardScan:
                 judge.found("missing-rewards", "no reward", n_groups, n_groups, "groups")
             return
         before = len(judge.findings)
+        if self.unrewarded:
+            judge.found(
+                "missing-rewards",
+                f"{self.unrewarded:,} of {survey.n_responses:,} responses have no reward",
+                self.unrewarded,
+                survey.n_responses,
+                "responses",
+                self._examples["unrewarded"].places(dataset),
+            )
         self._judge_equal(judge, dataset, survey)
         self._judge_samplers(judge, dataset, names)
         self._judge_length(judge, dataset)
@@ -183,7 +205,9 @@ class RewardScan:
             ]
 
     def _judge_equal(self, judge: Judge, dataset: GroupDataset, survey: Survey) -> None:
-        n_groups, equal = survey.n_groups, survey.equal_reward_groups
+        n_groups, equal = survey.n_groups - survey.unrewarded_groups, survey.equal_reward_groups
+        if not n_groups:
+            return
         places = self._examples["equal"].places(dataset)
         if equal == n_groups:
             text = f"all {n_groups:,} groups have equal rewards"

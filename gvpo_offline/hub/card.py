@@ -239,14 +239,14 @@ def _contents(manifest: Manifest) -> list[str]:
     rewards = [
         (
             reward_label(family),
-            reward_text(family),
+            reward_text(family, manifest),
             ", ".join(family.components),
             size_text(sum(sidecar.file.bytes for sidecar in family.files)),
         )
         for family in manifest.rewards
     ]
     references = [
-        (family.fingerprint[:12], family.model_name_or_path, reference_text(family))
+        (family.fingerprint[:12], family.model_name_or_path, reference_text(family, manifest))
         for family in manifest.references
     ]
     tokenizer = manifest.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from gvpo_offline.findings.finding import Finding, verdict
 from gvpo_offline.findings.formats.document import as_json
 from gvpo_offline.findings.gate import error_finding, light_checks
 from gvpo_offline.info.reward_means import reward_means
+from gvpo_offline.store.coverage import coverage_of
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import is_url, local_path
 from gvpo_offline.store.manifest import (
@@ -90,7 +92,7 @@ class DatasetInfo:
             "tokenizer": manifest.tokenizer and manifest.tokenizer.model_dump(),
             "samplers": manifest.samplers,
             "rewards": [
-                {**_reward(family), "mean": mean}
+                {**_reward(family, manifest), "mean": mean}
                 for family, mean in zip(manifest.rewards, self._means(), strict=True)
             ],
             "references": [_reference(family, manifest) for family in manifest.references],
@@ -185,13 +187,19 @@ def _sidecars(files: Iterable[Sidecar]) -> dict[str, int]:
     return _files(sidecar.file for sidecar in files)
 
 
-def _reward(family: RewardFamily) -> dict[str, Any]:
+def _reward(family: RewardFamily, manifest: Manifest) -> dict[str, Any]:
     return {
         "label": reward_label(family),
         "components": family.components,
         "config": family.config,
         "size": _sidecars(family.files),
+        **_coverage(family, manifest),
     }
+
+
+def _coverage(family: RewardFamily | ReferenceFamily, manifest: Manifest) -> dict[str, Any]:
+    own = coverage_of(family, manifest)
+    return {} if own is None else {"coverage": own.as_dict()}
 
 
 def _reference(family: ReferenceFamily, manifest: Manifest) -> dict[str, Any]:
@@ -201,7 +209,12 @@ def _reference(family: ReferenceFamily, manifest: Manifest) -> dict[str, Any]:
     fields = {name: getattr(family, name) for name in _REFERENCE_FIELDS}
     if family.selection is not None:
         fields["selection"] = family.selection.model_dump(mode="json")
-    return {**fields, "tokenizer": said, "size": _sidecars(family.files)}
+    return {
+        **fields,
+        "tokenizer": said,
+        "size": _sidecars(family.files),
+        **_coverage(family, manifest),
+    }
 
 
 def _incomplete(held: IncompleteGroups) -> dict[str, Any]:
@@ -248,7 +261,7 @@ def _content(surveys: Mapping[str, Survey], prompts: PromptCounts | None) -> dic
             "responses": count,
             "truncated": base.sampler_truncated[name],
             "mean_tokens": base.sampler_tokens[name] / count,
-            "mean_rewards": {r: each.sampler_rewards[name] / count for r, each in rewards.items()},
+            "mean_rewards": {r: _mean_of(each, name) for r, each in rewards.items()},
         }
         for name, count in sorted(base.samplers.items())
     }
@@ -260,6 +273,7 @@ def _content(surveys: Mapping[str, Survey], prompts: PromptCounts | None) -> dic
                 "min": each.reward_range[0],
                 "max": each.reward_range[1],
                 "equal_groups": each.equal_reward_groups,
+                **({"unrewarded": n} if (n := each.unrewarded_responses) else {}),
             }
             for label, each in rewards.items()
         },
@@ -271,6 +285,12 @@ def _content(surveys: Mapping[str, Survey], prompts: PromptCounts | None) -> dic
         },
         "quantiles": list(QUANTILES),
     }
+
+
+def _mean_of(survey: Survey, sampler: str) -> float:
+    """Mean reward of a sampler's responses that have one; nan if none has."""
+    count = survey.samplers[sampler] - survey.sampler_unrewarded[sampler]
+    return survey.sampler_rewards[sampler] / count if count else math.nan
 
 
 def _checks(findings: Sequence[Finding]) -> dict[str, Any]:

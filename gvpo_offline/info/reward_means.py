@@ -15,7 +15,7 @@ MOST_RESPONSES = 10_000_000
 
 
 def reward_means(storage: Storage, manifest: Manifest) -> list[float | None]:
-    """The mean of each reward over all responses, in the order of `manifest.rewards`.
+    """The mean of each reward over all responses that have one, in the order of `manifest.rewards`.
 
     None where it is not read: at a URL, beyond `MOST_RESPONSES`, or where a file cannot be read.
     """
@@ -37,8 +37,9 @@ def _mean(storage: Storage, family: RewardFamily) -> float | None:
                     values = np.concatenate(
                         [np.zeros(0), *map(_values, table.column("rewards").chunks)]
                     )
-                    total += float(values.sum())
-                    count += len(values)
+                    given = values[~np.isnan(values)]  # NaN: a partial reward has none
+                    total += float(given.sum())
+                    count += len(given)
             finally:
                 shard.close()
     except (GVPOError, OSError):  # `validate` says what is wrong with a file

@@ -9,6 +9,7 @@ from typing import Any
 from gvpo_offline.findings.finding import Finding, verdict
 from gvpo_offline.findings.formats.text import verdict_line
 from gvpo_offline.info.dataset import QUANTILES, DatasetInfo
+from gvpo_offline.store.coverage import coverage_of
 from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, RewardFamily
 from gvpo_offline.store.prompts import PromptCounts
 from gvpo_offline.visible import visible
@@ -34,8 +35,20 @@ def info_lines(info: DatasetInfo) -> list[str]:
         ("groups", _size_lines(found)),
         ("tokenizer", [tokenizer_text(manifest)]),
         ("samplers", [sampler_text(name, each) for name, each in manifest.samplers.items()]),
-        ("rewards", _table(map(_reward_cells, manifest.rewards, found["rewards"]))),
-        ("references", _table(map(_reference_cells, manifest.references, found["references"]))),
+        (
+            "rewards",
+            _table(
+                _reward_cells(family, own, manifest)
+                for family, own in zip(manifest.rewards, found["rewards"], strict=True)
+            ),
+        ),
+        (
+            "references",
+            _table(
+                _reference_cells(family, own, manifest)
+                for family, own in zip(manifest.references, found["references"], strict=True)
+            ),
+        ),
         *([("incomplete", _incomplete_lines(found["incomplete"]))] if manifest.incomplete else ()),
         ("lineage", _table(_step_cells(n, s) for n, s in enumerate(manifest.lineage, 1))),
         ("versions", _table(map(_version_cells, found["versions"]))),
@@ -94,12 +107,20 @@ def sampler_text(name: str, settings: dict[str, Any]) -> str:
     return f"{name}: {said}" if said else name
 
 
-def reward_text(family: RewardFamily) -> str:
-    """What computed a reward: its scorers with weight and kind, or the log."""
+def reward_text(family: RewardFamily, manifest: Manifest | None = None) -> str:
+    """What computed a reward: its scorers with weight and kind, or the log; and with the manifest
+    what it covers, where that is not everything.
+    """
     scorers = family.config.get("scorers")
+    covered = _covered(family, manifest)
     if not isinstance(scorers, dict):
-        return json.dumps(family.config) if family.config else "from the log"
-    return ", ".join(_scorer_text(name, scorer) for name, scorer in scorers.items())
+        return (json.dumps(family.config) if family.config else "from the log") + covered
+    return ", ".join(_scorer_text(name, scorer) for name, scorer in scorers.items()) + covered
+
+
+def _covered(family: RewardFamily | ReferenceFamily, manifest: Manifest | None) -> str:
+    own = None if manifest is None else coverage_of(family, manifest)
+    return "" if own is None else f"; covers {own.text}"
 
 
 def _scorer_text(name: str, scorer: dict[str, Any]) -> str:
@@ -108,12 +129,15 @@ def _scorer_text(name: str, scorer: dict[str, Any]) -> str:
     return f"{times}{name} ({scorer.get('kind', '?')})"
 
 
-def reference_text(family: ReferenceFamily) -> str:
-    """How a reference was computed: data types, attention, layout; and for which responses."""
+def reference_text(family: ReferenceFamily, manifest: Manifest | None = None) -> str:
+    """How a reference was computed: data types, attention, layout; for which responses; and with
+    the manifest what it covers, where that is not everything.
+    """
     autocast = f" under {family.autocast_dtype} autocast" if family.autocast_dtype else ""
     attention = family.attn_implementation
     of = f"; of {family.selection.text}" if family.selection else ""
-    return f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout{of}"
+    computed = f"{family.dtype}{autocast}, {attention} attention, {family.layout} layout{of}"
+    return computed + _covered(family, manifest)
 
 
 def step_text(step: LineageStep) -> str:
@@ -153,13 +177,13 @@ def _incomplete_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _reward_cells(family: RewardFamily, found: dict[str, Any]) -> Sequence[str]:
+def _reward_cells(family: RewardFamily, found: dict[str, Any], manifest: Manifest) -> Sequence[str]:
     kept = f"keeps {', '.join(family.components)}" if family.components else ""
     return (
         found["label"],
         _mean_text(found),
         size_text(found["size"]["bytes"]),
-        reward_text(family),
+        reward_text(family, manifest),
         kept,
     )
 
@@ -168,12 +192,14 @@ def _mean_text(found: dict[str, Any]) -> str:
     return "" if found["mean"] is None else f"mean {found['mean']:.4g}"
 
 
-def _reference_cells(family: ReferenceFamily, found: dict[str, Any]) -> Sequence[str]:
+def _reference_cells(
+    family: ReferenceFamily, found: dict[str, Any], manifest: Manifest
+) -> Sequence[str]:
     return (
         family.fingerprint[:12],
         size_text(found["size"]["bytes"]),
         f"{family.model_name_or_path} ({family.model_class})",
-        reference_text(family),
+        reference_text(family, manifest),
         f"tokenizer: {found['tokenizer']}",
     )
 

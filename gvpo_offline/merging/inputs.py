@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ import pyarrow.compute as pc
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import sha256_json, text_keys
+from gvpo_offline.merging.families import Family, families_of
+from gvpo_offline.merging.settings import IncompleteRule
 from gvpo_offline.store.arrow import column_array, split_list
 from gvpo_offline.store.columns import RowGroupLocation, check_logprobs
 from gvpo_offline.store.dataset import GroupDataset
@@ -36,37 +37,6 @@ GROUP_COLUMNS = tuple(column for column in GROUPS_COLUMNS if column.name not in 
 LOCATION_COLUMNS = ("key", "input", "row_group", "row")
 
 Rename = Callable[[Sequence[str], Sequence[Int32Array]], list[str]]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A reward or reference that all merged datasets have.
-
-    Attributes:
-        label: name in messages.
-        columns: columns of its sidecars, without `group_id`.
-        members: the family in the manifest of each dataset.
-    """
-
-    label: str
-    columns: tuple[Column, ...]
-    members: tuple[RewardFamily | ReferenceFamily, ...]
-
-    def field(self, name: str) -> str:
-        """The name of one of its columns in a table with the columns of several families."""
-        return f"{self.label}/{name}"
-
-    @property
-    def folder(self) -> str:
-        """The folder of the first dataset's sidecars, relative to that dataset.
-
-        Of the first that has some: a dataset of incomplete groups alone has none.
-        """
-        found = next((member.files[0] for member in self.members if member.files), None)
-        if found is not None:
-            return str(Path(found.file.path).parent)
-        assert isinstance(self.members[0], RewardFamily)  # a reference has sidecars somewhere
-        return f"rewards/{self.members[0].name}"
 
 
 class InputDataset:
@@ -97,6 +67,9 @@ class InputDataset:
         self.groups.verify()
         for family in families:
             member = family.members[self.position]
+            if self.manifest.groups and not member.files:
+                self._joined.append((family, None))
+                continue
             dataset = (
                 GroupDataset(self.root, self.manifest, rewards=[WeightedReward(member)])
                 if isinstance(member, RewardFamily)
@@ -113,7 +86,10 @@ class InputDataset:
         """SHA-256 over the hashes of the groups files and of the sidecars of `families`."""
         sidecars = [_by_base(family.members[self.position].files) for family in families]
         return sha256_json(
-            [[base.sha256, *(s[base.sha256] for s in sidecars)] for base in self.manifest.groups]
+            [
+                [base.sha256, *(s.get(base.sha256, "") for s in sidecars)]
+                for base in self.manifest.groups
+            ]
         )
 
     @property
@@ -160,7 +136,7 @@ class InputDataset:
         values["row"] = pa.array(np.arange(n, dtype=np.int32))
         for family, dataset in self._joined:
             if dataset is None:  # not known of these rows
-                values |= {family.field(c.name): pa.nulls(n, c.type) for c in family.columns}
+                values |= family.gaps(sizes.to_pylist())
                 continue
             names = [column.name for column in family.columns]
             # With the stored lengths in the table, reading checks every list.
@@ -280,7 +256,7 @@ def check_compatible(inputs: Sequence[InputDataset]) -> None:
 
 
 def common_families(
-    inputs: Sequence[InputDataset], *, leave_out: bool
+    inputs: Sequence[InputDataset], incomplete: IncompleteRule
 ) -> tuple[list[Family], list[str]]:
     """Find the rewards and references that all datasets have.
 
@@ -289,38 +265,46 @@ def common_families(
 
     Args:
         inputs: the datasets.
-        leave_out: whether a reward or reference may be missing from some of the datasets.
+        incomplete: what becomes of a reward or reference that only some of the datasets have.
 
     Returns:
-        The families that all datasets have, and the labels of the others.
+        The families that all datasets have, or with `keep` every family, and the labels of the
+        others.
 
     Raises:
-        DataError: a dataset lacks a reward or reference, and `leave_out` is False.
+        DataError: a dataset lacks a reward or reference and `incomplete` is `error`, or has another
+            one under its name and `incomplete` is `keep`.
     """
     # A dataset of incomplete groups alone has no sidecars, so it lacks none.
     whole = [item for item in inputs if item.manifest.groups] or inputs
-    held = [_families(item.manifest) for item in whole]
+    held = [families_of(item.manifest) for item in whole]
     keys = list(dict.fromkeys(key for families in held for key in families))
-    common, incomplete = [], []
+    common, left_out = [], []
     for key in keys:
         label, _ = key
-        if all(key in families for families in held):
-            members = tuple(_member(item, key, held[0][key]) for item in inputs)
-            common.append(Family(label, _columns(inputs, members), members))
+        template = next(families[key] for families in held if key in families)
+        lacking = [i for i, f in zip(whole, held, strict=True) if key not in f]
+        clash = any(label == other for item in lacking for other, _ in families_of(item.manifest))
+        if not lacking or (incomplete == "keep" and not clash):
+            members = tuple(_member(item, key, template) for item in inputs)
+            partial = bool(lacking) or any(member.partial for member in members)
+            common.append(Family(label, _columns(inputs, members), members, partial))
             continue
-        incomplete.append(label)
-        if not leave_out:
-            lacking = next(i for i, f in zip(whole, held, strict=True) if key not in f)
-            otherwise = any(label == other for other, _ in _families(lacking.manifest))
+        left_out.append(label)
+        if incomplete != "drop":
             raise DataError(
                 "all merged datasets have the same rewards and references",
-                received=f"{label}, which {lacking.root} "
-                + ("has with another configuration" if otherwise else "does not have"),
+                received=f"{label}, which {lacking[0].root} "
+                + ("has with another configuration" if clash else "does not have"),
                 remedy="compute it for that dataset first, or drop it from the new version "
-                "(incomplete: drop); the older version keeps it",
+                "(incomplete: drop); the older version keeps it"
+                if clash
+                else "keep it for the responses that have it (incomplete: keep) and score the "
+                "others afterwards (only_missing: true); or compute it for that dataset first, or "
+                "drop it from the new version (incomplete: drop); the older version keeps it",
                 file=inputs[0].root,
             )
-    return common, incomplete
+    return common, left_out
 
 
 def _columns(
@@ -345,33 +329,9 @@ def _member(
     item: InputDataset, key: tuple[str, str], template: RewardFamily | ReferenceFamily
 ) -> RewardFamily | ReferenceFamily:
     """A dataset's own entry of a family; without files if it has incomplete groups alone."""
-    return _families(item.manifest).get(key) or template.model_copy(update={"files": []})
-
-
-def _families(manifest: Manifest) -> dict[tuple[str, str], RewardFamily | ReferenceFamily]:
-    """A dataset's families, by their keys."""
-    families: list[RewardFamily | ReferenceFamily] = [*manifest.rewards, *manifest.references]
-    return {_key(family): family for family in families}
-
-
-def _key(family: RewardFamily | ReferenceFamily) -> tuple[str, str]:
-    """Label and a hash of a family; the same family has the same key everywhere."""
-    if isinstance(family, ReferenceFamily):
-        return family_label(family), family.fingerprint
-    described = family.model_dump(mode="json", exclude={"files"})
-    return family_label(family), sha256_json(described)
-
-
-def family_label(family: RewardFamily | ReferenceFamily) -> str:
-    """The name of a family in messages."""
-    if isinstance(family, ReferenceFamily):
-        return f"reference {family.fingerprint[:12]}"
-    return f"reward {family.name}@{family.version}"
-
-
-def same_family(one: RewardFamily | ReferenceFamily, other: RewardFamily | ReferenceFamily) -> bool:
-    """Whether two datasets' entries are of one family; see `common_families`."""
-    return _key(one) == _key(other)
+    return families_of(item.manifest).get(key) or template.model_copy(
+        update={"files": [], "partial": False}
+    )
 
 
 def _by_base(files: Sequence[Sidecar]) -> dict[str, str]:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gvpo_offline.hashing import UInt64Array, text_keys
-from gvpo_offline.merging.inputs import Family, InputDataset, Rename
+from gvpo_offline.merging.families import Family
+from gvpo_offline.merging.inputs import InputDataset, Rename
 from gvpo_offline.merging.work import task_name
 from gvpo_offline.store.commit import TaskRecord
 from gvpo_offline.store.spill import leading_bits

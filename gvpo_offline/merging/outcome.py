@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gvpo_offline.store.coverage import partial_lines
 from gvpo_offline.store.manifest import Manifest
 
 
@@ -48,6 +49,8 @@ class RewriteResult:
             f"  {label} was left out: not every dataset has it"
             for label in dict.fromkeys(self.left_out)
         ]
+        if self.changed:
+            lines += [f"  {line}" for line in partial_lines(self.manifest)]
         for name, text in COUNT_TEXTS.items():
             if self.counts.get(name):
                 lines.append(f"  {self.counts[name]:,} {text}")

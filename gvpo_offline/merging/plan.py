@@ -115,7 +115,8 @@ class Planner:
             array = column_array(table, name)
             at = list_offsets(array)[index.rows] + index.items
             values = array.values.to_numpy()[at]
-            differ |= values[doubled] != values[twins[doubled]]
+            one, other = values[doubled], values[twins[doubled]]
+            differ |= (one != other) & ~np.isnan(one) & ~np.isnan(other)  # NaN: no reward yet
         self.counts["differing_rewards"] += int(differ.sum())
         if self.duplicates == "drop":
             keep[doubled] = False

@@ -22,7 +22,8 @@ import pyarrow as pa
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.merging.inputs import GROUP_COLUMNS, Family, InputDataset, Rename, spill_schema
+from gvpo_offline.merging.families import Family
+from gvpo_offline.merging.inputs import GROUP_COLUMNS, InputDataset, Rename, spill_schema
 from gvpo_offline.merging.plan import Planner
 from gvpo_offline.merging.settings import RewriteSettings
 from gvpo_offline.merging.waiting import incomplete_file, of_incomplete
@@ -30,6 +31,7 @@ from gvpo_offline.merging.work import task_name
 from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.coverage import count_missing
 from gvpo_offline.store.manifest import FileEntry, Sidecar
 from gvpo_offline.store.response_index import ResponseIndex, n_partly_null, take_responses
 from gvpo_offline.store.schema import arrow_schema
@@ -252,6 +254,7 @@ class Rewrite:
         base = record.groups[0]
         columns = [GROUP_COLUMNS[0], *family.columns]
         assert columns[0].name == "group_id"
+        missing: Counter[str] = Counter()
         names = {column.name: family.field(column.name) for column in family.columns}
 
         def tables() -> Iterator[pa.Table]:
@@ -260,21 +263,25 @@ class Rewrite:
                 assert table is not None  # the groups of this plan were read from the bucket
                 fields = table.schema.names
                 own = {field: name for name, field in names.items()}
-                yield take_responses(
+                found = take_responses(
                     table.rename_columns([own.get(name, name) for name in fields]), columns, index
                 )
+                if family.partial:
+                    missing.update(count_missing(found, family.columns[0].name))
+                yield found
 
-        return write_sidecar(
+        sidecar = write_sidecar(
             self.root,
             family.folder,
             record.task,
             base,
             arrow_schema(columns),
-            _resized(tables(), base.row_groups),
+            resized(tables(), base.row_groups),
         )
+        return sidecar.model_copy(update=dict(missing))
 
 
-def _resized(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
+def resized(tables: Iterator[pa.Table], sizes: Sequence[int]) -> Iterator[pa.Table]:
     """Yield the rows of `tables` in tables of the given numbers of rows."""
     held = next(tables)
     for size in sizes:

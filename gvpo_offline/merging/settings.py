@@ -10,6 +10,7 @@ from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import ErrorOrDrop, required
 
 MIB = 2**20
+IncompleteRule = Literal["error", "drop", "keep"]
 
 
 @dataclass
@@ -53,9 +54,10 @@ class MergeConfig(RewriteSettings):
     match: Literal["group_id", "prompt"] = "group_id"
     """Groups to join: those with the same id, or those whose prompts have the same token ids (for
     logs that number their groups independently). A joined group keeps the first id."""
-    incomplete: ErrorOrDrop = "error"
-    """A reward or reference that only some of the datasets have: error, or drop it from the new
-    version. Missing values are never filled in."""
+    incomplete: IncompleteRule = "error"
+    """A reward or reference that only some of the responses have: error; drop it from the new
+    version; or keep it for those that have it, until `reward` or `reference` scores the others
+    (only_missing: true). Missing values are never filled in."""
     response_ids: Literal["error", "drop"] = "error"
     """Two responses of a group with the same response id: error, or drop the response ids of that
     group."""
@@ -66,6 +68,31 @@ class MergeConfig(RewriteSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         required("add", self.add)
+
+
+@dataclass
+class RetokeniseConfig:
+    """Writes the texts of a dataset as token ids of another tokenizer, into a new dataset."""
+
+    dataset: str = ""
+    """Folder of the dataset, whose prompts and responses are kept as texts or messages. It is not
+    changed."""
+    output_dir: str = ""
+    """Folder of the new dataset: new, empty, or that of an interrupted run of the same command."""
+    tokenizer_name_or_path: str = ""
+    """Tokenizer of the new policy: a folder or a hub name."""
+    chat_template: str | None = None
+    """Path of a Jinja template, instead of the tokenizer's own."""
+    old_tokenizer_name_or_path: str | None = None
+    """The tokenizer that made the dataset, if it is no longer at the path that the manifest names.
+    It tells which responses ended with an end token."""
+    rows_per_row_group: int = 256
+    """Groups in one Parquet row group, the unit of reading."""
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "output_dir", "tokenizer_name_or_path"):
+            required(name, getattr(self, name))
+        check_ranges(self)
 
 
 @dataclass

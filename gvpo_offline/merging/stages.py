@@ -16,8 +16,8 @@ from typing import Any
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import defaults_of, identity_settings
+from gvpo_offline.merging.families import Family
 from gvpo_offline.merging.inputs import (
-    Family,
     InputDataset,
     added_sha256,
     check_compatible,
@@ -130,11 +130,11 @@ def _merged(
 ) -> _Rewritten:
     leave_out = config.incomplete == "drop"
     root, inputs = datasets[0].root, with_incomplete(datasets)
-    families, left_out = common_families(datasets, leave_out=leave_out)
+    families, left_out = common_families(datasets, config.incomplete)
     for item in inputs:
         item.join(families)
     joined = find_joins(inputs, rename)
-    families, lacking = completable(families, joined, leave_out=leave_out)
+    families, lacking = completable(families, joined, config.incomplete)
     reward, lost = common_reward(families, inputs, leave_out=leave_out)
     left_out += lacking + lost
     for item in inputs:
@@ -145,6 +145,7 @@ def _merged(
     log = TaskLog(root, _stage_name("merge", config, inputs, families, n_parts))
     # To find duplicates, all files have to be read.
     keep = n_parts == partitions.n_parts and config.duplicates == "keep"
+    keep = keep and not any(map(_lacks_counts, families))
     done = partitions.untouched(log.stage, families) if keep else {}
     rewrite = Rewrite(
         *(root, inputs, families, config, n_parts, config.response_ids, rename, done, reward)
@@ -154,6 +155,12 @@ def _merged(
         files = [entry for record in records for entry in record.files]
         files += write_remaining(root, log, inputs, rename, reward, config.rows_per_row_group)
     return _Rewritten(records, families, incomplete_groups(files, reward), left_out)
+
+
+def _lacks_counts(family: Family) -> bool:
+    """Whether the sidecars of the first dataset do not say how many responses have no number."""
+    first = family.members[0]
+    return not first.files or (family.partial and family.selects and not first.partial)
 
 
 def compact(config: CompactConfig) -> RewriteResult:
@@ -199,7 +206,7 @@ def _compacted(
 ) -> tuple[Manifest, dict[str, int]]:
     if not dataset.manifest.groups:  # incomplete groups alone, which stay in their files
         return dataset.manifest, _counts([])
-    families, _ = common_families([dataset], leave_out=False)
+    families, _ = common_families([dataset], "error")
     dataset.join(families)
     old = dataset.manifest.groups
     n_parts = power_of_two(sum(entry.bytes for entry in old), config.shard_bytes)
@@ -310,10 +317,12 @@ def _publish(inputs: Sequence[InputDataset], rewritten: _Rewritten, step: Lineag
     for number, family in enumerate(rewritten.families):
         files: list[Sidecar] = [r.sidecars[number] for r in records if r.groups]
         member = family.members[0]
+        partial = any(sidecar.missing_responses for sidecar in files)
+        update = {"files": files, "partial": family.partial and partial}
         if isinstance(member, RewardFamily):
-            rewards.append(member.model_copy(update={"files": files}))
+            rewards.append(member.model_copy(update=update))
         else:
-            references.append(member.model_copy(update={"files": files}))
+            references.append(member.model_copy(update=update))
     samplers = {name: s for item in inputs for name, s in item.manifest.samplers.items()}
 
     def build(newest: Manifest | None) -> Manifest:

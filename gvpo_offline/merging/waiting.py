@@ -19,14 +19,9 @@ import pyarrow as pa
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
 from gvpo_offline.hashing import UInt64Array, sha256_json, text_keys
-from gvpo_offline.merging.inputs import (
-    GROUP_COLUMNS,
-    Family,
-    InputDataset,
-    Rename,
-    family_label,
-    same_family,
-)
+from gvpo_offline.merging.families import Family, family_label, same_family
+from gvpo_offline.merging.inputs import GROUP_COLUMNS, InputDataset, Rename
+from gvpo_offline.merging.settings import IncompleteRule
 from gvpo_offline.merging.work import waiting_name
 from gvpo_offline.store.arrow import groups_from_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
@@ -71,7 +66,7 @@ class IncompleteInput(InputDataset):
         return own is not None and same_family(own, family.members[0])
 
     def join(self, families: Sequence[Family]) -> None:
-        """As `InputDataset.join`; a family that its files do not hold is null in every row."""
+        """As `InputDataset.join`; a family that its files do not hold has gaps in every row."""
         self.groups.verify()
         self._joined = [(f, self.groups if self.has(f) else None) for f in families]
 
@@ -188,23 +183,30 @@ def find_joins(inputs: Sequence[InputDataset], rename: Rename | None) -> list[In
 
 
 def completable(
-    families: Sequence[Family], joined: Sequence[IncompleteInput], *, leave_out: bool
+    families: Sequence[Family], joined: Sequence[IncompleteInput], incomplete: IncompleteRule
 ) -> tuple[list[Family], list[str]]:
     """The families that every joined incomplete group has, and the labels of the others.
 
+    With `incomplete: keep` all families, of which those that one lacks become partial.
+
     Raises:
-        DataError: one lacks a family, and `leave_out` is False.
+        DataError: one lacks a family, and `incomplete` is `error`.
     """
     lacking = [family for family in families if not all(item.has(family) for item in joined)]
-    if lacking and not leave_out:
+    if incomplete == "keep":
+        for family in lacking:
+            family.partial = True
+        return list(families), []
+    if lacking and incomplete == "error":
         family = lacking[0]
         item = next(item for item in joined if not item.has(family))
         raise DataError(
             "the responses of a group have the same rewards and references",
             received=f"{family.label}, which the incomplete groups of {item.root} that other "
             "responses would complete do not have",
-            remedy="drop it from the new version (incomplete: drop) and compute it again there; "
-            "the older version keeps it",
+            remedy="keep it for the others (incomplete: keep) and score these afterwards "
+            "(only_missing: true); or drop it from the new version (incomplete: drop) and compute "
+            "it again there; the older version keeps it",
             **item.first_join(),
         )
     left = [family for family in families if not any(family is other for other in lacking)]

@@ -91,7 +91,10 @@ def _score_on(
         with adapter_disabled(model) as base:
             base.train(False)
             on_device = base.to(device) if moved else base
-            return score(dataset, lambda: on_device, tokenizer, config, worker_settings).fingerprint
+            found = score(
+                dataset, lambda: on_device, tokenizer, config, worker_settings, fills=True
+            )
+            return found.fingerprint
     finally:
         if moved:
             model.to(before)

@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from gvpo_offline.collectives import gather_results, rank_slice
 from gvpo_offline.compute.adapters import policy_sha256
@@ -197,8 +197,8 @@ def check_row_tokens(dataset: GroupDataset, counts: Survey, max_tokens: int) -> 
 
 
 def check_covered(dataset: GroupDataset, counts: Survey) -> None:
-    """Raise DataError if the reference has no log-prob of some selected responses, or one that no
-    model can have given.
+    """Raise DataError if a selected response has no reward or no log-prob of the reference, or a
+    log-prob that no model can have given.
 
     Args:
         dataset: the dataset, with its reference.
@@ -216,10 +216,12 @@ def check_covered(dataset: GroupDataset, counts: Survey) -> None:
             row=place.first_row + row,
             group=group_id,
         )
+    if counts.first_unrewarded is not None:
+        _refuse_unrewarded(dataset, counts, counts.first_unrewarded)
     if counts.first_unscored is None:
         return
-    assert dataset.reference is not None  # only a reference of a selection leaves responses out
-    selection = dataset.reference.selection
+    assert dataset.reference is not None  # only a reference leaves responses unscored
+    selection, partial = dataset.reference.selection, dataset.reference.partial
     row_group, row, group_id = counts.first_unscored
     place = dataset.location(row_group, "ref_seq_logprobs")
     raise DataError(
@@ -227,9 +229,40 @@ def check_covered(dataset: GroupDataset, counts: Survey) -> None:
         received=f"none for {counts.unscored_responses:,} of {counts.n_responses:,} responses, in "
         f"{counts.unscored_groups:,} of {counts.n_groups:,} groups; reference "
         f"{dataset.reference.fingerprint[:12]} was scored for "
-        f"{selection.text if selection else 'every response'}",
-        remedy="select responses that it was scored for, or run `gvpo-offline reference` with the "
+        f"{selection.text if selection else 'every response'}"
+        + (", before a merge added others" if partial else ""),
+        remedy=_MISSING_REFERENCE
+        if partial
+        else "select responses that it was scored for, or run `gvpo-offline reference` with the "
         "where, responses and reward of this run, or without where and responses",
+        file=place.file,
+        row=place.first_row + row,
+        group=group_id,
+    )
+
+
+_MISSING_REFERENCE = (
+    "score what is new with `gvpo-offline reference --only_missing true` and the settings of "
+    "that reference; or leave these groups out with where: has_reference, which prints how many "
+    "they are"
+)
+
+
+def _refuse_unrewarded(
+    dataset: GroupDataset, counts: Survey, first: tuple[int, int, str]
+) -> NoReturn:
+    """Raise DataError about responses without a reward; `first`: the first group with one."""
+    row_group, row, group_id = first
+    place = dataset.location(row_group, "rewards")
+    names = ", ".join(f"{r.family.name}@{r.family.version}" for r in dataset.rewards)
+    raise DataError(
+        "every selected response has a reward",
+        received=f"none for {counts.unrewarded_responses:,} of {counts.n_responses:,} responses, "
+        f"in {counts.unrewarded_groups:,} of {counts.n_groups:,} groups; a merge added them "
+        f"without reward {names}",
+        remedy="score what is new with `gvpo-offline reward --only_missing true` and the settings "
+        "of that reward; or leave these groups out with where: has_rewards, which prints how many "
+        "they are",
         file=place.file,
         row=place.first_row + row,
         group=group_id,

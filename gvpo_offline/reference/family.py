@@ -19,7 +19,8 @@ from gvpo_offline.reference.selection import covers
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskRecord, verify_file
-from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily
+from gvpo_offline.store.coverage import covering
+from gvpo_offline.store.manifest import LineageStep, Manifest, ReferenceFamily, Sidecar
 from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.writer import publish
 from gvpo_offline.stream.view import DatasetView
@@ -64,7 +65,7 @@ def held_reference(view: DatasetView, family: ReferenceFamily) -> str | None:
     view under this model, also after a merge or a compaction; None if there is none.
     """
     dataset = view.dataset
-    named = {"fingerprint", "model_name_or_path", "selection", "files"}
+    named = {"fingerprint", "model_name_or_path", "selection", "partial", "files"}
     model = family.model_dump(exclude=named)
     same = [f for f in dataset.manifest.references if f.model_dump(exclude=named) == model]
     # First the reference of this very selection, then one of every response, then any other.
@@ -79,7 +80,11 @@ def held_reference(view: DatasetView, family: ReferenceFamily) -> str | None:
 
 
 def publish_reference(
-    root: Path, family: ReferenceFamily, config: ReferenceConfig, records: Sequence[TaskRecord]
+    root: Path,
+    family: ReferenceFamily,
+    config: ReferenceConfig,
+    records: Sequence[TaskRecord],
+    before: Sequence[Sidecar] = (),
 ) -> Manifest:
     """Add a reference to the newest version of a dataset.
 
@@ -88,8 +93,10 @@ def publish_reference(
         family: its manifest entry, without files.
         config: the settings, for the lineage.
         records: one for each groups file, with its sidecar.
+        before: the sidecars of the groups files without a record.
     """
-    sidecars = [sidecar for record in records for sidecar in record.sidecars]
+    scored = [sidecar for record in records for sidecar in record.sidecars]
+    sidecars = covering(before, scored) if before else scored
     family = family.model_copy(update={"files": sidecars})
     step = LineageStep(
         stage="reference",

@@ -38,6 +38,7 @@ from gvpo_offline.reference.family import (
     publish_reference,
     reference_family,
 )
+from gvpo_offline.reference.missing import HeldLogprobs, HeldRows, held_logprobs
 from gvpo_offline.reference.parts import (
     NAME_DIGITS,
     FileRange,
@@ -119,6 +120,8 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     config: ReferenceConfig,
     worker_settings: WorkerSettings,
+    *,
+    fills: bool = False,
 ) -> Scored:
     """`run_reference` for an open dataset and a model that the caller provides.
 
@@ -128,6 +131,8 @@ def score(
         tokenizer: the model's tokenizer.
         config: the settings; other worker processes load the model that it names.
         worker_settings: where the tasks run.
+        fills: as `only_missing` of the settings, but a partial reference of another model is no
+            error.
     """
     model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
@@ -150,8 +155,11 @@ def score(
     check_writable(dataset.folder)
     for line in view.notes:
         logger.info(line)
+    held_part = None
+    if config.only_missing or fills:
+        held_part = held_logprobs(view, family, refuses=config.only_missing)
     here = worker_settings.engine == "local" and worker_settings.workers == 1
-    stage = _ReferenceStage(view, config, family, scorer if here else None)
+    stage = _ReferenceStage(view, config, family, scorer if here else None, held_part)
     del model, scorer
     if not here and torch.cuda.is_available():
         torch.cuda.empty_cache()  # free the memory for the models of the workers
@@ -159,7 +167,8 @@ def score(
         records = run_parts(stage, worker_settings)
         if records is None:
             return Scored(family.fingerprint, None)
-        manifest = publish_reference(dataset.folder, family, config, records)
+        before = held_part.family.files if held_part else ()
+        manifest = publish_reference(dataset.folder, family, config, records, before)
         remove_parts(stage.root, stage.name)
     return Scored(family.fingerprint, manifest)
 
@@ -189,6 +198,7 @@ class _ReferenceStage:
         config: the settings, which name the model.
         family: the manifest entry of the reference.
         scorer: the loaded model if tasks run in this process; None: `start` loads the model.
+        held: log-probs that the dataset has and that are copied; None: everything is scored.
     """
 
     unit = "groups"
@@ -199,11 +209,19 @@ class _ReferenceStage:
         config: ReferenceConfig,
         family: ReferenceFamily,
         scorer: _ReferenceScorer | None,
+        held: HeldLogprobs | None = None,
     ) -> None:
         self.root = view.dataset.folder.resolve()
         self.name = _stage_name(view, family)
         self.folder = f"reference/{family.fingerprint[:NAME_DIGITS]}"
         self.files: Sequence[BaseFile] = view.dataset.manifest.groups
+        counts = [len(file.row_groups) for file in self.files]
+        starts = {b.sha256: n for b, n in zip(self.files, np.cumsum([0, *counts]), strict=False)}
+        if held is not None:
+            self.name = f"{self.name}-{held.stage_suffix}"
+            self.files = held.incomplete_files(self.files)
+        self._first = [int(starts[file.sha256]) for file in self.files]
+        self._held = held
         self.ranges: Mapping[str, FileRange] = file_ranges(
             self.files, TaskLog(self.root, self.name)
         )
@@ -254,23 +272,25 @@ class _ReferenceStage:
             changes["sidecars"] = [sidecar]
         else:
             changes["files"] = [write_parquet(self.root, self.folder, task.name, schema, tables)]
-        if self._view.selection is not None:
+        if self._view.selection is not None or self._held is not None:
             changes["counts"] = dict(counts)
         return record.model_copy(update=changes)
 
     def _tables(self, own: FileRange, counts: Counter[str]) -> Iterator[pa.Table]:
         """The sidecar's row groups of a range; adds what was scored to `counts`."""
         assert self._scorer is not None  # start has been called
-        base = self.files[own.file]
-        first = sum(len(file.row_groups) for file in self.files[: own.file])
+        base, first = self.files[own.file], self._first[own.file]
         numbers = range(first + own.start, first + own.stop)
         sizes = self._view.dataset.row_group_sizes
         for number in numbers:
             selected = SelectedGroups.read(self._view, number)
+            before = None
+            if self._held is not None:
+                selected, before = self._held.left(selected, number), self._held.read(number)
             counts["groups"] += len(selected.groups)
             counts["responses"] += sum(group.group_size for group in selected.groups)
             with portion(int(sizes[number]), len(selected.groups)):
-                table = self._scorer.table(selected, self.root / base.path)
+                table = self._scorer.table(selected, self.root / base.path, before)
             yield table
 
     def __getstate__(self) -> dict[str, Any]:
@@ -295,17 +315,31 @@ class _ReferenceScorer:
         """The layout and kernels that the probe chose."""
         return self._engine.path
 
-    def table(self, selected: SelectedGroups, file: Path) -> pa.Table:
-        """The reference sidecar's rows of a row group; NaN for responses that are not selected."""
+    def table(
+        self, selected: SelectedGroups, file: Path, before: HeldRows | None = None
+    ) -> pa.Table:
+        """The reference sidecar's rows of a row group.
+
+        Args:
+            selected: the responses to score.
+            file: their file, for errors.
+            before: the log-probs of the other responses; None: NaN.
+        """
         sums: list[FloatArray] = [np.full(size, np.nan) for size in selected.sizes]
-        tokens: list[list[TokenLogprobs]] = [[_NO_TOKENS] * size for size in selected.sizes]
+        tokens: list[list[TokenLogprobs] | None]
+        tokens = [[_NO_TOKENS] * size for size in selected.sizes]
+        if before is not None:
+            sums, tokens = [own.copy() for own in before[0]], before[1]
         scored = self._scores(selected.groups, file)
         for row, items, (own, own_tokens) in zip(
             selected.rows, selected.items, scored, strict=True
         ):
             sums[row][items] = own
+            of_row = tokens[row]
+            if of_row is None:  # a group has log-probs of all its tokens, or of none
+                continue
             for item, values in zip(items, own_tokens, strict=True):
-                tokens[row][item] = values
+                of_row[item] = values
         return reference_to_table(selected.ids, sums, tokens)
 
     def _scores(

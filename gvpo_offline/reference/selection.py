@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -75,9 +75,9 @@ def described_selection(view: DatasetView, config: ReferenceConfig) -> Reference
 
 def covers(view: DatasetView, reference: ReferenceFamily) -> bool:
     """Whether a reference of the dataset has a log-prob of every response of a view."""
-    if reference.selection is None:
+    if reference.selection is None and not reference.partial:
         return True
-    if view.selection is None:
+    if view.selection is None and reference.selection is not None:
         return False
     dataset = view.dataset
     joined = GroupDataset(dataset.storage, dataset.manifest, dataset.rewards, reference)
@@ -122,3 +122,33 @@ class SelectedGroups:
         found = view.groups(row_group) if len(rows) else []
         ids = table.column("group_id").to_pylist()
         return cls(ids, sizes, rows, [found[row] for row in rows], items)
+
+    def without(self, scored: list[npt.NDArray[np.bool_]]) -> SelectedGroups:
+        """The selected responses without a flag, of (k,) flags of every row."""
+        rows, groups, items = [], [], []
+        for row, group, own in zip(self.rows, self.groups, self.items, strict=True):
+            left = np.flatnonzero(~scored[row][own])
+            if len(left):
+                rows.append(int(row))
+                items.append(own[left])
+                groups.append(group if len(left) == len(own) else chosen_responses(group, left))
+        return SelectedGroups(self.ids, self.sizes, np.array(rows, np.int64), groups, items)
+
+
+def chosen_responses(group: Group, items: Items) -> Group:
+    """A group with some of its responses, by their indices, for a forward pass."""
+    mask = group.loss_mask
+    return replace(
+        group,
+        response_token_ids=tuple(group.response_token_ids[i] for i in items),
+        samplers=tuple(group.samplers[i] for i in items),
+        truncated=tuple(group.truncated[i] for i in items),
+        loss_mask=None if mask is None else tuple(mask[i] for i in items),
+        rewards=None,
+        components=None,
+        ref_seq_logprobs=None,
+        sampler_seq_logprobs=None,
+        responses=None,
+        response_ids=None,
+        response_messages=None,
+    )

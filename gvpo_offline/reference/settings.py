@@ -25,6 +25,10 @@ class ReferenceConfig(ModelSettings):
     reward: dict[str, float] | str | None = None
     """The reward that where and responses refer to, as `reward` of `train`: name, name@version or
     {name: weight}. Default: the dataset's only reward."""
+    only_missing: bool = False
+    """Score only the responses that the dataset's reference of this model has no log-prob of, such
+    as those that `merge` added with incomplete: keep. The log-probs that it has stay as they are.
+    Without such a reference, everything is scored."""
     bf16: bool = False
     """Autocast matrix products to bfloat16, as `train` does with the same flag. Keep them equal."""
     fp16: bool = False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gvpo_offline.errors import DataError
@@ -38,7 +39,7 @@ class ScoringInput:
         metadata: the columns of the log that were kept at import.
         response_token_ids: k arrays of (T_i,) int32, or None where no scorer asked for them.
         row_group: number of the row group. One call of `Scorer.score` gets all groups of a row
-            group, in order.
+            group that are scored, in order.
         location: file, row and group, for errors.
     """
 
@@ -51,6 +52,16 @@ class ScoringInput:
     row_group: int = 0
     location: dict[str, Any] = field(default_factory=dict)
     response_messages: tuple[str, ...] | None = None
+
+    def only(self, items: Sequence[int]) -> ScoringInput:
+        """The group with some of its responses, by their indices."""
+        ids, messages = self.response_token_ids, self.response_messages
+        return replace(
+            self,
+            responses=tuple(self.responses[i] for i in items),
+            response_token_ids=None if ids is None else tuple(ids[i] for i in items),
+            response_messages=None if messages is None else tuple(messages[i] for i in items),
+        )
 
     def turns(self, index: int) -> list[Message]:
         """Response `index` as chat messages: one of the assistant, unless the log has several."""

@@ -38,4 +38,5 @@ class FamilyScorer(SimpleScorer):
         """(1, k) for each group."""
         table = self._dataset.table(groups[0].row_group, ["response_lengths", "rewards"])
         rows = split_list(column_array(table, "rewards"))
-        return [np.array(row, np.float64)[np.newaxis] for row in rows]
+        held = dict(zip(table.column("group_id").to_pylist(), rows, strict=True))
+        return [np.array(held[own.group_id], np.float64)[np.newaxis] for own in groups]

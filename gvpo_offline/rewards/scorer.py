@@ -78,11 +78,18 @@ class Scorer(Protocol):
             GVPOError: the work failed. Finished parts are kept.
         """
 
+    def scores_part(self, name: str) -> None:
+        """Called before `prepare` if some groups and responses alone are scored.
+
+        Args:
+            name: identifies them; a scorer that stores answers stores them under this name.
+        """
+
     def start(self) -> None:
         """Load what scoring needs, in the process that scores."""
 
     def score(self, groups: Sequence[ScoringInput]) -> list[FloatArray]:
-        """Score the groups of one row group; may count finished groups with `progress.advance`.
+        """Score groups of one row group; may count finished groups with `progress.advance`.
 
         Returns:
             (1 + F, k) float64 for each group: the number that goes into the reward, then the F
@@ -108,6 +115,9 @@ class SimpleScorer:
     def prepare(self, reader: ScoringInputReader, worker_settings: WorkerSettings) -> bool:
         """Does nothing."""
         return True
+
+    def scores_part(self, name: str) -> None:
+        """Does nothing."""
 
     def start(self) -> None:
         """Does nothing."""

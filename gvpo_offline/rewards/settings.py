@@ -32,6 +32,12 @@ class RewardConfig:
     missing: float | None = None
     """Reward of a response for which no scorer has a number. Null: stop with an error that names
     the response."""
+    only_missing: bool = False
+    """Score only what the dataset's reward of this name and these settings lacks, such as what
+    `merge` added with incomplete: keep. Scorers that look at each response by itself (exact,
+    numeric, math, model, judge, verl) get the responses without a reward; with any other scorer,
+    groups with such a response are scored as a whole. Without such a reward, everything is scored.
+    """
     tokenizer_name_or_path: str | None = None
     """The tokenizer that produced the dataset's token ids. Needed if the log has no texts and the
     tokenizer is no longer at the path that the manifest names."""

@@ -24,11 +24,13 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.rewards.build import build_scorer
 from gvpo_offline.rewards.cases import ScoringInput, ScoringInputReader
 from gvpo_offline.rewards.kinds import RewardSettings, ScorerSettings, TransformSettings
+from gvpo_offline.rewards.missing import HeldRewards, PartReader, held_rewards
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.rewards.weighted import WeightedScorers
 from gvpo_offline.secret_settings import public
 from gvpo_offline.store.arrow import rewards_to_table
 from gvpo_offline.store.commit import TaskRecord, verify_file
+from gvpo_offline.store.coverage import covering
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.leftovers import stages_at_work
 from gvpo_offline.store.location import local_folder
@@ -100,8 +102,9 @@ def run_reward(config: RewardConfig, worker_settings: WorkerSettings) -> RewardR
     described = public(scorers.identity(config.missing))
     if (existing := _existing(dataset, config.name, described)) is not None:
         return RewardResult(existing, _counted(dataset, existing), {})
+    held = held_rewards(dataset, config.name, described, settings) if config.only_missing else None
     with stages_at_work(dataset.folder):
-        return _scored(dataset, config, scorers, described, worker_settings)
+        return _scored(dataset, config, scorers, described, worker_settings, held)
 
 
 def _scored(
@@ -110,9 +113,10 @@ def _scored(
     scorers: WeightedScorers,
     described: dict[str, Any],
     worker_settings: WorkerSettings,
+    held: HeldRewards | None,
 ) -> RewardResult | None:
     """Score the files that are not committed, and publish the reward; see `run_reward`."""
-    stage = RewardStage(dataset, config, scorers, sha256_json(described))
+    stage = RewardStage(dataset, config, scorers, sha256_json(described), held)
     try:
         prepared = [
             scorer.prepare(stage.reader, worker_settings) for scorer in scorers.scorers.values()
@@ -125,11 +129,12 @@ def _scored(
     counts: Counter[str] = Counter()
     for record in records:
         counts.update(record.counts)
+    found = [sidecar for record in records for sidecar in record.sidecars]
     family = RewardFamily(
         name=config.name,
         config=described,
         components=scorers.components,
-        files=[sidecar for record in records for sidecar in record.sidecars],
+        files=covering(held.family.files, found) if held else found,
     )
     published = _publish(dataset, family, config, dict(counts))
     return RewardResult(published, _counted(dataset, published), dict(counts))
@@ -138,7 +143,7 @@ def _scored(
 def _existing(dataset: GroupDataset, name: str, described: dict[str, Any]) -> RewardFamily | None:
     """The reward with this configuration, if the dataset has it; its files are verified."""
     for family in dataset.manifest.rewards:
-        if family.name == name and family.config == described:
+        if family.name == name and family.config == described and not family.partial:
             for sidecar in family.files:
                 verify_file(dataset.folder, sidecar.file)
             _log.info("reward %s@%d is already in the dataset", name, family.version)
@@ -174,6 +179,7 @@ class RewardStage:
         config: the run's settings.
         scorers: the scorers of the reward.
         identity: hash of all that the sidecars depend on, apart from the groups.
+        held: numbers that the dataset has and that are copied; None: everything is scored.
 
     Attributes:
         reader: reads what scorers need of the groups.
@@ -187,9 +193,11 @@ class RewardStage:
         config: RewardConfig,
         scorers: WeightedScorers,
         identity: str,
+        held: HeldRewards | None = None,
     ) -> None:
         self.root = dataset.folder.resolve()
         self.name = f"reward-{config.name}-{identity[:_NAME_DIGITS]}"
+        self._held = held
         self._dataset = GroupDataset(self.root, dataset.manifest)
         self._config = config
         self._scorers = scorers
@@ -198,10 +206,17 @@ class RewardStage:
             token_ids=scorers.needs_token_ids,
             tokenizer=config.tokenizer_name_or_path,
         )
+        self._files = self._dataset.manifest.groups
+        if held is not None:
+            self.name = f"{self.name}-{held.name}"
+            self.reader = PartReader(self.reader, held)
+            self._files = held.incomplete_files(self._files)
+            for scorer in scorers.scorers.values():
+                scorer.scores_part(held.name)
 
     def tasks(self) -> Sequence[Task]:
         """One per file, named by its hash, so that only files that were added later are scored."""
-        return [Task(b.sha256[:_NAME_DIGITS], b.rows) for b in self._dataset.manifest.groups]
+        return [Task(b.sha256[:_NAME_DIGITS], b.rows) for b in self._files]
 
     def start(self) -> None:
         """Start the scorers."""
@@ -218,7 +233,7 @@ class RewardStage:
 
         def tables() -> Iterator[pa.Table]:
             for row_group in range(first, first + len(files[number].row_groups)):
-                yield self._table(self.reader.read(row_group), counts)
+                yield self._table(row_group, counts)
 
         sidecar = write_sidecar(
             self.root,
@@ -234,12 +249,16 @@ class RewardStage:
             stage=self.name, task=task.name, sidecars=[sidecar], counts=dict(sorted(counts.items()))
         )
 
-    def _table(self, groups: Sequence[ScoringInput], counts: Counter[str]) -> pa.Table:
-        scored = self._scorers.score(groups)
+    def _table(self, row_group: int, counts: Counter[str]) -> pa.Table:
+        groups = self.reader.read(row_group)
+        scored = self._scorers.score(groups) if groups else []
         rewards = [
             self._filled(group, own.total, counts)
             for group, own in zip(groups, scored, strict=True)
         ]
+        if self._held is not None:
+            counts["scored_responses"] += sum(group.size for group in groups)
+            return rewards_to_table(*self._held.rows(row_group, groups, scored))
         ids = [group.group_id for group in groups]
         return rewards_to_table(ids, rewards, [own.components for own in scored])
 

@@ -194,7 +194,7 @@ class GroupDataset(ShownDataset):
             IntegrityError: a page fails its checksum, or a sidecar belongs to another groups file.
             DataError: a required column is missing, a column has another type, or there is not one
                 finite reward and reference log-prob per response. A reference of a selection has
-                NaN for every other response.
+                NaN for every other response, and a partial family for those without a number.
         """
         file, local = self.locate(row_group)
         base = self.manifest.groups[file]
@@ -231,14 +231,15 @@ class GroupDataset(ShownDataset):
             if sizes is not None and name == "components":
                 check_components(read, sizes, self._n_components, location)
             elif sizes is not None and name != "ref_token_logprobs":
-                gaps = name == "ref_seq_logprobs" and self._reference_has_gaps
+                gaps = self._rewards_have_gaps if name == "rewards" else self._reference_has_gaps
                 check_scalars(read, name, sizes, location, gaps=gaps)
             if name == "rewards" and (joined.weight != 1.0 or len(self.rewards) > 1):
                 before = table.column(name) if name in table.column_names else None
                 column = add_weighted(before, column, joined.weight)
                 if sizes is not None:  # finite rewards may have a sum that is not
                     number = read.column_names.index(name)
-                    check_scalars(read.set_column(number, name, column), name, sizes, location)
+                    summed = read.set_column(number, name, column)
+                    check_scalars(summed, name, sizes, location, gaps=self._rewards_have_gaps)
                 if before is not None:
                     table = table.drop_columns([name])
             table = table.append_column(name, column)
@@ -246,7 +247,12 @@ class GroupDataset(ShownDataset):
 
     @property
     def _reference_has_gaps(self) -> bool:
-        return self.reference is not None and self.reference.selection is not None
+        own = self.reference
+        return own is not None and (own.selection is not None or own.partial)
+
+    @property
+    def _rewards_have_gaps(self) -> bool:
+        return any(reward.family.partial for reward in self.rewards)
 
     @property
     def _n_components(self) -> int:

@@ -11,21 +11,16 @@ import errno
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import Field
 
 from gvpo_offline.errors import DataError, IntegrityError, StorageError
 from gvpo_offline.files import storage_errors
+from gvpo_offline.store.records import Record, WithoutDefaults
 from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.row_group_sizes import RowGroupSizes, n_rows
-from gvpo_offline.store.schema import SCHEMA_VERSION
+from gvpo_offline.store.schema import PARTIAL_SCHEMA_VERSION, SCHEMA_VERSION
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 from gvpo_offline.store.within import check_entries, read_regular
 
@@ -35,11 +30,7 @@ _NAME = re.compile(r"^manifest-(\d{6,})\.json$")
 RESTORE = "restore the file from a copy"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Record):
+class FileEntry(Record):
     """One Parquet file of the dataset."""
 
     path: str = Field(description="Path relative to the dataset's folder.")
@@ -116,14 +107,23 @@ class BaseFile(FileEntry):
     n_tokens: int = Field(description="Prompt and response tokens in the file.")
 
 
-class Sidecar(_Record):
+class Sidecar(WithoutDefaults):
     """A sidecar file, bound to its groups file by that file's hash. Rows correspond one to one."""
+
+    _left_out: ClassVar[tuple[str, ...]] = ("missing_responses", "missing_groups")
 
     base_sha256: str = Field(description="SHA-256 of the groups file.")
     file: FileEntry
+    missing_responses: int = Field(
+        default=0,
+        description="Of a partial family: responses of the file without a number (NaN). Absent: 0.",
+    )
+    missing_groups: int = Field(
+        default=0, description="Groups of the file with such a response. Absent: 0."
+    )
 
 
-class TokenizerInfo(_Record):
+class TokenizerInfo(Record):
     """The tokenizer that made every token id of the dataset."""
 
     name_or_path: str
@@ -133,20 +133,33 @@ class TokenizerInfo(_Record):
     vocab_size: int = Field(description="Number of token ids, added tokens included.")
 
 
-class RewardFamily(_Record):
+_PARTIAL = Field(
+    default=False,
+    description="Whether responses that a merge added have no number yet (NaN in the sidecars). "
+    "Only in manifests of schema version 2. Absent: false.",
+)
+
+
+class RewardFamily(WithoutDefaults):
     """One named, versioned reward for every response of the dataset."""
+
+    _left_out: ClassVar[tuple[str, ...]] = ("partial",)
 
     name: str
     version: int = 1
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default={})
     components: list[str] = Field(
         default=[], description="Names of the parts in the column `components`, in its order."
     )
+    partial: bool = _PARTIAL
     files: list[Sidecar]
 
 
-class ReferenceFamily(_Record):
+class ReferenceFamily(WithoutDefaults):
     """The log-probs of every response, or of every selected response, under a reference policy."""
+
+    # Versions that do not know a field read references at its default as before.
+    _left_out: ClassVar[tuple[str, ...]] = ("selection", "arithmetic", "partial")
 
     fingerprint: str = Field(description="SHA-256 over the fields below but `files`.")
     model_name_or_path: str
@@ -165,6 +178,7 @@ class ReferenceFamily(_Record):
     selection: ReferenceSelection | None = Field(
         default=None, description="The responses that have log-probs; null or absent: every one."
     )
+    partial: bool = _PARTIAL
     files: list[Sidecar]
 
     @property
@@ -173,18 +187,8 @@ class ReferenceFamily(_Record):
         of = f", of {self.selection.text}" if self.selection else ""
         return f"{self.model_name_or_path}{of}"
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Versions that do not know a field read references at its default as before.
-        plain: dict[str, Any] = serialize(self)
-        if self.selection is None:
-            plain.pop("selection", None)
-        if self.arithmetic == 1:
-            plain.pop("arithmetic", None)
-        return plain
 
-
-class IncompleteGroups(_Record):
+class IncompleteGroups(Record):
     """Prompts with one response each, apart from the groups: nothing trains on them.
 
     They become groups once a merge adds further responses to their prompts.
@@ -205,28 +209,23 @@ class IncompleteGroups(_Record):
         return sum(file.rows for file in self.files)
 
 
-class LineageStep(_Record):
+class LineageStep(WithoutDefaults):
     """One command that added to the dataset."""
+
+    # Versions of this package without the field can read a manifest that does not use it.
+    _left_out: ClassVar[tuple[str, ...]] = ("details",)
 
     stage: str
     package_version: str
     config: dict[str, Any]
-    inputs: list[dict[str, Any]] = []
-    counts: dict[str, int] = {}
+    inputs: list[dict[str, Any]] = Field(default=[])
+    counts: dict[str, int] = Field(default={})
     details: dict[str, Any] = Field(
         default={}, description="Counts by rule and by sampler of what was left out."
     )
 
-    @model_serializer(mode="wrap")
-    def _without_empty_details(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Versions of this package without the field can read a manifest that does not use it.
-        content: dict[str, Any] = serialize(self)
-        if not self.details:
-            content.pop("details", None)
-        return content
 
-
-class Manifest(_Record):
+class Manifest(Record):
     """One version of a dataset."""
 
     schema_version: int = SCHEMA_VERSION
@@ -238,12 +237,12 @@ class Manifest(_Record):
         default={}, description="Settings of each sampler, by name, as far as the log has them."
     )
     groups: list[BaseFile]
-    rewards: list[RewardFamily] = []
-    references: list[ReferenceFamily] = []
+    rewards: list[RewardFamily] = Field(default=[])
+    references: list[ReferenceFamily] = Field(default=[])
     incomplete: IncompleteGroups | None = Field(
         default=None, description="Prompts with one response each; left out where there are none."
     )
-    lineage: list[LineageStep] = []
+    lineage: list[LineageStep] = Field(default=[])
 
     @property
     def n_groups(self) -> int:
@@ -269,7 +268,7 @@ class Manifest(_Record):
         return [*self.groups, *sidecars, *waiting]
 
 
-class SealedManifest(_Record):
+class SealedManifest(Record):
     """What a manifest file holds: the manifest and the hash of its content."""
 
     sha256: str = Field(
@@ -302,8 +301,22 @@ def manifest_versions(root: Path) -> list[int]:
     return sorted(version for version in versions if version is not None)
 
 
+def with_schema_version(manifest: Manifest) -> Manifest:
+    """The manifest with the lowest schema version that has all that it says.
+
+    A reward or reference that is partial needs version 2: readers of version 1 take every number
+    for finite, and are told to upgrade instead.
+    """
+    partial = any(family.partial for family in (*manifest.rewards, *manifest.references))
+    needed = PARTIAL_SCHEMA_VERSION if partial else SCHEMA_VERSION
+    if manifest.schema_version == needed:
+        return manifest
+    return manifest.model_copy(update={"schema_version": needed})
+
+
 def dump_manifest(manifest: Manifest) -> str:
     """The text of a manifest file."""
+    manifest = with_schema_version(manifest)
     # Without the key where there are none, so that other manifests keep their bytes.
     return sealed_text("manifest", manifest, {"incomplete"} if manifest.incomplete is None else ())
 
@@ -340,7 +353,8 @@ def choose_version(versions: Sequence[int], version: int | None, root: Path | st
 
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     """The manifest in the bytes of a file; IntegrityError as `load_manifest`."""
-    rule = f"a manifest follows schema version {SCHEMA_VERSION} (schemas/manifest.schema.json)"
+    newest = PARTIAL_SCHEMA_VERSION
+    rule = f"a manifest follows schema version {newest} (schemas/manifest.schema.json)"
     sealed = parse_json(data, path, rule, RESTORE)
     _refuse_newer(sealed, path)
     manifest = unsealed(Manifest, "manifest", sealed, path, rule, RESTORE)
@@ -389,9 +403,10 @@ def _refuse_newer(sealed: Any, path: Path | str) -> None:
     """Raise IntegrityError if a manifest has a newer schema version."""
     manifest = sealed.get("manifest") if isinstance(sealed, dict) else None
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > SCHEMA_VERSION:
+    if isinstance(found, int) and found > PARTIAL_SCHEMA_VERSION:
         raise IntegrityError(
-            f"this version of gvpo-offline reads datasets up to schema version {SCHEMA_VERSION}",
+            f"this version of gvpo-offline reads datasets up to schema version "
+            f"{PARTIAL_SCHEMA_VERSION}",
             received=f"{found}",
             remedy="upgrade gvpo-offline",
             file=path,

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+PARTIAL_SCHEMA_VERSION = 2
+"""Schema version of manifests with a reward or reference that lacks numbers of some responses. All
+other manifests keep `SCHEMA_VERSION`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,13 @@ GROUPS_COLUMNS: tuple[Column, ...] = (
 
 REWARDS_COLUMNS: tuple[Column, ...] = (
     Column("group_id", pa.string(), True, "The id of the same row in the groups file."),
-    Column("rewards", pa.list_(pa.float64()), True, "One finite reward per response. (k,)"),
+    Column(
+        "rewards",
+        pa.list_(pa.float64()),
+        True,
+        "One finite reward per response; NaN for a response without one, only where the manifest "
+        "says that the reward is partial. (k,)",
+    ),
     Column(
         "components",
         pa.list_(pa.list_(pa.float64())),
@@ -117,7 +126,8 @@ REFERENCE_COLUMNS: tuple[Column, ...] = (
         pa.list_(pa.float64()),
         True,
         "log pi_ref(response | prompt), summed over the tokens that count, in nats; NaN for a "
-        "response that was not scored, only where the manifest names a selection of the reference. "
+        "response that was not scored, only where the manifest names a selection of the reference "
+        "or says that it is partial. "
         "(k,)",
     ),
     Column(

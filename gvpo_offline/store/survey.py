@@ -46,8 +46,12 @@ class Survey:
         max_group_tokens: tokens of the largest group, its prompt counted once.
         max_row_tokens: the longest prompt with one of its responses.
         longest_row: row group, row within it and id of the group where that is.
+        sampler_unrewarded: responses without a reward, per sampler, which a partial reward has.
+            Groups with one are not among the counts and ranges of rewards above, and these
+            responses add nothing to `sampler_rewards`.
+        unrewarded_groups, first_unrewarded: as of `unscored_groups`.
         unscored_responses: responses without a reference log-prob, which a reference of a selection
-            may leave out; 0 if the dataset has no reference.
+            or a partial one may leave out; 0 if the dataset has no reference.
         unscored_groups: groups with at least one such response.
         first_unscored: row group, row within it and id of the first such group; None: no group.
         first_impossible: the same of the first group with a reference log-prob that no model gives.
@@ -69,6 +73,9 @@ class Survey:
     max_group_tokens: int = 0
     max_row_tokens: int = 0
     longest_row: tuple[int, int, str] = (0, 0, "")
+    sampler_unrewarded: Counter[str] = field(default_factory=Counter)
+    unrewarded_groups: int = 0
+    first_unrewarded: tuple[int, int, str] | None = None
     unscored_responses: int = 0
     unscored_groups: int = 0
     first_unscored: tuple[int, int, str] | None = None
@@ -96,6 +103,11 @@ class Survey:
         return self.sampler_truncated.total()
 
     @property
+    def unrewarded_responses(self) -> int:
+        """Number of responses without a reward."""
+        return self.sampler_unrewarded.total()
+
+    @property
     def max_group_size(self) -> int:
         """Responses of the group that has most."""
         return max(self.group_sizes, default=0)
@@ -103,7 +115,7 @@ class Survey:
     @property
     def reward_mean(self) -> float:
         """Mean reward of all responses; nan if there is none."""
-        n_responses = self.n_responses
+        n_responses = self.n_responses - self.unrewarded_responses
         return self.sampler_rewards.total() / n_responses if n_responses else math.nan
 
     @property
@@ -143,6 +155,8 @@ class Survey:
             max_group_tokens=max(self.max_group_tokens, other.max_group_tokens),
             max_row_tokens=first.max_row_tokens,
             longest_row=first.longest_row,
+            unrewarded_groups=self.unrewarded_groups + other.unrewarded_groups,
+            first_unrewarded=_first(self.first_unrewarded, other.first_unrewarded),
             unscored_responses=self.unscored_responses + other.unscored_responses,
             unscored_groups=self.unscored_groups + other.unscored_groups,
             first_unscored=_first(self.first_unscored, other.first_unscored),
@@ -188,17 +202,38 @@ class Survey:
             counter.update({name: int(total) for name, total in per_sampler(values).items()})
         if "rewards" in table.column_names:
             rewards, starts = _flat(table, "rewards")
-            self.sampler_rewards.update(per_sampler(rewards))
-            best = np.maximum.reduceat(rewards, starts)
+            absent = np.isnan(rewards)
+            if absent.any():
+                self.sampler_unrewarded.update(
+                    {name: int(n) for name, n in per_sampler(absent).items() if n}
+                )
+            self.sampler_rewards.update(per_sampler(np.where(absent, 0.0, rewards)))
+            self._add_rewards(table, row_group, rows, rewards, starts)
+        if "ref_seq_logprobs" in table.column_names:
+            self._add_unscored(table, row_group, rows)
+
+    def _add_rewards(
+        self,
+        table: pa.Table,
+        row_group: int,
+        rows: npt.NDArray[np.int64] | None,
+        rewards: npt.NDArray[np.float64],
+        starts: npt.NDArray[np.int64],
+    ) -> None:
+        """Count the rewards of the groups in which every response has one."""
+        absent = np.add.reduceat(np.isnan(rewards), starts, dtype=np.int64)
+        self.unrewarded_groups += int(np.count_nonzero(absent))
+        self.first_unrewarded = self.first_unrewarded or _first_of(absent, table, row_group, rows)
+        whole = absent == 0
+        if whole.any():
+            best = np.maximum.reduceat(rewards, starts)[whole]
+            worst = np.minimum.reduceat(rewards, starts)[whole]
             low, high = self.reward_range
-            self.reward_range = min(low, float(rewards.min())), max(high, float(rewards.max()))
+            self.reward_range = min(low, float(worst.min())), max(high, float(best.max()))
             lowest = int((best == self.reward_range[0]).sum())
             self.lowest_reward_groups *= low == self.reward_range[0]
             self.lowest_reward_groups += lowest
-            worst = np.minimum.reduceat(rewards, starts)
             self._add_gaps(best, worst)
-        if "ref_seq_logprobs" in table.column_names:
-            self._add_unscored(table, row_group, rows)
 
     def _add_unscored(
         self, table: pa.Table, row_group: int, rows: npt.NDArray[np.int64] | None
@@ -208,17 +243,10 @@ class Survey:
         self.unscored_responses += int(missing.sum())
         self.unscored_groups += int(np.count_nonzero(missing))
 
-        def first(flags: npt.NDArray[Any]) -> tuple[int, int, str] | None:
-            at = np.flatnonzero(flags)
-            if not len(at):
-                return None
-            row = int(at[0] if rows is None else rows[at[0]])
-            return row_group, row, table.column("group_id")[int(at[0])].as_py()
-
         wrong = impossible_logprobs(values, _flat(table, "response_lengths")[0])
-        self.first_unscored = self.first_unscored or first(missing)
-        self.first_impossible = self.first_impossible or first(
-            np.add.reduceat(wrong, starts, dtype=np.int64)
+        self.first_unscored = self.first_unscored or _first_of(missing, table, row_group, rows)
+        self.first_impossible = self.first_impossible or _first_of(
+            np.add.reduceat(wrong, starts, dtype=np.int64), table, row_group, rows
         )
 
     def _add_gaps(self, best: npt.NDArray[np.float64], worst: npt.NDArray[np.float64]) -> None:
@@ -228,6 +256,20 @@ class Survey:
         self.equal_reward_groups += len(gaps) - len(unequal)
         bins = np.floor((np.log10(unequal) - _LOWEST_DECADE) * _BINS_PER_DECADE)
         np.add.at(self.gap_bins, np.clip(bins, 0, _N_BINS - 1).astype(int), 1)
+
+
+def _first_of(
+    flags: npt.NDArray[Any],
+    table: pa.Table,
+    row_group: int,
+    rows: npt.NDArray[np.int64] | None,
+) -> tuple[int, int, str] | None:
+    """Row group, row within it and id of the first row with a flag; None if there is none."""
+    at = np.flatnonzero(flags)
+    if not len(at):
+        return None
+    row = int(at[0] if rows is None else rows[at[0]])
+    return row_group, row, table.column("group_id")[int(at[0])].as_py()
 
 
 def _first(

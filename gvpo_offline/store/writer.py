@@ -24,6 +24,7 @@ from gvpo_offline.store.manifest import (
     load_manifest,
     manifest_path,
     manifest_versions,
+    with_schema_version,
 )
 from gvpo_offline.store.parquet import ROWS_PER_ROW_GROUP, write_parquet
 from gvpo_offline.store.schema import GROUPS_COLUMNS, arrow_schema, rewards_schema
@@ -205,7 +206,7 @@ def publish(root: Path, build: Callable[[Manifest | None], Manifest | None]) -> 
         if built is None:
             assert newest is not None
             return newest
-        manifest = built.model_copy(update={"version": version})
+        manifest = with_schema_version(built.model_copy(update={"version": version}))
         check_manifest(manifest, manifest_path(root, version))
         for entry in manifest.files():
             verify_file(root, entry, content=False)

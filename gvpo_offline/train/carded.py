@@ -19,6 +19,7 @@ from gvpo_offline.hub.markdown import code
 from gvpo_offline.identity import defaults_of
 from gvpo_offline.info.text import sampler_text
 from gvpo_offline.secret_settings import is_secret, public
+from gvpo_offline.store.coverage import coverage_of
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.model_card import CardDataset, CardFacts, read_card, write_card
@@ -137,6 +138,10 @@ class CardedTrainer(SampledTrainer):
                 view.name == names[0]
             )
         notes = {f"selection {n}": note for n, note in enumerate(view.notes, 1)}
+        reference = view.dataset.reference
+        covered = None if reference is None else coverage_of(reference, manifest)
+        if covered is not None:
+            notes["reference covers"] = covered.text
         return CardDataset(
             path=labelled(view.dataset.root),
             version=manifest.version,

@@ -19,6 +19,7 @@ from gvpo_offline.reference.checks import (
     check_row_tokens,
     reference_warnings,
 )
+from gvpo_offline.store.coverage import partial_lines
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.store.import_versions import import_warnings
 from gvpo_offline.store.survey import Survey
@@ -78,7 +79,9 @@ def _log_summary(
         if label:
             logger.info("%s%.2f%% of the draws, %.3g epochs", label, 100 * share, passes)
         n_files = len(view.dataset.manifest.groups)
-        for line in (*view.notes, *describe_data(own, beta, max_tokens, n_files)):
+        used = [own.family for own in view.dataset.rewards] + [view.dataset.reference]
+        covered = partial_lines(view.dataset.manifest, [each for each in used if each is not None])
+        for line in (*covered, *view.notes, *describe_data(own, beta, max_tokens, n_files)):
             logger.info("%s%s", label, line)
         assert view.dataset.reference is not None  # resolve_dataset checks it
         warnings = import_warnings(view.dataset.manifest) + data_warnings(own, beta)

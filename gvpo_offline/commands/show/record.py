@@ -48,7 +48,7 @@ def _response(shown: ShownGroup, number: int, texts: TokenTexts | None) -> dict[
         "loss_mask": None if mask is None else mask.tolist(),
         "text": _text(ids, texts),
         "end": None if texts is None else texts.ends.get(last),
-        "rewards": {label: float(of.values[number]) for label, of in shown.rewards.items()},
+        "rewards": {label: _number(of.values[number]) for label, of in shown.rewards.items()},
         "components": {
             label: {name: _number(values[number]) for name, values in of.components.items()}
             for label, of in shown.rewards.items()

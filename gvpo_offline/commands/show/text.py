@@ -232,12 +232,16 @@ def _context(shown: ShownGroup) -> Iterator[str]:
         yield f"metadata: {_short(str(group.metadata))}"
 
 
+def _reward(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.6g}"
+
+
 def _scores(shown: ShownGroup, number: int, n_counted: int) -> Iterator[str]:
     """Lines about a response: rewards and log-probs."""
     for label, reward in shown.rewards.items():
         parts = [(name, float(values[number])) for name, values in reward.components.items()]
         said = ", ".join(f"{n} {'none' if math.isnan(v) else f'{v:.6g}'}" for n, v in parts)
-        yield f"reward {label}: {reward.values[number]:.6g}" + (f" ({said})" if said else "")
+        yield f"reward {label}: {_reward(reward.values[number])}" + (f" ({said})" if said else "")
     for label, values in shown.references.items():
         yield f"reference {label}: {_logprob(float(values[number]), n_counted)}"
     sampled = shown.group.sampler_seq_logprobs

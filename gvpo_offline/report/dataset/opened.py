@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from gvpo_offline.errors import DataError
 from gvpo_offline.info.dataset import reward_label
 from gvpo_offline.report.settings import ReportSettings
 from gvpo_offline.store.adopt import adopt_parquet
+from gvpo_offline.store.coverage import coverage_of
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.location import RemoteSettings, is_url, local_path
-from gvpo_offline.store.manifest import ReferenceFamily
+from gvpo_offline.store.manifest import Manifest, ReferenceFamily
 from gvpo_offline.store.sidecar_choice import (
     RewardChoice,
     WeightedReward,
@@ -67,8 +70,11 @@ def open_for_report(settings: ReportSettings) -> Opened:
     file = plain.root
     rewards: list[WeightedReward] = []
     if manifest.rewards or settings.reward is not None:
-        newest: RewardChoice = reward_label(manifest.rewards[-1]) if manifest.rewards else None
-        rewards = choose_reward_families(manifest, settings.reward or newest, file=file)
+        whole = [family for family in manifest.rewards if not family.partial]
+        newest: RewardChoice = reward_label(whole[-1]) if whole else None
+        if whole or settings.reward is not None:
+            rewards = choose_reward_families(manifest, settings.reward or newest, file=file)
+        _refuse_partial(rewards, manifest, file)
     reference: ReferenceFamily | None = None
     if settings.reference is not None:
         reference = choose_reference_family(manifest, settings.reference, file=file)
@@ -84,6 +90,23 @@ def open_for_report(settings: ReportSettings) -> Opened:
         tuple(reward_label(f) for f in manifest.rewards if reward_label(f) not in described),
         tuple(f.fingerprint for f in manifest.references if f.fingerprint != own),
     )
+
+
+def _refuse_partial(rewards: Sequence[WeightedReward], manifest: Manifest, file: Any) -> None:
+    """Raise DataError if a reward that is named lacks numbers; else the newest whole one is taken.
+
+    What the others cover stands among the rewards of the dataset.
+    """
+    for reward in rewards:
+        own = coverage_of(reward.family, manifest)
+        if own is not None:
+            raise DataError(
+                "a report describes a reward that every response has",
+                received=f"{reward_label(reward.family)}, which covers {own.text}",
+                remedy="score what is new with `gvpo-offline reward --only_missing true`, or leave "
+                "`reward` out",
+                file=file,
+            )
 
 
 def _weighted_label(reward: WeightedReward) -> str:

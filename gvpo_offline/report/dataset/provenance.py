@@ -116,14 +116,14 @@ def _short(value: Any) -> str:
 def _tables(info: DatasetInfo, facts: DatasetFacts) -> list[Table]:
     manifest, described = info.manifest, info.as_dict()
     rewards = [
-        (reward_label(family), reward_text(family), own["size"]["bytes"])
+        (reward_label(family), reward_text(family, manifest), own["size"]["bytes"])
         for family, own in zip(manifest.rewards, described["rewards"], strict=True)
     ]
     references = [
         (
             family.model_name_or_path,
             family.fingerprint[:12],
-            reference_text(family),
+            reference_text(family, manifest),
             own["tokenizer"],
         )
         for family, own in zip(manifest.references, described["references"], strict=True)

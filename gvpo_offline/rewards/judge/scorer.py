@@ -60,6 +60,10 @@ class _Judge(SimpleScorer):
             self._log.remove_journals()
         return done
 
+    def scores_part(self, name: str) -> None:
+        """Store the answers apart: those about a whole file are found by its name alone."""
+        self._log = JudgementLog(self._log.root, f"{self._log.tasks.stage}-{name}")
+
     def items(self, group: ScoringInput) -> list[Item]:
         """The requests about a group: indices of the response(s) shown."""
         raise NotImplementedError

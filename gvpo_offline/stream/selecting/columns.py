@@ -48,7 +48,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "reward_max": ("rewards",),
     "reward_std": ("rewards",),
     "reward_gap": ("rewards",),
+    "has_rewards": ("rewards",),
     "ref_seq_logprobs": ("ref_seq_logprobs",),
+    "has_reference": ("ref_seq_logprobs",),
 }
 _INT64 = range(-(2**63), 2**63)
 MetadataTypes = dict[str, "type[pl.DataType]"]
@@ -123,6 +125,9 @@ def _expressions() -> dict[str, pl.Expr]:
         "reward_max": rewards.max(),
         "reward_std": rewards.std(ddof=1),
         "reward_gap": rewards.max() - rewards.min(),
+        # NaN: no number, in a partial reward or reference.
+        "has_rewards": ~rewards.eval(pl.element().is_nan()).list.any(),
+        "has_reference": ~pl.col("ref_seq_logprobs").list.eval(pl.element().is_nan()).list.any(),
     }
 
 
