@@ -45,9 +45,8 @@ def test_a_run_keeps_products_and_has_the_same_gradients(
     """transformers enables checkpointing once more when training starts."""
     dataset = scored_dataset(tmp_path / "data", tiny_model_dir, 12)
     gradients = []
-    for number, changes in enumerate(
-        [{}, {"activation_checkpointing": True, "keep_products": True}]
-    ):
+    own_settings = {"activation_checkpointing": True, "keep_products": True}
+    for number, settings in enumerate([{}, own_settings]):
         recorder = Recorder()
         changes: dict[str, Any] = dict(settings)
         if pieces:
