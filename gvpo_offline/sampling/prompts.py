@@ -41,6 +41,7 @@ from gvpo_offline.sampling.system_prompts import (
 from gvpo_offline.sampling.waiting import WaitingPrompt, prompt_sources
 from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.location import local_path
 from gvpo_offline.store.manifest import FileEntry
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
 from gvpo_offline.tokenizer import tokenizer_info
@@ -139,7 +140,7 @@ def prepare_prompts(
             twice; names file and row. Or the folder holds the prompts of other inputs.
         IntegrityError: an input is damaged.
     """
-    root = Path(config.output_dir)
+    root = local_path(config.output_dir)
     sources = prompt_sources(config.inputs, config.prompt_column, config.limits)
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
