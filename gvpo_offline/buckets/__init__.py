@@ -1,9 +1,9 @@
-"""Writing datasets to S3 buckets: `--output_dir s3://…` and `--dataset s3://…` of stages that write.
+"""Writing datasets to S3 buckets: `--output_dir s3://…`, and `--dataset s3://…` of other stages.
 
-A command works on a *working copy* of the dataset in a local folder (`spool_dir`), with the code and
-the guarantees of a local dataset, and what it finishes is uploaded. In Python: `buckets.copy.working_copy`. Bottom up:
-`objects` makes the requests, `lease` keeps two writers apart, `upload` and `copy` move files, `leftovers` finds what
-killed writers left.
+A command works on a *working copy* of the dataset in a local folder (`spool_dir`), with the code
+and the guarantees of a local dataset, and what it finishes is uploaded. In Python:
+`buckets.copy.working_copy`. Bottom up: `objects` makes the requests, `lease` keeps two writers
+apart, `upload` and `copy` move files, `leftovers` finds what killed writers left.
 
 **Order of a command.** Take the lease; download the manifests, the commit records, and the data
 files that the newest version or an unfinished stage needs, each compared with its SHA-256; run the
@@ -18,8 +18,9 @@ An object is complete or absent: S3 shows no part of an unfinished put or multip
 
 **A killed writer** leaves the version before readable, as well as the tasks it committed: the same
 command goes on from them, from any machine. Data files and records never change: a data file's name
-holds a hash of its content, and a record is put with `If-None-Match: *`. A working copy whose upload
-failed stays, and the same command goes on from it while the bucket's newest version is the same.
+holds a hash of its content, and a record is put with `If-None-Match: *`. A working copy whose
+upload failed stays, and the same command goes on from it while the bucket's newest version is
+the same.
 
 **Two writers.** `.lease.json` under the dataset's URL names the owner and for how many seconds the
 lease holds after its last write. It is created with `If-None-Match: *`, and renewed, taken over and

@@ -6,6 +6,7 @@ timeout. Errors name the object's URL and the remedy, never a credential.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 16 * 2**20  # of a multipart upload; S3 takes 10,000 parts of at least 5 MiB
 _MOST_PARTS = 10_000
+_FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 30.0
 _JITTER = random.SystemRandom()
 _RETRIED_STATUS = {408, 409, 425, 429}
@@ -119,7 +121,9 @@ class Objects:
         Raises:
             FileNotFoundError: there is no such object.
         """
-        size = self._tried("read", path, lambda: self._fs._call_s3("head_object", **self._key(path)))
+        size = self._tried(
+            "read", path, lambda: self._fs._call_s3("head_object", **self._key(path))
+        )
         whole, etag = int(size["ContentLength"]), size["ETag"]
         target.parent.mkdir(parents=True, exist_ok=True)
         with owned_file(target) as (file, temporary):
@@ -236,12 +240,10 @@ class Objects:
             }
 
     def abort(self, upload: Upload) -> None:
-        """Abort a multipart upload, so that its parts are no longer stored; nothing if it is gone."""
+        """Abort a multipart upload, whose parts are then deleted; nothing if it is gone."""
         key = self._key(upload.path)
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._asked("deleted", upload.path, "abort_multipart_upload", UploadId=upload.id, **key)
-        except FileNotFoundError:
-            pass
 
     def _abort_quietly(self, upload: Upload) -> None:
         try:
@@ -265,7 +267,7 @@ class Objects:
         failure: Exception | None = None
         for attempt in range(self._settings.attempts):
             if attempt:
-                wait = min(0.5 * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
+                wait = min(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
                 time.sleep(wait * _JITTER.uniform(0.5, 1.0))
             try:
                 return sync(self._fs.loop, once, timeout=self._settings.timeout)

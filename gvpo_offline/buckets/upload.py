@@ -1,4 +1,4 @@
-"""Uploads of what a command finishes in a working copy: tasks while it runs, the version at its end."""
+"""Uploads of what a command finishes in a working copy: tasks at once, the version at its end."""
 
 from __future__ import annotations
 
@@ -180,7 +180,9 @@ class Uploader:
         """
         gone = {path for path in self._copied if not (self._root / path).exists()}
         versions = {version_of(path) for path in gone} - {None}
-        kept = {n for v in manifest_versions(self._root) for n in _named(load_manifest(self._root, v))}
+        kept = {
+            n for v in manifest_versions(self._root) for n in _named(load_manifest(self._root, v))
+        }
         for version in versions:
             gone |= {p for p in self._files_of.get(version or 0, ()) if p in self._sizes}
         for path in commit_records(self._root):

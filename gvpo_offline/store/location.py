@@ -64,11 +64,14 @@ def is_url(path: str | Path) -> bool:
 def standing_for(url: str, folder: Path) -> Iterator[None]:
     """Let `local_path` give `folder` for `url` until the block ends, in this process."""
     name = url.rstrip("/")
+    before = _WORKING_COPIES.get(name)
     _WORKING_COPIES[name] = folder
     try:
         yield
     finally:
         del _WORKING_COPIES[name]
+        if before is not None:
+            _WORKING_COPIES[name] = before
 
 
 def local_path(path: str | Path) -> Path:
@@ -90,8 +93,8 @@ def local_folder(setting: str, path: str | Path) -> Path:
         raise ConfigError(
             f"{setting} is a local folder: a dataset at a URL is read, never written to directly",
             received=path,
-            remedy="for s3://, use the command line or `gvpo_offline.buckets.copy.working_copy`; else "
-            "copy the dataset to this machine, work on it there, and copy it back; train, evaluate "
-            "and validate take the URL as it is",
+            remedy="for s3://, use the command line or `gvpo_offline.buckets.copy.working_copy`; "
+            "else copy the dataset to this machine, work on it there, and copy it back; train, "
+            "evaluate and validate take the URL as it is",
         )
     return local_path(path)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from support.remote_servers import S3, Answer, Proxy
+
 from gvpo_offline import RemoteSettings
 from gvpo_offline.buckets.settings import BucketSettings
-from support.remote_servers import S3, Answer, Proxy
 
 SLOW_SECONDS = 3.0
 Before = Callable[[str, str], str | None]
@@ -51,7 +52,9 @@ class WritingProxy(Proxy):
             raise ConnectionResetError
         headers = {n: v for n, v in handler.headers.items() if n.lower() != "expect"}
         if how == "unconditional":
-            headers = {n: v for n, v in headers.items() if n.lower() not in ("if-match", "if-none-match")}
+            headers = {
+                n: v for n, v in headers.items() if n.lower() not in ("if-match", "if-none-match")
+            }
         connection = http.client.HTTPConnection(self.upstream)
         connection.request(handler.command, handler.path, body=body, headers=headers)
         response = connection.getresponse()
