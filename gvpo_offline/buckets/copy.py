@@ -88,12 +88,12 @@ def working_copy(
         # The id stands for the lock: without locks it says nothing about a dead owner.
         holder = _holder(spool) if handle is not None else ""
         if not writes:
-            _pull(objects, objects.list(), root, spool, settings)
+            _pull(objects, objects.listing(), root, spool, settings)
             held.enter_context(standing_for(url, root))
             yield Copied(objects.url, root)
         else:
             lease = held.enter_context(Lease(objects, settings.lease_seconds, holder))
-            listed = objects.list()
+            listed = objects.listing()
             _pull(objects, listed, root, spool, settings)
             done = Copied(objects.url, root)
             with standing_for(url, root), Uploader(objects, root, lease, listed) as uploader:

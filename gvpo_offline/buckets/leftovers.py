@@ -48,7 +48,7 @@ def contents(objects: Objects) -> Contents:
     Raises:
         StorageError: the bucket cannot be read.
     """
-    held = Contents(objects.list())
+    held = Contents(objects.listing())
     for path in sorted(held.objects):
         size = held.objects[path].bytes
         try:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ class ConditionFailed(Exception):  # noqa: N818 - an answer, which every caller 
 
 @dataclass(frozen=True)
 class Listed:
-    """An object of a listing: its length in bytes, its ETag, and its time in UTC seconds."""
+    """An object of a listing: its length in bytes, and its ETag."""
 
     bytes: int
     etag: str
@@ -195,7 +195,7 @@ class Objects:
                     "written", path, "complete_multipart_upload", MultipartUpload=whole, **upload
                 )
             except FileNotFoundError:  # no such upload: the answer of an earlier attempt was lost
-                if self.list(path).get(path, Listed(-1, "")).bytes != size:
+                if self.listing(path).get(path, Listed(-1, "")).bytes != size:
                     raise
         except BaseException:
             self._abort_quietly(Upload(path, begun["UploadId"]))
@@ -205,7 +205,7 @@ class Objects:
         """Delete an object; nothing if there is none."""
         self._asked("deleted", path, "delete_object", **self._key(path))
 
-    def list(self, under: str = "") -> dict[str, Listed]:
+    def listing(self, under: str = "") -> dict[str, Listed]:
         """The objects whose path begins with `under`, by path."""
         found: dict[str, Listed] = {}
         more: dict[str, Any] = {}
@@ -257,11 +257,11 @@ class Objects:
     def _asked(self, done: str, path: str, method: str, **arguments: Any) -> Any:
         return self._tried(done, path, lambda: self._fs._call_s3(method, **arguments))
 
-    def _tried(self, done: str, path: str, call: Callable[[], Any]) -> Any:
+    def _tried(self, done: str, path: str, call: Callable[[], Awaitable[Result]]) -> Result:
         """The result of the coroutine that `call` makes, tried as often as the settings say."""
         from fsspec.asyn import sync
 
-        async def once() -> Any:
+        async def once() -> Result:
             return await call()
 
         failure: Exception | None = None
@@ -270,7 +270,8 @@ class Objects:
                 wait = min(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
                 time.sleep(wait * _JITTER.uniform(0.5, 1.0))
             try:
-                return sync(self._fs.loop, once, timeout=self._settings.timeout)
+                result: Result = sync(self._fs.loop, once, timeout=self._settings.timeout)
+                return result
             except Exception as error:
                 self._raise_if_final(error, done, path)
                 failure = error

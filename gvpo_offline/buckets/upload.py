@@ -188,10 +188,10 @@ class Uploader:
         for path in commit_records(self._root):
             kept |= {entry.path for entry in read_record(path).entries()}
         doomed = sorted(gone - kept, key=lambda path: (version_of(path) is not None, path))
-        for path in doomed:
-            self._objects.delete(path)
-            self._sizes.pop(path, None)
-            self._copied.discard(path)
+        for name in doomed:
+            self._objects.delete(name)
+            self._sizes.pop(name, None)
+            self._copied.discard(name)
 
 
 def _named(manifest: Manifest) -> set[str]:

@@ -140,7 +140,6 @@ def prepare_prompts(
             twice; names file and row. Or the folder holds the prompts of other inputs.
         IntegrityError: an input is damaged.
     """
-    root = local_path(config.output_dir)
     sources = prompt_sources(config.inputs, config.prompt_column, config.limits)
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
@@ -156,12 +155,12 @@ def prepare_prompts(
             **(limits_with_system(systems, limits) if drops else {}),
         }
     )
-    log = TaskLog(root, f"prompts-{identity[:12]}")
+    log = TaskLog(local_path(config.output_dir), f"prompts-{identity[:12]}")
     _refuse_others(log)
     record = log.committed(_TASK)
     reader = _Reader(config, encoder, limits, sources)
     if record is None:
-        entry = write_parquet(root, "prompts", _TASK, _SCHEMA, map(_table, reader.chunks()))
+        entry = write_parquet(log.root, "prompts", _TASK, _SCHEMA, map(_table, reader.chunks()))
         if not entry.row_groups:
             raise DataError(
                 "there is at least 1 prompt",
@@ -180,7 +179,7 @@ def prepare_prompts(
         for source, digest in zip(sources, digests, strict=True)
     ]
     dropped = {name: n for name, n in record.counts.items() if name != _LONGEST}
-    return PromptFile(root, record.files[0], dropped, inputs)
+    return PromptFile(log.root, record.files[0], dropped, inputs)
 
 
 # Frozen: their values are hashed by position. A setting that is added later enters the identity

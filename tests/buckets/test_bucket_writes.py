@@ -102,7 +102,7 @@ def test_merge_and_compact_in_a_bucket(bucket: Bucket, url: str, tmp_path: Path)
     imported(url, log_of(first, 20), settings)
     imported(f"{url}-more", log_of(second, 40), settings)
     with working_copy(f"{url}-more", settings, writes=False), working_copy(url, settings):
-        merge(MergeConfig(url, add=f"{url}-more", show_progress=False))
+        merge(MergeConfig(url, add=f"{url}-more", shard_bytes=4_000, show_progress=False))
     merged = opened(bucket, url, tmp_path / "cache")
     assert merged.manifest.version == 2
     sizes = [g.group_size for n in range(merged.n_row_groups) for g in merged.groups(n)]
@@ -312,7 +312,7 @@ def test_two_versions_of_one_number_cannot_be_committed(
     """Without any lease between them: the put of the manifest alone keeps them apart."""
     settings = bucket.writer(tmp_path / "spool")
     imported(url, log_of(tmp_path), settings)
-    with (
+    with (  # noqa: PT012
         pytest.raises(DataError, match="another writer has committed"),
         working_copy(url, settings),
     ):
