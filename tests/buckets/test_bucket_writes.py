@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -94,6 +95,36 @@ def test_an_import_to_a_bucket_has_the_files_of_one_to_a_folder(
     assert not list((tmp_path / "spool").rglob("*.parquet"))  # the working copy is removed
 
 
+def test_committed_tasks_are_in_the_bucket_before_the_command_ends(
+    bucket: Bucket, url: str, tmp_path: Path
+) -> None:
+    ends = time.monotonic() + 60
+    with working_copy(url, bucket.writer(tmp_path / "spool")):
+        manifest = import_log(import_config(log_of(tmp_path), url)).manifest
+        expected = {entry.path for entry in manifest.groups}
+        while not any(n.startswith("commits/") for n in bucket.names(url)):
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+        held = bucket.names(url)
+        assert expected & held  # the files of a task are there before its record
+        assert not [name for name in held if name.startswith("manifest-")]
+
+
+def test_the_lease_of_a_dead_process_on_the_same_working_copy_is_taken_over_at_once(
+    bucket: Bucket, url: str, tmp_path: Path
+) -> None:
+    objects = Objects(url, bucket.writer(tmp_path).remote)
+    dead = Lease(objects, 3_000, "the working copy's id")
+    dead._etag = dead._acquired()
+    with pytest.raises(DataError, match="a lease of"):
+        Lease(objects, 3_000, "another id").__enter__()
+    with Lease(objects, 3_000, "the working copy's id"):
+        assert lease_owner(objects)
+        with pytest.raises(DataError, match="taken over"):
+            dead.check()
+    assert lease_owner(objects) is None
+
+
 def test_merge_and_compact_in_a_bucket(bucket: Bucket, url: str, tmp_path: Path) -> None:
     """20 groups, and 40 of which 20 are the same: 40 groups, each of these 20 with 6 responses."""
     settings = bucket.writer(tmp_path / "spool", keep_spool=True)
@@ -138,13 +169,14 @@ def test_remove_old_also_removes_what_another_working_copy_never_had(
     }
 
 
-FAULTS = ["500", "503", "cut", "lost"]
+FAULTS = ["5xx", "cut", "lost"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_request_may_fail_once(bucket: Bucket, url: str, tmp_path: Path, fault: str) -> None:
     """`lost`: the server has done what it was asked, and the connection ends without an answer."""
     seen: set[tuple[str, str]] = set()
+    how = itertools.cycle(["500", "503"] if fault == "5xx" else [fault])
 
     def first(method: str, path: str) -> bool:
         key = (method, path.split("?")[0])
@@ -156,7 +188,7 @@ def test_each_request_may_fail_once(bucket: Bucket, url: str, tmp_path: Path, fa
     if fault == "lost":
         bucket.proxy.fault = lambda r: "reset" if first(r.method, r.path) else None
     else:
-        bucket.proxy.before = lambda method, path: fault if first(method, path) else None
+        bucket.proxy.before = lambda method, path: next(how) if first(method, path) else None
     imported(url, log, bucket.writer(tmp_path / "spool"))
     found = opened(bucket, url, tmp_path / "cache")
     assert found.manifest.version == 1
