@@ -89,20 +89,33 @@ def working_copy(
         holder = _holder(spool) if handle is not None else ""
         if not writes:
             _pull(objects, objects.listing(), root, spool, settings)
-            held.enter_context(standing_for(url, root))
-            yield Copied(objects.url, root)
+            with standing_for(url, root), _named_by_url(objects.url, root):
+                yield Copied(objects.url, root)
         else:
             lease = held.enter_context(Lease(objects, settings.lease_seconds, holder))
             listed = objects.listing()
             _pull(objects, listed, root, spool, settings)
             done = Copied(objects.url, root)
             with standing_for(url, root), Uploader(objects, root, lease, listed) as uploader:
-                yield done
+                with _named_by_url(objects.url, root):
+                    yield done
                 uploader.finish()
             done.uploaded_files, done.uploaded_bytes = uploader.n_files, uploader.n_bytes
             _remember(spool, root, objects.url)
         if not settings.keep_spool:
             shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def _named_by_url(url: str, root: Path) -> Iterator[None]:
+    """Let errors about data name the object instead of its copy; errors of the disk keep it."""
+    try:
+        yield
+    except (ConfigError, DataError, IntegrityError) as error:
+        file = error.file or ""
+        if file != str(root) and not file.startswith(f"{root}/"):
+            raise
+        raise error.replaced(file=url + file[len(str(root)) :]) from error.__cause__
 
 
 def _holder(spool: Path) -> str:

@@ -402,6 +402,27 @@ def test_a_damaged_object_is_not_worked_on(bucket: Bucket, url: str, tmp_path: P
         raise AssertionError
 
 
+def test_an_error_about_data_names_the_object_and_the_version_stays(
+    bucket: Bucket, url: str, tmp_path: Path
+) -> None:
+    """Another log than that of the dataset is refused; one that is merged has no manifest."""
+    settings = bucket.writer(tmp_path / "spool")
+    imported(url, log_of(tmp_path), settings)
+    before = bucket.names(url)
+    with pytest.raises(DataError) as caught:
+        imported(url, log_of(tmp_path, 41), settings)
+    assert str(caught.value).startswith(f"{url}: the output folder is empty, or holds this import")
+    assert bucket.names(url) == before
+    with (
+        pytest.raises(DataError, match=f"^{url}-no: a dataset is a folder"),
+        working_copy(f"{url}-no", settings, writes=False),
+        working_copy(url, settings),
+    ):
+        merge(MergeConfig(url, add=f"{url}-no", show_progress=False))
+    assert bucket.names(url) == before
+    assert not bucket.names(f"{url}-no")
+
+
 def test_other_objects_under_the_url_are_refused(bucket: Bucket, url: str, tmp_path: Path) -> None:
     bucket.files().pipe_file(f"{url[5:]}/holiday.jpg", b"x")
     with pytest.raises(DataError, match=r"holiday\.jpg"):
