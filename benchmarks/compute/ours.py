@@ -242,9 +242,8 @@ def write_training_file(group: Group, path: Path) -> None:
 def main() -> None:
     """Answer the commands of the parent."""
     side = Ours(os.environ["BENCH_DEVICE"])
-    names = ("load", "step", "step_keeping_products", "reference", "large_group", "flops")
-    names += ("matmul", "errors", "train")
-    serve({name: getattr(side, name) for name in names})
+    names = "load step step_keeping_products reference large_group flops matmul errors train"
+    serve({name: getattr(side, name) for name in names.split()})
 
 
 if __name__ == "__main__":

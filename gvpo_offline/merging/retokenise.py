@@ -311,14 +311,18 @@ class _RetokeniseStage:
         for row_group in _row_groups(dataset, number):
             place = dataset.location(row_group)
             for row, group in enumerate(dataset.groups(row_group, columns), place.first_row):
-                where = {"file": place.file, "row": row, "group": group.group_id}
                 try:
                     yield self.tokenizers.group(group)
                 except DataError as error:
                     if error.group is not None:
                         raise
                     raise DataError(
-                        error.rule, received=error.received, remedy=error.remedy, **where
+                        error.rule,
+                        received=error.received,
+                        remedy=error.remedy,
+                        file=place.file,
+                        row=row,
+                        group=group.group_id,
                     ) from error
                 advance()
 

@@ -308,8 +308,8 @@ def with_schema_version(manifest: Manifest) -> Manifest:
     A reward or reference that is partial needs version 2: readers of version 1 take every number
     for finite, and are told to upgrade instead. A version that is not known here is kept.
     """
-    partial = any(family.partial for family in (*manifest.rewards, *manifest.references))
-    needed = PARTIAL_SCHEMA_VERSION if partial else SCHEMA_VERSION
+    partial = [f.partial for f in manifest.rewards] + [f.partial for f in manifest.references]
+    needed = PARTIAL_SCHEMA_VERSION if any(partial) else SCHEMA_VERSION
     if manifest.schema_version == needed or manifest.schema_version > PARTIAL_SCHEMA_VERSION:
         return manifest
     return manifest.model_copy(update={"schema_version": needed})
