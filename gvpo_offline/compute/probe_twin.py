@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -57,7 +58,7 @@ def choose_on_twin(model: nn.Module, names: Sequence[LayoutName], gradients: boo
         with _small_gradients_only(model, gradients):
             own = LayoutComparison(model, gradients, groups=_short_group(model))
             own.allow_own_rounding()
-            for way in (first, *ways):
+            for way in itertools.chain([first], ways):
                 found = _checked(own, way, refused)
                 if found is not None:
                     return found

@@ -9,12 +9,15 @@ import pytest
 import torch
 from support.hybrid_models import CONTINUED, FORGETFUL, REFUSED, hybrid_model
 from support.tiny_models import tiny_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
+from gvpo_offline.compute import probe
 from gvpo_offline.compute import twin as twins
 from gvpo_offline.compute.model import disable_dropout
 from gvpo_offline.compute.probe import choose_path
-from gvpo_offline.compute.twin import make_twin
+from gvpo_offline.compute.twin import NoTwinError, make_twin
 
 
 def model_of(family: str) -> Any:
@@ -60,7 +63,7 @@ _DEEP = {
         {"first_k_dense_replace": 3, "n_routed_experts": 64, "n_group": 4, "topk_group": 2}
         | {"moe_intermediate_size": 128, "q_lora_rank": 32, "kv_lora_rank": 16}
         | {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-        | {"num_key_value_heads": 8},
+        | {"num_key_value_heads": 16},
         4,
     ),
     "a rule over the layers' numbers": (
@@ -87,9 +90,88 @@ def test_a_twin_has_one_layer_of_each_kind_and_is_narrow(case: str) -> None:
 
 
 def deep_model(kind: str, **settings: Any) -> Any:
-    """A model with 8 layers of width 256, and weights that take no time to make."""
+    """A model with 8 layers of width 256: larger than its twin."""
     common = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 256}
-    common |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
+    common |= {"num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 2}
     config = AutoConfig.for_model(kind, **common | settings)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+# ---- what is found, and what is not compared on a twin ----
+
+
+@pytest.mark.parametrize("sliding", [True, False])
+def test_a_wrong_layout_in_one_kind_of_layer_is_found(
+    sliding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention that loses the packed row in layers 0 to 4 and 6, or in layers 5 and 11 only."""
+    right = Gemma3Attention.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.is_sliding == sliding:
+            kwargs.pop("packed_row", None)
+        return right(self, *args, **kwargs)
+
+    model = deep_model("gemma3_text", num_hidden_layers=12).train()
+    assert choose_path(model).path.layout == "shared"
+    monkeypatch.setattr(Gemma3Attention, "forward", forward)
+    assert choose_path(model).path.layout != "shared"
+
+
+def test_no_float32_copy_of_a_bfloat16_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise AssertionError("the model was computed in float32")
+
+    monkeypatch.setattr(probe, "in_float32", refused)
+    model = deep_model("llama").bfloat16().train()
+    before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    choice = choose_path(model)
+    assert choice.path.layout == "shared"
+    assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == before
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_random_state_is_unchanged() -> None:
+    model = deep_model("llama")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make_twin(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_adapter_is_part_of_the_twin() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(deep_model("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    twin = make_twin(adapted)
+    trained = {name.split(".")[-3] for name, p in twin.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    assert choose_path(adapted).path.layout == "shared"
+
+
+class _Twice(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        doubled: torch.Tensor = 2 * self.inner(hidden)
+        return doubled
+
+
+@pytest.mark.parametrize("how", ["a module", "a forward"])
+def test_what_the_configuration_does_not_describe_has_no_twin(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = deep_model("llama", num_hidden_layers=3)
+    layer = model.model.layers[2].mlp
+    if how == "a module":
+        layer.down_proj = _Twice(layer.down_proj)
+    else:
+        layer.down_proj.forward = lambda x: 2 * nn.Linear.forward(layer.down_proj, x)
+    with pytest.raises(NoTwinError, match="model.layers.2.mlp.down_proj"):
+        make_twin(model)
+    with caplog.at_level(logging.WARNING, logger="gvpo_offline"):
+        assert choose_path(model, gradients=False).path.layout == "shared"
+    assert "layouts are compared on the model itself" in caplog.text
