@@ -267,8 +267,7 @@ def test_the_dataset_itself_may_lack_the_reference(days: tuple[Path, Path], tmp_
 def test_a_condition_on_rewards_leaves_out_what_has_none(merged: Path) -> None:
     """Groups 0 to 3 have 3 rewards each; groups 4 to 8 have responses without one.
 
-    The exact answer is response 3 of group i, so that each of the rewards is 0 or 1 and every
-    mean is at least 0.
+    Exact match gives 0 or 1, so that each condition is true for every group with 3 rewards.
     """
     dataset = open_dataset(merged)
     for condition in (
