@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gvpo_offline.compute.devices import autocast_dtype_of
 from gvpo_offline.compute.pieces import PiecePlan, piecewise_attention
 from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX
 from gvpo_offline.compute.tree import AttentionRule, Tree, visible
@@ -284,5 +285,4 @@ def _plain(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def _matmul_dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    return autocast_dtype_of(query.device) or query.dtype

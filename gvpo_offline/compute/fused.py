@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gvpo_offline.compute.devices import without_autocast
 from gvpo_offline.compute.vocabulary import (
     KeptBlock,
     LogitsBuffer,
@@ -112,7 +113,7 @@ def fused_pair_logprobs(
     )
     tensors = [tensor for part in parts for tensor in part]
     # Autocast is off because it would cast whole weights again for every block.
-    with torch.autocast(token_N.device.type, enabled=False):
+    with without_autocast(token_N.device):
         sorted_N, entropy_H = _PairLogprobs.apply(  # type: ignore[no-untyped-call]
             plan, pair_row_N[order_N], token_N, *tensors
         )
@@ -168,7 +169,7 @@ class _PairLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # A backward pass within autocast would round the factors and the products of mm.
-        with torch.autocast(grad_N.device.type, enabled=False):
+        with without_autocast(grad_N.device):
             return _gradients(ctx, grad_N)
 
 
