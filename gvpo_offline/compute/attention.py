@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gvpo_offline.compute.devices import autocast_dtype_of
+from gvpo_offline.compute.devices import autocast_dtype_of, to_device
 from gvpo_offline.compute.pieces import PiecePlan, piecewise_attention
 from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX
 from gvpo_offline.compute.tree import AttentionRule, Tree, visible
@@ -207,7 +207,7 @@ def _dense(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tenso
     """Reference implementation, which materialises scores of (H, T, P + T)."""
     query, key, value, scale, softcap, sinks = asked
     seen: Tensor = row.plan(
-        ("dense", rule), lambda: torch.from_numpy(visible(row.tree, rule)).to(query.device)
+        ("dense", rule), lambda: to_device(visible(row.tree, rule), query.device)
     )
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gvpo_offline.compute.devices import without_autocast
+from gvpo_offline.compute.devices import to_device, without_autocast
 from gvpo_offline.compute.vocabulary import (
     KeptBlock,
     LogitsBuffer,
@@ -83,8 +83,9 @@ def fused_pair_logprobs(
 
     Args:
         parts: inputs (H, K_i) and weights (V, K_i), floating point; gradients have their dtypes.
-        pair_row_N: (N,) int64 in [0, H), in any order; a row may occur several times.
-        pair_token_N: (N,) int64 in [0, V).
+        pair_row_N: (N,) int64 in [0, H), in any order; a row may occur several times. Pairs are
+            checked and sorted where they are: on the CPU this does not wait for a GPU.
+        pair_token_N: (N,) int64 in [0, V), on the device of the rows.
         scale: positive factor of the sum of terms.
         soft_cap: c of c · tanh(z / c), or None.
         matmul_dtype: dtype of matrix products; sums are float32 (float64 for float64).
@@ -95,6 +96,7 @@ def fused_pair_logprobs(
         IndexError: a row or a token is out of range.
     """
     n_rows, vocab_size = len(parts[0].input_HK), len(parts[0].weight_VK)
+    device = parts[0].input_HK.device
     _check_range(pair_row_N, n_rows, "row")
     # Indexing would accept the -100 of a masked label as an index from the end.
     _check_range(pair_token_N, vocab_size, "token")
@@ -109,15 +111,16 @@ def fused_pair_logprobs(
         kept_bytes=kept_bytes,
         entropy=entropy,
         grad=torch.is_grad_enabled(),
-        blocks=tuple(cut_blocks(token_N, n_rows, vocab_size)),
+        blocks=tuple(cut_blocks(token_N, n_rows, vocab_size, device)),
     )
     tensors = [tensor for part in parts for tensor in part]
     # Autocast is off because it would cast whole weights again for every block.
-    with without_autocast(token_N.device):
+    with without_autocast(device):
         sorted_N, entropy_H = _PairLogprobs.apply(  # type: ignore[no-untyped-call]
-            plan, pair_row_N[order_N], token_N, *tensors
+            plan, to_device(pair_row_N[order_N], device), to_device(token_N, device), *tensors
         )
-    return PairLogprobs(sorted_N[torch.argsort(order_N)], entropy_H if entropy else None)
+    back_N = to_device(torch.argsort(order_N), device)
+    return PairLogprobs(sorted_N[back_N], entropy_H if entropy else None)
 
 
 def _check_range(index_N: Tensor, size: int, name: str) -> None:

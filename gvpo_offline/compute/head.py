@@ -102,6 +102,7 @@ def pair_logprobs(
         head: from `find_head`.
         hidden_HD: (H, D) last hidden states of the predicting rows, any floating-point dtype.
         pair_row_N: (N,) int64, rows of `hidden_HD`, in any order; several pairs may share one.
+            Cheapest on the CPU, see `fused_pair_logprobs`.
         pair_token_N: (N,) int64, token ids.
         kept_bytes: most bytes of tensors of the size of the logits to keep for the backward pass if
             a weight of the head is trained; the rest is recomputed.

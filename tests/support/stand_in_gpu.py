@@ -29,6 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from gvpo_offline.compute.devices import PINNING
+
 DEVICE = torch.device("meta")
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
@@ -100,6 +102,9 @@ class StandInGPU(contextlib.AbstractContextManager["StandInGPU"]):
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> StandInGPU:
+        if DEVICE.type not in PINNING:
+            PINNING.add(DEVICE.type)
+            self._stack.callback(PINNING.discard, DEVICE.type)
         self._stack.enter_context(_Dispatch(self))
         self._stack.enter_context(_Functions(self))
         return self
@@ -275,9 +280,7 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()
         self._record = record
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _computed(func, args, kwargs or {}, self._record)
 
 
