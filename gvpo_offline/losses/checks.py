@@ -11,7 +11,6 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 _waiting: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(

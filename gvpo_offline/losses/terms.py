@@ -29,7 +29,8 @@ class GroupTerms:
     the factor alpha D of imitation in each group (None: no imitation), and `imitated_N` the share
     of each response in what its group imitates.
     `baseline_shift` is AsymRE's delta. `token_counts_N` (float64) is the number of tokens that each
-    log-prob sums over, None if it is not known. `host_sizes` are the sizes of the groups on the host.
+    log-prob sums over, None if it is not known. `host_sizes` are the sizes of the groups, on the
+    host.
     """
 
     log_ratios_N: Tensor

@@ -95,7 +95,7 @@ def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> Tensor:
     return torch.from_numpy(bits.astype(np.float64) / 2.0**_MANTISSA_BITS)
 
 
-def draw(scores_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def draw(scores_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
     """One token for each row, by inverting the cumulative distribution.
 
     Args:
@@ -104,21 +104,22 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor
         greedy: take the likeliest token, whose probability is then 1.
 
     Returns:
-        (B,) int64 ids, (B,) float32 log-probs, in nats, of the distribution drawn from, and (B,)
-        float sums that are finite where the logits of the row are, for `read`. All stay on the
-        device, which is not waited for.
+        (B,) int64 ids and (B,) float32 log-probs, in nats, of the distribution drawn from, on the
+        device, which is not waited for. A row with a logit that is NaN or infinite has the log-prob
+        NaN, which `read` refuses.
     """
     if greedy:
         largest_B, ids_B = scores_BV.max(-1)  # of a row with a NaN: NaN
-        return ids_B, torch.zeros_like(ids_B, dtype=torch.float32), largest_B
+        return ids_B, torch.where(largest_B.isfinite(), 0.0, torch.nan)
     cumulative_BV = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    sums_B = cumulative_BV[:, -1]
     # Strictly above: a token of probability 0 is never drawn.
-    targets_B = to_device(uniforms_B, cumulative_BV.device) * cumulative_BV[:, -1]
+    targets_B = to_device(uniforms_B, sums_B.device) * sums_B
     ids_B = torch.searchsorted(cumulative_BV, targets_B[:, None], right=True)[:, 0]
-    # Of a row with a NaN the search ends behind the last token.
+    # Of a row with a NaN the search may end behind the last token.
     ids_B = ids_B.clamp(max=scores_BV.shape[-1] - 1)
     logprobs_B = scores_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
-    return ids_B, logprobs_B, cumulative_BV[:, -1]
+    return ids_B, torch.where(sums_B.isfinite(), logprobs_B, torch.nan)
 
 
 class DecodableModel(Protocol):
@@ -278,10 +279,10 @@ class Decoder:
         scores_BV = self._rules.processors(batch.ids_BT, logits_BV)
         steps = [len(c.ids) for c in batch.completions]
         uniforms_B = uniforms([c.seed for c in batch.completions], steps)
-        drawn = draw(scores_BV, uniforms_B, greedy=self._rules.greedy)
-        batch.append(drawn[0])
+        ids_B, logprobs_B = draw(scores_BV, uniforms_B, greedy=self._rules.greedy)
+        batch.append(ids_B)
         ended = 0
-        ids, logprobs = read(*drawn)
+        ids, logprobs = read(ids_B, logprobs_B)
         for completion, token, logprob in zip(batch.completions, ids, logprobs, strict=True):
             if not completion.finish_reason:
                 completion.ids.append(token)

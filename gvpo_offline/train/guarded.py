@@ -135,8 +135,8 @@ class GuardedTrainer(CheckpointingTrainer):
     ) -> GroupLoss | None:
         """The loss of a micro-batch; None, and its groups noted, if log-probs are not finite.
 
-        On a GPU whether they are is read at the end of the step, by `agree`. The rank then goes on to the end of the step with some gradient, since other ranks wait for
-        it there.
+        On a GPU whether they are is read at the end of the step, by `agree`. The rank then goes on
+        to the end of the step with some gradient, since other ranks wait for it there.
 
         Raises:
             DataError: as the objective, where the groups' own values are at fault.
@@ -154,7 +154,7 @@ class GuardedTrainer(CheckpointingTrainer):
             return None
 
     def sound_statistics(self, loss: GroupLoss) -> GroupStatistics:
-        """The statistics of the loss that `sound_loss` gave last; of no group if it is not sound."""
+        """The statistics of the last loss of `sound_loss`; of no group if it is not sound."""
         own = loss.statistics
         return own if self._sound is None else own.where(self._sound)
 

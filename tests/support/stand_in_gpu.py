@@ -18,7 +18,7 @@ optimizers run with true values. Recorded, with the line of code that caused the
 from __future__ import annotations
 
 import contextlib
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -105,6 +105,11 @@ class StandInGPU(contextlib.AbstractContextManager["StandInGPU"]):
         if DEVICE.type not in PINNING:
             PINNING.add(DEVICE.type)
             self._stack.callback(PINNING.discard, DEVICE.type)
+        # Modules keep their parameters, so that tied weights stay tied.
+        future: Any = torch.__future__
+        before = future.get_swap_module_params_on_conversion()
+        future.set_swap_module_params_on_conversion(True)
+        self._stack.callback(future.set_swap_module_params_on_conversion, before)
         self._stack.enter_context(_Dispatch(self))
         self._stack.enter_context(_Functions(self))
         return self
@@ -149,14 +154,16 @@ class StandInGPU(contextlib.AbstractContextManager["StandInGPU"]):
 
 
 def _cause() -> str:
-    for frame in reversed(traceback.extract_stack()):
-        if not any(part in frame.filename for part in _NOT_CAUSES):
-            name = frame.filename
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name = frame.f_code.co_filename
+        if not any(part in name for part in _NOT_CAUSES):
             for root in ("/gvpo_offline/", "/site-packages/", "/tests/"):
                 if root in name:
                     name = (root + name.split(root)[-1]).removeprefix("/site-packages/").lstrip("/")
                     break
-            return f"{name}:{frame.lineno}"
+            return f"{name}:{frame.f_lineno}"
     return "unknown"
 
 
