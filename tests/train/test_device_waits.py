@@ -154,7 +154,10 @@ def test_log_probs_that_are_not_finite_are_found_at_the_end_of_the_step(
         tiny_model_dir,
         dataset,
         tmp_path,
-        **{"optim": "adamw_torch", "max_steps": 2, "on_nonfinite": how, "reference_check": "off"},
+        optim="adamw_torch",
+        max_steps=2,
+        on_nonfinite=how,
+        reference_check="off",
         max_tokens_per_micro_batch=80,
     )
     first, *others = trainer.train_dataset[0].micro_batches
