@@ -241,14 +241,16 @@ def _mask_or_rule(*args: Any, otherwise: str, **kwargs: Any) -> Tensor | None:
         mask: Tensor | None = None if plain is None else plain(*args, **kwargs)
         return mask
     rule = _rule_of(kwargs["mask_function"], kwargs.get("local_size"))
-    return torch.tensor([_KINDS.index(rule.kind), rule.size]).view(1, 1, 1, 2)
+    # On the CPU, where reading it waits for nothing, whatever the default device is.
+    encoded = torch.tensor([_KINDS.index(rule.kind), rule.size], device="cpu")
+    return encoded.view(1, 1, 1, 2)
 
 
 def _rule_of(mask_function: Callable[..., Any], size: int | None) -> AttentionRule:
     """The rule that a mask function implements, inferred by evaluating it at its boundaries."""
 
     def sees(query: int, key: int) -> bool:
-        zero = torch.zeros((), dtype=torch.int64)
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
         return bool(mask_function(zero, zero, zero + query, zero + key))
 
     try:
