@@ -35,9 +35,7 @@ def compiled_kernels() -> dict[str, Any]:
                 env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
                 env |= {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
                 command = [sys.executable, __file__, str(arch), *more]
-                done = subprocess.run(
-                    command, env=env, capture_output=True, text=True, check=False
-                )
+                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             lines = done.stdout.strip().splitlines()
             found[name] = json.loads(lines[-1]) if lines else {"stopped": done.stderr[-500:]}
             print(f"flex attention, {name}: {found[name]}", flush=True)

@@ -108,9 +108,7 @@ def measure(steps: Any) -> dict[str, float]:
         else:
             cut = timed("layouts", lambda: cut_group(shape_of(groups[0]), steps.cost))
             parts = [
-                lambda part=part: without_prompt(
-                    with_responses(groups[0], part), counted_only=True
-                )
+                lambda part=part: without_prompt(with_responses(groups[0], part), counted_only=True)
                 for part in cut
             ]
         # Of a group in pieces all but the last run twice, with the layouts of the first time.
