@@ -12,6 +12,7 @@ Prints one JSON object: bytes of machine code by kernel, and what stopped it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -49,8 +50,9 @@ def pretended(arch: int, found: dict[str, int]) -> Any:
     import torch._inductor.fx_passes.joint_graph as joint_graph
     import torch._inductor.runtime.triton_helpers as helpers
     import torch._inductor.runtime.triton_heuristics as heuristics
-    import triton
-    from triton.backends.compiler import GPUTarget
+
+    triton: Any = importlib.import_module("triton")
+    GPUTarget: Any = importlib.import_module("triton.backends.compiler").GPUTarget
 
     multiprocessors, shared = SHEETS[arch]
     sheet = SimpleNamespace(
@@ -107,13 +109,13 @@ def pretended(arch: int, found: dict[str, int]) -> Any:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer, create=True))
         # It makes patterns of attention with real tensors on the device.
-        stack.enter_context(mock.patch.object(joint_graph, "lazy_init", lambda *_, **__: None))
-        stack.enter_context(mock.patch.object(helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(mock.patch.object(joint_graph, "lazy_init"))
+        stack.enter_context(mock.patch.object(helpers, "set_driver_to_gpu"))
         own: Any = heuristics
         stack.enter_context(mock.patch.object(own.triton, "compile", compiled))
         # Launchers load the machine code.
         tuner: Any = heuristics.CachingAutotuner
-        stack.enter_context(mock.patch.object(tuner, "_make_launchers", lambda *_: None))
+        stack.enter_context(mock.patch.object(tuner, "_make_launchers"))
         yield
 
 

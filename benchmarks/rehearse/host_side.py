@@ -75,71 +75,77 @@ def steps_of(root: Path, args: argparse.Namespace) -> Any:
     return training_steps(open_dataset(root), cost, groups_per_step=args.groups)
 
 
+WINDOWS = "block_tables_of_windows"  # not of the models here: shown, but not in the sum
+OF_EACH_PASS = ("layouts", "block_tables", "order_of_pairs", "copies")
+
+
+class Timer:
+    """CPU milliseconds by part, of all threads: several read."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def __call__(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a call, whose time is added to a part."""
+        before = time.process_time()
+        out = run(*args, **kwargs)
+        self.spent[name] += (time.process_time() - before) * 1e3
+        return out
+
+
 def measure(steps: Any) -> dict[str, float]:
     """CPU milliseconds of each part of step 0, and of the first pass's share."""
-    import numpy as np
-    import torch
-
-    from gvpo_offline.compute.engine import with_responses
-    from gvpo_offline.compute.flex import FlexPlan
-    from gvpo_offline.compute.fused import inverse
-    from gvpo_offline.compute.layout import lay_out, without_prompt
-    from gvpo_offline.compute.tree import AttentionRule
-    from gvpo_offline.stream.plan import cut_group, shape_of
     from gvpo_offline.stream.steps import StepDataset
-
-    spent: dict[str, float] = defaultdict(float)
-    cpu = torch.device("cpu")
-
-    def timed(name: str, run: Callable[[], Any]) -> Any:
-        before = time.process_time()  # of all threads: several read
-        out = run()
-        spent[name] += (time.process_time() - before) * 1e3
-        return out
 
     fresh: StepDataset = StepDataset.__new__(StepDataset)
     fresh.__dict__.update(steps.__getstate__())  # with nothing read yet
-    share = timed("reading_and_planning", lambda: fresh[0])
-    first = True
-    for batch in share.micro_batches:
-        groups = list(batch.groups)
-        if len(groups) > 1 or steps.cost.fits(shape_of(groups[0])):
-            parts: list[Any] = [lambda groups=groups: lay_out(groups, "shared", counted_only=True)]
-        else:
-            cut = timed("layouts", lambda: cut_group(shape_of(groups[0]), steps.cost))
-            parts = [
-                lambda part=part: without_prompt(with_responses(groups[0], part), counted_only=True)
-                for part in cut
-            ]
-        # Of a group in pieces all but the last run twice, with the layouts of the first time.
-        for part in parts:
-            layout = timed("layouts", part)
-            tree, targets = layout.input.tree, layout.targets
-            plan = timed("block_tables", lambda: FlexPlan(tree, AttentionRule(), cpu))
-            window = AttentionRule("window", 512)
-            timed(WINDOWS, lambda: FlexPlan(tree, window, cpu))
-            token_N = torch.from_numpy(targets.pair_tokens_N)
-
-            def order(token_N: torch.Tensor = token_N) -> torch.Tensor:
-                torch.aminmax(token_N)
-                order_N = torch.sort(token_N, stable=True)[1]
-                return inverse(order_N)
-
-            back = timed("order_of_pairs", order)
-            arrays = [layout.input.input_ids, layout.input.position_ids, targets.hidden_rows_H]
-            arrays += [targets.token_pairs_M, targets.lengths_R, targets.pair_rows_N]
-            arrays += [targets.pair_tokens_N, back.numpy()]
-            arrays += [own.numpy() for own in (*plan.rows, *plan.blocks)]
-            timed("copies", lambda: [np.copy(own) for own in arrays])
-            if first:
-                spent["first_pass"] = sum(v for n, v in spent.items() if n in OF_EACH_PASS)
-                first = False
-    spent["passes"] = float(sum(1 for _ in share.micro_batches))
-    return spent
+    timed = Timer()
+    share = timed("reading_and_planning", fresh.__getitem__, 0)
+    for number, batch in enumerate(share.micro_batches):
+        for layout in layouts(timed, list(batch.groups), steps.cost):
+            prepare(timed, layout)
+        if not number:
+            first = sum(value for name, value in timed.spent.items() if name in OF_EACH_PASS)
+    return {**timed.spent, "first_pass": first, "passes": float(len(share.micro_batches))}
 
 
-WINDOWS = "block_tables_of_windows"  # not of the models here: shown, but not in the sum
-OF_EACH_PASS = ("layouts", "block_tables", "order_of_pairs", "copies")
+def layouts(timed: Timer, groups: list[Any], cost: Any) -> list[Any]:
+    """The layouts of a micro-batch, as `compute.engine` makes them."""
+    from gvpo_offline.compute.engine import with_responses
+    from gvpo_offline.compute.layout import lay_out, without_prompt
+    from gvpo_offline.stream.plan import cut_group, shape_of
+
+    if len(groups) > 1 or cost.fits(shape_of(groups[0])):
+        return [timed("layouts", lay_out, groups, "shared", counted_only=True)]
+    cut = timed("layouts", cut_group, shape_of(groups[0]), cost)
+    some = [timed("layouts", with_responses, groups[0], part) for part in cut]
+    return [timed("layouts", without_prompt, own, counted_only=True) for own in some]
+
+
+def prepare(timed: Timer, layout: Any) -> None:
+    """What a forward pass over a layout needs on the device."""
+    import numpy as np
+    import torch
+
+    from gvpo_offline.compute.flex import FlexPlan
+    from gvpo_offline.compute.fused import inverse
+    from gvpo_offline.compute.tree import AttentionRule
+
+    tree, targets, cpu = layout.input.tree, layout.targets, torch.device("cpu")
+    plan = timed("block_tables", FlexPlan, tree, AttentionRule(), cpu)
+    timed(WINDOWS, FlexPlan, tree, AttentionRule("window", 512), cpu)
+
+    def order() -> torch.Tensor:
+        token_N = torch.from_numpy(targets.pair_tokens_N)
+        torch.aminmax(token_N)
+        return inverse(torch.sort(token_N, stable=True)[1])
+
+    back = timed("order_of_pairs", order)
+    arrays = [layout.input.input_ids, layout.input.position_ids, targets.hidden_rows_H]
+    arrays += [targets.token_pairs_M, targets.lengths_R, targets.pair_rows_N]
+    arrays += [targets.pair_tokens_N, back.numpy()]
+    arrays += [own.numpy() for own in (*plan.rows, *plan.blocks)]
+    timed("copies", lambda: [np.copy(own) for own in arrays])
 
 
 def modelled_seconds(config: dict[str, Any], args: argparse.Namespace) -> float:

@@ -111,7 +111,9 @@ def fake_cuda(found: list[dict[str, str]]) -> Iterator[None]:
 
     moves = ("_to_copy", "copy_", "_pin_memory")
 
-    class Operands(TorchDispatchMode):
+    mode: Any = TorchDispatchMode
+
+    class Operands(mode):  # type: ignore[misc]
         supports_higher_order_operators = True
 
         def __torch_dispatch__(
@@ -158,9 +160,9 @@ def fake_cuda(found: list[dict[str, str]]) -> Iterator[None]:
         function = getattr(attention, name)
         if not hasattr(function, "__wrapped__"):
             setattr(attention, name, really(function))
-    flex._compiled = lambda: flex._attend  # type: ignore[assignment]
-    flex.flex_attention = flex_shapes  # type: ignore[assignment]
-    flex.BlockMask = SimpleNamespace  # type: ignore[assignment,misc]
+    own: Any = flex
+    own._compiled = lambda: own._attend
+    own.flex_attention, own.BlockMask = flex_shapes, SimpleNamespace
     with FakeTensorMode(allow_non_fake_inputs=True), Operands(), Host():
         yield
 
@@ -293,7 +295,9 @@ def sampling(dtype: str) -> Callable[[Any], None]:
             TopPLogitsWarper,
         )
 
-        from gvpo_offline.sampling import decode
+        from gvpo_offline.sampling import decode as module
+
+        decode: Any = module
 
         filters = [RepetitionPenaltyLogitsProcessor(1.1), TopKLogitsWarper(20)]
         processors = LogitsProcessorList([*filters, TopPLogitsWarper(0.9)])
@@ -302,7 +306,7 @@ def sampling(dtype: str) -> Callable[[Any], None]:
         prompts = [np.arange(3, 9, dtype=np.int32), np.arange(4, 14, dtype=np.int32)]
         work = [decode.Completion(prompts[i % 2], seed=i) for i in range(4)]
         kept = decode.read
-        decode.read = lambda ids, logprobs: ([3] * len(ids), [0.0] * len(ids))  # type: ignore
+        decode.read = lambda ids, logprobs: ([3] * len(ids), [0.0] * len(ids))
         try:
             with torch.no_grad():
                 batch = decoder._prefill(work)
@@ -321,8 +325,8 @@ def cases() -> Iterator[tuple[dict[str, Any], dict[str, Callable[[Any], None]]]]
     for layout, attention in LAYOUTS:
         for dtype, autocast in DTYPES:
             for lora in (False, True):
-                about = {"layout": layout, "attention": attention, "dtype": dtype}
-                about |= {"autocast": autocast, "lora": lora}
+                about: dict[str, Any] = {"layout": layout, "attention": attention}
+                about |= {"dtype": dtype, "autocast": autocast, "lora": lora}
                 yield about, steps(layout, attention, autocast)
     for dtype in ("float32", "bfloat16", "float16"):
         yield {"sampler": True, "dtype": dtype, "lora": False}, {"sampling": sampling(dtype)}
