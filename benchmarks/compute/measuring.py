@@ -40,6 +40,7 @@ class Record:
 
     case: Case
     ours: list[Times] = field(default_factory=list)
+    keeping_products: list[Times] = field(default_factory=list)
     trl: dict[TrlPath, list[Times]] = field(default_factory=dict)
     matmul: list[Times] = field(default_factory=list)
     reference_ours: list[Times] = field(default_factory=list)
@@ -187,6 +188,8 @@ class Bench:
 
     def _measure_once(self, record: Record) -> None:
         record.flops = self.ours.ask("flops")
+        # The first step allocates; the second is like those of `ours`.
+        record.keeping_products = [self.ours.ask("step_keeping_products") for _ in range(2)][1:]
         if record.case.shape.dtype == "float32" and self._cheap(record, _ERRORS):
             record.errors = self.ours.ask("errors")
             record.large_group = self.ours.ask("large_group")

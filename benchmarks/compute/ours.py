@@ -23,6 +23,7 @@ from worker import StepTimes, measure, serve
 
 from gvpo_offline import GVPOConfig, GVPOTrainer
 from gvpo_offline.compute.engine import Engine
+from gvpo_offline.compute.kept_products import keep_products
 from gvpo_offline.compute.probe import choose_path, engine_for
 from gvpo_offline.group import Group
 from gvpo_offline.losses import gvpo_loss
@@ -66,6 +67,18 @@ class Ours:
         found: dict[str, Any] = measure(self._backward, self._device)
         self._model.zero_grad(set_to_none=True)
         return found
+
+    def step_keeping_products(self) -> dict[str, Any]:
+        """The same step with `keep_products`."""
+        options = {"use_reentrant": False}
+        self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        keep_products(self._model)
+        try:
+            return self.step()
+        finally:
+            self._model.gradient_checkpointing_disable()
+            if self._case.checkpointing:
+                self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def reference(self) -> dict[str, Any]:
         """Reference log-probs of the group, forward only."""
@@ -229,8 +242,8 @@ def write_training_file(group: Group, path: Path) -> None:
 def main() -> None:
     """Answer the commands of the parent."""
     side = Ours(os.environ["BENCH_DEVICE"])
-    names = ("load", "step", "reference", "large_group", "flops", "matmul", "errors", "train")
-    serve({name: getattr(side, name) for name in names})
+    names = "load step step_keeping_products reference large_group flops matmul errors train"
+    serve({name: getattr(side, name) for name in names.split()})
 
 
 if __name__ == "__main__":

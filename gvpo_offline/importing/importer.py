@@ -48,6 +48,7 @@ from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.import_versions import IMPORT_VERSION_KEY
 from gvpo_offline.store.incomplete import write_shard
+from gvpo_offline.store.location import local_path
 from gvpo_offline.store.manifest import (
     IncompleteGroups,
     LineageStep,
@@ -141,7 +142,7 @@ class _Import:
         """See `import_log`."""
         # Several processes of one stage may import the same log; only the first does the work.
         wait = self.log is not None
-        with OutputFolder(Path(self.config.output_dir), wait=wait) as folder:
+        with OutputFolder(local_path(self.config.output_dir), wait=wait) as folder:
             self.hash_inputs()
             identity = self._identity()
             finished = folder.finished(identity)
