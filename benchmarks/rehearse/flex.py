@@ -43,19 +43,10 @@ def compiled_kernels() -> dict[str, Any]:
     return found
 
 
-@contextlib.contextmanager
-def pretended(arch: int, found: dict[str, int]) -> Any:
-    """Answers of a driver for a GPU of an architecture; notes the kernels that are compiled."""
-    import torch
-    import torch._inductor.fx_passes.joint_graph as joint_graph
-    import torch._inductor.runtime.triton_helpers as helpers
-    import torch._inductor.runtime.triton_heuristics as heuristics
-
-    triton: Any = importlib.import_module("triton")
-    GPUTarget: Any = importlib.import_module("triton.backends.compiler").GPUTarget
-
+def data_sheet(arch: int) -> Any:
+    """The properties of a GPU as its driver gives them."""
     multiprocessors, shared = SHEETS[arch]
-    sheet = SimpleNamespace(
+    return SimpleNamespace(
         name=f"sm_{arch}",
         major=arch // 10,
         minor=arch % 10,
@@ -70,6 +61,21 @@ def pretended(arch: int, found: dict[str, int]) -> Any:
         gcnArchName="",
         L2_cache_size=50 << 20,
     )
+
+
+@contextlib.contextmanager
+def pretended(arch: int, found: dict[str, int]) -> Any:
+    """Answers of a driver for a GPU of an architecture; notes the kernels that are compiled."""
+    import torch
+    import torch._inductor.fx_passes.joint_graph as joint_graph
+    import torch._inductor.runtime.triton_helpers as helpers
+    import torch._inductor.runtime.triton_heuristics as heuristics
+
+    triton: Any = importlib.import_module("triton")
+    GPUTarget: Any = importlib.import_module("triton.backends.compiler").GPUTarget
+
+    multiprocessors, shared = SHEETS[arch]
+    sheet = data_sheet(arch)
     of_triton = {"max_shared_mem": shared, "multiprocessor_count": multiprocessors}
     of_triton |= {"max_num_regs": 65_536, "warpSize": 32}
     driver: Any = SimpleNamespace(

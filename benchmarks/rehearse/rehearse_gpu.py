@@ -104,8 +104,6 @@ def fake_cuda(found: list[dict[str, str]]) -> Iterator[None]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from gvpo_offline.compute import attention, flex
-
     def is_cuda(device: Any) -> bool:
         return str(device).startswith("cuda")
 
@@ -146,6 +144,17 @@ def fake_cuda(found: list[dict[str, str]]) -> Iterator[None]:
             with unset_fake_temporarily():
                 return func(*args, **(kwargs or {}))
 
+    pretend_kernels()
+    with FakeTensorMode(allow_non_fake_inputs=True), Operands(), Host():
+        yield
+
+
+def pretend_kernels() -> None:
+    """Replace flex attention's kernel by shapes, and read the rules of layers with numbers."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from gvpo_offline.compute import attention, flex
+
     def really(function: Callable[..., Any]) -> Callable[..., Any]:
         """With numbers: a layer's rule is written to and read from tensors on the CPU."""
 
@@ -163,8 +172,6 @@ def fake_cuda(found: list[dict[str, str]]) -> Iterator[None]:
     own: Any = flex
     own._compiled = lambda: own._attend
     own.flex_attention, own.BlockMask = flex_shapes, SimpleNamespace
-    with FakeTensorMode(allow_non_fake_inputs=True), Operands(), Host():
-        yield
 
 
 def flex_shapes(query: Any, key: Any, value: Any, *, block_mask: Any, **more: Any) -> Any:
