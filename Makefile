@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
-	bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan study study-short instructions \
+	bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan bench-host rehearse-gpu study study-short instructions \
 	faults faults-long test-lowest audit \
 	clean
 
@@ -37,6 +37,8 @@ help:
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make bench-plan   peak memory of steps on a CPU beside what plan computes (5 minutes)"
+	@echo "make bench-host   CPU time of the host's part of a step beside the step's modelled time (a minute)"
+	@echo "make rehearse-gpu  forward passes on fake CUDA tensors, kernels compiled (4.7 GB the first time)"
 	@echo "make bench-precision  rounding noise of log-probs in 16 bits, and what removes it (5 minutes)"
 	@echo "make faults       kills, corruptions, hostile inputs and fuzzing of every command (under 15 minutes)"
 	@echo "make faults-long  500 kills, 2,000 corruptions, 10 minutes of fuzzing per reader (hours; goes on when cut off)"
@@ -173,6 +175,13 @@ bench-precision: $(STAMP)
 
 bench-plan: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/plan.py $(ARGS)
+
+bench-host: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/rehearse/host_side.py $(ARGS)
+
+# The first run builds an environment with torch's CUDA build under build/rehearse.
+rehearse-gpu: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/rehearse/rehearse_gpu.py $(ARGS)
 
 bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)

@@ -335,7 +335,7 @@ class GVPOTrainer(CardedTrainer):
                 return logprobs.sum()
             if self._reference_meter is not None:
                 self._reference_meter.add(groups, logprobs)
-            self._meter.add(loss.statistics)
+            self._meter.add(self.sound_statistics(loss))
             self.note_loss(groups, loss)
             return loss.group_losses.sum() * scale
 
