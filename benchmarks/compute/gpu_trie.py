@@ -1,0 +1,84 @@
+"""TRL's trie-packed asynchronous GRPO loss on a case's group.
+
+The trainer of `trl.experimental.async_grpo` needs a vLLM server, so its parts are used: its trie
+(`TreeRow`), its attention, its output head, and its loss from log-probs. The attention needs
+FlashAttention 3 through the package `kernels`, which loads it from a hub.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import Case, make_group
+from gpu_goals import CaseSkippedError
+from shapes import build_model
+from worker import measure
+
+
+class TrieSide:
+    """Steps of TRL's trie-packed loss.
+
+    Raises:
+        CaseSkippedError: a part of TRL or FlashAttention 3 is missing; names it.
+    """
+
+    def __init__(self, case: Case, device: str) -> None:
+        self._device = device
+        if device != "cuda":
+            raise CaseSkippedError("FlashAttention 3 needs a GPU")
+        try:
+            from trl.experimental.async_grpo import packing
+            from trl.trainer.utils import add_fused_lm_head
+
+            packing._flash_attn()
+        except Exception as error:
+            raise CaseSkippedError(f"{type(error).__name__}: {error}"[:300]) from error
+        packing.register_tree_attention()
+        self._model = build_model(case.shape, device, checkpointing=case.checkpointing)
+        inner = self._model.get_base_model() if case.shape.lora_rank else self._model
+        inner.set_attn_implementation(packing.TREE_ATTENTION)
+        add_fused_lm_head(inner, outputs=("log_probs", "entropy"))
+        group = make_group(case)
+        advantages = (group.rewards - group.rewards.mean()) / (group.rewards.std(ddof=1) + 1e-4)
+        row = packing.TreeRow()
+        for response, advantage in zip(group.responses, advantages, strict=True):
+            ids = torch.tensor([*group.prompt.tolist(), *response.tolist()])
+            mask = torch.zeros_like(ids)
+            mask[len(group.prompt) :] = 1
+            row.add(
+                {
+                    "input_ids": ids,
+                    "completion_mask": mask,
+                    # On-policy values of a random model; they change no operation of the step.
+                    "old_log_probs": torch.full(ids.shape, -11.93),
+                    "advantage": float(advantage),
+                    "group_id": 0,
+                }
+            )
+        self._batch = {name: tensor.to(device) for name, tensor in row.pack().items()}
+        self._lengths = self._batch.pop("tree_max_seqlens").tolist()
+
+    def step(self) -> dict[str, float]:
+        """One forward and backward pass."""
+        self._model.zero_grad(set_to_none=True)
+        found = measure(self._backward, self._device)
+        self._model.zero_grad(set_to_none=True)
+        return found
+
+    def _backward(self) -> None:
+        batch: dict[str, Any] = self._batch
+        outputs = self._model(
+            input_ids=batch["input_ids"][None],
+            position_ids=batch["position_ids"][None],
+            shift_labels=batch["shift_labels"][None],
+            fused_lm_head=True,
+            **{n: batch[n] for n in ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")},
+            tree_max_seqlen_q=self._lengths[0],
+            tree_max_seqlen_k=self._lengths[1],
+        )
+        logprobs = outputs.log_probs.flatten()[batch["token_index"]]
+        ratio = torch.exp(logprobs - batch["old_log_probs"])
+        clipped = ratio.clamp(0.8, 1.2)
+        gains = torch.min(ratio * batch["advantages"], clipped * batch["advantages"])
+        (-gains.sum() / len(gains)).backward()
