@@ -200,6 +200,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from gpu_cases import CASES, SECONDS, environment
     from gpu_goals import goals
 
+    unknown = set(arguments.only or ()) - set(CASES)
+    if unknown:
+        raise SystemExit(f"no such case: {sorted(unknown)}; the cases are {list(CASES)}")
     results = folder / ("results-tiny.jsonl" if arguments.tiny else "results.jsonl")
     done = finished(results)
     log = folder / "gpu.log"
