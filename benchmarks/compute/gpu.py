@@ -29,11 +29,13 @@ MINUTES = 9.0
 _CLOSING_SECONDS = 5.0  # left for the last lines
 _STARTUP_SECONDS = 20.0  # a case is not started with less time than this
 WHEELS_PYTHON = "3.12"
-# What TRL and the package's trainer need beside torch, transformers and accelerate. The versions
-# of pyarrow and pandas are those whose wheels fit into 64 MiB together.
+# What TRL and the package's trainer need beside torch, transformers and accelerate, with what these
+# bring. The versions of pyarrow and pandas are those whose wheels fit into 64 MiB together; newer
+# versions of datasets need a newer pyarrow.
 WHEELS = (
-    *("trl==1.16.0", "peft==0.21.0", "datasets==5.2.0", "pyarrow==21.0.0", "pandas==2.3.3"),
-    *("dill", "multiprocess", "xxhash", "python-dateutil", "six", "pytz"),
+    *("trl==1.16.0", "peft==0.21.0", "datasets==4.7.0", "pyarrow==21.0.0", "pandas==2.3.3"),
+    *("dill==0.4.0", "multiprocess==0.70.18", "xxhash", "python-dateutil", "six", "pytz", "tzdata"),
+    *("requests", "urllib3", "idna", "certifi", "charset-normalizer"),
 )
 WHEELS_BYTES = 64 * 2**20
 
