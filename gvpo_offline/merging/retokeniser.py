@@ -128,7 +128,10 @@ class Retokeniser:
     def _text(
         self, group: Group, responses: Sequence[Response]
     ) -> tuple[Int32Array, list[Encoded]]:
-        special = np.isin(group.prompt_token_ids, self._old.tokenizer.all_special_ids)
+        tokenizer = self._old.tokenizer
+        # A text with characters that the old tokenizer does not know is a text all the same.
+        markers = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        special = np.isin(group.prompt_token_ids, sorted(markers))
         if special[int(np.argmin(special)) :].any():
             raise DataError(
                 "a prompt that another template rendered is kept as messages, so that the new "
