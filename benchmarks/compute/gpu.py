@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ WHEELS = (
     *("trl==1.16.0", "peft==0.21.0", "datasets==4.7.0", "pyarrow==21.0.0", "pandas==2.3.3"),
     *("dill==0.4.0", "multiprocess==0.70.18", "xxhash", "python-dateutil", "six", "pytz", "tzdata"),
     *("requests", "urllib3", "idna", "certifi", "charset-normalizer"),
+    *("httpx", "httpcore", "h11", "anyio", "sniffio"),
 )
 WHEELS_BYTES = 64 * 2**20
 
@@ -75,7 +77,26 @@ def install_wheels(wheels: Path, folder: Path) -> str:
         if done.returncode:
             return f"the wheels could not be installed: {done.stderr.strip()[-500:]}"
     sys.path.append(str(folder))
-    return f"wheels of {wheels} installed into {folder}"
+    return f"wheels of {wheels} installed into {folder}{_without_broken_datasets(folder)}"
+
+
+def _without_broken_datasets(folder: Path) -> str:
+    """Remove a `datasets` that cannot be imported: transformers' Trainer would fail with it."""
+    if not (folder / "datasets").exists():
+        return ""
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(folder))))
+    done = subprocess.run(
+        [sys.executable, "-c", "import datasets"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return ""
+    shutil.rmtree(folder / "datasets")
+    for record in folder.glob("datasets-*.dist-info"):
+        shutil.rmtree(record)
+    return f", without datasets, which cannot be imported: {done.stderr.strip()[-300:]}"
 
 
 def finished(results: Path) -> dict[str, dict[str, Any]]:

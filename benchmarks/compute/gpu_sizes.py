@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the largest tensor that an operation returns, except those of a weight's shape."""
 
     def __init__(self, weights: set[tuple[int, ...]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._weights = weights | {shape[::-1] for shape in weights}
         self.n_values = 0
         self.shape: tuple[int, ...] = ()

@@ -127,6 +127,22 @@ def test_finished_and_skipped_cases_are_not_repeated_and_a_cut_line_is_ignored(
     assert list(bench.gpu.finished(results)) == ["a", "c", "e"]
 
 
+def test_a_carried_package_that_cannot_be_imported_is_removed(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages, wheels = tmp_path / "packages", tmp_path / "wheels"
+    for folder in (packages / "datasets", packages / "datasets-4.7.0.dist-info", wheels):
+        folder.mkdir(parents=True)
+    (wheels / "any.whl").touch()  # installed before: `packages` exists
+    (packages / "datasets" / "__init__.py").write_text("import no_such_package\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", str(packages))  # before the installed datasets
+    said = bench.gpu.install_wheels(wheels, packages)
+    assert "No module named 'no_such_package'" in said
+    assert list(packages.iterdir()) == []
+    assert sys.path[-1] == str(packages)
+
+
 def test_goals_are_met_missed_or_unmeasured(bench: SimpleNamespace) -> None:
     first, second = bench.goals.STEP_CASES
     figures = {"speedup_vs_trl_dpo": 3.0, "model_flops_utilisation": 0.5, "no_logits_tensor": True}
