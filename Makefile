@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
-	bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan bench-host rehearse-gpu study study-short instructions \
+	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-gpu bench-gpu-wheels bench-tokens \
+	bench-validate bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan bench-host \
+	rehearse-gpu study study-short instructions \
 	faults faults-long test-lowest audit \
 	clean
 
@@ -30,6 +31,8 @@ help:
 	@echo "make bench-report  time, memory and size of a report on 100,000 groups; planted faults (3 minutes)"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
+	@echo "make bench-gpu    every figure that needs a GPU, in at most 9 minutes; run again, it goes on"
+	@echo "make bench-gpu-wheels  wheels of TRL and others for a GPU machine without a network (60 MB)"
 	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"
 	@echo "make bench-validate  CPU time of validate's checks at 50 and 5,000 tokens a response (minutes)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
@@ -148,6 +151,14 @@ bench-stream: $(STAMP)
 # Both cores for the side whose turn it is. The first run builds TRL's environment under runs/.
 bench-compute: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/compute/run.py $(ARGS)
+
+# No $(STAMP): the GPU machine has its own packages and no network.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+bench-gpu:
+	HF_HUB_OFFLINE=1 $(GPU_PYTHON) benchmarks/compute/gpu.py $(ARGS)
+
+bench-gpu-wheels: $(STAMP)
+	$(BIN)/python benchmarks/compute/gpu.py --write-wheels
 
 bench-memory: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py

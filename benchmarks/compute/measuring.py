@@ -91,7 +91,7 @@ class Bench:
         """Measure every case once, then repeatedly, cheapest first, for at most `seconds`."""
         deadline = time.perf_counter() + seconds
         self._visit(Record(TINY_CASES[0]))  # warm-up of both processes
-        records = [Record(case) for case in cases]
+        records = [Record(case, notes=[case.note] if case.note else []) for case in cases]
         cheapest = min(records, key=lambda r: r.size)
         for record in records:
             self._visit(record, whole_steps=record is cheapest)
