@@ -11,10 +11,8 @@ constructed on "cuda" and runs: the reference stage (log-probs of all tokens, wi
 the forward pass of a training step with its loss and metrics, and the steps of the in-process
 sampler. Backward passes need a CUDA context; tests/compute/test_meta_device.py has them.
 
-Faults are reported by kind: `device` (operands on different devices), `operand` (an index or
-operand on the CPU, which a GPU accepts and waits for), `dtype`, `read` (a value read on the host),
-`error` (anything else). Then flex attention's kernels for our block tables are generated and
-compiled ahead of time for sm_90 and sm_80 (`flex.py`).
+Kinds of faults: `device`, `operand` (on the CPU, which a GPU waits for), `dtype`, `read`, `error`.
+Then flex attention's kernels are compiled ahead of time (`flex.py`).
 
 Prints a line per case, and as its last line one JSON object.
 """
