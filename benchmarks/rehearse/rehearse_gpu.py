@@ -5,16 +5,13 @@
 Needs a build of torch with CUDA. Where the installed one has none, an environment with it is made
 under build/rehearse (4.7 GB, minutes), which takes all other packages from the present one.
 
-Fake tensors have shapes, data types and devices, but no numbers. For each layout, data type
-(float32, bfloat16, float16, and both kinds of autocast), with and without LoRA, a small model is
-constructed on "cuda" and runs: the reference stage (log-probs of all tokens, without gradients),
-the forward pass of a training step with its loss and metrics, and the steps of the in-process
-sampler. Backward passes need a CUDA context; tests/compute/test_meta_device.py has them.
+Small models of each layout, data type (also autocast), with and without LoRA, are constructed on
+"cuda" as tensors without numbers. They run the reference stage, a training step's forward pass with
+its loss, and the sampler. Backward passes need a CUDA context; tests/compute/test_meta_device.py
+has them.
 
-Faults are reported by kind: `device` (operands on different devices), `operand` (an index or
-operand on the CPU, which a GPU accepts and waits for), `dtype`, `read` (a value read on the host),
-`error` (anything else). Then flex attention's kernels for our block tables are generated and
-compiled ahead of time for sm_90 and sm_80 (`flex.py`).
+Kinds of faults: `device`, `operand` (on the CPU, which a GPU waits for), `dtype`, `read`, `error`.
+Then flex attention's kernels are compiled ahead of time (`flex.py`).
 
 Prints a line per case, and as its last line one JSON object.
 """
@@ -108,7 +105,6 @@ def fake_cuda(found: list[dict[str, str]]) -> Iterator[None]:
         return str(device).startswith("cuda")
 
     moves = ("_to_copy", "copy_", "_pin_memory")
-
     mode: Any = TorchDispatchMode
 
     class Operands(mode):  # type: ignore[misc]
