@@ -49,11 +49,15 @@ def attention(device: str, tiny: bool, report: Report) -> None:
         def forward(kernel: str = kernel, row: PackedRow = row) -> Tensor:
             return _KERNELS[kernel](row, AttentionRule(), inputs)
 
-        try:
+        def backward(forward: Callable[[], Tensor] = forward) -> Tensor:
             out = forward()
-            out.float().square().sum().backward()  # compiles
+            torch.autograd.backward(out.float().square().sum())
+            return out
+
+        try:
+            out = backward()  # compiles
             found = {"forward_seconds": _seconds(forward, device)}
-            both = measure(lambda run=forward: run().float().square().sum().backward(), device)
+            both = measure(backward, device)
         except torch.OutOfMemoryError:
             report(**{kernel: "out of memory"})
             continue

@@ -79,11 +79,11 @@ def _checked(own: LayoutComparison, way: Choice, refused: list[str]) -> Choice |
         refused.append(f"{way.path.layout} layout: {error}")
         return None
     reasons: list[str] = []
-    error = own.try_path(way.path, reasons)
+    off = own.try_path(way.path, reasons)
     refused.extend(reasons)
-    if error is None:
+    if off is None:
         return None
-    return Choice(way.path, way.prompt_once, tuple(refused), error)
+    return Choice(way.path, way.prompt_once, tuple(refused), off)
 
 
 def _short_group(model: nn.Module) -> list[Group]:
@@ -110,8 +110,8 @@ def _small_gradients_only(model: nn.Module, gradients: bool) -> Iterator[None]:
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
     try:
         for parameter in others:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
         yield
     finally:
         for parameter in others:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True

@@ -255,7 +255,7 @@ def _adapted(model: nn.Module, twin: nn.Module) -> nn.Module:
         config.init_lora_weights = True  # other ways to begin read the weights or data
     if getattr(config, "layers_to_transform", None) is not None:
         config.layers_to_transform = None
-    wrapped: Any = get_peft_model(twin, config)  # type: ignore[arg-type]
+    wrapped: Any = get_peft_model(twin, config)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.compute.attention import kernels
+from gvpo_offline.compute.comparison import Choice
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.kept_products import keep_products
-from gvpo_offline.compute.probe import Choice, choose_path, engine_for
+from gvpo_offline.compute.probe import choose_path, engine_for
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.train.config import GVPOConfig
 
