@@ -107,7 +107,7 @@ def fake_cuda(found: list[dict[str, str]]) -> Iterator[None]:
     moves = ("_to_copy", "copy_", "_pin_memory")
     mode: Any = TorchDispatchMode
 
-    class Operands(mode):  # type: ignore[misc]
+    class Operands(mode):
         supports_higher_order_operators = True
 
         def __torch_dispatch__(
