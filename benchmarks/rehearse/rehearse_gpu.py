@@ -7,8 +7,7 @@ under build/rehearse (4.7 GB, minutes), which takes all other packages from the 
 
 Small models of each layout, data type (also autocast), with and without LoRA, are constructed on
 "cuda" as tensors without numbers. They run the reference stage, a training step's forward pass with
-its loss, and the sampler. Backward passes need a CUDA context; tests/compute/test_meta_device.py
-has them.
+its loss, and the sampler. Backward passes: tests/compute/test_meta_device.py.
 
 Kinds of faults: `device`, `operand` (on the CPU, which a GPU waits for), `dtype`, `read`, `error`.
 Then flex attention's kernels are compiled ahead of time (`flex.py`).
