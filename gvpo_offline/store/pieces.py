@@ -127,10 +127,7 @@ def read_pieces(path: Path, part: int) -> Iterator[pa.Table]:
     try:
         with path.open("rb") as file:
             for start, end in _places(file, part):
-                file.seek(start)
-                found = file.read(end - start)
-                if len(found) != end - start:
-                    raise EOFError(f"{len(found)} of {end - start} bytes at {start}")
+                found = _read(file, start, end - start)
                 with pa.ipc.open_stream(pa.py_buffer(found)) as stream:
                     yield stream.read_all()
     except (OSError, EOFError, ValueError, pa.ArrowException) as error:
@@ -152,8 +149,13 @@ def _places(file: IO[bytes], part: int) -> Iterator[tuple[int, int]]:
 
 
 def _integers(file: IO[bytes], at: int, n: int) -> list[int]:
-    file.seek(at)
-    found: list[int] = np.frombuffer(file.read(n * _INT.itemsize), _INT).tolist()
-    if len(found) != n:
-        raise EOFError(f"{len(found)} of {n} numbers at byte {at}")
+    found: list[int] = np.frombuffer(_read(file, at, n * _INT.itemsize), _INT).tolist()
     return found
+
+
+def _read(file: IO[bytes], at: int, n: int) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    if not 0 <= at <= at + n <= size:
+        raise EOFError(f"a place that it does not have: {n} bytes at {at} of {size}")
+    file.seek(at)
+    return file.read(n)

@@ -72,7 +72,7 @@ def jobs(logs: Sequence[Path], out: Path, order: Sequence[int], **options: Any) 
         found = import_part(config(logs, out, shard=f"{i}/{n}", **options))
         # With one job there is nothing to wait for. Else the last one to read begins to write.
         if found is not None:
-            assert number >= n - 1
+            assert number >= min(n, len(logs)) - 1
             assert not found.already_imported
             return found
     raise AssertionError("no job published the dataset")
@@ -129,7 +129,7 @@ def test_texts_and_templates_in_jobs(tmp_path: Path, tiny_tokenizer_dir: Path) -
     assert two.lines() == one.lines()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     n_files=st.integers(1, 4),
     order=st.permutations(range(3)),
@@ -204,35 +204,31 @@ def test_too_many_broken_rows(tmp_path: Path) -> None:
 
 
 class _Killed(WorkerProcess):
-    """A process that is killed when it is sent the task at which `fatal` is."""
+    """A process that is killed when it is sent the sixth task of all."""
 
-    fatal = 0
     sent = itertools.count()
 
     def send(self, request: Any) -> None:
-        if isinstance(request, Task) and next(_Killed.sent) == _Killed.fatal:
+        if isinstance(request, Task) and next(_Killed.sent) == 5:
             self._process.kill()
             self._process.join()
         super().send(request)
 
 
-@pytest.mark.parametrize(("fatal", "read"), [(1, False), (5, True)])
 def test_a_killed_worker_is_one_error_and_the_same_command_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int, read: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three inputs are read first: task 1 is an input, task 5 a shard."""
+    """Three inputs are read first, so the sixth task is a shard."""
     logs = write_logs(tmp_path, id_rows(30))
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(local, "WorkerProcess", _Killed)
-        patch.setattr(_Killed, "fatal", fatal)
         patch.setattr(_Killed, "sent", itertools.count())
-        stage = "import" if read else "map"
-        with pytest.raises(WorkerError, match=f"of {stage}-.*") as caught:
+        with pytest.raises(WorkerError, match="of import-.*") as caught:
             import_log(config(logs, out, workers=2, **IDS))
     assert "killed by SIGKILL" in str(caught.value)
     assert multiprocessing.active_children() == []
-    assert (len(list((out / ".spill").rglob("commits/*/*.json"))) == 3) == read
+    assert len(list((out / ".spill").rglob("commits/*/*.json"))) == 3
     # Continued by one process that reads the logs itself, or by jobs that go on from the records.
     again = tmp_path / "again"
     shutil.copytree(out, again)
@@ -293,7 +289,7 @@ def test_damaged_rows_of_a_map_task(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"the rows that a map task wrote") as caught:
         import_part(config(logs, out, shard="1/2", **IDS))
     assert str(first) in str(caught.value)
-    assert "remove the folder .spill" in str(caught.value)
+    assert "Remove the folder .spill" in str(caught.value)
     shutil.rmtree(out / ".spill")
     jobs(logs, out, (0, 1), **IDS)
     import_log(config(logs, tmp_path / "one", **IDS))
