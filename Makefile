@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
-	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-tokens bench-validate \
-	bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan study study-short instructions \
+	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-gpu bench-gpu-wheels bench-tokens \
+	bench-validate bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan bench-host \
+	rehearse-gpu study study-short instructions \
 	faults faults-long test-lowest audit \
 	clean
 
@@ -30,6 +31,8 @@ help:
 	@echo "make bench-report  time, memory and size of a report on 100,000 groups; planted faults (3 minutes)"
 	@echo "make bench-stream reading beside HF streaming; resuming; a billion groups (under 10 minutes)"
 	@echo "make bench-compute  steps against TRL's own on the same groups (10 to 15 minutes; 1.5 GB)"
+	@echo "make bench-gpu    every figure that needs a GPU, in at most 9 minutes; run again, it goes on"
+	@echo "make bench-gpu-wheels  wheels of TRL and others for a GPU machine without a network (60 MB)"
 	@echo "make bench-tokens log-probs of logged answers' first and last tokens under SmolLM2 (a minute)"
 	@echo "make bench-validate  CPU time of validate's checks at 50 and 5,000 tokens a response (minutes)"
 	@echo "make bench-collect  sampling, rewards and engines timed; kills at random (under 10 minutes)"
@@ -37,6 +40,8 @@ help:
 	@echo "make bench-convergence  every loss where the optimum is known, ten seeds (7 minutes)"
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make bench-plan   peak memory of steps on a CPU beside what plan computes (5 minutes)"
+	@echo "make bench-host   CPU time of the host's part of a step beside the step's modelled time (a minute)"
+	@echo "make rehearse-gpu  forward passes on fake CUDA tensors, kernels compiled (4.7 GB the first time)"
 	@echo "make bench-precision  rounding noise of log-probs in 16 bits, and what removes it (5 minutes)"
 	@echo "make faults       kills, corruptions, hostile inputs and fuzzing of every command (under 15 minutes)"
 	@echo "make faults-long  500 kills, 2,000 corruptions, 10 minutes of fuzzing per reader (hours; goes on when cut off)"
@@ -147,6 +152,14 @@ bench-stream: $(STAMP)
 bench-compute: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/compute/run.py $(ARGS)
 
+# No $(STAMP): the GPU machine has its own packages and no network.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+bench-gpu:
+	HF_HUB_OFFLINE=1 $(GPU_PYTHON) benchmarks/compute/gpu.py $(ARGS)
+
+bench-gpu-wheels: $(STAMP)
+	$(BIN)/python benchmarks/compute/gpu.py --write-wheels
+
 bench-memory: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py
 
@@ -173,6 +186,13 @@ bench-precision: $(STAMP)
 
 bench-plan: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/plan.py $(ARGS)
+
+bench-host: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/rehearse/host_side.py $(ARGS)
+
+# The first run builds an environment with torch's CUDA build under build/rehearse.
+rehearse-gpu: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/rehearse/rehearse_gpu.py $(ARGS)
 
 bench-elastic: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/elastic.py $(ARGS)

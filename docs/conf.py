@@ -47,6 +47,7 @@ toctrees = {
             "howto/rewards",
             "howto/reference",
             "howto/merging",
+            "howto/growing",
             "howto/show",
             "howto/report",
             "howto/run-report",

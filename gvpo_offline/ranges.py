@@ -76,7 +76,9 @@ RANGES: dict[str, Range] = {
     ),
     **_each(
         "beta betas device_tflops eval_steps gpu_memory_gb judge_beta logging_steps lora_alpha "
+        "lease_seconds spool_gb "
         "max_outage max_wait num_train_epochs peak_share repetition_penalty request_timeout "
+        "requests_per_minute "
         "save_steps timeout",
         POSITIVE,
     ),

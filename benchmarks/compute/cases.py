@@ -20,6 +20,7 @@ FIRST_WORD = 2  # 0 is the padding token, 1 the end token
 _SPREAD = 0.5
 _SEEDS = {16: 4073}
 _DEFAULT_SEED = 7
+LITTLE_TO_SHARE = "little to share: the prompt is 4% of a sequence; no factor is promised here"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ModelShape:
 class Case:
     """One group and one model: a prompt of P tokens, k responses of `response` tokens on average.
 
-    `goal` is the required speed-up over TRL, or None.
+    `goal` is the required speed-up over TRL, or None. `note` is printed beside the figures.
     """
 
     shape: ModelShape
@@ -61,6 +62,7 @@ class Case:
     k: int
     goal: float | None = None
     checkpointing: bool = False
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -152,6 +154,7 @@ CPU_CASES = (
     Case(_V152, 512, 128, 8, 2.5),
     Case(_V152, 128, 512, 8, 2.0),
     Case(_V152, 64, 64, 16, 2.0),
+    Case(_V32, 32, 768, 4, note=LITTLE_TO_SHARE),
 )
 
 # Widths as published for Qwen2.5.

@@ -40,6 +40,7 @@ class Record:
 
     case: Case
     ours: list[Times] = field(default_factory=list)
+    keeping_products: list[Times] = field(default_factory=list)
     trl: dict[TrlPath, list[Times]] = field(default_factory=dict)
     matmul: list[Times] = field(default_factory=list)
     reference_ours: list[Times] = field(default_factory=list)
@@ -90,7 +91,7 @@ class Bench:
         """Measure every case once, then repeatedly, cheapest first, for at most `seconds`."""
         deadline = time.perf_counter() + seconds
         self._visit(Record(TINY_CASES[0]))  # warm-up of both processes
-        records = [Record(case) for case in cases]
+        records = [Record(case, notes=[case.note] if case.note else []) for case in cases]
         cheapest = min(records, key=lambda r: r.size)
         for record in records:
             self._visit(record, whole_steps=record is cheapest)
@@ -187,6 +188,8 @@ class Bench:
 
     def _measure_once(self, record: Record) -> None:
         record.flops = self.ours.ask("flops")
+        # The first step allocates; the second is like those of `ours`.
+        record.keeping_products = [self.ours.ask("step_keeping_products") for _ in range(2)][1:]
         if record.case.shape.dtype == "float32" and self._cheap(record, _ERRORS):
             record.errors = self.ours.ask("errors")
             record.large_group = self.ours.ask("large_group")

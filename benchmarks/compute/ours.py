@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from cases import BETA, Case, GroupData, make_group
 from flops import counted_flops, matmul_seconds
@@ -21,12 +20,11 @@ from shapes import build_model, weights_digest
 from torch import Tensor
 from worker import StepTimes, measure, serve
 
-from gvpo_offline import GVPOConfig, GVPOTrainer
 from gvpo_offline.compute.engine import Engine
+from gvpo_offline.compute.kept_products import keep_products
 from gvpo_offline.compute.probe import choose_path, engine_for
 from gvpo_offline.group import Group
 from gvpo_offline.losses import gvpo_loss
-from gvpo_offline.store.arrow import groups_to_table, list_array
 from gvpo_offline.stream.plan import cut_group, shape_of
 
 _WHOLE = 1 << 20  # token budget that every group of a case fits into
@@ -60,12 +58,41 @@ class Ours:
             "device_name": torch.cuda.get_device_name() if self._device == "cuda" else "cpu",
         }
 
+    def use_layout(self, layout: Any) -> None:
+        """Compute with this layout.
+
+        Raises:
+            ConfigError: the probe finds it wrong for the model.
+        """
+        self._choice = choose_path(self._model, layout=layout)
+        self._engine = self._engine_of(_WHOLE)
+
+    def sizes(self, look: Callable[..., dict[str, Any]], rows: int, scored: int) -> dict[str, Any]:
+        """What `look` of gpu_sizes finds in one step."""
+        self._model.zero_grad(set_to_none=True)
+        vocabulary = self._case.shape.vocab_size
+        found = look(self._backward, self._model, self._device, rows, scored, vocabulary)
+        self._model.zero_grad(set_to_none=True)
+        return found
+
     def step(self) -> dict[str, Any]:
         """One forward and backward pass of the group's loss."""
         self._model.zero_grad(set_to_none=True)
         found: dict[str, Any] = measure(self._backward, self._device)
         self._model.zero_grad(set_to_none=True)
         return found
+
+    def step_keeping_products(self) -> dict[str, Any]:
+        """The same step with `keep_products`."""
+        options = {"use_reentrant": False}
+        self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        keep_products(self._model)
+        try:
+            return self.step()
+        finally:
+            self._model.gradient_checkpointing_disable()
+            if self._case.checkpointing:
+                self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def reference(self) -> dict[str, Any]:
         """Reference log-probs of the group, forward only."""
@@ -129,8 +156,15 @@ class Ours:
         self._model.zero_grad(set_to_none=True)
         return {"logprob": float((logprobs - single).abs().max()), "grad": worst}
 
-    def train(self, n_steps: int) -> list[dict[str, float]]:
-        """`n_steps` complete steps of GVPOTrainer on the group; times of all but the first."""
+    def train(
+        self, n_steps: int, logged: list[dict[str, Any]] | None = None
+    ) -> list[dict[str, float]]:
+        """`n_steps` complete steps of GVPOTrainer on the group; times of all but the first.
+
+        The trainer's log entries are appended to `logged`.
+        """
+        from gvpo_offline import GVPOConfig, GVPOTrainer
+
         times = StepTimes(self._device)
         with tempfile.TemporaryDirectory(prefix="bench-ours-") as folder:
             data = Path(folder) / "groups.parquet"
@@ -154,6 +188,8 @@ class Ours:
                 callbacks=[times.callback],
             )
             trainer.train()
+            if logged is not None:
+                logged += trainer.state.log_history
         self._model.zero_grad(set_to_none=True)
         return times.steps
 
@@ -220,6 +256,12 @@ def as_group(made: GroupData) -> Group:
 
 def write_training_file(group: Group, path: Path) -> None:
     """Write a self-contained Parquet file with one group, its rewards and reference log-probs."""
+    # Imported here: steps are also measured on machines without pyarrow.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from gvpo_offline.store.arrow import groups_to_table, list_array
+
     table = groups_to_table([group])
     for name in ("rewards", "ref_seq_logprobs"):
         table = table.append_column(name, list_array([getattr(group, name)], pa.float64()))
@@ -229,8 +271,8 @@ def write_training_file(group: Group, path: Path) -> None:
 def main() -> None:
     """Answer the commands of the parent."""
     side = Ours(os.environ["BENCH_DEVICE"])
-    names = ("load", "step", "reference", "large_group", "flops", "matmul", "errors", "train")
-    serve({name: getattr(side, name) for name in names})
+    names = "load step step_keeping_products reference large_group flops matmul errors train"
+    serve({name: getattr(side, name) for name in names.split()})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ COLUMNS = (
     ("flops_vs_unique_minimum", "FLOPs", 6, ".2f"),
     ("share_of_matmul_speed", "speed", 6, ".2f"),
     ("peak_memory_vs_trl", "memory", 7, ".2f"),
+    ("peak_memory_vs_trl_keeping_products", "kept", 6, ".2f"),
     ("rounds", "rounds", 6, ""),
 )
 
@@ -59,6 +60,10 @@ def entry(record: Record, bench: Bench, peak_flops: float | None) -> dict[str, A
         "share_of_matmul_speed": _over(_over(least, rate), ours),
         "matmul_gflops_per_second": _over(rate, 1e9),
         "peak_memory_vs_trl": _over(peak, trl_peak),
+        "peak_memory_vs_trl_keeping_products": _over(
+            median(record.keeping_products, "peak_bytes"), trl_peak
+        ),
+        "seconds_keeping_products": median(record.keeping_products, clock),
         "peak_mb_ours": _over(peak, 2**20),
         "peak_mb_trl": _over(trl_peak, 2**20),
         "reference_speedup_vs_trl": _over(

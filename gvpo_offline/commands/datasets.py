@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from gvpo_offline.buckets.settings import BucketSettings
+from gvpo_offline.commands.buckets import in_bucket
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.settings import ListConfig, ShowConfig, ValidateConfig
@@ -77,20 +79,20 @@ def _run_show(values: dict[str, Any]) -> None:
 COMMANDS: dict[str, Command] = {
     "merge": Command(
         "Add the groups and responses of other datasets to a dataset.",
-        _run_merge,
-        (MergeConfig,),
+        in_bucket(_run_merge, "dataset", reads="add"),
+        (MergeConfig, BucketSettings),
         "Example: gvpo-offline merge --dataset data --add more --duplicates drop",
     ),
     "compact": Command(
         "Rewrite a dataset as fewer files of equal size, sidecars included.",
-        _run_compact,
-        (CompactConfig,),
+        in_bucket(_run_compact, "dataset"),
+        (CompactConfig, BucketSettings),
         "Example: gvpo-offline compact --dataset data",
     ),
     "retokenise": Command(
         "Write the texts of a dataset for another model's tokenizer and chat template.",
-        _run_retokenise,
-        (RetokeniseConfig, WorkerSettings),
+        in_bucket(_run_retokenise, "output_dir", reads="dataset"),
+        (RetokeniseConfig, WorkerSettings, BucketSettings),
         "Example: gvpo-offline retokenise --dataset data --output_dir other "
         "--tokenizer_name_or_path MODEL",
     ),

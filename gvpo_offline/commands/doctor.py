@@ -11,12 +11,14 @@ from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.doctor.settings import DoctorConfig
 from gvpo_offline.exit_status import FAILED, OK
+from gvpo_offline.store.location import RemoteSettings
 
 
 def _run_doctor(values: dict[str, Any]) -> int:
     from gvpo_offline.doctor.diagnose import diagnose
     from gvpo_offline.doctor.finding import Diagnosis, Finding
 
+    values["remote"] = RemoteSettings(**values["remote"])
     config = filled(DoctorConfig, values)
 
     def line(own: Finding) -> str:

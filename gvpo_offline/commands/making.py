@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from gvpo_offline.buckets.settings import BucketSettings
+from gvpo_offline.commands.buckets import in_bucket
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.next_step import after_data, after_reference, look_line
@@ -63,6 +64,7 @@ def _run_sample(values: dict[str, Any]) -> None:
 
 def _run_reward(values: dict[str, Any]) -> None:
     from gvpo_offline.rewards.stage import run_reward
+    from gvpo_offline.store.location import local_path
     from gvpo_offline.store.manifest import load_manifest
 
     config = filled(RewardConfig, values)
@@ -71,7 +73,7 @@ def _run_reward(values: dict[str, Any]) -> None:
         return
     say(*result.lines())
     say(look_line(config.dataset))
-    say(after_data(config.dataset, load_manifest(Path(config.dataset)), values))
+    say(after_data(config.dataset, load_manifest(local_path(config.dataset)), values))
 
 
 def _run_reference(values: dict[str, Any]) -> None:
@@ -93,29 +95,29 @@ def _run_reference(values: dict[str, Any]) -> None:
 COMMANDS: dict[str, Command] = {
     "import": Command(
         "Convert logged, scored responses to a dataset of Parquet shards.",
-        _run_import,
-        (ImportConfig,),
+        in_bucket(_run_import, "output_dir"),
+        (ImportConfig, BucketSettings),
         "Example: gvpo-offline import --inputs 'logs/*.jsonl' --tokenizer_name_or_path model "
         "--output_dir data --columns.reward score",
     ),
     "sample": Command(
         "Sample k responses to each prompt from models, servers or batch files.",
-        _run_sample,
-        (SampleConfig, WorkerSettings),
+        in_bucket(_run_sample, "output_dir"),
+        (SampleConfig, WorkerSettings, BucketSettings),
         "Example: gvpo-offline sample --config sample.yaml. The kinds of samplers and their "
         "settings: docs/howto/sampling.md",
     ),
     "reward": Command(
         "Score every response by functions, rules or models; adds a reward to the dataset.",
-        _run_reward,
-        (RewardConfig, WorkerSettings),
+        in_bucket(_run_reward, "dataset"),
+        (RewardConfig, WorkerSettings, BucketSettings),
         "Example: gvpo-offline reward --dataset data --name correct "
         "--scorers '{correct: {kind: math, column: answer}}'",
     ),
     "reference": Command(
         "Score every response under a reference policy; adds its log-probs to the dataset.",
-        _run_reference,
-        (ReferenceConfig, WorkerSettings),
+        in_bucket(_run_reference, "dataset"),
+        (ReferenceConfig, WorkerSettings, BucketSettings),
         "Example: gvpo-offline reference --dataset data --model_name_or_path model",
     ),
 }

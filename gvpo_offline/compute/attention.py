@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gvpo_offline.compute.devices import autocast_dtype_of, to_device
 from gvpo_offline.compute.pieces import PiecePlan, piecewise_attention
 from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX
 from gvpo_offline.compute.tree import AttentionRule, Tree, visible
@@ -206,7 +207,7 @@ def _dense(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tenso
     """Reference implementation, which materialises scores of (H, T, P + T)."""
     query, key, value, scale, softcap, sinks = asked
     seen: Tensor = row.plan(
-        ("dense", rule), lambda: torch.from_numpy(visible(row.tree, rule)).to(query.device)
+        ("dense", rule), lambda: to_device(visible(row.tree, rule), query.device)
     )
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -240,14 +241,16 @@ def _mask_or_rule(*args: Any, otherwise: str, **kwargs: Any) -> Tensor | None:
         mask: Tensor | None = None if plain is None else plain(*args, **kwargs)
         return mask
     rule = _rule_of(kwargs["mask_function"], kwargs.get("local_size"))
-    return torch.tensor([_KINDS.index(rule.kind), rule.size]).view(1, 1, 1, 2)
+    # On the CPU, where reading it waits for nothing, whatever the default device is.
+    encoded = torch.tensor([_KINDS.index(rule.kind), rule.size], device="cpu")
+    return encoded.view(1, 1, 1, 2)
 
 
 def _rule_of(mask_function: Callable[..., Any], size: int | None) -> AttentionRule:
     """The rule that a mask function implements, inferred by evaluating it at its boundaries."""
 
     def sees(query: int, key: int) -> bool:
-        zero = torch.zeros((), dtype=torch.int64)
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
         return bool(mask_function(zero, zero, zero + query, zero + key))
 
     try:
@@ -284,5 +287,4 @@ def _plain(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def _matmul_dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    return autocast_dtype_of(query.device) or query.dtype

@@ -114,7 +114,7 @@ def continued_hidden(
         decoder: a transformers model without its head (`model.get_decoder()`).
         prompt_ids_P: (P,) int64, P >= 1.
         response_ids_KL: (K, ≥ longest response) int64, right-padded with any valid ids.
-        response_lengths_K: (K,) int64, tokens of each response, at least 1.
+        response_lengths_K: (K,) int64, tokens of each response, at least 1; cheapest on the CPU.
         **forward_kwargs: passed to both forward passes of the decoder.
 
     Returns:

@@ -18,9 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gvpo_offline.compute.devices import to_device
 from gvpo_offline.compute.forward import (
     DEFAULT_KEPT_BYTES,
     LayoutCall,
@@ -201,9 +203,10 @@ def seq_sums(values_M: Tensor, targets: Targets) -> Tensor:
     device = float64_device(values_M.device)
     values_M = values_M.to(device).double()
     if not targets.counts_M.all():
-        values_M = torch.where(torch.from_numpy(targets.counts_M).to(device), values_M, 0.0)
-    lengths_R = torch.from_numpy(targets.lengths_R).to(device)
-    sums: Tensor = torch.segment_reduce(values_M, "sum", lengths=lengths_R, axis=0)
+        values_M = torch.where(to_device(targets.counts_M, device), values_M, 0.0)
+    lengths_R = to_device(targets.lengths_R, device)
+    # The check of the lengths would wait for the device; those of a layout are right.
+    sums: Tensor = torch.segment_reduce(values_M, "sum", lengths=lengths_R, axis=0, unsafe=True)
     return sums
 
 
@@ -223,14 +226,15 @@ def _in_response_order(pieces: Sequence[MicroBatchPiece], sums: Sequence[Tensor]
         return sums[-1]
     order = [number for piece in pieces for number in piece.responses]
     joined = torch.cat([own for piece, own in zip(pieces, sums, strict=True) if piece.responses])
-    return joined[torch.argsort(torch.tensor(order, device=joined.device))]
+    return joined[to_device(np.argsort(order), joined.device)]
 
 
 def _piece_loss(sums: Tensor, grad_R: Tensor, piece: MicroBatchPiece) -> Tensor:
     """A scalar whose gradient is the piece's part of the gradient of the loss."""
     if not piece.responses:
         return sums.sum() * 0.0
-    return (sums * grad_R[list(piece.responses)]).sum()
+    own = to_device(np.array(piece.responses, dtype=np.int64), grad_R.device)
+    return (sums * grad_R[own]).sum()
 
 
 def _detached_states(prompt: PromptStates | None) -> PromptStates | None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from gvpo_offline.compute.devices import to_device
 from gvpo_offline.compute.tree import AttentionRule, Int64Array, Tree
 
 # A multiple of the tile sizes of every forward and backward kernel configuration.
@@ -232,7 +233,7 @@ def _ordered(met: NDArray[np.bool_]) -> tuple[Int64Array, Int64Array]:
 
 
 def _on(device: torch.device, array: Int64Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+    return to_device(np.ascontiguousarray(array, dtype=np.int32), device)
 
 
 def _dynamic(tensor: Tensor, *dims: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gvpo_offline.compute.attention import KeyValueStates, PackedRow, packed_forward
 from gvpo_offline.compute.continued import continued_hidden
+from gvpo_offline.compute.devices import to_device
 from gvpo_offline.compute.head import find_head, pair_logprobs
 from gvpo_offline.compute.layout import ContinuedInput, Layout, PackedInput
 from gvpo_offline.compute.model import device_of
@@ -147,20 +148,19 @@ def _token_logprobs(
         pairs_N, entropy_H = _from_logits(model, call, plain)
     else:
         hidden_HD = _hidden_rows(causal_lm(model).get_decoder(), call)
-        device = hidden_HD.device
         found = pair_logprobs(
             find_head(model),
             hidden_HD,
-            torch.from_numpy(targets.pair_rows_N).to(device),
-            torch.from_numpy(targets.pair_tokens_N).to(device),
+            torch.from_numpy(targets.pair_rows_N),
+            torch.from_numpy(targets.pair_tokens_N),
             kept_bytes=call.kept_bytes,
             entropy=call.entropy,
         )
         pairs_N, entropy_H = found.logprobs_N, found.entropy_H
-    token_pairs_M = torch.from_numpy(targets.token_pairs_M).to(pairs_N.device)
+    token_pairs_M = to_device(targets.token_pairs_M, pairs_N.device)
     entropy_M = None
     if entropy_H is not None:
-        rows_M = torch.from_numpy(targets.pair_rows_N[targets.token_pairs_M]).to(pairs_N.device)
+        rows_M = to_device(targets.pair_rows_N[targets.token_pairs_M], pairs_N.device)
         entropy_M = entropy_H[rows_M]
     return pairs_N[token_pairs_M], entropy_M
 
@@ -179,7 +179,7 @@ def _hidden_rows(decoder: nn.Module, call: LayoutCall) -> Tensor:
         rows_H = rows_H - (given.tree.prefix - 1)
     if len(rows_H) == len(hidden) and not rows_H[0]:
         return hidden
-    found: Tensor = hidden[torch.from_numpy(rows_H).to(hidden.device)]
+    found: Tensor = hidden[to_device(rows_H, hidden.device)]
     return found
 
 
@@ -188,11 +188,11 @@ def _run(model: Any, call: LayoutCall, **more: Any) -> Any:
     given = call.layout.input
     device = device_of(model)
     assert not isinstance(given, ContinuedInput)
-    ids = torch.from_numpy(given.input_ids).to(device)
+    ids = to_device(given.input_ids, device)
     if not isinstance(given, PackedInput):
-        mask = torch.from_numpy(given.attention_mask).to(device)
+        mask = to_device(given.attention_mask, device)
         return model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
-    positions = torch.from_numpy(given.position_ids).to(device)
+    positions = to_device(given.position_ids, device)
     more |= {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if call.path.layout == "packed":
         # Without a mask, transformers separates the sequences where position ids restart.
@@ -218,9 +218,9 @@ def _continued(decoder: nn.Module, given: ContinuedInput) -> Tensor:
     for group in given.groups:
         prompt_PD, responses_KLD = continued_hidden(
             decoder,
-            torch.from_numpy(group.prompt_ids).to(device),
-            torch.from_numpy(group.response_ids).to(device),
-            torch.from_numpy(group.lengths).to(device),
+            to_device(group.prompt_ids, device),
+            to_device(group.response_ids, device),
+            torch.from_numpy(group.lengths),  # read on the host
         )
         rows += [prompt_PD, responses_KLD.flatten(0, 1)]
     return torch.cat(rows)
@@ -238,10 +238,10 @@ def _from_logits(
         )
     targets = call.layout.targets
     logits = _run(_OriginalForward(model, plain), call).logits.flatten(0, 1)
-    rows_H = torch.from_numpy(targets.hidden_rows_H).to(logits.device)
+    rows_H = to_device(targets.hidden_rows_H, logits.device)
     log_softmax_HV = torch.log_softmax(logits[rows_H].float(), dim=-1)
-    row_N = torch.from_numpy(targets.pair_rows_N).to(logits.device)
-    token_N = torch.from_numpy(targets.pair_tokens_N).to(logits.device)
+    row_N = to_device(targets.pair_rows_N, logits.device)
+    token_N = to_device(targets.pair_tokens_N, logits.device)
     entropy_H = None
     if call.entropy:
         log_p = log_softmax_HV.detach()
@@ -264,7 +264,7 @@ def _prompt_states(model: nn.Module, call: PromptCall) -> Tensor:
     """Run a prompt: store keys and values in `call.states`, return the last hidden state (1, D)."""
     decoder = causal_lm(model).get_decoder()
     device = device_of(decoder)
-    ids = torch.from_numpy(call.prompt_ids).to(device)[None]
+    ids = to_device(call.prompt_ids, device)[None]
     row = PackedRow(one_segment(len(call.prompt_ids)), call.path.attention, recorded=call.states)
     positions = torch.arange(ids.shape[1], device=device)[None]
     output = _run_packed(decoder, row, input_ids=ids, position_ids=positions, use_cache=False)

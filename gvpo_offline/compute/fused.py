@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gvpo_offline.compute.devices import to_device, without_autocast
 from gvpo_offline.compute.vocabulary import (
     KeptBlock,
     LogitsBuffer,
@@ -82,8 +83,9 @@ def fused_pair_logprobs(
 
     Args:
         parts: inputs (H, K_i) and weights (V, K_i), floating point; gradients have their dtypes.
-        pair_row_N: (N,) int64 in [0, H), in any order; a row may occur several times.
-        pair_token_N: (N,) int64 in [0, V).
+        pair_row_N: (N,) int64 in [0, H), in any order; a row may occur several times. Pairs are
+            checked and sorted where they are: on the CPU this does not wait for a GPU.
+        pair_token_N: (N,) int64 in [0, V), on the device of the rows.
         scale: positive factor of the sum of terms.
         soft_cap: c of c · tanh(z / c), or None.
         matmul_dtype: dtype of matrix products; sums are float32 (float64 for float64).
@@ -94,6 +96,7 @@ def fused_pair_logprobs(
         IndexError: a row or a token is out of range.
     """
     n_rows, vocab_size = len(parts[0].input_HK), len(parts[0].weight_VK)
+    device = parts[0].input_HK.device
     _check_range(pair_row_N, n_rows, "row")
     # Indexing would accept the -100 of a masked label as an index from the end.
     _check_range(pair_token_N, vocab_size, "token")
@@ -108,15 +111,22 @@ def fused_pair_logprobs(
         kept_bytes=kept_bytes,
         entropy=entropy,
         grad=torch.is_grad_enabled(),
-        blocks=tuple(cut_blocks(token_N, n_rows, vocab_size)),
+        blocks=tuple(cut_blocks(token_N, n_rows, vocab_size, device)),
     )
     tensors = [tensor for part in parts for tensor in part]
     # Autocast is off because it would cast whole weights again for every block.
-    with torch.autocast(token_N.device.type, enabled=False):
+    with without_autocast(device):
         sorted_N, entropy_H = _PairLogprobs.apply(  # type: ignore[no-untyped-call]
-            plan, pair_row_N[order_N], token_N, *tensors
+            plan, to_device(pair_row_N[order_N], device), to_device(token_N, device), *tensors
         )
-    return PairLogprobs(sorted_N[torch.argsort(order_N)], entropy_H if entropy else None)
+    back_N = to_device(inverse(order_N), device)
+    return PairLogprobs(sorted_N[back_N], entropy_H if entropy else None)
+
+
+def inverse(order_N: Tensor) -> Tensor:
+    """The inverse of a permutation, (N,) int64; a sort of it would take as long as the first."""
+    places_N = torch.arange(len(order_N), device=order_N.device)
+    return torch.empty_like(order_N).scatter_(0, order_N, places_N)
 
 
 def _check_range(index_N: Tensor, size: int, name: str) -> None:
@@ -168,7 +178,7 @@ class _PairLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # A backward pass within autocast would round the factors and the products of mm.
-        with torch.autocast(grad_N.device.type, enabled=False):
+        with without_autocast(grad_N.device):
             return _gradients(ctx, grad_N)
 
 

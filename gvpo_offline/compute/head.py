@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gvpo_offline.compute.devices import autocast_dtype_of
 from gvpo_offline.compute.fused import LogitTerm, PairLogprobs, fused_pair_logprobs
 from gvpo_offline.compute.vocabulary import multiplies_bfloat16
 from gvpo_offline.errors import ConfigError
@@ -101,6 +102,7 @@ def pair_logprobs(
         head: from `find_head`.
         hidden_HD: (H, D) last hidden states of the predicting rows, any floating-point dtype.
         pair_row_N: (N,) int64, rows of `hidden_HD`, in any order; several pairs may share one.
+            Cheapest on the CPU, see `fused_pair_logprobs`.
         pair_token_N: (N,) int64, token ids.
         kept_bytes: most bytes of tensors of the size of the logits to keep for the backward pass if
             a weight of the head is trained; the rest is recomputed.
@@ -116,8 +118,8 @@ def pair_logprobs(
     parts = _parts(head.layer, hidden_HD)
     device_type = hidden_HD.device.type
     matmul_dtype = parts[0].weight_VK.dtype
-    if torch.is_autocast_enabled(device_type) and matmul_dtype != torch.float64:
-        matmul_dtype = torch.get_autocast_dtype(device_type)
+    if matmul_dtype != torch.float64:
+        matmul_dtype = autocast_dtype_of(hidden_HD.device) or matmul_dtype
     if not (
         device_type == "cuda"
         or (matmul_dtype == torch.bfloat16 and multiplies_bfloat16(hidden_HD.device))

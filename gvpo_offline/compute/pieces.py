@@ -115,7 +115,7 @@ class _PiecewiseAttention(torch.autograd.Function):
         rows = query.new_empty(length, n_heads, width)
         out = _heads_of(rows, key.shape[1])
         # The kernel's lse is float32 for 16-bit types too.
-        lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for piece in plan.pieces:
             queries, keys = _slices(piece)
             causal, mask = plan.mask(piece)
@@ -147,8 +147,8 @@ class _PiecewiseAttention(torch.autograd.Function):
         out, grad_out = _heads_of(rows, n_key_heads), _heads_of(grads[0][0], n_key_heads)
         grad_rows = torch.empty_like(rows)
         grad_q = _heads_of(grad_rows, n_key_heads)
-        grad_k = torch.zeros(key.shape[1:], dtype=key.dtype)
-        grad_v = torch.zeros(value.shape[1:], dtype=value.dtype)
+        grad_k = key.new_zeros(key.shape[1:])
+        grad_v = value.new_zeros(value.shape[1:])
         for piece in ctx.plan.pieces:
             queries, keys = _slices(piece)
             causal, mask = ctx.plan.mask(piece)

@@ -59,9 +59,12 @@ class LogprobPlan:
         return sum(block.columns.stop <= fit for block in self.blocks)
 
 
-def cut_blocks(token_N: Tensor, n_rows: int, vocab_size: int) -> Iterator[VocabularyBlock]:
-    """Divide the vocabulary into blocks of about equal size; `token_N` is ascending."""
-    block_bytes = CPU_BLOCK_BYTES if token_N.device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
+def cut_blocks(
+    token_N: Tensor, n_rows: int, vocab_size: int, device: torch.device
+) -> Iterator[VocabularyBlock]:
+    """Divide the vocabulary into blocks of about equal size for logits on `device`; `token_N`, on
+    any device, is ascending."""
+    block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
     most = max(block_bytes // (4 * max(n_rows, 1)), _MIN_COLUMNS)
     n_blocks = max(math.ceil(vocab_size / most), 1)
     width = math.ceil(vocab_size / (n_blocks * _COLUMN_MULTIPLE)) * _COLUMN_MULTIPLE

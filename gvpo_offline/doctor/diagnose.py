@@ -14,11 +14,11 @@ from gvpo_offline.doctor.settings import DoctorConfig
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.files import lock_folder, storage_errors
 from gvpo_offline.store.leftovers import nobody_at_work
-from gvpo_offline.store.location import local_folder
+from gvpo_offline.store.location import is_url, local_folder
 
 
 def diagnose(config: DoctorConfig) -> Diagnosis:
-    """Look at a folder, and with `remove` remove what is left over.
+    """Look at a folder or a dataset in a bucket; with `remove` remove what is left over.
 
     Files that a manifest, a commit record that can be used, a complete checkpoint or a running
     process needs are never removed.
@@ -28,6 +28,10 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
             in it.
         StorageError: a file cannot be read or removed.
     """
+    if is_url(config.path):
+        from gvpo_offline.doctor.bucket import diagnose_bucket
+
+        return diagnose_bucket(config)
     root = local_folder("path", config.path)
     kind = _kind(root)
     with storage_errors(root):

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "temporary", "spill", "orphan", "record", "unfinished", "missing", "manifest", "checkpoint"
+    "temporary",
+    "upload",
+    "spill",
+    "orphan",
+    "record",
+    "unfinished",
+    "missing",
+    "manifest",
+    "checkpoint",
 ]
 Of = Literal["dataset", "run"]
 
@@ -19,7 +27,8 @@ class Finding:
     """A file or folder that is left over, cut off or damaged.
 
     Attributes:
-        kind: temporary: a write that did not end. spill: rows or downloads of a command that did
+        kind: temporary: a write that did not end. upload: a multipart upload to a bucket that did
+            not end. spill: rows or downloads of a command that did
             not end. orphan: a file that no manifest and no commit record names. record: a commit
             record that cannot be used. unfinished: committed work of a stage that published
             nothing yet. missing: a file that a manifest names is not there, or has another length.
@@ -52,6 +61,7 @@ class Diagnosis:
         busy: whether a process works in it.
         findings: in a fixed order.
         removed: what `remove` has removed.
+        url: of a dataset in a bucket, whose `root` is bucket and prefix; "": a folder.
     """
 
     root: Path
@@ -59,6 +69,7 @@ class Diagnosis:
     busy: bool
     findings: list[Finding]
     removed: list[Finding] = field(default_factory=list)
+    url: str = ""
 
     @property
     def removable(self) -> list[Finding]:
@@ -73,7 +84,7 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """As plain data, with paths relative to the folder."""
         return {
-            "path": str(self.root),
+            "path": self.url or str(self.root),
             "of": self.of,
             "busy": self.busy,
             "findings": [self._plain(own) for own in self.findings],

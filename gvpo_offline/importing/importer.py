@@ -15,7 +15,6 @@ import dataclasses
 import logging
 from collections import Counter
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from gvpo_offline.chat.encoder import Encoder
@@ -49,6 +48,7 @@ from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
 from gvpo_offline.store.import_versions import IMPORT_VERSION_KEY
 from gvpo_offline.store.incomplete import write_shard
+from gvpo_offline.store.location import local_path
 from gvpo_offline.store.manifest import (
     IncompleteGroups,
     LineageStep,
@@ -156,7 +156,7 @@ class _Import:
         """See `import_part`."""
         # Several processes of one stage may import the same log; only the first does the work.
         wait, shared = self.log is not None, self.config.shard is not None
-        with OutputFolder(Path(self.config.output_dir), wait=wait, shared=shared) as folder:
+        with OutputFolder(local_path(self.config.output_dir), wait=wait, shared=shared) as folder:
             divided = self._divided()
             if not divided or manifest_versions(folder.root):
                 self.hash_inputs()

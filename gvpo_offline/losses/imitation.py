@@ -46,6 +46,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gvpo_offline.compute.devices import to_device
 from gvpo_offline.errors import DataError
 from gvpo_offline.losses.result import GroupLoss
 from gvpo_offline.losses.terms import GroupTerms
@@ -158,4 +159,4 @@ def _checked(name: str, values: Tensor, terms: GroupTerms) -> Tensor:
             received=tuple(values.shape),
             remedy="pass the same rows, in the same order, in every argument",
         )
-    return values.to(terms.rewards_N.device)
+    return to_device(values, terms.rewards_N.device)

@@ -28,6 +28,7 @@ import math
 import torch
 from torch import Tensor
 
+from gvpo_offline.compute.devices import to_device
 from gvpo_offline.errors import DataError
 from gvpo_offline.losses.terms import GroupTerms
 
@@ -67,7 +68,7 @@ def checked_counts(
             row=row,
             group=str(int(group_index[row])),
         )
-    return token_counts.to(terms.rewards_N.device).double()
+    return to_device(token_counts, terms.rewards_N.device).double()
 
 
 def log_likely_weights(terms: GroupTerms) -> Tensor:
@@ -116,7 +117,7 @@ def _by_size(values_N: Tensor, terms: GroupTerms) -> tuple[Tensor, Tensor]:
     order_N = torch.argsort(values_N, stable=True)
     order_N = order_N[torch.argsort(terms.group_N[order_N], stable=True)]
     sizes_G = terms.group_sizes_G.long()
-    width = int(sizes_G.max())
+    width = terms.largest_group
     ends_G = sizes_G.cumsum(0)
     rows_N = torch.arange(values_N.shape[0], device=values_N.device)
     columns_N = width - ends_G[terms.group_N[order_N]] + rows_N

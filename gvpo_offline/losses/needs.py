@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gvpo_offline.errors import DataError
+from gvpo_offline.losses.checks import require
 from gvpo_offline.losses.terms import GroupTerms
 
 
@@ -58,8 +59,10 @@ def check_references(terms: GroupTerms, group_index: Tensor) -> None:
     if terms.reference_N is None:
         return
     counts_G = terms.sum(terms.reference_N.double())
-    if bool((counts_G > 0).all()):
-        return
+    require(counts_G > 0, lambda: _raise_without(counts_G, terms, group_index))
+
+
+def _raise_without(counts_G: Tensor, terms: GroupTerms, group_index: Tensor) -> None:
     row = int((terms.group_N == int((counts_G == 0).nonzero()[0])).nonzero()[0])
     raise DataError(
         "each group has a response of the reference, of which value and quantiles are estimated",

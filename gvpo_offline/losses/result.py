@@ -71,6 +71,10 @@ class GroupStatistics:
         """A copy of the sums, (25,) float64, free to be all-reduced in place."""
         return self.sums.clone()
 
+    def where(self, sound: Tensor) -> GroupStatistics:
+        """These sums if the scalar `sound` is true, else those of no group."""
+        return GroupStatistics(torch.where(sound, self.sums, 0.0))
+
     def __add__(self, other: GroupStatistics) -> GroupStatistics:
         return GroupStatistics(self.sums + other.sums.to(self.sums.device))
 
@@ -194,8 +198,8 @@ def _statistics(result: GroupLoss) -> GroupStatistics:
     largest_G = terms.max(log_ratios_N)
     ratios_N = (log_ratios_N - largest_G[terms.group_N]).exp()  # of probabilities, the largest 1
     sums = {
-        "n_groups": weights_N.new_tensor(result.n_groups),
-        "n_responses": weights_N.new_tensor(rewards_N.shape[0]),
+        "n_groups": weights_N.new_full((), result.n_groups),
+        "n_responses": weights_N.new_full((), rewards_N.shape[0]),
         "loss": result.group_losses.detach().sum(),
         "residual_sq": terms.centre(terms.residuals_N.detach()).square().sum(),
         "reward": rewards_N.sum(),
@@ -242,7 +246,7 @@ def _imitation_sums(terms: GroupTerms, n_groups: int) -> dict[str, Tensor]:
         return {"imitating_groups": zero, "imitation": zero, "imitation_part": zero}
     losses_G = terms.imitation_losses_G.detach()
     return {
-        "imitating_groups": losses_G.new_tensor(n_groups),
+        "imitating_groups": losses_G.new_full((), n_groups),
         "imitation": losses_G.sum(),
         "imitation_part": terms.beta * (terms.imitation_G * losses_G).sum(),
     }

@@ -10,7 +10,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from gvpo_offline.compute.devices import to_device
 from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.losses.checks import require
 
 # Exponents are clamped to this many nats, so that exp does not overflow.
 LARGEST_EXPONENT = 20.0
@@ -27,7 +29,8 @@ class GroupTerms:
     the factor alpha D of imitation in each group (None: no imitation), and `imitated_N` the share
     of each response in what its group imitates.
     `baseline_shift` is AsymRE's delta. `token_counts_N` (float64) is the number of tokens that each
-    log-prob sums over, None if it is not known.
+    log-prob sums over, None if it is not known. `host_sizes` are the sizes of the groups, on the
+    host.
     """
 
     log_ratios_N: Tensor
@@ -45,6 +48,7 @@ class GroupTerms:
     link: str = "log"
     baseline_shift: float = 0.0
     token_counts_N: Tensor | None = None
+    host_sizes: tuple[int, ...] | None = None
 
     @classmethod
     def build(
@@ -77,12 +81,13 @@ class GroupTerms:
         # Sorting runs on the device of the ids: ids on the CPU avoid a GPU synchronisation.
         ids_G, group_N, sizes_G = torch.unique(group_index, return_inverse=True, return_counts=True)
         _check_group_sizes(ids_G, group_N, sizes_G)
+        host_sizes = tuple(sizes_G.tolist())
         # Apple's MPS has no float64; these few numbers per response are moved to the CPU.
         policy_N = named["seq_logprobs"]
         device = torch.device("cpu") if policy_N.is_mps else policy_N.device
         # Sizes are float64 too: a Python float times an integer tensor would be float32.
-        group_N, sizes_G = group_N.to(device), sizes_G.to(device).double()
-        float_N = {name: values.to(device).double() for name, values in named.items()}
+        group_N, sizes_G = to_device(group_N, device), to_device(sizes_G, device).double()
+        float_N = {name: to_device(own, device).double() for name, own in named.items()}
         rewards_N, ref_N = float_N["rewards"].detach(), float_N["ref_logprobs"].detach()
         weights_N = torch.ones_like(rewards_N)
         if "response_weights" in named:
@@ -99,18 +104,30 @@ class GroupTerms:
             anchor=float(anchor),
             sampler_logprobs_N=sampler_N,
             reference_N=float_N["reference_rows"] != 0 if "reference_rows" in named else None,
+            host_sizes=host_sizes,
         )
         terms._check_sound(named)
         return terms
 
     def _check_sound(self, named: Mapping[str, Tensor]) -> None:
-        # The only synchronisation per call: a bad input makes residual or weight non-finite.
+        # The only check of values: a bad input makes residual or weight non-finite.
         weights_N = self.response_weights_N
         sound_N = torch.isfinite(self.residuals_N.detach() * weights_N) & (weights_N > 0)
         if self.sampler_logprobs_N is not None:
             sound_N &= torch.isfinite(self.sampler_logprobs_N)
-        if not bool(sound_N.all()):
-            _raise_unsound(sound_N, named)
+        require(sound_N, lambda: _raise_unsound(sound_N, named))
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """The sizes of the groups; waits for the device if they are not known on the host."""
+        if self.host_sizes is None:
+            return tuple(map(int, self.group_sizes_G.tolist()))
+        return self.host_sizes
+
+    @property
+    def largest_group(self) -> int:
+        """Number of responses of the largest group."""
+        return max(self._sizes)
 
     @property
     def residuals_N(self) -> Tensor:
@@ -177,7 +194,8 @@ class GroupTerms:
         sorted_N = self.group_N[order_N]
         partners_N = sizes_G[sorted_N]
         first_N = (sizes_G.cumsum(0) - sizes_G)[sorted_N]
-        left_P = torch.repeat_interleave(partners_N)
+        n_pairs = sum(size * size for size in self._sizes)
+        left_P = torch.repeat_interleave(partners_N, output_size=n_pairs)
         within_P = torch.arange(left_P.shape[0], device=left_P.device)
         within_P = within_P - (partners_N.cumsum(0) - partners_N)[left_P]
         return order_N[left_P], order_N[first_N[left_P] + within_P]
@@ -187,13 +205,16 @@ class GroupTerms:
 
         Ties take the first best and the last worst response, so that the two always differ.
         """
-        rows_N = torch.arange(self.rewards_N.shape[0], device=self.rewards_N.device)
+        n_rows = self.rewards_N.shape[0]
+        rows_N = torch.arange(n_rows, device=self.rewards_N.device)
         best_N = self.rewards_N == self.max(self.rewards_N)[self.group_N]
         worst_N = -self.rewards_N == self.max(-self.rewards_N)[self.group_N]
         none = torch.full(self.group_sizes_G.shape, -1, device=rows_N.device)
-        last_G = none.scatter_reduce(0, self.group_N[worst_N], rows_N[worst_N], "amax")
-        none = none + rows_N.shape[0] + 1
-        first_G = none.scatter_reduce(0, self.group_N[best_N], rows_N[best_N], "amin")
+        # Values in place of a mask: the number of rows in a mask is not known on the host.
+        last_G = none.scatter_reduce(0, self.group_N, torch.where(worst_N, rows_N, -1), "amax")
+        none = none + n_rows + 1
+        firsts_N = torch.where(best_N, rows_N, n_rows)
+        first_G = none.scatter_reduce(0, self.group_N, firsts_N, "amin")
         return first_G, last_G
 
 
@@ -206,7 +227,11 @@ def _relative(weights_N: Tensor, group_N: Tensor, sizes_G: Tensor) -> Tensor:
 
 def _group_sum(values_N: Tensor, group_N: Tensor, sizes_G: Tensor) -> Tensor:
     """Sum of `values_N` in each group, (G,)."""
-    return values_N.new_zeros(sizes_G.shape[0]).index_add(0, group_N, values_N)
+    zeros_G = values_N.new_zeros(sizes_G.shape[0])
+    if values_N.is_cuda:
+        # index_add uses atomic additions there, whose order, and so the rounding, differs by run.
+        return zeros_G.index_put((group_N,), values_N, accumulate=True)
+    return zeros_G.index_add(0, group_N, values_N)
 
 
 def _check_settings(beta: float, anchor: float) -> None:

@@ -6,23 +6,18 @@ Rewards belong to texts and are copied. Log-probs of a reference belong to token
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from gvpo_offline.chat.encoder import Chat, Encoded, Encoder, Response
-from gvpo_offline.errors import ConfigError, DataError, GVPOError
+from gvpo_offline.errors import DataError
 from gvpo_offline.files import lock_folder
-from gvpo_offline.group import Group, Int32Array
+from gvpo_offline.group import Group
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.merging.families import family_label
 from gvpo_offline.merging.inputs import added_sha256
+from gvpo_offline.merging.retokeniser import Retokeniser
 from gvpo_offline.merging.rewrite import resized
 from gvpo_offline.merging.settings import RetokeniseConfig
 from gvpo_offline.secret_settings import public
@@ -41,7 +36,7 @@ from gvpo_offline.store.manifest import (
 from gvpo_offline.store.schema import GROUPS_COLUMNS, rewards_schema
 from gvpo_offline.store.sidecar_choice import WeightedReward
 from gvpo_offline.store.writer import claim_folder, publish, write_groups, write_sidecar
-from gvpo_offline.tokenizer import load_tokenizer, named_end_ids, tokenizer_info
+from gvpo_offline.tokenizer import tokenizer_info
 from gvpo_offline.version import IMPORT_VERSION, __version__
 from gvpo_offline.workers.progress import advance
 from gvpo_offline.workers.run import run_stage
@@ -76,8 +71,10 @@ class RetokeniseResult:
         n_responses = sum(file.n_responses for file in self.manifest.groups)
         rewards = ", ".join(f"{f.name}@{f.version}" for f in self.manifest.rewards) or "none"
         lines = [
-            f"retokenise: {self.manifest.n_groups:,} groups, {n_responses:,} responses, "
-            f"{self.after:,} tokens ({self.before:,} before); rewards: {rewards}",
+            (
+                f"retokenise: {self.manifest.n_groups:,} groups, {n_responses:,} responses, "
+                f"{self.after:,} tokens ({self.before:,} before); rewards: {rewards}"
+            ),
             *(
                 f"  {label} was left out: its log-probs are of other tokens"
                 for label in self.references
@@ -194,7 +191,7 @@ def _publish(
         assert old.incomplete is not None  # their files are made from its files
         waiting = IncompleteGroups(files=files, reward=old.incomplete.reward)
     manifest = Manifest(
-        tokenizer=tokenizer_info(stage.encoder.tokenizer),
+        tokenizer=tokenizer_info(stage.tokenizers.encoder.tokenizer),
         samplers=old.samplers,
         groups=[base for record in of_groups for base in record.groups],
         rewards=rewards,
@@ -209,6 +206,7 @@ class _RetokeniseStage:
 
     Attributes:
         dataset: whose texts are tokenised.
+        tokenizers: the new one and the one that made the dataset's ids.
         identity: hash of all that the files depend on.
     """
 
@@ -219,15 +217,7 @@ class _RetokeniseStage:
         self.root = root.resolve() if root.exists() else root.absolute()
         self._config = config
         self._waiting = incomplete_dataset(self.dataset.storage, dataset.manifest)
-        made_by = dataset.manifest.tokenizer
-        if made_by is None and config.old_tokenizer_name_or_path is None:
-            raise ConfigError(
-                "the tokenizer that made the dataset's ids says which responses ended with an end "
-                "token",
-                received="a dataset that records no tokenizer",
-                remedy="set old_tokenizer_name_or_path",
-                file=dataset.root,
-            )
+        self.tokenizers = Retokeniser(dataset, config)
         self.identity = sha256_json(
             {
                 "versions": [_VERSION, IMPORT_VERSION],
@@ -236,41 +226,12 @@ class _RetokeniseStage:
                     [sidecar.file.sha256 for sidecar in family.files]
                     for family in dataset.manifest.rewards
                 ],
-                "tokenizer": tokenizer_info(self.encoder.tokenizer).fingerprint,
-                "end_ids": sorted(self.encoder.end_ids),
+                "tokenizer": tokenizer_info(self.tokenizers.encoder.tokenizer).fingerprint,
+                "end_ids": sorted(self.tokenizers.encoder.end_ids),
                 "rows_per_row_group": config.rows_per_row_group,
             }
         )
         self.name = f"retokenise-{self.identity[:_DIGITS]}"
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The new tokenizer and template."""
-        name = self._config.tokenizer_name_or_path
-        tokenizer = load_tokenizer(name, chat_template=self._config.chat_template)
-        encoder = Encoder(tokenizer, append_eos=True, end_ids=named_end_ids(name))
-        if not encoder.has_end(chat=encoder.template is not None):
-            raise ConfigError(
-                "responses that ended get the end token of the new tokenizer",
-                received="a tokenizer without eos_token",
-                remedy="set the tokenizer's eos_token",
-            )
-        return encoder
-
-    @cached_property
-    def _old(self) -> Encoder:
-        made_by = self.dataset.manifest.tokenizer
-        name = self._config.old_tokenizer_name_or_path or (made_by.name_or_path if made_by else "")
-        try:
-            tokenizer = load_tokenizer(name)
-        except GVPOError as error:
-            raise ConfigError(
-                "the tokenizer that made the dataset's ids says which responses ended with an end "
-                "token",
-                received=str(error),
-                remedy="set old_tokenizer_name_or_path to where it is now",
-            ) from error
-        return Encoder(tokenizer, append_eos=True, end_ids=named_end_ids(name))
 
     def tasks(self) -> Sequence[Task]:
         """One per file, in the order of the manifest."""
@@ -283,12 +244,12 @@ class _RetokeniseStage:
 
     def start(self) -> None:
         """Load both tokenizers."""
-        _ = self.encoder, self._old
+        self.tokenizers.load()
 
     def work(self, task: Task) -> TaskRecord:
         """Tokenise one file."""
         kind, number = task.name.rsplit("-", 1)
-        counts = self.encoder.counts
+        counts = self.tokenizers.encoder.counts
         counts.clear()
         if kind == "groups":
             record = self._groups_file(task, int(number))
@@ -304,7 +265,7 @@ class _RetokeniseStage:
             task.name,
             self._tokenised(self.dataset, number, _COLUMNS),
             reward=None,
-            vocab_size=self.encoder.vocab_size,
+            vocab_size=self.tokenizers.encoder.vocab_size,
             rows_per_row_group=rows,
         )
         sidecars = []
@@ -339,7 +300,7 @@ class _RetokeniseStage:
             self._tokenised(self._waiting, number, names),
             reward=family is not None,
             n_components=len(family.components) if family else 0,
-            vocab_size=self.encoder.vocab_size,
+            vocab_size=self.tokenizers.encoder.vocab_size,
             rows_per_row_group=self._config.rows_per_row_group,
         )
         return TaskRecord(stage=self.name, task=task.name, files=[entry] if entry else [])
@@ -350,103 +311,23 @@ class _RetokeniseStage:
         for row_group in _row_groups(dataset, number):
             place = dataset.location(row_group)
             for row, group in enumerate(dataset.groups(row_group, columns), place.first_row):
-                where = {"file": place.file, "row": row, "group": group.group_id}
                 try:
-                    yield self._group(group)
+                    yield self.tokenizers.group(group)
                 except DataError as error:
                     if error.group is not None:
                         raise
                     raise DataError(
-                        error.rule, received=error.received, remedy=error.remedy, **where
+                        error.rule,
+                        received=error.received,
+                        remedy=error.remedy,
+                        file=place.file,
+                        row=row,
+                        group=group.group_id,
                     ) from error
                 advance()
-
-    def _group(self, group: Group) -> Group:
-        """The group with the token ids of the new tokenizer."""
-        _check_texts(group)
-        assert group.responses is not None
-        responses = [
-            Response(
-                text,
-                json.loads(messages) if messages else None,
-                ended=not cut and int(ids[-1]) in self._old.all_end_ids,
-            )
-            for text, messages, cut, ids in zip(
-                group.responses,
-                group.response_messages or [""] * group.group_size,
-                group.truncated,
-                group.response_token_ids,
-                strict=True,
-            )
-        ]
-        prompt, encoded = (
-            self._chat(group, responses) if group.messages else self._text(group, responses)
-        )
-        if not len(prompt):
-            raise DataError("a prompt needs at least 1 token", received=group.prompt)
-        masks = [
-            own.mask if own.mask is not None else np.ones(len(own.ids), bool) for own in encoded
-        ]
-        return replace(
-            group,
-            prompt_token_ids=prompt,
-            response_token_ids=tuple(own.ids for own in encoded),
-            loss_mask=None if all(own.mask is None for own in encoded) else tuple(masks),
-        )
-
-    def _chat(
-        self, group: Group, responses: Sequence[Response]
-    ) -> tuple[Int32Array, list[Encoded]]:
-        if self.encoder.template is None:
-            raise ConfigError(
-                "chat messages are rendered with a chat template",
-                received="a tokenizer without one",
-                remedy="set chat_template to the path of a Jinja template",
-            )
-        assert group.messages is not None
-        chat = Chat.parse(group.messages, group.template_arguments)
-        frame = self.encoder.frame(chat)
-        turns = [(frame, self.encoder.pieces(chat, frame, own)) for own in responses]
-        return self.encoder.rendered([frame.prompt])[0], self.encoder.chat_responses(turns)
-
-    def _text(
-        self, group: Group, responses: Sequence[Response]
-    ) -> tuple[Int32Array, list[Encoded]]:
-        special = np.isin(group.prompt_token_ids, self._old.tokenizer.all_special_ids)
-        if special[int(np.argmin(special)) :].any():
-            raise DataError(
-                "a prompt that another template rendered is kept as messages, so that the new "
-                "template can render it",
-                received=f"the text {(group.prompt or '')[:120]!r}, which holds special tokens",
-                remedy="import the log again with as_chat: true, and retokenise that dataset",
-            )
-        prompt = self.encoder.prompts([group.prompt or ""])[0]
-        return prompt, self.encoder.text_responses([prompt] * len(responses), responses)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {n: v for n, v in self.__dict__.items() if n not in ("encoder", "_old")}
-        return kept
 
 
 def _row_groups(dataset: GroupDataset, number: int) -> range:
     """The numbers of the row groups of a file."""
     first = sum(len(file.row_groups) for file in dataset.manifest.groups[:number])
     return range(first, first + len(dataset.manifest.groups[number].row_groups))
-
-
-def _check_texts(group: Group) -> None:
-    """Raise DataError unless a group has the texts of its prompt and of all responses."""
-    if group.prompt is None and group.messages is None:
-        lacking = "no text or messages of the prompt"
-    elif group.responses is None:
-        lacking = "no texts of the responses"
-    elif group.loss_mask is not None and not all(group.response_messages or [""]):
-        lacking = "a loss mask on token ids, which says nothing of the texts"
-    else:
-        return
-    raise DataError(
-        "another tokenizer needs the texts of prompts and responses",
-        received=lacking,
-        remedy="import a log that has the texts (columns.prompt, columns.response) with the new "
-        "tokenizer; token ids alone belong to one tokenizer",
-    )

@@ -22,6 +22,7 @@ BESIDE_TEXT = ("tool_calls", "function_call", *REASONING)
 # float32, which stores log-probs, has few lower numbers. In bfloat16, whose unit roundoff is 2^-8,
 # the log-prob of a certain token may exceed 0 by that much.
 _LOWEST, _ROUNDING = -3.0e38, 1e-2
+_IDS = ("token_ids", "response_token_ids")
 _TOKEN_ID = re.compile(r"token_id:(\d{1,20})", re.ASCII)
 
 
@@ -129,14 +130,15 @@ class AnswerChoice:
 
     @property
     def token_ids(self) -> list[int] | None:
-        """Token ids, as `token_ids` or as log-probs' tokens of the form token_id:123 (vLLM).
+        """Token ids: `token_ids` (vLLM, SGLang), `response_token_ids` (chat completions of SGLang
+        since August 2026), or log-probs' tokens of the form token_id:123 (vLLM).
 
         None where the server gave none: tokens that are text do not determine ids.
 
         Raises:
             BadAnswerError: they are not valid ids.
         """
-        ids = self._choice.get("token_ids")
+        ids = next((own for name in _IDS if (own := self._choice.get(name)) is not None), None)
         if ids is None:
             tokens = self._of_tokens("tokens", "token")
             found = [_TOKEN_ID.fullmatch(str(token)) for token in tokens]

@@ -76,10 +76,12 @@ class Outage:
     up after `max_outage` seconds.
 
     Args:
-        settings: the address and the limits.
+        settings: the limits.
+        url: the server's address.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, url: str) -> None:
+        self.url = url
         self._settings = settings
         self._answered = False
         self._since: float | None = None  # time.monotonic() of the first failed try in a row
@@ -88,6 +90,11 @@ class Outage:
         self._probing = False
         self._no_answer = False
         self._silent: Counter[int] = Counter()
+
+    @property
+    def away(self) -> bool:
+        """Whether the last try found no server."""
+        return self._since is not None
 
     def begin(self) -> None:
         """Begin a call: no request of an earlier one is trying the server still."""
@@ -191,7 +198,7 @@ class Outage:
 
     def _given_up(self, received: str, remedy: str) -> ServerError:
         return ServerError(
-            f"the server at {self._settings.base_url} answers requests",
+            f"the server at {self.url} answers requests",
             received=received,
             remedy=f"{remedy}; {KEPT}",
         )

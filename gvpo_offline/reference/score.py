@@ -369,7 +369,8 @@ class _ReferenceScorer:
         device = next(self._model.parameters()).device
         with torch.no_grad(), autocast(device, self._autocasting):
             found = self._engine.token_logprobs(self._model, groups)
-        return [values.float().cpu().numpy() for values in found]
+            joined = torch.cat(found).float().cpu()  # one copy, not one for each response
+        return [own.numpy() for own in torch.split(joined, [len(own) for own in found])]
 
 
 def _sums(group: Group, tokens: Sequence[TokenLogprobs]) -> FloatArray:

@@ -208,6 +208,16 @@ class _JudgeServerSettings(_Settings):
         description="Seconds that a server which has answered may be unreachable, as while it "
         "restarts, before the run stops. One that has never answered is given up after 5 tries.",
     )
+    replicas: list[Annotated[str, AfterValidator(_no_secret)]] = Field(
+        default=[],
+        description="URLs of further servers of the same model. Requests go to all of them; one "
+        "that cannot be reached is left out until it answers again.",
+    )
+    requests_per_minute: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most requests a minute, to each server and from each worker.",
+    )
     max_answer_bytes: int = Field(
         default=ANSWER_BYTES,
         gt=0,

@@ -150,8 +150,9 @@ def _token_ids(choice: AnswerChoice, prompt: Prompt) -> Int32Array:
     ids = choice.token_ids
     if ids is None:
         raise ConfigError(
-            "with return_token_ids the server returns token_ids with each choice, as vLLM does",
-            received="a choice without token_ids",
+            "with return_token_ids the server returns token ids with each choice, as vLLM and "
+            "SGLang do",
+            received="a choice without token_ids or response_token_ids",
             remedy="set return_token_ids: false",
         )
     if not ids:

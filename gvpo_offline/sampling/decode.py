@@ -26,9 +26,11 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from gvpo_offline.errors import ConfigError, DataError
+from gvpo_offline.compute.devices import to_device
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.group import Int32Array
 from gvpo_offline.hashing import splitmix64
+from gvpo_offline.sampling.drawn import read
 
 # The batch is rebuilt once this share of its rows, 1 / _IDLE, is finished.
 _IDLE = 8
@@ -102,30 +104,22 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor
         greedy: take the likeliest token, whose probability is then 1.
 
     Returns:
-        (B,) int64 ids and (B,) float32 log-probs, in nats, of the distribution drawn from.
-
-    Raises:
-        DataError: a logit is NaN or infinite.
+        (B,) int64 ids and (B,) float32 log-probs, in nats, of the distribution drawn from, on the
+        device, which is not waited for. A row with a logit that is NaN or infinite has the log-prob
+        NaN, which `read` refuses.
     """
     if greedy:
         largest_B, ids_B = scores_BV.max(-1)  # of a row with a NaN: NaN
-        _check_finite(largest_B)
-        return ids_B, torch.zeros_like(ids_B, dtype=torch.float32)
+        return ids_B, torch.where(largest_B.isfinite(), 0.0, torch.nan)
     cumulative_BV = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    _check_finite(cumulative_BV[:, -1])
+    sums_B = cumulative_BV[:, -1]
     # Strictly above: a token of probability 0 is never drawn.
-    targets_B = uniforms_B.to(cumulative_BV.device) * cumulative_BV[:, -1]
+    targets_B = to_device(uniforms_B, sums_B.device) * sums_B
     ids_B = torch.searchsorted(cumulative_BV, targets_B[:, None], right=True)[:, 0]
-    return ids_B, scores_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
-
-
-def _check_finite(of_rows_B: Tensor) -> None:
-    if not of_rows_B.isfinite().all():
-        raise DataError(
-            "a model's logits are finite numbers",
-            received="NaN or infinite logits",
-            remedy="check the model's weights, or use a wider dtype",
-        )
+    # Of a row with a NaN the search may end behind the last token.
+    ids_B = ids_B.clamp(max=scores_BV.shape[-1] - 1)
+    logprobs_B = scores_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
+    return ids_B, torch.where(sums_B.isfinite(), logprobs_B, torch.nan)
 
 
 class DecodableModel(Protocol):
@@ -245,12 +239,12 @@ class Decoder:
         ids = np.stack([np.pad(p, (longest - len(p), 0), constant_values=p[0]) for p in prompts])
         mask = np.stack([np.arange(longest) >= longest - len(p) for p in prompts])
         device = self._model.device
-        ids_UT = torch.from_numpy(ids.astype(np.int64)).to(device)
-        mask_UT = torch.from_numpy(mask.astype(np.int64)).to(device)
+        ids_UT = to_device(ids.astype(np.int64), device)
+        mask_UT = to_device(mask.astype(np.int64), device)
         cache = DynamicCache(config=self._model.config)
         positions_UT = (mask_UT.cumsum(-1) - 1).clamp(min=0)
         logits_UV = self._forward(ids_UT, mask_UT, positions_UT, cache)
-        index_B = torch.tensor([number[id(c.prompt)] for c in completions], device=device)
+        index_B = to_device([number[id(c.prompt)] for c in completions], device)
         cache.reorder_cache(index_B)
         batch = _DecodingBatch(completions, ids_UT[index_B], mask_UT[index_B], cache)
         self._append_tokens(batch, logits_UV[index_B])
@@ -288,8 +282,8 @@ class Decoder:
         ids_B, logprobs_B = draw(scores_BV, uniforms_B, greedy=self._rules.greedy)
         batch.append(ids_B)
         ended = 0
-        rows = zip(batch.completions, ids_B.tolist(), logprobs_B.tolist(), strict=True)
-        for completion, token, logprob in rows:
+        ids, logprobs = read(ids_B, logprobs_B)
+        for completion, token, logprob in zip(batch.completions, ids, logprobs, strict=True):
             if not completion.finish_reason:
                 completion.ids.append(token)
                 completion.logprobs.append(logprob)
@@ -339,7 +333,7 @@ class _DecodingBatch:
             return None
         if len(kept) == len(self.completions):
             return self
-        index_B = torch.tensor(kept, device=self.ids_BT.device)
+        index_B = to_device(kept, self.ids_BT.device)
         self.cache.reorder_cache(index_B)
         mask_BT = self.mask_BT[index_B]
         unused = int(mask_BT.argmax(-1).min()) if self.mergeable else 0

@@ -41,6 +41,7 @@ from gvpo_offline.sampling.system_prompts import (
 from gvpo_offline.sampling.waiting import WaitingPrompt, prompt_sources
 from gvpo_offline.store.arrow import list_array, to_rows
 from gvpo_offline.store.commit import TaskLog, TaskRecord
+from gvpo_offline.store.location import local_path
 from gvpo_offline.store.manifest import FileEntry
 from gvpo_offline.store.parquet import open_parquet, read_row_group, write_parquet
 from gvpo_offline.tokenizer import tokenizer_info
@@ -139,7 +140,6 @@ def prepare_prompts(
             twice; names file and row. Or the folder holds the prompts of other inputs.
         IntegrityError: an input is damaged.
     """
-    root = Path(config.output_dir)
     sources = prompt_sources(config.inputs, config.prompt_column, config.limits)
     with _bar("checking inputs", sources, config) as bar:
         digests = [source.sha256(bar.update) for source in sources]
@@ -155,12 +155,12 @@ def prepare_prompts(
             **(limits_with_system(systems, limits) if drops else {}),
         }
     )
-    log = TaskLog(root, f"prompts-{identity[:12]}")
+    log = TaskLog(local_path(config.output_dir), f"prompts-{identity[:12]}")
     _refuse_others(log)
     record = log.committed(_TASK)
     reader = _Reader(config, encoder, limits, sources)
     if record is None:
-        entry = write_parquet(root, "prompts", _TASK, _SCHEMA, map(_table, reader.chunks()))
+        entry = write_parquet(log.root, "prompts", _TASK, _SCHEMA, map(_table, reader.chunks()))
         if not entry.row_groups:
             raise DataError(
                 "there is at least 1 prompt",
@@ -179,7 +179,7 @@ def prepare_prompts(
         for source, digest in zip(sources, digests, strict=True)
     ]
     dropped = {name: n for name, n in record.counts.items() if name != _LONGEST}
-    return PromptFile(root, record.files[0], dropped, inputs)
+    return PromptFile(log.root, record.files[0], dropped, inputs)
 
 
 # Frozen: their values are hashed by position. A setting that is added later enters the identity

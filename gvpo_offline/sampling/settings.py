@@ -141,8 +141,8 @@ class RequestSettings(SamplingSettings):
     """auto: chat messages go to chat completions, text to completions. completions: chat messages
     are rendered here with the dataset's chat template and sent as token ids."""
     return_token_ids: bool = False
-    """Take token ids from the server, whose tokenizer must be the dataset's (vLLM). Otherwise the
-    text is tokenised here."""
+    """Take token ids from the server, whose tokenizer must be the dataset's (vLLM, SGLang).
+    Otherwise the text is tokenised here."""
     logprobs: bool = False
     """Request the log-prob of each token."""
     send_seed: bool = True

@@ -238,9 +238,9 @@ def rewards_to_table(
 def reference_to_table(
     group_ids: Sequence[str],
     seq_logprobs: Sequence[FloatArray],
-    token_logprobs: Sequence[Sequence[npt.NDArray[np.float32]]],
+    token_logprobs: Sequence[Sequence[npt.NDArray[np.float32]] | None],
 ) -> pa.Table:
-    """The rows of a reference sidecar; log-probs in nats."""
+    """The rows of a reference sidecar; log-probs in nats. None: a group without those of tokens."""
     return pa.Table.from_arrays(
         [
             pa.array(group_ids, pa.string()),

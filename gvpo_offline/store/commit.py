@@ -231,15 +231,27 @@ def read_record(path: Path) -> TaskRecord:
         IntegrityError: it is damaged, is the record of another task or stage, or names a file
             outside the dataset.
     """
-    rule = "a commit record follows schemas/commit.schema.json"
     with storage_errors(path):
         content = read_regular(path)
+    return parse_record(content, path, path)
+
+
+def parse_record(content: bytes, path: Path | str, place: Path | str) -> TaskRecord:
+    """The commit record with some content; errors as `read_record`.
+
+    Args:
+        content: of its file.
+        path: path or URL of the file, for errors.
+        place: a path that ends as `commits/<stage>/<task>.json`.
+    """
+    rule = "a commit record follows schemas/commit.schema.json"
+    stage, task = Path(place).parent.name, Path(place).stem
     sealed = parse_json(content, path, rule, _DELETE)
     record = unsealed(TaskRecord, "record", sealed, path, rule, _DELETE)
     check_entries(record.entries(), path)
-    if (record.stage, record.task) != (path.parent.name, path.stem):
+    if (record.stage, record.task) != (stage, task):
         raise IntegrityError(
-            f"the record of task {path.stem} of stage {path.parent.name} lies at this path",
+            f"the record of task {task} of stage {stage} lies at this path",
             received=f"a record of task {record.task} of stage {record.stage}",
             remedy=_DELETE,
             file=path,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,8 @@ from gvpo_offline.ranges import check_ranges
 # Chained fsspec file systems as well: `zip::s3://…`.
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 _FILE = "file://"
+# Local folders that stand for URLs while a command writes to them; see `buckets`.
+_WORKING_COPIES: dict[str, Path] = {}
 
 
 @dataclass
@@ -47,12 +51,33 @@ class RemoteSettings:
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path is a URL of a remote file system; `file://` is not."""
-    return isinstance(path, str) and bool(_URL.match(path)) and not path.startswith(_FILE)
+    """Whether a path is a URL of a remote file system.
+
+    `file://` is not, nor is a URL while this process has a working copy of it.
+    """
+    if not isinstance(path, str) or not _URL.match(path) or path.startswith(_FILE):
+        return False
+    return path.rstrip("/") not in _WORKING_COPIES
+
+
+@contextmanager
+def standing_for(url: str, folder: Path) -> Iterator[None]:
+    """Let `local_path` give `folder` for `url` until the block ends, in this process."""
+    name = url.rstrip("/")
+    before = _WORKING_COPIES.get(name)
+    _WORKING_COPIES[name] = folder
+    try:
+        yield
+    finally:
+        del _WORKING_COPIES[name]
+        if before is not None:
+            _WORKING_COPIES[name] = before
 
 
 def local_path(path: str | Path) -> Path:
-    """The path of a local file or folder, given as a path or a `file://` URL."""
+    """The path of a local file or folder: of a path, a `file://` URL, or a working copy's URL."""
+    if isinstance(path, str) and path.rstrip("/") in _WORKING_COPIES:
+        return _WORKING_COPIES[path.rstrip("/")]
     if isinstance(path, str) and path.startswith(_FILE):
         return Path(unquote(urlsplit(path).path))
     return Path(path)
@@ -66,9 +91,10 @@ def local_folder(setting: str, path: str | Path) -> Path:
     """
     if is_url(path):
         raise ConfigError(
-            f"{setting} is a local folder: a dataset at a URL is read, never written",
+            f"{setting} is a local folder: a dataset at a URL is read, never written to directly",
             received=path,
-            remedy="copy the dataset to this machine, work on it there, and copy it back; train, "
+            remedy="for s3://, use the command line or `gvpo_offline.buckets.copy.working_copy`; "
+            "else copy the dataset to this machine, work on it there, and copy it back; train, "
             "evaluate and validate take the URL as it is",
         )
     return local_path(path)

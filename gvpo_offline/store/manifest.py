@@ -21,6 +21,7 @@ from gvpo_offline.store.records import Record, WithoutDefaults
 from gvpo_offline.store.reference_selection import ReferenceSelection
 from gvpo_offline.store.row_group_sizes import RowGroupSizes, n_rows
 from gvpo_offline.store.schema import PARTIAL_SCHEMA_VERSION, SCHEMA_VERSION
+from gvpo_offline.store.schema_versions import MANIFEST_RULE, refuse_newer
 from gvpo_offline.store.sealed import parse_json, sealed_text, unsealed
 from gvpo_offline.store.within import check_entries, read_regular
 
@@ -305,11 +306,11 @@ def with_schema_version(manifest: Manifest) -> Manifest:
     """The manifest with the lowest schema version that has all that it says.
 
     A reward or reference that is partial needs version 2: readers of version 1 take every number
-    for finite, and are told to upgrade instead.
+    for finite, and are told to upgrade instead. A version that is not known here is kept.
     """
-    partial = any(family.partial for family in (*manifest.rewards, *manifest.references))
-    needed = PARTIAL_SCHEMA_VERSION if partial else SCHEMA_VERSION
-    if manifest.schema_version == needed:
+    partial = [f.partial for f in manifest.rewards] + [f.partial for f in manifest.references]
+    needed = PARTIAL_SCHEMA_VERSION if any(partial) else SCHEMA_VERSION
+    if manifest.schema_version == needed or manifest.schema_version > PARTIAL_SCHEMA_VERSION:
         return manifest
     return manifest.model_copy(update={"schema_version": needed})
 
@@ -353,11 +354,9 @@ def choose_version(versions: Sequence[int], version: int | None, root: Path | st
 
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     """The manifest in the bytes of a file; IntegrityError as `load_manifest`."""
-    newest = PARTIAL_SCHEMA_VERSION
-    rule = f"a manifest follows schema version {newest} (schemas/manifest.schema.json)"
-    sealed = parse_json(data, path, rule, RESTORE)
-    _refuse_newer(sealed, path)
-    manifest = unsealed(Manifest, "manifest", sealed, path, rule, RESTORE)
+    sealed = parse_json(data, path, MANIFEST_RULE, RESTORE)
+    refuse_newer(sealed, path)
+    manifest = unsealed(Manifest, "manifest", sealed, path, MANIFEST_RULE, RESTORE)
     check_manifest(manifest, path)
     return manifest
 
@@ -397,17 +396,3 @@ def check_manifest(manifest: Manifest, path: Path | str) -> None:
         if said.setdefault(entry.path, what) != what:
             rule = "a manifest says one thing of each file"
             raise damaged(rule, f"two hashes or sizes of {entry.path}", path)
-
-
-def _refuse_newer(sealed: Any, path: Path | str) -> None:
-    """Raise IntegrityError if a manifest has a newer schema version."""
-    manifest = sealed.get("manifest") if isinstance(sealed, dict) else None
-    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > PARTIAL_SCHEMA_VERSION:
-        raise IntegrityError(
-            f"this version of gvpo-offline reads datasets up to schema version "
-            f"{PARTIAL_SCHEMA_VERSION}",
-            received=f"{found}",
-            remedy="upgrade gvpo-offline",
-            file=path,
-        )

@@ -158,6 +158,11 @@ def write_sidecar(
     return Sidecar(base_sha256=base.sha256, file=entry)
 
 
+def is_own_entry(name: str) -> bool:
+    """Whether an entry of a dataset's folder has the name of one that stages write."""
+    return name in _OWN_ENTRIES or name.startswith("manifest-") or name.endswith(".tmp")
+
+
 def claim_folder(root: Path) -> None:
     """Create `root`, or check that a dataset may be written to it.
 
@@ -168,13 +173,7 @@ def claim_folder(root: Path) -> None:
         found = "a link to nothing" if root.is_symlink() and not root.exists() else "a file"
         raise DataError("the output is a folder", received=found, file=root)
     root.mkdir(parents=True, exist_ok=True)
-    others = sorted(
-        entry.name
-        for entry in root.iterdir()
-        if entry.name not in _OWN_ENTRIES
-        and not entry.name.startswith("manifest-")
-        and not entry.name.endswith(".tmp")
-    )
+    others = sorted(entry.name for entry in root.iterdir() if not is_own_entry(entry.name))
     if others:
         raise DataError(
             "the output folder is empty or holds a dataset",

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gvpo_offline.compute.attention import kernels
 from gvpo_offline.compute.engine import Engine
+from gvpo_offline.compute.kept_products import keep_products
 from gvpo_offline.compute.probe import Choice, choose_path, engine_for
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.train.config import GVPOConfig
 
 logger = logging.getLogger(__name__)
@@ -72,6 +76,12 @@ def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
     """Enable activation checkpointing before the probe, as transformers will before training."""
     newer = getattr(args, "activation_checkpointing", None)
     if not (newer or getattr(args, "gradient_checkpointing", None)):
+        if args.keep_products:
+            raise ConfigError(
+                "keep_products is for runs with activation checkpointing",
+                received="keep_products without it",
+                remedy="set activation_checkpointing: true, or remove keep_products",
+            )
         return
     name = "activation_checkpointing" if newer is not None else "gradient_checkpointing"
     enable = getattr(model, f"{name}_enable", None)
@@ -80,3 +90,21 @@ def _checkpoint_activations(model: nn.Module, args: GVPOConfig) -> None:
         for own in ("every_n_layers", "offload"):  # set later by the trainer
             options.pop(own, None)
         enable(**{f"{name}_kwargs": options or None})
+        if args.keep_products:
+            keep_products(model)
+
+
+class KeepProductsCallback(TrainerCallback):
+    """Applies `keep_products` again, as transformers enables checkpointing anew for training."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Change the model's checkpointing if the run says so."""
+        if model is not None and getattr(args, "keep_products", False):
+            keep_products(model)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gvpo_offline.collectives import broadcast_from_rank0, gather_results
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
-from gvpo_offline.losses import GroupLoss
+from gvpo_offline.losses import GroupLoss, GroupStatistics
+from gvpo_offline.losses.checks import deferred_checks
 from gvpo_offline.train.checkpoint import checkpoint_folders, is_sealed
 from gvpo_offline.train.checkpointing import CheckpointingTrainer
 from gvpo_offline.train.nonfinite import (
@@ -86,6 +87,8 @@ class GuardedTrainer(CheckpointingTrainer):
     saves_when_stopped = True
     _stopped_by = 0  # the signal on which all ranks have agreed
     _skips = False  # whether the present step is skipped
+    _sound: Tensor | None = None  # whether the checks of the last micro-batch hold; None: they do
+    _filters: bool | None = None  # the setting logging_nan_inf_filter, while it is off
     _share: StepShare | None = None
     _checked_step = -1  # the step after which weights and log-probs were found finite
     _lost_steps = 0  # steps without a loss since the last logged line
@@ -112,6 +115,7 @@ class GuardedTrainer(CheckpointingTrainer):
         if self.stop_requests is not None and not self.saves_when_stopped:
             self.stop_requests.waits = False
         self.stop_requests = None
+        self._restore_filter()
 
     # ---- within a step ----
 
@@ -131,20 +135,28 @@ class GuardedTrainer(CheckpointingTrainer):
     ) -> GroupLoss | None:
         """The loss of a micro-batch; None, and its groups noted, if log-probs are not finite.
 
-        The rank then goes on to the end of the step with some gradient, since other ranks wait for
-        it there.
+        On a GPU whether they are is read at the end of the step, by `agree`. The rank then goes on
+        to the end of the step with some gradient, since other ranks wait for it there.
 
         Raises:
             DataError: as the objective, where the groups' own values are at fault.
         """
         try:
-            return objective(logprobs_R, groups)
+            with deferred_checks() as checks:
+                loss = objective(logprobs_R, groups)
+            self._sound = self._faults.wait(groups, logprobs_R, checks) if checks else None
+            return loss
         except DataError:
             before = len(self._faults.groups)
             self._faults.note(groups, logprobs_R)
             if len(self._faults.groups) == before:
                 raise
             return None
+
+    def sound_statistics(self, loss: GroupLoss) -> GroupStatistics:
+        """The statistics of the last loss of `sound_loss`; of no group if it is not sound."""
+        own = loss.statistics
+        return own if self._sound is None else own.where(self._sound)
 
     def agree(self, total: Tensor) -> Tensor:
         """Agree with the other ranks at the end of a step's backward pass; every rank must call.
@@ -157,19 +169,41 @@ class GuardedTrainer(CheckpointingTrainer):
 
         Raises:
             NonFiniteError: on every rank, if log-probs of any are not finite.
+            DataError: as `sound_loss`.
         """
+        self._faults.look(self._objective)
         number = 0 if self.stop_requests is None else self.stop_requests.number
         found = largest_of_ranks([number, bool(self._faults.groups)], self.args.device)
         self._stopped_by = found[0]
         self._skips = bool(found[1])
         if not self._skips:
-            return total
+            return self._filtered(total)
         self._refuse_or_skip("log-probs that are not finite", self._faults.groups, named=True)
         self._lost_steps += 1
         return torch.zeros_like(total)
 
+    def _filtered(self, total: Tensor) -> Tensor:
+        """On a GPU, what transformers does with a loss that is not finite, on the device.
+
+        With logging_nan_inf_filter it logs the mean of the losses before in place of such a loss,
+        and reads each loss on the host for that, twice a step.
+        """
+        if total.device.type == "cpu" or not self.args.logging_nan_inf_filter:
+            return total
+        self._filters, self.args.logging_nan_inf_filter = True, False
+        before = getattr(self, "_tr_loss", None)
+        if before is None:
+            return torch.where(torch.isfinite(total), total, 0.0)
+        n_steps = 1 + self.state.global_step - self._globalstep_last_logged
+        return torch.where(torch.isfinite(total), total, before.to(total) / n_steps)
+
+    def _restore_filter(self) -> None:
+        if self._filters is not None:
+            self.args.logging_nan_inf_filter, self._filters = self._filters, None
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As transformers; a step whose gradient is not finite ends the run or is skipped."""
+        self._restore_filter()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaler = getattr(self.accelerator, "scaler", None)
         if not self._skips and not norm_is_finite(norm, scaler):
@@ -280,6 +314,7 @@ class GuardedTrainer(CheckpointingTrainer):
             )
         grads = [own.grad for own in self.model.parameters() if own.grad is not None]
         finite = bool(all_finite(grads))
+        self._faults.look(self._objective)
         self.model.zero_grad()
         return finite
 

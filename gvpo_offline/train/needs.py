@@ -109,7 +109,13 @@ def _how(trainer: GVPOTrainer, args: Any) -> TrainingShape:
 
 
 def _recomputes(trainer: GVPOTrainer, args: Any) -> bool:
-    """Whether activations are computed again, by the settings of the run or of the model."""
+    """Whether whole layers are computed again, by the settings of the run or of the model.
+
+    With `keep_products` the forecast is that of a step that keeps all activations: its operations
+    are the same, and its memory is an upper bound.
+    """
+    if args.keep_products:
+        return False
     names = ("activation_checkpointing", "gradient_checkpointing")
     asked = any(bool(getattr(args, name, False)) for name in names)
     own = (getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())

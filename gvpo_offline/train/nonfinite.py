@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,34 @@ class StepFaults:
     """The groups of this rank whose log-probs were not finite in the present step."""
 
     groups: list[Group] = field(default_factory=list)
+    _waiting: list[tuple[Sequence[Group], Tensor, Tensor]] = field(default_factory=list)
+
+    def wait(self, groups: Sequence[Group], logprobs_R: Tensor, sound: Sequence[Tensor]) -> Tensor:
+        """Keep the checks of a micro-batch for `look`; without waiting for the device.
+
+        Returns:
+            Scalar bool on the device: whether all checks hold.
+        """
+        whole = torch.stack(list(sound)).all()
+        self._waiting.append((groups, logprobs_R.detach(), whole))
+        return whole
+
+    def look(self, recheck: Callable[[Tensor, Sequence[Group]], object]) -> None:
+        """Read the checks that were kept, all at once, and note the groups at fault.
+
+        Args:
+            recheck: raises DataError for a micro-batch whose groups' own values are at fault.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        found: list[bool] = torch.stack([whole for _, _, whole in waiting]).tolist()
+        for (groups, logprobs_R, _), sound in zip(waiting, found, strict=True):
+            before = len(self.groups)
+            if not sound:
+                self.note(groups, logprobs_R)
+            if not sound and len(self.groups) == before:
+                recheck(logprobs_R, groups)
 
     def note(self, groups: Sequence[Group], logprobs_R: Tensor) -> None:
         """Add those of the groups that have a log-prob that is not finite.

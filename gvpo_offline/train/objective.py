@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gvpo_offline.compute.devices import to_device
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.group import Group
 from gvpo_offline.losses import GroupLoss, GroupStatistics, group_loss
@@ -202,8 +203,9 @@ class StepMeter:
         """
         wall = max(time.perf_counter() - self._since, 1e-9)
         own = self._statistics.to_tensor()
-        extra = torch.tensor([self._tokens, self._waited], dtype=own.dtype, device=own.device)
-        total = reduced_sum(accelerator, torch.cat([own, extra, self._entropy]))
+        extra = to_device([self._tokens, self._waited], own.device, own.dtype)
+        # Read once: all that follows is computed on the host.
+        total = reduced_sum(accelerator, torch.cat([own, extra, self._entropy])).cpu()
         tokens, waited, entropy, scored = total[-4:].tolist()
         metrics = GroupStatistics.from_tensor(total[:-4]).metrics()
         del metrics["loss"]

@@ -96,6 +96,10 @@ class GVPOSettings:
     kept_logits_mb: int = 1024
     """Megabytes of logits kept from the forward pass for the backward pass. Logits beyond this are
     recomputed. 0 needs the least memory."""
+    keep_products: bool = False
+    """With activation_checkpointing: keep the results of matrix products and attention, and
+    recompute only what lies between them (norms, activation functions, rotations). Needs about half
+    the memory of keeping all activations, in about the same time."""
     log_entropy: bool = False
     """Log the policy's mean entropy over the response tokens, in nats. Makes a step slower."""
     log_format: Literal["short", "full", "json"] = "short"

@@ -45,7 +45,7 @@ from gvpo_offline.train.checkpointing import verify_contents
 from gvpo_offline.train.config import GVPOConfig, checked_config, settings_errors
 from gvpo_offline.train.data import TrainingData, scratch_folder
 from gvpo_offline.train.distributed import unsharded_loading
-from gvpo_offline.train.engine import training_engine
+from gvpo_offline.train.engine import KeepProductsCallback, training_engine
 from gvpo_offline.train.foreign import TRAINER_NAMES, answers_unknown_arguments
 from gvpo_offline.train.guarded import guards_run
 from gvpo_offline.train.held_out import EARLIER_RULE, RULE, rule_to_follow
@@ -163,8 +163,8 @@ class GVPOTrainer(CardedTrainer):
             check_best_metric(args, self.data.held_out)
         self._best = BestCheckpointCallback(self.is_of_run, verify_contents)
         self._epochs = EpochCallback(args.groups_per_step, self.data.order, self.data.n_draws)
-        watching = [MetricWarningCallback(), self.movement_warning(), MetricsFileCallback()]
-        return [self._epochs, *watching, self._best]
+        metrics = [MetricWarningCallback(), self.movement_warning(), MetricsFileCallback()]
+        return [KeepProductsCallback(), self._epochs, *metrics, self._best]
 
     # ---- before the first step ----
 
@@ -335,7 +335,7 @@ class GVPOTrainer(CardedTrainer):
                 return logprobs.sum()
             if self._reference_meter is not None:
                 self._reference_meter.add(groups, logprobs)
-            self._meter.add(loss.statistics)
+            self._meter.add(self.sound_statistics(loss))
             self.note_loss(groups, loss)
             return loss.group_losses.sum() * scale
 

@@ -38,6 +38,7 @@ COMMANDS = (
     "reference",
     "merge",
     "compact",
+    "retokenise",
     "validate",
     "ls",
     "order",

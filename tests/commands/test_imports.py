@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),
     ("findings", "contract"),
     ("info",),
-    ("hub",),
+    ("hub", "buckets"),
     ("workers", "openai", "collectives"),
     ("stream",),
     ("compute",),
@@ -68,7 +68,7 @@ WITHOUT_TORCH = (
     *("importing.importer", "merging.stages", "sampling.run"),
     *("workers.settings", "workers.run", "rewards.stage"),
     *("train.data_rules", "report.settings", "report.report", "report.dataset.build"),
-    *("doctor.diagnose", "commands.doctor"),
+    *("doctor.diagnose", "commands.doctor", "buckets", "buckets.copy", "doctor.bucket"),
     *("plan.config_file", "plan.forecast", "plan.settings", "commands.plan"),
     *("report.page.html", "report.page.live", "report.page.fragment"),
 )

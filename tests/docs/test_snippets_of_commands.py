@@ -43,7 +43,7 @@ YAML_OF = {
     "docs/howto/remote.md": ["train"],
     "docs/howto/rewards.md": ["reward", "reward", "reward", "reward"],
     "docs/howto/sampled-evaluation.md": ["reward", "train"],
-    "docs/howto/sampling.md": ["sample"],
+    "docs/howto/sampling.md": ["sample", "sample"],
     "docs/howto/tuning.md": ["tune"],
     "docs/reference/limits.md": ["import"],
     "docs/start/from-verl.md": ["reward"],

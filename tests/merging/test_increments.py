@@ -262,3 +262,30 @@ def test_the_dataset_itself_may_lack_the_reference(days: tuple[Path, Path], tmp_
     own = coverage_of(manifest.references[0], manifest)
     assert own is not None
     assert (own.responses, own.groups) == (18, 4)
+
+
+def test_a_condition_on_rewards_leaves_out_what_has_none(merged: Path) -> None:
+    """Groups 0 to 3 have 3 rewards each; groups 4 to 8 have responses without one.
+
+    Exact match gives 0 or 1, so that each condition is true for every group with 3 rewards.
+    """
+    dataset = open_dataset(merged)
+    for condition in (
+        *("reward_mean >= 0", "reward_min >= 0", "reward_max >= 0", "reward_std >= 0"),
+        *("reward_gap >= 0", "reward_mean > -1 OR reward_max > -1", "has_rewards"),
+    ):
+        selection = select(dataset, where=condition)
+        assert selection is not None
+        assert selection.n_groups == 4, condition
+
+
+def test_groups_without_numbers_are_shown(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """18 of the 33 responses have a reward; the others have null, and none in the text."""
+    shown = ["show", str(merged), "--rows", "9"]
+    assert cli.main([*shown, "--json", "true"]) == 0
+    groups = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    given = [own["rewards"]["right@1"] for group in groups for own in group["responses"]]
+    assert len(given) == 33
+    assert given.count(None) == 15
+    assert cli.main(shown) == 0
+    assert "reward right@1: none" in capsys.readouterr().out

@@ -2,77 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.loopback import LoopbackServer, drop, send
+from support.echo_server import EchoServer, Question, client
 
 from gvpo_offline.errors import ConfigError, ServerError
-from gvpo_offline.openai.client import OpenAIClient, ServerSettings
-
-
-class Question:
-    """A request that keeps the text of its answer."""
-
-    endpoint = "chat/completions"
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.text: str | None = None
-
-    def body(self) -> dict[str, Any]:
-        return {"number": self.number}
-
-    def read(self, answer: Any) -> None:
-        self.text = answer["text"]
-
-
-class EchoServer(LoopbackServer):
-    """Answers with the number of the question, or as `fault` says.
-
-    Attributes:
-        fault: the fault of a request's number: a status, drop, or None.
-        asked: numbers of the requests, in order.
-        listed: number of questions after the models.
-    """
-
-    methods = ("GET", "POST")
-
-    def __init__(self) -> None:
-        self.fault: Callable[[int], str | None] = lambda number: None
-        self.listed_as = "200"
-        self.asked: list[int] = []
-        self.listed = 0
-        super().__init__()
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        length = int(handler.headers.get("Content-Length") or 0)
-        body = handler.rfile.read(length)
-        if handler.command == "GET":
-            with self.lock:
-                self.listed += 1
-            fault: str | None = self.listed_as
-            number = -1
-        else:
-            number = json.loads(body)["number"]
-            with self.lock:
-                self.asked.append(number)
-            fault = self.fault(number)
-        if fault == "drop":
-            drop(handler)
-        elif fault is not None:
-            send(handler, int(fault), json.dumps({"error": {"message": "no"}}))
-        else:
-            send(handler, 200, json.dumps({"text": str(number)}))
+from gvpo_offline.openai.client import ServerSettings
 
 
 @pytest.fixture
@@ -89,13 +33,6 @@ def closed_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
     return port
-
-
-def client(url: str, **changes: Any) -> OpenAIClient:
-    limits: dict[str, Any] = {"max_wait": 0.01, "request_timeout": 5.0, **changes}
-    made = OpenAIClient(ServerSettings(base_url=url, **limits))
-    made.start()
-    return made
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[object]:

@@ -128,9 +128,9 @@ def test_an_interrupted_run_keeps_its_parts(
     table = reference_module._ReferenceScorer.table
     scored: list[str] = []
 
-    def counted(self: Any, selected: Any, file: Path) -> Any:
+    def counted(self: Any, selected: Any, file: Path, before: Any) -> Any:
         scored.extend(selected.ids)
-        return table(self, selected, file)
+        return table(self, selected, file, before)
 
     monkeypatch.setattr(reference_module._ReferenceScorer, "table", counted)
     dataset = score(root, tiny_model_dir)

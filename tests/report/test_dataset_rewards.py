@@ -352,16 +352,16 @@ def advice(groups: list[list[tuple[str, float]]]) -> list[str]:
 
 def test_each_rule_of_which_loss_to_take_applies_to_its_log() -> None:
     graded = [[("a", 0.1), ("b", 0.4), ("b", 0.7), ("a", 1.0)]] * 3
-    assert advice(graded) == ["gvpo"]
+    assert advice(graded) == ["gvpo with imitation: auto"]
     # One right answer of 16, and three of four groups are all wrong: alpha = 1 + 10 * 3/4.
     wrong = [[("a", 0.0), ("b", 0.0), ("c", 0.0), ("d", 0.0)]] * 3
     few = [[("a", 1.0), ("b", 0.0), ("c", 0.0), ("d", 0.0)]]
     assert advice(wrong + few) == ["gvpo with imitation: auto (here alpha 8.5), or rft", "awr"]
     # Three of four responses by a person, half of them above the lowest reward.
     habit = [[("p", 0.6), ("p", 0.0), ("p", 0.3), ("b", 1.0)]] * 2
-    assert advice(habit)[-1] == "gvpo with a larger beta and few epochs"
+    assert advice(habit)[-1] == "gvpo with imitation: auto, without imitation of that writer"
     always_wrong = [[("p", 0.0), ("p", 0.0), ("p", 0.0), ("b", 1.0), ("b", 1.0)]] * 2
-    assert advice(always_wrong) == ["rft"]
+    assert advice(always_wrong) == ["the same, or rft"]
 
 
 # ---- sampling of a large dataset ----

@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules, draw, uniforms
+from gvpo_offline.sampling.drawn import read
 from gvpo_offline.sampling.local import logits_processors
 from gvpo_offline.sampling.settings import SamplingSettings
 
@@ -188,4 +189,4 @@ def test_uniforms_are_the_same_on_every_machine() -> None:
 def test_logits_that_are_not_finite_are_refused() -> None:
     for greedy in (False, True):
         with pytest.raises(DataError, match="logits are finite numbers"):
-            draw(torch.tensor([[0.0, torch.nan]]), uniforms([1], [1]), greedy=greedy)
+            read(*draw(torch.tensor([[0.0, torch.nan]]), uniforms([1], [1]), greedy=greedy))

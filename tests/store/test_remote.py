@@ -284,22 +284,22 @@ def test_the_commands_that_read_take_a_url(
 @pytest.mark.parametrize(
     "argv",
     [
-        ["import", "--inputs", "x.jsonl", "--output_dir", "s3://b/d"],
-        ["reward", "--dataset", "s3://b/d", "--name", "r", "--scorers", "{a: {kind: length}}"],
-        ["reference", "--dataset", "s3://b/d", "--model_name_or_path", "m"],
-        ["merge", "--dataset", "s3://b/d", "--add", "more"],
-        ["compact", "--dataset", "s3://b/d"],
+        ["import", "--inputs", "x.jsonl", "--output_dir", "gs://b/d"],
+        ["reward", "--dataset", "gs://b/d", "--name", "r", "--scorers", "{a: {kind: length}}"],
+        ["reference", "--dataset", "gs://b/d", "--model_name_or_path", "m"],
+        ["merge", "--dataset", "gs://b/d", "--add", "more"],
+        ["compact", "--dataset", "gs://b/d"],
     ],
     ids=lambda argv: argv[0],
 )
-def test_the_commands_that_write_do_not(
+def test_the_commands_that_write_refuse_stores_without_conditional_puts(
     argv: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if argv[0] == "reward":
         argv[-1] = "{a: {kind: exact_match, answer: x}}"
     assert main(argv) == 1
-    assert "a dataset at a URL is read, never written" in capsys.readouterr().err
+    assert "a local folder or an s3:// URL" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -482,8 +482,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"not permitted at colour",
     ),
     "a newer schema": (
-        lambda c: c["manifest"].update(schema_version=2, shards=[]),
-        r"up to schema version 1; received 2\. Upgrade",
+        lambda c: c["manifest"].update(schema_version=3, shards=[]),
+        r"up to schema version 2; received 3\. Upgrade",
     ),
 }
 
@@ -501,8 +501,8 @@ def test_an_edited_manifest_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_newer_schema_is_refused_though_its_seal_fits(tmp_path: Path) -> None:
     """A later version may mean something else by the very same fields."""
     manifest = build_dataset(tmp_path, 4).manifest
-    reseal(tmp_path, manifest.model_copy(update={"schema_version": 2}))
-    with pytest.raises(IntegrityError, match=r"schema version 1; received 2\. Upgrade"):
+    reseal(tmp_path, manifest.model_copy(update={"schema_version": 3}))
+    with pytest.raises(IntegrityError, match=r"schema version 2; received 3\. Upgrade"):
         open_dataset(tmp_path)
 
 

@@ -21,7 +21,7 @@ class LoopbackServer(ABC):
 
     methods: ClassVar[tuple[str, ...]] = ("POST",)
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.lock = threading.Lock()
         self.stopped = threading.Event()
         owner = self
@@ -44,7 +44,7 @@ class LoopbackServer(ABC):
             def handle_error(self, *args: object) -> None:
                 """Ignored, because the client may have been killed."""
 
-        self._http = Server(("127.0.0.1", 0), Handler)
+        self._http = Server(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"

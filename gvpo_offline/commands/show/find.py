@@ -216,8 +216,9 @@ class ShownDataset:
         location = self.base.location(row_group)
         for number, (row, group) in enumerate(zip(rows, groups, strict=True)):
             place = location.first_row + row
-            # Reference log-probs were checked as they were read; they may have gaps.
-            check_group(replace(group, ref_seq_logprobs=None), file=location.file, row=place)
+            # What is joined was checked as it was read; it may have gaps.
+            own = replace(group, rewards=None, components=None, ref_seq_logprobs=None)
+            check_group(own, file=location.file, row=place)
             yield ShownGroup(
                 group,
                 str(location.file),

@@ -138,7 +138,7 @@ def loss_advice(rewards: RewardFacts, frame: ResponseNumbers) -> list[LossAdvice
         LossAdvice(
             graded and not nearly_all_wrong,
             "rewards of several values, several samplers, 4 or more responses to a prompt",
-            "gvpo",
+            "gvpo with imitation: auto",
             f"{rewards.distinct:,} different rewards, {len(rewards.samplers):,} samplers, "
             f"{median_k:g} responses in the median group",
         ),
@@ -152,13 +152,13 @@ def loss_advice(rewards: RewardFacts, frame: ResponseNumbers) -> list[LossAdvice
         LossAdvice(
             narrow and right > NEARLY_ALWAYS,
             "much of the log by one person or one narrow habit",
-            "gvpo with a larger beta and few epochs",
+            "gvpo with imitation: auto, without imitation of that writer",
             said,
         ),
         LossAdvice(
             narrow and right <= NEARLY_ALWAYS,
             "that person or habit is nearly always wrong",
-            "rft",
+            "the same, or rft",
             f"{said}, {percent(right)} of them above the lowest reward",
         ),
     ]

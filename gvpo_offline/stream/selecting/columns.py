@@ -113,6 +113,7 @@ def _expressions() -> dict[str, pl.Expr]:
 
     rewards, prompt = pl.col("rewards").list, pl.col("prompt_length").cast(pl.Int64)
     lengths = pl.col("response_lengths").cast(pl.List(pl.Int64))
+    whole = ~rewards.eval(pl.element().is_nan()).list.any()
     return {
         "prompt_length": prompt,
         "response_lengths": lengths,
@@ -120,13 +121,16 @@ def _expressions() -> dict[str, pl.Expr]:
         "response_length_max": lengths.list.max(),
         "n_tokens": prompt + lengths.list.sum(),
         "group_size": lengths.list.len().cast(pl.Int64),
-        "reward_mean": rewards.mean(),
-        "reward_min": rewards.min(),
-        "reward_max": rewards.max(),
-        "reward_std": rewards.std(ddof=1),
-        "reward_gap": rewards.max() - rewards.min(),
-        # NaN: no number, in a partial reward or reference.
-        "has_rewards": ~rewards.eval(pl.element().is_nan()).list.any(),
+        # NaN: no number, in a partial reward or reference. Null here: polars takes NaN for the
+        # largest number, and a condition would select what was never scored.
+        "rewards": rewards.eval(pl.element().fill_nan(None)),
+        "ref_seq_logprobs": pl.col("ref_seq_logprobs").list.eval(pl.element().fill_nan(None)),
+        "reward_mean": pl.when(whole).then(rewards.mean()),
+        "reward_min": pl.when(whole).then(rewards.min()),
+        "reward_max": pl.when(whole).then(rewards.max()),
+        "reward_std": pl.when(whole).then(rewards.std(ddof=1)),
+        "reward_gap": pl.when(whole).then(rewards.max() - rewards.min()),
+        "has_rewards": whole,
         "has_reference": ~pl.col("ref_seq_logprobs").list.eval(pl.element().is_nan()).list.any(),
     }
 

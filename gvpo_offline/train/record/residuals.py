@@ -11,6 +11,7 @@ ones have the `MOST` worst groups of that time and the `MOST` worst of the first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,8 +161,11 @@ class TrainingResiduals:
         tracked = self.tracked or frozenset()
 
         def own() -> tuple[list[GroupResiduals], list[GroupResiduals]]:
-            last = [one for part in self._now for one in _converted(part)]
-            before = [one for part in self._before for one in _converted(part)]
+            last, before = _converted(self._now), _converted(self._before)
+            # On a GPU, log-probs of a step that was skipped are known here only.
+            last, before = (
+                [o for o in each if math.isfinite(o.residual)] for each in (last, before)
+            )
             return last, [one for one in before if one.group_id in tracked]
 
         parts = gather_results(own)
@@ -170,9 +174,17 @@ class TrainingResiduals:
         return last, before
 
 
-def _converted(part: tuple[int, list[Group], Tensor]) -> list[GroupResiduals]:
-    step, groups, values_3R = part
-    return group_residuals(groups, values_3R, step)
+def _converted(parts: Sequence[tuple[int, list[Group], Tensor]]) -> list[GroupResiduals]:
+    """The figures of the groups of some micro-batches, which are read at once."""
+    if not parts:
+        return []
+    joined_3R = torch.cat([values_3R for _, _, values_3R in parts], dim=1).cpu()
+    own = torch.split(joined_3R, [values_3R.shape[1] for _, _, values_3R in parts], dim=1)
+    return [
+        one
+        for (step, groups, _), values_3R in zip(parts, own, strict=True)
+        for one in group_residuals(groups, values_3R, step)
+    ]
 
 
 def lines_of(
