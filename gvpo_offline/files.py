@@ -239,13 +239,16 @@ def kind_of_file(mode: int) -> str:
 _WRITERS = "one import, merge, compaction or pull at a time writes to a folder"
 
 
-def lock_folder(root: Path, *, wait: bool = False, what: str = _WRITERS) -> int | None:
+def lock_folder(
+    root: Path, *, wait: bool = False, what: str = _WRITERS, shared: bool = False
+) -> int | None:
     """Lock a folder, so that no other process that locks it writes to it.
 
     Args:
         root: the folder.
         wait: wait for the lock instead of raising.
         what: the rule that a second process breaks.
+        shared: any number of processes that share the lock may hold it at a time.
 
     Returns:
         A file descriptor; closing it, or the end of the process, releases the lock. None on a file
@@ -256,7 +259,8 @@ def lock_folder(root: Path, *, wait: bool = False, what: str = _WRITERS) -> int 
     """
     handle = os.open(root, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
         raise DataError(

@@ -21,11 +21,17 @@ from gvpo_offline.workers.settings import WorkerSettings
 
 def _run_import(values: dict[str, Any]) -> None:
     from gvpo_offline.commands.show.made import made_lines
-    from gvpo_offline.importing.importer import import_log
+    from gvpo_offline.importing.importer import import_part
 
     values["columns"] = Columns(**values["columns"])
     values["limits"] = Limits(**values["limits"])
-    outcome = import_log(filled(ImportConfig, values))
+    outcome = import_part(filled(ImportConfig, values))
+    if outcome is None:
+        say(
+            "import: this job is done, and others have inputs to read or shards to write",
+            "  once all have read, run every job again; the last one publishes the dataset",
+        )
+        return
     say(*outcome.lines())
     say(*made_lines(values["output_dir"]))
     say(look_line(values["output_dir"]))

@@ -99,6 +99,22 @@ class BrokenRows:
             assert self.raised is not None
             raise self.raised
 
+    @property
+    def faults(self) -> list[tuple[DataError, int]]:
+        """For each rule that is broken, its first error and the number of errors, in order."""
+        return list(self._faults.values())
+
+    def merge(self, faults: Iterable[tuple[DataError, int]]) -> None:
+        """Add what another collection found in later rows, with `on_error: stop`.
+
+        Args:
+            faults: its `faults`.
+        """
+        for error, n in faults:
+            first, before = self._faults.get(error.rule, (error, 0))
+            self._faults[error.rule] = (first, before + n)
+            self.total += n
+
     def extend(self, records: Iterable[dict[str, Any]]) -> None:
         """Add lines of the report of another collection, with `on_error: drop`.
 

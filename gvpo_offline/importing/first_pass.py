@@ -7,7 +7,7 @@ break; with `on_error: drop` it leaves broken rows out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,12 +78,15 @@ class FirstPass:
         self.broken = BrokenRows(config)
         self.reduced: set[str] = set()
 
-    def read(self, spill: FragmentSpill, advance: Advance) -> None:
+    def read(
+        self, spill: FragmentSpill, advance: Advance, only: Collection[int] | None = None
+    ) -> None:
         """Add the fragments of all rows to `spill`.
 
         Args:
             spill: an open spill; flushed at the end.
             advance: called with the number of bytes read.
+            only: numbers of the inputs to read; None: all.
 
         With `on_error: stop`, broken rows are collected for `check`.
 
@@ -95,6 +98,8 @@ class FirstPass:
         """
         try:
             for number, source in enumerate(self._sources):
+                if only is not None and number not in only:
+                    continue
                 with self._collected():
                     self._read_source(number, source, spill, advance)
                 source.check_unchanged()
@@ -102,8 +107,9 @@ class FirstPass:
             if isinstance(self._format, DropsResponses):
                 with self._collected():
                     self.left_out.update(self._format.finish())
-            for source in self._sources:
-                self.left_out.update(source.left_out())
+            for number, source in enumerate(self._sources):
+                if only is None or number in only:
+                    self.left_out.update(source.left_out())
         finally:
             for source in self._sources:
                 source.on_refused = None

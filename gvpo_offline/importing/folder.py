@@ -43,13 +43,15 @@ class OutputFolder:
     Args:
         root: the folder.
         wait: wait until another import into the folder ends, instead of raising an error.
+        shared: share the lock with other processes of one import (`shard`).
 
     Raises:
         DataError: the folder holds other files, or another import into it is running.
     """
 
-    def __init__(self, root: Path, *, wait: bool = False) -> None:
+    def __init__(self, root: Path, *, wait: bool = False, shared: bool = False) -> None:
         self.root = root
+        self.shared = shared
         self._wait = wait
         self._made = False
         self._handle: int | None = None
@@ -57,7 +59,7 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         self._made = not self.root.exists()
         claim_folder(self.root)
-        self._handle = lock_folder(self.root, wait=self._wait)
+        self._handle = lock_folder(self.root, wait=self._wait, shared=self.shared)
         return self
 
     def __exit__(
@@ -97,7 +99,7 @@ class OutputFolder:
                 verify_file(self.root, sidecar.file, content=False)
         for waiting in manifest.incomplete.files if manifest.incomplete else ():
             verify_file(self.root, waiting, content=False)
-        self._remove_spill()
+        self.remove_spill()
         remove_abandoned(self.root, "manifest-*.json")
         return manifest
 
@@ -113,8 +115,14 @@ class OutputFolder:
                 file=self.root,
             )
 
-    def prepare(self, log: TaskLog) -> dict[str, TaskRecord]:
+    def prepare(self, log: TaskLog, *, spilled: bool = False) -> dict[str, TaskRecord]:
         """Remove the uncommitted files of an interrupted run of the same import.
+
+        Where the lock is shared nothing is removed: it may belong to another process.
+
+        Args:
+            log: of the import.
+            spilled: keep the spilled rows, which the import goes on from.
 
         Returns:
             The records of the tasks that the run committed, by name.
@@ -136,11 +144,13 @@ class OutputFolder:
                 remedy="run that import again, choose another output_dir, or remove the folder",
                 file=self.root,
             )
+        if self.shared:
+            return {}
         tasks = sorted(log.folder.glob("*.json")) if log.folder.exists() else []
         found = {task.stem: log.committed(task.stem) for task in tasks}
         records = {task: record for task, record in found.items() if record is not None}
         keep = {entry.path for record in records.values() for entry in record.entries()}
-        self._sweep(keep)
+        self._sweep(keep, spilled=spilled)
         return records
 
     def discard(self, stage: str) -> None:
@@ -151,8 +161,9 @@ class OutputFolder:
         for name in ("commits", *_WRITTEN):
             _remove_empty(self.root / name)
 
-    def _sweep(self, keep: set[str]) -> None:
-        self._remove_spill()
+    def _sweep(self, keep: set[str], *, spilled: bool = False) -> None:
+        if not spilled:
+            self.remove_spill()
         written = {p for name in _WRITTEN for p in (self.root / name).rglob("*")}
         records = (self.root / "commits").rglob("*")
         for path in sorted([*self.root.iterdir(), *records, *written]):
@@ -166,7 +177,8 @@ class OutputFolder:
                 else:
                     remove_if_abandoned(found)
 
-    def _remove_spill(self) -> None:
+    def remove_spill(self) -> None:
+        """Remove the spilled rows."""
         shutil.rmtree(self.root / ".spill", ignore_errors=True)
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import logging
 from collections import Counter
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from gvpo_offline.chat.encoder import Encoder
@@ -24,8 +23,8 @@ from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import identity_settings
 from gvpo_offline.importing.as_chat import ChatPrompts
 from gvpo_offline.importing.broken_rows import summary, summary_lines, too_many, write_report
-from gvpo_offline.importing.builders import Building, open_builders
-from gvpo_offline.importing.draft import InputNames
+from gvpo_offline.importing.builders import open_builders
+from gvpo_offline.importing.divided import broken_lines, import_divided, still_reading
 from gvpo_offline.importing.encode import load_encoder
 from gvpo_offline.importing.first_pass import FirstPass
 from gvpo_offline.importing.folder import OutputFolder
@@ -36,13 +35,14 @@ from gvpo_offline.importing.formats.shared.log_format import (
     LogFormat,
     StageLog,
 )
+from gvpo_offline.importing.map_reduce import building_of, map_units, own_format
 from gvpo_offline.importing.outcome import COUNT_TEXTS, FOUND_TEXTS, INCOMPLETE, ImportResult
 from gvpo_offline.importing.regroup import FragmentSpill
 from gvpo_offline.importing.second_pass import SecondPass
 from gvpo_offline.importing.settings import ImportConfig
 from gvpo_offline.importing.sources.files import Source
 from gvpo_offline.importing.sources.joined import open_inputs
-from gvpo_offline.importing.tally import MOST_SAMPLERS, merged, model_max_length
+from gvpo_offline.importing.tally import merged, model_max_length
 from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.secret_settings import public
 from gvpo_offline.store.commit import TaskLog, TaskRecord, undo_on_bad_input
@@ -54,16 +54,18 @@ from gvpo_offline.store.manifest import (
     LineageStep,
     Manifest,
     RewardFamily,
+    manifest_versions,
 )
 from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish
 from gvpo_offline.tokenizer import tokenizer_info
 from gvpo_offline.version import IMPORT_VERSION, __version__
+from gvpo_offline.workers.settings import OWN_WORKERS
 
-__all__ = ["ImportResult", "import_log", "run_import"]
+__all__ = ["ImportResult", "import_log", "import_part", "run_import"]
 
-_NOT_RECORDED = ("output_dir", "show_progress", "workers", "limits")
+_NOT_RECORDED = ("output_dir", "show_progress", "limits", *OWN_WORKERS)
 # Settings that do not decide the bytes of the dataset, or whose content is hashed instead.
 _NOT_IDENTIFYING = (
     "join",
@@ -103,7 +105,19 @@ def import_log(config: ImportConfig, log: StageLog | None = None) -> ImportResul
         StorageError: the disk is full; committed shards stay, and the same command continues from
             them.
     """
-    return _Import(config, log).run()
+    result = _Import(config, log).run()
+    if result is None:
+        raise still_reading(str(config.shard))
+    return result
+
+
+def import_part(config: ImportConfig) -> ImportResult | None:
+    """As `import_log`; with `shard`, None while other jobs have inputs to read or shards to write.
+
+    Raises:
+        GVPOError: as `import_log`. With `shard` what is committed stays, also after a DataError.
+    """
+    return _Import(config, None).run()
 
 
 def import_stage(config: ImportConfig, log: StageLog | None = None) -> str:
@@ -120,8 +134,8 @@ def import_stage(config: ImportConfig, log: StageLog | None = None) -> str:
 class _Import:
     """One run of the stage."""
 
-    def __init__(self, config: ImportConfig, log: StageLog | None) -> None:
-        self.config = config
+    def __init__(self, config: ImportConfig, log: StageLog | None = None) -> None:
+        self.config = self.given = config
         self.log = log
         self.format: LogFormat = log.format if log else find_format(config)
         self.encoder: Encoder | None = load_encoder(config)
@@ -138,25 +152,43 @@ class _Import:
         self.digests: list[str] = []
         self.dependencies = [self._dependencies(source) for source in self.sources]
 
-    def run(self) -> ImportResult:
-        """See `import_log`."""
+    def run(self) -> ImportResult | None:
+        """See `import_part`."""
         # Several processes of one stage may import the same log; only the first does the work.
-        wait = self.log is not None
-        with OutputFolder(local_path(self.config.output_dir), wait=wait) as folder:
-            self.hash_inputs()
-            identity = self._identity()
-            finished = folder.finished(identity)
-            if finished is not None:
-                step = next(s for s in finished.lineage if s.config.get("identity") == identity)
-                return ImportResult(finished, step.counts, True, step.details, self.notes)
+        wait, shared = self.log is not None, self.config.shard is not None
+        with OutputFolder(local_path(self.config.output_dir), wait=wait, shared=shared) as folder:
+            divided = self._divided()
+            if not divided or manifest_versions(folder.root):
+                self.hash_inputs()
+                identity = self.identity()
+                finished = folder.finished(identity)
+                if finished is not None:
+                    return self._finished(finished, identity)
+            if divided:
+                return import_divided(self, self.given, folder)
             log = TaskLog(folder.root, self.stage())
             records = folder.prepare(log)
             with undo_on_bad_input(lambda: folder.discard(log.stage)):
                 return self._import(folder.root, log, records, identity)
 
+    def _finished(self, finished: Manifest, identity: str) -> ImportResult:
+        step = next(s for s in finished.lineage if s.config.get("identity") == identity)
+        return ImportResult(finished, step.counts, True, step.details, self.notes)
+
+    def _divided(self) -> bool:
+        """Whether the engine's workers read the inputs and write the shards."""
+        if self.config.engine != "local" or self.config.shard is not None:
+            return self.log is None
+        n_workers, divided = self.config.workers, len(map_units(self)) > 1
+        return n_workers > 1 and divided and self.n_shards >= n_workers and self.log is None
+
+    def first_pass(self) -> FirstPass:
+        """See `OpenImport.first_pass`."""
+        return FirstPass(self.config, own_format(self), self.sources, self.encoder, self.chat)
+
     def stage(self) -> str:
         """The name of the stage; after `hash_inputs`."""
-        return f"import-{self._identity()[:12]}"
+        return f"import-{self.identity()[:12]}"
 
     def _bar(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
         bar: AbstractContextManager[Any] = ProgressBar(
@@ -180,31 +212,36 @@ class _Import:
             **(self.format.dependencies(source) if own else {}),  # type: ignore[attr-defined]
         }
 
-    def _identity(self) -> str:
+    def identity(self) -> str:
         """SHA-256 over everything that determines the bytes of the dataset.
 
         `gvpo_offline.identity` selects the settings, so that a setting added later does not change
         the identity of imports that do not use it.
         """
-        settings = identity_settings(self.config)
-        for name in (*_NOT_RECORDED, *_NOT_IDENTIFYING):
-            settings.pop(name, None)
-        tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
-        ends = [] if self.encoder is None else sorted(self.encoder.end_ids)
         return sha256_json(
             {
-                "ends": ends,
-                "versions": [IMPORT_VERSION, SCHEMA_VERSION],
-                "settings": settings,
+                **self.identity_settings(),
                 "inputs": [
                     [source.file_name, digest, *([dependencies] if dependencies else [])]
                     for source, digest, dependencies in zip(
                         self.sources, self.digests, self.dependencies, strict=True
                     )
                 ],
-                "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
             }
         )
+
+    def identity_settings(self) -> dict[str, Any]:
+        """The part of the identity that is not of the inputs."""
+        settings = identity_settings(self.config)
+        for name in (*_NOT_RECORDED, *_NOT_IDENTIFYING):
+            settings.pop(name, None)
+        tokenizer = None if self.encoder is None else tokenizer_info(self.encoder.tokenizer)
+        return {
+            "ends": [] if self.encoder is None else sorted(self.encoder.end_ids),
+            "versions": [IMPORT_VERSION, SCHEMA_VERSION],
+            "settings": settings,
+            "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+        }
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config)
@@ -233,7 +270,7 @@ class _Import:
             pending = [shard for shard, task in enumerate(tasks) if task not in records]
             buckets = {shard: self._buckets(shard) for shard in pending}
             with self._bar("writing groups", spill.n_rows, "row") as bar:
-                builders.begin(self._building(first))
+                builders.begin(building_of(self, first))
                 second = SecondPass(self.config, builders.run(spill, buckets), bar.update)
                 for shard, task in enumerate(tasks):
                     if task not in records:
@@ -241,23 +278,14 @@ class _Import:
                         records[task] = log.commit(record)
                     broken += len(records[task].details.get("broken", ()))
                     if broken > self.config.max_errors:
-                        raise too_many(self.config, _broken(first, [*records.values()]))
+                        raise too_many(self.config, broken_lines(first, [*records.values()]))
         finally:
             builders.close()
             spill.close()
-        return self._publish(root, [records[task] for task in tasks], first, identity)
+        return self.publish(root, [records[task] for task in tasks], first, identity)
 
     def _buckets(self, shard: int) -> range:
         return range(shard * self.buckets_per_shard, (shard + 1) * self.buckets_per_shard)
-
-    def _building(self, first: FirstPass) -> Building:
-        return Building(
-            inputs=[InputNames(s.label, s.file_name, s.name) for s in self.sources],
-            components=sorted(first.components),
-            text_bytes=sum(source.text_bytes for source in self.sources),
-            by_sampler=len(first.samplers) <= MOST_SAMPLERS,
-            reduced=frozenset(first.reduced),
-        )
 
     def _write(
         self, root: Path, log: TaskLog, second: SecondPass, shard: int, first: FirstPass
@@ -275,12 +303,12 @@ class _Import:
         )
         return record.model_copy(update=found.of_record())
 
-    def _publish(
+    def publish(
         self, root: Path, records: list[TaskRecord], first: FirstPass, identity: str
     ) -> ImportResult:
         found, repeated = merged([record.details for record in records])
         counts = _counts(records, first, repeated)
-        broken = _broken(first, records)
+        broken = broken_lines(first, records)
         if broken:
             found["broken"] = summary(broken)
         if counts.get("over_model_max_length_responses") and self.encoder is not None:
@@ -318,8 +346,9 @@ class _Import:
         )
         write_report(root, broken)
 
-        def build(newest: Manifest | None) -> Manifest:
-            assert newest is None  # the folder is locked and holds no manifest
+        def build(newest: Manifest | None) -> Manifest | None:
+            if newest is not None:  # of another job that found all shards written
+                return None
             return Manifest(
                 tokenizer=None if self.encoder is None else tokenizer_info(self.encoder.tokenizer),
                 samplers=samplers,
@@ -334,12 +363,6 @@ class _Import:
 
 def _task(shard: int) -> str:
     return f"{shard:05d}"
-
-
-def _broken(first: FirstPass, records: list[TaskRecord]) -> list[dict[str, Any]]:
-    """The lines of the report: those of the first pass, then those of the tasks."""
-    of_tasks = [line for record in records for line in record.details.get("broken", ())]
-    return [*first.broken.records, *of_tasks]
 
 
 def _counts(

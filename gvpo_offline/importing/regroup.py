@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from gvpo_offline.hashing import text_key
 from gvpo_offline.importing.fragment import Fragment
 from gvpo_offline.store.arrow import list_array, nested_list_array, to_rows
+from gvpo_offline.store.pieces import PieceWriter
 from gvpo_offline.store.spill import TableSpill
 
 _BUFFER_BYTES = 32 << 20
@@ -149,8 +150,17 @@ class FragmentSpill:
         """
         if self._buffer:
             self._spill.add(pa.Table.from_batches([_to_batch(self._buffer)]))
-            self._spill.flush()
+        self._spill.flush()
         self._buffer, self._buffered = [], 0
+
+    def add_table(self, table: pa.Table) -> None:
+        """Add rows that another spill has written, with the schema of this one.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        self.n_rows += table.num_rows
+        self._spill.add(table)
 
     def groups(self, bucket: int, responses_at_once: int) -> Iterator[SpilledGroups]:
         """Yield the groups of a bucket in order of hash(group_id), in batches.
@@ -177,6 +187,42 @@ class FragmentSpill:
                 batch = []
         if batch:
             yield _read_batch(table, indices, batch)
+
+
+class FragmentPieces(FragmentSpill):
+    """Fragments in one file, in parts by the hash of their group's id; see `store.pieces`.
+
+    Args:
+        path: of the file; it appears with `finish`.
+        n_parts: a power of two.
+    """
+
+    def __init__(self, path: Path, n_parts: int) -> None:
+        super().__init__(path.parent, n_parts)
+        self._pieces = PieceWriter(path, _SCHEMA, n_parts)
+
+    def flush(self) -> None:
+        """Hand the buffered fragments to the writer of the file, which has a buffer of its own.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        if self._buffer:
+            self._pieces.add(pa.Table.from_batches([_to_batch(self._buffer)]))
+        self._buffer, self._buffered = [], 0
+
+    def finish(self) -> None:
+        """Complete the file.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        self.flush()
+        self._pieces.finish()
+
+    def abandon(self) -> None:
+        """Remove an unfinished file."""
+        self._pieces.close()
 
 
 def _to_batch(rows: Sequence[tuple[int, str, Fragment]]) -> pa.RecordBatch:

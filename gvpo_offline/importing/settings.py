@@ -10,6 +10,7 @@ from gvpo_offline.limits import Limits
 from gvpo_offline.ranges import check_ranges
 from gvpo_offline.settings import ErrorOrDrop, check_name, label_numbers, positive
 from gvpo_offline.store.location import local_folder
+from gvpo_offline.workers.settings import own_workers
 
 OnLong = Literal["error", "drop", "truncate"]
 OnEmpty = Literal["error", "drop", "keep"]
@@ -214,9 +215,20 @@ class ImportConfig:
     system_prompt: str | None = None
     """System message before each chat prompt that has none."""
     workers: int = 1
-    """Number of processes that tokenise. With 1, this process does it, in as many threads as the
-    tokenizer starts; with more, each worker has one thread, and a small log uses fewer workers. The
-    dataset is the same, byte for byte, with any number."""
+    """Number of processes, or of actors on Ray. With 1, this process does all, in as many threads
+    as the tokenizer starts. With more, workers with one thread each tokenise, and a small log uses
+    fewer; where there are several inputs and as many shards as workers, the workers also read the
+    inputs and write the shards. The dataset is the same, byte for byte, with any number."""
+    engine: Literal["local", "ray"] = "local"
+    """Where the workers are: local, processes on this machine; ray, actors on a Ray cluster whose
+    machines see inputs and output_dir at the same paths (extra gvpo-offline[ray])."""
+    shard: str | None = None
+    """Do a part of the import, as job i of n, counted from 0: `i/n`. All jobs see the same inputs
+    and output_dir. Run every job twice: first the inputs are read, then the shards are written
+    (docs/howto/distributed.md)."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster, or auto. Default: RAY_ADDRESS, which Ray sets in its jobs;
+    without it the run starts Ray on this machine."""
     limits: Limits = field(default_factory=Limits)
     """Bounds on what a file of the log may hold, which keep a damaged or hostile file from filling
     the memory (docs/reference/limits.md)."""
@@ -236,6 +248,7 @@ class ImportConfig:
         positive("shard_bytes", self.shard_bytes)
         positive("rows_per_row_group", self.rows_per_row_group)
         positive("workers", self.workers)
+        own_workers(self)  # raises on settings of workers that contradict each other
         if self.max_length is not None:
             positive("max_length", self.max_length)
         if self.max_errors < 0:

@@ -83,10 +83,7 @@ def run_ray(
         Exception: as the task raised it.
     """
     ray = _ray()
-    ours = not ray.is_initialized()
-    if ours:
-        connect(ray, settings)
-    try:
+    with session(settings):
         kind = ray.remote(_Actor).options(
             num_cpus=1,
             num_gpus=settings.gpus_per_worker,
@@ -100,6 +97,21 @@ def run_ray(
         finally:
             for actor in [*actors, *([] if counts is None else [counts])]:
                 ray.kill(actor)
+
+
+@contextlib.contextmanager
+def session(settings: WorkerSettings) -> Iterator[None]:
+    """A connection to Ray, which is closed at the end unless there was one before.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at the address.
+    """
+    ray = _ray()
+    ours = not ray.is_initialized()
+    if ours:
+        connect(ray, settings)
+    try:
+        yield
     finally:
         if ours:
             ray.shutdown()

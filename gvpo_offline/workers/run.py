@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from gvpo_offline.progress_bar import ProgressBar
 from gvpo_offline.store.commit import TaskLog, TaskRecord
@@ -13,6 +13,22 @@ from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Stage, Task
 
 _log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def started(settings: WorkerSettings) -> Iterator[None]:
+    """Keep the engine of several stages that run one after another: Ray is started once for all.
+
+    Raises:
+        ConfigError: as `run_stage`.
+    """
+    if settings.engine != "ray":
+        yield
+        return
+    from gvpo_offline.workers.on_ray import session
+
+    with session(settings):
+        yield
 
 
 def run_stage(stage: Stage, settings: WorkerSettings) -> list[TaskRecord] | None:

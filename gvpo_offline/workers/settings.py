@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.ranges import check_ranges
@@ -63,3 +63,32 @@ class WorkerSettings:
                 "shard is i/n with i from 0 to n - 1", received=self.shard, remedy="set 0/4, 1/4 …"
             )
         return index, count
+
+
+class HasWorkers(Protocol):
+    """The settings of a stage that has those of its workers among its own."""
+
+    engine: Literal["local", "ray"]
+    workers: int
+    shard: str | None
+    ray_address: str | None
+    show_progress: bool
+
+
+OWN_WORKERS = ("engine", "workers", "shard", "ray_address")
+"""The fields of `HasWorkers` that never change what a stage writes, nor its record of it."""
+
+
+def own_workers(config: HasWorkers) -> WorkerSettings:
+    """The settings of workers that a stage has among its own.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    return WorkerSettings(
+        engine=config.engine,
+        workers=config.workers,
+        shard=config.shard,
+        ray_address=config.ray_address,
+        show_progress=config.show_progress,
+    )

@@ -60,6 +60,7 @@ class FlatFormat:
     """Reads a table whose column names are given in `config.columns`."""
 
     reads_labels = True
+    reads_inputs_apart = True
 
     def __init__(self, config: ImportConfig) -> None:
         self._config = config

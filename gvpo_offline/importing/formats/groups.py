@@ -37,6 +37,8 @@ def open_format(config: ImportConfig) -> GroupsFormat:
 class GroupsFormat:
     """Reads rows with the columns of `store.schema.GROUPS_COLUMNS` and, optionally, `rewards`."""
 
+    reads_inputs_apart = True
+
     @property
     def columns(self) -> Sequence[str]:
         """The columns that are read."""

@@ -39,7 +39,9 @@ class LogFormat(Protocol):
     """Turns the rows of one kind of log into fragments.
 
     A format whose pictures, films and sounds have other columns than `sources.media.MEDIA` names
-    them in an attribute `media_columns`.
+    them in an attribute `media_columns`. One that finds the same fragments in an input whatever
+    other inputs it has read has an attribute `reads_inputs_apart` that is True: several workers
+    then read the inputs.
     """
 
     @property

@@ -41,6 +41,8 @@ class RowFormat:
         ConfigError: a setting does not apply to the format.
     """
 
+    reads_inputs_apart = True
+
     def __init__(
         self,
         config: ImportConfig,
