@@ -15,6 +15,7 @@ import dataclasses
 import logging
 from collections import Counter
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from gvpo_offline.chat.encoder import Encoder

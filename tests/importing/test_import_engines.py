@@ -224,7 +224,7 @@ def test_a_killed_worker_is_one_error_and_the_same_command_continues(
     with monkeypatch.context() as patch:
         patch.setattr(local, "WorkerProcess", _Killed)
         patch.setattr(_Killed, "sent", itertools.count())
-        with pytest.raises(WorkerError, match="of import-.*") as caught:
+        with pytest.raises(WorkerError, match=r"of import-.*") as caught:
             import_log(config(logs, out, workers=2, **IDS))
     assert "killed by SIGKILL" in str(caught.value)
     assert multiprocessing.active_children() == []
