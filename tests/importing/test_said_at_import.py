@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.importing import ID_COLUMNS, config, id_rows, read_groups, write_jsonl
 
 from gvpo_offline.group import BoolArray, Int32Array
-from gvpo_offline.importing import importer, tally
+from gvpo_offline.importing import map_reduce, tally
 from gvpo_offline.importing.importer import import_log
 from gvpo_offline.importing.settings import Columns
 from gvpo_offline.importing.tally import Tally, merged, sampler_lines
@@ -241,7 +241,7 @@ def test_very_many_samplers_are_counted_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the two samplers above: 50 kept of mean (10 · 0.5 + 40 · 0.25) / 50, 30 dropped."""
-    monkeypatch.setattr(importer, "MOST_SAMPLERS", 1)
+    monkeypatch.setattr(map_reduce, "MOST_SAMPLERS", 1)
     log = write_jsonl(tmp_path / "log.jsonl", overlong_rows())
     result = import_log(config(log, tmp_path / "out", max_length=6, overlong="drop", **IDS))
     assert result.details["samplers"]["dropped_overlong_responses"] == {
