@@ -18,7 +18,7 @@ from support.sampling import FaultServer, answer_of, config, first, prompt_rows,
 
 from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.limits import Limits
-from gvpo_offline.openai.client import retry_after
+from gvpo_offline.openai.server import retry_after
 from gvpo_offline.sampling.answers import request_body
 from gvpo_offline.sampling.log import SampleLog
 from gvpo_offline.sampling.run import run_sample
