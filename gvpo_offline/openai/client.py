@@ -127,7 +127,12 @@ class OpenAIClient:
         """
         for outage in self._outages:
             outage.begin()
-        return asyncio.run(self._send_all(requests, ended))
+        try:
+            return asyncio.run(self._send_all(requests, ended))
+        except asyncio.CancelledError as error:
+            # Nothing but an interrupt cancels all requests. While a connection is being made, the
+            # HTTP library's own cancellation hides it from asyncio.run.
+            raise KeyboardInterrupt from error
 
     async def _send_all(
         self, requests: Sequence[ServerRequest], ended: Callable[[int], None]
