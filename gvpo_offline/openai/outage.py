@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Tries of a server that has never answered, about 8 s with the waits between them.
 TRIES = 5
 FIRST_WAIT = 0.5  # seconds
-_POLL = 0.05  # seconds between two looks whether the server is back
+POLL = 0.05  # seconds between two looks whether the server is back
 # Requests in a row without any answer, after which it is asked whether there is a server at all.
 SUSPICIOUS_FAILURES, SUSPICIOUS_REQUESTS = 10, 3
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
@@ -116,7 +116,7 @@ class Outage:
         """
         while self._since is not None:
             if self._probing:
-                await asyncio.sleep(min(_POLL, self._settings.max_wait))
+                await asyncio.sleep(min(POLL, self._settings.max_wait))
                 continue
             self._probing = True
             await asyncio.sleep(max(0.0, self._next - time.monotonic()))

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gvpo_offline.errors import ServerError
-from gvpo_offline.openai.outage import FIRST_WAIT, KEPT, UnreachableError
+from gvpo_offline.openai.outage import FIRST_WAIT, KEPT, POLL, UnreachableError
 from gvpo_offline.openai.server import FailedError, Server, ServerRequest
 
 if TYPE_CHECKING:
     from gvpo_offline.openai.client import ServerSettings
 
 logger = logging.getLogger(__name__)
-_POLL = 0.05  # seconds between two looks whether a server is back
 
 
 class Replicas:
@@ -91,7 +90,7 @@ class Replicas:
             there = [own for own in self._servers if not own.away and own not in self._lost]
             if there:
                 return min(there, key=lambda own: own.in_flight)
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(POLL)
 
     async def _return(self, server: Server) -> None:
         """Try a server that is away until it is back."""
