@@ -240,26 +240,23 @@ def test_a_stage_runs_once(pipeline: dict[str, ModuleType], tmp_path: Path) -> N
     assert not (tmp_path / "fail.done.json").exists()
 
 
-def test_every_loss_gets_two_or_three_rates(pipeline: dict[str, ModuleType]) -> None:
-    """Reward - beta KL of rate r peaks at 1e-6 for gvpo, 3e-6 for rft, 1e-4 for the others. With
-    3e-6 and 1e-5 tried first, gvpo also gets 1e-6, rft 1e-6, the others 3e-5 and no fourth one.
-    """
+def test_every_loss_gets_three_rates_and_takes_the_best(pipeline: dict[str, ModuleType]) -> None:
+    """The reward of rate r peaks at 3e-6 for rft, 3e-5 for dpo, 1e-5 for the others."""
     run, jobs = pipeline["run"], pipeline["jobs"]
-    peaks = {"gvpo": 1e-6, "rft": 3e-6}
+    peaks = {"rft": 3e-6, "dpo": 3e-5}
     tried: list[tuple[str, float]] = []
 
     def fake(wanted: list[Any]) -> list[dict[str, Any]]:
-        tried.extend((job.loss, job.rate) for job in wanted if job.loss in ("gvpo", "rft", "dpo"))
-        distance = [abs(np.log(job.rate / peaks.get(job.loss, 1e-4))) for job in wanted]
+        tried.extend((job.loss, job.rate) for job in wanted)
+        distance = [abs(np.log(job.rate / peaks.get(job.loss, 1e-5))) for job in wanted]
         return [row_of(j, [-float(d)]) for j, d in zip(wanted, distance, strict=True)]
 
     best = run.tune_rates(run.FULL, fake)
-    assert set(best) == set(jobs.LOSSES)
-    assert best["gvpo"] == 1e-6
-    assert best["rft"] == 3e-6
-    assert best["dpo"] == 3e-5
-    assert {rate for loss, rate in tried if loss == "dpo"} == {3e-6, 1e-5, 3e-5}
-    assert {rate for loss, rate in tried if loss == "rft"} == {1e-6, 3e-6, 1e-5}
+    assert best == {loss: peaks.get(loss, 1e-5) for loss in jobs.LOSSES}
+    assert len(tried) == len(set(tried)) == 3 * len(jobs.LOSSES)
+    # `QUICK` tries gvpo alone; the others take the last rate.
+    quick = run.tune_rates(run.QUICK, lambda jobs: [row_of(job, [-job.rate]) for job in jobs])
+    assert quick == {loss: 3e-6 if loss == "gvpo" else 1e-5 for loss in jobs.LOSSES}
 
 
 def test_the_report_pairs_runs_by_prompt_and_seed(
