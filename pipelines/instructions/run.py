@@ -159,8 +159,8 @@ def _write_person(folder: Path, seed: int) -> None:
 def tune_rates(plan: Plan, run: Any) -> dict[str, float]:
     """The learning rate of each loss with the largest reward on validation prompts.
 
-    Not reward - beta KL: what a nat may cost is the user's choice, and the trials showed that at
-    the beta of train.yaml it prefers rates at which nothing is learned. KL is a column of the table.
+    Not reward - beta KL: at the beta of train.yaml, trials showed, it prefers rates at which
+    nothing is learned. KL is a column of the table.
     """
     jobs = [
         _job(plan, loss, rate, 0, prompts="validation")
