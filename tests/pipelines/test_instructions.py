@@ -240,23 +240,42 @@ def test_a_stage_runs_once(pipeline: dict[str, ModuleType], tmp_path: Path) -> N
     assert not (tmp_path / "fail.done.json").exists()
 
 
-def test_every_loss_gets_three_rates_and_takes_the_best(pipeline: dict[str, ModuleType]) -> None:
-    """The reward of rate r peaks at 3e-6 for rft, 3e-5 for dpo, 1e-5 for the others."""
+def test_every_loss_takes_the_best_of_three_rates_within_a_limit(
+    pipeline: dict[str, ModuleType],
+) -> None:
+    """The reward of rate r peaks at 3e-6 for gvpo, 1e-5 for the others. The KL is r / 1e-5 nats,
+    but for rft, whose 1e-5 gives 10 and 3e-5 gives 30: it takes 3e-6, with 3 > 1.5 nats.
+    """
     run, jobs = pipeline["run"], pipeline["jobs"]
-    peaks = {"rft": 3e-6, "dpo": 3e-5}
-    tried: list[tuple[str, float]] = []
+    tried: list[tuple[str, float, float]] = []
 
     def fake(wanted: list[Any]) -> list[dict[str, Any]]:
-        tried.extend((job.loss, job.rate) for job in wanted)
-        distance = [abs(np.log(job.rate / peaks.get(job.loss, 1e-5))) for job in wanted]
-        return [row_of(j, [-float(d)]) for j, d in zip(wanted, distance, strict=True)]
+        tried.extend((job.loss, job.rate, job.settings.get("beta", 0)) for job in wanted)
+        rows = []
+        for job in wanted:
+            distance = abs(np.log(job.rate / (3e-6 if job.loss == "gvpo" else 1e-5)))
+            kl = job.rate * (1e6 if job.loss == "rft" else 1e5)
+            rows.append(row_of(job, [-float(distance)], kl))
+        return rows
 
     best = run.tune_rates(run.FULL, fake)
-    assert best == {loss: peaks.get(loss, 1e-5) for loss in jobs.LOSSES}
-    assert len(tried) == len(set(tried)) == 3 * len(jobs.LOSSES)
+    assert best == {loss: 3e-6 if loss in ("gvpo", "rft") else 1e-5 for loss in jobs.LOSSES}
+    assert len(tried) == len(set(tried)) == 3 * len(jobs.LOSSES) + 2
     # `QUICK` tries gvpo alone; the others take the last rate.
-    quick = run.tune_rates(run.QUICK, lambda jobs: [row_of(job, [-job.rate]) for job in jobs])
-    assert quick == {loss: 3e-6 if loss == "gvpo" else 1e-5 for loss in jobs.LOSSES}
+    tried.clear()
+    assert run.tune_rates(run.QUICK, fake)["rft"] == 1e-5
+    assert {loss for loss, *_ in tried} == {"gvpo"}
+
+
+def test_rates_of_an_earlier_run_are_of_every_loss(
+    pipeline: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, losses = pipeline["run"], pipeline["jobs"].LOSSES
+    rates = dict.fromkeys(losses, 1e-05)
+    assert run.parse(["--rates", json.dumps(rates)]).rates == rates
+    with pytest.raises(SystemExit):
+        run.parse(["--rates", '{"gvpo": 1e-5}'])
+    assert "--rates needs a rate for each of gvpo, recommended, rft" in capsys.readouterr().err
 
 
 def test_the_report_pairs_runs_by_prompt_and_seed(
@@ -303,7 +322,7 @@ def small(
     run, jobs, stages = (pipeline[name] for name in ("run", "jobs", "stages"))
     losses = {name: jobs.LOSSES[name] for name in ("gvpo", "recommended")}
     sizes = {"train": 8, "validation": 2, "test": 3}
-    plan = run.Plan(sizes, 2, ("gvpo",), (1e-5, 1e-4), False, 2, (0,), 2)
+    plan = run.Plan(sizes, 2, ("gvpo",), (1e-5, 1e-4), 2, (0,), 2)
     settings = {"QUICK": plan, "LOSSES": losses, "WITHOUT_PERSON": ("gvpo",), "MAX_NEW_TOKENS": 6}
     for name, value in settings.items():
         monkeypatch.setattr(run, name, value)
