@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help venv quickstart tutorial test test-arithmetic lint format schemas wheel-check docs bench-memory \
 	bench-checkpoints bench-import bench-report bench-stream bench-compute bench-gpu bench-gpu-wheels bench-tokens \
-	bench-validate bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan bench-host \
+	bench-validate bench-collect bench-elastic bench-convergence bench-losses bench-precision bench-plan bench-host bench-loading \
 	rehearse-gpu study study-short instructions \
 	faults faults-long test-lowest audit \
 	clean
@@ -41,6 +41,7 @@ help:
 	@echo "make bench-losses   what an optimizer step of every loss costs beside GVPO's (8 minutes)"
 	@echo "make bench-plan   peak memory of steps on a CPU beside what plan computes (5 minutes)"
 	@echo "make bench-host   CPU time of the host's part of a step beside the step's modelled time (a minute)"
+	@echo "make bench-loading  host memory of loading, sharding and saving a model, by rank (3 minutes)"
 	@echo "make rehearse-gpu  forward passes on fake CUDA tensors, kernels compiled (4.7 GB the first time)"
 	@echo "make bench-precision  rounding noise of log-probs in 16 bits, and what removes it (5 minutes)"
 	@echo "make faults       kills, corruptions, hostile inputs and fuzzing of every command (under 15 minutes)"
@@ -189,6 +190,9 @@ bench-plan: $(STAMP)
 
 bench-host: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/rehearse/host_side.py $(ARGS)
+
+bench-loading: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/loading.py $(ARGS)
 
 # The first run builds an environment with torch's CUDA build under build/rehearse.
 rehearse-gpu: $(STAMP)

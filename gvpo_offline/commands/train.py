@@ -36,7 +36,7 @@ from gvpo_offline.train.carded import run_settings
 from gvpo_offline.train.checkpoint import RUN_FILE, SAMPLED, save_errors
 from gvpo_offline.train.config import GVPOConfig
 from gvpo_offline.train.data import OpenedDataset, TrainingData, open_settings
-from gvpo_offline.train.distributed import unsharded_loading
+from gvpo_offline.train.distributed import unsharded_loading, wants_shards
 from gvpo_offline.train.early_checks import CHECKED
 from gvpo_offline.train.needs import log_needs
 from gvpo_offline.train.record.heard import hearing
@@ -99,8 +99,14 @@ class TrainerInputs:
                 lambda: TrainingData.prepare(self.train, self.held_out or None, args, Path(scratch))
             )
 
-    def trainer(self, args: GVPOConfig, kind: type[Kind]) -> Kind:
+    def trainer(self, args: GVPOConfig, kind: type[Kind], *, keeps_stored: bool = False) -> Kind:
         """Check the settings with the data, load the policy and build a trainer of class `kind`.
+
+        Args:
+            args: the settings of the run.
+            kind: the class.
+            keeps_stored: leave weights that FSDP2 will shard as they are stored until then, unless
+                the run scores its reference with them; not for a caller that changes them before.
 
         Raises:
             ConfigError: also where the settings cannot work with the data; before a model loads.
@@ -110,8 +116,14 @@ class TrainerInputs:
         check_loading(self.model, adapter, new_adapter=self.lora.use_peft)
         quantised = self.model.load_in_4bit or self.model.load_in_8bit
         compute_dtype = autocast_dtype(bf16=args.bf16, fp16=args.fp16)
+        parts = [*self.train, *self.held_out]
+        later = keeps_stored and wants_shards(args) and not self.lora.use_peft
+        later = later and all(isinstance(own, OpenedDataset) for own in parts)
         with unsharded_loading(args):
-            policy = load_policy(self.model, args.device if quantised else None, compute_dtype)
+            policy = load_policy(
+                *(self.model, args.device if quantised else None, compute_dtype),
+                sharded_later=later,
+            )
         tokenizer = load_policy_tokenizer(self.model)
         base = self.model if adapter is None else base_settings(self.model, adapter)
         reference = _BaseReference(policy, tokenizer, base, args)
@@ -151,7 +163,7 @@ def _train(
     model, lora = parts.model, parts.lora
     early: list[logging.LogRecord] = []
     with hearing(early.append):
-        trainer = parts.trainer(args, GVPOTrainer)
+        trainer = parts.trainer(args, GVPOTrainer, keeps_stored=True)
     for record in early:
         trainer.record.hear(record)
     trainer.run_settings = run_settings(model, data, lora)

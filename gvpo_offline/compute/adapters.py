@@ -48,11 +48,15 @@ def load_policy(
     settings: ModelSettings,
     device: torch.device | None = None,
     compute_dtype: torch.dtype | None = None,
+    *,
+    sharded_later: bool = False,
 ) -> nn.Module:
     """Load a model; for a PEFT adapter (folder or hub name), load its base model and the adapter.
 
     Args:
         settings, device, compute_dtype: as for `load_model`.
+        sharded_later: the same, for a model without an adapter: the values that an adapter starts
+            from are rounded to the data type of its base.
 
     Returns:
         A transformers model, or a PEFT model with a trainable adapter.
@@ -63,7 +67,7 @@ def load_policy(
     """
     config = adapter_config(settings)
     if config is None:
-        model: nn.Module = load_model(settings, device, compute_dtype)
+        model: nn.Module = load_model(settings, device, compute_dtype, sharded_later=sharded_later)
         return model
     from peft import PeftModel
 

@@ -42,7 +42,6 @@ TOLERANCES = (1e-3, 1e-3)
 # The same in bfloat16 and float16, for a model that is not more sensitive to rounding than others;
 # see `LayoutComparison.allow_rounding`.
 LOW_PRECISION_TOLERANCES = (0.5, 0.2)
-NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from gvpo_offline.compute.files import model_files
 from gvpo_offline.compute.loading import load_pretrained
 from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX, ModelSettings
+from gvpo_offline.compute.widening import NARROW, can_widen_later, widen_later, widens
 from gvpo_offline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,14 +30,19 @@ def load_model(
     settings: ModelSettings,
     device: torch.device | None = None,
     compute_dtype: torch.dtype | None = None,
+    *,
+    sharded_later: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or a hub name.
 
     Args:
         settings: name and options of the model.
         device: target device; default: the CPU, or the GPU for quantised weights if there is one.
+            Weights are read to a GPU one by one, without a copy of all of them in host memory.
         compute_dtype: data type of matrix products with 4-bit weights; default: the data type of
             the other weights.
+        sharded_later: where float32 is wanted of 16-bit files, leave the weights as they are stored
+            until `widening.widen` converts each rank's shards.
 
     Raises:
         ConfigError: the model cannot be loaded, its files lack weights, or it cannot be quantised
@@ -48,14 +54,30 @@ def load_model(
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     options |= quantisation_options(settings, device, compute_dtype)
-    model: PreTrainedModel = load_pretrained(
-        AutoModelForCausalLM,
-        model_files(settings.model_name_or_path, settings.gguf_file),
-        what="a causal language model",
-        revision=settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-        **options,
-    )
+    files = model_files(settings.model_name_or_path, settings.gguf_file)
+    if device is not None and device.type == "cuda" and files.gguf_file is None:
+        options["device_map"] = {"": device}
+
+    def load(**changes: Any) -> PreTrainedModel:
+        loaded: PreTrainedModel = load_pretrained(
+            AutoModelForCausalLM,
+            files,
+            what="a causal language model",
+            revision=settings.model_revision,
+            trust_remote_code=settings.trust_remote_code,
+            **{**options, **changes},
+        )
+        return loaded
+
+    dense = "quantization_config" not in options and files.gguf_file is None
+    model: PreTrainedModel | None = None
+    if sharded_later and settings.dtype == "float32" and dense:
+        model = load(dtype="auto")
+        if can_widen_later(model):
+            widen_later(model)
+        else:
+            model = None
+    model = load() if model is None else model
     disable_cpu_repacking(model)
     return model if device is None or quantisation(model) else model.to(device)
 
@@ -174,7 +196,12 @@ def attention_of(model: nn.Module) -> str:
 
 
 def dtype_of(model: nn.Module) -> str:
-    """Data type of a model's weights: `float32`, or `bfloat16+nf4` if some are quantised."""
+    """Data type of a model's weights: `float32`, or `bfloat16+nf4` if some are quantised.
+
+    The one that they will be trained in, if they are stored in another.
+    """
+    if widens(model):
+        return "float32"
     parts = [dtype_name(next(p.dtype for p in model.parameters() if p.is_floating_point()))]
     return "+".join(part for part in (*parts, quantisation(model)) if part)
 
@@ -185,20 +212,63 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
 
 
 @contextlib.contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within it, 16-bit parameters and buffers are float32; the originals are restored after."""
-    with no_trace(model):
-        every = (*model.parameters(), *model.buffers())
-        tensors = [t for t in every if t.dtype in (torch.bfloat16, torch.float16)]
-        before = [tensor.data for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.float()
-            with compute_in_float32(model):
-                yield
-        finally:
-            for tensor, data in zip(tensors, before, strict=True):
-                tensor.data = data
+def in_float32(model: nn.Module, *, by_layers: bool = False) -> Iterator[None]:
+    """Within it, 16-bit parameters and buffers are float32; the originals are restored after.
+
+    Args:
+        model: the model.
+        by_layers: convert each layer for as long as it computes, so that a forward pass has one in
+            float32 at a time; for passes without gradients.
+    """
+    layers = outermost_layers(model) if by_layers else []
+    inside = {id(tensor) for layer in layers for tensor in _narrow(layer)}
+    with no_trace(model), contextlib.ExitStack() as stack:
+        stack.enter_context(_converted([t for t in _narrow(model) if id(t) not in inside]))
+        for layer in layers:
+            stack.enter_context(_converted_while_it_computes(layer))
+        stack.enter_context(compute_in_float32(model))
+        yield
+
+
+def outermost_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules in lists of modules; not the lists within them."""
+    lists = {name: own for name, own in model.named_modules() if isinstance(own, nn.ModuleList)}
+    inner = {name for name in lists for other in lists if name.startswith(other + ".")}
+    return [layer for name, own in lists.items() if name not in inner for layer in own]
+
+
+def _narrow(module: nn.Module) -> list[torch.Tensor]:
+    every = (*module.parameters(), *module.buffers())
+    return [t for t in every if t.dtype in NARROW]
+
+
+@contextlib.contextmanager
+def _converted(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within it, the tensors are float32."""
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+@contextlib.contextmanager
+def _converted_while_it_computes(layer: nn.Module) -> Iterator[None]:
+    """Within it, a layer is float32 in each of its forward passes, and afterwards as before."""
+    held = contextlib.ExitStack()
+    begin = layer.register_forward_pre_hook(
+        lambda *_: held.enter_context(_converted(_narrow(layer))), prepend=True
+    )
+    end = layer.register_forward_hook(lambda *_: held.close(), always_call=True)
+    try:
+        yield
+    finally:
+        begin.remove()
+        end.remove()
+        held.close()
 
 
 @contextlib.contextmanager

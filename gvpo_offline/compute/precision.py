@@ -96,7 +96,7 @@ def measured_rounding(
         with torch.no_grad():
             with autocast(device, autocast_dtype):
                 rounded = quiet.token_logprobs(model, chosen)
-            with in_float32(model):
+            with in_float32(model, by_layers=True):
                 exact = quiet.token_logprobs(model, chosen)
     except Exception as error:  # kernels that compute in narrow types only
         logger.info("the rounding noise is not measured: %s", str(error).splitlines()[:1])

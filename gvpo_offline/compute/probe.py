@@ -19,12 +19,13 @@ from typing import Literal
 from torch import nn
 
 from gvpo_offline.compute.attention import restore_attention
-from gvpo_offline.compute.comparison import NARROW, Choice, LayoutComparison, ProbeAnswer
+from gvpo_offline.compute.comparison import Choice, LayoutComparison, ProbeAnswer
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import DEFAULT_KEPT_BYTES, causal_lm, install
 from gvpo_offline.compute.model import in_float32
 from gvpo_offline.compute.probe_twin import choose_on_twin
 from gvpo_offline.compute.settings import LayoutName
+from gvpo_offline.compute.widening import NARROW
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.stream.plan import CostModel
 

@@ -19,8 +19,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from transformers import Trainer, TrainingArguments
 
+from gvpo_offline.compute.widening import NARROW, widen, widens
 from gvpo_offline.errors import ConfigError
 from gvpo_offline.train.config import GVPOConfig
+from gvpo_offline.train.gathering import gathered_weights
 from gvpo_offline.train.saving import rescue_weights
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,35 @@ class ShardedTrainer(Trainer):
         """
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers, which shards the model; each rank then converts its shards to float32.
+
+        accelerate would convert the whole model on every rank before it shards it.
+        """
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        with _no_conversion(self.accelerator):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        self._widen_shards()
+        return prepared
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """As transformers, into shards of their final data type."""
+        if self.is_fsdp_enabled:
+            self._widen_shards()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _widen_shards(self) -> None:
+        """Convert shards to float32 where float32 is trained; see `compute.widening`."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        narrow = any(own.requires_grad and own.dtype in NARROW for own in model.parameters())
+        if widens(model):
+            widen(model)
+        elif narrow and (self.args.bf16 or self.args.fp16):
+            widen(model, trained_only=True)  # as accelerate does with mixed precision
+
     def check_can_evaluate(self) -> None:
         """Raise ConfigError if the model will be sharded with FSDP2 but is not sharded yet."""
         if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
@@ -88,9 +119,10 @@ class ShardedTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        weights = self.accelerator.get_state_dict(self.model)
-        _share_tied_weights(weights, self.model)
-        self._save(output_dir or self.args.output_dir, state_dict=weights)
+        folder = output_dir or self.args.output_dir
+        with gathered_weights(self.model, Path(folder), keep=self.args.should_save) as weights:
+            _share_tied_weights(weights, self.model)
+            self._save(folder, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -133,12 +165,9 @@ def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
     Raises:
         ConfigError: it was requested, and a GPU is visible.
     """
-    if args.fsdp_plugin_args is not None:
-        plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        plugin = FullyShardedDataParallelPlugin()
-    else:
+    if not wants_shards(args):
         return False
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
     if torch.accelerator.is_available():
         raise ConfigError(
             "FSDP2 shards over CPU processes only if no GPU is visible",
@@ -152,6 +181,27 @@ def _shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> bool:
     for state in (AcceleratorState, PartialState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     return True
+
+
+def wants_shards(args: TrainingArguments) -> bool:
+    """Whether a run's settings or its launcher ask for FSDP2; before an Accelerator is made."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return args.fsdp_plugin_args is not None or launched
+
+
+@contextlib.contextmanager
+def _no_conversion(accelerator: Accelerator) -> Iterator[None]:
+    """Within it, accelerate does not convert trained weights to float32 before it shards them.
+
+    It does so where its mixed precision is not "no", which FSDP2's own policy does not depend on.
+    """
+    state = accelerator.state
+    before = state._mixed_precision
+    try:
+        state._mixed_precision = "no"
+        yield
+    finally:
+        state._mixed_precision = before
 
 
 def _use_model_checkpointing(plugin: Any, args: TrainingArguments) -> None:

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.builders import make_group
-from support.tiny_models import VOCAB_SIZE, tiny_model
+from support.tiny_models import ALIBI, FAMILIES, OTHER_ATTENTION, VOCAB_SIZE, tiny_model
 from torch import Tensor, nn
 
 from gvpo_offline.compute.engine import Engine
-from gvpo_offline.compute.model import autocast
+from gvpo_offline.compute.model import autocast, in_float32, outermost_layers
 from gvpo_offline.compute.precision import (
     EPSILON,
     Rounding,
@@ -169,3 +169,48 @@ def test_a_model_that_fails_in_float32_is_not_measured(monkeypatch: pytest.Monke
 def test_no_groups_give_no_measurement() -> None:
     model, engine = prepared()
     assert measured_rounding(model, engine, [], BF16) is None
+
+
+@pytest.mark.parametrize("family", sorted({**FAMILIES, **OTHER_ATTENTION, **ALIBI}))
+def test_a_model_in_float32_layer_by_layer_is_the_whole_one(family: str) -> None:
+    """The same numbers; between passes, all layers are as narrow as they were."""
+    model = tiny_model(family).eval().to(BF16)
+    ids = torch.arange(3, 15)[None]
+    layers = outermost_layers(model)
+    assert layers
+    widths: list[set[int]] = []
+
+    def note(layer: nn.Module) -> None:
+        others = [other for other in layers if other is not layer]
+        widths.append({t.element_size() for o in others for t in o.parameters()})
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        with in_float32(model):
+            whole = model(input_ids=ids, use_cache=False).logits
+        hooks = [own.register_forward_hook(lambda own, *_: note(own)) for own in layers]
+        with in_float32(model, by_layers=True):
+            found = model(input_ids=ids, use_cache=False).logits
+            assert not {t.dtype for own in layers for t in own.parameters()} - {BF16}
+    assert found.dtype == torch.float32
+    assert torch.equal(found, whole)
+    assert widths
+    assert set().union(*widths) <= {2}, "another layer is wide while one computes"
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_layer_that_fails_is_narrow_again() -> None:
+    model = tiny_model("llama").eval().to(BF16)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"), in_float32(model, by_layers=True):
+        model(input_ids=torch.arange(3, 9)[None])
+    assert {own.dtype for own in model.parameters()} == {BF16}
+    assert not model.model.layers[0]._forward_pre_hooks
