@@ -142,7 +142,6 @@ def test_the_same_policy_is_trained_whichever_type_its_files_have(
         )
         for status, output in server.run_ranks(argv, n):
             assert status == 0, output
-        assert not [path for path in out.iterdir() if path.name.startswith("gathering-")]
         saved.append(load_file(out / name))
     assert {value.dtype for value in saved[0].values()} == {torch.float32}
     assert saved[0].keys() == saved[1].keys()
@@ -279,7 +278,6 @@ def test_gathered_weights_are_those_of_the_model(tiny_model_dir: Path, tmp_path:
         for name, value in model.state_dict().items():
             assert torch.equal(weights[name], value)
             assert weights[name].data_ptr() != value.data_ptr()
-        assert len(list(tmp_path.iterdir())) == 1
-    assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir()), "a killed process would leave it"
     with gathering.gathered_weights(model, tmp_path, keep=False) as weights:
         assert not weights
