@@ -3,9 +3,9 @@
     python benchmarks/loading.py [--ranks 2 4]
 
 A Llama of 110M parameters is saved in bfloat16, as most published models are, and trained in
-float32 for one step on CPU processes (gloo), with DDP and with FSDP2. A thread of each rank
-samples its anonymous memory (`RssAnon`: what the process owns, without the pages of files that all
-processes of a machine share) every 2 ms.
+float32 for one step on CPU processes (gloo), with DDP and with FSDP2; then it scores a reference
+with FSDP2. A thread of each rank samples its anonymous memory (`RssAnon`: what the process owns,
+without the pages of files that all processes of a machine share) every 2 ms.
 
 Prints one JSON object on the last line: for each way and number of ranks, by phase, the largest
 growth of a rank's anonymous memory since before the model was loaded, and the sum over the ranks of
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -50,6 +51,7 @@ WAYS: dict[str, dict[str, str]] = {
     "fsdp2": SHARDED,
     "fsdp2, bf16": {**SHARDED, "bf16": "true"},
 }
+REFERENCE = "reference"
 # mallopt: blocks of more bytes than this are returned to the system when they are freed.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _RETURNED = -1, -3, 1 << 16
 
@@ -112,13 +114,12 @@ def work(argv: list[str], folder: Path) -> None:
 
     for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
         ctypes.CDLL(None).mallopt(option, _RETURNED)
-    command: Any = import_module("gvpo_offline.commands.train")
-    sampler = Sampler()
-    loads, prepares, saves = (
-        command.load_policy,
-        GVPOTrainer._prepare_for_training,
-        GVPOTrainer.save_model,
+    train, ranks, score = (
+        import_module(f"gvpo_offline.{name}")
+        for name in ("commands.train", "reference.ranks", "reference.score")
     )
+    sampler = Sampler()
+    loads = train.load_policy
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
         _meet()
@@ -141,9 +142,13 @@ def work(argv: list[str], folder: Path) -> None:
 
         return wrapped
 
-    command.load_policy = loaded
-    GVPOTrainer._prepare_for_training = around("shard", prepares, "train")  # type: ignore[method-assign]
-    GVPOTrainer.save_model = around("save", saves, "end")  # type: ignore[method-assign]
+    trainer: Any = GVPOTrainer
+    for module in (train, score):
+        vars(module)["load_policy"] = loaded
+    shards = ranks.shard_model
+    vars(ranks)["shard_model"] = around("shard", shards, "score")
+    trainer._prepare_for_training = around("shard", trainer._prepare_for_training, "train")
+    trainer.save_model = around("save", trainer.save_model, "end")
     status = main(argv)
     sampler.save(folder / f"rank{os.environ['RANK']}.json")
     sys.exit(status)
@@ -200,22 +205,25 @@ def write_model(folder: Path, tiny: Path) -> int:
 
 
 def command_of(way: str, n: int, out: Path, folder: Path, data: Path) -> list[str]:
-    """The words of a training run of one step on n ranks."""
-    settings = {
-        "model_name_or_path": folder,
-        "dataset": data,
-        "output_dir": out,
-        "max_steps": "1",
-        "groups_per_step": str(n),
-        "learning_rate": "1e-6",
-        "reference_check": "off",
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-        **WAYS[way],
-    }
-    return ["train", *(str(w) for name, value in settings.items() for w in (f"--{name}", value))]
+    """The words of a training run of one step on n ranks, or of the reference stage."""
+    settings = {"model_name_or_path": folder, "dataset": data, "use_cpu": "true"}
+    if way == REFERENCE:
+        settings["dataset"] = shutil.copytree(data, out)  # a scored one is left as it is
+        settings |= {"fsdp": "true", "max_tokens_per_micro_batch": "512", "show_progress": "false"}
+    else:
+        settings |= {
+            "output_dir": out,
+            "max_steps": "1",
+            "groups_per_step": str(n),
+            "learning_rate": "1e-6",
+            "reference_check": "off",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": "true",
+            **WAYS[way],
+        }
+    words = (str(w) for name, value in settings.items() for w in (f"--{name}", value))
+    return ["reference" if way == REFERENCE else "train", *words]
 
 
 def largest(found: list[dict[str, Any]], n_bytes: int) -> dict[str, Any]:
@@ -235,7 +243,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, REFERENCE], choices=[*WAYS, REFERENCE])
     given = parser.parse_args()
     from support.tiny_policy import make_tiny_model, train_tokenizer
     from support.training import scored_dataset

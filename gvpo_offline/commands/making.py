@@ -9,12 +9,13 @@ from gvpo_offline.commands.buckets import in_bucket
 from gvpo_offline.commands.command import Command, filled
 from gvpo_offline.commands.console import say
 from gvpo_offline.commands.next_step import after_data, after_reference, look_line
-from gvpo_offline.errors import DataError
+from gvpo_offline.errors import ConfigError, DataError
 from gvpo_offline.importing.settings import Columns, ImportConfig
 from gvpo_offline.limits import Limits
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.rewards.settings import RewardConfig
 from gvpo_offline.sampling.settings import SampleConfig
+from gvpo_offline.store.location import RemoteSettings
 from gvpo_offline.stream.settings import ResponseSettings
 from gvpo_offline.workers.settings import WorkerSettings
 
@@ -76,9 +77,27 @@ def _run_reward(values: dict[str, Any]) -> None:
     say(after_data(config.dataset, load_manifest(local_path(config.dataset)), values))
 
 
-def _run_reference(values: dict[str, Any]) -> None:
+def _run_reference(values: dict[str, Any]) -> int | None:
+    """The stage on this process; a rank that follows the first only computes."""
+    from gvpo_offline.reference.ranks import is_follower
+
+    if is_follower():
+        values["remote"] = RemoteSettings(**values["remote"])
+        _score_reference(values)
+        return None
+    return in_bucket(_score_reference, "dataset")(values)
+
+
+def _score_reference(values: dict[str, Any]) -> None:
+    from gvpo_offline.reference.ranks import launched_ranks
     from gvpo_offline.reference.score import run_reference
 
+    if launched_ranks() > 1 and not values["fsdp"]:
+        raise ConfigError(
+            "the ranks of a launcher divide the model",
+            received=f"{launched_ranks()} ranks without fsdp",
+            remedy="set fsdp: true, or start one process and set workers",
+        )
     responses = ResponseSettings(**values["responses"])
     config = filled(ReferenceConfig, {**values, "responses": responses})
     manifest = run_reference(config, filled(WorkerSettings, values))
@@ -116,7 +135,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "reference": Command(
         "Score every response under a reference policy; adds its log-probs to the dataset.",
-        in_bucket(_run_reference, "dataset"),
+        _run_reference,
         (ReferenceConfig, WorkerSettings, BucketSettings),
         "Example: gvpo-offline reference --dataset data --model_name_or_path model",
     ),

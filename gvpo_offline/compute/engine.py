@@ -87,12 +87,16 @@ class Engine:
         sums = [self._sums(model, piece, prompt) for piece in pieces]
         return _in_response_order(pieces, sums)
 
-    def token_logprobs(self, model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
+    def token_logprobs(
+        self, model: nn.Module, groups: Sequence[Group], n_forwards: int = 1
+    ) -> list[Tensor]:
         """log pi of every token of every response, counted or not: (T_i,) float32 each, nats."""
-        pieces, prompt = self._begin(model, groups, 1, counted_only=False)
+        pieces, prompt = self._begin(model, groups, n_forwards, counted_only=False)
         found: dict[int, Tensor] = {}
         for piece in pieces:
             values_M = self._tokens(model, piece, prompt).values_M
+            if not piece.responses:
+                continue
             own = torch.split(values_M, piece.layout.targets.lengths_R.tolist())
             found |= dict(zip(piece.responses, own, strict=True))
         return [found[number] for number in range(len(found))]

@@ -7,11 +7,11 @@ data types, attention implementation.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,12 +19,10 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from gvpo_offline.collectives import raise_together
 from gvpo_offline.compute.adapters import load_policy
-from gvpo_offline.compute.model import autocast, autocast_dtype, default_device, disable_dropout
-from gvpo_offline.compute.probe import prepare_engine
-from gvpo_offline.compute.settings import ComputePath
-from gvpo_offline.errors import ConfigError, DataError
-from gvpo_offline.group import FloatArray, Group
+from gvpo_offline.compute.model import autocast_dtype, default_device, disable_dropout
+from gvpo_offline.errors import ConfigError
 from gvpo_offline.reference.checks import (
     check_context,
     check_row_tokens,
@@ -38,7 +36,7 @@ from gvpo_offline.reference.family import (
     publish_reference,
     reference_family,
 )
-from gvpo_offline.reference.missing import HeldLogprobs, HeldRows, held_logprobs
+from gvpo_offline.reference.missing import HeldLogprobs, held_logprobs
 from gvpo_offline.reference.parts import (
     NAME_DIGITS,
     FileRange,
@@ -46,13 +44,20 @@ from gvpo_offline.reference.parts import (
     remove_parts,
     run_parts,
 )
+from gvpo_offline.reference.ranks import (
+    ShardedScorer,
+    check_ranks,
+    is_follower,
+    joined,
+    launched_ranks,
+)
+from gvpo_offline.reference.scorer import ReferenceScorer
 from gvpo_offline.reference.selection import (
     SelectedGroups,
     described_selection,
     selected_view,
 )
 from gvpo_offline.reference.settings import ReferenceConfig
-from gvpo_offline.store.arrow import reference_to_table
 from gvpo_offline.store.commit import TaskLog, TaskRecord
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.leftovers import stages_at_work
@@ -62,10 +67,9 @@ from gvpo_offline.store.parquet import write_parquet
 from gvpo_offline.store.schema import REFERENCE_COLUMNS, arrow_schema
 from gvpo_offline.store.sidecar_choice import check_has_groups
 from gvpo_offline.store.writer import write_sidecar
-from gvpo_offline.stream.plan import pack, shape_of
 from gvpo_offline.stream.view import DatasetView
 from gvpo_offline.tokenizer import load_policy_tokenizer
-from gvpo_offline.workers.progress import advance, portion
+from gvpo_offline.workers.progress import portion
 from gvpo_offline.workers.settings import WorkerSettings
 from gvpo_offline.workers.stage import Task
 
@@ -92,7 +96,8 @@ def run_reference(
         worker_settings: where; by default in this process. Other workers each load the model.
 
     Returns:
-        The manifest with the reference; None if other shards (`shard: i/n`) are not done yet.
+        The manifest with the reference; None if other shards (`shard: i/n`) are not done yet, and
+        on the ranks after the first of a launch with `fsdp`.
 
     Raises:
         ConfigError: the model or its tokenizer cannot be loaded.
@@ -101,10 +106,33 @@ def run_reference(
         StorageError: the disk is full; committed files stay.
     """
     worker_settings = worker_settings or WorkerSettings(show_progress=config.show_progress)
+    if config.fsdp and launched_ranks() > 1:
+        return _on_ranks(config, worker_settings)
     dataset = open_dataset(local_folder("dataset", config.dataset), join=())
     check_has_groups(dataset.manifest, dataset.root)
     tokenizer = load_policy_tokenizer(config)
     return score(dataset, lambda: _load(config), tokenizer, config, worker_settings).manifest
+
+
+def _on_ranks(config: ReferenceConfig, worker_settings: WorkerSettings) -> Manifest | None:
+    """`run_reference` with a model that is divided among the ranks of a launcher."""
+    check_ranks(config, worker_settings)
+    with joined(config) as device:
+        model = raise_together(functools.partial(_load, config, stored=True))
+        scorer = raise_together(lambda: ShardedScorer(model, config, device))
+        if is_follower():
+            scorer.follow()
+            return None
+        try:
+            dataset = open_dataset(local_folder("dataset", config.dataset), join=())
+            check_has_groups(dataset.manifest, dataset.root)
+            tokenizer = load_policy_tokenizer(config)
+            scored = score(
+                dataset, lambda: model, tokenizer, config, worker_settings, scorer=scorer
+            )
+            return scored.manifest
+        finally:
+            scorer.dismiss()
 
 
 class Scored(NamedTuple):
@@ -122,6 +150,7 @@ def score(
     worker_settings: WorkerSettings,
     *,
     fills: bool = False,
+    scorer: ReferenceScorer | None = None,
 ) -> Scored:
     """`run_reference` for an open dataset and a model that the caller provides.
 
@@ -133,6 +162,7 @@ def score(
         worker_settings: where the tasks run.
         fills: as `only_missing` of the settings, but a partial reference of another model is no
             error.
+        scorer: of this model; default: one that computes in this process.
     """
     model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
@@ -144,7 +174,7 @@ def score(
     counts = view.survey()
     check_context([(dataset, counts)], facts)
     check_row_tokens(dataset, counts, config.max_tokens_per_micro_batch)
-    scorer = _ReferenceScorer(model, config)
+    scorer = scorer or ReferenceScorer(model, config)
     selection = described_selection(view, config)
     family = reference_family(
         facts.with_path(scorer.path), model, config.model_name_or_path, selection
@@ -182,10 +212,11 @@ def _stage_name(view: DatasetView, family: ReferenceFamily) -> str:
     return f"{name}-{view.fingerprint[:_SELECTION_DIGITS]}"
 
 
-def _load(config: ReferenceConfig) -> nn.Module:
-    """Load the model on its device, with dropout off."""
+def _load(config: ReferenceConfig, *, stored: bool = False) -> nn.Module:
+    """Load the model on its device, or as stored for `shard_model`; with dropout off."""
     compute_dtype = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
-    model = load_policy(config, default_device(use_cpu=config.use_cpu), compute_dtype)
+    device = None if stored else default_device(use_cpu=config.use_cpu)
+    model = load_policy(config, device, compute_dtype, sharded_later=stored)
     disable_dropout(model)
     return model.eval()
 
@@ -208,7 +239,7 @@ class _ReferenceStage:
         view: DatasetView,
         config: ReferenceConfig,
         family: ReferenceFamily,
-        scorer: _ReferenceScorer | None,
+        scorer: ReferenceScorer | None,
         held: HeldLogprobs | None = None,
     ) -> None:
         self.root = view.dataset.folder.resolve()
@@ -247,7 +278,7 @@ class _ReferenceStage:
         """
         if self._scorer is not None:
             return
-        self._scorer = _ReferenceScorer(_load(self._config), self._config)
+        self._scorer = ReferenceScorer(_load(self._config), self._config)
         path = self._scorer.path
         expected = (self._family.layout, self._family.attn_implementation)
         if (path.layout, path.attention) != expected:
@@ -295,86 +326,3 @@ class _ReferenceStage:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scorer": None}
-
-
-class _ReferenceScorer:
-    """Computes the log-probs of groups under one model."""
-
-    def __init__(self, model: nn.Module, config: ReferenceConfig) -> None:
-        self._model = model
-        self._autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
-        self._engine = prepare_engine(
-            model,
-            max_tokens=config.max_tokens_per_micro_batch,
-            layout=config.layout,
-            gradients=False,
-        )
-
-    @property
-    def path(self) -> ComputePath:
-        """The layout and kernels that the probe chose."""
-        return self._engine.path
-
-    def table(
-        self, selected: SelectedGroups, file: Path, before: HeldRows | None = None
-    ) -> pa.Table:
-        """The reference sidecar's rows of a row group.
-
-        Args:
-            selected: the responses to score.
-            file: their file, for errors.
-            before: the log-probs of the other responses; None: NaN.
-        """
-        sums: list[FloatArray] = [np.full(size, np.nan) for size in selected.sizes]
-        tokens: list[list[TokenLogprobs] | None]
-        tokens = [[_NO_TOKENS] * size for size in selected.sizes]
-        if before is not None:
-            sums, tokens = [own.copy() for own in before[0]], before[1]
-        scored = self._scores(selected.groups, file)
-        for row, items, (own, own_tokens) in zip(
-            selected.rows, selected.items, scored, strict=True
-        ):
-            sums[row][items] = own
-            of_row = tokens[row]
-            if of_row is None:  # a group has log-probs of all its tokens, or of none
-                continue
-            for item, values in zip(items, own_tokens, strict=True):
-                of_row[item] = values
-        return reference_to_table(selected.ids, sums, tokens)
-
-    def _scores(
-        self, groups: Sequence[Group], file: Path
-    ) -> list[tuple[FloatArray, list[TokenLogprobs]]]:
-        """The log-probs of each group: (k,) of its responses, and k times (T_i,) of tokens."""
-        sums: list[FloatArray] = [np.zeros(0)] * len(groups)
-        tokens: list[list[TokenLogprobs]] = [[] for _ in groups]
-        for members in pack([shape_of(group) for group in groups], self._engine.cost):
-            scored = iter(self._score([groups[i] for i in members]))
-            for index in members:
-                group = groups[index]
-                tokens[index] = [next(scored) for _ in range(group.group_size)]
-                sums[index] = _sums(group, tokens[index])
-                if not np.isfinite(sums[index]).all():
-                    raise DataError(
-                        "a reference log-prob is a finite number",
-                        received=sums[index].tolist(),
-                        remedy="check the model: its logits overflow or are NaN",
-                        file=file,
-                        group=group.group_id,
-                    )
-            advance(len(members))
-        return list(zip(sums, tokens, strict=True))
-
-    def _score(self, groups: Sequence[Group]) -> list[TokenLogprobs]:
-        device = next(self._model.parameters()).device
-        with torch.no_grad(), autocast(device, self._autocasting):
-            found = self._engine.token_logprobs(self._model, groups)
-            joined = torch.cat(found).float().cpu()  # one copy, not one for each response
-        return [own.numpy() for own in torch.split(joined, [len(own) for own in found])]
-
-
-def _sums(group: Group, tokens: Sequence[TokenLogprobs]) -> FloatArray:
-    """Sums over the tokens that the loss mask counts, in float64, as in training. (k,)"""
-    if group.loss_mask is not None:
-        tokens = [own[mask] for own, mask in zip(tokens, group.loss_mask, strict=True)]
-    return np.array([own.sum(dtype=np.float64) for own in tokens])

@@ -37,6 +37,9 @@ class ReferenceConfig(ModelSettings):
     """Tokens of one forward pass, as laid out."""
     layout: Literal["auto", "shared", "packed", "continued", "padded"] = "auto"
     """How groups are laid out for the model, as in `train`. Keep them equal."""
+    fsdp: bool = False
+    """Divide the weights among the ranks of accelerate launch or torchrun with FSDP2, for a model
+    that does not fit into one device. The first rank reads and writes."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
     show_progress: bool = True

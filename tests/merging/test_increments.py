@@ -23,7 +23,7 @@ from gvpo_offline.hub.card import card
 from gvpo_offline.info.dataset import dataset_info
 from gvpo_offline.merging.settings import CompactConfig, MergeConfig
 from gvpo_offline.merging.stages import RewriteResult, compact, merge
-from gvpo_offline.reference import score as reference_module
+from gvpo_offline.reference.scorer import ReferenceScorer
 from gvpo_offline.store.coverage import coverage_of
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import load_manifest
@@ -142,13 +142,13 @@ def test_only_what_is_new_is_scored(
 ) -> None:
     """5 groups of 3 new responses each: 15 log-probs and 15 rewards. The others keep their bits."""
     asked: list[int] = []
-    plain = reference_module._ReferenceScorer._score
+    plain = ReferenceScorer.compute
 
-    def counted(self: Any, groups: Sequence[Group]) -> Any:
+    def counted(self: Any, groups: Sequence[Group], n_forwards: int = 1) -> Any:
         asked.extend(group.group_size for group in groups)
-        return plain(self, groups)
+        return plain(self, groups, n_forwards)
 
-    monkeypatch.setattr(reference_module._ReferenceScorer, "_score", counted)
+    monkeypatch.setattr(ReferenceScorer, "compute", counted)
     before = numbers(joined(days[0]))
     score(merged, tiny_model_dir, only_missing=True)
     assert asked == [3] * 5

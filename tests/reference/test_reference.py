@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_offline.compute.probe import prepare_engine
 from gvpo_offline.errors import ConfigError, DataError, IntegrityError
-from gvpo_offline.reference import score as reference_module
 from gvpo_offline.reference.score import run_reference
+from gvpo_offline.reference.scorer import ReferenceScorer
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.arrow import split_nested_list
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -97,7 +97,7 @@ def test_the_second_run_is_free(
     root = copy_of(unscored, tmp_path / "data")
     first = score(root, tiny_model_dir)
     before = sidecars(root)
-    monkeypatch.delattr(reference_module._ReferenceScorer, "table")  # nothing is left to compute
+    monkeypatch.delattr(ReferenceScorer, "table")  # nothing is left to compute
     second = score(root, tiny_model_dir)
     assert second.manifest == first.manifest  # no new version either
     assert sidecars(root) == before

@@ -15,6 +15,7 @@ from gvpo_offline.reference import parts
 from gvpo_offline.reference import score as reference_module
 from gvpo_offline.reference.parts import FileRange, file_ranges
 from gvpo_offline.reference.score import run_reference
+from gvpo_offline.reference.scorer import ReferenceScorer
 from gvpo_offline.reference.settings import ReferenceConfig
 from gvpo_offline.store.commit import TaskLog
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
@@ -125,14 +126,14 @@ def test_an_interrupted_run_keeps_its_parts(
         with pytest.raises(KeyboardInterrupt):
             score(root, tiny_model_dir)
     assert len(tasks(root)) == done
-    table = reference_module._ReferenceScorer.table
+    table = ReferenceScorer.table
     scored: list[str] = []
 
     def counted(self: Any, selected: Any, file: Path, before: Any) -> Any:
         scored.extend(selected.ids)
         return table(self, selected, file, before)
 
-    monkeypatch.setattr(reference_module._ReferenceScorer, "table", counted)
+    monkeypatch.setattr(ReferenceScorer, "table", counted)
     dataset = score(root, tiny_model_dir)
     assert len(scored) == 24 - 8 * done  # 2 row groups of 4 groups a part
     (family,) = dataset.manifest.references
@@ -158,7 +159,7 @@ def test_a_file_that_a_version_without_parts_scored_is_kept(
             score(root, tiny_model_dir)
     assert len(tasks(root)) == 1
     divide(1)
-    monkeypatch.delattr(reference_module._ReferenceScorer, "table")
+    monkeypatch.delattr(ReferenceScorer, "table")
     assert score(root, tiny_model_dir).manifest.references == undivided.manifest.references
 
 

@@ -31,7 +31,7 @@ from gvpo_offline.info.dataset import dataset_info
 from gvpo_offline.info.text import reference_text
 from gvpo_offline.merging.settings import CompactConfig, MergeConfig
 from gvpo_offline.merging.stages import compact, merge
-from gvpo_offline.reference import score as reference_module
+from gvpo_offline.reference.scorer import ReferenceScorer
 from gvpo_offline.store.arrow import column_array, split_list, split_nested_list
 from gvpo_offline.store.dataset import GroupDataset, open_dataset
 from gvpo_offline.store.manifest import dump_manifest
@@ -262,7 +262,7 @@ def test_what_is_covered_is_not_scored_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a reference of the same selection, of a larger one, and of every response."""
-    monkeypatch.delattr(reference_module._ReferenceScorer, "table")
+    monkeypatch.delattr(ReferenceScorer, "table")
     for dataset, where in (
         (spread, "reward_gap > 0"),
         (spread, "reward_gap >= 0.5"),

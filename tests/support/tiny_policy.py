@@ -138,3 +138,21 @@ def make_word_model(folder: Path, words: Iterable[str], **changes: Any) -> Path:
         model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
     return folder
+
+
+def stored_model(folder: Path, source: Path, dtype: Any, **changes: Any) -> Path:
+    """A model with bfloat16 values, in files of a torch data type; `changes` of `source`'s
+    configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.to(torch.bfloat16).to(dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder

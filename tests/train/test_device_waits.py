@@ -28,7 +28,7 @@ from gvpo_offline.compute.settings import ComputePath
 from gvpo_offline.errors import DataError, NonFiniteError
 from gvpo_offline.losses import LOSS_TYPES, group_loss
 from gvpo_offline.losses.checks import deferred_checks
-from gvpo_offline.reference.score import _ReferenceScorer
+from gvpo_offline.reference.scorer import ReferenceScorer
 from gvpo_offline.sampling.decode import Completion, Decoder, DecodingRules
 from gvpo_offline.store.dataset import GroupDataset
 from gvpo_offline.train.nonfinite import skipped_steps
@@ -264,13 +264,13 @@ def test_a_reference_is_copied_once_a_micro_batch() -> None:
     model = tiny_model("qwen3").eval()
     groups = [make_group(i, k=4, vocab_size=100) for i in range(3)]
     engine = engine_for(model, choose_path(model, layout="packed"), max_tokens=10_000)
-    scorer = _ReferenceScorer.__new__(_ReferenceScorer)
-    scorer._model, scorer._engine, scorer._autocasting = model, engine, None
-    expected = scorer._score(groups)
+    scorer = ReferenceScorer.__new__(ReferenceScorer)
+    scorer.model, scorer.engine, scorer._autocasting = model, engine, None
+    expected = scorer.compute(groups)
     with StandInGPU() as gpu:
         with gpu.without_recording():
             model.to(DEVICE)
-        found = scorer._score(groups)
+        found = scorer.compute(groups)
         own = [e for e in gpu.events if not e.where.startswith("transformers/")]
         assert [event.kind for event in own] == ["item"], described(own)
     for there, here in zip(found, expected, strict=True):

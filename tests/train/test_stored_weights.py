@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.fork_server import ForkServer
 from support.rounding import adam_rounding
+from support.tiny_policy import stored_model
 from support.training import largest_difference, scored_dataset, train_command
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -34,19 +35,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> G
     return scored_dataset(tmp_path_factory.mktemp("data"), tiny_model_dir, 12)
 
 
-def stored(folder: Path, source: Path, dtype: torch.dtype, **changes: Any) -> Path:
-    """A model with bfloat16 values, in files of a data type; `changes` of its configuration."""
-    config = AutoConfig.from_pretrained(source)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-    model.to(torch.bfloat16).to(dtype).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
-
-
 def load(folder: Path, **changes: Any) -> Any:
     settings = ModelSettings(model_name_or_path=str(folder), **changes)
     return load_model(settings, sharded_later=True)
@@ -57,7 +45,7 @@ def test_weights_stay_stored_until_they_are_widened(
     dtype: torch.dtype, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """An optimizer that has the parameters keeps them, and tied ones stay tied."""
-    folder = stored(tmp_path / "narrow", tiny_model_dir, dtype)
+    folder = stored_model(tmp_path / "narrow", tiny_model_dir, dtype)
     model = load(folder)
     assert widens(model)
     assert {own.dtype for own in model.parameters()} == {dtype}
@@ -78,7 +66,7 @@ def test_weights_stay_stored_until_they_are_widened(
 def test_nothing_is_left_to_widen(wanted: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     """The stored data type is the wanted one."""
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
-    assert not widens(load(stored(tmp_path / "model", tiny_model_dir, dtype), dtype=wanted))
+    assert not widens(load(stored_model(tmp_path / "model", tiny_model_dir, dtype), dtype=wanted))
 
 
 def test_rounded_buffers_are_not_widened(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -135,7 +123,7 @@ def test_the_same_policy_is_trained_whichever_type_its_files_have(
     name = "adapter_model.safetensors" if adapter else "model.safetensors"
     saved = []
     for dtype in (torch.bfloat16, torch.float32):
-        folder = stored(tmp_path / str(dtype), tiny_model_dir, dtype, **changes)
+        folder = stored_model(tmp_path / str(dtype), tiny_model_dir, dtype, **changes)
         out = tmp_path / f"out-{dtype}"
         argv = train_command(
             dataset, folder, out, **SHARDED, **own, reference_check="off", save_strategy="no"
@@ -152,7 +140,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_four(
     dataset: GroupDataset, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     """Weights and Adam's moments are float32 in the checkpoint; the files of the model are not."""
-    folder = stored(tmp_path / "model", tiny_model_dir, torch.bfloat16)
+    folder = stored_model(tmp_path / "model", tiny_model_dir, torch.bfloat16)
     settings = {**SHARDED, "reference_check": "off", "groups_per_step": "4", "save_steps": "1"}
     whole, out = tmp_path / "whole", tmp_path / "resumed"
     for status, output in server.run_ranks(train_command(dataset, folder, whole, **settings), 2):
@@ -239,6 +227,17 @@ def test_a_rank_holds_its_shards(n: int, growth: Callable[[str, int], dict[str, 
     bounds = {"load": 0.0, "pages of all": 0.5, "check": 0.0, "shard": 1 / n, "save": 4 / n}
     assert {k: found[k] for k, bound in bounds.items() if found[k] > bound + SLACK} == {}
     assert found["train"] > 3 / n, "the measure misses what training needs"
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_rank_scores_a_reference_with_its_shards(
+    n: int, growth: Callable[[str, int], dict[str, float]]
+) -> None:
+    """1/n while it scores, beside a layer that is gathered and the embedding."""
+    found = growth("reference", n)
+    bounds = {"load": 0.0, "pages of all": 0.5, "check": 0.0, "shard": 1 / n, "score": 1 / n}
+    assert {k: found[k] for k, bound in bounds.items() if found[k] > bound + SLACK} == {}
+    assert found["score"] > 0.5 / n, "the measure misses the shards"
 
 
 def test_copies_of_a_machine_share_the_pages_of_the_file(
