@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from support.fork_server import ForkServer
 from support.rank_storm import N_GROUPS, storm_dataset
 from support.rounding import ADAM_EPSILON, adam_rounding
-from support.training import largest_difference
+from support.training import copy_of, largest_difference, score, sidecars, unscored_dataset
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "pipelines" / "distributed"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-LINES = re.findall(r"^    ((?:accelerate launch|torchrun) .*)$", README, re.MULTILINE)
+ALL_LINES = re.findall(r"^    ((?:accelerate launch|torchrun) .*)$", README, re.MULTILINE)
+LINES = [line for line in ALL_LINES if "gvpo_offline.cli train" in line]
 
 
 def test_the_readme_names_every_file() -> None:
@@ -49,16 +50,7 @@ LAUNCHERS = {
 def launched(
     server: ForkServer, line: str, out: Path, data: Path, model_dir: Path
 ) -> dict[str, Any]:
-    """Run a line on two processes of this machine; its settings as the run wrote them.
-
-    The launcher runs in a fork, the processes that it starts begin as they would from a shell.
-    """
-    words = shlex.split(line)
-    if words[0] == "accelerate":
-        words[2:2] = ["--num_processes", "2", "--main_process_port", "0"]
-    else:
-        words[words.index("--nproc_per_node") + 1] = "2"
-        words[1:1] = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    """Run a line on two processes of this machine; its settings as the run wrote them."""
     changes = {
         "dataset": data,
         "model_name_or_path": model_dir,
@@ -69,14 +61,43 @@ def launched(
         "use_cpu": "true",
         "disable_tqdm": "true",
     }
+    output = run_line(server, line, changes)
+    assert f"the trained policy: {out}" in output
+    content: dict[str, Any] = json.loads((out / "gvpo_run.json").read_text())
+    return content
+
+
+def run_line(server: ForkServer, line: str, changes: dict[str, Any]) -> str:
+    """Run a line with other settings; its output.
+
+    The launcher runs in a fork, the processes that it starts begin as they would from a shell.
+    """
+    words = shlex.split(line)
+    if words[0] == "accelerate":
+        words[2:2] = ["--num_processes", "2", "--main_process_port", "0"]
+    else:
+        words[words.index("--nproc_per_node") + 1] = "2"
+        words[1:1] = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     words += [str(word) for name, value in changes.items() for word in (f"--{name}", value)]
     status, output = server.run(
         words[1:], program=LAUNCHERS[words[0]], cwd=str(ROOT), env={"PYTHONPATH": str(ROOT)}
     )
     assert status == 0, output
-    assert f"the trained policy: {out}" in output
-    content: dict[str, Any] = json.loads((out / "gvpo_run.json").read_text())
-    return content
+    return output
+
+
+def test_a_reference_scored_as_the_readme_says(
+    tmp_path: Path, tiny_model_dir: Path, server: ForkServer
+) -> None:
+    """By accelerate with its file for FSDP2: the files of one process, said by one rank."""
+    (line,) = (x for x in ALL_LINES if "reference --fsdp" in x and x.startswith("accelerate"))
+    one = unscored_dataset(tmp_path / "one", tiny_model_dir, 8)
+    many = copy_of(one, tmp_path / "many")
+    score(one, tiny_model_dir)
+    settings = {"model_name_or_path": tiny_model_dir, "use_cpu": "true", "show_progress": "false"}
+    output = run_line(server, line, {"dataset": many, **settings})
+    assert output.count("groups, references:") == 1
+    assert sidecars(many) == sidecars(one)
 
 
 def test_ddp_and_fsdp2_launched_as_the_readme_says(
