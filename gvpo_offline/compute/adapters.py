@@ -50,6 +50,7 @@ def load_policy(
     compute_dtype: torch.dtype | None = None,
     *,
     sharded_later: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> nn.Module:
     """Load a model; for a PEFT adapter (folder or hub name), load its base model and the adapter.
 
@@ -57,6 +58,7 @@ def load_policy(
         settings, device, compute_dtype: as for `load_model`.
         sharded_later: the same, for a model without an adapter: the values that an adapter starts
             from are rounded to the data type of its base.
+        device_map: as for `load_model`; not for adapters.
 
     Returns:
         A transformers model, or a PEFT model with a trainable adapter.
@@ -67,12 +69,25 @@ def load_policy(
     """
     config = adapter_config(settings)
     if config is None:
-        model: nn.Module = load_model(settings, device, compute_dtype, sharded_later=sharded_later)
+        model: nn.Module = load_model(
+            *(settings, device, compute_dtype), sharded_later=sharded_later, device_map=device_map
+        )
         return model
+    if device_map is not None:
+        raise ConfigError(
+            "device_map is for models without an adapter",
+            received=f"{settings.model_name_or_path!r}, an adapter",
+            remedy="merge the adapter into its base model first, or use fsdp",
+        )
+    check_sealed_weights(settings.model_name_or_path)
+    return _with_adapter(
+        load_model(base_settings(settings, config), device, compute_dtype), settings
+    )
+
+
+def _with_adapter(base: nn.Module, settings: ModelSettings) -> nn.Module:
     from peft import PeftModel
 
-    check_sealed_weights(settings.model_name_or_path)
-    base = load_model(base_settings(settings, config), device, compute_dtype)
     try:
         with warnings.catch_warnings():
             # PEFT only warns about weights that the adapter's files lack, which it leaves random.

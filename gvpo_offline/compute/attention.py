@@ -199,7 +199,8 @@ def _flex(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tensor
     from gvpo_offline.compute.flex import FlexPlan, flex_tree_attention
 
     query, key, value, scale, softcap, sinks = asked
-    plan = row.plan(("flex", rule), lambda: FlexPlan(row.tree, rule, query.device))
+    device = query.device  # layers of a model may be on several
+    plan = row.plan(("flex", rule, device), lambda: FlexPlan(row.tree, rule, device))
     return flex_tree_attention(query, key, value, plan, scale, softcap, sinks)
 
 
@@ -207,7 +208,7 @@ def _dense(row: PackedRow, rule: AttentionRule, asked: AttentionInputs) -> Tenso
     """Reference implementation, which materialises scores of (H, T, P + T)."""
     query, key, value, scale, softcap, sinks = asked
     seen: Tensor = row.plan(
-        ("dense", rule), lambda: to_device(visible(row.tree, rule), query.device)
+        ("dense", rule, query.device), lambda: to_device(visible(row.tree, rule), query.device)
     )
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

@@ -20,7 +20,7 @@ from gvpo_offline.compute.attention import (
 from gvpo_offline.compute.context import context_length
 from gvpo_offline.compute.engine import Engine
 from gvpo_offline.compute.forward import causal_lm
-from gvpo_offline.compute.model import attention_of, no_trace
+from gvpo_offline.compute.model import attention_of, device_of, no_trace
 from gvpo_offline.compute.precision import rounding_of
 from gvpo_offline.compute.probe_groups import (
     batches_of,
@@ -82,7 +82,7 @@ class LayoutComparison:
     ) -> None:
         self._model = model
         self._inner = causal_lm(model)
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._groups = groups or probe_groups(
             vocab_size_of(self._inner), self._device, context_length(self._inner.config)
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_offline.compute.devices import autocast_dtype_of
+from gvpo_offline.compute.dispatched import execution_device, present
 from gvpo_offline.compute.fused import LogitTerm, PairLogprobs, fused_pair_logprobs
 from gvpo_offline.compute.vocabulary import multiplies_bfloat16
 from gvpo_offline.errors import ConfigError
@@ -115,6 +116,21 @@ def pair_logprobs(
         UnsupportedHeadError: adapters were changed to an unsupported state.
         IndexError: a row or a token is out of range.
     """
+    with present(head.layer):
+        own_device = execution_device(_linear(_active(head.layer)))
+        if own_device is not None:  # the last layer may be on another one
+            hidden_HD = hidden_HD.to(own_device)
+        return _pair_logprobs(head, hidden_HD, pair_row_N, pair_token_N, kept_bytes, entropy)
+
+
+def _pair_logprobs(
+    head: Head,
+    hidden_HD: Tensor,
+    pair_row_N: Tensor,
+    pair_token_N: Tensor,
+    kept_bytes: int,
+    entropy: bool,
+) -> PairLogprobs:
     parts = _parts(head.layer, hidden_HD)
     device_type = hidden_HD.device.type
     matmul_dtype = parts[0].weight_VK.dtype
@@ -249,6 +265,15 @@ def _adapters(layer: nn.Module) -> list[tuple[nn.Linear, nn.Module, nn.Linear, f
     ]
 
 
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether a layer's `forward` is another than its class's; accelerate's hooks keep it."""
+    own: Any = vars(layer).get("forward")
+    if own is not None and execution_device(layer) is not None:
+        own = layer._old_forward
+        return getattr(own, "__func__", None) is not type(layer).forward
+    return own is not None
+
+
 def _linear(layer: nn.Module) -> nn.Linear:
     """`layer` itself, or the base layer that its adapters wrap, checked to be a plain nn.Linear."""
     base: Any = layer.get_base_layer() if _is_from_peft(layer) else layer  # type: ignore[operator]
@@ -256,7 +281,7 @@ def _linear(layer: nn.Module) -> nn.Linear:
     zero3 = hasattr(getattr(base, "weight", None), "ds_id")
     own = int(_is_sharded(base))  # FSDP2 registers one hook before and one after forward
     hooks = max(len(base._forward_hooks), len(base._forward_pre_hooks)) > own
-    hooks = (hooks or "forward" in vars(base)) and not zero3
+    hooks = (hooks or _is_replaced(base)) and not zero3
     # Subclasses may override forward (quantised layers do); FSDP2's class does not.
     plain = getattr(type(base), "forward", None) is nn.Linear.forward
     if not plain or hooks:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from gvpo_offline.compute.dispatched import PresentState, execution_device, is_absent
 from gvpo_offline.compute.files import model_files
 from gvpo_offline.compute.loading import load_pretrained
 from gvpo_offline.compute.settings import TREE_ATTENTION_PREFIX, ModelSettings
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHUNK_ELEMENTS = 1 << 24
+# Folders with weights of models, removed with the model.
+_OFFLOADED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 # Parts of the names of dropout and noise rates that modules and configurations hold as plain
 # numbers: attention_dropout, attn_pdrop, hidden_dropout, layerdrop, router_jitter_noise …
 _RANDOM_RATE_NAMES = ("drop", "jitter")
@@ -32,6 +37,7 @@ def load_model(
     compute_dtype: torch.dtype | None = None,
     *,
     sharded_later: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or a hub name.
 
@@ -43,6 +49,7 @@ def load_model(
             the other weights.
         sharded_later: where float32 is wanted of 16-bit files, leave the weights as they are stored
             until `widening.widen` converts each rank's shards.
+        device_map: the devices of the model's parts, as for `from_pretrained`; for inference.
 
     Raises:
         ConfigError: the model cannot be loaded, its files lack weights, or it cannot be quantised
@@ -57,6 +64,10 @@ def load_model(
     files = model_files(settings.model_name_or_path, settings.gguf_file)
     if device is not None and device.type == "cuda" and files.gguf_file is None:
         options["device_map"] = {"": device}
+    if device_map is not None:
+        # transformers writes weights there that its model has in another form than the files.
+        offloaded = tempfile.TemporaryDirectory(prefix="gvpo-offloaded-")
+        options |= {"device_map": device_map, "offload_folder": offloaded.name}
 
     def load(**changes: Any) -> PreTrainedModel:
         loaded: PreTrainedModel = load_pretrained(
@@ -79,7 +90,10 @@ def load_model(
             model = None
     model = load() if model is None else model
     disable_cpu_repacking(model)
-    return model if device is None or quantisation(model) else model.to(device)
+    if device_map is not None:
+        _OFFLOADED[model] = offloaded
+    placed = device is None or device_map is not None or quantisation(model)
+    return model if placed else model.to(device)
 
 
 def check_model(settings: ModelSettings) -> None:
@@ -115,10 +129,16 @@ def check_model(settings: ModelSettings) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device that a model computes on; FSDP2 shards (DTensors) may be offloaded to the CPU."""
+    """The device that a model's inputs go to; its weights may be elsewhere, offloaded."""
     weight = next(model.parameters())
+    if weight.is_meta and (own := next(_execution_devices(model), None)) is not None:
+        return own
     mesh = getattr(weight, "device_mesh", None)
     return weight.device if mesh is None else torch.device(mesh.device_type)
+
+
+def _execution_devices(model: nn.Module) -> Iterator[torch.device]:
+    return (own for own in map(execution_device, model.modules()) if own is not None)
 
 
 def default_device(*, use_cpu: bool = False) -> torch.device:
@@ -174,13 +194,16 @@ def weights_sha256(model: nn.Module, *, frozen_only: bool = False) -> str:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if frozen_only and parameter.requires_grad
     }
+    if is_absent(model):
+        return tensors_sha256(PresentState(model))
     return tensors_sha256({n: t for n, t in model.state_dict().items() if n not in trained})
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, shapes and values as float32, in the order of the names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         for start in range(0, flat.numel(), _CHUNK_ELEMENTS):

@@ -216,7 +216,9 @@ def _load(config: ReferenceConfig, *, stored: bool = False) -> nn.Module:
     """Load the model on its device, or as stored for `shard_model`; with dropout off."""
     compute_dtype = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
     device = None if stored else default_device(use_cpu=config.use_cpu)
-    model = load_policy(config, device, compute_dtype, sharded_later=stored)
+    model = load_policy(
+        *(config, device, compute_dtype), sharded_later=stored, device_map=config.device_map
+    )
     disable_dropout(model)
     return model.eval()
 
