@@ -55,45 +55,44 @@ def load_model(
         ConfigError: the model cannot be loaded, its files lack weights, or it cannot be quantised
             as requested.
     """
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": settings.dtype}
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     options |= quantisation_options(settings, device, compute_dtype)
-    files = model_files(settings.model_name_or_path, settings.gguf_file)
-    if device is not None and device.type == "cuda" and files.gguf_file is None:
+    gguf_file = model_files(settings.model_name_or_path, settings.gguf_file).gguf_file
+    if device is not None and device.type == "cuda" and gguf_file is None:
         options["device_map"] = {"": device}
     if device_map is not None:
         # transformers writes weights there that its model has in another form than the files.
         offloaded = tempfile.TemporaryDirectory(prefix="gvpo-offloaded-")
         options |= {"device_map": device_map, "offload_folder": offloaded.name}
-
-    def load(**changes: Any) -> PreTrainedModel:
-        loaded: PreTrainedModel = load_pretrained(
-            AutoModelForCausalLM,
-            files,
-            what="a causal language model",
-            revision=settings.model_revision,
-            trust_remote_code=settings.trust_remote_code,
-            **{**options, **changes},
-        )
-        return loaded
-
-    dense = "quantization_config" not in options and files.gguf_file is None
-    model: PreTrainedModel | None = None
-    if sharded_later and settings.dtype == "float32" and dense:
-        model = load(dtype="auto")
-        if can_widen_later(model):
-            widen_later(model)
-        else:
-            model = None
-    model = load() if model is None else model
+    dense = "quantization_config" not in options and gguf_file is None
+    later = sharded_later and settings.dtype == "float32" and dense
+    stored = _loaded(settings, {**options, "dtype": "auto"}) if later else None
+    if stored is not None and can_widen_later(stored):
+        model = stored
+        widen_later(model)
+    else:
+        model = _loaded(settings, options)
     disable_cpu_repacking(model)
     if device_map is not None:
         _OFFLOADED[model] = offloaded
     placed = device is None or device_map is not None or quantisation(model)
     return model if placed else model.to(device)
+
+
+def _loaded(settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    loaded: PreTrainedModel = load_pretrained(
+        AutoModelForCausalLM,
+        model_files(settings.model_name_or_path, settings.gguf_file),
+        what="a causal language model",
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+        **options,
+    )
+    return loaded
 
 
 def check_model(settings: ModelSettings) -> None:
