@@ -37,7 +37,8 @@ from typing import Any
 IMPORT_BENCH = runpy.run_path(str(Path(__file__).parent / "importing" / "import_bench.py"))
 SCORER = """
 def vowels(prompts, completions, **columns):
-    return [sum(c in "aeiou" for c in own) / max(1, len(own)) for own in completions]
+    texts = [own if isinstance(own, str) else own[-1]["content"] for own in completions]
+    return [sum(map(own.count, "aeiou")) / max(1, len(own)) for own in texts]
 """
 Words = list[Any]
 
