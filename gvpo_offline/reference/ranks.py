@@ -109,7 +109,7 @@ class ShardedScorer(ReferenceScorer):
         if path.layout == "shared" and device.type != "cpu":
             path = replace(path, attention=kernels(device)[0])  # it was tried in host memory
         self.engine = replace(self.engine, path=path, prompt_once=False)
-        self._device = device
+        self.device = device
         self._sharded = False
         self._in_step = False
 
@@ -145,7 +145,7 @@ class ShardedScorer(ReferenceScorer):
             return
         raise_together(functools.partial(self._check_path, work.engine.path))
         self.engine = work.engine
-        shard_model(self.model, self._device)
+        shard_model(self.model, self.device)
         self._sharded = True
 
     def _check_path(self, expected: ComputePath) -> None:

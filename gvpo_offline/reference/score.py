@@ -166,7 +166,13 @@ def score(
     """
     model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
-    facts = policy_facts(model, hash_weights=True, autocast=autocasting, tokenizer=tokenizer)
+    facts = policy_facts(
+        model,
+        hash_weights=True,
+        autocast=autocasting,
+        tokenizer=tokenizer,
+        device=None if scorer is None else scorer.device,
+    )
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
     view = selected_view(dataset, config)

@@ -32,6 +32,7 @@ class ReferenceScorer:
 
     def __init__(self, model: nn.Module, config: ReferenceConfig) -> None:
         self.model = model
+        self.device: torch.device = device_of(model)
         self._autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
         self.engine = prepare_engine(
             model,
