@@ -84,7 +84,7 @@ def coarsest_dtype(*dtypes: str | None) -> str:
 def policy_facts(
     model: torch.nn.Module,
     *,
-    hash_weights: bool,
+    hash_weights: bool = True,
     autocast: torch.dtype | None,
     tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device | None = None,

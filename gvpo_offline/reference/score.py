@@ -166,13 +166,8 @@ def score(
     """
     model = load()
     autocasting = autocast_dtype(bf16=config.bf16, fp16=config.fp16)
-    facts = policy_facts(
-        model,
-        hash_weights=True,
-        autocast=autocasting,
-        tokenizer=tokenizer,
-        device=None if scorer is None else scorer.device,
-    )
+    device = scorer.device if scorer else None
+    facts = policy_facts(model, tokenizer=tokenizer, autocast=autocasting, device=device)
     check_tokenizers([dataset], facts)
     check_token_ids([dataset], facts)
     view = selected_view(dataset, config)
