@@ -8,12 +8,13 @@ from time to time, and after a few tries, or some time, the run stops.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 import ssl
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
 from gvpo_offline.errors import ServerError
@@ -118,14 +119,22 @@ class Outage:
             if self._probing:
                 await asyncio.sleep(min(POLL, self._settings.max_wait))
                 continue
-            self._probing = True
-            await asyncio.sleep(max(0.0, self._next - time.monotonic()))
-            cause = await probe(self._no_answer)
-            self._probing = False
+            with self._asking():
+                await asyncio.sleep(max(0.0, self._next - time.monotonic()))
+                cause = await probe(self._no_answer)
             if cause is None:
                 self._end()
             else:
                 self._missed(cause)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """One request tries the server; if that ends in an error, another one may."""
+        self._probing = True
+        try:
+            yield
+        finally:
+            self._probing = False
 
     def answered(self) -> None:
         """The server answered a request, in whatever way."""
@@ -187,9 +196,9 @@ class Outage:
         enough = self._silent.total() >= SUSPICIOUS_FAILURES
         if self._since is not None or not (enough and len(self._silent) >= SUSPICIOUS_REQUESTS):
             return
-        self._since, self._probing, self._no_answer = time.monotonic(), True, True
-        alive = await probe() is None
-        self._probing = False
+        self._since, self._no_answer = time.monotonic(), True
+        with self._asking():
+            alive = await probe() is None
         if alive:
             self.answered()
         else:  # not the fault of single requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import subprocess
@@ -17,6 +18,7 @@ from support.echo_server import EchoServer, Question, client
 
 from gvpo_offline.errors import ConfigError, ServerError
 from gvpo_offline.openai.client import ServerSettings
+from gvpo_offline.openai.outage import Outage
 
 
 @pytest.fixture
@@ -232,3 +234,36 @@ def test_requests_that_break_their_connections_are_no_outage(server: EchoServer)
     assert all(cause is not None and "connection" in cause for cause in causes)
     assert len(server.asked) == 36
     assert 1 <= server.listed <= 3
+
+
+# ---- the request that tries the server ----
+
+
+def test_a_try_that_ends_in_an_error_leaves_the_next_to_another_request() -> None:
+    """The first request that waits is cancelled while it tries the server; the second tries it
+    then. Otherwise it would wait for the first forever.
+    """
+    outage = Outage(ServerSettings("http://localhost:1/v1"), "http://localhost:1/v1")
+    tries: list[str] = []
+
+    async def run() -> None:
+        outage._since = time.monotonic()
+
+        async def endless(no_answer: bool) -> None:
+            tries.append("first")
+            await asyncio.sleep(3600)
+
+        async def back(no_answer: bool) -> None:
+            tries.append("second")
+
+        first = asyncio.create_task(outage.turn(endless))
+        while not tries:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(outage.turn(back))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait_for(second, 60)
+
+    asyncio.run(run())
+    assert tries == ["first", "second"]
+    assert not outage.away
