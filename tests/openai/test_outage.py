@@ -243,7 +243,7 @@ def test_a_try_that_ends_in_an_error_leaves_the_next_to_another_request() -> Non
     """The first request that waits is cancelled while it tries the server; the second tries it
     then. Otherwise it would wait for the first forever.
     """
-    outage = Outage(ServerSettings("http://localhost:1/v1"), "http://localhost:1/v1")
+    outage = Outage(ServerSettings(base_url="http://localhost:1/v1"), "http://localhost:1/v1")
     tries: list[str] = []
 
     async def run() -> None:
