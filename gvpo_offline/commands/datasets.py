@@ -18,13 +18,15 @@ from gvpo_offline.workers.settings import WorkerSettings
 def _run_merge(values: dict[str, Any]) -> None:
     from gvpo_offline.merging.stages import merge
 
-    say(*merge(filled(MergeConfig, values)).lines())
+    workers = filled(WorkerSettings, values)
+    say(*merge(filled(MergeConfig, values), workers).lines())
 
 
 def _run_compact(values: dict[str, Any]) -> None:
     from gvpo_offline.merging.stages import compact
 
-    say(*compact(filled(CompactConfig, values)).lines())
+    workers = filled(WorkerSettings, values)
+    say(*compact(filled(CompactConfig, values), workers).lines())
 
 
 def _run_retokenise(values: dict[str, Any]) -> None:
@@ -80,13 +82,13 @@ COMMANDS: dict[str, Command] = {
     "merge": Command(
         "Add the groups and responses of other datasets to a dataset.",
         in_bucket(_run_merge, "dataset", reads="add"),
-        (MergeConfig, BucketSettings),
+        (MergeConfig, WorkerSettings, BucketSettings),
         "Example: gvpo-offline merge --dataset data --add more --duplicates drop",
     ),
     "compact": Command(
         "Rewrite a dataset as fewer files of equal size, sidecars included.",
         in_bucket(_run_compact, "dataset"),
-        (CompactConfig, BucketSettings),
+        (CompactConfig, WorkerSettings, BucketSettings),
         "Example: gvpo-offline compact --dataset data",
     ),
     "retokenise": Command(

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from gvpo_offline.errors import DataError
 from gvpo_offline.group import Group
+from gvpo_offline.merging.divided import is_divided, run_divided
 from gvpo_offline.merging.families import Family
 from gvpo_offline.merging.inputs import GROUP_COLUMNS, InputDataset, Rename, spill_schema
 from gvpo_offline.merging.plan import Planner
@@ -37,6 +38,7 @@ from gvpo_offline.store.response_index import ResponseIndex, n_partly_null, take
 from gvpo_offline.store.schema import arrow_schema
 from gvpo_offline.store.spill import TableSpill, power_of_two
 from gvpo_offline.store.writer import write_groups, write_sidecar
+from gvpo_offline.workers.settings import WorkerSettings
 
 _BUCKET_BYTES = 8 << 20  # on disk; in memory a bucket takes about eight times as much
 _RESPONSES_AT_ONCE = 2048
@@ -68,13 +70,16 @@ class Rewrite:
     done: Mapping[int, TaskRecord] = field(default_factory=dict)
     reward: Family | None = None
 
-    def run(self, log: TaskLog, spilled: Path) -> list[TaskRecord]:
+    def run(
+        self, log: TaskLog, spilled: Path, workers: WorkerSettings | None = None
+    ) -> list[TaskRecord]:
         """Write and commit every shard that is neither done nor committed.
 
         Args:
             log: the log to which shards are committed. A record lists the sidecars of its shard in
                 the order of `families`.
             spilled: folder of the spilled rows, created and removed here.
+            workers: who reads and writes; default: this process.
 
         Returns:
             The records of the parts with groups, in order, including parts whose groups were all
@@ -91,6 +96,24 @@ class Rewrite:
             if record is not None:
                 records[part] = record
         per_part = self._buckets_per_part()
+        if workers is not None and is_divided(workers):
+            if len(records) < self.n_parts:
+                run_divided(self, log, spilled, per_part, records, workers)
+        else:
+            self._run_here(log, spilled, per_part, records)
+        if not of_incomplete(self.inputs) and not any(r.groups for r in records.values()):
+            raise DataError(
+                "a dataset has at least 1 group",
+                received="no group with two responses after duplicates were dropped",
+                remedy="keep duplicates (duplicates: keep)",
+                file=self.root,
+            )
+        return [records[part] for part in sorted(records)]
+
+    def _run_here(
+        self, log: TaskLog, spilled: Path, per_part: int, records: dict[int, TaskRecord]
+    ) -> None:
+        """Write and commit the shards that are not in `records`, and add theirs."""
         skip = [b for part in records for b in self._buckets(part, per_part)]
         spill = TableSpill(spilled, spill_schema(self.families), self.n_parts * per_part, skip)
         try:
@@ -103,18 +126,10 @@ class Rewrite:
                         continue
                     buckets = self._buckets(part, per_part)
                     if any(spill.holds(bucket) for bucket in buckets):
-                        records[part] = log.commit(self._write(log.stage, spill, part, buckets))
+                        records[part] = log.commit(self.write(log.stage, spill, part, buckets))
                     bar.update()
         finally:
             spill.close()
-        if not of_incomplete(self.inputs) and not any(r.groups for r in records.values()):
-            raise DataError(
-                "a dataset has at least 1 group",
-                received="no group with two responses after duplicates were dropped",
-                remedy="keep duplicates (duplicates: keep)",
-                file=self.root,
-            )
-        return [records[part] for part in sorted(records)]
 
     def _bar(self, what: str, total: int, initial: int = 0) -> AbstractContextManager[Any]:
         quiet = not self.settings.show_progress
@@ -138,7 +153,8 @@ class Rewrite:
                     bar.update()
         spill.flush()
 
-    def _write(self, stage: str, spill: TableSpill, part: int, buckets: range) -> TaskRecord:
+    def write(self, stage: str, spill: TableSpill, part: int, buckets: range) -> TaskRecord:
+        """Write the shard of a part from its buckets, which are removed; returns its record."""
         counts: Counter[str] = Counter()
         plans: list[tuple[int, ResponseIndex]] = []
         single: list[tuple[int, ResponseIndex]] = []

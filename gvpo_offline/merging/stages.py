@@ -16,6 +16,7 @@ from typing import Any
 from gvpo_offline.errors import DataError
 from gvpo_offline.hashing import sha256_json
 from gvpo_offline.identity import defaults_of, identity_settings
+from gvpo_offline.merging.divided import is_divided
 from gvpo_offline.merging.families import Family
 from gvpo_offline.merging.inputs import (
     InputDataset,
@@ -54,6 +55,7 @@ from gvpo_offline.store.schema import SCHEMA_VERSION
 from gvpo_offline.store.spill import power_of_two
 from gvpo_offline.store.writer import publish
 from gvpo_offline.version import __version__
+from gvpo_offline.workers.settings import WorkerSettings
 
 # Increment it with every change by which the same datasets and settings give other bytes.
 _REWRITE_VERSION = 1
@@ -61,19 +63,25 @@ _REWRITE_VERSION = 1
 _NOT_IN_IDENTITY = ("dataset", "add", "show_progress", "remove_old")
 
 
-def merge(config: MergeConfig) -> RewriteResult:
+def merge(config: MergeConfig, worker_settings: WorkerSettings | None = None) -> RewriteResult:
     """Add the groups of other datasets to a dataset, as its next version.
 
     A dataset whose groups files an earlier merge already added is skipped, so that repeating the
     command changes nothing.
 
+    Args:
+        config: the datasets and how they are joined.
+        worker_settings: where rows are read and shards are written; default: in this process.
+
     Raises:
+        ConfigError: `shard` is set.
         DataError: the datasets or the rows of a group cannot be merged, or another process writes
             to the dataset. Nothing is published, and the files of this merge are removed.
         IntegrityError: the tokenizers differ, or a file is damaged.
         StorageError: the disk is full; committed shards stay, and the same command continues from
             them.
     """
+    workers = _workers(config, worker_settings)
     root = local_folder("dataset", config.dataset)
     with locked_dataset(root) as spilled:
         dataset = InputDataset(root, 0)
@@ -91,7 +99,7 @@ def merge(config: MergeConfig) -> RewriteResult:
         check_compatible(inputs)
         rename = PromptGroupIds(spilled / "names.sqlite") if config.match == "prompt" else None
         try:
-            rewritten = _merged(config, inputs, rename, spilled)
+            rewritten = _merged(config, inputs, rename, spilled, workers)
         finally:
             if rename is not None:
                 rename.close()
@@ -127,6 +135,7 @@ def _merged(
     datasets: Sequence[InputDataset],
     rename: PromptGroupIds | None,
     spilled: Path,
+    workers: WorkerSettings,
 ) -> _Rewritten:
     leave_out = config.incomplete == "drop"
     root, inputs = datasets[0].root, with_incomplete(datasets)
@@ -151,7 +160,7 @@ def _merged(
         *(root, inputs, families, config, n_parts, config.response_ids, rename, done, reward)
     )
     with undo_on_bad_input(lambda: discard(root, log)):
-        records = rewrite.run(log, spilled / "rows")
+        records = rewrite.run(log, spilled / "rows", workers)
         files = [entry for record in records for entry in record.files]
         files += write_remaining(root, log, inputs, rename, reward, config.rows_per_row_group)
     return _Rewritten(records, families, incomplete_groups(files, reward), left_out)
@@ -163,19 +172,25 @@ def _lacks_counts(family: Family) -> bool:
     return not first.files or (family.partial and family.selects and not first.partial)
 
 
-def compact(config: CompactConfig) -> RewriteResult:
+def compact(config: CompactConfig, worker_settings: WorkerSettings | None = None) -> RewriteResult:
     """Rewrite a dataset as its next version: few files of similar size, in hash order.
 
     Training reads the same groups in another order. A dataset that already has this form is not
     changed.
 
+    Args:
+        config: the dataset and the form of its files.
+        worker_settings: where rows are read and shards are written; default: in this process.
+
     Raises:
+        ConfigError: `shard` is set.
         DataError: another process writes to the dataset, or a group has a single response after
             duplicates are dropped.
         IntegrityError: a file is damaged.
         StorageError: the disk is full; committed shards stay, and the same command continues from
             them.
     """
+    workers = _workers(config, worker_settings)
     root = local_folder("dataset", config.dataset)
     with locked_dataset(root) as spilled:
         dataset = InputDataset(root, 0)
@@ -184,7 +199,7 @@ def compact(config: CompactConfig) -> RewriteResult:
         if earlier is not None:
             counts = earlier.counts
         else:
-            manifest, counts = _compacted(config, dataset, spilled)
+            manifest, counts = _compacted(config, dataset, spilled, workers)
         freed = remove_old(root, manifest) if config.remove_old else None
     changed = manifest.version != dataset.manifest.version
     return RewriteResult("compact", manifest, before, {}, counts, [], [], changed, freed)
@@ -202,7 +217,7 @@ def _earlier_compaction(dataset: InputDataset, config: CompactConfig) -> Lineage
 
 
 def _compacted(
-    config: CompactConfig, dataset: InputDataset, spilled: Path
+    config: CompactConfig, dataset: InputDataset, spilled: Path, workers: WorkerSettings
 ) -> tuple[Manifest, dict[str, int]]:
     if not dataset.manifest.groups:  # incomplete groups alone, which stay in their files
         return dataset.manifest, _counts([])
@@ -213,7 +228,7 @@ def _compacted(
     log = TaskLog(dataset.root, _stage_name("compact", config, [dataset], families, n_parts))
     with undo_on_bad_input(lambda: discard(dataset.root, log)):
         records = Rewrite(dataset.root, [dataset], families, config, n_parts).run(
-            log, spilled / "rows"
+            log, spilled / "rows", workers
         )
     counts = _counts(records)
     new = [entry for record in records for entry in record.groups]
@@ -225,6 +240,13 @@ def _compacted(
     # Incomplete groups stay in their files.
     rewritten = _Rewritten(records, families, dataset.manifest.incomplete)
     return _publish([dataset], rewritten, step), counts
+
+
+def _workers(config: RewriteSettings, given: WorkerSettings | None) -> WorkerSettings:
+    """The settings of workers, checked before any work."""
+    workers = given or WorkerSettings(show_progress=config.show_progress)
+    is_divided(workers)
+    return workers
 
 
 def _recorded(config: RewriteSettings) -> dict[str, Any]:

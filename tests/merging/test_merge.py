@@ -496,7 +496,7 @@ def test_concurrent_merges_without_file_locks(
     for name, rows in zip("de", halves(60), strict=True):
         import_rows(tmp_path / name, rows, shard_bytes=3000)
     d, e = tmp_path / "d", tmp_path / "e"
-    write, calls = Rewrite._write, 0
+    write, calls = Rewrite.write, 0
     results: list[RewriteResult] = []
 
     def interrupted(self: Rewrite, *args: Any) -> Any:
@@ -506,7 +506,7 @@ def test_concurrent_merges_without_file_locks(
             results.append(merged(d, e))
         return write(self, *args)
 
-    monkeypatch.setattr(Rewrite, "_write", interrupted)
+    monkeypatch.setattr(Rewrite, "write", interrupted)
     with pytest.raises(DataError, match="Run the same command again"):
         merged(d, e)
     monkeypatch.undo()
