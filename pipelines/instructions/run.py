@@ -210,7 +210,9 @@ def _job(
 
 def comparison(plan: Plan, rates: dict[str, float]) -> list[Job]:
     """The runs on test prompts, the most important first."""
-    jobs = [_job(plan, UNTOUCHED, 0.0, 0)]
+    untouched = _job(plan, UNTOUCHED, 0.0, 0)
+    # As many answers as a loss has over its seeds: their noise is part of every gain.
+    jobs = [replace(untouched, answers=plan.answers * len(plan.seeds))]
     for seed in plan.seeds:
         jobs += [_job(plan, loss, rate, seed) for loss, rate in rates.items()]
     for seed in plan.seeds:
