@@ -68,7 +68,8 @@ RANGES: dict[str, Range] = {
         COUNT,
     ),
     **_each(
-        "adam_epsilon cache_gb dataloader_num_workers eval_delay eval_samples eval_temperature "
+        "adam_epsilon cache_gb dataloader_num_workers device_map eval_delay eval_samples "
+        "eval_temperature "
         "gpus_per_worker imitation imitations kept_logits_mb learning_rate max_errors "
         "max_grad_norm max_nonfinite_skips near_duplicate_groups read_ahead save_total_limit "
         "temperature top_k warmup_steps weight weight_decay",

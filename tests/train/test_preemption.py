@@ -338,9 +338,9 @@ def signal_while_loading() -> None:
 
     load = train.load_policy
 
-    def signalled(*args: Any) -> Any:
+    def signalled(*args: Any, **settings: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return load(*args)
+        return load(*args, **settings)
 
     train.load_policy = signalled
     sys.exit(cli.main(sys.argv[1:]))
