@@ -213,18 +213,20 @@ def wide_model(folder: Path, tiny: Path, layers: int) -> Path:
     return folder
 
 
-# Of 110 MB; for pages that one of the two runs happens to have more than the other.
-SLACK = 0.1
+# Of 110 MB; for pages that one of the two runs happens to have more than the other. A copy of the
+# model, which the tests look for, is 0.5 as stored and 1 in float32.
+SLACK = 0.2
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_rank_holds_its_shards(n: int, growth: Callable[[str, int], dict[str, float]]) -> None:
     """FSDP2, bfloat16 files, trained in float32. Loading: the pages of the file, once on the
-    machine. Start-up checks: nothing that grows with the layers. Sharding: 1/n. Saving: what
-    training keeps on n ranks, weights, gradients and Adam's two moments (4/n), and no whole model.
+    machine. Start-up checks: nothing that grows with the layers. Sharding: 1/n, with the shards as
+    stored beside them until they are converted. Saving: what training keeps on n ranks, weights,
+    gradients and Adam's two moments (4/n), and no whole model.
     """
     found = growth("fsdp2", n)
-    bounds = {"load": 0.0, "pages of all": 0.5, "check": 0.0, "shard": 1 / n, "save": 4 / n}
+    bounds = {"load": 0.0, "pages of all": 0.5, "check": 0.0, "shard": 1.5 / n, "save": 4 / n}
     assert {k: found[k] for k, bound in bounds.items() if found[k] > bound + SLACK} == {}
     assert found["train"] > 3 / n, "the measure misses what training needs"
 
@@ -235,7 +237,7 @@ def test_a_rank_scores_a_reference_with_its_shards(
 ) -> None:
     """1/n while it scores, beside a layer that is gathered and the embedding."""
     found = growth("reference", n)
-    bounds = {"load": 0.0, "pages of all": 0.5, "check": 0.0, "shard": 1 / n, "score": 1 / n}
+    bounds = {"load": 0.0, "pages of all": 0.5, "check": 0.0, "shard": 1.5 / n, "score": 1 / n}
     assert {k: found[k] for k, bound in bounds.items() if found[k] > bound + SLACK} == {}
     assert found["score"] > 0.5 / n, "the measure misses the shards"
 
