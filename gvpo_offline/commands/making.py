@@ -79,9 +79,17 @@ def _run_reward(values: dict[str, Any]) -> None:
 
 def _run_reference(values: dict[str, Any]) -> int | None:
     """The stage on this process; a rank that follows the first only computes."""
-    from gvpo_offline.reference.ranks import is_follower
+    from gvpo_offline.reference.ranks import is_follower, launched_ranks
 
-    if is_follower():
+    # The jobs of an array may have the environment of ranks, too.
+    if launched_ranks() > 1 and not (values["fsdp"] or values["shard"]):
+        raise ConfigError(
+            "the ranks of a launcher divide the model",
+            received=f"{launched_ranks()} ranks without fsdp",
+            remedy="set fsdp: true, or shard for jobs that divide the data, or start one process "
+            "and set workers",
+        )
+    if values["fsdp"] and is_follower():
         values["remote"] = RemoteSettings(**values["remote"])
         _score_reference(values)
         return None
@@ -89,15 +97,8 @@ def _run_reference(values: dict[str, Any]) -> int | None:
 
 
 def _score_reference(values: dict[str, Any]) -> None:
-    from gvpo_offline.reference.ranks import launched_ranks
     from gvpo_offline.reference.score import run_reference
 
-    if launched_ranks() > 1 and not values["fsdp"]:
-        raise ConfigError(
-            "the ranks of a launcher divide the model",
-            received=f"{launched_ranks()} ranks without fsdp",
-            remedy="set fsdp: true, or start one process and set workers",
-        )
     responses = ResponseSettings(**values["responses"])
     config = filled(ReferenceConfig, {**values, "responses": responses})
     manifest = run_reference(config, filled(WorkerSettings, values))

@@ -141,7 +141,7 @@ def test_a_second_run_finds_everything_done_and_an_interrupted_one_goes_on(
     ("settings", "said"),
     [
         ({"dataset": "absent"}, "absent"),
-        ({"fsdp": "false"}, "Set fsdp: true, or start one process and set workers"),
+        ({"fsdp": "false"}, "Set fsdp: true, or shard for jobs that divide the data, or start"),
         ({"workers": "2"}, "the ranks of the launcher are the workers"),
     ],
 )
@@ -158,6 +158,20 @@ def test_an_error_ends_every_rank(
     assert ended[0][0] != 0
     assert said in " ".join(ended[0][1].split())
     assert all("Traceback" not in output for _, output in ended)
+
+
+def test_jobs_of_an_array_may_have_the_environment_of_ranks(
+    unscored: Path, tiny_model_dir: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """As in a PyTorchJob on Kubernetes: each scores its part, and the last one publishes."""
+    one, many = copy_of(unscored, tmp_path / "one"), copy_of(unscored, tmp_path / "many")
+    assert server.run(command(one, tiny_model_dir))[0] == 0
+    for rank in ("1", "0"):
+        env = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        argv = command(many, tiny_model_dir, shard=f"{rank}/2")
+        status, output = server.run(argv, env=env)
+        assert status == 0, output
+    assert sidecars(many) == sidecars(one)
 
 
 def test_a_model_that_gives_no_finite_number_ends_every_rank(
